@@ -1,0 +1,1 @@
+"""Exact top-k, recall paths, ranking metrics, baselines, export."""
