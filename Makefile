@@ -1,0 +1,67 @@
+# Two commands are enough: `make demo` and `make test`. Each makes the virtual environment .venv it needs, once.
+# PYTHON=/path/to/python3.11 make demo   uses that interpreter instead of the first fitting one on PATH.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help
+help:
+	@echo "make demo     synthetic log -> dataset -> training on two ranks -> evaluation -> vectors, in minutes"
+	@echo "make test     the whole test suite"
+	@echo "make check    ruff (lint and format) and mypy"
+	@echo "make install  the virtual environment only"
+	@echo "make clean    remove the virtual environment and caches"
+
+.PHONY: demo
+demo: $(VENV)/.installed
+	@$(BIN)/python pipelines/demo.py
+
+.PHONY: test
+test: $(VENV)/.installed
+	@$(BIN)/python -m pytest
+
+.PHONY: check
+check: $(VENV)/.installed
+	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: install
+install: $(VENV)/.installed
+
+# Two stamps: the locked packages (minutes, made from nothing each time, so that an installation that was cut short
+# cannot be taken for a whole one) and the project itself (seconds). Each is written last.
+$(VENV)/.locked: requirements-cpu.lock
+	@python=
+	for candidate in $${PYTHON:-python3.11 python3.12 python3.13 python3 python}; do
+	    if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+	        python=$$candidate; break
+	    fi
+	done
+	if [ -z "$$python" ]; then
+	    echo "make: no usable interpreter among: $${PYTHON:-python3.11 python3.12 python3.13 python3 python}" >&2
+	    echo "make: install Python 3.11 or newer with its venv module (Debian: apt-get install python3.11-venv)," >&2
+	    echo "make: or name one: PYTHON=/path/to/python3.11 make $(MAKECMDGOALS)" >&2
+	    exit 1
+	fi
+	echo "Installing $$(grep -c '==' $<) packages into $(VENV) with $$("$$python" --version) (once, about two minutes)"
+	rm -f $(VENV)/.locked $(VENV)/.installed
+	"$$python" -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.locked pyproject.toml
+	@rm -f $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(BIN)/python -c 'import fbgemm_gpu, torch, torchrec, torchx, ibis, recgpt_torchrec, torchx_components'
+	touch $@
+
+.PHONY: clean
+clean:
+	@rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

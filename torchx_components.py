@@ -1,0 +1,37 @@
+"""One torchx component a stage: `torchx run -s local_cwd recgpt_torchrec.pretrain -j 1x2 -- --config FILE.yaml ...`.
+
+What stands before `--` places the job (`torchx run recgpt_torchrec.pretrain --help`), what stands after it are the
+options of `python -m recgpt_torchrec.<stage>`. torchx reads this file's source, so each component is written out, with
+its docstring; what they have in common is in `recgpt_torchrec.launch`.
+"""
+
+from typing import Any
+
+from torchx import specs
+
+from recgpt_torchrec import launch
+
+
+@launch.with_launch_options
+def prepare(*args: str, **options: Any) -> specs.AppDef:
+    """Turn raw interaction logs into a dataset. One process: the engine itself uses every core it is given."""
+    launch.require_one_process("prepare", options.get("j"))
+    return launch.stage("recgpt_torchrec.prepare", *args, **options)
+
+
+@launch.with_launch_options
+def pretrain(*args: str, **options: Any) -> specs.AppDef:
+    """Train decoder and sharded tables on a dataset; goes on where an unfinished run of the same settings stopped."""
+    return launch.stage("recgpt_torchrec.pretrain", *args, **options)
+
+
+@launch.with_launch_options
+def evaluate(*args: str, **options: Any) -> specs.AppDef:
+    """Rank the whole catalogue for every user: HR and NDCG of a checkpoint and of the baselines, as table and JSON."""
+    return launch.stage("recgpt_torchrec.evaluate", *args, **options)
+
+
+@launch.with_launch_options
+def export(*args: str, **options: Any) -> specs.AppDef:
+    """Write item vectors and user vectors of a checkpoint as Parquet."""
+    return launch.stage("recgpt_torchrec.export", *args, **options)
