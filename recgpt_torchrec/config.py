@@ -40,3 +40,160 @@ class Prepare:
     def __post_init__(self) -> None:
         if self.min_count < 1:
             raise ValueError(f"--min_count is {self.min_count}; it counts interactions and must be at least 1")
+
+
+@dataclass(kw_only=True)
+class Model:
+    """The decoder and the width of the tables."""
+
+    dim: int = 64
+    """Width of item and user vectors and of the decoder."""
+    layers: int = 2
+    """Decoder blocks."""
+    heads: int = 2
+    """Attention heads; must divide dim."""
+    max_len: int = 50
+    """Longest history the decoder reads, in entries; longer ones keep the newest."""
+    feed_forward: int = 4
+    """Width of the feed-forward layer, as a multiple of dim."""
+    dropout: float = 0.5
+    """Dropout after the embedding and of each block's two outputs, 0 to 1."""
+    attention_dropout: float = 0.5
+    """Dropout of attention weights, 0 to 1."""
+    user_dropout: float = 0.9
+    """Chance that a user's whole vector is dropped in a training step, 0 to 1; 1 turns the user module off."""
+
+    def __post_init__(self) -> None:
+        if self.dim % self.heads:
+            raise ValueError(f"--model.heads {self.heads} must divide --model.dim {self.dim}")
+        for name in ("dropout", "attention_dropout", "user_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--model.{name} is {getattr(self, name)}; it is a probability, 0 to 1")
+        for name in ("dim", "layers", "heads", "max_len", "feed_forward"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--model.{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass(kw_only=True)
+class Loss:
+    """What the next item is scored against."""
+
+    candidates: Literal["all", "sampled", "in_batch", "bce"] = "sampled"
+    """all: exact softmax over the catalogue; sampled: over drawn negatives with logQ correction; in_batch: over the
+    batch's targets with logQ correction; bce: the paper's binary cross-entropy."""
+    negatives: int = 4096
+    """Items drawn a step, shared by all positions (sampled, bce)."""
+    negatives_by: Literal["uniform", "log_uniform"] = "uniform"
+    """Draw every item alike, or popular ones more often (log of the popularity rank)."""
+    bce_negatives: int = 1
+    """Negatives of each position, taken from the drawn ones (bce; O^- in the paper)."""
+
+    def __post_init__(self) -> None:
+        if self.negatives < 1 or self.bce_negatives < 1:
+            raise ValueError("--loss.negatives and --loss.bce_negatives must be at least 1")
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """How much one rank trains on in one step."""
+
+    tokens: int = 2048
+    """Most positions of a batch, a rank."""
+    long_histories: Literal["newest", "windows"] = "newest"
+    """Histories longer than model.max_len: train on the newest entries only, or on all, cut in overlapping windows."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ValueError(f"--batch.tokens is {self.tokens}; it must be at least 1")
+
+
+@dataclass(kw_only=True)
+class Stream:
+    """How the Parquet parts are read."""
+
+    window_groups: int = 4
+    """Row groups that are read and shuffled together."""
+    workers: int = 1
+    """Loader processes a rank; 0 reads in the training process itself."""
+    prefetch: int = 8
+    """Batches each worker keeps ready."""
+
+    def __post_init__(self) -> None:
+        if self.window_groups < 1 or self.workers < 0 or self.prefetch < 1:
+            raise ValueError("--stream.window_groups and --stream.prefetch must be at least 1, --stream.workers at least 0")
+
+
+@dataclass(kw_only=True)
+class Tables:
+    """The embedding tables: how they are sharded over ranks, and their optimizer."""
+
+    sharding: Literal["auto", "data_parallel", "table_wise", "column_wise", "row_wise"] = "auto"
+    """auto: a copy on every rank up to data_parallel_mb, blocks of columns beyond."""
+    data_parallel_mb: float = 32.0
+    """Largest table that auto copies to every rank, in MiB."""
+    optimizer: Literal["rowwise_adagrad", "adagrad", "adam", "sgd"] = "rowwise_adagrad"
+    """Fused into the backward; adam is fused on CUDA and a dense update of the whole shard on CPU."""
+    lr: float = 0.02
+    """Peak learning rate of the tables."""
+    weight_decay: float = 0.0
+    """L2 penalty added to the gradient."""
+    init_std: float = 0.02
+    """Standard deviation of the initial values."""
+
+
+@dataclass(kw_only=True)
+class Optimizer:
+    """AdamW of the decoder, and the learning rate's course, which the tables follow too."""
+
+    lr: float = 1e-3
+    """Peak learning rate of the decoder."""
+    beta2: float = 0.98
+    """Decay of Adam's second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises from 0."""
+    final_lr: float = 0.01
+    """Learning rate at the end of the last epoch, as a share of the peak (cosine decay)."""
+
+
+@dataclass(kw_only=True)
+class Train:
+    """How long to train."""
+
+    epochs: int = 20
+    """Passes over the training part."""
+    patience: int = 10
+    """Epochs without a better validation NDCG@10 before training stops; 0 never stops early."""
+    validate_every: int = 1
+    """Epochs between validations."""
+
+
+@dataclass(kw_only=True)
+class CheckpointOptions:
+    """What is saved, and when."""
+
+    every_steps: int = 0
+    """Steps between checkpoints within an epoch; 0: at the end of each epoch only."""
+    keep: int = 2
+    """Newest checkpoints kept, beside the best one."""
+
+
+@dataclass(kw_only=True)
+class Pretrain:
+    """Pre-train the decoder and the tables autoregressively on a dataset's training part (paper, section 3.2)."""
+
+    data: str
+    """Folder of the dataset, as prepare wrote it."""
+    output: str
+    """Folder of the run; resumes an unfinished run of the same configuration."""
+    seed: int = 0
+    """Seed of initial values, shuffling, negatives and dropout."""
+    model: Model = field(default_factory=Model)
+    loss: Loss = field(default_factory=Loss)
+    batch: Batch = field(default_factory=Batch)
+    stream: Stream = field(default_factory=Stream)
+    tables: Tables = field(default_factory=Tables)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    train: Train = field(default_factory=Train)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)

@@ -1,0 +1,215 @@
+"""`SequenceBatch`: what one rank trains on in one step, packed, with every table asked once for distinct ids only."""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+from recgpt_torchrec.data.packing import pack, ragged_arange
+from recgpt_torchrec.data.windows import Cursor
+
+USER = "user"
+ITEM = "item"
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A ragged list of histories, as numpy arrays; what a batch is made from.
+
+    `items` and `segments` are [entries]; sequence s holds the entries `offsets[s]:offsets[s + 1]`.
+    """
+
+    users: np.ndarray
+    """[sequences] int64 dense user ids; the same user may come twice."""
+    items: np.ndarray
+    """[entries] int64 dense item ids."""
+    offsets: np.ndarray
+    """[sequences + 1] int64."""
+    segments: np.ndarray | None = None
+    """[entries] int8: 0 interacted, 1 generated, 2 shown but not clicked; None: all interacted."""
+    held_out: np.ndarray | None = None
+    """[sequences] int64: the item to be ranked in evaluation."""
+    seen: tuple[np.ndarray, np.ndarray] | None = None
+    """In evaluation: (items, offsets) of the whole history, which `items` may hold only the newest part of."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[sequences] int64 number of entries."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Fixed numbers of bags, equal on all ranks (row-wise sharding needs that; what is not used stays empty)."""
+
+    users: int
+    items: int
+
+
+@dataclass
+class SequenceBatch(Pipelineable):
+    """A packed batch. Grid tensors are [rows, row_length]; empty slots have `sequence` -1."""
+
+    users: KeyedJaggedTensor
+    """One bag a distinct user, `Capacity.users` bags."""
+    items: KeyedJaggedTensor
+    """One bag a distinct item of histories, targets and candidates, `Capacity.items` bags."""
+    item_bag: torch.Tensor
+    """[rows, row_length] int64: the bag of each slot's item."""
+    user_bag: torch.Tensor
+    """[rows, row_length] int64: the bag of each slot's user."""
+    position: torch.Tensor
+    """[rows, row_length] int64: 0 for the first entry of its sequence."""
+    sequence: torch.Tensor
+    """[rows, row_length] int64: number of the slot's sequence in the batch; -1: empty."""
+    segment: torch.Tensor
+    """[rows, row_length] int64 segment ids."""
+    target_slot: torch.Tensor
+    """[targets] int64: flat slot whose output predicts the target."""
+    target_bag: torch.Tensor
+    """[targets] int64: bag of the item that came next."""
+    candidate_bag: torch.Tensor
+    """[candidates] int64: bags that every target is scored against."""
+    candidate_log_q: torch.Tensor
+    """[candidates] float32: log of the expected count of the candidate among those drawn (0: it is always there)."""
+    target_candidate: torch.Tensor
+    """[targets] int64: index into the candidates of the target itself, which is no negative; -1 where it is not there."""
+    last_slot: torch.Tensor
+    """[sequences] int64: flat slot of the newest entry of each sequence."""
+    global_targets: torch.Tensor
+    """[] float32: targets of this step on all ranks together; the loss is a mean over them."""
+    sequences: Sequences | None = None
+    """The histories the batch was made from; stays on the host."""
+    cursor: Cursor = field(default_factory=Cursor)
+    """Where the data stands once this batch is trained; stays on the host."""
+
+    def _tensors(self) -> dict[str, Any]:
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return {name: v for name, v in values if isinstance(v, torch.Tensor | KeyedJaggedTensor)}
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "SequenceBatch":
+        """A copy on `device`."""
+        return replace(self, **{n: v.to(device=device, non_blocking=non_blocking) for n, v in self._tensors().items()})
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tell the allocator that `stream` uses the tensors."""
+        for value in self._tensors().values():
+            value.record_stream(stream)
+
+    def pin_memory(self) -> "SequenceBatch":
+        """A copy in page-locked host memory."""
+        return replace(self, **{name: value.pin_memory() for name, value in self._tensors().items()})
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The candidate set of one batch, in item ids."""
+
+    ids: np.ndarray
+    """[candidates] int64, all different."""
+    log_q: np.ndarray
+    """[candidates] float32."""
+
+
+def distinct(ids: np.ndarray, capacity: int, key: str) -> tuple[KeyedJaggedTensor, np.ndarray]:
+    """Bags of the distinct `ids` [n], one id a bag, padded with empty bags to `capacity`; and the bag of each id [n]."""
+    unique, bags = np.unique(ids, return_inverse=True)
+    if unique.size > capacity:
+        raise ValueError(f"{unique.size} distinct {key} ids in a batch with room for {capacity}")
+    lengths = torch.zeros(capacity, dtype=torch.int32)
+    lengths[: unique.size] = 1
+    return KeyedJaggedTensor(keys=[key], values=torch.from_numpy(unique), lengths=lengths), bags.astype(np.int64)
+
+
+def make_batch(
+    sequences: Sequences,
+    *,
+    row_length: int,
+    capacity: Capacity,
+    predict: bool,
+    candidates: Candidates | None = None,
+    all_items: int = 0,
+    in_batch_log_q: np.ndarray | None = None,
+    cursor: Cursor | None = None,
+) -> SequenceBatch:
+    """Pack sequences into a batch.
+
+    Args:
+        sequences: at most `row_length` entries each (one more where `predict`); may be none at all.
+        row_length: slots of a grid row.
+        capacity: bags of the two jagged tensors.
+        predict: every entry but the last is input and predicts the next one where that was interacted with (segment 0);
+            else all entries are input and nothing is predicted.
+        candidates: what targets are scored against, drawn ahead.
+        all_items: score against the whole catalogue of this many items instead.
+        in_batch_log_q: [items] float32; score against the distinct targets of the batch, with these log probabilities.
+        cursor: where the data stands after this batch.
+    """
+    lengths, items, count = sequences.lengths, sequences.items, sequences.users.size
+    segments = sequences.segments if sequences.segments is not None else np.zeros(items.size, dtype=np.int8)
+    is_last = np.zeros(items.size, dtype=bool)
+    is_last[sequences.offsets[1:][lengths > 0] - 1] = True
+    if predict:
+        inputs, entries = ~is_last, np.maximum(lengths - 1, 0)
+        follows = np.flatnonzero(inputs) + 1
+        wanted = segments[follows] == 0
+        targets = items[follows][wanted]
+    else:
+        inputs, entries = np.ones(items.size, dtype=bool), lengths
+        wanted = np.zeros(items.size, dtype=bool)
+        targets = np.zeros(0, dtype=np.int64)
+
+    grid = pack(entries, row_length)
+    size = grid.rows * row_length
+
+    def on_grid(values: np.ndarray, empty: int = 0) -> torch.Tensor:
+        out = np.full(size, empty, dtype=np.int64)
+        out[grid.slots] = values
+        return torch.from_numpy(out.reshape(grid.rows, row_length))
+
+    user_kjt, user_bags = distinct(sequences.users, capacity.users, USER)
+    if all_items:
+        item_kjt, bags = distinct(np.arange(all_items), all_items, ITEM)
+        input_bags, target_bags, candidate_bags = items[inputs], targets, np.arange(all_items)
+        log_q, target_candidate = np.zeros(all_items, dtype=np.float32), targets
+    else:
+        if in_batch_log_q is not None:
+            ids = np.unique(targets)
+            candidates = Candidates(ids, in_batch_log_q[ids])
+        elif candidates is None:
+            candidates = Candidates(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32))
+        item_kjt, bags = distinct(np.concatenate([items[inputs], targets, candidates.ids]), capacity.items, ITEM)
+        input_bags, target_bags, candidate_bags = np.split(bags, np.cumsum([inputs.sum(), targets.size]))
+        log_q = candidates.log_q
+        index_of = np.full(capacity.items, -1, dtype=np.int64)
+        index_of[candidate_bags] = np.arange(candidate_bags.size)
+        target_candidate = index_of[target_bags]
+    ends = np.cumsum(entries)
+    number = np.repeat(np.arange(count), entries)
+    return SequenceBatch(
+        users=user_kjt,
+        items=item_kjt,
+        item_bag=on_grid(input_bags),
+        user_bag=on_grid(user_bags[number]),
+        position=on_grid(ragged_arange(entries)),
+        sequence=on_grid(number, empty=-1),
+        segment=on_grid(segments[inputs]),
+        target_slot=torch.from_numpy(grid.slots[wanted]),
+        target_bag=torch.from_numpy(target_bags),
+        candidate_bag=torch.from_numpy(candidate_bags),
+        candidate_log_q=torch.from_numpy(log_q),
+        target_candidate=torch.from_numpy(target_candidate),
+        last_slot=torch.from_numpy(grid.slots[ends[entries > 0] - 1]),
+        global_targets=torch.tensor(float(targets.size)),
+        sequences=sequences if not predict else replace(sequences, seen=None),
+        cursor=cursor or Cursor(),
+    )
+
+
+def no_sequences() -> Sequences:
+    """A ragged list without any sequence: what a rank that has run out goes on with."""
+    none = np.zeros(0, dtype=np.int64)
+    return Sequences(users=none, items=none, offsets=np.zeros(1, dtype=np.int64))

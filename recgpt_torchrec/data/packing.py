@@ -1,0 +1,50 @@
+"""Packing sequences into a grid: short histories share a row, no sequence straddles two.
+
+The decoder runs on `[rows, row_length]` positions of which nearly all hold a token (first fit, longest first: a few
+percent stay empty), so that nothing is computed for padding; only the attention mask knows where a sequence ends.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where each token of a ragged list of sequences lies in a grid."""
+
+    rows: int
+    row_length: int
+    slots: np.ndarray
+    """[tokens] int64: flat grid index (row * row_length + column) of each token, in the order of the ragged list."""
+
+
+def pack(lengths: np.ndarray, row_length: int) -> Grid:
+    """Place sequences of `lengths` [sequences] into rows of `row_length`: first fit, longest first.
+
+    Example: `pack(np.array([3, 2, 1]), 4)` takes two rows: the three and the one share the first.
+    """
+    if lengths.size and int(lengths.max()) > row_length:
+        raise ValueError(f"a sequence of {int(lengths.max())} tokens does not fit a row of {row_length}")
+    # Rows by the room they have left: first fit among equals, best fit over all, without scanning the rows.
+    with_room: list[list[tuple[int, int]]] = [[] for _ in range(row_length + 1)]
+    starts = np.zeros(lengths.size, dtype=np.int64)
+    rows = 0
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[index])
+        for room in range(length, row_length + 1):
+            if with_room[room]:
+                row, column = with_room[room].pop()
+                break
+        else:
+            row, column, room = rows, 0, row_length
+            rows += 1
+        starts[index] = row * row_length + column
+        with_room[room - length].append((row, column + length))
+    return Grid(max(rows, 1), row_length, np.repeat(starts, lengths) + ragged_arange(lengths))
+
+
+def ragged_arange(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, ..., length - 1 for each of `lengths`, end to end, int64."""
+    ends = np.cumsum(lengths)
+    return np.arange(int(ends[-1]) if lengths.size else 0, dtype=np.int64) - np.repeat(ends - lengths, lengths)

@@ -1,0 +1,319 @@
+"""Parquet row groups -> shuffled windows -> packed batches, read ahead by loader workers of their own."""
+
+import multiprocessing
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from recgpt_torchrec.config import Batch, Loss, Stream
+from recgpt_torchrec.data import split as leave_one_out
+from recgpt_torchrec.data.batch import Candidates, Capacity, SequenceBatch, Sequences, make_batch, no_sequences
+from recgpt_torchrec.data.candidates import LogUniform, NegativeSampler, Uniform
+from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.windows import Cursor, Queue, RowGroup, Window, row_groups, windows_of
+from recgpt_torchrec.errors import InputError
+
+EVALUATION = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class BatchMaker:
+    """Makes the batches of one purpose: training on the training part, or encoding histories for a split."""
+
+    dataset: Dataset
+    split: str
+    """`training`, `validation`, `test`, or `all`: the whole history, nothing held out (what export encodes)."""
+    batch: Batch
+    loss: Loss
+    max_len: int
+    seed: int
+    item_counts: np.ndarray | None = None
+    """[items] int64 training interactions of each item, for popularity-based sampling and in-batch correction."""
+
+    @property
+    def training(self) -> bool:
+        """Whether batches hold targets to learn from."""
+        return self.split == "training"
+
+    @property
+    def row_length(self) -> int:
+        """Slots of a grid row: the longest sequence, but not under 64 so that short ones pack tightly."""
+        return max(64, self.max_len)
+
+    @property
+    def max_sequences(self) -> int:
+        """Most sequences a batch holds."""
+        return max(1, self.batch.tokens // 4)
+
+    @property
+    def capacity(self) -> Capacity:
+        """Bags of the two tables in every batch."""
+        items = self.dataset.manifest.items
+        if not self.training:
+            return Capacity(self.max_sequences, min(items, self.batch.tokens))
+        if self.loss.candidates == "all":
+            return Capacity(self.max_sequences, items)
+        negatives = 0 if self.loss.candidates == "in_batch" else self.loss.negatives
+        return Capacity(self.max_sequences, min(items, self.batch.tokens + self.max_sequences + negatives))
+
+    def sampler(self) -> NegativeSampler | None:
+        """Draws the negatives of a batch; None where the loss needs none drawn."""
+        if not self.training or self.loss.candidates in ("all", "in_batch"):
+            return None
+        if self.loss.negatives_by == "uniform":
+            return Uniform(self.dataset.manifest.items, self.loss.negatives)
+        assert self.item_counts is not None
+        return LogUniform(self.item_counts, self.loss.negatives)
+
+    def make(self, sequences: Sequences, cursor: Cursor, sampler: NegativeSampler | None, epoch: int) -> SequenceBatch:
+        """Pack sequences, with this purpose's candidates."""
+        candidates = None
+        if sampler is not None:
+            rng = np.random.default_rng((self.seed, epoch, cursor.worker, cursor.batches, 3))
+            candidates = Candidates(*sampler.draw(rng))
+        in_batch = None
+        if self.training and self.loss.candidates == "in_batch":
+            assert self.item_counts is not None
+            in_batch = in_batch_log_q(self.item_counts, self.batch.tokens)
+        return make_batch(
+            sequences,
+            row_length=self.row_length,
+            capacity=self.capacity,
+            predict=self.training,
+            candidates=candidates,
+            all_items=self.dataset.manifest.items if self.training and self.loss.candidates == "all" else 0,
+            in_batch_log_q=in_batch,
+            cursor=cursor,
+        )
+
+    def empty(self) -> SequenceBatch:
+        """A batch without sequences, for a rank that has run out."""
+        return self.make(no_sequences(), Cursor(), self.sampler(), 0)
+
+    def sequences_of(self, window: Window, epoch: int, shuffle: bool) -> Sequences:
+        """Read a window, cut its histories for the split and to `max_len`, and shuffle them."""
+        tables = [read_group(self.dataset, group) for group in window.groups]
+        table = pa.concat_tables(tables)
+        users = table["user_id"].to_numpy()
+        values, offsets = leave_one_out.item_lists(table["item_ids"])
+        segments = leave_one_out.item_lists(table["segment_ids"]).values if "segment_ids" in table.schema.names else None
+        held_out, keep = None, self.max_len
+        if self.training:
+            start, stop = leave_one_out.training(offsets)
+            keep += 1
+        elif self.split in EVALUATION:
+            rows = leave_one_out.held_out(offsets, self.split)  # type: ignore[arg-type]
+            users, start, stop, held_out = users[rows.row], rows.start, rows.stop, values[rows.target]
+        else:
+            start, stop = offsets[:-1], offsets[1:]
+        seen_from = start
+        if self.training and self.batch.long_histories == "windows":
+            users, start, stop = overlapping(users, start, stop, self.max_len)
+        else:
+            start = np.maximum(start, stop - keep)
+        order = np.arange(users.size)
+        if shuffle:
+            order = np.random.default_rng((self.seed, epoch, window.index, 2)).permutation(users.size)
+        start, stop = start[order], stop[order]
+        cut = leave_one_out.take(values, start, stop)
+        seen = None
+        if not self.training:
+            whole = leave_one_out.take(values, seen_from[order], stop)
+            seen = (whole.values, whole.offsets)
+        return Sequences(
+            users=users[order].astype(np.int64, copy=False),
+            items=cut.values,
+            offsets=cut.offsets,
+            segments=None if segments is None else leave_one_out.take(segments, start, stop).values,
+            held_out=None if held_out is None else held_out[order],
+            seen=seen,
+        )
+
+    def batches(self, windows: list[Window], queue: Queue, worker: int, epoch: int, shuffle: bool) -> Iterator[SequenceBatch]:
+        """The batches of one queue, in order: as many sequences as the budgets hold, never one out of turn."""
+        sampler = self.sampler()
+        pending: list[Sequences] = []
+        tokens = count = 0
+        made = queue.batches
+        for done, (index, offset) in enumerate(queue.windows):
+            sequences = self.sequences_of(windows[index], epoch, shuffle)
+            lengths = sequences.lengths - 1 if self.training else sequences.lengths
+            total = np.concatenate([[0], np.cumsum(np.maximum(lengths, 0))])
+            size = sequences.users.size
+            while offset < size:
+                room = total[offset] + self.batch.tokens - tokens
+                stop = min(int(np.searchsorted(total, room, side="right")) - 1, offset + self.max_sequences - count)
+                if stop > offset:
+                    pending.append(part_of(sequences, offset, stop))
+                    tokens += int(total[stop] - total[offset])
+                    count += stop - offset
+                    offset = stop
+                if offset < size:
+                    made += 1
+                    yield self.make(joined(pending), Cursor(worker, done, offset, made), sampler, epoch)
+                    pending, tokens, count = [], 0, 0
+        if pending:
+            yield self.make(joined(pending), Cursor(worker, len(queue.windows), 0, made + 1), sampler, epoch)
+
+
+def in_batch_log_q(counts: np.ndarray, tokens: int) -> np.ndarray:
+    """[items] float32: log of the chance that an item is among the targets of a batch of `tokens` positions."""
+    p = np.maximum(counts, 0.5) / max(counts.sum(), 1)
+    return np.log(-np.expm1(tokens * np.log1p(-np.minimum(p, 1 - 1e-9)))).astype(np.float32)
+
+
+def read_group(dataset: Dataset, group: RowGroup) -> pa.Table:
+    """Read the columns that are used of one row group, and check every id.
+
+    Raises:
+        InputError: names the part, the row group and the row of what cannot be used.
+    """
+    part = dataset.manifest.sequences[group.part]
+    place = f"{dataset.path}: {part.path}, row group {group.group}"
+    try:
+        with dataset.open_part(part) as file:
+            names = [n for n in ("user_id", "item_ids", "segment_ids") if n in file.schema_arrow.names]
+            table = file.read_row_group(group.group, columns=names)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{place} cannot be read ({error}); restore the file or run prepare again") from None
+    values, offsets = leave_one_out.item_lists(table["item_ids"])
+    wrong = np.flatnonzero((values < 0) | (values >= dataset.manifest.items))
+    if wrong.size:
+        row = int(np.searchsorted(offsets, wrong[0], side="right")) - 1
+        raise InputError(
+            f"{place}, row {row}: item id {values[wrong[0]]} is outside the vocabulary "
+            f"(0 to {dataset.manifest.items - 1}); the part belongs to another dataset"
+        )
+    users = table["user_id"].to_numpy()
+    wrong = np.flatnonzero((users < 0) | (users >= dataset.manifest.users))
+    if wrong.size:
+        raise InputError(f"{place}, row {wrong[0]}: user id {users[wrong[0]]} is outside 0 to {dataset.manifest.users - 1}")
+    return table
+
+
+def overlapping(users: np.ndarray, start: np.ndarray, stop: np.ndarray, max_len: int) -> tuple[np.ndarray, ...]:
+    """Cut each range into pieces of `max_len` inputs and one target, from the newest back; every target is in one piece.
+
+    Pieces overlap by the one entry that is a target in the earlier and the first input in the later.
+    """
+    pieces = np.maximum(-(-(stop - start - 1) // max_len), 1)
+    back = np.concatenate([np.arange(p) for p in pieces]) if pieces.size else np.zeros(0, dtype=np.int64)
+    owner = np.repeat(np.arange(users.size), pieces)
+    ends = stop[owner] - back * max_len
+    return users[owner], np.maximum(start[owner], ends - max_len - 1), ends
+
+
+def part_of(sequences: Sequences, start: int, stop: int) -> Sequences:
+    """The sequences `start:stop`."""
+
+    def cut(values: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return values[offsets[start] : offsets[stop]], offsets[start : stop + 1] - offsets[start]
+
+    items, offsets = cut(sequences.items, sequences.offsets)
+    return Sequences(
+        users=sequences.users[start:stop],
+        items=items,
+        offsets=offsets,
+        segments=None if sequences.segments is None else cut(sequences.segments, sequences.offsets)[0],
+        held_out=None if sequences.held_out is None else sequences.held_out[start:stop],
+        seen=None if sequences.seen is None else cut(*sequences.seen),
+    )
+
+
+def joined(parts: list[Sequences]) -> Sequences:
+    """The sequences of several lists, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        return no_sequences()
+
+    def offsets_of(lengths: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+
+    first = parts[0]
+    return Sequences(
+        users=np.concatenate([p.users for p in parts]),
+        items=np.concatenate([p.items for p in parts]),
+        offsets=offsets_of([p.lengths for p in parts]),
+        segments=None if first.segments is None else np.concatenate([p.segments for p in parts]),
+        held_out=None if first.held_out is None else np.concatenate([p.held_out for p in parts]),
+        seen=None
+        if first.seen is None
+        else (np.concatenate([p.seen[0] for p in parts]), offsets_of([np.diff(p.seen[1]) for p in parts])),
+    )
+
+
+class _Worker(IterableDataset):
+    """What one loader worker runs: the batches of its queue."""
+
+    def __init__(self, maker: BatchMaker, windows: list[Window], queues: list[Queue], epoch: int, shuffle: bool) -> None:
+        self.maker, self.windows, self.queues, self.epoch, self.shuffle = maker, windows, queues, epoch, shuffle
+
+    def __iter__(self) -> Iterator[SequenceBatch]:
+        info = get_worker_info()
+        worker = info.id if info is not None else 0
+        if info is not None:
+            torch.set_num_threads(1)
+            pa.set_cpu_count(1)
+            pa.set_io_thread_count(2)
+        return self.maker.batches(self.windows, self.queues[worker], worker, self.epoch, self.shuffle)
+
+
+class SequenceStream:
+    """The batches of a dataset for one rank, an epoch at a time.
+
+    Example: `for batch in stream.epoch(0, stream.deal(0, world_size)[rank : rank + 1]): ...`
+    """
+
+    def __init__(self, maker: BatchMaker, settings: Stream) -> None:
+        self.maker, self.settings = maker, settings
+        self.groups = row_groups(maker.dataset)
+
+    @property
+    def workers(self) -> int:
+        """Queues a rank reads side by side: one a loader worker, and one where the rank reads for itself."""
+        return max(1, self.settings.workers)
+
+    @property
+    def shuffle(self) -> bool:
+        """Training shuffles; everything else keeps the dataset's order."""
+        return self.maker.training
+
+    def windows(self, epoch: int) -> list[Window]:
+        """The windows of an epoch, the same on every rank."""
+        return windows_of(self.groups, self.maker.seed, epoch, self.settings.window_groups, self.shuffle)
+
+    def epoch(self, epoch: int, queues: list[Queue]) -> Iterator[SequenceBatch]:
+        """This rank's batches of what is left in its queues."""
+        source = _Worker(self.maker, self.windows(epoch), queues, epoch, self.shuffle)
+        if self.settings.workers == 0:
+            yield from source
+            return
+        # A fork server imports once and forks a clean process for each epoch: forking this process, with its process
+        # group and thread pools, is not safe, and spawning would import torch again each time.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        yield from DataLoader(
+            source,
+            batch_size=None,
+            num_workers=self.settings.workers,
+            prefetch_factor=self.settings.prefetch,
+            multiprocessing_context=context,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+def training_counts(dataset: Dataset) -> np.ndarray:
+    """[items] int64: how often each item is in the training part, from the dataset's `items/` parts."""
+    counts = np.zeros(dataset.manifest.items, dtype=np.int64)
+    for part in dataset.manifest.item_parts:
+        with dataset.open_part(part) as file:
+            for batch in file.iter_batches(columns=["item_id", "train_count"]):
+                counts[batch["item_id"].to_numpy()] = batch["train_count"].to_numpy()
+    return counts
+
+

@@ -1,0 +1,77 @@
+"""RecGPT: user and item tables, the decoder, and the loss, from a `SequenceBatch` to a number and vectors."""
+
+import torch
+from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+
+from recgpt_torchrec.config import Loss, Model
+from recgpt_torchrec.data.batch import ITEM, USER, SequenceBatch
+from recgpt_torchrec.model.decoder import Decoder
+from recgpt_torchrec.model.loss import bce_loss, softmax_loss
+
+
+def table(name: str, feature: str, rows: int, dim: int) -> EmbeddingBagCollection:
+    """One table of `rows` x `dim` float32, not materialised until it is sharded; one bag is one entity."""
+    config = EmbeddingBagConfig(name=name, embedding_dim=dim, num_embeddings=rows, feature_names=[feature])
+    return EmbeddingBagCollection(tables=[config], device=torch.device("meta"))
+
+
+class Dense(nn.Module):
+    """Everything that is not a table: the part that DistributedModelParallel wraps in DDP."""
+
+    def __init__(self, model: Model, loss: Loss) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+        self.decoder = Decoder(model)
+
+    def user_vectors(self, users: Tensor) -> Tensor:
+        """The user module: in training the whole vector of a user is dropped at random, so that none can be memorised."""
+        if self.training and self.model.user_dropout:
+            kept = torch.rand(users.shape[0], 1, device=users.device) >= self.model.user_dropout
+            users = users * kept / (1 - self.model.user_dropout)
+        return users
+
+    def forward(self, users: Tensor, items: Tensor, batch: SequenceBatch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Loss and vectors of a batch.
+
+        Args:
+            users: [user bags, dim].
+            items: [item bags, dim].
+            batch: the packed histories.
+
+        Returns:
+            loss: [] sum over this rank's targets, divided by `batch.global_targets`.
+            (loss, vectors): the loss without its graph, and the output at the newest entry of each sequence, the user's
+            interest vector [sequences, dim]. (The train pipeline hands on the second of a pair and keeps the first.)
+        """
+        users = self.user_vectors(users)
+        hidden = self.decoder(items[batch.item_bag], users[batch.user_bag], batch.position, batch.segment, batch.sequence)
+        flat = hidden.flatten(0, 1)
+        loss = self.sum_of_losses(flat[batch.target_slot], items, batch) / batch.global_targets.clamp(min=1)
+        return loss, (loss.detach(), flat[batch.last_slot])
+
+    def sum_of_losses(self, h: Tensor, items: Tensor, batch: SequenceBatch) -> Tensor:
+        """Sum of the losses at the target positions, `h` [targets, dim]."""
+        positive, candidates = items[batch.target_bag], items[batch.candidate_bag]
+        if self.loss.candidates == "bce":
+            return bce_loss(h, positive, candidates, batch.target_candidate, self.loss.bce_negatives)
+        return softmax_loss(h, positive, candidates, batch.candidate_log_q, batch.target_candidate)
+
+
+class RecGPT(nn.Module):
+    """The whole model, from a batch of distinct ids to a loss (paper, section 3.2).
+
+    Sharded tables are called in `forward` itself, with jagged tensors straight from the batch: that is what lets the
+    train pipeline start their all-to-all a step ahead.
+    """
+
+    def __init__(self, model: Model, loss: Loss, users: int, items: int) -> None:
+        super().__init__()
+        self.user_table = table("user", USER, users, model.dim)
+        self.item_table = table("item", ITEM, items, model.dim)
+        self.dense = Dense(model, loss)
+
+    def forward(self, batch: SequenceBatch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """See `Dense.forward`."""
+        users, items = self.user_table(batch.users), self.item_table(batch.items)
+        return self.dense(users.values(), items.values(), batch)

@@ -1,0 +1,44 @@
+"""The process group of a run: one process or many, gloo on CPU or NCCL on CUDA, from the launcher's environment."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@contextlib.contextmanager
+def process_group(timeout_s: float = 600.0) -> Iterator[torch.device]:
+    """Join the job's process group for the length of the `with`, and yield this rank's device.
+
+    Without a launcher (no WORLD_SIZE in the environment) the group is this one process.
+    """
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    store = None
+    if "WORLD_SIZE" not in os.environ:
+        store = dist.HashStore()
+    # gloo beside NCCL carries the host-side agreement on batches.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    single = {"store": store, "rank": 0, "world_size": 1} if store is not None else {}
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **single)
+    try:
+        yield device
+    finally:
+        # Without this the process aborts after its work is done.
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's rank in the job; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def say(*words: object) -> None:
+    """Print on rank 0."""
+    if rank() == 0:
+        print(*words, flush=True)

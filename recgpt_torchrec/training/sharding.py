@@ -1,0 +1,174 @@
+"""From a model on the meta device to a distributed one: sharding plan, DistributedModelParallel, and its optimizers."""
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torchrec import EmbeddingBagCollection
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.types import ShardedTensor, ShardingEnv, ShardingPlan, ShardingType
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from recgpt_torchrec.config import Optimizer, Tables
+from recgpt_torchrec.errors import InputError
+
+INIT_BLOCK = 4096
+"""Rows drawn from one random stream when a table is initialised."""
+
+EPS = 1e-8
+FUSED = {
+    "rowwise_adagrad": (RowWiseAdagrad, {"eps": EPS}),
+    "adagrad": (torch.optim.Adagrad, {"eps": EPS}),
+    "sgd": (torch.optim.SGD, {}),
+}
+"""Table optimizers that fbgemm fuses into the backward on CPU and CUDA alike; Adam it fuses on CUDA only."""
+
+
+class Sharder(EmbeddingBagCollectionSharder):
+    """The EBC sharder, with row-wise sharding on CPU too (torchrec offers it on CUDA only; on gloo it works as well)."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """Sharding types to plan with."""
+        offered = super().sharding_types(compute_device_type)
+        return offered if ShardingType.ROW_WISE.value in offered else [*offered, ShardingType.ROW_WISE.value]
+
+
+def sharding_type(tables: Tables, rows: int, dim: int, world_size: int) -> str:
+    """The sharding type of one table.
+
+    auto: a copy on every rank while the table is small, a block of columns on each beyond that (the traffic of column-wise
+    one-id bags does not grow with the number of ranks, that of row-wise does), whole tables where columns do not divide.
+    """
+    if tables.sharding != "auto":
+        return tables.sharding
+    if rows * dim * 4 <= tables.data_parallel_mb * 2**20:
+        return ShardingType.DATA_PARALLEL.value
+    return (ShardingType.COLUMN_WISE if dim % world_size == 0 else ShardingType.ROW_WISE).value
+
+
+def plan(model: nn.Module, tables: Tables, batch_size: int, device: torch.device) -> ShardingPlan:
+    """A sharding plan for every table of `model`, the same on all ranks (rank 0's planner decides).
+
+    Raises:
+        InputError: the tables cannot be sharded that way.
+    """
+    world_size = dist.get_world_size()
+    constraints = {}
+    for module in model.modules():
+        if isinstance(module, EmbeddingBagCollection):
+            for config in module.embedding_bag_configs():
+                rows, dim = config.num_embeddings, config.embedding_dim
+                chosen = sharding_type(tables, rows, dim, world_size)
+                if chosen == ShardingType.ROW_WISE.value and rows < world_size:
+                    raise InputError(
+                        f"the {config.name} table has {rows} rows, fewer than the {world_size} ranks: "
+                        "it cannot be sharded row-wise; use --tables.sharding data_parallel, or fewer ranks"
+                    )
+                if chosen == ShardingType.COLUMN_WISE.value and (dim % world_size or dim // world_size % 4):
+                    raise InputError(
+                        f"the {config.name} table's {dim} columns do not make {world_size} equal blocks of a multiple "
+                        "of 4: use another --model.dim, number of ranks, or --tables.sharding"
+                    )
+                fused = chosen != ShardingType.DATA_PARALLEL.value and (tables.optimizer in FUSED or device.type == "cuda")
+                constraints[config.name] = ParameterConstraints(
+                    sharding_types=[chosen],
+                    compute_kernels=["fused" if fused else "dense"],
+                    min_partition=max(4, dim // world_size),
+                )
+    topology = Topology(
+        world_size=world_size,
+        local_world_size=_local_world_size(world_size),
+        compute_device=device.type,
+        hbm_cap=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
+        ddr_cap=2**46,
+    )
+    planner = EmbeddingShardingPlanner(topology=topology, batch_size=batch_size, constraints=constraints)
+    return planner.collective_plan(model, [Sharder()], dist.GroupMember.WORLD)
+
+
+def _local_world_size(world_size: int) -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+
+
+def distribute(
+    model: nn.Module, *, tables: Tables, optimizer: Optimizer, batch_size: int, seed: int, device: torch.device
+) -> tuple[DistributedModelParallel, CombinedOptimizer]:
+    """Shard the tables, wrap the rest in DDP, and set up every optimizer.
+
+    Args:
+        model: tables on the meta device, the rest anywhere.
+        tables: sharding and optimizer of the tables.
+        optimizer: of everything else.
+        batch_size: bags of the largest feature a rank looks up in a step, for the planner's estimates.
+        seed: of the tables' initial values, which depend neither on the number of ranks nor on the sharding.
+        device: of this rank.
+
+    Returns:
+        the distributed model, and one optimizer over all of it (fused table optimizers have stepped in the backward).
+    """
+    fused = FUSED.get(tables.optimizer, (torch.optim.Adam, {"betas": (0.9, 0.98)}))
+    table_parameters = [
+        p for m in model.modules() if isinstance(m, EmbeddingBagCollection) for p in m.parameters()
+    ]
+    sharding_plan = plan(model, tables, batch_size, device)
+    in_backward = tables.optimizer in FUSED or device.type == "cuda"
+    if in_backward:
+        apply_optimizer_in_backward(
+            fused[0], table_parameters, {"lr": tables.lr, "weight_decay": tables.weight_decay, **fused[1]}
+        )
+    distributed = DistributedModelParallel(
+        model,
+        env=ShardingEnv.from_process_group(dist.GroupMember.WORLD),
+        device=device,
+        plan=sharding_plan,
+        sharders=[Sharder()],
+        init_parameters=True,
+        # static_graph, DMP's default, would freeze the first step's graph, and a rank may start with an empty batch.
+        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
+    )
+    initialise_tables(distributed, tables.init_std, seed)
+    dense, replicated = {}, {}
+    for name, parameter in in_backward_optimizer_filter(distributed.named_parameters()):
+        (replicated if "embedding_bags" in name else dense)[name] = parameter
+    parts: list[tuple[str, KeyedOptimizer]] = [("", distributed.fused_optimizer)]
+    if replicated:
+        replicated_kwargs = {"lr": tables.lr, "weight_decay": tables.weight_decay, **fused[1]}
+        parts.append(("", KeyedOptimizerWrapper(replicated, lambda p: fused[0](p, **replicated_kwargs))))
+    adamw = {"lr": optimizer.lr, "betas": (0.9, optimizer.beta2), "weight_decay": optimizer.weight_decay}
+    parts.append(("", KeyedOptimizerWrapper(dense, lambda p: torch.optim.AdamW(p, **adamw))))
+    return distributed, CombinedOptimizer(parts)
+
+
+def tables_of(model: nn.Module) -> dict[str, Any]:
+    """The tables in a model's state: name -> ShardedTensor, or a plain tensor where every rank holds a copy."""
+    return {name: value for name, value in model.state_dict().items() if "embedding_bags" in name}
+
+
+@torch.no_grad()
+def initialise_tables(model: nn.Module, std: float, seed: int) -> None:
+    """Draw every table from N(0, std^2), block by block from streams of (seed, table, block).
+
+    A row's values therefore depend neither on the number of ranks nor on how the table is sharded.
+    """
+    for number, (_, value) in enumerate(sorted(tables_of(model).items())):
+        shards = [(value, 0, 0)]
+        width = value.shape[1]
+        if isinstance(value, ShardedTensor):
+            shards = [(s.tensor, *s.metadata.shard_offsets) for s in value.local_shards()]
+        for tensor, row, column in shards:
+            rows, columns = tensor.shape
+            for block in range(row // INIT_BLOCK, -(-(row + rows) // INIT_BLOCK)):
+                rng = np.random.default_rng((seed, number, block, 4))
+                drawn = torch.from_numpy(rng.standard_normal((INIT_BLOCK, width), dtype=np.float32)) * std
+                first, last = max(row, block * INIT_BLOCK), min(row + rows, (block + 1) * INIT_BLOCK)
+                tensor[first - row : last - row] = drawn[
+                    first - block * INIT_BLOCK : last - block * INIT_BLOCK, column : column + columns
+                ].to(tensor.device)
