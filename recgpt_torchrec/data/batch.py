@@ -30,6 +30,8 @@ class Sequences:
     """[sequences + 1] int64."""
     segments: np.ndarray | None = None
     """[entries] int8: 0 interacted, 1 generated, 2 shown but not clicked; None: all interacted."""
+    read: np.ndarray | None = None
+    """[sequences] float64: how many of the dataset's interactions each accounts for; progress is measured in these."""
     held_out: np.ndarray | None = None
     """[sequences] int64: the item to be ranked in evaluation."""
     seen: tuple[np.ndarray, np.ndarray] | None = None
@@ -81,7 +83,7 @@ class SequenceBatch(Pipelineable):
     """[sequences] int64: flat slot of the newest entry of each sequence."""
     global_targets: torch.Tensor
     """[] float32: targets of this step on all ranks together; the loss is a mean over them."""
-    sequences: Sequences | None = None
+    sequences: Sequences
     """The histories the batch was made from; stays on the host."""
     cursor: Cursor = field(default_factory=Cursor)
     """Where the data stands once this batch is trained; stays on the host."""
@@ -204,7 +206,7 @@ def make_batch(
         target_candidate=torch.from_numpy(target_candidate),
         last_slot=torch.from_numpy(grid.slots[ends[entries > 0] - 1]),
         global_targets=torch.tensor(float(targets.size)),
-        sequences=sequences if not predict else replace(sequences, seen=None),
+        sequences=sequences,
         cursor=cursor or Cursor(),
     )
 

@@ -111,8 +111,10 @@ class BatchMaker:
         else:
             start, stop = offsets[:-1], offsets[1:]
         seen_from = start
+        read = np.diff(offsets).astype(np.float64) if self.training else None
         if self.training and self.batch.long_histories == "windows":
-            users, start, stop = overlapping(users, start, stop, self.max_len)
+            owner, start, stop = overlapping(start, stop, self.max_len)
+            users, read = users[owner], (read / np.bincount(owner, minlength=users.size))[owner]
         else:
             start = np.maximum(start, stop - keep)
         order = np.arange(users.size)
@@ -129,6 +131,7 @@ class BatchMaker:
             items=cut.values,
             offsets=cut.offsets,
             segments=None if segments is None else leave_one_out.take(segments, start, stop).values,
+            read=None if read is None else read[order],
             held_out=None if held_out is None else held_out[order],
             seen=seen,
         )
@@ -195,16 +198,19 @@ def read_group(dataset: Dataset, group: RowGroup) -> pa.Table:
     return table
 
 
-def overlapping(users: np.ndarray, start: np.ndarray, stop: np.ndarray, max_len: int) -> tuple[np.ndarray, ...]:
+def overlapping(start: np.ndarray, stop: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut each range into pieces of `max_len` inputs and one target, from the newest back; every target is in one piece.
 
     Pieces overlap by the one entry that is a target in the earlier and the first input in the later.
+
+    Returns:
+        owner, start, stop: [pieces] which range a piece is of, and where it lies.
     """
     pieces = np.maximum(-(-(stop - start - 1) // max_len), 1)
     back = np.concatenate([np.arange(p) for p in pieces]) if pieces.size else np.zeros(0, dtype=np.int64)
-    owner = np.repeat(np.arange(users.size), pieces)
+    owner = np.repeat(np.arange(start.size), pieces)
     ends = stop[owner] - back * max_len
-    return users[owner], np.maximum(start[owner], ends - max_len - 1), ends
+    return owner, np.maximum(start[owner], ends - max_len - 1), ends
 
 
 def part_of(sequences: Sequences, start: int, stop: int) -> Sequences:
@@ -219,6 +225,7 @@ def part_of(sequences: Sequences, start: int, stop: int) -> Sequences:
         items=items,
         offsets=offsets,
         segments=None if sequences.segments is None else cut(sequences.segments, sequences.offsets)[0],
+        read=None if sequences.read is None else sequences.read[start:stop],
         held_out=None if sequences.held_out is None else sequences.held_out[start:stop],
         seen=None if sequences.seen is None else cut(*sequences.seen),
     )
@@ -240,6 +247,7 @@ def joined(parts: list[Sequences]) -> Sequences:
         items=np.concatenate([p.items for p in parts]),
         offsets=offsets_of([p.lengths for p in parts]),
         segments=None if first.segments is None else np.concatenate([p.segments for p in parts]),
+        read=None if first.read is None else np.concatenate([p.read for p in parts]),
         held_out=None if first.held_out is None else np.concatenate([p.held_out for p in parts]),
         seen=None
         if first.seen is None

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
@@ -38,7 +38,20 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def say(*words: object) -> None:
+def say(*words: object, sep: str = " ") -> None:
     """Print on rank 0."""
     if rank() == 0:
-        print(*words, flush=True)
+        print(*words, sep=sep, flush=True)
+
+
+def together(function: Callable[[], None]) -> None:
+    """Run `function` on rank 0 while the others wait, and raise its error on all ranks (collective)."""
+    failed: list[Exception | None] = [None]
+    if rank() == 0:
+        try:
+            function()
+        except Exception as error:
+            failed[0] = error
+    dist.broadcast_object_list(failed, src=0)
+    if failed[0] is not None:
+        raise failed[0]

@@ -1,0 +1,83 @@
+"""A run's output folder: started once, resumed by the same command, never overwritten by another."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.training.checkpoint import Checkpoints, facts_of, read_json, write_json
+from recgpt_torchrec.training.processes import together
+
+RUN = "run.json"
+MAY_CHANGE = ("output", "data", "stream.workers", "stream.prefetch", "checkpoint.every_steps", "checkpoint.keep", "tables.sharding")
+"""Options that a resumed run may be given anew: they change where and how fast, not what is trained."""
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options as dotted names."""
+    out: dict[str, Any] = {}
+    for name, value in config.items():
+        out |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return out
+
+
+@dataclass
+class Run:
+    """One run: its configuration, the data it is trained on, and its checkpoints."""
+
+    config: dict[str, Any]
+    vocabulary: str
+    checkpoints: Checkpoints
+
+    @classmethod
+    def start(cls, output: str, config: dict[str, Any], vocabulary: str, keep: int) -> "Run":
+        """Claim an output folder, or find the unfinished run of the same configuration in it (collective).
+
+        Raises:
+            InputError: the folder holds something else.
+        """
+
+        def claim() -> None:
+            earlier = read_json(os.path.join(output, RUN))
+            if earlier is None:
+                if os.path.exists(output) and (not os.path.isdir(output) or os.listdir(output)):
+                    raise InputError(f"{output} holds something that is not a run of this program; choose another --output")
+                os.makedirs(output, exist_ok=True)
+                write_json(os.path.join(output, RUN), {"config": config, "vocabulary": vocabulary})
+                return
+            old, new = flat(earlier["config"]), flat(config)
+            differ = [n for n in sorted(old.keys() | new.keys()) if old.get(n) != new.get(n) and n not in MAY_CHANGE]
+            if differ:
+                lines = "".join(f"\n  --{n}: {old.get(n)} there, {new.get(n)} now" for n in differ)
+                raise InputError(f"{output} holds a run with other options; choose another --output, or the same options:{lines}")
+            if earlier["vocabulary"] != vocabulary:
+                raise InputError(
+                    f"{output} holds a run on another dataset ({old['data']}); choose another --output for {new['data']}"
+                )
+
+        together(claim)
+        return cls(config, vocabulary, Checkpoints(output, keep))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run was trained to its end."""
+        latest = self.checkpoints.latest()
+        return latest is not None and facts_of(latest)["progress"]["finished"]
+
+    def facts(self, plan: str) -> dict[str, Any]:
+        """What each checkpoint says of itself."""
+        return {"config": self.config, "vocabulary": self.vocabulary, "plan": plan}
+
+    def summary(self) -> str:
+        """What was reached, where it lies, and what to do next."""
+        output = self.checkpoints.output
+        best = read_json(os.path.join(output, "best.json")) or {}
+        data = self.config["data"]
+        return (
+            f"Trained: validation NDCG@10 {best.get('value', float('nan')):.4f} after epoch {best.get('epoch')}, "
+            f"in {self.checkpoints.best()}\n"
+            f"Curves:  tensorboard --logdir {output}/tensorboard\n"
+            f"Next:    python -m recgpt_torchrec.evaluate --data {data} --checkpoint {output} --output {output}/test.json --split test"
+        )
+
+

@@ -1,0 +1,35 @@
+"""The learning rate's course, measured in work done and not in steps, so that it is the same for every number of ranks."""
+
+import math
+
+from torchrec.optim.keyed import KeyedOptimizer
+
+from recgpt_torchrec.config import Optimizer
+
+
+def factor(config: Optimizer, steps: int, progress: float) -> float:
+    """The learning rate as a share of its peak: linear warm-up over steps, then cosine decay over the whole run.
+
+    Args:
+        config: warm-up and final share.
+        steps: steps done.
+        progress: targets trained over targets of the whole run, 0 to 1.
+    """
+    warm = min(1.0, (steps + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    cosine = 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+    return warm * (config.final_lr + (1 - config.final_lr) * cosine)
+
+
+class Schedule:
+    """Sets the learning rate of every parameter group, fused table optimizers included, before a step."""
+
+    def __init__(self, optimizer: KeyedOptimizer, config: Optimizer) -> None:
+        self.optimizer, self.config = optimizer, config
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+
+    def set(self, steps: int, progress: float) -> float:
+        """Set the rates for the next step; returns the share of the peak. The pipeline's zero_grad hands them to fbgemm."""
+        share = factor(self.config, steps, progress)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * share
+        return share
