@@ -53,12 +53,12 @@ $(VENV)/.locked: requirements-cpu.lock
 	echo "Installing $$(grep -c '==' $<) packages into $(VENV) with $$("$$python" --version) (once, about two minutes)"
 	rm -f $(VENV)/.locked $(VENV)/.installed
 	"$$python" -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --no-deps -r $<
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.locked pyproject.toml
 	@rm -f $@
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	$(BIN)/python -c 'import fbgemm_gpu, torch, torchrec, torchx, ibis, recgpt_torchrec, torchx_components'
 	touch $@
 

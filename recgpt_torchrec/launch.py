@@ -1,7 +1,7 @@
 """The job that runs one stage under torchrun: what a torchx component hands to a scheduler.
 
 Built on `torchx.components.dist.ddp`, with three differences: memory and CPU defaults that fit training, the Python
-interpreter of the submitting environment wherever it exists, and a number of threads that fits the machine. It knows
+interpreter of the submitting environment wherever it exists, and `recgpt_torchrec.node` around torchrun. It knows
 nothing of what a stage does, and imports no torch: torchx loads it to list components.
 """
 
@@ -17,24 +17,13 @@ from torchx.components import dist
 from torchx.specs.finder import ComponentValidationException
 
 MEMORY_MB_PER_PROCESS = 4096
-"""Asked of the scheduler for each process; importing torch and torchrec alone takes about 700 MB."""
+"""Asked of the scheduler for each process; importing torch and torchrec alone takes about 330 MB."""
 CPUS_PER_PROCESS = 2
 """Asked of the scheduler for each process: one for the step, one for the loader and the pipeline's communication."""
 
-# Runs on the machine of the job. `$$` is torchx's escape for `$`. A scheduler limits cores either by affinity, which
-# nproc sees, or by a cgroup quota, which it does not.
-_PROLOGUE = """\
-python={python}
-[ -x "$$python" ] || python=python3
-if [ -z "$${{OMP_NUM_THREADS:-}}" ]; then
-    cores=$$(nproc 2>/dev/null || echo 1)
-    if read -r quota period 2>/dev/null </sys/fs/cgroup/cpu.max && [ "$$quota" != max ]; then
-        cores=$$(( quota / period < cores ? quota / period : cores ))
-    fi
-    {limit}
-    export OMP_NUM_THREADS=$$(( cores / {processes} > 1 ? cores / {processes} : 1 ))
-fi
-exec "$$python" -m torch.distributed.run"""
+# The interpreter of the submitting environment, wherever the job finds it (local, Slurm with a shared file system), or
+# else that of the image. `$$` is torchx's escape for `$`.
+_COMMAND = 'python={python}; [ -x "$$python" ] || python=python3; exec "$$python" -m recgpt_torchrec.node'
 
 
 def stage(
@@ -94,13 +83,10 @@ def stage(
     (role,) = job.roles
     shell, command = role.args
     assert command.startswith("torchrun "), command
-    role.args = [shell, _prologue(processes, cpu) + command.removeprefix("torchrun")]
+    role.args = [shell, _COMMAND.format(python=shlex.quote(sys.executable)) + command.removeprefix("torchrun")]
+    if cpu:
+        role.env.setdefault("OMP_NUM_THREADS", str(max(1, cpu // processes)))
     return job
-
-
-def _prologue(processes: int, cpu: int) -> str:
-    limit = f"cores=$$(( {cpu} < cores ? {cpu} : cores ))" if cpu else ":"
-    return _PROLOGUE.format(python=shlex.quote(sys.executable), processes=processes, limit=limit)
 
 
 def require_one_process(stage_name: str, j: str | None) -> None:

@@ -1,0 +1,65 @@
+"""What runs once on each node of a job: torchrun, with threads that fit the machine and one line when a rank fails.
+
+`python -m recgpt_torchrec.node <options of torchrun> -m MODULE <options of MODULE>` is `torchrun ...` with two
+differences. Where `OMP_NUM_THREADS` is not set, each process gets its share of the cores (torchrun gives it one).
+And where torchrun ends with its own traceback, which buries what the failed rank said, this ends with one line.
+"""
+
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+LAST_WORDS_SECONDS = 0.3
+"""torchx's local scheduler copies output every 0.1 s and may lose what came after the last copy before the exit."""
+
+
+def main() -> None:
+    """Run torchrun on this process's arguments; exit with the status of the first rank that failed."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # Its one message, "failed (exitcode: ...)", is what the line below says.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    args = run.parse_args(sys.argv[1:])
+    if args.nproc_per_node.isdigit():
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_process(available_cores(), int(args.nproc_per_node))))
+    status = 0
+    try:
+        run.run(args)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        print(f"{args.training_script} failed: {describe(rank, failure.exitcode)}", file=sys.stderr, flush=True)
+    time.sleep(LAST_WORDS_SECONDS)
+    sys.exit(status)
+
+
+def describe(rank: int, exit_code: int) -> str:
+    """How the first failing rank ended, in words; a negative `exit_code` is the signal that killed it."""
+    if exit_code >= 0:
+        return f"rank {rank} ended with exit status {exit_code}; what it said stands above, behind [{rank}]"
+    name = signal.Signals(-exit_code).name
+    hint = " (is there enough memory? the system kills what takes too much)" if name == "SIGKILL" else ""
+    return f"rank {rank} was killed by {name}{hint}"
+
+
+def threads_per_process(cores: int, processes: int) -> int:
+    """The even share of `cores`, at least one."""
+    return max(1, cores // processes)
+
+
+def available_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores this process may use: by its affinity (Slurm, taskset) and by its cgroup's quota (containers)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = quota_file.read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+if __name__ == "__main__":
+    main()
