@@ -25,7 +25,9 @@ def parser_for(config_class: type, prog: str) -> ArgumentParser:
     A field whose metadata holds `nargs` takes several values after one option name (`--input a.csv b.csv`).
     """
     parser = ArgumentParser(prog=prog, description=config_class.__doc__, exit_on_error=True)
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below; options after it override it.")
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of the options below; options after it override it."
+    )
     several = {f.name: f for f in dataclasses.fields(config_class) if "nargs" in f.metadata}
     parser.add_class_arguments(config_class, skip=set(several))
     for name, field in several.items():

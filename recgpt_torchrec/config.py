@@ -11,35 +11,57 @@ InputFormat = Literal["auto", "csv", "tsv", "jsonl", "parquet", "sequences", "re
 
 @dataclass(kw_only=True)
 class Prepare:
-    """Turn raw interaction logs into a dataset: k-core filtering, dense ids in seeded random order, Parquet parts."""
+    """Turn raw interaction logs into a dataset: k-core filtering, dense ids in seeded random order, Parquet parts.
 
-    input: list[str] = field(metadata={"nargs": "+", "help": "Raw log files, folders or glob patterns."})
+    Example: python -m recgpt_torchrec.prepare --input log.csv --output runs/mine/data
+    """
+
+    input: list[str] = field(
+        metadata={
+            "nargs": "+",
+            "help": "Raw log: files, folders (searched to the bottom) or glob patterns; paths or URIs.",
+        }
+    )
     output: str
-    """Folder of the new dataset; must not exist, be empty, or hold an earlier dataset made with the same settings."""
+    """Folder of the new dataset, a path or a URI (s3://, gs://, hdfs://); must not exist, be empty, or hold the dataset
+    that would be made (then nothing is done)."""
     input_format: InputFormat = "auto"
-    """Format of the input; auto goes by the file name's ending (.csv, .tsv, .jsonl, .parquet, .inter, .txt)."""
+    """Format of the input. csv, tsv, jsonl and parquet: a row (or object) an interaction. sequences: a line a user,
+    `user item item ...` in time order. recbole: tab separated with a header of name:type fields. auto goes by each
+    file name's ending: .csv .tsv .jsonl .ndjson .parquet .txt (sequences) .inter (recbole), text also with .gz."""
     user_column: str = "user_id"
     """Column with the user key."""
     item_column: str = "item_id"
     """Column with the item key."""
     time_column: str | None = "timestamp"
-    """Column with the event time: a number, or an ISO date-time. null: rows are already in time order."""
+    """Column with the event time: a number, kept in its own unit, or an ISO date-time, which becomes seconds since 1970
+    (UTC unless it has an offset). null: rows are already in time order. Not used for sequences."""
+    rating_column: str | None = None
+    """Column with a number to keep beside each interaction, as the list column `ratings`; null keeps none."""
     min_count: int = 5
     """Fewest interactions a kept user and a kept item must have (k-core, repeated until it converges); 1 keeps all."""
     duplicates: Literal["keep", "drop"] = "keep"
-    """Whether the same user, item and time, appearing again, is kept or dropped."""
+    """Whether the same user, item and time, appearing again, is kept or dropped (before counting for min_count)."""
     seed: int = 0
     """Seed of the random order in which dense ids are given."""
     rows_per_group: int = 0
-    """Users per Parquet row group, the unit that is streamed and shuffled; 0 picks it from the dataset's size."""
+    """Users per Parquet row group, the unit that is streamed and shuffled; 0 makes 64 groups, of 16 to 8192 users."""
     groups_per_part: int = 16
     """Row groups per Parquet part file."""
     engine: Literal["duckdb", "pyspark"] = "duckdb"
-    """What runs the preparation."""
+    """What runs the preparation: duckdb on this machine; pyspark, for logs too large for it, is not available yet."""
+    scratch: str | None = None
+    """Local folder for temporary tables, about twice the size of the input; null: beside the output."""
+    memory_limit: str | None = None
+    """Most memory the engine takes before it spills to scratch, such as 4GB; null: 80% of the machine's."""
 
     def __post_init__(self) -> None:
         if self.min_count < 1:
             raise ValueError(f"--min_count is {self.min_count}; it counts interactions and must be at least 1")
+        if self.rows_per_group < 0:
+            raise ValueError(f"--rows_per_group is {self.rows_per_group}; pass a number of users, or 0 to choose")
+        if self.groups_per_part < 1:
+            raise ValueError(f"--groups_per_part is {self.groups_per_part}; a file holds at least 1 row group")
 
 
 @dataclass(kw_only=True)
@@ -113,8 +135,8 @@ class Stream:
 
     window_groups: int = 4
     """Row groups that are read and shuffled together."""
-    workers: int = 1
-    """Loader processes a rank; 0 reads in the training process itself."""
+    workers: int = 0
+    """Loader processes a rank; 0: a thread of the training process, which is faster for batches of a few thousand tokens."""
     prefetch: int = 8
     """Batches each worker keeps ready."""
 

@@ -59,12 +59,16 @@ class Manifest:
     sequences: list[Part] = field(default_factory=list)
     item_parts: list[Part] = field(default_factory=list)
     user_parts: list[Part] = field(default_factory=list)
+    preparation: dict[str, Any] = field(default_factory=dict)
+    """What `prepare` read and dropped: inputs, rows, rejected, rejected_parts, duplicates_dropped, rounds, lengths."""
 
     def to_json(self) -> str:
+        """The text of `manifest.json`."""
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
+        """The manifest that `text` holds."""
         values = json.loads(text)
         for name in ("sequences", "item_parts", "user_parts"):
             values[name] = [Part(**part) for part in values.get(name, [])]
@@ -91,13 +95,18 @@ class Dataset:
         fs, root = filesystem(path)
         info = fs.get_file_info(f"{root}/{MANIFEST}")
         if info.type == pyarrow.fs.FileType.NotFound:
-            raise InputError(f"{path} is not a dataset: it has no {MANIFEST}. Make one with: python -m recgpt_torchrec.prepare --output {path} ...")
+            raise InputError(
+                f"{path} is not a dataset: it has no {MANIFEST}. "
+                f"Make one with: python -m recgpt_torchrec.prepare --output {path} ..."
+            )
         with fs.open_input_stream(f"{root}/{MANIFEST}") as stream:
             text = stream.read().decode()
         try:
             version = json.loads(text).get("format_version")
         except (json.JSONDecodeError, AttributeError) as error:
-            raise InputError(f"{path}/{MANIFEST} is not valid JSON ({error}); run prepare again into a new folder") from None
+            raise InputError(
+                f"{path}/{MANIFEST} is not valid JSON ({error}); run prepare again into a new folder"
+            ) from None
         if version != FORMAT_VERSION:
             raise InputError(
                 f"{path} has dataset format version {version}, this program reads version {FORMAT_VERSION}; "
@@ -109,9 +118,15 @@ class Dataset:
         infos = fs.get_file_info([f"{root}/{part.path}" for part in parts])
         for part, found in zip(parts, infos, strict=True):
             if found.type == pyarrow.fs.FileType.NotFound:
-                raise InputError(f"{path}: the part {part.path} is missing (the manifest promises {part.rows} rows in {part.bytes} bytes); restore it or run prepare again")
+                raise InputError(
+                    f"{path}: the part {part.path} is missing (the manifest promises {part.rows} rows in "
+                    f"{part.bytes} bytes); restore it or run prepare again"
+                )
             if found.size != part.bytes:
-                raise InputError(f"{path}: the part {part.path} is damaged: it has {found.size} bytes, the manifest promises {part.bytes}; restore it or run prepare again")
+                raise InputError(
+                    f"{path}: the part {part.path} is damaged: it has {found.size} bytes, the manifest promises "
+                    f"{part.bytes}; restore it or run prepare again"
+                )
         return dataset
 
     def open_part(self, part: Part) -> pq.ParquetFile:
@@ -124,4 +139,7 @@ class Dataset:
         try:
             return pq.ParquetFile(fs.open_input_file(f"{root}/{part.path}"))
         except Exception as error:
-            raise InputError(f"{self.path}: the part {part.path} cannot be read as Parquet ({error}); restore it or run prepare again") from None
+            raise InputError(
+                f"{self.path}: the part {part.path} cannot be read as Parquet ({error}); "
+                "restore it or run prepare again"
+            ) from None

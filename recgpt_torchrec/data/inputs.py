@@ -1,0 +1,103 @@
+"""Which files an `--input` names, and how to open one.
+
+Knows names, sizes and formats by ending; nothing of what is inside.
+"""
+
+import glob
+import gzip
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Any, cast
+
+import fsspec
+
+from recgpt_torchrec.errors import InputError
+
+ENDINGS = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".inter": "recbole",
+    ".txt": "sequences",
+}
+
+
+@dataclass(kw_only=True)
+class InputFile:
+    """One raw file."""
+
+    path: str
+    format: str
+    bytes: int
+    modified: str
+    """Time of the last change, as the file system gives it."""
+
+    def open(self) -> IO[Any]:
+        """Open for reading, decompressed."""
+        stream = fsspec.open(self.path).open() if "://" in self.path else open(self.path, "rb")
+        return cast(IO[Any], gzip.GzipFile(fileobj=stream)) if self.path.endswith(".gz") else stream
+
+
+def list_files(patterns: list[str], input_format: str, output: str) -> list[InputFile]:
+    """The files that `--input` names: files, folders (searched to the bottom) and globs, in the order given.
+
+    Files in a folder come sorted by path; hidden files, files starting with `_`, and anything under `output` are left
+    out; with `auto`, so are files whose ending says nothing.
+
+    Raises:
+        InputError: nothing there, or `auto` cannot tell a file's format.
+    """
+    found: dict[str, InputFile] = {}
+    for pattern in patterns:
+        for path, size, modified, named in _expand(pattern, output):
+            plain = path.removesuffix(".gz")
+            kind = input_format if input_format != "auto" else ENDINGS.get(os.path.splitext(plain)[1].lower(), "")
+            if not kind and not named:
+                continue
+            if not kind:
+                known = " ".join(ENDINGS)
+                raise InputError(
+                    f"{path}: its ending does not say what format it is (known: {known}, also with .gz); "
+                    "pass --input_format csv, tsv, jsonl, parquet, sequences or recbole"
+                )
+            found.setdefault(path, InputFile(path=path, format=kind, bytes=size, modified=modified))
+        if not found:
+            raise InputError(
+                f"--input {pattern}: no file there has a known ending ({' '.join(ENDINGS)}); pass --input_format"
+            )
+    return list(found.values())
+
+
+def _expand(pattern: str, output: str) -> Iterator[tuple[str, int, str, bool]]:
+    """Path, bytes and modification time of each file `pattern` stands for; whether it was named itself."""
+    if "://" in pattern:
+        fs, root = fsspec.core.url_to_fs(pattern)
+        matches = sorted(fs.glob(root)) if glob.has_magic(root) else [root] if fs.exists(root) else []
+        for match in matches:
+            inside = sorted(fs.find(match)) if fs.isdir(match) else [match]
+            for path in inside:
+                if path == match or _visible(os.path.relpath(path, match)):
+                    info = fs.info(path)
+                    changed = str(info.get("mtime") or info.get("LastModified") or info.get("ETag") or "")
+                    yield fs.unstrip_protocol(path), info["size"], changed, path == match
+    else:
+        matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        below = os.path.join(os.path.abspath(output), "")
+        for match in matches:
+            inside = [match]
+            if os.path.isdir(match):
+                inside = sorted(os.path.join(folder, name) for folder, _, names in os.walk(match) for name in names)
+                inside = [path for path in inside if _visible(os.path.relpath(path, match))]
+            for path in inside:
+                if not os.path.isdir(path) and not os.path.abspath(path).startswith(below):
+                    status = os.stat(path)
+                    yield path, status.st_size, str(status.st_mtime_ns), path == match
+    if not matches:
+        raise InputError(f"--input {pattern}: no such file or folder, and no file matches it as a pattern")
+
+
+def _visible(path: str) -> bool:
+    return not any(part.startswith((".", "_")) for part in path.split(os.sep))

@@ -1,0 +1,303 @@
+"""From a raw log to a dataset folder: k-core, dense ids, order in time, Parquet parts, manifest.
+
+Everything between reading and writing is Ibis expressions over tables that stay in the engine, so the log never has to
+fit in memory.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import duckdb
+import ibis
+import ibis.expr.types as ir
+import pyarrow as pa
+import pyarrow.fs
+from tqdm import tqdm
+
+from recgpt_torchrec.config import Prepare
+from recgpt_torchrec.data import raw, writing
+from recgpt_torchrec.data.dataset import FORMAT_VERSION, MANIFEST, Dataset, Manifest, Part, filesystem
+from recgpt_torchrec.data.engine import BATCH_ROWS, DuckDBEngine
+from recgpt_torchrec.data.inputs import InputFile, list_files
+from recgpt_torchrec.data.kcore import Core, k_core
+from recgpt_torchrec.errors import InputError
+
+IN_TIME = ["time", "fraction", "order"]
+"""What orders a user's interactions: time, and place in the input where times are equal."""
+NOT_IN_RESULT = ("output", "input", "engine", "scratch", "memory_limit")
+"""Settings that do not change what is in a dataset."""
+
+
+@dataclass(kw_only=True)
+class Result:
+    """What `prepare` did."""
+
+    manifest: Manifest
+    seconds: float
+    already_there: bool = False
+
+
+def prepare(config: Prepare) -> Result:
+    """Make the dataset `config.output`, or find that it is there already.
+
+    Raises:
+        InputError: the input cannot be used, or the output folder is not free.
+    """
+    began = time.monotonic()
+    if config.engine != "duckdb":
+        raise InputError(f"--engine {config.engine} is not available yet; use --engine duckdb")
+    files = list_files(config.input, config.input_format, config.output)
+    finished = _finished(config, files)
+    if finished is not None:
+        return Result(manifest=finished, seconds=time.monotonic() - began, already_there=True)
+    writing.check_free(config.output)
+    try:
+        with DuckDBEngine(_scratch(config), config.memory_limit) as engine:
+            log = raw.read(engine, config, files)
+            manifest = _make(engine, config, log)
+    except duckdb.OutOfMemoryException as error:
+        raise InputError(
+            f"the engine ran out of memory or scratch space; give more with --memory_limit or --scratch ({error})"
+        ) from None
+    except duckdb.Error as error:
+        if "memory_limit" in str(error) or "memory limit" in str(error).lower():
+            raise InputError(f"--memory_limit {config.memory_limit} is not a size such as 4GB or 500MB") from None
+        if isinstance(error, duckdb.IOException):
+            raise InputError(f"scratch folder {_scratch(config)}: {error}; name another with --scratch") from None
+        raise
+    except PermissionError as error:
+        raise InputError(f"scratch folder {_scratch(config)}: {error}; name another with --scratch") from None
+    return Result(manifest=manifest, seconds=time.monotonic() - began)
+
+
+def _make(engine: DuckDBEngine, config: Prepare, log: raw.RawLog) -> Manifest:
+    """Filter, number and write what was read."""
+    users, items = vocabulary(engine, log.interactions, config.seed)
+    events = engine.save("events", encoded(log.interactions, users, items))
+    dropped = 0
+    if config.duplicates == "drop":
+        unique = engine.save("unique_events", without_repeats(events))
+        dropped = _count(engine, events) - _count(engine, unique)
+        engine.drop("events")
+        events = unique
+    core = k_core(engine, events.select("user", "item"), config.min_count)
+    if core.left.interactions == 0:
+        raise InputError(_nothing_left(engine, config, events, core))
+    user_ids = engine.save("user_ids", dense_ids(core.users, "user", "user_id"))
+    item_ids = engine.save("item_ids", dense_ids(core.items, "item", "item_id"))
+    kept = engine.save(
+        "kept_events", events.inner_join(user_ids, "user").inner_join(item_ids, "item").drop("user", "item")
+    )
+    engine.drop(events.get_name())
+
+    lengths = _lengths(engine, kept)
+    size = config.rows_per_group or group_size(core.left.users)
+    lists: dict[str, tuple[str, pa.DataType]] = {"item_ids": ("item_id", pa.int64())}
+    if log.timed:
+        lists["timestamps"] = ("time", pa.int64())
+    if config.rating_column:
+        lists["ratings"] = ("rating", pa.float32())
+    sources = [source for source, _ in lists.values()]
+    ordered = kept.order_by("user_id", *IN_TIME).select("user_id", *sources)
+    with writing.staged(config.output) as (fs, folder):
+        events_read = _progress(engine.batches(ordered), "writing sequences", core.left.interactions)
+        groups = writing.sequence_groups(events_read, size, lists)
+        manifest = Manifest(
+            users=core.left.users,
+            items=core.left.items,
+            interactions=core.left.interactions,
+            settings=asdict(config),
+            sequences=writing.write_parts(fs, folder, "sequences", groups, config.groups_per_part),
+        )
+        fingerprint = writing.Fingerprint()
+
+        def write(table: ir.Table, name: str) -> list[Part]:
+            fingerprint.add(pa.chunked_array([[name]]))
+            tables = writing.row_groups(engine.batches(table), BATCH_ROWS)
+            return writing.write_parts(fs, folder, name, _hashed(tables, fingerprint), config.groups_per_part)
+
+        manifest.item_parts = write(item_table(kept, item_ids, items), "items")
+        manifest.user_parts = write(user_table(user_ids, users), "users")
+        manifest.vocabulary = fingerprint.hex()
+        rejected_parts: list[Part] = []
+        if log.rejected:
+            tables = writing.row_groups(raw.rejected_rows(engine, log), BATCH_ROWS)
+            rejected_parts = writing.write_parts(fs, folder, "rejected", tables, config.groups_per_part)
+        manifest.preparation = {
+            "inputs": [asdict(file) for file in log.files],
+            "rows": log.rows,
+            "rejected": log.rejected,
+            "rejected_parts": [asdict(part) for part in rejected_parts],
+            "duplicates_dropped": dropped,
+            "rounds": [asdict(round_) for round_ in core.rounds],
+            "lengths": lengths,
+        }
+        writing.write_manifest(fs, folder, manifest)
+    return manifest
+
+
+# ------------------------------------------------------------------------------------------------ the expressions
+
+
+def vocabulary(engine: DuckDBEngine, log: ir.Table, seed: int) -> tuple[ir.Table, ir.Table]:
+    """A code for every user and item of the log: columns `key`, and `user` or `item`.
+
+    Codes follow the md5 of seed and key. So their order is random, but the same for the same seed and keys, whatever
+    the order of the log, its split into files, or the engine; and it does not tell when an item first appeared, which
+    would give away held-out items.
+    """
+
+    def codes(keys: ir.Table, name: str) -> ir.Table:
+        hashed = keys.mutate(place=(ibis.literal(f"{seed}:") + keys.key).hexdigest("md5"))
+        return hashed.select("key", **{name: ibis.row_number().over(order_by=[hashed.place, hashed.key]).cast("int64")})
+
+    users = engine.save("user_codes", codes(log.select(key=log.user).distinct(), "user"))
+    items = engine.save("item_codes", codes(log.select(key=log.item).distinct(), "item"))
+    return users, items
+
+
+def encoded(log: ir.Table, users: ir.Table, items: ir.Table) -> ir.Table:
+    """The log with codes in place of keys."""
+    values = [name for name in log.columns if name not in ("user", "item")]
+    coded = users.select(user_key=users.key, user_code=users.user)
+    with_users = log.inner_join(coded, log.user == coded.user_key)
+    coded_items = items.select(item_key=items.key, item_code=items.item)
+    both = with_users.inner_join(coded_items, with_users.item == coded_items.item_key)
+    return both.select(*values, user=both.user_code, item=both.item_code)
+
+
+def without_repeats(events: ir.Table) -> ir.Table:
+    """The first of each user, item and time."""
+    same = ibis.window(group_by=["user", "item", "time", "fraction"], order_by="order")
+    numbered = events.mutate(repeat=ibis.row_number().over(same))
+    return numbered.filter(numbered.repeat == 0).drop("repeat")
+
+
+def dense_ids(kept: ir.Table, code: str, name: str) -> ir.Table:
+    """Ids from 0 on for the kept codes, in their order: columns `code` and `name`."""
+    return kept.select(code, **{name: ibis.row_number().over(order_by=kept[code]).cast("int64")})
+
+
+def item_table(kept: ir.Table, item_ids: ir.Table, items: ir.Table) -> ir.Table:
+    """Rows of `items/`: item_id, key, count, and train_count, which leaves out each user's last two interactions.
+
+    Users with fewer than three interactions have none held out.
+    """
+    backwards = ibis.window(group_by="user_id", order_by=[ibis.desc(column) for column in IN_TIME])
+    placed = kept.mutate(
+        from_end=ibis.row_number().over(backwards), length=kept.count().over(ibis.window(group_by="user_id"))
+    )
+    trains = (placed.from_end >= 2) | (placed.length < 3)
+    counts = placed.group_by("item_id").agg(count=placed.count(), train_count=trains.cast("int64").sum())
+    named = item_ids.inner_join(items, "item").select("item_id", "key")
+    return named.inner_join(counts, "item_id").select("item_id", "key", "count", "train_count").order_by("item_id")
+
+
+def user_table(user_ids: ir.Table, users: ir.Table) -> ir.Table:
+    """Rows of `users/`: user_id, key."""
+    return user_ids.inner_join(users, "user").select("user_id", "key").order_by("user_id")
+
+
+# ------------------------------------------------------------------------------------------------ small parts
+
+
+def group_size(users: int) -> int:
+    """Users in a row group: 64 groups in a small dataset, if they have 16 users; at most 8,192 users in a large one."""
+    return min(max(-(-users // 64), 16), 8192)
+
+
+def _lengths(engine: DuckDBEngine, kept: ir.Table) -> dict[str, float]:
+    """Mean and quantiles of the users' sequence lengths, from their histogram."""
+    sizes = kept.group_by("user_id").agg(length=kept.count())
+    histogram = engine.rows(sizes.group_by("length").agg(users=sizes.count()).order_by("length"))
+    users = sum(row["users"] for row in histogram)
+    result: dict[str, float] = {"mean": round(sum(row["length"] * row["users"] for row in histogram) / users, 2)}
+    for name, share in (("min", 0.0), ("50%", 0.5), ("90%", 0.9), ("99%", 0.99), ("max", 1.0)):
+        seen = 0
+        for row in histogram:
+            seen += row["users"]
+            if seen >= max(share * users, 1):
+                result[name] = row["length"]
+                break
+    return result
+
+
+def _count(engine: DuckDBEngine, table: ir.Table) -> int:
+    return int(engine.row(table.agg(n=table.count()))["n"])
+
+
+def _hashed(tables: Iterable[pa.Table], fingerprint: writing.Fingerprint) -> Iterator[pa.Table]:
+    for table in tables:
+        fingerprint.add(table.column("key"))
+        yield table
+
+
+def _progress(batches: Iterable[pa.RecordBatch], name: str, total: int) -> Iterator[pa.RecordBatch]:
+    with tqdm(total=total, desc=name, unit=" interactions", unit_scale=True, disable=None, leave=False) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(batch.num_rows)
+
+
+def _nothing_left(engine: DuckDBEngine, config: Prepare, events: ir.Table, core: Core) -> str:
+    """The message when k-core filtering took everything; it looks for a count that leaves something."""
+    first = core.rounds[0]
+    text = (
+        f"nothing is left after k-core filtering with --min_count {config.min_count}: the log has "
+        f"{first.interactions:,} usable rows of {first.users:,} users and {first.items:,} items, but no part of it in "
+        f"which every user and every item has {config.min_count} interactions"
+    )
+    for smaller in range(config.min_count - 1, max(config.min_count - 10, 1), -1):
+        engine.drop(
+            *(f"core_{kind}_{step}" for kind in ("users", "items", "pairs") for step in range(len(core.rounds) + 1))
+        )
+        core = k_core(engine, events.select("user", "item"), smaller)
+        if core.left.interactions:
+            left = f"{core.left.users:,} users, {core.left.items:,} items and {core.left.interactions:,} interactions"
+            return f"{text}. --min_count {smaller} would leave {left}"
+    return f"{text}. Pass a smaller --min_count; 1 keeps everything"
+
+
+def _scratch(config: Prepare) -> str:
+    """Where the engine keeps its tables: beside the output, if that is on a local disk."""
+    fs, root = filesystem(config.output)
+    if config.scratch is not None:
+        parent = os.path.abspath(config.scratch)
+    else:
+        parent = os.path.dirname(root) if isinstance(fs, pyarrow.fs.LocalFileSystem) else tempfile.gettempdir()
+    while not os.path.isdir(parent) and parent != os.path.dirname(parent):
+        parent = os.path.dirname(parent)  # folders that are not there are made only when the dataset is
+    return parent
+
+
+def _finished(config: Prepare, files: list[InputFile]) -> Manifest | None:
+    """The manifest, if the output folder holds the very dataset that would be made."""
+    fs, root = filesystem(config.output)
+    if fs.get_file_info(f"{root}/{MANIFEST}").type == pyarrow.fs.FileType.NotFound:
+        return None
+    manifest = Dataset.open(config.output).manifest
+    now, then = asdict(config), manifest.settings
+    changed = [
+        f"{name} {then.get(name)!r}, now {value!r}"
+        for name, value in now.items()
+        if name not in NOT_IN_RESULT and then.get(name) != value
+    ]
+    inputs: list[dict[str, Any]] = manifest.preparation.get("inputs", [])
+    if [asdict(file) for file in files] != inputs:
+        old = {entry["path"]: entry for entry in inputs}
+        differing = [file.path for file in files if old.get(file.path) != asdict(file)]
+        differing += [path for path in old if path not in {file.path for file in files}]
+        changed.append(
+            f"input files differ: {', '.join(differing[:3]) or 'their order'}{', ...' if len(differing) > 3 else ''}"
+        )
+    if changed:
+        raise InputError(
+            f"--output {config.output} already holds a dataset made otherwise ({'; '.join(changed)}); nothing was "
+            "touched. Name another folder, or delete this one first"
+        )
+    assert manifest.format_version == FORMAT_VERSION
+    return manifest

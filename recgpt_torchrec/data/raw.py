@@ -1,0 +1,118 @@
+"""Raw interaction logs of every format -> one table of interactions, with the rows that cannot be used set aside.
+
+Knows nothing of filtering, ids or the dataset's format.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import ibis
+import ibis.expr.types as ir
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from recgpt_torchrec.config import Prepare
+from recgpt_torchrec.data.duckdb_reader import DuckDBReader, shortened
+from recgpt_torchrec.data.engine import DuckDBEngine
+from recgpt_torchrec.data.inputs import InputFile
+from recgpt_torchrec.data.rows import BLANK
+from recgpt_torchrec.errors import InputError
+
+
+@dataclass(kw_only=True)
+class RawLog:
+    """A log that was read."""
+
+    interactions: ir.Table
+    """Usable rows: user string, item string, time int64 (null without times), fraction float64 (of a second),
+    order int64 (place in the input), and rating float64 where a rating column was asked for."""
+    timed: bool
+    rows: int
+    """Rows read: usable and rejected."""
+    rejected: dict[str, int]
+    """Number of rejected rows by reason."""
+    files: list[InputFile]
+    first_rows: list[int]
+    """For each file, the place of its first row in the input."""
+    header_lines: list[int]
+
+
+def read(engine: DuckDBEngine, config: Prepare, files: list[InputFile]) -> RawLog:
+    """Read every file into the engine.
+
+    Raises:
+        InputError: a file is not what its format says, misses a column, or nothing in it can be used.
+    """
+    timed = config.time_column is not None and any(file.format != "sequences" for file in files)
+    if timed and any(file.format == "sequences" for file in files):
+        raise InputError(
+            "--input mixes files of the format sequences, which have no times, with others that have; "
+            "prepare them apart"
+        )
+    reader = DuckDBReader(engine, config, timed)
+    total = sum(file.bytes for file in files)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=None, leave=False) as bar:
+        for index, file in enumerate(files):
+            bar.set_postfix_str(os.path.basename(file.path))
+            reader.load(index, file)
+            bar.update(file.bytes)
+    log = ibis.table(reader.schema, name="log")
+    usable = log.filter(log.problem.isnull())
+    columns = ["user", "item", "time", "fraction", "order", *(["rating"] if config.rating_column else [])]
+    faults = ibis.table({"file": "int64", "line": "int64", "reason": "string", "text": "string"}, name="malformed")
+    rejected = {row["problem"]: row["n"] for row in engine.rows(log.group_by("problem").agg(n=log.count()))}
+    rows = rejected.pop(None, 0)
+    rejected.pop(BLANK, None)
+    for row in engine.rows(faults.group_by("reason").agg(n=faults.count())):
+        rejected[row["reason"]] = rejected.get(row["reason"], 0) + row["n"]
+    result = RawLog(
+        interactions=usable.select(*columns),
+        timed=timed,
+        rows=rows + sum(rejected.values()),
+        rejected=dict(sorted(rejected.items())),
+        files=files,
+        first_rows=reader.first_rows,
+        header_lines=reader.header_lines,
+    )
+    names = files[0].path if len(files) == 1 else f"the {len(files)} input files"
+    if result.rows == 0:
+        raise InputError(f"{names}: empty, there are no rows to prepare")
+    if rows == 0:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in result.rejected.items())
+        shown = next((batch.to_pylist()[0] for batch in rejected_rows(engine, result) if batch.num_rows), None)
+        example = f". For example {shown['file']}, row {shown['row']}: {shortened(shown['text'])}" if shown else ""
+        raise InputError(f"{names}: none of the {result.rows:,} rows can be used ({reasons}){example}")
+    return result
+
+
+def rejected_rows(engine: DuckDBEngine, log: RawLog) -> Iterator[pa.RecordBatch]:
+    """The rows that cannot be used: file, row, reason, text.
+
+    `row` is the line of a text file, or the row of a Parquet file, both from 1. Behind line breaks inside quotes and
+    blank lines of a CSV file it is that much too small.
+    """
+    schema = pa.schema([("file", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("text", pa.string())])
+    paths = np.array([file.path for file in log.files], dtype=object)
+    table = ibis.table({"file": "int64", "line": "int64", "reason": "string", "text": "string"}, name="malformed")
+    lines: dict[int, list[int]] = {}
+    for batch in engine.batches(table.order_by("file", "line")):
+        rows = batch.to_pydict()
+        for file, line in zip(rows["file"], rows["line"], strict=True):
+            lines.setdefault(file, []).append(line)
+        yield pa.record_batch([paths[rows["file"]].tolist(), rows["line"], rows["reason"], rows["text"]], schema=schema)
+    entries = ibis.table({"problem": "string", "text": "string", "order": "int64"}, name="log")
+    bad = entries.filter(entries.problem.notnull(), entries.problem != BLANK).order_by("order")
+    for batch in engine.batches(bad.select("problem", "text", "order")):
+        order = batch.column("order").to_numpy()
+        files = np.searchsorted(log.first_rows, order, side="right") - 1
+        rows_in_file = order - np.array(log.first_rows)[files] + 1
+        for file in np.unique(files):
+            # Malformed lines are not among the rows counted here: step over those that came before.
+            gone = np.array(lines.get(int(file), []), dtype=np.int64) - log.header_lines[file]
+            before = gone - 1 - np.arange(len(gone))
+            mine = files == file
+            rows_in_file[mine] += np.searchsorted(before, rows_in_file[mine] - 1, side="right") + log.header_lines[file]
+        columns = [paths[files].tolist(), rows_in_file, batch.column("problem"), batch.column("text")]
+        yield pa.record_batch(columns, schema=schema)

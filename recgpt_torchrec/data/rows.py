@@ -1,0 +1,85 @@
+"""What a row of a raw log says: user, item and time, or why it cannot be used. Ibis expressions, for any engine."""
+
+from typing import Any
+
+import ibis
+import ibis.expr.datatypes as dt
+import ibis.expr.types as ir
+
+BLANK = "blank line"
+"""The reason of lines that hold nothing: not read, not counted."""
+
+
+def meaning(source: ir.Table, *, timed: bool, rated: bool) -> ir.Table:
+    """What each row of a source says, and `problem`: why it cannot be used, or null.
+
+    Args:
+        source: columns `user`, `item`, `time` and `rating` as they stand in the file (any type), `fault` (what the
+            reader already found wrong, or null) and `text` (the row, to be shown).
+
+    Returns:
+        user string, item string, time int64, fraction float64, rating float64, problem string, text string (null
+        for usable rows).
+    """
+    user, item = _key(source.user), _key(source.item)
+    time, fraction = _time(source.time) if timed else (ibis.null("int64"), ibis.literal(0.0))
+    problems = [(source.fault.notnull(), source.fault), (user.isnull(), "no user"), (item.isnull(), "no item")]
+    if timed:
+        problems += [(_key(source.time).isnull(), "no time"), (time.isnull(), "unreadable time")]
+    problem = ibis.cases(*problems, else_=ibis.null("string"))
+    rating = source.rating.try_cast("float64") if rated else ibis.null("float64")
+    return source.select(
+        user=user,
+        item=item,
+        time=time,
+        fraction=fraction.fill_null(0.0),
+        rating=rating,
+        problem=problem,
+        text=ibis.cases((problem.notnull(), source.text), else_=ibis.null("string")),
+    )
+
+
+def _key(column: Any) -> Any:
+    """A key as a string; null where there is none. 12.0 in a float column (pandas, with gaps) is the key 12."""
+    kind = column.type()
+    if kind.is_floating():
+        whole = column.round().try_cast("int64")
+        text = ibis.cases(
+            (column.isnan(), ibis.null("string")), (whole == column, whole.cast("string")), else_=column.cast("string")
+        )
+    else:
+        text = column if kind.is_string() else column.cast("string")
+    return ibis.cases((text.strip() == "", ibis.null("string")), else_=text)
+
+
+def _time(column: Any) -> tuple[Any, Any]:
+    """Whole units and the fraction of one; both null where it cannot be read.
+
+    Numbers keep their unit. Date-times become seconds since 1970 (UTC where no offset is given).
+    """
+    kind = column.type()
+    if kind.is_integer():
+        return column.try_cast("int64"), ibis.literal(0.0)
+    if kind.is_floating() or kind.is_decimal():
+        number = column.cast("float64")
+        whole = number.floor().try_cast("int64")
+        return whole, number - whole
+    if kind.is_string():
+        text = column.strip()
+        integer = text.re_search(r"^[+-]?[0-9]+$").ifelse(text.try_cast("int64"), ibis.null("int64"))
+        number = text.re_search(r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$").ifelse(
+            text.try_cast("float64"), ibis.null("float64")
+        )
+        moment = text.re_search(r"^[0-9]+-").ifelse(text, ibis.null("string")).try_cast(dt.Timestamp("UTC"))
+    else:
+        text, integer, number = column.cast("string"), ibis.null("int64"), ibis.null("float64")
+        moment = column.cast(dt.Timestamp("UTC"))
+    seconds = moment.truncate("s").epoch_seconds().cast("int64")
+    digits = text.re_extract(r":[0-9][0-9]\.([0-9]+)", 1)
+    whole = ibis.coalesce(integer, number.floor().try_cast("int64"), seconds)
+    fraction = ibis.cases(
+        (integer.notnull(), 0.0),
+        (number.notnull(), number - number.floor()),
+        else_=(ibis.literal("0.") + digits).try_cast("float64"),
+    )
+    return whole, fraction

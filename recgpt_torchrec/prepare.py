@@ -1,0 +1,62 @@
+"""Turn a raw interaction log into a dataset.
+
+python -m recgpt_torchrec.prepare --input log.csv --output runs/mine/data
+"""
+
+from recgpt_torchrec import cli
+from recgpt_torchrec.config import Prepare
+from recgpt_torchrec.data.preparation import Result, prepare
+
+
+def main(config: Prepare) -> None:
+    """Prepare, and say what became of the log."""
+    print(summary(config, prepare(config)))
+
+
+def summary(config: Prepare, result: Result) -> str:
+    """What was read, what was dropped and why, what was written, and the next command."""
+    manifest, made = result.manifest, result.manifest.preparation
+    files, rejected, rounds, lengths = made["inputs"], made["rejected"], made["rounds"], made["lengths"]
+    parts = manifest.sequences + manifest.item_parts + manifest.user_parts
+    name = files[0]["path"] if len(files) == 1 else f"{len(files)} files"
+    lines = [f"read        {made['rows']:,} rows of {name} ({size(sum(file['bytes'] for file in files))})"]
+    if rejected:
+        total = sum(rejected.values())
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejected.items())
+        lines.append(
+            f"rejected    {total:,} rows ({total / made['rows']:.2%}): {reasons}; see {config.output}/rejected"
+        )
+    if made["duplicates_dropped"]:
+        lines.append(f"duplicates  {made['duplicates_dropped']:,} dropped")
+    for number, step in enumerate(rounds, 1):
+        removed = ", ".join(f"{step[f'{what}_removed']:,} {what}" for what in ("users", "items", "interactions"))
+        lines.append(f"{f'{config.min_count}-core' if number == 1 else '':<11} round {number} removed {removed}")
+    if not rounds:
+        lines.append(f"{f'{config.min_count}-core':<11} removed nothing")
+    quantiles = ", ".join(f"{key} {value:,}" for key, value in lengths.items())
+    lines += [
+        f"dataset     {manifest.users:,} users, {manifest.items:,} items, {manifest.interactions:,} interactions",
+        f"lengths     {quantiles}",
+    ]
+    if result.already_there:
+        lines.append(f"nothing to do: {config.output} was already made from this input with these settings")
+    else:
+        written = f"{size(sum(part.bytes for part in parts))} in {len(parts)} files"
+        lines.append(f"wrote       {config.output} ({written}) in {result.seconds:.1f} s")
+    lines.append(f"next        python -m recgpt_torchrec.pretrain --data {config.output} --output RUN_FOLDER")
+    return "\n".join(lines)
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    for unit in ("KB", "MB", "GB"):
+        count /= 1000
+        if count < 1000:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:.1f} TB"
+
+
+if __name__ == "__main__":
+    cli.run(Prepare, main, "recgpt_torchrec.prepare")
