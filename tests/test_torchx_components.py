@@ -1,0 +1,158 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from torchx.runner import get_runner
+from torchx.specs.builders import materialize_appdef
+from torchx.specs.finder import ComponentValidationException, get_component, get_components
+
+from recgpt_torchrec import node
+
+STAGES = ["prepare", "pretrain", "evaluate", "export"]
+TORCHX = Path(sys.executable).with_name("torchx")
+
+
+def job(stage, *arguments):
+    return materialize_appdef(get_component(f"recgpt_torchrec.{stage}").fn, list(arguments))
+
+
+def torchx(*arguments, cwd):
+    """Run the torchx command as in a fresh shell: no virtual environment is active."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "OMP_NUM_THREADS")}
+    environment["PATH"] = "/usr/bin:/bin"
+    return subprocess.run(
+        [str(TORCHX), *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """A module beside the job, to stand for a stage: it does what its argument says."""
+    (tmp_path / "stand_in.py").write_text(
+        "import os, sys, time\n"
+        "rank = os.environ['RANK']\n"
+        "print('rank', rank, 'threads', os.environ['OMP_NUM_THREADS'], 'python', sys.executable, flush=True)\n"
+        "if sys.argv[1] == 'fail' and rank == '1':\n"
+        "    sys.exit('the cause: no such column')\n"
+        "if sys.argv[1] == 'fail':\n"
+        "    time.sleep(60)\n"
+    )
+    return tmp_path
+
+
+def test_every_stage_is_a_component_and_torchxs_own_are_still_there():
+    names = set(get_components())
+    assert {name for name in names if name.startswith("recgpt_torchrec.")} == {f"recgpt_torchrec.{s}" for s in STAGES}
+    assert {"dist.ddp", "dist.spmd", "utils.echo", "utils.python"} <= names
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_explains_the_stage_and_every_option(stage, capsys):
+    with pytest.raises(SystemExit) as end:
+        job(stage, "--help")
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert "CPU cores per node" in shown and "MB" in shown and "nodes x processes" in shown
+    assert "TIP:" not in shown  # what torchx says where a docstring is missing
+
+
+def test_a_job_asks_for_memory_and_cores_by_the_number_of_processes():
+    (role,) = job("pretrain", "-j", "2x4", "--", "--data", "d").roles
+    assert (role.num_replicas, role.resource.cpu, role.resource.memMB, role.resource.gpu) == (2, 8, 4 * 4096, 0)
+    (role,) = job("pretrain", "-j", "1x2", "--cpu", "6", "--memMB", "9000", "--gpu", "2").roles
+    assert (role.num_replicas, role.resource.cpu, role.resource.memMB, role.resource.gpu) == (1, 6, 9000, 2)
+    assert role.env["OMP_NUM_THREADS"] == "3"
+
+
+def test_the_users_environment_wins():
+    (role,) = job("pretrain", "--cpu", "6", "--env", "OMP_NUM_THREADS=5,A=b").roles
+    assert (role.env["OMP_NUM_THREADS"], role.env["A"]) == ("5", "b")
+
+
+def test_arguments_reach_the_stage_whole():
+    (role,) = job("pretrain", "-j", "1x2", "--", "--data", "my data", "--train.epochs", "3").roles
+    assert role.args[1].endswith("-m recgpt_torchrec.pretrain --data 'my data' --train.epochs 3")
+
+
+@pytest.mark.parametrize(("stage", "j"), [("prepare", "1x2"), ("prepare", "2x1"), ("pretrain", "two")])
+def test_a_wrong_number_of_processes_is_refused(stage, j):
+    with pytest.raises(ComponentValidationException, match=j):
+        job(stage, "-j", j)
+
+
+def test_slurm_gets_a_task_a_node_with_memory_cores_and_the_first_nodes_name():
+    with get_runner() as runner:
+        script = repr(runner.dryrun(job("pretrain", "-j", "2x2", "--", "--data", "d"), "slurm").request)
+    assert script.count("--ntasks-per-node=1 --cpus-per-task=4 --mem=8192") == 2
+    assert "--rdzv_endpoint ${SLURM_JOB_NODELIST_HET_GROUP_0:=localhost}:29500" in script
+    assert f"python={sys.executable};" in script
+
+
+def test_kubernetes_gets_pods_with_the_same_limits():
+    pytest.importorskip("kubernetes", reason="the kubernetes package is not installed")
+    with get_runner() as runner:
+        request = runner.dryrun(job("pretrain", "-j", "2x2"), "kubernetes", cfg={"queue": "default"}).request
+    tasks = yaml.safe_load(str(request))["spec"]["tasks"]
+    assert len(tasks) == 2
+    assert tasks[0]["template"]["spec"]["containers"][0]["resources"]["limits"] == {"cpu": "4000m", "memory": "8192M"}
+
+
+def test_a_job_runs_from_any_folder_with_the_environments_own_python(tmp_path):
+    done = torchx(
+        "run", "-s", "local_cwd", "recgpt_torchrec.prepare", "--", "--help", cwd=tmp_path
+    )  # no .venv/bin on PATH, no project in this folder
+    assert done.returncode == 0, done.stderr
+    assert "--input" in done.stderr
+
+
+def test_a_failed_rank_ends_the_job_with_its_own_words_and_no_foreign_traceback(stand_in):
+    component = stand_in / "component.py"
+    component.write_text(
+        "from torchx import specs\n"
+        "from recgpt_torchrec import launch\n"
+        "def broken(*args: str) -> specs.AppDef:\n"
+        '    """A stage that fails."""\n'
+        "    return launch.stage('stand_in', *args, j='1x2')\n"
+    )
+    done = torchx("run", "-s", "local_cwd", f"{component}:broken", "--", "fail", cwd=stand_in)
+    assert done.returncode != 0
+    assert "[1]:the cause: no such column" in done.stderr
+    assert "stand_in failed: rank 1 ended with exit status 1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_processes_share_the_cores_of_the_node(stand_in):
+    run = [sys.executable, "-m", "recgpt_torchrec.node", "--nnodes", "1", "--nproc_per_node", "2"]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [*run, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "stand_in", "succeed"],
+        cwd=stand_in,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    threads = max(1, node.available_cores() // 2)
+    assert done.stdout.count(f"threads {threads} python {sys.executable}") == 2
+
+
+def test_threads_are_an_even_share_and_never_none():
+    assert [node.threads_per_process(8, n) for n in (1, 2, 3, 8, 16)] == [8, 4, 2, 1, 1]
+
+
+def test_a_containers_quota_limits_the_cores(tmp_path):
+    quota = tmp_path / "cpu.max"
+    assert node.available_cores(quota) >= 1
+    for text, expected in [("100000 100000", 1), ("50000 100000", 1), ("max 100000", node.available_cores(quota))]:
+        quota.write_text(text)
+        assert node.available_cores(quota) == expected
+
+
+def test_how_a_rank_ended_is_said_in_words():
+    assert "exit status 2" in node.describe(3, 2) and "[3]" in node.describe(3, 2)
+    assert "SIGKILL (is there enough memory?" in node.describe(0, -signal.SIGKILL)
