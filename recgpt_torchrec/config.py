@@ -219,3 +219,45 @@ class Pretrain:
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+
+
+@dataclass(kw_only=True)
+class Evaluate:
+    """Rank the whole catalogue for every user: HR@k and NDCG@k of a checkpoint, beside baselines that need no training."""
+
+    data: str
+    """Folder of the dataset."""
+    checkpoint: str
+    """A run's output folder (its best checkpoint) or one checkpoint folder."""
+    output: str
+    """JSON file to write; its folder must exist."""
+    split: Literal["validation", "test"] = "test"
+    """Which held-out item is ranked: the second last of each user, or the last."""
+    ks: list[int] = field(default_factory=lambda: [5, 10])
+    """List lengths of HR and NDCG."""
+    baselines: bool = True
+    """Whether to measure popularity and item co-occurrence beside the model."""
+    overwrite: bool = False
+    """Replace an output file that holds the evaluation of something else."""
+    batch: Batch = field(default_factory=Batch)
+    tables: Tables = field(default_factory=Tables)
+
+    def __post_init__(self) -> None:
+        if not self.ks or min(self.ks) < 1:
+            raise ValueError(f"--ks is {self.ks}; it takes list lengths of at least 1, for example [5,10]")
+
+
+@dataclass(kw_only=True)
+class Export:
+    """Write item vectors and user vectors of a checkpoint as Parquet, for an ANN index."""
+
+    data: str
+    """Folder of the dataset."""
+    checkpoint: str
+    """A run's output folder (its best checkpoint) or one checkpoint folder."""
+    output: str
+    """Folder of the export; must not hold anything else."""
+    history: Literal["all", "test", "validation"] = "all"
+    """Which history a user's vector is made of: everything, or what comes before the item that a split holds out."""
+    batch: Batch = field(default_factory=Batch)
+    tables: Tables = field(default_factory=Tables)

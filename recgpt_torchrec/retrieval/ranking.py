@@ -18,7 +18,7 @@ LOOKUP = 65536
 SCORES = 2**24
 """Scores held at once: 64 MiB in float32."""
 
-Metrics = dict[str, dict[str, float]]
+Results = dict[str, dict[str, float]]
 """{"masked": {"HR@5": ..., ...}, "unmasked": {...}}"""
 
 
@@ -58,7 +58,7 @@ def measure(
     score: Callable[[Sequences, Tensor], Tensor],
     items: int,
     ks: tuple[int, ...],
-) -> Metrics:
+) -> tuple[int, Results]:
     """HR and NDCG at `ks`, masked and unmasked, over the users of all ranks (collective at the end).
 
     Args:
@@ -66,6 +66,10 @@ def measure(
         score: of a few sequences, [sequences, items] float32 scores over the whole catalogue.
         items: size of the catalogue.
         ks: list lengths.
+
+    Returns:
+        users: how many were ranked.
+        results: the figures.
     """
     at_once = max(1, SCORES // items)
     masked, unmasked = RankingMetrics(ks), RankingMetrics(ks)
@@ -77,7 +81,12 @@ def measure(
             targets = torch.from_numpy(part.held_out)
             masked.update(ranks(scores, targets, part.seen).cpu())
             unmasked.update(ranks(scores, targets).cpu())
-    for metrics in (masked, unmasked):
-        if dist.is_initialized():
-            dist.all_reduce(metrics.state())
-    return {"masked": masked.result(), "unmasked": unmasked.result()}
+    results: Results = {"masked": reduced(masked).result(), "unmasked": reduced(unmasked).result()}
+    return masked.users, results
+
+
+def reduced(metrics: RankingMetrics) -> RankingMetrics:
+    """The metrics over the users of all ranks (collective)."""
+    if dist.is_initialized():
+        dist.all_reduce(metrics.state())
+    return metrics

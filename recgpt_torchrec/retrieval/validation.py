@@ -23,4 +23,5 @@ class Validation:
         self.model.eval()
         catalogue = gather_table(module.item_table, items, self.device)
         batches = encode(self.model, self.stream, self.device)
-        return measure(batches, lambda _, vectors: vectors @ catalogue.t(), items, (5, 10))["masked"]
+        _, results = measure(batches, lambda _, vectors: vectors @ catalogue.t(), items, (5, 10))
+        return results["masked"]

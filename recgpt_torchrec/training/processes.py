@@ -38,6 +38,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def world_size() -> int:
+    """Number of processes in the job; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def say(*words: object, sep: str = " ") -> None:
     """Print on rank 0."""
     if rank() == 0:

@@ -1,0 +1,76 @@
+"""Stage `evaluate`: dataset and checkpoint -> HR and NDCG of every recall path, as a table and as JSON."""
+
+import os
+from typing import Any
+
+from recgpt_torchrec import cli
+from recgpt_torchrec.config import Evaluate
+from recgpt_torchrec.errors import InputError
+
+
+def main(config: Evaluate) -> None:
+    """Measure the checkpoint's recall paths and the baselines over all users of a split."""
+    from recgpt_torchrec.building import encoding_stream, load
+    from recgpt_torchrec.data.dataset import Dataset
+    from recgpt_torchrec.retrieval import baselines
+    from recgpt_torchrec.retrieval.ranking import encode, gather_table, measure, reduced
+    from recgpt_torchrec.training.checkpoint import find, read_json, write_json
+    from recgpt_torchrec.training.processes import process_group, rank, say, together, world_size
+
+    with process_group() as device:
+        dataset, checkpoint = Dataset.open(config.data), find(config.checkpoint)
+        together(lambda: check_output(config, read_json))
+        ks = tuple(config.ks)
+        results: dict[str, Any] = {}
+        model, model_config = load(checkpoint, dataset, config.batch, config.tables, device)
+        say(f"{checkpoint}: ranking {dataset.manifest.items:,} items for {dataset.manifest.users:,} users ({config.split})")
+        catalogue = gather_table(model.module.item_table, dataset.manifest.items, device)
+        stream = encoding_stream(dataset, config.split, model_config, config.batch)
+        users, results["pretrain"] = measure(
+            encode(model, stream, device), lambda _, vectors: vectors @ catalogue.t(), dataset.manifest.items, ks
+        )
+        if config.baselines:
+            measured = baselines.evaluate(dataset, config.split, ks=ks, rank=rank(), world_size=world_size())
+            for name, protocols in measured.items():
+                results[name] = {how: reduced(metrics).result() for how, metrics in protocols.items()}
+        answer = {
+            "dataset": config.data,
+            "checkpoint": checkpoint,
+            "split": config.split,
+            "users": users,
+            "results": results,
+        }
+        together(lambda: write_json(config.output, answer))
+        say(table(results))
+        say(f"Written: {config.output}")
+        say(f"Next:    python -m recgpt_torchrec.export --data {config.data} --checkpoint {config.checkpoint} --output EXPORT_FOLDER")
+
+
+def check_output(config: Evaluate, read_json: Any) -> None:
+    """Refuse to write over anything but an earlier evaluation of the same run and split."""
+    folder = os.path.dirname(os.path.abspath(config.output))
+    if not os.path.isdir(folder):
+        raise InputError(f"the folder {folder} of --output does not exist; make it first")
+    if config.overwrite or not os.path.exists(config.output):
+        return
+    try:
+        earlier = read_json(config.output)
+    except ValueError:
+        earlier = None
+    if not isinstance(earlier, dict) or (earlier.get("dataset"), earlier.get("split")) != (config.data, config.split):
+        raise InputError(f"{config.output} holds something else; choose another --output, or give --overwrite true")
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as text, a line a recall path, masked and unmasked."""
+    lines = []
+    for how, meaning in (("masked", "items of the history cannot be answered"), ("unmasked", "every item competes")):
+        names = list(next(iter(results.values()))[how])
+        lines.append(f"\n{how} ({meaning})\n{'':<20}" + "".join(f"{name:>9}" for name in names))
+        for path, figures in results.items():
+            lines.append(f"{path:<20}" + "".join(f"{figures[how][name]:>9.4f}" for name in names))
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    cli.run(Evaluate, main, "recgpt_torchrec.evaluate")
