@@ -22,19 +22,24 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 def parser_for(config_class: type, prog: str) -> ArgumentParser:
     """The parser of one stage: one option a field, explained by the docstring under the field.
 
-    A field whose metadata holds `nargs` takes several values after one option name (`--input a.csv b.csv`).
+    A field whose metadata holds `nargs` takes several values after one option name (`--input a.csv b.csv`); in YAML it
+    is a list, or one value.
     """
     parser = ArgumentParser(prog=prog, description=config_class.__doc__, exit_on_error=True)
     parser.add_argument(
         "--config", action="config", help="YAML file with any of the options below; options after it override it."
     )
-    several = {f.name: f for f in dataclasses.fields(config_class) if "nargs" in f.metadata}
-    parser.add_class_arguments(config_class, skip=set(several))
+    several = _several(config_class)
     for name, field in several.items():
-        parser.add_argument(
-            f"--{name}", type=str, nargs=field.metadata["nargs"], required=True, help=field.metadata.get("help", "")
-        )
+        help_text = field.metadata.get("help", "")
+        parser.add_argument(f"--{name}", nargs=field.metadata["nargs"], required=True, help=help_text)
+    parser.add_class_arguments(config_class, skip=set(several), as_group=False)
     return parser
+
+
+def _several(config_class: type) -> dict[str, dataclasses.Field[Any]]:
+    """The fields that take several values."""
+    return {field.name: field for field in dataclasses.fields(config_class) if "nargs" in field.metadata}
 
 
 def parse(config_class: type[Config], prog: str, arguments: list[str] | None = None) -> Config:
@@ -42,6 +47,11 @@ def parse(config_class: type[Config], prog: str, arguments: list[str] | None = N
     parser = parser_for(config_class, prog)
     values = parser.parse_args(arguments)
     values.pop("config", None)
+    for name in _several(config_class):
+        given = [values[name]] if isinstance(values[name], str) else values[name]
+        if not isinstance(given, list) or not given or not all(isinstance(value, str) for value in given):
+            parser.error(f'Parser key "{name}": expected one or more strings, got {values[name]!r}')
+        values[name] = given
     built: Any = parser.instantiate_classes(values)
     try:
         return config_class(**(vars(built) if isinstance(built, Namespace) else built))
