@@ -1,12 +1,25 @@
 """The process group of a run: one process or many, gloo on CPU or NCCL on CUDA, from the launcher's environment."""
 
 import contextlib
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+
+def quiet() -> None:
+    """Silence what torch, torchrec and fbgemm say at every start that no user can act on; warnings of ours stay."""
+    for name in ("torchrec", "torch.fx", "torch.distributed", "fbgemm_gpu"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # The planner's "Sharding spec not found" comes through the root logger: it looks for tables that it did not shard.
+    logging.getLogger().addFilter(lambda record: "Sharding spec not found" not in record.getMessage())
+    for module in ("torchrec", "torch", "fbgemm_gpu"):
+        warnings.filterwarnings("ignore", module=rf"{module}\.")
+    warnings.filterwarnings("ignore", message=".*autograd kernel was not registered.*")
 
 
 @contextlib.contextmanager
@@ -15,6 +28,7 @@ def process_group(timeout_s: float = 600.0) -> Iterator[torch.device]:
 
     Without a launcher (no WORLD_SIZE in the environment) the group is this one process.
     """
+    quiet()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
