@@ -70,7 +70,7 @@ class Model:
 
     dim: int = 64
     """Width of item and user vectors and of the decoder."""
-    layers: int = 2
+    layers: int = 1
     """Decoder blocks."""
     heads: int = 2
     """Attention heads; must divide dim."""
@@ -82,6 +82,10 @@ class Model:
     """Dropout after the embedding and of each block's two outputs, 0 to 1."""
     attention_dropout: float = 0.5
     """Dropout of attention weights, 0 to 1."""
+    history_in: bool = True
+    """Add a linear map of the running mean of the item vectors to the decoder's input."""
+    history_out: bool = True
+    """Add the mean of the item vectors, forgetting at a learned rate, to the decoder's output."""
     user_dropout: float = 0.9
     """Chance that a user's whole vector is dropped in a training step, 0 to 1; 1 turns the user module off."""
 
@@ -155,7 +159,7 @@ class Tables:
     """Largest table that auto copies to every rank, in MiB."""
     optimizer: Literal["rowwise_adagrad", "adagrad", "adam", "sgd"] = "rowwise_adagrad"
     """Fused into the backward; adam is fused on CUDA and a dense update of the whole shard on CPU."""
-    lr: float = 0.02
+    lr: float = 0.05
     """Peak learning rate of the tables."""
     weight_decay: float = 0.0
     """L2 penalty added to the gradient."""
@@ -167,7 +171,7 @@ class Tables:
 class Optimizer:
     """AdamW of the decoder, and the learning rate's course, which the tables follow too."""
 
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Peak learning rate of the decoder."""
     beta2: float = 0.98
     """Decay of Adam's second moment."""

@@ -29,36 +29,58 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropped: float) -> 
     return dropout(weights, dropped, True) @ v
 
 
+def history_weights(mask: Tensor, decay: Tensor | float) -> Tensor:
+    """[rows, 1, row_length, row_length] bool -> [rows, row_length, row_length] weights of a causal mean, rows sum to 1.
+
+    The weight of an entry falls with its age by exp(-decay) an entry; 0 is the plain mean.
+    """
+    length = mask.shape[-1]
+    place = torch.arange(length, device=mask.device)
+    age = (place[:, None] - place[None, :]).clamp(min=0)
+    weights = mask[:, 0] * torch.exp(-decay * age)
+    return weights / weights.sum(-1, keepdim=True)
+
+
 class Block(nn.Module):
-    """One decoder block: causal self-attention and a feed-forward layer, each with dropout and a residual."""
+    """One decoder block: causal self-attention and a feed-forward layer, each with dropout, residual and norm after it."""
 
     def __init__(self, config: Model) -> None:
         super().__init__()
         dim = config.dim
         self.heads, self.dropout, self.attention_dropout = config.heads, config.dropout, config.attention_dropout
-        self.norm_attention, self.norm_feed = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.norm_attention, self.norm_feed = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.up, self.down = nn.Linear(dim, config.feed_forward * dim), nn.Linear(config.feed_forward * dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """[rows, row_length, dim] -> the same; `mask` as of `attention_mask`."""
         rows, length, dim = x.shape
-        q, k, v = self.qkv(self.norm_attention(x)).view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         seen = attention(q, k, v, mask, self.attention_dropout if self.training else 0.0)
-        x = x + dropout(self.out(seen.transpose(1, 2).reshape(rows, length, dim)), self.dropout, self.training)
-        return x + dropout(self.down(F.gelu(self.up(self.norm_feed(x)))), self.dropout, self.training)
+        seen = self.out(seen.transpose(1, 2).reshape(rows, length, dim))
+        x = self.norm_attention(x + dropout(seen, self.dropout, self.training))
+        return self.norm_feed(x + dropout(self.down(F.gelu(self.up(x))), self.dropout, self.training))
 
 
 class Decoder(nn.Module):
-    """h0 = item + user + position (+ segment), N causal blocks (paper, equations 1 and 2)."""
+    """h0 = item + user + position (+ segment), N causal blocks (paper, equations 1 and 2), and two means of the history.
+
+    Both means are causal low-pass filters of the item vectors, which attention alone learns badly from sparse logs: a linear
+    map of the running mean joins the input, and a mean that forgets by a learned rate joins the output.
+    """
 
     def __init__(self, config: Model) -> None:
         super().__init__()
         self.config = config
         self.position = nn.Embedding(config.max_len, config.dim)
-        self.norm_in, self.norm_out = nn.LayerNorm(config.dim, eps=1e-6), nn.LayerNorm(config.dim, eps=1e-6)
+        self.norm_in = nn.LayerNorm(config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.apply(self._init)
+        if config.history_in:
+            self.mean_in = nn.Linear(config.dim, config.dim, bias=False)
+            nn.init.eye_(self.mean_in.weight)
+        if config.history_out:
+            self.mean_out, self.forgetting = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(0.5))
 
     @staticmethod
     def _init(module: nn.Module) -> None:
@@ -78,9 +100,13 @@ class Decoder(nn.Module):
         Returns:
             [rows, row_length, dim] outputs; what follows an entry is scored by the inner product with item vectors.
         """
-        x = items + users + self.position(position)
-        x = dropout(self.norm_in(x), self.config.dropout, self.training)
         mask = attention_mask(sequence)
+        x = items + users + self.position(position)
+        if self.config.history_in:
+            x = x + self.mean_in(history_weights(mask, 0.0) @ items)
+        x = dropout(self.norm_in(x), self.config.dropout, self.training)
         for block in self.blocks:
             x = block(x, mask)
-        return self.norm_out(x)
+        if self.config.history_out:
+            x = x + self.mean_out * (history_weights(mask, self.forgetting.abs()) @ items)
+        return x

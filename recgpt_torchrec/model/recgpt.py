@@ -28,7 +28,7 @@ class Dense(nn.Module):
         """The user module: in training the whole vector of a user is dropped at random, so that none can be memorised."""
         if self.training and self.model.user_dropout:
             kept = torch.rand(users.shape[0], 1, device=users.device) >= self.model.user_dropout
-            users = users * kept / (1 - self.model.user_dropout)
+            users = users * kept  # not scaled up: the decoder learns to do with the vector and without it
         return users
 
     def forward(self, users: Tensor, items: Tensor, batch: SequenceBatch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
