@@ -9,7 +9,7 @@ sequence, so the split is arithmetic on offsets and holds for every column that 
 segments). Knows nothing of files, batches or models.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ class ItemLists(NamedTuple):
 
     @property
     def users(self) -> int:
+        """Number of lists."""
         return len(self.offsets) - 1
 
 
@@ -69,7 +70,7 @@ def validation(offsets: npt.ArrayLike) -> HeldOut:
 
 
 def test(offsets: npt.ArrayLike) -> HeldOut:
-    """History `items[:-1]`, validation item included, and target `items[-1]` of every user with at least three items."""
+    """History `items[:-1]`, validation item included, and target `items[-1]`, of every user with three items or more."""
     return _held_out(offsets, from_end=1)
 
 
@@ -83,7 +84,7 @@ def held_out(offsets: npt.ArrayLike, split: SplitName) -> HeldOut:
     return validation(offsets) if split == "validation" else test(offsets)
 
 
-def take(values: Int64, start: Int64, stop: Int64) -> ItemLists:
+def take(values: npt.NDArray[Any], start: Int64, stop: Int64) -> ItemLists:
     """Copy the ranges `values[start[i]:stop[i]]` into lists of their own.
 
     Args:
