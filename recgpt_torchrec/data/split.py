@@ -70,7 +70,7 @@ def validation(offsets: npt.ArrayLike) -> HeldOut:
 
 
 def test(offsets: npt.ArrayLike) -> HeldOut:
-    """History `items[:-1]`, validation item included, and target `items[-1]`, of every user with three items or more."""
+    """History `items[:-1]`, validation item included, and target `items[-1]`, of users with three items or more."""
     return _held_out(offsets, from_end=1)
 
 

@@ -49,12 +49,12 @@ def staged(path: str) -> Iterator[tuple[pyarrow.fs.FileSystem, str]]:
             if renames:
                 fs.delete_dir(folder)
         if isinstance(error, OSError):
-            raise InputError(f"cannot write the dataset {path}: {error}") from error
+            raise InputError(f"cannot write {path}: {error}") from error
         raise
 
 
-def check_free(path: str) -> None:
-    """Raise `InputError` unless `path` does not exist or is an empty folder."""
+def check_free(path: str, finished: str = "finished dataset") -> None:
+    """Raise `InputError` unless `path` does not exist or is an empty folder; `finished` is what would be welcome."""
     fs, root = filesystem(path)
     info = fs.get_file_info(root)
     if info.type == pyarrow.fs.FileType.File:
@@ -64,7 +64,7 @@ def check_free(path: str) -> None:
         if there:
             more = f" and {len(there) - 3} more" if len(there) > 3 else ""
             raise InputError(
-                f"--output {path} already holds something that is not a finished dataset ({', '.join(there[:3])}"
+                f"--output {path} already holds something that is not a {finished} ({', '.join(there[:3])}"
                 f"{more}); nothing was touched. Name a folder that does not exist or is empty"
             )
 
@@ -76,13 +76,19 @@ def write_manifest(fs: pyarrow.fs.FileSystem, folder: str, manifest: Manifest) -
 
 
 def write_parts(
-    fs: pyarrow.fs.FileSystem, root: str, folder: str, groups: Iterable[pa.Table], groups_per_part: int
+    fs: pyarrow.fs.FileSystem,
+    root: str,
+    folder: str,
+    groups: Iterable[pa.Table],
+    groups_per_part: int,
+    prefix: str = "part",
 ) -> list[Part]:
     """Write tables as the row groups of `folder/part-00000.parquet`, ...
 
     Args:
         groups: one table a row group; none may be empty.
         groups_per_part: row groups in a file.
+        prefix: what the files' names begin with; processes that write into one folder need different ones.
 
     Returns:
         A `Part` for each file; its `items` are the entries of `item_ids` where that column is, rows otherwise.
@@ -93,7 +99,7 @@ def write_parts(
     try:
         for group in groups:
             if writer is None:
-                writer = _PartWriter(fs, root, f"{folder}/part-{len(parts):05d}.parquet", group.schema)
+                writer = _PartWriter(fs, root, f"{folder}/{prefix}-{len(parts):05d}.parquet", group.schema)
             writer.write(group)
             if writer.groups == groups_per_part:
                 parts.append(writer.close())
