@@ -17,11 +17,11 @@ def run(config: Pretrain) -> None:
 
     with process_group() as device:
         dataset = Dataset.open(config.data)
+        stream = training_stream(config, dataset)  # finds what is wrong with options or data before anything is written
         run = Run.start(config.output, asdict(config), dataset.manifest.vocabulary, keep=config.checkpoint.keep)
         if run.finished:
             say(f"{config.output} is trained already.", run.summary(), sep="\n")
             return
-        stream = training_stream(config, dataset)
         model, optimizer = build(config, dataset, stream.maker.capacity.items, device)
         trainer = Trainer(
             model=model,

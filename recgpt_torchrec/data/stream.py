@@ -36,6 +36,13 @@ class BatchMaker:
     item_counts: np.ndarray | None = None
     """[items] int64 training interactions of each item, for popularity-based sampling and in-batch correction."""
 
+    def __post_init__(self) -> None:
+        if self.batch.tokens < self.max_len:
+            raise InputError(
+                f"--batch.tokens {self.batch.tokens} is less than --model.max_len {self.max_len}: a batch must hold the "
+                "longest history; give more tokens, or a smaller max_len"
+            )
+
     @property
     def training(self) -> bool:
         """Whether batches hold targets to learn from."""
@@ -186,8 +193,12 @@ def read_group(dataset: Dataset, group: RowGroup) -> pa.Table:
             names = [n for n in ("user_id", "item_ids", "segment_ids") if n in file.schema_arrow.names]
             table = file.read_row_group(group.group, columns=names)
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{place} cannot be read ({error}); restore the file or run prepare again") from None
-    values, offsets = leave_one_out.item_lists(table["item_ids"])
+        reason = " ".join(str(error).split())
+        raise InputError(f"{place} cannot be read ({reason}); restore the file or run prepare again") from None
+    try:
+        values, offsets = leave_one_out.item_lists(table["item_ids"])
+    except ValueError as error:
+        raise InputError(f"{place}: {error}; run prepare again") from None
     wrong = np.flatnonzero((values < 0) | (values >= dataset.manifest.items))
     if wrong.size:
         row = int(np.searchsorted(offsets, wrong[0], side="right")) - 1
