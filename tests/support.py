@@ -1,5 +1,6 @@
 """Small datasets for tests, written straight from Python lists; ids are what the test says they are."""
 
+import multiprocessing.forkserver
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,6 +65,17 @@ def write_dataset(
     )
     write_manifest(fs, root, manifest)
     return Dataset.open(root)
+
+
+def start_forkserver() -> None:
+    """Start the one clean process that ranks and loader workers of the tests are forked from, unless it runs already.
+
+    Who starts it decides what it has imported, so it has to be the launcher, whichever test comes first.
+    """
+    from tests.distributed.launch import _one_thread
+
+    with _one_thread():
+        multiprocessing.forkserver.ensure_running()
 
 
 def training_part(history: Sequence[int]) -> Sequence[int]:

@@ -1,0 +1,169 @@
+"""A batch says, slot by slot, what a plain loop over the histories says."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recgpt_torchrec.data.batch import (
+    ITEM,
+    USER,
+    Candidates,
+    Capacity,
+    SequenceBatch,
+    Sequences,
+    make_batch,
+    no_sequences,
+)
+
+ROW = 8
+ITEMS = 12
+USERS = 5
+
+
+@st.composite
+def cases(draw) -> tuple[Sequences, bool]:
+    """Histories as long as a row may be, with or without segments, users more than once; and whether to predict."""
+    predict = draw(st.booleans())
+    lengths = draw(st.lists(st.integers(0, ROW + predict), max_size=6))
+    total = sum(lengths)
+
+    def of(strategy, count):
+        return draw(st.lists(strategy, min_size=count, max_size=count))
+
+    segments = draw(st.booleans())
+    sequences = Sequences(
+        users=np.array(of(st.integers(0, USERS - 1), len(lengths)), dtype=np.int64),
+        items=np.array(of(st.integers(0, ITEMS - 1), total), dtype=np.int64),
+        offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        segments=np.array(of(st.integers(0, 2), total), dtype=np.int8) if segments else None,
+    )
+    return sequences, predict
+
+
+def made(sequences: Sequences, predict: bool, how: str) -> tuple[SequenceBatch, np.ndarray, np.ndarray]:
+    """A batch, and the candidates it must have with their log q."""
+    capacity = Capacity(users=8, items=ITEMS)
+    arguments: dict = {"row_length": ROW, "capacity": capacity, "predict": predict}
+    ids, log_q = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    if how == "all":
+        arguments["all_items"] = ITEMS
+        ids, log_q = np.arange(ITEMS), np.zeros(ITEMS, np.float32)
+    elif how == "sampled":
+        ids, log_q = np.array([7, 0, 3, 11]), np.array([-1, -2, -3, -4], np.float32)
+        arguments["candidates"] = Candidates(ids, log_q)
+    elif how == "in_batch":
+        q = np.linspace(-3, 0, ITEMS, dtype=np.float32)
+        arguments["in_batch_log_q"] = q
+        ids = np.array(sorted({target for *_, target in expected(sequences, predict) if target is not None}), np.int64)
+        log_q = q[ids]
+    return make_batch(sequences, **arguments), ids, log_q
+
+
+def expected(sequences: Sequences, predict: bool) -> list[tuple]:
+    """(sequence, position, user, item, segment, target or None) of every input entry, by a plain loop."""
+    entries = []
+    for s, user in enumerate(sequences.users.tolist()):
+        part = slice(int(sequences.offsets[s]), int(sequences.offsets[s + 1]))
+        items = sequences.items[part].tolist()
+        segments = sequences.segments[part].tolist() if sequences.segments is not None else [0] * len(items)
+        for p in range(len(items) - predict):
+            target = items[p + 1] if predict and segments[p + 1] == 0 else None
+            entries.append((s, p, user, items[p], segments[p], target))
+    return entries
+
+
+def ids_of_bags(kjt, key: str, capacity: int) -> list[int | None]:
+    """The one id of each bag; None: an empty bag."""
+    assert kjt.keys() == [key]
+    lengths = kjt.lengths().tolist()
+    assert len(lengths) == capacity and set(lengths) <= {0, 1}
+    values = iter(kjt.values().tolist())
+    bags = [next(values) if length else None for length in lengths]
+    filled = [value for value in bags if value is not None]
+    assert len(set(filled)) == len(filled), "an id is looked up twice"
+    return bags
+
+
+@given(cases(), st.sampled_from(["none", "all", "sampled", "in_batch"]))
+def test_a_batch_holds_what_a_plain_loop_finds(case, how):
+    sequences, predict = case
+    batch, candidates, log_q = made(sequences, predict, how)
+    users, items = ids_of_bags(batch.users, USER, 8), ids_of_bags(batch.items, ITEM, ITEMS)
+    flat = {
+        name: getattr(batch, name).flatten().tolist()
+        for name in ("sequence", "position", "user_bag", "item_bag", "segment")
+    }
+    targets = dict(zip(batch.target_slot.tolist(), batch.target_bag.tolist(), strict=True))
+    found = sorted(
+        (
+            sequence,
+            flat["position"][slot],
+            users[flat["user_bag"][slot]],
+            items[flat["item_bag"][slot]],
+            flat["segment"][slot],
+            items[targets[slot]] if slot in targets else None,
+        )
+        for slot, sequence in enumerate(flat["sequence"])
+        if sequence >= 0
+    )
+    wanted = expected(sequences, predict)
+    assert found == wanted
+    assert len(targets) == batch.target_slot.numel() == float(batch.global_targets)
+    assert all(flat["sequence"][slot] >= 0 for slot in targets)
+
+    assert [items[bag] for bag in batch.candidate_bag.tolist()] == candidates.tolist()
+    assert np.array_equal(batch.candidate_log_q.numpy(), log_q)
+    for bag, own in zip(batch.target_bag.tolist(), batch.target_candidate.tolist(), strict=True):
+        where = np.flatnonzero(candidates == items[bag])
+        assert own == (where[0] if where.size else -1)
+
+    newest = [max(p for s, p, *_ in wanted if s == number) for number in sorted({s for s, *_ in wanted})]
+    assert [flat["position"][slot] for slot in batch.last_slot.tolist()] == newest
+    assert [flat["sequence"][slot] for slot in batch.last_slot.tolist()] == sorted({s for s, *_ in wanted})
+
+
+def test_generated_and_shown_entries_are_inputs_and_never_targets():
+    sequences = Sequences(
+        users=np.array([3]),
+        items=np.array([5, 6, 7, 8]),
+        offsets=np.array([0, 4]),
+        segments=np.array([0, 1, 2, 0], dtype=np.int8),
+    )
+    batch, _, _ = made(sequences, True, "all")
+    assert batch.segment.flatten()[:3].tolist() == [0, 1, 2]
+    assert (batch.target_slot.tolist(), batch.target_bag.tolist()) == ([2], [8])
+
+
+@pytest.mark.parametrize("how", ["none", "all", "sampled", "in_batch"])
+def test_a_batch_without_sequences_has_the_shape_of_any_other(how):
+    batch, candidates, _ = made(no_sequences(), True, how)
+    assert batch.sequence.shape == (1, ROW) and (batch.sequence == -1).all()
+    assert batch.target_slot.numel() == batch.last_slot.numel() == 0 and batch.global_targets == 0
+    assert batch.candidate_bag.numel() == candidates.size
+    full, _, _ = made(Sequences(users=np.array([1]), items=np.array([2, 3]), offsets=np.array([0, 2])), True, how)
+    for name in ("item_bag", "position", "target_slot", "target_bag", "candidate_bag", "target_candidate", "last_slot"):
+        assert getattr(batch, name).dtype == getattr(full, name).dtype == torch.int64, name
+    for kjt, other in ((batch.users, full.users), (batch.items, full.items)):
+        assert kjt.lengths().shape == other.lengths().shape
+        assert (kjt.values().dtype, kjt.lengths().dtype) == (other.values().dtype, other.lengths().dtype)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "what"), [(Capacity(1, 9), "2 distinct user"), (Capacity(9, 3), "4 distinct item")]
+)
+def test_more_distinct_ids_than_the_capacity_is_an_error_that_says_so(capacity, what):
+    sequences = Sequences(users=np.array([0, 1]), items=np.array([1, 2, 3, 4]), offsets=np.array([0, 2, 4]))
+    with pytest.raises(ValueError, match=f"{what} ids in a batch with room for [13]"):
+        make_batch(sequences, row_length=ROW, capacity=capacity, predict=True)
+
+
+def test_moving_a_batch_keeps_every_field():
+    batch, _, _ = made(
+        Sequences(users=np.array([1]), items=np.array([2, 3]), offsets=np.array([0, 2])), True, "sampled"
+    )
+    moved = batch.to(torch.device("cpu"))
+    assert moved.sequences is batch.sequences and moved.cursor == batch.cursor
+    assert torch.equal(moved.item_bag, batch.item_bag)
+    assert torch.equal(moved.items.values(), batch.items.values())

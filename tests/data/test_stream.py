@@ -1,0 +1,327 @@
+"""Every position of the training part is trained on once an epoch, whatever the layout, and wherever a run stops."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from recgpt_torchrec.config import Batch, Loss, Stream
+from recgpt_torchrec.data.batch import SequenceBatch, no_sequences
+from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.stream import BatchMaker, SequenceStream, read_ahead, training_counts
+from recgpt_torchrec.data.windows import Position, deal
+from recgpt_torchrec.errors import InputError
+from tests.support import start_forkserver, training_part, walks, write_dataset
+
+MAX_LEN = 6
+
+
+def stream_of(
+    dataset: Dataset,
+    *,
+    split: str = "training",
+    tokens: int = 40,
+    window_groups: int = 2,
+    workers: int = 0,
+    max_len: int = MAX_LEN,
+    long_histories: Any = "newest",
+    loss: Loss | None = None,
+    seed: int = 0,
+) -> SequenceStream:
+    maker = BatchMaker(
+        dataset=dataset,
+        split=split,
+        batch=Batch(tokens=tokens, long_histories=long_histories),
+        loss=loss or Loss(candidates="all"),
+        max_len=max_len,
+        seed=seed,
+        item_counts=training_counts(dataset),
+    )
+    return SequenceStream(maker, Stream(window_groups=window_groups, workers=workers))
+
+
+def pairs(batch: SequenceBatch) -> Iterator[tuple]:
+    """(user, history up to and including the input, target) of every position that is predicted."""
+    bag_item = dict(enumerate(batch.items.values().tolist()))
+    sequence, position = batch.sequence.flatten().tolist(), batch.position.flatten().tolist()
+    item_bag = batch.item_bag.flatten().tolist()
+    for slot, target in zip(batch.target_slot.tolist(), batch.target_bag.tolist(), strict=True):
+        history = tuple(bag_item[item_bag[s]] for s in range(slot - position[slot], slot + 1))
+        yield int(batch.sequences.users[sequence[slot]]), history, bag_item[target]
+
+
+def expected_pairs(histories: list[list[int]], long_histories: str, max_len: int) -> Counter:
+    """The same by a plain loop: each next item of the training part, after the history that its piece holds."""
+    wanted: Counter = Counter()
+    for user, history in enumerate(histories):
+        items = list(training_part(history))
+        if long_histories == "newest":
+            items = items[-(max_len + 1) :]
+        stop = len(items)  # pieces of max_len targets, the newest piece full
+        while stop > 1:
+            start = max(stop - max_len - 1, 0)
+            for target in range(start + 1, stop):
+                wanted[user, tuple(items[start:target]), items[target]] += 1
+            stop = start + 1
+    return wanted
+
+
+layouts = st.fixed_dictionaries(
+    {
+        "seed": st.integers(0, 99),
+        "users": st.integers(1, 25),
+        "items": st.integers(1, 9),
+        "longest": st.integers(1, 20),
+        "rows_per_group": st.integers(1, 6),
+        "groups_per_part": st.integers(1, 3),
+        "window_groups": st.integers(1, 4),
+        "tokens": st.integers(MAX_LEN, 60),
+        "world": st.integers(1, 5),
+        "long_histories": st.sampled_from(["newest", "windows"]),
+    }
+)
+few = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def dataset_of(folder: Path, layout: dict) -> tuple[Dataset, list[list[int]]]:
+    folder = folder / str(len(list(folder.iterdir())))
+    histories = walks(layout["users"], layout["items"], layout["seed"], shortest=1, longest=layout["longest"])
+    sizes = {name: layout[name] for name in ("rows_per_group", "groups_per_part")}
+    return write_dataset(folder, histories, items=layout["items"], **sizes), histories
+
+
+def laid_out(folder: Path, layout: dict) -> tuple[SequenceStream, list[list[int]], Counter]:
+    dataset, histories = dataset_of(folder, layout)
+    settings = {name: layout[name] for name in ("tokens", "window_groups", "long_histories")}
+    stream = stream_of(dataset, seed=layout["seed"], **settings)
+    return stream, histories, expected_pairs(histories, layout["long_histories"], MAX_LEN)
+
+
+@few
+@given(layouts, st.integers(0, 2))
+def test_every_training_position_comes_once_an_epoch_on_any_number_of_ranks(tmp_path, layout, epoch):
+    stream, histories, wanted = laid_out(tmp_path, layout)
+    found: Counter = Counter()
+    read = 0.0
+    for queue in deal(stream.windows(epoch), layout["world"]):
+        for batch in stream.epoch(epoch, [queue]):
+            assert (batch.sequence >= 0).sum() <= layout["tokens"]
+            assert batch.sequences.read is not None
+            found.update(pairs(batch))
+            read += batch.sequences.read.sum()
+    assert found == wanted
+    assert read == pytest.approx(sum(map(len, histories)))
+
+
+@few
+@given(layouts, st.data())
+def test_a_run_stopped_anywhere_goes_on_with_each_remaining_position_once(tmp_path, layout, data):
+    stream, _, wanted = laid_out(tmp_path, layout)
+    for _ in range(2):  # stopped, resumed on as many or another number of ranks, and stopped again
+        position = Position(1)
+        found: Counter = Counter()
+        for last in (False, False, True):
+            world = data.draw(st.integers(1, 4), "ranks")
+            queues = deal(stream.windows(1), world, position)
+            left = list(queues)
+            for number, queue in enumerate(queues):
+                stop = 10**6 if last else data.draw(st.integers(0, 4), "batches")
+                for made, batch in enumerate(stream.epoch(1, [queue])):
+                    if made == stop:
+                        break
+                    found.update(pairs(batch))
+                    left[number] = queue.after(batch.cursor)
+            position = Position.from_state_dict(Position(1, left).state_dict())
+        assert found == wanted
+        assert position.queues is not None and not any(queue.windows for queue in position.queues)
+
+
+def test_resumed_on_the_same_ranks_the_very_same_batches_follow(tmp_path):
+    dataset = write_dataset(tmp_path / "data", walks(40, 30, longest=20), rows_per_group=4)
+    stream = stream_of(dataset, tokens=20, loss=Loss(candidates="sampled", negatives=5))
+    (queue,) = deal(stream.windows(0), 1)
+    whole = list(stream.epoch(0, [queue]))
+    assert len(whole) > 6
+    for stop in range(1, len(whole)):
+        (again,) = deal(stream.windows(0), 1, Position(0, [queue.after(whole[stop - 1].cursor)]))
+        rest = list(stream.epoch(0, [again]))
+        assert len(rest) == len(whole) - stop
+        for batch, other in zip(rest, whole[stop:], strict=True):
+            assert list(pairs(batch)) == list(pairs(other))
+            assert batch.items.values().tolist() == other.items.values().tolist()  # the negatives too
+            assert batch.candidate_log_q.tolist() == other.candidate_log_q.tolist()
+
+
+def test_rows_are_shuffled_across_the_groups_of_a_window_and_anew_each_epoch(tmp_path):
+    dataset = write_dataset(tmp_path / "data", [[u % 7, 1, 2, 3] for u in range(40)], rows_per_group=5)
+    stream = stream_of(dataset, window_groups=4)
+    orders = []
+    for epoch in (0, 0, 1):
+        queues = deal(stream.windows(epoch), 1)
+        orders.append([u for batch in stream.epoch(epoch, queues) for u in batch.sequences.users.tolist()])
+    assert orders[0] == orders[1] != orders[2]
+    first_window = {user // 5 for user in orders[0][:10]}
+    assert len(first_window) > 2, "rows of only one or two groups at the beginning: not shuffled within the window"
+
+
+@pytest.mark.parametrize("split", ["validation", "test", "all"])
+def test_evaluation_encodes_each_history_once_with_its_held_out_item(tmp_path, split):
+    histories = walks(23, 9, shortest=1, longest=12)
+    dataset = write_dataset(tmp_path / "data", histories, rows_per_group=4)
+    stream = stream_of(dataset, split=split, tokens=15)
+    found: dict = {}
+    for queue in deal(stream.windows(0), 3):
+        for batch in stream.epoch(0, [queue]):
+            assert batch.target_slot.numel() == 0
+            sequences, items = batch.sequences, batch.items.values()
+            for s, user in enumerate(sequences.users.tolist()):
+                own = batch.sequence == s
+                order = batch.position[own].argsort()
+                inputs = items[batch.item_bag[own]][order].tolist()
+                assert sequences.seen is not None
+                values, offsets = sequences.seen
+                seen = values[offsets[s] : offsets[s + 1]].tolist()
+                assert user not in found
+                found[user] = inputs, seen, None if sequences.held_out is None else int(sequences.held_out[s])
+    cut = {"validation": -2, "test": -1, "all": None}[split]
+    wanted = {
+        user: (h[:cut][-MAX_LEN:], h[:cut], None if cut is None else h[cut])
+        for user, h in enumerate(histories)
+        if cut is None or len(h) >= 3
+    }
+    assert found == wanted
+
+
+def test_users_with_one_two_and_three_items(tmp_path):
+    dataset = write_dataset(tmp_path / "data", [[0], [1, 2], [3, 4, 5], [6, 7, 8, 9]], rows_per_group=2)
+    stream = stream_of(dataset)
+    batches = list(stream.epoch(0, deal(stream.windows(0), 1)))
+    assert Counter(pair for batch in batches for pair in pairs(batch)) == {(1, (1,), 2): 1, (3, (6,), 7): 1}
+
+
+def test_a_user_without_any_item_does_no_harm(tmp_path):
+    dataset = write_dataset(tmp_path / "data", [[], [1, 2], [], [3, 4, 5, 6]], rows_per_group=1)
+    for split in ("training", "all", "test"):
+        stream = stream_of(dataset, split=split)
+        assert sum(b.last_slot.numel() for b in stream.epoch(0, deal(stream.windows(0), 1))) == (
+            1 if split == "test" else 2
+        )
+
+
+@pytest.mark.parametrize("candidates", ["all", "sampled", "in_batch", "bce"])
+def test_a_catalogue_of_one_item(tmp_path, candidates):
+    dataset = write_dataset(tmp_path / "data", [[0] * 6] * 5, rows_per_group=2)
+    stream = stream_of(dataset, loss=Loss(candidates=candidates))
+    batches = list(stream.epoch(0, deal(stream.windows(0), 1)))
+    assert sum(batch.target_slot.numel() for batch in batches) == 5 * 3
+    assert all(batch.target_candidate.tolist() == [0] * batch.target_slot.numel() for batch in batches)
+
+
+def test_ranks_without_a_window_get_no_batch_and_an_empty_one_can_be_made(tmp_path):
+    stream = stream_of(write_dataset(tmp_path / "data", walks(3, 5), rows_per_group=3))
+    counts = [len(list(stream.epoch(0, [queue]))) for queue in deal(stream.windows(0), 4)]
+    assert sorted(counts) == [0, 0, 0, 1]
+    empty = stream.maker.empty()
+    assert empty.sequences.users.size == no_sequences().users.size == 0 and empty.candidate_bag.numel() == 5
+
+
+def test_loader_processes_make_the_same_batches_as_the_thread(tmp_path):
+    dataset = write_dataset(tmp_path / "data", walks(20, 9), rows_per_group=4)
+    here, apart = stream_of(dataset), stream_of(dataset, workers=1)
+    queues = deal(here.windows(0), 1)
+    start_forkserver()
+    expected, found = list(here.epoch(0, queues)), list(apart.epoch(0, queues))
+    assert [list(pairs(batch)) for batch in found] == [list(pairs(batch)) for batch in expected]
+    assert [batch.cursor for batch in found] == [batch.cursor for batch in expected]
+
+
+def test_a_batch_that_cannot_hold_the_longest_history_is_an_error_and_no_endless_loop(tmp_path):
+    dataset = write_dataset(tmp_path / "data", [list(range(12))] * 2)
+    with pytest.raises(InputError, match="--batch.tokens 4 .* --model.max_len 9"):
+        stream_of(dataset, tokens=4, max_len=9)
+
+
+# ---------------------------------------------------------------------------------------------- errors
+
+
+def test_an_error_of_the_reading_thread_reaches_the_caller_after_the_batches_before_it():
+    def source() -> Iterator[Any]:
+        yield 1
+        yield 2
+        raise RuntimeError("the third cannot be made")
+
+    got = []
+    with pytest.raises(RuntimeError, match="the third cannot be made"):
+        for value in read_ahead(source(), 1):
+            got.append(value)
+    assert got == [1, 2]
+
+
+def test_a_caller_that_stops_early_ends_the_reading_thread():
+    made = []
+
+    def source() -> Iterator[Any]:
+        for number in range(10**6):
+            made.append(number)
+            yield number
+
+    ahead = read_ahead(source(), 2)
+    assert next(ahead) == 0
+    ahead.close()  # type: ignore[attr-defined]
+    assert len(made) <= 5
+
+
+def read_all(dataset: Dataset) -> None:
+    stream = stream_of(dataset)
+    for _ in stream.epoch(0, deal(stream.windows(0), 1)):
+        pass
+
+
+@pytest.mark.parametrize(("column", "bad", "what"), [("item_ids", 9, "item id 9"), ("user_id", 77, "user id 77")])
+def test_an_id_outside_the_vocabulary_is_named_with_part_row_group_and_row(tmp_path, column, bad, what):
+    dataset = write_dataset(tmp_path / "data", [[1, 2, 8, 4]] * 12, items=9, rows_per_group=3, groups_per_part=2)
+    path = tmp_path / "data" / dataset.manifest.sequences[1].path
+    rows = pq.read_table(path).to_pylist()
+    if column == "user_id":
+        rows[4]["user_id"] = bad
+    else:
+        rows[4]["item_ids"][2] = bad
+    pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(path)), path, row_group_size=3)
+    with pytest.raises(InputError, match=rf"part-00001.parquet, row group 1, row 1: {what} is outside"):
+        read_all(dataset)
+
+
+def test_a_damaged_part_is_named_with_its_row_group(tmp_path):
+    dataset = write_dataset(tmp_path / "data", walks(400, 300, shortest=9), rows_per_group=100, groups_per_part=2)
+    path = tmp_path / "data" / dataset.manifest.sequences[1].path
+    data = bytearray(path.read_bytes())
+    data[200 : len(data) // 2 - 200] = np.random.default_rng(0).bytes(len(data) // 2 - 400)
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"part-00001.parquet, row group [01] cannot be read .*run prepare again"):
+        read_all(dataset)
+
+
+@pytest.mark.parametrize(("bad", "what"), [(None, "1 of 2 lists are null"), ([1, None], "1 ids are null")])
+def test_nulls_are_refused_with_their_place(tmp_path, bad, what):
+    dataset = write_dataset(tmp_path / "data", [[1, 2, 3], [2, 3, 4]])
+    path = tmp_path / "data" / dataset.manifest.sequences[0].path
+    rows = pq.read_table(path).to_pylist()
+    rows[1]["item_ids"] = bad
+    pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(path)), path)
+    with pytest.raises(InputError, match=f"part-00000.parquet, row group 0: {what}"):
+        read_all(dataset)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 this is no Parquet file"])
+def test_a_part_that_is_no_parquet_is_named(tmp_path, content):
+    dataset = write_dataset(tmp_path / "data", walks(20, 9))
+    (tmp_path / "data" / dataset.manifest.sequences[0].path).write_bytes(content)
+    with pytest.raises(InputError, match="part-00000.parquet cannot be read as Parquet"):
+        read_all(dataset)

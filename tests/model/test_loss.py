@@ -1,0 +1,127 @@
+"""The losses against torch's own cross-entropy and against plain loops."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from recgpt_torchrec.model import loss as losses
+from recgpt_torchrec.model.loss import bce_loss, softmax_loss
+
+
+def vectors(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def gradients(value: Tensor, *leaves: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(value, leaves, retain_graph=True))
+
+
+def sampled_by_loop(h: Tensor, positive: Tensor, candidates: Tensor, log_q: Tensor, own: Tensor) -> Tensor:
+    """The module docstring's formula, one position and one candidate at a time, differentiated by autograd."""
+    total = h.new_zeros(())
+    for p in range(len(h)):
+        s = h[p].dot(positive[p])
+        partition = s.exp()
+        for c in range(len(candidates)):
+            if c != int(own[p]):
+                partition = partition + (h[p].dot(candidates[c]) - log_q[c]).exp()
+        total = total + partition.log() - s
+    return total
+
+
+@pytest.mark.parametrize("positions", [1, 7, losses.CHUNK, losses.CHUNK + 1, 2 * losses.CHUNK + 3])
+def test_the_whole_catalogue_is_torchs_cross_entropy_in_value_and_gradients(positions):
+    h, catalogue = vectors(positions, 8), vectors(30, 8, seed=1)
+    targets = torch.randint(30, (positions,), generator=torch.Generator().manual_seed(2))
+    ours = softmax_loss(h, catalogue[targets], catalogue, torch.zeros(30), targets)
+    reference = F.cross_entropy(h @ catalogue.t(), targets, reduction="sum")
+    torch.testing.assert_close(ours, reference)
+    for mine, theirs in zip(gradients(ours * 0.5, h, catalogue), gradients(reference * 0.5, h, catalogue), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("candidates", [1, 6])
+def test_the_sampled_loss_is_the_formula_with_and_without_the_own_target_among_the_candidates(candidates):
+    h, positive, drawn = vectors(5, 4), vectors(5, 4, seed=1), vectors(candidates, 4, seed=2)
+    log_q = -torch.rand(candidates, generator=torch.Generator().manual_seed(3)) * 3
+    own = torch.tensor([-1, 0, candidates - 1, -1, 0])
+    ours, reference = (f(h, positive, drawn, log_q, own) for f in (softmax_loss, sampled_by_loop))
+    torch.testing.assert_close(ours, reference)
+    leaves = (h, positive, drawn)
+    for mine, theirs in zip(gradients(ours, *leaves), gradients(reference, *leaves), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_gradient_of_the_loss_times_a_factor_has_the_factor():
+    h, positive, drawn = vectors(5, 4), vectors(5, 4, seed=1), vectors(6, 4, seed=2)
+    value = softmax_loss(h, positive, drawn, torch.zeros(6), torch.full((5,), -1))
+    for once, thrice in zip(gradients(value, h, drawn), gradients(value * 3, h, drawn), strict=True):
+        torch.testing.assert_close(once * 3, thrice)
+
+
+def test_large_scores_neither_overflow_nor_vanish():
+    h = torch.tensor([[200.0, 0.0], [0.0, -200.0]], requires_grad=True)
+    catalogue = torch.tensor([[1.0, 0.0], [-1.0, 0.5], [0.3, 1.0]], requires_grad=True)
+    targets = torch.tensor([1, 2])
+    ours = softmax_loss(h, catalogue[targets], catalogue, torch.zeros(3), targets)
+    reference = F.cross_entropy(h @ catalogue.t(), targets, reduction="sum")
+    torch.testing.assert_close(ours, reference)
+    for mine, theirs in zip(gradients(ours, h, catalogue), gradients(reference, h, catalogue), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_no_positions_give_zero_and_zero_gradients():
+    h, positive, drawn = vectors(0, 4), vectors(0, 4), vectors(6, 4)
+    own = torch.zeros(0, dtype=torch.int64)
+    for value in (softmax_loss(h, positive, drawn, torch.zeros(6), own), bce_loss(h, positive, drawn, own, 2)):
+        assert value == 0
+        for gradient in gradients(value, h, positive, drawn):
+            assert not gradient.any()
+
+
+def test_no_other_candidate_than_the_target_costs_nothing():
+    h, positive = vectors(3, 4), vectors(1, 4, seed=1)
+    value = softmax_loss(h, positive.expand(3, 4), positive, torch.zeros(1), torch.zeros(3, dtype=torch.int64))
+    torch.testing.assert_close(value, torch.tensor(0.0))
+    nothing = softmax_loss(h, positive.expand(3, 4), positive[:0], torch.zeros(0), torch.full((3,), -1))
+    torch.testing.assert_close(nothing, torch.tensor(0.0))
+
+
+def test_log_q_makes_the_sampled_partition_function_unbiased():
+    items, count, draws = 40, 10, 1500
+    h, catalogue = vectors(1, 4).detach() / 2, vectors(items, 4, seed=1).detach() / 2
+    target = torch.tensor([3])
+    scores = (h @ catalogue.t())[0]
+    generator = torch.Generator().manual_seed(0)
+    partitions = []
+    for _ in range(draws):
+        ids = torch.randperm(items, generator=generator)[:count]
+        own = (ids == target).nonzero().flatten()
+        log_q = torch.full((count,), math.log(count / items))
+        own = own if own.numel() else torch.tensor([-1])
+        value = softmax_loss(h, catalogue[target], catalogue[ids], log_q, own)
+        partitions.append(float((value + scores[target]).exp()))
+    full = float(scores.exp().sum())
+    spread = torch.tensor(partitions).std().item() / math.sqrt(draws)
+    assert abs(sum(partitions) / draws - full) < 4 * spread < 0.1 * full
+
+
+@pytest.mark.parametrize(("candidates", "negatives"), [(7, 1), (7, 3), (2, 5), (30, 2)])
+def test_bce_is_the_plain_loop(candidates, negatives):
+    h, positive, drawn = vectors(5, 4), vectors(5, 4, seed=1), vectors(candidates, 4, seed=2)
+    own = torch.tensor([-1, 0, 1, -1, 1])
+    expected = h.new_zeros(())
+    for p in range(5):
+        expected = expected - torch.sigmoid(h[p].dot(positive[p])).log()
+        for n in range(negatives):
+            c = (p * negatives + n) % candidates
+            if c != own[p]:
+                expected = expected - (1 - torch.sigmoid(h[p].dot(drawn[c]))).log()
+    ours = bce_loss(h, positive, drawn, own, negatives)
+    torch.testing.assert_close(ours, expected)
+    leaves = (h, positive, drawn)
+    for mine, theirs in zip(gradients(ours, *leaves), gradients(expected, *leaves), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
