@@ -18,7 +18,7 @@ from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.split import ItemLists, SplitName
 from recgpt_torchrec.data.stream import read_group
 from recgpt_torchrec.data.windows import RowGroup, row_groups
-from recgpt_torchrec.retrieval.metrics import RankCounter, RankingMetrics
+from recgpt_torchrec.retrieval.metrics import RankingMetrics, both_ranks
 
 SCORE_BYTES = 2**27
 """Memory of one dense [users, items] matrix of scores in `evaluate`."""
@@ -191,12 +191,9 @@ def evaluate(
             history = leave_one_out.take(values, held.start[some], held.stop[some])
             targets = torch.from_numpy(values[held.target[some]])
             for name, baseline in baselines.items():
-                scores = baseline.scores(history)
-                of_targets = scores.gather(1, targets[:, None])[:, 0]
-                for how, masked in (("masked", history), ("unmasked", None)):
-                    counter = RankCounter(targets, of_targets, masked)
-                    counter.update(scores)
-                    results[name][how].update(counter.ranks())
+                masked, unmasked = both_ranks(baseline.scores(history), targets, history)
+                results[name]["masked"].update(masked)
+                results[name]["unmasked"].update(unmasked)
     return results
 
 

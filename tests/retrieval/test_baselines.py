@@ -113,7 +113,7 @@ def test_no_metric_changes_under_a_permutation_of_item_ids(tmp_path):
     before = write_dataset(tmp_path / "before", histories, items=50)
     after = write_dataset(tmp_path / "after", [new_id[h].tolist() for h in histories], items=50)
     for split_name in ("validation", "test"):
-        first, second = (baselines.evaluate(dataset, split_name) for dataset in (before, after))  # type: ignore[arg-type]
+        first, second = (baselines.evaluate(dataset, split_name) for dataset in (before, after))
         for name, protocols in first.items():
             for how, metrics in protocols.items():
                 assert second[name][how].result() == pytest.approx(metrics.result(), abs=1e-12), (split_name, name, how)

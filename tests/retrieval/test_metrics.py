@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.retrieval.metrics import RankCounter, RankingMetrics, list_ranks, ranks
+from recgpt_torchrec.retrieval.metrics import RankCounter, RankingMetrics, both_ranks, list_ranks, ranks
 
 
 def plain_rank(scores: list[float], target: int, history: list[int]) -> float:
@@ -81,6 +81,15 @@ def test_blocks_of_items_in_any_order_give_the_ranks_of_the_whole_matrix(case, b
     for first in reversed(range(0, scores.shape[1], block)):
         counter.update(scores[:, first : first + block], first)
     assert torch.equal(counter.ranks(), ranks(scores, targets, history))
+    assert torch.equal(counter.unmasked_ranks(), ranks(scores, targets))
+
+
+@given(cases())
+def test_both_protocols_in_one_pass_are_the_two_alone(case):
+    scores, targets, histories = case
+    masked, unmasked = both_ranks(scores, targets, jagged(histories))
+    assert torch.equal(masked, ranks(scores, targets, jagged(histories)))
+    assert torch.equal(unmasked, ranks(scores, targets))
 
 
 @given(cases(), st.randoms(use_true_random=False))
@@ -131,6 +140,11 @@ def test_nan_scores_raise(where):
     scores[where] = math.nan
     with pytest.raises(ValueError, match="1 of 2 users are NaN"):
         ranks(scores, torch.tensor([0, 0]))
+
+
+def test_a_history_outside_the_offsets_it_comes_with_raises():
+    with pytest.raises(ValueError, match="offsets do not fit"):
+        ranks(torch.zeros(1, 3), torch.tensor([0]), (torch.tensor([1, 2]), torch.tensor([0, 1])))
 
 
 def test_half_precision_scores_are_refused():
