@@ -9,9 +9,12 @@ The manifest is written last: a folder without one is not a dataset.
 """
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import fsspec
+import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
@@ -22,12 +25,20 @@ MANIFEST = "manifest.json"
 
 
 def filesystem(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The pyarrow file system of a path or URI (local, s3://, gs://, hdfs://) and the path on it."""
-    if "://" in path:
-        return pyarrow.fs.FileSystem.from_uri(path)
-    import os
+    """The pyarrow file system of a path or URI, and the path on it.
 
-    return pyarrow.fs.LocalFileSystem(), os.path.abspath(path)
+    URIs are pyarrow's own (s3://, gs://, hdfs://, file://), and beyond those any that fsspec knows.
+    """
+    if "://" not in path:
+        return pyarrow.fs.LocalFileSystem(), os.path.abspath(path)
+    try:
+        return pyarrow.fs.FileSystem.from_uri(path)
+    except pa.ArrowInvalid as error:
+        try:
+            fs, root = fsspec.core.url_to_fs(path)
+        except (ValueError, ImportError):
+            raise InputError(f"{path}: no file system for this URI: {error}") from None
+        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)), root
 
 
 @dataclass(kw_only=True)

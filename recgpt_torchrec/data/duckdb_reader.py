@@ -26,6 +26,24 @@ LONGEST_LINE = 16 * 2**20
 """Bytes; a longer line of a text file is set aside as malformed."""
 
 
+LOG = ibis.table(
+    {
+        "user": "string",
+        "item": "string",
+        "time": "int64",
+        "fraction": "float64",
+        "rating": "float64",
+        "problem": "string",
+        "text": "string",
+        "order": "int64",
+    },
+    name="log",
+)
+"""What `DuckDBReader` makes of the rows: as `rows.meaning` has them, and `order`, their place in the input."""
+MALFORMED = ibis.table({"file": "int64", "line": "int64", "reason": "string", "text": "string"}, name="malformed")
+"""Lines that cannot be split into columns: number of the file, line in it from 1."""
+
+
 class DuckDBReader:
     """Loads one file after the other into the table `log_rows`, and lines no reader can split into `malformed`."""
 
@@ -46,18 +64,6 @@ class DuckDBReader:
         )
         self.run('CREATE VIEW log AS SELECT *, rowid AS "order" FROM log_rows')  # rows keep the order they came in
         self.run("CREATE TABLE malformed (file BIGINT, line BIGINT, reason VARCHAR, text VARCHAR)")
-        self.schema = ibis.schema(
-            {
-                "user": "string",
-                "item": "string",
-                "time": "int64",
-                "fraction": "float64",
-                "rating": "float64",
-                "problem": "string",
-                "text": "string",
-                "order": "int64",
-            }
-        )
 
     def load(self, index: int, file: InputFile) -> None:
         """Read one file.
@@ -71,7 +77,9 @@ class DuckDBReader:
             return
         self.index, self.file = index, file
         if "://" in file.path:
-            self.engine.connection.register_filesystem(fsspec.core.url_to_fs(file.path)[0])
+            protocol = file.path.partition("://")[0]
+            if not self.engine.connection.filesystem_is_registered(protocol):
+                self.engine.connection.register_filesystem(fsspec.core.url_to_fs(file.path)[0])
         try:
             if file.format != "parquet":
                 self._check_text()
@@ -301,9 +309,8 @@ class DuckDBReader:
         return int(self._fetch(f"SELECT count(*) FROM {table}")[0])
 
     def _fetch(self, statement: str) -> tuple[Any, ...]:
-        row = self.run(statement).fetchone()
-        assert row is not None
-        return row
+        (row,) = self.run(statement).fetchall()
+        return tuple(row)
 
 
 def _ibis_type(kind: pa.DataType) -> dt.DataType:

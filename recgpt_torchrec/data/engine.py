@@ -76,7 +76,8 @@ class DuckDBEngine:
     def batches(self, expression: ir.Table, rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
         """The rows of `expression`, in its order, never more than a few batches of them in memory."""
         schema = expression.schema().to_pyarrow()
-        for batch in self.connection.sql(self.sql(expression)).to_arrow_reader(rows):
+        # A cursor of its own: whoever reads these batches may ask for other things before it comes to the last one.
+        for batch in self.connection.cursor().sql(self.sql(expression)).to_arrow_reader(rows):
             # DuckDB's own types may be wider: a sum of int64 is a 128-bit integer there.
             yield batch if batch.schema.equals(schema) else batch.cast(schema)
 

@@ -7,14 +7,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import ibis
 import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
 from recgpt_torchrec.config import Prepare
-from recgpt_torchrec.data.duckdb_reader import DuckDBReader, shortened
+from recgpt_torchrec.data.duckdb_reader import LOG, MALFORMED, DuckDBReader, shortened
 from recgpt_torchrec.data.engine import DuckDBEngine
 from recgpt_torchrec.data.inputs import InputFile
 from recgpt_torchrec.data.rows import BLANK
@@ -58,14 +57,12 @@ def read(engine: DuckDBEngine, config: Prepare, files: list[InputFile]) -> RawLo
             bar.set_postfix_str(os.path.basename(file.path))
             reader.load(index, file)
             bar.update(file.bytes)
-    log = ibis.table(reader.schema, name="log")
-    usable = log.filter(log.problem.isnull())
+    usable = LOG.filter(LOG.problem.isnull())
     columns = ["user", "item", "time", "fraction", "order", *(["rating"] if config.rating_column else [])]
-    faults = ibis.table({"file": "int64", "line": "int64", "reason": "string", "text": "string"}, name="malformed")
-    rejected = {row["problem"]: row["n"] for row in engine.rows(log.group_by("problem").agg(n=log.count()))}
+    rejected = {row["problem"]: row["n"] for row in engine.rows(LOG.group_by("problem").agg(n=LOG.count()))}
     rows = rejected.pop(None, 0)
     rejected.pop(BLANK, None)
-    for row in engine.rows(faults.group_by("reason").agg(n=faults.count())):
+    for row in engine.rows(MALFORMED.group_by("reason").agg(n=MALFORMED.count())):
         rejected[row["reason"]] = rejected.get(row["reason"], 0) + row["n"]
     result = RawLog(
         interactions=usable.select(*columns),
@@ -95,15 +92,13 @@ def rejected_rows(engine: DuckDBEngine, log: RawLog) -> Iterator[pa.RecordBatch]
     """
     schema = pa.schema([("file", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("text", pa.string())])
     paths = np.array([file.path for file in log.files], dtype=object)
-    table = ibis.table({"file": "int64", "line": "int64", "reason": "string", "text": "string"}, name="malformed")
     lines: dict[int, list[int]] = {}
-    for batch in engine.batches(table.order_by("file", "line")):
+    for batch in engine.batches(MALFORMED.order_by("file", "line")):
         rows = batch.to_pydict()
         for file, line in zip(rows["file"], rows["line"], strict=True):
             lines.setdefault(file, []).append(line)
         yield pa.record_batch([paths[rows["file"]].tolist(), rows["line"], rows["reason"], rows["text"]], schema=schema)
-    entries = ibis.table({"problem": "string", "text": "string", "order": "int64"}, name="log")
-    bad = entries.filter(entries.problem.notnull(), entries.problem != BLANK).order_by("order")
+    bad = LOG.filter(LOG.problem.notnull(), LOG.problem != BLANK).order_by("order")
     for batch in engine.batches(bad.select("problem", "text", "order")):
         order = batch.column("order").to_numpy()
         files = np.searchsorted(log.first_rows, order, side="right") - 1
