@@ -30,7 +30,7 @@ def main() -> None:
     steps = Steps("demo")
     log, data, run, vectors = (f"{output}/{name}" for name in ("log.csv", "data", "run", "vectors"))
     if not (ROOT / log).exists():
-        steps.run("Log", ["python", "tools/synthetic_log.py", "--output", log, "--users", "5000", "--items", "2000"])
+        steps.run("Log", ["python", "tools/synthetic_log.py", "--output", log, "--users", "5000", "--items", "1000"])
     steps.run("Prepare", ["python", "-m", "recgpt_torchrec.prepare", "--input", log, "--output", data])
     job = ["torchx", "run", "-s", "local_cwd", "recgpt_torchrec.pretrain", "-j", f"1x{options.ranks}", "--"]
     steps.run("Pretrain", [*job, "--config", "configs/demo.yaml", "--data", data, "--output", run])

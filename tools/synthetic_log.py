@@ -6,18 +6,17 @@ Columns: user_id, item_id (raw keys such as `user_00042`), timestamp (unix secon
 
 What generates the next item, so that the best possible answer is known:
 
-- Items belong to communities of equal size; communities, and items within one, differ in popularity by a Zipf law.
-- A user has a few favourite communities, drawn by popularity, and a personal mixture over them (a flat Dirichlet).
-- A user's events fall into sessions. A session starts at an item drawn from the mixture, then from the popularity in
-  that community, and picks one of the community's two *rings* (random cyclic orders of its items) to walk on.
-- Each later event of the session is, with probability `follow`, the current item's successor on the session's ring,
-  and otherwise a new draw like the first one (the session's ring number stays).
-- After each event the session ends with probability `leave`; the next one begins days later.
+- Items belong to *series*, communities of equal size each with a cyclic order; series, and items within one, differ in
+  popularity by a Zipf law.
+- A user has a few favourite series, drawn by popularity, and a personal mixture over them (a flat Dirichlet).
+- A user reads `threads` series side by side, in turn: event n belongs to thread n mod `threads`. With probability `follow`
+  it is the successor of that thread's last item; otherwise the thread starts anew, at an item drawn from the user's
+  mixture and then from the popularity in that series.
+- Events come in visits, days apart; after each event a visit ends with probability `leave`.
 
-So the next item is the current ring's successor with probability `follow` x (1 - `leave`) (0.765 by default), and a
-model that knows both rings but not which one is walked gets half of that at rank 1. Which ring it is shows in the last
-two items, in their order. Popularity knows none of this, and item-item co-occurrence, which ignores order, cannot tell
-successors from predecessors, nor the last item's neighbours from those of the whole history.
+So with probability `follow` (0.85 by default) the next item is the successor of the item `threads` places back: a model
+that has learned the order of the series and whose turn it is ranks it first. Popularity knows none of this, and item-item
+co-occurrence, which adds up what each item of the history says, cannot tell whose turn it is.
 """
 
 import argparse
@@ -40,32 +39,31 @@ DAY = 86_400
 
 @dataclass(kw_only=True)
 class World:
-    """What all users share: which items are in which community, how popular they are, and the two rings."""
+    """What all users share: which items are in which series, in which order, and how popular they are."""
 
     members: np.ndarray
-    """[communities, size] item numbers; row c in the order of popularity."""
+    """[series, size] item numbers; row c in the order of popularity."""
     successor: np.ndarray
-    """[2, items] the item after each item on ring 0 and on ring 1 of its community."""
-    community_cumulative: np.ndarray
-    """[communities] cumulative popularity of communities."""
+    """[items] the item after each item in its series."""
+    series_cumulative: np.ndarray
+    """[series] cumulative popularity of the series."""
     item_cumulative: np.ndarray
-    """[size] cumulative popularity of a community's items."""
+    """[size] cumulative popularity of a series' items."""
 
     @classmethod
-    def make(cls, items: int, communities: int, zipf: float, rng: np.random.Generator) -> "World":
-        """Draw communities and rings."""
-        size = items // communities
-        members = rng.permutation(items)[: communities * size].reshape(communities, size)
-        successor = np.zeros((2, items), dtype=np.int64)
-        for ring in range(2):
-            order = rng.permuted(members, axis=1)
-            successor[ring, order] = np.roll(order, -1, axis=1)
-        shares = 1 / np.arange(1, communities + 1) ** zipf
+    def make(cls, items: int, series: int, zipf: float, rng: np.random.Generator) -> "World":
+        """Draw the series and their orders."""
+        size = items // series
+        members = rng.permutation(items)[: series * size].reshape(series, size)
+        order = rng.permuted(members, axis=1)
+        successor = np.zeros(items, dtype=np.int64)
+        successor[order] = np.roll(order, -1, axis=1)
+        shares = 1 / np.arange(1, series + 1) ** zipf
         popularity = 1 / np.arange(1, size + 1) ** zipf
         return cls(
             members=members,
             successor=successor,
-            community_cumulative=np.cumsum(shares / shares.sum()),
+            series_cumulative=np.cumsum(shares / shares.sum()),
             item_cumulative=np.cumsum(popularity / popularity.sum()),
         )
 
@@ -76,12 +74,14 @@ class Habits:
 
     mean_events: float = 20
     """Events a user, on average; at least 5."""
+    threads: int = 3
+    """Series a user reads in turn."""
     follow: float = 0.85
-    """Probability that an event within a session follows the ring."""
+    """Probability that an event goes on with its thread's series."""
     leave: float = 0.1
-    """Probability that a session ends after an event."""
+    """Probability that a visit ends after an event."""
     favourites: int = 4
-    """Communities a user draws from (drawn with replacement, so some users have fewer)."""
+    """Series a user draws from (drawn with replacement, so some users have fewer)."""
 
 
 def events(world: World, habits: Habits, users: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
@@ -90,27 +90,26 @@ def events(world: World, habits: Habits, users: int, rng: np.random.Generator) -
     Returns:
         user [events] (0 to users - 1, in order), item [events], time [events] (rising for each user).
     """
-    favourites = _draw(world.community_cumulative, (users, habits.favourites), rng)
+    favourites = _draw(world.series_cumulative, (users, habits.favourites), rng)
     mixture = np.cumsum(rng.standard_exponential((users, habits.favourites)), axis=1)
     mixture /= mixture[:, -1:]
     extra = rng.geometric(1 / max(habits.mean_events - 4, 1), size=users) - 1
     lengths = np.minimum(5 + extra, int(10 * habits.mean_events))
     now = START + rng.integers(0, 60 * DAY, size=users)
-    current = np.zeros(users, dtype=np.int64)
-    ring = np.zeros(users, dtype=np.int64)
+    current = np.zeros((users, habits.threads), dtype=np.int64)
     fresh = np.ones(users, dtype=bool)
     made: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for step in range(int(lengths.max())):
         active = np.flatnonzero(lengths > step)
-        starts = fresh[active]
-        ring[active] = np.where(starts, rng.integers(0, 2, size=len(active)), ring[active])
-        community = favourites[active, (mixture[active] < rng.random(len(active))[:, None]).sum(axis=1)]
-        drawn = world.members[community, _draw(world.item_cumulative, len(active), rng)]
-        follows = ~starts & (rng.random(len(active)) < habits.follow)
-        current[active] = np.where(follows, world.successor[ring[active], current[active]], drawn)
-        pause = np.where(starts, rng.exponential(5 * DAY, len(active)), rng.exponential(120, len(active)))
+        series = favourites[active, (mixture[active] < rng.random(len(active))[:, None]).sum(axis=1)]
+        drawn = world.members[series, _draw(world.item_cumulative, len(active), rng)]
+        thread = step % habits.threads
+        follows = (rng.random(len(active)) < habits.follow) & (step >= habits.threads)
+        item = np.where(follows, world.successor[current[active, thread]], drawn)
+        current[active, thread] = item
+        pause = np.where(fresh[active], rng.exponential(5 * DAY, len(active)), rng.exponential(120, len(active)))
         now[active] += 1 + pause.astype(np.int64)
-        made.append((active, current[active].copy(), now[active].copy()))
+        made.append((active, item, now[active].copy()))
         fresh[active] = rng.random(len(active)) < habits.leave
     user, item, time = (np.concatenate(columns) for columns in zip(*made, strict=True))
     order = np.argsort(user, kind="stable")
@@ -170,42 +169,51 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--users", type=int, default=5000, help="number of users (default: 5000)")
     parser.add_argument("--items", type=int, default=2000, help="number of items (default: 2000)")
     parser.add_argument(
-        "--communities", type=int, default=0, help="item communities; 0 makes them of 50 items (default: 0)"
+        "--series", type=int, default=0, help="series of items; 0 makes them of 50 items (default: 0)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=habits.threads, help="series a user reads in turn (default: 3)"
     )
     parser.add_argument("--mean_events", type=float, default=habits.mean_events, help="events a user (default: 20)")
     parser.add_argument(
         "--zipf", type=float, default=0.8, help="exponent of the popularity skew; 0 is none (default: 0.8)"
     )
     parser.add_argument(
-        "--follow", type=float, default=habits.follow, help="probability to follow the ring (default: 0.85)"
+        "--follow", type=float, default=habits.follow, help="probability to go on with a series (default: 0.85)"
     )
     parser.add_argument(
-        "--leave", type=float, default=habits.leave, help="probability that a session ends (default: 0.1)"
+        "--leave", type=float, default=habits.leave, help="probability that a visit ends (default: 0.1)"
     )
     parser.add_argument(
-        "--favourites", type=int, default=habits.favourites, help="communities a user draws from (default: 4)"
+        "--favourites", type=int, default=habits.favourites, help="series a user draws from (default: 4)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     options = parser.parse_args(arguments)
-    communities = options.communities or max(options.items // 50, 1)
+    series = options.series or max(options.items // 50, 1)
     if not options.output.endswith((".csv", ".parquet")):
         parser.error(f"--output {options.output} must end in .csv or .parquet")
-    if options.users < 1 or options.items < 2 or options.items // communities < 2:
+    if options.threads < 1:
+        parser.error(f"--threads {options.threads} must be at least 1")
+    if options.users < 1 or options.items < 2 or options.items // series < 2:
         parser.error(
-            "there must be at least 1 user, and 2 items in each community; pass fewer --communities or more --items"
+            "there must be at least 1 user, and 2 items in each series; pass fewer --series or more --items"
         )
     if options.mean_events < 5:
         parser.error(f"--mean_events {options.mean_events} must be at least 5")
     if not (0 <= options.follow <= 1 and 0 <= options.leave <= 1 and options.favourites > 0 and options.zipf >= 0):
         parser.error("--follow and --leave are probabilities, --favourites is at least 1, --zipf at least 0")
     habits = Habits(
-        mean_events=options.mean_events, follow=options.follow, leave=options.leave, favourites=options.favourites
+        mean_events=options.mean_events,
+        threads=options.threads,
+        follow=options.follow,
+        leave=options.leave,
+        favourites=options.favourites,
     )
-    world = World.make(options.items, communities, options.zipf, np.random.default_rng([options.seed, 0]))
+    world = World.make(options.items, series, options.zipf, np.random.default_rng([options.seed, 0]))
     rows = write(options.output, tables(world, habits, options.users, options.items, options.seed))
     print(
         f"wrote {options.output}: {rows:,} events of {options.users:,} users over {options.items:,} items in "
-        f"{communities:,} communities; next: python -m recgpt_torchrec.prepare --input {options.output} --output DIR",
+        f"{series:,} series; next: python -m recgpt_torchrec.prepare --input {options.output} --output DIR",
         file=sys.stderr,
     )
 
