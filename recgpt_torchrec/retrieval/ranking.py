@@ -10,7 +10,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from recgpt_torchrec.data.batch import ITEM, SequenceBatch, Sequences
 from recgpt_torchrec.data.stream import SequenceStream, part_of
 from recgpt_torchrec.data.windows import deal
-from recgpt_torchrec.retrieval.metrics import RankingMetrics, ranks
+from recgpt_torchrec.retrieval.metrics import RankingMetrics, both_ranks
 from recgpt_torchrec.training.lockstep import Lockstep
 
 LOOKUP = 65536
@@ -79,8 +79,8 @@ def measure(
             scores = score(part, vectors[first : first + at_once])
             assert part.held_out is not None and part.seen is not None
             targets = torch.from_numpy(part.held_out)
-            masked.update(ranks(scores, targets, part.seen).cpu())
-            unmasked.update(ranks(scores, targets).cpu())
+            for metrics, found in zip((masked, unmasked), both_ranks(scores, targets, part.seen), strict=True):
+                metrics.update(found.cpu())
     results: Results = {"masked": reduced(masked).result(), "unmasked": reduced(unmasked).result()}
     return masked.users, results
 
