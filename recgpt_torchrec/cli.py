@@ -52,8 +52,8 @@ def parse(config_class: type[Config], prog: str, arguments: list[str] | None = N
         if not isinstance(given, list) or not given or not all(isinstance(value, str) for value in given):
             parser.error(f'Parser key "{name}": expected one or more strings, got {values[name]!r}')
         values[name] = given
-    built: Any = parser.instantiate_classes(values)
     try:
+        built: Any = parser.instantiate_classes(values)
         return config_class(**(vars(built) if isinstance(built, Namespace) else built))
     except ValueError as error:
         parser.error(str(error))

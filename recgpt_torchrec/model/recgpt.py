@@ -47,7 +47,8 @@ class Dense(nn.Module):
         users = self.user_vectors(users)
         hidden = self.decoder(items[batch.item_bag], users[batch.user_bag], batch.position, batch.segment, batch.sequence)
         flat = hidden.flatten(0, 1)
-        loss = self.sum_of_losses(flat[batch.target_slot], items, batch) / batch.global_targets.clamp(min=1)
+        # The clamp is for no targets at all: a step may have fewer than one a rank, 1 on 4 ranks is 0.25.
+        loss = self.sum_of_losses(flat[batch.target_slot], items, batch) / batch.global_targets.clamp(min=1e-6)
         return loss, (loss.detach(), flat[batch.last_slot])
 
     def sum_of_losses(self, h: Tensor, items: Tensor, batch: SequenceBatch) -> Tensor:

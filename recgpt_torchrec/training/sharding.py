@@ -141,11 +141,21 @@ def distribute(
     parts: list[tuple[str, KeyedOptimizer]] = [("", distributed.fused_optimizer)]
     if replicated:
         replicated_kwargs = {"lr": tables.lr, "weight_decay": tables.weight_decay, **fused[1]}
-        parts.append(("", KeyedOptimizerWrapper(replicated, lambda p: fused[0](p, **replicated_kwargs))))
+        parts.append(("", KeyedOptimizerWrapper(replicated, lambda p: with_moments(fused[0](p, **replicated_kwargs)))))
     # fused: one pass over all parameters; the default, a loop over 30 small tensors, took 12 ms of a step on CPU.
     adamw = {"fused": True, "lr": optimizer.lr, "betas": (0.9, optimizer.beta2), "weight_decay": optimizer.weight_decay}
-    parts.append(("", KeyedOptimizerWrapper(dense, lambda p: torch.optim.AdamW(p, **adamw))))
+    parts.append(("", KeyedOptimizerWrapper(dense, lambda p: with_moments(torch.optim.AdamW(p, **adamw)))))
     return distributed, CombinedOptimizer(parts)
+
+
+def with_moments(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Make Adam's state now, as its first step would: a checkpoint is loaded into the state that is there, no other."""
+    if isinstance(optimizer, torch.optim.Adam):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                step = torch.zeros((), dtype=torch.float32, device=p.device if group["fused"] else "cpu")
+                optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
 
 
 def tables_of(model: nn.Module) -> dict[str, Any]:
