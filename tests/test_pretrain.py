@@ -1,0 +1,315 @@
+"""`pretrain` and `evaluate` from the command line: what they write, what they refuse, going on after an interruption."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
+
+from recgpt_torchrec import cli, evaluate, pretrain
+from recgpt_torchrec.config import Evaluate, Pretrain
+from tests.support import walks, write_dataset
+
+USERS, ITEMS = 90, 30
+SMALL = {
+    "--model.dim": 8,
+    "--model.max_len": 10,
+    "--model.layers": 1,
+    "--batch.tokens": 60,
+    "--loss.candidates": "sampled",
+    "--loss.negatives": 10,
+    "--train.epochs": 2,
+    "--optimizer.warmup_steps": 5,
+    "--checkpoint.every_steps": 3,
+    "--checkpoint.keep": 100,
+}
+STAGES: dict[str, tuple[Any, Callable[[Any], None]]] = {
+    "pretrain": (Pretrain, pretrain.run),
+    "evaluate": (Evaluate, evaluate.main),
+}
+
+
+def words(options: dict[str, Any]) -> list[str]:
+    return [str(word) for option in options.items() for word in option]
+
+
+def stage(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run a stage in this process as its command line would, and return its exit status."""
+    config_class, function = STAGES[name]
+    monkeypatch.setattr(sys, "argv", [name, *words(options)])
+    try:
+        cli.run(config_class, function, f"recgpt_torchrec.{name}")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    return 0
+
+
+def command(module: ModuleType, options: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """Run a stage as users do."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-m", module.__name__, *words(options)]
+    return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=200)
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint by name, optimizer state included, read without the code under test."""
+    metadata = FileSystemReader(checkpoint).read_metadata()
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.state_dict_metadata.items()
+        if hasattr(entry, "size")
+    }
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    return state
+
+
+def folder_state(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrain") / "data"
+    write_dataset(folder, walks(USERS, ITEMS, shortest=1, longest=14), items=ITEMS, rows_per_group=8, groups_per_part=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(data) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A finished run and what the command said."""
+    output = data.parent / "run"
+    return output, command(pretrain, {"--data": data, "--output": output, **SMALL})
+
+
+def checkpoints(output: Path) -> list[Path]:
+    return sorted((output / "checkpoints").iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------- pretrain
+
+
+def test_a_run_from_the_command_line_leaves_checkpoints_and_says_what_to_do_next(run, data):
+    output, done = run
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert f"--data {data} --checkpoint {output}" in done.stdout and "recgpt_torchrec.evaluate" in done.stdout
+    best = json.loads((output / "best.json").read_text())
+    assert (output / "checkpoints" / best["checkpoint"] / "checkpoint.json").exists() and best["epoch"] in (1, 2)
+    lines = [json.loads(line) for line in (output / "history.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert lines[1]["loss"] < lines[0]["loss"]
+    assert best["value"] == max(line["NDCG@10"] for line in lines)
+    last = checkpoints(output)[-1]
+    assert json.loads((last / "checkpoint.json").read_text())["progress"]["finished"]
+    assert all(not path.name.endswith(".tmp") for path in checkpoints(output))
+    tables = {name: value for name, value in tensors(last).items() if name.startswith("model.") and "embedding" in name}
+    assert sorted(tuple(value.shape) for value in tables.values()) == [(ITEMS, 8), (USERS, 8)]
+
+
+def test_the_same_command_again_says_that_the_run_is_trained_already(run, data, monkeypatch, capfd):
+    output, _ = run
+    before = folder_state(output)
+    assert stage("pretrain", {"--data": data, "--output": output, **SMALL}, monkeypatch) == 0
+    assert f"{output} is trained already." in capfd.readouterr().out
+    assert folder_state(output) == before
+
+
+def test_other_options_in_the_same_folder_are_refused_and_named(run, data, monkeypatch, capfd):
+    output, _ = run
+    before = folder_state(output)
+    options = {"--data": data, "--output": output, **SMALL, "--model.dim": 16, "--seed": 3}
+    assert stage("pretrain", options, monkeypatch) == 2
+    said = capfd.readouterr().err
+    assert "--model.dim: 8 there, 16 now" in said and "--seed: 0 there, 3 now" in said
+    assert "--data" not in said and "Traceback" not in said
+    assert folder_state(output) == before
+
+
+def test_options_that_change_nothing_of_the_result_may_differ(run, data, monkeypatch, capfd):
+    output, _ = run
+    options = {"--data": data, "--output": output, **SMALL, "--stream.prefetch": 2, "--tables.sharding": "row_wise"}
+    assert stage("pretrain", options, monkeypatch) == 0
+    assert "trained already" in capfd.readouterr().out
+
+
+def test_another_dataset_in_the_same_folder_is_refused(run, tmp_path, monkeypatch, capfd):
+    output, _ = run
+    write_dataset(tmp_path / "other", walks(USERS, ITEMS), items=ITEMS, vocabulary="another")
+    assert stage("pretrain", {"--data": tmp_path / "other", "--output": output, **SMALL}, monkeypatch) == 2
+    assert "holds a run on another dataset" in capfd.readouterr().err
+
+
+def test_a_folder_that_holds_something_else_is_left_as_it_is(data, tmp_path, monkeypatch, capfd):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert stage("pretrain", {"--data": data, "--output": tmp_path, **SMALL}, monkeypatch) == 2
+    assert "holds something that is not a run" in capfd.readouterr().err
+    assert folder_state(tmp_path) == {"thesis.txt": b"years of work"}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--model.width", "8", "model.width"),
+        ("--model.dim", "wide", "model.dim"),
+        ("--loss.candidates", "some", "loss.candidates"),
+        ("--model.heads", "3", "--model.heads 3 must divide --model.dim 8"),
+        ("--model.dropout", "1.5", "--model.dropout is 1.5"),
+        ("--batch.tokens", "5", "--batch.tokens 5 is less than --model.max_len 10"),
+        ("--data", "no/such/folder", "no/such/folder is not a dataset"),
+    ],
+)
+def test_an_unusable_option_is_refused_before_anything_is_written(
+    option, value, said, data, tmp_path, monkeypatch, capfd
+):
+    options = {"--data": data, "--output": tmp_path / "run", **SMALL, option: value}
+    assert stage("pretrain", options, monkeypatch) == 2
+    shown = capfd.readouterr().err
+    assert said in shown and "Traceback" not in shown
+    assert not (tmp_path / "run").exists()
+
+
+def missing(folder: Path) -> None:
+    (folder / "sequences/part-00001.parquet").unlink()
+
+
+def truncated(folder: Path) -> None:
+    path = folder / "sequences/part-00001.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def overwritten(folder: Path) -> None:
+    path = folder / "sequences/part-00001.parquet"
+    path.write_bytes(b"x" * path.stat().st_size)
+
+
+def of_another_version(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
+
+
+def no_json(folder: Path) -> None:
+    (folder / "manifest.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (missing, "the part sequences/part-00001.parquet is missing"),
+        (truncated, "the part sequences/part-00001.parquet is damaged"),
+        (overwritten, "the part sequences/part-00001.parquet cannot be read as Parquet"),
+        (of_another_version, "dataset format version 99, this program reads version 1"),
+        (no_json, "manifest.json is not valid JSON"),
+    ],
+)
+def test_an_unusable_dataset_is_refused_before_anything_is_written(harm, said, data, tmp_path, monkeypatch, capfd):
+    shutil.copytree(data, tmp_path / "data")
+    harm(tmp_path / "data")
+    assert stage("pretrain", {"--data": tmp_path / "data", "--output": tmp_path / "run", **SMALL}, monkeypatch) == 2
+    shown = capfd.readouterr().err
+    assert said in shown and "Traceback" not in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupted_run_goes_on_to_the_very_same_result(run, data, tmp_path, monkeypatch, capfd):
+    whole, _ = run
+    steps = [json.loads((c / "checkpoint.json").read_text())["progress"] for c in checkpoints(whole)]
+    inside = [n for n, progress in enumerate(steps) if progress["position"]["queues"] is not None]
+    assert inside, "no checkpoint within an epoch: the test proves nothing"
+    stopped = inside[0]
+    interrupted = tmp_path / "run"
+    (interrupted / "checkpoints").mkdir(parents=True)
+    shutil.copy(whole / "run.json", interrupted)
+    for checkpoint in checkpoints(whole)[: stopped + 1]:
+        shutil.copytree(checkpoint, interrupted / "checkpoints" / checkpoint.name)
+    # what a kill in the middle of writing the next checkpoint leaves
+    half = checkpoints(whole)[stopped + 1]
+    shutil.copytree(half, interrupted / "checkpoints" / f"{half.name}.tmp")
+    (interrupted / "checkpoints" / f"{half.name}.tmp" / "checkpoint.json").unlink()
+
+    assert stage("pretrain", {"--data": data, "--output": interrupted, **SMALL}, monkeypatch) == 0
+    assert f"Going on from {interrupted}/checkpoints/{checkpoints(whole)[stopped].name}" in capfd.readouterr().out
+    assert [c.name for c in checkpoints(interrupted)] == [c.name for c in checkpoints(whole)]
+    assert json.loads((interrupted / "best.json").read_text()) == json.loads((whole / "best.json").read_text())
+    mine, theirs = (tensors(checkpoints(folder)[-1]) for folder in (interrupted, whole))
+    assert mine.keys() == theirs.keys() and len(mine) > 10
+    for name, value in theirs.items():
+        torch.testing.assert_close(mine[name], value, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# ---------------------------------------------------------------------------------------------------- evaluate
+
+
+def evaluated(data: Path, checkpoint: Path, output: Path, monkeypatch, **more: Any) -> dict[str, Any]:
+    options = {"--data": data, "--checkpoint": checkpoint, "--output": output, **{f"--{k}": v for k, v in more.items()}}
+    assert stage("evaluate", options, monkeypatch) == 0
+    return json.loads(output.read_text())
+
+
+def test_evaluate_writes_what_other_tools_read(run, data, tmp_path, monkeypatch):
+    output, _ = run
+    result = evaluated(data, output, tmp_path / "test.json", monkeypatch)
+    assert result.keys() == {"dataset", "checkpoint", "split", "users", "results"}
+    assert (result["dataset"], result["split"]) == (str(data), "test")
+    best = json.loads((output / "best.json").read_text())["checkpoint"]
+    assert result["checkpoint"].endswith(best)
+    assert result["users"] == sum(len(history) >= 3 for history in walks(USERS, ITEMS, shortest=1, longest=14))
+    assert {"pretrain", "popularity", "cooccurrence"} <= result["results"].keys()
+    for protocols in result["results"].values():
+        assert list(protocols) == ["masked", "unmasked"]
+        for figures in protocols.values():
+            assert list(figures) == ["HR@5", "NDCG@5", "HR@10", "NDCG@10"]
+            assert 0 <= figures["NDCG@5"] <= figures["HR@5"] <= figures["HR@10"] <= 1
+
+
+def test_validation_during_training_is_what_evaluate_measures(run, data, tmp_path, monkeypatch):
+    output, _ = run
+    result = evaluated(data, output, tmp_path / "v.json", monkeypatch, split="validation", baselines="false")
+    best = json.loads((output / "best.json").read_text())
+    assert result["results"]["pretrain"]["masked"]["NDCG@10"] == pytest.approx(best["value"], abs=1e-6)
+
+
+def test_metrics_do_not_change_when_the_items_are_numbered_otherwise(run, data, tmp_path, monkeypatch):
+    output, _ = run
+    before = evaluated(data, output, tmp_path / "before.json", monkeypatch)
+    new_id = np.random.default_rng(3).permutation(ITEMS)
+    histories = [[int(new_id[i]) for i in history] for history in walks(USERS, ITEMS, shortest=1, longest=14)]
+    write_dataset(tmp_path / "data", histories, items=ITEMS, rows_per_group=8, groups_per_part=4)
+    source, copy = Path(before["checkpoint"]), tmp_path / "step-00000001"
+    state = tensors(source)
+    (name,) = [n for n in state if n.startswith("model.") and "item_table" in n]
+    state[name][torch.from_numpy(new_id)] = state[name].clone()
+    dcp.save(state, checkpoint_id=copy, no_dist=True)
+    shutil.copy(source / "checkpoint.json", copy)
+    after = evaluated(tmp_path / "data", copy, tmp_path / "after.json", monkeypatch)
+    assert after["users"] == before["users"]
+    for path, protocols in before["results"].items():
+        for how, figures in protocols.items():
+            assert after["results"][path][how] == pytest.approx(figures, abs=1e-6), (path, how)
+    assert before["results"]["pretrain"]["masked"]["HR@10"] > 0
+
+
+@pytest.mark.parametrize("checkpoint", ["nothing", "unfinished", "another dataset's"])
+def test_a_checkpoint_that_does_not_fit_is_refused(run, data, tmp_path, monkeypatch, capfd, checkpoint):
+    output, _ = run
+    said = "holds no finished checkpoint"
+    if checkpoint == "unfinished":
+        (tmp_path / "given" / "checkpoints" / "step-00000003.tmp").mkdir(parents=True)
+    given = tmp_path / "given"
+    if checkpoint == "another dataset's":
+        write_dataset(tmp_path / "data", walks(USERS, ITEMS), items=ITEMS, vocabulary="another")
+        given, data, said = output, tmp_path / "data", "was trained on another dataset"
+    options = {"--data": data, "--checkpoint": given, "--output": tmp_path / "x.json"}
+    assert stage("evaluate", options, monkeypatch) == 2
+    shown = capfd.readouterr().err
+    assert said in shown and "Traceback" not in shown
+    assert not (tmp_path / "x.json").exists()
