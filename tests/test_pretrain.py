@@ -1,4 +1,4 @@
-"""`pretrain` and `evaluate` from the command line: what they write, what they refuse, going on after an interruption."""
+"""`pretrain` and `evaluate` from the command line: results, refusals and going on after an interruption."""
 
 import json
 import os

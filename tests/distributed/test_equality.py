@@ -1,0 +1,348 @@
+"""One rank or two, however the tables are sharded: the same global batches make the same losses, tables and decoder.
+
+The reference is neither: a plain loop in one process over two dense matrices, with Adagrad written out.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from recgpt_torchrec.building import build, training_stream
+from recgpt_torchrec.config import Batch, CheckpointOptions, Loss, Model, Optimizer, Pretrain, Tables, Train
+from recgpt_torchrec.data.batch import Candidates, Capacity, SequenceBatch, Sequences, make_batch, no_sequences
+from recgpt_torchrec.data.dataset import Dataset, Manifest
+from recgpt_torchrec.data.windows import Window
+from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.model.recgpt import Dense, RecGPT
+from recgpt_torchrec.training.checkpoint import Checkpoints
+from recgpt_torchrec.training.lockstep import Lockstep
+from recgpt_torchrec.training.schedule import Schedule
+from recgpt_torchrec.training.sharding import distribute, tables_of
+from recgpt_torchrec.training.trainer import Trainer
+from tests.distributed.launch import run_ranks
+from tests.support import walks, write_dataset
+
+USERS, ITEMS, DIM, STEPS = 11, 23, 8, 6
+TABLE_LR, LR, BETA2 = 0.05, 2e-3, 0.98
+
+
+@dataclass(frozen=True)
+class Case:
+    sharding: Any
+    optimizer: Any
+    candidates: Any
+    idle: bool = False
+    """All the data is rank 0's, the others never get any."""
+    few: bool = False
+    """Fewer positions in a step than there are ranks."""
+
+    def __str__(self) -> str:
+        words = [self.sharding, self.optimizer, self.candidates, "idle" * self.idle, "few" * self.few]
+        return "-".join(word for word in words if word)
+
+    @property
+    def config(self) -> Pretrain:
+        return Pretrain(
+            data="",
+            output="",
+            seed=7,
+            model=Model(dim=DIM, heads=2, layers=1, max_len=8, dropout=0, attention_dropout=0, user_dropout=0),
+            loss=Loss(candidates=self.candidates),
+            tables=Tables(sharding=self.sharding, optimizer=self.optimizer, lr=TABLE_LR),
+            optimizer=Optimizer(lr=LR, beta2=BETA2, warmup_steps=3, final_lr=0.1),
+        )
+
+    def share(self, step: int) -> float:
+        """The learning rate as a share of its peak, said again: warm-up over three steps, then cosine down to 0.1."""
+        return min(1.0, (step + 1) / 3) * (0.1 + 0.9 * (1 + math.cos(math.pi * step / STEPS)) / 2)
+
+
+CASES = [
+    Case(sharding, "adagrad" if sharding == "column_wise" else "rowwise_adagrad", candidates)
+    for sharding in ("data_parallel", "table_wise", "row_wise", "column_wise")
+    for candidates in ("all", "sampled")
+] + [Case("row_wise", "rowwise_adagrad", "sampled", idle=True), Case("table_wise", "adagrad", "all", few=True)]
+
+
+def batches(case: Case, rank: int, world_size: int) -> list[SequenceBatch]:
+    """What one rank is given: its part of each global batch, which is the same for every number of ranks."""
+    rng = np.random.default_rng(5)
+    made = []
+    for step in range(STEPS):
+        count, longest = (1, 2) if case.few else (7, 9)
+        histories = walks(count, ITEMS, seed=step, shortest=2 if case.few else 1, longest=longest)
+        users = rng.integers(0, USERS, count)
+        negatives = Candidates(rng.permutation(ITEMS)[:9], np.log(rng.uniform(0.2, 1, 9)).astype(np.float32))
+        owner = np.array([0, 0, 1, 0, 1, 1, 0])[:count] % world_size  # unequal numbers of positions
+        if step == 2 or case.idle:
+            owner[:] = 0  # and one rank without any, now and then
+        mine = [n for n in range(count) if owner[n] == rank]
+        if mine:
+            sequences = Sequences(
+                users=users[mine],
+                items=np.concatenate([histories[n] for n in mine]),
+                offsets=np.concatenate([[0], np.cumsum([len(histories[n]) for n in mine])]),
+            )
+            made.append(packed(case, sequences, negatives))
+        elif not case.idle:
+            made.append(packed(case, no_sequences(), negatives))
+    return made
+
+
+def packed(case: Case, sequences: Sequences, negatives: Candidates) -> SequenceBatch:
+    every = case.candidates == "all"
+    return make_batch(
+        sequences,
+        row_length=8,
+        capacity=Capacity(USERS, ITEMS),
+        predict=True,
+        candidates=None if every else negatives,
+        all_items=ITEMS if every else 0,
+    )
+
+
+def whole(value: Any) -> torch.Tensor | None:
+    """A table from all its shards, on rank 0 (collective)."""
+    if not isinstance(value, ShardedTensor):
+        return value.detach().clone()
+    out = torch.empty(value.size()) if dist.get_rank() == 0 else None
+    value.gather(0, out)
+    return out
+
+
+@dataclass
+class Trained:
+    tables_before: dict[str, Any]
+    dense_before: dict[str, torch.Tensor]
+    losses: list[float] = field(default_factory=list)
+    tables: dict[str, Any] = field(default_factory=dict)
+    dense: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def train(case: Case, rank: int, world_size: int) -> Trained:
+    """Train on the case's batches with the project's own parts, as the trainer puts them together."""
+    dataset = Dataset(path="", manifest=Manifest(users=USERS, items=ITEMS))
+    device = torch.device("cpu")
+    model, optimizer = build(case.config, dataset, ITEMS, device)
+
+    def tables() -> dict[str, Any]:
+        return {name.split(".")[0]: whole(value) for name, value in sorted(tables_of(model).items())}
+
+    def dense() -> dict[str, torch.Tensor]:
+        state = {name: value for name, value in model.state_dict().items() if name.startswith("dense.")}
+        return {name.removeprefix("dense."): value.detach().clone() for name, value in state.items()}
+
+    result = Trained(tables(), dense())
+    pipeline = TrainPipelineSparseDist(model, optimizer, device)
+    course = Schedule(optimizer, case.config.optimizer)
+    nothing = Candidates(np.arange(9), np.zeros(9, np.float32))
+    ahead = Lockstep(iter(batches(case, rank, world_size)), lambda: packed(case, no_sequences(), nothing))
+    model.train()
+    while True:
+        course.set(len(result.losses), len(result.losses) / STEPS)
+        try:
+            loss, _ = pipeline.progress(ahead)
+        except StopIteration:
+            break
+        dist.all_reduce(loss)
+        result.losses.append(float(loss) / world_size)
+    result.tables, result.dense = tables(), dense()
+    return result
+
+
+def train_cases(rank: int, world_size: int, cases: list[Case]) -> list[Trained]:
+    return [train(case, rank, world_size) for case in cases]
+
+
+def train_plainly(case: Case, start: Trained) -> Trained:
+    """The reference: dense matrices, autograd, Adagrad by its formula, torch's AdamW."""
+    config = case.config
+    weights = {name: table.clone().requires_grad_() for name, table in start.tables_before.items()}
+    moments = {name: torch.zeros_like(table) for name, table in start.tables_before.items()}
+    dense = Dense(config.model, config.loss)
+    dense.load_state_dict(start.dense_before)
+    adamw = torch.optim.AdamW(dense.parameters(), lr=LR, betas=(0.9, BETA2), weight_decay=0)
+    result = Trained(start.tables_before, start.dense_before)
+
+    def rows(weight: torch.Tensor, kjt: KeyedJaggedTensor) -> torch.Tensor:
+        out = torch.zeros(kjt.lengths().numel(), DIM)
+        return out.index_put((kjt.lengths().nonzero().flatten(),), weight[kjt.values()])
+
+    for step, batch in enumerate(batches(case, 0, 1)):
+        loss, _ = dense(rows(weights["user_table"], batch.users), rows(weights["item_table"], batch.items), batch)
+        adamw.zero_grad()
+        loss.backward()
+        adamw.param_groups[0]["lr"] = LR * case.share(step)
+        adamw.step()
+        for name, weight in weights.items():
+            assert weight.grad is not None
+            squared = weight.grad**2
+            if case.optimizer == "rowwise_adagrad":
+                squared = squared.mean(1, keepdim=True).expand_as(squared)
+            moments[name] += squared
+            with torch.no_grad():
+                weight -= TABLE_LR * case.share(step) * weight.grad / (moments[name].sqrt() + 1e-8)
+            weight.grad = None
+        result.losses.append(float(loss.detach()))
+    result.tables = {name: weight.detach() for name, weight in weights.items()}
+    result.dense = {name: value.detach().clone() for name, value in dense.state_dict().items()}
+    return result
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[int, list[Trained]]:
+    """What rank 0 of one rank, and of two, ends with, case by case."""
+    return {world: run_ranks(train_cases, world, CASES, timeout=200)[0] for world in (1, 2)}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[str(case) for case in CASES])
+def test_training_equals_a_plain_loop_on_one_rank_and_on_two(trained, number, world_size):
+    ours = trained[world_size][number]
+    reference = train_plainly(CASES[number], ours)
+    assert len(ours.losses) == len(reference.losses) == STEPS
+    np.testing.assert_allclose(ours.losses, reference.losses, rtol=2e-5)
+    assert CASES[number].few or reference.losses[-1] < reference.losses[0]
+    for name, table in reference.tables.items():
+        assert (table - ours.tables_before[name]).abs().max() > 0.02, (
+            "nothing was learned: the comparison proves nothing"
+        )
+        torch.testing.assert_close(ours.tables[name], table, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert ours.dense.keys() == reference.dense.keys()
+    for name, value in reference.dense.items():
+        torch.testing.assert_close(ours.dense[name], value, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_run_starts_from_the_same_values_whatever_the_sharding_and_the_number_of_ranks(trained):
+    first = trained[1][0]
+    assert 0.015 < first.tables_before["item_table"].std() < 0.025
+    for results in trained.values():
+        for other in results:
+            for name, table in first.tables_before.items():
+                assert torch.equal(other.tables_before[name], table), name
+            for name, value in first.dense_before.items():
+                assert torch.equal(other.dense_before[name], value), name
+    assert not torch.equal(first.tables_before["user_table"], first.tables_before["item_table"][:USERS])
+
+
+# ------------------------------------------------------------------------------------------------ the trainer
+
+
+@dataclass
+class FixedStream:
+    """A stream of given batches, one epoch for ever."""
+
+    batches: list[SequenceBatch]
+    case: Case
+    workers: int = 1
+
+    @property
+    def maker(self) -> Any:
+        nothing = Candidates(np.arange(9), np.zeros(9, np.float32))
+        return SimpleNamespace(empty=lambda: packed(self.case, no_sequences(), nothing))
+
+    def windows(self, epoch: int) -> list[Window]:
+        return []
+
+    def epoch(self, epoch: int, queues: Any) -> Iterator[SequenceBatch]:
+        return iter(self.batches)
+
+
+def trainer(model: Any, optimizer: Any, stream: Any, output: str, interactions: int = 100) -> Trainer:
+    return Trainer(
+        model=model,
+        optimizer=optimizer,
+        device=torch.device("cpu"),
+        stream=stream,
+        interactions=interactions,
+        train=Train(epochs=2),
+        schedule=Optimizer(warmup_steps=1),
+        saving=CheckpointOptions(),
+        checkpoints=Checkpoints(output, keep=1),
+        facts={},
+        seed=0,
+    )
+
+
+class ModifiesItsInput(RecGPT):
+    """Looks ids up that were not in the batch as they are: torchrec cannot start their communication early."""
+
+    def forward(self, batch: SequenceBatch) -> Any:
+        items = KeyedJaggedTensor(
+            keys=batch.items.keys(), values=batch.items.values() + 0, lengths=batch.items.lengths().clone()
+        )
+        return self.dense(self.user_table(batch.users).values(), self.item_table(items).values(), batch)
+
+
+def check_the_pipeline(rank: int, world_size: int, folder: str) -> str:
+    case = Case("table_wise", "rowwise_adagrad", "all")
+    config = case.config
+    model, optimizer = distribute(
+        ModifiesItsInput(config.model, config.loss, USERS, ITEMS),
+        tables=config.tables,
+        optimizer=config.optimizer,
+        batch_size=ITEMS,
+        seed=0,
+        device=torch.device("cpu"),
+    )
+    stream = FixedStream(batches(case, rank, world_size), case)
+    try:
+        trainer(model, optimizer, stream, folder).fit(lambda: {"NDCG@10": 0.0}, metric="NDCG@10")
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_table_that_the_pipeline_passes_by_stops_the_run_and_says_so(tmp_path):
+    for message in run_ranks(check_the_pipeline, 2, str(tmp_path)):
+        assert "found 1 of the model's 2 sharded tables" in message
+
+
+def train_two_items(rank: int, world_size: int, data: str, output: str) -> dict[str, Any]:
+    dataset = Dataset.open(data)
+    answers: dict[str, Any] = {}
+    for sharding in ("row_wise", "data_parallel", "table_wise"):
+        config = Pretrain(
+            data=data,
+            output=output,
+            model=Model(dim=8, max_len=6),
+            loss=Loss(candidates="sampled", negatives=5),
+            batch=Batch(tokens=12),
+            tables=Tables(sharding=sharding),  # type: ignore[arg-type]
+        )
+        stream = training_stream(config, dataset)
+        try:
+            model, optimizer = build(config, dataset, stream.maker.capacity.items, torch.device("cpu"))
+        except InputError as error:
+            answers[sharding] = str(error)
+            continue
+        run = trainer(model, optimizer, stream, f"{output}/{sharding}", dataset.manifest.interactions)
+        progress = run.fit(lambda: {"NDCG@10": 0.0}, metric="NDCG@10")
+        answers[sharding] = progress.finished, progress.step, progress.read
+    return answers
+
+
+def test_fewer_items_than_ranks_and_ranks_without_data(tmp_path):
+    histories = [[0, 1, 0, 1, 1, 0], [1, 0, 1], [0, 0, 1, 1], [1]]
+    dataset = write_dataset(
+        tmp_path / "data", histories, items=2, rows_per_group=2
+    )  # one window: two ranks get nothing
+    answers = run_ranks(train_two_items, 3, str(tmp_path / "data"), str(tmp_path))
+    assert answers[0] == answers[1] == answers[2]
+    assert "the item table has 2 rows, fewer than the 3 ranks" in answers[0]["row_wise"]
+    assert "--tables.sharding data_parallel" in answers[0]["row_wise"]
+    for sharding in ("data_parallel", "table_wise"):
+        finished, steps, read = answers[0][sharding]
+        assert finished and steps >= 2 and read == pytest.approx(2 * dataset.manifest.interactions)
+        assert (Path(tmp_path) / sharding / "best.json").exists()
