@@ -51,7 +51,7 @@ class Prepare:
     engine: Literal["duckdb", "pyspark"] = "duckdb"
     """What runs the preparation: duckdb on this machine; pyspark, for logs too large for it, is not available yet."""
     scratch: str | None = None
-    """Local folder for temporary tables, about twice the size of the input; null: beside the output."""
+    """Local folder for temporary tables, about 50 bytes an interaction; null: beside the output."""
     memory_limit: str | None = None
     """Most memory the engine takes before it spills to scratch, such as 4GB; null: 80% of the machine's."""
 
@@ -140,13 +140,16 @@ class Stream:
     window_groups: int = 4
     """Row groups that are read and shuffled together."""
     workers: int = 0
-    """Loader processes a rank; 0: a thread of the training process, which is faster for batches of a few thousand tokens."""
+    """Loader processes a rank; 0: a thread of the training process, which is faster for batches of a few thousand
+    tokens."""
     prefetch: int = 8
     """Batches each worker keeps ready."""
 
     def __post_init__(self) -> None:
         if self.window_groups < 1 or self.workers < 0 or self.prefetch < 1:
-            raise ValueError("--stream.window_groups and --stream.prefetch must be at least 1, --stream.workers at least 0")
+            raise ValueError(
+                "--stream.window_groups and --stream.prefetch must be at least 1, --stream.workers at least 0"
+            )
 
 
 @dataclass(kw_only=True)
@@ -227,7 +230,8 @@ class Pretrain:
 
 @dataclass(kw_only=True)
 class Evaluate:
-    """Rank the whole catalogue for every user: HR@k and NDCG@k of a checkpoint, beside baselines that need no training."""
+    """Rank the whole catalogue for every user: HR@k and NDCG@k of a checkpoint, beside baselines that need no
+    training."""
 
     data: str
     """Folder of the dataset."""

@@ -6,6 +6,7 @@ lines that cannot even be split into columns.
 
 import csv
 import io
+import json
 from typing import Any
 
 import duckdb
@@ -129,7 +130,7 @@ class DuckDBReader:
 
     def _load_jsonl(self) -> None:
         first = self._first_lines()
-        if first and not any(line.lstrip().startswith("{") for line in first):
+        if first and not any(_is_object(line) for line in first) and not (len(first) == 1 and first[0].startswith("{")):
             hint = (
                 " (it begins like one JSON array; write one object a line)" if first[0].lstrip().startswith("[") else ""
             )
@@ -243,7 +244,8 @@ class DuckDBReader:
                 "",
             )
             hint += f". Is it separated by {other}, and not {self.file.format}?" if other else ""
-            hint += ". It looks like JSON lines: pass --input_format jsonl" if there[0].startswith("{") else ""
+        if there and there[0].startswith("{"):
+            hint += ". It looks like JSON lines: pass --input_format jsonl"
         shown = ", ".join(repr(shortened(entry)) for entry in there[:30]) + (", ..." if len(there) > 30 else "")
         return InputError(
             f"{self.file.path} has no column {column!r} for the {name}; it has {shown or 'none'}. "
@@ -328,6 +330,13 @@ def _lenient(statement: str) -> str:
 
 def _identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except json.JSONDecodeError:
+        return False
 
 
 def _json_path(key: str) -> str:

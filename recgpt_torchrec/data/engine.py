@@ -15,6 +15,8 @@ import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 
+from recgpt_torchrec.errors import InputError
+
 BATCH_ROWS = 65_536
 
 
@@ -37,7 +39,7 @@ class DuckDBEngine:
                 the machine's.
 
         Raises:
-            duckdb.Error: `memory_limit` is not a size.
+            InputError: `memory_limit` is not a size.
             OSError: `parent` cannot be written to.
         """
         self.scratch = Path(tempfile.mkdtemp(prefix=".prepare-", dir=parent))
@@ -47,7 +49,10 @@ class DuckDBEngine:
             self.connection.execute("SET enable_progress_bar = false")
             self.connection.execute(f"SET temp_directory = {quoted(str(self.scratch / 'spill'))}")
             if memory_limit is not None:
-                self.connection.execute(f"SET memory_limit = {quoted(memory_limit)}")
+                try:
+                    self.connection.execute(f"SET memory_limit = {quoted(memory_limit)}")
+                except duckdb.Error:
+                    raise InputError(f"--memory_limit {memory_limit} is not a size such as 4GB or 500MB") from None
         except BaseException:
             shutil.rmtree(self.scratch, ignore_errors=True)
             raise

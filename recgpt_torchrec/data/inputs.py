@@ -52,6 +52,7 @@ def list_files(patterns: list[str], input_format: str, output: str) -> list[Inpu
     """
     found: dict[str, InputFile] = {}
     for pattern in patterns:
+        some = False
         for path, size, modified, named in _expand(pattern, output):
             plain = path.removesuffix(".gz")
             kind = input_format if input_format != "auto" else ENDINGS.get(os.path.splitext(plain)[1].lower(), "")
@@ -63,8 +64,10 @@ def list_files(patterns: list[str], input_format: str, output: str) -> list[Inpu
                     f"{path}: its ending does not say what format it is (known: {known}, also with .gz); "
                     "pass --input_format csv, tsv, jsonl, parquet, sequences or recbole"
                 )
-            found.setdefault(path, InputFile(path=path, format=kind, bytes=size, modified=modified))
-        if not found:
+            some = True
+            place = path if "://" in path else os.path.realpath(path)
+            found.setdefault(place, InputFile(path=path, format=kind, bytes=size, modified=modified))
+        if not some:
             raise InputError(
                 f"--input {pattern}: no file there has a known ending ({' '.join(ENDINGS)}); pass --input_format"
             )
@@ -74,7 +77,10 @@ def list_files(patterns: list[str], input_format: str, output: str) -> list[Inpu
 def _expand(pattern: str, output: str) -> Iterator[tuple[str, int, str, bool]]:
     """Path, bytes and modification time of each file `pattern` stands for; whether it was named itself."""
     if "://" in pattern:
-        fs, root = fsspec.core.url_to_fs(pattern)
+        try:
+            fs, root = fsspec.core.url_to_fs(pattern)
+        except (ValueError, ImportError) as error:
+            raise InputError(f"--input {pattern}: no file system for this URI: {error}") from None
         matches = sorted(fs.glob(root)) if glob.has_magic(root) else [root] if fs.exists(root) else []
         for match in matches:
             inside = sorted(fs.find(match)) if fs.isdir(match) else [match]

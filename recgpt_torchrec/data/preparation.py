@@ -63,13 +63,7 @@ def prepare(config: Prepare) -> Result:
         raise InputError(
             f"the engine ran out of memory or scratch space; give more with --memory_limit or --scratch ({error})"
         ) from None
-    except duckdb.Error as error:
-        if "memory_limit" in str(error) or "memory limit" in str(error).lower():
-            raise InputError(f"--memory_limit {config.memory_limit} is not a size such as 4GB or 500MB") from None
-        if isinstance(error, duckdb.IOException):
-            raise InputError(f"scratch folder {_scratch(config)}: {error}; name another with --scratch") from None
-        raise
-    except PermissionError as error:
+    except (duckdb.IOException, PermissionError) as error:
         raise InputError(f"scratch folder {_scratch(config)}: {error}; name another with --scratch") from None
     return Result(manifest=manifest, seconds=time.monotonic() - began)
 
@@ -150,14 +144,16 @@ def vocabulary(engine: DuckDBEngine, log: ir.Table, seed: int) -> tuple[ir.Table
     the order of the log, its split into files, or the engine; and it does not tell when an item first appeared, which
     would give away held-out items.
     """
-
-    def codes(keys: ir.Table, name: str) -> ir.Table:
-        hashed = keys.mutate(place=(ibis.literal(f"{seed}:") + keys.key).hexdigest("md5"))
-        return hashed.select("key", **{name: ibis.row_number().over(order_by=[hashed.place, hashed.key]).cast("int64")})
-
-    users = engine.save("user_codes", codes(log.select(key=log.user).distinct(), "user"))
-    items = engine.save("item_codes", codes(log.select(key=log.item).distinct(), "item"))
+    users = engine.save("user_codes", codes(log.select(key=log.user).distinct(), "user", seed))
+    items = engine.save("item_codes", codes(log.select(key=log.item).distinct(), "item", seed))
     return users, items
+
+
+def codes(keys: ir.Table, name: str, seed: int) -> ir.Table:
+    """Number distinct keys (column `key`) from 0 on, in the order of the md5 of seed and key."""
+    hashed = keys.mutate(place=(ibis.literal(f"{seed}:") + keys.key).hexdigest("md5"))
+    place = ibis.row_number().over(order_by=[hashed.place, hashed.key]).cast("int64")
+    return hashed.select("key", **{name: place})
 
 
 def encoded(log: ir.Table, users: ir.Table, items: ir.Table) -> ir.Table:

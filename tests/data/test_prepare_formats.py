@@ -4,11 +4,15 @@ import datetime
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from recgpt_torchrec.data import preparation
+from recgpt_torchrec.data.rows import meaning
 from tests.data.prepare_helpers import Row, in_time_order, make, random_log, read_sequences, write_csv
 
 ROWS = random_log(80, users=7, items=9)
@@ -234,3 +238,33 @@ def test_remote_input_through_fsspec(tmp_path: Path) -> None:
         memory.pipe(f"/prepare-input/{name}", write_csv(tmp_path / name, rows).read_bytes())
     make("memory://prepare-input/*.csv", tmp_path / "data")
     assert read_sequences(tmp_path / "data") == in_time_order(ROWS)
+
+
+def test_a_file_named_twice_is_read_once(tmp_path: Path) -> None:
+    log = write_csv(tmp_path / "log.csv", ROWS)
+    make([str(log), f"{tmp_path}/./log.csv", f"{tmp_path}/*.csv"], tmp_path / "data")
+    assert read_sequences(tmp_path / "data") == in_time_order(ROWS)
+
+
+def test_the_expressions_compile_for_spark_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    spark = SimpleNamespace(pyspark=SimpleNamespace(treat_nan_as_null=False))  # set by pyspark, which need not be here
+    monkeypatch.setattr("ibis.backends.sql.compilers.pyspark.options", spark)
+    keys = {"user": "string", "item": "string", "time": "string", "rating": "string", "fault": "string"}
+    source = ibis.table({**keys, "text": "string"}, name="source")
+    typed = ibis.table({**keys, "text": "string", "time": "timestamp(6)", "user": "float64"}, name="typed")
+    log = meaning(source, timed=True, rated=True).mutate(order=ibis.literal(0, "int64"))
+    users = ibis.table({"key": "string", "user": "int64"}, name="users")
+    items = ibis.table({"key": "string", "item": "int64"}, name="items")
+    events = preparation.encoded(log, users, items)
+    user_ids = preparation.dense_ids(users, "user", "user_id")
+    item_ids = preparation.dense_ids(items, "item", "item_id")
+    kept = events.inner_join(user_ids, "user").inner_join(item_ids, "item").drop("user", "item")
+    for expression in (
+        meaning(typed, timed=True, rated=False),
+        preparation.codes(log.select(key=log.user).distinct(), "user", seed=1),
+        preparation.without_repeats(events),
+        preparation.item_table(kept, item_ids, items),
+        preparation.user_table(user_ids, users),
+        kept.order_by("user_id", *preparation.IN_TIME),
+    ):
+        assert "SELECT" in ibis.to_sql(expression, dialect="pyspark")
