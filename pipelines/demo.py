@@ -56,7 +56,9 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     for path, title in titles.items():
         lines.append(f"{title:<16}" + "".join(f"{results[path]['masked'][name]:>10.4f}" for name in names))
     best = max(results[path]["masked"]["NDCG@10"] for path in ("cooccurrence", "popularity"))
-    lines.append(f"\nNDCG@10 is {results['pretrain']['masked']['NDCG@10'] / best:.1f} times that of the better baseline.")
+    lines.append(
+        f"\nNDCG@10 is {results['pretrain']['masked']['NDCG@10'] / best:.1f} times that of the better baseline."
+    )
     return "\n".join(lines)
 
 

@@ -48,7 +48,9 @@ def build(
     )
 
 
-def load(checkpoint: str, dataset: Dataset, batch: Batch, tables: Tables, device: torch.device) -> tuple[nn.Module, Model]:
+def load(
+    checkpoint: str, dataset: Dataset, batch: Batch, tables: Tables, device: torch.device
+) -> tuple[nn.Module, Model]:
     """The model of a checkpoint, on any number of ranks and any sharding (collective).
 
     Raises:

@@ -86,7 +86,7 @@ class Model:
     """Add a linear map of the running mean of the item vectors to the decoder's input."""
     history_out: bool = True
     """Add the mean of the item vectors, forgetting at a learned rate, to the decoder's output."""
-    user_dropout: float = 0.9
+    user_dropout: float = 0.5
     """Chance that a user's whole vector is dropped in a training step, 0 to 1; 1 turns the user module off."""
 
     def __post_init__(self) -> None:
@@ -163,11 +163,21 @@ class Tables:
     optimizer: Literal["rowwise_adagrad", "adagrad", "adam", "sgd"] = "rowwise_adagrad"
     """Fused into the backward; adam is fused on CUDA and a dense update of the whole shard on CPU."""
     lr: float = 0.05
-    """Peak learning rate of the tables."""
+    """Peak learning rate of the item tables."""
+    user_lr: float = 0.005
+    """Peak learning rate of the user table; a user is seen once an epoch, and memorised at the items' rate."""
     weight_decay: float = 0.0
     """L2 penalty added to the gradient."""
     init_std: float = 0.02
-    """Standard deviation of the initial values."""
+    """Standard deviation of the item tables' initial values; user vectors start at 0."""
+
+    def lr_of(self, table: str) -> float:
+        """The peak learning rate of a table."""
+        return self.user_lr if table == "user" else self.lr
+
+    def init_std_of(self, table: str) -> float:
+        """The standard deviation of a table's initial values."""
+        return 0.0 if table == "user" else self.init_std
 
 
 @dataclass(kw_only=True)

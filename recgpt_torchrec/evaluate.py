@@ -13,6 +13,7 @@ def main(config: Evaluate) -> None:
     from recgpt_torchrec.building import encoding_stream, load
     from recgpt_torchrec.data.dataset import Dataset
     from recgpt_torchrec.retrieval import baselines
+    from recgpt_torchrec.model.recgpt import unwrapped
     from recgpt_torchrec.retrieval.ranking import encode, gather_table, measure, reduced
     from recgpt_torchrec.training.checkpoint import find, read_json, write_json
     from recgpt_torchrec.training.processes import process_group, rank, say, together, world_size
@@ -23,8 +24,11 @@ def main(config: Evaluate) -> None:
         ks = tuple(config.ks)
         results: dict[str, Any] = {}
         model, model_config = load(checkpoint, dataset, config.batch, config.tables, device)
-        say(f"{checkpoint}: ranking {dataset.manifest.items:,} items for {dataset.manifest.users:,} users ({config.split})")
-        catalogue = gather_table(model.module.item_table, dataset.manifest.items, device)
+        say(
+            f"{checkpoint}: ranking {dataset.manifest.items:,} items for {dataset.manifest.users:,} users "
+            f"({config.split})"
+        )
+        catalogue = gather_table(unwrapped(model).item_table, dataset.manifest.items, device)
         stream = encoding_stream(dataset, config.split, model_config, config.batch)
         users, results["pretrain"] = measure(
             encode(model, stream, device), lambda _, vectors: vectors @ catalogue.t(), dataset.manifest.items, ks
@@ -43,7 +47,10 @@ def main(config: Evaluate) -> None:
         together(lambda: write_json(config.output, answer))
         say(table(results))
         say(f"Written: {config.output}")
-        say(f"Next:    python -m recgpt_torchrec.export --data {config.data} --checkpoint {config.checkpoint} --output EXPORT_FOLDER")
+        say(
+            f"Next:    python -m recgpt_torchrec.export --data {config.data} --checkpoint {config.checkpoint} "
+            "--output EXPORT_FOLDER"
+        )
 
 
 def check_output(config: Evaluate, read_json: Any) -> None:

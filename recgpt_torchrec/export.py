@@ -16,6 +16,7 @@ def main(config: Export) -> None:
 
     from recgpt_torchrec.building import encoding_stream, load
     from recgpt_torchrec.data.dataset import Dataset
+    from recgpt_torchrec.model.recgpt import unwrapped
     from recgpt_torchrec.retrieval.export_folder import write_export
     from recgpt_torchrec.retrieval.ranking import encode, gather_table
     from recgpt_torchrec.training.checkpoint import find
@@ -28,7 +29,7 @@ def main(config: Export) -> None:
         if not already:
             model, model_config = load(checkpoint, dataset, config.batch, config.tables, device)
             stream = encoding_stream(dataset, config.history, model_config, config.batch)
-            catalogue = gather_table(model.module.item_table, dataset.manifest.items, device).cpu().numpy()
+            catalogue = gather_table(unwrapped(model).item_table, dataset.manifest.items, device).cpu().numpy()
             ids = np.arange(dataset.manifest.items)
             mine = np.array_split(ids, world_size())[rank()]
 

@@ -9,14 +9,15 @@ What generates the next item, so that the best possible answer is known:
 - Items belong to *series*, communities of equal size each with a cyclic order; series, and items within one, differ in
   popularity by a Zipf law.
 - A user has a few favourite series, drawn by popularity, and a personal mixture over them (a flat Dirichlet).
-- A user reads `threads` series side by side, in turn: event n belongs to thread n mod `threads`. With probability `follow`
+- A user reads `threads` series side by side, in turn: event n belongs to thread n mod `threads`. With probability
+  `follow`
   it is the successor of that thread's last item; otherwise the thread starts anew, at an item drawn from the user's
   mixture and then from the popularity in that series.
 - Events come in visits, days apart; after each event a visit ends with probability `leave`.
 
 So with probability `follow` (0.85 by default) the next item is the successor of the item `threads` places back: a model
-that has learned the order of the series and whose turn it is ranks it first. Popularity knows none of this, and item-item
-co-occurrence, which adds up what each item of the history says, cannot tell whose turn it is.
+that has learned the order of the series and whose turn it is ranks it first. Popularity knows none of this, and
+item-item co-occurrence, which adds up what each item of the history says, cannot tell whose turn it is.
 """
 
 import argparse
@@ -168,12 +169,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, help="file to write, ending in .csv or .parquet")
     parser.add_argument("--users", type=int, default=5000, help="number of users (default: 5000)")
     parser.add_argument("--items", type=int, default=2000, help="number of items (default: 2000)")
-    parser.add_argument(
-        "--series", type=int, default=0, help="series of items; 0 makes them of 50 items (default: 0)"
-    )
-    parser.add_argument(
-        "--threads", type=int, default=habits.threads, help="series a user reads in turn (default: 3)"
-    )
+    parser.add_argument("--series", type=int, default=0, help="series of items; 0 makes them of 50 items (default: 0)")
+    parser.add_argument("--threads", type=int, default=habits.threads, help="series a user reads in turn (default: 3)")
     parser.add_argument("--mean_events", type=float, default=habits.mean_events, help="events a user (default: 20)")
     parser.add_argument(
         "--zipf", type=float, default=0.8, help="exponent of the popularity skew; 0 is none (default: 0.8)"
@@ -195,9 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.threads < 1:
         parser.error(f"--threads {options.threads} must be at least 1")
     if options.users < 1 or options.items < 2 or options.items // series < 2:
-        parser.error(
-            "there must be at least 1 user, and 2 items in each series; pass fewer --series or more --items"
-        )
+        parser.error("there must be at least 1 user, and 2 items in each series; pass fewer --series or more --items")
     if options.mean_events < 5:
         parser.error(f"--mean_events {options.mean_events} must be at least 5")
     if not (0 <= options.follow <= 1 and 0 <= options.leave <= 1 and options.favourites > 0 and options.zipf >= 0):

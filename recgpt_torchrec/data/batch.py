@@ -78,7 +78,8 @@ class SequenceBatch(Pipelineable):
     candidate_log_q: torch.Tensor
     """[candidates] float32: log of the expected count of the candidate among those drawn (0: it is always there)."""
     target_candidate: torch.Tensor
-    """[targets] int64: index into the candidates of the target itself, which is no negative; -1 where it is not there."""
+    """[targets] int64: index into the candidates of the target itself, which is no negative; -1 where it is not
+    there."""
     last_slot: torch.Tensor
     """[sequences] int64: flat slot of the newest entry of each sequence."""
     global_targets: torch.Tensor
@@ -117,7 +118,8 @@ class Candidates:
 
 
 def distinct(ids: np.ndarray, capacity: int, key: str) -> tuple[KeyedJaggedTensor, np.ndarray]:
-    """Bags of the distinct `ids` [n], one id a bag, padded with empty bags to `capacity`; and the bag of each id [n]."""
+    """Bags of the distinct `ids` [n], one id a bag, padded with empty bags to `capacity`; and the bag of each id
+    [n]."""
     unique, bags = np.unique(ids, return_inverse=True)
     if unique.size > capacity:
         raise ValueError(f"{unique.size} distinct {key} ids in a batch with room for {capacity}")

@@ -1,7 +1,7 @@
 """Negatives for the sampled losses: which items a batch is scored against, and how likely each was to be drawn.
 
-Draws depend on (seed, epoch, worker, batch) only, so every rank draws the same negatives for the same step: each table is
-asked for one set of ids, and one rank or several train alike.
+Draws depend on (seed, epoch, worker, batch) only, so every rank draws the same negatives for the same step: each table
+is asked for one set of ids, and one rank or several train alike.
 """
 
 from typing import Protocol
@@ -30,7 +30,8 @@ class Uniform:
 
 
 class LogUniform:
-    """Likely in proportion to log((rank + 2) / (rank + 1)) of the item's popularity rank (Zipf), as word2vec-style trainers do.
+    """Likely in proportion to log((rank + 2) / (rank + 1)) of the item's popularity rank (Zipf), as word2vec-style
+    trainers do.
 
     Duplicates are drawn again until `count` ids are different; the expected count is 1 - (1 - p) ** tries.
     """

@@ -39,8 +39,8 @@ class BatchMaker:
     def __post_init__(self) -> None:
         if self.batch.tokens < self.max_len:
             raise InputError(
-                f"--batch.tokens {self.batch.tokens} is less than --model.max_len {self.max_len}: a batch must hold the "
-                "longest history; give more tokens, or a smaller max_len"
+                f"--batch.tokens {self.batch.tokens} is less than --model.max_len {self.max_len}: a batch must hold "
+                "the longest history; give more tokens, or a smaller max_len"
             )
 
     @property
@@ -109,7 +109,9 @@ class BatchMaker:
         table = pa.concat_tables(tables)
         users = table["user_id"].to_numpy()
         values, offsets = leave_one_out.item_lists(table["item_ids"])
-        segments = leave_one_out.item_lists(table["segment_ids"]).values if "segment_ids" in table.schema.names else None
+        segments = (
+            leave_one_out.item_lists(table["segment_ids"]).values if "segment_ids" in table.schema.names else None
+        )
         held_out, keep = None, self.max_len
         if self.training:
             start, stop = leave_one_out.training(offsets)
@@ -120,7 +122,7 @@ class BatchMaker:
         else:
             start, stop = offsets[:-1], offsets[1:]
         seen_from = start
-        read = np.diff(offsets).astype(np.float64) if self.training else None
+        read = np.diff(offsets).astype(np.float64)
         if self.training and self.batch.long_histories == "windows":
             owner, start, stop = overlapping(start, stop, self.max_len)
             users, read = users[owner], (read / np.bincount(owner, minlength=users.size))[owner]
@@ -140,7 +142,7 @@ class BatchMaker:
             items=cut.values,
             offsets=cut.offsets,
             segments=None if segments is None else leave_one_out.take(segments, start, stop).values,
-            read=None if read is None else read[order],
+            read=read[order] if self.training else None,
             held_out=None if held_out is None else held_out[order],
             seen=seen,
         )
@@ -209,12 +211,16 @@ def read_group(dataset: Dataset, group: RowGroup) -> pa.Table:
     users = table["user_id"].to_numpy()
     wrong = np.flatnonzero((users < 0) | (users >= dataset.manifest.users))
     if wrong.size:
-        raise InputError(f"{place}, row {wrong[0]}: user id {users[wrong[0]]} is outside 0 to {dataset.manifest.users - 1}")
+        raise InputError(
+            f"{place}, row {wrong[0]}: user id {users[wrong[0]]} is outside 0 to {dataset.manifest.users - 1}"
+        )
     return table
 
 
 def overlapping(start: np.ndarray, stop: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut each range into pieces of `max_len` inputs and one target, from the newest back; every target is in one piece.
+    """Cut each range into pieces of `max_len` inputs and one target, from the newest back.
+
+    Every target is in exactly one piece.
 
     Pieces overlap by the one entry that is a target in the earlier and the first input in the later.
 
@@ -257,6 +263,10 @@ def joined(parts: list[Sequences]) -> Sequences:
         return np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
 
     first = parts[0]
+    seen = None
+    if first.seen is not None:
+        whole = [p.seen for p in parts if p.seen is not None]
+        seen = (np.concatenate([v for v, _ in whole]), offsets_of([np.diff(o) for _, o in whole]))
     return Sequences(
         users=np.concatenate([p.users for p in parts]),
         items=np.concatenate([p.items for p in parts]),
@@ -264,16 +274,16 @@ def joined(parts: list[Sequences]) -> Sequences:
         segments=None if first.segments is None else np.concatenate([p.segments for p in parts]),
         read=None if first.read is None else np.concatenate([p.read for p in parts]),
         held_out=None if first.held_out is None else np.concatenate([p.held_out for p in parts]),
-        seen=None
-        if first.seen is None
-        else (np.concatenate([p.seen[0] for p in parts]), offsets_of([np.diff(p.seen[1]) for p in parts])),
+        seen=seen,
     )
 
 
 class _Worker(IterableDataset):
     """What one loader worker runs: the batches of its queue."""
 
-    def __init__(self, maker: BatchMaker, windows: list[Window], queues: list[Queue], epoch: int, shuffle: bool) -> None:
+    def __init__(
+        self, maker: BatchMaker, windows: list[Window], queues: list[Queue], epoch: int, shuffle: bool
+    ) -> None:
         self.maker, self.windows, self.queues, self.epoch, self.shuffle = maker, windows, queues, epoch, shuffle
 
     def __iter__(self) -> Iterator[SequenceBatch]:
@@ -333,8 +343,8 @@ class SequenceStream:
 def read_ahead(source: Iterator[SequenceBatch], prefetch: int) -> Iterator[SequenceBatch]:
     """Batches of `source`, made ahead by a thread of this process; its errors are raised here.
 
-    Making a batch of 2,048 tokens takes 5 ms, most of it in numpy and Arrow without the interpreter lock. A process of its
-    own costs more than that to hand each batch over (20 ms) and a second an epoch to start: it pays with large batches.
+    Making a batch of 2,048 tokens takes 5 ms, most of it in numpy and Arrow without the interpreter lock. A process of
+    its own costs more than that to hand each batch over (20 ms) and a second an epoch to start: it pays with large batches.
     """
     ready: queue.Queue[SequenceBatch | BaseException | None] = queue.Queue(prefetch)
     stopped = threading.Event()
@@ -377,5 +387,3 @@ def training_counts(dataset: Dataset) -> np.ndarray:
             for batch in file.iter_batches(columns=["item_id", "train_count"]):
                 counts[batch["item_id"].to_numpy()] = batch["train_count"].to_numpy()
     return counts
-
-

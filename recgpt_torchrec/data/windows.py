@@ -1,10 +1,10 @@
 """Windows: the unit in which a dataset is shuffled, dealt to ranks, and remembered.
 
-A *window* is a few Parquet row groups chosen by a permutation of (seed, epoch); its rows are shuffled inside by the same
-seed. Windows do not depend on the number of ranks. They are dealt to queues (one for each loader worker of each rank) by
-their number of items, read from the Parquet footers. What is left of every queue is the position in the data: a run that
-goes on with the same number of queues reads the very same batches, with another number it deals what is left anew, and
-either way every remaining row is read exactly once.
+A *window* is a few Parquet row groups chosen by a permutation of (seed, epoch); its rows are shuffled inside by the
+same seed. Windows do not depend on the number of ranks. They are dealt to queues (one for each loader worker of each
+rank) by their number of items, read from the Parquet footers. What is left of every queue is the position in the data:
+a run that goes on with the same number of queues reads the very same batches, with another number it deals what is
+left anew, and either way every remaining row is read exactly once.
 """
 
 import heapq
@@ -40,8 +40,8 @@ def row_groups(dataset: Dataset) -> list[RowGroup]:
             meta = file.metadata
             if meta.num_rows != part.rows:
                 raise InputError(
-                    f"{dataset.path}: the part {part.path} has {meta.num_rows} rows, the manifest promises {part.rows}; "
-                    "restore it or run prepare again"
+                    f"{dataset.path}: the part {part.path} has {meta.num_rows} rows, the manifest promises "
+                    f"{part.rows}; restore it or run prepare again"
                 )
             names = [meta.schema.column(c).path for c in range(meta.num_columns)]
             items = next((c for c, name in enumerate(names) if name.split(".")[0] == "item_ids"), None)
@@ -72,7 +72,9 @@ class Window:
         return sum(group.rows for group in self.groups)
 
 
-def windows_of(groups: list[RowGroup], seed: int, epoch: int, groups_per_window: int, shuffle: bool = True) -> list[Window]:
+def windows_of(
+    groups: list[RowGroup], seed: int, epoch: int, groups_per_window: int, shuffle: bool = True
+) -> list[Window]:
     """The windows of one epoch: the same for every number of ranks."""
     order = np.arange(len(groups))
     if shuffle:

@@ -20,7 +20,8 @@ def attention_mask(sequence: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropped: float) -> Tensor:
     """Scaled dot-product attention, [rows, heads, row_length, head_dim] each; `mask` as of `attention_mask`.
 
-    On CPU torch's own falls back to a slower composition as soon as weights are dropped; this is the same in fewer passes.
+    On CPU torch's own falls back to a slower composition as soon as weights are dropped; this is the same in fewer
+    passes.
     """
     if q.device.type != "cpu" or not dropped:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropped)
@@ -42,7 +43,8 @@ def history_weights(mask: Tensor, decay: Tensor | float) -> Tensor:
 
 
 class Block(nn.Module):
-    """One decoder block: causal self-attention and a feed-forward layer, each with dropout, residual and norm after it."""
+    """One decoder block: causal self-attention and a feed-forward layer, each with dropout, residual and norm after
+    it."""
 
     def __init__(self, config: Model) -> None:
         super().__init__()
@@ -63,10 +65,11 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """h0 = item + user + position (+ segment), N causal blocks (paper, equations 1 and 2), and two means of the history.
+    """h0 = item + user + position (+ segment), N causal blocks (paper, equations 1 and 2), and two means of the
+    history.
 
-    Both means are causal low-pass filters of the item vectors, which attention alone learns badly from sparse logs: a linear
-    map of the running mean joins the input, and a mean that forgets by a learned rate joins the output.
+    Both means are causal low-pass filters of the item vectors, which attention alone learns badly from sparse logs: a
+    linear map of the running mean joins the input, and a mean that forgets by a learned rate joins the output.
     """
 
     def __init__(self, config: Model) -> None:

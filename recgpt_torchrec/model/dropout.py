@@ -8,8 +8,8 @@ from torch.nn import functional as F
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Inverted dropout, as torch's own, on CPU with p in steps of 1/256 from random bytes.
 
-    torch draws one double a number on CPU: 15% of a step with 2,048 tokens (9.8 ms for each [32, 2, 64, 64]); eight numbers
-    from one 64-bit draw make that 1%. On CUDA torch's fused kernel is used as it is.
+    torch draws one double a number on CPU: 15% of a step with 2,048 tokens (9.8 ms for each [32, 2, 64, 64]); eight
+    numbers from one 64-bit draw make that 1%. On CUDA torch's fused kernel is used as it is.
 
     Args:
         x: any shape, floating point.

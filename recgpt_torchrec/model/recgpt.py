@@ -25,7 +25,8 @@ class Dense(nn.Module):
         self.decoder = Decoder(model)
 
     def user_vectors(self, users: Tensor) -> Tensor:
-        """The user module: in training the whole vector of a user is dropped at random, so that none can be memorised."""
+        """The user module: in training the whole vector of a user is dropped at random, so that none can be
+        memorised."""
         if self.training and self.model.user_dropout:
             kept = torch.rand(users.shape[0], 1, device=users.device) >= self.model.user_dropout
             users = users * kept  # not scaled up: the decoder learns to do with the vector and without it
@@ -45,7 +46,9 @@ class Dense(nn.Module):
             interest vector [sequences, dim]. (The train pipeline hands on the second of a pair and keeps the first.)
         """
         users = self.user_vectors(users)
-        hidden = self.decoder(items[batch.item_bag], users[batch.user_bag], batch.position, batch.segment, batch.sequence)
+        hidden = self.decoder(
+            items[batch.item_bag], users[batch.user_bag], batch.position, batch.segment, batch.sequence
+        )
         flat = hidden.flatten(0, 1)
         # The clamp is for no targets at all: a step may have fewer than one a rank, 1 on 4 ranks is 0.25.
         loss = self.sum_of_losses(flat[batch.target_slot], items, batch) / batch.global_targets.clamp(min=1e-6)
@@ -76,3 +79,12 @@ class RecGPT(nn.Module):
         """See `Dense.forward`."""
         users, items = self.user_table(batch.users), self.item_table(batch.items)
         return self.dense(users.values(), items.values(), batch)
+
+
+def unwrapped(model: nn.Module) -> RecGPT:
+    """The RecGPT inside DistributedModelParallel and DDP; its tables are sharded, and calling them is collective."""
+    while not isinstance(model, RecGPT):
+        inner = model.module
+        assert isinstance(inner, nn.Module)
+        model = inner
+    return model

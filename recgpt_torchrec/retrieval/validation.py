@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from recgpt_torchrec.data.stream import SequenceStream
+from recgpt_torchrec.model.recgpt import unwrapped
 from recgpt_torchrec.retrieval.ranking import encode, gather_table, measure
 
 
@@ -19,9 +20,8 @@ class Validation:
     def __call__(self) -> dict[str, float]:
         """Masked HR and NDCG at 5 and 10 over all users with a validation item."""
         items = self.stream.maker.dataset.manifest.items
-        module = self.model.module
         self.model.eval()
-        catalogue = gather_table(module.item_table, items, self.device)
+        catalogue = gather_table(unwrapped(self.model).item_table, items, self.device)
         batches = encode(self.model, self.stream, self.device)
         _, results = measure(batches, lambda _, vectors: vectors @ catalogue.t(), items, (5, 10))
         return results["masked"]

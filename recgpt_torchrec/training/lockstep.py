@@ -26,8 +26,8 @@ class Step(NamedTuple):
 class Lockstep:
     """This rank's batches, going on with empty ones until every rank has run out.
 
-    The agreement is one all-reduce of two numbers a step on the host, started one batch ahead, so that no step waits for
-    it: targets of the step, interactions it read, and how many ranks still had a batch.
+    The agreement is one all-reduce of two numbers a step on the host, started one batch ahead, so that no step waits
+    for it: targets of the step, interactions it read, and how many ranks still had a batch.
 
     Example: `for batch in Lockstep(stream.epoch(0, queues), maker.empty): ...`
     """

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,7 @@ def process_group(timeout_s: float = 600.0) -> Iterator[torch.device]:
         store = dist.HashStore()
     # gloo beside NCCL carries the host-side agreement on batches.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    single = {"store": store, "rank": 0, "world_size": 1} if store is not None else {}
+    single: dict[str, Any] = {"store": store, "rank": 0, "world_size": 1} if store is not None else {}
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **single)
     try:
         yield device

@@ -9,7 +9,15 @@ from recgpt_torchrec.training.checkpoint import Checkpoints, facts_of, read_json
 from recgpt_torchrec.training.processes import together
 
 RUN = "run.json"
-MAY_CHANGE = ("output", "data", "stream.workers", "stream.prefetch", "checkpoint.every_steps", "checkpoint.keep", "tables.sharding")
+MAY_CHANGE = (
+    "output",
+    "data",
+    "stream.workers",
+    "stream.prefetch",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "tables.sharding",
+)
 """Options that a resumed run may be given anew: they change where and how fast, not what is trained."""
 
 
@@ -41,7 +49,9 @@ class Run:
             earlier = read_json(os.path.join(output, RUN))
             if earlier is None:
                 if os.path.exists(output) and (not os.path.isdir(output) or os.listdir(output)):
-                    raise InputError(f"{output} holds something that is not a run of this program; choose another --output")
+                    raise InputError(
+                        f"{output} holds something that is not a run of this program; choose another --output"
+                    )
                 os.makedirs(output, exist_ok=True)
                 write_json(os.path.join(output, RUN), {"config": config, "vocabulary": vocabulary})
                 return
@@ -49,10 +59,13 @@ class Run:
             differ = [n for n in sorted(old.keys() | new.keys()) if old.get(n) != new.get(n) and n not in MAY_CHANGE]
             if differ:
                 lines = "".join(f"\n  --{n}: {old.get(n)} there, {new.get(n)} now" for n in differ)
-                raise InputError(f"{output} holds a run with other options; choose another --output, or the same options:{lines}")
+                raise InputError(
+                    f"{output} holds a run with other options; choose another --output, or the same options:{lines}"
+                )
             if earlier["vocabulary"] != vocabulary:
                 raise InputError(
-                    f"{output} holds a run on another dataset ({old['data']}); choose another --output for {new['data']}"
+                    f"{output} holds a run on another dataset ({old['data']}); "
+                    f"choose another --output for {new['data']}"
                 )
 
         together(claim)
@@ -77,7 +90,6 @@ class Run:
             f"Trained: validation NDCG@10 {best.get('value', float('nan')):.4f} after epoch {best.get('epoch')}, "
             f"in {self.checkpoints.best()}\n"
             f"Curves:  tensorboard --logdir {output}/tensorboard\n"
-            f"Next:    python -m recgpt_torchrec.evaluate --data {data} --checkpoint {output} --output {output}/test.json --split test"
+            f"Next:    python -m recgpt_torchrec.evaluate --data {data} --checkpoint {output} "
+            f"--output {output}/test.json --split test"
         )
-
-

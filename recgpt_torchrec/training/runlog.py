@@ -24,7 +24,12 @@ class RunLog:
         self.board = SummaryWriter(os.path.join(output, "tensorboard"))
         self.history = open(os.path.join(output, "history.jsonl"), "a")
         self.bar = tqdm(
-            total=int(total), initial=int(done), unit=" interactions", unit_scale=True, dynamic_ncols=True, mininterval=1.0
+            total=int(total),
+            initial=int(done),
+            unit=" interactions",
+            unit_scale=True,
+            dynamic_ncols=True,
+            mininterval=1.0,
         )
 
     def __enter__(self) -> "RunLog":

@@ -1,4 +1,5 @@
-"""The learning rate's course, measured in work done and not in steps, so that it is the same for every number of ranks."""
+"""The learning rate's course, measured in work done and not in steps, so that it is the same for every number of
+ranks."""
 
 import math
 
@@ -28,7 +29,8 @@ class Schedule:
         self.peaks = [group["lr"] for group in optimizer.param_groups]
 
     def set(self, steps: int, progress: float) -> float:
-        """Set the rates for the next step; returns the share of the peak. The pipeline's zero_grad hands them to fbgemm."""
+        """Set the rates for the next step; returns the share of the peak. The pipeline's zero_grad hands them to
+        fbgemm."""
         share = factor(self.config, steps, progress)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * share

@@ -1,6 +1,7 @@
 """From a model on the meta device to a distributed one: sharding plan, DistributedModelParallel, and its optimizers."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ INIT_BLOCK = 4096
 """Rows drawn from one random stream when a table is initialised."""
 
 EPS = 1e-8
-FUSED = {
+FUSED: dict[str, tuple[Any, dict[str, Any]]] = {
     "rowwise_adagrad": (RowWiseAdagrad, {"eps": EPS}),
     "adagrad": (torch.optim.Adagrad, {"eps": EPS}),
     "sgd": (torch.optim.SGD, {}),
@@ -33,7 +34,8 @@ FUSED = {
 
 
 class Sharder(EmbeddingBagCollectionSharder):
-    """The EBC sharder, with row-wise sharding on CPU too (torchrec offers it on CUDA only; on gloo it works as well)."""
+    """The EBC sharder, with row-wise sharding on CPU too (torchrec offers it on CUDA only; on gloo it works as
+    well)."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         """Sharding types to plan with."""
@@ -44,8 +46,9 @@ class Sharder(EmbeddingBagCollectionSharder):
 def sharding_type(tables: Tables, rows: int, dim: int, world_size: int) -> str:
     """The sharding type of one table.
 
-    auto: a copy on every rank while the table is small, a block of columns on each beyond that (the traffic of column-wise
-    one-id bags does not grow with the number of ranks, that of row-wise does), whole tables where columns do not divide.
+    auto: a copy on every rank while the table is small, a block of columns on each beyond that (the traffic of
+    column-wise one-id bags does not grow with the number of ranks, that of row-wise does), whole tables where columns
+    do not divide.
     """
     if tables.sharding != "auto":
         return tables.sharding
@@ -77,7 +80,9 @@ def plan(model: nn.Module, tables: Tables, batch_size: int, device: torch.device
                         f"the {config.name} table's {dim} columns do not make {world_size} equal blocks of a multiple "
                         "of 4: use another --model.dim, number of ranks, or --tables.sharding"
                     )
-                fused = chosen != ShardingType.DATA_PARALLEL.value and (tables.optimizer in FUSED or device.type == "cuda")
+                fused = chosen != ShardingType.DATA_PARALLEL.value and (
+                    tables.optimizer in FUSED or device.type == "cuda"
+                )
                 constraints[config.name] = ParameterConstraints(
                     sharding_types=[chosen],
                     compute_kernels=["fused" if fused else "dense"],
@@ -114,16 +119,19 @@ def distribute(
     Returns:
         the distributed model, and one optimizer over all of it (fused table optimizers have stepped in the backward).
     """
-    fused = FUSED.get(tables.optimizer, (torch.optim.Adam, {"betas": (0.9, 0.98)}))
-    table_parameters = [
-        p for m in model.modules() if isinstance(m, EmbeddingBagCollection) for p in m.parameters()
-    ]
+    fused: tuple[Any, dict[str, Any]] = FUSED.get(tables.optimizer, (torch.optim.Adam, {"betas": (0.9, 0.98)}))
     sharding_plan = plan(model, tables, batch_size, device)
     in_backward = tables.optimizer in FUSED or device.type == "cuda"
+
+    def settings(table: str) -> dict[str, Any]:
+        return {"lr": tables.lr_of(table), "weight_decay": tables.weight_decay, **fused[1]}
+
     if in_backward:
-        apply_optimizer_in_backward(
-            fused[0], table_parameters, {"lr": tables.lr, "weight_decay": tables.weight_decay, **fused[1]}
-        )
+        for module in model.modules():
+            if isinstance(module, EmbeddingBagCollection):
+                for config in module.embedding_bag_configs():
+                    bag = module.embedding_bags[config.name]
+                    apply_optimizer_in_backward(fused[0], bag.parameters(), settings(config.name))
     distributed = DistributedModelParallel(
         model,
         env=ShardingEnv.from_process_group(dist.GroupMember.WORLD),
@@ -134,16 +142,24 @@ def distribute(
         # static_graph, DMP's default, would freeze the first step's graph, and a rank may start with an empty batch.
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
     )
-    initialise_tables(distributed, tables.init_std, seed)
-    dense, replicated = {}, {}
+    initialise_tables(distributed, tables.init_std_of, seed)
+    dense: dict[str, Any] = {}
+    replicated: dict[str, Any] = {}
     for name, parameter in in_backward_optimizer_filter(distributed.named_parameters()):
         (replicated if "embedding_bags" in name else dense)[name] = parameter
     parts: list[tuple[str, KeyedOptimizer]] = [("", distributed.fused_optimizer)]
-    if replicated:
-        replicated_kwargs = {"lr": tables.lr, "weight_decay": tables.weight_decay, **fused[1]}
-        parts.append(("", KeyedOptimizerWrapper(replicated, lambda p: with_moments(fused[0](p, **replicated_kwargs)))))
+    for name, parameter in replicated.items():
+        chosen = settings(table_name(name))
+        parts.append(
+            ("", KeyedOptimizerWrapper({name: parameter}, lambda p, chosen=chosen: with_moments(fused[0](p, **chosen))))
+        )
     # fused: one pass over all parameters; the default, a loop over 30 small tensors, took 12 ms of a step on CPU.
-    adamw = {"fused": True, "lr": optimizer.lr, "betas": (0.9, optimizer.beta2), "weight_decay": optimizer.weight_decay}
+    adamw: dict[str, Any] = {
+        "fused": True,
+        "lr": optimizer.lr,
+        "betas": (0.9, optimizer.beta2),
+        "weight_decay": optimizer.weight_decay,
+    }
     parts.append(("", KeyedOptimizerWrapper(dense, lambda p: with_moments(torch.optim.AdamW(p, **adamw)))))
     return distributed, CombinedOptimizer(parts)
 
@@ -158,18 +174,24 @@ def with_moments(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
+def table_name(parameter: str) -> str:
+    """The table a parameter holds: `item` of `item_table.embedding_bags.item.weight`."""
+    return parameter.split("embedding_bags.")[1].split(".")[0]
+
+
 def tables_of(model: nn.Module) -> dict[str, Any]:
     """The tables in a model's state: name -> ShardedTensor, or a plain tensor where every rank holds a copy."""
     return {name: value for name, value in model.state_dict().items() if "embedding_bags" in name}
 
 
 @torch.no_grad()
-def initialise_tables(model: nn.Module, std: float, seed: int) -> None:
+def initialise_tables(model: nn.Module, std_of: Callable[[str], float], seed: int) -> None:
     """Draw every table from N(0, std^2), block by block from streams of (seed, table, block).
 
     A row's values therefore depend neither on the number of ranks nor on how the table is sharded.
     """
-    for number, (_, value) in enumerate(sorted(tables_of(model).items())):
+    for number, (name, value) in enumerate(sorted(tables_of(model).items())):
+        std = std_of(table_name(name))
         shards = [(value, 0, 0)]
         width = value.shape[1]
         if isinstance(value, ShardedTensor):

@@ -105,7 +105,9 @@ class Trainer:
                 progress.best_value, progress.best_epoch = figures[metric], epoch
             record |= {**figures, "validate_s": time.perf_counter() - started}
         idle = epoch - progress.best_epoch
-        progress.finished = last or bool(self.train.patience and progress.best_epoch >= 0 and idle >= self.train.patience)
+        progress.finished = last or bool(
+            self.train.patience and progress.best_epoch >= 0 and idle >= self.train.patience
+        )
         log.epoch(record, progress.step)
         self.save(best)
 
@@ -161,8 +163,8 @@ class Trainer:
         found = len(self.pipeline._pipelined_modules)
         if found != sharded:
             raise RuntimeError(
-                f"the train pipeline found {found} of the model's {sharded} sharded tables: the others' input was changed "
-                "between batch and table, so their communication would not overlap with the step before"
+                f"the train pipeline found {found} of the model's {sharded} sharded tables: the others' input was "
+                "changed between batch and table, so their communication would not overlap with the step before"
             )
 
     def _over_ranks(self, value: torch.Tensor) -> float:
