@@ -50,7 +50,8 @@ def _key(column: Any) -> Any:
         )
     else:
         text = column if kind.is_string() else column.cast("string")
-    # Only what sorts before "!" can be blank; looking there first took reading a Parquet log from 4.0 s to 1.3 s for 3 million rows.
+    # Only what sorts before "!" can be blank. Looking at nothing else took the reading of 3 million rows from 4.0 s to
+    # 1.3 s.
     blank_or_not = ibis.cases((text.strip() == "", ibis.null("string")), else_=text)
     return ibis.cases((text < "!", blank_or_not), else_=text)
 
