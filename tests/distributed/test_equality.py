@@ -59,7 +59,7 @@ class Case:
             seed=7,
             model=Model(dim=DIM, heads=2, layers=1, max_len=8, dropout=0, attention_dropout=0, user_dropout=0),
             loss=Loss(candidates=self.candidates),
-            tables=Tables(sharding=self.sharding, optimizer=self.optimizer, lr=TABLE_LR),
+            tables=Tables(sharding=self.sharding, optimizer=self.optimizer, lr=TABLE_LR, user_lr=TABLE_LR),
             optimizer=Optimizer(lr=LR, beta2=BETA2, warmup_steps=3, final_lr=0.1),
         )
 
@@ -319,7 +319,7 @@ def train_two_items(rank: int, world_size: int, data: str, output: str) -> dict[
             model=Model(dim=8, max_len=6),
             loss=Loss(candidates="sampled", negatives=5),
             batch=Batch(tokens=12),
-            tables=Tables(sharding=sharding),  # type: ignore[arg-type]
+            tables=Tables(sharding=sharding),
         )
         stream = training_stream(config, dataset)
         try:
