@@ -56,10 +56,18 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """[rows, row_length, dim] -> the same; `mask` as of `attention_mask`."""
-        rows, length, dim = x.shape
+        q, k, v = self.project(x)
+        return self.finish(x, attention(q, k, v, mask, self.attention_dropout if self.training else 0.0))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[rows, length, dim] -> queries, keys and values, [rows, heads, length, head_dim] each."""
+        rows, length, _ = x.shape
         q, k, v = self.qkv(x).view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        seen = attention(q, k, v, mask, self.attention_dropout if self.training else 0.0)
-        seen = self.out(seen.transpose(1, 2).reshape(rows, length, dim))
+        return q, k, v
+
+    def finish(self, x: Tensor, seen: Tensor) -> Tensor:
+        """What follows attention: `seen` [rows, heads, length, head_dim] joins `x` [rows, length, dim]."""
+        seen = self.out(seen.transpose(1, 2).reshape(x.shape))
         x = self.norm_attention(x + dropout(seen, self.dropout, self.training))
         return self.norm_feed(x + dropout(self.down(F.gelu(self.up(x))), self.dropout, self.training))
 
@@ -104,12 +112,17 @@ class Decoder(nn.Module):
             [rows, row_length, dim] outputs; what follows an entry is scored by the inner product with item vectors.
         """
         mask = attention_mask(sequence)
-        x = items + users + self.position(position)
-        if self.config.history_in:
-            x = x + self.mean_in(history_weights(mask, 0.0) @ items)
-        x = dropout(self.norm_in(x), self.config.dropout, self.training)
+        mean = history_weights(mask, 0.0) @ items if self.config.history_in else None
+        x = self.embed(items, users, position, segment, mean)
         for block in self.blocks:
             x = block(x, mask)
         if self.config.history_out:
             x = x + self.mean_out * (history_weights(mask, self.forgetting.abs()) @ items)
         return x
+
+    def embed(self, items: Tensor, users: Tensor, position: Tensor, segment: Tensor, mean: Tensor | None) -> Tensor:
+        """Input of the first block, [..., dim]; `mean` is the plain mean of the history's item vectors, where it is used."""
+        x = items + users + self.position(position)
+        if mean is not None:
+            x = x + self.mean_in(mean)
+        return dropout(self.norm_in(x), self.config.dropout, self.training)
