@@ -1,7 +1,7 @@
 """`SequenceBatch`: what one rank trains on in one step, packed, with every table asked once for distinct ids only."""
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -10,6 +10,8 @@ from torchrec.streamable import Pipelineable
 
 from recgpt_torchrec.data.packing import pack, ragged_arange
 from recgpt_torchrec.data.windows import Cursor
+
+PredictFrom = Literal["interacted", "last", "every"]
 
 USER = "user"
 ITEM = "item"
@@ -134,6 +136,8 @@ def make_batch(
     row_length: int,
     capacity: Capacity,
     predict: bool,
+    predict_from: PredictFrom = "every",
+    max_position: int | None = None,
     candidates: Candidates | None = None,
     all_items: int = 0,
     in_batch_log_q: np.ndarray | None = None,
@@ -145,22 +149,25 @@ def make_batch(
         sequences: at most `row_length` entries each (one more where `predict`); may be none at all.
         row_length: slots of a grid row.
         capacity: bags of the two jagged tensors.
-        predict: every entry but the last is input and predicts the next one where that was interacted with (segment 0);
-            else all entries are input and nothing is predicted.
+        predict: every entry but the last is input, and predicts the next one that was interacted with (segment 0); else
+            all entries are input and nothing is predicted.
+        predict_from: where prompts stand between the two, which entries predict: the `interacted` one before them, the
+            `last` entry before the target, or `every` one.
+        max_position: largest position there is; None: `row_length` - 1.
         candidates: what targets are scored against, drawn ahead.
         all_items: score against the whole catalogue of this many items instead.
         in_batch_log_q: [items] float32; score against the distinct targets of the batch, with these log probabilities.
         cursor: where the data stands after this batch.
     """
+    max_position = row_length - 1 if max_position is None else max_position
     lengths, items, count = sequences.lengths, sequences.items, sequences.users.size
     segments = sequences.segments if sequences.segments is not None else np.zeros(items.size, dtype=np.int8)
+    positions = positions_of(segments, sequences.offsets)
     is_last = np.zeros(items.size, dtype=bool)
     is_last[sequences.offsets[1:][lengths > 0] - 1] = True
     if predict:
         inputs, entries = ~is_last, np.maximum(lengths - 1, 0)
-        follows = np.flatnonzero(inputs) + 1
-        wanted = segments[follows] == 0
-        targets = items[follows][wanted]
+        wanted, targets = targets_of(sequences, segments, inputs, predict_from)
     else:
         inputs, entries = np.ones(items.size, dtype=bool), lengths
         wanted = np.zeros(items.size, dtype=bool)
@@ -198,7 +205,7 @@ def make_batch(
         items=item_kjt,
         item_bag=on_grid(input_bags),
         user_bag=on_grid(user_bags[number]),
-        position=on_grid(ragged_arange(entries)),
+        position=on_grid(np.minimum(positions[inputs], max_position)),
         sequence=on_grid(number, empty=-1),
         segment=on_grid(segments[inputs]),
         target_slot=torch.from_numpy(grid.slots[wanted]),
@@ -211,6 +218,40 @@ def make_batch(
         sequences=sequences,
         cursor=cursor or Cursor(),
     )
+
+
+def positions_of(segments: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """The position of each entry [entries] int64: an interacted one has the number of interacted ones before it.
+
+    The k-th prompt after it has k more, as if it were the k-th item to come: that is how the model generates on.
+    Example: segments 0 1 1 0 0 have the positions 0 1 2 1 2.
+    """
+    entry = ragged_arange(np.diff(offsets))
+    first = np.repeat(offsets[:-1], np.diff(offsets))
+    real = segments == 0
+    before = np.concatenate([[0], np.cumsum(real)])
+    number = before[1:] - before[first]  # interacted entries up to and including this one
+    newest = np.maximum.accumulate(np.where(real, np.arange(real.size), -1)) if real.size else entry
+    since = np.where(newest >= first, np.arange(real.size) - newest, entry + 1)
+    return np.where(real, number - 1, number - 1 + since)
+
+
+def targets_of(
+    sequences: Sequences, segments: np.ndarray, inputs: np.ndarray, predict_from: PredictFrom
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the input entries predict, [inputs] bool, and the next interacted item of each that does."""
+    real = segments == 0
+    places = np.flatnonzero(real)
+    entry = np.flatnonzero(inputs)
+    after = np.searchsorted(places, entry, side="right")
+    following = np.append(places, -1)[after]
+    end = np.repeat(sequences.offsets[1:], sequences.lengths)[entry]
+    wanted = (following >= 0) & (following < end)
+    if predict_from == "interacted":
+        wanted &= real[entry]
+    elif predict_from == "last":
+        wanted &= following == entry + 1
+    return wanted, sequences.items[following[wanted]]
 
 
 def no_sequences() -> Sequences:

@@ -84,6 +84,28 @@ def held_out(offsets: npt.ArrayLike, split: SplitName) -> HeldOut:
     return validation(offsets) if split == "validation" else test(offsets)
 
 
+class Interacted(NamedTuple):
+    """The interacted entries (segment 0) among all entries of some users, so that the split can count them alone."""
+
+    places: Int64
+    """[interacted] where each lies among all entries."""
+    offsets: Int64
+    """[users + 1] of the users' lists of interacted entries."""
+
+    @classmethod
+    def among(cls, offsets: npt.ArrayLike, segments: npt.NDArray[Any] | None) -> "Interacted":
+        """Find them; `segments` [entries], None: all entries were interacted with."""
+        offsets = np.asarray(offsets, np.int64)
+        if segments is None:
+            return cls(np.arange(offsets[-1], dtype=np.int64), offsets)
+        (places,) = np.nonzero(segments == 0)
+        return cls(places.astype(np.int64, copy=False), np.searchsorted(places, offsets).astype(np.int64))
+
+    def entries(self, stop: Int64) -> Int64:
+        """The end, among all entries, of the history that ends before interacted entry `stop` [n]: its last one + 1."""
+        return self.places[stop - 1] + 1
+
+
 def take(values: npt.NDArray[Any], start: Int64, stop: Int64) -> ItemLists:
     """Copy the ranges `values[start[i]:stop[i]]` into lists of their own.
 

@@ -13,7 +13,15 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from recgpt_torchrec.config import Batch, Loss, Stream
 from recgpt_torchrec.data import split as leave_one_out
-from recgpt_torchrec.data.batch import Candidates, Capacity, SequenceBatch, Sequences, make_batch, no_sequences
+from recgpt_torchrec.data.batch import (
+    Candidates,
+    Capacity,
+    PredictFrom,
+    SequenceBatch,
+    Sequences,
+    make_batch,
+    no_sequences,
+)
 from recgpt_torchrec.data.candidates import LogUniform, NegativeSampler, Uniform
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.windows import Cursor, Queue, RowGroup, Window, row_groups, windows_of
@@ -22,11 +30,15 @@ from recgpt_torchrec.errors import InputError
 EVALUATION = ("validation", "test")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BatchMaker:
     """Makes the batches of one purpose: training on the training part, or encoding histories for a split."""
 
     dataset: Dataset
+    prompts: bool = False
+    """Whether entries that were not interacted with (generated, or shown but not clicked) are read; else left out."""
+    predict_from: PredictFrom = "every"
+    """Which entries of an interval with prompts predict the next interacted item (see `make_batch`)."""
     split: str
     """`training`, `validation`, `test`, or `all`: the whole history, nothing held out (what export encodes)."""
     batch: Batch
@@ -93,6 +105,8 @@ class BatchMaker:
             row_length=self.row_length,
             capacity=self.capacity,
             predict=self.training,
+            predict_from=self.predict_from,
+            max_position=self.max_len - 1,
             candidates=candidates,
             all_items=self.dataset.manifest.items if self.training and self.loss.candidates == "all" else 0,
             in_batch_log_q=in_batch,
@@ -112,17 +126,23 @@ class BatchMaker:
         segments = (
             leave_one_out.item_lists(table["segment_ids"]).values if "segment_ids" in table.schema.names else None
         )
+        read = np.diff(offsets).astype(np.float64)
+        if segments is not None and not self.prompts:
+            kept = segments == 0
+            values, offsets, segments = values[kept], np.concatenate([[0], np.cumsum(kept)])[offsets], None
+        real = leave_one_out.Interacted.among(offsets, segments)
         held_out, keep = None, self.max_len
         if self.training:
-            start, stop = leave_one_out.training(offsets)
+            begin, end = leave_one_out.training(real.offsets)
             keep += 1
         elif self.split in EVALUATION:
-            rows = leave_one_out.held_out(offsets, self.split)  # type: ignore[arg-type]
-            users, start, stop, held_out = users[rows.row], rows.start, rows.stop, values[rows.target]
+            rows = leave_one_out.held_out(real.offsets, self.split)  # type: ignore[arg-type]
+            users, begin, end, held_out = users[rows.row], rows.start, rows.stop, values[real.places[rows.target]]
+            offsets = np.append(offsets[rows.row], 0)
         else:
-            start, stop = offsets[:-1], offsets[1:]
-        seen_from = start
-        read = np.diff(offsets).astype(np.float64)
+            begin, end = real.offsets[:-1], real.offsets[1:]
+        start = offsets[:-1]
+        stop = np.where(end > begin, real.entries(np.maximum(end, 1)) if real.places.size else start, start)
         if self.training and self.batch.long_histories == "windows":
             owner, start, stop = overlapping(start, stop, self.max_len)
             users, read = users[owner], (read / np.bincount(owner, minlength=users.size))[owner]
@@ -135,7 +155,7 @@ class BatchMaker:
         cut = leave_one_out.take(values, start, stop)
         seen = None
         if not self.training:
-            whole = leave_one_out.take(values, seen_from[order], stop)
+            whole = leave_one_out.take(values[real.places], begin[order], end[order])
             seen = (whole.values, whole.offsets)
         return Sequences(
             users=users[order].astype(np.int64, copy=False),
@@ -344,7 +364,8 @@ def read_ahead(source: Iterator[SequenceBatch], prefetch: int) -> Iterator[Seque
     """Batches of `source`, made ahead by a thread of this process; its errors are raised here.
 
     Making a batch of 2,048 tokens takes 5 ms, most of it in numpy and Arrow without the interpreter lock. A process of
-    its own costs more than that to hand each batch over (20 ms) and a second an epoch to start: it pays with large batches.
+    its own costs more than that to hand each batch over (20 ms) and a second an epoch to start: it pays with large
+    batches.
     """
     ready: queue.Queue[SequenceBatch | BaseException | None] = queue.Queue(prefetch)
     stopped = threading.Event()

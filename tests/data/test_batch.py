@@ -42,10 +42,12 @@ def cases(draw) -> tuple[Sequences, bool]:
     return sequences, predict
 
 
-def made(sequences: Sequences, predict: bool, how: str) -> tuple[SequenceBatch, np.ndarray, np.ndarray]:
+def made(
+    sequences: Sequences, predict: bool, how: str, predict_from: str = "every"
+) -> tuple[SequenceBatch, np.ndarray, np.ndarray]:
     """A batch, and the candidates it must have with their log q."""
     capacity = Capacity(users=8, items=ITEMS)
-    arguments: dict = {"row_length": ROW, "capacity": capacity, "predict": predict}
+    arguments: dict = {"row_length": ROW, "capacity": capacity, "predict": predict, "predict_from": predict_from}
     ids, log_q = np.zeros(0, np.int64), np.zeros(0, np.float32)
     if how == "all":
         arguments["all_items"] = ITEMS
@@ -61,17 +63,22 @@ def made(sequences: Sequences, predict: bool, how: str) -> tuple[SequenceBatch, 
     return make_batch(sequences, **arguments), ids, log_q
 
 
-def expected(sequences: Sequences, predict: bool) -> list[tuple]:
+def expected(sequences: Sequences, predict: bool, predict_from: str = "every") -> list[tuple]:
     """(sequence, position, user, item, segment, target or None) of every input entry, by a plain loop."""
     entries = []
     for s, user in enumerate(sequences.users.tolist()):
         part = slice(int(sequences.offsets[s]), int(sequences.offsets[s + 1]))
         items = sequences.items[part].tolist()
         segments = sequences.segments[part].tolist() if sequences.segments is not None else [0] * len(items)
+        seen = since = 0
         for p in range(len(items) - predict):
-            target = items[p + 1] if predict and segments[p + 1] == 0 else None
-            entries.append((s, p, user, items[p], segments[p], target))
-    return entries
+            seen, since = (seen + 1, 0) if segments[p] == 0 else (seen, since + 1)
+            position = min(seen - 1 + since, ROW - 1)
+            coming = [q for q in range(p + 1, len(items)) if segments[q] == 0]
+            allowed = {"every": True, "interacted": segments[p] == 0, "last": coming[:1] == [p + 1]}[predict_from]
+            target = items[coming[0]] if predict and coming and allowed else None
+            entries.append((s, position, user, items[p], segments[p], target))
+    return sorted(entries, key=str)
 
 
 def ids_of_bags(kjt, key: str, capacity: int) -> list[int | None]:
@@ -86,10 +93,14 @@ def ids_of_bags(kjt, key: str, capacity: int) -> list[int | None]:
     return bags
 
 
-@given(cases(), st.sampled_from(["none", "all", "sampled", "in_batch"]))
-def test_a_batch_holds_what_a_plain_loop_finds(case, how):
+@given(
+    cases(),
+    st.sampled_from(["none", "all", "sampled", "in_batch"]),
+    st.sampled_from(["every", "interacted", "last"]),
+)
+def test_a_batch_holds_what_a_plain_loop_finds(case, how, predict_from):
     sequences, predict = case
-    batch, candidates, log_q = made(sequences, predict, how)
+    batch, candidates, log_q = made(sequences, predict, how, predict_from)
     users, items = ids_of_bags(batch.users, USER, 8), ids_of_bags(batch.items, ITEM, ITEMS)
     flat = {
         name: getattr(batch, name).flatten().tolist()
@@ -108,7 +119,8 @@ def test_a_batch_holds_what_a_plain_loop_finds(case, how):
         for slot, sequence in enumerate(flat["sequence"])
         if sequence >= 0
     )
-    wanted = expected(sequences, predict)
+    found = sorted(found, key=str)
+    wanted = expected(sequences, predict, predict_from)
     assert found == wanted
     assert len(targets) == batch.target_slot.numel() == float(batch.global_targets)
     assert all(flat["sequence"][slot] >= 0 for slot in targets)
@@ -119,8 +131,9 @@ def test_a_batch_holds_what_a_plain_loop_finds(case, how):
         where = np.flatnonzero(candidates == items[bag])
         assert own == (where[0] if where.size else -1)
 
-    newest = [max(p for s, p, *_ in wanted if s == number) for number in sorted({s for s, *_ in wanted})]
-    assert [flat["position"][slot] for slot in batch.last_slot.tolist()] == newest
+    # The newest entry of a sequence is the one in the last slot that is its own.
+    for slot in batch.last_slot.tolist():
+        assert slot == max(other for other, s in enumerate(flat["sequence"]) if s == flat["sequence"][slot])
     assert [flat["sequence"][slot] for slot in batch.last_slot.tolist()] == sorted({s for s, *_ in wanted})
 
 
@@ -131,9 +144,11 @@ def test_generated_and_shown_entries_are_inputs_and_never_targets():
         offsets=np.array([0, 4]),
         segments=np.array([0, 1, 2, 0], dtype=np.int8),
     )
-    batch, _, _ = made(sequences, True, "all")
-    assert batch.segment.flatten()[:3].tolist() == [0, 1, 2]
-    assert (batch.target_slot.tolist(), batch.target_bag.tolist()) == ([2], [8])
+    for predict_from, slots in {"every": [0, 1, 2], "interacted": [0], "last": [2]}.items():
+        batch, _, _ = made(sequences, True, "all", predict_from)
+        assert batch.segment.flatten()[:3].tolist() == [0, 1, 2]
+        assert batch.position.flatten()[:3].tolist() == [0, 1, 2]
+        assert (batch.target_slot.tolist(), batch.target_bag.tolist()) == (slots, [8] * len(slots))
 
 
 @pytest.mark.parametrize("how", ["none", "all", "sampled", "in_batch"])
