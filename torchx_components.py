@@ -26,6 +26,12 @@ def pretrain(*args: str, **options: Any) -> specs.AppDef:
 
 
 @launch.with_launch_options
+def generate_prompts(*args: str, **options: Any) -> specs.AppDef:
+    """Put prompts between the items of every history: what a pre-trained model answers, or what was shown there."""
+    return launch.stage("recgpt_torchrec.generate_prompts", *args, **options)
+
+
+@launch.with_launch_options
 def evaluate(*args: str, **options: Any) -> specs.AppDef:
     """Rank the whole catalogue for every user: HR and NDCG of a checkpoint and of the baselines, as table and JSON."""
     return launch.stage("recgpt_torchrec.evaluate", *args, **options)

@@ -279,3 +279,44 @@ class Export:
     """Which history a user's vector is made of: everything, or what comes before the item that a split holds out."""
     batch: Batch = field(default_factory=Batch)
     tables: Tables = field(default_factory=Tables)
+
+
+@dataclass(kw_only=True)
+class Prompts:
+    """What stands between neighbouring items of a history (paper, Algorithm 1)."""
+
+    k: int = 2
+    """Most prompts between two neighbouring items, 0 to 8."""
+    source: Literal["generated", "exposed", "both"] = "generated"
+    """generated: the items that the model answers; exposed: those that were shown there and not clicked, the newest k;
+    both: shown ones first, generated ones up to k in all."""
+    exclude_seen: bool = True
+    """Never generate an item of the user's history so far, or one that stands in the same interval already."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.k <= 8:
+            raise ValueError(f"--prompts.k is {self.k}; between two items stand 0 to 8 prompts")
+
+
+@dataclass(kw_only=True)
+class GeneratePrompts:
+    """Put prompts between the items of every history: what a pre-trained model answers there, or what was shown and not
+    clicked (paper, Algorithm 1). Writes a dataset like the one that is read, with segment ids."""
+
+    data: str
+    """Folder of the dataset, as prepare wrote it."""
+    checkpoint: str
+    """A pre-training run's output folder (its best checkpoint) or one checkpoint folder."""
+    output: str
+    """Folder of the new dataset; must not hold anything else."""
+    previous: str | None = None
+    """Folder of an earlier prompt dataset of the same checkpoint and options: histories that only grew since then have
+    only their new prompts generated."""
+    prompts: Prompts = field(default_factory=Prompts)
+    batch_users: int = 512
+    """Users whose prompts a rank generates at once."""
+    tables: Tables = field(default_factory=Tables)
+
+    def __post_init__(self) -> None:
+        if self.batch_users < 1:
+            raise ValueError(f"--batch_users is {self.batch_users}; it must be at least 1")

@@ -7,9 +7,11 @@ A checkpoint is written under a temporary name and renamed when it is whole; rea
 optimizer state are saved by name and offset, so that another number of ranks or another sharding can read them.
 """
 
+import hashlib
 import json
 import os
 import shutil
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,3 +134,23 @@ def find(path: str) -> str:
             f"{path} holds no finished checkpoint; give a run's output folder or one of its {FOLDER}/step-* folders"
         )
     return found
+
+
+def fingerprint(checkpoint: str) -> str:
+    """32 hex digits of everything in a checkpoint folder, wherever it lies (collective: ranks share the files out)."""
+    names = sorted(os.listdir(checkpoint))
+    rank_, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = [(name, _crc(os.path.join(checkpoint, name))) for name in names[rank_::world_size]]
+    shares: list[list[tuple[str, int]]] = [mine]
+    if dist.is_initialized():
+        shares = [[] for _ in range(world_size)]
+        dist.all_gather_object(shares, mine)
+    return hashlib.sha256(repr(sorted(pair for share in shares for pair in share)).encode()).hexdigest()[:32]
+
+
+def _crc(path: str) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            crc = zlib.crc32(block, crc)
+    return crc

@@ -1,0 +1,76 @@
+"""Stage `generate_prompts`: dataset and pre-trained checkpoint -> the dataset with prompts between the items."""
+
+import time
+from typing import Any
+
+from recgpt_torchrec import cli
+from recgpt_torchrec.config import GeneratePrompts
+
+
+def main(config: GeneratePrompts) -> None:
+    """Fill every interval of every history, and write the dataset again."""
+    from tqdm import tqdm
+
+    from recgpt_torchrec.building import check_vocabulary, load
+    from recgpt_torchrec.config import Batch
+    from recgpt_torchrec.data.dataset import Dataset
+    from recgpt_torchrec.data.windows import row_groups
+    from recgpt_torchrec.retrieval import prompt_dataset
+    from recgpt_torchrec.retrieval.prompting import Prompter
+    from recgpt_torchrec.retrieval.ranking import gather_table
+    from recgpt_torchrec.training.checkpoint import facts_of, find, fingerprint
+    from recgpt_torchrec.training.processes import process_group, rank, say, world_size
+
+    with process_group() as device:
+        dataset, checkpoint = Dataset.open(config.data), find(config.checkpoint)
+        facts, vocabulary, groups = facts_of(checkpoint), dataset.manifest.vocabulary, row_groups(dataset)
+        check_vocabulary(facts, checkpoint, dataset)
+        prompt_dataset.check_input(dataset, config.prompts, groups)
+        max_len = facts["config"]["model"]["max_len"]
+        record = prompt_dataset.record_of(dataset, config.prompts, max_len, checkpoint, fingerprint(checkpoint))
+        following = (
+            f"Next:    python -m recgpt_torchrec.prompt_tune --config CONFIG --data {config.output} "
+            f"--checkpoint {config.checkpoint} --output RUN"
+        )
+        if prompt_dataset.check_all(lambda: prompt_dataset.finished(config.output, record, vocabulary)):
+            say(f"Already there: {config.output}", following, sep="\n")
+            return
+        previous = None
+        if config.previous is not None:
+            previous = prompt_dataset.open_previous(config.previous, record, vocabulary)
+        fill = user_table = None
+        if config.prompts.k and config.prompts.source != "exposed":
+            model, model_config = load(checkpoint, dataset, Batch(tokens=prompt_dataset.LOOKUP), config.tables, device)
+            module: Any = model.eval().module
+            user_table, dense = (
+                module.user_table,
+                getattr(module.dense, "module", module.dense),
+            )  # without DDP around it
+            catalogue = gather_table(module.item_table, dataset.manifest.items, device)
+            fill = Prompter(dense.decoder, catalogue, config.prompts, max_len, config.batch_users).fill
+        since = time.perf_counter()
+        with tqdm(total=dataset.manifest.users, unit=" users", disable=rank() != 0, dynamic_ncols=True) as bar:
+            made = prompt_dataset.write_prompts(
+                config.output,
+                dataset,
+                groups,
+                record,
+                fill=fill,
+                user_table=user_table,
+                device=device,
+                pool_users=4 * config.batch_users,
+                previous=previous,
+                progress=lambda users: bar.update(min(users * world_size(), bar.total - bar.n)),
+            )
+        seconds = time.perf_counter() - since
+        taken = f" ({made.kept:,} intervals taken over from {config.previous})" if config.previous else ""
+        say(
+            f"Written: {config.output}: {made.users:,} users, {made.generated:,} generated and {made.exposed:,} shown "
+            f"prompts{taken}, {made.bytes:,} bytes, in {seconds:.1f} s ({made.users / seconds:,.0f} users/s)",
+            following,
+            sep="\n",
+        )
+
+
+if __name__ == "__main__":
+    cli.run(GeneratePrompts, main, "recgpt_torchrec.generate_prompts")
