@@ -1,20 +1,22 @@
 """Stage `generate_prompts`: dataset and pre-trained checkpoint -> the dataset with prompts between the items."""
 
 import time
-from typing import Any
 
 from recgpt_torchrec import cli
 from recgpt_torchrec.config import GeneratePrompts
+from recgpt_torchrec.errors import InputError
 
 
 def main(config: GeneratePrompts) -> None:
     """Fill every interval of every history, and write the dataset again."""
+    import torch
     from tqdm import tqdm
 
     from recgpt_torchrec.building import check_vocabulary, load
     from recgpt_torchrec.config import Batch
     from recgpt_torchrec.data.dataset import Dataset
     from recgpt_torchrec.data.windows import row_groups
+    from recgpt_torchrec.model.recgpt import unwrapped
     from recgpt_torchrec.retrieval import prompt_dataset
     from recgpt_torchrec.retrieval.prompting import Prompter
     from recgpt_torchrec.retrieval.ranking import gather_table
@@ -25,6 +27,8 @@ def main(config: GeneratePrompts) -> None:
         dataset, checkpoint = Dataset.open(config.data), find(config.checkpoint)
         facts, vocabulary, groups = facts_of(checkpoint), dataset.manifest.vocabulary, row_groups(dataset)
         check_vocabulary(facts, checkpoint, dataset)
+        if "tuning" in facts["config"]:
+            raise InputError(f"{checkpoint} was tuned already; give the checkpoint of a pre-training run")
         prompt_dataset.check_input(dataset, config.prompts, groups)
         max_len = facts["config"]["model"]["max_len"]
         record = prompt_dataset.record_of(dataset, config.prompts, max_len, checkpoint, fingerprint(checkpoint))
@@ -40,14 +44,13 @@ def main(config: GeneratePrompts) -> None:
             previous = prompt_dataset.open_previous(config.previous, record, vocabulary)
         fill = user_table = None
         if config.prompts.k and config.prompts.source != "exposed":
-            model, model_config = load(checkpoint, dataset, Batch(tokens=prompt_dataset.LOOKUP), config.tables, device)
-            module: Any = model.eval().module
-            user_table, dense = (
-                module.user_table,
-                getattr(module.dense, "module", module.dense),
-            )  # without DDP around it
-            catalogue = gather_table(module.item_table, dataset.manifest.items, device)
-            fill = Prompter(dense.decoder, catalogue, config.prompts, max_len, config.batch_users).fill
+            trained = load(checkpoint, dataset, Batch(tokens=prompt_dataset.LOOKUP), config.tables, device)
+            model = unwrapped(trained.model.eval())
+            user_table, dense = model.user_table, getattr(model.dense, "module", model.dense)  # without DDP around it
+            catalogue = gather_table(model.item_table, dataset.manifest.items, device)
+            if not torch.isfinite(catalogue).all():
+                raise InputError(f"{checkpoint} has diverged: its item vectors are not finite; give an earlier one")
+            fill = Prompter(dense, catalogue, config.prompts, max_len, config.batch_users).fill
         since = time.perf_counter()
         with tqdm(total=dataset.manifest.users, unit=" users", disable=rank() != 0, dynamic_ncols=True) as bar:
             made = prompt_dataset.write_prompts(

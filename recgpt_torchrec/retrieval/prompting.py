@@ -18,7 +18,7 @@ from torch import Tensor
 
 from recgpt_torchrec.config import Prompts
 from recgpt_torchrec.data import split
-from recgpt_torchrec.model.decoder import Decoder
+from recgpt_torchrec.model.recgpt import Dense
 from recgpt_torchrec.retrieval.decoding import Decoding
 
 INTERACTED, GENERATED, EXPOSED = 0, 1, 2
@@ -159,15 +159,15 @@ class Prompter:
     """Fills the intervals of histories with what the model answers.
 
     Args:
-        decoder: in evaluation mode.
+        dense: decoder and user module, in evaluation mode.
         catalogue: [items, dim] float32 item vectors.
         prompts: how many, and what may be answered.
         max_len: newest items of a history that have prompts between them; the decoder's number of positions.
         batch_users: users decoded side by side.
     """
 
-    def __init__(self, decoder: Decoder, catalogue: Tensor, prompts: Prompts, max_len: int, batch_users: int) -> None:
-        self.decoder, self.catalogue, self.prompts = decoder, catalogue, prompts
+    def __init__(self, dense: Dense, catalogue: Tensor, prompts: Prompts, max_len: int, batch_users: int) -> None:
+        self.dense, self.catalogue, self.prompts = dense, catalogue, prompts
         self.max_len, self.batch_users = max_len, batch_users
 
     def fill(
@@ -197,6 +197,10 @@ class Prompter:
                 self._fill(histories, rows, first[rows], known[rows], todo[rows], user_vectors)
             progress(min(self.batch_users, order.size - begin))
 
+    def decoding(self, users: int, capacity: int) -> Decoding:
+        """An empty state of a batch of users."""
+        return Decoding(self.dense.decoder, users, capacity)
+
     def _fill(
         self, histories: Histories, rows: Int64, first: Int64, known: Int64, todo: Int64, user_vectors: Tensor
     ) -> None:
@@ -209,9 +213,9 @@ class Prompter:
             prompts=torch.from_numpy(histories.prompts[where]).to(device),
             segments=torch.from_numpy(histories.segments[where]).long().to(device),
             older=torch.from_numpy(older_items(histories, rows, first)).to(device),
-            users=user_vectors[torch.from_numpy(rows).to(user_vectors.device)].to(device),
+            users=self.dense.user_vectors(user_vectors[torch.from_numpy(rows).to(user_vectors.device)].to(device)),
         )
-        state = Decoding(self.decoder, rows.size, capacity=intervals * (1 + k))
+        state = self.decoding(rows.size, capacity=intervals * (1 + k))
         at = torch.from_numpy(known).to(device)
         if known.any():
             self._prefill(state, grid, at)

@@ -1,0 +1,226 @@
+"""Algorithm 1, against a plain loop that recomputes everything from scratch for each generated item."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from recgpt_torchrec.config import Loss, Model, Prompts
+from recgpt_torchrec.model.recgpt import Dense
+from recgpt_torchrec.retrieval.prompting import (
+    EXPOSED,
+    GENERATED,
+    Histories,
+    Prompter,
+    best_items,
+    histories_of,
+    known_intervals,
+    table_of,
+)
+
+DIM, MAX_LEN, ITEMS = 8, 6, 15
+
+
+@pytest.fixture(scope="module")
+def dense() -> Dense:
+    torch.manual_seed(0)
+    made = Dense(Model(dim=DIM, heads=2, layers=2, max_len=MAX_LEN), Loss())
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return made.eval()
+
+
+@pytest.fixture(scope="module")
+def catalogue() -> torch.Tensor:
+    return torch.randn(ITEMS, DIM, generator=torch.Generator().manual_seed(1))
+
+
+def vectors_of(users: int) -> torch.Tensor:
+    return torch.randn(users, DIM, generator=torch.Generator().manual_seed(2))
+
+
+def random_rows(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.permutation(ITEMS)[:n].tolist() for n in lengths]
+
+
+def rows_of(rows: list[list[int]], segments: list[list[int]] | None = None) -> pa.Table:
+    columns = {"user_id": pa.array(range(len(rows)), pa.int64()), "item_ids": pa.array(rows, pa.list_(pa.int64()))}
+    times = [[10 * t for t in range(len(row))] for row in rows]
+    columns["timestamps"] = pa.array(times, pa.list_(pa.int64()))
+    if segments is not None:
+        columns["segment_ids"] = pa.array(segments, pa.list_(pa.int8()))
+    return pa.table(columns)
+
+
+def fill(dense, catalogue, histories: Histories, prompts: Prompts, known=None, batch_users: int = 3) -> pa.Table:
+    prompter = Prompter(dense, catalogue, prompts, MAX_LEN, batch_users)
+    prompter.fill(histories, vectors_of(histories.users.size), known)
+    return table_of(histories)
+
+
+@torch.no_grad()
+def score(dense: Dense, catalogue: torch.Tensor, user: torch.Tensor, items: list[int], positions: list[int]):
+    """[items] scores of what follows: the decoder's whole forward pass, nothing remembered."""
+    n = len(items)
+    zeros = torch.zeros(1, n, dtype=torch.int64)
+    out = dense.decoder(catalogue[items][None], user.expand(1, n, -1), torch.tensor([positions]), zeros, zeros)
+    return catalogue @ out[0, -1]
+
+
+def from_scratch(dense, catalogue, user, row, k, exclude_seen, shown=None):
+    """One row by Algorithm 1 said again in plain Python: (items, segments)."""
+    older, kept = row[: max(0, len(row) - MAX_LEN)], row[max(0, len(row) - MAX_LEN) :]
+    items, segments, fed, positions = list(older), [0] * len(older), [], []
+    for p, item in enumerate(kept):
+        interval = []
+        items.append(item), segments.append(0), fed.append(item), positions.append(p)
+        if p == len(kept) - 1:
+            break
+        for n in range(k):
+            now = (shown or {}).get(p, [])[-k:]
+            if n < len(now):
+                answer, segment = now[n], EXPOSED
+            else:
+                scores = score(dense, catalogue, user, fed, positions)
+                if exclude_seen:
+                    scores[older + kept[: p + 1] + interval] = -torch.inf
+                answer, segment = int(scores.argmax()), GENERATED
+            interval.append(answer)
+            items.append(answer), segments.append(segment), fed.append(answer)
+            positions.append(min(p + n + 1, MAX_LEN - 1))
+    return items, segments
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("exclude_seen", [True, False])
+def test_prompts_with_the_cache_are_those_of_recomputing_everything(dense, catalogue, k, exclude_seen):
+    rows = random_rows([4, 0, 6, 1, 9, 2, 5, 3, 12])  # none, one, and more than max_len
+    made = fill(dense, catalogue, histories_of(rows_of(rows), k, MAX_LEN, ()), Prompts(k=k, exclude_seen=exclude_seen))
+    users = vectors_of(len(rows))
+    for u, row in enumerate(rows):
+        items, segments = from_scratch(dense, catalogue, users[u], row, k, exclude_seen)
+        assert made["item_ids"][u].as_py() == items
+        assert made["segment_ids"][u].as_py() == segments
+
+
+def test_shown_items_stand_first_and_generated_ones_fill_up(dense, catalogue):
+    rows = [[3, 7, 8, 9, 1, 2], [4, 5, 6, 10]]
+    # row 0: shown before the first item, three after item 3, one after 1, one after the last
+    items = [[14, 3, 7, 8, 9, 1, 11, 2, 13], [4, 5, 6, 10]]
+    segments = [[2, 0, 2, 2, 2, 0, 2, 0, 2], [0, 0, 0, 0]]
+    histories = histories_of(rows_of(items, segments), 2, MAX_LEN, (EXPOSED,))
+    assert histories.items.tolist() == [3, 1, 2, 4, 5, 6, 10]
+    assert histories.prompts.tolist()[:3] == [[8, 9], [11, -1], [-1, -1]]
+    made = fill(dense, catalogue, histories, Prompts(k=2, source="both"))
+    users = vectors_of(2)
+    for u, (row, shown) in enumerate([([3, 1, 2], {0: [7, 8, 9], 1: [11]}), (rows[1], {})]):
+        expected = from_scratch(dense, catalogue, users[u], row, 2, True, shown)
+        assert (made["item_ids"][u].as_py(), made["segment_ids"][u].as_py()) == expected
+
+
+def test_shown_items_only_are_the_newest_of_each_interval_and_need_no_model():
+    items, segments = [[0, 5, 6, 7, 1, 8], [2, 3]], [[0, 2, 2, 2, 0, 2], [0, 0]]
+    made = table_of(histories_of(rows_of(items, segments), 2, MAX_LEN, (EXPOSED,)))
+    assert made["item_ids"].to_pylist() == [[0, 6, 7, 1], [2, 3]]
+    assert made["segment_ids"].to_pylist() == [[0, 2, 2, 0], [0, 0]]
+    assert made["timestamps"].to_pylist() == [[0, 0, 0, 40], [0, 10]]
+
+
+def test_a_generated_entry_takes_the_time_of_the_item_it_follows(dense, catalogue):
+    made = fill(dense, catalogue, histories_of(rows_of([[1, 2, 3]]), 2, MAX_LEN, ()), Prompts(k=2))
+    assert made["timestamps"].to_pylist() == [[0, 0, 0, 10, 10, 10, 20]]
+
+
+def test_without_prompts_the_rows_come_back():
+    rows = random_rows([4, 0, 9, 1])
+    table = rows_of(rows)
+    made = table_of(histories_of(table, 0, MAX_LEN, ()))
+    assert made.select(["user_id", "item_ids", "timestamps"]).equals(table)
+    assert made["segment_ids"].to_pylist() == [[0] * len(row) for row in rows]
+
+
+def test_change_the_future_and_the_past_prompts_stay(dense, catalogue):
+    rows = random_rows([6, 6])
+    before = fill(dense, catalogue, histories_of(rows_of(rows), 2, MAX_LEN, ()), Prompts(k=2))
+    for changed in range(1, 6):
+        other = [list(rows[0]), rows[1]]
+        other[0][changed:] = [i for i in range(ITEMS) if i not in rows[0]][: 6 - changed]
+        after = fill(dense, catalogue, histories_of(rows_of(other), 2, MAX_LEN, ()), Prompts(k=2))
+        same = 3 * changed
+        assert after["item_ids"][0].as_py()[:same] == before["item_ids"][0].as_py()[:same]
+        assert after["item_ids"][1] == before["item_ids"][1]
+
+
+def test_two_items_worked_by_hand_through_algorithm_1():
+    """A decoder that only averages: its output is the mean of the item vectors so far, all of equal weight.
+
+    Items a = (1, 0) and b = (-.5, 1), history a b a, k = 2, user vector 0.
+    after a:      mean (1, 0):         a 1,    b -.5   -> a
+    after a a:    the same             a                    -> a
+    fed a a a b:  mean (2.5, 1)/4:     a .625, b -.0625     -> a
+    then a:       mean (3.5, 1)/5:     a .7,   b -.15       -> a
+    With items already there excluded: after a only b is left, then none; after a b b nothing is left at all.
+    """
+    model = Model(dim=2, heads=1, layers=1, max_len=4, history_in=False)
+    dense = Dense(model, Loss()).eval()
+    for parameter in dense.decoder.parameters():
+        torch.nn.init.zeros_(parameter)  # forgetting 0: equal weights; norms of weight 0 silence the block
+    torch.nn.init.ones_(dense.decoder.mean_out)
+    catalogue = torch.tensor([[1.0, 0.0], [-0.5, 1.0]])
+    prompter = Prompter(dense, catalogue, Prompts(k=2, exclude_seen=False), 4, 8)
+    histories = histories_of(rows_of([[0, 1, 0]]), 2, 4, ())
+    prompter.fill(histories, torch.zeros(1, 2))
+    assert table_of(histories)["item_ids"].to_pylist() == [[0, 0, 0, 1, 0, 0, 0]]
+
+    prompter = Prompter(dense, catalogue, Prompts(k=2), 4, 8)
+    histories = histories_of(rows_of([[0, 1, 0]]), 2, 4, ())
+    prompter.fill(histories, torch.zeros(1, 2))
+    assert table_of(histories)["item_ids"].to_pylist() == [[0, 1, 1, 0]]
+    assert table_of(histories)["segment_ids"].to_pylist() == [[0, 1, 0, 0]]
+
+    # The user module counts: the same decoder with a block that passes the user vector on answers b for another user.
+    torch.nn.init.ones_(dense.decoder.norm_in.weight)
+    torch.nn.init.ones_(dense.decoder.blocks[0].norm_attention.weight)
+    torch.nn.init.ones_(dense.decoder.blocks[0].norm_feed.weight)
+    # a + user (-9, 0) is (-8, 0), normed (-1, 1); mean (1, 0) makes it (0, 1): b 1, a 0.
+    histories = histories_of(rows_of([[0, 0]]), 1, 4, ())
+    Prompter(dense, catalogue, Prompts(k=1, exclude_seen=False), 4, 8).fill(histories, torch.tensor([[-9.0, 0.0]]))
+    assert histories.prompts.tolist() == [[1], [-1]]
+
+
+def test_of_equal_scores_the_smallest_id_is_answered():
+    catalogue = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    outputs = torch.tensor([[1.0, 0.0]] * 2)
+    assert best_items(outputs, catalogue).tolist() == [1, 1]
+    assert best_items(outputs, catalogue, torch.tensor([[1, 1], [2, 0]])).tolist() == [2, 1]
+    assert best_items(outputs, catalogue, torch.tensor([[0, 1, 2, 3], [1, 2, 3, 3]])).tolist() == [-1, 0]
+
+
+@pytest.mark.parametrize("source", ["generated", "both"])
+def test_histories_that_grew_have_their_new_prompts_generated_as_if_from_scratch(dense, catalogue, source):
+    prompts = Prompts(k=2, source=source)
+    kept = (EXPOSED,) if source == "both" else ()
+    rows = random_rows([2, 4, 5, 1, 0, 6, 8, 3, 5, 4])
+    segments = [[0] * len(row) for row in rows]
+    rows[1], segments[1] = [0, 9, 1, 2, 3, 4], [0, 2, 0, 0, 2, 0]
+    more = random_rows([2, 1, 0, 3, 2, 2, 0, 0, 1, 1], seed=5)  # 5 grows beyond max_len, 6 stays there
+    grown = [row + new for row, new in zip(rows, more, strict=True)]
+    grown_segments = [s + [0] * len(new) for s, new in zip(segments, more, strict=True)]
+    grown[9][0] = next(i for i in range(ITEMS) if i not in grown[9])  # not what it was
+    old = fill(dense, catalogue, histories_of(rows_of(rows, segments), 2, MAX_LEN, kept), prompts)
+    scratch = fill(dense, catalogue, histories_of(rows_of(grown, grown_segments), 2, MAX_LEN, kept), prompts)
+
+    histories = histories_of(rows_of(grown, grown_segments), 2, MAX_LEN, kept)
+    known = known_intervals(histories, histories_of(old, 2, MAX_LEN, (GENERATED, EXPOSED)), MAX_LEN)
+    assert known.tolist() == [1, 3, 4, 0, 0, 0, 5, 2, 4, 0]
+    assert fill(dense, catalogue, histories, prompts, known).equals(scratch)
+
+
+def test_the_answer_does_not_depend_on_who_is_decoded_beside(dense, catalogue):
+    rows = random_rows([4, 6, 2, 9, 3])
+    made = [
+        fill(dense, catalogue, histories_of(rows_of(rows), 2, MAX_LEN, ()), Prompts(k=2), batch_users=n).to_pydict()
+        for n in (1, 2, 100)
+    ]
+    assert made[0] == made[1] == made[2]

@@ -1,0 +1,282 @@
+"""`generate_prompts` from the command line: what it writes, on one rank and on two, and what it refuses."""
+
+import json
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch.distributed as dist
+
+from recgpt_torchrec import cli, generate_prompts, pretrain
+from recgpt_torchrec.config import GeneratePrompts, Pretrain
+from recgpt_torchrec.data.dataset import Dataset
+from tests.distributed.launch import run_ranks
+from tests.support import walks, write_dataset
+
+USERS, ITEMS, MAX_LEN = 60, 30, 8
+SMALL = {
+    "--model.dim": 8,
+    "--model.max_len": MAX_LEN,
+    "--batch.tokens": 60,
+    "--loss.candidates": "all",
+    "--train.epochs": 1,
+    "--train.validate_every": 1,
+    "--optimizer.warmup_steps": 2,
+}
+
+
+def stage(options: dict[str, Any], config_class: Any = GeneratePrompts, function: Any = generate_prompts.main) -> int:
+    """Run a stage in this process as its command line would, and return its exit status."""
+    before, sys.argv = sys.argv, ["stage", *(str(word) for option in options.items() for word in option)]
+    try:
+        cli.run(config_class, function, f"recgpt_torchrec.{config_class.__name__}")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    finally:
+        sys.argv = before
+    return 0
+
+
+def histories() -> list[list[int]]:
+    """Some empty or of one item, some longer than max_len; the last row groups longer than the first."""
+    return [
+        [],
+        [3],
+        *walks(USERS - 20, ITEMS, shortest=1, longest=9),
+        *walks(18, ITEMS, seed=1, shortest=9, longest=14),
+    ]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("prompts") / "data"
+    write_dataset(folder, histories(), items=ITEMS, rows_per_group=8, groups_per_part=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(data) -> Path:
+    output = data.parent / "run"
+    assert stage({"--data": data, "--output": output, **SMALL}, Pretrain, pretrain.run) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def made(data, run) -> Path:
+    output = data.parent / "made"
+    assert stage({"--data": data, "--checkpoint": run, "--output": output, "--batch_users": 7}) == 0
+    return output
+
+
+def rows(folder: Path) -> dict[str, list[Any]]:
+    """The sequences of a dataset, in the order of its manifest."""
+    found: dict[str, list[Any]] = {}
+    for part in Dataset.open(str(folder)).manifest.sequences:
+        for name, values in pq.read_table(folder / part.path).to_pydict().items():
+            found.setdefault(name, []).extend(values)
+    return found
+
+
+def folder_state(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_result_is_the_dataset_with_two_prompts_between_the_newest_items(made, data, run):
+    result = rows(made)
+    assert result["user_id"] == list(range(USERS))
+    for history, items, segments, times in zip(
+        histories(), result["item_ids"], result["segment_ids"], result["timestamps"], strict=True
+    ):
+        kept = min(len(history), MAX_LEN)
+        assert segments == [0] * (len(history) - kept) + [0, 1, 1] * (kept - 1) + [0] * (kept > 0)
+        assert [i for i, s in zip(items, segments, strict=True) if s == 0] == history
+        assert (
+            times == [n for n in range(len(history)) for _ in range(1 if n < len(history) - kept else 3)][: len(items)]
+        )
+        before: set[int] = set()
+        for item, segment in zip(items, segments, strict=True):
+            assert segment == 0 or item not in before
+            before |= {item} if segment == 0 else set()
+    manifest, source = Dataset.open(str(made)).manifest, Dataset.open(str(data)).manifest
+    assert (manifest.users, manifest.items, manifest.interactions) == (source.users, source.items, source.interactions)
+    assert manifest.vocabulary == source.vocabulary
+    record = manifest.settings["prompts"]
+    assert (record["k"], record["source"], record["exclude_seen"], record["max_len"]) == (2, "generated", True, MAX_LEN)
+    assert record["checkpoint"].startswith(str(run)) and len(record["checkpoint_fingerprint"]) == 32
+    for name in ("items", "users"):
+        assert folder_state(made / name) == folder_state(data / name)
+
+
+def test_the_summary_says_what_was_made_and_what_to_do_next_and_the_second_run_that_it_is_there(
+    data, run, tmp_path, capfd
+):
+    options = {"--data": data, "--checkpoint": run, "--output": tmp_path / "out", "--prompts.k": 1}
+    assert stage(options) == 0
+    said = capfd.readouterr().out
+    generated = sum(s.count(1) for s in rows(tmp_path / "out")["segment_ids"])
+    assert f"{USERS} users, {generated:,} generated and 0 shown prompts" in said and "users/s" in said
+    following = (
+        f"python -m recgpt_torchrec.prompt_tune --config CONFIG --data {tmp_path}/out --checkpoint {run} --output RUN"
+    )
+    assert following in said
+    before = folder_state(tmp_path / "out")
+    assert stage(options) == 0
+    said = capfd.readouterr().out
+    assert f"Already there: {tmp_path}/out" in said and following in said
+    assert folder_state(tmp_path / "out") == before
+
+
+def test_no_prompts_returns_the_input(data, run, tmp_path):
+    options = {"--data": data, "--checkpoint": run, "--output": tmp_path / "out", "--prompts.k": 0}
+    assert stage(options) == 0
+    result = rows(tmp_path / "out")
+    assert {name: result[name] for name in rows(data)} == rows(data)
+
+
+def on_rank(rank: int, world_size: int, port: int, options: dict[str, Any]) -> int:
+    dist.destroy_process_group()  # the stage joins its own
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return stage(options)
+
+
+@pytest.mark.parametrize("sharding", ["data_parallel", "row_wise"])
+def test_two_ranks_make_the_same_prompts(data, run, made, tmp_path, sharding):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {"--data": data, "--checkpoint": run, "--output": tmp_path / "out", "--batch_users": 2}
+    options["--tables.sharding"] = sharding
+    assert run_ranks(on_rank, 2, port, options, timeout=120) == [0, 0]
+    assert rows(tmp_path / "out") == rows(made)
+    assert Dataset.open(str(tmp_path / "out")).manifest.settings == Dataset.open(str(made)).manifest.settings
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("source", ["generated", "both"])
+def test_with_an_earlier_result_the_rest_is_made_as_if_from_scratch(run, tmp_path, capfd, source):
+    whole = histories()
+    shown = [[2 if n % 4 == 2 else 0 for n in range(len(history))] for history in whole]
+    begun = [max(len(h) - u % 3, 0) for u, h in enumerate(whole)]
+    for name, cut in (("old", begun), ("new", [len(h) for h in whole])):
+        items = [h[:n] for h, n in zip(whole, cut, strict=True)]
+        segments = [s[:n] for s, n in zip(shown, cut, strict=True)]
+        write_dataset(tmp_path / name, items, items=ITEMS, segments=segments, rows_per_group=7 + len(name + source))
+    common = {"--checkpoint": run, "--batch_users": 5, "--prompts.source": source}
+    assert stage({"--data": tmp_path / "old", "--output": tmp_path / "old_prompts", **common}) == 0
+    assert stage({"--data": tmp_path / "new", "--output": tmp_path / "scratch", **common}) == 0
+    capfd.readouterr()
+    continued = {"--data": tmp_path / "new", "--output": tmp_path / "continued", "--previous": tmp_path / "old_prompts"}
+    assert stage({**continued, **common}) == 0
+    said = capfd.readouterr().out
+    assert "intervals taken over from" in said and "(0 intervals" not in said
+    assert rows(tmp_path / "continued") == rows(tmp_path / "scratch")
+    assert {1, 2} <= {s for row in rows(tmp_path / "scratch")["segment_ids"] for s in row} or source == "generated"
+
+
+def other_vocabulary(options: dict[str, Any], folder: Path) -> str:
+    write_dataset(folder / "other", histories(), items=ITEMS, vocabulary="another")
+    options["--data"] = folder / "other"
+    return "was trained on another dataset"
+
+
+def too_many(options: dict[str, Any], folder: Path) -> str:
+    options["--prompts.k"] = 9
+    return "--prompts.k is 9; between two items stand 0 to 8 prompts"
+
+
+def negative(options: dict[str, Any], folder: Path) -> str:
+    options["--prompts.k"] = -1
+    return "--prompts.k is -1"
+
+
+def nothing_shown(options: dict[str, Any], folder: Path) -> str:
+    options["--prompts.source"] = "exposed"
+    return "says nothing of what was shown and not clicked"
+
+
+def only_clicked(options: dict[str, Any], folder: Path) -> str:
+    write_dataset(folder / "clicked", histories(), items=ITEMS, segments=[[0] * len(h) for h in histories()])
+    options |= {"--prompts.source": "both", "--data": folder / "clicked"}
+    return "says nothing of what was shown and not clicked"
+
+
+def with_prompts_already(options: dict[str, Any], folder: Path) -> str:
+    options["--data"] = options.pop("made")
+    return "has prompts already"
+
+
+def something_else(options: dict[str, Any], folder: Path) -> str:
+    options["--output"] = folder / "thesis"
+    (folder / "thesis").mkdir()
+    (folder / "thesis/thesis.txt").write_text("years of work")
+    return "already holds something that is not a finished prompt dataset (thesis.txt)"
+
+
+def other_prompts(options: dict[str, Any], folder: Path) -> str:
+    shutil.copytree(options["made"], folder / "out")
+    options["--prompts.k"] = 1
+    return "k: 2 there, 1 now"
+
+
+def a_plain_dataset(options: dict[str, Any], folder: Path) -> str:
+    shutil.copytree(options["--data"], folder / "out")
+    return "holds a dataset without prompts"
+
+
+def previous_of_other_options(options: dict[str, Any], folder: Path) -> str:
+    options |= {"--previous": options["made"], "--prompts.exclude_seen": "false"}
+    return "exclude_seen: True there, False now"
+
+
+def previous_without_prompts(options: dict[str, Any], folder: Path) -> str:
+    options["--previous"] = options["--data"]
+    return "has no prompts"
+
+
+def no_checkpoint(options: dict[str, Any], folder: Path) -> str:
+    options["--checkpoint"] = folder
+    return "holds no finished checkpoint"
+
+
+def a_tuned_checkpoint(options: dict[str, Any], folder: Path) -> str:
+    facts = json.loads(next(Path(options["--checkpoint"]).glob("checkpoints/*/checkpoint.json")).read_text())
+    facts["config"]["tuning"] = {}
+    (folder / "tuned").mkdir()
+    (folder / "tuned/checkpoint.json").write_text(json.dumps(facts))
+    options["--checkpoint"] = folder / "tuned"
+    return "was tuned already"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        other_vocabulary,
+        too_many,
+        negative,
+        nothing_shown,
+        only_clicked,
+        with_prompts_already,
+        something_else,
+        other_prompts,
+        a_plain_dataset,
+        previous_of_other_options,
+        previous_without_prompts,
+        no_checkpoint,
+        a_tuned_checkpoint,
+    ],
+)
+def test_what_cannot_be_done_is_refused_with_one_message_before_any_work(wrong, data, run, made, tmp_path, capfd):
+    options = {"--data": data, "--checkpoint": run, "--output": tmp_path / "out", "made": made}
+    expected = wrong(options, tmp_path)
+    options.pop("made", None)
+    before = folder_state(tmp_path)
+    assert stage(options) == 2
+    said = capfd.readouterr()
+    assert expected in said.err and "Traceback" not in said.err and said.out == ""
+    assert said.err.count("error:") == 1 and "users/s" not in said.err
+    assert folder_state(tmp_path) == before
