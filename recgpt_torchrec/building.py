@@ -1,5 +1,6 @@
 """From a configuration and a dataset to streams and a distributed model: what several stages build alike."""
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -7,21 +8,24 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torchrec.optim.keyed import KeyedOptimizer
 
-from recgpt_torchrec.config import Batch, Loss, Model, Pretrain, Stream, Tables
+from recgpt_torchrec.config import Batch, Loss, Model, Pretrain, PromptTune, Stream, Tables, Tuning
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.stream import BatchMaker, SequenceStream, training_counts
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import RecGPT
 from recgpt_torchrec.training.checkpoint import facts_of
-from recgpt_torchrec.training.sharding import distribute
+from recgpt_torchrec.training.sharding import DENSE, distribute, table_name, tables_of
 
 
-def training_stream(config: Pretrain, dataset: Dataset) -> SequenceStream:
-    """The stream of the training part, with the loss's candidates."""
+def training_stream(config: Pretrain | PromptTune, dataset: Dataset, tuning: Tuning | None = None) -> SequenceStream:
+    """The stream of the training part, with the loss's candidates, and with the prompts where `tuning` reads them."""
+    assert config.model is not None
     by_popularity = config.loss.candidates == "in_batch" or config.loss.negatives_by == "log_uniform"
     maker = BatchMaker(
         dataset=dataset,
         split="training",
+        prompts=tuning is not None and tuning.prompts,
+        predict_from="every" if tuning is None else tuning.predict_from,
         batch=config.batch,
         loss=config.loss,
         max_len=config.model.max_len,
@@ -31,26 +35,60 @@ def training_stream(config: Pretrain, dataset: Dataset) -> SequenceStream:
     return SequenceStream(maker, config.stream)
 
 
-def encoding_stream(dataset: Dataset, split: str, model: Model, batch: Batch, workers: int = 0) -> SequenceStream:
+def encoding_stream(
+    dataset: Dataset, split: str, model: Model, batch: Batch, prompts: bool = False, grows: int = 0
+) -> SequenceStream:
     """The stream of histories to encode: those before the held-out item of a split, or with `all` the whole."""
-    maker = BatchMaker(dataset=dataset, split=split, batch=batch, loss=Loss(), max_len=model.max_len, seed=0)
-    return SequenceStream(maker, Stream(workers=workers))
+    maker = BatchMaker(
+        dataset=dataset,
+        split=split,
+        prompts=prompts,
+        grows=grows,
+        batch=batch,
+        loss=Loss(),
+        max_len=model.max_len,
+        seed=0,
+    )
+    return SequenceStream(maker, Stream())
 
 
 def build(
-    config: Pretrain, dataset: Dataset, batch_size: int, device: torch.device
+    config: Pretrain | PromptTune,
+    dataset: Dataset,
+    batch_size: int,
+    device: torch.device,
+    tuning: Tuning | None = None,
 ) -> tuple[nn.Module, KeyedOptimizer]:
     """The distributed model of a configuration, freshly initialised, and its optimizer (collective)."""
+    assert config.model is not None
     torch.manual_seed(config.seed)
-    model = RecGPT(config.model, config.loss, dataset.manifest.users, dataset.manifest.items)
+    model = RecGPT(config.model, config.loss, dataset.manifest.users, dataset.manifest.items, tuning)
+    frozen: set[str] = set()
+    if tuning is not None:
+        parts = {"users": "user", "items": "item", "output": "output", "decoder": DENSE}
+        frozen = {part for name, part in parts.items() if name not in tuning.trained}
     return distribute(
-        model, tables=config.tables, optimizer=config.optimizer, batch_size=batch_size, seed=config.seed, device=device
+        model,
+        tables=config.tables,
+        optimizer=config.optimizer,
+        batch_size=batch_size,
+        seed=config.seed,
+        device=device,
+        frozen=frozen,
     )
 
 
-def load(
-    checkpoint: str, dataset: Dataset, batch: Batch, tables: Tables, device: torch.device
-) -> tuple[nn.Module, Model]:
+@dataclass
+class Trained:
+    """A model read from a checkpoint, and what it is."""
+
+    model: nn.Module
+    config: Model
+    tuning: Tuning | None
+    """None: a pre-trained model."""
+
+
+def load(checkpoint: str, dataset: Dataset, batch: Batch, tables: Tables, device: torch.device) -> Trained:
     """The model of a checkpoint, on any number of ranks and any sharding (collective).
 
     Raises:
@@ -59,6 +97,7 @@ def load(
     facts = facts_of(checkpoint)
     check_vocabulary(facts, checkpoint, dataset)
     settings = facts["config"]
+    tuning = Tuning(**settings["tuning"]) if "tuning" in settings else None
     config = Pretrain(
         data=dataset.path,
         output="",
@@ -68,11 +107,48 @@ def load(
         batch=batch,
         tables=tables,
     )
-    model, _ = build(config, dataset, batch.tokens, device)
+    model, _ = build(config, dataset, batch.tokens, device, tuning)
     state = {"model": model.state_dict()}
     dcp.load(state, checkpoint_id=checkpoint)
     model.load_state_dict(state["model"])
-    return model, config.model
+    return Trained(model, config.model, tuning)
+
+
+def load_pretrained(model: nn.Module, checkpoint: str) -> None:
+    """Give a model to be tuned the values of a pre-trained checkpoint (collective).
+
+    W_l, where the model has one, becomes a copy of the item table; what only tuning has keeps its initial values.
+    """
+    state = model.state_dict()
+    there = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    known = {name: value for name, value in state.items() if f"model.{name}" in there}
+    dcp.load({"model": known}, checkpoint_id=checkpoint)
+    tables = {table_name(name): name for name in tables_of(model)}
+    if "output" in tables:
+        dcp.load({"model": {tables["item"]: state[tables["output"]]}}, checkpoint_id=checkpoint)
+    model.load_state_dict(state)
+
+
+def pretrained_model(checkpoint: str, dataset: Dataset, given: Model | None) -> Model:
+    """The decoder's configuration of a pre-trained checkpoint, with the dropouts that were given.
+
+    Raises:
+        InputError: the checkpoint is not a pre-trained one, belongs to another dataset, or has another shape than given.
+    """
+    facts = facts_of(checkpoint)
+    check_vocabulary(facts, checkpoint, dataset)
+    if "tuning" in facts["config"]:
+        raise InputError(f"{checkpoint} was tuned already; give the checkpoint of a pre-training run")
+    saved = Model(**facts["config"]["model"])
+    if given is None:
+        return saved
+    for name, value in asdict(saved).items():
+        if "dropout" not in name and getattr(given, name) != value:
+            raise InputError(
+                f"--model.{name} is {getattr(given, name)}, the checkpoint {checkpoint} has {value}; "
+                "leave the option out, or give a checkpoint of that shape"
+            )
+    return given
 
 
 def check_vocabulary(facts: dict[str, Any], checkpoint: str, dataset: Dataset) -> None:

@@ -239,6 +239,23 @@ class Pretrain:
 
 
 @dataclass(kw_only=True)
+class Recall:
+    """How lists of several interests are recalled and merged (paper, section 3.4)."""
+
+    m: int = 0
+    """Items of the first interest in the two-step list of the longest k, the rest n from the second; 0: chosen on the
+    validation split by NDCG at the longest k."""
+    interests: int = 1
+    """Interests of the multi-interest paths, measured where there is more than one; 1 to 32."""
+
+    def __post_init__(self) -> None:
+        if self.m < 0:
+            raise ValueError(f"--recall.m is {self.m}; it is a number of items, or 0 to choose it on validation")
+        if not 1 <= self.interests <= 32:
+            raise ValueError(f"--recall.interests is {self.interests}; a user has 1 to 32")
+
+
+@dataclass(kw_only=True)
 class Evaluate:
     """Rank the whole catalogue for every user: HR@k and NDCG@k of a checkpoint, beside baselines that need no
     training."""
@@ -255,6 +272,7 @@ class Evaluate:
     """List lengths of HR and NDCG."""
     baselines: bool = True
     """Whether to measure popularity and item co-occurrence beside the model."""
+    recall: Recall = field(default_factory=Recall)
     overwrite: bool = False
     """Replace an output file that holds the evaluation of something else."""
     batch: Batch = field(default_factory=Batch)
@@ -263,6 +281,8 @@ class Evaluate:
     def __post_init__(self) -> None:
         if not self.ks or min(self.ks) < 1:
             raise ValueError(f"--ks is {self.ks}; it takes list lengths of at least 1, for example [5,10]")
+        if self.recall.m > max(self.ks):
+            raise ValueError(f"--recall.m is {self.recall.m}, more than the longest list of --ks ({max(self.ks)})")
 
 
 @dataclass(kw_only=True)
@@ -320,3 +340,49 @@ class GeneratePrompts:
     def __post_init__(self) -> None:
         if self.batch_users < 1:
             raise ValueError(f"--batch_users is {self.batch_users}; it must be at least 1")
+
+
+@dataclass(kw_only=True)
+class Tuning:
+    """What prompt-tuning adds to the pre-trained model, and what of it is trained (paper, section 3.3)."""
+
+    prompts: bool = True
+    """Read the prompts between the items; false: fine-tune on the same histories without them, the control."""
+    predict_from: Literal["interacted", "last", "every"] = "every"
+    """Which entries predict the next item: the interacted one before it, the last entry before it, or all of them."""
+    output_table: bool = True
+    """Score with a table of its own (W_l), which starts as a copy of the item table; false: with the item table."""
+    trained: list[Literal["users", "items", "output", "decoder"]] = field(
+        default_factory=lambda: ["users", "items", "output", "decoder"]
+    )
+    """What is trained; the rest stays as it was pre-trained."""
+
+    def __post_init__(self) -> None:
+        if not self.trained:
+            raise ValueError(
+                "--tuning.trained is empty: nothing would be trained; name users, items, output or decoder"
+            )
+
+
+@dataclass(kw_only=True)
+class PromptTune:
+    """Go on training a pre-trained model on histories with prompts (paper, section 3.3), or without, as the control."""
+
+    data: str
+    """Folder of the prompt dataset, as generate_prompts wrote it."""
+    checkpoint: str
+    """A pre-training run's output folder (its best checkpoint) or one checkpoint folder."""
+    output: str
+    """Folder of the run; resumes an unfinished run of the same configuration."""
+    seed: int = 0
+    """Seed of shuffling, negatives and dropout."""
+    tuning: Tuning = field(default_factory=Tuning)
+    model: Model | None = None
+    """The decoder; null: as in the checkpoint. Where it is given, dropouts may differ, widths may not."""
+    loss: Loss = field(default_factory=Loss)
+    batch: Batch = field(default_factory=Batch)
+    stream: Stream = field(default_factory=Stream)
+    tables: Tables = field(default_factory=lambda: Tables(lr=0.005, user_lr=0.001))
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=3e-4))
+    train: Train = field(default_factory=lambda: Train(epochs=6, patience=3))
+    checkpointing: CheckpointOptions = field(default_factory=CheckpointOptions)

@@ -10,11 +10,11 @@ from recgpt_torchrec.errors import InputError
 
 def main(config: Evaluate) -> None:
     """Measure the checkpoint's recall paths and the baselines over all users of a split."""
-    from recgpt_torchrec.building import encoding_stream, load
+    from recgpt_torchrec.building import load
     from recgpt_torchrec.data.dataset import Dataset
+    from recgpt_torchrec.recall_paths import RecallPaths
     from recgpt_torchrec.retrieval import baselines
-    from recgpt_torchrec.model.recgpt import unwrapped
-    from recgpt_torchrec.retrieval.ranking import encode, gather_table, measure, reduced
+    from recgpt_torchrec.retrieval.ranking import reduced
     from recgpt_torchrec.training.checkpoint import find, read_json, write_json
     from recgpt_torchrec.training.processes import process_group, rank, say, together, world_size
 
@@ -22,17 +22,11 @@ def main(config: Evaluate) -> None:
         dataset, checkpoint = Dataset.open(config.data), find(config.checkpoint)
         together(lambda: check_output(config, read_json))
         ks = tuple(config.ks)
-        results: dict[str, Any] = {}
-        model, model_config = load(checkpoint, dataset, config.batch, config.tables, device)
-        say(
-            f"{checkpoint}: ranking {dataset.manifest.items:,} items for {dataset.manifest.users:,} users "
-            f"({config.split})"
-        )
-        catalogue = gather_table(unwrapped(model).item_table, dataset.manifest.items, device)
-        stream = encoding_stream(dataset, config.split, model_config, config.batch)
-        users, results["pretrain"] = measure(
-            encode(model, stream, device), lambda _, vectors: vectors @ catalogue.t(), dataset.manifest.items, ks
-        )
+        trained = load(checkpoint, dataset, config.batch, config.tables, device)
+        manifest = dataset.manifest
+        say(f"{checkpoint}: ranking {manifest.items:,} items for {manifest.users:,} users ({config.split})")
+        paths = RecallPaths(trained, dataset, config.batch, device)
+        users, results, chosen = paths.measure(config.split, ks, config.recall)
         if config.baselines:
             measured = baselines.evaluate(dataset, config.split, ks=ks, rank=rank(), world_size=world_size())
             for name, protocols in measured.items():
@@ -43,9 +37,13 @@ def main(config: Evaluate) -> None:
             "split": config.split,
             "users": users,
             "results": results,
+            "recall": chosen,
         }
         together(lambda: write_json(config.output, answer))
         say(table(results))
+        if "m" in chosen:
+            say(f"Two steps take m = {chosen['m']} items of the first interest and n = {chosen['n']} of the second,")
+            say(f"{chosen['because']}.")
         say(f"Written: {config.output}")
         say(
             f"Next:    python -m recgpt_torchrec.export --data {config.data} --checkpoint {config.checkpoint} "
@@ -73,9 +71,9 @@ def table(results: dict[str, Any]) -> str:
     lines = []
     for how, meaning in (("masked", "items of the history cannot be answered"), ("unmasked", "every item competes")):
         names = list(next(iter(results.values()))[how])
-        lines.append(f"\n{how} ({meaning})\n{'':<20}" + "".join(f"{name:>9}" for name in names))
+        lines.append(f"\n{how} ({meaning})\n{'':<28}" + "".join(f"{name:>9}" for name in names))
         for path, figures in results.items():
-            lines.append(f"{path:<20}" + "".join(f"{figures[how][name]:>9.4f}" for name in names))
+            lines.append(f"{path:<28}" + "".join(f"{figures[how][name]:>9.4f}" for name in names))
     return "\n".join(lines) + "\n"
 
 

@@ -27,16 +27,19 @@ def main(config: Export) -> None:
         settings = {**asdict(config), "checkpoint": checkpoint}
         already = finished(config.output, settings, dataset.manifest.vocabulary)
         if not already:
-            model, model_config = load(checkpoint, dataset, config.batch, config.tables, device)
-            stream = encoding_stream(dataset, config.history, model_config, config.batch)
-            catalogue = gather_table(unwrapped(model).item_table, dataset.manifest.items, device).cpu().numpy()
+            trained = load(checkpoint, dataset, config.batch, config.tables, device)
+            prompts = trained.tuning is not None and trained.tuning.prompts
+            stream = encoding_stream(dataset, config.history, trained.config, config.batch, prompts=prompts)
+            catalogue = (
+                gather_table(unwrapped(trained.model).scoring_table, dataset.manifest.items, device).cpu().numpy()
+            )
             ids = np.arange(dataset.manifest.items)
             mine = np.array_split(ids, world_size())[rank()]
 
             def users() -> Iterator[tuple[np.ndarray, np.ndarray]]:
                 total = dataset.manifest.users if rank() == 0 else None
                 with tqdm(total=total, unit=" users", disable=rank() != 0, dynamic_ncols=True) as bar:
-                    for sequences, vectors in encode(model, stream, device):
+                    for sequences, vectors in encode(trained.model, stream, device):
                         bar.update(sequences.users.size * world_size())
                         yield sequences.users, vectors.cpu().numpy()
 
@@ -45,7 +48,7 @@ def main(config: Export) -> None:
                 dataset,
                 items=[(mine, catalogue[mine])],
                 users=users(),
-                dim=model_config.dim,
+                dim=trained.config.dim,
                 checkpoint=checkpoint,
                 settings=settings,
             )

@@ -18,17 +18,18 @@ def run(config: Pretrain) -> None:
     with process_group() as device:
         dataset = Dataset.open(config.data)
         stream = training_stream(config, dataset)  # finds what is wrong with options or data before anything is written
-        run = Run.start(config.output, asdict(config), dataset.manifest.vocabulary, keep=config.checkpoint.keep)
+        run = Run.find(config.output, asdict(config), dataset.manifest.vocabulary, keep=config.checkpoint.keep)
         if run.finished:
             say(f"{config.output} is trained already.", run.summary(), sep="\n")
             return
         model, optimizer = build(config, dataset, stream.maker.capacity.items, device)
+        run.claim()
         trainer = Trainer(
             model=model,
             optimizer=optimizer,
             device=device,
             stream=stream,
-            interactions=dataset.manifest.interactions,
+            interactions=dataset.manifest.entries,
             train=config.train,
             schedule=config.optimizer,
             saving=config.checkpoint,

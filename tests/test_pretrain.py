@@ -137,7 +137,7 @@ def test_other_options_in_the_same_folder_are_refused_and_named(run, data, monke
 
 def test_options_that_change_nothing_of_the_result_may_differ(run, data, monkeypatch, capfd):
     output, _ = run
-    options = {"--data": data, "--output": output, **SMALL, "--stream.prefetch": 2, "--tables.sharding": "row_wise"}
+    options = {"--data": data, "--output": output, **SMALL, "--stream.prefetch": 2}
     assert stage("pretrain", options, monkeypatch) == 0
     assert "trained already" in capfd.readouterr().out
 

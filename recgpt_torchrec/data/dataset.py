@@ -73,6 +73,11 @@ class Manifest:
     preparation: dict[str, Any] = field(default_factory=dict)
     """What `prepare` read and dropped: inputs, rows, rejected, rejected_parts, duplicates_dropped, rounds, lengths."""
 
+    @property
+    def entries(self) -> int:
+        """Entries of all histories: interactions, and prompts where there are any."""
+        return sum(part.items for part in self.sequences)
+
     def to_json(self) -> str:
         """The text of `manifest.json`."""
         return json.dumps(asdict(self), indent=1)

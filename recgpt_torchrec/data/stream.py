@@ -39,6 +39,8 @@ class BatchMaker:
     """Whether entries that were not interacted with (generated, or shown but not clicked) are read; else left out."""
     predict_from: PredictFrom = "every"
     """Which entries of an interval with prompts predict the next interacted item (see `make_batch`)."""
+    grows: int = 0
+    """Most entries that are appended to a history after it was read (see `retrieval.recall`)."""
     split: str
     """`training`, `validation`, `test`, or `all`: the whole history, nothing held out (what export encodes)."""
     batch: Batch
@@ -75,7 +77,7 @@ class BatchMaker:
         """Bags of the two tables in every batch."""
         items = self.dataset.manifest.items
         if not self.training:
-            return Capacity(self.max_sequences, min(items, self.batch.tokens))
+            return Capacity(self.max_sequences, min(items, self.batch.tokens + self.grows * self.max_sequences))
         if self.loss.candidates == "all":
             return Capacity(self.max_sequences, items)
         negatives = 0 if self.loss.candidates == "in_batch" else self.loss.negatives

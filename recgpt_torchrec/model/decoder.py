@@ -7,6 +7,9 @@ from torch.nn import functional as F
 from recgpt_torchrec.config import Model
 from recgpt_torchrec.model.dropout import dropout
 
+SEGMENTS = 3
+"""Kinds of entries: 0 interacted with, 1 generated, 2 shown but not clicked."""
+
 
 def attention_mask(sequence: Tensor) -> Tensor:
     """[rows, row_length] sequence numbers -> [rows, 1, row_length, row_length] bool: same sequence, not later.
@@ -80,9 +83,9 @@ class Decoder(nn.Module):
     linear map of the running mean joins the input, and a mean that forgets by a learned rate joins the output.
     """
 
-    def __init__(self, config: Model) -> None:
+    def __init__(self, config: Model, segments: bool = False) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.segments = config, segments
         self.position = nn.Embedding(config.max_len, config.dim)
         self.norm_in = nn.LayerNorm(config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -90,6 +93,9 @@ class Decoder(nn.Module):
         if config.history_in:
             self.mean_in = nn.Linear(config.dim, config.dim, bias=False)
             nn.init.eye_(self.mean_in.weight)
+        if segments:  # starts at 0, so that prompt-tuning starts from what was pre-trained
+            self.segment = nn.Embedding(SEGMENTS, config.dim)
+            nn.init.zeros_(self.segment.weight)
         if config.history_out:
             self.mean_out, self.forgetting = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(0.5))
 
@@ -121,8 +127,10 @@ class Decoder(nn.Module):
         return x
 
     def embed(self, items: Tensor, users: Tensor, position: Tensor, segment: Tensor, mean: Tensor | None) -> Tensor:
-        """Input of the first block, [..., dim]; `mean` is the plain mean of the history's item vectors, where it is used."""
+        """The first block's input, [..., dim]; `mean` is the plain mean of the history's item vectors, or None."""
         x = items + users + self.position(position)
+        if self.segments:
+            x = x + self.segment(segment)
         if mean is not None:
             x = x + self.mean_in(mean)
         return dropout(self.norm_in(x), self.config.dropout, self.training)

@@ -29,9 +29,7 @@ class _SoftmaxLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, h: Tensor, positive: Tensor, candidates: Tensor, log_q: Tensor, own: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, h: Tensor, positive: Tensor, candidates: Tensor, log_q: Tensor, own: Tensor) -> Tensor:
         positions, count = h.shape[0], candidates.shape[0]
         total = h.new_zeros(())
         grad_h, grad_positive = torch.empty_like(h), torch.empty_like(positive)

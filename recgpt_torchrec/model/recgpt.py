@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
-from recgpt_torchrec.config import Loss, Model
+from recgpt_torchrec.config import Loss, Model, Tuning
 from recgpt_torchrec.data.batch import ITEM, USER, SequenceBatch
 from recgpt_torchrec.model.decoder import Decoder
 from recgpt_torchrec.model.loss import bce_loss, softmax_loss
@@ -19,10 +19,10 @@ def table(name: str, feature: str, rows: int, dim: int) -> EmbeddingBagCollectio
 class Dense(nn.Module):
     """Everything that is not a table: the part that DistributedModelParallel wraps in DDP."""
 
-    def __init__(self, model: Model, loss: Loss) -> None:
+    def __init__(self, model: Model, loss: Loss, segments: bool = False) -> None:
         super().__init__()
         self.model, self.loss = model, loss
-        self.decoder = Decoder(model)
+        self.decoder = Decoder(model, segments)
 
     def user_vectors(self, users: Tensor) -> Tensor:
         """The user module: in training the whole vector of a user is dropped at random, so that none can be
@@ -32,12 +32,15 @@ class Dense(nn.Module):
             users = users * kept  # not scaled up: the decoder learns to do with the vector and without it
         return users
 
-    def forward(self, users: Tensor, items: Tensor, batch: SequenceBatch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(
+        self, users: Tensor, items: Tensor, outputs: Tensor, batch: SequenceBatch
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Loss and vectors of a batch.
 
         Args:
             users: [user bags, dim].
-            items: [item bags, dim].
+            items: [item bags, dim] input vectors.
+            outputs: [item bags, dim] the vectors that are scored against; the same where they are tied.
             batch: the packed histories.
 
         Returns:
@@ -51,12 +54,12 @@ class Dense(nn.Module):
         )
         flat = hidden.flatten(0, 1)
         # The clamp is for no targets at all: a step may have fewer than one a rank, 1 on 4 ranks is 0.25.
-        loss = self.sum_of_losses(flat[batch.target_slot], items, batch) / batch.global_targets.clamp(min=1e-6)
+        loss = self.sum_of_losses(flat[batch.target_slot], outputs, batch) / batch.global_targets.clamp(min=1e-6)
         return loss, (loss.detach(), flat[batch.last_slot])
 
-    def sum_of_losses(self, h: Tensor, items: Tensor, batch: SequenceBatch) -> Tensor:
+    def sum_of_losses(self, h: Tensor, outputs: Tensor, batch: SequenceBatch) -> Tensor:
         """Sum of the losses at the target positions, `h` [targets, dim]."""
-        positive, candidates = items[batch.target_bag], items[batch.candidate_bag]
+        positive, candidates = outputs[batch.target_bag], outputs[batch.candidate_bag]
         if self.loss.candidates == "bce":
             return bce_loss(h, positive, candidates, batch.target_candidate, self.loss.bce_negatives)
         return softmax_loss(h, positive, candidates, batch.candidate_log_q, batch.target_candidate)
@@ -69,16 +72,28 @@ class RecGPT(nn.Module):
     train pipeline start their all-to-all a step ahead.
     """
 
-    def __init__(self, model: Model, loss: Loss, users: int, items: int) -> None:
+    def __init__(self, model: Model, loss: Loss, users: int, items: int, tuning: Tuning | None = None) -> None:
         super().__init__()
+        self.tuning = tuning
         self.user_table = table("user", USER, users, model.dim)
         self.item_table = table("item", ITEM, items, model.dim)
-        self.dense = Dense(model, loss)
+        if tuning is not None and tuning.output_table:
+            self.output_table = table("output", ITEM, items, model.dim)
+        self.dense = Dense(model, loss, segments=tuning is not None and tuning.prompts)
 
     def forward(self, batch: SequenceBatch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """See `Dense.forward`."""
         users, items = self.user_table(batch.users), self.item_table(batch.items)
-        return self.dense(users.values(), items.values(), batch)
+        if self.tuning is not None and self.tuning.output_table:
+            outputs = self.output_table(batch.items)
+            return self.dense(users.values(), items.values(), outputs.values(), batch)
+        vectors = items.values()
+        return self.dense(users.values(), vectors, vectors, batch)
+
+    @property
+    def scoring_table(self) -> nn.Module:
+        """The table whose vectors outputs are scored against: W_l where there is one, else the item table."""
+        return self.output_table if self.tuning is not None and self.tuning.output_table else self.item_table
 
 
 def unwrapped(model: nn.Module) -> RecGPT:

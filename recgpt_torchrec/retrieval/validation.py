@@ -21,7 +21,7 @@ class Validation:
         """Masked HR and NDCG at 5 and 10 over all users with a validation item."""
         items = self.stream.maker.dataset.manifest.items
         self.model.eval()
-        catalogue = gather_table(unwrapped(self.model).item_table, items, self.device)
+        catalogue = gather_table(unwrapped(self.model).scoring_table, items, self.device)
         batches = encode(self.model, self.stream, self.device)
         _, results = measure(batches, lambda _, vectors: vectors @ catalogue.t(), items, (5, 10))
         return results["masked"]

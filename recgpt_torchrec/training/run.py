@@ -16,7 +16,6 @@ MAY_CHANGE = (
     "stream.prefetch",
     "checkpoint.every_steps",
     "checkpoint.keep",
-    "tables.sharding",
 )
 """Options that a resumed run may be given anew: they change where and how fast, not what is trained."""
 
@@ -38,22 +37,20 @@ class Run:
     checkpoints: Checkpoints
 
     @classmethod
-    def start(cls, output: str, config: dict[str, Any], vocabulary: str, keep: int) -> "Run":
-        """Claim an output folder, or find the unfinished run of the same configuration in it (collective).
+    def find(cls, output: str, config: dict[str, Any], vocabulary: str, keep: int) -> "Run":
+        """The run of this configuration in an output folder, begun or not (collective); nothing is written yet.
 
         Raises:
             InputError: the folder holds something else.
         """
 
-        def claim() -> None:
+        def check() -> None:
             earlier = read_json(os.path.join(output, RUN))
             if earlier is None:
                 if os.path.exists(output) and (not os.path.isdir(output) or os.listdir(output)):
                     raise InputError(
                         f"{output} holds something that is not a run of this program; choose another --output"
                     )
-                os.makedirs(output, exist_ok=True)
-                write_json(os.path.join(output, RUN), {"config": config, "vocabulary": vocabulary})
                 return
             old, new = flat(earlier["config"]), flat(config)
             differ = [n for n in sorted(old.keys() | new.keys()) if old.get(n) != new.get(n) and n not in MAY_CHANGE]
@@ -68,8 +65,19 @@ class Run:
                     f"choose another --output for {new['data']}"
                 )
 
-        together(claim)
+        together(check)
         return cls(config, vocabulary, Checkpoints(output, keep))
+
+    def claim(self) -> None:
+        """Make the output folder this run's own (collective); once everything that can be refused has been looked at."""
+
+        def write() -> None:
+            output = self.checkpoints.output
+            os.makedirs(output, exist_ok=True)
+            if read_json(os.path.join(output, RUN)) is None:
+                write_json(os.path.join(output, RUN), {"config": self.config, "vocabulary": self.vocabulary})
+
+        together(write)
 
     @property
     def finished(self) -> bool:

@@ -1,0 +1,129 @@
+"""The recall paths of a checkpoint, measured: one step, two steps (m_n), several interests.
+
+pretrain, pretrain_two_step    a pre-trained model (the second is the paper's Variant_1)
+fine_tuning                    tuned on the same histories without prompts
+recgpt_1, recgpt               prompt-tuned: one step, and two steps merged m_n
+..._interests_L                L interests, merged by quota or by score, at the same final length
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from recgpt_torchrec.building import Trained, encoding_stream
+from recgpt_torchrec.config import Batch, Recall
+from recgpt_torchrec.data.batch import Sequences
+from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.stream import SequenceStream
+from recgpt_torchrec.model.recgpt import unwrapped
+from recgpt_torchrec.retrieval.metrics import RankingMetrics, list_ranks
+from recgpt_torchrec.retrieval.ranking import Results, encode, gather_table, measure, reduced
+from recgpt_torchrec.retrieval.recall import interests, masked, merge_by_score, merge_quota, top
+
+PROTOCOLS = ("masked", "unmasked")
+
+
+def names(trained: Trained) -> tuple[str, str]:
+    """What the one-step and the two-step path of a model are called."""
+    if trained.tuning is None:
+        return "pretrain", "pretrain_two_step"
+    return ("recgpt_1", "recgpt") if trained.tuning.prompts else ("fine_tuning", "fine_tuning_two_step")
+
+
+class RecallPaths:
+    """Measures the recall paths of one model on a dataset.
+
+    Example: `users, results, chosen = RecallPaths(trained, dataset, Batch(), device).measure("test", (5, 10), Recall())`
+    """
+
+    def __init__(self, trained: Trained, dataset: Dataset, batch: Batch, device: torch.device) -> None:
+        self.trained, self.dataset, self.batch, self.device = trained, dataset, batch, device
+        scoring = unwrapped(trained.model).scoring_table
+        self.catalogue = gather_table(scoring, dataset.manifest.items, device)
+
+    def measure(
+        self, split: str, ks: tuple[int, ...], recall: Recall
+    ) -> tuple[int, dict[str, Results], dict[str, Any]]:
+        """HR and NDCG of every path (collective).
+
+        Args:
+            split: `validation` or `test`.
+            ks: list lengths.
+            recall: m of the two-step list (0: chosen on validation), and the number of interests.
+
+        Returns:
+            users: how many were ranked.
+            results: {path: {"masked": {"HR@5": ...}, "unmasked": {...}}}.
+            chosen: m, n and how they were chosen.
+        """
+        one, two = names(self.trained)
+        longest = max(ks)
+        results: dict[str, Results] = {}
+        batches = encode(self.trained.model, self._stream(split), self.device)
+        users, results[one] = measure(batches, self._score, self.dataset.manifest.items, ks)
+        chosen: dict[str, Any] = {"m": recall.m, "n": longest - recall.m, "because": "as it was asked for"}
+        if not recall.m:
+            grid = self._lists("validation", ks, [m for m in range(1, longest)] or [1], 1)
+            value = {m: figures["masked"][f"NDCG@{longest}"] for m, figures in grid.items()}
+            m = max(value, key=lambda m: (value[m], int(m)))
+            chosen = {"m": int(m), "n": longest - int(m), "because": f"best of m = 1 to {longest - 1} on validation"}
+            chosen["validation"] = {f"{m}_{longest - int(m)}": figure for m, figure in value.items()}
+        lists = self._lists(split, ks, [chosen["m"]], recall.interests)
+        results[two] = lists.pop(str(chosen["m"]))
+        for name, figures in lists.items():
+            results[f"{one}_{name}"] = figures
+        return users, results, chosen
+
+    def _stream(self, split: str, grows: int = 0) -> SequenceStream:
+        prompts = self.trained.tuning is not None and self.trained.tuning.prompts
+        return encoding_stream(self.dataset, split, self.trained.config, self.batch, prompts, grows)
+
+    def _score(self, sequences: Sequences, vectors: Tensor) -> Tensor:
+        return vectors @ self.catalogue.t()
+
+    @torch.no_grad()
+    def _lists(self, split: str, ks: tuple[int, ...], ms: list[int], count: int) -> dict[str, Results]:
+        """Figures of the merged lists, by m of the two-step list and by the way `count` interests are merged."""
+        longest = max(ks)
+        metrics: dict[str, dict[str, RankingMetrics]] = {}
+        stream = self._stream(split, grows=max(1, count - 1))
+        maker = stream.maker
+        for sequences, first in encode(self.trained.model, stream, self.device):
+            vectors = interests(self.trained.model, maker, sequences, first, self.catalogue, max(2, count))
+            if not len(first):
+                continue
+            assert sequences.held_out is not None and sequences.seen is not None
+            targets = torch.from_numpy(sequences.held_out)
+            for how in PROTOCOLS:
+                items, scores = [], []
+                for i in range(vectors.shape[1]):
+                    all_scores = vectors[:, i] @ self.catalogue.t()
+                    if how == "masked":
+                        masked(all_scores, sequences.seen)
+                    best = top(all_scores, vectors.shape[1] * longest)
+                    items.append(best)
+                    scores.append(all_scores.gather(1, best.clamp(min=0)).masked_fill(best < 0, -torch.inf))
+                found = {str(m): merge_quota(items[:2], (m, longest - m)) for m in ms}
+                if count > 1:
+                    quotas = [longest // count + (i < longest % count) for i in range(count)]
+                    found[f"interests_{count}_quota"] = merge_quota(items[:count], quotas)
+                    found[f"interests_{count}_score"] = merge_by_score(items[:count], scores[:count], longest)
+                for name, lists in found.items():
+                    counted = metrics.setdefault(name, {p: RankingMetrics(ks) for p in PROTOCOLS})
+                    counted[how].update(list_ranks(lists.cpu(), targets))
+        return self._reduced(metrics, ks, [str(m) for m in ms], count)
+
+    def _reduced(
+        self, metrics: dict[str, dict[str, RankingMetrics]], ks: tuple[int, ...], ms: list[str], count: int
+    ) -> dict[str, Results]:
+        """Over all ranks; a rank that had no user at all takes part with zeros."""
+        expected = ms + ([f"interests_{count}_quota", f"interests_{count}_score"] if count > 1 else [])
+        out: dict[str, Results] = {}
+        for name in expected:
+            counted = metrics.get(name, {p: RankingMetrics(ks) for p in PROTOCOLS})
+            out[name] = {how: reduced(counted[how]).result() for how in PROTOCOLS}
+        if dist.is_initialized():
+            dist.barrier()
+        return out
