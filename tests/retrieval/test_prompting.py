@@ -73,8 +73,11 @@ def from_scratch(dense, catalogue, user, row, k, exclude_seen, shown=None):
     older, kept = row[: max(0, len(row) - MAX_LEN)], row[max(0, len(row) - MAX_LEN) :]
     items, segments, fed, positions = list(older), [0] * len(older), [], []
     for p, item in enumerate(kept):
-        interval = []
-        items.append(item), segments.append(0), fed.append(item), positions.append(p)
+        interval: list[int] = []
+        items += [item]
+        segments += [0]
+        fed += [item]
+        positions += [p]
         if p == len(kept) - 1:
             break
         for n in range(k):
@@ -87,7 +90,9 @@ def from_scratch(dense, catalogue, user, row, k, exclude_seen, shown=None):
                     scores[older + kept[: p + 1] + interval] = -torch.inf
                 answer, segment = int(scores.argmax()), GENERATED
             interval.append(answer)
-            items.append(answer), segments.append(segment), fed.append(answer)
+            items += [answer]
+            segments += [segment]
+            fed += [answer]
             positions.append(min(p + n + 1, MAX_LEN - 1))
     return items, segments
 
@@ -180,9 +185,9 @@ def test_two_items_worked_by_hand_through_algorithm_1():
     assert table_of(histories)["segment_ids"].to_pylist() == [[0, 1, 0, 0]]
 
     # The user module counts: the same decoder with a block that passes the user vector on answers b for another user.
-    torch.nn.init.ones_(dense.decoder.norm_in.weight)
-    torch.nn.init.ones_(dense.decoder.blocks[0].norm_attention.weight)
-    torch.nn.init.ones_(dense.decoder.blocks[0].norm_feed.weight)
+    for module in dense.decoder.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            torch.nn.init.ones_(module.weight)
     # a + user (-9, 0) is (-8, 0), normed (-1, 1); mean (1, 0) makes it (0, 1): b 1, a 0.
     histories = histories_of(rows_of([[0, 0]]), 1, 4, ())
     Prompter(dense, catalogue, Prompts(k=1, exclude_seen=False), 4, 8).fill(histories, torch.tensor([[-9.0, 0.0]]))
