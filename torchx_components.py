@@ -32,6 +32,12 @@ def generate_prompts(*args: str, **options: Any) -> specs.AppDef:
 
 
 @launch.with_launch_options
+def prompt_tune(*args: str, **options: Any) -> specs.AppDef:
+    """Go on training a pre-trained model on histories with prompts, or without them, as the control."""
+    return launch.stage("recgpt_torchrec.prompt_tune", *args, **options)
+
+
+@launch.with_launch_options
 def evaluate(*args: str, **options: Any) -> specs.AppDef:
     """Rank the whole catalogue for every user: HR and NDCG of a checkpoint and of the baselines, as table and JSON."""
     return launch.stage("recgpt_torchrec.evaluate", *args, **options)

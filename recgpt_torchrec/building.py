@@ -133,7 +133,8 @@ def pretrained_model(checkpoint: str, dataset: Dataset, given: Model | None) -> 
     """The decoder's configuration of a pre-trained checkpoint, with the dropouts that were given.
 
     Raises:
-        InputError: the checkpoint is not a pre-trained one, belongs to another dataset, or has another shape than given.
+        InputError: the checkpoint is not a pre-trained one, belongs to another dataset, or has another shape than
+        given.
     """
     facts = facts_of(checkpoint)
     check_vocabulary(facts, checkpoint, dataset)

@@ -12,11 +12,11 @@ from recgpt_torchrec.errors import InputError
 def main(config: Export) -> None:
     """Encode every user's history, and write the vectors beside those of the items."""
     import numpy as np
-    from tqdm import tqdm
 
     from recgpt_torchrec.building import encoding_stream, load
     from recgpt_torchrec.data.dataset import Dataset
     from recgpt_torchrec.model.recgpt import unwrapped
+    from recgpt_torchrec.progress import bar
     from recgpt_torchrec.retrieval.export_folder import write_export
     from recgpt_torchrec.retrieval.ranking import encode, gather_table
     from recgpt_torchrec.training.checkpoint import find
@@ -38,9 +38,9 @@ def main(config: Export) -> None:
 
             def users() -> Iterator[tuple[np.ndarray, np.ndarray]]:
                 total = dataset.manifest.users if rank() == 0 else None
-                with tqdm(total=total, unit=" users", disable=rank() != 0, dynamic_ncols=True) as bar:
+                with bar(total, "users", active=rank() == 0) as shown:
                     for sequences, vectors in encode(trained.model, stream, device):
-                        bar.update(sequences.users.size * world_size())
+                        shown.update(sequences.users.size * world_size())
                         yield sequences.users, vectors.cpu().numpy()
 
             write_export(

@@ -10,8 +10,8 @@ from recgpt_torchrec.errors import InputError
 def main(config: GeneratePrompts) -> None:
     """Fill every interval of every history, and write the dataset again."""
     import torch
-    from tqdm import tqdm
 
+    from recgpt_torchrec import progress
     from recgpt_torchrec.building import check_vocabulary, load
     from recgpt_torchrec.config import Batch
     from recgpt_torchrec.data.dataset import Dataset
@@ -52,7 +52,7 @@ def main(config: GeneratePrompts) -> None:
                 raise InputError(f"{checkpoint} has diverged: its item vectors are not finite; give an earlier one")
             fill = Prompter(dense, catalogue, config.prompts, max_len, config.batch_users).fill
         since = time.perf_counter()
-        with tqdm(total=dataset.manifest.users, unit=" users", disable=rank() != 0, dynamic_ncols=True) as bar:
+        with progress.bar(dataset.manifest.users, "users", active=rank() == 0) as bar:
             made = prompt_dataset.write_prompts(
                 config.output,
                 dataset,

@@ -35,7 +35,8 @@ def names(trained: Trained) -> tuple[str, str]:
 class RecallPaths:
     """Measures the recall paths of one model on a dataset.
 
-    Example: `users, results, chosen = RecallPaths(trained, dataset, Batch(), device).measure("test", (5, 10), Recall())`
+    Example: `users, results, chosen = RecallPaths(trained, dataset, Batch(), device).measure("test", (5, 10),
+    Recall())`
     """
 
     def __init__(self, trained: Trained, dataset: Dataset, batch: Batch, device: torch.device) -> None:

@@ -1,7 +1,9 @@
-"""Recall over several future interests (paper, section 3.4): the model answers, hears its own answer, and answers again.
+"""Recall over several future interests (paper, section 3.4): the model answers, hears its own answer, and answers
+again.
 
-The first interest is the output at the newest entry of a history. Its best item is appended as a generated entry, the output
-there is the second interest, and so on. Each interest recalls items; the lists are merged into one of the same final length.
+The first interest is the output at the newest entry of a history. Its best item is appended as a generated entry, the
+output there is the second interest, and so on. Each interest recalls items; the lists are merged into one of the same
+final length.
 """
 
 from collections.abc import Sequence

@@ -69,7 +69,8 @@ class Run:
         return cls(config, vocabulary, Checkpoints(output, keep))
 
     def claim(self) -> None:
-        """Make the output folder this run's own (collective); once everything that can be refused has been looked at."""
+        """Make the output folder this run's own (collective); once everything that can be refused has been looked
+        at."""
 
         def write() -> None:
             output = self.checkpoints.output

@@ -4,8 +4,7 @@ import json
 import os
 from typing import Any
 
-from tqdm import tqdm
-
+from recgpt_torchrec.progress import bar
 from recgpt_torchrec.training.processes import rank
 
 
@@ -23,14 +22,7 @@ class RunLog:
 
         self.board = SummaryWriter(os.path.join(output, "tensorboard"))
         self.history = open(os.path.join(output, "history.jsonl"), "a")
-        self.bar = tqdm(
-            total=int(total),
-            initial=int(done),
-            unit=" interactions",
-            unit_scale=True,
-            dynamic_ncols=True,
-            mininterval=1.0,
-        )
+        self.bar = bar(int(total), "interactions", done=int(done), unit_scale=True)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -58,8 +50,8 @@ class RunLog:
             waited: share of the time spent waiting for data.
         """
         if self.active:
-            self.bar.set_description(f"epoch {epoch + 1}")
-            self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} targets/s, data wait {waited:.0%}")
+            self.bar.set_description(f"epoch {epoch + 1}", refresh=False)
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} targets/s, data wait {waited:.0%}", refresh=False)
             for name, value in {"loss": loss, "lr_share": lr, "targets_per_s": rate, "data_wait": waited}.items():
                 self.board.add_scalar(f"train/{name}", value, step)
 
@@ -72,4 +64,4 @@ class RunLog:
                 if isinstance(value, float):
                     self.board.add_scalar(f"epoch/{name}", value, step)
             figures = ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items())
-            self.bar.write(figures)
+            self.bar.write(figures)  # above the bar, on standard output

@@ -51,7 +51,7 @@ def test_the_gradient_passes_where_the_value_did_with_the_same_scale():
     x = torch.ones(1000, requires_grad=True)
     y = dropout(x, 0.5, True)
     y.sum().backward()
-    assert torch.equal(x.grad, y.detach())
+    assert x.grad is not None and torch.equal(x.grad, y.detach())
 
 
 def test_a_seed_repeats_it():
