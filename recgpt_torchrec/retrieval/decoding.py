@@ -142,8 +142,12 @@ class Decoding:
         for block, keys, values in zip(self.blocks, self.keys, self.values, strict=True):
             q, k, v = block.project(x)
             keys[:, :, :length], values[:, :, :length] = k, v
-            x = block.finish(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
-        x = x[everyone, newest]
+            if block is self.blocks[-1]:  # of the last block only the newest entry's output is wanted
+                up_to_newest = (place <= newest[:, None])[:, None, None]
+                seen = F.scaled_dot_product_attention(q[everyone, :, newest][:, :, None], k, v, attn_mask=up_to_newest)
+                x = block.finish(x[everyone, newest][:, None], seen)[:, 0]
+            else:
+                x = block.finish(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
         self.entries, self.longest, self.level = lengths.clone(), length, False
         if config.history_in:
             self.sum = (items * valid[..., None]).sum(1)

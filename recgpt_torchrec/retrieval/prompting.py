@@ -188,8 +188,9 @@ class Prompter:
         first = histories.first_kept(self.max_len)
         known = np.zeros(histories.users.size, np.int64) if known is None else known
         todo = np.maximum(histories.offsets[1:] - first - 1, 0) - known
-        # Users with as many intervals to fill go side by side, so that hardly a step is taken for few.
-        order = np.argsort(-todo, kind="stable")
+        # Users with as many intervals to fill, and as many filled, go side by side: hardly a step is taken for few,
+        # and little is padded.
+        order = np.lexsort((-known, -todo))
         for begin in range(0, order.size, self.batch_users):
             rows = order[begin : begin + self.batch_users]
             rows = rows[todo[rows] > 0]
