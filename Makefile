@@ -7,6 +7,10 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
+# Byte code is written when a module is first imported (pip would compile ten times as much as is ever used). Where the
+# environment forbids that, every program would compile torch and torchrec anew: 13 s at each start.
+unexport PYTHONDONTWRITEBYTECODE
+
 VENV := .venv
 BIN := $(VENV)/bin
 

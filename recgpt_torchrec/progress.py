@@ -14,8 +14,17 @@ class _Lines(tqdm):
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Write the bar's state as one line."""
-        if self.n:
+        if self.n and msg != "":
             print(str(self) if msg is None else msg, file=sys.stderr, flush=True)
+
+    @classmethod
+    def write(cls, s: str, file: Any = None, end: str = "\n", nolock: bool = False) -> None:
+        """Write a line of its own; there is no bar to move out of the way."""
+        print(s, file=file, end=end, flush=True)
+
+    def close(self) -> None:
+        """End without another line."""
+        self.disable = True
 
 
 def bar(total: float | None, unit: str, *, done: float = 0, active: bool = True, **options: Any) -> tqdm:
