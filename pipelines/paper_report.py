@@ -1,0 +1,444 @@
+"""What `pipelines/paper.py` measured, as report.json, report.md and figures; reads files only, and runs nothing."""
+
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from pipelines.steps import ROOT, RecordedSteps, clock
+
+if TYPE_CHECKING:
+    from pipelines.paper import Options
+
+METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
+PROTOCOLS = {"masked": "items of the history cannot be answered", "unmasked": "every item competes"}
+TABLE_2 = {"pretrain": "Pre-train", "fine_tuning": "Fine-tuning", "recgpt_1": "RecGPT_1", "recgpt": "RecGPT"}
+TABLE_3 = {
+    "pretrain_two_step": "Variant_1: pre-trained model, two-step recall, no tuning (`pretrain_two_step`)",
+    "fine_tuning": "Variant_2: tuned without prompts, one-step recall (`fine_tuning`)",
+    "recgpt_1": "Variant_3: prompt-tuned, one-step recall (`recgpt_1`)",
+    "recgpt": "RecGPT: prompt-tuned, two-step recall (`recgpt`)",
+}
+BASELINES = {"cooccurrence": "co-occurrence (measured here)", "popularity": "popularity (measured here)"}
+STEPS_UP = (("recgpt", "recgpt_1"), ("recgpt_1", "fine_tuning"), ("fine_tuning", "pretrain"))
+Row: TypeAlias = tuple[str, list[dict[str, Any] | None]]
+
+
+def mean_and_deviation(values: list[float]) -> dict[str, Any]:
+    """Mean and sample standard deviation (over n - 1; None of a single value), and the values themselves.
+
+    Example: `mean_and_deviation([1.0, 3.0])` is `{"mean": 2.0, "sd": 1.414..., "values": [1.0, 3.0]}`.
+    """
+    if not values:
+        raise ValueError("there is no value to take the mean of")
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "sd": deviation, "values": values}
+
+
+def over_seeds(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The `results` of several evaluations, seed by seed, as mean and deviation of every figure.
+
+    Args:
+        results: of each seed, {PATH: {"masked": {"HR@5": ...}, "unmasked": {...}}}; paths that not all have are left
+            out.
+    """
+    paths = [path for path in results[0] if all(path in result for result in results)]
+    return {
+        path: {
+            how: {
+                metric: mean_and_deviation([result[path][how][metric] for result in results])
+                for metric in results[0][path][how]
+            }
+            for how in results[0][path]
+        }
+        for path in paths
+    }
+
+
+def k_on_validation(folder: Path, ks: list[int]) -> dict[int, float]:
+    """Masked NDCG@10 of the two-step list on validation with the first seed, by K; those that were measured."""
+    found = {k: read(folder / f"seed0/k{k}/recgpt_validation.json") for k in ks}
+    return {k: answer["results"]["recgpt"]["masked"]["NDCG@10"] for k, answer in found.items() if answer}
+
+
+def write(options: "Options", steps: RecordedSteps) -> None:
+    """Bring report.json, report.md and the figures up to date with what is there."""
+    output = ROOT / options.output
+    report = collect(options, steps)
+    report["figures"] = draw(report, output)
+    (output / "report.json").write_text(json.dumps(report, indent=1))
+    (output / "report.md").write_text(markdown(report))
+
+
+def collect(options: "Options", steps: RecordedSteps) -> dict[str, Any]:
+    """Everything the report says, as JSON values; seeds and data sets that are not measured yet are left out."""
+    datasets = {name: of_dataset(options, name) for name in options.datasets}
+    published = json.loads((Path(__file__).parent / "published.json").read_text())
+    return {
+        "made": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "seeds": options.seeds,
+        "ranks": options.ranks,
+        "ks": options.ks,
+        "versions": versions(),
+        "datasets": {name: found for name, found in datasets.items() if found},
+        "published": published,
+        "steps": steps.records(),
+    }
+
+
+def of_dataset(options: "Options", name: str) -> dict[str, Any] | None:
+    """What was measured on one data set; None where no seed is finished."""
+    folder = ROOT / options.output / name
+    by_k = k_on_validation(folder, options.ks)
+    if len(by_k) < len(options.ks):
+        return None
+    k = max(by_k, key=lambda k: (by_k[k], -k))
+    runs = ("pretrain", "fine_tuning", f"k{k}/recgpt")
+    seeds, answers, effort = [], [], []
+    for seed in range(options.seeds):
+        found = {
+            (run, split): read(folder / f"seed{seed}/{run}_{split}.json")
+            for run in runs
+            for split in ("validation", "test")
+        }
+        if all(found.values()):
+            seeds.append(seed)
+            answers.append(found)
+            effort.append({run: trained(folder / f"seed{seed}/{run}") for run in runs})
+    if not seeds:
+        return None
+    results = {}
+    for split in ("test", "validation"):
+        each = []
+        for found in answers:
+            each.append({p: figures for run in runs for p, figures in found[run, split]["results"].items()})
+        results[split] = over_seeds(each)
+    baselines = answers[0]["pretrain", "test"]["results"]
+    manifest = json.loads((folder / "data/manifest.json").read_text())
+    grids = [found[f"k{k}/recgpt", "validation"]["recall"].get("validation", {}) for found in answers]
+    tests = {m: read(folder / f"seed0/k{k}/recgpt_test_{m}.json") for m in grids[0]}
+    return {
+        **{what: manifest[what] for what in ("users", "items", "interactions")},
+        "seeds": seeds,
+        "k": {"chosen": k, "validation": by_k, "test": of_each_k(folder, options.ks)},
+        "m_n": {
+            "chosen": [
+                f"{r['m']}_{r['n']}" for r in (found[f"k{k}/recgpt", "validation"]["recall"] for found in answers)
+            ],
+            "validation": {m: mean_and_deviation([grid[m] for grid in grids]) for m in grids[0]},
+            "test_first_seed": {m: a["results"]["recgpt"]["masked"] for m, a in tests.items() if a},
+        },
+        "results": results,
+        "baselines": {path: baselines[path] for path in BASELINES if path in baselines},
+        "differences": {
+            f"{better} - {worse}": mean_and_deviation(
+                [
+                    a - b
+                    for a, b in zip(
+                        results["test"][better]["masked"]["NDCG@10"]["values"],
+                        results["test"][worse]["masked"]["NDCG@10"]["values"],
+                        strict=True,
+                    )
+                ]
+            )
+            for better, worse in STEPS_UP
+        },
+        "training": effort,
+    }
+
+
+def of_each_k(folder: Path, ks: list[int]) -> dict[int, dict[str, dict[str, float]]]:
+    """Masked test figures of both prompt-tuned paths with the first seed, by K."""
+    found = {k: read(folder / f"seed0/k{k}/recgpt_test.json") for k in ks}
+    return {
+        k: {path: answer["results"][path]["masked"] for path in ("recgpt_1", "recgpt")}
+        for k, answer in found.items()
+        if answer
+    }
+
+
+def trained(run: Path) -> dict[str, Any]:
+    """How long a run was trained: optimizer steps, seconds, and the epoch that was best on validation."""
+    history = run / "history.jsonl"
+    epochs = [json.loads(line) for line in history.read_text().splitlines()] if history.exists() else []
+    best = read(run / "best.json") or {}
+    return {
+        "steps": max((epoch["step"] for epoch in epochs), default=0),
+        "epochs": max((epoch["epoch"] for epoch in epochs), default=0),
+        "best_epoch": best.get("epoch"),
+        "train_s": sum(epoch["train_s"] for epoch in epochs),
+    }
+
+
+def versions() -> dict[str, Any]:
+    """What the figures were made with."""
+    packages = {}
+    for name in ("recgpt-torchrec", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchx", "numpy"):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "commit": git.stdout.strip() or None,
+        **packages,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- Markdown
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report for people."""
+    lines = ["# RecGPT (arXiv 2404.08675): the paper's tables, measured", ""]
+    if not report["datasets"]:
+        return "\n".join([*lines, "No seed is finished yet.", ""])
+    lines += [
+        "Leave one out (the last item is test, the one before it validation), ranked over the whole catalogue. "
+        "± is the sample standard deviation over seeds. Bold: best of its column. Everything was chosen on validation.",
+        "",
+        "Fine-tuning and prompt-tuning start from the same pre-trained model and have the same loss and epochs. As "
+        "prompted histories hold more entries, prompted batches have more tokens, so that optimizer steps are equal.",
+        "",
+        *chosen(report),
+        *table_2(report),
+        *table_3(report),
+        *sensitivity(report),
+        *effort(report),
+        *origin(report),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def chosen(report: dict[str, Any]) -> list[str]:
+    """The data sets and what validation chose on each."""
+    lines = [
+        "| data set | users | items | interactions | seeds | K | m_n of each seed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, found in report["datasets"].items():
+        counts = " | ".join(f"{found[what]:,}" for what in ("users", "items", "interactions"))
+        seeds = f"{len(found['seeds'])} of {report['seeds']}"
+        lines.append(f"| {name} | {counts} | {seeds} | {found['k']['chosen']} | {', '.join(found['m_n']['chosen'])} |")
+    tried = ", ".join(map(str, report["ks"]))
+    return [*lines, "", f"K was chosen among {tried} with the first seed, by the two-step list's NDCG@10 (masked).", ""]
+
+
+def table_2(report: dict[str, Any]) -> list[str]:
+    """Every path on each data set, masked beside what was published, and unmasked."""
+    lines = ["## Table 2: recall paths", ""]
+    for name, found in report["datasets"].items():
+        for how, meaning in PROTOCOLS.items():
+            rows: list[Row] = [
+                (title, [found["results"]["test"][path][how][m] for m in METRICS]) for path, title in TABLE_2.items()
+            ]
+            for path, figures in found["baselines"].items():
+                rows.append((BASELINES[path], [{"mean": figures[how][m], "sd": None} for m in METRICS]))
+            if how == "masked":
+                for row in report["published"]["table_2"]:
+                    cells = [value and {"mean": value, "sd": None} for value in row.get(name.lower(), [])]
+                    if cells:
+                        rows.append((f"*{row['name']}*", cells))
+            lines += [f"### {name}, test, {how} ({meaning})", "", *table("", METRICS, rows), ""]
+    sources = "; ".join(f"*{row['name']}*: {row['source']}" for row in report["published"]["table_2"])
+    return [*lines, f"Rows in italics were published elsewhere. {report['published']['about']} {sources}.", ""]
+
+
+def table_3(report: dict[str, Any]) -> list[str]:
+    """The ablation, and what each step of the method adds."""
+    lines = ["## Table 3: ablation", ""]
+    for name, found in report["datasets"].items():
+        rows: list[Row] = [
+            (title, [found["results"]["test"][path]["masked"][m] for m in METRICS]) for path, title in TABLE_3.items()
+        ]
+        lines += [f"### {name}, test, masked", "", *table("", METRICS, rows), ""]
+        theirs = report["published"]["table_3"].get(name.lower())
+        if theirs:
+            names = {**TABLE_2, "pretrain_two_step": "Pre-train, two-step"}
+            figures = ", ".join(f"{names[path]} {value:.4f}" for path, value in theirs.items())
+            lines += [f"Published ({report['published']['table_3']['source']}): {figures}.", ""]
+    lines += ["What each step adds to NDCG@10 (test, masked), seed by seed:", ""]
+    pairs = [f"{better} - {worse}" for better, worse in STEPS_UP]
+    lines += ["| | " + " | ".join(pairs) + " |", "|---|" + "---|" * len(pairs)]
+    for name, found in report["datasets"].items():
+        lines.append(f"| {name} | " + " | ".join(cell(found["differences"][n], sign="+") for n in pairs) + " |")
+    return [*lines, ""]
+
+
+def sensitivity(report: dict[str, Any]) -> list[str]:
+    """K and m_n."""
+    lines = ["## Sensitivity of K and m_n", ""]
+    for name, found in report["datasets"].items():
+        k = found["k"]
+        lines += [f"### {name}", "", "NDCG@10, masked, first seed; K is prompts between two items.", ""]
+        lines += ["| K | RecGPT, validation | RecGPT, test | RecGPT_1, test |", "|---|---|---|---|"]
+        for value, figure in k["validation"].items():
+            test = k["test"][value]
+            cells = f"{figure:.4f} | {test['recgpt']['NDCG@10']:.4f} | {test['recgpt_1']['NDCG@10']:.4f}"
+            lines.append(f"| {value}{' (chosen)' if value == k['chosen'] else ''} | {cells} |")
+        grid, on_test = found["m_n"]["validation"], found["m_n"]["test_first_seed"]
+        if grid:
+            lines += ["", f"NDCG@10, masked, K = {k['chosen']}; m items of the first vector, n of the second.", ""]
+            lines += ["| m_n | " + " | ".join(grid) + " |", "|---|" + "---|" * len(grid)]
+            lines.append("| validation | " + " | ".join(map(cell, marked(list(grid.values())))) + " |")
+        if on_test:
+            cells = (f"{on_test[m]['NDCG@10']:.4f}" if m in on_test else "" for m in grid)
+            lines.append("| test, first seed | " + " | ".join(cells) + " |")
+        for file in report["figures"].get(name, []):
+            lines += ["", f"![{Path(file).stem.replace('_', ' ')}]({file})"]
+        lines.append("")
+    return lines
+
+
+def effort(report: dict[str, Any]) -> list[str]:
+    """Steps and time of every training run."""
+    lines = ["## Training", "", f"Processes of each run: {report['ranks']}.", ""]
+    lines += ["| data set | run | optimizer steps | best epoch | minutes |", "|---|---|---|---|---|"]
+    for name, found in report["datasets"].items():
+        for run in found["training"][0]:
+            runs = [each[run] for each in found["training"]]
+            steps, best = (", ".join(str(each[what]) for each in runs) for what in ("steps", "best_epoch"))
+            minutes = ", ".join(f"{each['train_s'] / 60:.1f}" for each in runs)
+            lines.append(f"| {name} | {run} | {steps} | {best} | {minutes} |")
+    return [*lines, "", "One figure a seed.", ""]
+
+
+def origin(report: dict[str, Any]) -> list[str]:
+    """Versions and the exact commands."""
+    names = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    lines = ["## How this was made", "", f"{report['made']}; {names}.", "", "```"]
+    spent = 0.0
+    for title, record in report["steps"].items():
+        state = clock(record["seconds"]) if record.get("id") else "not finished"
+        lines += [f"# {title}: {state}", record["command"]]
+        spent += record["seconds"]
+    return [*lines, "```", "", f"All steps together: {clock(spent)}."]
+
+
+def table(corner: str, columns: tuple[str, ...], rows: list[Row]) -> list[str]:
+    """A Markdown table; the best of each column is bold. A row may be short of cells, or have None in some."""
+    best = [
+        max((row[column]["mean"] for _, row in rows if column < len(row) and row[column]), default=math.nan)  # type: ignore[index]
+        for column in range(len(columns))
+    ]
+    lines = [f"| {corner} | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    for title, row in rows:
+        shown = [
+            "–" if figure is None else cell({**figure, "best": round(figure["mean"], 4) == round(best[column], 4)})
+            for column, figure in enumerate(row)
+        ]
+        lines.append(f"| {title} | " + " | ".join(shown) + " |")
+    return lines
+
+
+def marked(figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Figures, the best one marked."""
+    best = max(figure["mean"] for figure in figures)
+    return [{**figure, "best": figure["mean"] == best} for figure in figures]
+
+
+def cell(figure: dict[str, Any], sign: str = "") -> str:
+    """A mean, with its deviation where there is one."""
+    text = f"{figure['mean']:{sign}.4f}"
+    text = f"**{text}**" if figure.get("best") else text
+    return text if figure["sd"] is None else f"{text} ± {figure['sd']:.4f}"
+
+
+# -------------------------------------------------------------------------------------------------------- figures
+
+
+def draw(report: dict[str, Any], output: Path) -> dict[str, list[str]]:
+    """One figure an idea, for each data set; returns their paths in `output`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    made: dict[str, list[str]] = {}
+    (output / "figures").mkdir(exist_ok=True)
+
+    def keep(name: str, what: str, figure: Any) -> None:
+        path = f"figures/{name}_{what}.png"
+        figure.tight_layout()
+        figure.savefig(output / path, dpi=150)
+        pyplot.close(figure)
+        made.setdefault(name, []).append(path)
+
+    for name, found in report["datasets"].items():
+        keep(name, "paths", draw_paths(pyplot, name, found, report))
+        if len(found["k"]["validation"]) > 1:
+            keep(name, "k", draw_k(pyplot, name, found))
+        if found["m_n"]["validation"]:
+            keep(name, "m_n", draw_m_n(pyplot, name, found))
+    return made
+
+
+def draw_paths(pyplot: Any, name: str, found: dict[str, Any], report: dict[str, Any]) -> Any:
+    """NDCG@10 of every path on test, beside the best that was published."""
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    values = [found["results"]["test"][path]["masked"]["NDCG@10"] for path in TABLE_2]
+    means = [value["mean"] for value in values]
+    axes.bar(list(TABLE_2.values()), means, yerr=[value["sd"] or 0 for value in values], capsize=4, color="#4c72b0")
+    for at, value in enumerate(means):
+        axes.annotate(f"{value:.4f}", (at, value / 2), ha="center", color="white")
+    best = next((r[name.lower()][3] for r in report["published"]["table_2"][::-1] if name.lower() in r), None)
+    if best:
+        axes.axhline(best, color="#c44e52", linestyle="--", label=f"highest published, {best:.4f}")
+        axes.legend(loc="lower right")
+    axes.set(ylabel="NDCG@10 (test, masked)", title=f"{name}: recall paths, {seeds(found)}")
+    return figure
+
+
+def draw_k(pyplot: Any, name: str, found: dict[str, Any]) -> Any:
+    """NDCG@10 by K."""
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    k = found["k"]
+    values = list(k["validation"])
+    axes.plot(values, list(k["validation"].values()), marker="o", label="validation, RecGPT")
+    for path, title in (("recgpt", "test, RecGPT"), ("recgpt_1", "test, RecGPT_1")):
+        axes.plot(values, [k["test"][value][path]["NDCG@10"] for value in values], marker="s", label=title)
+    axes.set(
+        xlabel="K, prompts between two items", ylabel="NDCG@10 (masked)", title=f"{name}: number of prompts, one seed"
+    )
+    axes.set_xticks(values)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def draw_m_n(pyplot: Any, name: str, found: dict[str, Any]) -> Any:
+    """NDCG@10 by m_n on validation, and on test where that was measured."""
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    grid, on_test = found["m_n"]["validation"], found["m_n"]["test_first_seed"]
+    errors = [value["sd"] or 0 for value in grid.values()]
+    means = [value["mean"] for value in grid.values()]
+    axes.errorbar(list(grid), means, yerr=errors, marker="o", capsize=3, label=f"validation, {seeds(found)}")
+    if on_test:
+        axes.plot(list(on_test), [v["NDCG@10"] for v in on_test.values()], marker="s", label="test, first seed")
+    axes.set(
+        xlabel="m_n: items of the first and of the second vector",
+        ylabel="NDCG@10 (masked)",
+        title=f"{name}: the two-step list, K = {found['k']['chosen']}",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def seeds(found: dict[str, Any]) -> str:
+    """How many, in words."""
+    count = len(found["seeds"])
+    return "one seed" if count == 1 else f"mean of {count} seeds"
+
+
+def read(path: Path) -> Any:
+    """A JSON file; None where there is none."""
+    return json.loads(path.read_text()) if path.exists() else None
