@@ -1,0 +1,152 @@
+"""`prompt_tune` and the recall paths of `evaluate` from the command line: what they write, and what they refuse."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from recgpt_torchrec import cli, evaluate, generate_prompts, pretrain, prompt_tune
+from recgpt_torchrec.config import Evaluate, GeneratePrompts, Pretrain, PromptTune
+from recgpt_torchrec.training.checkpoint import find
+from tests.support import walks, write_dataset
+
+USERS, ITEMS = 60, 30
+STAGES: dict[str, tuple[Any, Any]] = {
+    "pretrain": (Pretrain, pretrain.run),
+    "generate_prompts": (GeneratePrompts, generate_prompts.main),
+    "prompt_tune": (PromptTune, prompt_tune.main),
+    "evaluate": (Evaluate, evaluate.main),
+}
+LOSS = {"--loss.candidates": "all", "--batch.tokens": 60}
+TUNE = {**LOSS, "--train.epochs": 2, "--optimizer.warmup_steps": 2}
+
+
+def stage(name: str, options: dict[str, Any]) -> int:
+    """Run a stage in this process as its command line would, and return its exit status."""
+    config_class, function = STAGES[name]
+    before, sys.argv = sys.argv, [name, *(str(word) for option in options.items() for word in option)]
+    try:
+        cli.run(config_class, function, f"recgpt_torchrec.{name}")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    finally:
+        sys.argv = before
+    return 0
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A dataset, a model pre-trained on it, and its prompts."""
+    folder = tmp_path_factory.mktemp("tune")
+    write_dataset(folder / "data", walks(USERS, ITEMS, shortest=4, longest=14), items=ITEMS)
+    small = {"--model.dim": 8, "--model.max_len": 8, "--train.epochs": 2, "--optimizer.warmup_steps": 2}
+    assert stage("pretrain", {"--data": folder / "data", "--output": folder / "run", **small, **LOSS}) == 0
+    options = {"--data": folder / "data", "--checkpoint": folder / "run", "--output": folder / "prompts"}
+    assert stage("generate_prompts", {**options, "--prompts.k": 1}) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(made) -> Path:
+    options = {"--data": made / "prompts", "--checkpoint": made / "run", "--output": made / "tuned", **TUNE}
+    assert stage("prompt_tune", options) == 0
+    return made / "tuned"
+
+
+def figures(made: Path, checkpoint: Path, data: str, name: str, **options: Any) -> dict[str, Any]:
+    output = made / f"{name}.json"
+    arguments = {"--data": made / data, "--checkpoint": checkpoint, "--output": output, "--baselines": "false"}
+    assert stage("evaluate", {**arguments, **options}) == 0
+    return json.loads(output.read_text())
+
+
+def tensor(checkpoint: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    state = {name: torch.empty(shape)}
+    dcp.load(state, checkpoint_id=find(str(checkpoint)))
+    return state[name]
+
+
+def test_a_tuned_checkpoint_has_a_table_of_its_own_and_segments(made, tuned):
+    output = tensor(tuned, "model.output_table.embedding_bags.output.weight", (ITEMS, 8))
+    items = tensor(tuned, "model.item_table.embedding_bags.item.weight", (ITEMS, 8))
+    before = tensor(made / "run", "model.item_table.embedding_bags.item.weight", (ITEMS, 8))
+    segments = tensor(tuned, "model.dense.decoder.segment.weight", (3, 8))
+    # Both began as the pre-trained table and have each gone a way of their own, not far.
+    assert 0 < (output - before).norm() < before.norm() and 0 < (items - before).norm() < before.norm()
+    assert not torch.equal(output, items)
+    assert segments[1].abs().max() > 0  # generated entries were read
+    assert torch.equal(segments[2], torch.zeros(8))  # none were shown
+
+
+def test_every_recall_path_is_measured(made, tuned):
+    prompted = figures(made, tuned, "prompts", "recgpt", **{"--recall.interests": 3})
+    names = {"recgpt_1", "recgpt", "recgpt_1_interests_3_quota", "recgpt_1_interests_3_score"}
+    assert set(prompted["results"]) == names
+    chosen = prompted["recall"]
+    assert chosen["m"] + chosen["n"] == 10
+    best = max(chosen["validation"].values())
+    assert chosen["validation"][f"{chosen['m']}_{chosen['n']}"] == best
+    plain = figures(made, made / "run", "data", "plain", **{"--recall.m": 10})
+    assert set(plain["results"]) == {"pretrain", "pretrain_two_step"}
+    # Ten of the first interest and none of the second is the one-step list itself.
+    for how in ("masked", "unmasked"):
+        assert plain["results"]["pretrain_two_step"][how] == pytest.approx(plain["results"]["pretrain"][how])
+
+
+def test_tuning_begins_from_exactly_what_was_pre_trained(made):
+    """Fine-tuning with learning rates of 0 scores as the pre-trained model does, through W_l as well."""
+    options = {"--data": made / "prompts", "--checkpoint": made / "run", "--output": made / "still", **TUNE}
+    still = {"--tables.lr": 0, "--tables.user_lr": 0, "--optimizer.lr": 0, "--tuning.prompts": "false"}
+    assert stage("prompt_tune", {**options, **still}) == 0
+    plain = figures(made, made / "run", "data", "before", **{"--recall.m": 5})
+    after = figures(made, made / "still", "prompts", "after", **{"--recall.m": 5})
+    for how in ("masked", "unmasked"):
+        assert after["results"]["fine_tuning"][how] == pytest.approx(plain["results"]["pretrain"][how])
+
+
+def test_only_what_is_named_is_trained(made):
+    options = {"--data": made / "prompts", "--checkpoint": made / "run", "--output": made / "part", **TUNE}
+    assert stage("prompt_tune", {**options, "--tuning.trained": "[output]"}) == 0
+    for name, shape in {
+        "model.item_table.embedding_bags.item.weight": (ITEMS, 8),
+        "model.user_table.embedding_bags.user.weight": (USERS, 8),
+        "model.dense.decoder.position.weight": (8, 8),
+    }.items():
+        assert torch.equal(tensor(made / "part", name, shape), tensor(made / "run", name, shape)), name
+    output = tensor(made / "part", "model.output_table.embedding_bags.output.weight", (ITEMS, 8))
+    assert not torch.equal(output, tensor(made / "run", "model.item_table.embedding_bags.item.weight", (ITEMS, 8)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"--data": "data"}, "has no prompts"),
+        ({"--checkpoint": "tuned"}, "was tuned already"),
+        ({"--model.dim": 16}, "--model.dim is 16, the checkpoint"),
+        ({"--checkpoint": "nowhere"}, "holds no finished checkpoint"),
+        ({"--data": "other"}, "was trained on another dataset"),
+        ({"--tuning.predict_from": "never"}, "tuning.predict_from"),
+    ],
+)
+def test_refused_before_anything_is_written(made, tuned, capfd, changed, message):
+    if not (made / "other").exists():
+        write_dataset(made / "other", walks(USERS, ITEMS), items=ITEMS, vocabulary="another")
+    arguments: dict[str, Any] = {"--data": "prompts", "--checkpoint": "run"} | changed
+    if changed == {"--data": "other"}:
+        arguments["--tuning.prompts"] = "false"
+    for name in ("--data", "--checkpoint"):
+        arguments[name] = made / arguments[name]
+    assert stage("prompt_tune", {**arguments, "--output": made / "refused", **TUNE}) == 2
+    said = capfd.readouterr().err
+    assert message in said and "Traceback" not in said
+    assert not (made / "refused").exists()
+
+
+def test_an_m_beyond_the_list_is_refused(made, capfd):
+    arguments = {"--data": made / "data", "--checkpoint": made / "run", "--output": made / "no.json"}
+    assert stage("evaluate", {**arguments, "--recall.m": 11}) == 2
+    assert "--recall.m is 11, more than the longest list" in capfd.readouterr().err
