@@ -286,18 +286,11 @@ def config_file(folder: str, name: str, ending: str = "") -> str:
 
 
 def values_of(path: Path) -> dict[str, Any]:
-    """The values of a configuration file, with those of the file that it names as `config`."""
+    """The values of a configuration file and of the file that it names as `config`; a group (`model`, ...) that both
+    have is the first one's alone, as for the stages."""
     values = yaml.safe_load(path.read_text()) or {}
     base = values.pop("config", None)
-    return merged(values_of(path.parent / base), values) if base else values
-
-
-def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Nested values, those of `over` first."""
-    both = {
-        n: merged(base[n], v) if isinstance(v, dict) and isinstance(base.get(n), dict) else v for n, v in over.items()
-    }
-    return {**base, **both}
+    return {**values_of(path.parent / base), **values} if base else values
 
 
 def from_root(path: str) -> str:

@@ -290,8 +290,8 @@ def sensitivity(report: dict[str, Any]) -> list[str]:
             lines += ["| m_n | " + " | ".join(grid) + " |", "|---|" + "---|" * len(grid)]
             lines.append("| validation | " + " | ".join(map(cell, marked(list(grid.values())))) + " |")
         if on_test:
-            cells = (f"{on_test[m]['NDCG@10']:.4f}" if m in on_test else "" for m in grid)
-            lines.append("| test, first seed | " + " | ".join(cells) + " |")
+            tested = (f"{on_test[m]['NDCG@10']:.4f}" if m in on_test else "" for m in grid)
+            lines.append("| test, first seed | " + " | ".join(tested) + " |")
         for file in report["figures"].get(name, []):
             lines += ["", f"![{Path(file).stem.replace('_', ' ')}]({file})"]
         lines.append("")

@@ -1,0 +1,198 @@
+"""`pipelines/paper.py` from a log to its report, interrupted on the way, and the arithmetic of its tables."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines import paper, paper_report, steps
+from recgpt_torchrec import cli, config
+from tests.support import write_dataset
+from tools import synthetic_log
+
+CONFIG = """
+model: {dim: 8, layers: 1, max_len: 10}
+loss: {candidates: all}
+batch: {tokens: 200}
+train: {epochs: 1}
+"""
+TUNE = """
+loss: {candidates: all}
+batch: {tokens: 200}
+train: {epochs: 1}
+"""
+TITLES = [
+    "prepare",
+    "seed0/pretrain",
+    "seed0/pretrain_validation",
+    "seed0/pretrain_test",
+    "seed0/fine_tuning",
+    "seed0/fine_tuning_validation",
+    "seed0/fine_tuning_test",
+    "seed0/k1/prompts",
+    "seed0/k1/recgpt",
+    "seed0/k1/recgpt_validation",
+    "seed0/k1/recgpt_test",
+]
+
+
+class InProcess:
+    """Runs `python -m recgpt_torchrec.STAGE ...` in this process, which spares ten imports of torch."""
+
+    def __init__(self) -> None:
+        self.ran: list[list[str]] = []
+        self.interrupt_at: int | None = None
+
+    def __call__(self, command: list[str], log: Path | None = None) -> int:
+        if len(self.ran) == self.interrupt_at:
+            raise KeyboardInterrupt
+        assert command[:2] == ["python", "-m"]
+        self.ran.append(command)
+        module = importlib.import_module(command[2])
+        stage = command[2].rpartition(".")[2]
+        config_class = getattr(config, "".join(word.title() for word in stage.split("_")))
+        before, sys.argv = sys.argv, [stage, *command[3:]]
+        try:
+            cli.run(config_class, getattr(module, "main", None) or module.run, command[2])
+        except SystemExit as end:
+            return end.code if isinstance(end.code, int) else 1
+        finally:
+            sys.argv = before
+        return 0
+
+
+@pytest.fixture
+def executor(monkeypatch: pytest.MonkeyPatch) -> InProcess:
+    made = InProcess()
+    monkeypatch.setattr(steps, "execute", made)
+    return made
+
+
+def test_from_a_log_to_the_report_interrupted_and_done_once(tmp_path, executor, capsys):
+    log, configs = tmp_path / "log.csv", tmp_path / "configs"
+    synthetic_log.main(["--output", str(log), "--users", "120", "--items", "60", "--mean_events", "10"])
+    configs.mkdir()
+    (configs / "paper.yaml").write_text(CONFIG)
+    (configs / "tiny_tune.yaml").write_text(TUNE)
+    words = ["--dataset", f"tiny={log}", "--output", str(tmp_path / "out"), "--configs", str(configs)]
+    words += ["--seeds", "1", "--ranks", "1", "--k", "1"]
+
+    executor.interrupt_at = 5
+    with pytest.raises(SystemExit) as ended:
+        paper.main(words)
+    assert ended.value.code == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+
+    executor.interrupt_at = None
+    paper.main(words)
+    assert len(executor.ran) == len(TITLES)  # nothing that was done before the interruption ran again
+    said = capsys.readouterr().out
+    assert "step 5 of 11: tiny/seed0/fine_tuning: done before" in said
+    assert "step 6 of 11: tiny/seed0/fine_tuning_validation (" in said and " left)" in said
+
+    out = tmp_path / "out"
+    report = json.loads((out / "report.json").read_text())
+    assert sorted(report["steps"]) == sorted(f"tiny/{title}" for title in TITLES)
+    found = report["datasets"]["tiny"]
+    on_test = json.loads((out / "tiny/seed0/k1/recgpt_test.json").read_text())["results"]
+    for path in ("recgpt_1", "recgpt"):
+        expected = {metric: {"mean": v, "sd": None, "values": [v]} for metric, v in on_test[path]["masked"].items()}
+        assert found["results"]["test"][path]["masked"] == expected
+    assert {"pretrain", "pretrain_two_step", "fine_tuning"} <= found["results"]["test"].keys()
+    # m is chosen on validation, and test is measured with it
+    grid = json.loads((out / "tiny/seed0/k1/recgpt_validation.json").read_text())["recall"]
+    assert grid["validation"][f"{grid['m']}_{grid['n']}"] == max(grid["validation"].values())
+    assert f"--recall.m {grid['m']}" in report["steps"]["tiny/seed0/k1/recgpt_test"]["command"]
+    # the control takes as many optimizer steps as the prompted run
+    (training,) = found["training"]
+    assert training["k1/recgpt"]["steps"] == pytest.approx(training["fine_tuning"]["steps"], abs=1)
+    text = (out / "report.md").read_text()
+    for words_in_it in ("Table 2", "Table 3", "Variant_1", "Sensitivity", "m_n", "python -m recgpt_torchrec.prepare"):
+        assert words_in_it in text
+    for file in report["figures"]["tiny"]:
+        assert (out / file).read_bytes().startswith(b"\x89PNG")
+
+    paper.main(words)
+    assert len(executor.ran) == len(TITLES)  # a second run starts no stage
+    (configs / "tiny_tune.yaml").write_text(TUNE.replace("epochs: 1", "epochs: 2"))
+    with pytest.raises(SystemExit) as ended:
+        paper.main(words)
+    assert ended.value.code == 2
+    assert "settings.train.epochs: 1 there, 2 now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--dataset", "no-equals"], "is not NAME=FILE"),
+        (["--dataset", "x=/no/such/file"], "there is no /no/such/file"),
+        (["--dataset", f"x={__file__}", f"x={__file__}"], "choose another name"),
+        (["--dataset", f"x={__file__}", "--k", "0"], "1 to 8 prompts"),
+        (["--dataset", f"x={__file__}", "--seeds", "0"], "at least 1"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_written(words, said, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        paper.main([*words, "--output", str(tmp_path / "out")])
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_mean_and_sample_deviation():
+    values = [0.05, 0.06, 0.055, 0.0525]
+    made = paper_report.mean_and_deviation(values)
+    assert made["mean"] == pytest.approx(np.mean(values)) and made["sd"] == pytest.approx(np.std(values, ddof=1))
+    assert paper_report.mean_and_deviation([0.3]) == {"mean": 0.3, "sd": None, "values": [0.3]}
+    with pytest.raises(ValueError, match="no value"):
+        paper_report.mean_and_deviation([])
+
+
+def test_figures_are_taken_over_seeds_path_by_path():
+    def result(value: float) -> dict[str, Any]:
+        return {"masked": {"HR@5": value}, "unmasked": {"HR@5": value + 1}}
+
+    made = paper_report.over_seeds([{"recgpt": result(1), "only here": result(9)}, {"recgpt": result(3)}])
+    assert list(made) == ["recgpt"]
+    assert made["recgpt"]["masked"]["HR@5"] == {"mean": 2, "sd": pytest.approx(2**0.5), "values": [1, 3]}
+    assert made["recgpt"]["unmasked"]["HR@5"]["mean"] == 3
+
+
+def test_the_best_of_each_column_is_bold_and_missing_figures_are_dashes():
+    def one(mean: float, sd: float | None = None) -> dict[str, Any]:
+        return {"mean": mean, "sd": sd}
+
+    lines = paper_report.table("", ("a", "b"), [("x", [one(0.5, 0.01), one(0.1)]), ("y", [None, one(0.2)])])
+    assert lines[2:] == ["| x | **0.5000** ± 0.0100 | 0.1000 |", "| y | – | **0.2000** |"]
+
+
+def test_published_figures_have_four_cells_and_the_highest_is_the_highest():
+    published = json.loads((Path(paper_report.__file__).parent / "published.json").read_text())
+    rows = published["table_2"]
+    for name in ("sports", "beauty", "toys", "yelp"):
+        found = {row["name"]: row[name] for row in rows if name in row}
+        assert all(len(cells) == 4 for cells in found.values())
+        for column, best in enumerate(found["highest published"]):
+            assert best >= max(cells[column] or 0 for cells in found.values())
+
+
+def test_entries_of_an_epoch_count_prompts_before_the_last_training_item_and_stop_at_max_len(tmp_path):
+    histories = [[1, 9, 2, 9, 3, 9, 4, 9, 5], [1, 2, 3, 4]]
+    segments = [[0, 1, 0, 1, 0, 1, 0, 1, 0], [0, 0, 0, 0]]
+    folder = tmp_path / "data"
+    write_dataset(folder, histories, items=10, segments=segments)
+    # trained on: 1 9 2 9 3 (four of them are input) and 1 2 (one is)
+    assert paper.trained_entries(str(folder), max_len=10) == 5
+    assert paper.trained_entries(str(folder), max_len=3) == 4
+
+
+def test_a_configuration_may_name_another_whose_groups_it_replaces(tmp_path):
+    (tmp_path / "base.yaml").write_text("model: {dim: 8, layers: 2}\ntrain: {epochs: 3}\nseed: 1\n")
+    (tmp_path / "mine.yaml").write_text("config: base.yaml\nmodel: {layers: 3}\n")
+    assert paper.values_of(tmp_path / "mine.yaml") == {"model": {"layers": 3}, "train": {"epochs": 3}, "seed": 1}
+    parsed = cli.parse(config.Pretrain, "x", ["--config", str(tmp_path / "mine.yaml"), "--data", "d", "--output", "o"])
+    assert (parsed.model.dim, parsed.model.layers) == (config.Model().dim, 3)
+    assert (parsed.train.epochs, parsed.seed) == (3, 1)
