@@ -180,7 +180,8 @@ def train_plainly(case: Case, start: Trained) -> Trained:
         return out.index_put((kjt.lengths().nonzero().flatten(),), weight[kjt.values()])
 
     for step, batch in enumerate(batches(case, 0, 1)):
-        loss, _ = dense(rows(weights["user_table"], batch.users), rows(weights["item_table"], batch.items), batch)
+        items = rows(weights["item_table"], batch.items)
+        loss, _ = dense(rows(weights["user_table"], batch.users), items, items, batch)
         adamw.zero_grad()
         loss.backward()
         adamw.param_groups[0]["lr"] = LR * case.share(step)
@@ -282,7 +283,8 @@ class ModifiesItsInput(RecGPT):
         items = KeyedJaggedTensor(
             keys=batch.items.keys(), values=batch.items.values() + 0, lengths=batch.items.lengths().clone()
         )
-        return self.dense(self.user_table(batch.users).values(), self.item_table(items).values(), batch)
+        vectors = self.item_table(items).values()
+        return self.dense(self.user_table(batch.users).values(), vectors, vectors, batch)
 
 
 def check_the_pipeline(rank: int, world_size: int, folder: str) -> str:
