@@ -18,7 +18,9 @@ def write(path: Path, text: str = "made") -> list[str]:
     return ["python", "-c", f"open({str(path)!r}, 'w').write({text!r}); print('written')"]
 
 
-def run(folder: Path, commands: dict[str, list[str]], needs: Mapping[str, tuple[str, ...]] | None = None, **more) -> int:
+def run(
+    folder: Path, commands: dict[str, list[str]], needs: Mapping[str, tuple[str, ...]] | None = None, **more
+) -> int:
     with RecordedSteps("test", folder, ["x made"] * len(commands)) as steps:
         for title, command in commands.items():
             options = {"proof": folder / title, "needs": (needs or {}).get(title, ()), **more}
