@@ -1,6 +1,10 @@
 """Fixtures and settings every test shares."""
 
+import os
 from pathlib import Path
+
+# One thread, in this process and in those it starts: sums round alike in every run, and a busy core does not stall two.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings

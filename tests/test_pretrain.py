@@ -260,7 +260,7 @@ def evaluated(data: Path, checkpoint: Path, output: Path, monkeypatch, **more: A
 def test_evaluate_writes_what_other_tools_read(run, data, tmp_path, monkeypatch):
     output, _ = run
     result = evaluated(data, output, tmp_path / "test.json", monkeypatch)
-    assert result.keys() == {"dataset", "checkpoint", "split", "users", "results"}
+    assert result.keys() == {"dataset", "checkpoint", "split", "users", "results", "recall"}
     assert (result["dataset"], result["split"]) == (str(data), "test")
     best = json.loads((output / "best.json").read_text())["checkpoint"]
     assert result["checkpoint"].endswith(best)

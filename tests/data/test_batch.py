@@ -58,7 +58,8 @@ def made(
     elif how == "in_batch":
         q = np.linspace(-3, 0, ITEMS, dtype=np.float32)
         arguments["in_batch_log_q"] = q
-        ids = np.array(sorted({target for *_, target in expected(sequences, predict) if target is not None}), np.int64)
+        targets = {target for *_, target in expected(sequences, predict, predict_from) if target is not None}
+        ids = np.array(sorted(targets), np.int64)
         log_q = q[ids]
     return make_batch(sequences, **arguments), ids, log_q
 
@@ -107,7 +108,7 @@ def test_a_batch_holds_what_a_plain_loop_finds(case, how, predict_from):
         for name in ("sequence", "position", "user_bag", "item_bag", "segment")
     }
     targets = dict(zip(batch.target_slot.tolist(), batch.target_bag.tolist(), strict=True))
-    found = sorted(
+    found = [
         (
             sequence,
             flat["position"][slot],
@@ -118,7 +119,7 @@ def test_a_batch_holds_what_a_plain_loop_finds(case, how, predict_from):
         )
         for slot, sequence in enumerate(flat["sequence"])
         if sequence >= 0
-    )
+    ]
     found = sorted(found, key=str)
     wanted = expected(sequences, predict, predict_from)
     assert found == wanted
