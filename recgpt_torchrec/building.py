@@ -8,13 +8,17 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torchrec.optim.keyed import KeyedOptimizer
 
-from recgpt_torchrec.config import Batch, Loss, Model, Pretrain, PromptTune, Stream, Tables, Tuning
+from recgpt_torchrec.config import Batch, CheckpointOptions, Loss, Model, Pretrain, PromptTune, Stream, Tables, Tuning
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.stream import BatchMaker, SequenceStream, training_counts
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import RecGPT
+from recgpt_torchrec.retrieval.validation import Validation
 from recgpt_torchrec.training.checkpoint import facts_of
+from recgpt_torchrec.training.processes import say
+from recgpt_torchrec.training.run import Run
 from recgpt_torchrec.training.sharding import DENSE, distribute, table_name, tables_of
+from recgpt_torchrec.training.trainer import Trainer
 
 
 def training_stream(config: Pretrain | PromptTune, dataset: Dataset, tuning: Tuning | None = None) -> SequenceStream:
@@ -160,3 +164,51 @@ def check_vocabulary(facts: dict[str, Any], checkpoint: str, dataset: Dataset) -
             f"{facts['vocabulary'][:12]}, the dataset has {dataset.manifest.vocabulary[:12]}): "
             f"its ids mean other items. It was trained on {facts['config']['data']}"
         )
+
+
+def fit(
+    config: Pretrain | PromptTune,
+    saving: CheckpointOptions,
+    dataset: Dataset,
+    run: Run,
+    device: torch.device,
+    *,
+    tuning: Tuning | None = None,
+    pretrained: str | None = None,
+) -> None:
+    """Train a configuration's model from where its run stands to its end (collective).
+
+    Args:
+        config: with the decoder's configuration filled in.
+        saving: what is saved, and when.
+        dataset: to train and validate on.
+        run: the output folder; claimed once nothing can be refused any more.
+        device: of this rank.
+        tuning: what is tuned; None: pre-training.
+        pretrained: checkpoint that a run that has not begun starts from.
+    """
+    assert config.model is not None
+    stream = training_stream(config, dataset, tuning)
+    model, optimizer = build(config, dataset, stream.maker.capacity.items, device, tuning)
+    run.claim()
+    trainer = Trainer(
+        model=model,
+        optimizer=optimizer,
+        device=device,
+        stream=stream,
+        interactions=dataset.manifest.entries,
+        train=config.train,
+        schedule=config.optimizer,
+        saving=saving,
+        checkpoints=run.checkpoints,
+        facts=run.facts(str(model.plan)),
+        seed=config.seed,
+    )
+    if resumed := run.checkpoints.latest():
+        trainer.resume(resumed)
+        say(f"Going on from {resumed}")
+    elif pretrained is not None:
+        load_pretrained(model, pretrained)
+    prompts = tuning is not None and tuning.prompts
+    validation = encoding_stream(dataset, "validation", config.model, config.batch, prompts=prompts)
+    trainer.fit(Validation(model, validation, device), metric="NDCG@10")

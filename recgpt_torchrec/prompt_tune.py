@@ -9,13 +9,11 @@ from recgpt_torchrec.errors import InputError
 
 def main(config: PromptTune) -> None:
     """Go on training, and leave the best checkpoint in `config.output`."""
-    from recgpt_torchrec.building import build, encoding_stream, load_pretrained, pretrained_model, training_stream
+    from recgpt_torchrec.building import fit, pretrained_model, training_stream
     from recgpt_torchrec.data.dataset import Dataset
-    from recgpt_torchrec.retrieval.validation import Validation
     from recgpt_torchrec.training.checkpoint import find
     from recgpt_torchrec.training.processes import process_group, say
     from recgpt_torchrec.training.run import Run
-    from recgpt_torchrec.training.trainer import Trainer
 
     with process_group() as device:
         dataset, checkpoint, tuning = Dataset.open(config.data), find(config.checkpoint), config.tuning
@@ -25,34 +23,12 @@ def main(config: PromptTune) -> None:
                 "or fine-tune without them: --tuning.prompts false"
             )
         config = replace(config, model=pretrained_model(checkpoint, dataset, config.model))
-        assert config.model is not None
-        stream = training_stream(config, dataset, tuning)
+        training_stream(config, dataset, tuning)  # finds what is wrong with options or data
         run = Run.find(config.output, asdict(config), dataset.manifest.vocabulary, keep=config.checkpointing.keep)
         if run.finished:
             say(f"{config.output} is trained already.", run.summary(), sep="\n")
             return
-        model, optimizer = build(config, dataset, stream.maker.capacity.items, device, tuning)
-        run.claim()
-        trainer = Trainer(
-            model=model,
-            optimizer=optimizer,
-            device=device,
-            stream=stream,
-            interactions=dataset.manifest.entries,
-            train=config.train,
-            schedule=config.optimizer,
-            saving=config.checkpointing,
-            checkpoints=run.checkpoints,
-            facts=run.facts(str(model.plan)),
-            seed=config.seed,
-        )
-        if resumed := run.checkpoints.latest():
-            trainer.resume(resumed)
-            say(f"Going on from {resumed}")
-        else:
-            load_pretrained(model, checkpoint)
-        validation = encoding_stream(dataset, "validation", config.model, config.batch, prompts=tuning.prompts)
-        trainer.fit(Validation(model, validation, device), metric="NDCG@10")
+        fit(config, config.checkpointing, dataset, run, device, tuning=tuning, pretrained=checkpoint)
         say(run.summary())
 
 

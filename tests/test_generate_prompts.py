@@ -62,7 +62,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def run(data) -> Path:
     output = data.parent / "run"
-    assert stage({"--data": data, "--output": output, **SMALL}, Pretrain, pretrain.run) == 0
+    assert stage({"--data": data, "--output": output, **SMALL}, Pretrain, pretrain.main) == 0
     return output
 
 

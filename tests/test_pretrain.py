@@ -35,7 +35,7 @@ SMALL = {
     "--checkpoint.keep": 100,
 }
 STAGES: dict[str, tuple[Any, Callable[[Any], None]]] = {
-    "pretrain": (Pretrain, pretrain.run),
+    "pretrain": (Pretrain, pretrain.main),
     "evaluate": (Evaluate, evaluate.main),
 }
 

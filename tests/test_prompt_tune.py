@@ -16,7 +16,7 @@ from tests.support import walks, write_dataset
 
 USERS, ITEMS = 60, 30
 STAGES: dict[str, tuple[Any, Any]] = {
-    "pretrain": (Pretrain, pretrain.run),
+    "pretrain": (Pretrain, pretrain.main),
     "generate_prompts": (GeneratePrompts, generate_prompts.main),
     "prompt_tune": (PromptTune, prompt_tune.main),
     "evaluate": (Evaluate, evaluate.main),
