@@ -9,6 +9,12 @@ from typing import Literal
 InputFormat = Literal["auto", "csv", "tsv", "jsonl", "parquet", "sequences", "recbole"]
 
 
+def at_least(option: str, value: float, least: float) -> None:
+    """Raise a `ValueError` that names the option, unless `value` is a finite number not below `least`."""
+    if not least <= value < float("inf"):
+        raise ValueError(f"{option} is {value}; it must be at least {least}")
+
+
 @dataclass(kw_only=True)
 class Prepare:
     """Turn raw interaction logs into a dataset: k-core filtering, dense ids in seeded random order, Parquet parts.
@@ -56,6 +62,7 @@ class Prepare:
     """Most memory the engine takes before it spills to scratch, such as 4GB; null: 80% of the machine's."""
 
     def __post_init__(self) -> None:
+        at_least("--seed", self.seed, 0)
         if self.min_count < 1:
             raise ValueError(f"--min_count is {self.min_count}; it counts interactions and must be at least 1")
         if self.rows_per_group < 0:
@@ -171,6 +178,10 @@ class Tables:
     init_std: float = 0.02
     """Standard deviation of the item tables' initial values; user vectors start at 0."""
 
+    def __post_init__(self) -> None:
+        for name in ("data_parallel_mb", "lr", "user_lr", "weight_decay", "init_std"):
+            at_least(f"--tables.{name}", getattr(self, name), 0)
+
     def lr_of(self, table: str) -> float:
         """The peak learning rate of a table."""
         return self.user_lr if table == "user" else self.lr
@@ -195,6 +206,14 @@ class Optimizer:
     final_lr: float = 0.01
     """Learning rate at the end of the last epoch, as a share of the peak (cosine decay)."""
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay", "warmup_steps"):
+            at_least(f"--optimizer.{name}", getattr(self, name), 0)
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"--optimizer.beta2 is {self.beta2}; it must be at least 0 and less than 1")
+        if not 0 <= self.final_lr <= 1:
+            raise ValueError(f"--optimizer.final_lr is {self.final_lr}; it is a share of the peak, 0 to 1")
+
 
 @dataclass(kw_only=True)
 class Train:
@@ -207,6 +226,10 @@ class Train:
     validate_every: int = 1
     """Epochs between validations."""
 
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("patience", 0), ("validate_every", 1)):
+            at_least(f"--train.{name}", getattr(self, name), least)
+
 
 @dataclass(kw_only=True)
 class CheckpointOptions:
@@ -216,6 +239,13 @@ class CheckpointOptions:
     """Steps between checkpoints within an epoch; 0: at the end of each epoch only."""
     keep: int = 2
     """Newest checkpoints kept, beside the best one."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 0 or self.keep < 1:
+            raise ValueError(
+                f"every_steps is {self.every_steps} and keep {self.keep} of the checkpoints: "
+                "every_steps must be at least 0, keep at least 1"
+            )
 
 
 @dataclass(kw_only=True)
@@ -236,6 +266,9 @@ class Pretrain:
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+
+    def __post_init__(self) -> None:
+        at_least("--seed", self.seed, 0)
 
 
 @dataclass(kw_only=True)
@@ -386,3 +419,6 @@ class PromptTune:
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=3e-4))
     train: Train = field(default_factory=lambda: Train(epochs=6, patience=3))
     checkpointing: CheckpointOptions = field(default_factory=CheckpointOptions)
+
+    def __post_init__(self) -> None:
+        at_least("--seed", self.seed, 0)

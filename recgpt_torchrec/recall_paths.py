@@ -9,7 +9,6 @@ recgpt_1, recgpt               prompt-tuned: one step, and two steps merged m_n
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from recgpt_torchrec.building import Trained, encoding_stream
@@ -66,7 +65,7 @@ class RecallPaths:
         users, results[one] = measure(batches, self._score, self.dataset.manifest.items, ks)
         chosen: dict[str, Any] = {"m": recall.m, "n": longest - recall.m, "because": "as it was asked for"}
         if not recall.m:
-            grid = self._lists("validation", ks, [m for m in range(1, longest)] or [1], 1)
+            grid = self._lists("validation", ks, list(range(1, longest)) or [1], 1, ("masked",))
             value = {m: figures["masked"][f"NDCG@{longest}"] for m, figures in grid.items()}
             m = max(value, key=lambda m: (value[m], int(m)))
             chosen = {"m": int(m), "n": longest - int(m), "because": f"best of m = 1 to {longest - 1} on validation"}
@@ -85,7 +84,9 @@ class RecallPaths:
         return vectors @ self.catalogue.t()
 
     @torch.no_grad()
-    def _lists(self, split: str, ks: tuple[int, ...], ms: list[int], count: int) -> dict[str, Results]:
+    def _lists(
+        self, split: str, ks: tuple[int, ...], ms: list[int], count: int, protocols: tuple[str, ...] = PROTOCOLS
+    ) -> dict[str, Results]:
         """Figures of the merged lists, by m of the two-step list and by the way `count` interests are merged."""
         longest = max(ks)
         metrics: dict[str, dict[str, RankingMetrics]] = {}
@@ -97,7 +98,7 @@ class RecallPaths:
                 continue
             assert sequences.held_out is not None and sequences.seen is not None
             targets = torch.from_numpy(sequences.held_out)
-            for how in PROTOCOLS:
+            for how in protocols:
                 items, scores = [], []
                 for i in range(vectors.shape[1]):
                     all_scores = vectors[:, i] @ self.catalogue.t()
@@ -112,19 +113,11 @@ class RecallPaths:
                     found[f"interests_{count}_quota"] = merge_quota(items[:count], quotas)
                     found[f"interests_{count}_score"] = merge_by_score(items[:count], scores[:count], longest)
                 for name, lists in found.items():
-                    counted = metrics.setdefault(name, {p: RankingMetrics(ks) for p in PROTOCOLS})
+                    counted = metrics.setdefault(name, {p: RankingMetrics(ks) for p in protocols})
                     counted[how].update(list_ranks(lists.cpu(), targets))
-        return self._reduced(metrics, ks, [str(m) for m in ms], count)
-
-    def _reduced(
-        self, metrics: dict[str, dict[str, RankingMetrics]], ks: tuple[int, ...], ms: list[str], count: int
-    ) -> dict[str, Results]:
-        """Over all ranks; a rank that had no user at all takes part with zeros."""
-        expected = ms + ([f"interests_{count}_quota", f"interests_{count}_score"] if count > 1 else [])
-        out: dict[str, Results] = {}
-        for name in expected:
-            counted = metrics.get(name, {p: RankingMetrics(ks) for p in PROTOCOLS})
-            out[name] = {how: reduced(counted[how]).result() for how in PROTOCOLS}
-        if dist.is_initialized():
-            dist.barrier()
-        return out
+        # Over all ranks; a rank that had no user at all takes part with zeros.
+        names = [str(m) for m in ms]
+        names += [f"interests_{count}_quota", f"interests_{count}_score"] if count > 1 else []
+        for name in names:
+            metrics.setdefault(name, {how: RankingMetrics(ks) for how in protocols})
+        return {name: {how: reduced(metrics[name][how]).result() for how in protocols} for name in names}

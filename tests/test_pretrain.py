@@ -165,6 +165,12 @@ def test_a_folder_that_holds_something_else_is_left_as_it_is(data, tmp_path, mon
         ("--loss.candidates", "some", "loss.candidates"),
         ("--model.heads", "3", "--model.heads 3 must divide --model.dim 8"),
         ("--model.dropout", "1.5", "--model.dropout is 1.5"),
+        ("--train.epochs", "0", "--train.epochs is 0"),
+        ("--train.validate_every", "0", "--train.validate_every is 0"),
+        ("--checkpoint.keep", "-1", "keep -1 of the checkpoints"),
+        ("--optimizer.beta2", "2", "--optimizer.beta2 is 2.0"),
+        ("--tables.lr", ".nan", "--tables.lr is nan"),
+        ("--seed", "-1", "--seed is -1"),
         ("--batch.tokens", "5", "--batch.tokens 5 is less than --model.max_len 10"),
         ("--data", "no/such/folder", "no/such/folder is not a dataset"),
     ],
@@ -177,6 +183,16 @@ def test_an_unusable_option_is_refused_before_anything_is_written(
     shown = capfd.readouterr().err
     assert said in shown and "Traceback" not in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_only_a_validation_ends_a_run_early(data, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    # No rate, no progress: every validation is as good as the first one.
+    options = {**SMALL, "--train.epochs": 7, "--train.patience": 1, "--train.validate_every": 2, "--tables.lr": 0}
+    still = {"--tables.user_lr": 0, "--optimizer.lr": 0}
+    assert stage("pretrain", {"--data": data, "--output": run, **options, **still}, monkeypatch) == 0
+    history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    assert [("NDCG@10" in record) for record in history] == [False, True, False, True]
 
 
 def missing(folder: Path) -> None:

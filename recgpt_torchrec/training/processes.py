@@ -21,6 +21,8 @@ def quiet() -> None:
     for module in ("torchrec", "torch", "fbgemm_gpu"):
         warnings.filterwarnings("ignore", module=rf"{module}\.")
     warnings.filterwarnings("ignore", message=".*autograd kernel was not registered.*")
+    # It names the line of ours that reads a sharded table's shape; torchrec gives these tables out.
+    warnings.filterwarnings("ignore", message=".*deprecating ShardedTensor.*")
 
 
 @contextlib.contextmanager

@@ -96,7 +96,8 @@ class Trainer:
         record = {"epoch": epoch + 1, "step": progress.step, "loss": loss, "data_wait": waited}
         record["train_s"] = time.perf_counter() - started
         best = False
-        if last or (epoch + 1) % self.train.validate_every == 0:
+        validated = last or (epoch + 1) % self.train.validate_every == 0
+        if validated:
             started = time.perf_counter()
             self.pipeline.detach()
             figures = validate()
@@ -105,8 +106,9 @@ class Trainer:
                 progress.best_value, progress.best_epoch = figures[metric], epoch
             record |= {**figures, "validate_s": time.perf_counter() - started}
         idle = epoch - progress.best_epoch
+        # Only a validation can end a run: patience may be shorter than the time between two.
         progress.finished = last or bool(
-            self.train.patience and progress.best_epoch >= 0 and idle >= self.train.patience
+            validated and self.train.patience and progress.best_epoch >= 0 and idle >= self.train.patience
         )
         log.epoch(record, progress.step)
         self.save(best)
