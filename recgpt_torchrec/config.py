@@ -168,7 +168,8 @@ class Tables:
     data_parallel_mb: float = 32.0
     """Largest table that auto copies to every rank, in MiB."""
     optimizer: Literal["rowwise_adagrad", "adagrad", "adam", "sgd"] = "rowwise_adagrad"
-    """Fused into the backward; adam is fused on CUDA and a dense update of the whole shard on CPU."""
+    """Fused into the backward where a table is sharded; adam is so on CUDA only, on CPU it needs sharding
+    data_parallel."""
     lr: float = 0.05
     """Peak learning rate of the item tables."""
     user_lr: float = 0.005

@@ -56,6 +56,10 @@ def check_output(config: Evaluate, read_json: Any) -> None:
     folder = os.path.dirname(os.path.abspath(config.output))
     if not os.path.isdir(folder):
         raise InputError(f"the folder {folder} of --output does not exist; make it first")
+    if os.path.isdir(config.output):
+        raise InputError(f"--output {config.output} is a folder; give a file in it, such as {config.output}/test.json")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write to the folder {folder} of --output")
     if config.overwrite or not os.path.exists(config.output):
         return
     try:

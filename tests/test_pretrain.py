@@ -195,6 +195,23 @@ def test_only_a_validation_ends_a_run_early(data, tmp_path, monkeypatch):
     assert [("NDCG@10" in record) for record in history] == [False, True, False, True]
 
 
+def test_an_output_that_cannot_be_written_is_refused(run, data, tmp_path, monkeypatch, capfd):
+    (tmp_path / "file").write_text("")
+    inside = {"--data": data, "--output": tmp_path / "file/run", **SMALL}
+    assert stage("pretrain", inside, monkeypatch) == 2
+    assert "cannot write to --output" in capfd.readouterr().err
+    folder = {"--data": data, "--checkpoint": run[0], "--output": tmp_path}
+    assert stage("evaluate", folder, monkeypatch) == 2
+    assert "is a folder" in capfd.readouterr().err
+
+
+def test_adam_refuses_sharded_tables_on_cpu(data, tmp_path, monkeypatch, capfd):
+    adam = {"--tables.optimizer": "adam", "--tables.sharding": "table_wise"}
+    assert stage("pretrain", {"--data": data, "--output": tmp_path / "run", **SMALL, **adam}, monkeypatch) == 2
+    assert "use --tables.sharding data_parallel" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def missing(folder: Path) -> None:
     (folder / "sequences/part-00001.parquet").unlink()
 

@@ -39,10 +39,14 @@ class DuckDBEngine:
                 the machine's.
 
         Raises:
-            InputError: `memory_limit` is not a size.
-            OSError: `parent` cannot be written to.
+            InputError: `memory_limit` is not a size, or `parent` cannot be written to.
         """
-        self.scratch = Path(tempfile.mkdtemp(prefix=".prepare-", dir=parent))
+        try:
+            self.scratch = Path(tempfile.mkdtemp(prefix=".prepare-", dir=parent))
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {parent}, the place for temporary tables: {error}; give --scratch"
+            ) from None
         try:
             self.connection = duckdb.connect(str(self.scratch / "prepare.duckdb"))
             self.connection.execute("SET TimeZone = 'UTC'")  # a date-time without an offset is UTC, on every machine

@@ -74,9 +74,12 @@ class Run:
 
         def write() -> None:
             output = self.checkpoints.output
-            os.makedirs(output, exist_ok=True)
-            if read_json(os.path.join(output, RUN)) is None:
-                write_json(os.path.join(output, RUN), {"config": self.config, "vocabulary": self.vocabulary})
+            try:
+                os.makedirs(output, exist_ok=True)
+                if read_json(os.path.join(output, RUN)) is None:
+                    write_json(os.path.join(output, RUN), {"config": self.config, "vocabulary": self.vocabulary})
+            except OSError as error:
+                raise InputError(f"cannot write to --output {output}: {error}") from None
 
         together(write)
 

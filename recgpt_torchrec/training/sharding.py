@@ -82,9 +82,13 @@ def plan(model: nn.Module, tables: Tables, batch_size: int, device: torch.device
                         f"the {config.name} table's {dim} columns do not make {world_size} equal blocks of a multiple "
                         "of 4: use another --model.dim, number of ranks, or --tables.sharding"
                     )
-                fused = chosen != ShardingType.DATA_PARALLEL.value and (
-                    tables.optimizer in FUSED or device.type == "cuda"
-                )
+                fused = chosen != ShardingType.DATA_PARALLEL.value
+                if fused and tables.optimizer not in FUSED and device.type != "cuda":
+                    raise InputError(
+                        f"--tables.optimizer {tables.optimizer} updates sharded tables on CUDA only; on CPU every rank "
+                        f"must hold the whole table, but {config.name} would be sharded ({chosen}): "
+                        "use --tables.sharding data_parallel, or another --tables.optimizer"
+                    )
                 constraints[config.name] = ParameterConstraints(
                     sharding_types=[chosen],
                     compute_kernels=["fused" if fused else "dense"],
