@@ -25,7 +25,7 @@ def parser_for(config_class: type, prog: str) -> ArgumentParser:
     A field whose metadata holds `nargs` takes several values after one option name (`--input a.csv b.csv`); in YAML it
     is a list, or one value.
     """
-    parser = ArgumentParser(prog=prog, description=config_class.__doc__, exit_on_error=True)
+    parser = ArgumentParser(prog=prog, description=config_class.__doc__, exit_on_error=True, allow_abbrev=False)
     parser.add_argument(
         "--config", action="config", help="YAML file with any of the options below; options after it override it."
     )

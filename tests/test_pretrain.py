@@ -161,6 +161,7 @@ def test_a_folder_that_holds_something_else_is_left_as_it_is(data, tmp_path, mon
     ("option", "value", "said"),
     [
         ("--model.width", "8", "model.width"),
+        ("--train.epoch", "3", "train.epoch"),
         ("--model.dim", "wide", "model.dim"),
         ("--loss.candidates", "some", "loss.candidates"),
         ("--model.heads", "3", "--model.heads 3 must divide --model.dim 8"),
