@@ -8,7 +8,18 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torchrec.optim.keyed import KeyedOptimizer
 
-from recgpt_torchrec.config import Batch, CheckpointOptions, Loss, Model, Pretrain, PromptTune, Stream, Tables, Tuning
+from recgpt_torchrec.config import (
+    Batch,
+    CheckpointOptions,
+    Loss,
+    Model,
+    Pretrain,
+    PromptTune,
+    Sharding,
+    Stream,
+    Tables,
+    Tuning,
+)
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.stream import BatchMaker, SequenceStream, training_counts
 from recgpt_torchrec.errors import InputError
@@ -92,7 +103,7 @@ class Trained:
     """None: a pre-trained model."""
 
 
-def load(checkpoint: str, dataset: Dataset, batch: Batch, tables: Tables, device: torch.device) -> Trained:
+def load(checkpoint: str, dataset: Dataset, batch: Batch, tables: Sharding, device: torch.device) -> Trained:
     """The model of a checkpoint, on any number of ranks and any sharding (collective).
 
     Raises:
@@ -109,7 +120,7 @@ def load(checkpoint: str, dataset: Dataset, batch: Batch, tables: Tables, device
         model=Model(**settings["model"]),
         loss=Loss(**settings["loss"]),
         batch=batch,
-        tables=tables,
+        tables=Tables(sharding=tables.sharding, data_parallel_mb=tables.data_parallel_mb),
     )
     model, _ = build(config, dataset, batch.tokens, device, tuning)
     state = {"model": model.state_dict()}

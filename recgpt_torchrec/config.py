@@ -160,13 +160,19 @@ class Stream:
 
 
 @dataclass(kw_only=True)
-class Tables:
-    """The embedding tables: how they are sharded over ranks, and their optimizer."""
+class Sharding:
+    """How the embedding tables are sharded over ranks."""
 
     sharding: Literal["auto", "data_parallel", "table_wise", "column_wise", "row_wise"] = "auto"
     """auto: a copy on every rank up to data_parallel_mb, blocks of columns beyond."""
     data_parallel_mb: float = 32.0
     """Largest table that auto copies to every rank, in MiB."""
+
+
+@dataclass(kw_only=True)
+class Tables(Sharding):
+    """The embedding tables: how they are sharded over ranks, and their optimizer."""
+
     optimizer: Literal["rowwise_adagrad", "adagrad", "adam", "sgd"] = "rowwise_adagrad"
     """Fused into the backward where a table is sharded; adam is so on CUDA only, on CPU it needs sharding
     data_parallel."""
@@ -310,7 +316,7 @@ class Evaluate:
     overwrite: bool = False
     """Replace an output file that holds the evaluation of something else."""
     batch: Batch = field(default_factory=Batch)
-    tables: Tables = field(default_factory=Tables)
+    tables: Sharding = field(default_factory=Sharding)
 
     def __post_init__(self) -> None:
         if not self.ks or min(self.ks) < 1:
@@ -332,7 +338,7 @@ class Export:
     history: Literal["all", "test", "validation"] = "all"
     """Which history a user's vector is made of: everything, or what comes before the item that a split holds out."""
     batch: Batch = field(default_factory=Batch)
-    tables: Tables = field(default_factory=Tables)
+    tables: Sharding = field(default_factory=Sharding)
 
 
 @dataclass(kw_only=True)
@@ -369,7 +375,7 @@ class GeneratePrompts:
     prompts: Prompts = field(default_factory=Prompts)
     batch_users: int = 512
     """Users whose prompts a rank generates at once."""
-    tables: Tables = field(default_factory=Tables)
+    tables: Sharding = field(default_factory=Sharding)
 
     def __post_init__(self) -> None:
         if self.batch_users < 1:

@@ -21,6 +21,8 @@ from recgpt_torchrec.retrieval.metrics import RankingMetrics, list_ranks
 from recgpt_torchrec.retrieval.ranking import Results, encode, gather_table, measure, reduced
 from recgpt_torchrec.retrieval.recall import interests, masked, merge_by_score, merge_quota, top
 
+GRID = 10
+"""Shares of the longest list in which m is tried: 1 to 9 for a list of ten."""
 PROTOCOLS = ("masked", "unmasked")
 
 
@@ -65,10 +67,15 @@ class RecallPaths:
         users, results[one] = measure(batches, self._score, self.dataset.manifest.items, ks)
         chosen: dict[str, Any] = {"m": recall.m, "n": longest - recall.m, "because": "as it was asked for"}
         if not recall.m:
-            grid = self._lists("validation", ks, list(range(1, longest)) or [1], 1, ("masked",))
+            tried = sorted({max(1, round(longest * share / GRID)) for share in range(1, GRID)})
+            grid = self._lists("validation", ks, tried, 1, ("masked",))
             value = {m: figures["masked"][f"NDCG@{longest}"] for m, figures in grid.items()}
             m = max(value, key=lambda m: (value[m], int(m)))
-            chosen = {"m": int(m), "n": longest - int(m), "because": f"best of m = 1 to {longest - 1} on validation"}
+            chosen = {
+                "m": int(m),
+                "n": longest - int(m),
+                "because": f"best of m = {', '.join(map(str, tried))} on validation",
+            }
             chosen["validation"] = {f"{m}_{longest - int(m)}": figure for m, figure in value.items()}
         lists = self._lists(split, ks, [chosen["m"]], recall.interests)
         results[two] = lists.pop(str(chosen["m"]))

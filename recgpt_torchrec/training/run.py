@@ -16,6 +16,8 @@ MAY_CHANGE = (
     "stream.prefetch",
     "checkpoint.every_steps",
     "checkpoint.keep",
+    "checkpointing.every_steps",
+    "checkpointing.keep",
 )
 """Options that a resumed run may be given anew: they change where and how fast, not what is trained."""
 
