@@ -388,7 +388,7 @@ class Tuning:
 
     prompts: bool = True
     """Read the prompts between the items; false: fine-tune on the same histories without them, the control."""
-    predict_from: Literal["interacted", "last", "every"] = "every"
+    predict_from: Literal["interacted", "last", "every"] = "interacted"
     """Which entries predict the next item: the interacted one before it, the last entry before it, or all of them."""
     output_table: bool = True
     """Score with a table of its own (W_l), which starts as a copy of the item table; false: with the item table."""
@@ -422,9 +422,9 @@ class PromptTune:
     loss: Loss = field(default_factory=Loss)
     batch: Batch = field(default_factory=Batch)
     stream: Stream = field(default_factory=Stream)
-    tables: Tables = field(default_factory=lambda: Tables(lr=0.005, user_lr=0.001))
-    optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=3e-4))
-    train: Train = field(default_factory=lambda: Train(epochs=6, patience=3))
+    tables: Tables = field(default_factory=lambda: Tables(lr=0.02, user_lr=0.002))
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-3))
+    train: Train = field(default_factory=lambda: Train(epochs=5, patience=0))
     checkpointing: CheckpointOptions = field(default_factory=CheckpointOptions)
 
     def __post_init__(self) -> None:
