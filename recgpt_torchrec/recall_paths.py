@@ -17,9 +17,10 @@ from recgpt_torchrec.data.batch import Sequences
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.stream import SequenceStream
 from recgpt_torchrec.model.recgpt import unwrapped
+from recgpt_torchrec.retrieval.merging import Lists, even_quotas, merge_by_score, merge_quota
 from recgpt_torchrec.retrieval.metrics import RankingMetrics, list_ranks
 from recgpt_torchrec.retrieval.ranking import Results, encode, gather_table, measure, reduced
-from recgpt_torchrec.retrieval.recall import interests, masked, merge_by_score, merge_quota, top
+from recgpt_torchrec.retrieval.recall import found_by, interests
 
 GRID = 10
 """Shares of the longest list in which m is tried: 1 to 9 for a list of ten."""
@@ -106,22 +107,15 @@ class RecallPaths:
             assert sequences.held_out is not None and sequences.seen is not None
             targets = torch.from_numpy(sequences.held_out)
             for how in protocols:
-                items, scores = [], []
-                for i in range(vectors.shape[1]):
-                    all_scores = vectors[:, i] @ self.catalogue.t()
-                    if how == "masked":
-                        masked(all_scores, sequences.seen)
-                    best = top(all_scores, vectors.shape[1] * longest)
-                    items.append(best)
-                    scores.append(all_scores.gather(1, best.clamp(min=0)).masked_fill(best < 0, -torch.inf))
-                found = {str(m): merge_quota(items[:2], (m, longest - m)) for m in ms}
+                lists = found_by(vectors, self.catalogue, longest, sequences.seen if how == "masked" else None)
+                two, several = (Lists(*(part[:, :i] for part in lists)) for i in (2, count))
+                found = {str(m): merge_quota(two, (m, longest - m)) for m in ms}
                 if count > 1:
-                    quotas = [longest // count + (i < longest % count) for i in range(count)]
-                    found[f"interests_{count}_quota"] = merge_quota(items[:count], quotas)
-                    found[f"interests_{count}_score"] = merge_by_score(items[:count], scores[:count], longest)
-                for name, lists in found.items():
+                    found[f"interests_{count}_quota"] = merge_quota(several, even_quotas(longest, count))
+                    found[f"interests_{count}_score"] = merge_by_score(several, longest)
+                for name, merged in found.items():
                     counted = metrics.setdefault(name, {p: RankingMetrics(ks) for p in protocols})
-                    counted[how].update(list_ranks(lists.cpu(), targets))
+                    counted[how].update(list_ranks(merged.items.cpu(), targets))
         # Over all ranks; a rank that had no user at all takes part with zeros.
         names = [str(m) for m in ms]
         names += [f"interests_{count}_quota", f"interests_{count}_score"] if count > 1 else []

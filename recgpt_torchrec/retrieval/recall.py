@@ -2,11 +2,10 @@
 again.
 
 The first interest is the output at the newest entry of a history. Its best item is appended as a generated entry, the
-output there is the second interest, and so on. Each interest recalls items; the lists are merged into one of the same
-final length.
+output there is the second interest, and so on. Each interest recalls items; `retrieval.merging` makes one list of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -15,7 +14,11 @@ from torch import Tensor, nn
 from recgpt_torchrec.data.batch import Sequences
 from recgpt_torchrec.data.stream import BatchMaker
 from recgpt_torchrec.data.windows import Cursor
+from recgpt_torchrec.retrieval.merging import Lists
 from recgpt_torchrec.retrieval.metrics import Jagged
+
+SCORES = 2**24
+"""Scores held at once: 64 MiB in float32."""
 
 GENERATED = 1
 """Segment id of an entry that the model made itself."""
@@ -80,11 +83,7 @@ def interests(
     vectors = [first]
     answered = torch.zeros(len(first), 0, dtype=torch.int64, device=first.device)
     for _ in range(count - 1):
-        scores = vectors[-1] @ catalogue.t()
-        if sequences.seen is not None and len(first):
-            masked(scores, sequences.seen)
-        scores.scatter_(1, answered, -torch.inf)
-        best = scores.argmax(1) if len(first) else scores.new_zeros(0, dtype=torch.int64)
+        best = best_new(vectors[-1], catalogue, sequences.seen, answered)
         answered = torch.cat([answered, best[:, None]], dim=1)
         longer = appended(sequences, best.cpu().numpy(), maker.max_len)
         sequences = Sequences(longer.users, longer.items, longer.offsets, longer.segments, seen=sequences.seen)
@@ -93,49 +92,55 @@ def interests(
     return torch.stack(vectors, dim=1)
 
 
+def best_new(vectors: Tensor, catalogue: Tensor, seen: Jagged | None, answered: Tensor) -> Tensor:
+    """[rows] int64: the best item for each of `vectors` [rows, dim] that is neither seen nor answered [rows, n]."""
+    best = answered.new_zeros(len(vectors))
+    for first, part, history in chunks(vectors, len(catalogue), seen):
+        scores = part @ catalogue.t()
+        if history is not None:
+            masked(scores, history)
+        scores.scatter_(1, answered[first : first + len(part)], -torch.inf)
+        best[first : first + len(part)] = scores.argmax(1)
+    return best
+
+
+def found_by(vectors: Tensor, catalogue: Tensor, n: int, seen: Jagged | None) -> Lists:
+    """The `n` best items of every interest, by exact search.
+
+    Args:
+        vectors: [users, interests, dim] float32.
+        catalogue: [items, dim] float32.
+        n: length of each list.
+        seen: items of each user that do not compete; None: all compete.
+    """
+    parts = []
+    for _, part, history in chunks(vectors, len(catalogue), seen):
+        each = []
+        for i in range(vectors.shape[1]):
+            scores = part[:, i] @ catalogue.t()
+            if history is not None:
+                masked(scores, history)
+            items = top(scores, n)
+            each.append((items, scores.gather(1, items.clamp(min=0)).masked_fill(items < 0, -torch.inf)))
+        parts.append(Lists(*(torch.stack(tensors, dim=1) for tensors in zip(*each, strict=True))))
+    return Lists(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def chunks(vectors: Tensor, items: int, seen: Jagged | None) -> Iterator[tuple[int, Tensor, Jagged | None]]:
+    """Rows of `vectors` whose scores of all items fit in memory: the first row's number, the rows, their `seen`."""
+    at_once = max(1, SCORES // items)
+    for first in range(0, max(1, len(vectors)), at_once):  # one chunk of nothing where there are no rows
+        part, history = vectors[first : first + at_once], None
+        if seen is not None:
+            values, offsets = seen
+            ends = offsets[first : first + len(part) + 1]
+            history = (values[int(ends[0]) : int(ends[-1])], ends - ends[0])
+        yield first, part, history
+
+
 def top(scores: Tensor, k: int) -> Tensor:
     """The `k` best items of each row, [rows, k] int64, best first; -1 where fewer have a finite score."""
     values, items = scores.topk(min(k, scores.shape[1]), dim=1)
     items = items.masked_fill(values == -torch.inf, -1)
     short = k - items.shape[1]
     return torch.nn.functional.pad(items, (0, short), value=-1) if short > 0 else items
-
-
-def merge_quota(lists: Sequence[Tensor], quotas: Sequence[int]) -> Tensor:
-    """The first `quotas[i]` items of list i that no list before gave, list after list (the paper's m_n for two).
-
-    Args:
-        lists: [users, n] int64 each, best first, -1 where short; long enough to fill its quota with new items.
-        quotas: items taken of each list.
-
-    Returns:
-        [users, sum of quotas] int64, all different, -1 where the lists run out.
-    """
-    merged = lists[0][:, : quotas[0]]
-    for items, quota in zip(lists[1:], quotas[1:], strict=True):
-        new = (items[:, :, None] != merged[:, None, :]).all(2) & (items >= 0)
-        merged = torch.cat([merged, _first(items, new, quota)], dim=1)
-    return merged
-
-
-def merge_by_score(lists: Sequence[Tensor], scores: Sequence[Tensor], length: int) -> Tensor:
-    """The `length` items with the best score in any list, each once, [users, length] int64, -1 where the lists run out.
-
-    Args:
-        lists: [users, n] int64 each.
-        scores: [users, n] float32 each, the scores of the lists' items.
-        length: of the merged list.
-    """
-    items, values = torch.cat(list(lists), dim=1), torch.cat(list(scores), dim=1)
-    order = values.argsort(dim=1, descending=True, stable=True)
-    items = items.gather(1, order)
-    again = torch.tril(items[:, :, None] == items[:, None, :], diagonal=-1).any(2)
-    return _first(items, ~again & (items >= 0), length)
-
-
-def _first(items: Tensor, wanted: Tensor, count: int) -> Tensor:
-    """The first `count` wanted items of each row, in order, filled up with -1."""
-    place = torch.where(wanted, wanted.cumsum(1) - 1, count)
-    out = items.new_full((items.shape[0], count + 1), -1)
-    out.scatter_(1, place.clamp(max=count), items)
-    return out[:, :count]

@@ -1,0 +1,102 @@
+"""Merging the lists of several interests into one (paper, section 3.4): under quotas (m_n is the case of two), or by
+score; every item once. Knows nothing of models, indexes or files.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Lists(NamedTuple):
+    """What each interest of each user found, best first; no item twice in one list."""
+
+    items: Tensor
+    """[users, interests, n] int64; -1 fills up short lists."""
+    scores: Tensor
+    """[users, interests, n] float32; -inf beside -1."""
+
+
+class Merged(NamedTuple):
+    """One list a user, every item once."""
+
+    items: Tensor
+    """[users, n] int64; -1 at the end where the lists ran out."""
+    scores: Tensor
+    """[users, n] float32: the score by the interest that the item was taken from; -inf beside -1."""
+    interests: Tensor
+    """[users, n] int64: the number of that interest, from 0; -1 beside -1."""
+
+
+def even_quotas(length: int, interests: int) -> list[int]:
+    """`length` places dealt evenly, the first interests getting what is over: 10 for 4 is 3, 3, 2, 2."""
+    return [length // interests + (i < length % interests) for i in range(interests)]
+
+
+def merge_quota(lists: Lists, quotas: Sequence[int]) -> Merged:
+    """The first `quotas[i]` items of list i that no list before gave, list after list (the paper's m_n for two).
+
+    Where lists run out before their quotas are filled, the best-scored items that are left in any list come last. Lists
+    as long as the merged one never run out, unless all that there is was found.
+
+    Args:
+        lists: of at least as many interests as there are quotas; the others only fill up.
+        quotas: items taken of each list; the merged list has their sum.
+
+    Example: the lists 3 1 2 and 3 2 4 under the quotas 2 and 1 make 3 1 2.
+    """
+    users, _, depth = lists.items.shape
+    places = lists.items.new_zeros(users, 0)
+    merged = lists.items.new_zeros(users, 0)
+    for i, quota in enumerate(quotas):
+        items = lists.items[:, i]
+        new = ~_repeated(torch.cat([merged, items], dim=1))[:, merged.shape[1] :] & (items >= 0)
+        here = torch.arange(i * depth, (i + 1) * depth, device=items.device).expand(users, depth)
+        places = torch.cat([places, _first(here, new, quota)], dim=1)
+        merged = _at(lists.items, places, -1)
+    return _taken(lists, torch.cat([places, _by_score(lists)], dim=1), sum(quotas))
+
+
+def merge_by_score(lists: Lists, length: int) -> Merged:
+    """The `length` items with the best score in any list, best first, each taken from the interest that scores it
+    best (the first of them, of equals).
+
+    Example: the lists 3 1 (scores 9, 5) and 1 2 (7, 6) make 3 1 2, with 1 from the second interest.
+    """
+    return _taken(lists, _by_score(lists), length)
+
+
+def _by_score(lists: Lists) -> Tensor:
+    """[users, interests * n] all places, best score first."""
+    return lists.scores.flatten(1).argsort(dim=1, descending=True, stable=True)
+
+
+def _taken(lists: Lists, places: Tensor, length: int) -> Merged:
+    """What stands at the first `length` places (-1: none) of each row that hold an item not met before."""
+    items = _at(lists.items, places, -1)
+    chosen = _first(places, (items >= 0) & ~_repeated(items), length)
+    interests = torch.where(chosen >= 0, chosen // max(1, lists.items.shape[2]), -1)
+    return Merged(_at(lists.items, chosen, -1), _at(lists.scores, chosen, -torch.inf), interests)
+
+
+def _at(values: Tensor, places: Tensor, nothing: float) -> Tensor:
+    """[users, n] the values [users, interests, n] at places; `nothing` at place -1."""
+    return values.flatten(1).gather(1, places.clamp(min=0)).masked_fill(places < 0, nothing)
+
+
+def _repeated(items: Tensor) -> Tensor:
+    """[rows, n] bool: whether the same value stands earlier in the row."""
+    order = items.argsort(dim=1, stable=True)
+    ordered = items.gather(1, order)
+    same = torch.zeros_like(items, dtype=torch.bool)
+    same[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    return torch.zeros_like(same).scatter(1, order, same)
+
+
+def _first(values: Tensor, wanted: Tensor, count: int) -> Tensor:
+    """The first `count` wanted values of each row, in order, filled up with -1."""
+    place = torch.where(wanted, wanted.cumsum(1) - 1, count)
+    out = values.new_full((values.shape[0], count + 1), -1)
+    out.scatter_(1, place.clamp(max=count), values)
+    return out[:, :count]
