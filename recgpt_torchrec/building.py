@@ -41,6 +41,8 @@ def training_stream(config: Pretrain | PromptTune, dataset: Dataset, tuning: Tun
         split="training",
         prompts=tuning is not None and tuning.prompts,
         predict_from="every" if tuning is None else tuning.predict_from,
+        soft_targets=0.0 if tuning is None else tuning.soft_targets,
+        answers=answers_of(dataset) if tuning is not None and tuning.soft_targets else 0,
         batch=config.batch,
         loss=config.loss,
         max_len=config.model.max_len,
@@ -48,6 +50,11 @@ def training_stream(config: Pretrain | PromptTune, dataset: Dataset, tuning: Tun
         item_counts=training_counts(dataset) if by_popularity else None,
     )
     return SequenceStream(maker, config.stream)
+
+
+def answers_of(dataset: Dataset) -> int:
+    """How many answers of the pre-trained model a prompt dataset holds beside each item."""
+    return int(dataset.manifest.settings.get("prompts", {}).get("answers", 0))
 
 
 def encoding_stream(

@@ -350,12 +350,21 @@ class Prompts:
     source: Literal["generated", "exposed", "both"] = "generated"
     """generated: the items that the model answers; exposed: those that were shown there and not clicked, the newest k;
     both: shown ones first, generated ones up to k in all."""
+    answers: int = 0
+    """Best answers after each interacted item to keep beside it, with their scores: prompt_tune can take them as soft
+    targets; 0 to 64."""
     exclude_seen: bool = True
     """Never generate an item of the user's history so far, or one that stands in the same interval already."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.k <= 8:
             raise ValueError(f"--prompts.k is {self.k}; between two items stand 0 to 8 prompts")
+        if not 0 <= self.answers <= 64:
+            raise ValueError(f"--prompts.answers is {self.answers}; 0 to 64 are kept beside an item")
+        if self.answers and (not self.k or self.source == "exposed"):
+            raise ValueError(
+                "--prompts.answers: nothing is generated with --prompts.k 0 or --prompts.source exposed; leave it out"
+            )
 
 
 @dataclass(kw_only=True)
@@ -390,6 +399,9 @@ class Tuning:
     """Read the prompts between the items; false: fine-tune on the same histories without them, the control."""
     predict_from: Literal["interacted", "last", "every"] = "interacted"
     """Which entries predict the next item: the interacted one before it, the last entry before it, or all of them."""
+    soft_targets: float = 0.0
+    """Share of each target's weight, 0 to 1, that is spread over the pre-trained model's answers at that place; needs a
+    dataset generated with --prompts.answers."""
     output_table: bool = True
     """Score with a table of its own (W_l), which starts as a copy of the item table; false: with the item table."""
     trained: list[Literal["users", "items", "output", "decoder"]] = field(
@@ -398,6 +410,8 @@ class Tuning:
     """What is trained; the rest stays as it was pre-trained."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.soft_targets <= 1:
+            raise ValueError(f"--tuning.soft_targets is {self.soft_targets}; it is a share, 0 to 1")
         if not self.trained:
             raise ValueError(
                 "--tuning.trained is empty: nothing would be trained; name users, items, output or decoder"

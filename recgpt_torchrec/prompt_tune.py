@@ -9,7 +9,7 @@ from recgpt_torchrec.errors import InputError
 
 def main(config: PromptTune) -> None:
     """Go on training, and leave the best checkpoint in `config.output`."""
-    from recgpt_torchrec.building import fit, pretrained_model, training_stream
+    from recgpt_torchrec.building import answers_of, fit, pretrained_model, training_stream
     from recgpt_torchrec.data.dataset import Dataset
     from recgpt_torchrec.training.checkpoint import find
     from recgpt_torchrec.training.processes import process_group, say
@@ -22,6 +22,13 @@ def main(config: PromptTune) -> None:
                 f"{config.data} has no prompts; make some with python -m recgpt_torchrec.generate_prompts, "
                 "or fine-tune without them: --tuning.prompts false"
             )
+        if tuning.soft_targets and not answers_of(dataset):
+            raise InputError(
+                f"--tuning.soft_targets {tuning.soft_targets}: {config.data} holds no answers of the pre-trained "
+                "model; generate it with --prompts.answers, for example 5, or leave the option out"
+            )
+        if tuning.soft_targets and config.loss.candidates == "bce":
+            raise InputError("--tuning.soft_targets needs a softmax: --loss.candidates all, sampled or in_batch")
         config = replace(config, model=pretrained_model(checkpoint, dataset, config.model))
         training_stream(config, dataset, tuning)  # finds what is wrong with options or data
         run = Run.find(config.output, asdict(config), dataset.manifest.vocabulary, keep=config.checkpointing.keep)

@@ -18,6 +18,7 @@ def write_dataset(
     *,
     items: int | None = None,
     segments: Sequence[Sequence[int]] | None = None,
+    more: dict[str, pa.Array] | None = None,
     rows_per_group: int = 8,
     groups_per_part: int = 2,
     vocabulary: str = "test",
@@ -29,6 +30,7 @@ def write_dataset(
         histories: item ids of each user, oldest first.
         items: size of the catalogue; None: up to the largest id.
         segments: segment ids beside the items.
+        more: columns beside these.
         rows_per_group, groups_per_part: layout of the Parquet parts.
         vocabulary: fingerprint to put in the manifest.
     """
@@ -40,7 +42,7 @@ def write_dataset(
     }
     if segments is not None:
         columns["segment_ids"] = pa.array([list(s) for s in segments], pa.list_(pa.int8()))
-    table = pa.table(columns)
+    table = pa.table(columns | (more or {}))
     groups = [table.slice(start, rows_per_group) for start in range(0, len(histories), rows_per_group)]
     everything = np.array([i for h in histories for i in h], dtype=np.int64)
     trained = np.array([i for h in histories for i in training_part(h)], dtype=np.int64)

@@ -121,6 +121,23 @@ def test_only_what_is_named_is_trained(made):
     assert not torch.equal(output, tensor(made / "run", "model.item_table.embedding_bags.item.weight", (ITEMS, 8)))
 
 
+def test_answers_become_soft_targets_and_are_the_same_without_prompts(made):
+    """With all weight on the answers the model learns what it was taught, with prompts or without."""
+    options = {"--data": made / "data", "--checkpoint": made / "run", "--output": made / "answers"}
+    assert stage("generate_prompts", {**options, "--prompts.k": 1, "--prompts.answers": 3}) == 0
+    losses = {}
+    for prompts in ("true", "false"):
+        for share in (0, 0.5):
+            run = made / f"soft_{prompts}_{share}"
+            options = {"--data": made / "answers", "--checkpoint": made / "run", "--output": run, **TUNE}
+            options |= {"--tuning.prompts": prompts, "--tuning.soft_targets": share}
+            assert stage("prompt_tune", options) == 0
+            losses[prompts, share] = json.loads((run / "history.jsonl").read_text().splitlines()[0])["loss"]
+    # The model's own answers are likelier than what came next: the loss falls where they share its place.
+    for prompts in ("true", "false"):
+        assert losses[prompts, 0.5] < losses[prompts, 0]
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -130,6 +147,8 @@ def test_only_what_is_named_is_trained(made):
         ({"--checkpoint": "nowhere"}, "holds no finished checkpoint"),
         ({"--data": "other"}, "was trained on another dataset"),
         ({"--tuning.predict_from": "never"}, "tuning.predict_from"),
+        ({"--tuning.soft_targets": 0.3}, "holds no answers of the pre-trained model"),
+        ({"--tuning.soft_targets": 1.5}, "is a share, 0 to 1"),
     ],
 )
 def test_refused_before_anything_is_written(made, tuned, capfd, changed, message):

@@ -32,6 +32,10 @@ class Sequences:
     """[sequences + 1] int64."""
     segments: np.ndarray | None = None
     """[entries] int8: 0 interacted, 1 generated, 2 shown but not clicked; None: all interacted."""
+    answers: np.ndarray | None = None
+    """[entries, answers] int64 items that the pre-trained model answers after each entry, the best first; -1: none."""
+    answer_scores: np.ndarray | None = None
+    """[entries, answers] float32 scores (logits) of the answers."""
     read: np.ndarray | None = None
     """[sequences] float64: how many of the dataset's interactions each accounts for; progress is measured in these."""
     held_out: np.ndarray | None = None
@@ -79,6 +83,10 @@ class SequenceBatch(Pipelineable):
     """[candidates] int64: bags that every target is scored against."""
     candidate_log_q: torch.Tensor
     """[candidates] float32: log of the expected count of the candidate among those drawn (0: it is always there)."""
+    soft_bag: torch.Tensor
+    """[targets, answers] int64: bags of the items that share a target's place as soft targets."""
+    soft_weight: torch.Tensor
+    """[targets, answers] float32: the share of each; the target itself keeps what is left of 1."""
     target_candidate: torch.Tensor
     """[targets] int64: index into the candidates of the target itself, which is no negative; -1 where it is not
     there."""
@@ -138,6 +146,7 @@ def make_batch(
     predict: bool,
     predict_from: PredictFrom = "every",
     max_position: int | None = None,
+    soft_targets: float = 0.0,
     candidates: Candidates | None = None,
     all_items: int = 0,
     in_batch_log_q: np.ndarray | None = None,
@@ -154,6 +163,7 @@ def make_batch(
         predict_from: where prompts stand between the two, which entries predict: the `interacted` one before them, the
             `last` entry before the target, or `every` one.
         max_position: largest position there is; None: `row_length` - 1.
+        soft_targets: share of a target's weight that goes to the model's answers, where `sequences` has some.
         candidates: what targets are scored against, drawn ahead.
         all_items: score against the whole catalogue of this many items instead.
         in_batch_log_q: [items] float32; score against the distinct targets of the batch, with these log probabilities.
@@ -172,6 +182,7 @@ def make_batch(
         inputs, entries = np.ones(items.size, dtype=bool), lengths
         wanted = np.zeros(items.size, dtype=bool)
         targets = np.zeros(0, dtype=np.int64)
+    soft_items, soft_weights = soft_targets_of(sequences, inputs, wanted, targets, soft_targets)
 
     grid = pack(entries, row_length)
     size = grid.rows * row_length
@@ -185,15 +196,17 @@ def make_batch(
     if all_items:
         item_kjt, bags = distinct(np.arange(all_items), all_items, ITEM)
         input_bags, target_bags, candidate_bags = items[inputs], targets, np.arange(all_items)
+        soft_bags = soft_items.ravel()
         log_q, target_candidate = np.zeros(all_items, dtype=np.float32), targets
     else:
         if in_batch_log_q is not None:
-            ids = np.unique(targets)
-            candidates = Candidates(ids, in_batch_log_q[ids])
+            there = np.unique(targets)
+            candidates = Candidates(there, in_batch_log_q[there])
         elif candidates is None:
             candidates = Candidates(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32))
-        item_kjt, bags = distinct(np.concatenate([items[inputs], targets, candidates.ids]), capacity.items, ITEM)
-        input_bags, target_bags, candidate_bags = np.split(bags, np.cumsum([inputs.sum(), targets.size]))
+        ids = [items[inputs], targets, candidates.ids, soft_items.ravel()]
+        item_kjt, bags = distinct(np.concatenate(ids), capacity.items, ITEM)
+        input_bags, target_bags, candidate_bags, soft_bags = np.split(bags, np.cumsum([part.size for part in ids])[:-1])
         log_q = candidates.log_q
         index_of = np.full(capacity.items, -1, dtype=np.int64)
         index_of[candidate_bags] = np.arange(candidate_bags.size)
@@ -212,6 +225,8 @@ def make_batch(
         target_bag=torch.from_numpy(target_bags),
         candidate_bag=torch.from_numpy(candidate_bags),
         candidate_log_q=torch.from_numpy(log_q),
+        soft_bag=torch.from_numpy(soft_bags.reshape(soft_items.shape)),
+        soft_weight=torch.from_numpy(soft_weights),
         target_candidate=torch.from_numpy(target_candidate),
         last_slot=torch.from_numpy(grid.slots[ends[entries > 0] - 1]),
         global_targets=torch.tensor(float(targets.size)),
@@ -252,6 +267,26 @@ def targets_of(
     elif predict_from == "last":
         wanted &= following == entry + 1
     return wanted, sequences.items[following[wanted]]
+
+
+def soft_targets_of(
+    sequences: Sequences, inputs: np.ndarray, wanted: np.ndarray, targets: np.ndarray, share: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The answers that share a target's place, [targets, answers] int64, and the weight of each, float32.
+
+    A `share` of the target's weight is spread over the answers by the softmax of their scores. The target itself is
+    none of them; one that is left out has weight 0 and stands as the target.
+    """
+    if not share or sequences.answers is None or sequences.answer_scores is None:
+        return np.zeros((targets.size, 0), dtype=np.int64), np.zeros((targets.size, 0), dtype=np.float32)
+    answers = sequences.answers[inputs][wanted]
+    scores = sequences.answer_scores[inputs][wanted]
+    valid = (answers >= 0) & (answers != targets[:, None])
+    scores = np.where(valid, scores, -np.inf)
+    top = scores.max(1, initial=-np.inf, keepdims=True)
+    weights = np.exp(scores - np.where(np.isfinite(top), top, 0.0))
+    weights *= share / np.maximum(weights.sum(1, keepdims=True), 1e-30)
+    return np.where(valid, answers, targets[:, None]), weights.astype(np.float32)
 
 
 def no_sequences() -> Sequences:

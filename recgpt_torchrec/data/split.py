@@ -121,7 +121,17 @@ def take(values: npt.NDArray[Any], start: Int64, stop: Int64) -> ItemLists:
 
 
 def item_lists(column: pa.ListArray | pa.LargeListArray | pa.ChunkedArray) -> ItemLists:
-    """An Arrow list column as values and offsets from 0, without a copy where Arrow allows it.
+    """An Arrow list column of ids as int64 values and offsets from 0, without a copy where Arrow allows it.
+
+    Raises:
+        ValueError: a list or an id is null.
+    """
+    values, offsets = lists_of(column)
+    return ItemLists(values.astype(np.int64, copy=False), offsets)
+
+
+def lists_of(column: pa.ListArray | pa.LargeListArray | pa.ChunkedArray) -> tuple[npt.NDArray[Any], Int64]:
+    """Any Arrow list column of numbers as values of their own dtype and int64 offsets from 0.
 
     Raises:
         ValueError: a list or an id is null.
@@ -135,7 +145,7 @@ def item_lists(column: pa.ListArray | pa.LargeListArray | pa.ChunkedArray) -> It
     values = array.values.slice(offsets[0], offsets[-1] - offsets[0])
     if values.null_count:
         raise ValueError(f"{values.null_count} ids are null")
-    return ItemLists(values.to_numpy().astype(np.int64, copy=False), offsets - offsets[0])
+    return values.to_numpy(), offsets - offsets[0]
 
 
 def _bounds(offsets: npt.ArrayLike) -> tuple[Int64, Int64]:

@@ -28,6 +28,8 @@ from recgpt_torchrec.data.windows import Cursor, Queue, RowGroup, Window, row_gr
 from recgpt_torchrec.errors import InputError
 
 EVALUATION = ("validation", "test")
+ANSWERS = ("answer_ids", "answer_scores")
+"""List columns of a prompt dataset: some answers of the model for each interacted item, and their scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,10 @@ class BatchMaker:
     """Whether entries that were not interacted with (generated, or shown but not clicked) are read; else left out."""
     predict_from: PredictFrom = "every"
     """Which entries of an interval with prompts predict the next interacted item (see `make_batch`)."""
+    soft_targets: float = 0.0
+    """Share of a target's weight that goes to the pre-trained model's answers in the dataset (see `make_batch`)."""
+    answers: int = 0
+    """Answers the dataset holds for each interacted item."""
     grows: int = 0
     """Most entries that are appended to a history after it was read (see `retrieval.recall`)."""
     split: str
@@ -81,7 +87,8 @@ class BatchMaker:
         if self.loss.candidates == "all":
             return Capacity(self.max_sequences, items)
         negatives = 0 if self.loss.candidates == "in_batch" else self.loss.negatives
-        return Capacity(self.max_sequences, min(items, self.batch.tokens + self.max_sequences + negatives))
+        most = self.batch.tokens * (1 + self.answers) + self.max_sequences + negatives
+        return Capacity(self.max_sequences, min(items, most))
 
     def sampler(self) -> NegativeSampler | None:
         """Draws the negatives of a batch; None where the loss needs none drawn."""
@@ -109,6 +116,7 @@ class BatchMaker:
             predict=self.training,
             predict_from=self.predict_from,
             max_position=self.max_len - 1,
+            soft_targets=self.soft_targets,
             candidates=candidates,
             all_items=self.dataset.manifest.items if self.training and self.loss.candidates == "all" else 0,
             in_batch_log_q=in_batch,
@@ -121,7 +129,7 @@ class BatchMaker:
 
     def sequences_of(self, window: Window, epoch: int, shuffle: bool) -> Sequences:
         """Read a window, cut its histories for the split and to `max_len`, and shuffle them."""
-        tables = [read_group(self.dataset, group) for group in window.groups]
+        tables = [read_group(self.dataset, group, answers=bool(self.answers)) for group in window.groups]
         table = pa.concat_tables(tables)
         users = table["user_id"].to_numpy()
         values, offsets = leave_one_out.item_lists(table["item_ids"])
@@ -133,6 +141,7 @@ class BatchMaker:
             kept = segments == 0
             values, offsets, segments = values[kept], np.concatenate([[0], np.cumsum(kept)])[offsets], None
         real = leave_one_out.Interacted.among(offsets, segments)
+        answers = self._answers_of(table, values.size, real)
         held_out, keep = None, self.max_len
         if self.training:
             begin, end = leave_one_out.training(real.offsets)
@@ -164,10 +173,24 @@ class BatchMaker:
             items=cut.values,
             offsets=cut.offsets,
             segments=None if segments is None else leave_one_out.take(segments, start, stop).values,
+            answers=None if answers is None else leave_one_out.take(answers[0], start, stop).values,
+            answer_scores=None if answers is None else leave_one_out.take(answers[1], start, stop).values,
             read=read[order] if self.training else None,
             held_out=None if held_out is None else held_out[order],
             seen=seen,
         )
+
+    def _answers_of(
+        self, table: pa.Table, entries: int, real: leave_one_out.Interacted
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Answers and scores by entry; the dataset has them by interacted item."""
+        if not self.answers:
+            return None
+        ids = np.full((entries, self.answers), -1, dtype=np.int64)
+        scores = np.zeros((entries, self.answers), dtype=np.float32)
+        ids[real.places] = leave_one_out.lists_of(table["answer_ids"])[0].reshape(-1, self.answers)
+        scores[real.places] = leave_one_out.lists_of(table["answer_scores"])[0].reshape(-1, self.answers)
+        return ids, scores
 
     def batches(
         self, windows: list[Window], todo: Queue, worker: int, epoch: int, shuffle: bool
@@ -204,8 +227,8 @@ def in_batch_log_q(counts: np.ndarray, tokens: int) -> np.ndarray:
     return np.log(-np.expm1(tokens * np.log1p(-np.minimum(p, 1 - 1e-9)))).astype(np.float32)
 
 
-def read_group(dataset: Dataset, group: RowGroup) -> pa.Table:
-    """Read the columns that are used of one row group, and check every id.
+def read_group(dataset: Dataset, group: RowGroup, answers: bool = False) -> pa.Table:
+    """Read the columns that are used of one row group, `answers` of the pre-trained model among them, and check ids.
 
     Raises:
         InputError: names the part, the row group and the row of what cannot be used.
@@ -214,7 +237,8 @@ def read_group(dataset: Dataset, group: RowGroup) -> pa.Table:
     place = f"{dataset.path}: {part.path}, row group {group.group}"
     try:
         with dataset.open_part(part) as file:
-            names = [n for n in ("user_id", "item_ids", "segment_ids") if n in file.schema_arrow.names]
+            wanted = ("user_id", "item_ids", "segment_ids", *ANSWERS * answers)
+            names = [n for n in wanted if n in file.schema_arrow.names]
             table = file.read_row_group(group.group, columns=names)
     except (OSError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())
@@ -268,6 +292,8 @@ def part_of(sequences: Sequences, start: int, stop: int) -> Sequences:
         items=items,
         offsets=offsets,
         segments=None if sequences.segments is None else cut(sequences.segments, sequences.offsets)[0],
+        answers=None if sequences.answers is None else cut(sequences.answers, sequences.offsets)[0],
+        answer_scores=None if sequences.answer_scores is None else cut(sequences.answer_scores, sequences.offsets)[0],
         read=None if sequences.read is None else sequences.read[start:stop],
         held_out=None if sequences.held_out is None else sequences.held_out[start:stop],
         seen=None if sequences.seen is None else cut(*sequences.seen),
@@ -294,6 +320,8 @@ def joined(parts: list[Sequences]) -> Sequences:
         items=np.concatenate([p.items for p in parts]),
         offsets=offsets_of([p.lengths for p in parts]),
         segments=None if first.segments is None else np.concatenate([p.segments for p in parts]),
+        answers=None if first.answers is None else np.concatenate([p.answers for p in parts]),
+        answer_scores=None if first.answer_scores is None else np.concatenate([p.answer_scores for p in parts]),
         read=None if first.read is None else np.concatenate([p.read for p in parts]),
         held_out=None if first.held_out is None else np.concatenate([p.held_out for p in parts]),
         seen=seen,

@@ -62,7 +62,13 @@ class Dense(nn.Module):
         positive, candidates = outputs[batch.target_bag], outputs[batch.candidate_bag]
         if self.loss.candidates == "bce":
             return bce_loss(h, positive, candidates, batch.target_candidate, self.loss.bce_negatives)
-        return softmax_loss(h, positive, candidates, batch.candidate_log_q, batch.target_candidate)
+        hard = softmax_loss(h, positive, candidates, batch.candidate_log_q, batch.target_candidate)
+        if not batch.soft_weight.shape[1]:
+            return hard
+        # Cross-entropy is linear in the target distribution: weight moves from the target's score to the answers'.
+        weight = batch.soft_weight
+        softer = torch.einsum("ta,tad->td", weight, outputs[batch.soft_bag]) - weight.sum(1, keepdim=True) * positive
+        return hard - (h * softer).sum()
 
 
 class RecGPT(nn.Module):

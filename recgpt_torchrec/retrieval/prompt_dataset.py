@@ -22,7 +22,7 @@ from recgpt_torchrec.config import Prompts
 from recgpt_torchrec.data import split, writing
 from recgpt_torchrec.data.batch import USER
 from recgpt_torchrec.data.dataset import MANIFEST, Dataset, Manifest, Part, filesystem
-from recgpt_torchrec.data.stream import read_group
+from recgpt_torchrec.data.stream import ANSWERS, read_group
 from recgpt_torchrec.data.windows import RowGroup, row_groups
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.prompting import (
@@ -52,6 +52,7 @@ def record_of(dataset: Dataset, prompts: Prompts, max_len: int, checkpoint: str,
         "k": prompts.k,
         "source": prompts.source,
         "exclude_seen": prompts.exclude_seen,
+        "answers": prompts.answers,
         "max_len": max_len,
         "checkpoint": checkpoint,
         "checkpoint_fingerprint": fingerprint,
@@ -145,8 +146,9 @@ def differences(found: dict[str, Any], record: dict[str, Any], ignored: tuple[st
 
 
 def read_rows(dataset: Dataset, group: RowGroup) -> pa.Table:
-    """One row group, every id checked: user_id, item_ids and, where there are any, segment_ids and timestamps."""
-    table = read_group(dataset, group)
+    """One row group, every id checked: user_id, item_ids and, where there are any, segment_ids, timestamps and
+    answers."""
+    table = read_group(dataset, group, answers=True)
     part = dataset.manifest.sequences[group.part]
     with dataset.open_part(part) as file:
         if "timestamps" in file.schema_arrow.names:
@@ -154,7 +156,7 @@ def read_rows(dataset: Dataset, group: RowGroup) -> pa.Table:
                 "timestamps", file.read_row_group(group.group, columns=["timestamps"]).column(0)
             )
     lengths = split.item_lists(table["item_ids"]).offsets
-    for name in table.schema.names[2:]:
+    for name in set(table.schema.names[2:]) - set(ANSWERS):
         if not np.array_equal(split.item_lists(table[name]).offsets, lengths):
             raise InputError(
                 f"{dataset.path}: {part.path}, row group {group.group}: the lists of {name} are not as long as those "
@@ -233,8 +235,8 @@ class UserVectors:
 class Earlier:
     """Histories of an earlier prompt dataset, by user; only the row groups that a pool needs are held."""
 
-    def __init__(self, dataset: Dataset, k: int, max_len: int) -> None:
-        self.dataset, self.k, self.max_len = dataset, k, max_len
+    def __init__(self, dataset: Dataset, k: int, max_len: int, answers: int) -> None:
+        self.dataset, self.k, self.max_len, self.answers = dataset, k, max_len, answers
         self.groups: list[tuple[int, int, RowGroup]] = []
         """(smallest, largest user id, row group)."""
         for group in row_groups(dataset):
@@ -259,7 +261,8 @@ class Earlier:
         return known
 
     def _histories(self, group: RowGroup) -> Histories:
-        return histories_of(read_rows(self.dataset, group), self.k, self.max_len, (GENERATED, EXPOSED))
+        table = read_rows(self.dataset, group)
+        return histories_of(table, self.k, self.max_len, (GENERATED, EXPOSED), self.answers)
 
 
 @dataclass
@@ -300,20 +303,20 @@ def write_prompts(
         previous: an earlier prompt dataset to take prompts over from.
         progress: called with numbers of users done on this rank.
     """
-    k, max_len = record["k"], record["max_len"]
+    k, max_len, answers = record["k"], record["max_len"], record["answers"]
     kept = () if record["source"] == "generated" else (EXPOSED,)
     pools = [pools_of(share_of(groups, r, world_size()), pool_users) for r in range(world_size())]
     vectors = None
     if user_table is not None and fill is not None:
         counts = [[sum(group.rows for group in pool) for pool in of_rank] for of_rank in pools]
         vectors = UserVectors(user_table, counts, device)
-    earlier = None if previous is None else Earlier(previous, k, max_len)
+    earlier = None if previous is None else Earlier(previous, k, max_len, answers)
     made = Made()
 
     def filled() -> Iterator[pa.Table]:
         for pool in pools[rank()]:
             tables = [read_rows(dataset, group) for group in pool]
-            histories = histories_of(pa.concat_tables(tables), k, max_len, kept)
+            histories = histories_of(pa.concat_tables(tables), k, max_len, kept, answers)
             known = None if earlier is None else earlier.fill(histories)
             if fill is not None and vectors is not None:
                 fill(histories, vectors.of(histories.users), known, progress)

@@ -45,6 +45,10 @@ class Histories:
     """[interactions, k] int64: what stands between the item and the next one, in order; -1: nothing (any more)."""
     segments: npt.NDArray[np.int8]
     """[interactions, k] int8 segment ids of the prompts."""
+    answers: Int64
+    """[interactions, answers] int64: what the model answers best after the item, most of all first; -1: nothing."""
+    answer_scores: npt.NDArray[np.float32]
+    """[interactions, answers] float32 scores of the answers (logits); 0 where there is none."""
     times: Int64 | None = None
     """[interactions] timestamps."""
 
@@ -62,14 +66,15 @@ class Histories:
         return np.maximum(self.offsets[:-1], self.offsets[1:] - max_len)
 
 
-def histories_of(table: pa.Table, k: int, max_len: int, kept: tuple[int, ...]) -> Histories:
+def histories_of(table: pa.Table, k: int, max_len: int, kept: tuple[int, ...], answers: int = 0) -> Histories:
     """Take rows of a dataset apart.
 
     Args:
-        table: user_id, item_ids and, where there are any, segment_ids and timestamps.
+        table: user_id, item_ids and, where there are any, segment_ids, timestamps, answer_ids and answer_scores.
         k: most prompts in an interval; the newest ones stay.
         max_len: only between the newest `max_len` items prompts stay.
         kept: segment ids of the entries that stay as prompts; entries of any other but interacted ones are dropped.
+        answers: places for the model's answers after each item.
     """
     entries, offsets = split.item_lists(table["item_ids"])
     segments = np.zeros(entries.size, np.int8)
@@ -78,12 +83,20 @@ def histories_of(table: pa.Table, k: int, max_len: int, kept: tuple[int, ...]) -
     times = split.item_lists(table["timestamps"]).values if "timestamps" in table.schema.names else None
     interacted = segments == INTERACTED
     before = np.concatenate([[0], np.cumsum(interacted)])  # interacted items before each entry
+    shape = (int(before[-1]), answers)
+    answer_ids = np.full(shape, -1, np.int64)
+    answer_scores = np.zeros(shape, np.float32)
+    if answers and "answer_ids" in table.schema.names:
+        answer_ids = split.item_lists(table["answer_ids"]).values.reshape(shape).copy()
+        answer_scores = split.lists_of(table["answer_scores"])[0].reshape(shape).copy()
     found = Histories(
         users=table["user_id"].to_numpy().astype(np.int64, copy=False),
         items=entries[interacted],
         offsets=before[offsets],
         prompts=np.full((int(before[-1]), k), -1, np.int64),
         segments=np.zeros((int(before[-1]), k), np.int8),
+        answers=answer_ids,
+        answer_scores=answer_scores,
         times=None if times is None else times[interacted],
     )
     (entry,) = np.nonzero(np.isin(segments, kept) & ~interacted)
@@ -105,7 +118,7 @@ def histories_of(table: pa.Table, k: int, max_len: int, kept: tuple[int, ...]) -
 
 
 def table_of(histories: Histories) -> pa.Table:
-    """The rows of a dataset again: user_id, item_ids, segment_ids and, where there are any, timestamps.
+    """The rows of a dataset again: user_id, item_ids, segment_ids and, where there are any, timestamps and answers.
 
     A prompt has the time of the item it follows.
     """
@@ -121,7 +134,12 @@ def table_of(histories: Histories) -> pa.Table:
     columns = {"user_id": pa.array(histories.users), "item_ids": lists(entries[there])}
     if histories.times is not None:
         columns["timestamps"] = lists(np.repeat(histories.times, counts))
-    return pa.table({**columns, "segment_ids": lists(segments[there])})
+    columns["segment_ids"] = lists(segments[there])
+    if number := histories.answers.shape[1]:
+        offsets = pa.array((histories.offsets * number).astype(np.int32))
+        columns["answer_ids"] = lists(histories.answers.ravel())
+        columns["answer_scores"] = lists(histories.answer_scores.ravel())
+    return pa.table(columns)
 
 
 def known_intervals(histories: Histories, earlier: Histories, max_len: int) -> Int64:
@@ -151,6 +169,8 @@ def known_intervals(histories: Histories, earlier: Histories, max_len: int) -> I
         if not np.array_equal(shown, np.where(earlier.segments[filled] == EXPOSED, shown_then, -1)):
             continue
         histories.prompts[intervals], histories.segments[intervals] = shown_then, earlier.segments[filled]
+        histories.answers[intervals] = earlier.answers[filled]
+        histories.answer_scores[intervals] = earlier.answer_scores[filled]
         known[row] = size - 1 - skipped
     return known
 
@@ -213,6 +233,8 @@ class Prompter:
             items=torch.from_numpy(histories.items[where]).to(device),
             prompts=torch.from_numpy(histories.prompts[where]).to(device),
             segments=torch.from_numpy(histories.segments[where]).long().to(device),
+            answers=torch.from_numpy(histories.answers[where]).to(device),
+            answer_scores=torch.from_numpy(histories.answer_scores[where]).to(device),
             older=torch.from_numpy(older_items(histories, rows, first)).to(device),
             users=self.dense.user_vectors(user_vectors[torch.from_numpy(rows).to(user_vectors.device)].to(device)),
         )
@@ -228,8 +250,11 @@ class Prompter:
         filled = known[:, None] + np.arange(int(todo.max()))
         row, number = np.nonzero(np.arange(int(todo.max())) < todo[:, None])
         interval = filled[row, number]
-        histories.prompts[first[row] + interval] = grid.prompts.cpu().numpy()[row, interval]
-        histories.segments[first[row] + interval] = grid.segments.cpu().numpy()[row, interval]
+        place = first[row] + interval
+        histories.prompts[place] = grid.prompts.cpu().numpy()[row, interval]
+        histories.segments[place] = grid.segments.cpu().numpy()[row, interval]
+        histories.answers[place] = grid.answers.cpu().numpy()[row, interval]
+        histories.answer_scores[place] = grid.answer_scores.cpu().numpy()[row, interval]
 
     def _interval(self, state: Decoding, grid: "_Grid", at: Tensor, going_on: int) -> None:
         """Feed each user's item `at` [users], and fill the interval after it; `going_on` users have more to come."""
@@ -238,6 +263,11 @@ class Prompter:
         seen = torch.arange(int(at.max()) + 1, device=at.device) <= at[:, None]
         excluded = torch.where(seen, grid.items[users, : seen.shape[1]], grid.items[users, :1])
         excluded = torch.cat([excluded, grid.older[users]], dim=1)
+        if self.prompts.answers:
+            forbidden = excluded if self.prompts.exclude_seen else None
+            grid.answers[users, at], grid.answer_scores[users, at] = best_items(
+                out, self.catalogue, forbidden, self.prompts.answers
+            )
         for slot in range(self.prompts.k):
             wanted = (grid.prompts[users, at, slot] < 0).nonzero()[:, 0]
             if wanted.numel():
@@ -246,7 +276,10 @@ class Prompter:
                     interval = grid.prompts[wanted, at[wanted]]
                     first = grid.items[wanted, :1]  # stands for nothing: it is forbidden anyway
                     forbidden = torch.cat([excluded[wanted], torch.where(interval < 0, first, interval)], dim=1)
-                answers = best_items(out[wanted], self.catalogue, forbidden)
+                if slot == 0 and self.prompts.answers and self.prompts.source == "generated":
+                    answers = grid.answers[wanted, at[wanted], 0]  # what is forbidden was the same
+                else:
+                    answers = best_items(out[wanted], self.catalogue, forbidden)[0][:, 0]
                 grid.prompts[wanted, at[wanted], slot] = answers
                 grid.segments[wanted, at[wanted], slot] = torch.where(answers < 0, INTERACTED, GENERATED)
             if slot == self.prompts.k - 1:  # what nothing follows need not be fed
@@ -293,6 +326,10 @@ class _Grid:
     """[users, intervals, k]; -1: not there (yet)."""
     segments: Tensor
     """[users, intervals, k] int64."""
+    answers: Tensor
+    """[users, intervals, answers] int64."""
+    answer_scores: Tensor
+    """[users, intervals, answers] float32."""
     older: Tensor
     """[users, any] items before the first that has prompts; what is missing repeats an item of the user."""
     users: Tensor
@@ -307,25 +344,36 @@ def older_items(histories: Histories, rows: Int64, first: Int64) -> Int64:
     return histories.items[where]
 
 
-def best_items(outputs: Tensor, catalogue: Tensor, forbidden: Tensor | None = None) -> Tensor:
-    """[rows] int64: the item with the highest score of each row; of equal ones the smallest id.
+def best_items(
+    outputs: Tensor, catalogue: Tensor, forbidden: Tensor | None = None, count: int = 1
+) -> tuple[Tensor, Tensor]:
+    """The `count` items with the highest scores of each row, the highest first; of equal ones the smallest id.
 
     Args:
         outputs: [rows, dim] float32.
         catalogue: [items, dim] float32.
-        forbidden: [rows, any] int64 items that may not be answered; -1 is the answer where that leaves none.
+        forbidden: [rows, any] int64 items that may not be answered.
+        count: answers a row.
+
+    Returns:
+        items: [rows, count] int64; -1 where no item is left.
+        scores: [rows, count] float32; 0 where no item is left.
     """
     at_once = max(FEWEST_ROWS, SCORES[outputs.device.type] // catalogue.shape[0])
-    answers = []
+    items = torch.empty(outputs.shape[0], count, dtype=torch.int64, device=outputs.device)
+    best = torch.empty(outputs.shape[0], count, device=outputs.device)
     for start in range(0, outputs.shape[0], at_once):
         scores = outputs[start : start + at_once] @ catalogue.t()
         if forbidden is not None:
             scores.scatter_(1, forbidden[start : start + at_once], -torch.inf)
-        answer = first_argmax(scores)
-        if forbidden is not None and forbidden.shape[1] >= catalogue.shape[0]:
-            answer = torch.where(scores.gather(1, answer[:, None])[:, 0] == -torch.inf, -1, answer)
-        answers.append(answer)
-    return torch.cat(answers)
+        for place in range(count):  # a pass each: for a few answers faster than torch.topk
+            answer = first_argmax(scores)[:, None]
+            items[start : start + at_once, place] = answer[:, 0]
+            best[start : start + at_once, place] = scores.gather(1, answer)[:, 0]
+            if place + 1 < count:
+                scores.scatter_(1, answer, -torch.inf)
+    none = best == -torch.inf
+    return items.masked_fill_(none, -1), best.masked_fill_(none, 0.0)
 
 
 def first_argmax(scores: Tensor) -> Tensor:

@@ -183,3 +183,35 @@ def test_moving_a_batch_keeps_every_field():
     assert moved.sequences is batch.sequences and moved.cursor == batch.cursor
     assert torch.equal(moved.item_bag, batch.item_bag)
     assert torch.equal(moved.items.values(), batch.items.values())
+
+
+def test_answers_share_the_place_of_the_targets_they_are_not():
+    """By hand: the share is spread by the softmax of the scores, the target itself and missing answers left out."""
+    sequences = Sequences(
+        users=np.array([0, 1]),
+        items=np.array([1, 2, 9, 3, 4, 5]),
+        offsets=np.array([0, 4, 6]),
+        segments=np.array([0, 0, 1, 0, 0, 0], dtype=np.int8),
+        answers=np.array([[7, 8], [9, 3], [-1, -1], [6, 6], [5, -1], [0, 0]]),
+        answer_scores=np.array([[1.0, 1.0], [2.0, 1.0], [0, 0], [0, 0], [3.0, 0], [0, 0]], dtype=np.float32),
+    )
+    batch = make_batch(
+        sequences,
+        row_length=ROW,
+        capacity=Capacity(users=8, items=ITEMS),
+        predict=True,
+        predict_from="interacted",
+        soft_targets=0.4,
+    )
+    items = batch.items.values()
+    assert items[batch.target_bag].tolist() == [2, 3, 5]
+    # Item 3 answered after 2 is the target, and so is 5 after 4: nothing is left to share with.
+    assert items[batch.soft_bag].tolist() == [[7, 8], [9, 3], [5, 5]]
+    expected = torch.tensor([[0.2, 0.2], [0.4, 0.0], [0.0, 0.0]])
+    torch.testing.assert_close(batch.soft_weight, expected)
+
+
+def test_without_a_share_there_are_no_soft_targets():
+    sequences = Sequences(users=np.array([0]), items=np.array([1, 2]), offsets=np.array([0, 2]))
+    batch, *_ = made(sequences, True, "all")
+    assert batch.soft_weight.shape == (1, 0) and batch.soft_bag.shape == (1, 0)

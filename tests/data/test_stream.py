@@ -325,3 +325,42 @@ def test_a_part_that_is_no_parquet_is_named(tmp_path, content):
     (tmp_path / "data" / dataset.manifest.sequences[0].path).write_bytes(content)
     with pytest.raises(InputError, match="part-00000.parquet cannot be read as Parquet"):
         read_all(dataset)
+
+
+@pytest.mark.parametrize("prompts", [True, False])
+def test_answers_stay_beside_their_items_whatever_is_cut_and_shuffled(tmp_path, prompts):
+    """Each item's answers are a function of the item here, and so they must be where it is the input."""
+    rng = np.random.default_rng(0)
+    histories, segments = walks(30, 20, shortest=1, longest=14), []
+    for history in histories:
+        segments.append([0 if p == 0 else int(rng.integers(2)) for p in range(len(history))])
+    real = [[i for i, s in zip(h, k, strict=True) if s == 0] for h, k in zip(histories, segments, strict=True)]
+    answers = [[a for i in row for a in (i, (i + 7) % 20)] for row in real]
+    scores = [[float(i) for i in row for _ in range(2)] for row in real]
+    more = {"answer_ids": pa.array(answers, pa.list_(pa.int64())), "answer_scores": pa.array(scores)}
+    dataset = write_dataset(tmp_path / "data", histories, items=20, segments=segments, more=more)
+    maker = BatchMaker(
+        dataset=dataset,
+        split="training",
+        prompts=prompts,
+        predict_from="interacted",
+        soft_targets=0.5,
+        answers=2,
+        batch=Batch(tokens=40),
+        loss=Loss(candidates="sampled", negatives=5),
+        max_len=MAX_LEN,
+        seed=0,
+    )
+    stream = SequenceStream(maker, Stream(window_groups=2))
+    seen = 0
+    for batch in stream.epoch(0, deal(stream.windows(0), 1, Position(0))):
+        items, inputs = batch.items.values(), batch.item_bag.flatten()
+        for slot, target, soft, weight in zip(
+            batch.target_slot.tolist(), batch.target_bag, batch.soft_bag, batch.soft_weight, strict=True
+        ):
+            item, goal = int(items[inputs[slot]]), int(items[target])
+            there = [a for a in (item, (item + 7) % 20) if a != goal]
+            assert {int(items[b]) for b, w in zip(soft, weight, strict=True) if w > 0} == set(there)
+            assert float(weight.sum()) == pytest.approx(0.5)
+            seen += 1
+    assert seen >= 40

@@ -1,14 +1,18 @@
 """The losses against torch's own cross-entropy and against plain loops."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from recgpt_torchrec.config import Loss, Model
 from recgpt_torchrec.model import loss as losses
 from recgpt_torchrec.model.loss import bce_loss, softmax_loss
+from recgpt_torchrec.model.recgpt import Dense
 
 
 def vectors(*shape: int, seed: int = 0) -> Tensor:
@@ -53,6 +57,29 @@ def test_the_sampled_loss_is_the_formula_with_and_without_the_own_target_among_t
     leaves = (h, positive, drawn)
     for mine, theirs in zip(gradients(ours, *leaves), gradients(reference, *leaves), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_soft_targets_are_torchs_cross_entropy_with_probabilities():
+    """A batch whose targets share their place with answers, through the model's own sum of losses."""
+    h, catalogue = vectors(5, 8), vectors(12, 8, seed=1)
+    targets, answers = torch.tensor([3, 0, 5, 11, 7]), torch.tensor([[1, 2], [3, 4], [6, 7], [5, 5], [8, 9]])
+    weights = torch.tensor([[0.2, 0.1], [0.3, 0.0], [0.0, 0.0], [0.15, 0.15], [0.25, 0.05]])
+    batch: Any = SimpleNamespace(
+        target_bag=targets,
+        candidate_bag=torch.arange(12),
+        candidate_log_q=torch.zeros(12),
+        target_candidate=targets,
+        soft_bag=answers,
+        soft_weight=weights,
+    )
+    dense = Dense(Model(dim=8), Loss(candidates="all"))
+    ours = dense.sum_of_losses(h, catalogue, batch)
+    probabilities = F.one_hot(targets, 12) * (1 - weights.sum(1, keepdim=True))
+    probabilities = probabilities.scatter_add(1, answers, weights)
+    reference = F.cross_entropy(h @ catalogue.t(), probabilities, reduction="sum")
+    torch.testing.assert_close(ours, reference)
+    for mine, theirs in zip(gradients(ours, h, catalogue), gradients(reference, h, catalogue), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_the_gradient_of_the_loss_times_a_factor_has_the_factor():

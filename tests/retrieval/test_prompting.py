@@ -109,6 +109,32 @@ def test_prompts_with_the_cache_are_those_of_recomputing_everything(dense, catal
         assert made["segment_ids"][u].as_py() == segments
 
 
+@pytest.mark.parametrize("source", ["generated", "both"])
+def test_the_answers_kept_are_the_best_after_each_interacted_item(dense, catalogue, source):
+    items, segments = [[3, 7, 8, 1, 2, 5], [4, 6], [9]], [[0, 2, 2, 0, 0, 0], [0, 0], [0]]
+    kept = (EXPOSED,) if source == "both" else ()
+    histories = histories_of(rows_of(items, segments), 1, MAX_LEN, kept, answers=4)
+    made = fill(dense, catalogue, histories, Prompts(k=1, source=source, answers=4))
+    users = vectors_of(len(items))
+    for u, row in enumerate([[3, 1, 2, 5], [4, 6], [9]]):
+        entries, kinds = made["item_ids"][u].as_py(), made["segment_ids"][u].as_py()
+        answers = np.array(made["answer_ids"][u].as_py()).reshape(-1, 4)
+        scores = np.array(made["answer_scores"][u].as_py()).reshape(-1, 4)
+        places = [place for place, kind in enumerate(kinds) if kind == 0]
+        for i, place in enumerate(places):
+            if i == len(row) - 1:  # no interval follows
+                assert answers[i].tolist() == [-1] * 4
+                continue
+            positions = [sum(kind == 0 for kind in kinds[:q]) for q in range(place + 1)]
+            reference = score(dense, catalogue, users[u], entries[: place + 1], positions)
+            reference[row[: i + 1]] = -torch.inf
+            best = reference.topk(4)
+            assert answers[i].tolist() == best.indices.tolist()
+            assert scores[i].tolist() == pytest.approx(best.values.tolist(), rel=1e-4, abs=1e-5)
+            if kinds[place + 1] == GENERATED:
+                assert entries[place + 1] == answers[i, 0]
+
+
 def test_shown_items_stand_first_and_generated_ones_fill_up(dense, catalogue):
     rows = [[3, 7, 8, 9, 1, 2], [4, 5, 6, 10]]
     # row 0: shown before the first item, three after item 3, one after 1, one after the last
@@ -197,14 +223,17 @@ def test_two_items_worked_by_hand_through_algorithm_1():
 def test_of_equal_scores_the_smallest_id_is_answered():
     catalogue = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
     outputs = torch.tensor([[1.0, 0.0]] * 2)
-    assert best_items(outputs, catalogue).tolist() == [1, 1]
-    assert best_items(outputs, catalogue, torch.tensor([[1, 1], [2, 0]])).tolist() == [2, 1]
-    assert best_items(outputs, catalogue, torch.tensor([[0, 1, 2, 3], [1, 2, 3, 3]])).tolist() == [-1, 0]
+    assert best_items(outputs, catalogue)[0].tolist() == [[1], [1]]
+    assert best_items(outputs, catalogue, torch.tensor([[1, 1], [2, 0]]))[0].tolist() == [[2], [1]]
+    items, scores = best_items(outputs, catalogue, torch.tensor([[0, 1, 2, 3], [1, 2, 3, 3]]), count=2)
+    assert items.tolist() == [[-1, -1], [0, -1]]
+    assert scores.tolist() == [[0, 0], [0, 0]]
+    assert best_items(outputs, catalogue, torch.tensor([[1], [2]]), count=3)[0].tolist() == [[2, 3, 0], [1, 3, 0]]
 
 
 @pytest.mark.parametrize("source", ["generated", "both"])
 def test_histories_that_grew_have_their_new_prompts_generated_as_if_from_scratch(dense, catalogue, source):
-    prompts = Prompts(k=2, source=source)
+    prompts = Prompts(k=2, source=source, answers=3)
     kept = (EXPOSED,) if source == "both" else ()
     rows = random_rows([2, 4, 5, 1, 0, 6, 8, 3, 5, 4])
     segments = [[0] * len(row) for row in rows]
@@ -213,13 +242,16 @@ def test_histories_that_grew_have_their_new_prompts_generated_as_if_from_scratch
     grown = [row + new for row, new in zip(rows, more, strict=True)]
     grown_segments = [s + [0] * len(new) for s, new in zip(segments, more, strict=True)]
     grown[9][0] = next(i for i in range(ITEMS) if i not in grown[9])  # not what it was
-    old = fill(dense, catalogue, histories_of(rows_of(rows, segments), 2, MAX_LEN, kept), prompts)
-    scratch = fill(dense, catalogue, histories_of(rows_of(grown, grown_segments), 2, MAX_LEN, kept), prompts)
+    old = fill(dense, catalogue, histories_of(rows_of(rows, segments), 2, MAX_LEN, kept, 3), prompts)
+    scratch = fill(dense, catalogue, histories_of(rows_of(grown, grown_segments), 2, MAX_LEN, kept, 3), prompts)
 
-    histories = histories_of(rows_of(grown, grown_segments), 2, MAX_LEN, kept)
-    known = known_intervals(histories, histories_of(old, 2, MAX_LEN, (GENERATED, EXPOSED)), MAX_LEN)
+    histories = histories_of(rows_of(grown, grown_segments), 2, MAX_LEN, kept, 3)
+    known = known_intervals(histories, histories_of(old, 2, MAX_LEN, (GENERATED, EXPOSED), 3), MAX_LEN)
     assert known.tolist() == [1, 3, 4, 0, 0, 0, 5, 2, 4, 0]
-    assert fill(dense, catalogue, histories, prompts, known).equals(scratch)
+    made = fill(dense, catalogue, histories, prompts, known)
+    assert made.drop(["answer_scores"]).equals(scratch.drop(["answer_scores"]))
+    for mine, theirs in zip(made["answer_scores"].to_pylist(), scratch["answer_scores"].to_pylist(), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 
 
 def test_the_answer_does_not_depend_on_who_is_decoded_beside(dense, catalogue):
