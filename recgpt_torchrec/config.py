@@ -44,6 +44,13 @@ class Prepare:
     (UTC unless it has an offset). null: rows are already in time order. Not used for sequences."""
     rating_column: str | None = None
     """Column with a number to keep beside each interaction, as the list column `ratings`; null keeps none."""
+    click_column: str | None = None
+    """Column that tells rows that were clicked (interactions) from rows that were only shown: a number, or true or
+    false, which are 1 and 0; may be the rating_column. Shown rows become entries of segment 2, which generate_prompts
+    takes with --prompts.source exposed; nothing else reads them. null: every row is an interaction."""
+    click_from: float = 1
+    """Smallest number in click_column that is a click; rows below were only shown. For ratings from 1 to 5 of which 1
+    and 2 are dislikes: 3."""
     min_count: int = 5
     """Fewest interactions a kept user and a kept item must have (k-core, repeated until it converges); 1 keeps all."""
     duplicates: Literal["keep", "drop"] = "keep"
@@ -67,6 +74,10 @@ class Prepare:
             raise ValueError(f"--min_count is {self.min_count}; it counts interactions and must be at least 1")
         if self.rows_per_group < 0:
             raise ValueError(f"--rows_per_group is {self.rows_per_group}; pass a number of users, or 0 to choose")
+        if not abs(self.click_from) < float("inf"):
+            raise ValueError(f"--click_from is {self.click_from}; it must be a finite number")
+        if self.click_column is None and self.click_from != 1:
+            raise ValueError(f"--click_from is {self.click_from}, but of which column? Name it with --click_column")
         if self.groups_per_part < 1:
             raise ValueError(f"--groups_per_part is {self.groups_per_part}; a file holds at least 1 row group")
 

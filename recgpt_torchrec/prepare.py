@@ -33,6 +33,17 @@ def summary(config: Prepare, result: Result) -> str:
         lines.append(f"{f'{config.min_count}-core' if number == 1 else '':<11} round {number} removed {removed}")
     if not rounds:
         lines.append(f"{f'{config.min_count}-core':<11} removed nothing")
+    if exposed := made.get("exposed"):
+        lines.append(
+            f"shown       {exposed['rows']:,} rows were not clicked; {exposed['left']:,} stand between interactions"
+        )
+        why = {
+            "duplicates_dropped": "repeated",
+            "unknown": "of users or items that were not kept",
+            "outside": "before a user's first interaction or after the last",
+        }
+        if reasons := [f"{exposed[name]:,} {reason}" for name, reason in why.items() if exposed[name]]:
+            lines.append(f"{'':<11} dropped {', '.join(reasons)}")
     quantiles = ", ".join(f"{key} {value:,}" for key, value in lengths.items())
     lines += [
         f"dataset     {manifest.users:,} users, {manifest.items:,} items, {manifest.interactions:,} interactions",

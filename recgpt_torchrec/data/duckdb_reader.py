@@ -34,6 +34,7 @@ LOG = ibis.table(
         "time": "int64",
         "fraction": "float64",
         "rating": "float64",
+        "click": "float64",
         "problem": "string",
         "text": "string",
         "order": "int64",
@@ -57,11 +58,12 @@ class DuckDBReader:
             "item": config.item_column,
             **({"time": config.time_column} if timed and config.time_column else {}),
             **({"rating": config.rating_column} if config.rating_column else {}),
+            **({"click": config.click_column} if config.click_column else {}),
         }
         self.run = engine.connection.execute
         self.run(
             "CREATE TABLE log_rows (user VARCHAR, item VARCHAR, time BIGINT, fraction DOUBLE, rating DOUBLE, "
-            "problem VARCHAR, text VARCHAR)"
+            "click DOUBLE, problem VARCHAR, text VARCHAR)"
         )
         self.run('CREATE VIEW log AS SELECT *, rowid AS "order" FROM log_rows')  # rows keep the order they came in
         self.run("CREATE TABLE malformed (file BIGINT, line BIGINT, reason VARCHAR, text VARCHAR)")
@@ -181,7 +183,7 @@ class DuckDBReader:
             "WHERE line <> '' AND len(words) < 2"
         )
         self.run(
-            "INSERT INTO log_rows SELECT words[1], unnest(words[2:]), NULL, 0, NULL, NULL, NULL FROM lines "
+            "INSERT INTO log_rows SELECT words[1], unnest(words[2:]), NULL, 0, NULL, NULL, NULL, NULL FROM lines "
             "WHERE len(words) >= 2"
         )
         self.run("DROP TABLE lines")
@@ -277,11 +279,12 @@ class DuckDBReader:
         kinds: dict[str, pa.DataType] | None = None,
     ) -> None:
         """Add a source's rows to `log_rows`."""
-        types = {name: _ibis_type((kinds or {}).get(name, pa.string())) for name in ("user", "item", "time", "rating")}
+        names = ("user", "item", "time", "rating", "click")
+        types = {name: _ibis_type((kinds or {}).get(name, pa.string())) for name in names}
         chosen = ", ".join(f"{columns.get(name, 'NULL::VARCHAR')} AS {_identifier(name)}" for name in types)
         self._drop_faults()
         table = ibis.table({**types, "fault": "string", "text": "string"}, name="source")
-        rows = self.engine.sql(meaning(table, timed=self.timed, rated="rating" in columns))
+        rows = self.engine.sql(meaning(table, timed=self.timed, rated="rating" in columns, labelled="click" in columns))
         source = f"SELECT {chosen}, ({fault})::VARCHAR AS fault, {text} AS text FROM {source}"
         self._run_text(f"INSERT INTO log_rows WITH source AS ({source}) {rows}")
 

@@ -1,5 +1,8 @@
 """From a raw log to a dataset folder: k-core, dense ids, order in time, Parquet parts, manifest.
 
+What was shown and not clicked decides nothing: ids, filtering, counts and the items of the held-out split are those of
+the log without such rows. They only stand where the conversation had them, between two items of the same user.
+
 Everything between reading and writing is Ibis expressions over tables that stay in the engine, so the log never has to
 fit in memory.
 """
@@ -8,7 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 import duckdb
@@ -70,15 +73,16 @@ def prepare(config: Prepare) -> Result:
 
 def _make(engine: DuckDBEngine, config: Prepare, log: raw.RawLog) -> Manifest:
     """Filter, number and write what was read."""
-    users, items = vocabulary(engine, log.interactions, config.seed)
-    events = engine.save("events", encoded(log.interactions, users, items))
-    dropped = 0
+    users, items = vocabulary(engine, interacted(log.events), config.seed)
+    events = engine.save("events", encoded(log.events, users, items))
+    dropped = dropped_shown = 0
     if config.duplicates == "drop":
         unique = engine.save("unique_events", without_repeats(events))
-        dropped = _count(engine, events) - _count(engine, unique)
+        dropped = _count(engine, interacted(events)) - _count(engine, interacted(unique))
+        dropped_shown = _count(engine, shown(events)) - _count(engine, shown(unique))
         engine.drop("events")
         events = unique
-    core = k_core(engine, events.select("user", "item"), config.min_count)
+    core = k_core(engine, interacted(events).select("user", "item"), config.min_count)
     if core.left.interactions == 0:
         raise InputError(_nothing_left(engine, config, events, core))
     user_ids = engine.save("user_ids", dense_ids(core.users, "user", "user_id"))
@@ -87,6 +91,20 @@ def _make(engine: DuckDBEngine, config: Prepare, log: raw.RawLog) -> Manifest:
         "kept_events", events.inner_join(user_ids, "user").inner_join(item_ids, "item").drop("user", "item")
     )
     engine.drop(events.get_name())
+    entries, exposed = interacted(kept), None
+    if log.exposed:
+        known = _count(engine, shown(kept))
+        entries = engine.save("entries", between(kept))
+        left = _count(engine, shown(entries))
+        exposed = {
+            "rows": log.exposed,
+            "duplicates_dropped": dropped_shown,
+            "unknown": log.exposed - dropped_shown - known,
+            "outside": known - left,
+            "left": left,
+        }
+        engine.drop(kept.get_name())
+        kept = interacted(entries)
 
     lengths = _lengths(engine, kept)
     size = config.rows_per_group or group_size(core.left.users)
@@ -95,10 +113,13 @@ def _make(engine: DuckDBEngine, config: Prepare, log: raw.RawLog) -> Manifest:
         lists["timestamps"] = ("time", pa.int64())
     if config.rating_column:
         lists["ratings"] = ("rating", pa.float32())
+    if exposed:
+        lists["segment_ids"] = ("segment", pa.int8())
     sources = [source for source, _ in lists.values()]
-    ordered = kept.order_by("user_id", *IN_TIME).select("user_id", *sources)
+    ordered = entries.order_by("user_id", *IN_TIME).select("user_id", *sources)
     with writing.staged(config.output) as (fs, folder):
-        events_read = _progress(engine.batches(ordered), "writing sequences", core.left.interactions)
+        total = core.left.interactions + (exposed["left"] if exposed else 0)
+        events_read = _progress(engine.batches(ordered), "writing sequences", total)
         groups = writing.sequence_groups(events_read, size, lists)
         manifest = Manifest(
             users=core.left.users,
@@ -129,12 +150,23 @@ def _make(engine: DuckDBEngine, config: Prepare, log: raw.RawLog) -> Manifest:
             "duplicates_dropped": dropped,
             "rounds": [asdict(round_) for round_ in core.rounds],
             "lengths": lengths,
+            **({"exposed": exposed} if exposed else {}),
         }
         writing.write_manifest(fs, folder, manifest)
     return manifest
 
 
 # ------------------------------------------------------------------------------------------------ the expressions
+
+
+def interacted(events: ir.Table) -> ir.Table:
+    """The events that are interactions."""
+    return events.filter(events.segment == raw.INTERACTED)
+
+
+def shown(events: ir.Table) -> ir.Table:
+    """The events that were shown and not clicked."""
+    return events.filter(events.segment == raw.EXPOSED)
 
 
 def vocabulary(engine: DuckDBEngine, log: ir.Table, seed: int) -> tuple[ir.Table, ir.Table]:
@@ -157,7 +189,7 @@ def codes(keys: ir.Table, name: str, seed: int) -> ir.Table:
 
 
 def encoded(log: ir.Table, users: ir.Table, items: ir.Table) -> ir.Table:
-    """The log with codes in place of keys."""
+    """The log with codes in place of keys; without rows whose user or item has none."""
     values = [name for name in log.columns if name not in ("user", "item")]
     coded = users.select(user_key=users.key, user_code=users.user)
     with_users = log.inner_join(coded, log.user == coded.user_key)
@@ -167,10 +199,25 @@ def encoded(log: ir.Table, users: ir.Table, items: ir.Table) -> ir.Table:
 
 
 def without_repeats(events: ir.Table) -> ir.Table:
-    """The first of each user, item and time."""
-    same = ibis.window(group_by=["user", "item", "time", "fraction"], order_by="order")
+    """The first of each user, item and time; an interaction, if it is among them."""
+    same = ibis.window(group_by=["user", "item", "time", "fraction"], order_by=["segment", "order"])
     numbered = events.mutate(repeat=ibis.row_number().over(same))
     return numbered.filter(numbered.repeat == 0).drop("repeat")
+
+
+def between(events: ir.Table) -> ir.Table:
+    """Interactions, and what was shown between the first and the last of each user.
+
+    What was shown earlier or later stands between no two items: it is no prompt, and the later is the held-out item's
+    future.
+    """
+    clicks = (events.segment == raw.INTERACTED).cast("int64")
+    placed = events.mutate(
+        before=clicks.sum().over(ibis.cumulative_window(group_by="user_id", order_by=IN_TIME)),
+        clicks=clicks.sum().over(ibis.window(group_by="user_id")),
+    )
+    inside = (placed.before > 0) & (placed.before < placed.clicks)
+    return placed.filter((placed.segment == raw.INTERACTED) | inside).drop("before", "clicks")
 
 
 def dense_ids(kept: ir.Table, code: str, name: str) -> ir.Table:
@@ -251,7 +298,7 @@ def _nothing_left(engine: DuckDBEngine, config: Prepare, events: ir.Table, core:
         engine.drop(
             *(f"core_{kind}_{step}" for kind in ("users", "items", "pairs") for step in range(len(core.rounds) + 1))
         )
-        core = k_core(engine, events.select("user", "item"), smaller)
+        core = k_core(engine, interacted(events).select("user", "item"), smaller)
         if core.left.interactions:
             left = f"{core.left.users:,} users, {core.left.items:,} items and {core.left.interactions:,} interactions"
             return f"{text}. --min_count {smaller} would leave {left}"
@@ -276,7 +323,9 @@ def _finished(config: Prepare, files: list[InputFile]) -> Manifest | None:
     if fs.get_file_info(f"{root}/{MANIFEST}").type == pyarrow.fs.FileType.NotFound:
         return None
     manifest = Dataset.open(config.output).manifest
-    now, then = asdict(config), manifest.settings
+    # An option that was not there yet had its default.
+    defaults = {field.name: field.default for field in fields(config) if field.default is not MISSING}
+    now, then = asdict(config), {**defaults, **manifest.settings}
     changed = [
         f"{name} {then.get(name)!r}, now {value!r}"
         for name, value in now.items()

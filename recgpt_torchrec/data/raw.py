@@ -1,4 +1,4 @@
-"""Raw interaction logs of every format -> one table of interactions, with the rows that cannot be used set aside.
+"""Raw interaction logs of every format -> one table of events, with the rows that cannot be used set aside.
 
 Knows nothing of filtering, ids or the dataset's format.
 """
@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import ibis
 import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
@@ -19,14 +20,19 @@ from recgpt_torchrec.data.inputs import InputFile
 from recgpt_torchrec.data.rows import BLANK
 from recgpt_torchrec.errors import InputError
 
+INTERACTED, EXPOSED = 0, 2
+"""Segment ids of what the user did, and of what was shown to them and not clicked."""
+
 
 @dataclass(kw_only=True)
 class RawLog:
     """A log that was read."""
 
-    interactions: ir.Table
+    events: ir.Table
     """Usable rows: user string, item string, time int64 (null without times), fraction float64 (of a second),
-    order int64 (place in the input), and rating float64 where a rating column was asked for."""
+    order int64 (place in the input), segment int8, and rating float64 where a rating column was asked for."""
+    exposed: int
+    """Usable rows that were shown and not clicked; the others are interactions."""
     timed: bool
     rows: int
     """Rows read: usable and rejected."""
@@ -42,8 +48,15 @@ def read(engine: DuckDBEngine, config: Prepare, files: list[InputFile]) -> RawLo
     """Read every file into the engine.
 
     Raises:
-        InputError: a file is not what its format says, misses a column, or nothing in it can be used.
+        InputError: a file is not what its format says, misses a column, or nothing in it can be used; or the column
+            that should tell clicked rows from shown ones tells no difference.
     """
+    untold = [file.path for file in files if file.format == "sequences"] if config.click_column else []
+    if untold:
+        raise InputError(
+            f"--click_column {config.click_column}: {untold[0]} is of the format sequences, which has no columns and "
+            "does not say what was shown; leave the option out, or give a log with a row for each event"
+        )
     timed = config.time_column is not None and any(file.format != "sequences" for file in files)
     if timed and any(file.format == "sequences" for file in files):
         raise InputError(
@@ -58,6 +71,9 @@ def read(engine: DuckDBEngine, config: Prepare, files: list[InputFile]) -> RawLo
             reader.load(index, file)
             bar.update(file.bytes)
     usable = LOG.filter(LOG.problem.isnull())
+    segment = ibis.literal(INTERACTED, "int8")
+    if config.click_column:
+        segment = ibis.cases((usable.click < config.click_from, EXPOSED), else_=INTERACTED).cast("int8")
     columns = ["user", "item", "time", "fraction", "order", *(["rating"] if config.rating_column else [])]
     rejected = {row["problem"]: row["n"] for row in engine.rows(LOG.group_by("problem").agg(n=LOG.count()))}
     rows = rejected.pop(None, 0)
@@ -65,7 +81,8 @@ def read(engine: DuckDBEngine, config: Prepare, files: list[InputFile]) -> RawLo
     for row in engine.rows(MALFORMED.group_by("reason").agg(n=MALFORMED.count())):
         rejected[row["reason"]] = rejected.get(row["reason"], 0) + row["n"]
     result = RawLog(
-        interactions=usable.select(*columns),
+        events=usable.select(*columns, segment=segment),
+        exposed=_exposed(engine, config, rows),
         timed=timed,
         rows=rows + sum(rejected.values()),
         rejected=dict(sorted(rejected.items())),
@@ -82,6 +99,29 @@ def read(engine: DuckDBEngine, config: Prepare, files: list[InputFile]) -> RawLo
         example = f". For example {shown['file']}, row {shown['row']}: {shortened(shown['text'])}" if shown else ""
         raise InputError(f"{names}: none of the {result.rows:,} rows can be used ({reasons}){example}")
     return result
+
+
+def _exposed(engine: DuckDBEngine, config: Prepare, rows: int) -> int:
+    """How many of the usable `rows` were shown and not clicked.
+
+    Raises:
+        InputError: all of them, or none, though there is a column that should tell.
+    """
+    if not config.click_column or not rows:
+        return 0
+    usable = LOG.filter(LOG.problem.isnull())
+    shown = (usable.click < config.click_from).cast("int64").sum()
+    found = engine.row(usable.agg(shown=shown, least=usable.click.min(), most=usable.click.max()))
+    if 0 < found["shown"] < rows:
+        return int(found["shown"])
+    least, most = (f"{found[name]:g}" for name in ("least", "most"))
+    values = f"always {least}" if least == most else f"from {least} to {most}"
+    told = "every row was only shown" if found["shown"] else "no row was only shown, all were clicked"
+    raise InputError(
+        f"--click_column {config.click_column} tells no difference: {told}, as its values in {rows:,} usable rows "
+        f"are {values} and a click is at least {config.click_from:g}. Give another --click_from, or another column"
+        + ("" if found["shown"] else "; or leave --click_column out, where the log holds interactions only")
+    )
 
 
 def rejected_rows(engine: DuckDBEngine, log: RawLog) -> Iterator[pa.RecordBatch]:

@@ -1,4 +1,4 @@
-"""What a row of a raw log says: user, item and time, or why it cannot be used. Ibis expressions, for any engine."""
+"""What a row of a raw log says, or why it cannot be used. Ibis expressions, for any engine."""
 
 from typing import Any
 
@@ -10,16 +10,17 @@ BLANK = "blank line"
 """The reason of lines that hold nothing: not read, not counted."""
 
 
-def meaning(source: ir.Table, *, timed: bool, rated: bool) -> ir.Table:
+def meaning(source: ir.Table, *, timed: bool, rated: bool, labelled: bool) -> ir.Table:
     """What each row of a source says, and `problem`: why it cannot be used, or null.
 
     Args:
-        source: columns `user`, `item`, `time` and `rating` as they stand in the file (any type), `fault` (what the
-            reader already found wrong, or null) and `text` (the row, to be shown).
+        source: columns `user`, `item`, `time`, `rating` and `click` as they stand in the file (any type), `fault`
+            (what the reader already found wrong, or null) and `text` (the row, to be shown).
+        timed, rated, labelled: whether `time`, `rating` and `click` are asked for.
 
     Returns:
-        user string, item string, time int64, fraction float64, rating float64, problem string, text string (null
-        for usable rows).
+        user string, item string, time int64, fraction float64, rating float64, click float64, problem string, text
+        string (null for usable rows).
     """
     user, item = _key(source.user), _key(source.item)
     time, fraction = _time(source.time) if timed else (ibis.null("int64"), ibis.literal(0.0))
@@ -27,6 +28,11 @@ def meaning(source: ir.Table, *, timed: bool, rated: bool) -> ir.Table:
     if timed:
         empty = _key(source.time) if source.time.type().is_string() else source.time
         problems += [(empty.isnull(), "no time"), (time.isnull(), "unreadable time")]
+    click = ibis.null("float64")
+    if labelled:
+        click = _number(source.click)
+        empty = _key(source.click) if source.click.type().is_string() else source.click
+        problems += [(empty.isnull(), "no click value"), (click.isnull(), "unreadable click value")]
     problem = ibis.cases(*problems, else_=ibis.null("string"))
     rating = source.rating.try_cast("float64") if rated else ibis.null("float64")
     return source.select(
@@ -35,6 +41,7 @@ def meaning(source: ir.Table, *, timed: bool, rated: bool) -> ir.Table:
         time=time,
         fraction=fraction.fill_null(0.0),
         rating=rating,
+        click=click,
         problem=problem,
         text=ibis.cases((problem.notnull(), source.text), else_=ibis.null("string")),
     )
@@ -54,6 +61,17 @@ def _key(column: Any) -> Any:
     # 1.3 s.
     blank_or_not = ibis.cases((text.strip() == "", ibis.null("string")), else_=text)
     return ibis.cases((text < "!", blank_or_not), else_=text)
+
+
+def _number(column: Any) -> Any:
+    """A number, true as 1 and false as 0; null where it is neither."""
+    kind = column.type()
+    if kind.is_numeric() or kind.is_boolean():
+        number = column.cast("float64")
+    else:
+        text = column.cast("string").strip().lower()
+        number = ibis.cases((text == "true", 1.0), (text == "false", 0.0), else_=text.try_cast("float64"))
+    return ibis.cases((number.isnan(), ibis.null("float64")), else_=number)
 
 
 def _time(column: Any) -> tuple[Any, Any]:

@@ -249,10 +249,13 @@ def test_a_file_named_twice_is_read_once(tmp_path: Path) -> None:
 def test_the_expressions_compile_for_spark_too(monkeypatch: pytest.MonkeyPatch) -> None:
     spark = SimpleNamespace(pyspark=SimpleNamespace(treat_nan_as_null=False))  # set by pyspark, which need not be here
     monkeypatch.setattr("ibis.backends.sql.compilers.pyspark.options", spark)
-    keys = {"user": "string", "item": "string", "time": "string", "rating": "string", "fault": "string"}
+    names = ("user", "item", "time", "rating", "click", "fault")
+    keys = dict.fromkeys(names, "string")
     source = ibis.table({**keys, "text": "string"}, name="source")
     typed = ibis.table({**keys, "text": "string", "time": "timestamp(6)", "user": "float64"}, name="typed")
-    log = meaning(source, timed=True, rated=True).mutate(order=ibis.literal(0, "int64"))
+    log = meaning(source, timed=True, rated=True, labelled=True).mutate(
+        order=ibis.literal(0, "int64"), segment=ibis.literal(0, "int8")
+    )
     users = ibis.table({"key": "string", "user": "int64"}, name="users")
     items = ibis.table({"key": "string", "item": "int64"}, name="items")
     events = preparation.encoded(log, users, items)
@@ -260,9 +263,10 @@ def test_the_expressions_compile_for_spark_too(monkeypatch: pytest.MonkeyPatch) 
     item_ids = preparation.dense_ids(items, "item", "item_id")
     kept = events.inner_join(user_ids, "user").inner_join(item_ids, "item").drop("user", "item")
     for expression in (
-        meaning(typed, timed=True, rated=False),
+        meaning(typed, timed=True, rated=False, labelled=False),
         preparation.codes(log.select(key=log.user).distinct(), "user", seed=1),
         preparation.without_repeats(events),
+        preparation.between(kept),
         preparation.item_table(kept, item_ids, items),
         preparation.user_table(user_ids, users),
         kept.order_by("user_id", *preparation.IN_TIME),
