@@ -47,3 +47,9 @@ def evaluate(*args: str, **options: Any) -> specs.AppDef:
 def export(*args: str, **options: Any) -> specs.AppDef:
     """Write item vectors and user vectors of a checkpoint as Parquet."""
     return launch.stage("recgpt_torchrec.export", *args, **options)
+
+
+@launch.with_launch_options
+def retrieve(*args: str, **options: Any) -> specs.AppDef:
+    """Turn exported vectors into a list of items for each user, with an exact or an approximate index."""
+    return launch.stage("recgpt_torchrec.retrieve", *args, **options)

@@ -289,6 +289,10 @@ class Pretrain:
         at_least("--seed", self.seed, 0)
 
 
+INTERESTS = 32
+"""Most interests a user has."""
+
+
 @dataclass(kw_only=True)
 class Recall:
     """How lists of several interests are recalled and merged (paper, section 3.4)."""
@@ -302,8 +306,8 @@ class Recall:
     def __post_init__(self) -> None:
         if self.m < 0:
             raise ValueError(f"--recall.m is {self.m}; it is a number of items, or 0 to choose it on validation")
-        if not 1 <= self.interests <= 32:
-            raise ValueError(f"--recall.interests is {self.interests}; a user has 1 to 32")
+        if not 1 <= self.interests <= INTERESTS:
+            raise ValueError(f"--recall.interests is {self.interests}; a user has 1 to {INTERESTS}")
 
 
 @dataclass(kw_only=True)
@@ -338,7 +342,8 @@ class Evaluate:
 
 @dataclass(kw_only=True)
 class Export:
-    """Write item vectors and user vectors of a checkpoint as Parquet, for an ANN index."""
+    """Write item vectors and user vectors of a checkpoint as Parquet, for an ANN index: one vector a user, or several,
+    by autoregressive steps (paper, section 3.4)."""
 
     data: str
     """Folder of the dataset."""
@@ -348,8 +353,90 @@ class Export:
     """Folder of the export; must not hold anything else."""
     history: Literal["all", "test", "validation"] = "all"
     """Which history a user's vector is made of: everything, or what comes before the item that a split holds out."""
+    interests: int = 1
+    """Vectors of each user, 1 to 32: the ordinary one, and with more those of as many autoregressive steps less one.
+    The paper's online system has 6; retrieve merges in two steps from 2 on."""
     batch: Batch = field(default_factory=Batch)
     tables: Sharding = field(default_factory=Sharding)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.interests <= INTERESTS:
+            raise ValueError(f"--interests is {self.interests}; a user has 1 to {INTERESTS}")
+
+
+@dataclass(kw_only=True)
+class HNSW:
+    """A graph of near neighbours (index hnsw)."""
+
+    neighbours: int = 32
+    """Edges of each item (M); more find more, in more memory: 8 bytes an edge and item."""
+    build: int = 200
+    """Candidates looked at when an item is put in (efConstruction); more make a better graph, more slowly."""
+    search: int = 128
+    """Candidates looked at in a search (efSearch), and never fewer than the items wanted; more find more, more
+    slowly."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("neighbours", 2), ("build", 1), ("search", 1)):
+            at_least(f"--hnsw.{name}", getattr(self, name), least)
+
+
+@dataclass(kw_only=True)
+class IVF:
+    """Clusters of items, of which a search looks into the nearest (index ivf)."""
+
+    clusters: int = 0
+    """Clusters (nlist), at most as many as there are items; 0: four times the square root of the items, each of 39
+    items or more."""
+    probes: int = 64
+    """Clusters a search looks into (nprobe); more find more, more slowly."""
+
+    def __post_init__(self) -> None:
+        at_least("--ivf.clusters", self.clusters, 0)
+        at_least("--ivf.probes", self.probes, 1)
+
+
+@dataclass(kw_only=True)
+class Retrieve:
+    """Turn an export into a list of items for each user, with an exact or an approximate index: no model is needed.
+
+    Example: python -m recgpt_torchrec.retrieve --export vectors/mine --data data/mine --output lists/mine --k 50
+    """
+
+    export: str
+    """Folder of the export."""
+    output: str
+    """Folder of the lists; must not hold anything else."""
+    k: int = 50
+    """Items of each list; at most as many as the export has."""
+    merge: Literal["score", "quota", "two_step"] = "score"
+    """How the lists of several interests become one. score: the best-scored items of all; quota: an equal number of new
+    items of each interest, list after list; two_step: m of the first interest, then k - m new ones of the second."""
+    m: int = 0
+    """Items of the first interest (two_step), 1 to k; 0: nine tenths of k."""
+    interests: int = 0
+    """Interests that are used, the first ones of the export; 0: all, and two for two_step."""
+    data: str | None = None
+    """Folder of the dataset: the items of the history that a user's vectors were made of are left out, and if that
+    history ends before a held-out item, the lists are measured by it. null: any item may be retrieved."""
+    index: Literal["exact", "hnsw", "ivf"] = "exact"
+    """exact: every item is scored; hnsw, ivf: approximate, for catalogues where that takes too long."""
+    hnsw: HNSW = field(default_factory=HNSW)
+    ivf: IVF = field(default_factory=IVF)
+    sample: int = 1000
+    """Users whose approximate lists are compared with exact ones, about; 0: none."""
+
+    def __post_init__(self) -> None:
+        at_least("--k", self.k, 1)
+        at_least("--sample", self.sample, 0)
+        if not 0 <= self.m <= self.k:
+            raise ValueError(f"--m is {self.m}; of a list of --k {self.k} the first interest has 1 to {self.k} items")
+        if self.m and self.merge != "two_step":
+            raise ValueError(f"--m is {self.m}, but --merge is {self.merge}; m belongs to --merge two_step")
+        if not 0 <= self.interests <= INTERESTS:
+            raise ValueError(f"--interests is {self.interests}; a user has 1 to {INTERESTS}, or 0 for all there are")
+        if self.merge == "two_step" and self.interests not in (0, 2):
+            raise ValueError(f"--interests is {self.interests}, but two_step takes 2; leave --interests out")
 
 
 @dataclass(kw_only=True)

@@ -1,17 +1,22 @@
-"""Stage `export`: dataset and checkpoint -> item vectors and user vectors as Parquet, for an ANN index."""
+"""Stage `export`: dataset and checkpoint -> item vectors and user vectors, one or several a user, for an ANN index."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recgpt_torchrec import cli
 from recgpt_torchrec.config import Export
 from recgpt_torchrec.errors import InputError
 
+if TYPE_CHECKING:
+    from recgpt_torchrec.data.dataset import Dataset
+    from recgpt_torchrec.retrieval.export_folder import ExportManifest
+
 
 def main(config: Export) -> None:
     """Encode every user's history, and write the vectors beside those of the items."""
     import numpy as np
+    import torch
 
     from recgpt_torchrec.building import encoding_stream, load
     from recgpt_torchrec.data.dataset import Dataset
@@ -19,62 +24,78 @@ def main(config: Export) -> None:
     from recgpt_torchrec.progress import bar
     from recgpt_torchrec.retrieval.export_folder import write_export
     from recgpt_torchrec.retrieval.ranking import encode, gather_table
-    from recgpt_torchrec.training.checkpoint import find
+    from recgpt_torchrec.retrieval.recall import interests
+    from recgpt_torchrec.training.checkpoint import find, fingerprint
     from recgpt_torchrec.training.processes import process_group, rank, say, world_size
 
     with process_group() as device:
         dataset, checkpoint = Dataset.open(config.data), find(config.checkpoint)
         settings = {**asdict(config), "checkpoint": checkpoint}
-        already = finished(config.output, settings, dataset.manifest.vocabulary)
-        if not already:
+        mark = fingerprint(checkpoint)
+        manifest = finished(config.output, settings, dataset, mark)
+        already = manifest is not None
+        if manifest is None:
             trained = load(checkpoint, dataset, config.batch, config.tables, device)
             prompts = trained.tuning is not None and trained.tuning.prompts
-            stream = encoding_stream(dataset, config.history, trained.config, config.batch, prompts=prompts)
-            catalogue = (
-                gather_table(unwrapped(trained.model).scoring_table, dataset.manifest.items, device).cpu().numpy()
-            )
-            ids = np.arange(dataset.manifest.items)
-            mine = np.array_split(ids, world_size())[rank()]
+            steps = config.interests - 1
+            stream = encoding_stream(dataset, config.history, trained.config, config.batch, prompts, grows=steps)
+            catalogue = gather_table(unwrapped(trained.model).scoring_table, dataset.manifest.items, device)
+            mine = np.array_split(np.arange(dataset.manifest.items), world_size())[rank()]
 
             def users() -> Iterator[tuple[np.ndarray, np.ndarray]]:
                 total = dataset.manifest.users if rank() == 0 else None
                 with bar(total, "users", active=rank() == 0) as shown:
                     for sequences, vectors in encode(trained.model, stream, device):
+                        if steps:
+                            vectors = interests(
+                                trained.model, stream.maker, sequences, vectors, catalogue, config.interests
+                            )
                         shown.update(sequences.users.size * world_size())
                         yield sequences.users, vectors.cpu().numpy()
 
-            write_export(
+            manifest = write_export(
                 config.output,
                 dataset,
-                items=[(mine, catalogue[mine])],
+                items=[(mine, catalogue[torch.from_numpy(mine)].cpu().numpy())],
                 users=users(),
                 dim=trained.config.dim,
+                interests=config.interests,
+                everyone=config.history == "all",
                 checkpoint=checkpoint,
+                checkpoint_fingerprint=mark,
                 settings=settings,
             )
+        of_each = f", {manifest.interests} vectors each" if manifest.interests > 1 else ""
+        without = dataset.manifest.users - manifest.users
+        few = f"; {without:,} with fewer than three items have none held out" if without else ""
         say(
-            f"{'Already there' if already else 'Written'}: {config.output} "
-            f"({dataset.manifest.items:,} item vectors, {dataset.manifest.users:,} user vectors)\n"
+            f"{'Already there' if already else 'Written'}: {config.output} ({manifest.items:,} items, "
+            f"{manifest.users:,} users{of_each}{few})",
             "A user's score of an item is the inner product of their vectors: index items/*.parquet for maximum inner "
-            "product, and query it with users/*.parquet"
+            "product, and query it with users/*.parquet; or let retrieve do it",
+            f"Next:    python -m recgpt_torchrec.retrieve --export {config.output} --data {config.data} "
+            "--output LISTS_FOLDER",
+            sep="\n",
         )
 
 
-def finished(path: str, settings: dict[str, Any], vocabulary: str) -> bool:
-    """Whether `path` holds the export of the same checkpoint, dataset and options."""
+def finished(path: str, settings: dict[str, Any], dataset: "Dataset", mark: str) -> "ExportManifest | None":
+    """The manifest of the export in `path`, if it is that of the same checkpoint, dataset and options."""
     from recgpt_torchrec.data.dataset import MANIFEST, filesystem
-    from recgpt_torchrec.retrieval.export_folder import open_export
+    from recgpt_torchrec.retrieval.export_folder import fingerprint_of, open_export
 
     fs, root = filesystem(path)
     if not fs.get_file_info(f"{root}/{MANIFEST}").is_file:
-        return False  # nothing, or something else, which the writer refuses to touch
+        return None  # nothing, or something else, which the writer refuses to touch
     manifest = open_export(path).manifest
-    if (manifest.settings, manifest.vocabulary) != (settings, vocabulary):
+    there = manifest.settings, manifest.vocabulary, manifest.dataset_fingerprint, manifest.checkpoint_fingerprint
+    if there != (settings, dataset.manifest.vocabulary, fingerprint_of(dataset), mark):
         raise InputError(
-            f"{path} holds another export (checkpoint {manifest.checkpoint}, dataset {manifest.dataset}); "
-            "choose another --output"
+            f"{path} holds another export (checkpoint {manifest.checkpoint}, dataset {manifest.dataset}, history "
+            f"{manifest.settings.get('history')}, {manifest.interests} interests), or that of an earlier state of "
+            "these; choose another --output"
         )
-    return True
+    return manifest
 
 
 if __name__ == "__main__":

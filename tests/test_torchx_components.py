@@ -12,7 +12,7 @@ from torchx.specs.finder import ComponentValidationException, get_component, get
 
 from recgpt_torchrec import node
 
-STAGES = ["prepare", "pretrain", "generate_prompts", "prompt_tune", "evaluate", "export"]
+STAGES = ["prepare", "pretrain", "generate_prompts", "prompt_tune", "evaluate", "export", "retrieve"]
 TORCHX = Path(sys.executable).with_name("torchx")
 
 

@@ -5,11 +5,18 @@
     users/*.parquet    user_id int64, key string, vector fixed_size_list<float32>[dim]; with several interests
                        vectors fixed_size_list<fixed_size_list<float32>[dim]>[interests] instead
 
-A score is the inner product of a user's vector and an item's. Every id of the dataset appears once; rows are in no
-particular order (each process writes its share). The manifest is written last: a folder without one is not an export.
-Knows nothing of models: vectors come in as numpy arrays, batch by batch, and only a row group of them is held.
+A score is the inner product of a user's vector and an item's. Every item appears once, and every user whose history is
+encoded; rows are in no particular order (each process writes its share). Of several interests the first is the ordinary
+vector, the next is what the model expects once it has heard the best new item of the one before, and so on:
+
+    vectors = pq.read_table("users")["vectors"].combine_chunks()
+    vectors.flatten().flatten().to_numpy().reshape(len(vectors), interests, dim)
+
+The manifest is written last: a folder without one is not an export. Knows nothing of models: vectors come in as numpy
+arrays, batch by batch, and only a row group of them is held.
 """
 
+import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator
@@ -52,6 +59,8 @@ class ExportManifest:
     """Folder of the dataset."""
     vocabulary: str = ""
     """Fingerprint of the dataset's ids; exports are comparable when these are equal."""
+    dataset_fingerprint: str = ""
+    """Of the dataset's histories, which may grow while the ids stay."""
     checkpoint: str = ""
     """Folder of the checkpoint."""
     checkpoint_fingerprint: str = ""
@@ -71,6 +80,12 @@ class ExportManifest:
         for name in ("item_parts", "user_parts"):
             values[name] = [Part(**part) for part in values[name]]
         return cls(**values)
+
+
+def fingerprint_of(dataset: Dataset) -> str:
+    """32 hex digits of all histories of a dataset, wherever it lies."""
+    parts = json.dumps([asdict(part) for part in dataset.manifest.sequences])
+    return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
 class Keys:
@@ -146,6 +161,7 @@ def write_export(
     users: Iterable[VectorBatch],
     dim: int,
     interests: int = 1,
+    everyone: bool = True,
     checkpoint: str = "",
     checkpoint_fingerprint: str = "",
     settings: dict[str, Any] | None = None,
@@ -159,6 +175,7 @@ def write_export(
         users: this process's share of the user vectors: [n, dim], or [n, interests, dim] where `interests` > 1.
         dim: length of a vector.
         interests: vectors a user has.
+        everyone: whether every user of the dataset must come; False: some may be missing, but not all.
         checkpoint: folder the vectors come from, and its fingerprint, for the manifest.
         checkpoint_fingerprint: as above.
         settings: the stage's options, for the manifest.
@@ -177,32 +194,33 @@ def write_export(
 
     together(check) if world > 1 else check()
     with writing.staged(path) if rank == 0 else nullcontext((filesystem(path)[0], "")) as (fs, folder):
-        folder = _gather(folder)[0]
+        folder = gather(folder)[0]
         item_share = _Share("items", Keys(dataset, "items"), (dim,))
         user_share = _Share("users", Keys(dataset, "users"), (dim,) if interests == 1 else (interests, dim))
         parts = [
             share.write(batches, fs, folder, rank) for share, batches in ((item_share, items), (user_share, users))
         ]
-        gathered = _gather((parts, item_share, user_share))
+        gathered = gather((parts, item_share, user_share))
         manifest = ExportManifest(
             items=dataset.manifest.items,
-            users=dataset.manifest.users,
+            users=sum(share.rows for _, _, share in gathered),
             dim=dim,
             interests=interests,
             dataset=dataset.path,
             vocabulary=dataset.manifest.vocabulary,
+            dataset_fingerprint=fingerprint_of(dataset),
             checkpoint=checkpoint,
             checkpoint_fingerprint=checkpoint_fingerprint,
             settings=settings or {},
             item_parts=[part for (of_items, _), _, _ in gathered for part in of_items],
             user_parts=[part for (_, of_users), _, _ in gathered for part in of_users],
         )
-        _check_whole([share for _, share, _ in gathered], manifest.items)
-        _check_whole([share for _, _, share in gathered], manifest.users)
+        _check_whole([share for _, share, _ in gathered], dataset.manifest.items)
+        _check_whole([share for _, _, share in gathered], dataset.manifest.users, everyone)
         if rank == 0:
             with fs.open_output_stream(f"{folder}/{MANIFEST}", compression=None) as stream:
                 stream.write(manifest.to_json().encode())
-    _gather(None)  # nobody returns before the folder has its name
+    gather(None)  # nobody returns before the folder has its name
     return manifest
 
 
@@ -246,8 +264,8 @@ class _Share:
                 yield pa.record_batch([pa.array(ids, pa.int64()), self.keys.of(ids), column], names=names)
 
 
-def _check_whole(shares: list[_Share], expected: int) -> None:
-    """All processes' shares together must be every id once, with a finite vector."""
+def _check_whole(shares: list[_Share], expected: int, everyone: bool = True) -> None:
+    """All processes' shares together must be every id once (of some users at least one), with a finite vector."""
     kind = shares[0].kind
     for share in shares:
         if share.not_finite is not None:
@@ -256,11 +274,16 @@ def _check_whole(shares: list[_Share], expected: int) -> None:
                 "export an earlier one, or train again with a smaller learning rate"
             )
     rows, total = sum(share.rows for share in shares), sum(share.sum_of_ids for share in shares)
+    if not everyone:
+        if not rows:
+            raise InputError(f"no {kind[:-1]} has a held-out item: that takes three items; export --history all")
+        if rows <= expected:
+            return
     if rows != expected or total != expected * (expected - 1) // 2:
         raise ValueError(f"{rows} vectors of {kind} were given; each of the dataset's {expected} {kind} must come once")
 
 
-def _gather(value: Any) -> list[Any]:
+def gather(value: Any) -> list[Any]:
     """The value of every process, by rank (collective)."""
     if not dist.is_initialized():
         return [value]
@@ -296,9 +319,20 @@ class Export:
     def users(
         self, columns: Iterable[str] | None = None, rows: int = 65536, rank: int = 0, world_size: int = 1
     ) -> Iterator[pa.RecordBatch]:
-        """Rows of `users/`, at most `rows` at a time; of several processes, those of every `world_size`-th part."""
+        """Rows of `users/`, at most `rows` at a time; of several processes, every `world_size`-th row group."""
         names = list(columns) if columns is not None else ["user_id", "key", self.user_column]
-        return self._batches(self.manifest.user_parts[rank::world_size], names, rows)
+        return self._batches(self.manifest.user_parts, names, rows, rank, world_size)
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hex digits of the whole export, wherever it lies."""
+        return hashlib.sha256(self.manifest.to_json().encode()).hexdigest()[:32]
+
+    def item_keys(self) -> pa.Array:
+        """[items] string keys of the whole catalogue, row i that of item i."""
+        batches = list(self.items(("item_id", "key")))
+        order = np.argsort(np.concatenate([batch["item_id"].to_numpy() for batch in batches]))
+        return pa.concat_arrays([batch["key"] for batch in batches]).take(pa.array(order))
 
     @property
     def user_column(self) -> str:
@@ -323,12 +357,18 @@ class Export:
                     f"{part.checksum}; restore it or export again"
                 )
 
-    def _batches(self, parts: list[Part], columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
+    def _batches(
+        self, parts: list[Part], columns: list[str], rows: int, rank: int = 0, world_size: int = 1
+    ) -> Iterator[pa.RecordBatch]:
         fs, root = filesystem(self.path)
+        before = 0
         for part in parts:
             try:
                 with pq.ParquetFile(fs.open_input_file(f"{root}/{part.path}")) as file:
-                    yield from file.iter_batches(batch_size=rows, columns=columns)
+                    groups = range((rank - before) % world_size, file.num_row_groups, world_size)
+                    before += file.num_row_groups
+                    if groups:
+                        yield from file.iter_batches(batch_size=rows, row_groups=list(groups), columns=columns)
             except (OSError, pa.ArrowException) as error:
                 raise InputError(
                     f"{self.path}: the part {part.path} cannot be read as Parquet ({error}); restore it or export again"

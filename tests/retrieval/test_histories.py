@@ -1,0 +1,60 @@
+"""Histories by user id: the same as in the dataset, in any order of users, from few row groups at a time."""
+
+import numpy as np
+import pytest
+
+from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.retrieval.histories import Histories
+from tests.support import walks, write_dataset
+
+USERS, ITEMS = 100, 30
+WALKS = walks(USERS, ITEMS, shortest=1, longest=9)
+CUT = {"all": 0, "test": 1, "validation": 2}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Dataset:
+    return write_dataset(tmp_path_factory.mktemp("histories") / "data", WALKS, items=ITEMS, rows_per_group=4)
+
+
+@pytest.mark.parametrize("split", CUT)
+def test_they_are_what_comes_before_the_held_out_item(dataset, split):
+    histories = Histories(dataset, split)
+    whole = [u for u in range(USERS) if split == "all" or len(WALKS[u]) >= 3]
+    for seed in range(3):
+        users = np.random.default_rng(seed).permutation(whole)[:20]
+        found = histories.of(users)
+        assert found.seen is not None
+        values, offsets = found.seen
+        for row, user in enumerate(users):
+            kept = len(WALKS[user]) - CUT[split]
+            assert values[offsets[row] : offsets[row + 1]].tolist() == WALKS[user][:kept]
+            if split != "all":
+                assert found.held_out is not None and found.held_out[row] == WALKS[user][kept]
+
+
+def test_prompts_are_no_part_of_a_history(tmp_path):
+    data = write_dataset(tmp_path / "data", [[1, 5, 2, 3]], items=6, segments=[[0, 1, 0, 0]])
+    found = Histories(data, "all").of(np.array([0]))
+    assert found.seen is not None and found.seen[0].tolist() == [1, 2, 3]
+
+
+def test_only_a_few_row_groups_are_held_when_users_come_in_order(dataset, monkeypatch):
+    histories = Histories(dataset, "all")
+    read: list[int] = []
+    inner = histories.maker.sequences_of
+    object.__setattr__(histories.maker, "sequences_of", lambda *a, **k: read.append(1) or inner(*a, **k))
+    for first in range(0, USERS, 3):
+        histories.of(np.arange(first, min(first + 3, USERS)))
+        assert len(histories._read) <= Histories.KEPT + 2
+    assert len(read) == len(histories.groups)  # each once
+
+
+def test_a_user_without_a_history_is_named(dataset):
+    short = next(u for u in range(USERS) if len(WALKS[u]) < 3)
+    with pytest.raises(InputError, match=f"no test history of user {short}"):
+        Histories(dataset, "test").of(np.array([short]))
+    with pytest.raises(InputError, match="no all history of user 100"):
+        Histories(dataset, "all").of(np.array([5, 100]))
+    assert Histories(dataset, "all").of(np.zeros(0, dtype=np.int64)).users.size == 0
