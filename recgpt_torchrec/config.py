@@ -162,8 +162,20 @@ class Stream:
     tokens."""
     prefetch: int = 8
     """Batches each worker keeps ready."""
+    damaged: Literal["stop", "skip"] = "stop"
+    """What happens where the dataset is damaged (a part that is missing or unreadable, a row with ids outside the
+    vocabulary, nulls, lists that do not fit together). stop: the run ends, with the place. skip: it goes on without
+    these rows, lists them in damaged.jsonl in the output folder, and says how many there are."""
+    damaged_limit: int = 1000
+    """Most damaged rows, in the whole run, that skip goes on without; all rows of a part or row group count where it
+    cannot be read."""
+    checksums: bool = False
+    """Compare the checksum of every part of the dataset with its manifest before training begins; reads each once."""
+    time_order: bool = False
+    """Read the times as well, and take histories that are not in time order for damaged."""
 
     def __post_init__(self) -> None:
+        at_least("--stream.damaged_limit", self.damaged_limit, 0)
         if self.window_groups < 1 or self.workers < 0 or self.prefetch < 1:
             raise ValueError(
                 "--stream.window_groups and --stream.prefetch must be at least 1, --stream.workers at least 0"
@@ -409,13 +421,14 @@ class Retrieve:
     """Folder of the lists; must not hold anything else."""
     k: int = 50
     """Items of each list; at most as many as the export has."""
-    merge: Literal["score", "quota", "two_step"] = "score"
-    """How the lists of several interests become one. score: the best-scored items of all; quota: an equal number of new
-    items of each interest, list after list; two_step: m of the first interest, then k - m new ones of the second."""
+    merge: Literal["auto", "two_step", "quota", "score"] = "auto"
+    """How the lists of several interests become one. two_step: m items of the first interest, then k - m new ones of
+    the second; quota: an equal number of new items of each, list after list; score: the best-scored items of all; auto:
+    two_step where the export has several interests."""
     m: int = 0
     """Items of the first interest (two_step), 1 to k; 0: nine tenths of k."""
     interests: int = 0
-    """Interests that are used, the first ones of the export; 0: all, and two for two_step."""
+    """Interests that are used, the first ones of the export, 1 to 32; 0: all, of two_step two."""
     data: str | None = None
     """Folder of the dataset: the items of the history that a user's vectors were made of are left out, and if that
     history ends before a held-out item, the lists are measured by it. null: any item may be retrieved."""
@@ -431,12 +444,14 @@ class Retrieve:
         at_least("--sample", self.sample, 0)
         if not 0 <= self.m <= self.k:
             raise ValueError(f"--m is {self.m}; of a list of --k {self.k} the first interest has 1 to {self.k} items")
-        if self.m and self.merge != "two_step":
-            raise ValueError(f"--m is {self.m}, but --merge is {self.merge}; m belongs to --merge two_step")
+        if self.m and self.merge not in ("auto", "two_step"):
+            raise ValueError(f"--m is {self.m}, but --merge is {self.merge}; m belongs to two steps, leave it out")
         if not 0 <= self.interests <= INTERESTS:
             raise ValueError(f"--interests is {self.interests}; a user has 1 to {INTERESTS}, or 0 for all there are")
-        if self.merge == "two_step" and self.interests not in (0, 2):
-            raise ValueError(f"--interests is {self.interests}, but two_step takes 2; leave --interests out")
+        if self.merge == "two_step" and self.interests not in (0, 2) or self.merge == "auto" and self.interests > 2:
+            raise ValueError(
+                f"--interests is {self.interests}, but two steps take 2; leave it out, or give --merge quota or score"
+            )
 
 
 @dataclass(kw_only=True)

@@ -30,7 +30,7 @@ def main(config: Retrieve) -> None:
     with process_group():
         export = open_export(config.export)
         dataset = Dataset.open(config.data) if config.data is not None else None
-        interests = check(config, export, dataset)
+        merge, interests = check(config, export, dataset)
         manifest = ListManifest(
             k=config.k,
             export=config.export,
@@ -40,31 +40,39 @@ def main(config: Retrieve) -> None:
             settings=asdict(config),
         )
         made = finished(config.output, manifest)
-        say(summary(config, export, made or retrieve(config, export, dataset, interests, manifest), interests))
+        if made is None:
+            manifest = retrieve(config, export, dataset, merge, interests, manifest)
+        say(summary(config, export, made or manifest, merge, interests))
         say(f"{'Already there' if made else 'Written'}: {config.output}")
         say(f"Look:    python -c \"import pyarrow.parquet as pq; print(pq.read_table('{config.output}/lists')[:5])\"")
 
 
-def check(config: Retrieve, export: "Export", dataset: Any) -> int:
-    """The number of interests that are used, once the options fit the export and the dataset."""
+def check(config: Retrieve, export: "Export", dataset: Any) -> tuple[str, int]:
+    """How interests are merged and how many are used, once the options fit the export and the dataset."""
     manifest = export.manifest
     if config.k > manifest.items:
         raise InputError(
             f"--k is {config.k}, but {config.export} has {manifest.items} items; ask for at most that many"
         )
-    wanted = config.interests or (2 if config.merge == "two_step" else manifest.interests)
-    if wanted > manifest.interests:
-        what = "two_step takes 2 interests" if config.merge == "two_step" else f"--interests is {wanted}"
+    merge, interests = config.merge, config.interests or manifest.interests
+    if merge == "auto":
+        merge = "two_step" if interests > 1 else "score"
+    if merge == "two_step":
+        interests = 2
+    if interests > manifest.interests:
         raise InputError(
-            f"{what}, but {config.export} has {manifest.interests} a user; export again with --interests {wanted}"
+            f"{'two steps take 2 interests' if merge == 'two_step' else f'--interests is {interests}'}, but "
+            f"{config.export} has {manifest.interests} a user; export again with --interests {interests}"
         )
+    if config.m and merge != "two_step":
+        raise InputError(f"--m is {config.m}, but {config.export} has one interest a user; export again with more")
     if dataset is not None and dataset.manifest.vocabulary != manifest.vocabulary:
         raise InputError(
             f"{config.export} was made from another dataset than {config.data} (vocabulary "
             f"{manifest.vocabulary[:12]}, the dataset has {dataset.manifest.vocabulary[:12]}): its ids mean other "
             f"items. It was made from {manifest.dataset}"
         )
-    return wanted
+    return merge, interests
 
 
 def finished(path: str, manifest: "ListManifest") -> "ListManifest | None":
@@ -84,14 +92,14 @@ def finished(path: str, manifest: "ListManifest") -> "ListManifest | None":
     return there.manifest
 
 
-def merging(config: Retrieve, interests: int) -> "Callable[[Lists], Merged]":
+def merging(config: Retrieve, merge: str, interests: int) -> "Callable[[Lists], Merged]":
     """How lists of several interests become one."""
     from recgpt_torchrec.retrieval.merging import even_quotas, merge_by_score, merge_quota
 
-    if config.merge == "score":
+    if merge == "score":
         return lambda lists: merge_by_score(lists, config.k)
     m = m_of(config)
-    quotas = [m, config.k - m] if config.merge == "two_step" else even_quotas(config.k, interests)
+    quotas = [m, config.k - m] if merge == "two_step" else even_quotas(config.k, interests)
     return lambda lists: merge_quota(lists, quotas)
 
 
@@ -101,7 +109,7 @@ def m_of(config: Retrieve) -> int:
 
 
 def retrieve(
-    config: Retrieve, export: "Export", dataset: Any, interests: int, manifest: "ListManifest"
+    config: Retrieve, export: "Export", dataset: Any, merge: str, interests: int, manifest: "ListManifest"
 ) -> "ListManifest":
     """Build the index, search, and write (collective: ranks share the users out, each with the whole index)."""
     import numpy as np
@@ -118,17 +126,17 @@ def retrieve(
     from recgpt_torchrec.retrieval.retriever import Retriever
     from recgpt_torchrec.training.processes import rank, say, world_size
 
-    merge, total = merging(config, interests), export.manifest.users
+    merged, total = merging(config, merge, interests), export.manifest.users
     say(
         f"{config.export}: {export.manifest.items:,} items, {total:,} users, {export.manifest.interests} interests each"
     )
     _, vectors = export.item_vectors()
     since = time.perf_counter()
     whole = indexes.Index(indexes.exact(vectors), exact=True)
-    exact = searcher = Retriever(whole, config.k, merge)
+    exact = searcher = Retriever(whole, config.k, merged)
     if config.index != "exact":
         made = indexes.hnsw(vectors, config.hnsw) if config.index == "hnsw" else indexes.ivf(vectors, config.ivf)
-        searcher = Retriever(indexes.Index(made, exact=False), config.k, merge, whole)
+        searcher = Retriever(indexes.Index(made, exact=False), config.k, merged, whole)
     built = time.perf_counter() - since
     del vectors
     histories = Histories(dataset, export.manifest.settings["history"]) if dataset is not None else None
@@ -183,13 +191,13 @@ def compare(exact: Any, queries: Any, seen: Any, some: Any, lists: "Merged", com
     compared += torch.tensor([len(some), found.sum(), (best >= 0).sum(), time.perf_counter() - since])
 
 
-def summary(config: Retrieve, export: "Export", manifest: "ListManifest", interests: int) -> str:
+def summary(config: Retrieve, export: "Export", manifest: "ListManifest", merge: str, interests: int) -> str:
     """What was made and how good it is."""
     how = {
         "score": f"best-scored items of {interests} interests",
         "quota": f"equal shares of {interests} interests",
         "two_step": f"{m_of(config)} items of the first interest and {config.k - m_of(config)} of the second",
-    }[config.merge]
+    }[merge]
     history = export.manifest.settings.get("history", "all")
     measured = manifest.measured
     items, least = sum(part.items for part in manifest.parts), manifest.users * config.k
