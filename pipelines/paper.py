@@ -4,8 +4,9 @@
 
 Makes Table 2 (Pre-train, Fine-tuning, RecGPT_1, RecGPT), Table 3 (the ablation) and the sensitivity of K and m_n (Fig.
 4 to 6) of RecGPT (arXiv 2404.08675): OUTPUT/report.md, report.json, figures/*.png, brought up to date after each seed.
-The same command goes on where it was stopped. A data set NAME is trained with configs/NAME.yaml and tuned with
-configs/NAME_tune.yaml; where there is none, with configs/paper.yaml and configs/paper_tune.yaml.
+The same command goes on where it was stopped. A data set NAME is trained with configs/NAME.yaml, given prompts with
+configs/NAME_prompts.yaml and tuned with configs/NAME_tune.yaml; where there is none, with paper.yaml, paper_prompts.yaml
+and paper_tune.yaml of that folder.
 
 K is chosen on validation with the first seed, m_n on validation with each seed; test decides nothing. Fine-tuning is
 prompt-tuning without prompts: the same loss, epochs and, as prompted batches are given more tokens, optimizer steps.
@@ -147,33 +148,42 @@ class Experiment:
         self._train(f"{place}/pretrain", "pretrain", "pretrain", self.config, self.data, ("prepare",), seed)
         self._both_splits(seed, "pretrain")
         tuned = ["--checkpoint", f"{self.folder}/{place}/pretrain"]
+        ks = self.options.ks if seed == 0 else [self.chosen_k()]
+        for k in ks:
+            self._generate(seed, k, tuned)
         self._train(
             f"{place}/fine_tuning",
             "fine_tuning",
             "prompt_tune",
             self.tune_config,
-            self.data,
-            ("prepare", f"{place}/pretrain"),
+            f"{self.folder}/{place}/k{ks[0]}/prompts",  # for the answers in it: prompts are left out
+            (f"{place}/pretrain", f"{place}/k{ks[0]}/prompts"),
             seed,
             [*tuned, "--tuning.prompts", "false"],
         )
         self._both_splits(seed, "fine_tuning")
-        for k in self.options.ks if seed == 0 else [self.chosen_k()]:
+        for k in ks:
             self._prompted(seed, k, tuned)
         if self.k is None:
             self.k = self.chosen_k()
             print(f"\n{self.name}: K = {self.k} is best on validation with the first seed")
 
-    def _prompted(self, seed: int, k: int, tuned: list[str]) -> None:
+    def _generate(self, seed: int, k: int, tuned: list[str]) -> None:
         place = f"seed{seed}/k{k}"
-        prompts = f"{self.folder}/{place}/prompts"
+        prompts, config = f"{self.folder}/{place}/prompts", config_file(self.options.configs, self.name, "_prompts")
+        arguments = ["--config", config, "--data", self.data, *tuned, "--prompts.k", str(k), "--output", prompts]
         self.steps.run(
             f"{self.name}/{place}/prompts",
-            self._stage("generate_prompts", ["--data", self.data, *tuned, "--prompts.k", str(k), "--output", prompts]),
+            self._stage("generate_prompts", arguments),
             kind=f"{self.name} generate",
             proof=f"{prompts}/manifest.json",
             needs=(f"{self.name}/prepare", f"{self.name}/seed{seed}/pretrain"),
+            settings=values_of(ROOT / config),
         )
+
+    def _prompted(self, seed: int, k: int, tuned: list[str]) -> None:
+        place = f"seed{seed}/k{k}"
+        prompts = f"{self.folder}/{place}/prompts"
         tokens = ["--batch.tokens", str(self._tokens(prompts))]
         needs = (f"seed{seed}/pretrain", f"{place}/prompts")
         self._train(f"{place}/recgpt", "tune", "prompt_tune", self.tune_config, prompts, needs, seed, [*tuned, *tokens])

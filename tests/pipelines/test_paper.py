@@ -20,7 +20,11 @@ loss: {candidates: all}
 batch: {tokens: 200}
 train: {epochs: 1}
 """
+PROMPTS = """
+prompts: {answers: 2}
+"""
 TUNE = """
+tuning: {soft_targets: 0.3}
 loss: {candidates: all}
 batch: {tokens: 200}
 train: {epochs: 1}
@@ -30,10 +34,10 @@ TITLES = [
     "seed0/pretrain",
     "seed0/pretrain_validation",
     "seed0/pretrain_test",
+    "seed0/k1/prompts",
     "seed0/fine_tuning",
     "seed0/fine_tuning_validation",
     "seed0/fine_tuning_test",
-    "seed0/k1/prompts",
     "seed0/k1/recgpt",
     "seed0/k1/recgpt_validation",
     "seed0/k1/recgpt_test",
@@ -77,11 +81,12 @@ def test_from_a_log_to_the_report_interrupted_and_done_once(tmp_path, executor, 
     synthetic_log.main(["--output", str(log), "--users", "120", "--items", "60", "--mean_events", "10"])
     configs.mkdir()
     (configs / "paper.yaml").write_text(CONFIG)
+    (configs / "paper_prompts.yaml").write_text(PROMPTS)
     (configs / "tiny_tune.yaml").write_text(TUNE)
     words = ["--dataset", f"tiny={log}", "--output", str(tmp_path / "out"), "--configs", str(configs)]
     words += ["--seeds", "1", "--ranks", "1", "--k", "1"]
 
-    executor.interrupt_at = 5
+    executor.interrupt_at = 6
     with pytest.raises(SystemExit) as ended:
         paper.main(words)
     assert ended.value.code == 130
@@ -91,8 +96,8 @@ def test_from_a_log_to_the_report_interrupted_and_done_once(tmp_path, executor, 
     paper.main(words)
     assert len(executor.ran) == len(TITLES)  # nothing that was done before the interruption ran again
     said = capsys.readouterr().out
-    assert "step 5 of 11: tiny/seed0/fine_tuning: done before" in said
-    assert "step 6 of 11: tiny/seed0/fine_tuning_validation (" in said and " left)" in said
+    assert "step 6 of 11: tiny/seed0/fine_tuning: done before" in said
+    assert "step 7 of 11: tiny/seed0/fine_tuning_validation (" in said and " left)" in said
 
     out = tmp_path / "out"
     report = json.loads((out / "report.json").read_text())
