@@ -301,7 +301,7 @@ def collect(options: Options, steps: RecordedSteps) -> dict[str, Any]:
 
 def figures_of(answer: dict[str, Any], run: Path) -> dict[str, Any]:
     """What was measured of one run: on test, and on validation after its best epoch (one step, masked)."""
-    one, two = answer["results"].values()
+    one, two = list(answer["results"].values())[:2]  # baselines may follow
     trained = paper_report.trained(run)
     epochs = map(json.loads, (run / "history.jsonl").read_text().splitlines())
     (best,) = (epoch for epoch in epochs if epoch["epoch"] == trained["best_epoch"] and "NDCG@10" in epoch)
