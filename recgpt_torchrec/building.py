@@ -1,9 +1,11 @@
 """From a configuration and a dataset to streams and a distributed model: what several stages build alike."""
 
+import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torchrec.optim.keyed import KeyedOptimizer
@@ -20,6 +22,7 @@ from recgpt_torchrec.config import (
     Tables,
     Tuning,
 )
+from recgpt_torchrec.data.checking import LIST, SetAside
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.stream import BatchMaker, SequenceStream, training_counts
 from recgpt_torchrec.errors import InputError
@@ -32,9 +35,17 @@ from recgpt_torchrec.training.sharding import DENSE, distribute, table_name, tab
 from recgpt_torchrec.training.trainer import Trainer
 
 
+def open_dataset(config: Pretrain | PromptTune) -> Dataset:
+    """The dataset to train on, opened as its options about damage say."""
+    return Dataset.open(config.data, damaged=config.stream.damaged, checksums=config.stream.checksums)
+
+
 def training_stream(config: Pretrain | PromptTune, dataset: Dataset, tuning: Tuning | None = None) -> SequenceStream:
     """The stream of the training part, with the loss's candidates, and with the prompts where `tuning` reads them."""
     assert config.model is not None
+    set_aside = None
+    if config.stream.damaged == "skip":
+        set_aside = SetAside(os.path.join(config.output, LIST), config.stream.damaged_limit)
     by_popularity = config.loss.candidates == "in_batch" or config.loss.negatives_by == "log_uniform"
     maker = BatchMaker(
         dataset=dataset,
@@ -48,6 +59,8 @@ def training_stream(config: Pretrain | PromptTune, dataset: Dataset, tuning: Tun
         max_len=config.model.max_len,
         seed=config.seed,
         item_counts=training_counts(dataset) if by_popularity else None,
+        set_aside=set_aside,
+        time_order=config.stream.time_order,
     )
     return SequenceStream(maker, config.stream)
 
@@ -58,7 +71,13 @@ def answers_of(dataset: Dataset) -> int:
 
 
 def encoding_stream(
-    dataset: Dataset, split: str, model: Model, batch: Batch, prompts: bool = False, grows: int = 0
+    dataset: Dataset,
+    split: str,
+    model: Model,
+    batch: Batch,
+    prompts: bool = False,
+    grows: int = 0,
+    set_aside: SetAside | None = None,
 ) -> SequenceStream:
     """The stream of histories to encode: those before the held-out item of a split, or with `all` the whole."""
     maker = BatchMaker(
@@ -70,6 +89,7 @@ def encoding_stream(
         loss=Loss(),
         max_len=model.max_len,
         seed=0,
+        set_aside=set_aside,
     )
     return SequenceStream(maker, Stream())
 
@@ -184,6 +204,19 @@ def check_vocabulary(facts: dict[str, Any], checkpoint: str, dataset: Dataset) -
         )
 
 
+def check_lost(dataset: Dataset) -> None:
+    """Raise an `InputError` unless every rank finds the same parts of the dataset (collective): windows depend on
+    it."""
+    found: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(found, dataset.lost)
+    for rank, lost in enumerate(found):
+        if differ := sorted(lost.keys() ^ found[0].keys()):
+            raise InputError(
+                f"{dataset.path}: rank 0 and rank {rank} do not find the same parts ({', '.join(differ)}); all nodes "
+                "must read the same files"
+            )
+
+
 def fit(
     config: Pretrain | PromptTune,
     saving: CheckpointOptions,
@@ -207,6 +240,7 @@ def fit(
     """
     assert config.model is not None
     stream = training_stream(config, dataset, tuning)
+    check_lost(dataset)
     model, optimizer = build(config, dataset, stream.maker.capacity.items, device, tuning)
     run.claim()
     trainer = Trainer(
@@ -228,5 +262,10 @@ def fit(
     elif pretrained is not None:
         load_pretrained(model, pretrained)
     prompts = tuning is not None and tuning.prompts
-    validation = encoding_stream(dataset, "validation", config.model, config.batch, prompts=prompts)
+    set_aside = stream.maker.set_aside
+    validation = encoding_stream(
+        dataset, "validation", config.model, config.batch, prompts=prompts, set_aside=set_aside
+    )
     trainer.fit(Validation(model, validation, device), metric="NDCG@10")
+    if set_aside is not None:
+        say(set_aside.summary())

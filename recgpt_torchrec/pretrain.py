@@ -8,13 +8,12 @@ from recgpt_torchrec.config import Pretrain
 
 def main(config: Pretrain) -> None:
     """Train, and leave the best checkpoint in `config.output`."""
-    from recgpt_torchrec.building import fit, training_stream
-    from recgpt_torchrec.data.dataset import Dataset
+    from recgpt_torchrec.building import fit, open_dataset, training_stream
     from recgpt_torchrec.training.processes import process_group, say
     from recgpt_torchrec.training.run import Run
 
     with process_group() as device:
-        dataset = Dataset.open(config.data)
+        dataset = open_dataset(config)
         training_stream(config, dataset)  # finds what is wrong with options or data before the output is looked at
         run = Run.find(config.output, asdict(config), dataset.manifest.vocabulary, keep=config.checkpoint.keep)
         if run.finished:

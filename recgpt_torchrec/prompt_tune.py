@@ -9,14 +9,13 @@ from recgpt_torchrec.errors import InputError
 
 def main(config: PromptTune) -> None:
     """Go on training, and leave the best checkpoint in `config.output`."""
-    from recgpt_torchrec.building import answers_of, fit, pretrained_model, training_stream
-    from recgpt_torchrec.data.dataset import Dataset
+    from recgpt_torchrec.building import answers_of, fit, open_dataset, pretrained_model, training_stream
     from recgpt_torchrec.training.checkpoint import find
     from recgpt_torchrec.training.processes import process_group, say
     from recgpt_torchrec.training.run import Run
 
     with process_group() as device:
-        dataset, checkpoint, tuning = Dataset.open(config.data), find(config.checkpoint), config.tuning
+        dataset, checkpoint, tuning = open_dataset(config), find(config.checkpoint), config.tuning
         if tuning.prompts and "prompts" not in dataset.manifest.settings:
             raise InputError(
                 f"{config.data} has no prompts; make some with python -m recgpt_torchrec.generate_prompts, "

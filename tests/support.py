@@ -1,13 +1,21 @@
-"""Small datasets for tests, written straight from Python lists; ids are what the test says they are."""
+"""Small datasets for tests, written straight from Python lists and damaged on purpose; stages run in this process."""
 
+import importlib
+import json
 import multiprocessing.forkserver
-from collections.abc import Sequence
+import sys
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs
+import pyarrow.parquet as pq
 
+from recgpt_torchrec import cli
 from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.writing import write_manifest, write_parts
 
@@ -67,6 +75,74 @@ def write_dataset(
     )
     write_manifest(fs, root, manifest)
     return Dataset.open(root)
+
+
+def stage(name: str, options: dict[str, Any]) -> int:
+    """Run a stage in this process as its command line would, and return its exit status.
+
+    Args:
+        name: of the stage, `pretrain` or another.
+        options: `{"--model.dim": 8}`; None leaves one out, a list takes several words.
+    """
+    from recgpt_torchrec import config
+
+    words = [str(word) for option, value in options.items() for word in _words(option, value)]
+    config_class = getattr(config, "".join(word.capitalize() for word in name.split("_")))
+    function = importlib.import_module(f"recgpt_torchrec.{name}").main
+    before, sys.argv = sys.argv, [name, *words]
+    try:
+        cli.run(config_class, function, f"recgpt_torchrec.{name}")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    finally:
+        sys.argv = before
+    return 0
+
+
+def _words(option: str, value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return [option, *value] if isinstance(value, list) else [option, value]
+
+
+def rewrite(
+    folder: Path,
+    change: Callable[[list[dict[str, Any]]], object],
+    *,
+    part: int = 0,
+    types: dict[str, pa.DataType | None] | None = None,
+    rows_per_group: int | None = None,
+) -> None:
+    """Write a part of a dataset's sequences again with other rows, and a manifest that promises just this file.
+
+    Args:
+        folder: of the dataset.
+        change: of the rows, in place.
+        part: which part.
+        types: other types of columns; None drops a column.
+        rows_per_group: None: as it was.
+    """
+    manifest = Manifest.from_json((folder / "manifest.json").read_text())
+    there = manifest.sequences[part]
+    path = folder / there.path
+    groups = pq.ParquetFile(path).metadata.row_group(0).num_rows
+    rows = pq.read_table(path).to_pylist()
+    change(rows)
+    fields = {field.name: field.type for field in pq.read_schema(path)} | (types or {})
+    schema = pa.schema([(name, kind) for name, kind in fields.items() if kind is not None])
+    rows = [{name: row[name] for name in schema.names} for row in rows]
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, row_group_size=rows_per_group or groups)
+    there.rows, there.bytes = len(rows), path.stat().st_size
+    there.checksum = f"{zlib.crc32(path.read_bytes()):08x}"
+    (folder / "manifest.json").write_text(json.dumps(asdict(manifest)))
+
+
+def overwrite(path: Path, where: slice) -> None:
+    """Noise in the middle of a file, which keeps its size."""
+    data = bytearray(path.read_bytes())
+    size = len(data[where])
+    data[where] = np.random.default_rng(0).bytes(size)
+    path.write_bytes(data)
 
 
 def start_forkserver() -> None:

@@ -192,7 +192,10 @@ def make_batch(
         out[grid.slots] = values
         return torch.from_numpy(out.reshape(grid.rows, row_length))
 
-    user_kjt, user_bags = distinct(sequences.users, capacity.users, USER)
+    looked_up = entries > 0
+    user_kjt, bags = distinct(sequences.users[looked_up], capacity.users, USER)
+    user_bags = np.zeros(count, dtype=np.int64)
+    user_bags[looked_up] = bags
     if all_items:
         item_kjt, bags = distinct(np.arange(all_items), all_items, ITEM)
         input_bags, target_bags, candidate_bags = items[inputs], targets, np.arange(all_items)

@@ -10,8 +10,9 @@ The manifest is written last: a folder without one is not a dataset.
 
 import json
 import os
+import zlib
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import fsspec
 import pyarrow as pa
@@ -22,6 +23,18 @@ from recgpt_torchrec.errors import InputError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+COLUMNS = {
+    "user_id": pa.int64(),
+    "item_ids": pa.list_(pa.int64()),
+    "segment_ids": pa.list_(pa.int8()),
+    "timestamps": pa.list_(pa.int64()),
+    "answer_ids": pa.list_(pa.int64()),
+    "answer_scores": pa.list_(pa.float32()),
+}
+"""Columns of the sequences that are read, with the type they are read as."""
+REQUIRED = ("user_id", "item_ids")
+ANSWERS = ("answer_ids", "answer_scores")
+"""List columns of a prompt dataset: some answers of the model for each interacted item, and their scores."""
 
 
 def filesystem(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
@@ -55,6 +68,9 @@ class Part:
     """crc32 of the file's bytes as eight hex digits."""
 
 
+PARTS = ("sequences", "item_parts", "user_parts")
+
+
 @dataclass(kw_only=True)
 class Manifest:
     """What `manifest.json` holds."""
@@ -84,11 +100,28 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
-        """The manifest that `text` holds."""
+        """The manifest that `text` holds.
+
+        Raises:
+            ValueError: it holds none, or one with values that cannot be.
+        """
         values = json.loads(text)
-        for name in ("sequences", "item_parts", "user_parts"):
-            values[name] = [Part(**part) for part in values.get(name, [])]
-        return cls(**values)
+        try:
+            for name in PARTS:
+                values[name] = [Part(**part) for part in values.get(name, [])]
+            manifest = cls(**values)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(str(error).replace(".__init__()", "")) from None
+        parts = [part for name in PARTS for part in getattr(manifest, name)]
+        counts = {name: getattr(manifest, name) for name in ("users", "items", "interactions")}
+        counts |= {f"{name} of {part.path}": getattr(part, name) for part in parts for name in ("rows", "bytes")}
+        for name, count in counts.items():
+            if not isinstance(count, int) or count < 0:
+                raise ValueError(f"{name} is {count!r}, it must be a number of at least 0")
+        paths = [part.path for part in parts]
+        if twice := [path for path in dict.fromkeys(paths) if paths.count(path) > 1]:
+            raise ValueError(f"it lists {', '.join(twice)} more than once")
+        return manifest
 
 
 @dataclass(kw_only=True)
@@ -100,50 +133,85 @@ class Dataset:
 
     path: str
     manifest: Manifest
+    damaged: Literal["stop", "skip"] | None = None
+    """What the user wants done about damaged sequences; None: the stage does not ask."""
+    lost: dict[str, str] = field(default_factory=dict)
+    """Parts that are passed over as a whole, and why; only with `skip`."""
+    columns: frozenset[str] = frozenset()
+    """Those of `COLUMNS` that the sequences have, once their footers were read (`windows.row_groups`)."""
 
     @classmethod
-    def open(cls, path: str) -> "Dataset":
+    def open(cls, path: str, *, damaged: Literal["stop", "skip"] | None = None, checksums: bool = False) -> "Dataset":
         """Open and check a dataset: manifest, format version, every part there with the promised size.
+
+        Args:
+            path: folder of the dataset.
+            damaged: with `skip` parts of the sequences that cannot be used are noted in `lost`.
+            checksums: read every part and compare its checksum, too.
 
         Raises:
             InputError: names what is missing or differs, and how to repair it.
         """
         fs, root = filesystem(path)
-        info = fs.get_file_info(f"{root}/{MANIFEST}")
-        if info.type == pyarrow.fs.FileType.NotFound:
+        if fs.get_file_info(f"{root}/{MANIFEST}").type == pyarrow.fs.FileType.NotFound:
             raise InputError(
                 f"{path} is not a dataset: it has no {MANIFEST}. "
                 f"Make one with: python -m recgpt_torchrec.prepare --output {path} ..."
             )
-        with fs.open_input_stream(f"{root}/{MANIFEST}") as stream:
-            text = stream.read().decode()
         try:
+            with fs.open_input_stream(f"{root}/{MANIFEST}") as stream:
+                text = stream.read().decode()
             version = json.loads(text).get("format_version")
-        except (json.JSONDecodeError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             raise InputError(
                 f"{path}/{MANIFEST} is not valid JSON ({error}); run prepare again into a new folder"
             ) from None
         if version != FORMAT_VERSION:
+            newer = isinstance(version, int) and version > FORMAT_VERSION
+            way = "update the program, or " if newer else ""
             raise InputError(
                 f"{path} has dataset format version {version}, this program reads version {FORMAT_VERSION}; "
-                "run prepare again with this version into a new folder"
+                f"{way}run prepare again with this version into a new folder"
             )
-        manifest = Manifest.from_json(text)
-        dataset = cls(path=path, manifest=manifest)
-        parts = manifest.sequences + manifest.item_parts + manifest.user_parts
+        try:
+            manifest = Manifest.from_json(text)
+        except ValueError as error:
+            raise InputError(f"{path}/{MANIFEST} is damaged: {error}; restore it or run prepare again") from None
+        if not (manifest.users and manifest.items and manifest.entries):
+            raise InputError(
+                f"{path} is empty: {manifest.users} users, {manifest.items} items, {manifest.entries} entries; prepare "
+                "a log with interactions in it"
+            )
+        dataset = cls(path=path, manifest=manifest, damaged=damaged)
+        parts = [part for name in PARTS for part in getattr(manifest, name)]
         infos = fs.get_file_info([f"{root}/{part.path}" for part in parts])
         for part, found in zip(parts, infos, strict=True):
             if found.type == pyarrow.fs.FileType.NotFound:
-                raise InputError(
-                    f"{path}: the part {part.path} is missing (the manifest promises {part.rows} rows in "
-                    f"{part.bytes} bytes); restore it or run prepare again"
-                )
-            if found.size != part.bytes:
-                raise InputError(
-                    f"{path}: the part {part.path} is damaged: it has {found.size} bytes, the manifest promises "
-                    f"{part.bytes}; restore it or run prepare again"
-                )
+                promised = f"the manifest promises {part.rows} rows in {part.bytes} bytes"
+                dataset.lose(part, f"is missing ({promised})")
+            elif found.size != part.bytes:
+                dataset.lose(part, f"is damaged: it has {found.size} bytes, the manifest promises {part.bytes}")
+            elif checksums and (checksum := checksum_of(fs, f"{root}/{part.path}")) != part.checksum:
+                dataset.lose(part, f"is damaged: its checksum is {checksum}, the manifest promises {part.checksum}")
         return dataset
+
+    @property
+    def remedy(self) -> str:
+        """What a user can do about damaged sequences."""
+        more = ", or go on without the damaged rows: --stream.damaged skip" if self.damaged == "stop" else ""
+        return f"restore the file or run prepare again{more}"
+
+    def lose(self, part: Part, reason: str) -> None:
+        """Pass a part over.
+
+        Raises:
+            InputError: that is not wanted, or the part holds no sequences.
+        """
+        if part not in self.manifest.sequences:
+            raise InputError(f"{self.path}: the part {part.path} {reason}; restore the file or run prepare again")
+        if self.damaged != "skip":
+            raise InputError(f"{self.path}: the part {part.path} {reason}; {self.remedy}")
+        self.lost[part.path] = reason
 
     def open_part(self, part: Part) -> pq.ParquetFile:
         """Open one part for reading row groups.
@@ -156,6 +224,28 @@ class Dataset:
             return pq.ParquetFile(fs.open_input_file(f"{root}/{part.path}"))
         except Exception as error:
             raise InputError(
-                f"{self.path}: the part {part.path} cannot be read as Parquet ({error}); "
-                "restore it or run prepare again"
+                f"{self.path}: the part {part.path} cannot be read as Parquet ({error}); {self.remedy}"
             ) from None
+
+
+def checksum_of(fs: pyarrow.fs.FileSystem, path: str) -> str:
+    """crc32 of a file's bytes, as `Part.checksum` has it."""
+    crc = 0
+    with fs.open_input_stream(path, compression=None) as stream:
+        while block := stream.read(2**22):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
+
+
+def column_fault(schema: pa.Schema, name: str) -> str | None:
+    """Why a column of `COLUMNS` cannot be read from a part of this schema; None: it can."""
+    if (times := schema.names.count(name)) != 1:
+        return f"has no column {name}, only {schema.names}" if not times else f"has more than one column {name}"
+    found = inside = schema.field(name).type
+    wanted = COLUMNS[name]
+    if pa.types.is_list(wanted) and (pa.types.is_list(found) or pa.types.is_large_list(found)):
+        inside, wanted = found.value_type, wanted.value_type
+    alike = pa.types.is_floating if pa.types.is_floating(wanted) else pa.types.is_integer
+    if pa.types.is_list(wanted) or not alike(inside):
+        return f"has a column {name} of type {found}, it must be {COLUMNS[name]}"
+    return None

@@ -5,6 +5,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,13 +24,13 @@ from recgpt_torchrec.data.batch import (
     no_sequences,
 )
 from recgpt_torchrec.data.candidates import LogUniform, NegativeSampler, Uniform
+from recgpt_torchrec.data.checking import Reader, SetAside
 from recgpt_torchrec.data.dataset import Dataset
-from recgpt_torchrec.data.windows import Cursor, Queue, RowGroup, Window, row_groups, windows_of
+from recgpt_torchrec.data.windows import Cursor, Queue, Window, row_groups, windows_of
 from recgpt_torchrec.errors import InputError
 
 EVALUATION = ("validation", "test")
-ANSWERS = ("answer_ids", "answer_scores")
-"""List columns of a prompt dataset: some answers of the model for each interacted item, and their scores."""
+Batches = TypeVar("Batches")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,10 @@ class BatchMaker:
     seed: int
     item_counts: np.ndarray | None = None
     """[items] int64 training interactions of each item, for popularity-based sampling and in-batch correction."""
+    set_aside: SetAside | None = None
+    """Where damaged rows go; None: the first one is an error."""
+    time_order: bool = False
+    """Whether a history whose times are not in order is damaged."""
 
     def __post_init__(self) -> None:
         if self.batch.tokens < self.max_len:
@@ -129,14 +134,14 @@ class BatchMaker:
 
     def sequences_of(self, window: Window, epoch: int, shuffle: bool) -> Sequences:
         """Read a window, cut its histories for the split and to `max_len`, and shuffle them."""
-        tables = [read_group(self.dataset, group, answers=bool(self.answers)) for group in window.groups]
-        table = pa.concat_tables(tables)
+        reader = Reader(self.dataset, self.answers, self.time_order, self.set_aside)
+        there = [reader.read(group) for group in window.groups]
+        table, read = pa.concat_tables([r.table for r in there]), np.concatenate([r.lengths for r in there])
         users = table["user_id"].to_numpy()
         values, offsets = leave_one_out.item_lists(table["item_ids"])
         segments = (
             leave_one_out.item_lists(table["segment_ids"]).values if "segment_ids" in table.schema.names else None
         )
-        read = np.diff(offsets).astype(np.float64)
         if segments is not None and not self.prompts:
             kept = segments == 0
             values, offsets, segments = values[kept], np.concatenate([[0], np.cumsum(kept)])[offsets], None
@@ -204,14 +209,19 @@ class BatchMaker:
             sequences = self.sequences_of(windows[index], epoch, shuffle)
             lengths = sequences.lengths - 1 if self.training else sequences.lengths
             total = np.concatenate([[0], np.cumsum(np.maximum(lengths, 0))])
+            # Only training meets lost parts: thousands of rows without an entry, which need no steps of their own.
+            counted = sequences.lengths > 0 if self.training else np.ones(sequences.users.size, dtype=bool)
+            number = np.concatenate([[0], np.cumsum(counted)])
             size = sequences.users.size
             while offset < size:
-                room = total[offset] + self.batch.tokens - tokens
-                stop = min(int(np.searchsorted(total, room, side="right")) - 1, offset + self.max_sequences - count)
+                room, places = total[offset] + self.batch.tokens - tokens, number[offset] + self.max_sequences - count
+                stop = min(
+                    int(np.searchsorted(t, most, side="right")) - 1 for t, most in ((total, room), (number, places))
+                )
                 if stop > offset:
                     pending.append(part_of(sequences, offset, stop))
                     tokens += int(total[stop] - total[offset])
-                    count += stop - offset
+                    count += int(number[stop] - number[offset])
                     offset = stop
                 if offset < size:
                     made += 1
@@ -225,42 +235,6 @@ def in_batch_log_q(counts: np.ndarray, tokens: int) -> np.ndarray:
     """[items] float32: log of the chance that an item is among the targets of a batch of `tokens` positions."""
     p = np.maximum(counts, 0.5) / max(counts.sum(), 1)
     return np.log(-np.expm1(tokens * np.log1p(-np.minimum(p, 1 - 1e-9)))).astype(np.float32)
-
-
-def read_group(dataset: Dataset, group: RowGroup, answers: bool = False) -> pa.Table:
-    """Read the columns that are used of one row group, `answers` of the pre-trained model among them, and check ids.
-
-    Raises:
-        InputError: names the part, the row group and the row of what cannot be used.
-    """
-    part = dataset.manifest.sequences[group.part]
-    place = f"{dataset.path}: {part.path}, row group {group.group}"
-    try:
-        with dataset.open_part(part) as file:
-            wanted = ("user_id", "item_ids", "segment_ids", *ANSWERS * answers)
-            names = [n for n in wanted if n in file.schema_arrow.names]
-            table = file.read_row_group(group.group, columns=names)
-    except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{place} cannot be read ({reason}); restore the file or run prepare again") from None
-    try:
-        values, offsets = leave_one_out.item_lists(table["item_ids"])
-    except ValueError as error:
-        raise InputError(f"{place}: {error}; run prepare again") from None
-    wrong = np.flatnonzero((values < 0) | (values >= dataset.manifest.items))
-    if wrong.size:
-        row = int(np.searchsorted(offsets, wrong[0], side="right")) - 1
-        raise InputError(
-            f"{place}, row {row}: item id {values[wrong[0]]} is outside the vocabulary "
-            f"(0 to {dataset.manifest.items - 1}); the part belongs to another dataset"
-        )
-    users = table["user_id"].to_numpy()
-    wrong = np.flatnonzero((users < 0) | (users >= dataset.manifest.users))
-    if wrong.size:
-        raise InputError(
-            f"{place}, row {wrong[0]}: user id {users[wrong[0]]} is outside 0 to {dataset.manifest.users - 1}"
-        )
-    return table
 
 
 def overlapping(start: np.ndarray, stop: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -336,13 +310,20 @@ class _Worker(IterableDataset):
     ) -> None:
         self.maker, self.windows, self.queues, self.epoch, self.shuffle = maker, windows, queues, epoch, shuffle
 
-    def __iter__(self) -> Iterator[SequenceBatch]:
+    def __iter__(self) -> Iterator[SequenceBatch | InputError]:
         info = get_worker_info()
-        worker = info.id if info is not None else 0
-        if info is not None:
-            torch.set_num_threads(1)
-            pa.set_cpu_count(1)
-            pa.set_io_thread_count(2)
+        if info is None:
+            yield from self._batches(0)
+            return
+        torch.set_num_threads(1)
+        pa.set_cpu_count(1)
+        pa.set_io_thread_count(2)
+        try:
+            yield from self._batches(info.id)
+        except InputError as error:
+            yield error  # handed over like a batch: raised here, it would reach the user inside a traceback
+
+    def _batches(self, worker: int) -> Iterator[SequenceBatch]:
         return self.maker.batches(self.windows, self.queues[worker], worker, self.epoch, self.shuffle)
 
 
@@ -354,7 +335,11 @@ class SequenceStream:
 
     def __init__(self, maker: BatchMaker, settings: Stream) -> None:
         self.maker, self.settings = maker, settings
+        if maker.set_aside is not None:
+            maker.set_aside.restore(maker.dataset)
         self.groups = row_groups(maker.dataset)
+        if maker.set_aside is not None:
+            maker.set_aside.check_lost(maker.dataset)
 
     @property
     def workers(self) -> int:
@@ -373,14 +358,19 @@ class SequenceStream:
     def epoch(self, epoch: int, queues: list[Queue]) -> Iterator[SequenceBatch]:
         """This rank's batches of what is left in its queues."""
         source = _Worker(self.maker, self.windows(epoch), queues, epoch, self.shuffle)
-        if self.settings.workers == 0:
-            yield from read_ahead(iter(source), self.settings.prefetch)
-            return
+        batches = read_ahead(iter(source), self.settings.prefetch) if self.settings.workers == 0 else self._load(source)
+        for batch in batches:
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+
+    def _load(self, source: _Worker) -> Iterator[SequenceBatch | InputError]:
+        """What loader processes make of `source`."""
         # A fork server imports once and forks a clean process for each epoch: forking this process, with its process
         # group and thread pools, is not safe, and spawning would import torch again each time.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-        yield from DataLoader(
+        loader = DataLoader(
             source,
             batch_size=None,
             num_workers=self.settings.workers,
@@ -388,19 +378,28 @@ class SequenceStream:
             multiprocessing_context=context,
             pin_memory=torch.cuda.is_available(),
         )
+        try:
+            yield from loader
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise InputError(
+                f"a loader process ended before its work was done ({error}); where memory is short give fewer "
+                "--stream.workers, a smaller --stream.prefetch, or --stream.workers 0"
+            ) from None
 
 
-def read_ahead(source: Iterator[SequenceBatch], prefetch: int) -> Iterator[SequenceBatch]:
+def read_ahead(source: Iterator[Batches], prefetch: int) -> Iterator[Batches]:
     """Batches of `source`, made ahead by a thread of this process; its errors are raised here.
 
     Making a batch of 2,048 tokens takes 5 ms, most of it in numpy and Arrow without the interpreter lock. A process of
     its own costs more than that to hand each batch over (20 ms) and a second an epoch to start: it pays with large
     batches.
     """
-    ready: queue.Queue[SequenceBatch | BaseException | None] = queue.Queue(prefetch)
+    ready: queue.Queue[Any] = queue.Queue(prefetch)
     stopped = threading.Event()
 
-    def put(value: SequenceBatch | BaseException | None) -> bool:
+    def put(value: Any) -> bool:
         while not stopped.is_set():
             try:
                 ready.put(value, timeout=0.1)

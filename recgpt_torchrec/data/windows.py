@@ -8,11 +8,11 @@ left anew, and either way every remaining row is read exactly once.
 """
 
 import heapq
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.dataset import ANSWERS, COLUMNS, REQUIRED, Dataset, Manifest, column_fault
 from recgpt_torchrec.errors import InputError
 
 
@@ -29,28 +29,54 @@ class RowGroup:
 
 
 def row_groups(dataset: Dataset) -> list[RowGroup]:
-    """All row groups of a dataset's sequences, in order, from the Parquet footers.
+    """All row groups of a dataset's sequences, in order, from the Parquet footers; a lost part counts as one.
 
     Raises:
-        InputError: a part is not readable or holds another number of rows than the manifest promises.
+        InputError: a part is not readable, or holds other rows or columns than it should (unless it may be lost).
     """
-    found = []
+    of_part: dict[int, list[RowGroup]] = {}
+    columns: dict[int, set[str]] = {}
     for index, part in enumerate(dataset.manifest.sequences):
-        with dataset.open_part(part) as file:
-            meta = file.metadata
-            if meta.num_rows != part.rows:
-                raise InputError(
-                    f"{dataset.path}: the part {part.path} has {meta.num_rows} rows, the manifest promises "
-                    f"{part.rows}; restore it or run prepare again"
-                )
-            names = [meta.schema.column(c).path for c in range(meta.num_columns)]
-            items = next((c for c, name in enumerate(names) if name.split(".")[0] == "item_ids"), None)
-            if items is None:
-                raise InputError(f"{dataset.path}: the part {part.path} has no column item_ids, only {names}")
-            for group in range(meta.num_row_groups):
-                info = meta.row_group(group)
-                found.append(RowGroup(index, group, info.num_rows, info.column(items).num_values))
-    return found
+        if part.path in dataset.lost:
+            continue
+        try:
+            with dataset.open_part(part) as file:
+                meta, schema = file.metadata, file.schema_arrow
+        except InputError:
+            if dataset.damaged != "skip":
+                raise
+            dataset.lose(part, "cannot be read as Parquet")
+            continue
+        columns[index] = {name for name in COLUMNS if name in schema.names}
+        wrong = (reason for name in (*REQUIRED, *columns[index]) if (reason := column_fault(schema, name)))
+        if meta.num_rows != part.rows:
+            dataset.lose(part, f"has {meta.num_rows} rows, the manifest promises {part.rows}")
+        elif reason := next(wrong, None):
+            dataset.lose(part, reason)
+        else:
+            names = [meta.schema.column(c).path.split(".")[0] for c in range(meta.num_columns)]
+            infos = (meta.row_group(group) for group in range(meta.num_row_groups))
+            of_part[index] = [
+                RowGroup(index, group, info.num_rows, info.column(names.index("item_ids")).num_values)
+                for group, info in enumerate(infos)
+            ]
+    there = [columns[index] for index in of_part]
+    dataset.columns = frozenset(set(REQUIRED).union(*there, promised(dataset.manifest)))
+    for index in list(of_part):
+        if missing := dataset.columns - columns[index]:
+            part = dataset.manifest.sequences[index]
+            dataset.lose(part, f"has no column {', '.join(sorted(missing))}, which the dataset has")
+            del of_part[index]
+    lost = {i: [RowGroup(i, 0, p.rows, p.items)] for i, p in enumerate(dataset.manifest.sequences) if i not in of_part}
+    return [group for _, groups in sorted((of_part | lost).items()) for group in groups]
+
+
+def promised(manifest: Manifest) -> set[str]:
+    """Columns that the sequences have by the options of the stage that wrote them."""
+    prompts = manifest.settings.get("prompts")
+    if not prompts:
+        return set()
+    return {"segment_ids", *ANSWERS} if prompts.get("answers") else {"segment_ids"}
 
 
 @dataclass(frozen=True)
@@ -93,13 +119,15 @@ class Queue:
     """(window, rows already done), in reading order; only a window that was begun has rows done."""
     batches: int = 0
     """Batches already made from this queue in the epoch; part of the seed of the negatives."""
+    groups: int = 0
+    """Row groups of the dataset that it was dealt from, which windows depend on; 0: not known."""
 
     def after(self, cursor: "Cursor") -> "Queue":
         """What is left once the batch that `cursor` came with is done."""
         left = list(self.windows[cursor.windows_done :])
         if cursor.offset:
             left[0] = (left[0][0], cursor.offset)
-        return Queue(tuple(left), cursor.batches)
+        return Queue(tuple(left), cursor.batches, self.groups)
 
 
 @dataclass(frozen=True)
@@ -126,7 +154,7 @@ class Position:
         """As plain lists and numbers, for a checkpoint."""
         queues = None
         if self.queues is not None:
-            queues = [{"windows": [list(w) for w in q.windows], "batches": q.batches} for q in self.queues]
+            queues = [{**asdict(q), "windows": [list(w) for w in q.windows]} for q in self.queues]
         return {"epoch": self.epoch, "queues": queues}
 
     @classmethod
@@ -134,7 +162,7 @@ class Position:
         """The inverse of `state_dict`."""
         queues = state["queues"]
         if queues is not None:
-            queues = [Queue(tuple((w, done) for w, done in q["windows"]), q["batches"]) for q in queues]
+            queues = [Queue(**{**q, "windows": tuple((w, done) for w, done in q["windows"])}) for q in queues]
         return cls(state["epoch"], queues)
 
 
@@ -143,10 +171,20 @@ def deal(windows: list[Window], queues: int, position: Position | None = None) -
 
     With a position inside the epoch only what is left is dealt: just as it was when the number of queues is the same
     (the run goes on with the same batches), anew otherwise.
+
+    Raises:
+        InputError: the position is one in a dataset of other row groups.
     """
+    groups = sum(len(window.groups) for window in windows)
     left = [(window.index, 0) for window in windows]
     batches = 0
     if position is not None and position.queues is not None:
+        before = max((queue.groups for queue in position.queues), default=0)
+        if before not in (0, groups):
+            raise InputError(
+                f"the run stopped within an epoch over {before} row groups, now the dataset has {groups}: what is left "
+                "of the epoch cannot be told. Give the dataset as it was, or begin anew with another --output"
+            )
         if len(position.queues) == queues:
             return position.queues
         left = [entry for queue in position.queues for entry in queue.windows]
@@ -158,4 +196,4 @@ def deal(windows: list[Window], queues: int, position: Position | None = None) -
         items, queue = heapq.heappop(shares)
         dealt[queue].append(entry)
         heapq.heappush(shares, (items + size[entry[0]], queue))
-    return [Queue(tuple(sorted(entries)), batches) for entries in dealt]
+    return [Queue(tuple(sorted(entries)), batches, groups) for entries in dealt]

@@ -14,9 +14,9 @@ import scipy.sparse as sp
 import torch
 
 from recgpt_torchrec.data import split as leave_one_out
+from recgpt_torchrec.data.checking import read_group
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.split import ItemLists, SplitName
-from recgpt_torchrec.data.stream import read_group
 from recgpt_torchrec.data.windows import RowGroup, row_groups
 from recgpt_torchrec.retrieval.metrics import RankingMetrics, both_ranks
 

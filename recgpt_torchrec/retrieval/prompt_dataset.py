@@ -21,8 +21,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from recgpt_torchrec.config import Prompts
 from recgpt_torchrec.data import split, writing
 from recgpt_torchrec.data.batch import USER
+from recgpt_torchrec.data.checking import read_group
 from recgpt_torchrec.data.dataset import MANIFEST, Dataset, Manifest, Part, filesystem
-from recgpt_torchrec.data.stream import ANSWERS, read_group
 from recgpt_torchrec.data.windows import RowGroup, row_groups
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.prompting import (
@@ -146,23 +146,9 @@ def differences(found: dict[str, Any], record: dict[str, Any], ignored: tuple[st
 
 
 def read_rows(dataset: Dataset, group: RowGroup) -> pa.Table:
-    """One row group, every id checked: user_id, item_ids and, where there are any, segment_ids, timestamps and
+    """One row group, every value checked: user_id, item_ids and, where there are any, segment_ids, timestamps and
     answers."""
-    table = read_group(dataset, group, answers=True)
-    part = dataset.manifest.sequences[group.part]
-    with dataset.open_part(part) as file:
-        if "timestamps" in file.schema_arrow.names:
-            table = table.append_column(
-                "timestamps", file.read_row_group(group.group, columns=["timestamps"]).column(0)
-            )
-    lengths = split.item_lists(table["item_ids"]).offsets
-    for name in set(table.schema.names[2:]) - set(ANSWERS):
-        if not np.array_equal(split.item_lists(table[name]).offsets, lengths):
-            raise InputError(
-                f"{dataset.path}: {part.path}, row group {group.group}: the lists of {name} are not as long as those "
-                "of item_ids; run prepare again"
-            )
-    return table
+    return read_group(dataset, group, dataset.manifest.settings.get(RECORD, {}).get("answers", 0), times=True)
 
 
 def share_of(groups: list[RowGroup], rank: int, world_size: int) -> list[RowGroup]:

@@ -7,71 +7,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recgpt_torchrec.config import Batch, Loss, Stream
-from recgpt_torchrec.data.batch import SequenceBatch, no_sequences
+from recgpt_torchrec.data.batch import no_sequences
 from recgpt_torchrec.data.dataset import Dataset
-from recgpt_torchrec.data.stream import BatchMaker, SequenceStream, read_ahead, training_counts
+from recgpt_torchrec.data.stream import BatchMaker, SequenceStream, read_ahead
 from recgpt_torchrec.data.windows import Position, deal
 from recgpt_torchrec.errors import InputError
-from tests.support import start_forkserver, training_part, walks, write_dataset
-
-MAX_LEN = 6
-
-
-def stream_of(
-    dataset: Dataset,
-    *,
-    split: str = "training",
-    tokens: int = 40,
-    window_groups: int = 2,
-    workers: int = 0,
-    max_len: int = MAX_LEN,
-    long_histories: Any = "newest",
-    loss: Loss | None = None,
-    seed: int = 0,
-) -> SequenceStream:
-    maker = BatchMaker(
-        dataset=dataset,
-        split=split,
-        batch=Batch(tokens=tokens, long_histories=long_histories),
-        loss=loss or Loss(candidates="all"),
-        max_len=max_len,
-        seed=seed,
-        item_counts=training_counts(dataset),
-    )
-    return SequenceStream(maker, Stream(window_groups=window_groups, workers=workers))
-
-
-def pairs(batch: SequenceBatch) -> Iterator[tuple]:
-    """(user, history up to and including the input, target) of every position that is predicted."""
-    bag_item = dict(enumerate(batch.items.values().tolist()))
-    sequence, position = batch.sequence.flatten().tolist(), batch.position.flatten().tolist()
-    item_bag = batch.item_bag.flatten().tolist()
-    for slot, target in zip(batch.target_slot.tolist(), batch.target_bag.tolist(), strict=True):
-        history = tuple(bag_item[item_bag[s]] for s in range(slot - position[slot], slot + 1))
-        yield int(batch.sequences.users[sequence[slot]]), history, bag_item[target]
-
-
-def expected_pairs(histories: list[list[int]], long_histories: str, max_len: int) -> Counter:
-    """The same by a plain loop: each next item of the training part, after the history that its piece holds."""
-    wanted: Counter = Counter()
-    for user, history in enumerate(histories):
-        items = list(training_part(history))
-        if long_histories == "newest":
-            items = items[-(max_len + 1) :]
-        stop = len(items)  # pieces of max_len targets, the newest piece full
-        while stop > 1:
-            start = max(stop - max_len - 1, 0)
-            for target in range(start + 1, stop):
-                wanted[user, tuple(items[start:target]), items[target]] += 1
-            stop = start + 1
-    return wanted
-
+from tests.data.stream_helpers import MAX_LEN, expected_pairs, pairs, stream_of
+from tests.support import start_forkserver, walks, write_dataset
 
 layouts = st.fixed_dictionaries(
     {
@@ -276,55 +223,6 @@ def test_a_caller_that_stops_early_ends_the_reading_thread():
     assert next(ahead) == 0
     ahead.close()  # type: ignore[attr-defined]
     assert len(made) <= 5
-
-
-def read_all(dataset: Dataset) -> None:
-    stream = stream_of(dataset)
-    for _ in stream.epoch(0, deal(stream.windows(0), 1)):
-        pass
-
-
-@pytest.mark.parametrize(("column", "bad", "what"), [("item_ids", 9, "item id 9"), ("user_id", 77, "user id 77")])
-def test_an_id_outside_the_vocabulary_is_named_with_part_row_group_and_row(tmp_path, column, bad, what):
-    dataset = write_dataset(tmp_path / "data", [[1, 2, 8, 4]] * 12, items=9, rows_per_group=3, groups_per_part=2)
-    path = tmp_path / "data" / dataset.manifest.sequences[1].path
-    rows = pq.read_table(path).to_pylist()
-    if column == "user_id":
-        rows[4]["user_id"] = bad
-    else:
-        rows[4]["item_ids"][2] = bad
-    pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(path)), path, row_group_size=3)
-    with pytest.raises(InputError, match=rf"part-00001.parquet, row group 1, row 1: {what} is outside"):
-        read_all(dataset)
-
-
-def test_a_damaged_part_is_named_with_its_row_group(tmp_path):
-    dataset = write_dataset(tmp_path / "data", walks(400, 300, shortest=9), rows_per_group=100, groups_per_part=2)
-    path = tmp_path / "data" / dataset.manifest.sequences[1].path
-    data = bytearray(path.read_bytes())
-    data[200 : len(data) // 2 - 200] = np.random.default_rng(0).bytes(len(data) // 2 - 400)
-    path.write_bytes(data)
-    with pytest.raises(InputError, match=r"part-00001.parquet, row group [01] cannot be read .*run prepare again"):
-        read_all(dataset)
-
-
-@pytest.mark.parametrize(("bad", "what"), [(None, "1 of 2 lists are null"), ([1, None], "1 ids are null")])
-def test_nulls_are_refused_with_their_place(tmp_path, bad, what):
-    dataset = write_dataset(tmp_path / "data", [[1, 2, 3], [2, 3, 4]])
-    path = tmp_path / "data" / dataset.manifest.sequences[0].path
-    rows = pq.read_table(path).to_pylist()
-    rows[1]["item_ids"] = bad
-    pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(path)), path)
-    with pytest.raises(InputError, match=f"part-00000.parquet, row group 0: {what}"):
-        read_all(dataset)
-
-
-@pytest.mark.parametrize("content", [b"", b"PAR1 this is no Parquet file"])
-def test_a_part_that_is_no_parquet_is_named(tmp_path, content):
-    dataset = write_dataset(tmp_path / "data", walks(20, 9))
-    (tmp_path / "data" / dataset.manifest.sequences[0].path).write_bytes(content)
-    with pytest.raises(InputError, match="part-00000.parquet cannot be read as Parquet"):
-        read_all(dataset)
 
 
 @pytest.mark.parametrize("prompts", [True, False])

@@ -1,0 +1,458 @@
+"""Damaged datasets: every kind is named with its place, or passed over once, the same rows for all, and counted."""
+
+import json
+import os
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from recgpt_torchrec.data.checking import Damage, Reader, SetAside
+from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.stream import SequenceStream
+from recgpt_torchrec.data.windows import Position, deal, row_groups
+from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.training.lockstep import Lockstep
+from tests.data.stream_helpers import MAX_LEN, expected_pairs, pairs, stream_of
+from tests.distributed.launch import run_ranks
+from tests.support import overwrite, rewrite, start_forkserver, walks, write_dataset
+
+ITEMS = 9
+HISTORIES = walks(24, ITEMS, shortest=4)
+PART = "sequences/part-00001.parquet"
+
+
+def write(folder: Path) -> Path:
+    """Three parts of two row groups of four users each; every column there is, two answers an item."""
+    segments = [[0] * (len(h) - 1) + [1] for h in HISTORIES]
+    answers = [[i % ITEMS for i in range(2 * (len(h) - 1))] for h in HISTORIES]
+    more = {
+        "answer_ids": pa.array(answers, pa.list_(pa.int64())),
+        "answer_scores": pa.array([[0.5] * len(a) for a in answers], pa.list_(pa.float32())),
+    }
+    write_dataset(folder, HISTORIES, items=ITEMS, segments=segments, more=more, rows_per_group=4)
+    return folder
+
+
+def put(column: str, value: Any, at: int | None = None) -> Callable[[list[dict[str, Any]]], None]:
+    """Damage the row 1 of the row group 1: its whole value, or one entry."""
+
+    def change(rows: list[dict[str, Any]]) -> None:
+        if at is None:
+            rows[5][column] = value
+        else:
+            rows[5][column][at] = value
+
+    return change
+
+
+def back_in_time(rows: list[dict[str, Any]]) -> None:
+    rows[5]["timestamps"][1:3] = [7, 3]
+
+
+ROWS = [
+    (put("user_id", None), "the user id is null"),
+    (put("user_id", -1), "user id -1 is outside 0 to 23"),
+    (put("user_id", 24), "user id 24 is outside 0 to 23"),
+    (put("item_ids", None), "the list of item_ids is null; a user without items has an empty one"),
+    (put("item_ids", None, 2), "a value in item_ids is null"),
+    (put("item_ids", -3, 0), r"item id -3 is outside the vocabulary \(0 to 8\)"),
+    (put("item_ids", 9, -1), r"item id 9 is outside the vocabulary \(0 to 8\)"),
+    (put("item_ids", 2**40, 1), "item id 1099511627776 is outside"),
+    (put("segment_ids", None), "the list of segment_ids is null"),
+    (put("segment_ids", None, 0), "a value in segment_ids is null"),
+    (put("segment_ids", [0, 0]), r"the list of segment_ids has 2 values, beside the item_ids there must be \d"),
+    (put("segment_ids", 3, 1), "segment id 3 is none of 0"),
+    (put("timestamps", []), "the list of timestamps has 0 values"),
+    (put("timestamps", None, 1), "a value in timestamps is null"),
+    (back_in_time, "its times are not in order: 3 comes after 7"),
+    (put("answer_ids", [1]), r"the list of answer_ids has 1 values, beside the item_ids there must be \d+"),
+    (put("answer_ids", 9, 0), "answer id 9 is outside the vocabulary"),
+    (put("answer_scores", []), "the list of answer_scores has 0 values"),
+    (put("answer_scores", float("nan"), 1), "answer score nan is not a number"),
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    return write(tmp_path_factory.mktemp("whole") / "data")
+
+
+@pytest.fixture
+def data(whole, tmp_path) -> Path:
+    return shutil.copytree(whole, tmp_path / "data")
+
+
+@pytest.mark.parametrize(("change", "reason"), ROWS, ids=[reason for _, reason in ROWS])
+def test_a_damaged_row_is_named_with_part_row_group_and_row(data, change, reason):
+    rewrite(data, change, part=1)
+    dataset = Dataset.open(str(data), damaged="stop")
+    reader, groups = Reader(dataset, answers=2, times=True), row_groups(dataset)
+    assert sum(reader.read(group).table.num_rows for group in (*groups[:3], *groups[4:])) == 20
+    place = f"{data}: {PART}, row group 1, row 1: {reason}"
+    with pytest.raises(InputError, match=place + ".* run prepare again, or go on without .*--stream.damaged skip"):
+        reader.read(groups[3])
+
+
+@pytest.mark.parametrize(("change", "reason"), ROWS, ids=[reason for _, reason in ROWS])
+def test_a_damaged_row_that_is_set_aside_stays_as_a_user_without_history(data, change, reason):
+    intact = Reader(Dataset.open(str(data)), answers=2, times=True)
+    expected = [intact.read(group) for group in row_groups(intact.dataset)]
+    rewrite(data, change, part=1)
+    log = SetAside(str(data / "damaged.jsonl"), limit=1)
+    reader = Reader(Dataset.open(str(data)), answers=2, times=True, set_aside=log)
+    for number, group in enumerate(row_groups(reader.dataset)):
+        rows, wanted = reader.read(group), expected[number].table.to_pylist()
+        if number == 3:
+            assert len(log.listed()) == 1
+            wanted[1] = {"user_id": 0, **{name: [] for name in list(wanted[1])[1:]}}
+        assert rows.table.to_pylist() == wanted
+        assert rows.table.schema == expected[number].table.schema
+        others = [row for row in range(4) if (number, row) != (3, 1)]
+        assert rows.lengths[others].tolist() == expected[number].lengths[others].tolist()
+
+
+def test_only_columns_that_are_read_are_checked(data):
+    rewrite(data, back_in_time, part=1)
+    rewrite(data, put("answer_ids", []), part=2)
+    dataset = Dataset.open(str(data))
+    for group in row_groups(dataset):
+        assert Reader(dataset).read(group).table.schema.names == ["user_id", "item_ids", "segment_ids"]
+
+
+def test_several_damaged_rows_of_a_group_are_counted_in_the_message(data):
+    def change(rows: list[dict[str, Any]]) -> None:
+        rows[1]["item_ids"][0], rows[2]["user_id"] = 77, None
+
+    rewrite(data, change)
+    dataset = Dataset.open(str(data))
+    with pytest.raises(
+        InputError, match=r"row 1: item id 77 .*\(and 1 more rows of this row group\); restore the file"
+    ):
+        Reader(dataset).read(row_groups(dataset)[0])
+
+
+def test_other_types_of_whole_numbers_are_read_as_they_are(data):
+    def tables() -> list[pa.Table]:
+        dataset = Dataset.open(str(data))
+        return [Reader(dataset, answers=2, times=True).read(group).table for group in row_groups(dataset)]
+
+    expected = tables()
+    types = {"user_id": pa.uint32(), "item_ids": pa.large_list(pa.int16()), "answer_scores": pa.list_(pa.float64())}
+    rewrite(data, lambda rows: None, part=1, types=types)
+    assert tables() == expected
+
+
+# ------------------------------------------------------------------------------------------------ whole parts
+
+
+def removed(data: Path) -> None:
+    (data / PART).unlink()
+
+
+def truncated(data: Path) -> None:
+    (data / PART).write_bytes((data / PART).read_bytes()[:-50])
+
+
+def without_footer(data: Path) -> None:
+    overwrite(data / PART, slice(-300, None))
+
+
+def of_other_rows(data: Path) -> None:
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["sequences"][1]["rows"] += 1
+    (data / "manifest.json").write_text(json.dumps(manifest))
+
+
+def with_types(**types: pa.DataType | None) -> Callable[[Path], None]:
+    def change(data: Path) -> None:
+        def empty(rows: list[dict[str, Any]]) -> None:
+            for row in rows:
+                row |= {name: None for name in types}
+
+        rewrite(data, empty, part=1, types=types)
+
+    return change
+
+
+PARTS = [
+    (removed, r"is missing \(the manifest promises 8 rows in \d+ bytes\)"),
+    (truncated, r"is damaged: it has \d+ bytes, the manifest promises \d+"),
+    (without_footer, "cannot be read as Parquet"),
+    (of_other_rows, "has 8 rows, the manifest promises 9"),
+    (with_types(item_ids=None), "has no column item_ids, only .*user_id"),
+    (with_types(user_id=None), "has no column user_id, only .*item_ids"),
+    (with_types(segment_ids=None), "has no column segment_ids, which the dataset has"),
+    (with_types(user_id=pa.string()), "has a column user_id of type string, it must be int64"),
+    (with_types(item_ids=pa.int64()), "has a column item_ids of type int64, it must be list<item: int64>"),
+    (with_types(item_ids=pa.list_(pa.float64())), "has a column item_ids of type list<element: double>"),
+]
+
+
+@pytest.mark.parametrize(("harm", "reason"), PARTS, ids=[reason for _, reason in PARTS])
+def test_a_part_that_cannot_be_used_is_named(data, harm, reason):
+    harm(data)
+    with pytest.raises(InputError, match=f"{data}: the part {PART} {reason}.*; restore the file or run prepare again$"):
+        row_groups(Dataset.open(str(data)))
+    with pytest.raises(InputError, match="--stream.damaged skip$"):
+        row_groups(Dataset.open(str(data), damaged="stop"))
+
+
+@pytest.mark.parametrize(("harm", "reason"), PARTS, ids=[reason for _, reason in PARTS])
+def test_a_part_that_is_set_aside_counts_with_the_rows_that_the_manifest_promises(data, harm, reason, tmp_path):
+    harm(data)
+    dataset = Dataset.open(str(data), damaged="skip")
+    rows = dataset.manifest.sequences[1].rows
+    log = SetAside(str(tmp_path / "damaged.jsonl"), limit=rows)
+    stream = stream_of(dataset, set_aside=log)
+    wanted = expected_pairs([h[:-1] if n // 8 != 1 else [] for n, h in enumerate(HISTORIES)], "newest", MAX_LEN)
+    assert everything(stream) == wanted
+    ((part, row_group, row, there, why),) = log.listed()
+    assert (part, row_group, row, there) == (PART, None, None, rows) and why in dataset.lost.values()
+    assert log.summary() == f"Damaged: {rows} rows were left out, listed in {log.path}"
+    with pytest.raises(InputError, match=f"{rows} rows are damaged, more than --stream.damaged_limit 7; .*{PART}"):
+        stream_of(dataset, set_aside=SetAside(str(tmp_path / "other.jsonl"), limit=7))
+    assert not (tmp_path / "other.jsonl").exists()
+
+
+def everything(stream: SequenceStream, epoch: int = 0) -> Counter:
+    """All positions that are predicted in an epoch; every interaction of the dataset is accounted for."""
+    found: Counter = Counter()
+    read = 0.0
+    for batch in stream.epoch(epoch, deal(stream.windows(epoch), 1)):
+        found.update(pairs(batch))
+        assert batch.sequences.read is not None
+        read += batch.sequences.read.sum()
+    assert read == pytest.approx(stream.maker.dataset.manifest.entries)
+    return found
+
+
+def test_a_checksum_that_differs_is_found_where_it_is_asked_for(data):
+    path = data / PART
+    path.write_bytes(path.read_bytes()[:400] + b"!" + path.read_bytes()[401:])
+    assert Dataset.open(str(data)).lost == {}
+    with pytest.raises(InputError, match=f"{PART} is damaged: its checksum is .{{8}}, the manifest promises"):
+        Dataset.open(str(data), checksums=True)
+    assert list(Dataset.open(str(data), checksums=True, damaged="skip").lost) == [PART]
+
+
+def test_the_vocabulary_is_never_set_aside(data):
+    (data / "items/part-00000.parquet").unlink()
+    with pytest.raises(InputError, match="items/part-00000.parquet is missing .* run prepare again$"):
+        Dataset.open(str(data), damaged="skip")
+
+
+def test_a_row_group_that_cannot_be_read_counts_with_all_its_rows(tmp_path):
+    histories = walks(400, 300, shortest=9)
+    data = write_dataset(tmp_path / "data", histories, rows_per_group=100, groups_per_part=2)
+    path = tmp_path / "data" / PART
+    column = pq.ParquetFile(path).metadata.row_group(0).column(1)
+    overwrite(path, slice(column.data_page_offset, column.data_page_offset + 300))
+    with pytest.raises(InputError, match=rf"{PART}, row group 0: cannot be read \(.*\); restore the file or run"):
+        everything(stream_of(data))
+    log = SetAside(str(tmp_path / "damaged.jsonl"), limit=100)
+    kept = [h if not 200 <= n < 300 else [] for n, h in enumerate(histories)]
+    assert everything(stream_of(data, set_aside=log, tokens=1000)) == expected_pairs(kept, "newest", MAX_LEN)
+    ((part, row_group, row, rows, _),) = log.listed()
+    assert (part, row_group, row, rows) == (PART, 0, None, 100)
+
+
+# ------------------------------------------------------------------------------------------------ the manifest
+
+
+def manifest_with(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def harm(data: Path) -> None:
+        values = json.loads((data / "manifest.json").read_text())
+        change(values)
+        (data / "manifest.json").write_text(json.dumps(values))
+
+    return harm
+
+
+MANIFESTS = [
+    (lambda data: (data / "manifest.json").unlink(), "is not a dataset: it has no manifest.json"),
+    (lambda data: (data / "manifest.json").write_bytes(b"\xff{}"), "manifest.json is not valid JSON"),
+    (lambda data: (data / "manifest.json").write_text("[1]"), "manifest.json is not valid JSON"),
+    (manifest_with(lambda m: m.update(format_version=2)), "format version 2, .*; update the program, or run prepare"),
+    (manifest_with(lambda m: m.update(format_version="x")), "format version x, .*; run prepare"),
+    (manifest_with(lambda m: m.update(sequences=3)), "manifest.json is damaged: "),
+    (manifest_with(lambda m: m["sequences"][0].pop("rows")), "manifest.json is damaged: .*'rows'"),
+    (manifest_with(lambda m: m.update(colour="red")), "manifest.json is damaged: .*'colour'"),
+    (manifest_with(lambda m: m.update(users="many")), "manifest.json is damaged: users is 'many'"),
+    (manifest_with(lambda m: m["sequences"][0].update(rows=-1)), "damaged: rows of sequences/part-00000.parquet is -1"),
+    (manifest_with(lambda m: m["sequences"].append(m["sequences"][0])), "damaged: it lists .*-00000.parquet more than"),
+    (manifest_with(lambda m: m.update(users=0)), "is empty: 0 users, 9 items, "),
+    (manifest_with(lambda m: m.update(sequences=[])), "is empty: 24 users, 9 items, 0 entries"),
+]
+
+
+@pytest.mark.parametrize(("harm", "reason"), MANIFESTS, ids=[reason for _, reason in MANIFESTS])
+@pytest.mark.parametrize("damaged", ["stop", "skip"])
+def test_a_manifest_that_cannot_be_used_is_refused_with_what_is_wrong(data, harm, reason, damaged):
+    harm(data)
+    with pytest.raises(InputError, match=f"{data}.*{reason}"):
+        Dataset.open(str(data), damaged=damaged)
+
+
+# --------------------------------------------------------------------------------------- position and the list
+
+
+def spoil(data: Path, users: list[int]) -> None:
+    for part in range(3):
+
+        def change(rows: list[dict[str, Any]]) -> None:
+            for row in rows:
+                if row["user_id"] in users:
+                    row["item_ids"][0] = 99
+
+        rewrite(data, change, part=part)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_run_stopped_anywhere_passes_the_same_rows_over_and_lists_each_once(whole, tmp_path, data):
+    folder = tmp_path / str(len(list(tmp_path.iterdir())))
+    shutil.copytree(whole, folder / "data")
+    users = sorted(data.draw(st.sets(st.integers(0, 23)), "damaged users"))
+    spoil(folder / "data", users)
+    lost = data.draw(st.booleans(), "a part lost")
+    if lost:
+        os.rename(folder / "data" / PART, folder / "part")
+    bad = {*users, *(range(8, 16) if lost else ())}
+    wanted = expected_pairs([[] if n in bad else h[:-1] for n, h in enumerate(HISTORIES)], "newest", MAX_LEN)
+    found: Counter = Counter()
+    position = Position(1)
+    for last in (False, False, True):
+        log = SetAside(str(folder / "damaged.jsonl"), limit=24)
+        stream = stream_of(Dataset.open(str(folder / "data"), damaged="skip"), set_aside=log)
+        queues = deal(stream.windows(1), data.draw(st.integers(1, 4), "ranks"), position)
+        left = list(queues)
+        for number, queue in enumerate(queues):
+            stop = 10**6 if last else data.draw(st.integers(0, 4), "batches")
+            for made, batch in enumerate(stream.epoch(1, [queue])):
+                if made == stop:
+                    break
+                found.update(pairs(batch))
+                left[number] = queue.after(batch.cursor)
+        position = Position.from_state_dict(json.loads(json.dumps(Position(1, left).state_dict())))
+        if lost and any(damage.row_group is None for damage in log.listed()) and not (folder / "data" / PART).exists():
+            os.rename(folder / "part", folder / "data" / PART)  # mended while the run stood still: too late for it
+    assert found == wanted
+    places = [(damage.part, damage.row_group, damage.row) for damage in log.listed()]
+    assert len(places) == len(set(places))
+    assert sum(damage.rows for damage in log.listed()) == len(bad)
+
+
+def test_a_position_in_other_row_groups_is_refused(data):
+    stream = stream_of(Dataset.open(str(data)))
+    queues = deal(stream.windows(0), 1)
+    batch = next(iter(stream.epoch(0, queues)))
+    position = Position.from_state_dict(Position(0, [queues[0].after(batch.cursor)]).state_dict())
+    removed(data)
+    log = SetAside(str(data / "damaged.jsonl"), limit=100)
+    stream = stream_of(Dataset.open(str(data), damaged="skip"), set_aside=log)
+    with pytest.raises(InputError, match="stopped within an epoch over 6 row groups, now the dataset has 5"):
+        deal(stream.windows(0), 1, position)
+    assert deal(stream.windows(1), 2, Position(1))  # from the next epoch on it may go on
+
+
+def test_beyond_the_limit_it_ends_and_the_list_says_why(data, tmp_path):
+    spoil(data, [1, 2, 9])
+    log = SetAside(str(tmp_path / "damaged.jsonl"), limit=2)
+    stream = stream_of(Dataset.open(str(data)), set_aside=log)
+    with pytest.raises(InputError, match=rf"3 rows are damaged, listed in {log.path}, more than .*_limit 2; the last"):
+        for epoch in range(3):
+            everything(stream, epoch)
+    assert {(damage.part[-9:-8], damage.row_group, damage.row) for damage in log.listed()} == {
+        ("0", 0, 1), ("0", 0, 2), ("1", 0, 1)}  # fmt: skip
+    raised = SetAside(log.path, limit=3)
+    everything(stream_of(Dataset.open(str(data)), set_aside=raised))
+    assert len(raised.listed()) == 3
+
+
+def list_some(path: str, start: int) -> None:
+    log = SetAside(path, limit=10**6)
+    for row in range(start, start + 40):
+        log.add([Damage("part", 0, row, 1, "x" * 300), Damage("part", 0, row + 1, 1, "x" * 300)])
+
+
+def test_those_who_list_at_the_same_time_list_each_row_once(tmp_path):
+    path = str(tmp_path / "damaged.jsonl")  # the lock is on the opened file: threads wait as processes do
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(list_some, [path] * 3, (0, 0, 20)))
+    assert sorted(damage.row for damage in SetAside(path, limit=0).listed()) == list(range(61))  # type: ignore[type-var]
+
+
+def test_a_list_that_cannot_be_written_is_an_error(data, tmp_path):
+    spoil(data, [1])
+    with pytest.raises(InputError, match="damaged rows cannot be listed there"):
+        everything(stream_of(Dataset.open(str(data)), set_aside=SetAside(str(tmp_path / "no/damaged.jsonl"), limit=9)))
+
+
+# --------------------------------------------------------------------------------- loader processes and ranks
+
+
+def test_an_error_in_a_loader_process_reaches_the_caller_as_it_is(data, tmp_path):
+    spoil(data, [9])
+    start_forkserver()
+    log = SetAside(str(tmp_path / "damaged.jsonl"), limit=0)
+    stream = stream_of(Dataset.open(str(data)), workers=2, set_aside=log)
+    with pytest.raises(InputError) as caught:
+        list(stream.epoch(0, deal(stream.windows(0), 2)))
+    assert str(caught.value).startswith("1 rows are damaged, listed in ")
+    assert f"{PART}, row group 0, row 1: item id 99 is outside the vocabulary" in str(caught.value)
+    assert "Traceback" not in str(caught.value) and "DataLoader" not in str(caught.value)
+    assert [damage[:3] for damage in log.listed()] == [(PART, 0, 1)]
+
+
+class Dies(SetAside):
+    def add(self, damages: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_loader_process_that_dies_is_an_error_with_what_to_do(data):
+    spoil(data, range(24))  # type: ignore[arg-type]
+    start_forkserver()
+    stream = stream_of(Dataset.open(str(data)), workers=1, set_aside=Dies("", limit=9))
+    with pytest.raises(InputError, match="a loader process ended .*--stream.workers 0"):
+        list(stream.epoch(0, deal(stream.windows(0), 1)))
+
+
+def step_through(rank: int, world_size: int, data: str) -> list[str]:
+    """The errors with a damaged row, and with a bug on rank 1, while the other rank has batches left."""
+
+    def broken(batches: Any) -> Any:
+        yield next(batches)
+        raise KeyError("a bug of ours")
+
+    errors = []
+    for path, bug in ((data, False), (f"{data}/intact", rank == 1)):
+        stream = stream_of(Dataset.open(path), tokens=10)
+        batches = stream.epoch(0, deal(stream.windows(0), world_size)[rank : rank + 1])
+        try:
+            for _ in Lockstep(broken(batches) if bug else batches, stream.maker.empty):
+                dist.all_reduce(torch.zeros(1))  # what a step does
+        except Exception as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    return errors
+
+
+def test_an_error_of_one_rank_ends_all_of_them_with_that_error(data):
+    shutil.copytree(data, data / "intact")
+    spoil(data, [9])
+    first, second = run_ranks(step_through, 2, str(data), timeout=60)
+    assert first[0] == second[0]
+    assert first[0].startswith(f"InputError: {data}: {PART}, row group 0, row 1: item id 99 is outside")
+    assert first[1] == "RuntimeError: rank 1 could not make its batch: KeyError('a bug of ours')"
+    assert second[1] == "KeyError: 'a bug of ours'"
