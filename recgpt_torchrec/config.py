@@ -197,8 +197,8 @@ class Tables(Sharding):
     """The embedding tables: how they are sharded over ranks, and their optimizer."""
 
     optimizer: Literal["rowwise_adagrad", "adagrad", "adam", "sgd"] = "rowwise_adagrad"
-    """Fused into the backward where a table is sharded; adam is so on CUDA only, on CPU it needs sharding
-    data_parallel."""
+    """Fused into the backward where a table is sharded, and then only rows of the batch are stepped; adam is so on CUDA
+    only. rowwise_adagrad keeps one moment a row, with column-wise sharding one a row and block of columns."""
     lr: float = 0.05
     """Peak learning rate of the item tables."""
     user_lr: float = 0.005
@@ -266,11 +266,16 @@ class CheckpointOptions:
     """What is saved, and when."""
 
     every_steps: int = 0
-    """Steps between checkpoints within an epoch; 0: at the end of each epoch only."""
+    """Steps between checkpoints within an epoch, beside the one at its end; 0: none."""
+    every_minutes: float = 0.0
+    """Minutes between checkpoints within an epoch, by rank 0's clock; 0: none."""
     keep: int = 2
     """Newest checkpoints kept, beside the best one."""
+    asynchronous: bool = True
+    """Write beside the training, from a copy of tables and optimizer state in host memory; false: training waits."""
 
     def __post_init__(self) -> None:
+        at_least("every_minutes of the checkpoints", self.every_minutes, 0)
         if self.every_steps < 0 or self.keep < 1:
             raise ValueError(
                 f"every_steps is {self.every_steps} and keep {self.keep} of the checkpoints: "

@@ -206,13 +206,6 @@ def test_an_output_that_cannot_be_written_is_refused(run, data, tmp_path, monkey
     assert "is a folder" in capfd.readouterr().err
 
 
-def test_adam_refuses_sharded_tables_on_cpu(data, tmp_path, monkeypatch, capfd):
-    adam = {"--tables.optimizer": "adam", "--tables.sharding": "table_wise"}
-    assert stage("pretrain", {"--data": data, "--output": tmp_path / "run", **SMALL, **adam}, monkeypatch) == 2
-    assert "use --tables.sharding data_parallel" in capfd.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
 def missing(folder: Path) -> None:
     (folder / "sequences/part-00001.parquet").unlink()
 
@@ -255,7 +248,8 @@ def test_an_unusable_dataset_is_refused_before_anything_is_written(harm, said, d
     assert not (tmp_path / "run").exists()
 
 
-def test_an_interrupted_run_goes_on_to_the_same_result(run, data, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("sharding", ["auto", "row_wise"])
+def test_an_interrupted_run_goes_on_to_the_same_result(sharding, run, data, tmp_path, monkeypatch, capfd):
     whole, _ = run
     steps = [json.loads((c / "checkpoint.json").read_text())["progress"] for c in checkpoints(whole)]
     inside = [n for n, progress in enumerate(steps) if progress["position"]["queues"] is not None]
@@ -271,15 +265,18 @@ def test_an_interrupted_run_goes_on_to_the_same_result(run, data, tmp_path, monk
     shutil.copytree(half, interrupted / "checkpoints" / f"{half.name}.tmp")
     (interrupted / "checkpoints" / f"{half.name}.tmp" / "checkpoint.json").unlink()
 
-    assert stage("pretrain", {"--data": data, "--output": interrupted, **SMALL}, monkeypatch) == 0
+    options = {"--data": data, "--output": interrupted, **SMALL, "--tables.sharding": sharding}
+    assert stage("pretrain", options, monkeypatch) == 0
     assert f"Going on from {interrupted}/checkpoints/{checkpoints(whole)[stopped].name}" in capfd.readouterr().out
     assert [c.name for c in checkpoints(interrupted)] == [c.name for c in checkpoints(whole)]
     best, other = (json.loads((folder / "best.json").read_text()) for folder in (interrupted, whole))
     assert best == {**other, "value": pytest.approx(other["value"], abs=1e-5)}
     mine, theirs = (tensors(checkpoints(folder)[-1]) for folder in (interrupted, whole))
     assert mine.keys() == theirs.keys() and len(mine) > 10
-    for name, value in theirs.items():  # sums round otherwise in another process: 1e-9 was seen
-        torch.testing.assert_close(mine[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    # Sums round otherwise in another process, 1e-9 was seen, and more so in another kernel: 2e-5.
+    rtol, atol = (1e-5, 1e-6) if sharding == "auto" else (1e-3, 1e-4)
+    for name, value in theirs.items():
+        torch.testing.assert_close(mine[name], value, rtol=rtol, atol=atol, msg=name)
 
 
 # ---------------------------------------------------------------------------------------------------- evaluate

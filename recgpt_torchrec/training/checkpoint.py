@@ -1,10 +1,11 @@
-"""Checkpoints of a run: torch.distributed.checkpoint folders that count only once they are committed.
+"""Checkpoints of a run on disk: torch.distributed.checkpoint folders that count only once they are committed.
 
     OUTPUT/checkpoints/step-00001200/   the distributed checkpoint, and checkpoint.json, written last
     OUTPUT/best.json                    which of them is best on validation
 
-A checkpoint is written under a temporary name and renamed when it is whole; readers look at nothing else. Tables and
-optimizer state are saved by name and offset, so that another number of ranks or another sharding can read them.
+A checkpoint is written under a temporary name and renamed when it is whole; readers look at nothing else. Whatever
+comes after the rename (best.json, dropping old ones) follows from the checkpoints, so that it can be made up for after
+a kill. `saving` writes them, `state` says what is in them.
 """
 
 import hashlib
@@ -16,14 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.training.processes import rank
 
 FACTS = "checkpoint.json"
 BEST = "best.json"
 FOLDER = "checkpoints"
+TEMPORARY = ".tmp"
 
 
 def write_json(path: str, value: Any) -> None:
@@ -56,13 +56,23 @@ class Checkpoints:
         """Where the checkpoints lie."""
         return os.path.join(self.output, FOLDER)
 
+    def path(self, step: int) -> str:
+        """Where the checkpoint lies that is made after `step` steps."""
+        return os.path.join(self.folder, f"step-{step:08d}")
+
+    def temporary(self, step: int) -> str:
+        """Where it is written before it counts."""
+        return self.path(step) + TEMPORARY
+
     def committed(self) -> list[str]:
         """Paths of the checkpoints that are whole, oldest first."""
+        paths = [path for path in self._all() if not path.endswith(TEMPORARY)]
+        return [path for path in paths if os.path.exists(os.path.join(path, FACTS))]
+
+    def _all(self) -> list[str]:
         if not os.path.isdir(self.folder):
             return []
-        names = sorted(n for n in os.listdir(self.folder) if n.startswith("step-") and not n.endswith(".tmp"))
-        paths = [os.path.join(self.folder, name) for name in names]
-        return [path for path in paths if os.path.exists(os.path.join(path, FACTS))]
+        return [os.path.join(self.folder, name) for name in sorted(os.listdir(self.folder)) if name.startswith("step-")]
 
     def latest(self) -> str | None:
         """The newest whole checkpoint."""
@@ -74,37 +84,52 @@ class Checkpoints:
         path = found and os.path.join(self.folder, found["checkpoint"])
         return path if path and os.path.exists(os.path.join(path, FACTS)) else None
 
-    def save(self, step: int, state: dict[str, Any], facts: dict[str, Any], best: bool = False) -> str:
-        """Write a checkpoint on all ranks, commit it, and drop the ones that are not kept.
+    def begin(self, step: int) -> None:
+        """Make an empty folder to write a checkpoint into, `temporary` (on one rank)."""
+        shutil.rmtree(self.temporary(step), ignore_errors=True)
+        os.makedirs(self.temporary(step))
+
+    def commit(self, step: int, facts: dict[str, Any]) -> None:
+        """Make what was written after `begin` a checkpoint, and settle what follows from it (on one rank).
+
+        Where the step has a checkpoint already only its facts are written: nothing was trained in between, and at no
+        moment may there be none.
 
         Args:
-            step: optimizer steps done; names the checkpoint.
-            state: what torch.distributed.checkpoint saves (the same structure on every rank).
-            facts: JSON values that readers need before they build a model.
-            best: also remember it as the best one.
+            step: optimizer steps done.
+            facts: JSON values that readers need before they build a model. `best` among them holds what becomes
+                best.json: its `checkpoint` names the best one so far, or is None.
         """
-        path = os.path.join(self.folder, f"step-{step:08d}")
-        temporary = path + ".tmp"
-        if rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            os.makedirs(temporary)
-        dist.barrier()
-        dcp.save(state, checkpoint_id=temporary)
-        if rank() == 0:
+        path, temporary = self.path(step), self.temporary(step)
+        if os.path.exists(os.path.join(path, FACTS)):
+            write_json(os.path.join(path, FACTS), facts)
+        else:
             write_json(os.path.join(temporary, FACTS), facts)
-            shutil.rmtree(path, ignore_errors=True)
+            _sync(temporary)
             os.rename(temporary, path)
-            if best:
-                write_json(os.path.join(self.output, BEST), {"checkpoint": os.path.basename(path), **facts["best"]})
-            self._drop_old()
-        dist.barrier()
-        return path
+            _sync(self.folder)
+        self.settle()
 
-    def _drop_old(self) -> None:
-        whole, best = self.committed(), self.best()
-        for path in whole[: -self.keep] if self.keep else whole[:-1]:
-            if path != best:
+    def settle(self) -> None:
+        """Bring everything in line with the newest checkpoint: best.json, and no half or dropped ones (on one rank)."""
+        whole = self.committed()
+        if whole:
+            best = facts_of(whole[-1]).get("best", {})
+            if best.get("checkpoint") and best != read_json(os.path.join(self.output, BEST)):
+                write_json(os.path.join(self.output, BEST), best)
+        kept = [*whole[-max(self.keep, 1) :], self.best()]
+        for path in self._all():
+            if path.endswith(TEMPORARY) or (path in whole and path not in kept):
                 shutil.rmtree(path)
+
+
+def _sync(folder: str) -> None:
+    """Make the names in a folder last through a loss of power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def facts_of(checkpoint: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from recgpt_torchrec.data.batch import SequenceBatch
 from recgpt_torchrec.data.windows import Cursor
+from recgpt_torchrec.errors import InputError
 
 
 class Step(NamedTuple):
@@ -21,30 +22,50 @@ class Step(NamedTuple):
     """Positions predicted, on all ranks together."""
     read: float
     """Interactions of the dataset accounted for, on all ranks together."""
+    asked: bool = False
+    """Whether a rank asked for a checkpoint when it fetched the batch."""
 
 
 class Lockstep:
     """This rank's batches, going on with empty ones until every rank has run out.
 
-    The agreement is one all-reduce of two numbers a step on the host, started one batch ahead, so that no step waits
-    for it: targets of the step, interactions it read, and how many ranks still had a batch.
+    The agreement is one all-reduce of five numbers a step on the host, started one batch ahead, so that no step waits
+    for it: targets of the step, interactions it read, how many ranks still had a batch, how many ask for a checkpoint,
+    and how many failed to make a batch: then all of them end, with the error of the first.
 
     Example: `for batch in Lockstep(stream.epoch(0, queues), maker.empty): ...`
     """
 
-    def __init__(self, batches: Iterator[SequenceBatch], empty: Callable[[], SequenceBatch]) -> None:
-        self.batches, self.empty = batches, empty
+    def __init__(
+        self,
+        batches: Iterator[SequenceBatch],
+        empty: Callable[[], SequenceBatch],
+        asks: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """
+        Args:
+            batches: this rank's.
+            empty: makes a batch of nothing.
+            asks: whether this rank wants all of them to make a checkpoint.
+        """
+        self.batches, self.empty, self.asks = batches, empty, asks
         self.handed_out: deque[Step] = deque()
         """What is known of the batches that were taken; the trainer pops them as it trains them."""
         self.waited = 0.0
         """Seconds spent waiting for this rank's own batches."""
+        self._failure: Exception | None = None
         self._ahead: deque[tuple[SequenceBatch, bool, torch.Tensor, dist.Work]] = deque()
 
     def _fetch(self) -> None:
         since = time.perf_counter()
-        batch = next(self.batches, None)
+        batch = None
+        try:
+            batch = next(self.batches, None)
+        except Exception as error:  # raised here it would leave the others waiting for this rank
+            self._failure = error
         self.waited += time.perf_counter() - since
-        agreed = torch.zeros(3, dtype=torch.float64)
+        agreed = torch.zeros(5, dtype=torch.float64)
+        agreed[3], agreed[4] = self.asks(), self._failure is not None
         if batch is not None:
             read = batch.sequences.read
             agreed[0], agreed[1], agreed[2] = batch.target_slot.numel(), 0.0 if read is None else read.sum(), 1.0
@@ -59,17 +80,31 @@ class Lockstep:
 
         Raises:
             StopIteration: on every rank at the same step, once all have run out.
+            Exception: on every rank at the same step, what kept one of them from making its batch.
         """
         while len(self._ahead) < 2:
             self._fetch()
         batch, real, agreed, work = self._ahead.popleft()
         work.wait()
-        targets, read, ranks = agreed.tolist()
-        if not ranks:
+        targets, read, ranks, asked, failed = agreed.tolist()
+        if failed or not ranks:
             while self._ahead:  # the other ranks have the same collectives under way
                 self._ahead.popleft()[3].wait()
+            if failed:
+                self._end_all()
             raise StopIteration
         # Gradients are averaged over ranks, so each rank divides by the mean number of targets a rank.
         batch.global_targets = torch.tensor(targets / dist.get_world_size())
-        self.handed_out.append(Step(batch.cursor if real else None, targets, read))
+        self.handed_out.append(Step(batch.cursor if real else None, targets, read, asked > 0))
         return batch
+
+    def _end_all(self) -> None:
+        """Raise the first failed rank's error on every rank (collective)."""
+        mine = self._failure
+        users = isinstance(mine, InputError)
+        failures: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, None if mine is None else (users, str(mine) if users else repr(mine)))
+        if mine is not None:
+            raise mine
+        rank, (users, text) = next((rank, failure) for rank, failure in enumerate(failures) if failure is not None)
+        raise InputError(text) if users else RuntimeError(f"rank {rank} could not make its batch: {text}")

@@ -66,14 +66,14 @@ def say(*words: object, sep: str = " ") -> None:
         print(*words, sep=sep, flush=True)
 
 
-def together(function: Callable[[], None]) -> None:
-    """Run `function` on rank 0 while the others wait, and raise its error on all ranks (collective)."""
+def together(function: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
+    """Run `function` on rank 0 while the others wait, and raise its error on all ranks (collective, in `group`)."""
     failed: list[Exception | None] = [None]
     if rank() == 0:
         try:
             function()
         except Exception as error:
             failed[0] = error
-    dist.broadcast_object_list(failed, src=0)
+    dist.broadcast_object_list(failed, src=0, group=group)
     if failed[0] is not None:
         raise failed[0]

@@ -14,10 +14,13 @@ MAY_CHANGE = (
     "data",
     "stream.workers",
     "stream.prefetch",
-    "checkpoint.every_steps",
-    "checkpoint.keep",
-    "checkpointing.every_steps",
-    "checkpointing.keep",
+    "tables.sharding",
+    "tables.data_parallel_mb",
+    *(
+        f"{group}.{option}"
+        for group in ("checkpoint", "checkpointing")
+        for option in ("every_steps", "every_minutes", "keep", "asynchronous")
+    ),
 )
 """Options that a resumed run may be given anew: they change where and how fast, not what is trained."""
 
@@ -71,8 +74,8 @@ class Run:
         return cls(config, vocabulary, Checkpoints(output, keep))
 
     def claim(self) -> None:
-        """Make the output folder this run's own (collective); once everything that can be refused has been looked
-        at."""
+        """Make the output folder this run's own and clear up after a kill (collective); once everything that can be
+        refused has been looked at."""
 
         def write() -> None:
             output = self.checkpoints.output
@@ -80,6 +83,7 @@ class Run:
                 os.makedirs(output, exist_ok=True)
                 if read_json(os.path.join(output, RUN)) is None:
                     write_json(os.path.join(output, RUN), {"config": self.config, "vocabulary": self.vocabulary})
+                self.checkpoints.settle()
             except OSError as error:
                 raise InputError(f"cannot write to --output {output}: {error}") from None
 

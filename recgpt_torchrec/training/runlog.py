@@ -11,17 +11,29 @@ from recgpt_torchrec.training.processes import rank
 class RunLog:
     """Progress of a run; silent on every rank but 0.
 
+    A run that goes on from a checkpoint does again what came after it: that is dropped here, so that each epoch has one
+    line and each step one point.
+
     Example: `with RunLog(output, total, done) as log: log.step(...)`
     """
 
-    def __init__(self, output: str, total: float, done: float) -> None:
+    def __init__(self, output: str, total: float, done: float, epochs: int = 0, steps: int = 0) -> None:
+        """
+        Args:
+            output: the run's folder.
+            total: interactions to be trained on, all epochs and ranks together.
+            done: of them trained on before.
+            epochs, steps: done before.
+        """
         self.active = rank() == 0
         if not self.active:
             return
         from torch.utils.tensorboard import SummaryWriter  # imports slowly, and on one rank is enough
 
-        self.board = SummaryWriter(os.path.join(output, "tensorboard"))
-        self.history = open(os.path.join(output, "history.jsonl"), "a")
+        self.board = SummaryWriter(os.path.join(output, "tensorboard"), purge_step=steps + 1 if steps else None)
+        history = os.path.join(output, "history.jsonl")
+        _keep_epochs(history, epochs)
+        self.history = open(history, "a")
         self.bar = bar(int(total), "interactions", done=int(done), unit_scale=True)
 
     def __enter__(self) -> "RunLog":
@@ -65,3 +77,14 @@ class RunLog:
                     self.board.add_scalar(f"epoch/{name}", value, step)
             figures = ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items())
             self.bar.write(figures)  # above the bar, on standard output
+
+
+def _keep_epochs(history: str, epochs: int) -> None:
+    """Drop the lines of a history that are of later epochs, or that a kill left unfinished."""
+    if not os.path.exists(history):
+        return
+    with open(history) as file:
+        lines = [line for line in file if line.endswith("\n") and json.loads(line)["epoch"] <= epochs]
+    with open(history + ".tmp", "w") as file:
+        file.writelines(lines)
+    os.replace(history + ".tmp", history)

@@ -35,6 +35,11 @@ FUSED: dict[str, tuple[Any, dict[str, Any]]] = {
 """Table optimizers that fbgemm fuses into the backward on CPU and CUDA alike; Adam it fuses on CUDA only."""
 
 
+def fuses(optimizer: str, device: torch.device) -> bool:
+    """Whether fbgemm updates sharded tables in the backward; else torch's optimizer steps every row of each shard."""
+    return optimizer in FUSED or device.type == "cuda"
+
+
 class Sharder(EmbeddingBagCollectionSharder):
     """The EBC sharder, with row-wise sharding on CPU too (torchrec offers it on CUDA only; on gloo it works as
     well)."""
@@ -82,16 +87,10 @@ def plan(model: nn.Module, tables: Tables, batch_size: int, device: torch.device
                         f"the {config.name} table's {dim} columns do not make {world_size} equal blocks of a multiple "
                         "of 4: use another --model.dim, number of ranks, or --tables.sharding"
                     )
-                fused = chosen != ShardingType.DATA_PARALLEL.value
-                if fused and tables.optimizer not in FUSED and device.type != "cuda":
-                    raise InputError(
-                        f"--tables.optimizer {tables.optimizer} updates sharded tables on CUDA only; on CPU every rank "
-                        f"must hold the whole table, but {config.name} would be sharded ({chosen}): "
-                        "use --tables.sharding data_parallel, or another --tables.optimizer"
-                    )
+                copied = chosen == ShardingType.DATA_PARALLEL.value
                 constraints[config.name] = ParameterConstraints(
                     sharding_types=[chosen],
-                    compute_kernels=["fused" if fused else "dense"],
+                    compute_kernels=["dense" if copied else "fused"],
                     min_partition=max(4, dim // world_size),
                 )
     topology = Topology(
@@ -102,7 +101,12 @@ def plan(model: nn.Module, tables: Tables, batch_size: int, device: torch.device
         ddr_cap=2**46,
     )
     planner = EmbeddingShardingPlanner(topology=topology, batch_size=batch_size, constraints=constraints)
-    return planner.collective_plan(model, [Sharder()], dist.GroupMember.WORLD)
+    made = planner.collective_plan(model, [Sharder()], dist.GroupMember.WORLD)
+    if not fuses(tables.optimizer, device):
+        for module in made.plan.values():
+            for table in module.values():
+                table.compute_kernel = "dense"  # runs with every sharding, though torchrec's planner offers it for one
+    return made
 
 
 def _local_world_size(world_size: int) -> int:
@@ -135,14 +139,13 @@ def distribute(
     """
     fused: tuple[Any, dict[str, Any]] = FUSED.get(tables.optimizer, (torch.optim.Adam, {"betas": (0.9, 0.98)}))
     sharding_plan = plan(model, tables, batch_size, device)
-    in_backward = tables.optimizer in FUSED or device.type == "cuda"
 
     def settings(table: str) -> dict[str, Any]:
         if table in frozen:
             return {"lr": 0.0, "weight_decay": 0.0, **fused[1]}
         return {"lr": tables.lr_of(table), "weight_decay": tables.weight_decay, **fused[1]}
 
-    if in_backward:
+    if fuses(tables.optimizer, device):
         for module in model.modules():
             if isinstance(module, EmbeddingBagCollection):
                 for config in module.embedding_bag_configs():
@@ -160,11 +163,11 @@ def distribute(
     )
     initialise_tables(distributed, tables.init_std_of, seed)
     dense: dict[str, Any] = {}
-    replicated: dict[str, Any] = {}
+    stepped: dict[str, Any] = {}
     for name, parameter in in_backward_optimizer_filter(distributed.named_parameters()):
-        (replicated if "embedding_bags" in name else dense)[name] = parameter
+        (stepped if "embedding_bags" in name else dense)[name] = parameter
     parts: list[tuple[str, KeyedOptimizer]] = [("", distributed.fused_optimizer)]
-    for name, parameter in replicated.items():
+    for name, parameter in stepped.items():
         chosen = settings(table_name(name))
         parts.append(
             ("", KeyedOptimizerWrapper({name: parameter}, lambda p, chosen=chosen: with_moments(fused[0](p, **chosen))))

@@ -3,6 +3,7 @@
 It knows batches only as things with a cursor and a number of targets; what they mean is the model's affair.
 """
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -10,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -22,7 +22,9 @@ from recgpt_torchrec.data.windows import Position, Queue, deal
 from recgpt_torchrec.training.checkpoint import Checkpoints, facts_of
 from recgpt_torchrec.training.lockstep import Lockstep
 from recgpt_torchrec.training.runlog import RunLog
+from recgpt_torchrec.training.saving import Saver
 from recgpt_torchrec.training.schedule import Schedule
+from recgpt_torchrec.training.state import restore, state_of
 
 LOG_EVERY = 20
 """Steps between looks at the loss (each is one all-reduce of one number)."""
@@ -38,6 +40,8 @@ class Progress:
     position: Position = field(default_factory=Position)
     best_value: float = float("-inf")
     best_epoch: int = -1
+    best_step: int | None = None
+    """Steps done when the best epoch ended, which name its checkpoint."""
     finished: bool = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -75,6 +79,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.course = Schedule(self.optimizer, self.schedule)
         self.pipeline = TrainPipelineSparseDist(self.model, self.optimizer, self.device)
+        self.saver = Saver(self.checkpoints, self.saving)
 
     def fit(self, validate: Callable[[], dict[str, float]], metric: str) -> Progress:
         """Train until the last epoch, or until `metric` has not grown for `train.patience` epochs.
@@ -83,10 +88,16 @@ class Trainer:
             validate: collective; the validation figures, the same on all ranks.
             metric: the figure that decides about the best checkpoint and early stopping.
         """
-        with RunLog(self.checkpoints.output, self._total(), self.progress.read) as log:
-            while not self.progress.finished:
+        progress = self.progress
+        if self.saving.asynchronous:
+            self.saver.copy(state_of(self.model, self.optimizer))  # takes the memory before the first step
+        with RunLog(
+            self.checkpoints.output, self._total(), progress.read, progress.position.epoch, progress.step
+        ) as log:
+            while not progress.finished:
                 self._epoch(log, validate, metric)
-        return self.progress
+        self.saver.finish()
+        return progress
 
     def _epoch(self, log: RunLog, validate: Callable[[], dict[str, float]], metric: str) -> None:
         progress, epoch, started = self.progress, self.progress.position.epoch, time.perf_counter()
@@ -95,15 +106,13 @@ class Trainer:
         last = epoch + 1 >= self.train.epochs
         record = {"epoch": epoch + 1, "step": progress.step, "loss": loss, "data_wait": waited}
         record["train_s"] = time.perf_counter() - started
-        best = False
         validated = last or (epoch + 1) % self.train.validate_every == 0
         if validated:
             started = time.perf_counter()
             self.pipeline.detach()
             figures = validate()
-            best = figures[metric] > progress.best_value
-            if best:
-                progress.best_value, progress.best_epoch = figures[metric], epoch
+            if figures[metric] > progress.best_value:
+                progress.best_value, progress.best_epoch, progress.best_step = figures[metric], epoch, progress.step
             record |= {**figures, "validate_s": time.perf_counter() - started}
         idle = epoch - progress.best_epoch
         # Only a validation can end a run: patience may be shorter than the time between two.
@@ -111,7 +120,7 @@ class Trainer:
             validated and self.train.patience and progress.best_epoch >= 0 and idle >= self.train.patience
         )
         log.epoch(record, progress.step)
-        self.save(best)
+        self.save()
 
     def _train_epoch(self, epoch: int, log: RunLog) -> tuple[float, float]:
         """Train what is left of an epoch; returns its mean loss and the share of time spent waiting for data."""
@@ -119,7 +128,7 @@ class Trainer:
         workers = self.stream.workers
         dealt = deal(self.stream.windows(epoch), world * workers, self.progress.position)
         mine = dealt[rank * workers : (rank + 1) * workers]
-        ahead = Lockstep(self.stream.epoch(epoch, mine), self.stream.maker.empty)
+        ahead = Lockstep(self.stream.epoch(epoch, mine), self.stream.maker.empty, self.saver.wanted)
         left = list(mine)
         self.model.train()
         began = since = time.perf_counter()
@@ -150,9 +159,10 @@ class Trainer:
                 log.step(self.progress.step, epoch, lr=share, **figures)
                 epoch_sum, epoch_seen, since, waited, seen = epoch_sum + sums, epoch_seen + seen, now, ahead.waited, 0.0
                 loss_sum.zero_()
-            if self.saving.every_steps and self.progress.step % self.saving.every_steps == 0:
+            every = self.saving.every_steps
+            if step.asked or (every and self.progress.step % every == 0):
                 self.progress.position = Position(epoch, self._gather(left))
-                self.save(best=False)
+                self.save()
         epoch_sum, epoch_seen = epoch_sum + self._over_ranks(loss_sum), epoch_seen + seen
         return epoch_sum / max(epoch_seen, 1), ahead.waited / (time.perf_counter() - began)
 
@@ -179,20 +189,20 @@ class Trainer:
         dist.all_gather_object(everyone, mine)
         return [queue for queues in everyone for queue in queues]
 
-    def _state(self) -> dict[str, Any]:
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def save(self, best: bool) -> None:
-        """Write a checkpoint of everything a run needs to go on."""
+    def save(self) -> None:
+        """Write a checkpoint of everything a run needs to go on; training may go on at once."""
         progress = self.progress
+        best = progress.best_step
         facts = {**self.facts, "progress": progress.state_dict()}
-        facts["best"] = {"epoch": progress.best_epoch + 1, "value": progress.best_value}
-        self.checkpoints.save(progress.step, self._state(), facts, best)
+        facts["best"] = {
+            "checkpoint": None if best is None else os.path.basename(self.checkpoints.path(best)),
+            "epoch": progress.best_epoch + 1,
+            "value": progress.best_value,
+        }
+        self.saver.save(progress.step, state_of(self.model, self.optimizer), facts)
 
     def resume(self, checkpoint: str) -> None:
         """Go on from a checkpoint, whatever number of ranks and sharding it was written with."""
-        state = self._state()
-        dcp.load(state, checkpoint_id=checkpoint)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress.from_state_dict(facts_of(checkpoint)["progress"])
+        restore(self.model, self.optimizer, checkpoint, self.progress.step)
+        self.saver.saved = self.progress.step

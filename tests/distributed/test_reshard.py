@@ -1,0 +1,52 @@
+"""A checkpoint can be read on any number of ranks and with any sharding: `tools/check_reshard.py` tries every pair."""
+
+import pytest
+
+from tests.distributed.launch import run_ranks
+from tests.distributed.reshard import Difference, Layout, reshard
+from tools.check_reshard import wrong
+
+# Each sharding is left and entered, on more ranks and on fewer, under each kind of optimizer state: a moment a row, a
+# moment a number, two of them stepped by torch (Adam on CPU), none.
+SOURCES = [
+    Layout(2, "data_parallel", "rowwise_adagrad"),
+    Layout(2, "table_wise", "rowwise_adagrad"),
+    Layout(2, "column_wise", "rowwise_adagrad"),
+    Layout(3, "column_wise", "rowwise_adagrad"),
+    Layout(3, "row_wise", "rowwise_adagrad"),
+    Layout(2, "column_wise", "adagrad"),
+    Layout(2, "data_parallel", "adam"),
+    Layout(3, "row_wise", "adam"),
+    Layout(2, "data_parallel", "sgd"),
+]
+TARGETS = [
+    Layout(1, "row_wise", "rowwise_adagrad"),
+    Layout(2, "data_parallel", "rowwise_adagrad"),
+    Layout(2, "column_wise", "rowwise_adagrad"),
+    Layout(3, "table_wise", "rowwise_adagrad"),
+    Layout(3, "column_wise", "rowwise_adagrad"),
+    Layout(3, "row_wise", "adagrad"),
+    Layout(1, "data_parallel", "adam"),
+    Layout(2, "column_wise", "adam"),
+    Layout(2, "table_wise", "adam"),
+    Layout(2, "row_wise", "sgd"),
+]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> list[Difference]:
+    return run_ranks(reshard, 3, str(tmp_path_factory.mktemp("reshard")), SOURCES, TARGETS, timeout=240)[0]
+
+
+def test_tables_optimizer_state_and_next_losses_are_those_that_were_saved(found):
+    pairs = {(d.source, d.target) for d in found}
+    assert pairs == {(s, t) for s in SOURCES for t in TARGETS if s.optimizer == t.optimizer}
+    assert not [d for d in found if wrong(d)]
+
+
+def test_row_wise_adagrad_goes_on_a_little_differently_only_where_blocks_of_columns_change(found):
+    """The state is the mean over the columns of a block; what a block learned by its own mean cannot be had back."""
+    changed = [d for d in found if d.source.blocks() != d.target.blocks()]
+    assert {(d.source.blocks(), d.target.blocks()) for d in changed} >= {(1, 2), (2, 1), (2, 3), (3, 2), (3, 1)}
+    for difference in changed:
+        assert difference.losses[0] < 1e-5 < difference.losses[1] < 5e-3, difference

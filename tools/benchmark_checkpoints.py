@@ -1,0 +1,146 @@
+"""What checkpoints cost the step: training without any, with asynchronous ones and with synchronous ones, in turns.
+
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 -m tools.benchmark_checkpoints --items 1000000
+
+A turn is the same number of steps for each of the three, with one checkpoint at its start (and the wait for the one of
+the turn before, which is over long since). Prints the time of a turn as a ratio to that without checkpoints, the median
+and the quartiles over the rounds, so that a machine that is busy with other things for a while does not decide.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from recgpt_torchrec.building import build
+from recgpt_torchrec.config import CheckpointOptions, Loss, Model, Pretrain, Tables
+from recgpt_torchrec.data.batch import Candidates, Capacity, SequenceBatch, Sequences, make_batch
+from recgpt_torchrec.data.dataset import Dataset, Manifest
+from recgpt_torchrec.training.checkpoint import Checkpoints
+from recgpt_torchrec.training.processes import process_group, rank, say, world_size
+from recgpt_torchrec.training.saving import Saver
+from recgpt_torchrec.training.state import state_of
+
+USERS = 1000
+
+
+def batches(options: argparse.Namespace) -> Iterator[SequenceBatch]:
+    """Random histories of 32 items for ever, the same few batches again and again."""
+    rng = np.random.default_rng(rank())
+    users = options.tokens // 32
+    made = []
+    for _ in range(8):
+        sequences = Sequences(
+            users=rng.choice(USERS, users, replace=False),
+            items=rng.integers(0, options.items, users * 32),
+            offsets=np.arange(users + 1) * 32,
+        )
+        negatives = Candidates(rng.choice(options.items, options.negatives, replace=False), np.zeros(options.negatives))
+        batch = make_batch(
+            sequences,
+            row_length=64,
+            capacity=Capacity(users, users * 32 + options.negatives),
+            predict=True,
+            candidates=negatives,
+            all_items=0,
+        )
+        batch.global_targets = torch.tensor(float(batch.target_slot.numel()))
+        made.append(batch)
+    while True:
+        yield from made
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--items", type=int, default=1_000_000)
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=2048, help="positions a step and rank")
+    parser.add_argument("--negatives", type=int, default=2000)
+    parser.add_argument("--sharding", default="row_wise")
+    parser.add_argument("--optimizer", default="rowwise_adagrad")
+    parser.add_argument("--steps", type=int, default=100, help="steps of a turn, between two checkpoints")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", help="where checkpoints are written for the time being; default: a temporary one")
+    options = parser.parse_args()
+    with process_group() as device, tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        shared: list[Any] = [folder]
+        dist.broadcast_object_list(shared, src=0)
+        config = Pretrain(
+            data="",
+            output="",
+            model=Model(dim=options.dim),
+            loss=Loss(candidates="sampled"),
+            tables=Tables(sharding=options.sharding, optimizer=options.optimizer),
+        )
+        dataset = Dataset(path="", manifest=Manifest(users=USERS, items=options.items))
+        model, optimizer = build(config, dataset, options.tokens + options.negatives, device)
+        measure(model, optimizer, device, batches(options), shared[0], options)
+
+
+def measure(
+    model: Any, optimizer: Any, device: torch.device, stream: Iterator[SequenceBatch], folder: str, options: Any
+) -> None:
+    """Run the turns, and print what came of them on rank 0."""
+    pipeline = TrainPipelineSparseDist(model, optimizer, device)
+    model.train()
+    savers = {
+        "without": None,
+        "asynchronous": Saver(Checkpoints(f"{folder}/asynchronous", keep=1), CheckpointOptions(asynchronous=True)),
+        "synchronous": Saver(Checkpoints(f"{folder}/synchronous", keep=1), CheckpointOptions(asynchronous=False)),
+    }
+    for _ in range(10):
+        pipeline.progress(stream)
+    times: dict[str, list[float]] = {kind: [] for kind in savers}
+    stalls: dict[str, list[float]] = {kind: [] for kind in savers}
+    written: list[float] = []
+    size = 0
+    for number in range(options.rounds + 1):  # the first does not count: it takes the memory of the copy
+        for kind, saver in savers.items():
+            dist.barrier()
+            since, stalled = time.perf_counter(), 0.0
+            if saver is not None:
+                saver.save(number, state_of(model, optimizer), {})
+                stalled = time.perf_counter() - since
+            done = 0.0
+            for _ in range(options.steps):
+                pipeline.progress(stream)
+                if kind == "asynchronous" and not done and saver is not None and not saver.busy:
+                    done = time.perf_counter() - since
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            dist.barrier()
+            taken = time.perf_counter() - since
+            if saver is not None:
+                saver.finish()
+                latest = saver.checkpoints.latest() or ""
+                size = sum(entry.stat().st_size for entry in os.scandir(latest))
+            if number:
+                times[kind].append(taken)
+                stalls[kind].append(stalled)
+                written += [done or float("inf")] if kind == "asynchronous" else []
+    say(
+        f"{options.items:,} items x {options.dim}, {options.sharding}, {options.optimizer}, {world_size()} ranks: "
+        f"{size / 2**20:,.0f} MiB a checkpoint, one every {options.steps} steps of "
+        f"{np.median(times['without']) / options.steps * 1e3:.0f} ms; {options.rounds} rounds"
+    )
+    for kind in savers:
+        if kind == "without":
+            continue
+        low, middle, high = np.percentile(np.divide(times[kind], times["without"]), [25, 50, 75])
+        stall = f"the step waits {np.median(stalls[kind]) * 1e3:.0f} ms"
+        late = f", written after {np.median(written):.1f} s" if kind == "asynchronous" else ""
+        say(
+            f"{kind:12} {middle:.3f} of the time without checkpoints (quartiles {low:.3f} to {high:.3f}); {stall}{late}"
+        )
+
+
+if __name__ == "__main__":
+    main()
