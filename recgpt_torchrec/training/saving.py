@@ -24,11 +24,14 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.training.checkpoint import Checkpoints
 from recgpt_torchrec.training.processes import rank, together
 
+LAST_WAIT_S = 60.0
+"""How long a run that ends with an error waits for its last checkpoint."""
+
 
 class Saver:
     """Writes a run's checkpoints. Every rank makes one and calls all but `wanted` together.
 
-    Example: `saver.save(step, state_of(model, optimizer), facts)` now and then, and `saver.finish()` in the end.
+    Example: `with saver: saver.save(step, state_of(model, optimizer), facts)`; leaving it waits for the last one.
     """
 
     def __init__(self, checkpoints: Checkpoints, options: CheckpointOptions) -> None:
@@ -50,6 +53,16 @@ class Saver:
             return False
         self._since = time.monotonic()
         return True
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None:
+            self.finish()
+        elif self._thread is not None:
+            # What is under way counts if all ranks came here; if they did not, it fails for want of them.
+            self._thread.join(LAST_WAIT_S)
 
     @property
     def busy(self) -> bool:

@@ -91,12 +91,10 @@ class Trainer:
         progress = self.progress
         if self.saving.asynchronous:
             self.saver.copy(state_of(self.model, self.optimizer))  # takes the memory before the first step
-        with RunLog(
-            self.checkpoints.output, self._total(), progress.read, progress.position.epoch, progress.step
-        ) as log:
+        log = RunLog(self.checkpoints.output, self._total(), progress.read, progress.position.epoch, progress.step)
+        with self.saver, log:
             while not progress.finished:
                 self._epoch(log, validate, metric)
-        self.saver.finish()
         return progress
 
     def _epoch(self, log: RunLog, validate: Callable[[], dict[str, float]], metric: str) -> None:

@@ -260,7 +260,9 @@ class FixedStream:
         return iter(self.batches)
 
 
-def trainer(model: Any, optimizer: Any, stream: Any, output: str, interactions: int = 100) -> Trainer:
+def trainer(
+    model: Any, optimizer: Any, stream: Any, output: str, interactions: int = 100, minutes: float = 0
+) -> Trainer:
     return Trainer(
         model=model,
         optimizer=optimizer,
@@ -269,7 +271,7 @@ def trainer(model: Any, optimizer: Any, stream: Any, output: str, interactions: 
         interactions=interactions,
         train=Train(epochs=2),
         schedule=Optimizer(warmup_steps=1),
-        saving=CheckpointOptions(),
+        saving=CheckpointOptions(every_minutes=minutes),
         checkpoints=Checkpoints(output, keep=1),
         facts={},
         seed=0,
@@ -309,6 +311,24 @@ def check_the_pipeline(rank: int, world_size: int, folder: str) -> str:
 def test_a_table_that_the_pipeline_passes_by_stops_the_run_and_says_so(tmp_path):
     for message in run_ranks(check_the_pipeline, 2, str(tmp_path)):
         assert "found 1 of the model's 2 sharded tables" in message
+
+
+def save_by_the_clock(rank: int, world_size: int, folder: str) -> list[int]:
+    case = Case("row_wise", "rowwise_adagrad", "all")
+    dataset = Dataset(path="", manifest=Manifest(users=USERS, items=ITEMS))
+    model, optimizer = build(case.config, dataset, ITEMS, torch.device("cpu"))
+    run = trainer(model, optimizer, FixedStream(batches(case, rank, world_size), case), folder, minutes=1e-9)
+    saved: list[int] = []
+    save = run.saver.save
+    run.saver.save = lambda step, *rest: (saved.append(step), save(step, *rest))[1]  # type: ignore[method-assign]
+    run.fit(lambda: {"NDCG@10": 0.0}, metric="NDCG@10")
+    return saved
+
+
+def test_all_ranks_save_at_the_steps_that_the_clock_of_one_of_them_says(tmp_path):
+    first, second = run_ranks(save_by_the_clock, 2, str(tmp_path))
+    assert first == second  # rank 1 never looks at its own
+    assert len(first) > 2 and first[-1] == 2 * STEPS
 
 
 def train_two_items(rank: int, world_size: int, data: str, output: str) -> dict[str, Any]:
