@@ -428,8 +428,8 @@ class Retrieve:
     """Items of each list; at most as many as the export has."""
     merge: Literal["auto", "two_step", "quota", "score"] = "auto"
     """How the lists of several interests become one. two_step: m items of the first interest, then k - m new ones of
-    the second; quota: an equal number of new items of each, list after list; score: the best-scored items of all; auto:
-    two_step where the export has several interests."""
+    the second; quota: an equal number of new items of each, list after list; score: the items with the largest share
+    exp(score) / sum of exp(scores) of any list; auto: two_step where the export has several interests."""
     m: int = 0
     """Items of the first interest (two_step), 1 to k; 0: nine tenths of k."""
     interests: int = 0

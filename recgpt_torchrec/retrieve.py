@@ -194,7 +194,7 @@ def compare(exact: Any, queries: Any, seen: Any, some: Any, lists: "Merged", com
 def summary(config: Retrieve, export: "Export", manifest: "ListManifest", merge: str, interests: int) -> str:
     """What was made and how good it is."""
     how = {
-        "score": f"best-scored items of {interests} interests",
+        "score": f"likeliest items of {interests} interests",
         "quota": f"equal shares of {interests} interests",
         "two_step": f"{m_of(config)} items of the first interest and {config.k - m_of(config)} of the second",
     }[merge]

@@ -114,7 +114,10 @@ def plain_lists(export: Path, k: int) -> dict[str, dict[int, list[int]]]:
         scores = vectors.astype(np.float64) @ items.T
         scores[:, WALKS[user][:-1]] = -np.inf
         ranked = [np.argsort(-row)[: np.isfinite(row).sum()].tolist() for row in scores]
-        merged["score"][user] = [i for i in np.argsort(-scores.max(0)).tolist() if np.isfinite(scores[0, i])][:k]
+        shares = np.zeros_like(scores)
+        for row, share, order in zip(scores, shares, ranked, strict=True):
+            share[order[:k]] = np.exp(row[order[:k]]) / np.exp(row[order[:k]]).sum()
+        merged["score"][user] = [item for item in np.argsort(-shares.max(0)).tolist() if shares[:, item].any()][:k]
         for name, quotas in quotas_of.items():
             taken: list[int] = []
             for row, quota in zip(ranked, quotas, strict=False):
