@@ -151,13 +151,13 @@ class Feedback(paper.Experiment):
         self._tune(seed, CONTROL, self.data, start, "prepare")
         for arm in self.options.prompts:
             prompts = f"seed{seed}/{folder_of(arm)}_prompts"
-            self._generate(seed, arm, prompts)
+            self._make_prompts(seed, arm, prompts)
             self._tune(seed, arm, f"{self.folder}/{prompts}", start, prompts)
         start, needs = f"seed{seed}/pretrain_{OTHER}", f"prepare_{OTHER}"
         self._train(start, "pretrain", "pretrain", self.config, self.other, (needs,), seed)
         self._tune(seed, OTHER, self.other, start, needs)
 
-    def _generate(self, seed: int, arm: str, title: str) -> None:
+    def _make_prompts(self, seed: int, arm: str, title: str) -> None:
         source, k = arm.split(":")
         start, output = f"seed{seed}/pretrain", f"{self.folder}/{title}"
         arguments = ["--data", self.data, "--checkpoint", f"{self.folder}/{start}", "--output", output]

@@ -42,8 +42,8 @@ def summary(config: Prepare, result: Result) -> str:
             "unknown": "of users or items that were not kept",
             "outside": "before a user's first interaction or after the last",
         }
-        if reasons := [f"{exposed[name]:,} {reason}" for name, reason in why.items() if exposed[name]]:
-            lines.append(f"{'':<11} dropped {', '.join(reasons)}")
+        if dropped := [f"{exposed[name]:,} {reason}" for name, reason in why.items() if exposed[name]]:
+            lines.append(f"{'':<11} dropped {', '.join(dropped)}")
     quantiles = ", ".join(f"{key} {value:,}" for key, value in lengths.items())
     lines += [
         f"dataset     {manifest.users:,} users, {manifest.items:,} items, {manifest.interactions:,} interactions",
