@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from torchrec.optim.keyed import KeyedOptimizer
 
 from recgpt_torchrec.config import (
@@ -151,9 +152,24 @@ def load(checkpoint: str, dataset: Dataset, batch: Batch, tables: Sharding, devi
     )
     model, _ = build(config, dataset, batch.tokens, device, tuning)
     state = {"model": model.state_dict()}
-    dcp.load(state, checkpoint_id=checkpoint)
+    read_tensors(state, checkpoint)
     model.load_state_dict(state["model"])
     return Trained(model, config.model, tuning)
+
+
+def read_tensors(state: dict[str, Any], checkpoint: str) -> None:
+    """Read the tensors of `state` from a checkpoint, in place (collective).
+
+    Raises:
+        InputError: files of the checkpoint are missing or damaged.
+    """
+    try:
+        dcp.load(state, checkpoint_id=checkpoint)
+    except CheckpointException as error:
+        reasons = sorted({" ".join(str(failure[0]).split()) for failure in error.failures.values()})
+        raise InputError(
+            f"the checkpoint {checkpoint} cannot be read ({'; '.join(reasons)}); give another checkpoint of the run"
+        ) from None
 
 
 def load_pretrained(model: nn.Module, checkpoint: str) -> None:
@@ -164,10 +180,10 @@ def load_pretrained(model: nn.Module, checkpoint: str) -> None:
     state = model.state_dict()
     there = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     known = {name: value for name, value in state.items() if f"model.{name}" in there}
-    dcp.load({"model": known}, checkpoint_id=checkpoint)
+    read_tensors({"model": known}, checkpoint)
     tables = {table_name(name): name for name in tables_of(model)}
     if "output" in tables:
-        dcp.load({"model": {tables["item"]: state[tables["output"]]}}, checkpoint_id=checkpoint)
+        read_tensors({"model": {tables["item"]: state[tables["output"]]}}, checkpoint)
     model.load_state_dict(state)
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import socket
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
 
-from recgpt_torchrec import cli, generate_prompts, pretrain
-from recgpt_torchrec.config import GeneratePrompts, Pretrain
 from recgpt_torchrec.data.dataset import Dataset
 from tests.distributed.launch import run_ranks
-from tests.support import walks, write_dataset
+from tests.support import stage, walks, write_dataset
 
 USERS, ITEMS, MAX_LEN = 60, 30, 8
 SMALL = {
@@ -28,18 +25,6 @@ SMALL = {
     "--train.validate_every": 1,
     "--optimizer.warmup_steps": 2,
 }
-
-
-def stage(options: dict[str, Any], config_class: Any = GeneratePrompts, function: Any = generate_prompts.main) -> int:
-    """Run a stage in this process as its command line would, and return its exit status."""
-    before, sys.argv = sys.argv, ["stage", *(str(word) for option in options.items() for word in option)]
-    try:
-        cli.run(config_class, function, f"recgpt_torchrec.{config_class.__name__}")
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 1
-    finally:
-        sys.argv = before
-    return 0
 
 
 def histories() -> list[list[int]]:
@@ -62,14 +47,14 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def run(data) -> Path:
     output = data.parent / "run"
-    assert stage({"--data": data, "--output": output, **SMALL}, Pretrain, pretrain.main) == 0
+    assert stage("pretrain", {"--data": data, "--output": output, **SMALL}) == 0
     return output
 
 
 @pytest.fixture(scope="module")
 def made(data, run) -> Path:
     output = data.parent / "made"
-    assert stage({"--data": data, "--checkpoint": run, "--output": output, "--batch_users": 7}) == 0
+    assert stage("generate_prompts", {"--data": data, "--checkpoint": run, "--output": output, "--batch_users": 7}) == 0
     return output
 
 
@@ -116,7 +101,7 @@ def test_the_summary_says_what_was_made_and_what_to_do_next_and_the_second_run_t
     data, run, tmp_path, capfd
 ):
     options = {"--data": data, "--checkpoint": run, "--output": tmp_path / "out", "--prompts.k": 1}
-    assert stage(options) == 0
+    assert stage("generate_prompts", options) == 0
     said = capfd.readouterr().out
     generated = sum(s.count(1) for s in rows(tmp_path / "out")["segment_ids"])
     assert f"{USERS} users, {generated:,} generated and 0 shown prompts" in said and "users/s" in said
@@ -125,7 +110,7 @@ def test_the_summary_says_what_was_made_and_what_to_do_next_and_the_second_run_t
     )
     assert following in said
     before = folder_state(tmp_path / "out")
-    assert stage(options) == 0
+    assert stage("generate_prompts", options) == 0
     said = capfd.readouterr().out
     assert f"Already there: {tmp_path}/out" in said and following in said
     assert folder_state(tmp_path / "out") == before
@@ -133,7 +118,7 @@ def test_the_summary_says_what_was_made_and_what_to_do_next_and_the_second_run_t
 
 def test_no_prompts_returns_the_input(data, run, tmp_path):
     options = {"--data": data, "--checkpoint": run, "--output": tmp_path / "out", "--prompts.k": 0}
-    assert stage(options) == 0
+    assert stage("generate_prompts", options) == 0
     result = rows(tmp_path / "out")
     assert {name: result[name] for name in rows(data)} == rows(data)
 
@@ -141,7 +126,7 @@ def test_no_prompts_returns_the_input(data, run, tmp_path):
 def on_rank(rank: int, world_size: int, port: int, options: dict[str, Any]) -> int:
     dist.destroy_process_group()  # the stage joins its own
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return stage(options)
+    return stage("generate_prompts", options)
 
 
 @pytest.mark.parametrize("sharding", ["data_parallel", "row_wise"])
@@ -167,11 +152,11 @@ def test_with_an_earlier_result_the_rest_is_made_as_if_from_scratch(run, tmp_pat
         segments = [s[:n] for s, n in zip(shown, cut, strict=True)]
         write_dataset(tmp_path / name, items, items=ITEMS, segments=segments, rows_per_group=7 + len(name + source))
     common = {"--checkpoint": run, "--batch_users": 5, "--prompts.source": source}
-    assert stage({"--data": tmp_path / "old", "--output": tmp_path / "old_prompts", **common}) == 0
-    assert stage({"--data": tmp_path / "new", "--output": tmp_path / "scratch", **common}) == 0
+    assert stage("generate_prompts", {"--data": tmp_path / "old", "--output": tmp_path / "old_prompts", **common}) == 0
+    assert stage("generate_prompts", {"--data": tmp_path / "new", "--output": tmp_path / "scratch", **common}) == 0
     capfd.readouterr()
     continued = {"--data": tmp_path / "new", "--output": tmp_path / "continued", "--previous": tmp_path / "old_prompts"}
-    assert stage({**continued, **common}) == 0
+    assert stage("generate_prompts", {**continued, **common}) == 0
     said = capfd.readouterr().out
     assert "intervals taken over from" in said and "(0 intervals" not in said
     assert rows(tmp_path / "continued") == rows(tmp_path / "scratch")
@@ -275,7 +260,7 @@ def test_what_cannot_be_done_is_refused_with_one_message_before_any_work(wrong, 
     expected = wrong(options, tmp_path)
     options.pop("made", None)
     before = folder_state(tmp_path)
-    assert stage(options) == 2
+    assert stage("generate_prompts", options) == 2
     said = capfd.readouterr()
     assert expected in said.err and "Traceback" not in said.err and said.out == ""
     assert said.err.count("error:") == 1 and "users/s" not in said.err

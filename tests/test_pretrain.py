@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,9 +16,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from recgpt_torchrec import cli, evaluate, pretrain
-from recgpt_torchrec.config import Evaluate, Pretrain
-from tests.support import walks, write_dataset
+from recgpt_torchrec import pretrain
+from tests.support import stage, walks, write_dataset
 
 USERS, ITEMS = 90, 30
 SMALL = {
@@ -34,25 +32,10 @@ SMALL = {
     "--checkpoint.every_steps": 3,
     "--checkpoint.keep": 100,
 }
-STAGES: dict[str, tuple[Any, Callable[[Any], None]]] = {
-    "pretrain": (Pretrain, pretrain.main),
-    "evaluate": (Evaluate, evaluate.main),
-}
 
 
 def words(options: dict[str, Any]) -> list[str]:
     return [str(word) for option in options.items() for word in option]
-
-
-def stage(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> int:
-    """Run a stage in this process as its command line would, and return its exit status."""
-    config_class, function = STAGES[name]
-    monkeypatch.setattr(sys, "argv", [name, *words(options)])
-    try:
-        cli.run(config_class, function, f"recgpt_torchrec.{name}")
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 1
-    return 0
 
 
 def command(module: ModuleType, options: dict[str, Any]) -> subprocess.CompletedProcess[str]:
@@ -117,42 +100,42 @@ def test_a_run_from_the_command_line_leaves_checkpoints_and_says_what_to_do_next
     assert sorted(tuple(value.shape) for value in tables.values()) == [(ITEMS, 8), (USERS, 8)]
 
 
-def test_the_same_command_again_says_that_the_run_is_trained_already(run, data, monkeypatch, capfd):
+def test_the_same_command_again_says_that_the_run_is_trained_already(run, data, capfd):
     output, _ = run
     before = folder_state(output)
-    assert stage("pretrain", {"--data": data, "--output": output, **SMALL}, monkeypatch) == 0
+    assert stage("pretrain", {"--data": data, "--output": output, **SMALL}) == 0
     assert f"{output} is trained already." in capfd.readouterr().out
     assert folder_state(output) == before
 
 
-def test_other_options_in_the_same_folder_are_refused_and_named(run, data, monkeypatch, capfd):
+def test_other_options_in_the_same_folder_are_refused_and_named(run, data, capfd):
     output, _ = run
     before = folder_state(output)
     options = {"--data": data, "--output": output, **SMALL, "--model.dim": 16, "--seed": 3}
-    assert stage("pretrain", options, monkeypatch) == 2
+    assert stage("pretrain", options) == 2
     said = capfd.readouterr().err
     assert "--model.dim: 8 there, 16 now" in said and "--seed: 0 there, 3 now" in said
     assert "--data" not in said and "Traceback" not in said
     assert folder_state(output) == before
 
 
-def test_options_that_change_nothing_of_the_result_may_differ(run, data, monkeypatch, capfd):
+def test_options_that_change_nothing_of_the_result_may_differ(run, data, capfd):
     output, _ = run
     options = {"--data": data, "--output": output, **SMALL, "--stream.prefetch": 2}
-    assert stage("pretrain", options, monkeypatch) == 0
+    assert stage("pretrain", options) == 0
     assert "trained already" in capfd.readouterr().out
 
 
-def test_another_dataset_in_the_same_folder_is_refused(run, tmp_path, monkeypatch, capfd):
+def test_another_dataset_in_the_same_folder_is_refused(run, tmp_path, capfd):
     output, _ = run
     write_dataset(tmp_path / "other", walks(USERS, ITEMS), items=ITEMS, vocabulary="another")
-    assert stage("pretrain", {"--data": tmp_path / "other", "--output": output, **SMALL}, monkeypatch) == 2
+    assert stage("pretrain", {"--data": tmp_path / "other", "--output": output, **SMALL}) == 2
     assert "holds a run on another dataset" in capfd.readouterr().err
 
 
-def test_a_folder_that_holds_something_else_is_left_as_it_is(data, tmp_path, monkeypatch, capfd):
+def test_a_folder_that_holds_something_else_is_left_as_it_is(data, tmp_path, capfd):
     (tmp_path / "thesis.txt").write_text("years of work")
-    assert stage("pretrain", {"--data": data, "--output": tmp_path, **SMALL}, monkeypatch) == 2
+    assert stage("pretrain", {"--data": data, "--output": tmp_path, **SMALL}) == 2
     assert "holds something that is not a run" in capfd.readouterr().err
     assert folder_state(tmp_path) == {"thesis.txt": b"years of work"}
 
@@ -176,33 +159,31 @@ def test_a_folder_that_holds_something_else_is_left_as_it_is(data, tmp_path, mon
         ("--data", "no/such/folder", "no/such/folder is not a dataset"),
     ],
 )
-def test_an_unusable_option_is_refused_before_anything_is_written(
-    option, value, said, data, tmp_path, monkeypatch, capfd
-):
+def test_an_unusable_option_is_refused_before_anything_is_written(option, value, said, data, tmp_path, capfd):
     options = {"--data": data, "--output": tmp_path / "run", **SMALL, option: value}
-    assert stage("pretrain", options, monkeypatch) == 2
+    assert stage("pretrain", options) == 2
     shown = capfd.readouterr().err
     assert said in shown and "Traceback" not in shown
     assert not (tmp_path / "run").exists()
 
 
-def test_only_a_validation_ends_a_run_early(data, tmp_path, monkeypatch):
+def test_only_a_validation_ends_a_run_early(data, tmp_path):
     run = tmp_path / "run"
     # No rate, no progress: every validation is as good as the first one.
     options = {**SMALL, "--train.epochs": 7, "--train.patience": 1, "--train.validate_every": 2, "--tables.lr": 0}
     still = {"--tables.user_lr": 0, "--optimizer.lr": 0}
-    assert stage("pretrain", {"--data": data, "--output": run, **options, **still}, monkeypatch) == 0
+    assert stage("pretrain", {"--data": data, "--output": run, **options, **still}) == 0
     history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
     assert [("NDCG@10" in record) for record in history] == [False, True, False, True]
 
 
-def test_an_output_that_cannot_be_written_is_refused(run, data, tmp_path, monkeypatch, capfd):
+def test_an_output_that_cannot_be_written_is_refused(run, data, tmp_path, capfd):
     (tmp_path / "file").write_text("")
     inside = {"--data": data, "--output": tmp_path / "file/run", **SMALL}
-    assert stage("pretrain", inside, monkeypatch) == 2
+    assert stage("pretrain", inside) == 2
     assert "cannot write to --output" in capfd.readouterr().err
     folder = {"--data": data, "--checkpoint": run[0], "--output": tmp_path}
-    assert stage("evaluate", folder, monkeypatch) == 2
+    assert stage("evaluate", folder) == 2
     assert "is a folder" in capfd.readouterr().err
 
 
@@ -239,17 +220,17 @@ def no_json(folder: Path) -> None:
         (no_json, "manifest.json is not valid JSON"),
     ],
 )
-def test_an_unusable_dataset_is_refused_before_anything_is_written(harm, said, data, tmp_path, monkeypatch, capfd):
+def test_an_unusable_dataset_is_refused_before_anything_is_written(harm, said, data, tmp_path, capfd):
     shutil.copytree(data, tmp_path / "data")
     harm(tmp_path / "data")
-    assert stage("pretrain", {"--data": tmp_path / "data", "--output": tmp_path / "run", **SMALL}, monkeypatch) == 2
+    assert stage("pretrain", {"--data": tmp_path / "data", "--output": tmp_path / "run", **SMALL}) == 2
     shown = capfd.readouterr().err
     assert said in shown and "Traceback" not in shown
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("sharding", ["auto", "row_wise"])
-def test_an_interrupted_run_goes_on_to_the_same_result(sharding, run, data, tmp_path, monkeypatch, capfd):
+def test_an_interrupted_run_goes_on_to_the_same_result(sharding, run, data, tmp_path, capfd):
     whole, _ = run
     steps = [json.loads((c / "checkpoint.json").read_text())["progress"] for c in checkpoints(whole)]
     inside = [n for n, progress in enumerate(steps) if progress["position"]["queues"] is not None]
@@ -266,7 +247,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(sharding, run, data, tmp_
     (interrupted / "checkpoints" / f"{half.name}.tmp" / "checkpoint.json").unlink()
 
     options = {"--data": data, "--output": interrupted, **SMALL, "--tables.sharding": sharding}
-    assert stage("pretrain", options, monkeypatch) == 0
+    assert stage("pretrain", options) == 0
     assert f"Going on from {interrupted}/checkpoints/{checkpoints(whole)[stopped].name}" in capfd.readouterr().out
     assert [c.name for c in checkpoints(interrupted)] == [c.name for c in checkpoints(whole)]
     best, other = (json.loads((folder / "best.json").read_text()) for folder in (interrupted, whole))
@@ -282,15 +263,15 @@ def test_an_interrupted_run_goes_on_to_the_same_result(sharding, run, data, tmp_
 # ---------------------------------------------------------------------------------------------------- evaluate
 
 
-def evaluated(data: Path, checkpoint: Path, output: Path, monkeypatch, **more: Any) -> dict[str, Any]:
+def evaluated(data: Path, checkpoint: Path, output: Path, **more: Any) -> dict[str, Any]:
     options = {"--data": data, "--checkpoint": checkpoint, "--output": output, **{f"--{k}": v for k, v in more.items()}}
-    assert stage("evaluate", options, monkeypatch) == 0
+    assert stage("evaluate", options) == 0
     return json.loads(output.read_text())
 
 
-def test_evaluate_writes_what_other_tools_read(run, data, tmp_path, monkeypatch):
+def test_evaluate_writes_what_other_tools_read(run, data, tmp_path):
     output, _ = run
-    result = evaluated(data, output, tmp_path / "test.json", monkeypatch)
+    result = evaluated(data, output, tmp_path / "test.json")
     assert result.keys() == {"dataset", "checkpoint", "split", "users", "results", "recall"}
     assert (result["dataset"], result["split"]) == (str(data), "test")
     best = json.loads((output / "best.json").read_text())["checkpoint"]
@@ -304,16 +285,16 @@ def test_evaluate_writes_what_other_tools_read(run, data, tmp_path, monkeypatch)
             assert 0 <= figures["NDCG@5"] <= figures["HR@5"] <= figures["HR@10"] <= 1
 
 
-def test_validation_during_training_is_what_evaluate_measures(run, data, tmp_path, monkeypatch):
+def test_validation_during_training_is_what_evaluate_measures(run, data, tmp_path):
     output, _ = run
-    result = evaluated(data, output, tmp_path / "v.json", monkeypatch, split="validation", baselines="false")
+    result = evaluated(data, output, tmp_path / "v.json", split="validation", baselines="false")
     best = json.loads((output / "best.json").read_text())
     assert result["results"]["pretrain"]["masked"]["NDCG@10"] == pytest.approx(best["value"], abs=1e-6)
 
 
-def test_metrics_do_not_change_when_the_items_are_numbered_otherwise(run, data, tmp_path, monkeypatch):
+def test_metrics_do_not_change_when_the_items_are_numbered_otherwise(run, data, tmp_path):
     output, _ = run
-    before = evaluated(data, output, tmp_path / "before.json", monkeypatch)
+    before = evaluated(data, output, tmp_path / "before.json")
     new_id = np.random.default_rng(3).permutation(ITEMS)
     histories = [[int(new_id[i]) for i in history] for history in walks(USERS, ITEMS, shortest=1, longest=14)]
     write_dataset(tmp_path / "data", histories, items=ITEMS, rows_per_group=8, groups_per_part=4)
@@ -323,7 +304,7 @@ def test_metrics_do_not_change_when_the_items_are_numbered_otherwise(run, data, 
     state[name][torch.from_numpy(new_id)] = state[name].clone()
     dcp.save(state, checkpoint_id=copy, no_dist=True)
     shutil.copy(source / "checkpoint.json", copy)
-    after = evaluated(tmp_path / "data", copy, tmp_path / "after.json", monkeypatch)
+    after = evaluated(tmp_path / "data", copy, tmp_path / "after.json")
     assert after["users"] == before["users"]
     for path, protocols in before["results"].items():
         for how, figures in protocols.items():
@@ -332,7 +313,7 @@ def test_metrics_do_not_change_when_the_items_are_numbered_otherwise(run, data, 
 
 
 @pytest.mark.parametrize("checkpoint", ["nothing", "unfinished", "another dataset's"])
-def test_a_checkpoint_that_does_not_fit_is_refused(run, data, tmp_path, monkeypatch, capfd, checkpoint):
+def test_a_checkpoint_that_does_not_fit_is_refused(run, data, tmp_path, capfd, checkpoint):
     output, _ = run
     said = "holds no finished checkpoint"
     if checkpoint == "unfinished":
@@ -342,7 +323,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(run, data, tmp_path, monkeypa
         write_dataset(tmp_path / "data", walks(USERS, ITEMS), items=ITEMS, vocabulary="another")
         given, data, said = output, tmp_path / "data", "was trained on another dataset"
     options = {"--data": data, "--checkpoint": given, "--output": tmp_path / "x.json"}
-    assert stage("evaluate", options, monkeypatch) == 2
+    assert stage("evaluate", options) == 2
     shown = capfd.readouterr().err
     assert said in shown and "Traceback" not in shown
     assert not (tmp_path / "x.json").exists()

@@ -1,7 +1,6 @@
 """`prompt_tune` and the recall paths of `evaluate` from the command line: what they write, and what they refuse."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,33 +8,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from recgpt_torchrec import cli, evaluate, generate_prompts, pretrain, prompt_tune
-from recgpt_torchrec.config import Evaluate, GeneratePrompts, Pretrain, PromptTune
 from recgpt_torchrec.training.checkpoint import find
-from tests.support import walks, write_dataset
+from tests.support import stage, walks, write_dataset
 
 USERS, ITEMS = 60, 30
-STAGES: dict[str, tuple[Any, Any]] = {
-    "pretrain": (Pretrain, pretrain.main),
-    "generate_prompts": (GeneratePrompts, generate_prompts.main),
-    "prompt_tune": (PromptTune, prompt_tune.main),
-    "evaluate": (Evaluate, evaluate.main),
-}
 LOSS = {"--loss.candidates": "all", "--batch.tokens": 60}
 TUNE = {**LOSS, "--train.epochs": 2, "--optimizer.warmup_steps": 2}
-
-
-def stage(name: str, options: dict[str, Any]) -> int:
-    """Run a stage in this process as its command line would, and return its exit status."""
-    config_class, function = STAGES[name]
-    before, sys.argv = sys.argv, [name, *(str(word) for option in options.items() for word in option)]
-    try:
-        cli.run(config_class, function, f"recgpt_torchrec.{name}")
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 1
-    finally:
-        sys.argv = before
-    return 0
 
 
 @pytest.fixture(scope="module")

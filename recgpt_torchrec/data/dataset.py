@@ -199,7 +199,12 @@ class Dataset:
     def remedy(self) -> str:
         """What a user can do about damaged sequences."""
         more = ", or go on without the damaged rows: --stream.damaged skip" if self.damaged == "stop" else ""
-        return f"restore the file or run prepare again{more}"
+        return self._repair + more
+
+    @property
+    def _repair(self) -> str:
+        stage = "generate_prompts" if "prompts" in self.manifest.settings else "prepare"
+        return f"restore the file or run {stage} again"
 
     def lose(self, part: Part, reason: str) -> None:
         """Pass a part over.
@@ -207,10 +212,10 @@ class Dataset:
         Raises:
             InputError: that is not wanted, or the part holds no sequences.
         """
-        if part not in self.manifest.sequences:
-            raise InputError(f"{self.path}: the part {part.path} {reason}; restore the file or run prepare again")
-        if self.damaged != "skip":
-            raise InputError(f"{self.path}: the part {part.path} {reason}; {self.remedy}")
+        sequences = part in self.manifest.sequences
+        if self.damaged != "skip" or not sequences:
+            remedy = self.remedy if sequences else self._repair
+            raise InputError(f"{self.path}: the part {part.path} {reason}; {remedy}")
         self.lost[part.path] = reason
 
     def open_part(self, part: Part) -> pq.ParquetFile:

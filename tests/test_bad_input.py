@@ -1,0 +1,375 @@
+"""One table of bad input over all stages: what is wrong, the command, how it ends, and what the user is told.
+
+`python -m tests.test_bad_input table.md` writes the table. Each kind must end with a status that is not 0, without a
+traceback, with a message that names the file or option and a way out, and must leave nothing half-written.
+"""
+
+import contextlib
+import gzip
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch.distributed as dist
+
+from tests.distributed.launch import run_ranks
+from tests.support import overwrite, rewrite, stage, walks, write_dataset
+
+USERS, ITEMS, ANSWERS = 40, 20, 2
+PART = "sequences/part-00001.parquet"
+PLACE = f"{PART}, row group 1, row 1"
+OF_PROMPTS = "sequences/part-0000-00000.parquet"
+PROMPTED = f"{OF_PROMPTS}, row group 1, row 1"
+LOSS = {"--loss.candidates": "all", "--batch.tokens": 60}
+SMALL = {"--model.dim": 8, "--model.max_len": 8, "--optimizer.warmup_steps": 2, "--train.epochs": 1, **LOSS}
+TUNE = {"--optimizer.warmup_steps": 2, "--train.epochs": 1, **LOSS}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "prepare": {"--input": "log.csv", "--output": "new", "--min_count": 1},
+    "pretrain": {"--data": "data", "--output": "new", **SMALL},
+    "generate_prompts": {"--data": "data", "--checkpoint": "run", "--output": "new", "--prompts.k": 1},
+    "prompt_tune": {"--data": "prompts", "--checkpoint": "run", "--output": "new", **TUNE},
+    "evaluate": {"--data": "data", "--checkpoint": "run", "--output": "new.json"},
+    "export": {"--data": "data", "--checkpoint": "run", "--output": "new"},
+}
+SHOWN = ("--data", "--input", "--output", "--checkpoint")
+"""Options that the table shows although every case of the stage has them."""
+BEGUN = re.compile(r"new/(run\.json|history\.jsonl|damaged\.jsonl|tensorboard/.*|checkpoints)?$|new$|new/tensorboard$")
+"""What a run that had begun may leave: no checkpoint, whole or half."""
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A kind of bad input."""
+
+    stage: str
+    kind: str
+    harm: Callable[[Path], object]
+    """Makes the input bad, in a folder that holds `log.csv`, `data`, `run` and `prompts`."""
+    names: str
+    """What the message names: a file with its place, or an option."""
+    remedy: str
+    """What of the way out the message says."""
+    options: dict[str, Any] = field(default_factory=dict)
+    begun: bool = False
+    """Whether it is met only while training, so that the run's folder is there."""
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.kind}"
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+def log(content: str | bytes, name: str = "log.csv") -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def row(column: str, value: Any, at: int | None = None, of: str = "data") -> Callable[[Path], None]:
+    """Damage row 1 of row group 1: a whole value, or one entry of a list."""
+
+    def change(rows: list[dict[str, Any]]) -> None:
+        if at is None:
+            rows[5][column] = value
+        else:
+            rows[5][column][at] = value
+
+    return lambda folder: rewrite(folder / of, change, part=int(of == "data"))
+
+
+def column(of: str = "data", **types: pa.DataType | None) -> Callable[[Path], None]:
+    """Give columns other types, or none."""
+
+    def emptied(rows: list[dict[str, Any]]) -> None:
+        for values in rows:
+            values |= {name: None for name in types}
+
+    return lambda folder: rewrite(folder / of, emptied, part=int(of == "data"), types=types)
+
+
+def manifest(change: Callable[[dict[str, Any]], object], of: str = "data") -> Callable[[Path], None]:
+    def harm(folder: Path) -> None:
+        values = json.loads((folder / of / "manifest.json").read_text())
+        change(values)
+        (folder / of / "manifest.json").write_text(json.dumps(values))
+
+    return harm
+
+
+def part(change: Callable[[Path], object], path: str = f"data/{PART}") -> Callable[[Path], object]:
+    return lambda folder: change(folder / path)
+
+
+def page_overwritten(path: Path) -> None:
+    chunk = pq.ParquetFile(path).metadata.row_group(1).column(1)
+    overwrite(path, slice(chunk.data_page_offset, chunk.data_page_offset + chunk.total_compressed_size))
+
+
+def one_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(data)
+
+
+def other_dataset(folder: Path) -> None:
+    write_dataset(folder / "other", walks(USERS, ITEMS), items=ITEMS, vocabulary="another")
+
+
+def thesis(folder: Path) -> None:
+    (folder / "new").mkdir()
+    (folder / "new/thesis.txt").write_text("years of work")
+    log(GOOD)(folder)
+
+
+GOOD = "user_id,item_id,timestamp\nu,a,1\nu,b,2\n"
+PREPARE_AGAIN = "run prepare again"
+SKIP = "--stream.damaged skip"
+CASES = [
+    # ------------------------------------------------------------------------------------------------- prepare
+    Bad("prepare", "no such file", nothing, "--input gone.csv", "no such file", {"--input": "gone.csv"}),
+    Bad("prepare", "a folder without logs", lambda f: (f / "in").mkdir(), "in", "known ending", {"--input": "in"}),
+    Bad("prepare", "text that is named parquet", log(GOOD, "log.parquet"), "log.parquet", "cannot be read as parquet",
+        {"--input": "log.parquet"}),
+    Bad("prepare", "a compressed file cut off", log(gzip.compress(os.urandom(9000))[:5000], "log.csv.gz"),
+        "log.csv.gz", "cannot be read as csv", {"--input": "log.csv.gz"}),
+    Bad("prepare", "UTF-16 text", log(GOOD.encode("utf-16")), "log.csv", "not UTF-8"),
+    Bad("prepare", "JSON lines that are named csv", log('{"user_id": 1, "item_id": 2}\n'), "log.csv",
+        "pass --input_format jsonl"),
+    Bad("prepare", "fields separated by semicolons", log(GOOD.replace(",", ";")), "log.csv", "separated by semicolons"),
+    Bad("prepare", "a column is missing", log(GOOD.replace("user_id", "who")), "no column 'user_id'", "--user_column"),
+    Bad("prepare", "an empty file", log(""), "log.csv", "there are no rows"),
+    Bad("prepare", "no row has a user and a time", log("user_id,item_id,timestamp\n,a,1\nu,b,soon\n"), "log.csv, row 2",
+        "none of the 2 rows can be used"),
+    Bad("prepare", "nobody has as many interactions as asked for", log(GOOD), "--min_count 9", "keeps everything",
+        {"--min_count": 9}),
+    Bad("prepare", "an option that does not exist", log(GOOD), "--min_cuont", "usage", {"--min_cuont": 5}),
+    Bad("prepare", "a word where a number belongs", log(GOOD), "min_count", "usage", {"--min_count": "few"}),
+    Bad("prepare", "the output holds something else", thesis, "thesis.txt",
+        "Name a folder that does not exist or is empty"),
+    # ------------------------------------------------------------------------------------------------ pretrain
+    Bad("pretrain", "no dataset", lambda f: shutil.rmtree(f / "data"), "data", "recgpt_torchrec.prepare --output"),
+    Bad("pretrain", "manifest: no JSON", lambda f: (f / "data/manifest.json").write_text("{"), "data/manifest.json",
+        PREPARE_AGAIN),
+    Bad("pretrain", "manifest: of a newer version", manifest(lambda m: m.update(format_version=2)),
+        "dataset format version 2", "update the program"),
+    Bad("pretrain", "manifest: an entry is missing", manifest(lambda m: m["sequences"][0].pop("bytes")),
+        "data/manifest.json", PREPARE_AGAIN),
+    Bad("pretrain", "manifest: a negative number", manifest(lambda m: m.update(users=-3)), "users is -3",
+        PREPARE_AGAIN),
+    Bad("pretrain", "manifest: a part listed twice", manifest(lambda m: m["sequences"].append(m["sequences"][0])),
+        "sequences/part-00000.parquet more than once", PREPARE_AGAIN),
+    Bad("pretrain", "a dataset without users", manifest(lambda m: m.update(users=0, sequences=[])), "data is empty",
+        "prepare a log with interactions"),
+    Bad("pretrain", "a part is missing", part(Path.unlink), f"{PART} is missing", SKIP),
+    Bad("pretrain", "a part is cut off", part(lambda p: os.truncate(p, 900)), f"{PART} is damaged", SKIP),
+    Bad("pretrain", "a part is no Parquet", part(lambda p: overwrite(p, slice(None))), f"{PART} cannot be read", SKIP),
+    Bad("pretrain", "one byte of a part has changed", part(one_byte), f"{PART} is damaged: its checksum", SKIP,
+        {"--stream.checksums": "true"}),
+    Bad("pretrain", "a part has other rows than promised", manifest(lambda m: m["sequences"][1].update(rows=9)),
+        f"{PART} has 8 rows", SKIP),
+    Bad("pretrain", "a column is missing", column(item_ids=None), f"{PART} has no column item_ids", SKIP),
+    Bad("pretrain", "a column of another type", column(item_ids=pa.list_(pa.string())), "item_ids of type list", SKIP),
+    Bad("pretrain", "no lists", column(item_ids=pa.int64()), f"{PART} has a column item_ids of type int64", SKIP),
+    Bad("pretrain", "a part of the vocabulary is missing", part(Path.unlink, "data/items/part-00000.parquet"),
+        "items/part-00000.parquet is missing", PREPARE_AGAIN, {SKIP.split()[0]: "skip"}),
+    Bad("pretrain", "a row group cannot be read", part(page_overwritten), f"{PART}, row group 1", SKIP, begun=True),
+    Bad("pretrain", "an item id outside the vocabulary", row("item_ids", 77, 0), PLACE, SKIP, begun=True),
+    Bad("pretrain", "a negative item id", row("item_ids", -1, 0), PLACE, SKIP, begun=True),
+    Bad("pretrain", "a null among the item ids", row("item_ids", None, 0), PLACE, SKIP, begun=True),
+    Bad("pretrain", "a null instead of a list", row("item_ids", None), PLACE, SKIP, begun=True),
+    Bad("pretrain", "a user id that is null", row("user_id", None), PLACE, SKIP, begun=True),
+    Bad("pretrain", "a user id outside the vocabulary", row("user_id", USERS), PLACE, SKIP, begun=True),
+    Bad("pretrain", "times that are not in order", row("timestamps", 99, 0), PLACE, SKIP,
+        {"--stream.time_order": "true"}, begun=True),
+    Bad("pretrain", "fewer times than items", row("timestamps", [1]), PLACE, SKIP, {"--stream.time_order": "true"},
+        begun=True),
+    Bad("pretrain", "more damaged rows than may be left out", row("item_ids", 77, 0), PLACE, "a higher limit",
+        {"--stream.damaged": "skip", "--stream.damaged_limit": 0}, begun=True),
+    Bad("pretrain", "a lost part of more rows than may be left out", part(Path.unlink), f"{PART}: is missing",
+        "a higher limit", {"--stream.damaged": "skip", "--stream.damaged_limit": 7}),
+    Bad("pretrain", "options that do not go together", nothing, "--model.heads 3", "must divide", {"--model.heads": 3}),
+    Bad("pretrain", "no such configuration file", nothing, "gone.yaml", "usage", {"--config": "gone.yaml"}),
+    Bad("pretrain", "a misspelt name in the configuration", lambda f: (f / "c.yaml").write_text("trian: {epochs: 3}"),
+        "trian", "usage", {"--config": "c.yaml"}),
+    Bad("pretrain", "the output is another run's", nothing, "--model.dim: 8 there, 16 now", "choose another --output",
+        {"--output": "run", "--model.dim": 16}),
+    Bad("pretrain", "the output is a run on another dataset", other_dataset, "holds a run on another dataset",
+        "choose another", {"--output": "run", "--data": "other"}),
+    # ---------------------------------------------------------------------------------------- generate_prompts
+    Bad("generate_prompts", "the dataset has prompts already", nothing, "prompts has prompts", "as --data",
+        {"--data": "prompts"}),
+    Bad("generate_prompts", "an item id outside the vocabulary", row("item_ids", 77, 0), PLACE, PREPARE_AGAIN),
+    Bad("generate_prompts", "fewer times than items", row("timestamps", [1]), PLACE, PREPARE_AGAIN),
+    Bad("generate_prompts", "the checkpoint's ids mean other items", other_dataset, "other", "It was trained on",
+        {"--data": "other"}),
+    # --------------------------------------------------------------------------------------------- prompt_tune
+    Bad("prompt_tune", "a dataset without prompts", nothing, "data has no prompts", "generate_prompts",
+        {"--data": "data"}),
+    Bad("prompt_tune", "fewer segment ids than items", row("segment_ids", [0], of="prompts"), PROMPTED, SKIP,
+        begun=True),
+    Bad("prompt_tune", "an unknown segment id", row("segment_ids", 7, 1, of="prompts"), PROMPTED, SKIP, begun=True),
+    Bad("prompt_tune", "no segment ids in one part", column("prompts", segment_ids=None), OF_PROMPTS, SKIP),
+    Bad("prompt_tune", "fewer answers than items", row("answer_ids", [1], of="prompts"), PROMPTED, SKIP,
+        {"--tuning.soft_targets": 0.5}, begun=True),
+    Bad("prompt_tune", "an answer outside the vocabulary", row("answer_ids", 77, 0, of="prompts"), PROMPTED, SKIP,
+        {"--tuning.soft_targets": 0.5}, begun=True),
+    Bad("prompt_tune", "a score that is not a number", row("answer_scores", float("nan"), 0, of="prompts"), PROMPTED,
+        SKIP, {"--tuning.soft_targets": 0.5}, begun=True),
+    Bad("prompt_tune", "no checkpoint", lambda f: shutil.rmtree(f / "run"), "run holds no finished checkpoint", "give"),
+    # ------------------------------------------------------------------------------------------------ evaluate
+    Bad("evaluate", "an item id outside the vocabulary", row("item_ids", 77, 0), PLACE, PREPARE_AGAIN),
+    Bad("evaluate", "a part is cut off", part(lambda p: os.truncate(p, 900)), f"{PART} is damaged", PREPARE_AGAIN),
+    Bad("evaluate", "no folder for the output", nothing, "nowhere", "make it first", {"--output": "nowhere/x.json"}),
+    Bad("evaluate", "the output holds something else", lambda f: (f / "new.json").write_text("[]"), "new.json",
+        "choose another --output"),
+    Bad("evaluate", "the checkpoint's ids mean other items", other_dataset, "other", "It was trained on",
+        {"--data": "other"}),
+    Bad("evaluate", "the checkpoint lacks a file", lambda f: next(f.glob("run/*/*/*.distcp")).unlink(),
+        "run/checkpoints/step-", "give another checkpoint"),
+    # -------------------------------------------------------------------------------------------------- export
+    Bad("export", "a file of the checkpoint is cut off", lambda f: os.truncate(next(f.glob("run/*/*/*.distcp")), 500),
+        "run/checkpoints/step-", "give another checkpoint"),
+    Bad("export", "an item id outside the vocabulary", row("item_ids", 77, 0), PLACE, PREPARE_AGAIN),
+    Bad("export", "a user id that is null", row("user_id", None), PLACE, PREPARE_AGAIN),
+    Bad("export", "a part is missing", part(Path.unlink), f"{PART} is missing", PREPARE_AGAIN),
+    Bad("export", "too many interests", nothing, "--interests is 99", "1 to 32", {"--interests": 99}),
+    Bad("export", "the output holds something else", thesis, "thesis.txt", "Name a folder"),
+]  # fmt: skip
+
+
+def make(folder: Path) -> None:
+    """A dataset, a run on it and a dataset with prompts and answers."""
+    write_dataset(folder / "data", walks(USERS, ITEMS, shortest=4), items=ITEMS, rows_per_group=4)
+    with contextlib.chdir(folder):
+        assert stage("pretrain", OPTIONS["pretrain"] | {"--output": "run"}) == 0
+        more = {"--output": "prompts", "--prompts.answers": ANSWERS}
+        assert stage("generate_prompts", OPTIONS["generate_prompts"] | more) == 0
+
+
+def tried(bad: Bad, made: Path, folder: Path) -> tuple[str, int, str]:
+    """The command, its exit status and the message of one case, in a `folder` of its own.
+
+    Raises:
+        AssertionError: the case does not end as it should.
+    """
+    for name in ("data", "run", "prompts"):
+        shutil.copytree(made / name, folder / name)
+    bad.harm(folder)
+    options = OPTIONS[bad.stage] | bad.options
+    before = tree(folder)
+    said = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        status = stage(bad.stage, options)
+    message = said.getvalue().strip().replace(f"{folder}/", "")
+    assert status == 2, (status, message)
+    assert "Traceback" not in message
+    assert bad.names in message and bad.remedy in message, message
+    after = tree(folder)
+    left = {name for name in after if after[name] != before.get(name)}
+    assert before.keys() <= after.keys() and all(bad.begun and BEGUN.match(name) for name in left), left
+    shown = {o: v for o, v in options.items() if o in (*SHOWN, *bad.options)}
+    words = " ".join(f"{option} {value}" for option, value in shown.items())
+    return f"{bad.stage} {words}", status, message
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Everything in a folder, with its content."""
+    paths = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def table(rows: list[tuple[str, str, int, str]]) -> str:
+    """The rows as Markdown."""
+
+    def cell(text: str) -> str:
+        message = text.rpartition("error: ")[2] if "usage:" in text else text.partition("error: ")[2]
+        return " ".join(message.split()).replace("|", "\\|")
+
+    lines = ["| kind | command | exit status | message |", "|---|---|---|---|"]
+    lines += [f"| {kind} | `{command}` | {status} | {cell(said)} |" for kind, command, status, said in rows]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    make(folder)
+    return folder
+
+
+@pytest.mark.parametrize("bad", CASES, ids=str)
+def test_bad_input_ends_with_a_message_that_says_where_and_what_to_do(bad, made, tmp_path):
+    tried(bad, made, tmp_path)
+
+
+def test_the_table_has_every_kind_once():
+    kinds = [str(bad) for bad in CASES]
+    assert len(set(kinds)) == len(kinds) >= 30
+    assert {bad.stage for bad in CASES} == set(OPTIONS)
+    row = ("a | b", "pretrain --data x", 2, "usage: pretrain\nerror: Bad\n  thing")
+    assert table([row]).splitlines()[-1] == "| a | b | `pretrain --data x` | 2 | Bad thing |"
+
+
+def test_a_run_goes_on_without_damaged_rows_where_it_may_and_says_how_many_there_were(made, tmp_path, capfd):
+    shutil.copytree(made / "data", tmp_path / "data")
+    row("item_ids", 77, 0)(tmp_path)
+    (tmp_path / "data" / PART.replace("1.parquet", "2.parquet")).unlink()
+    options = OPTIONS["pretrain"] | {"--train.epochs": 2, "--stream.damaged": "skip", "--stream.damaged_limit": 9}
+    with contextlib.chdir(tmp_path):
+        assert stage("pretrain", options) == 0
+    assert "Damaged: 9 rows were left out, listed in new/damaged.jsonl" in capfd.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "new/damaged.jsonl").read_text().splitlines()]
+    found = sorted((line["part"], line["row_group"], line["row"], line["rows"]) for line in lines)
+    assert found == [(PART, 1, 1, 1), (PART.replace("1.parquet", "2.parquet"), None, None, 8)]
+    assert len((tmp_path / "new/history.jsonl").read_text().splitlines()) == 2
+
+
+def on_rank(rank: int, world_size: int, port: int, folder: str) -> tuple[int, str]:
+    dist.destroy_process_group()  # the stage joins its own
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    said = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        status = stage("pretrain", OPTIONS["pretrain"])
+    return status, said.getvalue()
+
+
+def test_damage_that_one_rank_meets_ends_every_rank_with_its_place(made, tmp_path):
+    shutil.copytree(made / "data", tmp_path / "data")
+    row("item_ids", 77, 0)(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ends = run_ranks(on_rank, 2, port, str(tmp_path), timeout=120)
+    for status, said in ends:
+        assert status == 2 and f"error: data: {PLACE}: item id 77 is outside" in said.replace(" (rank 1)", "")
+        assert "Traceback" not in said
+
+
+def main(output: str) -> None:
+    """Try every case and write the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.redirect_stdout(io.StringIO()):
+            make(Path(folder))
+        rows = []
+        for number, bad in enumerate(CASES):
+            own = Path(folder, str(number))
+            own.mkdir()
+            rows.append((str(bad), *tried(bad, Path(folder), own)))
+    Path(output).write_text(table(rows))
+    print(f"Written: {output}: {len(rows)} kinds of bad input")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
