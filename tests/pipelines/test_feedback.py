@@ -84,7 +84,7 @@ def test_shown_rows_as_interactions_leave_ids_and_held_out_items_as_they_were(tm
         assert items[:-3] == [item for item, _ in pairs[:third_last]]
     for split in ("validation", "test"):
         offsets = np.cumsum([0, *(len(items) for items in read_sequences(tmp_path / "other").values())])
-        assert held_out(offsets, split).row.size == made.users  # type: ignore[arg-type]
+        assert held_out(offsets, split).row.size == made.users
 
 
 def test_inputs_are_the_entries_that_training_reads(tmp_path: Path) -> None:
