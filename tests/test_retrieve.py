@@ -75,7 +75,7 @@ def exported(made, request) -> tuple[Path, str, Path]:
 
 def options_of(made: Path, checkpoint: str, output: Path, **more: Any) -> dict[str, Any]:
     """Options of an export before the test item."""
-    given = {"--data": made / CASES[checkpoint], "--checkpoint": made / checkpoint, "--output": output}
+    given: dict[str, Any] = {"--data": made / CASES[checkpoint], "--checkpoint": made / checkpoint, "--output": output}
     given |= {"--history": "test", "--interests": INTERESTS}
     return given | {f"--{name}": value for name, value in more.items()}
 
@@ -200,7 +200,7 @@ def one_rank(rank: int, world_size: int, made: str, output: str) -> str:
     from recgpt_torchrec.training import processes
 
     # The ranks are in a process group already.
-    processes.process_group = group_that_is_there  # type: ignore[assignment]
+    processes.process_group = group_that_is_there
     export.main(Export(**config))
     vectors, found = f"{output}/vectors", f"{output}/lists"
     retrieve.main(Retrieve(export=vectors, output=found, data=config["data"], k=10, index="ivf"))
