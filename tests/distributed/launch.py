@@ -19,10 +19,16 @@ from typing import Any
 SIGNAL_ALLOWANCE_SECONDS = 10
 """A rank whose parent was killed ends itself this long after the time limit."""
 
-# Ranks are forked from one clean process that has already imported these: it costs some 6 s once, not once a rank.
+# Ranks are forked from one clean process that has already imported these: it costs some 8 s once, not once a rank.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch.distributed.checkpoint", "torchrec.distributed.model_parallel", "torchrec.distributed.train_pipeline"]
+    [
+        "torch.distributed.checkpoint",
+        "torch.utils.tensorboard",
+        "torchrec.distributed.model_parallel",
+        "torchrec.distributed.train_pipeline",
+        "recgpt_torchrec.building",
+    ]
 )
 
 
