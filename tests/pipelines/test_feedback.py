@@ -13,10 +13,16 @@ from recgpt_torchrec.config import Batch
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.split import held_out
 from tests.data.prepare_helpers import make, read_sequences
-from tests.pipelines.test_paper import CONFIG, TUNE, InProcess, executor
+from tests.pipelines.test_paper import InProcess, executor
 from tests.support import write_dataset
 
 __all__ = ["executor"]  # a fixture
+TUNE = """
+loss: {candidates: all}
+batch: {tokens: 200}
+train: {epochs: 1}
+"""
+CONFIG = TUNE + "model: {dim: 8, layers: 1, max_len: 10}"
 
 
 def write_log(path: Path, users: int = 60, items: int = 25) -> Path:
