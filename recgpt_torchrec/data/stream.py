@@ -1,16 +1,10 @@
-"""Parquet row groups -> shuffled windows -> packed batches, read ahead by loader workers of their own."""
+"""Parquet row groups -> shuffled windows -> packed batches."""
 
-import multiprocessing
-import queue
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from recgpt_torchrec.config import Batch, Loss, Stream
 from recgpt_torchrec.data import split as leave_one_out
@@ -26,11 +20,11 @@ from recgpt_torchrec.data.batch import (
 from recgpt_torchrec.data.candidates import LogUniform, NegativeSampler, Uniform
 from recgpt_torchrec.data.checking import Reader, SetAside
 from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.loading import made_ahead
 from recgpt_torchrec.data.windows import Cursor, Queue, Window, row_groups, windows_of
 from recgpt_torchrec.errors import InputError
 
 EVALUATION = ("validation", "test")
-Batches = TypeVar("Batches")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,28 +296,17 @@ def joined(parts: list[Sequences]) -> Sequences:
     )
 
 
-class _Worker(IterableDataset):
-    """What one loader worker runs: the batches of its queue."""
+@dataclass(frozen=True)
+class _Epoch:
+    """What is left of an epoch on one rank: called with a worker's number it makes the batches of its queue."""
 
-    def __init__(
-        self, maker: BatchMaker, windows: list[Window], queues: list[Queue], epoch: int, shuffle: bool
-    ) -> None:
-        self.maker, self.windows, self.queues, self.epoch, self.shuffle = maker, windows, queues, epoch, shuffle
+    maker: BatchMaker
+    windows: list[Window]
+    queues: list[Queue]
+    epoch: int
+    shuffle: bool
 
-    def __iter__(self) -> Iterator[SequenceBatch | InputError]:
-        info = get_worker_info()
-        if info is None:
-            yield from self._batches(0)
-            return
-        torch.set_num_threads(1)
-        pa.set_cpu_count(1)
-        pa.set_io_thread_count(2)
-        try:
-            yield from self._batches(info.id)
-        except InputError as error:
-            yield error  # handed over like a batch: raised here, it would reach the user inside a traceback
-
-    def _batches(self, worker: int) -> Iterator[SequenceBatch]:
+    def __call__(self, worker: int) -> Iterator[SequenceBatch]:
         return self.maker.batches(self.windows, self.queues[worker], worker, self.epoch, self.shuffle)
 
 
@@ -357,76 +340,7 @@ class SequenceStream:
 
     def epoch(self, epoch: int, queues: list[Queue]) -> Iterator[SequenceBatch]:
         """This rank's batches of what is left in its queues."""
-        source = _Worker(self.maker, self.windows(epoch), queues, epoch, self.shuffle)
-        batches = read_ahead(iter(source), self.settings.prefetch) if self.settings.workers == 0 else self._load(source)
-        for batch in batches:
-            if isinstance(batch, InputError):
-                raise batch
-            yield batch
-
-    def _load(self, source: _Worker) -> Iterator[SequenceBatch | InputError]:
-        """What loader processes make of `source`."""
-        # A fork server imports once and forks a clean process for each epoch: forking this process, with its process
-        # group and thread pools, is not safe, and spawning would import torch again each time.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        loader = DataLoader(
-            source,
-            batch_size=None,
-            num_workers=self.settings.workers,
-            prefetch_factor=self.settings.prefetch,
-            multiprocessing_context=context,
-            pin_memory=torch.cuda.is_available(),
-        )
-        try:
-            yield from loader
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise InputError(
-                f"a loader process ended before its work was done ({error}); where memory is short give fewer "
-                "--stream.workers, a smaller --stream.prefetch, or --stream.workers 0"
-            ) from None
-
-
-def read_ahead(source: Iterator[Batches], prefetch: int) -> Iterator[Batches]:
-    """Batches of `source`, made ahead by a thread of this process; its errors are raised here.
-
-    Making a batch of 2,048 tokens takes 5 ms, most of it in numpy and Arrow without the interpreter lock. A process of
-    its own costs more than that to hand each batch over (20 ms) and a second an epoch to start: it pays with large
-    batches.
-    """
-    ready: queue.Queue[Any] = queue.Queue(prefetch)
-    stopped = threading.Event()
-
-    def put(value: Any) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put(value, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for batch in source:
-                if not put(batch):
-                    return
-            put(None)
-        except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=work, daemon=True, name="read-ahead")
-    thread.start()
-    try:
-        while (value := ready.get()) is not None:
-            if isinstance(value, BaseException):
-                raise value
-            yield value
-    finally:
-        stopped.set()
-        thread.join()
+        return made_ahead(_Epoch(self.maker, self.windows(epoch), queues, epoch, self.shuffle), self.settings)
 
 
 def training_counts(dataset: Dataset) -> np.ndarray:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from recgpt_torchrec.config import Batch, Loss, Stream
 from recgpt_torchrec.data.batch import no_sequences
 from recgpt_torchrec.data.dataset import Dataset
-from recgpt_torchrec.data.stream import BatchMaker, SequenceStream, read_ahead
+from recgpt_torchrec.data.loading import read_ahead
+from recgpt_torchrec.data.stream import BatchMaker, SequenceStream
 from recgpt_torchrec.data.windows import Position, deal
 from recgpt_torchrec.errors import InputError
 from tests.data.stream_helpers import MAX_LEN, expected_pairs, pairs, stream_of
