@@ -152,6 +152,7 @@ def test_a_folder_that_holds_something_else_is_left_as_it_is(data, tmp_path, cap
         ("--train.epochs", "0", "--train.epochs is 0"),
         ("--train.validate_every", "0", "--train.validate_every is 0"),
         ("--checkpoint.keep", "-1", "keep -1 of the checkpoints"),
+        ("--checkpoint.every_minutes", "-1", "every_minutes of the checkpoints is -1"),
         ("--optimizer.beta2", "2", "--optimizer.beta2 is 2.0"),
         ("--tables.lr", ".nan", "--tables.lr is nan"),
         ("--seed", "-1", "--seed is -1"),
