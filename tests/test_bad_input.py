@@ -336,25 +336,32 @@ def test_a_run_goes_on_without_damaged_rows_where_it_may_and_says_how_many_there
     assert len((tmp_path / "new/history.jsonl").read_text().splitlines()) == 2
 
 
-def on_rank(rank: int, world_size: int, port: int, folder: str) -> tuple[int, str]:
-    dist.destroy_process_group()  # the stage joins its own
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    said = io.StringIO()
-    with contextlib.chdir(folder), contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-        status = stage("pretrain", OPTIONS["pretrain"])
-    return status, said.getvalue()
+def on_rank(rank: int, world_size: int, ports: tuple[int, ...], folder: str) -> list[tuple[int, str]]:
+    """How pretrain and generate_prompts end, and what they say, on one of several ranks."""
+    dist.destroy_process_group()  # the stages join their own
+    ends = []
+    for port, name in zip(ports, ("pretrain", "generate_prompts"), strict=True):
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        said = io.StringIO()
+        with contextlib.chdir(folder), contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            status = stage(name, OPTIONS[name] | {"--output": f"new-{name}"})
+        ends.append((status, said.getvalue()))
+    return ends
 
 
 def test_damage_that_one_rank_meets_ends_every_rank_with_its_place(made, tmp_path):
-    shutil.copytree(made / "data", tmp_path / "data")
+    for name in ("data", "run"):
+        shutil.copytree(made / name, tmp_path / name)
     row("item_ids", 77, 0)(tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ends = run_ranks(on_rank, 2, port, str(tmp_path), timeout=120)
-    for status, said in ends:
-        assert status == 2 and f"error: data: {PLACE}: item id 77 is outside" in said.replace(" (rank 1)", "")
+    with socket.socket() as first, socket.socket() as second:
+        for free in (first, second):
+            free.bind(("127.0.0.1", 0))
+        ports = first.getsockname()[1], second.getsockname()[1]
+    ends = run_ranks(on_rank, 2, ports, str(tmp_path), timeout=120)
+    for status, said in (end for of_rank in ends for end in of_rank):
+        assert status == 2 and f": data: {PLACE}: item id 77 is outside" in said
         assert "Traceback" not in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "new-pretrain", "run"]
 
 
 def main(output: str) -> None:

@@ -34,6 +34,7 @@ from recgpt_torchrec.retrieval.prompting import (
     known_intervals,
     table_of,
 )
+from recgpt_torchrec.training.lockstep import raise_first
 from recgpt_torchrec.training.processes import rank, together, world_size
 
 RECORD = "prompts"
@@ -322,7 +323,14 @@ def write_prompts(
 
     with writing.staged(path) if rank() == 0 else nullcontext((filesystem(path)[0], "")) as (fs, folder):
         folder = gathered(folder)[0]
-        parts = writing.write_parts(fs, folder, "sequences", filled(), GROUPS_PER_PART, prefix=f"part-{rank():04d}")
+        parts, failure = [], None
+        try:
+            parts = writing.write_parts(fs, folder, "sequences", filled(), GROUPS_PER_PART, prefix=f"part-{rank():04d}")
+        except Exception as error:
+            failure = error  # raised here it would leave the others waiting for this rank
+            if vectors is not None:
+                vectors.finish()
+        raise_first(failure)
         shares: list[tuple[list[Part], Made]] = gathered((parts, made))
         total = Made(
             users=sum(m.users for _, m in shares),

@@ -91,20 +91,22 @@ class Lockstep:
             while self._ahead:  # the other ranks have the same collectives under way
                 self._ahead.popleft()[3].wait()
             if failed:
-                self._end_all()
+                raise_first(self._failure)
             raise StopIteration
         # Gradients are averaged over ranks, so each rank divides by the mean number of targets a rank.
         batch.global_targets = torch.tensor(targets / dist.get_world_size())
         self.handed_out.append(Step(batch.cursor if real else None, targets, read, asked > 0))
         return batch
 
-    def _end_all(self) -> None:
-        """Raise the first failed rank's error on every rank (collective)."""
-        mine = self._failure
-        users = isinstance(mine, InputError)
-        failures: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, None if mine is None else (users, str(mine) if users else repr(mine)))
-        if mine is not None:
-            raise mine
-        rank, (users, text) = next((rank, failure) for rank, failure in enumerate(failures) if failure is not None)
-        raise InputError(text) if users else RuntimeError(f"rank {rank} could not make its batch: {text}")
+
+def raise_first(mine: Exception | None) -> None:
+    """Raise the first failed rank's error on every rank; `mine` is this rank's, None: it has none (collective)."""
+    users = isinstance(mine, InputError)
+    failures: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, None if mine is None else (users, str(mine) if users else repr(mine)))
+    if mine is not None:
+        raise mine
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            users, text = failure
+            raise InputError(text) if users else RuntimeError(f"rank {rank} failed: {text}")

@@ -454,5 +454,5 @@ def test_an_error_of_one_rank_ends_all_of_them_with_that_error(data):
     first, second = run_ranks(step_through, 2, str(data), timeout=60)
     assert first[0] == second[0]
     assert first[0].startswith(f"InputError: {data}: {PART}, row group 0, row 1: item id 99 is outside")
-    assert first[1] == "RuntimeError: rank 1 could not make its batch: KeyError('a bug of ours')"
+    assert first[1] == "RuntimeError: rank 1 failed: KeyError('a bug of ours')"
     assert second[1] == "KeyError: 'a bug of ours'"
