@@ -73,7 +73,7 @@ def check_input(dataset: Dataset, prompts: Prompts, groups: list[RowGroup]) -> N
     if prompts.source != "generated" and not has_exposures(dataset, groups):
         raise InputError(
             f"--prompts.source {prompts.source}: {dataset.path} says nothing of what was shown and not clicked (no "
-            "segment id 2). Prepare the log with the option that marks such rows, or use --prompts.source generated"
+            "segment id 2). Prepare the log with --click_column, which tells such rows, or use --prompts.source generated"
         )
 
 
