@@ -5,8 +5,7 @@
 Makes Table 2 (Pre-train, Fine-tuning, RecGPT_1, RecGPT), Table 3 (the ablation) and the sensitivity of K and m_n (Fig.
 4 to 6) of RecGPT (arXiv 2404.08675): OUTPUT/report.md, report.json, figures/*.png, brought up to date after each seed.
 The same command goes on where it was stopped. A data set NAME is trained with configs/NAME.yaml, given prompts with
-configs/NAME_prompts.yaml and tuned with configs/NAME_tune.yaml; where there is none, with paper.yaml, paper_prompts.yaml
-and paper_tune.yaml of that folder.
+configs/NAME_prompts.yaml and tuned with configs/NAME_tune.yaml; where there is none, with those of the name `paper`.
 
 K is chosen on validation with the first seed, m_n on validation with each seed; test decides nothing. Fine-tuning is
 prompt-tuning without prompts: the same loss, epochs and, as prompted batches are given more tokens, optimizer steps.

@@ -18,10 +18,8 @@ from recgpt_torchrec.data.duckdb_reader import LOG, MALFORMED, DuckDBReader, sho
 from recgpt_torchrec.data.engine import DuckDBEngine
 from recgpt_torchrec.data.inputs import InputFile
 from recgpt_torchrec.data.rows import BLANK
+from recgpt_torchrec.data.segments import EXPOSED, INTERACTED
 from recgpt_torchrec.errors import InputError
-
-INTERACTED, EXPOSED = 0, 2
-"""Segment ids of what the user did, and of what was shown to them and not clicked."""
 
 
 @dataclass(kw_only=True)

@@ -23,11 +23,10 @@ from recgpt_torchrec.data import split, writing
 from recgpt_torchrec.data.batch import USER
 from recgpt_torchrec.data.checking import read_group
 from recgpt_torchrec.data.dataset import MANIFEST, Dataset, Manifest, Part, filesystem
+from recgpt_torchrec.data.segments import EXPOSED, GENERATED
 from recgpt_torchrec.data.windows import RowGroup, row_groups
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.prompting import (
-    EXPOSED,
-    GENERATED,
     Histories,
     Int64,
     histories_of,
@@ -73,7 +72,7 @@ def check_input(dataset: Dataset, prompts: Prompts, groups: list[RowGroup]) -> N
     if prompts.source != "generated" and not has_exposures(dataset, groups):
         raise InputError(
             f"--prompts.source {prompts.source}: {dataset.path} says nothing of what was shown and not clicked (no "
-            "segment id 2). Prepare the log with --click_column, which tells such rows, or use --prompts.source generated"
+            "segment id 2). Prepare the log with --click_column, which tells them, or use --prompts.source generated"
         )
 
 

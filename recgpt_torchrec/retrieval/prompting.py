@@ -18,11 +18,10 @@ from torch import Tensor
 
 from recgpt_torchrec.config import Prompts
 from recgpt_torchrec.data import split
+from recgpt_torchrec.data.segments import EXPOSED, GENERATED, INTERACTED
 from recgpt_torchrec.model.recgpt import Dense
 from recgpt_torchrec.retrieval.decoding import Decoding
 
-INTERACTED, GENERATED, EXPOSED = 0, 1, 2
-"""Segment ids."""
 SCORES = {"cpu": 2**18, "cuda": 2**26}
 """Scores held at once: on CPU what its cache holds (blocks of 1 MiB took half the time of 25 MiB), on a GPU 256 MiB."""
 FEWEST_ROWS = 16

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from recgpt_torchrec.data.batch import Sequences
+from recgpt_torchrec.data.segments import GENERATED
 from recgpt_torchrec.data.stream import BatchMaker
 from recgpt_torchrec.data.windows import Cursor
 from recgpt_torchrec.retrieval.merging import Lists
@@ -19,9 +20,6 @@ from recgpt_torchrec.retrieval.metrics import Jagged
 
 SCORES = 2**24
 """Scores held at once: 64 MiB in float32."""
-
-GENERATED = 1
-"""Segment id of an entry that the model made itself."""
 
 
 def masked(scores: Tensor, history: Jagged) -> Tensor:

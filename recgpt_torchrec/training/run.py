@@ -14,6 +14,9 @@ MAY_CHANGE = (
     "data",
     "stream.workers",
     "stream.prefetch",
+    "stream.damaged",
+    "stream.damaged_limit",
+    "stream.checksums",
     "tables.sharding",
     "tables.data_parallel_mb",
     *(

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from recgpt_torchrec.config import Batch, Loss, Prepare
 from recgpt_torchrec.data.batch import Sequences
 from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.segments import EXPOSED
 from recgpt_torchrec.data.stream import BatchMaker
 from recgpt_torchrec.data.windows import Cursor, row_groups, windows_of
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.prepare import summary
-from recgpt_torchrec.retrieval.prompting import EXPOSED, histories_of, table_of
+from recgpt_torchrec.retrieval.prompting import histories_of, table_of
 from tests.data.prepare_helpers import make, random_log, read_keys, read_sequences, write_csv
 from tests.data.test_prepare_bad_input import message
 from tests.support import write_dataset

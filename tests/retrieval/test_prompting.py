@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from recgpt_torchrec.config import Loss, Model, Prompts
+from recgpt_torchrec.data.segments import EXPOSED, GENERATED
 from recgpt_torchrec.model.recgpt import Dense
 from recgpt_torchrec.retrieval.prompting import (
-    EXPOSED,
-    GENERATED,
     Histories,
     Prompter,
     best_items,
