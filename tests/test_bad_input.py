@@ -238,6 +238,11 @@ CASES = [
         {"--data": "other"}),
     Bad("evaluate", "the checkpoint lacks a file", lambda f: next(f.glob("run/*/*/*.distcp")).unlink(),
         "run/checkpoints/step-", "give another checkpoint"),
+    Bad("evaluate", "best.json is cut off", lambda f: (f / "run/best.json").write_text('{"epoch": 1,'),
+        "run/best.json is damaged", "restore it"),
+    Bad("evaluate", "a checkpoint's facts are cut off",
+        lambda f: next(f.glob("run/checkpoints/*/checkpoint.json")).write_text("{"), "checkpoint.json is damaged",
+        "restore it", {"--checkpoint": "run"}),
     # -------------------------------------------------------------------------------------------------- export
     Bad("export", "a file of the checkpoint is cut off", lambda f: os.truncate(next(f.glob("run/*/*/*.distcp")), 500),
         "run/checkpoints/step-", "give another checkpoint"),

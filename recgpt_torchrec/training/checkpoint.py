@@ -36,11 +36,23 @@ def write_json(path: str, value: Any) -> None:
 
 
 def read_json(path: str) -> Any:
-    """Read a JSON file; None where there is none."""
+    """Read a JSON object; None where there is no file.
+
+    Raises:
+        InputError: it is damaged.
+    """
     if not os.path.exists(path):
         return None
-    with open(path) as file:
-        return json.load(file)
+    try:
+        with open(path) as file:
+            value = json.load(file)
+    except ValueError as error:
+        value, reason = None, str(error)
+    else:
+        reason = "not an object"
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is damaged ({reason}); restore it, or remove what it belongs to: an older one counts")
+    return value
 
 
 @dataclass
