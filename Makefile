@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 
 .PHONY: help
 help:
-	@echo "make demo     synthetic log -> dataset -> training on two ranks -> evaluation -> vectors, in minutes"
+	@echo "make demo     synthetic log -> dataset -> training on two ranks -> evaluation -> vectors -> lists, in minutes"
 	@echo "make test     the whole test suite"
 	@echo "make check    ruff (lint and format) and mypy"
 	@echo "make install  the virtual environment only"

@@ -1,4 +1,4 @@
-"""The main job in minutes: a synthetic log -> dataset -> training on two ranks -> evaluation -> vectors (`make demo`).
+"""The main job in minutes: a synthetic log -> dataset -> training on two ranks -> evaluation -> vectors -> lists (`make demo`).
 
 A second run starts where the first left off: what is finished is not done again. `--fresh` begins anew.
 """
@@ -28,7 +28,7 @@ def main() -> None:
     (ROOT / output / "demo.json").write_text(json.dumps({"made by": "pipelines/demo.py"}))
 
     steps = Steps("demo")
-    log, data, run, vectors = (f"{output}/{name}" for name in ("log.csv", "data", "run", "vectors"))
+    log, data, run, vectors, lists = (f"{output}/{name}" for name in ("log.csv", "data", "run", "vectors", "lists"))
     if not (ROOT / log).exists():
         steps.run("Log", ["python", "tools/synthetic_log.py", "--output", log, "--users", "5000", "--items", "1000"])
     steps.run("Prepare", ["python", "-m", "recgpt_torchrec.prepare", "--input", log, "--output", data])
@@ -36,14 +36,17 @@ def main() -> None:
     steps.run("Pretrain", [*job, "--config", "configs/demo.yaml", "--data", data, "--output", run])
     stage = ["--data", data, "--checkpoint", run, "--output"]
     steps.run("Evaluate", ["python", "-m", "recgpt_torchrec.evaluate", *stage, f"{output}/test.json"])
-    steps.run("Export", ["python", "-m", "recgpt_torchrec.export", *stage, vectors])
+    steps.run("Export", ["python", "-m", "recgpt_torchrec.export", *stage, vectors, "--interests", "2"])
+    found = ["--export", vectors, "--data", data, "--output", lists, "--k", "10"]
+    steps.run("Retrieve", ["python", "-m", "recgpt_torchrec.retrieve", *found])
 
     results = json.loads((ROOT / output / "test.json").read_text())["results"]
     print(f"\n== Done in {steps.times()}\n\n{table(results)}\n")
     print(f"dataset       {data}          one row a user, ids dense and random")
     print(f"checkpoint    {run}           curves: tensorboard --logdir {run}/tensorboard")
     print(f"evaluation    {output}/test.json")
-    print(f"vectors       {vectors}       items/*.parquet and users/*.parquet for an ANN index")
+    print(f"vectors       {vectors}       items/*.parquet and users/*.parquet for an ANN index, two interests a user")
+    print(f"lists         {lists}         ten new items for every user")
     print("\nTry next      your own log: see 'Your own data' in README.md")
     print("              the paper's loss: add --loss.candidates bce to the pretrain command, with another --output")
 
