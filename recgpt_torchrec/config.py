@@ -53,6 +53,10 @@ class Prepare:
     and 2 are dislikes: 3."""
     min_count: int = 5
     """Fewest interactions a kept user and a kept item must have (k-core, repeated until it converges); 1 keeps all."""
+    vocabulary: str | None = None
+    """Folder of an earlier dataset to extend: its users and items keep their ids and stay, however few interactions the
+    log has of them; new ones that pass min_count get the ids after. The log must hold what their histories are to hold,
+    so give that of the days before, too. Adds the column `trained`, which pretrain --targets new goes by."""
     duplicates: Literal["keep", "drop"] = "keep"
     """Whether the same user, item and time, appearing again, is kept or dropped (before counting for min_count)."""
     seed: int = 0
@@ -247,7 +251,7 @@ class Optimizer:
 
 @dataclass(kw_only=True)
 class Train:
-    """How long to train."""
+    """How long to train, and what ends a run before that."""
 
     epochs: int = 20
     """Passes over the training part."""
@@ -255,10 +259,20 @@ class Train:
     """Epochs without a better validation NDCG@10 before training stops; 0 never stops early."""
     validate_every: int = 1
     """Epochs between validations."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What to do where the loss or a gradient of a step is not finite: end the run, or leave the step out. Tables and
+    decoder stay as they were before the step."""
+    non_finite_limit: int = 100
+    """Steps that are left out at most."""
+    stall_seconds: float = 600.0
+    """Seconds without progress after which a rank says who stands where, and the run ends; 0: never."""
+    timeout_seconds: float = 1800.0
+    """Seconds that a rank waits for the others in one collective operation before it ends."""
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("patience", 0), ("validate_every", 1)):
-            at_least(f"--train.{name}", getattr(self, name), least)
+        least = {"epochs": 1, "patience": 0, "validate_every": 1, "non_finite_limit": 0, "stall_seconds": 0}
+        for name, smallest in {**least, "timeout_seconds": 1}.items():
+            at_least(f"--train.{name}", getattr(self, name), smallest)
 
 
 @dataclass(kw_only=True)

@@ -81,8 +81,8 @@ def main(config: Export) -> None:
 
 def finished(path: str, settings: dict[str, Any], dataset: "Dataset", mark: str) -> "ExportManifest | None":
     """The manifest of the export in `path`, if it is that of the same checkpoint, dataset and options."""
-    from recgpt_torchrec.data.dataset import MANIFEST, filesystem
-    from recgpt_torchrec.retrieval.export_folder import fingerprint_of, open_export
+    from recgpt_torchrec.data.dataset import MANIFEST, filesystem, fingerprint_of
+    from recgpt_torchrec.retrieval.export_folder import open_export
 
     fs, root = filesystem(path)
     if not fs.get_file_info(f"{root}/{MANIFEST}").is_file:

@@ -44,6 +44,15 @@ def summary(config: Prepare, result: Result) -> str:
         }
         if dropped := [f"{exposed[name]:,} {reason}" for name, reason in why.items() if exposed[name]]:
             lines.append(f"{'':<11} dropped {', '.join(dropped)}")
+    if extends := made.get("extends"):
+        lines.append(
+            f"extends     {extends['dataset']}: {extends['users']:,} users and {extends['items']:,} items keep their "
+            f"ids; {manifest.users - extends['users']:,} users and {manifest.items - extends['items']:,} items are new"
+        )
+        if extends["absent_users"] or extends["absent_items"]:
+            absent = f"{extends['absent_users']:,} users and {extends['absent_items']:,} items"
+            lines.append(f"{'':<11} {absent} of it do not occur in this log")
+        lines.append(f"{'':<11} {extends['new_targets']:,} targets of the training part are new (--targets new)")
     quantiles = ", ".join(f"{key} {value:,}" for key, value in lengths.items())
     lines += [
         f"dataset     {manifest.users:,} users, {manifest.items:,} items, {manifest.interactions:,} interactions",
@@ -54,7 +63,8 @@ def summary(config: Prepare, result: Result) -> str:
     else:
         written = f"{size(sum(part.bytes for part in parts))} in {len(parts)} files"
         lines.append(f"wrote       {config.output} ({written}) in {result.seconds:.1f} s")
-    lines.append(f"next        python -m recgpt_torchrec.pretrain --data {config.output} --output RUN_FOLDER")
+    more = " --initial EARLIER_RUN --targets new" if extends else ""
+    lines.append(f"next        python -m recgpt_torchrec.pretrain --data {config.output} --output RUN_FOLDER{more}")
     return "\n".join(lines)
 
 

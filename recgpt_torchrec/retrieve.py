@@ -22,8 +22,8 @@ USERS = 4096
 
 def main(config: Retrieve) -> None:
     """Search for every user, and write the lists."""
-    from recgpt_torchrec.data.dataset import Dataset
-    from recgpt_torchrec.retrieval.export_folder import fingerprint_of, open_export
+    from recgpt_torchrec.data.dataset import Dataset, fingerprint_of
+    from recgpt_torchrec.retrieval.export_folder import open_export
     from recgpt_torchrec.retrieval.list_folder import ListManifest
     from recgpt_torchrec.training.processes import process_group, say
 

@@ -127,6 +127,8 @@ class Reader:
     """Whether timestamps are read, where there are any, and have to be in order."""
     set_aside: SetAside | None = None
     """Where damaged rows go; None: the first one is an error."""
+    trained: bool = False
+    """Whether the column `trained` is read, where there is one."""
 
     def read(self, group: RowGroup) -> "Rows":
         """Read and check one row group.
@@ -160,6 +162,7 @@ class Reader:
             row_groups(self.dataset)  # looks into the footers
         unread = {*ANSWERS} if not self.answers else set()
         unread |= set() if self.times else {"timestamps"}
+        unread |= set() if self.trained else {"trained"}
         return [name for name in COLUMNS if name in self.dataset.columns - unread]
 
     def _without(self, group: RowGroup, damage: Damage) -> "Rows":

@@ -8,6 +8,7 @@
 The manifest is written last: a folder without one is not a dataset.
 """
 
+import hashlib
 import json
 import os
 import zlib
@@ -28,6 +29,7 @@ COLUMNS = {
     "item_ids": pa.list_(pa.int64()),
     "segment_ids": pa.list_(pa.int8()),
     "timestamps": pa.list_(pa.int64()),
+    "trained": pa.list_(pa.int8()),
     "answer_ids": pa.list_(pa.int64()),
     "answer_scores": pa.list_(pa.float32()),
 }
@@ -68,6 +70,16 @@ class Part:
     """crc32 of the file's bytes as eight hex digits."""
 
 
+@dataclass(kw_only=True)
+class Vocabulary:
+    """The users and items that have ids."""
+
+    fingerprint: str
+    """Of their keys, in the order of the ids."""
+    users: int
+    items: int
+
+
 PARTS = ("sequences", "item_parts", "user_parts")
 
 
@@ -83,11 +95,20 @@ class Manifest:
     """The options of the stage that wrote the dataset."""
     vocabulary: str = ""
     """Fingerprint of the item and user vocabularies; a checkpoint fits a dataset when these are equal."""
+    lineage: list[Vocabulary] = field(default_factory=list)
+    """The vocabularies that this one extends, oldest first: the users and items of each have the same ids here, and
+    come before all others. So a checkpoint with one of these can be trained on with this dataset."""
     sequences: list[Part] = field(default_factory=list)
     item_parts: list[Part] = field(default_factory=list)
     user_parts: list[Part] = field(default_factory=list)
     preparation: dict[str, Any] = field(default_factory=dict)
-    """What `prepare` read and dropped: inputs, rows, rejected, rejected_parts, duplicates_dropped, rounds, lengths."""
+    """What `prepare` read and dropped: inputs, rows, rejected, rejected_parts, duplicates_dropped, rounds, lengths,
+    and of a dataset that extends another, extends."""
+
+    def extends(self, vocabulary: str) -> Vocabulary | None:
+        """The vocabulary of this fingerprint, if this dataset's begins with it."""
+        own = Vocabulary(fingerprint=self.vocabulary, users=self.users, items=self.items)
+        return next((each for each in (own, *self.lineage) if each.fingerprint == vocabulary), None)
 
     @property
     def entries(self) -> int:
@@ -96,7 +117,10 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of `manifest.json`."""
-        return json.dumps(asdict(self), indent=1)
+        values = asdict(self)
+        if not self.lineage:
+            del values["lineage"]
+        return json.dumps(values, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
@@ -109,6 +133,7 @@ class Manifest:
         try:
             for name in PARTS:
                 values[name] = [Part(**part) for part in values.get(name, [])]
+            values["lineage"] = [Vocabulary(**each) for each in values.get("lineage", [])]
             manifest = cls(**values)
         except (TypeError, AttributeError) as error:
             raise ValueError(str(error).replace(".__init__()", "")) from None
@@ -231,6 +256,12 @@ class Dataset:
             raise InputError(
                 f"{self.path}: the part {part.path} cannot be read as Parquet ({error}); {self.remedy}"
             ) from None
+
+
+def fingerprint_of(dataset: Dataset) -> str:
+    """32 hex digits of all histories of a dataset, wherever it lies."""
+    parts = json.dumps([asdict(part) for part in dataset.manifest.sequences])
+    return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
 def checksum_of(fs: pyarrow.fs.FileSystem, path: str) -> str:

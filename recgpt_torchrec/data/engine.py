@@ -6,7 +6,7 @@ engine it is, apart from the reading of raw files (`raw.py`), which differs betw
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,16 @@ class DuckDBEngine:
         """Compute `expression` into the table `name` and return that table, for further expressions."""
         self.connection.execute(f'CREATE TABLE "{name}" AS {self.sql(expression)}')
         return ibis.table(expression.schema(), name=name)
+
+    def fill(self, name: str, tables: Iterable[pa.Table], schema: pa.Schema) -> ir.Table:
+        """Put Arrow tables of one schema, one after the other, into the table `name` and return that table."""
+        self.connection.register("incoming", schema.empty_table())
+        self.connection.execute(f'CREATE TABLE "{name}" AS SELECT * FROM incoming')
+        for table in tables:
+            self.connection.register("incoming", table)
+            self.connection.execute(f'INSERT INTO "{name}" SELECT * FROM incoming')
+        self.connection.unregister("incoming")
+        return ibis.table(ibis.Schema.from_pyarrow(schema), name=name)
 
     def drop(self, *names: str) -> None:
         """Forget tables, so that their space on disk is used again."""

@@ -22,8 +22,9 @@ import pyarrow.fs
 from tqdm import tqdm
 
 from recgpt_torchrec.config import Prepare
-from recgpt_torchrec.data import raw, writing
+from recgpt_torchrec.data import earlier, raw, writing
 from recgpt_torchrec.data.dataset import FORMAT_VERSION, MANIFEST, Dataset, Manifest, Part, filesystem
+from recgpt_torchrec.data.earlier import Known, KnownCodes
 from recgpt_torchrec.data.engine import BATCH_ROWS, DuckDBEngine
 from recgpt_torchrec.data.inputs import InputFile, list_files
 from recgpt_torchrec.data.kcore import Core, k_core
@@ -31,8 +32,8 @@ from recgpt_torchrec.errors import InputError
 
 IN_TIME = ["time", "fraction", "order"]
 """What orders a user's interactions: time, and place in the input where times are equal."""
-NOT_IN_RESULT = ("output", "input", "engine", "scratch", "memory_limit")
-"""Settings that do not change what is in a dataset."""
+NOT_IN_RESULT = ("output", "input", "engine", "scratch", "memory_limit", "vocabulary")
+"""Settings that do not change what is in a dataset; of input and vocabulary it is what lies there that counts."""
 
 
 @dataclass(kw_only=True)
@@ -54,14 +55,15 @@ def prepare(config: Prepare) -> Result:
     if config.engine != "duckdb":
         raise InputError(f"--engine {config.engine} is not available yet; use --engine duckdb")
     files = list_files(config.input, config.input_format, config.output)
-    finished = _finished(config, files)
+    extended = None if config.vocabulary is None else earlier.open_earlier(config.vocabulary, config.output)
+    finished = _finished(config, files, extended)
     if finished is not None:
         return Result(manifest=finished, seconds=time.monotonic() - began, already_there=True)
     writing.check_free(config.output)
     try:
         with DuckDBEngine(_scratch(config), config.memory_limit) as engine:
             log = raw.read(engine, config, files)
-            manifest = _make(engine, config, log)
+            manifest = _make(engine, config, log, extended)
     except duckdb.OutOfMemoryException as error:
         raise InputError(
             f"the engine ran out of memory or scratch space; give more with --memory_limit or --scratch ({error})"
@@ -71,9 +73,11 @@ def prepare(config: Prepare) -> Result:
     return Result(manifest=manifest, seconds=time.monotonic() - began)
 
 
-def _make(engine: DuckDBEngine, config: Prepare, log: raw.RawLog) -> Manifest:
+def _make(engine: DuckDBEngine, config: Prepare, log: raw.RawLog, extended: Dataset | None) -> Manifest:
     """Filter, number and write what was read."""
-    users, items = vocabulary(engine, interacted(log.events), config.seed)
+    loaded = None if extended is None else Known.load(engine, extended)
+    users, items = vocabulary(engine, interacted(log.events), config.seed, loaded)
+    known = None if loaded is None else loaded.coded(engine, users, items)
     events = engine.save("events", encoded(log.events, users, items))
     dropped = dropped_shown = 0
     if config.duplicates == "drop":
@@ -82,32 +86,36 @@ def _make(engine: DuckDBEngine, config: Prepare, log: raw.RawLog) -> Manifest:
         dropped_shown = _count(engine, shown(events)) - _count(engine, shown(unique))
         engine.drop("events")
         events = unique
-    core = k_core(engine, interacted(events).select("user", "item"), config.min_count)
+    core = _core(engine, events, config.min_count, known)
     if core.left.interactions == 0:
-        raise InputError(_nothing_left(engine, config, events, core))
-    user_ids = engine.save("user_ids", dense_ids(core.users, "user", "user_id"))
-    item_ids = engine.save("item_ids", dense_ids(core.items, "item", "item_id"))
+        raise InputError(_nothing_left(engine, config, events, core, known))
+    if extended is not None and known is not None:
+        _check_keys(engine, config, extended, core, known, items)
+    known_users, known_items = (known.users, known.items) if known is not None else (None, None)
+    user_ids = engine.save("user_ids", dense_ids(core.users, "user", "user_id", known_users))
+    item_ids = engine.save("item_ids", dense_ids(core.items, "item", "item_id", known_items))
+    all_users, all_items = _count(engine, user_ids), _count(engine, item_ids)
     kept = engine.save(
         "kept_events", events.inner_join(user_ids, "user").inner_join(item_ids, "item").drop("user", "item")
     )
     engine.drop(events.get_name())
     entries, exposed = interacted(kept), None
     if log.exposed:
-        known = _count(engine, shown(kept))
+        named = _count(engine, shown(kept))
         entries = engine.save("entries", between(kept))
         left = _count(engine, shown(entries))
         exposed = {
             "rows": log.exposed,
             "duplicates_dropped": dropped_shown,
-            "unknown": log.exposed - dropped_shown - known,
-            "outside": known - left,
+            "unknown": log.exposed - dropped_shown - named,
+            "outside": named - left,
             "left": left,
         }
         engine.drop(kept.get_name())
         kept = interacted(entries)
 
     lengths = _lengths(engine, kept)
-    size = config.rows_per_group or group_size(core.left.users)
+    size = config.rows_per_group or group_size(all_users)
     lists: dict[str, tuple[str, pa.DataType]] = {"item_ids": ("item_id", pa.int64())}
     if log.timed:
         lists["timestamps"] = ("time", pa.int64())
@@ -115,17 +123,22 @@ def _make(engine: DuckDBEngine, config: Prepare, log: raw.RawLog) -> Manifest:
         lists["ratings"] = ("rating", pa.float32())
     if exposed:
         lists["segment_ids"] = ("segment", pa.int8())
+    if extended is not None:
+        trained = engine.fill("trained_parts", earlier.trained_parts(extended), earlier.TRAINED)
+        by_time = log.timed and "timestamps" in extended.columns
+        entries = engine.save("marked_entries", earlier.marked(entries, trained, by_time))
+        lists["trained"] = ("trained", pa.int8())
     sources = [source for source, _ in lists.values()]
     ordered = entries.order_by("user_id", *IN_TIME).select("user_id", *sources)
     with writing.staged(config.output) as (fs, folder):
         total = core.left.interactions + (exposed["left"] if exposed else 0)
         events_read = _progress(engine.batches(ordered), "writing sequences", total)
-        groups = writing.sequence_groups(events_read, size, lists)
+        groups = writing.sequence_groups(events_read, size, lists, all_users)
         manifest = Manifest(
-            users=core.left.users,
-            items=core.left.items,
+            users=all_users,
+            items=all_items,
             interactions=core.left.interactions,
-            settings=asdict(config),
+            settings={name: value for name, value in asdict(config).items() if (name, value) != ("vocabulary", None)},
             sequences=writing.write_parts(fs, folder, "sequences", groups, config.groups_per_part),
         )
         fingerprint = writing.Fingerprint()
@@ -152,6 +165,17 @@ def _make(engine: DuckDBEngine, config: Prepare, log: raw.RawLog) -> Manifest:
             "lengths": lengths,
             **({"exposed": exposed} if exposed else {}),
         }
+        if extended is not None:
+            manifest.lineage = earlier.lineage_of(extended, manifest.vocabulary)
+            manifest.preparation["extends"] = {
+                "dataset": extended.path,
+                **earlier.record_of(extended),
+                "users": extended.manifest.users,
+                "items": extended.manifest.items,
+                "absent_users": all_users - core.left.users,
+                "absent_items": all_items - core.left.items,
+                "new_targets": _new_targets(engine, entries),
+            }
         writing.write_manifest(fs, folder, manifest)
     return manifest
 
@@ -169,15 +193,18 @@ def shown(events: ir.Table) -> ir.Table:
     return events.filter(events.segment == raw.EXPOSED)
 
 
-def vocabulary(engine: DuckDBEngine, log: ir.Table, seed: int) -> tuple[ir.Table, ir.Table]:
-    """A code for every user and item of the log: columns `key`, and `user` or `item`.
+def vocabulary(engine: DuckDBEngine, log: ir.Table, seed: int, known: Known | None = None) -> tuple[ir.Table, ir.Table]:
+    """A code for every user and item of the log, and every known one: columns `key`, and `user` or `item`.
 
     Codes follow the md5 of seed and key. So their order is random, but the same for the same seed and keys, whatever
     the order of the log, its split into files, or the engine; and it does not tell when an item first appeared, which
     would give away held-out items.
     """
-    users = engine.save("user_codes", codes(log.select(key=log.user).distinct(), "user", seed))
-    items = engine.save("item_codes", codes(log.select(key=log.item).distinct(), "item", seed))
+    user_keys, item_keys = log.select(key=log.user), log.select(key=log.item)
+    if known is not None:
+        user_keys, item_keys = user_keys.union(known.users.select("key")), item_keys.union(known.items.select("key"))
+    users = engine.save("user_codes", codes(user_keys.distinct(), "user", seed))
+    items = engine.save("item_codes", codes(item_keys.distinct(), "item", seed))
     return users, items
 
 
@@ -220,15 +247,23 @@ def between(events: ir.Table) -> ir.Table:
     return placed.filter((placed.segment == raw.INTERACTED) | inside).drop("before", "clicks")
 
 
-def dense_ids(kept: ir.Table, code: str, name: str) -> ir.Table:
-    """Ids from 0 on for the kept codes, in their order: columns `code` and `name`."""
-    return kept.select(code, **{name: ibis.row_number().over(order_by=kept[code]).cast("int64")})
+def dense_ids(kept: ir.Table, code: str, name: str, known: ir.Table | None = None) -> ir.Table:
+    """Ids from 0 on for the kept codes, in their order: columns `code` and `name`.
+
+    Known ones (the same columns) keep their ids, kept or not; the others come after. So ids tell nothing of the time
+    within what is added at once, but that it was added later than what was known.
+    """
+    if known is None:
+        return kept.select(code, **{name: ibis.row_number().over(order_by=kept[code]).cast("int64")})
+    new = kept.anti_join(known, code)
+    place = ibis.row_number().over(order_by=new[code]) + known.count().as_scalar()
+    return known.select(code, name).union(new.select(code, **{name: place.cast("int64")}))
 
 
 def item_table(kept: ir.Table, item_ids: ir.Table, items: ir.Table) -> ir.Table:
     """Rows of `items/`: item_id, key, count, and train_count, which leaves out each user's last two interactions.
 
-    Users with fewer than three interactions have none held out.
+    Users with fewer than three interactions have none held out; known items without interactions count 0.
     """
     backwards = ibis.window(group_by="user_id", order_by=[ibis.desc(column) for column in IN_TIME])
     placed = kept.mutate(
@@ -237,7 +272,9 @@ def item_table(kept: ir.Table, item_ids: ir.Table, items: ir.Table) -> ir.Table:
     trains = (placed.from_end >= 2) | (placed.length < 3)
     counts = placed.group_by("item_id").agg(count=placed.count(), train_count=trains.cast("int64").sum())
     named = item_ids.inner_join(items, "item").select("item_id", "key")
-    return named.inner_join(counts, "item_id").select("item_id", "key", "count", "train_count").order_by("item_id")
+    counted = named.left_join(counts, "item_id")
+    found = {column: counted[column].fill_null(0) for column in ("count", "train_count")}
+    return counted.select("item_id", "key", **found).order_by("item_id")
 
 
 def user_table(user_ids: ir.Table, users: ir.Table) -> ir.Table:
@@ -251,6 +288,39 @@ def user_table(user_ids: ir.Table, users: ir.Table) -> ir.Table:
 def group_size(users: int) -> int:
     """Users in a row group: 64 groups in a small dataset, if they have 16 users; at most 8,192 users in a large one."""
     return min(max(-(-users // 64), 16), 8192)
+
+
+def _core(engine: DuckDBEngine, events: ir.Table, min_count: int, known: KnownCodes | None) -> Core:
+    pairs = interacted(events).select("user", "item")
+    return k_core(engine, pairs, min_count, *((known.users, known.items) if known else ()))
+
+
+def _check_keys(
+    engine: DuckDBEngine, config: Prepare, extended: Dataset, core: Core, known: KnownCodes, items: ir.Table
+) -> None:
+    """Raise an `InputError` if no item of the log is known: then the keys are not of one kind."""
+    if _count(engine, core.items.semi_join(known.items, "item")):
+        return
+    new, old = (
+        engine.row(items.semi_join(some, "item").agg(key=items.key.min()))["key"] for some in (core.items, known.items)
+    )
+    raise InputError(
+        f"--vocabulary {extended.path}: none of its {extended.manifest.items:,} items is in the log; its keys are like "
+        f"{old!r}, those of the log (--item_column {config.item_column}) like {new!r}. Give the column that the "
+        "earlier dataset was made with, or leave --vocabulary out"
+    )
+
+
+def _new_targets(engine: DuckDBEngine, entries: ir.Table) -> int:
+    """Targets of the training part that the dataset that is extended did not have."""
+    clicks = interacted(entries)
+    backwards = ibis.window(group_by="user_id", order_by=[ibis.desc(column) for column in IN_TIME])
+    placed = clicks.mutate(
+        from_end=ibis.row_number().over(backwards), length=clicks.count().over(ibis.window(group_by="user_id"))
+    )
+    trains = (placed.from_end >= 2) | (placed.length < 3)
+    first = placed.from_end == placed.length - 1
+    return _count(engine, placed.filter(trains & ~first & (placed.trained == 0)))
 
 
 def _lengths(engine: DuckDBEngine, kept: ir.Table) -> dict[str, float]:
@@ -286,7 +356,7 @@ def _progress(batches: Iterable[pa.RecordBatch], name: str, total: int) -> Itera
             bar.update(batch.num_rows)
 
 
-def _nothing_left(engine: DuckDBEngine, config: Prepare, events: ir.Table, core: Core) -> str:
+def _nothing_left(engine: DuckDBEngine, config: Prepare, events: ir.Table, core: Core, known: KnownCodes | None) -> str:
     """The message when k-core filtering took everything; it looks for a count that leaves something."""
     first = core.rounds[0]
     text = (
@@ -298,7 +368,7 @@ def _nothing_left(engine: DuckDBEngine, config: Prepare, events: ir.Table, core:
         engine.drop(
             *(f"core_{kind}_{step}" for kind in ("users", "items", "pairs") for step in range(len(core.rounds) + 1))
         )
-        core = k_core(engine, interacted(events).select("user", "item"), smaller)
+        core = _core(engine, events, smaller, known)
         if core.left.interactions:
             left = f"{core.left.users:,} users, {core.left.items:,} items and {core.left.interactions:,} interactions"
             return f"{text}. --min_count {smaller} would leave {left}"
@@ -317,7 +387,7 @@ def _scratch(config: Prepare) -> str:
     return parent
 
 
-def _finished(config: Prepare, files: list[InputFile]) -> Manifest | None:
+def _finished(config: Prepare, files: list[InputFile], extended: Dataset | None) -> Manifest | None:
     """The manifest, if the output folder holds the very dataset that would be made."""
     fs, root = filesystem(config.output)
     if fs.get_file_info(f"{root}/{MANIFEST}").type == pyarrow.fs.FileType.NotFound:
@@ -339,6 +409,12 @@ def _finished(config: Prepare, files: list[InputFile]) -> Manifest | None:
         changed.append(
             f"input files differ: {', '.join(differing[:3]) or 'their order'}{', ...' if len(differing) > 3 else ''}"
         )
+    then_extended: dict[str, Any] = manifest.preparation.get("extends", {})
+    now_extended = {} if extended is None else earlier.record_of(extended)
+    if {name: then_extended.get(name) for name in now_extended or then_extended} != now_extended:
+        now_path, then_path = (path and repr(path) for path in (config.vocabulary, then_extended.get("dataset")))
+        other = " (as it was then)" if now_path == then_path else ""
+        changed.append(f"vocabulary {then_path}{other}, now {now_path}")
     if changed:
         raise InputError(
             f"--output {config.output} already holds a dataset made otherwise ({'; '.join(changed)}); nothing was "

@@ -75,7 +75,7 @@ def promised(manifest: Manifest) -> set[str]:
     """Columns that the sequences have by the options of the stage that wrote them."""
     prompts = manifest.settings.get("prompts")
     if not prompts:
-        return set()
+        return {"trained"} if manifest.settings.get("vocabulary") else set()
     return {"segment_ids", *ANSWERS} if prompts.get("answers") else {"segment_ids"}
 
 

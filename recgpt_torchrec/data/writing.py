@@ -200,14 +200,15 @@ def row_groups(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Tabl
 
 
 def sequence_groups(
-    batches: Iterable[pa.RecordBatch], users: int, lists: dict[str, tuple[str, pa.DataType]]
+    batches: Iterable[pa.RecordBatch], users: int, lists: dict[str, tuple[str, pa.DataType]], total: int = 0
 ) -> Iterator[pa.Table]:
     """Turn interactions, ordered by user and time, into row groups of one row a user.
 
     Args:
-        batches: interactions with a column `user_id`, which takes every value from 0 on, in order.
+        batches: interactions with a column `user_id`, in its order; users who have none get empty lists.
         users: rows in each table that comes out (the last may have fewer).
         lists: for each list column of the result: the column of `batches` it collects, and its value type.
+        total: number of users; 0: up to the last that has an interaction.
 
     Example:
         `sequence_groups(batches, 350, {"item_ids": ("item_id", pa.int64())})`
@@ -217,7 +218,7 @@ def sequence_groups(
         offsets = pa.array(np.searchsorted(ids, np.arange(start, stop + 1)).astype(np.int32))
         columns = {"user_id": pa.array(np.arange(start, stop, dtype=np.int64))}
         for name, (source, kind) in lists.items():
-            values = events.column(source).cast(kind).combine_chunks()
+            values = pa.concat_arrays([pa.array([], kind), *events.column(source).cast(kind).chunks])
             columns[name] = pa.ListArray.from_arrays(offsets, values)
         return pa.table(columns)
 
@@ -241,7 +242,11 @@ def sequence_groups(
     if held:
         table = pa.Table.from_batches(held)
         ids = table.column("user_id").to_numpy()
-        yield cut(start, int(ids[-1]) + 1, table, ids)
+        last = max(int(ids[-1]) + 1, total)
+        for first in range(start, last, users):
+            stop = min(first + users, last)
+            inside = slice(*np.searchsorted(ids, [first, stop]).tolist())
+            yield cut(first, stop, table.slice(inside.start, inside.stop - inside.start), ids[inside])
 
 
 class Fingerprint:

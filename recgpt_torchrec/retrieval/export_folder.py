@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 import torch.distributed as dist
 
 from recgpt_torchrec.data import writing
-from recgpt_torchrec.data.dataset import MANIFEST, Dataset, Part, filesystem
+from recgpt_torchrec.data.dataset import MANIFEST, Dataset, Part, filesystem, fingerprint_of
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.training.processes import together
 
@@ -80,12 +80,6 @@ class ExportManifest:
         for name in ("item_parts", "user_parts"):
             values[name] = [Part(**part) for part in values[name]]
         return cls(**values)
-
-
-def fingerprint_of(dataset: Dataset) -> str:
-    """32 hex digits of all histories of a dataset, wherever it lies."""
-    parts = json.dumps([asdict(part) for part in dataset.manifest.sequences])
-    return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
 class Keys:
