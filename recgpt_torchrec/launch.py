@@ -38,6 +38,7 @@ def stage(
     name: str = "/",
     env: Optional[dict[str, str]] = None,  # noqa: UP045
     max_retries: int = 0,
+    max_restarts: int = 0,
     rdzv_port: int = 29500,
     mounts: Optional[list[str]] = None,  # noqa: UP045
     debug: bool = False,
@@ -56,6 +57,7 @@ def stage(
         name: name of the job, as in experiment/run
         env: environment variables of the job, as in A=1,B=2
         max_retries: how often the scheduler starts a failed job again; a stage goes on from its last checkpoint
+        max_restarts: how often torchrun starts the processes of a job again when one failed; so does training go on
         rdzv_port: port on the first node by which the nodes find each other
         mounts: mounts of a container, as in type=bind,src=/data,dst=/data,readonly
         debug: set PyTorch's flags for debugging distributed runs (slow)
@@ -83,7 +85,8 @@ def stage(
     (role,) = job.roles
     shell, command = role.args
     assert command.startswith("torchrun "), command
-    role.args = [shell, _COMMAND.format(python=shlex.quote(sys.executable)) + command.removeprefix("torchrun")]
+    node = _COMMAND.format(python=shlex.quote(sys.executable))
+    role.args = [shell, f"{node} --max_restarts {max_restarts}{command.removeprefix('torchrun')}"]
     if cpu:
         role.env.setdefault("OMP_NUM_THREADS", str(max(1, cpu // processes)))
     return job

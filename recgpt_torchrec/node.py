@@ -1,8 +1,10 @@
 """What runs once on each node of a job: torchrun, with threads that fit the machine and one line when a rank fails.
 
-`python -m recgpt_torchrec.node <options of torchrun> -m MODULE <options of MODULE>` is `torchrun ...` with two
+`python -m recgpt_torchrec.node <options of torchrun> -m MODULE <options of MODULE>` is `torchrun ...` with three
 differences. Where `OMP_NUM_THREADS` is not set, each process gets its share of the cores (torchrun gives it one).
-And where torchrun ends with its own traceback, which buries what the failed rank said, this ends with one line.
+Where torchrun ends with its own traceback, which buries what the failed rank said, this ends with one line.
+And a signal that asks the job to end (SIGTERM, SIGUSR1) is passed on to the ranks, which then have the time they need
+to save, as far as the scheduler gives it; the status is 75 then, which tells schedulers to try again.
 """
 
 import logging
@@ -12,13 +14,23 @@ import sys
 import time
 from pathlib import Path
 
+from recgpt_torchrec.training.signals import SIGNALS, STOPPED
+
 LAST_WORDS_SECONDS = 0.3
 """torchx's local scheduler copies output every 0.1 s and may lose what came after the last copy before the exit."""
+SHUTDOWN_SECONDS = 600
+"""How long ranks that were asked to end may take, unless `--shutdown_timeout` says so: schedulers have their own limit
+and kill what is left, so this one must not be shorter."""
+HINTS = {
+    "SIGKILL": " (is there enough memory? the system kills what takes too much)",
+    "SIGABRT": " (by another rank, if that said above that nothing moved any more)",
+}
 
 
 def main() -> None:
     """Run torchrun on this process's arguments; exit with the status of the first rank that failed."""
     from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # Its one message, "failed (exitcode: ...)", is what the line below says.
@@ -26,24 +38,34 @@ def main() -> None:
     args = run.parse_args(sys.argv[1:])
     if args.nproc_per_node.isdigit():
         os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_process(available_cores(), int(args.nproc_per_node))))
+    if "SIGUSR1" not in args.signals_to_handle:
+        args.signals_to_handle += ",SIGUSR1"
+    if args.shutdown_timeout is None:
+        args.shutdown_timeout = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS))
     status = 0
     try:
         run.run(args)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-        print(f"{args.training_script} failed: {describe(rank, failure.exitcode)}", file=sys.stderr, flush=True)
+        how = "stopped" if status == STOPPED else "failed"
+        print(f"{args.training_script} {how}: {describe(rank, failure.exitcode)}", file=sys.stderr, flush=True)
+    except SignalException as asked:
+        status = STOPPED if asked.sigval in SIGNALS else 128 + asked.sigval
+        name = signal.Signals(asked.sigval).name
+        print(f"{args.training_script} ended by {name}; its status is {status}", file=sys.stderr, flush=True)
     time.sleep(LAST_WORDS_SECONDS)
     sys.exit(status)
 
 
 def describe(rank: int, exit_code: int) -> str:
     """How the first failing rank ended, in words; a negative `exit_code` is the signal that killed it."""
+    if exit_code == STOPPED:
+        return f"rank {rank} or another was asked to end by a signal; the same command goes on"
     if exit_code >= 0:
         return f"rank {rank} ended with exit status {exit_code}; what it said stands above, behind [{rank}]"
     name = signal.Signals(-exit_code).name
-    hint = " (is there enough memory? the system kills what takes too much)" if name == "SIGKILL" else ""
-    return f"rank {rank} was killed by {name}{hint}"
+    return f"rank {rank} was killed by {name}{HINTS.get(name, '')}"
 
 
 def threads_per_process(cores: int, processes: int) -> int:

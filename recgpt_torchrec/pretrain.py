@@ -11,8 +11,10 @@ def main(config: Pretrain) -> None:
     from recgpt_torchrec.building import fit, open_dataset, training_stream
     from recgpt_torchrec.training.processes import process_group, say
     from recgpt_torchrec.training.run import Run
+    from recgpt_torchrec.training.watchdog import Watchdog
 
-    with process_group() as device:
+    train = config.train
+    with process_group(train.timeout_seconds) as device, Watchdog(config.output, train.stall_seconds):
         dataset = open_dataset(config)
         training_stream(config, dataset)  # finds what is wrong with options or data before the output is looked at
         run = Run.find(config.output, asdict(config), dataset.manifest.vocabulary, keep=config.checkpoint.keep)

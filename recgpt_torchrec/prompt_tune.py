@@ -13,8 +13,10 @@ def main(config: PromptTune) -> None:
     from recgpt_torchrec.training.checkpoint import find
     from recgpt_torchrec.training.processes import process_group, say
     from recgpt_torchrec.training.run import Run
+    from recgpt_torchrec.training.watchdog import Watchdog
 
-    with process_group() as device:
+    train = config.train
+    with process_group(train.timeout_seconds) as device, Watchdog(config.output, train.stall_seconds):
         dataset, checkpoint, tuning = open_dataset(config), find(config.checkpoint), config.tuning
         if tuning.prompts and "prompts" not in dataset.manifest.settings:
             raise InputError(

@@ -1,6 +1,7 @@
 """Whatever makes batches, run ahead of those who take them: in a thread, or in loader processes of their own."""
 
 import multiprocessing
+import multiprocessing.forkserver
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from recgpt_torchrec.config import Stream
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.training import signals
 
 T = TypeVar("T")
 
@@ -33,6 +35,8 @@ def made_ahead(source: Callable[[int], Iterator[T]], settings: Stream) -> Iterat
     # group and thread pools, is not safe, and spawning would import torch again each time.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([source.__module__])
+    with signals.withheld():
+        multiprocessing.forkserver.ensure_running()
     loader = DataLoader(
         _Worker(source),
         batch_size=None,
@@ -63,7 +67,9 @@ class _Worker(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
-        assert info is not None
+        parent = multiprocessing.parent_process()
+        assert info is not None and parent is not None and parent.pid is not None
+        signals.end_with(parent.pid)
         torch.set_num_threads(1)
         pa.set_cpu_count(1)
         pa.set_io_thread_count(2)

@@ -5,12 +5,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from recgpt_torchrec.data.batch import SequenceBatch
 from recgpt_torchrec.data.windows import Cursor
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.training import signals, watchdog
+from recgpt_torchrec.training.signals import Stopped
 
 
 class Step(NamedTuple):
@@ -24,14 +27,17 @@ class Step(NamedTuple):
     """Interactions of the dataset accounted for, on all ranks together."""
     asked: bool = False
     """Whether a rank asked for a checkpoint when it fetched the batch."""
+    users: np.ndarray | None = None
+    """[sequences] int64: whose histories this rank's batch was made of; None: it had an empty batch."""
 
 
 class Lockstep:
     """This rank's batches, going on with empty ones until every rank has run out.
 
-    The agreement is one all-reduce of five numbers a step on the host, started one batch ahead, so that no step waits
+    The agreement is one all-reduce of six numbers a step on the host, started one batch ahead, so that no step waits
     for it: targets of the step, interactions it read, how many ranks still had a batch, how many ask for a checkpoint,
-    and how many failed to make a batch: then all of them end, with the error of the first.
+    how many failed to make a batch: then all of them end, with the error of the first; and how many were asked to end
+    by a signal: then all of them end with `Stopped`.
 
     Example: `for batch in Lockstep(stream.epoch(0, queues), maker.empty): ...`
     """
@@ -60,12 +66,13 @@ class Lockstep:
         since = time.perf_counter()
         batch = None
         try:
-            batch = next(self.batches, None)
+            with watchdog.phase("reading data"):
+                batch = next(self.batches, None)
         except Exception as error:  # raised here it would leave the others waiting for this rank
             self._failure = error
         self.waited += time.perf_counter() - since
-        agreed = torch.zeros(5, dtype=torch.float64)
-        agreed[3], agreed[4] = self.asks(), self._failure is not None
+        agreed = torch.zeros(6, dtype=torch.float64)
+        agreed[3], agreed[4], agreed[5] = self.asks(), self._failure is not None, signals.received() is not None
         if batch is not None:
             read = batch.sequences.read
             agreed[0], agreed[1], agreed[2] = batch.target_slot.numel(), 0.0 if read is None else read.sum(), 1.0
@@ -81,21 +88,25 @@ class Lockstep:
         Raises:
             StopIteration: on every rank at the same step, once all have run out.
             Exception: on every rank at the same step, what kept one of them from making its batch.
+            Stopped: on every rank at the same step, once one of them was asked to end by a signal.
         """
         while len(self._ahead) < 2:
             self._fetch()
         batch, real, agreed, work = self._ahead.popleft()
         work.wait()
-        targets, read, ranks, asked, failed = agreed.tolist()
-        if failed or not ranks:
+        targets, read, ranks, asked, failed, stopped = agreed.tolist()
+        if failed or stopped or not ranks:
             while self._ahead:  # the other ranks have the same collectives under way
                 self._ahead.popleft()[3].wait()
             if failed:
                 raise_first(self._failure)
+            if stopped and ranks:
+                raise Stopped
             raise StopIteration
         # Gradients are averaged over ranks, so each rank divides by the mean number of targets a rank.
         batch.global_targets = torch.tensor(targets / dist.get_world_size())
-        self.handed_out.append(Step(batch.cursor if real else None, targets, read, asked > 0))
+        mine = (batch.cursor, batch.sequences.users) if real else (None, None)
+        self.handed_out.append(Step(mine[0], targets, read, asked > 0, mine[1]))
         return batch
 
 

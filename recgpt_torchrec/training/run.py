@@ -19,6 +19,10 @@ MAY_CHANGE = (
     "stream.checksums",
     "tables.sharding",
     "tables.data_parallel_mb",
+    "train.non_finite",
+    "train.non_finite_limit",
+    "train.stall_seconds",
+    "train.timeout_seconds",
     *(
         f"{group}.{option}"
         for group in ("checkpoint", "checkpointing")

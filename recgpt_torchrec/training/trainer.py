@@ -3,6 +3,8 @@
 It knows batches only as things with a cursor and a number of targets; what they mean is the model's affair.
 """
 
+import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -13,21 +15,28 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import KeyedOptimizer
 
 from recgpt_torchrec.config import CheckpointOptions, Optimizer, Train
 from recgpt_torchrec.data.stream import SequenceStream
 from recgpt_torchrec.data.windows import Position, Queue, deal
+from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.model.recgpt import unwrapped
+from recgpt_torchrec.training import signals, watchdog
 from recgpt_torchrec.training.checkpoint import Checkpoints, facts_of
-from recgpt_torchrec.training.lockstep import Lockstep
+from recgpt_torchrec.training.finite import FiniteGuard, GuardedPipeline, Place, places
+from recgpt_torchrec.training.lockstep import Lockstep, Step
+from recgpt_torchrec.training.processes import say
 from recgpt_torchrec.training.runlog import RunLog
 from recgpt_torchrec.training.saving import Saver
 from recgpt_torchrec.training.schedule import Schedule
+from recgpt_torchrec.training.signals import Stopped
 from recgpt_torchrec.training.state import restore, state_of
 
 LOG_EVERY = 20
 """Steps between looks at the loss (each is one all-reduce of one number)."""
+SKIPPED = "skipped.jsonl"
+"""In a run's folder: a line for each step whose loss or gradients were not finite."""
 
 
 @dataclass
@@ -43,6 +52,14 @@ class Progress:
     best_step: int | None = None
     """Steps done when the best epoch ended, which name its checkpoint."""
     finished: bool = False
+    before: int = 0
+    """Steps of the runs that this one began from, which the optimizers count as well."""
+    loss: float = 0.0
+    """Sum of the losses of the epoch's steps so far, over its targets, in nats."""
+    targets: float = 0.0
+    """Positions predicted in these steps."""
+    skipped: int = 0
+    """Steps left out because their loss or gradients were not finite."""
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -78,8 +95,11 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.course = Schedule(self.optimizer, self.schedule)
-        self.pipeline = TrainPipelineSparseDist(self.model, self.optimizer, self.device)
+        self.guard = FiniteGuard(unwrapped(self.model).dense)
+        self.pipeline = GuardedPipeline(self.model, self.optimizer, self.device, self.guard)
         self.saver = Saver(self.checkpoints, self.saving)
+        self._left: list[Queue] = []
+        self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
 
     def fit(self, validate: Callable[[], dict[str, float]], metric: str) -> Progress:
         """Train until the last epoch, or until `metric` has not grown for `train.patience` epochs.
@@ -87,20 +107,33 @@ class Trainer:
         Args:
             validate: collective; the validation figures, the same on all ranks.
             metric: the figure that decides about the best checkpoint and early stopping.
+
+        Raises:
+            Stopped: a rank was asked to end by a signal, and everything is saved.
+            InputError: a loss or a gradient was not finite, and no such step may be left out.
         """
         progress = self.progress
         if self.saving.asynchronous:
             self.saver.copy(state_of(self.model, self.optimizer))  # takes the memory before the first step
         log = RunLog(self.checkpoints.output, self._total(), progress.read, progress.position.epoch, progress.step)
-        with self.saver, log:
-            while not progress.finished:
-                self._epoch(log, validate, metric)
+        with signals.listening(), self.saver, log:
+            try:
+                while not progress.finished:
+                    self._epoch(log, validate, metric)
+            except Stopped:
+                self._save_within_epoch()
+                self.saver.finish()
+                say(
+                    f"Stopped after step {progress.step}: a rank was asked to end by a signal. Everything is saved in "
+                    f"{self.checkpoints.latest()}; the same command goes on from there"
+                )
+                raise
         return progress
 
     def _epoch(self, log: RunLog, validate: Callable[[], dict[str, float]], metric: str) -> None:
         progress, epoch, started = self.progress, self.progress.position.epoch, time.perf_counter()
-        loss, waited = self._train_epoch(epoch, log)
-        progress.position = Position(epoch + 1)
+        waited = self._train_epoch(epoch, log)
+        loss = progress.loss / max(progress.targets, 1)
         last = epoch + 1 >= self.train.epochs
         record = {"epoch": epoch + 1, "step": progress.step, "loss": loss, "data_wait": waited}
         record["train_s"] = time.perf_counter() - started
@@ -108,7 +141,8 @@ class Trainer:
         if validated:
             started = time.perf_counter()
             self.pipeline.detach()
-            figures = validate()
+            with watchdog.phase("validating"):
+                figures = validate()
             if figures[metric] > progress.best_value:
                 progress.best_value, progress.best_epoch, progress.best_step = figures[metric], epoch, progress.step
             record |= {**figures, "validate_s": time.perf_counter() - started}
@@ -118,51 +152,98 @@ class Trainer:
             validated and self.train.patience and progress.best_epoch >= 0 and idle >= self.train.patience
         )
         log.epoch(record, progress.step)
+        progress.position, progress.loss, progress.targets = Position(epoch + 1), 0.0, 0.0
         self.save()
 
-    def _train_epoch(self, epoch: int, log: RunLog) -> tuple[float, float]:
-        """Train what is left of an epoch; returns its mean loss and the share of time spent waiting for data."""
-        rank, world = dist.get_rank(), dist.get_world_size()
-        workers = self.stream.workers
-        dealt = deal(self.stream.windows(epoch), world * workers, self.progress.position)
+    def _train_epoch(self, epoch: int, log: RunLog) -> float:
+        """Train what is left of an epoch; returns the share of time spent waiting for data."""
+        progress, rank, world, workers = self.progress, dist.get_rank(), dist.get_world_size(), self.stream.workers
+        dealt = deal(self.stream.windows(epoch), world * workers, progress.position)
         mine = dealt[rank * workers : (rank + 1) * workers]
         ahead = Lockstep(self.stream.epoch(epoch, mine), self.stream.maker.empty, self.saver.wanted)
-        left = list(mine)
+        self._left = list(mine)
         self.model.train()
         began = since = time.perf_counter()
-        seen = epoch_sum = epoch_seen = waited = 0.0
-        loss_sum = torch.zeros((), device=self.device)
+        seen = waited = 0.0
+        before = progress.loss, progress.targets
         while True:
             # Dropout depends on where the run stands only: a resumed run goes on as the uninterrupted one would.
-            torch.manual_seed((self.seed * 1_000_003 + self.progress.step) * 4099 + rank)
-            share = self.course.set(self.progress.step, self.progress.read / self._total())
+            torch.manual_seed((self.seed * 1_000_003 + progress.step) * 4099 + rank)
+            share = self.course.set(progress.step, progress.read / self._total())
+            watchdog.at("a training step", progress.step)
             try:
                 loss, _ = self.pipeline.progress(ahead)
             except StopIteration:
                 break
             self._check_pipelined()
             step = ahead.handed_out.popleft()
+            if self.guard.found:
+                self._not_finite(step, mine, epoch, loss)
+            else:
+                self._loss += loss * (step.targets / world)
+                progress.targets += step.targets
             if step.cursor is not None:
-                left[step.cursor.worker] = mine[step.cursor.worker].after(step.cursor)
-            loss_sum += loss * (step.targets / world)
+                self._left[step.cursor.worker] = mine[step.cursor.worker].after(step.cursor)
             seen += step.targets
-            self.progress.step += 1
-            self.progress.read += step.read
+            progress.step += 1
+            progress.read += step.read
             log.read(step.read)
-            if self.progress.step % LOG_EVERY == 0:
-                sums = self._over_ranks(loss_sum)
+            if progress.step % LOG_EVERY == 0:
+                self._sum_losses()
                 now = time.perf_counter()
-                wait = ahead.waited - waited
-                figures = {"loss": sums / max(seen, 1), "rate": seen / (now - since), "waited": wait / (now - since)}
-                log.step(self.progress.step, epoch, lr=share, **figures)
-                epoch_sum, epoch_seen, since, waited, seen = epoch_sum + sums, epoch_seen + seen, now, ahead.waited, 0.0
-                loss_sum.zero_()
+                mean = (progress.loss - before[0]) / max(progress.targets - before[1], 1)
+                wait = (ahead.waited - waited) / (now - since)
+                log.step(progress.step, epoch, loss=mean, lr=share, rate=seen / (now - since), waited=wait)
+                since, waited, seen, before = now, ahead.waited, 0.0, (progress.loss, progress.targets)
             every = self.saving.every_steps
-            if step.asked or (every and self.progress.step % every == 0):
-                self.progress.position = Position(epoch, self._gather(left))
-                self.save()
-        epoch_sum, epoch_seen = epoch_sum + self._over_ranks(loss_sum), epoch_seen + seen
-        return epoch_sum / max(epoch_seen, 1), ahead.waited / (time.perf_counter() - began)
+            if step.asked or (every and progress.step % every == 0):
+                self._save_within_epoch()
+        self._sum_losses()
+        return ahead.waited / (time.perf_counter() - began)
+
+    def _sum_losses(self) -> None:
+        """Add to the epoch's loss what all ranks had since the last call (collective)."""
+        dist.all_reduce(self._loss)
+        self.progress.loss += float(self._loss)
+        self._loss.zero_()
+
+    def _not_finite(self, step: Step, mine: list[Queue], epoch: int, loss: torch.Tensor) -> None:
+        """Say where a step came from whose loss or gradients were not finite; end, or count it (collective)."""
+        there: list[Place] = []
+        if self.guard.here and step.cursor is not None and step.users is not None:
+            worker = step.cursor.worker
+            left, gone = self._left[worker].windows, len(mine[worker].windows) - len(self._left[worker].windows)
+            touched = left[: step.cursor.windows_done - gone + (step.cursor.offset > 0)]
+            windows = self.stream.windows(epoch)
+            groups = [group for window, _ in touched for group in windows[window].groups]
+            there = places(self.stream.maker.dataset, groups, step.users)
+        found: list[Any] = [None] * dist.get_world_size()
+        value = None if math.isfinite(float(loss)) else str(float(loss))
+        dist.all_gather_object(found, (self.guard.here, value, there))
+        number, folder = self.progress.step + 1, self.checkpoints.output
+        said = []
+        for rank, (parts, _, there) in enumerate(found):
+            if parts:
+                where = "; ".join(map(str, there[:3])) + (f" and {len(there) - 3} row groups more" if there[3:] else "")
+                said.append(f"{', '.join(parts)} on rank {rank}, whose batch held {where or 'no rows'}")
+        if dist.get_rank() == 0:
+            with open(os.path.join(folder, SKIPPED), "a") as file:
+                for rank, (parts, value, there) in enumerate(found):
+                    if parts:
+                        line = {"step": number, "epoch": epoch + 1, "rank": rank, "not_finite": parts, "loss": value}
+                        file.write(json.dumps({**line, "rows": [asdict(place) for place in there]}) + "\n")
+        what = f"step {number}: not finite: {'; '.join(said)} (all in {os.path.join(folder, SKIPPED)})"
+        self.progress.skipped += 1
+        if self.train.non_finite == "skip" and self.progress.skipped <= self.train.non_finite_limit:
+            return say(f"{what}. Left out, {self.progress.skipped} of at most {self.train.non_finite_limit}")
+        kept = self.checkpoints.latest()
+        raise InputError(
+            f"{what}. Tables and decoder were left as they were before the step. "
+            + (f"{kept} is whole. " if kept else "No checkpoint was written before. ")
+            + "Look at these rows; begin anew in another --output with a smaller --tables.lr or --optimizer.lr; or go "
+            "on without such steps: --train.non_finite skip"
+            + (f" --train.non_finite_limit {2 * self.progress.skipped}" if self.train.non_finite == "skip" else "")
+        )
 
     def _total(self) -> float:
         return max(1, self.interactions) * self.train.epochs
@@ -177,15 +258,16 @@ class Trainer:
                 "changed between batch and table, so their communication would not overlap with the step before"
             )
 
-    def _over_ranks(self, value: torch.Tensor) -> float:
-        value = value.clone()
-        dist.all_reduce(value)
-        return float(value)
-
     def _gather(self, mine: list[Queue]) -> list[Queue]:
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         return [queue for queues in everyone for queue in queues]
+
+    def _save_within_epoch(self) -> None:
+        """Write a checkpoint that says what is left of the epoch (collective)."""
+        self._sum_losses()
+        self.progress.position = Position(self.progress.position.epoch, self._gather(self._left))
+        self.save()
 
     def save(self) -> None:
         """Write a checkpoint of everything a run needs to go on; training may go on at once."""
@@ -197,10 +279,19 @@ class Trainer:
             "epoch": progress.best_epoch + 1,
             "value": progress.best_value,
         }
-        self.saver.save(progress.step, state_of(self.model, self.optimizer), facts)
+        with watchdog.phase("saving"):
+            self.saver.save(progress.step, state_of(self.model, self.optimizer), facts)
 
     def resume(self, checkpoint: str) -> None:
         """Go on from a checkpoint, whatever number of ranks and sharding it was written with."""
         self.progress = Progress.from_state_dict(facts_of(checkpoint)["progress"])
-        restore(self.model, self.optimizer, checkpoint, self.progress.step)
+        with watchdog.phase("restoring"):
+            restore(self.model, self.optimizer, checkpoint, self.progress.before + self.progress.step)
         self.saver.saved = self.progress.step
+
+    def begin_from(self, checkpoint: str) -> None:
+        """Begin with what another run's checkpoint holds of the model and its optimizers; rows of tables that it does
+        not have stay as they are. Progress and the learning rate's course begin anew."""
+        earlier = Progress.from_state_dict(facts_of(checkpoint)["progress"])
+        self.progress.before = earlier.before + earlier.step
+        restore(self.model, self.optimizer, checkpoint, self.progress.before)

@@ -1,0 +1,125 @@
+"""Steps whose loss or gradients are not finite: found before any table is updated, and left out on all ranks.
+
+Tables with fused optimizers are updated in the backward. So the check stands within it, between the decoder's part and
+the tables': there the loss, the gradients of all looked-up vectors and those of the decoder are known, and no table was
+touched. The ranks agree, by one all-reduce of three numbers; if any of them found something, every table gets a
+gradient of zeros, which changes nothing (but the moments of a fused Adam, and decay where tables have weight decay),
+and no other optimizer steps.
+
+Measured, two ranks on two busy cores: STEP_TIME.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.windows import RowGroup
+
+PARTS = ("the loss", "a gradient of the tables' rows", "a gradient of the decoder")
+
+
+class FiniteGuard:
+    """Watches the part of the model between table rows and loss.
+
+    Example: `guard = FiniteGuard(unwrapped(model).dense)`, then after each step `guard.found`
+    """
+
+    def __init__(self, dense: nn.Module) -> None:
+        """
+        Args:
+            dense: called with looked-up rows first, [bags, dim], any number of them; returns the loss first.
+        """
+        self.dense = dense
+        self.group = dist.new_group(backend="gloo")  # its own: not behind the gradients that are under way
+        self.found = False
+        """Whether anything in the newest step was not finite, on any rank."""
+        self.here: list[str] = []
+        """What it was on this rank."""
+        self._loss: Tensor | None = None
+        dense.register_forward_pre_hook(self._before)
+        dense.register_forward_hook(self._after)
+
+    def _before(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not (module.training and torch.is_grad_enabled()):
+            return None
+        rows = {id(value): value for value in inputs if isinstance(value, Tensor)}  # tied tables come twice
+        guarded = dict(zip(rows, _Guard.apply(self, *rows.values()), strict=True))
+        return tuple(guarded.get(id(value), value) for value in inputs)
+
+    def _after(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if module.training and torch.is_grad_enabled():
+            self._loss = output[0].detach()
+
+    def check(self, rows: tuple[Tensor | None, ...]) -> None:
+        """Look at the loss, the rows' gradients and the decoder's; agree with the other ranks (collective)."""
+        assert self._loss is not None
+        decoder = [p.grad for p in self.dense.parameters()]
+        kinds = [[self._loss], [g for g in rows if g is not None], [g for g in decoder if g is not None]]
+        values = [(kind, value) for kind, some in enumerate(kinds) for value in some if value.numel()]
+        largest = torch.stack(torch._foreach_norm([value for _, value in values], ord=float("inf")))
+        bad = torch.zeros(len(PARTS))
+        for (kind, _), finite in zip(values, torch.isfinite(largest).tolist(), strict=True):
+            bad[kind] = max(float(bad[kind]), not finite)
+        self.here = [part for part, flag in zip(PARTS, bad.tolist(), strict=True) if flag]
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=self.group)
+        self.found = bool(bad.any())
+
+
+class _Guard(torch.autograd.Function):
+    """Rows on their way to the decoder as they are; gradients on their way back as they are, or zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, guard: FiniteGuard, *rows: Tensor) -> tuple[Tensor, ...]:
+        ctx.guard = guard
+        return tuple(value.view_as(value) for value in rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.guard.check(gradients)
+        if not ctx.guard.found:
+            return (None, *gradients)
+        return (None, *(torch.zeros_like(value) for value in gradients))
+
+
+class GuardedPipeline(TrainPipelineSparseDist):
+    """The train pipeline, with no step of an optimizer where the guard found something."""
+
+    def __init__(self, model: nn.Module, optimizer: Any, device: torch.device, guard: FiniteGuard) -> None:
+        super().__init__(model, optimizer, device)
+        self.guard = guard
+
+    def _optimizer_step(self) -> None:
+        if not self.guard.found:
+            super()._optimizer_step()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Rows of one row group that a batch was made of."""
+
+    file: str
+    row_group: int
+    rows: tuple[int, ...]
+
+    def __str__(self) -> str:
+        listed = ", ".join(map(str, self.rows[:5])) + (f" and {len(self.rows) - 5} more" if self.rows[5:] else "")
+        return f"{self.file}, row group {self.row_group}, row{'s' * (len(self.rows) > 1)} {listed}"
+
+
+def places(dataset: Dataset, groups: list[RowGroup], users: np.ndarray) -> list[Place]:
+    """Where the histories of `users` [sequences] int64 stand, within the row groups that a batch was read from."""
+    found = []
+    for group in groups:
+        part = dataset.manifest.sequences[group.part]
+        with dataset.open_part(part) as file:
+            there = file.read_row_group(group.group, columns=["user_id"])["user_id"].to_numpy()
+        rows = np.flatnonzero(np.isin(there, users))
+        if rows.size:
+            found.append(Place(part.path, group.group, tuple(rows.tolist())))
+    return found

@@ -1,0 +1,97 @@
+"""Being asked to end: Slurm, Kubernetes and torchrun send SIGTERM or SIGUSR1 some time before they kill.
+
+The first such signal only asks. `training.lockstep` tells the other ranks, all of them end at the same step with
+`Stopped`, and the trainer saves. Another signal, `AGAIN_SECONDS` later or more, ends the process at once. (Schedulers
+signal the launcher and its processes alike, and the launcher passes its own on: one request arrives twice.)
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+STOPPED = 75
+"""Exit status of a run that was asked to end and can go on: EX_TEMPFAIL of sysexits.h, "try again later"."""
+AGAIN_SECONDS = 3.0
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+_received: signal.Signals | None = None
+
+
+class Stopped(SystemExit):
+    """Raised on every rank at the same step where one of them was asked to end; left alone it ends the process."""
+
+    def __init__(self) -> None:
+        super().__init__(STOPPED)
+
+
+def received() -> signal.Signals | None:
+    """The signal by which this process was asked to end, if it was."""
+    return _received
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """Take the signals for requests within the `with`; outside of it they end the process, as by default.
+
+    Python runs handlers between two steps of the main thread, which may be waiting for other ranks for ever; so a
+    thread listens to the pipe into which the interpreter writes each signal as it arrives.
+    """
+    global _received
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    _received = None
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    threading.Thread(target=_listen, args=(reading,), daemon=True, name="signals").start()
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.siginterrupt(number, False)  # libraries that write files need not know of it
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(before)
+        os.close(writing)
+
+
+def _listen(reading: int) -> None:
+    global _received
+    since = 0.0
+    while number := os.read(reading, 1):
+        if number[0] not in SIGNALS:
+            continue
+        if _received is None:
+            _received, since = signal.Signals(number[0]), time.monotonic()
+        elif time.monotonic() - since >= AGAIN_SECONDS:
+            print(f"{signal.Signals(number[0]).name} again: ending at once", file=sys.stderr, flush=True)
+            os._exit(128 + number[0])
+    os.close(reading)
+
+
+@contextlib.contextmanager
+def withheld() -> Iterator[None]:
+    """Start processes within the `with` that the signals do not reach: who asks one rank asks its loader processes as
+    well, which have nothing to save and are needed until the rank ends. They and their children call `end_with`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with(process: int) -> None:
+    """End this process, started `withheld`, by the signals of one other process only."""
+
+    def wait() -> None:
+        while signal.sigwaitinfo(SIGNALS).si_pid != process:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True, name="signals").start()
