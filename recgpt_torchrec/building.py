@@ -30,6 +30,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import RecGPT
 from recgpt_torchrec.retrieval.validation import Validation
 from recgpt_torchrec.training.checkpoint import facts_of
+from recgpt_torchrec.training.growing import check_new_targets
 from recgpt_torchrec.training.processes import say
 from recgpt_torchrec.training.run import Run
 from recgpt_torchrec.training.sharding import DENSE, distribute, table_name, tables_of
@@ -47,6 +48,7 @@ def training_stream(config: Pretrain | PromptTune, dataset: Dataset, tuning: Tun
     set_aside = None
     if config.stream.damaged == "skip":
         set_aside = SetAside(os.path.join(config.output, LIST), config.stream.damaged_limit)
+    new_targets = isinstance(config, Pretrain) and config.targets == "new"
     by_popularity = config.loss.candidates == "in_batch" or config.loss.negatives_by == "log_uniform"
     maker = BatchMaker(
         dataset=dataset,
@@ -62,8 +64,12 @@ def training_stream(config: Pretrain | PromptTune, dataset: Dataset, tuning: Tun
         item_counts=training_counts(dataset) if by_popularity else None,
         set_aside=set_aside,
         time_order=config.stream.time_order,
+        new_targets=new_targets,
     )
-    return SequenceStream(maker, config.stream)
+    stream = SequenceStream(maker, config.stream)
+    if new_targets:
+        check_new_targets(dataset)
+    return stream
 
 
 def answers_of(dataset: Dataset) -> int:
@@ -211,13 +217,22 @@ def pretrained_model(checkpoint: str, dataset: Dataset, given: Model | None) -> 
 
 
 def check_vocabulary(facts: dict[str, Any], checkpoint: str, dataset: Dataset) -> None:
-    """Raise an `InputError` unless the checkpoint was trained with the dataset's ids."""
-    if facts["vocabulary"] != dataset.manifest.vocabulary:
+    """Raise an `InputError` unless the checkpoint was trained with the dataset's ids, and with all of them."""
+    manifest = dataset.manifest
+    if facts["vocabulary"] == manifest.vocabulary:
+        return
+    if (earlier := manifest.extends(facts["vocabulary"])) is not None:
         raise InputError(
-            f"the checkpoint {checkpoint} was trained on another dataset than {dataset.path} (vocabulary "
-            f"{facts['vocabulary'][:12]}, the dataset has {dataset.manifest.vocabulary[:12]}): "
-            f"its ids mean other items. It was trained on {facts['config']['data']}"
+            f"the checkpoint {checkpoint} was trained before {manifest.items - earlier.items:,} items and "
+            f"{manifest.users - earlier.users:,} users of {dataset.path} were known, and has no vectors of them: go on "
+            f"training with python -m recgpt_torchrec.pretrain --data {dataset.path} --initial {checkpoint} --output "
+            f"NEW_RUN, or give the dataset it was trained on ({facts['config']['data']})"
         )
+    raise InputError(
+        f"the checkpoint {checkpoint} was trained on another dataset than {dataset.path} (vocabulary "
+        f"{facts['vocabulary'][:12]}, the dataset has {manifest.vocabulary[:12]}): "
+        f"its ids mean other items. It was trained on {facts['config']['data']}"
+    )
 
 
 def check_lost(dataset: Dataset) -> None:
@@ -242,6 +257,7 @@ def fit(
     *,
     tuning: Tuning | None = None,
     pretrained: str | None = None,
+    initial: str | None = None,
 ) -> None:
     """Train a configuration's model from where its run stands to its end (collective).
 
@@ -252,7 +268,8 @@ def fit(
         run: the output folder; claimed once nothing can be refused any more.
         device: of this rank.
         tuning: what is tuned; None: pre-training.
-        pretrained: checkpoint that a run that has not begun starts from.
+        pretrained: checkpoint of whose model a run that has not begun starts from, to be tuned.
+        initial: checkpoint whose training a run that has not begun goes on with, on a dataset that may have grown.
     """
     assert config.model is not None
     stream = training_stream(config, dataset, tuning)
@@ -277,6 +294,9 @@ def fit(
         say(f"Going on from {resumed}")
     elif pretrained is not None:
         load_pretrained(model, pretrained)
+    elif initial is not None:
+        trainer.begin_from(initial)
+        say(f"Beginning from {initial}")
     prompts = tuning is not None and tuning.prompts
     set_aside = stream.maker.set_aside
     validation = encoding_stream(

@@ -305,6 +305,13 @@ class Pretrain:
     """Folder of the dataset, as prepare wrote it."""
     output: str
     """Folder of the run; resumes an unfinished run of the same configuration."""
+    initial: str | None = None
+    """An earlier run's output folder (its best checkpoint) or one checkpoint folder to begin from, trained on this
+    dataset or on one that it extends (prepare --vocabulary): decoder, tables and optimizer state are taken over, new
+    users and items start as in any run, and so does the learning rate's course. Only read when the run begins."""
+    targets: Literal["all", "new"] = "all"
+    """all: the whole training part is predicted; new: only what the training part of the dataset that this one extends
+    did not hold, from the whole history before it (with initial)."""
     seed: int = 0
     """Seed of initial values, shuffling, negatives and dropout."""
     model: Model = field(default_factory=Model)
@@ -318,6 +325,8 @@ class Pretrain:
 
     def __post_init__(self) -> None:
         at_least("--seed", self.seed, 0)
+        if self.targets == "new" and self.initial is None:
+            raise ValueError("--targets new goes on training an earlier run; name it with --initial")
 
 
 INTERESTS = 32

@@ -9,6 +9,7 @@ from recgpt_torchrec.config import Pretrain
 def main(config: Pretrain) -> None:
     """Train, and leave the best checkpoint in `config.output`."""
     from recgpt_torchrec.building import fit, open_dataset, training_stream
+    from recgpt_torchrec.training.growing import find_initial
     from recgpt_torchrec.training.processes import process_group, say
     from recgpt_torchrec.training.run import Run
     from recgpt_torchrec.training.watchdog import Watchdog
@@ -21,7 +22,9 @@ def main(config: Pretrain) -> None:
         if run.finished:
             say(f"{config.output} is trained already.", run.summary(), sep="\n")
             return
-        fit(config, config.checkpoint, dataset, run, device)
+        if config.initial is not None and run.checkpoints.latest() is None:
+            run.initial = find_initial(run.initial or config.initial, config, dataset)
+        fit(config, config.checkpoint, dataset, run, device, initial=run.initial)
         say(run.summary())
 
 

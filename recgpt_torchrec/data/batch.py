@@ -36,6 +36,8 @@ class Sequences:
     """[entries, answers] int64 items that the pre-trained model answers after each entry, the best first; -1: none."""
     answer_scores: np.ndarray | None = None
     """[entries, answers] float32 scores (logits) of the answers."""
+    trained: np.ndarray | None = None
+    """[entries] bool: which were trained on before, so that they are no targets; None: none."""
     read: np.ndarray | None = None
     """[sequences] float64: how many of the dataset's interactions each accounts for; progress is measured in these."""
     held_out: np.ndarray | None = None
@@ -265,6 +267,8 @@ def targets_of(
     following = np.append(places, -1)[after]
     end = np.repeat(sequences.offsets[1:], sequences.lengths)[entry]
     wanted = (following >= 0) & (following < end)
+    if sequences.trained is not None:
+        wanted &= ~sequences.trained[following]
     if predict_from == "interacted":
         wanted &= real[entry]
     elif predict_from == "last":

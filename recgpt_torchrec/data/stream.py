@@ -54,6 +54,9 @@ class BatchMaker:
     """Where damaged rows go; None: the first one is an error."""
     time_order: bool = False
     """Whether a history whose times are not in order is damaged."""
+    new_targets: bool = False
+    """Whether only what the dataset's column `trained` does not mark is predicted in training, from the whole history
+    before it; histories without such targets are left out."""
 
     def __post_init__(self) -> None:
         if self.batch.tokens < self.max_len:
@@ -128,7 +131,7 @@ class BatchMaker:
 
     def sequences_of(self, window: Window, epoch: int, shuffle: bool) -> Sequences:
         """Read a window, cut its histories for the split and to `max_len`, and shuffle them."""
-        reader = Reader(self.dataset, self.answers, self.time_order, self.set_aside)
+        reader = Reader(self.dataset, self.answers, self.time_order, self.set_aside, self.new_targets)
         there = [reader.read(group) for group in window.groups]
         table, read = pa.concat_tables([r.table for r in there]), np.concatenate([r.lengths for r in there])
         users = table["user_id"].to_numpy()
@@ -136,11 +139,15 @@ class BatchMaker:
         segments = (
             leave_one_out.item_lists(table["segment_ids"]).values if "segment_ids" in table.schema.names else None
         )
+        kept: slice | np.ndarray = slice(None)
         if segments is not None and not self.prompts:
             kept = segments == 0
-            values, offsets, segments = values[kept], np.concatenate([[0], np.cumsum(kept)])[offsets], None
+            values, offsets, segments = values[kept], np.concatenate([[0], np.cumsum(segments == 0)])[offsets], None
         real = leave_one_out.Interacted.among(offsets, segments)
         answers = self._answers_of(table, values.size, real)
+        trained = None
+        if self.new_targets:
+            trained = (leave_one_out.lists_of(table["trained"])[0] != 0)[kept]
         held_out, keep = None, self.max_len
         if self.training:
             begin, end = leave_one_out.training(real.offsets)
@@ -158,6 +165,10 @@ class BatchMaker:
             users, read = users[owner], (read / np.bincount(owner, minlength=users.size))[owner]
         else:
             start = np.maximum(start, stop - keep)
+        if trained is not None:
+            new = ~trained if segments is None else ~trained & (segments == 0)
+            count = np.concatenate([[0], np.cumsum(new)])
+            stop = np.where(count[stop] > count[np.minimum(start + 1, stop)], stop, start)
         order = np.arange(users.size)
         if shuffle:
             order = np.random.default_rng((self.seed, epoch, window.index, 2)).permutation(users.size)
@@ -174,6 +185,7 @@ class BatchMaker:
             segments=None if segments is None else leave_one_out.take(segments, start, stop).values,
             answers=None if answers is None else leave_one_out.take(answers[0], start, stop).values,
             answer_scores=None if answers is None else leave_one_out.take(answers[1], start, stop).values,
+            trained=None if trained is None else leave_one_out.take(trained, start, stop).values,
             read=read[order] if self.training else None,
             held_out=None if held_out is None else held_out[order],
             seen=seen,
@@ -262,6 +274,7 @@ def part_of(sequences: Sequences, start: int, stop: int) -> Sequences:
         segments=None if sequences.segments is None else cut(sequences.segments, sequences.offsets)[0],
         answers=None if sequences.answers is None else cut(sequences.answers, sequences.offsets)[0],
         answer_scores=None if sequences.answer_scores is None else cut(sequences.answer_scores, sequences.offsets)[0],
+        trained=None if sequences.trained is None else cut(sequences.trained, sequences.offsets)[0],
         read=None if sequences.read is None else sequences.read[start:stop],
         held_out=None if sequences.held_out is None else sequences.held_out[start:stop],
         seen=None if sequences.seen is None else cut(*sequences.seen),
@@ -290,6 +303,7 @@ def joined(parts: list[Sequences]) -> Sequences:
         segments=None if first.segments is None else np.concatenate([p.segments for p in parts]),
         answers=None if first.answers is None else np.concatenate([p.answers for p in parts]),
         answer_scores=None if first.answer_scores is None else np.concatenate([p.answer_scores for p in parts]),
+        trained=None if first.trained is None else np.concatenate([p.trained for p in parts]),
         read=None if first.read is None else np.concatenate([p.read for p in parts]),
         held_out=None if first.held_out is None else np.concatenate([p.held_out for p in parts]),
         seen=seen,

@@ -32,6 +32,10 @@ MAY_CHANGE = (
 """Options that a resumed run may be given anew: they change where and how fast, not what is trained."""
 
 
+ADDED = {"targets": "all"}
+"""Options that there were not always, with what a run did without them."""
+
+
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested options as dotted names."""
     out: dict[str, Any] = {}
@@ -47,6 +51,8 @@ class Run:
     config: dict[str, Any]
     vocabulary: str
     checkpoints: Checkpoints
+    initial: str | None = None
+    """Checkpoint that the run began, or is to begin, from."""
 
     @classmethod
     def find(cls, output: str, config: dict[str, Any], vocabulary: str, keep: int) -> "Run":
@@ -65,6 +71,7 @@ class Run:
                     )
                 return
             old, new = flat(earlier["config"]), flat(config)
+            old |= {name: value for name, value in ADDED.items() if name in new and name not in old}
             differ = [n for n in sorted(old.keys() | new.keys()) if old.get(n) != new.get(n) and n not in MAY_CHANGE]
             if differ:
                 lines = "".join(f"\n  --{n}: {old.get(n)} there, {new.get(n)} now" for n in differ)
@@ -78,7 +85,8 @@ class Run:
                 )
 
         together(check)
-        return cls(config, vocabulary, Checkpoints(output, keep))
+        recorded = read_json(os.path.join(output, RUN)) or {}
+        return cls(config, vocabulary, Checkpoints(output, keep), recorded.get("initial"))
 
     def claim(self) -> None:
         """Make the output folder this run's own and clear up after a kill (collective); once everything that can be
@@ -89,7 +97,8 @@ class Run:
             try:
                 os.makedirs(output, exist_ok=True)
                 if read_json(os.path.join(output, RUN)) is None:
-                    write_json(os.path.join(output, RUN), {"config": self.config, "vocabulary": self.vocabulary})
+                    record = {"config": self.config, "vocabulary": self.vocabulary, "initial": self.initial}
+                    write_json(os.path.join(output, RUN), record)
                 self.checkpoints.settle()
             except OSError as error:
                 raise InputError(f"cannot write to --output {output}: {error}") from None

@@ -27,7 +27,9 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor as Sharded
 from torchrec.optim.keyed import CombinedOptimizer
 
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.training.growing import first_rows
 from recgpt_torchrec.training.processes import say
+from recgpt_torchrec.training.sharding import tables_of
 
 MOMENTS = {0: (), 1: ("sum",), 2: ("exp_avg", "exp_avg_sq")}
 """Names of a table's moments, by how many its optimizer keeps."""
@@ -101,6 +103,9 @@ def _sharded(table: Sharded, parts: list[Tensor], width: int, place: Callable[[i
 def restore(model: nn.Module, optimizer: CombinedOptimizer, checkpoint: str, steps: int) -> None:
     """Give a model and its optimizers the values of a checkpoint, whatever wrote it (collective).
 
+    Of tables that have more rows than in the checkpoint these get the first ones; the others, and what the optimizer
+    keeps of them, stay as they are.
+
     Args:
         model, optimizer: to be filled in place.
         checkpoint: folder, written on any number of ranks and with any sharding.
@@ -109,8 +114,9 @@ def restore(model: nn.Module, optimizer: CombinedOptimizer, checkpoint: str, ste
     Raises:
         InputError: it holds the tables' optimizer state in the form of an earlier version.
     """
-    state = state_of(model, optimizer)
+    whole = state_of(model, optimizer)
     there: dict[str, Any] = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    state = first_rows(whole, {name: there[f"model.{name}"].size[0] for name in tables_of(model)})
     regrouped = []
     for name, kept in state["optimizer"]["state"].items():
         for moment, value in kept.items() if "embedding_bags" in name else ():
@@ -131,7 +137,7 @@ def restore(model: nn.Module, optimizer: CombinedOptimizer, checkpoint: str, ste
             f"columns, and keeps {value.size(1)} here; each is set to the mean over its columns"
         )
         _regroup(read, value)
-    model.load_state_dict(state["model"])
+    model.load_state_dict(whole["model"])
     optimizer.set_optimizer_step(steps)  # of the fused ones
     for held in optimizer.state.values():
         if "step" in held:

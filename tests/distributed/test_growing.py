@@ -1,0 +1,107 @@
+"""Tables that grow between two runs: old rows and their optimizer state are those of the checkpoint, new ones fresh."""
+
+import contextlib
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from recgpt_torchrec.training.checkpoint import Checkpoints
+from recgpt_torchrec.training.processes import quiet
+from recgpt_torchrec.training.state import restore
+from tests.distributed import reshard
+from tests.distributed.launch import run_ranks
+from tests.distributed.reshard import DIM, ITEMS, STEPS, USERS, Layout
+
+MORE_USERS, MORE_ITEMS = 3 * USERS + 1, 2 * ITEMS + 13
+"""So many that, row-wise on two ranks, the second holds no old row."""
+
+SOURCES = [
+    Layout(1, "data_parallel", "rowwise_adagrad"),
+    Layout(2, "row_wise", "rowwise_adagrad"),
+    Layout(2, "column_wise", "rowwise_adagrad"),
+    Layout(2, "table_wise", "rowwise_adagrad"),
+    Layout(1, "row_wise", "adagrad"),
+    Layout(1, "data_parallel", "adam"),
+]
+TARGETS = [
+    Layout(1, "table_wise", "rowwise_adagrad"),
+    Layout(2, "data_parallel", "rowwise_adagrad"),
+    Layout(2, "row_wise", "rowwise_adagrad"),
+    Layout(2, "column_wise", "rowwise_adagrad"),
+    Layout(2, "column_wise", "adagrad"),
+    Layout(2, "row_wise", "adam"),
+]
+
+
+def fresh(name: str, names: list[str], rows: int) -> torch.Tensor:
+    """Initial values of a whole table, said a second time: users 0, items N(0, 0.02^2) from a stream of their own."""
+    if ".user." in name:
+        return torch.zeros(rows, DIM)
+    drawn = np.random.default_rng((7, sorted(names).index(name), 0, 4)).standard_normal((4096, DIM), dtype=np.float32)
+    return torch.from_numpy(drawn[:rows]) * 0.02
+
+
+def grown(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a run on more users and items should begin with, from every tensor of the checkpoint."""
+    names = [key.removeprefix("model.") for key in state if "embedding_bags" in key and key.startswith("model.")]
+    expected = dict(state)
+    for name in names:
+        rows = MORE_USERS if ".user." in name else MORE_ITEMS
+        old = state[f"model.{name}"]
+        expected[f"model.{name}"] = torch.cat([old, fresh(name, names, rows)[len(old) :]])
+        for key in [key for key in state if key.startswith(f"optimizer.state.{name}.")]:
+            moment = state[key]
+            expected[key] = torch.cat([moment, torch.zeros(rows - len(moment), moment.shape[1])])
+    return expected
+
+
+def grow(rank: int, world_size: int, folder: str) -> list[tuple[Layout, Layout, str]]:
+    """Train and save each source, begin from it with each target of the same optimizer; what was compared."""
+    quiet()
+    dist.destroy_process_group()
+    for count in (2, 1):
+        with reshard.group(rank, world_size, count, folder) as member:
+            for source in SOURCES if member else ():
+                if source.ranks == count:
+                    reshard.written(source, folder)
+    found = []
+    for count in (2, 1):
+        with reshard.group(rank, world_size, count, folder) as member:
+            for target in TARGETS if member else ():
+                for source in SOURCES if target.ranks == count else ():
+                    if source.optimizer == target.optimizer:
+                        found += begun(source, target, folder)
+    return found
+
+
+def begun(source: Layout, target: Layout, folder: str) -> list[tuple[Layout, Layout, str]]:
+    model, optimizer = reshard.made(target, MORE_USERS, MORE_ITEMS)
+    path = Checkpoints(reshard.place(folder, source), keep=1).latest()
+    assert path is not None
+    with contextlib.redirect_stdout(io.StringIO()):  # it says where blocks of columns change
+        restore(model, optimizer, path, STEPS)
+    kinds = set()
+    for kind, mine, theirs in reshard.compared(model, optimizer, grown(reshard.saved(folder, source))):
+        same = torch.allclose if kind == "moments" and source.blocks() != target.blocks() else torch.equal
+        assert mine.shape == theirs.shape and same(mine, theirs), (source, target, kind)
+        kinds.add(kind)
+    counted: list[Any] = [held["step"] for held in optimizer.state.values() if "step" in held]
+    assert counted and all(float(step) == STEPS for step in counted)
+    assert all(np.isfinite(reshard.steps(model, optimizer, range(STEPS, STEPS + 2))))
+    return [(source, target, kind) for kind in kinds]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory) -> list[list[tuple[Layout, Layout, str]]]:
+    return run_ranks(grow, 2, str(tmp_path_factory.mktemp("growing")), timeout=150)
+
+
+def test_old_rows_and_their_optimizer_state_are_bit_equal_and_new_ones_fresh(compared):
+    pairs = {(s, t) for s in SOURCES for t in TARGETS if s.optimizer == t.optimizer}
+    for kind in ("tables", "moments", "dense"):
+        assert {(s, t) for s, t, found in compared[0] if found == kind} == pairs
+    assert {t.ranks for _, t, _ in compared[1]} == {2}
