@@ -34,6 +34,7 @@ def main(config: Export) -> None:
         mark = fingerprint(checkpoint)
         manifest = finished(config.output, settings, dataset, mark)
         already = manifest is not None
+        absent = dataset.manifest.preparation.get("extends", {}).get("absent_users", 0)
         if manifest is None:
             trained = load(checkpoint, dataset, config.batch, config.tables, device)
             prompts = trained.tuning is not None and trained.tuning.prompts
@@ -60,14 +61,17 @@ def main(config: Export) -> None:
                 users=users(),
                 dim=trained.config.dim,
                 interests=config.interests,
-                everyone=config.history == "all",
+                everyone=config.history == "all" and not absent,
                 checkpoint=checkpoint,
                 checkpoint_fingerprint=mark,
                 settings=settings,
             )
         of_each = f", {manifest.interests} vectors each" if manifest.interests > 1 else ""
         without = dataset.manifest.users - manifest.users
-        few = f"; {without:,} with fewer than three items have none held out" if without else ""
+        reason = (
+            "do not occur in this log" if config.history == "all" else "with fewer than three items have none held out"
+        )
+        few = f"; {without:,} {reason}" if without else ""
         say(
             f"{'Already there' if already else 'Written'}: {config.output} ({manifest.items:,} items, "
             f"{manifest.users:,} users{of_each}{few})",

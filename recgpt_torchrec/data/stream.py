@@ -156,8 +156,10 @@ class BatchMaker:
             rows = leave_one_out.held_out(real.offsets, self.split)  # type: ignore[arg-type]
             users, begin, end, held_out = users[rows.row], rows.start, rows.stop, values[real.places[rows.target]]
             offsets = np.append(offsets[rows.row], 0)
-        else:
-            begin, end = real.offsets[:-1], real.offsets[1:]
+        else:  # of a user who does not occur there is nothing to encode
+            (some,) = np.nonzero(np.diff(real.offsets))
+            users, begin, end = users[some], real.offsets[some], real.offsets[some + 1]
+            offsets = np.append(offsets[some], 0)
         start = offsets[:-1]
         stop = np.where(end > begin, real.entries(np.maximum(end, 1)) if real.places.size else start, start)
         if self.training and self.batch.long_histories == "windows":

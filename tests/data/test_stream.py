@@ -263,3 +263,28 @@ def test_answers_stay_beside_their_items_whatever_is_cut_and_shuffled(tmp_path, 
             assert float(weight.sum()) == pytest.approx(0.5)
             seen += 1
     assert seen >= 40
+
+
+@pytest.mark.parametrize("long_histories", ["newest", "windows"])
+def test_only_new_targets_are_predicted_from_the_whole_history_before_them(tmp_path, long_histories):
+    rng = np.random.default_rng(5)
+    histories = walks(40, 30, shortest=1, longest=25)
+    marks = [[int(place < rng.integers(0, 25)) for place in range(len(history))] for history in histories]
+    marks = [sorted(row, reverse=True) for row in marks]  # what came first was trained on
+    more = {"trained": pa.array(marks, pa.list_(pa.int8()))}
+    dataset = write_dataset(tmp_path, histories, items=30, more=more, rows_per_group=8)
+    found = []
+    for new_targets in (True, False):
+        stream = stream_of(dataset, max_len=6, long_histories=long_histories, new_targets=new_targets)
+        batches = list(stream.epoch(0, deal(stream.windows(0), 1)))
+        found.append(Counter(pair for batch in batches for pair in pairs(batch)))
+        read = sum(float(batch.sequences.read.sum()) for batch in batches)
+        assert read == pytest.approx(sum(map(len, histories)))  # progress is that of the whole dataset
+    new = Counter()
+    for user, (history, row) in enumerate(zip(histories, marks, strict=True)):
+        trains = len(history) - 2 if len(history) >= 3 else len(history)
+        for target in range(max(1, trains - 6) if long_histories == "newest" else 1, trains):
+            new[user, history[target]] += not row[target]
+    assert Counter((pair[0], pair[-1]) for pair in found[0].elements()) == +new
+    # Each stands where it does when everything is predicted.
+    assert found[0] <= found[1] and found[0].total() < found[1].total()

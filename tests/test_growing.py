@@ -1,0 +1,129 @@
+"""Day after day: a dataset that extends another, and a run on it that begins from the run of the day before."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.data.prepare_helpers import make, random_log, write_csv
+from tests.support import stage
+from tests.test_pretrain import checkpoints, tensors
+
+OPTIONS = {
+    "--model.dim": 8,
+    "--model.max_len": 10,
+    "--batch.tokens": 60,
+    "--loss.candidates": "all",
+    "--train.epochs": 2,
+    "--optimizer.warmup_steps": 5,
+    "--checkpoint.every_steps": 4,
+    "--checkpoint.keep": 100,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Three days of a log; the run of the first one, and that of the second, which begins from it."""
+    folder = tmp_path_factory.mktemp("days")
+    rows = sorted(random_log(900, users=60, items=70), key=lambda row: row[2])
+    for day, count in enumerate((500, 700, 900)):
+        log = write_csv(folder / f"{day}.csv", rows[:count])
+        extended = {"vocabulary": str(folder / f"data{day - 1}")} if day else {}
+        make(log, folder / f"data{day}", min_count=5, **extended)
+    make(write_csv(folder / "other.csv", [(f"x{u}", i, t) for u, i, t in rows]), folder / "other", min_count=1)
+    assert stage("pretrain", {"--data": folder / "data0", "--output": folder / "run0", **OPTIONS}) == 0
+    assert stage("pretrain", second(folder)) == 0
+    return folder
+
+
+def second(folder: Path, **more: Any) -> dict[str, Any]:
+    options = {"--data": folder / "data1", "--output": folder / "run1", "--initial": folder / "run0", **OPTIONS}
+    return {**options, "--targets": "new", **{f"--{name}": value for name, value in more.items()}}
+
+
+def test_a_run_says_what_it_began_from_and_its_optimizers_count_on(folder):
+    record = json.loads((folder / "run1/run.json").read_text())
+    best = json.loads((folder / "run0/best.json").read_text())["checkpoint"]
+    assert record["initial"] == str(folder / "run0/checkpoints" / best)
+    facts = [json.loads((checkpoints(folder / run)[-1] / "checkpoint.json").read_text()) for run in ("run0", "run1")]
+    first = json.loads((Path(record["initial"]) / "checkpoint.json").read_text())["progress"]["step"]
+    assert facts[1]["progress"]["before"] == first
+    assert facts[1]["progress"]["step"] > 0
+    counted = tensors(checkpoints(folder / "run1")[-1])
+    steps = {float(value) for name, value in counted.items() if name.endswith(".step")}
+    assert steps == {first + facts[1]["progress"]["step"]}
+
+
+def test_a_run_that_was_stopped_goes_on_without_the_one_it_began_from(folder, tmp_path):
+    stopped = checkpoints(folder / "run1")[0]
+    shutil.copytree(stopped, tmp_path / "run1/checkpoints" / stopped.name)
+    shutil.copy(folder / "run1/run.json", tmp_path / "run1")
+    options = second(folder, output=tmp_path / "run1")
+    hidden = (folder / "run0").rename(folder / "gone")
+    try:
+        assert stage("pretrain", options) == 0
+    finally:
+        hidden.rename(folder / "run0")
+    mine, theirs = (tensors(checkpoints(run)[-1]) for run in (tmp_path / "run1", folder / "run1"))
+    assert mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(mine[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("evaluate", {"--output": "test.json"}),
+        ("export", {"--output": "vectors"}),
+        ("generate_prompts", {"--output": "prompts"}),
+        ("prompt_tune", {"--output": "tuned", "--tuning.prompts": "false"}),
+    ],
+)
+def test_a_checkpoint_from_before_some_items_is_told_from_another_ones(folder, tmp_path, capsys, name, options):
+    options = {**options, "--output": tmp_path / options["--output"], "--checkpoint": folder / "run0"}
+    assert stage(name, {"--data": folder / "data1", **options}) == 2
+    said = capsys.readouterr().err
+    assert "was trained before" in said and f"pretrain --data {folder / 'data1'} --initial" in said
+    assert stage(name, {"--data": folder / "other", **options}) == 2
+    said = capsys.readouterr().err
+    assert "was trained on another dataset" in said and "--initial" not in said
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"data": "other"}, "whose ids mean other items"),
+        ({"data": "data0"}, "does not say what was trained on before"),
+        ({"data": "data2"}, "what came between would never be trained on"),
+        ({"initial": "data0"}, "holds no finished checkpoint"),
+        ({"initial": None}, "name it with --initial"),
+        ({"model.dim": 16}, "was trained with --model.dim 8; give the same here"),
+        ({"tables.optimizer": "sgd"}, "was trained with --tables.optimizer rowwise_adagrad"),
+    ],
+)
+def test_what_a_run_cannot_begin_from_is_refused(folder, tmp_path, capsys, options, message):
+    options = {n: folder / v if n in ("data", "initial") and v else v for n, v in options.items()}
+    targets = "all" if options.get("data") == folder / "other" else "new"
+    assert stage("pretrain", second(folder, **{"output": tmp_path / "run", "targets": targets, **options})) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_users_who_do_not_occur_any_more_have_no_vector_and_the_others_have(folder, tmp_path, capsys):
+    rows = [(f"u{user}", f"i{item}", 9000 + item) for user in range(20) for item in range(8)]
+    made = make(write_csv(tmp_path / "log.csv", rows), tmp_path / "data", vocabulary=str(folder / "data1")).manifest
+    absent = made.preparation["extends"]["absent_users"]
+    assert absent
+    options = {
+        **second(folder),
+        "--data": tmp_path / "data",
+        "--output": tmp_path / "run",
+        "--initial": folder / "run1",
+    }
+    assert stage("pretrain", {**options, "--targets": "all", "--train.epochs": 1}) == 0
+    export = {"--data": tmp_path / "data", "--checkpoint": tmp_path / "run", "--output": tmp_path / "vectors"}
+    assert stage("export", export) == 0
+    assert f"{made.users - absent:,} users; {absent:,} do not occur in this log" in capsys.readouterr().out
