@@ -139,15 +139,10 @@ class Feedback(paper.Experiment):
             self._seed(seed)
             write(self.options, self.steps)
 
-    def _prepare(self, title: str, arguments: list[str], output: str) -> None:
-        command = ["python", "-m", "recgpt_torchrec.prepare", "--output", output, "--input", *arguments]
-        kind = f"{self.name} prepare"
-        self.steps.run(f"{self.name}/{title}", command, kind=kind, proof=f"{output}/manifest.json")
-
     def _seed(self, seed: int) -> None:
         start = f"seed{seed}/pretrain"
         self._train(start, "pretrain", "pretrain", self.config, self.data, ("prepare",), seed)
-        self._test(seed, "pretrain", self.data)
+        self._test(seed, "pretrain", self.data, baselines=seed == 0)  # they have no seed
         self._tune(seed, CONTROL, self.data, start, "prepare")
         for arm in self.options.prompts:
             prompts = f"seed{seed}/{folder_of(arm)}_prompts"
@@ -177,20 +172,6 @@ class Feedback(paper.Experiment):
         more += [] if prompts else ["--tuning.prompts", "false"]
         self._train(title, "tune", "prompt_tune", self.tune_config, data, (made_by, start), seed, more)
         self._test(seed, folder_of(arm), data)
-
-    def _test(self, seed: int, run: str, data: str) -> None:
-        title = f"seed{seed}/{run}_test"
-        output = f"{self.folder}/{title}.json"
-        baselines = "true" if seed == 0 and run == "pretrain" else "false"  # they have no seed
-        arguments = ["--data", data, "--checkpoint", f"{self.folder}/seed{seed}/{run}", "--output", output]
-        self.steps.run(
-            f"{self.name}/{title}",
-            self._stage("evaluate", [*arguments, "--baselines", baselines]),
-            kind=f"{self.name} test",
-            proof=output,
-            needs=(f"{self.name}/seed{seed}/{run}",),
-            repeatable=True,
-        )
 
     def _tokens_of(self, data: str, prompts: bool) -> int:
         """Tokens of a batch that give as many optimizer steps an epoch as the control has."""

@@ -233,6 +233,30 @@ class Experiment:
             repeatable=True,
         )
 
+    def _prepare(self, title: str, arguments: list[str], output: str, needs: tuple[str, ...] = ()) -> None:
+        """Make a dataset; `arguments` begin with its input."""
+        self.steps.run(
+            f"{self.name}/{title}",
+            ["python", "-m", "recgpt_torchrec.prepare", "--output", output, "--input", *arguments],
+            kind=f"{self.name} prepare",
+            proof=f"{output}/manifest.json",
+            needs=tuple(f"{self.name}/{need}" for need in needs),
+        )
+
+    def _test(self, seed: int, run: str, data: str, *, baselines: bool = False) -> None:
+        """Measure a run on test; m of the two-step list is chosen on validation by the stage."""
+        title = f"seed{seed}/{run}_test"
+        output = f"{self.folder}/{title}.json"
+        arguments = ["--data", data, "--checkpoint", f"{self.folder}/seed{seed}/{run}", "--output", output]
+        self.steps.run(
+            f"{self.name}/{title}",
+            self._stage("evaluate", [*arguments, "--baselines", str(baselines).lower()]),
+            kind=f"{self.name} test",
+            proof=output,
+            needs=(f"{self.name}/seed{seed}/{run}",),
+            repeatable=True,
+        )
+
     def _stage(self, name: str, arguments: list[str]) -> list[str]:
         if self.options.ranks == 1:
             return ["python", "-m", f"recgpt_torchrec.{name}", *arguments]

@@ -1,0 +1,274 @@
+"""Day by day: is a run that goes on from the day before as good as one from scratch, and how much cheaper is it?
+
+    python tools/synthetic_log.py --output runs/daily.csv --users 5000 --items 1000
+    python pipelines/daily.py --input runs/daily.csv --output runs/daily --day 604800 --days 4
+
+Cuts a log by time: what comes before the share --first of its rows is day 0, then come --days days of --day units of
+time each; what is later is left out. Each day the log so far is prepared with `--vocabulary` of the day before, and
+trained in two ways:
+
+    warm       goes on from the day before (`--initial`), on targets that are new (`--targets new`), with
+               configs/NAME_warm.yaml; day 0 is trained from scratch
+    scratch    the control, on everything so far, with configs/NAME.yaml
+
+Both are measured on test: the newest interaction of every user so far, which neither was trained on. Makes
+OUTPUT/report.md and report.json, brought up to date after each day; the same command goes on where it was stopped.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pipelines import paper, paper_report  # noqa: E402
+from pipelines.paper_report import METRICS, Row  # noqa: E402
+from pipelines.steps import ROOT, RecordedSteps  # noqa: E402
+from recgpt_torchrec.data.engine import quoted  # noqa: E402
+
+WARM, SCRATCH = "warm", "scratch"
+
+
+@dataclass(kw_only=True)
+class Options(paper.Options):
+    """What the user asked for."""
+
+    name: str
+    """configs/NAME.yaml and configs/NAME_warm.yaml are the configurations."""
+    days: int
+    """Days after day 0."""
+    day: float
+    """Length of a day, in units of the log's times."""
+    first: float
+    """Share of the log's rows that is day 0."""
+    time_column: str
+    min_count: int
+
+    def planned(self) -> list[str]:
+        """The kind of every step."""
+        a_day = [SCRATCH, "test", WARM, "test"]
+        return [f"{self.name} {kind}" for kind in (self.days + 1) * ["prepare"]] + [
+            f"{self.name} {kind}" for kind in self.seeds * ([SCRATCH, "test"] + self.days * a_day)
+        ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run every step that is not done, and write the report."""
+    options = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a step that runs is ended as well
+    try:
+        with RecordedSteps("daily", ROOT / options.output, options.planned()) as steps:
+            Daily(options, steps).run()
+            print(f"\n== Done: {steps.executed} of {steps.total} steps run now, the others before")
+    except KeyboardInterrupt:
+        print("\ndaily: interrupted; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+    print(f"report        {options.output}/report.md, report.json")
+
+
+def parse(arguments: list[str] | None = None) -> Options:
+    """The command line; paths become relative to the project, where commands run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", required=True, help="the log: csv, tsv or parquet, its times as numbers")
+    parser.add_argument("--output", default="runs/daily", help="folder for everything (default: runs/daily)")
+    parser.add_argument("--name", default="daily", help="of the configurations NAME.yaml, NAME_warm.yaml (daily)")
+    parser.add_argument("--days", type=int, default=3, help="days after day 0 (default: 3)")
+    parser.add_argument("--day", type=float, default=86400, help="length of a day in the log's times (default: 86400)")
+    parser.add_argument("--first", type=float, default=0.5, help="share of the rows that is day 0 (default: 0.5)")
+    parser.add_argument("--time_column", default="timestamp", help="as of the stage prepare (default: timestamp)")
+    parser.add_argument("--min_count", type=int, default=5, help="as of the stage prepare (default: 5)")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds 0 to SEEDS - 1 (default: 1)")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of each stage (default: 1)")
+    parser.add_argument("--configs", default="configs", help="folder of the configurations (default: configs)")
+    given = parser.parse_args(arguments)
+    if min(given.seeds, given.ranks, given.days, given.min_count) < 1 or given.day <= 0:
+        parser.error("--seeds, --ranks, --days and --min_count must be at least 1, --day more than 0")
+    if not 0 < given.first < 1:
+        parser.error(f"--first is {given.first}; it is a share, between 0 and 1")
+    if not given.input.endswith((".csv", ".tsv", ".parquet")) or not os.path.exists(given.input):
+        parser.error(f"--input {given.input} must be a file that ends in .csv, .tsv or .parquet")
+    return Options(
+        datasets={given.name: paper.from_root(given.input)},
+        output=paper.from_root(given.output),
+        seeds=given.seeds,
+        ranks=given.ranks,
+        ks=[1],
+        input_format="auto",
+        configs=paper.from_root(given.configs),
+        test_grid=False,
+        name=given.name,
+        days=given.days,
+        day=given.day,
+        first=given.first,
+        time_column=given.time_column,
+        min_count=given.min_count,
+    )
+
+
+class Daily(paper.Experiment):
+    """Every day of one log. Example: `Daily(options, steps).run()`."""
+
+    options: Options
+
+    def __init__(self, options: Options, steps: RecordedSteps) -> None:
+        super().__init__(options.name, options, steps)
+        self.warm_config = paper.config_file(options.configs, self.name, "_warm")
+
+    def run(self) -> None:
+        """Day by day, each with every seed; the report is brought up to date after each day."""
+        log = f"{self.folder}/log"
+        cut(ROOT / self.options.datasets[self.name], ROOT / log, self.options)
+        for day in range(self.options.days + 1):
+            files = [f"{log}/day{number}.parquet" for number in range(day + 1)]
+            arguments = [*files, "--time_column", self.options.time_column, "--min_count", str(self.options.min_count)]
+            extended = ["--vocabulary", self.data_of(day - 1)] if day else []
+            needs = (f"day{day - 1}/prepare",) if day else ()
+            self._prepare(f"day{day}/prepare", [*arguments, *extended], self.data_of(day), needs)
+            for seed in range(self.options.seeds):
+                self._day(seed, day)
+            write(self.options, self.steps)
+
+    def _day(self, seed: int, day: int) -> None:
+        data, prepared = self.data_of(day), f"day{day}/prepare"
+        place = f"seed{seed}/day{day}"
+        self._train(f"{place}/{SCRATCH}", SCRATCH, "pretrain", self.config, data, (prepared,), seed)
+        self._test(seed, f"day{day}/{SCRATCH}", data, baselines=seed == 0)  # they have no seed
+        if day:
+            before = f"seed{seed}/day{day - 1}/{WARM if day > 1 else SCRATCH}"
+            more = ["--initial", f"{self.folder}/{before}", "--targets", "new"]
+            needs = (prepared, before)
+            self._train(f"{place}/{WARM}", WARM, "pretrain", self.warm_config, data, needs, seed, more)
+            self._test(seed, f"day{day}/{WARM}", data)
+
+    def data_of(self, day: int) -> str:
+        """The dataset of a day: the log up to its end."""
+        return f"{self.folder}/day{day}/data"
+
+
+def cut(log: Path, folder: Path, options: Options) -> None:
+    """Write `folder`/day0.parquet, day1.parquet, ...: the rows of each day, in their order; unless they are there.
+
+    A log that was cut otherwise before ends the pipeline.
+    """
+    settings = {name: getattr(options, name) for name in ("days", "day", "first", "time_column")}
+    made_from = {"log": str(log), "bytes": log.stat().st_size, **settings}
+    record = folder / "log.json"
+    if record.exists():
+        if json.loads(record.read_text()) != made_from:
+            print(f"daily: {folder} was cut from another log or otherwise; choose another --output", file=sys.stderr)
+            raise SystemExit(2)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    source = f"{'read_parquet' if log.suffix == '.parquet' else 'read_csv'}({quoted(str(log))})"
+    moment = '"' + options.time_column.replace('"', '""') + '"'
+    with duckdb.connect() as connection:
+        (begin,) = connection.sql(f"SELECT quantile_disc({moment}, {options.first}) FROM {source}").fetchall()[0]
+        edges = [float("-inf"), *(float(begin) + day * options.day for day in range(options.days + 1))]
+        for day in range(options.days + 1):
+            low = f"{moment} >= {edges[day]!r} AND " if day else ""
+            rows = f"SELECT * FROM {source} WHERE {low}{moment} < {edges[day + 1]!r}"
+            (count,) = connection.sql(f"SELECT count(*) FROM ({rows})").fetchall()[0]
+            if not count:
+                print(f"daily: day {day} has no rows; give a longer --day, or fewer --days", file=sys.stderr)
+                raise SystemExit(2)
+            connection.execute(f"COPY ({rows}) TO {quoted(str(folder / f'day{day}.parquet'))} (FORMAT parquet)")
+    record.write_text(json.dumps(made_from))
+
+
+# --------------------------------------------------------------------------------------------------------- report
+
+
+def write(options: Options, steps: RecordedSteps) -> None:
+    """Bring report.json and report.md up to date with the days that are finished."""
+    report = collect(options, steps)
+    (ROOT / options.output / "report.json").write_text(json.dumps(report, indent=1))
+    (ROOT / options.output / "report.md").write_text(markdown(report))
+
+
+def collect(options: Options, steps: RecordedSteps) -> dict[str, Any]:
+    """Everything the report says, as JSON values."""
+    folder, records = ROOT / options.output / options.name, steps.records()
+    days = []
+    for day in range(options.days + 1):
+        manifest = paper_report.read(folder / f"day{day}/data/manifest.json")
+        runs: dict[str, Any] = {}
+        for run in (SCRATCH, WARM) if day else (SCRATCH,):
+            places = [f"seed{seed}/day{day}/{run}" for seed in range(options.seeds)]
+            tests = [paper_report.read(folder / f"{place}_test.json") for place in places]
+            if not all(tests):
+                continue
+            trained = [paper_report.trained(folder / place) for place in places]
+            for place, each in zip(places, trained, strict=True):
+                each["seconds"] = records[f"{options.name}/{place}"]["seconds"]
+            runs[run] = {
+                "users": tests[0]["users"],
+                "test": paper_report.over_seeds([test["results"] for test in tests])["pretrain"],
+                "baselines": {path: tests[0]["results"].get(path) for path in paper_report.BASELINES},
+                "training": trained,
+            }
+        if len(runs) == (2 if day else 1):
+            counts = {name: manifest[name] for name in ("users", "items", "interactions")}
+            days.append({"day": day, **counts, "extends": manifest["preparation"].get("extends"), "runs": runs})
+    return {
+        "made": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "name": options.name,
+        "seeds": options.seeds,
+        "ranks": options.ranks,
+        "day": options.day,
+        "versions": paper_report.versions(),
+        "days": days,
+        "steps": records,
+    }
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report for people."""
+    lines = [
+        f"# {report['name']}: going on from the day before, and from scratch",
+        "",
+        f"A day is {report['day']:,g} units of the log's time. Seeds: {report['seeds']}; ± is the sample standard "
+        f"deviation over them. Processes of each run: {report['ranks']}. Leave one out over all users so far, ranked "
+        "over the whole catalogue, masked. Bold: best of its column.",
+        "",
+        "| day | users (new) | items (new) | interactions | new targets |",
+        "|---|---|---|---|---|",
+    ]
+    for day in report["days"]:
+        extends = day["extends"] or {"users": 0, "items": 0, "new_targets": None}
+        new = [f"{day[name]:,} ({day[name] - extends[name]:,})" for name in ("users", "items")]
+        targets = "all" if extends["new_targets"] is None else f"{extends['new_targets']:,}"
+        lines.append(f"| {day['day']} | {' | '.join(new)} | {day['interactions']:,} | {targets} |")
+    for day in report["days"]:
+        rows: list[Row] = []
+        for run, found in day["runs"].items():
+            rows.append((run, [found["test"]["masked"][metric] for metric in METRICS]))
+        for path, title in paper_report.BASELINES.items():
+            if figures := day["runs"][SCRATCH]["baselines"][path]:
+                rows.append((title, [{"mean": figures["masked"][metric], "sd": None} for metric in METRICS]))
+        lines += ["", f"## Day {day['day']}, test", "", *paper_report.table("", METRICS, rows)]
+    lines += ["", "## Training", "", "Means over seeds. Seconds of the whole command, and of its training alone.", ""]
+    lines += ["| day | run | optimizer steps | best epoch | seconds | training alone |", "|---|---|---|---|---|---|"]
+    total: dict[str, float] = {}
+    for day in report["days"]:
+        for run, found in day["runs"].items():
+            names = ("steps", "best_epoch", "seconds", "train_s")
+            means = [paper_report.mean_and_deviation([t[name] for t in found["training"]])["mean"] for name in names]
+            lines.append(f"| {day['day']} | {run} | " + " | ".join(f"{mean:,.0f}" for mean in means) + " |")
+            if day["day"]:
+                total[run] = total.get(run, 0.0) + means[2]
+    if total:
+        sums = ", ".join(f"{run} {seconds:,.0f} s" for run, seconds in total.items())
+        lines += ["", f"After day 0, all days together: {sums}."]
+    return "\n".join([*lines, "", *paper_report.origin(report)]) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""`pipelines/daily.py` from a log to its report, and how it cuts the log."""
+
+import json
+from pathlib import Path
+
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import daily
+from tests.pipelines.test_paper import InProcess, executor
+from tools import synthetic_log
+
+__all__ = ["executor"]  # a fixture
+CONFIG = """
+model: {dim: 8, layers: 1, max_len: 10}
+loss: {candidates: all}
+batch: {tokens: 200}
+train: {epochs: 1}
+"""
+WEEK = 7 * 86400
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    log, configs = tmp_path / "log.csv", tmp_path / "configs"
+    synthetic_log.main(["--output", str(log), "--users", "120", "--items", "60", "--mean_events", "10"])
+    configs.mkdir()
+    (configs / "tiny.yaml").write_text(CONFIG)
+    (configs / "tiny_warm.yaml").write_text(CONFIG)
+    words = ["--input", str(log), "--output", str(tmp_path / "out"), "--configs", str(configs), "--name", "tiny"]
+    return [*words, "--day", str(WEEK), "--days", "2", "--first", "0.6"]
+
+
+def test_from_a_log_to_the_report_interrupted_and_done_once(
+    tmp_path: Path,
+    words: list[str],
+    executor: InProcess,  # noqa: F811
+) -> None:
+    executor.interrupt_at = 5
+    with pytest.raises(SystemExit):
+        daily.main(words)
+    executor.interrupt_at = None
+    daily.main(words)
+    assert len(executor.ran) == len(daily.parse(words).planned()) == 3 + 2 + 2 * 4
+
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert [list(day["runs"]) for day in report["days"]] == [["scratch"], ["scratch", "warm"], ["scratch", "warm"]]
+    place = tmp_path / "out/tiny/seed0"
+    initial = [json.loads((place / f"day{day}/warm/run.json").read_text())["initial"] for day in (1, 2)]
+    assert [Path(path).parents[1] for path in initial] == [place / "day0/scratch", place / "day1/warm"]
+    for day in report["days"][1:]:
+        measured = json.loads((place / f"day{day['day']}/warm_test.json").read_text())
+        figure = day["runs"]["warm"]["test"]["masked"]["NDCG@10"]["mean"]
+        assert figure == measured["results"]["pretrain"]["masked"]["NDCG@10"]
+        assert day["runs"]["warm"]["users"] == day["runs"]["scratch"]["users"]
+        assert 0 < day["runs"]["warm"]["training"][0]["steps"] <= day["runs"]["scratch"]["training"][0]["steps"]
+        assert 0 < day["extends"]["new_targets"] < day["interactions"]
+    text = (tmp_path / "out/report.md").read_text()
+    for part in ("## Day 2, test", "| 1 | warm |", "After day 0, all days together: scratch", "--targets new"):
+        assert part in text
+
+    daily.main(words)
+    assert len(executor.ran) == 13  # a second run starts no stage
+    with pytest.raises(SystemExit):
+        daily.main([*words, "--first", "0.5"])
+
+
+def test_days_are_the_log_cut_by_time_in_its_order(tmp_path: Path, words: list[str]) -> None:
+    options = daily.parse(words)
+    log = pyarrow.csv.read_csv(tmp_path / "log.csv").to_pylist()
+    daily.cut(tmp_path / "log.csv", tmp_path / "cut", options)
+    first = sorted(row["timestamp"] for row in log)[round(0.6 * len(log)) - 1]
+    edges = [0, first, first + WEEK, first + 2 * WEEK]
+    for day, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
+        rows = pq.read_table(tmp_path / f"cut/day{day}.parquet").to_pylist()
+        assert rows and rows == [row for row in log if low <= row["timestamp"] < high]
+
+
+@pytest.mark.parametrize(
+    "more", [["--days", "0"], ["--first", "1"], ["--day", "0"], ["--input", "nowhere.csv"], ["--input", "configs"]]
+)
+def test_options_that_cannot_be_are_refused(words: list[str], more: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        daily.parse([*words, *more])
+    assert ended.value.code == 2
