@@ -29,7 +29,7 @@ from recgpt_torchrec.data.stream import BatchMaker, SequenceStream, training_cou
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import RecGPT
 from recgpt_torchrec.retrieval.validation import Validation
-from recgpt_torchrec.training.checkpoint import facts_of
+from recgpt_torchrec.training.checkpoint import facts_of, reader
 from recgpt_torchrec.training.growing import check_new_targets
 from recgpt_torchrec.training.processes import say
 from recgpt_torchrec.training.run import Run
@@ -170,7 +170,7 @@ def read_tensors(state: dict[str, Any], checkpoint: str) -> None:
         InputError: files of the checkpoint are missing or damaged.
     """
     try:
-        dcp.load(state, checkpoint_id=checkpoint)
+        dcp.load(state, storage_reader=reader(checkpoint))
     except CheckpointException as error:
         reasons = sorted({" ".join(str(failure[0]).split()) for failure in error.failures.values()})
         raise InputError(
@@ -184,7 +184,7 @@ def load_pretrained(model: nn.Module, checkpoint: str) -> None:
     W_l, where the model has one, becomes a copy of the item table; what only tuning has keeps its initial values.
     """
     state = model.state_dict()
-    there = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    there = reader(checkpoint).read_metadata().state_dict_metadata
     known = {name: value for name, value in state.items() if f"model.{name}" in there}
     read_tensors({"model": known}, checkpoint)
     tables = {table_name(name): name for name in tables_of(model)}

@@ -72,6 +72,10 @@ def run(config_class: type[Config], function: Callable[[Config], None], prog: st
         rank = os.environ.get("RANK", "0")
         print(f"{prog}: error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except OSError as error:  # a disk, a network, a store: what the operating system says is the reason
+        where = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        print(f"{prog}: error{where}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None

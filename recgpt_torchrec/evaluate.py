@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from recgpt_torchrec import cli
+from recgpt_torchrec import cli, storage
 from recgpt_torchrec.config import Evaluate
 from recgpt_torchrec.errors import InputError
 
@@ -53,14 +53,15 @@ def main(config: Evaluate) -> None:
 
 def check_output(config: Evaluate, read_json: Any) -> None:
     """Refuse to write over anything but an earlier evaluation of the same run and split."""
-    folder = os.path.dirname(os.path.abspath(config.output))
-    if not os.path.isdir(folder):
-        raise InputError(f"the folder {folder} of --output does not exist; make it first")
-    if os.path.isdir(config.output):
+    if not storage.remote(config.output):  # a store has no folders to be made first
+        folder = os.path.dirname(os.path.abspath(config.output))
+        if not os.path.isdir(folder):
+            raise InputError(f"the folder {folder} of --output does not exist; make it first")
+        if not os.access(folder, os.W_OK):
+            raise InputError(f"cannot write to the folder {folder} of --output")
+    if storage.is_folder(config.output):
         raise InputError(f"--output {config.output} is a folder; give a file in it, such as {config.output}/test.json")
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"cannot write to the folder {folder} of --output")
-    if config.overwrite or not os.path.exists(config.output):
+    if config.overwrite or not storage.exists(config.output):
         return
     try:
         earlier = read_json(config.output)

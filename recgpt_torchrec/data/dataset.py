@@ -10,17 +10,16 @@ The manifest is written last: a folder without one is not a dataset.
 
 import hashlib
 import json
-import os
 import zlib
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import fsspec
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.storage import filesystem
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -37,23 +36,6 @@ COLUMNS = {
 REQUIRED = ("user_id", "item_ids")
 ANSWERS = ("answer_ids", "answer_scores")
 """List columns of a prompt dataset: some answers of the model for each interacted item, and their scores."""
-
-
-def filesystem(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The pyarrow file system of a path or URI, and the path on it.
-
-    URIs are pyarrow's own (s3://, gs://, hdfs://, file://), and beyond those any that fsspec knows.
-    """
-    if "://" not in path:
-        return pyarrow.fs.LocalFileSystem(), os.path.abspath(path)
-    try:
-        return pyarrow.fs.FileSystem.from_uri(path)
-    except pa.ArrowInvalid as error:
-        try:
-            fs, root = fsspec.core.url_to_fs(path)
-        except (ValueError, ImportError):
-            raise InputError(f"{path}: no file system for this URI: {error}") from None
-        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)), root
 
 
 @dataclass(kw_only=True)

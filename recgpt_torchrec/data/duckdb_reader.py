@@ -10,7 +10,6 @@ import json
 from typing import Any
 
 import duckdb
-import fsspec
 import ibis
 import ibis.expr.datatypes as dt
 import pyarrow as pa
@@ -21,6 +20,7 @@ from recgpt_torchrec.data.engine import DuckDBEngine, quoted
 from recgpt_torchrec.data.inputs import InputFile
 from recgpt_torchrec.data.rows import BLANK, meaning
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.storage import fsspec_filesystem
 
 RECBOLE_TYPES = ("token", "float", "token_seq", "float_seq")
 LONGEST_LINE = 16 * 2**20
@@ -82,7 +82,7 @@ class DuckDBReader:
         if "://" in file.path:
             protocol = file.path.partition("://")[0]
             if not self.engine.connection.filesystem_is_registered(protocol):
-                self.engine.connection.register_filesystem(fsspec.core.url_to_fs(file.path)[0])
+                self.engine.connection.register_filesystem(fsspec_filesystem(file.path)[0])
         try:
             if file.format != "parquet":
                 self._check_text()

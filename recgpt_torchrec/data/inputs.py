@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any, cast
 
-import fsspec
-
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.storage import fsspec_filesystem
 
 ENDINGS = {
     ".csv": "csv",
@@ -37,7 +36,8 @@ class InputFile:
 
     def open(self) -> IO[Any]:
         """Open for reading, decompressed."""
-        stream = fsspec.open(self.path).open() if "://" in self.path else open(self.path, "rb")
+        fs, root = fsspec_filesystem(self.path)
+        stream = fs.open(root, "rb") if "://" in self.path else open(self.path, "rb")
         return cast(IO[Any], gzip.GzipFile(fileobj=stream)) if self.path.endswith(".gz") else stream
 
 
@@ -78,9 +78,9 @@ def _expand(pattern: str, output: str) -> Iterator[tuple[str, int, str, bool]]:
     """Path, bytes and modification time of each file `pattern` stands for; whether it was named itself."""
     if "://" in pattern:
         try:
-            fs, root = fsspec.core.url_to_fs(pattern)
-        except (ValueError, ImportError) as error:
-            raise InputError(f"--input {pattern}: no file system for this URI: {error}") from None
+            fs, root = fsspec_filesystem(pattern)
+        except InputError as error:
+            raise InputError(f"--input {error}") from None
         matches = sorted(fs.glob(root)) if glob.has_magic(root) else [root] if fs.exists(root) else []
         for match in matches:
             inside = sorted(fs.find(match)) if fs.isdir(match) else [match]

@@ -7,7 +7,7 @@ import hashlib
 import os
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,8 @@ from recgpt_torchrec.errors import InputError
 
 RENAMING = ("local", "hdfs")
 """File systems where a folder is renamed in one step."""
+INCOMPLETE = ".incomplete"
+"""A file in a folder of another file system, as long as the folder is being written."""
 
 
 @contextmanager
@@ -27,7 +29,8 @@ def staged(path: str) -> Iterator[tuple[pyarrow.fs.FileSystem, str]]:
     """A folder to write a dataset into, that becomes `path` when the block ends without an error.
 
     Until then it has a temporary name beside `path`. Where folders cannot be renamed (object stores) it is `path` from
-    the start, and the manifest, written last, is what makes it a dataset. After an error nothing of it is left.
+    the start, and the manifest, written last, is what makes it a dataset; a file that is there meanwhile says that what
+    a kill left may be written over. After an error nothing of it is left.
 
     Yields:
         The file system, and the folder on it.
@@ -38,30 +41,40 @@ def staged(path: str) -> Iterator[tuple[pyarrow.fs.FileSystem, str]]:
     folder = f"{parent}/.{name}.incomplete-{os.getpid()}" if renames else final
     try:
         fs.create_dir(folder, recursive=True)
+        if not renames:
+            fs.delete_dir_contents(folder)  # left by a kill, or nothing: `check_free` saw to it
+            with fs.open_output_stream(f"{folder}/{INCOMPLETE}", compression=None) as stream:
+                stream.write(b"being written")
         yield fs, folder
         if renames:
             if fs.get_file_info(final).type == pyarrow.fs.FileType.Directory:
                 fs.delete_dir(final)  # empty: `check_free` saw to it
             fs.move(folder, final)
+        else:
+            fs.delete_file(f"{folder}/{INCOMPLETE}")
     except BaseException as error:
-        if fs.get_file_info(folder).type == pyarrow.fs.FileType.Directory:
-            fs.delete_dir_contents(folder, missing_dir_ok=True)
-            if renames:
-                fs.delete_dir(folder)
+        with suppress(OSError):  # a store that does not answer; the error that led here is the one to be said
+            if fs.get_file_info(folder).type == pyarrow.fs.FileType.Directory:
+                fs.delete_dir_contents(folder, missing_dir_ok=True)
+                if renames:
+                    fs.delete_dir(folder)
         if isinstance(error, OSError):
             raise InputError(f"cannot write {path}: {error}") from error
         raise
 
 
 def check_free(path: str, finished: str = "finished dataset") -> None:
-    """Raise `InputError` unless `path` does not exist or is an empty folder; `finished` is what would be welcome."""
+    """Raise `InputError` unless `path` does not exist, is an empty folder, or one that a kill left half written.
+
+    `finished` is what would be welcome.
+    """
     fs, root = filesystem(path)
     info = fs.get_file_info(root)
     if info.type == pyarrow.fs.FileType.File:
         raise InputError(f"--output {path} is a file; name a folder that does not exist or is empty")
     if info.type == pyarrow.fs.FileType.Directory:
         there = sorted(entry.base_name for entry in fs.get_file_info(pyarrow.fs.FileSelector(root)))
-        if there:
+        if there and INCOMPLETE not in there:
             more = f" and {len(there) - 3} more" if len(there) > 3 else ""
             raise InputError(
                 f"--output {path} already holds something that is not a {finished} ({', '.join(there[:3])}"

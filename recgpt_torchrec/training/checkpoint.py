@@ -3,9 +3,10 @@
     OUTPUT/checkpoints/step-00001200/   the distributed checkpoint, and checkpoint.json, written last
     OUTPUT/best.json                    which of them is best on validation
 
-A checkpoint is written under a temporary name and renamed when it is whole; readers look at nothing else. Whatever
-comes after the rename (best.json, dropping old ones) follows from the checkpoints, so that it can be made up for after
-a kill. `saving` writes them, `state` says what is in them.
+On a local disk a checkpoint is written under a temporary name and renamed when it is whole; where the output is a URI
+it is written where it belongs, and checkpoint.json, written last, is what makes it one. Readers look at nothing else.
+Whatever comes after that (best.json, dropping old ones) follows from the checkpoints, so that it can be made up for
+after a kill. `saving` writes them, `state` says what is in them.
 """
 
 import hashlib
@@ -14,10 +15,12 @@ import os
 import shutil
 import zlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
+from recgpt_torchrec import storage
 from recgpt_torchrec.errors import InputError
 
 FACTS = "checkpoint.json"
@@ -28,11 +31,7 @@ TEMPORARY = ".tmp"
 
 def write_json(path: str, value: Any) -> None:
     """Write a JSON file so that readers see the old one or the new one, never a part."""
-    with open(path + ".tmp", "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
+    storage.write(path, json.dumps(value, indent=1).encode())
 
 
 def read_json(path: str) -> Any:
@@ -41,11 +40,10 @@ def read_json(path: str) -> Any:
     Raises:
         InputError: it is damaged.
     """
-    if not os.path.exists(path):
+    if not storage.exists(path):
         return None
     try:
-        with open(path) as file:
-            value = json.load(file)
+        value = json.loads(storage.read(path))
     except ValueError as error:
         value, reason = None, str(error)
     else:
@@ -73,18 +71,16 @@ class Checkpoints:
         return os.path.join(self.folder, f"step-{step:08d}")
 
     def temporary(self, step: int) -> str:
-        """Where it is written before it counts."""
-        return self.path(step) + TEMPORARY
+        """Where it is written before it counts; at once in its place where folders cannot be renamed."""
+        return self.path(step) + ("" if storage.remote(self.output) else TEMPORARY)
 
     def committed(self) -> list[str]:
         """Paths of the checkpoints that are whole, oldest first."""
         paths = [path for path in self._all() if not path.endswith(TEMPORARY)]
-        return [path for path in paths if os.path.exists(os.path.join(path, FACTS))]
+        return [path for path in paths if whole(path)]
 
     def _all(self) -> list[str]:
-        if not os.path.isdir(self.folder):
-            return []
-        return [os.path.join(self.folder, name) for name in sorted(os.listdir(self.folder)) if name.startswith("step-")]
+        return [os.path.join(self.folder, name) for name in storage.names(self.folder) if name.startswith("step-")]
 
     def latest(self) -> str | None:
         """The newest whole checkpoint."""
@@ -94,12 +90,12 @@ class Checkpoints:
         """The checkpoint that did best on validation."""
         found = read_json(os.path.join(self.output, BEST))
         path = found and os.path.join(self.folder, found["checkpoint"])
-        return path if path and os.path.exists(os.path.join(path, FACTS)) else None
+        return path if path and whole(path) else None
 
     def begin(self, step: int) -> None:
         """Make an empty folder to write a checkpoint into, `temporary` (on one rank)."""
-        shutil.rmtree(self.temporary(step), ignore_errors=True)
-        os.makedirs(self.temporary(step))
+        storage.remove(self.temporary(step), first=FACTS)
+        storage.make_folder(self.temporary(step))
 
     def commit(self, step: int, facts: dict[str, Any]) -> None:
         """Make what was written after `begin` a checkpoint, and settle what follows from it (on one rank).
@@ -113,7 +109,7 @@ class Checkpoints:
                 best.json: its `checkpoint` names the best one so far, or is None.
         """
         path, temporary = self.path(step), self.temporary(step)
-        if os.path.exists(os.path.join(path, FACTS)):
+        if storage.remote(self.output) or whole(path):
             write_json(os.path.join(path, FACTS), facts)
         else:
             write_json(os.path.join(temporary, FACTS), facts)
@@ -124,15 +120,40 @@ class Checkpoints:
 
     def settle(self) -> None:
         """Bring everything in line with the newest checkpoint: best.json, and no half or dropped ones (on one rank)."""
-        whole = self.committed()
-        if whole:
-            best = facts_of(whole[-1]).get("best", {})
+        there = self.committed()
+        if there:
+            best = facts_of(there[-1]).get("best", {})
             if best.get("checkpoint") and best != read_json(os.path.join(self.output, BEST)):
                 write_json(os.path.join(self.output, BEST), best)
-        kept = [*whole[-max(self.keep, 1) :], self.best()]
+        kept = [*there[-max(self.keep, 1) :], self.best()]
         for path in self._all():
-            if path.endswith(TEMPORARY) or (path in whole and path not in kept):
+            if storage.remote(path):
+                if path not in kept:
+                    storage.remove(path, first=FACTS)
+            elif path.endswith(TEMPORARY) or (path in there and path not in kept):
                 shutil.rmtree(path)
+
+
+def whole(checkpoint: str) -> bool:
+    """Whether a folder is a finished checkpoint."""
+    return storage.exists(os.path.join(checkpoint, FACTS))
+
+
+def writer(path: str) -> dcp.FileSystemWriter:
+    """What torch.distributed.checkpoint writes a folder with, wherever it lies."""
+    if not storage.remote(path):
+        return dcp.FileSystemWriter(path)
+    made = dcp.FileSystemWriter(path, sync_files=False)  # else each file syncs all of this machine's disks
+    made.fs, made.path = cast(Any, storage.Streams(path)), path
+    return made
+
+
+def reader(path: str) -> dcp.FileSystemReader:
+    """What torch.distributed.checkpoint reads a folder with, wherever it lies."""
+    made = dcp.FileSystemReader(path)
+    if storage.remote(path):
+        made.fs, made.path = cast(Any, storage.Streams(path)), path
+    return made
 
 
 def _sync(folder: str) -> None:
@@ -162,7 +183,7 @@ def find(path: str) -> str:
     Raises:
         InputError: there is none.
     """
-    if os.path.exists(os.path.join(path, FACTS)):
+    if whole(path):
         return path
     checkpoints = Checkpoints(path, keep=0)
     found = checkpoints.best() or checkpoints.latest()
@@ -175,7 +196,7 @@ def find(path: str) -> str:
 
 def fingerprint(checkpoint: str) -> str:
     """32 hex digits of everything in a checkpoint folder, wherever it lies (collective: ranks share the files out)."""
-    names = sorted(os.listdir(checkpoint))
+    names = storage.names(checkpoint)
     rank_, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = [(name, _crc(os.path.join(checkpoint, name))) for name in names[rank_::world_size]]
     shares: list[list[tuple[str, int]]] = [mine]
@@ -187,7 +208,8 @@ def fingerprint(checkpoint: str) -> str:
 
 def _crc(path: str) -> int:
     crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(2**22):
+    fs, root = storage.filesystem(path)
+    with fs.open_input_stream(root, compression=None) as stream:
+        while block := stream.read(2**22):
             crc = zlib.crc32(block, crc)
     return crc

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from recgpt_torchrec import storage
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.training.checkpoint import Checkpoints, facts_of, read_json, write_json
 from recgpt_torchrec.training.processes import together
@@ -65,7 +66,7 @@ class Run:
         def check() -> None:
             earlier = read_json(os.path.join(output, RUN))
             if earlier is None:
-                if os.path.exists(output) and (not os.path.isdir(output) or os.listdir(output)):
+                if storage.exists(output) and (not storage.is_folder(output) or storage.names(output)):
                     raise InputError(
                         f"{output} holds something that is not a run of this program; choose another --output"
                     )
@@ -95,7 +96,7 @@ class Run:
         def write() -> None:
             output = self.checkpoints.output
             try:
-                os.makedirs(output, exist_ok=True)
+                storage.make_folder(output)
                 if read_json(os.path.join(output, RUN)) is None:
                     record = {"config": self.config, "vocabulary": self.vocabulary, "initial": self.initial}
                     write_json(os.path.join(output, RUN), record)

@@ -2,8 +2,11 @@
 
 import json
 import os
+import tempfile
 from typing import Any
 
+from recgpt_torchrec import storage
+from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.progress import bar
 from recgpt_torchrec.training.processes import rank
 
@@ -13,6 +16,8 @@ class RunLog:
 
     A run that goes on from a checkpoint does again what came after it: that is dropped here, so that each epoch has one
     line and each step one point.
+
+    Where the output is a store, TensorBoard's events are kept on the local disk and brought there after each epoch.
 
     Example: `with RunLog(output, total, done) as log: log.step(...)`
     """
@@ -30,20 +35,33 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter  # imports slowly, and on one rank is enough
 
-        self.board = SummaryWriter(os.path.join(output, "tensorboard"), purge_step=steps + 1 if steps else None)
-        history = os.path.join(output, "history.jsonl")
-        _keep_epochs(history, epochs)
-        self.history = open(history, "a")
+        self.boards = os.path.join(output, "tensorboard")
+        self.scratch = tempfile.TemporaryDirectory(prefix="tensorboard-") if storage.remote(output) else None
+        folder = self.boards if self.scratch is None else self.scratch.name
+        self.board = SummaryWriter(folder, purge_step=steps + 1 if steps else None)
+        self.history = os.path.join(output, "history.jsonl")
+        _keep_epochs(self.history, epochs)
         self.bar = bar(int(total), "interactions", done=int(done), unit_scale=True)
 
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self.active:
             self.bar.close()
             self.board.close()
-            self.history.close()
+            if kind is None or not issubclass(kind, (InputError, OSError)):  # else the store may not answer
+                self._upload()
+            if self.scratch is not None:
+                self.scratch.cleanup()
+
+    def _upload(self) -> None:
+        """Bring the events so far, kept on the local disk, to where the run lies, if that is a store."""
+        if self.scratch is not None:
+            self.board.flush()
+            for name in os.listdir(self.scratch.name):
+                with open(os.path.join(self.scratch.name, name), "rb") as file:
+                    storage.write(os.path.join(self.boards, name), file.read())
 
     def read(self, interactions: float) -> None:
         """Move the progress bar on by interactions trained on, all ranks together."""
@@ -70,21 +88,18 @@ class RunLog:
     def epoch(self, record: dict[str, Any], step: int) -> None:
         """Keep and print an epoch's summary."""
         if self.active:
-            self.history.write(json.dumps(record) + "\n")
-            self.history.flush()
+            storage.append(self.history, json.dumps(record) + "\n")
             for name, value in record.items():
                 if isinstance(value, float):
                     self.board.add_scalar(f"epoch/{name}", value, step)
+            self._upload()
             figures = ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items())
             self.bar.write(figures)  # above the bar, on standard output
 
 
 def _keep_epochs(history: str, epochs: int) -> None:
     """Drop the lines of a history that are of later epochs, or that a kill left unfinished."""
-    if not os.path.exists(history):
-        return
-    with open(history) as file:
-        lines = [line for line in file if line.endswith("\n") and json.loads(line)["epoch"] <= epochs]
-    with open(history + ".tmp", "w") as file:
-        file.writelines(lines)
-    os.replace(history + ".tmp", history)
+    if storage.exists(history):
+        lines = storage.read(history).decode().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] <= epochs]
+        storage.write(history, "".join(kept).encode())

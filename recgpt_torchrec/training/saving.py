@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from recgpt_torchrec import storage
 from recgpt_torchrec.config import CheckpointOptions
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.training.checkpoint import Checkpoints
+from recgpt_torchrec.training.checkpoint import Checkpoints, writer
 from recgpt_torchrec.training.processes import rank, together
 
 LAST_WAIT_S = 60.0
@@ -128,11 +129,11 @@ class Saver:
         try:
             if step != self.saved:  # else nothing was trained since, and only the facts are new
                 together(lambda: self.checkpoints.begin(step), self.group)
-                dcp.save(state, checkpoint_id=temporary, process_group=self.group)
+                dcp.save(state, storage_writer=writer(temporary), process_group=self.group)
             together(lambda: self.checkpoints.commit(step, facts), self.group)
             self.saved = step
         except (CheckpointException, OSError) as error:
-            if rank() == 0:
+            if rank() == 0 and not storage.remote(temporary):  # what is left on a store, the next start deletes
                 shutil.rmtree(temporary, ignore_errors=True)
             self._error = self._said(error)
         except BaseException as error:
@@ -147,9 +148,13 @@ class Saver:
             free = f"{shutil.disk_usage(self.checkpoints.folder).free / 2**20:,.0f} MiB are free there. "
         except OSError:
             free = ""
-        kept = self.checkpoints.latest()
+        what = f"cannot write a checkpoint to {self.checkpoints.folder}{where}: {type(cause).__name__}: {cause}. {free}"
+        try:
+            kept = self.checkpoints.latest()
+        except OSError:  # a store that does not answer
+            return InputError(f"{what}The same command goes on from the newest whole one")
         return InputError(
-            f"cannot write a checkpoint to {self.checkpoints.folder}{where}: {type(cause).__name__}: {cause}. {free}"
+            what
             + (f"{kept} is whole: the same command goes on from there" if kept else "No checkpoint was written before")
         )
 

@@ -27,6 +27,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor as Sharded
 from torchrec.optim.keyed import CombinedOptimizer
 
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.training.checkpoint import reader
 from recgpt_torchrec.training.growing import first_rows
 from recgpt_torchrec.training.processes import say
 from recgpt_torchrec.training.sharding import tables_of
@@ -115,7 +116,7 @@ def restore(model: nn.Module, optimizer: CombinedOptimizer, checkpoint: str, ste
         InputError: it holds the tables' optimizer state in the form of an earlier version.
     """
     whole = state_of(model, optimizer)
-    there: dict[str, Any] = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    there: dict[str, Any] = reader(checkpoint).read_metadata().state_dict_metadata
     state = first_rows(whole, {name: there[f"model.{name}"].size[0] for name in tables_of(model)})
     regrouped = []
     for name, kept in state["optimizer"]["state"].items():
@@ -130,7 +131,7 @@ def restore(model: nn.Module, optimizer: CombinedOptimizer, checkpoint: str, ste
             if blocks != value.size(1):
                 kept[moment] = _room(state["model"][name], value, blocks)
                 regrouped.append((name, value, kept[moment]))
-    dcp.load(state, checkpoint_id=checkpoint)
+    dcp.load(state, storage_reader=reader(checkpoint))
     for name, value, read in regrouped:
         say(
             f"{name}: row-wise Adagrad kept {read.size(1)} moments a row in {checkpoint}, one for each block of "

@@ -1,0 +1,197 @@
+"""Datasets, runs, evaluations and exports on a real S3 server, and on a local disk that is full."""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from recgpt_torchrec import storage
+from recgpt_torchrec.data import writing
+from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.retrieval.export_folder import open_export
+from recgpt_torchrec.training import checkpoint
+from recgpt_torchrec.training.checkpoint import Checkpoints, find
+from tests.distributed.launch import RankFailed, run_ranks
+from tests.object_store import BUCKET, Server, server
+from tests.support import stage, walks, write_dataset
+
+needs_moto = pytest.mark.skipif(find_spec("moto") is None, reason="moto[server] is not installed")
+
+TRAINING = {
+    "--model.dim": 8,
+    "--model.max_len": 10,
+    "--model.layers": 1,
+    "--batch.tokens": 60,
+    "--loss.negatives": 10,
+    "--optimizer.warmup_steps": 5,
+    "--train.epochs": 2,
+    "--checkpoint.every_steps": 4,
+    "--checkpoint.keep": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Server]:
+    with server() as running, pytest.MonkeyPatch.context() as patch:
+        for name, value in running.environment.items():
+            patch.setenv(name, value)
+        yield running
+
+
+def run_stage(
+    rank: int, world_size: int, name: str, options: dict[str, Any], moment: tuple[str, int, int] | None = None
+) -> tuple[int, str]:
+    """A stage as its command line runs it: its exit status, and what it said on standard error.
+
+    Args:
+        rank, world_size: of the launcher; the stage makes a group of its own.
+        name: of the stage.
+        options: of the stage.
+        moment: (file, n, process): when a checkpoint's file of that name is written for the nth time, this process
+            ends at once, before; or (process is not 0) that process is killed, after.
+    """
+    dist.destroy_process_group()
+    del os.environ["WORLD_SIZE"]
+    if moment is not None:
+        _watch(*moment)
+    with tempfile.TemporaryFile("w+") as said, contextlib.redirect_stderr(said):
+        status = stage(name, options)
+        said.seek(0)
+        return status, said.read()
+
+
+def _watch(name: str, number: int, process: int) -> None:
+    write, times = checkpoint.write_json, iter(range(1, 10_000))
+
+    def watched(path: str, value: Any) -> None:
+        now = os.path.basename(path) == name and next(times) == number
+        if now and not process:
+            os._exit(1)
+        write(path, value)
+        if now:
+            os.kill(process, signal.SIGKILL)
+
+    checkpoint.write_json = watched
+
+
+def steps(output: str) -> list[str]:
+    """Names of the whole checkpoints."""
+    return [os.path.basename(path) for path in Checkpoints(output, keep=2).committed()]
+
+
+@needs_moto
+def test_all_stages_on_an_object_store_give_what_they_give_on_a_local_disk(tmp_path: Path, s3: Server) -> None:
+    log = tmp_path / "log.csv"
+    rows = [f"u{u},i{i},{t}" for u, history in enumerate(walks(60, 30, longest=14)) for t, i in enumerate(history)]
+    log.write_text("\n".join(["user_id,item_id,timestamp", *rows]))
+    storage.write(f"s3://{BUCKET}/raw/log.csv", log.read_bytes())
+    results = {}
+    for place, raw in ((str(tmp_path), str(log)), (f"s3://{BUCKET}", f"s3://{BUCKET}/raw/log.csv")):
+        data, run, out = f"{place}/data", f"{place}/run", f"{place}/test.json"
+        assert stage("prepare", {"--input": raw, "--output": data, "--min_count": 2}) == 0
+        train = {**TRAINING, "--data": data, "--output": run}
+        if storage.remote(place):
+            # An end in the midst: all tensors of the third checkpoint are on the store, but not what makes it one.
+            with pytest.raises(RankFailed, match="exit code 1"):
+                run_ranks(run_stage, 1, "pretrain", train, (checkpoint.FACTS, 3, 0))
+            assert steps(run) == ["step-00000004", "step-00000006"]
+            assert storage.names(f"{run}/checkpoints") == ["step-00000004", "step-00000006", "step-00000008"]
+            assert find(run) == f"{run}/checkpoints/step-00000006"
+        for name, options in {
+            "pretrain": train,
+            "evaluate": {"--data": data, "--checkpoint": run, "--output": out, "--split": "test"},
+            "export": {"--data": data, "--checkpoint": run, "--output": f"{place}/vectors"},
+        }.items():
+            ((status, said),) = run_ranks(run_stage, 1, name, options)
+            assert status == 0, said
+        results[place] = {
+            "best": json.loads(storage.read(f"{run}/best.json")),
+            "checkpoints": storage.names(f"{run}/checkpoints"),
+            "epochs": [json.loads(line)["epoch"] for line in storage.read(f"{run}/history.jsonl").splitlines()],
+            "recall": json.loads(storage.read(out))["results"],
+            "items": open_export(f"{place}/vectors").item_vectors()[1],
+            "manifest": Dataset.open(data).manifest.vocabulary,
+        }
+        assert storage.names(f"{run}/tensorboard")
+        assert not [n for folder in (data, f"{place}/vectors") for n in storage.names(folder) if n.startswith(".")]
+    local, remote = results.values()
+    for name in ("checkpoints", "epochs", "manifest"):
+        assert local[name] == remote[name]
+    assert remote["best"] == {**local["best"], "value": pytest.approx(local["best"]["value"], abs=1e-5)}
+    for path, protocols in local["recall"].items():
+        for how, figures in protocols.items():
+            assert remote["recall"][path][how] == pytest.approx(figures, abs=1e-5)
+    np.testing.assert_allclose(remote["items"], local["items"], atol=1e-5)
+
+
+@needs_moto
+def test_a_dataset_that_a_kill_left_half_written_is_written_over(s3: Server) -> None:
+    folder = f"s3://{BUCKET}/half"
+    storage.write(f"{folder}/sequences/part-00000.parquet", b"half")
+    with pytest.raises(InputError, match="already holds something"):
+        writing.check_free(folder)
+    storage.write(f"{folder}/{writing.INCOMPLETE}", b"")
+    writing.check_free(folder)
+    with writing.staged(folder) as (fs, root):
+        assert storage.names(folder) == [writing.INCOMPLETE]
+        with fs.open_output_stream(f"{root}/manifest.json") as stream:
+            stream.write(b"{}")
+    assert storage.names(folder) == ["manifest.json"]
+
+
+@needs_moto
+def test_a_store_that_goes_away_ends_the_run_with_what_happened(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", walks(60, 30, shortest=1, longest=14), items=30)
+    options = {**TRAINING, "--data": tmp_path / "data", "--output": f"s3://{BUCKET}/run"}
+    with server() as running, pytest.MonkeyPatch.context() as patch:
+        for name, value in running.environment.items():
+            patch.setenv(name, value)
+        moment = (checkpoint.FACTS, 2, running.process.pid)
+        ((status, said),) = run_ranks(run_stage, 1, "pretrain", options, moment)
+    assert status == 2
+    assert f"pretrain: error: cannot write a checkpoint to s3://{BUCKET}/run/checkpoints: " in said
+    assert "goes on from the newest whole one" in said and "Traceback" not in said
+
+
+def full_disk(rank: int, world_size: int, name: str, options: dict[str, Any]) -> tuple[int, str]:
+    """A stage on a disk that is full once the stage writes its result: to it, a limit on the size of files is alike."""
+    write = writing.write_parts
+
+    def limited(*args: Any, **more: Any) -> Any:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        return write(*args, **more)
+
+    writing.write_parts = limited
+    return run_stage(rank, world_size, name, options)
+
+
+def test_a_full_disk_leaves_no_half_dataset_and_no_half_export(tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    histories = walks(800, 400, longest=14)
+    rows = [f"u{u},i{i},{t}" for u, history in enumerate(histories) for t, i in enumerate(history)]
+    log.write_text("\n".join(["user_id,item_id,timestamp", *rows]))
+    data, run, vectors = tmp_path / "data", tmp_path / "run", tmp_path / "vectors"
+    prepare = {"--input": log, "--output": data, "--min_count": 1}
+    train = {**TRAINING, "--data": data, "--output": run, "--train.epochs": 1, "--batch.tokens": 1000}
+    export = {"--data": data, "--checkpoint": run, "--output": vectors}
+    for name, options in (("prepare", prepare), ("pretrain", train), ("export", export)):
+        output = options["--output"]
+        if name != "pretrain":
+            before = set(os.listdir(tmp_path))
+            ((status, said),) = run_ranks(full_disk, 1, name, options)
+            assert status == 2 and f"{name}: error: cannot write {output}: " in said and "too large" in said, said
+            assert set(os.listdir(tmp_path)) == before
+        ((status, said),) = run_ranks(run_stage, 1, name, options)
+        assert status == 0, said
+    assert Dataset.open(str(data)) and open_export(str(vectors))
