@@ -1,4 +1,4 @@
-"""The main job in minutes: a synthetic log -> dataset -> training on two ranks -> evaluation -> vectors -> lists (`make demo`).
+"""The main job in minutes: synthetic log -> dataset -> training on two ranks -> evaluation -> vectors -> lists.
 
 A second run starts where the first left off: what is finished is not done again. `--fresh` begins anew.
 """

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +11,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from recgpt_torchrec import cli, evaluate, export, generate_prompts, pretrain, prompt_tune, retrieve
-from recgpt_torchrec.config import Batch, Evaluate, Export, GeneratePrompts, Pretrain, PromptTune, Retrieve, Sharding
+from recgpt_torchrec import export, retrieve
+from recgpt_torchrec.config import Batch, Export, Retrieve, Sharding
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.retrieval.export_folder import open_export, to_numpy
 from tests.distributed.launch import run_ranks
-from tests.support import walks, write_dataset
+from tests.support import stage, walks, write_dataset
 
 USERS, ITEMS, INTERESTS = 60, 30, 4
 WALKS = walks(USERS, ITEMS, shortest=2, longest=14)  # a few have nothing held out
 HELD_OUT = [u for u in range(USERS) if len(WALKS[u]) >= 3]
-STAGES: dict[str, tuple[Any, Any]] = {
-    "pretrain": (Pretrain, pretrain.main),
-    "generate_prompts": (GeneratePrompts, generate_prompts.main),
-    "prompt_tune": (PromptTune, prompt_tune.main),
-    "evaluate": (Evaluate, evaluate.main),
-    "export": (Export, export.main),
-    "retrieve": (Retrieve, retrieve.main),
-}
 LOSS = {"--loss.candidates": "all", "--batch.tokens": 60, "--train.epochs": 2, "--optimizer.warmup_steps": 2}
-
-
-def stage(name: str, options: dict[str, Any]) -> int:
-    """Run a stage in this process as its command line would, and return its exit status."""
-    config_class, function = STAGES[name]
-    before, sys.argv = sys.argv, [name, *(str(word) for option in options.items() for word in option)]
-    try:
-        cli.run(config_class, function, f"recgpt_torchrec.{name}")
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 1
-    finally:
-        sys.argv = before
-    return 0
 
 
 @pytest.fixture(scope="module")

@@ -149,7 +149,7 @@ def test_the_manifest_says_what_is_extended_over_several_days(tmp_path: Path) ->
     previous = None
     for day, events_so_far in enumerate((200, 400, 400, 600)):
         log = write_csv(tmp_path / f"{day}.csv", rows[:events_so_far])
-        options = {} if previous is None else {"vocabulary": str(previous)}
+        options: dict[str, str] = {} if previous is None else {"vocabulary": str(previous)}
         made = make(log, tmp_path / f"day{day}", **options)
         assert made.manifest.lineage == [each for each in lineage if each.fingerprint != made.manifest.vocabulary]
         # Nothing was touched, nothing is done again, and the log of another day is refused.

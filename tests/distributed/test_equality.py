@@ -321,9 +321,9 @@ def save_by_the_clock(rank: int, world_size: int, folder: str) -> list[int]:
     saved: list[int] = []
     save = run.saver.save
 
-    def noted(step: int, *rest: Any) -> None:
+    def noted(step: int, state: dict[str, Any], facts: dict[str, Any]) -> None:
         saved.append(step)
-        save(step, *rest)
+        save(step, state, facts)
 
     run.saver.save = noted  # type: ignore[method-assign]
     run.fit(lambda: {"NDCG@10": 0.0}, metric="NDCG@10")
