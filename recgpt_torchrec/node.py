@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from recgpt_torchrec.training.signals import SIGNALS, STOPPED
 
@@ -35,6 +36,7 @@ def main() -> None:
 
     # Its one message, "failed (exitcode: ...)", is what the line below says.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    a_store_for_each_start()
     args = run.parse_args(sys.argv[1:])
     if args.nproc_per_node.isdigit():
         os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_process(available_cores(), int(args.nproc_per_node))))
@@ -56,6 +58,23 @@ def main() -> None:
         print(f"{args.training_script} ended by {name}; its status is {status}", file=sys.stderr, flush=True)
     time.sleep(LAST_WORDS_SECONDS)
     sys.exit(status)
+
+
+def a_store_for_each_start() -> None:
+    """Let torchrun make a new store each time that it starts the processes.
+
+    torch 2.13 keeps the first one, and a rank that was started again then finds the address of a process that is gone:
+    "Gloo connectFullMesh failed ... Connection refused", seen after a rank was killed while the group was made.
+    """
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
+
+    meet = DynamicRendezvousHandler.next_rendezvous
+
+    def next_rendezvous(self: Any) -> Any:
+        self._bootstrap_store_info = self._shared_tcp_store_server = None
+        return meet(self)
+
+    DynamicRendezvousHandler.next_rendezvous = next_rendezvous  # type: ignore[method-assign]
 
 
 def describe(rank: int, exit_code: int) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -10,6 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+LOST = 69
+"""Exit status of a rank that ended because another one did, or never came: EX_UNAVAILABLE of sysexits.h."""
 
 
 def quiet() -> None:
@@ -30,6 +34,9 @@ def process_group(timeout_s: float = 600.0) -> Iterator[torch.device]:
     """Join the job's process group for the length of the `with`, and yield this rank's device.
 
     Without a launcher (no WORLD_SIZE in the environment) the group is this one process.
+
+    Args:
+        timeout_s: seconds that a rank waits for the others in one collective operation.
     """
     quiet()
     device = torch.device("cpu")
@@ -42,7 +49,12 @@ def process_group(timeout_s: float = 600.0) -> Iterator[torch.device]:
     # gloo beside NCCL carries the host-side agreement on batches.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     single: dict[str, Any] = {"store": store, "rank": 0, "world_size": 1} if store is not None else {}
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **single)
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **single)
+    except RuntimeError as error:  # what else is wrong is a ValueError
+        what = " ".join(str(error).split())
+        print(f"rank {os.environ.get('RANK', 0)} did not find the other ranks: {what}", file=sys.stderr, flush=True)
+        raise SystemExit(LOST) from None
     try:
         yield device
     finally:

@@ -24,7 +24,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import unwrapped
 from recgpt_torchrec.training import signals, watchdog
 from recgpt_torchrec.training.checkpoint import Checkpoints, facts_of
-from recgpt_torchrec.training.finite import FiniteGuard, GuardedPipeline, Place, places
+from recgpt_torchrec.training.finite import DECODER, FiniteGuard, GuardedPipeline, Place, places
 from recgpt_torchrec.training.lockstep import Lockstep, Step
 from recgpt_torchrec.training.processes import say
 from recgpt_torchrec.training.runlog import RunLog
@@ -220,6 +220,8 @@ class Trainer:
         found: list[Any] = [None] * dist.get_world_size()
         value = None if math.isfinite(float(loss)) else str(float(loss))
         dist.all_gather_object(found, (self.guard.here, value, there))
+        if any(set(parts) - {DECODER} for parts, _, _ in found):  # then the decoder's gradients have it from there
+            found = [(parts if set(parts) - {DECODER} else [], value, there) for parts, value, there in found]
         number, folder = self.progress.step + 1, self.checkpoints.output
         said = []
         for rank, (parts, _, there) in enumerate(found):
@@ -236,6 +238,7 @@ class Trainer:
         self.progress.skipped += 1
         if self.train.non_finite == "skip" and self.progress.skipped <= self.train.non_finite_limit:
             return say(f"{what}. Left out, {self.progress.skipped} of at most {self.train.non_finite_limit}")
+        self.saver.finish()
         kept = self.checkpoints.latest()
         raise InputError(
             f"{what}. Tables and decoder were left as they were before the step. "

@@ -21,13 +21,11 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from recgpt_torchrec.training.processes import rank, world_size
+from recgpt_torchrec.training.processes import LOST, rank, world_size
 from recgpt_torchrec.training.run import RUN
 
 STALLED = 70
 """Exit status of a rank that ended because nothing moved: EX_SOFTWARE of sysexits.h."""
-LOST = 69
-"""Exit status of a rank that ended because another one did: EX_UNAVAILABLE of sysexits.h."""
 SHOWN = 16
 """Ranks listed in a report at most."""
 
@@ -91,7 +89,7 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         at("starting")
         if not faulthandler.is_enabled():
-            faulthandler.enable()  # with SIGABRT another rank ends this one, which then shows where it was
+            faulthandler.enable(sys.__stderr__ or 2)  # ended by SIGABRT, it shows where it was
         self._beat()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()

@@ -1,0 +1,311 @@
+"""Signals, stalls, lost ranks, kills and steps that are not finite: every run ends in time, says why, and goes on."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+from recgpt_torchrec.config import Batch, CheckpointOptions, Loss, Model, Optimizer, Pretrain, Tables, Train
+from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.training.checkpoint import Checkpoints
+from recgpt_torchrec.training.processes import LOST
+from recgpt_torchrec.training.signals import STOPPED
+from recgpt_torchrec.training.watchdog import STALLED, Watchdog
+from tests.distributed.launch import RankFailed, run_ranks
+from tests.support import walks, write_dataset
+from tools import kill_test
+
+ROWS, GROUPS = 8, 2
+"""Of a row group, and of a part."""
+
+
+@pytest.fixture
+def data(tmp_path) -> str:
+    folder = tmp_path / "data"
+    write_dataset(folder, walks(200, 30, longest=14), items=30, rows_per_group=ROWS, groups_per_part=GROUPS)
+    return str(folder)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def train(rank: int, port: int, data: str, output: str, **options: Any) -> Any:
+    """The stage `pretrain` on this rank, in a process group of its own; returns the status it ends with.
+
+    What it says on standard error is in OUTPUT.rankN.
+    """
+    from recgpt_torchrec import pretrain
+
+    dist.barrier()
+    connected = dist.group.WORLD  # no rank closes its connections under another's collective
+    dist.destroy_process_group()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    said = os.open(f"{output}.rank{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(said, 2)
+    config = Pretrain(
+        data=data,
+        output=output,
+        model=Model(dim=8, max_len=10, layers=1),
+        loss=Loss(negatives=10),
+        batch=Batch(tokens=60),
+        tables=Tables(sharding=options.pop("sharding", "row_wise")),
+        optimizer=Optimizer(warmup_steps=5),
+        train=Train(epochs=2, **options),
+        checkpoint=CheckpointOptions(every_steps=4),
+    )
+    status = 0
+    try:
+        pretrain.main(config)
+    except SystemExit as end:
+        assert isinstance(end.code, int)
+        status = end.code
+    del connected
+    return status
+
+
+def at_step(number: int, do: Any) -> None:
+    """Do something before the step that follows `number` steps."""
+    from recgpt_torchrec.training.schedule import Schedule
+
+    course = Schedule.set
+
+    def watched(self: Schedule, steps: int, progress: float) -> float:
+        if steps == number:
+            do()
+        return course(self, steps, progress)
+
+    Schedule.set = watched  # type: ignore[method-assign]
+
+
+# ----------------------------------------------------------------------------------------------------------- signals
+
+
+def asked_to_end(rank: int, world_size: int, port: int, data: str, output: str, when: str | None) -> Any:
+    from recgpt_torchrec.retrieval.validation import Validation
+
+    if when == "training" and rank == 1:
+        at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    if when == "validating" and rank == 0:
+        measure = Validation.__call__
+
+        def watched(self: Validation) -> dict[str, float]:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return measure(self)
+
+        Validation.__call__ = watched  # type: ignore[method-assign]
+    return train(rank, port, data, output)
+
+
+def test_a_signal_on_any_rank_saves_all_of_them_and_the_same_command_goes_on_to_the_same_end(tmp_path, data):
+    alone, stopped = tmp_path / "alone", tmp_path / "stopped"
+    assert run_ranks(asked_to_end, 2, free_port(), data, str(alone), None) == [0, 0]
+    assert run_ranks(asked_to_end, 2, free_port(), data, str(stopped), "training") == [STOPPED] * 2
+    first = Checkpoints(str(stopped), 2).latest()
+    assert first is not None and 6 <= int(first[-8:]) <= 9
+    assert run_ranks(asked_to_end, 2, free_port(), data, str(stopped), "validating") == [STOPPED] * 2
+    second = Checkpoints(str(stopped), 2).latest()
+    assert second is not None and int(second[-8:]) > int(first[-8:])
+    assert run_ranks(asked_to_end, 2, free_port(), data, str(stopped), None) == [0, 0]
+    assert kill_test.differences(stopped, alone) == []
+
+
+LISTENER = """
+import os, signal, sys, time
+from recgpt_torchrec.training import signals
+signals.AGAIN_SECONDS = 0.5
+with signals.listening():
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1)
+    print(signals.received().name, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+
+
+def test_a_second_signal_ends_the_process_at_once_unless_it_comes_with_the_first():
+    done = subprocess.run([sys.executable, "-c", LISTENER], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == ("SIGTERM\n", 128 + signal.SIGTERM)
+
+
+def test_the_launcher_passes_signals_on_waits_and_ends_with_the_status_to_try_again(tmp_path):
+    (tmp_path / "stand_in.py").write_text(
+        "import signal, sys, time\n"
+        "def end(*_):\n"
+        "    time.sleep(1)\n"
+        "    print('saved', flush=True)\n"
+        "    sys.exit(75)\n"
+        f"signal.signal({int(signal.SIGUSR1)}, end)\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(100)\n"
+    )
+    options = ["--standalone", "--nproc_per_node", "2", "-m", "stand_in"]
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "recgpt_torchrec.node", *options],
+        env={**os.environ, "PYTHONPATH": f"{Path(__file__).parents[2]}{os.pathsep}{tmp_path}"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert launcher.stdout is not None
+        assert [launcher.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+        launcher.send_signal(signal.SIGUSR1)
+        said, _ = launcher.communicate(timeout=60)
+        assert (said, launcher.returncode) == ("saved\n" * 2, STOPPED)
+    finally:
+        launcher.kill()
+
+
+# ------------------------------------------------------------------------------------------- stalled and lost ranks
+
+
+def stopped_by_the_system(rank: int, world_size: int, port: int, data: str, output: str) -> Any:
+    def stop() -> None:
+        Path(f"{output}.since").write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    if rank == 1:
+        at_step(6, stop)
+    return train(rank, port, data, output, stall_seconds=4)
+
+
+def test_a_rank_that_is_stopped_is_named_by_the_others_and_the_run_ends_in_the_time_that_was_given(tmp_path, data):
+    output = tmp_path / "run"
+    with pytest.raises(RankFailed, match=f"exit code ({STALLED}|-6)"):
+        run_ranks(stopped_by_the_system, 2, free_port(), data, str(output), timeout=60)
+    assert time.time() - float(Path(f"{output}.since").read_text()) < 4 + 1.5
+    said = Path(f"{output}.rank0").read_text()
+    assert "no progress for 4 s" in said and "rank 1: no sign of life since" in said
+    assert re.search(r"it was at: .*, after step \d, on ", said)
+    assert "trainer.py" in said and "trainer.py" in (output / "stacks" / "rank-0.txt").read_text()
+    assert Checkpoints(str(output), 2).latest() is not None
+
+
+def fails(rank: int, world_size: int, folder: str) -> Any:
+    os.dup2(os.open(f"{folder}/rank{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    status = None
+    try:
+        with Watchdog(folder, stall_seconds=100):
+            if rank == 1:
+                raise ValueError("bad luck")
+            dist.barrier()
+    except ValueError:
+        dist.destroy_process_group()
+        time.sleep(1)  # the process is there, only its connections are closed
+    except SystemExit as end:
+        dist.destroy_process_group()
+        status = end.code
+    return status
+
+
+def test_a_rank_that_loses_another_says_which_and_why(tmp_path):
+    assert run_ranks(fails, 2, str(tmp_path)) == [LOST, None]
+    assert "lost rank 1 (it ended with ValueError); rank 0 was at: starting" in (tmp_path / "rank0").read_text()
+
+
+# ------------------------------------------------------------------------------------------------------- not finite
+
+
+def whole(model: Any) -> dict[str, torch.Tensor]:
+    """This rank's part of every parameter."""
+    state: dict[str, torch.Tensor] = {}
+    for name, value in model.state_dict().items():
+        parts = [s.tensor for s in value.local_shards()] if isinstance(value, ShardedTensor) else [value]
+        state |= {f"{name}.{number}": part.detach().clone() for number, part in enumerate(parts)}
+    return state
+
+
+def overflows(rank: int, world_size: int, port: int, data: str, output: str, options: dict[str, Any]) -> Any:
+    """Rank 1's loss overflows in the sixth step, and its gradients alone in the ninth."""
+    from recgpt_torchrec.model.recgpt import Dense
+    from recgpt_torchrec.training.trainer import Trainer
+
+    loss_of, pipelined = Dense.sum_of_losses, Trainer._check_pipelined
+    calls = iter(range(1, 10_000))
+    seen: dict[str, Any] = {"unchanged": [], "users": [], "before": None}
+
+    def loss(self: Dense, h: torch.Tensor, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        if not self.training:
+            return loss_of(self, h, outputs, batch)
+        number = next(calls)
+        if rank == 1 and number in (6, 9):
+            seen["users"].append(sorted(set(batch.sequences.users.tolist())))
+        if rank == 1 and number == 9:
+            h.register_hook(lambda gradient: gradient * float("inf"))
+        return loss_of(self, h, outputs, batch) * (float("inf") if rank == 1 and number == 6 else 1.0)
+
+    def check(self: Trainer) -> None:  # right after each step
+        pipelined(self)
+        now = whole(self.model)
+        if self.guard.found:
+            seen["unchanged"].append(all(torch.equal(value, seen["before"][name]) for name, value in now.items()))
+        elif seen["before"] is not None:
+            assert not all(torch.equal(value, seen["before"][name]) for name, value in now.items())
+        seen["before"] = now
+
+    Dense.sum_of_losses = loss  # type: ignore[method-assign]
+    Trainer._check_pipelined = check  # type: ignore[method-assign]
+    try:
+        train(rank, port, data, output, **options)
+    except InputError as error:
+        seen["error"] = str(error)
+    return {name: value for name, value in seen.items() if name != "before"}
+
+
+def users_at(lines: list[dict[str, Any]]) -> list[list[int]]:
+    """The users that stand in the rows of each line: the test's dataset has them in order."""
+
+    def first(place: dict[str, Any]) -> int:
+        part = int("".join(filter(str.isdigit, Path(place["file"]).stem)))
+        return (part * GROUPS + place["row_group"]) * ROWS
+
+    return [sorted(first(place) + row for place in line["rows"] for row in place["rows"]) for line in lines]
+
+
+def test_steps_that_are_not_finite_change_nothing_and_are_named_with_their_rows(tmp_path, data):
+    output = tmp_path / "run"
+    options = {"non_finite": "skip", "non_finite_limit": 1}
+    seen = run_ranks(overflows, 2, free_port(), data, str(output), options)
+    lines = [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["rank"], line["not_finite"][0]) for line in lines] == [
+        (6, 1, "the loss"),
+        (9, 1, "a gradient of the tables' rows"),
+    ]
+    assert lines[0]["loss"] == "inf" and lines[1]["loss"] is None
+    assert users_at(lines) == seen[1]["users"]
+    for one in seen:
+        assert one["unchanged"] == [True, True]
+        assert "step 9: not finite: a gradient of the tables' rows" in one["error"] and "on rank 1" in one["error"]
+        assert "row group" in one["error"] and "step-00000008 is whole" in one["error"]
+    saved = kill_test.tensors(output).values()
+    assert all(torch.isfinite(value).all() for value in saved if value.is_floating_point())
+
+
+def test_by_default_the_first_step_that_is_not_finite_ends_the_run(tmp_path, data):
+    seen = run_ranks(overflows, 2, free_port(), data, str(tmp_path / "run"), {"sharding": "data_parallel"})
+    for one in seen:
+        assert one["unchanged"] == [True]
+        assert "step 6: not finite: the loss" in one["error"] and "--train.non_finite skip" in one["error"]
+
+
+# ------------------------------------------------------------------------------------------------------------- kills
+
+
+def test_a_run_whose_ranks_are_killed_goes_on_by_itself_to_the_same_end(tmp_path):
+    hits, wrong = kill_test.kill_test(tmp_path, kills=1, per_run=1, epochs=4, seed=2)
+    assert wrong == []
+    assert hits

@@ -1,0 +1,202 @@
+"""Kill ranks of small trainings with SIGKILL at random moments, and compare what they reach with a run left alone.
+
+    OMP_NUM_THREADS=1 python -m tools.kill_test --kills 50
+
+Each run is started once, on two ranks through the launcher, which starts both again after each kill; nobody does
+anything in between. A kill is aimed at what a run does rarely (restoring, writing a checkpoint, validating) as often as
+at its steps, or at any time from the first line of the stage on; the table shows where it hit. A run must end with the
+same losses, validation figures, tables, moments and decoder as the one left alone, to the last bit.
+"""
+
+import argparse
+import glob
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+AIMS = {
+    "starting": ("starting", 1, 0.5),
+    "restoring": ("restoring", 1, 0.05),
+    "reading data": ("reading data", 12, 0.002),
+    "training": ("a training step", 25, 0.05),
+    "saving": ("saving", 4, 0.01),
+    "writing a checkpoint": ("writing", 4, 0.1),
+    "validating": ("validating", 1, 0.5),
+    "any time": ("any", 1, 6.0),
+}
+"""What a kill is aimed at: the phase, which of its first occurrences at most, and the seconds into it at most."""
+PATIENCE_SECONDS = 6.0
+"""After the first step, for what the kill is aimed at to come; then it is done anyway."""
+TRAINING = {
+    "--model.dim": 8,
+    "--model.max_len": 10,
+    "--model.layers": 1,
+    "--batch.tokens": 60,
+    "--loss.negatives": 10,
+    "--optimizer.warmup_steps": 5,
+    "--tables.sharding": "row_wise",
+    "--train.patience": 0,
+    "--checkpoint.every_steps": 4,
+}
+RANKS = 2
+
+
+def killer(plan: dict[str, Any], output: str) -> None:
+    """In a rank: end this process by SIGKILL once it is where the plan of this start says, if it is the one."""
+    from recgpt_torchrec.training import watchdog
+
+    start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    chance = random.Random(f"{plan['seed']} {plan['run']} {start}")
+    victim, aim = chance.randrange(RANKS), chance.choice(list(AIMS))
+    wanted, often, longest = AIMS[aim]
+    occurrence, into = chance.randint(1, often), chance.uniform(0, longest)
+    if start >= plan["kills"] or victim != int(os.environ["RANK"]):
+        return
+    writing = os.path.join(output, "checkpoints", "step-*.tmp")
+    first, before, seen = None, None, 0
+    while True:
+        now = watchdog.standing()
+        phase = "writing" if wanted == "writing" and glob.glob(writing) else now.phase
+        if first is None and now.phase == "a training step":
+            first = time.monotonic()
+        entered = (phase, now.since if phase != "writing" else 0.0)
+        seen += entered != before and wanted in (phase, "any")
+        before = entered
+        if seen >= occurrence or (first is not None and time.monotonic() - first > PATIENCE_SECONDS):
+            break
+        time.sleep(0.0003)
+    time.sleep(into)
+    now = watchdog.standing()
+    hit = {"aim": aim, "phase": now.phase, "step": now.step, "writing": bool(glob.glob(writing)), "rank": victim}
+    with open(plan["log"], "a") as file:
+        file.write(json.dumps({"run": plan["run"], "start": start, **hit}) + "\n")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def rank_main() -> None:
+    """A rank of a run: the stage `pretrain`, and the thread that kills it."""
+    plan, output = json.loads(sys.argv[2]), sys.argv[sys.argv.index("--output") + 1]
+    threading.Thread(target=killer, args=(plan, output), daemon=True).start()
+    from recgpt_torchrec import cli, pretrain
+    from recgpt_torchrec.config import Pretrain
+
+    sys.argv = [sys.argv[0], *sys.argv[3:]]
+    cli.run(Pretrain, pretrain.main, "recgpt_torchrec.pretrain")
+
+
+def launch(data: Path, output: Path, epochs: int, plan: dict[str, Any]) -> None:
+    """Train through the launcher until the end; raises where that needs anything more."""
+    options = {"--data": data, "--output": output, "--train.epochs": epochs, **TRAINING}
+    words = [str(word) for option in options.items() for word in option]
+    launcher = ["--nnodes", "1", "--nproc_per_node", str(RANKS), "--rdzv_backend", "c10d"]
+    launcher += ["--rdzv_endpoint", "localhost:0", "--max_restarts", str(plan["kills"])]
+    command = [sys.executable, "-m", "recgpt_torchrec.node", *launcher, "-m", "tools.kill_test", "rank"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(f"{output}.log", "w") as log:
+        done = subprocess.run([*command, json.dumps(plan), *words], env=environment, stdout=log, stderr=log)
+    if done.returncode:
+        raise SystemExit(f"{output.name} ended with status {done.returncode}; see {output}.log")
+
+
+def figures(output: Path) -> list[dict[str, Any]]:
+    """The figures of each epoch, without those of its time."""
+    lines = [json.loads(line) for line in (output / "history.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "data_wait" and not k.endswith("_s")} for line in lines]
+
+
+def tensors(output: Path) -> dict[str, Any]:
+    """Every tensor of the newest checkpoint."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    newest = sorted((output / "checkpoints").glob("step-*[0-9]"))[-1]
+    there = dcp.FileSystemReader(newest).read_metadata().state_dict_metadata
+    found = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in there.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(found, checkpoint_id=newest, no_dist=True)
+    return found
+
+
+def differences(output: Path, alone: Path) -> list[str]:
+    """What a run reached otherwise than the one left alone."""
+    import torch
+
+    mine, others = figures(output), figures(alone)
+    found = [f"epoch {a['epoch']}: {a}, alone {b}" for a, b in zip(mine, others, strict=False) if a != b]
+    if len(mine) != len(others):
+        found.append(f"{len(mine)} epochs, alone {len(others)}")
+    here, there = tensors(output), tensors(alone)
+    if here.keys() != there.keys():
+        found.append("other tensors")
+    return found + [name for name, value in here.items() if name in there and not torch.equal(value, there[name])]
+
+
+def kill_test(folder: Path, kills: int, per_run: int, epochs: int, seed: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Train until there were enough kills.
+
+    Returns:
+        hits: where each kill hit.
+        wrong: what was reached otherwise, one line a difference; empty: nothing.
+    """
+    from tests.support import walks, write_dataset
+
+    data, alone, log = folder / "data", folder / "alone", folder / "kills.jsonl"
+    write_dataset(data, walks(200, 60, shortest=3, longest=14), items=60, rows_per_group=8, groups_per_part=4)
+    plan = {"seed": seed, "run": 0, "kills": 0, "log": str(log)}
+    launch(data, alone, epochs, plan)
+    hits: list[dict[str, Any]] = []
+    wrong: list[str] = []
+    for run in range(1, kills + 1):
+        output = folder / f"run{run}"
+        launch(data, output, epochs, {**plan, "run": run, "kills": min(per_run, kills - len(hits))})
+        hits = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        found = [f"run {run}: {line}" for line in differences(output, alone)]
+        wrong += found
+        mine = sum(hit["run"] == run for hit in hits)
+        print(f"run {run}: {mine} kills, {'DIFFERS' if found else 'as left alone'}; {len(hits)} of {kills}", flush=True)
+        if len(hits) >= kills:
+            break
+    return hits, wrong
+
+
+def main() -> int:
+    """Kill, compare, print, and return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50, help="in all")
+    parser.add_argument("--per_run", type=int, default=10, help="kills of one run at most")
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="where runs and logs stay; must not exist")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        hits, wrong = kill_test(folder, options.kills, options.per_run, options.epochs, options.seed)
+    where = Counter((hit["phase"], hit["writing"], hit["rank"]) for hit in hits)
+    print(f"\n{'killed while':22}{'rank 0':>8}{'rank 1':>8}{'of them beside the writing of a checkpoint':>46}")
+    for phase in sorted({hit["phase"] for hit in hits}):
+        by_rank = [sum(where[phase, writing, rank] for writing in (False, True)) for rank in range(RANKS)]
+        writing = sum(where[phase, True, rank] for rank in range(RANKS))
+        print(f"{phase:22}{by_rank[0]:8}{by_rank[1]:8}{writing:46}")
+    print(f"{len(hits)} kills in {len({hit['run'] for hit in hits})} runs, {len(wrong)} differences")
+    print("\n".join(wrong))
+    return bool(wrong) or len(hits) < options.kills
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["rank"]:
+        rank_main()
+    else:
+        sys.exit(main())
