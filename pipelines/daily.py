@@ -5,13 +5,14 @@
 
 Cuts a log by time: what comes before the share --first of its rows is day 0, then come --days days of --day units of
 time each; what is later is left out. Each day the log so far is prepared with `--vocabulary` of the day before, and
-trained in two ways:
+trained in several ways:
 
-    warm       goes on from the day before (`--initial`), on targets that are new (`--targets new`), with
-               configs/NAME_warm.yaml; day 0 is trained from scratch
-    scratch    the control, on everything so far, with configs/NAME.yaml
+    scratch     the control, on everything so far, with configs/NAME.yaml
+    warm_new    goes on from its run of the day before (`--initial`; on day 1 from scratch's of day 0), on the targets
+                that are new (`--targets new`), with configs/NAME_warm.yaml
+    warm_all    the same, on all targets so far (`--targets all`)
 
-Both are measured on test: the newest interaction of every user so far, which neither was trained on. Makes
+All are measured on test: the newest interaction of every user so far, which none was trained on. Makes
 OUTPUT/report.md and report.json, brought up to date after each day; the same command goes on where it was stopped.
 """
 
@@ -35,6 +36,7 @@ from pipelines.steps import ROOT, RecordedSteps  # noqa: E402
 from recgpt_torchrec.data.engine import quoted  # noqa: E402
 
 WARM, SCRATCH = "warm", "scratch"
+TARGETS = ["new", "all"]
 
 
 @dataclass(kw_only=True)
@@ -51,10 +53,16 @@ class Options(paper.Options):
     """Share of the log's rows that is day 0."""
     time_column: str
     min_count: int
+    targets: list[str]
+    """As of the stage pretrain: of each way to go on."""
+
+    def runs(self, day: int) -> list[str]:
+        """What is trained on a day, the control first."""
+        return [SCRATCH, *(f"{WARM}_{targets}" for targets in self.targets if day)]
 
     def planned(self) -> list[str]:
         """The kind of every step."""
-        a_day = [SCRATCH, "test", WARM, "test"]
+        a_day = [SCRATCH, "test", *len(self.targets) * [WARM, "test"]]
         return [f"{self.name} {kind}" for kind in (self.days + 1) * ["prepare"]] + [
             f"{self.name} {kind}" for kind in self.seeds * ([SCRATCH, "test"] + self.days * a_day)
         ]
@@ -85,6 +93,7 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument("--first", type=float, default=0.5, help="share of the rows that is day 0 (default: 0.5)")
     parser.add_argument("--time_column", default="timestamp", help="as of the stage prepare (default: timestamp)")
     parser.add_argument("--min_count", type=int, default=5, help="as of the stage prepare (default: 5)")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS, help="of warm runs (new all)")
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 to SEEDS - 1 (default: 1)")
     parser.add_argument("--ranks", type=int, default=1, help="processes of each stage (default: 1)")
     parser.add_argument("--configs", default="configs", help="folder of the configurations (default: configs)")
@@ -110,6 +119,7 @@ def parse(arguments: list[str] | None = None) -> Options:
         first=given.first,
         time_column=given.time_column,
         min_count=given.min_count,
+        targets=sorted(set(given.targets), key=TARGETS.index),
     )
 
 
@@ -141,12 +151,12 @@ class Daily(paper.Experiment):
         place = f"seed{seed}/day{day}"
         self._train(f"{place}/{SCRATCH}", SCRATCH, "pretrain", self.config, data, (prepared,), seed)
         self._test(seed, f"day{day}/{SCRATCH}", data, baselines=seed == 0)  # they have no seed
-        if day:
-            before = f"seed{seed}/day{day - 1}/{WARM if day > 1 else SCRATCH}"
-            more = ["--initial", f"{self.folder}/{before}", "--targets", "new"]
+        for run in self.options.runs(day)[1:]:
+            before = f"seed{seed}/day{day - 1}/{run if day > 1 else SCRATCH}"
+            more = ["--initial", f"{self.folder}/{before}", "--targets", run.removeprefix(f"{WARM}_")]
             needs = (prepared, before)
-            self._train(f"{place}/{WARM}", WARM, "pretrain", self.warm_config, data, needs, seed, more)
-            self._test(seed, f"day{day}/{WARM}", data)
+            self._train(f"{place}/{run}", WARM, "pretrain", self.warm_config, data, needs, seed, more)
+            self._test(seed, f"day{day}/{run}", data)
 
     def data_of(self, day: int) -> str:
         """The dataset of a day: the log up to its end."""
@@ -200,7 +210,7 @@ def collect(options: Options, steps: RecordedSteps) -> dict[str, Any]:
     for day in range(options.days + 1):
         manifest = paper_report.read(folder / f"day{day}/data/manifest.json")
         runs: dict[str, Any] = {}
-        for run in (SCRATCH, WARM) if day else (SCRATCH,):
+        for run in options.runs(day):
             places = [f"seed{seed}/day{day}/{run}" for seed in range(options.seeds)]
             tests = [paper_report.read(folder / f"{place}_test.json") for place in places]
             if not all(tests):
@@ -214,7 +224,7 @@ def collect(options: Options, steps: RecordedSteps) -> dict[str, Any]:
                 "baselines": {path: tests[0]["results"].get(path) for path in paper_report.BASELINES},
                 "training": trained,
             }
-        if len(runs) == (2 if day else 1):
+        if len(runs) == len(options.runs(day)):
             counts = {name: manifest[name] for name in ("users", "items", "interactions")}
             days.append({"day": day, **counts, "extends": manifest["preparation"].get("extends"), "runs": runs})
     return {

@@ -72,7 +72,7 @@ events = st.lists(
 )
 
 
-@hypothesis_settings(max_examples=10)
+@hypothesis_settings(max_examples=6)
 @given(first=events, second=events, k=st.integers(1, 3), whole=st.booleans())
 def test_ids_counts_histories_and_marks_agree_with_plain_loops(
     tmp_path_factory, first: list[Row], second: list[Row], k: int, whole: bool
@@ -149,7 +149,7 @@ def test_the_manifest_says_what_is_extended_over_several_days(tmp_path: Path) ->
     previous = None
     for day, events_so_far in enumerate((200, 400, 400, 600)):
         log = write_csv(tmp_path / f"{day}.csv", rows[:events_so_far])
-        options: dict[str, str] = {} if previous is None else {"vocabulary": str(previous)}
+        options: dict[str, Any] = {} if previous is None else {"vocabulary": str(previous)}
         made = make(log, tmp_path / f"day{day}", **options)
         assert made.manifest.lineage == [each for each in lineage if each.fingerprint != made.manifest.vocabulary]
         # Nothing was touched, nothing is done again, and the log of another day is refused.

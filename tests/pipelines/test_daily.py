@@ -29,7 +29,7 @@ def words(tmp_path: Path) -> list[str]:
     (configs / "tiny.yaml").write_text(CONFIG)
     (configs / "tiny_warm.yaml").write_text(CONFIG)
     words = ["--input", str(log), "--output", str(tmp_path / "out"), "--configs", str(configs), "--name", "tiny"]
-    return [*words, "--day", str(WEEK), "--days", "2", "--first", "0.6"]
+    return [*words, "--day", str(WEEK), "--days", "2", "--first", "0.6", "--targets", "new"]
 
 
 def test_from_a_log_to_the_report_interrupted_and_done_once(
@@ -45,19 +45,19 @@ def test_from_a_log_to_the_report_interrupted_and_done_once(
     assert len(executor.ran) == len(daily.parse(words).planned()) == 3 + 2 + 2 * 4
 
     report = json.loads((tmp_path / "out/report.json").read_text())
-    assert [list(day["runs"]) for day in report["days"]] == [["scratch"], ["scratch", "warm"], ["scratch", "warm"]]
+    assert [list(day["runs"]) for day in report["days"]] == [["scratch"], *2 * [["scratch", "warm_new"]]]
     place = tmp_path / "out/tiny/seed0"
-    initial = [json.loads((place / f"day{day}/warm/run.json").read_text())["initial"] for day in (1, 2)]
-    assert [Path(path).parents[1] for path in initial] == [place / "day0/scratch", place / "day1/warm"]
+    initial = [json.loads((place / f"day{day}/warm_new/run.json").read_text())["initial"] for day in (1, 2)]
+    assert [Path(path).parents[1] for path in initial] == [place / "day0/scratch", place / "day1/warm_new"]
     for day in report["days"][1:]:
-        measured = json.loads((place / f"day{day['day']}/warm_test.json").read_text())
-        figure = day["runs"]["warm"]["test"]["masked"]["NDCG@10"]["mean"]
+        measured = json.loads((place / f"day{day['day']}/warm_new_test.json").read_text())
+        figure = day["runs"]["warm_new"]["test"]["masked"]["NDCG@10"]["mean"]
         assert figure == measured["results"]["pretrain"]["masked"]["NDCG@10"]
-        assert day["runs"]["warm"]["users"] == day["runs"]["scratch"]["users"]
-        assert 0 < day["runs"]["warm"]["training"][0]["steps"] <= day["runs"]["scratch"]["training"][0]["steps"]
+        assert day["runs"]["warm_new"]["users"] == day["runs"]["scratch"]["users"]
+        assert 0 < day["runs"]["warm_new"]["training"][0]["steps"] <= day["runs"]["scratch"]["training"][0]["steps"]
         assert 0 < day["extends"]["new_targets"] < day["interactions"]
     text = (tmp_path / "out/report.md").read_text()
-    for part in ("## Day 2, test", "| 1 | warm |", "After day 0, all days together: scratch", "--targets new"):
+    for part in ("## Day 2, test", "| 1 | warm_new |", "After day 0, all days together: scratch", "--targets new"):
         assert part in text
 
     daily.main(words)
@@ -75,6 +75,12 @@ def test_days_are_the_log_cut_by_time_in_its_order(tmp_path: Path, words: list[s
     for day, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
         rows = pq.read_table(tmp_path / f"cut/day{day}.parquet").to_pylist()
         assert rows and rows == [row for row in log if low <= row["timestamp"] < high]
+
+
+def test_each_way_to_go_on_is_a_run_of_its_own(words: list[str]) -> None:
+    options = daily.parse([*words, "--targets", "all", "new"])
+    assert [options.runs(day) for day in (0, 1)] == [["scratch"], ["scratch", "warm_new", "warm_all"]]
+    assert len(options.planned()) == 3 + 2 + 2 * 6
 
 
 @pytest.mark.parametrize(
