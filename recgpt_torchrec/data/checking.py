@@ -11,9 +11,11 @@ whole row group is meant, and `row_group` too where it is the whole part.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +24,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recgpt_torchrec.data.dataset import ANSWERS, COLUMNS, Dataset, Manifest
+from recgpt_torchrec import storage
+from recgpt_torchrec.data.dataset import ANSWERS, COLUMNS, MANIFEST, Dataset, Manifest
 from recgpt_torchrec.data.windows import RowGroup, row_groups
 from recgpt_torchrec.errors import InputError
 
@@ -58,12 +61,15 @@ class SetAside:
     """
 
     path: str
-    """JSON lines; made with the first row."""
+    """JSON lines; made with the first row. On a store, where nothing can be appended, a folder with a file a row."""
     limit: int
     """Most rows that a run goes on without."""
 
     def listed(self) -> list[Damage]:
         """What is listed so far."""
+        if storage.remote(self.path):
+            texts = [storage.read(f"{self.path}/{name}") for name in storage.names(self.path)]
+            return [Damage(**json.loads(text)) for text in texts]
         if not os.path.exists(self.path):
             return []
         with open(self.path) as file:
@@ -76,12 +82,19 @@ class SetAside:
             InputError: there are more rows in the list than the limit, or it cannot be written.
         """
         try:
-            with open(self.path, "a") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # ranks and loader workers write one after the other
+            with nullcontext() if storage.remote(self.path) else open(self.path, "a") as file:
+                if file is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX)  # ranks and loader workers write one after the other
                 listed = self.listed()
                 known = {damage.place for damage in listed}
                 new = [damage for damage in damages if damage.place not in known]
-                file.writelines(json.dumps(damage._asdict()) + "\n" for damage in new)
+                for damage in new:
+                    line = json.dumps(damage._asdict()) + "\n"
+                    if file is not None:
+                        file.write(line)
+                    else:  # by a name that every process that meets this row gives it
+                        name = hashlib.sha256(repr(damage.place).encode()).hexdigest()[:16]
+                        storage.write(f"{self.path}/{name}.json", line.encode())
         except OSError as error:
             raise InputError(f"{self.path}: damaged rows cannot be listed there ({error})") from None
         self.check(listed + new, f", listed in {self.path}")
@@ -144,6 +157,7 @@ class Reader:
                 table = file.read_row_group(group.group, columns=self.columns).select(self.columns)
             table = table.cast(pa.schema([(name, COLUMNS[name]) for name in self.columns]))
         except (InputError, OSError, KeyError, pa.ArrowException) as error:
+            self._reach()
             if isinstance(error, InputError) and self.set_aside is None:
                 raise
             reason = f"cannot be read ({' '.join(str(error).split())})"
@@ -154,6 +168,13 @@ class Reader:
             self._report([Damage(part.path, group.group, row, 1, wrong[row]) for row in sorted(wrong)])
             table = emptied(table, wrong)
         return Rows(table, lengths)
+
+    def _reach(self) -> None:
+        """Raise an `InputError` if the dataset's store does not answer: then nothing is known to be damaged."""
+        try:
+            storage.exists(f"{self.dataset.path}/{MANIFEST}")
+        except OSError as error:
+            raise InputError(f"{self.dataset.path} cannot be reached: {error}") from None
 
     @property
     def columns(self) -> list[str]:

@@ -17,7 +17,9 @@ import torch.distributed as dist
 
 from recgpt_torchrec import storage
 from recgpt_torchrec.data import writing
+from recgpt_torchrec.data.checking import Damage, Reader, SetAside
 from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.windows import row_groups
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.export_folder import open_export
 from recgpt_torchrec.training import checkpoint
@@ -90,49 +92,63 @@ def steps(output: str) -> list[str]:
     return [os.path.basename(path) for path in Checkpoints(output, keep=2).committed()]
 
 
-@needs_moto
-def test_all_stages_on_an_object_store_give_what_they_give_on_a_local_disk(tmp_path: Path, s3: Server) -> None:
-    log = tmp_path / "log.csv"
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a raw log, a dataset, and a run on it."""
+    folder = tmp_path_factory.mktemp("local")
     rows = [f"u{u},i{i},{t}" for u, history in enumerate(walks(60, 30, longest=14)) for t, i in enumerate(history)]
-    log.write_text("\n".join(["user_id,item_id,timestamp", *rows]))
-    storage.write(f"s3://{BUCKET}/raw/log.csv", log.read_bytes())
-    results = {}
-    for place, raw in ((str(tmp_path), str(log)), (f"s3://{BUCKET}", f"s3://{BUCKET}/raw/log.csv")):
-        data, run, out = f"{place}/data", f"{place}/run", f"{place}/test.json"
-        assert stage("prepare", {"--input": raw, "--output": data, "--min_count": 2}) == 0
-        train = {**TRAINING, "--data": data, "--output": run}
-        if storage.remote(place):
-            # An end in the midst: all tensors of the third checkpoint are on the store, but not what makes it one.
-            with pytest.raises(RankFailed, match="exit code 1"):
-                run_ranks(run_stage, 1, "pretrain", train, (checkpoint.FACTS, 3, 0))
-            assert steps(run) == ["step-00000004", "step-00000006"]
-            assert storage.names(f"{run}/checkpoints") == ["step-00000004", "step-00000006", "step-00000008"]
-            assert find(run) == f"{run}/checkpoints/step-00000006"
-        for name, options in {
-            "pretrain": train,
-            "evaluate": {"--data": data, "--checkpoint": run, "--output": out, "--split": "test"},
-            "export": {"--data": data, "--checkpoint": run, "--output": f"{place}/vectors"},
-        }.items():
-            ((status, said),) = run_ranks(run_stage, 1, name, options)
-            assert status == 0, said
-        results[place] = {
-            "best": json.loads(storage.read(f"{run}/best.json")),
-            "checkpoints": storage.names(f"{run}/checkpoints"),
-            "epochs": [json.loads(line)["epoch"] for line in storage.read(f"{run}/history.jsonl").splitlines()],
-            "recall": json.loads(storage.read(out))["results"],
-            "items": open_export(f"{place}/vectors").item_vectors()[1],
-            "manifest": Dataset.open(data).manifest.vocabulary,
-        }
-        assert storage.names(f"{run}/tensorboard")
-        assert not [n for folder in (data, f"{place}/vectors") for n in storage.names(folder) if n.startswith(".")]
-    local, remote = results.values()
-    for name in ("checkpoints", "epochs", "manifest"):
-        assert local[name] == remote[name]
-    assert remote["best"] == {**local["best"], "value": pytest.approx(local["best"]["value"], abs=1e-5)}
-    for path, protocols in local["recall"].items():
+    (folder / "log.csv").write_text("\n".join(["user_id,item_id,timestamp", *rows]))
+    assert stage("prepare", {"--input": folder / "log.csv", "--output": folder / "data", "--min_count": 2}) == 0
+    train = {**TRAINING, "--data": folder / "data", "--output": folder / "run"}
+    ((status, said),) = run_ranks(run_stage, 1, "pretrain", train)
+    assert status == 0, said
+    return folder
+
+
+@needs_moto
+def test_all_stages_on_an_object_store_give_what_they_give_on_a_local_disk(local: Path, s3: Server) -> None:
+    place = f"s3://{BUCKET}"
+    run = f"{place}/run"
+    storage.write(f"{place}/raw/log.csv", (local / "log.csv").read_bytes())
+    assert stage("prepare", {"--input": f"{place}/raw", "--output": f"{place}/data", "--min_count": 2}) == 0
+    train = {**TRAINING, "--data": f"{place}/data", "--output": run}
+    # An end in the midst: all tensors of the third checkpoint are on the store, but not what makes it one.
+    with pytest.raises(RankFailed, match="exit code 1"):
+        run_ranks(run_stage, 1, "pretrain", train, (checkpoint.FACTS, 3, 0))
+    assert steps(run) == ["step-00000004", "step-00000006"]
+    assert storage.names(f"{run}/checkpoints") == ["step-00000004", "step-00000006", "step-00000008"]
+    assert find(run) == f"{run}/checkpoints/step-00000006"
+    ((status, said),) = run_ranks(run_stage, 1, "pretrain", train)
+    assert status == 0, said
+    on_disk, on_store = results(str(local)), results(place)
+    for name in ("checkpoints", "epochs", "vocabulary"):
+        assert on_disk[name] == on_store[name]
+    assert on_store["best"] == {**on_disk["best"], "value": pytest.approx(on_disk["best"]["value"], abs=1e-5)}
+    for path, protocols in on_disk["recall"].items():
         for how, figures in protocols.items():
-            assert remote["recall"][path][how] == pytest.approx(figures, abs=1e-5)
-    np.testing.assert_allclose(remote["items"], local["items"], atol=1e-5)
+            assert on_store["recall"][path][how] == pytest.approx(figures, abs=1e-5)
+    np.testing.assert_allclose(on_store["items"], on_disk["items"], atol=1e-5)
+
+
+def results(place: str) -> dict[str, Any]:
+    """What a run, its evaluation and its export hold."""
+    data, run, out, vectors = (f"{place}/{name}" for name in ("data", "run", "test.json", "vectors"))
+    for name, options in {
+        "evaluate": {"--data": data, "--checkpoint": run, "--output": out, "--split": "test"},
+        "export": {"--data": data, "--checkpoint": run, "--output": vectors},
+    }.items():
+        ((status, said),) = run_ranks(run_stage, 1, name, options)
+        assert status == 0, said
+    assert storage.names(f"{run}/tensorboard")
+    assert not [name for folder in (data, vectors) for name in storage.names(folder) if name.startswith(".")]
+    return {
+        "best": json.loads(storage.read(f"{run}/best.json")),
+        "checkpoints": storage.names(f"{run}/checkpoints"),
+        "epochs": [json.loads(line)["epoch"] for line in storage.read(f"{run}/history.jsonl").splitlines()],
+        "recall": json.loads(storage.read(out))["results"],
+        "items": open_export(vectors).item_vectors()[1],
+        "vocabulary": Dataset.open(data).manifest.vocabulary,
+    }
 
 
 @needs_moto
@@ -148,6 +164,33 @@ def test_a_dataset_that_a_kill_left_half_written_is_written_over(s3: Server) -> 
         with fs.open_output_stream(f"{root}/manifest.json") as stream:
             stream.write(b"{}")
     assert storage.names(folder) == ["manifest.json"]
+
+
+@needs_moto
+def test_damaged_rows_are_listed_once_on_a_store(tmp_path: Path, s3: Server) -> None:
+    damages = [Damage("sequences/part-00000.parquet", 0, row, 1, "has no items") for row in (3, 4)]
+    for path in (str(tmp_path / "damaged.jsonl"), f"s3://{BUCKET}/damaged.jsonl"):
+        lists = SetAside(path, limit=2), SetAside(path, limit=2)
+        assert lists[0].listed() == []
+        lists[0].add(damages[:1])
+        lists[1].add(damages)
+        assert sorted(lists[0].listed()) == damages
+        with pytest.raises(InputError, match="3 rows are damaged, listed in"):
+            lists[0].add([Damage("sequences/part-00001.parquet", None, None, 1, "is missing")])
+
+
+def test_a_dataset_whose_store_does_not_answer_is_not_taken_for_damaged(tmp_path: Path, monkeypatch: Any) -> None:
+    dataset = write_dataset(tmp_path / "data", walks(20, 10), items=10)
+    groups, there = row_groups(dataset), SetAside(str(tmp_path / "damaged.jsonl"), limit=100)
+    (tmp_path / "data" / dataset.manifest.sequences[0].path).unlink()
+
+    def silent(path: str) -> bool:
+        raise OSError("NETWORK_CONNECTION")
+
+    monkeypatch.setattr(storage, "exists", silent)
+    with pytest.raises(InputError, match="data cannot be reached: NETWORK_CONNECTION"):
+        Reader(dataset, set_aside=there).read(groups[0])
+    assert there.listed() == []
 
 
 @needs_moto
@@ -169,29 +212,21 @@ def full_disk(rank: int, world_size: int, name: str, options: dict[str, Any]) ->
     write = writing.write_parts
 
     def limited(*args: Any, **more: Any) -> Any:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         return write(*args, **more)
 
     writing.write_parts = limited
     return run_stage(rank, world_size, name, options)
 
 
-def test_a_full_disk_leaves_no_half_dataset_and_no_half_export(tmp_path: Path) -> None:
-    log = tmp_path / "log.csv"
-    histories = walks(800, 400, longest=14)
-    rows = [f"u{u},i{i},{t}" for u, history in enumerate(histories) for t, i in enumerate(history)]
-    log.write_text("\n".join(["user_id,item_id,timestamp", *rows]))
-    data, run, vectors = tmp_path / "data", tmp_path / "run", tmp_path / "vectors"
-    prepare = {"--input": log, "--output": data, "--min_count": 1}
-    train = {**TRAINING, "--data": data, "--output": run, "--train.epochs": 1, "--batch.tokens": 1000}
-    export = {"--data": data, "--checkpoint": run, "--output": vectors}
-    for name, options in (("prepare", prepare), ("pretrain", train), ("export", export)):
-        output = options["--output"]
-        if name != "pretrain":
-            before = set(os.listdir(tmp_path))
-            ((status, said),) = run_ranks(full_disk, 1, name, options)
-            assert status == 2 and f"{name}: error: cannot write {output}: " in said and "too large" in said, said
-            assert set(os.listdir(tmp_path)) == before
-        ((status, said),) = run_ranks(run_stage, 1, name, options)
-        assert status == 0, said
-    assert Dataset.open(str(data)) and open_export(str(vectors))
+def test_a_full_disk_leaves_no_half_dataset_and_no_half_export(local: Path) -> None:
+    stages: dict[str, dict[str, Any]] = {
+        "prepare": {"--input": local / "log.csv", "--min_count": 2, "--output": local / "more_data"},
+        "export": {"--data": local / "data", "--checkpoint": local / "run", "--output": local / "more_vectors"},
+    }
+    for name, options in stages.items():
+        before = set(os.listdir(local))
+        ((status, said),) = run_ranks(full_disk, 1, name, options)
+        assert status == 2 and f"{name}: error: cannot write {options['--output']}: " in said, said
+        assert "too large" in said
+        assert set(os.listdir(local)) == before
