@@ -2,6 +2,7 @@
 
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -35,6 +36,8 @@ def made_ahead(source: Callable[[int], Iterator[T]], settings: Stream) -> Iterat
     # group and thread pools, is not safe, and spawning would import torch again each time.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([source.__module__])
+    with signals.withheld():
+        multiprocessing.resource_tracker.ensure_running()  # which lets SIGTERM in again
     with signals.withheld():
         multiprocessing.forkserver.ensure_running()
     loader = DataLoader(

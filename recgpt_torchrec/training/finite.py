@@ -6,8 +6,9 @@ touched. The ranks agree, by one all-reduce of three numbers; if any of them fou
 gradient of zeros, which changes nothing (but the moments of a fused Adam, and decay where tables have weight decay),
 and no other optimizer steps.
 
-Measured on two ranks and two cores that other work kept busy (load 9), steps with and without it in turn, 1,024 tokens,
-d = 64: medians of 335 to 339 ms against 317 to 321 ms, 1.04 to 1.07 of the time; quartiles 250 to 417 and 210 to 406 ms.
+Measured on two ranks and two cores that other work kept busy (load 9), steps with and without it in turn, 1,024
+tokens, d = 64: medians of 335 to 339 ms against 317 to 321 ms, 1.04 to 1.07 of the time; quartiles 250 to 417 and 210
+to 406 ms.
 """
 
 from dataclasses import dataclass

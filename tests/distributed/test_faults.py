@@ -142,6 +142,31 @@ def test_a_second_signal_ends_the_process_at_once_unless_it_comes_with_the_first
     assert (done.stdout, done.returncode) == ("SIGTERM\n", 128 + signal.SIGTERM)
 
 
+WITHHELD = """
+import os, signal, subprocess, sys
+from recgpt_torchrec.training import signals
+child = (
+    "import os, time; from recgpt_torchrec.training import signals; "
+    "signals.end_with(os.getppid()); print(flush=True); time.sleep(60)"
+)
+with signals.withheld():
+    loader = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE)
+loader.stdout.readline()
+subprocess.run(["kill", "-TERM", str(loader.pid)], check=True)
+try:
+    loader.wait(0.5)
+except subprocess.TimeoutExpired:
+    print("goes on")
+loader.terminate()
+print(loader.wait(10))
+"""
+
+
+def test_a_loader_process_ends_by_its_own_rank_and_not_by_who_asks_the_rank_to_end():
+    done = subprocess.run([sys.executable, "-c", WITHHELD], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "goes on\n0\n", done.stderr
+
+
 def test_the_launcher_passes_signals_on_waits_and_ends_with_the_status_to_try_again(tmp_path):
     (tmp_path / "stand_in.py").write_text(
         "import signal, sys, time\n"
@@ -168,6 +193,13 @@ def test_the_launcher_passes_signals_on_waits_and_ends_with_the_status_to_try_ag
         assert (said, launcher.returncode) == ("saved\n" * 2, STOPPED)
     finally:
         launcher.kill()
+
+
+def test_a_job_says_how_often_torchrun_starts_its_processes_again():
+    from recgpt_torchrec import launch
+
+    (role,) = launch.stage("some.module", "--data", "d", j="1x2", max_restarts=7).roles
+    assert "-m recgpt_torchrec.node --max_restarts 7 --rdzv_backend c10d" in role.args[1]
 
 
 # ------------------------------------------------------------------------------------------- stalled and lost ranks
