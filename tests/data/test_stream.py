@@ -1,5 +1,6 @@
 """Every position of the training part is trained on once an epoch, whatever the layout, and wherever a run stops."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +36,9 @@ layouts = st.fixed_dictionaries(
         "long_histories": st.sampled_from(["newest", "windows"]),
     }
 )
-few = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+CASES = int(os.environ.get("RECGPT_CASES", "25"))
+"""Layouts that hypothesis tries of each kind; hundreds take minutes."""
+few = settings(max_examples=CASES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def dataset_of(folder: Path, layout: dict) -> tuple[Dataset, list[list[int]]]:
