@@ -17,6 +17,7 @@ from torch import nn
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.optim.keyed import KeyedOptimizer
 
+from recgpt_torchrec import storage
 from recgpt_torchrec.config import CheckpointOptions, Optimizer, Train
 from recgpt_torchrec.data.stream import SequenceStream
 from recgpt_torchrec.data.windows import Position, Queue, deal
@@ -229,11 +230,11 @@ class Trainer:
                 where = "; ".join(map(str, there[:3])) + (f" and {len(there) - 3} row groups more" if there[3:] else "")
                 said.append(f"{', '.join(parts)} on rank {rank}, whose batch held {where or 'no rows'}")
         if dist.get_rank() == 0:
-            with open(os.path.join(folder, SKIPPED), "a") as file:
-                for rank, (parts, value, there) in enumerate(found):
-                    if parts:
-                        line = {"step": number, "epoch": epoch + 1, "rank": rank, "not_finite": parts, "loss": value}
-                        file.write(json.dumps({**line, "rows": [asdict(place) for place in there]}) + "\n")
+            for rank, (parts, value, there) in enumerate(found):
+                if parts:
+                    line = {"step": number, "epoch": epoch + 1, "rank": rank, "not_finite": parts, "loss": value}
+                    line["rows"] = [asdict(place) for place in there]
+                    storage.append(os.path.join(folder, SKIPPED), json.dumps(line) + "\n")
         what = f"step {number}: not finite: {'; '.join(said)} (all in {os.path.join(folder, SKIPPED)})"
         self.progress.skipped += 1
         if self.train.non_finite == "skip" and self.progress.skipped <= self.train.non_finite_limit:
