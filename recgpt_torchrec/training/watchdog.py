@@ -89,7 +89,8 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         at("starting")
         if not faulthandler.is_enabled():
-            faulthandler.enable(sys.__stderr__ or 2)  # ended by SIGABRT, it shows where it was
+            # Ended by SIGABRT it shows where it was: this thread alone, the others may be running.
+            faulthandler.enable(sys.__stderr__ or 2, all_threads=False)
         self._beat()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()

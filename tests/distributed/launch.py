@@ -18,6 +18,8 @@ from typing import Any
 
 SIGNAL_ALLOWANCE_SECONDS = 10
 """A rank whose parent was killed ends itself this long after the time limit."""
+JOINING = "while the ranks joined: "
+"""How the error of a rank begins whose function was not called yet."""
 
 # Ranks are forked from one clean process that has already imported these: it costs some 8 s once, not once a rank.
 _context = multiprocessing.get_context("forkserver")
@@ -40,6 +42,10 @@ class RankFailed(Exception):  # noqa: N818 (it says which rank failed, not that 
         self.rank = rank
 
 
+class NotJoined(RankFailed):
+    """A rank could not join the group; nothing was called yet."""
+
+
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
     """Call `function(rank, world_size, *args)` in `world_size` processes joined in a gloo process group.
 
@@ -59,6 +65,13 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         RankFailed: a rank raised an exception or died; the other ranks are killed at once.
         TimeoutError: not all ranks were done in time; the message says where each was standing.
     """
+    for _ in range(2):  # gloo now and then closes a connection while ranks join; nothing was called by then
+        with contextlib.suppress(NotJoined):
+            return _run(function, world_size, args, timeout)
+    return _run(function, world_size, args, timeout)
+
+
+def _run(function: Callable[..., Any], world_size: int, args: tuple[Any, ...], timeout: float) -> list[Any]:
     deadline = time.monotonic() + timeout
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder, contextlib.ExitStack() as stack:
         ranks = []
@@ -102,7 +115,7 @@ def _collect(ranks: list[tuple[Any, Connection]], deadline: float, timeout: floa
                 failures.append((when, rank, error))
         if failures:
             _, rank, error = min(failures)
-            raise RankFailed(rank, error)
+            raise (NotJoined if error.startswith(JOINING) else RankFailed)(rank, error)
     return [results[rank] for rank in range(len(ranks))]
 
 
@@ -123,6 +136,7 @@ def _rank_main(
     os.environ.update(environment)
     os.chdir(working_directory)
     error = result = None
+    joined = False
     try:
         import torch
         import torch.distributed as dist
@@ -135,13 +149,14 @@ def _rank_main(
             world_size=world_size,
             timeout=timedelta(seconds=timeout),
         )
+        joined = True
         result = function(rank, world_size, *args)
         if dist.is_initialized():
             dist.barrier()  # no rank closes its connections under another's collective
             dist.destroy_process_group()
         message = pickle.dumps((time.monotonic(), None, result))
     except BaseException:
-        error = traceback.format_exc()
+        error = ("" if joined else JOINING) + traceback.format_exc()
         message = pickle.dumps((time.monotonic(), error, None))
     sys.stdout.flush()
     sys.stderr.flush()

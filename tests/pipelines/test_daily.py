@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import daily
+from pipelines.steps import ROOT
 from tests.pipelines.test_paper import InProcess, executor
 from tools import synthetic_log
 
@@ -48,7 +49,8 @@ def test_from_a_log_to_the_report_interrupted_and_done_once(
     assert [list(day["runs"]) for day in report["days"]] == [["scratch"], *2 * [["scratch", "warm_new"]]]
     place = tmp_path / "out/tiny/seed0"
     initial = [json.loads((place / f"day{day}/warm_new/run.json").read_text())["initial"] for day in (1, 2)]
-    assert [Path(path).parents[1] for path in initial] == [place / "day0/scratch", place / "day1/warm_new"]
+    began = [(ROOT / path).resolve().parents[1] for path in initial]
+    assert began == [(place / run).resolve() for run in ("day0/scratch", "day1/warm_new")]
     for day in report["days"][1:]:
         measured = json.loads((place / f"day{day['day']}/warm_new_test.json").read_text())
         figure = day["runs"]["warm_new"]["test"]["masked"]["NDCG@10"]["mean"]
