@@ -56,6 +56,7 @@ def train(rank: int, port: int, data: str, output: str, **options: Any) -> Any:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     said = os.open(f"{output}.rank{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 2)
+    asynchronous = options.pop("asynchronous", True)
     config = Pretrain(
         data=data,
         output=output,
@@ -65,7 +66,7 @@ def train(rank: int, port: int, data: str, output: str, **options: Any) -> Any:
         tables=Tables(sharding=options.pop("sharding", "row_wise")),
         optimizer=Optimizer(warmup_steps=5),
         train=Train(epochs=2, **options),
-        checkpoint=CheckpointOptions(every_steps=4),
+        checkpoint=CheckpointOptions(every_steps=4, asynchronous=asynchronous),
     )
     status = 0
     try:
@@ -212,7 +213,7 @@ def stopped_by_the_system(rank: int, world_size: int, port: int, data: str, outp
 
     if rank == 1:
         at_step(6, stop)
-    return train(rank, port, data, output, stall_seconds=4)
+    return train(rank, port, data, output, stall_seconds=4, asynchronous=False)
 
 
 def test_a_rank_that_is_stopped_is_named_by_the_others_and_the_run_ends_in_the_time_that_was_given(tmp_path, data):
