@@ -170,13 +170,13 @@ def test_a_loader_process_ends_by_its_own_rank_and_not_by_who_asks_the_rank_to_e
 
 def test_the_launcher_passes_signals_on_waits_and_ends_with_the_status_to_try_again(tmp_path):
     (tmp_path / "stand_in.py").write_text(
-        "import signal, sys, time\n"
+        "import os, signal, sys, time\n"
         "def end(*_):\n"
         "    time.sleep(1)\n"
-        "    print('saved', flush=True)\n"
+        "    os.write(1, b'saved\\n')\n"  # whole lines, whatever the other rank writes
         "    sys.exit(75)\n"
         f"signal.signal({int(signal.SIGUSR1)}, end)\n"
-        "print('ready', flush=True)\n"
+        "os.write(1, b'ready\\n')\n"
         "time.sleep(100)\n"
     )
     options = ["--standalone", "--nproc_per_node", "2", "-m", "stand_in"]
