@@ -22,6 +22,7 @@ import torch.distributed.checkpoint as dcp
 
 from recgpt_torchrec import storage
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.training.direct_io import DirectFiles
 
 FACTS = "checkpoint.json"
 BEST = "best.json"
@@ -141,10 +142,11 @@ def whole(checkpoint: str) -> bool:
 
 def writer(path: str) -> dcp.FileSystemWriter:
     """What torch.distributed.checkpoint writes a folder with, wherever it lies."""
-    if not storage.remote(path):
-        return dcp.FileSystemWriter(path)
-    made = dcp.FileSystemWriter(path, sync_files=False)  # else each file syncs all of this machine's disks
-    made.fs, made.path = cast(Any, storage.Streams(path)), path
+    made = dcp.FileSystemWriter(path, sync_files=False)  # a DirectFile does that itself; a store knows no such thing
+    if storage.remote(path):
+        made.fs, made.path = cast(Any, storage.Streams(path)), path
+    else:
+        made.fs = DirectFiles()
     return made
 
 
