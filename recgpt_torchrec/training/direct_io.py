@@ -1,7 +1,7 @@
 """Local files written past the page cache, for checkpoints: they are large, and read once if ever.
 
 Through the page cache their bytes cost the kernel more than the disk does: pages are found, filled, written and thrown
-away again, on the cores that train. Measured by tools/benchmark_checkpoints.py, 250 MiB from two ranks on two idle
+away again, on the cores that train. Measured by tools/benchmark_step.py, 250 MiB from two ranks on two idle
 cores: 0.05 s of each rank's core instead of 0.30, and training with a checkpoint every 2.9 s takes 1.06 of the time
 without any instead of 1.19.
 """

@@ -4,9 +4,8 @@ The thread's collectives run in a process group of its own, so they meet none of
 a time; the next waits for it. It counts once all ranks have written their part. An error on any rank is raised on all
 of them by the next `save` or `finish`, and `wanted` asks for that at once.
 
-Measured by tools/benchmark_checkpoints.py, 250 MiB from two ranks on two busy cores: a checkpoint holds the step up for
-57 ms, where writing at once takes 1.3 s. One every 60 steps of 392 ms took 0.99 of the time without any (quartiles 0.96
-to 1.00; 1.09 at once), one every 50 of 349 ms, beside more other work, 1.06 (1.03 to 1.14; 1.15 at once).
+Measured by tools/benchmark_step.py, 250 MiB from two ranks on two idle cores, one checkpoint every 60 steps of 96 ms:
+1.025 of the time without any (standard error 0.013; 1.055 where training waits); the step waits 23 ms (292).
 """
 
 import copy

@@ -1,10 +1,10 @@
-"""What checkpoints cost the step: training without any, with asynchronous ones and with synchronous ones, in turns.
+"""What safety costs the step: training bare, with the check for non-finite gradients, and with checkpoints as well.
 
-    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 -m tools.benchmark_checkpoints --items 1000000
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 -m tools.benchmark_step --items 1000000
 
-A turn is the same number of steps for each of the three, with one checkpoint at its start (and the wait for the one of
-the turn before, which is over long since). Prints the time of a turn as a ratio to that without checkpoints, the median
-and the quartiles over the rounds, so that a machine that is busy with other things for a while does not decide.
+A turn is the same number of steps for each; with checkpoints it has one at its start (and the wait for the one of the
+turn before, which is over long since). A round is a turn of each, every round in another order. Prints the time of all
+turns as a ratio to that of others, with its standard error over the rounds.
 """
 
 import argparse
@@ -17,18 +17,29 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torch import nn
 
 from recgpt_torchrec.building import build
 from recgpt_torchrec.config import CheckpointOptions, Loss, Model, Pretrain, Tables
 from recgpt_torchrec.data.batch import Candidates, Capacity, SequenceBatch, Sequences, make_batch
 from recgpt_torchrec.data.dataset import Dataset, Manifest
+from recgpt_torchrec.model.recgpt import unwrapped
 from recgpt_torchrec.training.checkpoint import Checkpoints
+from recgpt_torchrec.training.finite import FiniteGuard, GuardedPipeline
 from recgpt_torchrec.training.processes import process_group, rank, say, world_size
 from recgpt_torchrec.training.saving import Saver
 from recgpt_torchrec.training.state import state_of
 
 USERS = 1000
+
+
+class Switch(FiniteGuard):
+    """The check, which can be turned off."""
+
+    on = True
+
+    def _before(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return super()._before(module, inputs) if self.on else None
 
 
 def batches(options: argparse.Namespace) -> Iterator[SequenceBatch]:
@@ -89,10 +100,12 @@ def measure(
     model: Any, optimizer: Any, device: torch.device, stream: Iterator[SequenceBatch], folder: str, options: Any
 ) -> None:
     """Run the turns, and print what came of them on rank 0."""
-    pipeline = TrainPipelineSparseDist(model, optimizer, device)
+    guard = Switch(unwrapped(model).dense)
+    pipeline = GuardedPipeline(model, optimizer, device, guard)
     model.train()
     savers = {
-        "without": None,
+        "bare": None,
+        "checked": None,
         "asynchronous": Saver(Checkpoints(f"{folder}/asynchronous", keep=1), CheckpointOptions(asynchronous=True)),
         "synchronous": Saver(Checkpoints(f"{folder}/synchronous", keep=1), CheckpointOptions(asynchronous=False)),
     }
@@ -103,7 +116,10 @@ def measure(
     written: list[float] = []
     size = 0
     for number in range(options.rounds + 1):  # the first does not count: it takes the memory of the copy
-        for kind, saver in savers.items():
+        first = number % len(savers)
+        order = list(savers)[first:] + list(savers)[:first]
+        for kind in order:
+            saver, guard.on = savers[kind], kind != "bare"
             dist.barrier()
             since, stalled = time.perf_counter(), 0.0
             if saver is not None:
@@ -124,22 +140,21 @@ def measure(
                 size = sum(entry.stat().st_size for entry in os.scandir(latest))
             if number:
                 times[kind].append(taken)
-                stalls[kind].append(stalled)
+                if saver is not None:
+                    stalls[kind].append(stalled)
                 written += [done or float("inf")] if kind == "asynchronous" else []
     say(
         f"{options.items:,} items x {options.dim}, {options.sharding}, {options.optimizer}, {world_size()} ranks: "
         f"{size / 2**20:,.0f} MiB a checkpoint, one every {options.steps} steps of "
-        f"{np.median(times['without']) / options.steps * 1e3:.0f} ms; {options.rounds} rounds"
+        f"{np.median(times['checked']) / options.steps * 1e3:.0f} ms; {options.rounds} rounds"
     )
-    for kind in savers:
-        if kind == "without":
-            continue
-        low, middle, high = np.percentile(np.divide(times[kind], times["without"]), [25, 50, 75])
-        stall = f"the step waits {np.median(stalls[kind]) * 1e3:.0f} ms"
+    for kind, base in (("checked", "bare"), ("asynchronous", "checked"), ("synchronous", "checked")):
+        ratio = sum(times[kind]) / sum(times[base])
+        residuals = np.subtract(times[kind], ratio * np.array(times[base]))
+        error = residuals.std(ddof=1) / np.sqrt(options.rounds) / np.mean(times[base])
+        stall = f"; the step waits {np.median(stalls[kind]) * 1e3:.0f} ms" if stalls[kind] else ""
         late = f", written after {np.median(written):.1f} s" if kind == "asynchronous" else ""
-        say(
-            f"{kind:12} {middle:.3f} of the time without checkpoints (quartiles {low:.3f} to {high:.3f}); {stall}{late}"
-        )
+        say(f"{kind:12} {ratio:.3f} of the time of {base} (standard error {error:.3f}){stall}{late}")
 
 
 if __name__ == "__main__":
