@@ -1,7 +1,5 @@
 """Stage `pretrain`: a dataset -> a checkpoint of decoder and sharded tables, trained autoregressively."""
 
-from dataclasses import asdict
-
 from recgpt_torchrec import cli
 from recgpt_torchrec.config import Pretrain
 
@@ -18,7 +16,7 @@ def main(config: Pretrain) -> None:
     with process_group(train.timeout_seconds) as device, Watchdog(config.output, train.stall_seconds):
         dataset = open_dataset(config)
         training_stream(config, dataset)  # finds what is wrong with options or data before the output is looked at
-        run = Run.find(config.output, asdict(config), dataset.manifest.vocabulary, keep=config.checkpoint.keep)
+        run = Run.find(config, dataset.manifest.vocabulary, keep=config.checkpoint.keep)
         if run.finished:
             say(f"{config.output} is trained already.", run.summary(), sep="\n")
             return

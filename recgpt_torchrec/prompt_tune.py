@@ -1,6 +1,6 @@
 """Stage `prompt_tune`: prompt dataset and pre-trained checkpoint -> a checkpoint with segment embedding and W_l."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from recgpt_torchrec import cli
 from recgpt_torchrec.config import PromptTune
@@ -32,7 +32,7 @@ def main(config: PromptTune) -> None:
             raise InputError("--tuning.soft_targets needs a softmax: --loss.candidates all, sampled or in_batch")
         config = replace(config, model=pretrained_model(checkpoint, dataset, config.model))
         training_stream(config, dataset, tuning)  # finds what is wrong with options or data
-        run = Run.find(config.output, asdict(config), dataset.manifest.vocabulary, keep=config.checkpointing.keep)
+        run = Run.find(config, dataset.manifest.vocabulary, keep=config.checkpointing.keep)
         if run.finished:
             say(f"{config.output} is trained already.", run.summary(), sep="\n")
             return

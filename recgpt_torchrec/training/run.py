@@ -1,7 +1,7 @@
 """A run's output folder: started once, resumed by the same command, never overwritten by another."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from typing import Any
 
 from recgpt_torchrec import storage
@@ -33,16 +33,29 @@ MAY_CHANGE = (
 """Options that a resumed run may be given anew: they change where and how fast, not what is trained."""
 
 
-ADDED = {"targets": "all"}
-"""Options that there were not always, with what a run did without them."""
-
-
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested options as dotted names."""
     out: dict[str, Any] = {}
     for name, value in config.items():
         out |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return out
+
+
+def defaults(config: Any) -> dict[str, Any]:
+    """What a run was begun with that knew nothing of an option: its default, by dotted name.
+
+    So the default of a new option must be what was done before there was one.
+    """
+    values: dict[str, Any] = {}
+    for option in fields(config):
+        given = getattr(config, option.name)
+        group: Any = type(given) if is_dataclass(given) else None
+        default: Any = option.default if option.default_factory is MISSING else option.default_factory()
+        if group:
+            values[option.name] = asdict(default or group())
+        elif default is not MISSING:
+            values[option.name] = default
+    return flat(values)
 
 
 @dataclass
@@ -56,12 +69,18 @@ class Run:
     """Checkpoint that the run began, or is to begin, from."""
 
     @classmethod
-    def find(cls, output: str, config: dict[str, Any], vocabulary: str, keep: int) -> "Run":
-        """The run of this configuration in an output folder, begun or not (collective); nothing is written yet.
+    def find(cls, config: Any, vocabulary: str, keep: int) -> "Run":
+        """The run of this configuration in its output folder, begun or not (collective); nothing is written yet.
+
+        Args:
+            config: dataclass of options, `output` and `data` among them.
+            vocabulary: fingerprint of the dataset's.
+            keep: newest checkpoints kept.
 
         Raises:
             InputError: the folder holds something else.
         """
+        output = config.output
 
         def check() -> None:
             earlier = read_json(os.path.join(output, RUN))
@@ -71,8 +90,7 @@ class Run:
                         f"{output} holds something that is not a run of this program; choose another --output"
                     )
                 return
-            old, new = flat(earlier["config"]), flat(config)
-            old |= {name: value for name, value in ADDED.items() if name in new and name not in old}
+            old, new = {**defaults(config), **flat(earlier["config"])}, flat(asdict(config))
             differ = [n for n in sorted(old.keys() | new.keys()) if old.get(n) != new.get(n) and n not in MAY_CHANGE]
             if differ:
                 lines = "".join(f"\n  --{n}: {old.get(n)} there, {new.get(n)} now" for n in differ)
@@ -87,7 +105,7 @@ class Run:
 
         together(check)
         recorded = read_json(os.path.join(output, RUN)) or {}
-        return cls(config, vocabulary, Checkpoints(output, keep), recorded.get("initial"))
+        return cls(asdict(config), vocabulary, Checkpoints(output, keep), recorded.get("initial"))
 
     def claim(self) -> None:
         """Make the output folder this run's own and clear up after a kill (collective); once everything that can be

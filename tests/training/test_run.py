@@ -1,0 +1,68 @@
+"""A run's folder goes on with the same options, whatever the version of the program that began it knew of them."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recgpt_torchrec.config import Loss, Model, Pretrain, PromptTune, Tables
+from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.training.processes import process_group
+from recgpt_torchrec.training.run import RUN, Run
+
+
+@pytest.fixture(autouse=True)
+def _one_process() -> Iterator[None]:
+    with process_group():
+        yield
+
+
+def begin(config: Any, change: Callable[[dict[str, Any]], object] = lambda _: None) -> None:
+    """Begin a run, and change what it recorded of its options."""
+    Run.find(config, "vocabulary", keep=1).claim()
+    path = Path(config.output) / RUN
+    record = json.loads(path.read_text())
+    change(record["config"])
+    path.write_text(json.dumps(record))
+
+
+def test_an_option_that_the_run_did_not_know_had_its_default(tmp_path: Path) -> None:
+    config = Pretrain(data="data", output=str(tmp_path / "run"), model=Model(dim=8), tables=Tables(lr=0.5))
+    begin(config, lambda old: [old.pop("targets"), old["loss"].pop("candidates"), old["tables"].pop("lr")])
+    with pytest.raises(InputError, match=r"other options(.|\n)*--tables.lr: 0.05 there, 0.5 now"):
+        Run.find(config, "vocabulary", keep=1)
+    config.tables.lr = Tables().lr
+    Run.find(config, "vocabulary", keep=1)
+    config.loss = Loss(candidates="in_batch")
+    with pytest.raises(InputError, match="--loss.candidates: sampled there, in_batch now"):
+        Run.find(config, "vocabulary", keep=1)
+
+
+def test_defaults_are_those_of_the_stage(tmp_path: Path) -> None:
+    config = PromptTune(data="data", checkpoint="base", output=str(tmp_path / "run"), model=Model(dim=8))
+    begin(config, lambda old: [old["tables"].pop("lr"), old["model"].pop("heads")])
+    Run.find(config, "vocabulary", keep=1)
+    config.tables.lr = Tables().lr
+    with pytest.raises(InputError, match="--tables.lr: 0.02 there"):
+        Run.find(config, "vocabulary", keep=1)
+
+
+def test_another_value_and_another_dataset_are_refused(tmp_path: Path) -> None:
+    config = Pretrain(data="data", output=str(tmp_path / "run"))
+    begin(config)
+    config.checkpoint.keep, config.stream.workers = 7, 2  # may change
+    Run.find(config, "vocabulary", keep=7)
+    with pytest.raises(InputError, match="run on another dataset"):
+        Run.find(config, "another", keep=7)
+    config.seed = 1
+    with pytest.raises(InputError, match=r"--seed: 0 there, 1 now"):
+        Run.find(config, "vocabulary", keep=7)
+
+
+def test_an_option_that_is_gone_is_named(tmp_path: Path) -> None:
+    config = Pretrain(data="data", output=str(tmp_path / "run"))
+    begin(config, lambda old: old["loss"].update(temper=3))
+    with pytest.raises(InputError, match="--loss.temper: 3 there, None now"):
+        Run.find(config, "vocabulary", keep=1)
