@@ -10,7 +10,10 @@ It costs the step 2 to 3% on two ranks and two idle cores (tools/benchmark_step.
 at the values 0.3 ms, the rest is the ranks' waiting for each other once more.
 """
 
-from dataclasses import dataclass
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -19,11 +22,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
+from recgpt_torchrec import storage
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.windows import RowGroup
 
 DECODER = "a gradient of the decoder"
 """Found where no rank found anything else, or as a sum that is over the ranks already."""
+SKIPPED = "skipped.jsonl"
+"""In a run's folder: a line for each step and rank whose loss or gradients were not finite."""
 PARTS = ("the loss", "a gradient of the tables' rows", DECODER)
 
 
@@ -127,3 +133,30 @@ def places(dataset: Dataset, groups: list[RowGroup], users: np.ndarray) -> list[
         if rows.size:
             found.append(Place(part.path, group.group, tuple(rows.tolist())))
     return found
+
+
+def describe(folder: str, step: int, epoch: int, here: list[str], loss: float, there: list[Place]) -> str:
+    """What was not finite in a step, on which rank, from which rows; lists it in the run's folder (collective).
+
+    Args:
+        folder: the run's.
+        step, epoch: counted from 1.
+        here: what it was on this rank.
+        loss: this rank's.
+        there: the rows of this rank's batch.
+    """
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (here, None if math.isfinite(loss) else str(loss), there))
+    if any(set(parts) - {DECODER} for parts, _, _ in found):  # then the decoder's gradients have it from there
+        found = [(parts if set(parts) - {DECODER} else [], value, rows) for parts, value, rows in found]
+    said, lines = [], ""
+    for rank, (parts, value, rows) in enumerate(found):
+        if parts:
+            where = "; ".join(map(str, rows[:3])) + (f" and {len(rows) - 3} row groups more" if rows[3:] else "")
+            said.append(f"{', '.join(parts)} on rank {rank}, whose batch held {where or 'no rows'}")
+            line = {"step": step, "epoch": epoch, "rank": rank, "not_finite": parts, "loss": value}
+            lines += json.dumps({**line, "rows": [asdict(place) for place in rows]}) + "\n"
+    path = os.path.join(folder, SKIPPED)
+    if dist.get_rank() == 0:
+        storage.append(path, lines)
+    return f"step {step}: not finite: {'; '.join(said)} (all in {path})"

@@ -3,8 +3,6 @@
 It knows batches only as things with a cursor and a number of targets; what they mean is the model's affair.
 """
 
-import json
-import math
 import os
 import time
 from collections.abc import Callable
@@ -17,7 +15,6 @@ from torch import nn
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.optim.keyed import KeyedOptimizer
 
-from recgpt_torchrec import storage
 from recgpt_torchrec.config import CheckpointOptions, Optimizer, Train
 from recgpt_torchrec.data.stream import SequenceStream
 from recgpt_torchrec.data.windows import Position, Queue, deal
@@ -25,7 +22,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import unwrapped
 from recgpt_torchrec.training import signals, watchdog
 from recgpt_torchrec.training.checkpoint import Checkpoints, facts_of
-from recgpt_torchrec.training.finite import DECODER, FiniteGuard, GuardedPipeline, Place, places
+from recgpt_torchrec.training.finite import FiniteGuard, GuardedPipeline, Place, describe, places
 from recgpt_torchrec.training.lockstep import Lockstep, Step
 from recgpt_torchrec.training.processes import say
 from recgpt_torchrec.training.runlog import RunLog
@@ -36,8 +33,6 @@ from recgpt_torchrec.training.state import restore, state_of
 
 LOG_EVERY = 20
 """Steps between looks at the loss (each is one all-reduce of one number)."""
-SKIPPED = "skipped.jsonl"
-"""In a run's folder: a line for each step whose loss or gradients were not finite."""
 
 
 @dataclass
@@ -218,24 +213,7 @@ class Trainer:
             windows = self.stream.windows(epoch)
             groups = [group for window, _ in touched for group in windows[window].groups]
             there = places(self.stream.maker.dataset, groups, step.users)
-        found: list[Any] = [None] * dist.get_world_size()
-        value = None if math.isfinite(float(loss)) else str(float(loss))
-        dist.all_gather_object(found, (self.guard.here, value, there))
-        if any(set(parts) - {DECODER} for parts, _, _ in found):  # then the decoder's gradients have it from there
-            found = [(parts if set(parts) - {DECODER} else [], value, there) for parts, value, there in found]
-        number, folder = self.progress.step + 1, self.checkpoints.output
-        said = []
-        for rank, (parts, _, there) in enumerate(found):
-            if parts:
-                where = "; ".join(map(str, there[:3])) + (f" and {len(there) - 3} row groups more" if there[3:] else "")
-                said.append(f"{', '.join(parts)} on rank {rank}, whose batch held {where or 'no rows'}")
-        if dist.get_rank() == 0:
-            for rank, (parts, value, there) in enumerate(found):
-                if parts:
-                    line = {"step": number, "epoch": epoch + 1, "rank": rank, "not_finite": parts, "loss": value}
-                    line["rows"] = [asdict(place) for place in there]
-                    storage.append(os.path.join(folder, SKIPPED), json.dumps(line) + "\n")
-        what = f"step {number}: not finite: {'; '.join(said)} (all in {os.path.join(folder, SKIPPED)})"
+        what = describe(self.checkpoints.output, self.progress.step + 1, epoch + 1, self.guard.here, float(loss), there)
         self.progress.skipped += 1
         if self.train.non_finite == "skip" and self.progress.skipped <= self.train.non_finite_limit:
             return say(f"{what}. Left out, {self.progress.skipped} of at most {self.train.non_finite_limit}")
