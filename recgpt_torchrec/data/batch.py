@@ -9,6 +9,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from recgpt_torchrec.data.packing import pack, ragged_arange
+from recgpt_torchrec.data.segments import INTERACTED
 from recgpt_torchrec.data.windows import Cursor
 
 PredictFrom = Literal["interacted", "last", "every"]
@@ -248,7 +249,7 @@ def positions_of(segments: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """
     entry = ragged_arange(np.diff(offsets))
     first = np.repeat(offsets[:-1], np.diff(offsets))
-    real = segments == 0
+    real = segments == INTERACTED
     before = np.concatenate([[0], np.cumsum(real)])
     number = before[1:] - before[first]  # interacted entries up to and including this one
     newest = np.maximum.accumulate(np.where(real, np.arange(real.size), -1)) if real.size else entry
@@ -260,7 +261,7 @@ def targets_of(
     sequences: Sequences, segments: np.ndarray, inputs: np.ndarray, predict_from: PredictFrom
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which of the input entries predict, [inputs] bool, and the next interacted item of each that does."""
-    real = segments == 0
+    real = segments == INTERACTED
     places = np.flatnonzero(real)
     entry = np.flatnonzero(inputs)
     after = np.searchsorted(places, entry, side="right")

@@ -26,12 +26,11 @@ import pyarrow.compute as pc
 
 from recgpt_torchrec import storage
 from recgpt_torchrec.data.dataset import ANSWERS, COLUMNS, MANIFEST, Dataset, Manifest
+from recgpt_torchrec.data.segments import INTERACTED, SEGMENTS
 from recgpt_torchrec.data.windows import RowGroup, row_groups
 from recgpt_torchrec.errors import InputError
 
 LIST = "damaged.jsonl"
-SEGMENTS = 3
-"""Segment ids are 0 to 2."""
 
 
 class Damage(NamedTuple):
@@ -273,7 +272,7 @@ def faults(table: pa.Table, manifest: Manifest, answers: int) -> dict[int, str]:
         wrong = outside(segments.values, 0, SEGMENTS)
         meanings = "0 (interacted), 1 (generated) and 2 (shown and not clicked)"
         note(segments.rows_of(wrong), f"segment id {{}} is none of {meanings}", segments.values[wrong])
-        interacted = np.diff(np.concatenate([[0], np.cumsum(segments.values == 0)])[segments.offsets])
+        interacted = np.diff(np.concatenate([[0], np.cumsum(segments.values == INTERACTED)])[segments.offsets])
     for name, column in columns.items():
         wanted, there = interacted * answers if name in ANSWERS else entries, np.diff(column.offsets)
         wrong = np.flatnonzero(there != wanted)

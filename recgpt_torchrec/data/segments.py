@@ -6,3 +6,5 @@ GENERATED = 1
 """The model answered it there (Algorithm 1 of the paper)."""
 EXPOSED = 2
 """It was shown to the user, who did not click."""
+SEGMENTS = 3
+"""Segment ids are 0 to 2."""

@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from recgpt_torchrec.data.segments import INTERACTED
+
 Int64 = npt.NDArray[np.int64]
 SplitName = Literal["validation", "test"]
 
@@ -98,7 +100,7 @@ class Interacted(NamedTuple):
         offsets = np.asarray(offsets, np.int64)
         if segments is None:
             return cls(np.arange(offsets[-1], dtype=np.int64), offsets)
-        (places,) = np.nonzero(segments == 0)
+        (places,) = np.nonzero(segments == INTERACTED)
         return cls(places.astype(np.int64, copy=False), np.searchsorted(places, offsets).astype(np.int64))
 
     def entries(self, stop: Int64) -> Int64:

@@ -21,6 +21,7 @@ from recgpt_torchrec.data.candidates import LogUniform, NegativeSampler, Uniform
 from recgpt_torchrec.data.checking import Reader, SetAside
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.loading import made_ahead
+from recgpt_torchrec.data.segments import INTERACTED
 from recgpt_torchrec.data.windows import Cursor, Queue, Window, row_groups, windows_of
 from recgpt_torchrec.errors import InputError
 
@@ -141,8 +142,9 @@ class BatchMaker:
         )
         kept: slice | np.ndarray = slice(None)
         if segments is not None and not self.prompts:
-            kept = segments == 0
-            values, offsets, segments = values[kept], np.concatenate([[0], np.cumsum(segments == 0)])[offsets], None
+            kept = segments == INTERACTED
+            offsets = np.concatenate([[0], np.cumsum(segments == INTERACTED)])[offsets]
+            values, segments = values[kept], None
         real = leave_one_out.Interacted.among(offsets, segments)
         answers = self._answers_of(table, values.size, real)
         trained = None
@@ -168,7 +170,7 @@ class BatchMaker:
         else:
             start = np.maximum(start, stop - keep)
         if trained is not None:
-            new = ~trained if segments is None else ~trained & (segments == 0)
+            new = ~trained if segments is None else ~trained & (segments == INTERACTED)
             count = np.concatenate([[0], np.cumsum(new)])
             stop = np.where(count[stop] > count[np.minimum(start + 1, stop)], stop, start)
         order = np.arange(users.size)

@@ -5,10 +5,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recgpt_torchrec.config import Model
+from recgpt_torchrec.data.segments import SEGMENTS
 from recgpt_torchrec.model.dropout import dropout
-
-SEGMENTS = 3
-"""Kinds of entries: 0 interacted with, 1 generated, 2 shown but not clicked."""
 
 
 def attention_mask(sequence: Tensor) -> Tensor:

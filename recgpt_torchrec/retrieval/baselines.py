@@ -16,6 +16,7 @@ import torch
 from recgpt_torchrec.data import split as leave_one_out
 from recgpt_torchrec.data.checking import read_group
 from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.segments import INTERACTED
 from recgpt_torchrec.data.split import ItemLists, SplitName
 from recgpt_torchrec.data.windows import RowGroup, row_groups
 from recgpt_torchrec.retrieval.metrics import RankingMetrics, both_ranks
@@ -203,6 +204,6 @@ def _interacted(dataset: Dataset, group: RowGroup) -> ItemLists:
     lists = leave_one_out.item_lists(table["item_ids"])
     if "segment_ids" not in table.schema.names:
         return lists
-    real = leave_one_out.item_lists(table["segment_ids"]).values == 0
+    real = leave_one_out.item_lists(table["segment_ids"]).values == INTERACTED
     before = np.concatenate([[0], np.cumsum(real)])
     return ItemLists(lists.values[real], before[lists.offsets])
