@@ -19,7 +19,6 @@ OUTPUT/report.md and report.json, brought up to date after each day; the same co
 import argparse
 import json
 import os
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -30,9 +29,10 @@ import duckdb
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipelines import paper, paper_report  # noqa: E402
+from pipelines import experiment, paper_report  # noqa: E402
+from pipelines.experiment import config_file, from_root  # noqa: E402
 from pipelines.paper_report import METRICS, Row  # noqa: E402
-from pipelines.steps import ROOT, RecordedSteps  # noqa: E402
+from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
 from recgpt_torchrec.data.engine import quoted  # noqa: E402
 
 WARM, SCRATCH = "warm", "scratch"
@@ -40,9 +40,11 @@ TARGETS = ["new", "all"]
 
 
 @dataclass(kw_only=True)
-class Options(paper.Options):
+class Options(experiment.Options):
     """What the user asked for."""
 
+    input: str
+    """The log."""
     name: str
     """configs/NAME.yaml and configs/NAME_warm.yaml are the configurations."""
     days: int
@@ -71,15 +73,8 @@ class Options(paper.Options):
 def main(arguments: list[str] | None = None) -> None:
     """Run every step that is not done, and write the report."""
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a step that runs is ended as well
-    try:
-        with RecordedSteps("daily", ROOT / options.output, options.planned()) as steps:
-            Daily(options, steps).run()
-            print(f"\n== Done: {steps.executed} of {steps.total} steps run now, the others before")
-    except KeyboardInterrupt:
-        print("\ndaily: interrupted; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
-    print(f"report        {options.output}/report.md, report.json")
+    with pipeline("daily", options.output, options.planned()) as steps:
+        Daily(options, steps).run()
 
 
 def parse(arguments: list[str] | None = None) -> Options:
@@ -105,14 +100,11 @@ def parse(arguments: list[str] | None = None) -> Options:
     if not given.input.endswith((".csv", ".tsv", ".parquet")) or not os.path.exists(given.input):
         parser.error(f"--input {given.input} must be a file that ends in .csv, .tsv or .parquet")
     return Options(
-        datasets={given.name: paper.from_root(given.input)},
-        output=paper.from_root(given.output),
+        input=from_root(given.input),
+        output=from_root(given.output),
         seeds=given.seeds,
         ranks=given.ranks,
-        ks=[1],
-        input_format="auto",
-        configs=paper.from_root(given.configs),
-        test_grid=False,
+        configs=from_root(given.configs),
         name=given.name,
         days=given.days,
         day=given.day,
@@ -123,19 +115,19 @@ def parse(arguments: list[str] | None = None) -> Options:
     )
 
 
-class Daily(paper.Experiment):
+class Daily(experiment.Experiment):
     """Every day of one log. Example: `Daily(options, steps).run()`."""
 
     options: Options
 
     def __init__(self, options: Options, steps: RecordedSteps) -> None:
         super().__init__(options.name, options, steps)
-        self.warm_config = paper.config_file(options.configs, self.name, "_warm")
+        self.warm_config = config_file(options.configs, self.name, "_warm")
 
     def run(self) -> None:
         """Day by day, each with every seed; the report is brought up to date after each day."""
         log = f"{self.folder}/log"
-        cut(ROOT / self.options.datasets[self.name], ROOT / log, self.options)
+        cut(ROOT / self.options.input, ROOT / log, self.options)
         for day in range(self.options.days + 1):
             files = [f"{log}/day{number}.parquet" for number in range(day + 1)]
             arguments = [*files, "--time_column", self.options.time_column, "--min_count", str(self.options.min_count)]

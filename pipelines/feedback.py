@@ -21,34 +21,30 @@ import csv
 import json
 import os
 import re
-import signal
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipelines import paper, paper_report  # noqa: E402
+from pipelines import experiment, paper_report  # noqa: E402
+from pipelines.experiment import from_root  # noqa: E402
 from pipelines.paper_report import METRICS, PROTOCOLS, Row  # noqa: E402
-from pipelines.steps import ROOT, RecordedSteps  # noqa: E402
-from recgpt_torchrec import cli  # noqa: E402
-from recgpt_torchrec.config import Batch, Loss, Pretrain, PromptTune  # noqa: E402
+from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
 from recgpt_torchrec.data.dataset import Dataset, Part  # noqa: E402
-from recgpt_torchrec.data.stream import BatchMaker  # noqa: E402
-from recgpt_torchrec.data.windows import row_groups, windows_of  # noqa: E402
 
 CONTROL, OTHER = "without", "as_interactions"
 PROMPTS = ["exposed:1", "exposed:2", "exposed:3", "both:1", "generated:1"]
 
 
 @dataclass(kw_only=True)
-class Options(paper.Options):
+class Options(experiment.Options):
     """What the user asked for."""
 
+    input: str
+    """The log."""
     name: str
     """Of the log; configs/NAME.yaml and configs/NAME_tune.yaml are its configurations."""
     prompts: list[str]
@@ -70,15 +66,8 @@ class Options(paper.Options):
 def main(arguments: list[str] | None = None) -> None:
     """Run every step that is not done, and write the report."""
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a step that runs is ended as well
-    try:
-        with RecordedSteps("feedback", ROOT / options.output, options.planned()) as steps:
-            Feedback(options, steps).run()
-            print(f"\n== Done: {steps.executed} of {steps.total} steps run now, the others before")
-    except KeyboardInterrupt:
-        print("\nfeedback: interrupted; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
-    print(f"report        {options.output}/report.md, report.json")
+    with pipeline("feedback", options.output, options.planned()) as steps:
+        Feedback(options, steps).run()
 
 
 def parse(arguments: list[str] | None = None) -> Options:
@@ -104,14 +93,11 @@ def parse(arguments: list[str] | None = None) -> Options:
     if not os.path.exists(given.input):
         parser.error(f"--input: there is no {given.input}")
     return Options(
-        datasets={given.name: paper.from_root(given.input)},
-        output=paper.from_root(given.output),
+        input=from_root(given.input),
+        output=from_root(given.output),
         seeds=given.seeds,
         ranks=given.ranks,
-        ks=sorted({int(prompts.partition(":")[2]) for prompts in given.prompts}),
-        input_format="auto",
-        configs=paper.from_root(given.configs),
-        test_grid=False,
+        configs=from_root(given.configs),
         name=given.name,
         prompts=given.prompts,
         click_column=given.click_column,
@@ -119,7 +105,7 @@ def parse(arguments: list[str] | None = None) -> Options:
     )
 
 
-class Feedback(paper.Experiment):
+class Feedback(experiment.Experiment):
     """Every arm on one log. Example: `Feedback(options, steps).run()`."""
 
     options: Options
@@ -131,7 +117,7 @@ class Feedback(paper.Experiment):
     def run(self) -> None:
         """Prepare both datasets, then seed by seed; the report is brought up to date after each seed."""
         clicks = ["--click_column", self.options.click_column, "--click_from", f"{self.options.click_from:g}"]
-        self._prepare("prepare", [self.options.datasets[self.name], *clicks], self.data)
+        self._prepare("prepare", [self.options.input, *clicks], self.data)
         write_as_interactions(Dataset.open(str(ROOT / self.data)), ROOT / f"{self.other}.csv")
         same_core = ["--time_column", "null", "--min_count", "1"]
         self._prepare(f"prepare_{OTHER}", [f"{self.other}.csv", *same_core], self.other)
@@ -168,39 +154,15 @@ class Feedback(paper.Experiment):
         """Tune an arm from the run `start`, and measure it."""
         prompts = arm in self.options.prompts
         title = f"seed{seed}/{folder_of(arm)}"
-        more = ["--checkpoint", f"{self.folder}/{start}", "--batch.tokens", str(self._tokens_of(data, prompts))]
+        more = ["--checkpoint", f"{self.folder}/{start}", "--batch.tokens", str(self._tokens(data, prompts))]
         more += [] if prompts else ["--tuning.prompts", "false"]
         self._train(title, "tune", "prompt_tune", self.tune_config, data, (made_by, start), seed, more)
         self._test(seed, folder_of(arm), data)
-
-    def _tokens_of(self, data: str, prompts: bool) -> int:
-        """Tokens of a batch that give as many optimizer steps an epoch as the control has."""
-        unused = ["--data", "", "--output", ""]
-        model = cli.parse(Pretrain, "feedback", ["--config", str(ROOT / self.config), *unused]).model
-        unused += ["--checkpoint", ""]
-        tune = cli.parse(PromptTune, "feedback", ["--config", str(ROOT / self.tune_config), *unused])
-        this, control = (
-            inputs_of(Dataset.open(str(ROOT / where)), tune.batch, model.max_len, read)
-            for where, read in ((data, prompts), (self.data, False))
-        )
-        return round(tune.batch.tokens * this / max(control, 1))
 
 
 def folder_of(arm: str) -> str:
     """What the files of an arm are called."""
     return arm.replace(":", "_")
-
-
-def inputs_of(dataset: Dataset, batch: Batch, max_len: int, prompts: bool) -> int:
-    """Entries that one epoch reads as input, with or without prompts, cut as in training."""
-    batch = Batch(tokens=max(batch.tokens, max_len), long_histories=batch.long_histories)
-    loss = Loss(candidates="all")
-    maker = BatchMaker(
-        dataset=dataset, prompts=prompts, split="training", batch=batch, loss=loss, max_len=max_len, seed=0
-    )
-    windows = windows_of(row_groups(dataset), 0, 0, 4, shuffle=False)
-    lengths = (maker.sequences_of(window, 0, shuffle=False).lengths for window in windows)
-    return sum(int(np.maximum(length - 1, 0).sum()) for length in lengths)
 
 
 def write_as_interactions(dataset: Dataset, log: Path) -> None:

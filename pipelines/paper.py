@@ -15,18 +15,15 @@ import argparse
 import json
 import os
 import re
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipelines import paper_report  # noqa: E402
-from pipelines.steps import ROOT, RecordedSteps  # noqa: E402
+from pipelines import experiment, paper_report  # noqa: E402
+from pipelines.experiment import config_file, from_root, values_of  # noqa: E402
+from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
 
 SPLITS = ("validation", "test")
 LONGEST = 10
@@ -34,17 +31,13 @@ LONGEST = 10
 
 
 @dataclass(kw_only=True)
-class Options:
+class Options(experiment.Options):
     """What the user asked for."""
 
     datasets: dict[str, str]
     """Raw file by name."""
-    output: str
-    seeds: int
-    ranks: int
     ks: list[int]
     input_format: str
-    configs: str
     test_grid: bool
 
     def planned(self) -> list[str]:
@@ -63,16 +56,10 @@ class Options:
 def main(arguments: list[str] | None = None) -> None:
     """Run every step that is not done, and write the report."""
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a step that runs is ended as well
-    try:
-        with RecordedSteps("paper", ROOT / options.output, options.planned()) as steps:
-            for name in options.datasets:
-                Experiment(name, options, steps).run()
-            print(f"\n== Done: {steps.executed} of {steps.total} steps run now, the others before")
-    except KeyboardInterrupt:
-        print("\npaper: interrupted; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
-    print(f"report        {options.output}/report.md, report.json\nfigures       {options.output}/figures/*.png")
+    with pipeline("paper", options.output, options.planned()) as steps:
+        for name in options.datasets:
+            Paper(name, options, steps).run()
+    print(f"figures       {options.output}/figures/*.png")
 
 
 def parse(arguments: list[str] | None = None) -> Options:
@@ -114,15 +101,13 @@ def parse(arguments: list[str] | None = None) -> Options:
     )
 
 
-class Experiment:
-    """Everything about one data set. Example: `Experiment("beauty", options, steps).run()`."""
+class Paper(experiment.Experiment):
+    """Everything about one data set. Example: `Paper("beauty", options, steps).run()`."""
+
+    options: Options
 
     def __init__(self, name: str, options: Options, steps: RecordedSteps) -> None:
-        self.name, self.options, self.steps = name, options, steps
-        self.folder = f"{options.output}/{name}"
-        self.data = f"{self.folder}/data"
-        self.config = config_file(options.configs, name)
-        self.tune_config = config_file(options.configs, name, "_tune")
+        super().__init__(name, options, steps)
         self.k: int | None = None if len(options.ks) > 1 else options.ks[0]
 
     def run(self) -> None:
@@ -188,28 +173,6 @@ class Experiment:
         self._train(f"{place}/recgpt", "tune", "prompt_tune", self.tune_config, prompts, needs, seed, [*tuned, *tokens])
         self._both_splits(seed, f"k{k}/recgpt")
 
-    def _train(
-        self,
-        title: str,
-        kind: str,
-        stage: str,
-        config: str,
-        data: str,
-        needs: tuple[str, ...],
-        seed: int,
-        more: list[str] | None = None,
-    ) -> None:
-        output = f"{self.folder}/{title}"
-        arguments = ["--config", config, "--data", data, "--output", output, "--seed", str(seed), *(more or [])]
-        self.steps.run(
-            f"{self.name}/{title}",
-            self._stage(stage, arguments),
-            kind=f"{self.name} {kind}",
-            proof=f"{output}/best.json",
-            needs=tuple(f"{self.name}/{need}" for need in needs),
-            settings=values_of(ROOT / config),
-        )
-
     def _both_splits(self, seed: int, run: str) -> None:
         """Measure a run on validation, which chooses m, and with that m on test."""
         self._evaluate(seed, run, "validation", "validation", 0)
@@ -233,104 +196,12 @@ class Experiment:
             repeatable=True,
         )
 
-    def _prepare(self, title: str, arguments: list[str], output: str, needs: tuple[str, ...] = ()) -> None:
-        """Make a dataset; `arguments` begin with its input."""
-        self.steps.run(
-            f"{self.name}/{title}",
-            ["python", "-m", "recgpt_torchrec.prepare", "--output", output, "--input", *arguments],
-            kind=f"{self.name} prepare",
-            proof=f"{output}/manifest.json",
-            needs=tuple(f"{self.name}/{need}" for need in needs),
-        )
-
-    def _test(self, seed: int, run: str, data: str, *, baselines: bool = False) -> None:
-        """Measure a run on test; m of the two-step list is chosen on validation by the stage."""
-        title = f"seed{seed}/{run}_test"
-        output = f"{self.folder}/{title}.json"
-        arguments = ["--data", data, "--checkpoint", f"{self.folder}/seed{seed}/{run}", "--output", output]
-        self.steps.run(
-            f"{self.name}/{title}",
-            self._stage("evaluate", [*arguments, "--baselines", str(baselines).lower()]),
-            kind=f"{self.name} test",
-            proof=output,
-            needs=(f"{self.name}/seed{seed}/{run}",),
-            repeatable=True,
-        )
-
-    def _stage(self, name: str, arguments: list[str]) -> list[str]:
-        if self.options.ranks == 1:
-            return ["python", "-m", f"recgpt_torchrec.{name}", *arguments]
-        # torchrun with threads that fit the machine; unlike torchx it needs no installed project and logs no files.
-        job = ["python", "-m", "recgpt_torchrec.node", "--standalone", "--nproc-per-node", str(self.options.ranks)]
-        return [*job, "-m", f"recgpt_torchrec.{name}", *arguments]
-
-    def _tokens(self, prompts: str) -> int:
-        """Tokens of a prompted batch that give as many optimizer steps an epoch as batches without prompts have.
-
-        About 1 + K times as many: less where long histories are cut to `max_len` entries.
-        """
-        from recgpt_torchrec import cli
-        from recgpt_torchrec.config import Pretrain, PromptTune
-
-        model = cli.parse(Pretrain, "paper", ["--config", str(ROOT / self.config), "--data", "", "--output", ""]).model
-        unused = ["--data", "", "--checkpoint", "", "--output", ""]
-        tune = cli.parse(PromptTune, "paper", ["--config", str(ROOT / self.tune_config), *unused])
-        entries = [trained_entries(str(ROOT / data), model.max_len) for data in (prompts, self.data)]
-        return round(tune.batch.tokens * entries[0] / max(entries[1], 1))
-
     def chosen_k(self) -> int:
         """The K whose two-step list is best on validation with the first seed."""
         if self.k is not None:
             return self.k
         values = paper_report.k_on_validation(ROOT / self.folder, self.options.ks)
         return max(values, key=lambda k: (values[k], -k))
-
-
-def trained_entries(data: str, max_len: int) -> int:
-    """Entries of a dataset that one epoch reads as input, prompts included; histories cut to `max_len` as in
-    training."""
-    import numpy as np
-
-    from recgpt_torchrec.data import split
-    from recgpt_torchrec.data.dataset import Dataset
-
-    dataset, total = Dataset.open(data), 0
-    for part in dataset.manifest.sequences:
-        with dataset.open_part(part) as file:
-            columns = [n for n in ("item_ids", "segment_ids") if n in file.schema_arrow.names]
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group, columns=columns)
-                offsets = split.item_lists(table["item_ids"]).offsets
-                segments = split.item_lists(table["segment_ids"]).values if "segment_ids" in columns else None
-                real = split.Interacted.among(offsets, segments)
-                if not real.places.size:
-                    continue
-                begin, end = split.training(real.offsets)
-                trained = end > begin
-                inputs = real.entries(end[trained]) - offsets[:-1][trained] - 1
-                total += int(np.minimum(inputs, max_len).sum())
-    return total
-
-
-def config_file(folder: str, name: str, ending: str = "") -> str:
-    """The configuration of a data set, or the common one."""
-    own = f"{folder}/{name}{ending}.yaml"
-    return own if (ROOT / own).exists() else f"{folder}/paper{ending}.yaml"
-
-
-def values_of(path: Path) -> dict[str, Any]:
-    """The values of a configuration file and of the file that it names as `config`; a group (`model`, ...) that both
-    have is the first one's alone, as for the stages."""
-    values = yaml.safe_load(path.read_text()) or {}
-    base = values.pop("config", None)
-    return {**values_of(path.parent / base), **values} if base else values
-
-
-def from_root(path: str) -> str:
-    """A path as it is named in the project's folder."""
-    absolute = os.path.abspath(path)
-    relative = os.path.relpath(absolute, ROOT)
-    return relative if not relative.startswith("../..") else absolute
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -188,6 +189,26 @@ class RecordedSteps:
             return f"{gone} gone"
         left = sum(_expected(step, timed) for step in [kind, *self.left])
         return f"{gone} gone, about {clock(left)} left"
+
+
+@contextlib.contextmanager
+def pipeline(name: str, output: str, planned: list[str]) -> Iterator[RecordedSteps]:
+    """The recorded steps of a pipeline's `main`: stopped by Ctrl-C or SIGTERM, it ends the step that runs, too.
+
+    Args:
+        name: of the pipeline, for messages.
+        output: its folder, relative to the project, which is to get a report.
+        planned: see `RecordedSteps`.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with RecordedSteps(name, ROOT / output, planned) as steps:
+            yield steps
+            print(f"\n== Done: {steps.executed} of {steps.total} steps run now, the others before")
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+    print(f"report        {output}/report.md, report.json")
 
 
 def execute(command: list[str], log: Path | None = None) -> int:

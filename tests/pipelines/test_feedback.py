@@ -8,13 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines import feedback, paper
-from recgpt_torchrec.config import Batch
+from pipelines import feedback
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.split import held_out
 from tests.data.prepare_helpers import make, read_sequences
 from tests.pipelines.test_paper import InProcess, executor
-from tests.support import write_dataset
 
 __all__ = ["executor"]  # a fixture
 TUNE = """
@@ -93,17 +91,6 @@ def test_shown_rows_as_interactions_leave_ids_and_held_out_items_as_they_were(tm
         assert held_out(offsets, split).row.size == made.users
 
 
-def test_inputs_are_the_entries_that_training_reads(tmp_path: Path) -> None:
-    histories = [[1, 9, 2, 9, 3, 9, 4, 9, 5], [1, 2, 3, 4]]
-    segments = [[0, 2, 0, 2, 0, 2, 0, 2, 0], [0, 0, 0, 0]]
-    dataset = write_dataset(tmp_path / "data", histories, items=10, segments=segments)
-    # trained on: 1 9 2 9 3 (four of them are input; without prompts 1 and 2) and 1 2 (one is)
-    assert feedback.inputs_of(dataset, Batch(tokens=9), 9, prompts=True) == 5
-    assert feedback.inputs_of(dataset, Batch(tokens=9), 9, prompts=False) == 3
-    assert feedback.inputs_of(dataset, Batch(tokens=9), 3, prompts=True) == 4
-    assert feedback.inputs_of(dataset, Batch(tokens=9, long_histories="windows"), 3, prompts=True) == 5
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -119,8 +106,3 @@ def test_bad_options_are_refused_before_anything_is_written(words, said, tmp_pat
         feedback.main([*words, "--output", str(tmp_path / "out")])
     assert ended.value.code == 2 and said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_the_configurations_can_be_parsed() -> None:
-    values = paper.values_of(feedback.ROOT / "configs/ml100k_tune.yaml")
-    assert values["batch"] == paper.values_of(feedback.ROOT / "configs/ml100k.yaml")["batch"]

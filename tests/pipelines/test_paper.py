@@ -11,7 +11,6 @@ import pytest
 
 from pipelines import paper, paper_report, steps
 from recgpt_torchrec import cli, config
-from tests.support import write_dataset
 from tools import synthetic_log
 
 CONFIG = """
@@ -182,22 +181,3 @@ def test_published_figures_have_four_cells_and_the_highest_is_the_highest():
         assert all(len(cells) == 4 for cells in found.values())
         for column, best in enumerate(found["highest published"]):
             assert best >= max(cells[column] or 0 for cells in found.values())
-
-
-def test_entries_of_an_epoch_count_prompts_before_the_last_training_item_and_stop_at_max_len(tmp_path):
-    histories = [[1, 9, 2, 9, 3, 9, 4, 9, 5], [1, 2, 3, 4]]
-    segments = [[0, 1, 0, 1, 0, 1, 0, 1, 0], [0, 0, 0, 0]]
-    folder = tmp_path / "data"
-    write_dataset(folder, histories, items=10, segments=segments)
-    # trained on: 1 9 2 9 3 (four of them are input) and 1 2 (one is)
-    assert paper.trained_entries(str(folder), max_len=10) == 5
-    assert paper.trained_entries(str(folder), max_len=3) == 4
-
-
-def test_a_configuration_may_name_another_whose_groups_it_replaces(tmp_path):
-    (tmp_path / "base.yaml").write_text("model: {dim: 8, layers: 2}\ntrain: {epochs: 3}\nseed: 1\n")
-    (tmp_path / "mine.yaml").write_text("config: base.yaml\nmodel: {layers: 3}\n")
-    assert paper.values_of(tmp_path / "mine.yaml") == {"model": {"layers": 3}, "train": {"epochs": 3}, "seed": 1}
-    parsed = cli.parse(config.Pretrain, "x", ["--config", str(tmp_path / "mine.yaml"), "--data", "d", "--output", "o"])
-    assert (parsed.model.dim, parsed.model.layers) == (config.Model().dim, 3)
-    assert (parsed.train.epochs, parsed.seed) == (3, 1)

@@ -64,9 +64,8 @@ def test_an_interrupted_pipeline_leaves_nothing_running_and_no_finished_step(tmp
     pid = tmp_path / "pid"
     sleeper = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     program = (
-        "import signal, sys; from pipelines.steps import RecordedSteps\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
-        f"with RecordedSteps('test', {str(tmp_path)!r}, ['x made']) as steps:\n"
+        "from pipelines.steps import pipeline\n"
+        f"with pipeline('test', {str(tmp_path)!r}, ['x made']) as steps:\n"
         f"    steps.run('a', ['python', '-c', {sleeper!r}], kind='x made', proof={str(pid)!r})\n"
     )
     pipeline = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)

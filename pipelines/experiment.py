@@ -1,0 +1,148 @@
+"""What the pipelines that train and measure have in common: their options, and steps on one data set."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from pipelines.steps import ROOT, RecordedSteps
+
+if TYPE_CHECKING:
+    from recgpt_torchrec.config import Batch
+    from recgpt_torchrec.data.dataset import Dataset
+
+
+@dataclass(kw_only=True)
+class Options:
+    """What the user asked for, of any of them; paths are relative to the project, where commands run."""
+
+    output: str
+    seeds: int
+    ranks: int
+    configs: str
+    """Folder of the configurations."""
+
+
+class Experiment:
+    """Everything about one data set, in a folder of its own; `run` is the pipeline's."""
+
+    def __init__(self, name: str, options: Options, steps: RecordedSteps) -> None:
+        self.name, self.options, self.steps = name, options, steps
+        self.folder = f"{options.output}/{name}"
+        self.data = f"{self.folder}/data"
+        self.config = config_file(options.configs, name)
+        self.tune_config = config_file(options.configs, name, "_tune")
+
+    def _prepare(self, title: str, arguments: list[str], output: str, needs: tuple[str, ...] = ()) -> None:
+        """Make a dataset; `arguments` begin with its input."""
+        self.steps.run(
+            f"{self.name}/{title}",
+            ["python", "-m", "recgpt_torchrec.prepare", "--output", output, "--input", *arguments],
+            kind=f"{self.name} prepare",
+            proof=f"{output}/manifest.json",
+            needs=tuple(f"{self.name}/{need}" for need in needs),
+        )
+
+    def _train(
+        self,
+        title: str,
+        kind: str,
+        stage: str,
+        config: str,
+        data: str,
+        needs: tuple[str, ...],
+        seed: int,
+        more: list[str] | None = None,
+    ) -> None:
+        output = f"{self.folder}/{title}"
+        arguments = ["--config", config, "--data", data, "--output", output, "--seed", str(seed), *(more or [])]
+        self.steps.run(
+            f"{self.name}/{title}",
+            self._stage(stage, arguments),
+            kind=f"{self.name} {kind}",
+            proof=f"{output}/best.json",
+            needs=tuple(f"{self.name}/{need}" for need in needs),
+            settings=values_of(ROOT / config),
+        )
+
+    def _test(self, seed: int, run: str, data: str, *, baselines: bool = False) -> None:
+        """Measure a run on test; m of the two-step list is chosen on validation by the stage."""
+        title = f"seed{seed}/{run}_test"
+        output = f"{self.folder}/{title}.json"
+        arguments = ["--data", data, "--checkpoint", f"{self.folder}/seed{seed}/{run}", "--output", output]
+        self.steps.run(
+            f"{self.name}/{title}",
+            self._stage("evaluate", [*arguments, "--baselines", str(baselines).lower()]),
+            kind=f"{self.name} test",
+            proof=output,
+            needs=(f"{self.name}/seed{seed}/{run}",),
+            repeatable=True,
+        )
+
+    def _stage(self, name: str, arguments: list[str]) -> list[str]:
+        if self.options.ranks == 1:
+            return ["python", "-m", f"recgpt_torchrec.{name}", *arguments]
+        # torchrun with threads that fit the machine; unlike torchx it needs no installed project and logs no files.
+        job = ["python", "-m", "recgpt_torchrec.node", "--standalone", "--nproc-per-node", str(self.options.ranks)]
+        return [*job, "-m", f"recgpt_torchrec.{name}", *arguments]
+
+    def _tokens(self, data: str, prompts: bool = True) -> int:
+        """Tokens of a batch of `data`, tuned with its prompts or without, that give as many optimizer steps an epoch as
+        batches of the prepared dataset without prompts have.
+
+        About 1 + K times as many with K prompts: less where long histories are cut to `max_len` entries.
+        """
+        from recgpt_torchrec import cli
+        from recgpt_torchrec.config import Pretrain, PromptTune
+        from recgpt_torchrec.data.dataset import Dataset
+
+        unused = ["--data", "", "--output", ""]
+        model = cli.parse(Pretrain, self.steps.name, ["--config", str(ROOT / self.config), *unused]).model
+        unused += ["--checkpoint", ""]
+        tune = cli.parse(PromptTune, self.steps.name, ["--config", str(ROOT / self.tune_config), *unused])
+        this, control = (
+            inputs_of(Dataset.open(str(ROOT / where)), tune.batch, model.max_len, read)
+            for where, read in ((data, prompts), (self.data, False))
+        )
+        return round(tune.batch.tokens * this / max(control, 1))
+
+
+def inputs_of(dataset: "Dataset", batch: "Batch", max_len: int, prompts: bool) -> int:
+    """Entries that one epoch reads as input, with or without prompts, cut as in training."""
+    import numpy as np
+
+    from recgpt_torchrec.config import Batch, Loss
+    from recgpt_torchrec.data.stream import BatchMaker
+    from recgpt_torchrec.data.windows import row_groups, windows_of
+
+    batch = Batch(tokens=max(batch.tokens, max_len), long_histories=batch.long_histories)
+    loss = Loss(candidates="all")
+    maker = BatchMaker(
+        dataset=dataset, prompts=prompts, split="training", batch=batch, loss=loss, max_len=max_len, seed=0
+    )
+    windows = windows_of(row_groups(dataset), 0, 0, 4, shuffle=False)
+    lengths = (maker.sequences_of(window, 0, shuffle=False).lengths for window in windows)
+    return sum(int(np.maximum(length - 1, 0).sum()) for length in lengths)
+
+
+def config_file(folder: str, name: str, ending: str = "") -> str:
+    """The configuration of a data set, or the common one."""
+    own = f"{folder}/{name}{ending}.yaml"
+    return own if (ROOT / own).exists() else f"{folder}/paper{ending}.yaml"
+
+
+def values_of(path: Path) -> dict[str, Any]:
+    """The values of a configuration file and of the file that it names as `config`; a group (`model`, ...) that both
+    have is the first one's alone, as for the stages."""
+    values = yaml.safe_load(path.read_text()) or {}
+    base = values.pop("config", None)
+    return {**values_of(path.parent / base), **values} if base else values
+
+
+def from_root(path: str) -> str:
+    """A path as it is named in the project's folder."""
+    absolute = os.path.abspath(path)
+    relative = os.path.relpath(absolute, ROOT)
+    return relative if not relative.startswith("../..") else absolute
