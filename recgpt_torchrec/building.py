@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
@@ -31,7 +30,7 @@ from recgpt_torchrec.model.recgpt import RecGPT
 from recgpt_torchrec.retrieval.validation import Validation
 from recgpt_torchrec.training.checkpoint import facts_of, reader
 from recgpt_torchrec.training.growing import check_new_targets
-from recgpt_torchrec.training.processes import say
+from recgpt_torchrec.training.processes import gather, say
 from recgpt_torchrec.training.run import Run
 from recgpt_torchrec.training.sharding import DENSE, distribute, table_name, tables_of
 from recgpt_torchrec.training.trainer import Trainer
@@ -238,8 +237,7 @@ def check_vocabulary(facts: dict[str, Any], checkpoint: str, dataset: Dataset) -
 def check_lost(dataset: Dataset) -> None:
     """Raise an `InputError` unless every rank finds the same parts of the dataset (collective): windows depend on
     it."""
-    found: list[dict[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(found, dataset.lost)
+    found: list[dict[str, str]] = gather(dataset.lost)
     for rank, lost in enumerate(found):
         if differ := sorted(lost.keys() ^ found[0].keys()):
             raise InputError(

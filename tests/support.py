@@ -73,7 +73,7 @@ def write_dataset(
         item_parts=write_parts(fs, root, "items", [catalogue], 1),
         user_parts=write_parts(fs, root, "users", [users], 1),
     )
-    write_manifest(fs, root, manifest)
+    write_manifest(fs, root, manifest.to_json())
     return Dataset.open(root)
 
 

@@ -176,7 +176,7 @@ def _make(engine: DuckDBEngine, config: Prepare, log: raw.RawLog, extended: Data
                 "absent_items": all_items - core.left.items,
                 "new_targets": _new_targets(engine, entries),
             }
-        writing.write_manifest(fs, folder, manifest)
+        writing.write_manifest(fs, folder, manifest.to_json())
     return manifest
 
 

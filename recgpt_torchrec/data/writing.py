@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from recgpt_torchrec.data.dataset import MANIFEST, Manifest, Part, filesystem
+from recgpt_torchrec.data.dataset import MANIFEST, Part, filesystem
 from recgpt_torchrec.errors import InputError
 
 RENAMING = ("local", "hdfs")
@@ -82,10 +82,10 @@ def check_free(path: str, finished: str = "finished dataset") -> None:
             )
 
 
-def write_manifest(fs: pyarrow.fs.FileSystem, folder: str, manifest: Manifest) -> None:
-    """Write `manifest.json`; everything it promises must be there already."""
+def write_manifest(fs: pyarrow.fs.FileSystem, folder: str, manifest: str) -> None:
+    """Write `manifest.json`, given as text; everything it promises must be there already."""
     with fs.open_output_stream(f"{folder}/{MANIFEST}", compression=None) as stream:
-        stream.write(manifest.to_json().encode())
+        stream.write(manifest.encode())
 
 
 def write_parts(

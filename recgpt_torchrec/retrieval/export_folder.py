@@ -20,7 +20,6 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
@@ -29,12 +28,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
-import torch.distributed as dist
 
 from recgpt_torchrec.data import writing
 from recgpt_torchrec.data.dataset import MANIFEST, Dataset, Part, filesystem, fingerprint_of
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.training.processes import together
+from recgpt_torchrec.retrieval import shared_folder
+from recgpt_torchrec.training.processes import gather, rank, together
 
 EXPORT_VERSION = 1
 GROUP_BYTES = 2**24
@@ -181,19 +180,11 @@ def write_export(
         InputError: `path` holds something, or a vector is not finite (on every process). Nothing is left behind then.
         ValueError: shapes are not as promised, or the shares together are not every id once.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-    def check() -> None:
-        writing.check_free(path, "finished export")
-
-    together(check) if world > 1 else check()
-    with writing.staged(path) if rank == 0 else nullcontext((filesystem(path)[0], "")) as (fs, folder):
-        folder = gather(folder)[0]
+    together(lambda: writing.check_free(path, "finished export"))
+    with shared_folder.staged(path) as (fs, folder):
         item_share = _Share("items", Keys(dataset, "items"), (dim,))
         user_share = _Share("users", Keys(dataset, "users"), (dim,) if interests == 1 else (interests, dim))
-        parts = [
-            share.write(batches, fs, folder, rank) for share, batches in ((item_share, items), (user_share, users))
-        ]
+        parts = [share.write(batches, fs, folder) for share, batches in ((item_share, items), (user_share, users))]
         gathered = gather((parts, item_share, user_share))
         manifest = ExportManifest(
             items=dataset.manifest.items,
@@ -211,10 +202,8 @@ def write_export(
         )
         _check_whole([share for _, share, _ in gathered], dataset.manifest.items)
         _check_whole([share for _, _, share in gathered], dataset.manifest.users, everyone)
-        if rank == 0:
-            with fs.open_output_stream(f"{folder}/{MANIFEST}", compression=None) as stream:
-                stream.write(manifest.to_json().encode())
-    gather(None)  # nobody returns before the folder has its name
+        if rank() == 0:
+            writing.write_manifest(fs, folder, manifest.to_json())
     return manifest
 
 
@@ -228,10 +217,10 @@ class _Share:
         self.not_finite: int | None = None
         """The first id whose vector has a NaN or infinity."""
 
-    def write(self, batches: Iterable[VectorBatch], fs: pyarrow.fs.FileSystem, folder: str, rank: int) -> list[Part]:
+    def write(self, batches: Iterable[VectorBatch], fs: pyarrow.fs.FileSystem, folder: str) -> list[Part]:
         rows_per_group = max(1, GROUP_BYTES // (4 * int(np.prod(self.shape))))
         groups = writing.row_groups(self._record_batches(batches), rows_per_group)
-        parts = writing.write_parts(fs, folder, self.kind, groups, GROUPS_PER_PART, prefix=f"part-{rank:04d}")
+        parts = writing.write_parts(fs, folder, self.kind, groups, GROUPS_PER_PART, prefix=f"part-{rank():04d}")
         self.keys = None  # the share travels to the other processes
         return parts
 
@@ -275,15 +264,6 @@ def _check_whole(shares: list[_Share], expected: int, everyone: bool = True) -> 
             return
     if rows != expected or total != expected * (expected - 1) // 2:
         raise ValueError(f"{rows} vectors of {kind} were given; each of the dataset's {expected} {kind} must come once")
-
-
-def gather(value: Any) -> list[Any]:
-    """The value of every process, by rank (collective)."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 @dataclass(kw_only=True)

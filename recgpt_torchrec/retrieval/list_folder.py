@@ -9,7 +9,6 @@ Users are in no particular order. The manifest is written last. Only a row group
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,14 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
-import torch.distributed as dist
 
 from recgpt_torchrec.data import writing
 from recgpt_torchrec.data.dataset import MANIFEST, Part, filesystem
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.retrieval.export_folder import gather
+from recgpt_torchrec.retrieval import shared_folder
 from recgpt_torchrec.retrieval.merging import Merged
-from recgpt_torchrec.training.processes import together
+from recgpt_torchrec.training.processes import gather, rank, together
 
 LISTS_VERSION = 1
 GROUP_ITEMS = 2**20
@@ -102,22 +100,18 @@ def write_lists(
     Raises:
         InputError: `path` holds something. Nothing is left behind after an error.
     """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    together(lambda: check_free(path)) if dist.is_initialized() else check_free(path)
-    with writing.staged(path) if rank == 0 else nullcontext((filesystem(path)[0], "")) as (fs, folder):
-        folder = gather(folder)[0]
+    together(lambda: check_free(path))
+    with shared_folder.staged(path) as (fs, folder):
         groups = writing.row_groups(
             (record_batch(batch, item_keys) for batch in batches if batch.users.size),
             max(1, GROUP_ITEMS // manifest.k),
         )
-        parts = writing.write_parts(fs, folder, "lists", groups, GROUPS_PER_PART, prefix=f"part-{rank:04d}")
+        parts = writing.write_parts(fs, folder, "lists", groups, GROUPS_PER_PART, prefix=f"part-{rank():04d}")
         manifest.parts = [part for share in gather(parts) for part in share]
         manifest.users = sum(part.rows for part in manifest.parts)
         manifest.measured = measured()
-        if rank == 0:
-            with fs.open_output_stream(f"{folder}/{MANIFEST}", compression=None) as stream:
-                stream.write(manifest.to_json().encode())
-    gather(None)  # nobody returns before the folder has its name
+        if rank() == 0:
+            writing.write_manifest(fs, folder, manifest.to_json())
     return manifest
 
 

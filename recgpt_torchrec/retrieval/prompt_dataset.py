@@ -6,7 +6,6 @@ a time. The folder is committed whole, its manifest last, with the record of how
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -14,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -26,6 +24,7 @@ from recgpt_torchrec.data.dataset import MANIFEST, Dataset, Manifest, Part, file
 from recgpt_torchrec.data.segments import EXPOSED, GENERATED
 from recgpt_torchrec.data.windows import RowGroup, row_groups
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.retrieval import shared_folder
 from recgpt_torchrec.retrieval.prompting import (
     Histories,
     Int64,
@@ -34,7 +33,7 @@ from recgpt_torchrec.retrieval.prompting import (
     table_of,
 )
 from recgpt_torchrec.training.lockstep import raise_first
-from recgpt_torchrec.training.processes import rank, together, world_size
+from recgpt_torchrec.training.processes import gather, rank, together, world_size
 
 RECORD = "prompts"
 """Where the settings of a manifest say how its prompts were made."""
@@ -320,8 +319,7 @@ def write_prompts(
         if vectors is not None:
             vectors.finish()
 
-    with writing.staged(path) if rank() == 0 else nullcontext((filesystem(path)[0], "")) as (fs, folder):
-        folder = gathered(folder)[0]
+    with shared_folder.staged(path) as (fs, folder):
         parts, failure = [], None
         try:
             parts = writing.write_parts(fs, folder, "sequences", filled(), GROUPS_PER_PART, prefix=f"part-{rank():04d}")
@@ -330,7 +328,7 @@ def write_prompts(
             if vectors is not None:
                 vectors.finish()
         raise_first(failure)
-        shares: list[tuple[list[Part], Made]] = gathered((parts, made))
+        shares: list[tuple[list[Part], Made]] = gather((parts, made))
         total = Made(
             users=sum(m.users for _, m in shares),
             generated=sum(m.generated for _, m in shares),
@@ -346,9 +344,9 @@ def write_prompts(
                 interactions=sum(part.items for part in sequences) - total.generated - total.exposed,
                 settings={**dataset.manifest.settings, RECORD: record},
             )
-            writing.write_manifest(fs, folder, manifest)
+            writing.write_manifest(fs, folder, manifest.to_json())
             total.bytes = size_of(manifest)
-    return gathered(total)[0]  # nobody returns before the folder has its name
+    return gather(total)[0]
 
 
 def copy_parts(dataset: Dataset, parts: list[Part], fs: pyarrow.fs.FileSystem, folder: str) -> None:
@@ -367,15 +365,8 @@ def size_of(manifest: Manifest) -> int:
     return sum(part.bytes for part in manifest.sequences + manifest.item_parts + manifest.user_parts)
 
 
-def gathered(value: Any) -> list[Any]:
-    """The value of every process, by rank (collective)."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def check_all(check: Callable[[], bool]) -> bool:
     """The answer of rank 0, on every rank; its error, too (collective)."""
     answer = []
     together(lambda: answer.append(check()))
-    return gathered(answer)[0][0]
+    return gather(answer)[0][0]

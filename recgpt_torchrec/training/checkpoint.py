@@ -17,12 +17,12 @@ import zlib
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from recgpt_torchrec import storage
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.training.direct_io import DirectFiles
+from recgpt_torchrec.training.processes import gather, rank, world_size
 
 FACTS = "checkpoint.json"
 BEST = "best.json"
@@ -199,12 +199,7 @@ def find(path: str) -> str:
 def fingerprint(checkpoint: str) -> str:
     """32 hex digits of everything in a checkpoint folder, wherever it lies (collective: ranks share the files out)."""
     names = storage.names(checkpoint)
-    rank_, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = [(name, _crc(os.path.join(checkpoint, name))) for name in names[rank_::world_size]]
-    shares: list[list[tuple[str, int]]] = [mine]
-    if dist.is_initialized():
-        shares = [[] for _ in range(world_size)]
-        dist.all_gather_object(shares, mine)
+    shares = gather([(name, _crc(os.path.join(checkpoint, name))) for name in names[rank() :: world_size()]])
     return hashlib.sha256(repr(sorted(pair for share in shares for pair in share)).encode()).hexdigest()[:32]
 
 

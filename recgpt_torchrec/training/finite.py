@@ -25,6 +25,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from recgpt_torchrec import storage
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.windows import RowGroup
+from recgpt_torchrec.training.processes import gather
 
 DECODER = "a gradient of the decoder"
 """Found where no rank found anything else, or as a sum that is over the ranks already."""
@@ -145,8 +146,7 @@ def describe(folder: str, step: int, epoch: int, here: list[str], loss: float, t
         loss: this rank's.
         there: the rows of this rank's batch.
     """
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (here, None if math.isfinite(loss) else str(loss), there))
+    found = gather((here, None if math.isfinite(loss) else str(loss), there))
     if any(set(parts) - {DECODER} for parts, _, _ in found):  # then the decoder's gradients have it from there
         found = [(parts if set(parts) - {DECODER} else [], value, rows) for parts, value, rows in found]
     said, lines = [], ""

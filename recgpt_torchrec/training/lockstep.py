@@ -13,6 +13,7 @@ from recgpt_torchrec.data.batch import SequenceBatch
 from recgpt_torchrec.data.windows import Cursor
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.training import signals, watchdog
+from recgpt_torchrec.training.processes import gather
 from recgpt_torchrec.training.signals import Stopped
 
 
@@ -113,8 +114,7 @@ class Lockstep:
 def raise_first(mine: Exception | None) -> None:
     """Raise the first failed rank's error on every rank; `mine` is this rank's, None: it has none (collective)."""
     users = isinstance(mine, InputError)
-    failures: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, None if mine is None else (users, str(mine) if users else repr(mine)))
+    failures = gather(None if mine is None else (users, str(mine) if users else repr(mine)))
     if mine is not None:
         raise mine
     for rank, failure in enumerate(failures):

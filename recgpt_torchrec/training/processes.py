@@ -78,14 +78,27 @@ def say(*words: object, sep: str = " ") -> None:
         print(*words, sep=sep, flush=True)
 
 
+def gather(value: Any) -> list[Any]:
+    """The value of every process, by rank (collective); without a process group, the one there is."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def together(function: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
-    """Run `function` on rank 0 while the others wait, and raise its error on all ranks (collective, in `group`)."""
+    """Run `function` on rank 0 while the others wait, and raise its error on all ranks (collective, in `group`).
+
+    Without a process group, just run it.
+    """
     failed: list[Exception | None] = [None]
     if rank() == 0:
         try:
             function()
         except Exception as error:
             failed[0] = error
-    dist.broadcast_object_list(failed, src=0, group=group)
+    if dist.is_initialized():
+        dist.broadcast_object_list(failed, src=0, group=group)
     if failed[0] is not None:
         raise failed[0]

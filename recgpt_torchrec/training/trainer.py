@@ -24,7 +24,7 @@ from recgpt_torchrec.training import signals, watchdog
 from recgpt_torchrec.training.checkpoint import Checkpoints, facts_of
 from recgpt_torchrec.training.finite import FiniteGuard, GuardedPipeline, Place, describe, places
 from recgpt_torchrec.training.lockstep import Lockstep, Step
-from recgpt_torchrec.training.processes import say
+from recgpt_torchrec.training.processes import gather, say
 from recgpt_torchrec.training.runlog import RunLog
 from recgpt_torchrec.training.saving import Saver
 from recgpt_torchrec.training.schedule import Schedule
@@ -241,9 +241,7 @@ class Trainer:
             )
 
     def _gather(self, mine: list[Queue]) -> list[Queue]:
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
-        return [queue for queues in everyone for queue in queues]
+        return [queue for queues in gather(mine) for queue in queues]
 
     def _save_within_epoch(self) -> None:
         """Write a checkpoint that says what is left of the epoch (collective)."""
