@@ -8,6 +8,7 @@ from recgpt_torchrec.config import Batch, Loss, Stream
 from recgpt_torchrec.data.batch import SequenceBatch
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.stream import BatchMaker, SequenceStream, training_counts
+from recgpt_torchrec.data.windows import Queue
 from tests.support import training_part
 
 MAX_LEN = 6
@@ -47,6 +48,18 @@ def pairs(batch: SequenceBatch) -> Iterator[tuple]:
     for slot, target in zip(batch.target_slot.tolist(), batch.target_bag.tolist(), strict=True):
         history = tuple(bag_item[item_bag[s]] for s in range(slot - position[slot], slot + 1))
         yield int(batch.sequences.users[sequence[slot]]), history, bag_item[target]
+
+
+def stopped(stream: SequenceStream, queues: list[Queue], stops: list[int], found: Counter) -> list[Queue]:
+    """Go through each queue of epoch 1, stop after so many batches, and add their pairs to `found`; what is left."""
+    left = list(queues)
+    for number, (queue, stop) in enumerate(zip(queues, stops, strict=True)):
+        for made, batch in enumerate(stream.epoch(1, [queue])):
+            if made == stop:
+                break
+            found.update(pairs(batch))
+            left[number] = queue.after(batch.cursor)
+    return left
 
 
 def expected_pairs(histories: list[list[int]], long_histories: str, max_len: int) -> Counter:

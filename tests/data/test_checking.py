@@ -24,7 +24,7 @@ from recgpt_torchrec.data.stream import SequenceStream
 from recgpt_torchrec.data.windows import Position, deal, row_groups
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.training.lockstep import Lockstep
-from tests.data.stream_helpers import MAX_LEN, expected_pairs, pairs, stream_of
+from tests.data.stream_helpers import MAX_LEN, expected_pairs, pairs, stopped, stream_of
 from tests.distributed.launch import run_ranks
 from tests.support import overwrite, rewrite, start_forkserver, walks, write_dataset
 
@@ -337,14 +337,8 @@ def test_a_run_stopped_anywhere_passes_the_same_rows_over_and_lists_each_once(wh
         log = SetAside(str(folder / "damaged.jsonl"), limit=24)
         stream = stream_of(Dataset.open(str(folder / "data"), damaged="skip"), set_aside=log)
         queues = deal(stream.windows(1), data.draw(st.integers(1, 4), "ranks"), position)
-        left = list(queues)
-        for number, queue in enumerate(queues):
-            stop = 10**6 if last else data.draw(st.integers(0, 4), "batches")
-            for made, batch in enumerate(stream.epoch(1, [queue])):
-                if made == stop:
-                    break
-                found.update(pairs(batch))
-                left[number] = queue.after(batch.cursor)
+        stops = [10**6 if last else data.draw(st.integers(0, 4), "batches") for _ in queues]
+        left = stopped(stream, queues, stops, found)
         position = Position.from_state_dict(json.loads(json.dumps(Position(1, left).state_dict())))
         if lost and any(damage.row_group is None for damage in log.listed()) and not (folder / "data" / PART).exists():
             os.rename(folder / "part", folder / "data" / PART)  # mended while the run stood still: too late for it

@@ -19,7 +19,7 @@ from recgpt_torchrec.data.loading import read_ahead
 from recgpt_torchrec.data.stream import BatchMaker, SequenceStream
 from recgpt_torchrec.data.windows import Position, deal
 from recgpt_torchrec.errors import InputError
-from tests.data.stream_helpers import MAX_LEN, expected_pairs, pairs, stream_of
+from tests.data.stream_helpers import MAX_LEN, expected_pairs, pairs, stopped, stream_of
 from tests.support import start_forkserver, walks, write_dataset
 
 layouts = st.fixed_dictionaries(
@@ -81,14 +81,8 @@ def test_a_run_stopped_anywhere_goes_on_with_each_remaining_position_once(tmp_pa
         for last in (False, False, True):
             world = data.draw(st.integers(1, 4), "ranks")
             queues = deal(stream.windows(1), world, position)
-            left = list(queues)
-            for number, queue in enumerate(queues):
-                stop = 10**6 if last else data.draw(st.integers(0, 4), "batches")
-                for made, batch in enumerate(stream.epoch(1, [queue])):
-                    if made == stop:
-                        break
-                    found.update(pairs(batch))
-                    left[number] = queue.after(batch.cursor)
+            stops = [10**6 if last else data.draw(st.integers(0, 4), "batches") for _ in queues]
+            left = stopped(stream, queues, stops, found)
             position = Position.from_state_dict(Position(1, left).state_dict())
         assert found == wanted
         assert position.queues is not None and not any(queue.windows for queue in position.queues)
