@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -381,7 +382,15 @@ def list_some(path: str, start: int) -> None:
         log.add([Damage("part", 0, row, 1, "x" * 300), Damage("part", 0, row + 1, 1, "x" * 300)])
 
 
-def test_those_who_list_at_the_same_time_list_each_row_once(tmp_path):
+def test_those_who_list_at_the_same_time_list_each_row_once(tmp_path, monkeypatch):
+    listed = SetAside.listed
+
+    def slowly(self: SetAside) -> list[Damage]:
+        found = listed(self)
+        time.sleep(0.001)  # time for others to write meanwhile, if they may
+        return found
+
+    monkeypatch.setattr(SetAside, "listed", slowly)
     path = str(tmp_path / "damaged.jsonl")  # the lock is on the opened file: threads wait as processes do
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(list_some, [path] * 3, (0, 0, 20)))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -72,7 +72,12 @@ events = st.lists(
 )
 
 
+AT_ONE_TIME = [("u0", f"i{item}", time) for item, time in enumerate((1, 2, 2, 5, 6))]
+"""Of these the first three are trained on, two of them at the time of the newest."""
+
+
 @hypothesis_settings(max_examples=6)
+@example(first=AT_ONE_TIME, second=[("u0", "i6", 2), ("u0", "i6", 3)], k=1, whole=True)
 @given(first=events, second=events, k=st.integers(1, 3), whole=st.booleans())
 def test_ids_counts_histories_and_marks_agree_with_plain_loops(
     tmp_path_factory, first: list[Row], second: list[Row], k: int, whole: bool

@@ -94,6 +94,7 @@ def test_resumed_on_the_same_ranks_the_very_same_batches_follow(tmp_path):
     (queue,) = deal(stream.windows(0), 1)
     whole = list(stream.epoch(0, [queue]))
     assert len(whole) > 6
+    assert [batch.cursor.batches for batch in whole] == list(range(1, len(whole) + 1))  # part of the negatives' seed
     for stop in range(1, len(whole)):
         (again,) = deal(stream.windows(0), 1, Position(0, [queue.after(whole[stop - 1].cursor)]))
         rest = list(stream.epoch(0, [again]))
@@ -114,6 +115,12 @@ def test_rows_are_shuffled_across_the_groups_of_a_window_and_anew_each_epoch(tmp
     assert orders[0] == orders[1] != orders[2]
     first_window = {user // 5 for user in orders[0][:10]}
     assert len(first_window) > 2, "rows of only one or two groups at the beginning: not shuffled within the window"
+    alone = stream_of(write_dataset(tmp_path / "alone", [[u % 7, 1, 2, 3] for u in range(40)], rows_per_group=40))
+    orders = []
+    for epoch in (0, 1):
+        (queue,) = deal(alone.windows(epoch), 1)
+        orders.append([u for batch in alone.epoch(epoch, [queue]) for u in batch.sequences.users.tolist()])
+    assert orders[0] != orders[1], "the rows of one window stand alike in every epoch"
 
 
 @pytest.mark.parametrize("split", ["validation", "test", "all"])

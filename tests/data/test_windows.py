@@ -82,11 +82,11 @@ def test_negatives_already_drawn_are_not_drawn_again_after_dealing_anew():
 
 
 def test_a_cursor_leaves_what_it_did_not_reach():
-    queue = Queue(((4, 3), (5, 0), (6, 0)), 2)
-    assert queue.after(Cursor(0, 0, 7, 3)) == Queue(((4, 7), (5, 0), (6, 0)), 3)
-    assert queue.after(Cursor(0, 1, 0, 3)) == Queue(((5, 0), (6, 0)), 3)
-    assert queue.after(Cursor(0, 1, 2, 4)) == Queue(((5, 2), (6, 0)), 4)
-    assert queue.after(Cursor(0, 3, 0, 5)) == Queue((), 5)
+    queue = Queue(((4, 3), (5, 0), (6, 0)), 2, 9)
+    assert queue.after(Cursor(0, 0, 7, 3)) == Queue(((4, 7), (5, 0), (6, 0)), 3, 9)
+    assert queue.after(Cursor(0, 1, 0, 3)) == Queue(((5, 0), (6, 0)), 3, 9)
+    assert queue.after(Cursor(0, 1, 2, 4)) == Queue(((5, 2), (6, 0)), 4, 9)
+    assert queue.after(Cursor(0, 3, 0, 5)) == Queue((), 5, 9)
 
 
 @given(part_way())

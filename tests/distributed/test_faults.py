@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +18,27 @@ import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-from recgpt_torchrec.config import Batch, CheckpointOptions, Loss, Model, Optimizer, Pretrain, Tables, Train
+from recgpt_torchrec.config import Batch, CheckpointOptions, Loss, Model, Optimizer, Pretrain, Stream, Tables, Train
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.training.checkpoint import Checkpoints
 from recgpt_torchrec.training.processes import LOST
 from recgpt_torchrec.training.signals import STOPPED
 from recgpt_torchrec.training.watchdog import STALLED, Watchdog
+from tests.data.stream_helpers import expected_pairs, pairs
 from tests.distributed.launch import RankFailed, run_ranks
 from tests.support import walks, write_dataset
 from tools import kill_test
 
 ROWS, GROUPS = 8, 2
 """Of a row group, and of a part."""
+HISTORIES = walks(200, 30, longest=14)
+MAX_LEN, EPOCHS = 10, 2
 
 
 @pytest.fixture
 def data(tmp_path) -> str:
     folder = tmp_path / "data"
-    write_dataset(folder, walks(200, 30, longest=14), items=30, rows_per_group=ROWS, groups_per_part=GROUPS)
+    write_dataset(folder, HISTORIES, items=30, rows_per_group=ROWS, groups_per_part=GROUPS)
     return str(folder)
 
 
@@ -60,12 +65,13 @@ def train(rank: int, port: int, data: str, output: str, **options: Any) -> Any:
     config = Pretrain(
         data=data,
         output=output,
-        model=Model(dim=8, max_len=10, layers=1),
+        model=Model(dim=8, max_len=MAX_LEN, layers=1),
         loss=Loss(negatives=10),
         batch=Batch(tokens=60),
+        stream=Stream(workers=options.pop("workers", 0)),
         tables=Tables(sharding=options.pop("sharding", "row_wise")),
         optimizer=Optimizer(warmup_steps=5),
-        train=Train(epochs=2, **options),
+        train=Train(epochs=EPOCHS, **options),
         checkpoint=CheckpointOptions(every_steps=4, asynchronous=asynchronous),
     )
     status = 0
@@ -122,6 +128,49 @@ def test_a_signal_on_any_rank_saves_all_of_them_and_the_same_command_goes_on_to_
     assert second is not None and int(second[-8:]) > int(first[-8:])
     assert run_ranks(asked_to_end, 2, free_port(), data, str(stopped), None) == [0, 0]
     assert kill_test.differences(stopped, alone) == []
+
+
+def recorded(
+    rank: int, world_size: int, port: int, data: str, output: str, workers: int, stop: int | None
+) -> tuple[int, Counter]:
+    """Train, and what this rank predicted; it is asked to end before the step that follows `stop` steps."""
+    from recgpt_torchrec.data import stream
+    from recgpt_torchrec.model.recgpt import Dense
+
+    def in_turn(source: Callable[[int], Iterator[Any]], settings: Stream) -> Iterator[Any]:
+        """What loader processes make, without them: a rank of this test may start none."""
+        left = [source(worker) for worker in range(max(1, settings.workers))]
+        while left:
+            for one in list(left):
+                batch = next(one, None)
+                if batch is None:
+                    left.remove(one)
+                else:
+                    yield batch
+
+    loss_of = Dense.sum_of_losses
+    found: Counter = Counter()
+
+    def loss(self: Dense, h: torch.Tensor, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        if self.training:
+            found.update(pairs(batch))
+        return loss_of(self, h, outputs, batch)
+
+    stream.made_ahead, Dense.sum_of_losses = in_turn, loss  # type: ignore[method-assign]
+    if stop is not None and rank == world_size - 1:
+        at_step(stop, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    return train(rank, port, data, output, workers=workers), found
+
+
+def test_stopped_and_gone_on_with_other_ranks_and_workers_each_position_is_trained_once_an_epoch(tmp_path, data):
+    found: Counter = Counter()
+    for ranks, workers, stop in ((2, 2, 3), (1, 3, 9), (3, 1, None)):
+        ends = run_ranks(recorded, ranks, free_port(), data, str(tmp_path / "run"), workers, stop)
+        assert [status for status, _ in ends] == [0 if stop is None else STOPPED] * ranks
+        assert all(mine for _, mine in ends)
+        found += sum((mine for _, mine in ends), Counter())
+    once = expected_pairs(HISTORIES, "newest", MAX_LEN)
+    assert found == Counter({pair: EPOCHS * times for pair, times in once.items()})
 
 
 LISTENER = """
@@ -211,21 +260,41 @@ def stopped_by_the_system(rank: int, world_size: int, port: int, data: str, outp
         Path(f"{output}.since").write_text(str(time.time()))
         os.kill(os.getpid(), signal.SIGSTOP)
 
+    def late(status: int) -> None:
+        Path(f"{output}.status").write_text(str(status))
+        time.sleep(5)  # so that what becomes of the other is seen before
+
     if rank == 1:
         at_step(6, stop)
+    else:
+        os._exit = late  # type: ignore[assignment]
     return train(rank, port, data, output, stall_seconds=4, asynchronous=False)
 
 
 def test_a_rank_that_is_stopped_is_named_by_the_others_and_the_run_ends_in_the_time_that_was_given(tmp_path, data):
     output = tmp_path / "run"
-    with pytest.raises(RankFailed, match=f"exit code ({STALLED}|-6)"):
+    with pytest.raises(RankFailed, match="rank 1 failed first:\nit died with exit code -6"):  # else it would stay
         run_ranks(stopped_by_the_system, 2, free_port(), data, str(output), timeout=60)
     assert time.time() - float(Path(f"{output}.since").read_text()) < 4 + 1.5
+    assert Path(f"{output}.status").read_text() == str(STALLED)
     said = Path(f"{output}.rank0").read_text()
     assert "no progress for 4 s" in said and "rank 1: no sign of life since" in said
     assert re.search(r"it was at: .*, after step \d, on ", said)
     assert "trainer.py" in said and "trainer.py" in (output / "stacks" / "rank-0.txt").read_text()
     assert Checkpoints(str(output), 2).latest() is not None
+
+
+def suspended(rank: int, world_size: int, folder: str) -> None:
+    """Nothing moves for 5.7 s, in 4 of which the system has stopped this process; 3 are allowed."""
+    stop = f"sleep 0.5; kill -STOP {os.getpid()}; sleep 4; kill -CONT {os.getpid()}"
+    with Watchdog(folder, stall_seconds=3), subprocess.Popen(["sh", "-c", stop]):
+        until = time.monotonic() + 5.7
+        while time.monotonic() < until:
+            time.sleep(0.1)
+
+
+def test_a_run_that_the_system_suspends_as_a_whole_has_not_stalled(tmp_path):
+    run_ranks(suspended, 1, str(tmp_path))
 
 
 def fails(rank: int, world_size: int, folder: str) -> Any:
@@ -248,6 +317,37 @@ def fails(rank: int, world_size: int, folder: str) -> Any:
 def test_a_rank_that_loses_another_says_which_and_why(tmp_path):
     assert run_ranks(fails, 2, str(tmp_path)) == [LOST, None]
     assert "lost rank 1 (it ended with ValueError); rank 0 was at: starting" in (tmp_path / "rank0").read_text()
+
+
+def test_a_rank_that_is_killed_ends_the_other_within_seconds_which_says_so(tmp_path, data):
+    options = {**kill_test.TRAINING, "--data": data, "--output": tmp_path / "run", "--train.epochs": 1000}
+    words = [str(word) for option in options.items() for word in option]
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "recgpt_torchrec.pretrain", *words],
+            env={**os.environ, **job, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        deadline = time.monotonic() + 120
+        while Checkpoints(str(tmp_path / "run"), 2).latest() is None:
+            assert time.monotonic() < deadline and all(rank.poll() is None for rank in ranks)
+            time.sleep(0.1)
+        ranks[1].kill()
+        since = time.monotonic()
+        _, said = ranks[0].communicate(timeout=60)
+        assert time.monotonic() - since < 15
+        assert ranks[0].returncode == LOST, said
+        assert "lost rank 1 (its process ended); rank 0 was at: " in said
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
 
 
 # ------------------------------------------------------------------------------------------------------- not finite

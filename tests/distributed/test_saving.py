@@ -106,6 +106,46 @@ def test_what_two_ranks_save_beside_the_training(tmp_path):
         assert seen["left"] == seen["kept"]
 
 
+def save_watched(rank: int, world_size: int, folder: str) -> list[tuple[str, str, str]]:
+    """What this rank asks of the disk while a checkpoint is saved: (sync, path, "") or (rename, from, to), in order."""
+    asked: list[tuple[str, str, str]] = []
+    sync = os.fsync
+
+    def synced(handle: int) -> None:
+        sync(handle)
+        asked.append(("sync", os.readlink(f"/proc/self/fd/{handle}"), ""))
+
+    def renaming(name: str) -> Callable[..., None]:
+        call = getattr(os, name)
+
+        def renamed(source: Any, target: Any) -> None:
+            asked.append(("rename", os.fspath(source), os.fspath(target)))
+            call(source, target)
+
+        return renamed
+
+    os.fsync, os.rename, os.replace = synced, renaming("rename"), renaming("replace")  # type: ignore[assignment]
+    saver = Saver(Checkpoints(folder, keep=2), CheckpointOptions())
+    saver.save(1, values(1), {"best": {"checkpoint": "step-00000001"}})
+    saver.finish()
+    return asked
+
+
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_gets_its_name(tmp_path):
+    ranks = run_ranks(save_watched, 2, str(tmp_path))
+    folder, whole = tmp_path / "checkpoints", tmp_path / "checkpoints/step-00000001"
+    temporary = f"{whole}.tmp"
+    counts = ranks[0].index(("rename", temporary, str(whole)))
+    before = [*ranks[0][:counts], *ranks[1]]  # rank 1 is done with its part, or this rank would not go on
+    durable = {path for what, path, _ in before if what == "sync"}
+    durable |= {to for what, path, to in before if what == "rename" and path in durable}
+    assert {path.name for path in whole.iterdir()} >= {".metadata", "checkpoint.json", "__0_0.distcp", "__1_0.distcp"}
+    assert {f"{temporary}/{path.name}" for path in whole.iterdir()} | {temporary} <= durable
+    best = str(tmp_path / "best.json")
+    after = [("sync", str(folder), ""), ("sync", f"{best}.tmp", ""), ("rename", f"{best}.tmp", best)]
+    assert ranks[0][counts + 1 :] == after
+
+
 # ------------------------------------------------------------------------------------------------ a kill at any moment
 
 

@@ -207,6 +207,21 @@ def test_a_store_that_goes_away_ends_the_run_with_what_happened(tmp_path: Path) 
     assert "goes on from the newest whole one" in said and "Traceback" not in said
 
 
+def test_a_small_file_that_cannot_be_written_is_as_it_was(tmp_path: Path, monkeypatch: Any) -> None:
+    path = str(tmp_path / "best.json")
+    storage.write(path, b"old")
+
+    def full(handle: int) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(os, "fsync", full)
+        storage.write(path, b"new")
+    assert storage.read(path) == b"old"
+    storage.write(path, b"new")
+    assert storage.read(path) == b"new"
+
+
 def full_disk(rank: int, world_size: int, name: str, options: dict[str, Any]) -> tuple[int, str]:
     """A stage on a disk that is full once the stage writes its result: to it, a limit on the size of files is alike."""
     write = writing.write_parts
