@@ -1,6 +1,7 @@
 """Signals, stalls, lost ranks, kills and steps that are not finite: every run ends in time, says why, and goes on."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -21,7 +22,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from recgpt_torchrec.config import Batch, CheckpointOptions, Loss, Model, Optimizer, Pretrain, Stream, Tables, Train
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.training.checkpoint import Checkpoints
-from recgpt_torchrec.training.processes import LOST
+from recgpt_torchrec.training.processes import LOST, process_group
 from recgpt_torchrec.training.signals import STOPPED
 from recgpt_torchrec.training.watchdog import STALLED, Watchdog
 from tests.data.stream_helpers import expected_pairs, pairs
@@ -319,6 +320,30 @@ def test_a_rank_that_loses_another_says_which_and_why(tmp_path):
     assert "lost rank 1 (it ended with ValueError); rank 0 was at: starting" in (tmp_path / "rank0").read_text()
 
 
+def keeps_others_waiting(rank: int, world_size: int, port: int, folder: str) -> tuple[Any, float]:
+    """What rank 0 ends with that waits for rank 1, and after how long; two seconds are allowed."""
+    dist.destroy_process_group()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.dup2(os.open(f"{folder}/rank{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    status, since = None, 0.0
+    try:
+        with process_group(2.0), Watchdog(folder, stall_seconds=0):
+            dist.barrier()
+            since = time.monotonic()
+            if rank == 0:
+                dist.barrier()
+            time.sleep(10)
+    except SystemExit as end:
+        status = end.code
+    return status, time.monotonic() - since
+
+
+def test_one_collective_operation_takes_no_longer_than_the_time_that_was_given(tmp_path):
+    ends = run_ranks(keeps_others_waiting, 2, free_port(), str(tmp_path))
+    assert ends[0][0] == LOST and 1.5 < ends[0][1] < 8
+    assert "lost the connection to another rank; rank 0 was at: starting" in (tmp_path / "rank0").read_text()
+
+
 def test_a_rank_that_is_killed_ends_the_other_within_seconds_which_says_so(tmp_path, data):
     options = {**kill_test.TRAINING, "--data": data, "--output": tmp_path / "run", "--train.epochs": 1000}
     words = [str(word) for option in options.items() for word in option]
@@ -424,6 +449,8 @@ def test_steps_that_are_not_finite_change_nothing_and_are_named_with_their_rows(
         assert one["unchanged"] == [True, True]
         assert "step 9: not finite: a gradient of the tables' rows" in one["error"] and "on rank 1" in one["error"]
         assert "row group" in one["error"] and "step-00000008 is whole" in one["error"]
+    progress = json.loads((output / "checkpoints/step-00000008/checkpoint.json").read_text())["progress"]
+    assert math.isfinite(progress["loss"]) and progress["skipped"] == 1
     saved = kill_test.tensors(output).values()
     assert all(torch.isfinite(value).all() for value in saved if value.is_floating_point())
 
