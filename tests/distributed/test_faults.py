@@ -133,8 +133,11 @@ def test_a_signal_on_any_rank_saves_all_of_them_and_the_same_command_goes_on_to_
 
 def recorded(
     rank: int, world_size: int, port: int, data: str, output: str, workers: int, stop: int | None
-) -> tuple[int, Counter]:
-    """Train, and what this rank predicted; it is asked to end before the step that follows `stop` steps."""
+) -> tuple[int, Counter, list[int]]:
+    """Train; the status, what this rank predicted, and the seed of each of its steps.
+
+    The last rank is asked to end before the step that follows `stop` steps.
+    """
     from recgpt_torchrec.data import stream
     from recgpt_torchrec.model.recgpt import Dense
 
@@ -151,27 +154,33 @@ def recorded(
 
     loss_of = Dense.sum_of_losses
     found: Counter = Counter()
+    seeds = []
 
     def loss(self: Dense, h: torch.Tensor, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
         if self.training:
             found.update(pairs(batch))
+            seeds.append(torch.initial_seed())
         return loss_of(self, h, outputs, batch)
 
     stream.made_ahead, Dense.sum_of_losses = in_turn, loss  # type: ignore[method-assign]
     if stop is not None and rank == world_size - 1:
         at_step(stop, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    return train(rank, port, data, output, workers=workers), found
+    return train(rank, port, data, output, workers=workers), found, seeds
 
 
 def test_stopped_and_gone_on_with_other_ranks_and_workers_each_position_is_trained_once_an_epoch(tmp_path, data):
     found: Counter = Counter()
+    seeds: list[int] = []
     for ranks, workers, stop in ((2, 2, 3), (1, 3, 9), (3, 1, None)):
         ends = run_ranks(recorded, ranks, free_port(), data, str(tmp_path / "run"), workers, stop)
-        assert [status for status, _ in ends] == [0 if stop is None else STOPPED] * ranks
-        assert all(mine for _, mine in ends)
-        found += sum((mine for _, mine in ends), Counter())
+        assert [status for status, _, _ in ends] == [0 if stop is None else STOPPED] * ranks
+        for _, mine, drawn in ends:
+            assert mine
+            found += mine
+            seeds += drawn
     once = expected_pairs(HISTORIES, "newest", MAX_LEN)
     assert found == Counter({pair: EPOCHS * times for pair, times in once.items()})
+    assert len(set(seeds)) == len(seeds), "dropout falls alike in two steps or on two ranks"
 
 
 LISTENER = """
