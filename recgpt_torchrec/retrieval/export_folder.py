@@ -18,7 +18,6 @@ arrays, batch by batch, and only a row group of them is held.
 
 import hashlib
 import json
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
@@ -30,7 +29,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from recgpt_torchrec.data import writing
-from recgpt_torchrec.data.dataset import MANIFEST, Dataset, Part, filesystem, fingerprint_of
+from recgpt_torchrec.data.dataset import MANIFEST, Dataset, Part, checksum_of, filesystem, fingerprint_of
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval import shared_folder
 from recgpt_torchrec.training.processes import gather, rank, together
@@ -321,13 +320,9 @@ class Export:
         """
         fs, root = filesystem(self.path)
         for part in self.manifest.item_parts + self.manifest.user_parts:
-            crc = 0
-            with fs.open_input_stream(f"{root}/{part.path}", compression=None) as stream:
-                while block := stream.read(2**22):
-                    crc = zlib.crc32(block, crc)
-            if f"{crc:08x}" != part.checksum:
+            if (checksum := checksum_of(fs, f"{root}/{part.path}")) != part.checksum:
                 raise InputError(
-                    f"{self.path}: the part {part.path} is damaged: its checksum is {crc:08x}, the manifest promises "
+                    f"{self.path}: the part {part.path} is damaged: its checksum is {checksum}, the manifest promises "
                     f"{part.checksum}; restore it or export again"
                 )
 

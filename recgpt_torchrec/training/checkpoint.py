@@ -13,13 +13,13 @@ import hashlib
 import json
 import os
 import shutil
-import zlib
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch.distributed.checkpoint as dcp
 
 from recgpt_torchrec import storage
+from recgpt_torchrec.data.dataset import checksum_of
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.training.direct_io import DirectFiles
 from recgpt_torchrec.training.processes import gather, rank, world_size
@@ -204,9 +204,4 @@ def fingerprint(checkpoint: str) -> str:
 
 
 def _crc(path: str) -> int:
-    crc = 0
-    fs, root = storage.filesystem(path)
-    with fs.open_input_stream(root, compression=None) as stream:
-        while block := stream.read(2**22):
-            crc = zlib.crc32(block, crc)
-    return crc
+    return int(checksum_of(*storage.filesystem(path)), 16)  # the number: fingerprints of earlier exports are made of it
