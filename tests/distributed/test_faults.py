@@ -262,6 +262,27 @@ def test_a_job_says_how_often_torchrun_starts_its_processes_again():
     assert "-m recgpt_torchrec.node --max_restarts 7 --rdzv_backend c10d" in role.args[1]
 
 
+@pytest.mark.parametrize(("status", "before", "again"), [(STOPPED, 0, True), (STOPPED, 2, False), (0, 0, False)])
+def test_slurm_puts_a_job_that_was_asked_to_end_into_the_queue_again_as_often_as_it_may(
+    tmp_path, status, before, again
+):
+    """The script that torchx gives to Slurm, with stand-ins for Slurm's commands."""
+    from torchx.schedulers.slurm_scheduler import create_scheduler
+
+    from recgpt_torchrec import launch
+
+    job = launch.stage("recgpt_torchrec.pretrain", "--data", "d", j="2x2", max_retries=2)
+    script = create_scheduler("test").submit_dryrun(job, {"partition": "p"}).request.materialize()
+    for name, does in (("srun", f"exit {status}"), ("scontrol", 'echo "$@" > asked')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "42", "SLURM_RESTART_COUNT": str(before)}
+    done = subprocess.run(["bash", "-c", script], env=slurm, cwd=tmp_path, capture_output=True, timeout=60)
+    assert done.returncode == status
+    assert not again or (tmp_path / "asked").read_text() == "requeue 42\n"
+    assert again == (tmp_path / "asked").exists()
+
+
 # ------------------------------------------------------------------------------------------- stalled and lost ranks
 
 
