@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from recgpt_torchrec.data.dataset import Dataset
 from tests.data.prepare_helpers import make, random_log, write_csv
 from tests.support import stage
 from tests.test_pretrain import checkpoints, tensors
@@ -52,6 +53,8 @@ def test_a_run_says_what_it_began_from_and_its_optimizers_count_on(folder):
     first = json.loads((Path(record["initial"]) / "checkpoint.json").read_text())["progress"]["step"]
     assert facts[1]["progress"]["before"] == first
     assert facts[1]["progress"]["step"] > 0
+    entries = Dataset.open(str(folder / "data1")).manifest.entries
+    assert facts[1]["progress"]["read"] == pytest.approx(2 * entries)  # the course of the learning rate began anew
     counted = tensors(checkpoints(folder / "run1")[-1])
     steps = {float(value) for name, value in counted.items() if name.endswith(".step")}
     assert steps == {first + facts[1]["progress"]["step"]}
@@ -124,6 +127,12 @@ def test_users_who_do_not_occur_any_more_have_no_vector_and_the_others_have(fold
         "--initial": folder / "run1",
     }
     assert stage("pretrain", {**options, "--targets": "all", "--train.epochs": 1}) == 0
+    began = json.loads((tmp_path / "run/run.json").read_text())["initial"]
+    of_yesterday, own = (
+        json.loads((Path(checkpoint) / "checkpoint.json").read_text())["progress"]
+        for checkpoint in (began, checkpoints(tmp_path / "run")[-1])
+    )
+    assert own["before"] == of_yesterday["before"] + of_yesterday["step"] > of_yesterday["step"]  # of all days
     export = {"--data": tmp_path / "data", "--checkpoint": tmp_path / "run", "--output": tmp_path / "vectors"}
     assert stage("export", export) == 0
     assert f"{made.users - absent:,} users; {absent:,} do not occur in this log" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Signals, stalls, lost ranks, kills and steps that are not finite: every run ends in time, says why, and goes on."""
 
+import contextlib
 import json
 import math
 import os
@@ -225,6 +226,31 @@ print(loader.wait(10))
 def test_a_loader_process_ends_by_its_own_rank_and_not_by_who_asks_the_rank_to_end():
     done = subprocess.run([sys.executable, "-c", WITHHELD], capture_output=True, text=True, timeout=60)
     assert done.stdout == "goes on\n0\n", done.stderr
+
+
+def test_a_signal_to_all_processes_of_a_run_ends_it_as_one_to_its_ranks_does_and_leaves_none(tmp_path, data):
+    """Slurm's way: loader processes, and what they are forked from, get it as well."""
+    options = {**kill_test.TRAINING, "--data": data, "--output": tmp_path / "run", "--train.epochs": 1000}
+    words = [str(word) for option in {**options, "--stream.workers": 2}.items() for word in option]
+    command = [sys.executable, "-m", "recgpt_torchrec.pretrain", *words]
+    with open(tmp_path / "said", "w+") as said:
+        run = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+        try:
+            deadline = time.monotonic() + 120
+            while Checkpoints(str(tmp_path / "run"), 2).latest() is None:
+                assert time.monotonic() < deadline and run.poll() is None, Path(said.name).read_text()
+                time.sleep(0.1)
+            os.killpg(run.pid, signal.SIGTERM)
+            assert run.wait(60) == STOPPED, Path(said.name).read_text()
+            assert "Everything is saved in" in Path(said.name).read_text()
+            deadline = time.monotonic() + 20
+            with pytest.raises(ProcessLookupError):
+                while time.monotonic() < deadline:
+                    os.killpg(run.pid, 0)
+                    time.sleep(0.1)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
 
 
 def test_the_launcher_passes_signals_on_waits_and_ends_with_the_status_to_try_again(tmp_path):
