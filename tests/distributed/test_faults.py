@@ -22,6 +22,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from recgpt_torchrec.config import Batch, CheckpointOptions, Loss, Model, Optimizer, Pretrain, Stream, Tables, Train
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.training import signals
 from recgpt_torchrec.training.checkpoint import Checkpoints
 from recgpt_torchrec.training.processes import LOST, process_group
 from recgpt_torchrec.training.signals import STOPPED
@@ -279,6 +280,35 @@ def test_the_launcher_passes_signals_on_waits_and_ends_with_the_status_to_try_ag
         assert (said, launcher.returncode) == ("saved\n" * 2, STOPPED)
     finally:
         launcher.kill()
+
+
+@pytest.mark.parametrize(("rank_status", "status"), [(STOPPED, STOPPED), (2, 2), (-signal.SIGKILL, 137)])
+def test_the_launcher_ends_with_the_status_of_the_rank_that_failed_and_gives_the_others_time_to_save(
+    monkeypatch, capfd, rank_status, status
+):
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    from recgpt_torchrec import node
+
+    def fails(options: Any) -> None:
+        assert options.shutdown_timeout >= 600 and {"SIGTERM", "SIGUSR1"} <= set(options.signals_to_handle.split(","))
+        raise ChildFailedError("stage", {1: ProcessFailure(1, 99, rank_status, "no file")})
+
+    monkeypatch.setattr(run, "run", fails)
+    monkeypatch.setattr(node, "a_store_for_each_start", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["node", "--nproc_per_node", "2", "-m", "some.stage"])
+    with pytest.raises(SystemExit) as end:
+        node.main()
+    assert end.value.code == status
+    assert f"some.stage {'stopped' if status == STOPPED else 'failed'}: rank 1 " in capfd.readouterr().err
+
+
+def test_signals_are_taken_for_requests_only_where_someone_listens():
+    before = [signal.getsignal(number) for number in signals.SIGNALS]
+    with signals.listening():
+        assert [signal.getsignal(number) for number in signals.SIGNALS] != before
+    assert [signal.getsignal(number) for number in signals.SIGNALS] == before
 
 
 def test_a_job_says_how_often_torchrun_starts_its_processes_again():
