@@ -122,7 +122,7 @@ class Train:
     """Epochs between validations."""
     non_finite: Literal["stop", "skip"] = "stop"
     """What to do where the loss or a gradient of a step is not finite: end the run, or leave the step out. Tables and
-    decoder stay as they were before the step."""
+    decoder stay as they were before the step; where tables have weight decay, fused ones decay all the same."""
     non_finite_limit: int = 100
     """Steps that are left out at most."""
     stall_seconds: float = 600.0
