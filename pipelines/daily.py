@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
 def parse(arguments: list[str] | None = None) -> Options:
     """The command line; paths become relative to the project, where commands run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", required=True, help="the log: csv, tsv or parquet, its times as numbers")
+    parser.add_argument("--input", required=True, help="the log: csv, tsv or parquet; dates become seconds")
     parser.add_argument("--output", default="runs/daily", help="folder for everything (default: runs/daily)")
     parser.add_argument("--name", default="daily", help="of the configurations NAME.yaml, NAME_warm.yaml (daily)")
     parser.add_argument("--days", type=int, default=3, help="days after day 0 (default: 3)")
@@ -172,6 +172,14 @@ def cut(log: Path, folder: Path, options: Options) -> None:
     source = f"{'read_parquet' if log.suffix == '.parquet' else 'read_csv'}({quoted(str(log))})"
     moment = '"' + options.time_column.replace('"', '""') + '"'
     with duckdb.connect() as connection:
+        kinds = {row[0]: row[1] for row in connection.sql(f"DESCRIBE SELECT * FROM {source}").fetchall()}
+        kind = kinds.get(options.time_column)
+        if kind is None or kind == "VARCHAR":
+            what = "holds text, not times" if kind else f"is not in {log}, which has {', '.join(kinds)}"
+            print(f"daily: the column {options.time_column} {what}; see --time_column", file=sys.stderr)
+            raise SystemExit(2)
+        if kind.startswith(("TIMESTAMP", "DATE")):
+            source = f"(SELECT * REPLACE (epoch({moment}) AS {moment}) FROM {source})"
         (begin,) = connection.sql(f"SELECT quantile_disc({moment}, {options.first}) FROM {source}").fetchall()[0]
         edges = [float("-inf"), *(float(begin) + day * options.day for day in range(options.days + 1))]
         for day in range(options.days + 1):

@@ -77,5 +77,5 @@ def run(config_class: type[Config], function: Callable[[Config], None], prog: st
         print(f"{prog}: error{where}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
+        print(f"{prog}: interrupted; the same command goes on from what is whole", file=sys.stderr)
         raise SystemExit(130) from None

@@ -13,8 +13,8 @@ class _Lines(tqdm):
     """A progress bar that writes whole lines: a launcher that puts a prefix before each line breaks bars."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Write the bar's state as one line."""
-        if self.n and msg != "":
+        """Write the bar's state as one line, once something was done."""
+        if self.n > self.initial and msg != "":
             print(str(self) if msg is None else msg, file=sys.stderr, flush=True)
 
     @classmethod

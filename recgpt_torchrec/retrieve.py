@@ -127,9 +127,9 @@ def retrieve(
     from recgpt_torchrec.training.processes import rank, say, world_size
 
     merged, total = merging(config, merge, interests), export.manifest.users
-    say(
-        f"{config.export}: {export.manifest.items:,} items, {total:,} users, {export.manifest.interests} interests each"
-    )
+    count = export.manifest.interests
+    each = f"{count} interest{'s' * (count > 1)} each"
+    say(f"{config.export}: {export.manifest.items:,} items, {total:,} users, {each}")
     _, vectors = export.item_vectors()
     since = time.perf_counter()
     whole = indexes.Index(indexes.exact(vectors), exact=True)

@@ -63,24 +63,28 @@ class RunLog:
                 with open(os.path.join(self.scratch.name, name), "rb") as file:
                     storage.write(os.path.join(self.boards, name), file.read())
 
-    def read(self, interactions: float) -> None:
-        """Move the progress bar on by interactions trained on, all ranks together."""
+    def read(self, interactions: float, epoch: int) -> None:
+        """Move the progress bar on by interactions trained on, all ranks together, in an epoch (from 0)."""
         if self.active:
+            self.bar.set_description(f"epoch {epoch + 1}", refresh=False)
             self.bar.update(interactions)
 
-    def step(self, step: int, epoch: int, *, loss: float, lr: float, rate: float, waited: float) -> None:
+    def say(self, words: str) -> None:
+        """Print a line above the bar."""
+        if self.active:
+            self.bar.write(words)
+
+    def step(self, step: int, *, loss: float, lr: float, rate: float, waited: float) -> None:
         """Show and keep the figures of the last steps.
 
         Args:
             step: optimizer steps done.
-            epoch: from 0.
             loss: mean over the targets since the last call, in nats.
             lr: share of the peak learning rate.
             rate: targets trained a second, all ranks together.
             waited: share of the time spent waiting for data.
         """
         if self.active:
-            self.bar.set_description(f"epoch {epoch + 1}", refresh=False)
             self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} targets/s, data wait {waited:.0%}", refresh=False)
             for name, value in {"loss": loss, "lr_share": lr, "targets_per_s": rate, "data_wait": waited}.items():
                 self.board.add_scalar(f"train/{name}", value, step)
@@ -94,6 +98,8 @@ class RunLog:
                     self.board.add_scalar(f"epoch/{name}", value, step)
             self._upload()
             figures = ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items())
+            # Where an epoch has few steps, `step` is not called in each.
+            self.bar.set_postfix_str(f"loss {record['loss']:.3f}", refresh=False)
             self.bar.write(figures)  # above the bar, on standard output
 
 

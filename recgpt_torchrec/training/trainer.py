@@ -148,6 +148,12 @@ class Trainer:
             validated and self.train.patience and progress.best_epoch >= 0 and idle >= self.train.patience
         )
         log.epoch(record, progress.step)
+        steps, warm = progress.step * self.train.epochs, self.schedule.warmup_steps
+        if epoch == 0 and steps < 4 * warm:
+            log.say(
+                f"Few steps: about {steps} in all, and the learning rate rises over {warm}. A smaller --batch.tokens, "
+                "more --train.epochs or fewer --optimizer.warmup_steps, in another --output, may do better"
+            )
         progress.position, progress.loss, progress.targets = Position(epoch + 1), 0.0, 0.0
         self.save()
 
@@ -183,13 +189,13 @@ class Trainer:
             seen += step.targets
             progress.step += 1
             progress.read += step.read
-            log.read(step.read)
+            log.read(step.read, epoch)
             if progress.step % LOG_EVERY == 0:
                 self._sum_losses()
                 now = time.perf_counter()
                 mean = (progress.loss - before[0]) / max(progress.targets - before[1], 1)
                 wait = (ahead.waited - waited) / (now - since)
-                log.step(progress.step, epoch, loss=mean, lr=share, rate=seen / (now - since), waited=wait)
+                log.step(progress.step, loss=mean, lr=share, rate=seen / (now - since), waited=wait)
                 since, waited, seen, before = now, ahead.waited, 0.0, (progress.loss, progress.targets)
             every = self.saving.every_steps
             if step.asked or (every and progress.step % every == 0):

@@ -1,6 +1,7 @@
 """`pipelines/daily.py` from a log to its report, and how it cuts the log."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow.csv
@@ -77,6 +78,22 @@ def test_days_are_the_log_cut_by_time_in_its_order(tmp_path: Path, words: list[s
     for day, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
         rows = pq.read_table(tmp_path / f"cut/day{day}.parquet").to_pylist()
         assert rows and rows == [row for row in log if low <= row["timestamp"] < high]
+
+
+def test_dates_of_the_log_become_seconds_and_other_columns_are_refused(
+    tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "dates.csv"
+    times = [f"2024-01-{day:02d}T00:00:00+00:00" for day in range(1, 29)]
+    log.write_text("user_id,item_id,timestamp\n" + "".join(f"u,i{n},{time}\n" for n, time in enumerate(times)))
+    daily.cut(log, tmp_path / "cut", daily.parse([*words, "--input", str(log), "--day", "86400", "--days", "3"]))
+    start = datetime(2024, 1, 1, tzinfo=UTC).timestamp()
+    whole = [pq.read_table(tmp_path / f"cut/day{day}.parquet")["timestamp"].to_pylist() for day in range(4)]
+    assert sum(whole, []) == [start + 86400 * day for day in range(len(sum(whole, [])))]
+    for column, said in (("item_id", "holds text"), ("when", "which has user_id, item_id, timestamp")):
+        with pytest.raises(SystemExit):
+            daily.cut(log, tmp_path / "other", daily.parse([*words, "--time_column", column]))
+        assert said in capsys.readouterr().err
 
 
 def test_each_way_to_go_on_is_a_run_of_its_own(words: list[str]) -> None:
