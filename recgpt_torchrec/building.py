@@ -5,9 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException
 from torchrec.optim.keyed import KeyedOptimizer
 
 from recgpt_torchrec.config import (
@@ -28,7 +26,7 @@ from recgpt_torchrec.data.stream import BatchMaker, SequenceStream, training_cou
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import RecGPT
 from recgpt_torchrec.retrieval.validation import Validation
-from recgpt_torchrec.training.checkpoint import facts_of, reader
+from recgpt_torchrec.training.checkpoint import facts_of, read_tensors, tensors_in
 from recgpt_torchrec.training.growing import check_new_targets
 from recgpt_torchrec.training.processes import gather, say
 from recgpt_torchrec.training.run import Run
@@ -162,28 +160,13 @@ def load(checkpoint: str, dataset: Dataset, batch: Batch, tables: Sharding, devi
     return Trained(model, config.model, tuning)
 
 
-def read_tensors(state: dict[str, Any], checkpoint: str) -> None:
-    """Read the tensors of `state` from a checkpoint, in place (collective).
-
-    Raises:
-        InputError: files of the checkpoint are missing or damaged.
-    """
-    try:
-        dcp.load(state, storage_reader=reader(checkpoint))
-    except CheckpointException as error:
-        reasons = sorted({" ".join(str(failure[0]).split()) for failure in error.failures.values()})
-        raise InputError(
-            f"the checkpoint {checkpoint} cannot be read ({'; '.join(reasons)}); give another checkpoint of the run"
-        ) from None
-
-
 def load_pretrained(model: nn.Module, checkpoint: str) -> None:
     """Give a model to be tuned the values of a pre-trained checkpoint (collective).
 
     W_l, where the model has one, becomes a copy of the item table; what only tuning has keeps its initial values.
     """
     state = model.state_dict()
-    there = reader(checkpoint).read_metadata().state_dict_metadata
+    there = tensors_in(checkpoint)
     known = {name: value for name, value in state.items() if f"model.{name}" in there}
     read_tensors({"model": known}, checkpoint)
     tables = {table_name(name): name for name in tables_of(model)}

@@ -22,7 +22,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemReader
 
 from tests.distributed.launch import run_ranks
 from tests.support import overwrite, rewrite, stage, walks, write_dataset
@@ -123,6 +125,29 @@ def one_byte(path: Path) -> None:
     path.write_bytes(data)
 
 
+def one_bit_of_a_table(folder: Path) -> None:
+    (checkpoint,) = folder.glob("run/checkpoints/step-*")
+    written = FileSystemReader(checkpoint).read_metadata().storage_data
+    place = next(place for index, place in written.items() if index.fqn.startswith("model.item_table"))
+    data = bytearray((checkpoint / place.relative_path).read_bytes())
+    table = torch.load(io.BytesIO(data[place.offset : place.offset + place.length]))
+    data[data.index(table.numpy().tobytes(), place.offset)] ^= 1
+    (checkpoint / place.relative_path).write_bytes(data)
+
+
+def unfinished(harm: Callable[[Path], object]) -> Callable[[Path], None]:
+    """Take the run's epoch for one that is still to be trained, so that it goes on from its checkpoint."""
+
+    def both(folder: Path) -> None:
+        facts = next(folder.glob("run/checkpoints/*/checkpoint.json"))
+        values = json.loads(facts.read_text())
+        values["progress"] |= {"finished": False, "position": {"epoch": 0, "queues": None}}
+        facts.write_text(json.dumps(values))
+        harm(folder)
+
+    return both
+
+
 def other_dataset(folder: Path) -> None:
     write_dataset(folder / "other", walks(USERS, ITEMS), items=ITEMS, vocabulary="another")
 
@@ -203,6 +228,14 @@ CASES = [
     Bad("pretrain", "no such configuration file", nothing, "gone.yaml", "usage", {"--config": "gone.yaml"}),
     Bad("pretrain", "a misspelt name in the configuration", lambda f: (f / "c.yaml").write_text("trian: {epochs: 3}"),
         "trian", "usage", {"--config": "c.yaml"}),
+    Bad("pretrain", "the checkpoint to go on from is cut off",
+        unfinished(lambda f: os.truncate(next(f.glob("run/*/*/*.distcp")), 500)), "run/checkpoints/step-",
+        "once this folder is removed", {"--output": "run"}),
+    Bad("pretrain", "the checkpoint to go on from does not say what is in it",
+        unfinished(lambda f: os.truncate(next(f.glob("run/*/*/.metadata")), 300)), "run/checkpoints/step-",
+        "once this folder is removed", {"--output": "run"}),
+    Bad("pretrain", "one bit of the checkpoint to go on from has changed", unfinished(one_bit_of_a_table),
+        "run/checkpoints/step-", "once this folder is removed", {"--output": "run"}),
     Bad("pretrain", "the output is another run's", nothing, "--model.dim: 8 there, 16 now", "choose another --output",
         {"--output": "run", "--model.dim": 16}),
     Bad("pretrain", "the output is a run on another dataset", other_dataset, "holds a run on another dataset",
@@ -238,6 +271,9 @@ CASES = [
         {"--data": "other"}),
     Bad("evaluate", "the checkpoint lacks a file", lambda f: next(f.glob("run/*/*/*.distcp")).unlink(),
         "run/checkpoints/step-", "give another checkpoint"),
+    Bad("evaluate", "the checkpoint does not say what is in it", lambda f: next(f.glob("run/*/*/.metadata")).unlink(),
+        "run/checkpoints/step-", "give another checkpoint"),
+    Bad("evaluate", "one bit of the checkpoint has changed", one_bit_of_a_table, "checksum", "give another checkpoint"),
     Bad("evaluate", "best.json is cut off", lambda f: (f / "run/best.json").write_text('{"epoch": 1,'),
         "run/best.json is damaged", "restore it"),
     Bad("evaluate", "a checkpoint's facts are cut off",

@@ -10,13 +10,17 @@ after a kill. `saving` writes them, `state` says what is in them.
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
+import zipfile
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.filesystem import _StorageReaderTransforms
 
 from recgpt_torchrec import storage
 from recgpt_torchrec.data.dataset import checksum_of
@@ -153,9 +157,59 @@ def writer(path: str) -> dcp.FileSystemWriter:
 def reader(path: str) -> dcp.FileSystemReader:
     """What torch.distributed.checkpoint reads a folder with, wherever it lies."""
     made = dcp.FileSystemReader(path)
+    made.transforms = _Checked()
     if storage.remote(path):
         made.fs, made.path = cast(Any, storage.Streams(path)), path
     return made
+
+
+class _Checked(_StorageReaderTransforms):
+    """Compares the checksum that torch.save writes with each tensor, and torch.load takes no notice of."""
+
+    def transform_load_stream(self, read_item: Any, transform_descriptors: Any, raw_stream: IO[bytes]) -> IO[bytes]:
+        """The stream of one tensor, from its beginning.
+
+        Raises:
+            BadZipFile: its bytes are not those that were written.
+        """
+        whole = io.BytesIO(raw_stream.read(-1))  # so that a store is asked for it once
+        with zipfile.ZipFile(whole) as records:
+            if (damaged := records.testzip()) is not None:
+                raise zipfile.BadZipFile(f"{read_item.storage_index.fqn}: the checksum of {damaged} differs")
+        whole.seek(0)
+        return whole
+
+
+def tensors_in(checkpoint: str) -> dict[str, Any]:
+    """Shapes and types of a checkpoint's tensors, by name.
+
+    Raises:
+        InputError: it says so no more, for it is damaged.
+    """
+    try:
+        return reader(checkpoint).read_metadata().state_dict_metadata
+    except Exception as error:  # there is hardly one that unpickling damaged bytes does not lead to
+        raise _unreadable(checkpoint, [error]) from None
+
+
+def read_tensors(state: dict[str, Any], checkpoint: str) -> None:
+    """Read the tensors of `state` from a checkpoint, in place (collective).
+
+    Raises:
+        InputError: files of the checkpoint are missing or damaged.
+    """
+    try:
+        dcp.load(state, storage_reader=reader(checkpoint))
+    except CheckpointException as error:
+        raise _unreadable(checkpoint, [failure[0] for failure in error.failures.values()]) from None
+
+
+def _unreadable(checkpoint: str, errors: list[BaseException]) -> InputError:
+    reasons = sorted({f"{type(error).__name__}: {' '.join(str(error).split())[:300]}" for error in errors})
+    return InputError(
+        f"the checkpoint {checkpoint} cannot be read ({'; '.join(reasons)}). Restore it, or give another checkpoint of "
+        "the run; a run goes on from the one before once this folder is removed"
+    )
 
 
 def _sync(folder: str) -> None:

@@ -20,6 +20,8 @@ def quiet() -> None:
     """Silence what torch, torchrec and fbgemm say at every start that no user can act on; warnings of ours stay."""
     for name in ("torchrec", "torch.fx", "torch.distributed", "fbgemm_gpu"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # It logs with a stack what it raises as well.
+    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.CRITICAL)
     # The planner's "Sharding spec not found" comes through the root logger: it looks for tables that it did not shard.
     logging.getLogger().addFilter(lambda record: "Sharding spec not found" not in record.getMessage())
     for module in ("torchrec", "torch", "fbgemm_gpu"):

@@ -19,7 +19,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensorMetadata, TensorProperties
@@ -27,7 +26,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor as Sharded
 from torchrec.optim.keyed import CombinedOptimizer
 
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.training.checkpoint import reader
+from recgpt_torchrec.training.checkpoint import read_tensors, tensors_in
 from recgpt_torchrec.training.growing import first_rows
 from recgpt_torchrec.training.processes import say
 from recgpt_torchrec.training.sharding import tables_of
@@ -113,10 +112,10 @@ def restore(model: nn.Module, optimizer: CombinedOptimizer, checkpoint: str, ste
         steps: optimizer steps that were done.
 
     Raises:
-        InputError: it holds the tables' optimizer state in the form of an earlier version.
+        InputError: it is damaged, or holds the tables' optimizer state in the form of an earlier version.
     """
     whole = state_of(model, optimizer)
-    there: dict[str, Any] = reader(checkpoint).read_metadata().state_dict_metadata
+    there = tensors_in(checkpoint)
     state = first_rows(whole, {name: there[f"model.{name}"].size[0] for name in tables_of(model)})
     regrouped = []
     for name, kept in state["optimizer"]["state"].items():
@@ -131,7 +130,7 @@ def restore(model: nn.Module, optimizer: CombinedOptimizer, checkpoint: str, ste
             if blocks != value.size(1):
                 kept[moment] = _room(state["model"][name], value, blocks)
                 regrouped.append((name, value, kept[moment]))
-    dcp.load(state, storage_reader=reader(checkpoint))
+    read_tensors(state, checkpoint)
     for name, value, read in regrouped:
         say(
             f"{name}: row-wise Adagrad kept {read.size(1)} moments a row in {checkpoint}, one for each block of "
