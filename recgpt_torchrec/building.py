@@ -256,33 +256,33 @@ def fit(
     stream = training_stream(config, dataset, tuning)
     check_lost(dataset)
     model, optimizer = build(config, dataset, stream.maker.capacity.items, device, tuning)
-    run.claim()
-    trainer = Trainer(
-        model=model,
-        optimizer=optimizer,
-        device=device,
-        stream=stream,
-        interactions=dataset.manifest.entries,
-        train=config.train,
-        schedule=config.optimizer,
-        saving=saving,
-        checkpoints=run.checkpoints,
-        facts=run.facts(str(model.plan)),
-        seed=config.seed,
-    )
-    if resumed := run.checkpoints.latest():
-        trainer.resume(resumed)
-        say(f"Going on from {resumed}")
-    elif pretrained is not None:
-        load_pretrained(model, pretrained)
-    elif initial is not None:
-        trainer.begin_from(initial)
-        say(f"Beginning from {initial}")
-    prompts = tuning is not None and tuning.prompts
-    set_aside = stream.maker.set_aside
-    validation = encoding_stream(
-        dataset, "validation", config.model, config.batch, prompts=prompts, set_aside=set_aside
-    )
-    trainer.fit(Validation(model, validation, device), metric="NDCG@10")
-    if set_aside is not None:
-        say(set_aside.summary())
+    with run.claimed():
+        trainer = Trainer(
+            model=model,
+            optimizer=optimizer,
+            device=device,
+            stream=stream,
+            interactions=dataset.manifest.entries,
+            train=config.train,
+            schedule=config.optimizer,
+            saving=saving,
+            checkpoints=run.checkpoints,
+            facts=run.facts(str(model.plan)),
+            seed=config.seed,
+        )
+        if resumed := run.checkpoints.latest():
+            trainer.resume(resumed)
+            say(f"Going on from {resumed}")
+        elif pretrained is not None:
+            load_pretrained(model, pretrained)
+        elif initial is not None:
+            trainer.begin_from(initial)
+            say(f"Beginning from {initial}")
+        prompts = tuning is not None and tuning.prompts
+        set_aside = stream.maker.set_aside
+        validation = encoding_stream(
+            dataset, "validation", config.model, config.batch, prompts=prompts, set_aside=set_aside
+        )
+        trainer.fit(Validation(model, validation, device), metric="NDCG@10")
+        if set_aside is not None:
+            say(set_aside.summary())

@@ -47,7 +47,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 SHOWN = ("--data", "--input", "--output", "--checkpoint")
 """Options that the table shows although every case of the stage has them."""
-BEGUN = re.compile(r"new/(run\.json|history\.jsonl|damaged\.jsonl|tensorboard/.*|checkpoints)?$|new$|new/tensorboard$")
+BEGUN = re.compile(
+    r"new/(run\.json|run\.lock|history\.jsonl|damaged\.jsonl|tensorboard/.*|checkpoints)?$|new$|new/tensorboard$"
+)
 """What a run that had begun may leave: no checkpoint, whole or half."""
 
 
@@ -319,7 +321,9 @@ def tried(bad: Bad, made: Path, folder: Path) -> tuple[str, int, str]:
     assert bad.names in message and bad.remedy in message, message
     after = tree(folder)
     left = {name for name in after if after[name] != before.get(name)}
-    assert before.keys() <= after.keys() and all(bad.begun and BEGUN.match(name) for name in left), left
+    assert before.keys() <= after.keys() and all(
+        name == "run/run.lock" or (bad.begun and BEGUN.match(name)) for name in left
+    ), left
     shown = {o: v for o, v in options.items() if o in (*SHOWN, *bad.options)}
     words = " ".join(f"{option} {value}" for option, value in shown.items())
     return f"{bad.stage} {words}", status, message

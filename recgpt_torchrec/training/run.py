@@ -1,6 +1,10 @@
 """A run's output folder: started once, resumed by the same command, never overwritten by another."""
 
+import fcntl
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from typing import Any
 
@@ -10,6 +14,8 @@ from recgpt_torchrec.training.checkpoint import Checkpoints, facts_of, read_json
 from recgpt_torchrec.training.processes import together
 
 RUN = "run.json"
+LOCK = "run.lock"
+"""Locked by the job that trains the run, as long as its rank 0 lives."""
 MAY_CHANGE = (
     "output",
     "data",
@@ -85,7 +91,8 @@ class Run:
         def check() -> None:
             earlier = read_json(os.path.join(output, RUN))
             if earlier is None:
-                if storage.exists(output) and (not storage.is_folder(output) or storage.names(output)):
+                begun = {LOCK, f"{RUN}.tmp"}  # what a kill leaves of a run that was just claimed
+                if storage.exists(output) and (not storage.is_folder(output) or {*storage.names(output)} - begun):
                     raise InputError(
                         f"{output} holds something that is not a run of this program; choose another --output"
                     )
@@ -107,22 +114,30 @@ class Run:
         recorded = read_json(os.path.join(output, RUN)) or {}
         return cls(asdict(config), vocabulary, Checkpoints(output, keep), recorded.get("initial"))
 
-    def claim(self) -> None:
-        """Make the output folder this run's own and clear up after a kill (collective); once everything that can be
-        refused has been looked at."""
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Make the output folder this run's own within the `with`, and clear up after a kill (collective); once
+        everything that can be refused has been looked at.
 
-        def write() -> None:
-            output = self.checkpoints.output
-            try:
-                storage.make_folder(output)
-                if read_json(os.path.join(output, RUN)) is None:
-                    record = {"config": self.config, "vocabulary": self.vocabulary, "initial": self.initial}
-                    write_json(os.path.join(output, RUN), record)
-                self.checkpoints.settle()
-            except OSError as error:
-                raise InputError(f"cannot write to --output {output}: {error}") from None
+        Raises:
+            InputError: another job trains the run, or nothing can be written there.
+        """
+        with ExitStack() as held:
 
-        together(write)
+            def write() -> None:
+                output = self.checkpoints.output
+                try:
+                    storage.make_folder(output)
+                    held.enter_context(_locked(output))
+                    if read_json(os.path.join(output, RUN)) is None:
+                        record = {"config": self.config, "vocabulary": self.vocabulary, "initial": self.initial}
+                        write_json(os.path.join(output, RUN), record)
+                    self.checkpoints.settle()
+                except OSError as error:
+                    raise InputError(f"cannot write to --output {output}: {error}") from None
+
+            together(write)
+            yield
 
     @property
     def finished(self) -> bool:
@@ -146,3 +161,31 @@ class Run:
             f"Next:    python -m recgpt_torchrec.evaluate --data {data} --checkpoint {output} "
             f"--output {output}/test.json --split test"
         )
+
+
+@contextmanager
+def _locked(output: str) -> Iterator[None]:
+    """Keep other jobs out of a run's folder, if it is on a file system that knows locks; the end of this process,
+    however it comes, lets them in."""
+    if storage.remote(output):
+        yield
+        return
+    path = os.path.join(output, LOCK)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            who = os.read(handle, 200).decode(errors="replace")
+            raise InputError(
+                f"{output} is being trained by another job (rank 0 is {who or 'unknown'}); wait until that has ended, "
+                f"end it, or choose another --output. If there is no such process any more, remove {path}"
+            ) from None
+        except OSError:
+            pass
+        with suppress(OSError):  # on a full disk as well, a run may clear up
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        os.close(handle)

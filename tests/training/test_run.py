@@ -1,6 +1,7 @@
 """A run's folder goes on with the same options, whatever the version of the program that began it knew of them."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ def _one_process() -> Iterator[None]:
 
 def begin(config: Any, change: Callable[[dict[str, Any]], object] = lambda _: None) -> None:
     """Begin a run, and change what it recorded of its options."""
-    Run.find(config, "vocabulary", keep=1).claim()
+    with Run.find(config, "vocabulary", keep=1).claimed():
+        pass
     path = Path(config.output) / RUN
     record = json.loads(path.read_text())
     change(record["config"])
@@ -66,3 +68,14 @@ def test_an_option_that_is_gone_is_named(tmp_path: Path) -> None:
     begin(config, lambda old: old["loss"].update(temper=3))
     with pytest.raises(InputError, match="--loss.temper: 3 there, None now"):
         Run.find(config, "vocabulary", keep=1)
+
+
+def test_a_run_that_another_job_trains_is_refused_until_that_has_ended(tmp_path: Path) -> None:
+    config = Pretrain(data="data", output=str(tmp_path / "run"))
+    with Run.find(config, "vocabulary", keep=1).claimed():
+        again = Run.find(config, "vocabulary", keep=1)
+        with pytest.raises(InputError, match=rf"by another job \(rank 0 is process {os.getpid()} on "), again.claimed():
+            pass
+    (tmp_path / "run" / RUN).unlink()  # as a kill right after the lock leaves it
+    with Run.find(config, "vocabulary", keep=1).claimed():
+        assert (tmp_path / "run" / RUN).exists()
