@@ -108,7 +108,7 @@ class Watchdog:
         if lost:
             assert error is not None
             try:
-                missing = self._missing()
+                missing = self._missing() if self.store is not None else "the launcher"
             except Exception as unknown:  # the store may be gone as well
                 missing = f"another rank ({type(unknown).__name__} where the ranks' whereabouts are kept)"
             what = " ".join(str(error).split())[:200]
@@ -125,17 +125,28 @@ class Watchdog:
             if now - last > 5 * self.interval + 1:
                 at(_standing.phase)  # this process was itself stopped for a while, perhaps all of them: count anew
             last = now
+            called = False
             try:
                 self._beat()
                 called = self.store is not None and self.store.check(["stalled"])
-            except Exception:
-                return  # the launcher's store is gone, and so is the launcher
+            except Exception:  # the store is gone, and so is who had it: the launcher, or else rank 0
+                if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                    return
+                self._orphaned()
             if called:
                 self._end("another rank found the run stalled")
             # What follows takes two intervals, and counts to the time that was given.
             if self.stall_seconds and now - _standing.since >= self.stall_seconds - 3 * self.interval:
                 self._stalled(_standing)
                 last = time.monotonic()
+
+    def _orphaned(self) -> None:
+        """Ask this rank to end, as the launcher would have: who starts the job again must not meet this one."""
+        self.store = None
+        if not self._over.wait(3 * self.interval):  # else this rank is ending, and so may be the launcher
+            with contextlib.suppress(OSError):  # what the launcher read may be closed
+                print(f"rank {rank()}: the launcher is gone; the run ends here", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _beat(self) -> None:
         if self.store is None:

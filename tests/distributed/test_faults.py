@@ -311,6 +311,45 @@ def test_signals_are_taken_for_requests_only_where_someone_listens():
     assert [signal.getsignal(number) for number in signals.SIGNALS] == before
 
 
+ORPHAN = """
+import os, pathlib, sys, time
+from recgpt_torchrec.training import signals
+from recgpt_torchrec.training.processes import process_group
+from recgpt_torchrec.training.watchdog import Watchdog
+with process_group(), Watchdog(".", stall_seconds=0), signals.listening():
+    said = pathlib.Path("rank" + os.environ["RANK"])
+    said.write_text("ready")
+    until = time.monotonic() + 60
+    while signals.received() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    said.write_text(str(signals.received()))
+"""
+
+
+def test_ranks_whose_launcher_was_killed_are_asked_to_end(tmp_path):
+    (tmp_path / "orphan.py").write_text(ORPHAN)
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "recgpt_torchrec.node", "--standalone", "--nproc_per_node", "2", "-m", "orphan"],
+        env={**os.environ, "PYTHONPATH": f"{Path(__file__).parents[2]}{os.pathsep}{tmp_path}"},
+        cwd=tmp_path,
+    )
+
+    def said() -> list[str]:
+        return [path.read_text() for path in tmp_path.glob("rank*")]
+
+    try:
+        until = time.monotonic() + 60
+        while said() != ["ready"] * 2 and launcher.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        launcher.kill()
+        asked = [str(signal.SIGTERM)] * 2
+        while said() != asked and time.monotonic() < until:
+            time.sleep(0.05)
+        assert said() == asked
+    finally:
+        launcher.kill()
+
+
 def test_a_job_says_how_often_torchrun_starts_its_processes_again():
     from recgpt_torchrec import launch
 
