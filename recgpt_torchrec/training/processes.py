@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -24,6 +25,8 @@ def quiet() -> None:
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.CRITICAL)
     # The planner's "Sharding spec not found" comes through the root logger: it looks for tables that it did not shard.
     logging.getLogger().addFilter(lambda record: "Sharding spec not found" not in record.getMessage())
+    # TensorBoard's thread raises what it cannot write in the main thread as well.
+    threading.excepthook = lambda of: None if isinstance(of.exc_value, OSError) else threading.__excepthook__(of)
     for module in ("torchrec", "torch", "fbgemm_gpu"):
         warnings.filterwarnings("ignore", module=rf"{module}\.")
     warnings.filterwarnings("ignore", message=".*autograd kernel was not registered.*")

@@ -3,6 +3,8 @@
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from recgpt_torchrec import storage
@@ -30,7 +32,7 @@ class RunLog:
             done: of them trained on before.
             epochs, steps: done before.
         """
-        self.active = rank() == 0
+        self.active, self.output = rank() == 0, output
         if not self.active:
             return
         from torch.utils.tensorboard import SummaryWriter  # imports slowly, and on one rank is enough
@@ -38,9 +40,10 @@ class RunLog:
         self.boards = os.path.join(output, "tensorboard")
         self.scratch = tempfile.TemporaryDirectory(prefix="tensorboard-") if storage.remote(output) else None
         folder = self.boards if self.scratch is None else self.scratch.name
-        self.board = SummaryWriter(folder, purge_step=steps + 1 if steps else None)
         self.history = os.path.join(output, "history.jsonl")
-        _keep_epochs(self.history, epochs)
+        with self._writing():
+            self.board = SummaryWriter(folder, purge_step=steps + 1 if steps else None)
+            _keep_epochs(self.history, epochs)
         self.bar = bar(int(total), "interactions", done=int(done), unit_scale=True)
 
     def __enter__(self) -> "RunLog":
@@ -49,11 +52,28 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self.active:
             self.bar.close()
-            self.board.close()
-            if kind is None or not issubclass(kind, (InputError, OSError)):  # else the store may not answer
-                self._upload()
-            if self.scratch is not None:
-                self.scratch.cleanup()
+            try:
+                with self._writing():
+                    self.board.close()
+                    if kind is None or not issubclass(kind, (InputError, OSError)):  # else the store may not answer
+                        self._upload()
+            except InputError:
+                if kind is None:  # else the error that led here is the one to be said
+                    raise
+            finally:
+                if self.scratch is not None:
+                    self.scratch.cleanup()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say where it was if something cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {self.output}: {error}. Make room, or see that it can be reached; the same command "
+                "goes on from the newest checkpoint"
+            ) from None
 
     def _upload(self) -> None:
         """Bring the events so far, kept on the local disk, to where the run lies, if that is a store."""
@@ -86,17 +106,20 @@ class RunLog:
         """
         if self.active:
             self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} targets/s, data wait {waited:.0%}", refresh=False)
-            for name, value in {"loss": loss, "lr_share": lr, "targets_per_s": rate, "data_wait": waited}.items():
-                self.board.add_scalar(f"train/{name}", value, step)
+            figures = {"loss": loss, "lr_share": lr, "targets_per_s": rate, "data_wait": waited}
+            with self._writing():
+                for name, value in figures.items():
+                    self.board.add_scalar(f"train/{name}", value, step)
 
     def epoch(self, record: dict[str, Any], step: int) -> None:
         """Keep and print an epoch's summary."""
         if self.active:
-            storage.append(self.history, json.dumps(record) + "\n")
-            for name, value in record.items():
-                if isinstance(value, float):
-                    self.board.add_scalar(f"epoch/{name}", value, step)
-            self._upload()
+            with self._writing():
+                storage.append(self.history, json.dumps(record) + "\n")
+                for name, value in record.items():
+                    if isinstance(value, float):
+                        self.board.add_scalar(f"epoch/{name}", value, step)
+                self._upload()
             figures = ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items())
             # Where an epoch has few steps, `step` is not called in each.
             self.bar.set_postfix_str(f"loss {record['loss']:.3f}", refresh=False)
@@ -104,8 +127,15 @@ class RunLog:
 
 
 def _keep_epochs(history: str, epochs: int) -> None:
-    """Drop the lines of a history that are of later epochs, or that a kill left unfinished."""
+    """Drop the lines of a history that are of later epochs, or that a kill or a loss of power left unfinished."""
     if storage.exists(history):
-        lines = storage.read(history).decode().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] <= epochs]
-        storage.write(history, "".join(kept).encode())
+        lines = storage.read(history).splitlines(keepends=True)
+        storage.write(history, b"".join(line for line in lines if 0 < _epoch_of(line) <= epochs))
+
+
+def _epoch_of(line: bytes) -> int:
+    """The epoch that a line of a history is of; 0: it is not a whole one."""
+    try:
+        return int(json.loads(line)["epoch"]) if line.endswith(b"\n") else 0
+    except (ValueError, KeyError, TypeError):
+        return 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from recgpt_torchrec.config import Loss, Model, Pretrain, PromptTune, Tables
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.training.processes import process_group
 from recgpt_torchrec.training.run import RUN, Run
+from recgpt_torchrec.training.runlog import RunLog
 
 
 @pytest.fixture(autouse=True)
@@ -79,3 +81,28 @@ def test_a_run_that_another_job_trains_is_refused_until_that_has_ended(tmp_path:
     (tmp_path / "run" / RUN).unlink()  # as a kill right after the lock leaves it
     with Run.find(config, "vocabulary", keep=1).claimed():
         assert (tmp_path / "run" / RUN).exists()
+
+
+def test_a_full_disk_is_named_when_curves_and_figures_cannot_be_written(tmp_path: Path, capfd: Any) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))  # to who writes it looks alike
+        with pytest.raises(InputError, match=rf"cannot write to {tmp_path}: .*Make room"):
+            RunLog(str(tmp_path), 10, 0)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        with (
+            pytest.raises(InputError, match=rf"cannot write to {tmp_path}: .*Make room"),
+            RunLog(str(tmp_path), 10, 0) as log,
+        ):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
+            log.epoch({"epoch": 1, "loss": 0.5}, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_lines_of_a_history_that_are_not_whole_are_dropped(tmp_path: Path) -> None:
+    history = tmp_path / "history.jsonl"
+    history.write_bytes(b'{"epoch": 1}\n' + b"\0" * 9 + b'\n\xff\n[]\n{"epoch": 3}\n{"epoch": 2}\n{"epoch": 2}')
+    with RunLog(str(tmp_path), 10, 0, epochs=2):
+        assert history.read_bytes() == b'{"epoch": 1}\n{"epoch": 2}\n'
