@@ -78,8 +78,9 @@ def _listen(reading: int) -> None:
 @contextlib.contextmanager
 def withheld() -> Iterator[None]:
     """Start processes within the `with` that the signals do not reach: who asks one rank asks its loader processes as
-    well, which have nothing to save and are needed until the rank ends. They and their children call `end_with`."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    well, which have nothing to save and are needed until the rank ends. They and their children call `end_with`.
+    Nor does Ctrl-C, at which each of them would say where it was."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*SIGNALS, signal.SIGINT))
     try:
         yield
     finally:

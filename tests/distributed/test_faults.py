@@ -215,6 +215,7 @@ with signals.withheld():
     loader = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE)
 loader.stdout.readline()
 subprocess.run(["kill", "-TERM", str(loader.pid)], check=True)
+subprocess.run(["kill", "-INT", str(loader.pid)], check=True)
 try:
     loader.wait(0.5)
 except subprocess.TimeoutExpired:
