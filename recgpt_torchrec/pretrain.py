@@ -7,6 +7,7 @@ from recgpt_torchrec.config import Pretrain
 def main(config: Pretrain) -> None:
     """Train, and leave the best checkpoint in `config.output`."""
     from recgpt_torchrec.building import fit, open_dataset, training_stream
+    from recgpt_torchrec.data.dataset import fingerprint_of
     from recgpt_torchrec.training.growing import find_initial
     from recgpt_torchrec.training.processes import process_group, say
     from recgpt_torchrec.training.run import Run
@@ -16,7 +17,7 @@ def main(config: Pretrain) -> None:
     with process_group(train.timeout_seconds) as device, Watchdog(config.output, train.stall_seconds):
         dataset = open_dataset(config)
         training_stream(config, dataset)  # finds what is wrong with options or data before the output is looked at
-        run = Run.find(config, dataset.manifest.vocabulary, keep=config.checkpoint.keep)
+        run = Run.find(config, dataset.manifest.vocabulary, fingerprint_of(dataset), keep=config.checkpoint.keep)
         if run.finished:
             say(f"{config.output} is trained already.", run.summary(), sep="\n")
             return

@@ -10,6 +10,7 @@ from recgpt_torchrec.errors import InputError
 def main(config: PromptTune) -> None:
     """Go on training, and leave the best checkpoint in `config.output`."""
     from recgpt_torchrec.building import answers_of, fit, open_dataset, pretrained_model, training_stream
+    from recgpt_torchrec.data.dataset import fingerprint_of
     from recgpt_torchrec.training.checkpoint import find
     from recgpt_torchrec.training.processes import process_group, say
     from recgpt_torchrec.training.run import Run
@@ -32,7 +33,7 @@ def main(config: PromptTune) -> None:
             raise InputError("--tuning.soft_targets needs a softmax: --loss.candidates all, sampled or in_batch")
         config = replace(config, model=pretrained_model(checkpoint, dataset, config.model))
         training_stream(config, dataset, tuning)  # finds what is wrong with options or data
-        run = Run.find(config, dataset.manifest.vocabulary, keep=config.checkpointing.keep)
+        run = Run.find(config, dataset.manifest.vocabulary, fingerprint_of(dataset), keep=config.checkpointing.keep)
         if run.finished:
             say(f"{config.output} is trained already.", run.summary(), sep="\n")
             return

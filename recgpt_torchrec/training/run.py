@@ -14,6 +14,8 @@ from recgpt_torchrec.training.checkpoint import Checkpoints, facts_of, read_json
 from recgpt_torchrec.training.processes import together
 
 RUN = "run.json"
+RECORDED = ("config", "vocabulary", "histories", "initial")
+"""What of a run is in it."""
 LOCK = "run.lock"
 """Locked by the job that trains the run, as long as its rank 0 lives."""
 MAY_CHANGE = (
@@ -70,17 +72,19 @@ class Run:
 
     config: dict[str, Any]
     vocabulary: str
+    histories: str
+    """Fingerprint of the dataset's: an epoch that was begun on others cannot go on."""
     checkpoints: Checkpoints
     initial: str | None = None
     """Checkpoint that the run began, or is to begin, from."""
 
     @classmethod
-    def find(cls, config: Any, vocabulary: str, keep: int) -> "Run":
+    def find(cls, config: Any, vocabulary: str, histories: str, keep: int) -> "Run":
         """The run of this configuration in its output folder, begun or not (collective); nothing is written yet.
 
         Args:
             config: dataclass of options, `output` and `data` among them.
-            vocabulary: fingerprint of the dataset's.
+            vocabulary, histories: fingerprints of the dataset's.
             keep: newest checkpoints kept.
 
         Raises:
@@ -109,10 +113,15 @@ class Run:
                     f"{output} holds a run on another dataset ({old['data']}); "
                     f"choose another --output for {new['data']}"
                 )
+            if earlier.get("histories", histories) != histories:  # earlier versions did not note them
+                raise InputError(
+                    f"{output} holds a run on {old['data']} as it was then; the histories of {new['data']} are others, "
+                    "though of the same users and items. Give the dataset as it was, or choose another --output"
+                )
 
         together(check)
         recorded = read_json(os.path.join(output, RUN)) or {}
-        return cls(asdict(config), vocabulary, Checkpoints(output, keep), recorded.get("initial"))
+        return cls(asdict(config), vocabulary, histories, Checkpoints(output, keep), recorded.get("initial"))
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
@@ -130,7 +139,7 @@ class Run:
                     storage.make_folder(output)
                     held.enter_context(_locked(output))
                     if read_json(os.path.join(output, RUN)) is None:
-                        record = {"config": self.config, "vocabulary": self.vocabulary, "initial": self.initial}
+                        record = {name: getattr(self, name) for name in RECORDED}
                         write_json(os.path.join(output, RUN), record)
                     self.checkpoints.settle()
                 except OSError as error:

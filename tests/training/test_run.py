@@ -24,7 +24,7 @@ def _one_process() -> Iterator[None]:
 
 def begin(config: Any, change: Callable[[dict[str, Any]], object] = lambda _: None) -> None:
     """Begin a run, and change what it recorded of its options."""
-    with Run.find(config, "vocabulary", keep=1).claimed():
+    with Run.find(config, "vocabulary", "histories", keep=1).claimed():
         pass
     path = Path(config.output) / RUN
     record = json.loads(path.read_text())
@@ -36,50 +36,54 @@ def test_an_option_that_the_run_did_not_know_had_its_default(tmp_path: Path) -> 
     config = Pretrain(data="data", output=str(tmp_path / "run"), model=Model(dim=8), tables=Tables(lr=0.5))
     begin(config, lambda old: [old.pop("targets"), old["loss"].pop("candidates"), old["tables"].pop("lr")])
     with pytest.raises(InputError, match=r"other options(.|\n)*--tables.lr: 0.05 there, 0.5 now"):
-        Run.find(config, "vocabulary", keep=1)
+        Run.find(config, "vocabulary", "histories", keep=1)
     config.tables.lr = Tables().lr
-    Run.find(config, "vocabulary", keep=1)
+    Run.find(config, "vocabulary", "histories", keep=1)
     config.loss = Loss(candidates="in_batch")
     with pytest.raises(InputError, match="--loss.candidates: sampled there, in_batch now"):
-        Run.find(config, "vocabulary", keep=1)
+        Run.find(config, "vocabulary", "histories", keep=1)
 
 
 def test_defaults_are_those_of_the_stage(tmp_path: Path) -> None:
     config = PromptTune(data="data", checkpoint="base", output=str(tmp_path / "run"), model=Model(dim=8))
     begin(config, lambda old: [old["tables"].pop("lr"), old["model"].pop("heads")])
-    Run.find(config, "vocabulary", keep=1)
+    Run.find(config, "vocabulary", "histories", keep=1)
     config.tables.lr = Tables().lr
     with pytest.raises(InputError, match="--tables.lr: 0.02 there"):
-        Run.find(config, "vocabulary", keep=1)
+        Run.find(config, "vocabulary", "histories", keep=1)
 
 
 def test_another_value_and_another_dataset_are_refused(tmp_path: Path) -> None:
     config = Pretrain(data="data", output=str(tmp_path / "run"))
     begin(config)
     config.checkpoint.keep, config.stream.workers = 7, 2  # may change
-    Run.find(config, "vocabulary", keep=7)
+    Run.find(config, "vocabulary", "histories", keep=7)
     with pytest.raises(InputError, match="run on another dataset"):
-        Run.find(config, "another", keep=7)
+        Run.find(config, "another", "histories", keep=7)
+    config.data = "elsewhere"  # may change as well, but not what is there
+    Run.find(config, "vocabulary", "histories", keep=7)
+    with pytest.raises(InputError, match="the histories of elsewhere are others"):
+        Run.find(config, "vocabulary", "others", keep=7)
     config.seed = 1
     with pytest.raises(InputError, match=r"--seed: 0 there, 1 now"):
-        Run.find(config, "vocabulary", keep=7)
+        Run.find(config, "vocabulary", "histories", keep=7)
 
 
 def test_an_option_that_is_gone_is_named(tmp_path: Path) -> None:
     config = Pretrain(data="data", output=str(tmp_path / "run"))
     begin(config, lambda old: old["loss"].update(temper=3))
     with pytest.raises(InputError, match="--loss.temper: 3 there, None now"):
-        Run.find(config, "vocabulary", keep=1)
+        Run.find(config, "vocabulary", "histories", keep=1)
 
 
 def test_a_run_that_another_job_trains_is_refused_until_that_has_ended(tmp_path: Path) -> None:
     config = Pretrain(data="data", output=str(tmp_path / "run"))
-    with Run.find(config, "vocabulary", keep=1).claimed():
-        again = Run.find(config, "vocabulary", keep=1)
+    with Run.find(config, "vocabulary", "histories", keep=1).claimed():
+        again = Run.find(config, "vocabulary", "histories", keep=1)
         with pytest.raises(InputError, match=rf"by another job \(rank 0 is process {os.getpid()} on "), again.claimed():
             pass
     (tmp_path / "run" / RUN).unlink()  # as a kill right after the lock leaves it
-    with Run.find(config, "vocabulary", keep=1).claimed():
+    with Run.find(config, "vocabulary", "histories", keep=1).claimed():
         assert (tmp_path / "run" / RUN).exists()
 
 
@@ -106,3 +110,11 @@ def test_lines_of_a_history_that_are_not_whole_are_dropped(tmp_path: Path) -> No
     history.write_bytes(b'{"epoch": 1}\n' + b"\0" * 9 + b'\n\xff\n[]\n{"epoch": 3}\n{"epoch": 2}\n{"epoch": 2}')
     with RunLog(str(tmp_path), 10, 0, epochs=2):
         assert history.read_bytes() == b'{"epoch": 1}\n{"epoch": 2}\n'
+
+
+def test_a_run_of_a_version_that_did_not_note_the_histories_goes_on(tmp_path: Path) -> None:
+    config = Pretrain(data="data", output=str(tmp_path / "run"))
+    begin(config)
+    path = tmp_path / "run" / RUN
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "histories"}))
+    Run.find(config, "vocabulary", "others", keep=1)
