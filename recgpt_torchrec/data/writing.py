@@ -3,11 +3,14 @@
 Knows the format, not where rows come from; everything here takes and writes a bounded number of rows at a time.
 """
 
+import fcntl
+import glob
 import hashlib
 import os
+import shutil
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +24,7 @@ from recgpt_torchrec.errors import InputError
 RENAMING = ("local", "hdfs")
 """File systems where a folder is renamed in one step."""
 INCOMPLETE = ".incomplete"
-"""A file in a folder of another file system, as long as the folder is being written."""
+"""A file in a folder, as long as the folder is being written."""
 
 
 @contextmanager
@@ -30,7 +33,8 @@ def staged(path: str) -> Iterator[tuple[pyarrow.fs.FileSystem, str]]:
 
     Until then it has a temporary name beside `path`. Where folders cannot be renamed (object stores) it is `path` from
     the start, and the manifest, written last, is what makes it a dataset; a file that is there meanwhile says that what
-    a kill left may be written over. After an error nothing of it is left.
+    a kill left may be written over. After an error nothing of it is left; what a kill left on a local disk is deleted
+    when `path` is written again.
 
     Yields:
         The file system, and the folder on it.
@@ -41,17 +45,18 @@ def staged(path: str) -> Iterator[tuple[pyarrow.fs.FileSystem, str]]:
     folder = f"{parent}/.{name}.incomplete-{os.getpid()}" if renames else final
     try:
         fs.create_dir(folder, recursive=True)
-        if not renames:
-            fs.delete_dir_contents(folder)  # left by a kill, or nothing: `check_free` saw to it
-            with fs.open_output_stream(f"{folder}/{INCOMPLETE}", compression=None) as stream:
-                stream.write(b"being written")
-        yield fs, folder
-        if renames:
-            if fs.get_file_info(final).type == pyarrow.fs.FileType.Directory:
-                fs.delete_dir(final)  # empty: `check_free` saw to it
-            fs.move(folder, final)
-        else:
+        fs.delete_dir_contents(folder)  # left by a kill, or nothing: `check_free` saw to it
+        with fs.open_output_stream(f"{folder}/{INCOMPLETE}", compression=None) as stream:
+            stream.write(b"being written")
+        with _locked(parent, name, folder) if fs.type_name == "local" else nullcontext():
+            yield fs, folder
             fs.delete_file(f"{folder}/{INCOMPLETE}")
+            if renames:
+                if fs.get_file_info(final).type == pyarrow.fs.FileType.Directory:
+                    if fs.get_file_info(pyarrow.fs.FileSelector(final)):
+                        raise InputError(f"{path} was written by another process meanwhile; give another --output")
+                    fs.delete_dir(final)
+                fs.move(folder, final)
     except BaseException as error:
         with suppress(OSError):  # a store that does not answer; the error that led here is the one to be said
             if fs.get_file_info(folder).type == pyarrow.fs.FileType.Directory:
@@ -61,6 +66,20 @@ def staged(path: str) -> Iterator[tuple[pyarrow.fs.FileSystem, str]]:
         if isinstance(error, OSError):
             raise InputError(f"cannot write {path}: {error}") from error
         raise
+
+
+@contextmanager
+def _locked(parent: str, name: str, folder: str) -> Iterator[None]:
+    """Hold the lock of a folder that is written to become `parent`/`name`, and delete those that nobody holds."""
+    for other in glob.glob(f"{glob.escape(parent)}/.{glob.escape(name)}.incomplete-*"):
+        with suppress(OSError), open(f"{other}/{INCOMPLETE}", "rb+") as file:
+            if other != folder:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(other)
+    with open(f"{folder}/{INCOMPLETE}", "rb+") as file:
+        with suppress(OSError):  # a file system without locks: none is deleted
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
 
 
 def check_free(path: str, finished: str = "finished dataset") -> None:

@@ -1,7 +1,10 @@
 """What prepare makes of good input: order, ids, filtering, files."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -17,6 +20,8 @@ from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.engine import DuckDBEngine
 from recgpt_torchrec.data.kcore import k_core
 from recgpt_torchrec.data.preparation import group_size
+from recgpt_torchrec.data.writing import staged
+from recgpt_torchrec.errors import InputError
 from tests.data.prepare_helpers import in_time_order, make, random_log, read_keys, read_sequences, write_csv
 
 
@@ -232,3 +237,37 @@ def test_ml_100k_with_ratings(shared_data: Path, tmp_path: Path) -> None:
     assert len(kept) == 99_287
     ratings = Counter(rating for row in read_sequences(tmp_path / "data", "ratings").values() for rating in row)
     assert ratings == Counter(float(line[2]) for line in lines if (int(line[0]), int(line[1])) in kept)
+
+
+def test_a_dataset_that_another_process_wrote_meanwhile_stays(tmp_path):
+    path = tmp_path / "data"
+    with pytest.raises(InputError, match="was written by another process meanwhile"), staged(str(path)):
+        path.mkdir()
+        (path / "manifest.json").write_text("{}")
+    assert [file.name for file in tmp_path.rglob("*")] == ["data", "manifest.json"]
+
+
+HALF = """
+import os, signal, sys
+from recgpt_torchrec.data.writing import staged
+with staged(sys.argv[1]) as (fs, folder):
+    print(folder, flush=True)
+    if sys.argv[2:]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_kill_left_is_deleted_and_what_another_process_writes_is_not(tmp_path):
+    command = [sys.executable, "-c", HALF, str(tmp_path / "data")]
+    killed = subprocess.run([*command, "killed"], capture_output=True, text=True).stdout.strip()
+    assert os.path.isdir(killed)
+    writing = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert writing.stdout is not None
+        folder = writing.stdout.readline().strip()
+        with staged(str(tmp_path / "data")):
+            assert os.path.isdir(folder) and not os.path.exists(killed)
+    finally:
+        writing.kill()
+        writing.wait()
