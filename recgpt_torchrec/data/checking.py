@@ -161,6 +161,9 @@ class Reader:
                 raise
             reason = f"cannot be read ({' '.join(str(error).split())})"
             return self._without(group, Damage(part.path, group.group, None, group.rows, reason))
+        if table.num_rows != group.rows:  # a position in the data is one among the rows that there were
+            reason = f"has {table.num_rows} rows, it had {group.rows} when its file was opened first"
+            return self._without(group, Damage(part.path, group.group, None, group.rows, reason))
         lengths = pc.fill_null(pc.list_value_length(table["item_ids"]), 0).to_numpy().astype(np.float64)
         wrong = faults(table, self.dataset.manifest, self.answers)
         if wrong:

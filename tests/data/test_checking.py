@@ -272,6 +272,14 @@ def test_a_row_group_that_cannot_be_read_counts_with_all_its_rows(tmp_path):
 # ------------------------------------------------------------------------------------------------ the manifest
 
 
+def test_a_part_that_is_replaced_while_a_run_reads_it_is_named(data):
+    dataset = Dataset.open(str(data))
+    groups = row_groups(dataset)
+    pq.write_table(pq.read_table(data / PART), data / PART, row_group_size=3)
+    with pytest.raises(InputError, match=f"{PART}, row group 0: has 3 rows, it had 4 when its file was opened first"):
+        Reader(dataset).read(groups[2])
+
+
 def manifest_with(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     def harm(data: Path) -> None:
         values = json.loads((data / "manifest.json").read_text())
