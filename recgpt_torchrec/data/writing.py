@@ -40,6 +40,8 @@ def staged(path: str) -> Iterator[tuple[pyarrow.fs.FileSystem, str]]:
         The file system, and the folder on it.
     """
     fs, final = filesystem(path)
+    if fs.type_name == "local":
+        final = os.path.realpath(final)  # a link may lead to another disk: not itself is replaced
     parent, name = os.path.split(final)
     renames = fs.type_name in RENAMING
     folder = f"{parent}/.{name}.incomplete-{os.getpid()}" if renames else final
@@ -88,6 +90,8 @@ def check_free(path: str, finished: str = "finished dataset") -> None:
     `finished` is what would be welcome.
     """
     fs, root = filesystem(path)
+    if fs.type_name == "local" and os.path.ismount(os.path.realpath(root)):
+        raise InputError(f"--output {path} is where a disk is mounted, which no folder can replace; name one in it")
     info = fs.get_file_info(root)
     if info.type == pyarrow.fs.FileType.File:
         raise InputError(f"--output {path} is a file; name a folder that does not exist or is empty")

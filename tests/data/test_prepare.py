@@ -20,7 +20,7 @@ from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.engine import DuckDBEngine
 from recgpt_torchrec.data.kcore import k_core
 from recgpt_torchrec.data.preparation import group_size
-from recgpt_torchrec.data.writing import staged
+from recgpt_torchrec.data.writing import check_free, staged
 from recgpt_torchrec.errors import InputError
 from tests.data.prepare_helpers import in_time_order, make, random_log, read_keys, read_sequences, write_csv
 
@@ -249,7 +249,7 @@ def test_a_dataset_that_another_process_wrote_meanwhile_stays(tmp_path):
 
 HALF = """
 import os, signal, sys
-from recgpt_torchrec.data.writing import staged
+from recgpt_torchrec.data.writing import check_free, staged
 with staged(sys.argv[1]) as (fs, folder):
     print(folder, flush=True)
     if sys.argv[2:]:
@@ -271,3 +271,14 @@ def test_what_a_kill_left_is_deleted_and_what_another_process_writes_is_not(tmp_
     finally:
         writing.kill()
         writing.wait()
+
+
+def test_an_output_that_is_a_link_stays_one_and_a_mounted_disk_is_refused_before_the_work(tmp_path):
+    (tmp_path / "disk/data").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("disk/data")
+    with staged(str(tmp_path / "link")) as (_, folder):
+        assert Path(folder).parent == tmp_path / "disk"
+        Path(folder, "manifest.json").write_text("{}")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk/data/manifest.json").exists()
+    with pytest.raises(InputError, match="--output /proc is where a disk is mounted"):
+        check_free("/proc")
