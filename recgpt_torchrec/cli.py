@@ -16,6 +16,13 @@ from recgpt_torchrec.errors import InputError
 
 Config = TypeVar("Config")
 
+# Read by OpenMP when torch is imported, later: how often a thread looks whether the others are done before it sleeps.
+# By default it spins for milliseconds, and where other work wants the cores, too, each short operation of a decoder
+# may take the scheduler's whole time slices: beside two other busy processes on two cores an epoch took 2 to 18 s, and
+# 1.1 s so; on idle cores 0.6 s either way.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
