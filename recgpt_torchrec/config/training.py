@@ -98,7 +98,7 @@ class Optimizer:
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     warmup_steps: int = 100
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises from 0; no more than a tenth of the run, whatever is given here."""
     final_lr: float = 0.01
     """Learning rate at the end of the last epoch, as a share of the peak (cosine decay)."""
 

@@ -89,11 +89,6 @@ class RunLog:
             self.bar.set_description(f"epoch {epoch + 1}", refresh=False)
             self.bar.update(interactions)
 
-    def say(self, words: str) -> None:
-        """Print a line above the bar."""
-        if self.active:
-            self.bar.write(words)
-
     def step(self, step: int, *, loss: float, lr: float, rate: float, waited: float) -> None:
         """Show and keep the figures of the last steps.
 

@@ -7,16 +7,19 @@ from torchrec.optim.keyed import KeyedOptimizer
 
 from recgpt_torchrec.config import Optimizer
 
+MOST_WARM = 0.1
+"""Longest warm-up, as a share of the run: runs on a small dataset have few steps."""
+
 
 def factor(config: Optimizer, steps: int, progress: float) -> float:
-    """The learning rate as a share of its peak: linear warm-up over steps, then cosine decay over the whole run.
+    """The learning rate as a share of its peak: linear warm-up, then cosine decay over the whole run.
 
     Args:
         config: warm-up and final share.
         steps: steps done.
         progress: targets trained over targets of the whole run, 0 to 1.
     """
-    warm = min(1.0, (steps + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    warm = min(1.0, max((steps + 1) / config.warmup_steps, progress / MOST_WARM)) if config.warmup_steps else 1.0
     cosine = 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
     return warm * (config.final_lr + (1 - config.final_lr) * cosine)
 

@@ -148,12 +148,6 @@ class Trainer:
             validated and self.train.patience and progress.best_epoch >= 0 and idle >= self.train.patience
         )
         log.epoch(record, progress.step)
-        steps, warm = progress.step * self.train.epochs, self.schedule.warmup_steps
-        if epoch == 0 and steps < 4 * warm:
-            log.say(
-                f"Few steps: about {steps} in all, and the learning rate rises over {warm}. A smaller --batch.tokens, "
-                "more --train.epochs or fewer --optimizer.warmup_steps, in another --output, may do better"
-            )
         progress.position, progress.loss, progress.targets = Position(epoch + 1), 0.0, 0.0
         self.save()
 
