@@ -64,8 +64,11 @@ class Case:
         )
 
     def share(self, step: int) -> float:
-        """The learning rate as a share of its peak, said again: warm-up over three steps, then cosine down to 0.1."""
-        return min(1.0, (step + 1) / 3) * (0.1 + 0.9 * (1 + math.cos(math.pi * step / STEPS)) / 2)
+        """The learning rate as a share of its peak, said again: warm-up over three steps, or a tenth of them all, then
+        cosine down to 0.1."""
+        return min(1.0, max((step + 1) / 3, step / STEPS / 0.1)) * (
+            0.1 + 0.9 * (1 + math.cos(math.pi * step / STEPS)) / 2
+        )
 
 
 CASES = [

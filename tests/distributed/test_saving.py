@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from recgpt_torchrec.config import Batch, CheckpointOptions, Loss, Model, Optimizer, Pretrain, Train
+from recgpt_torchrec.config import Batch, CheckpointOptions, Loss, Model, Pretrain, Tables, Train
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.training import checkpoint, saving
 from recgpt_torchrec.training.checkpoint import Checkpoints
@@ -164,7 +164,7 @@ def pretrain(rank: int, world_size: int, data: str, output: str, kill: str | Non
             model=Model(dim=8, max_len=10, layers=1),
             loss=Loss(negatives=10),
             batch=Batch(tokens=60),
-            optimizer=Optimizer(warmup_steps=5),
+            tables=Tables(lr=0.01),  # slow, so that each epoch is better than the one before
             train=Train(epochs=3),
             **options,
         )
