@@ -232,7 +232,7 @@ def check_lost(dataset: Dataset) -> None:
 def fit(
     config: Pretrain | PromptTune,
     saving: CheckpointOptions,
-    dataset: Dataset,
+    stream: SequenceStream,
     run: Run,
     device: torch.device,
     *,
@@ -245,7 +245,7 @@ def fit(
     Args:
         config: with the decoder's configuration filled in.
         saving: what is saved, and when.
-        dataset: to train and validate on.
+        stream: its `training_stream`, of the dataset that is validated on, too.
         run: the output folder; claimed once nothing can be refused any more.
         device: of this rank.
         tuning: what is tuned; None: pre-training.
@@ -253,7 +253,7 @@ def fit(
         initial: checkpoint whose training a run that has not begun goes on with, on a dataset that may have grown.
     """
     assert config.model is not None
-    stream = training_stream(config, dataset, tuning)
+    dataset = stream.maker.dataset
     check_lost(dataset)
     model, optimizer = build(config, dataset, stream.maker.capacity.items, device, tuning)
     with run.claimed():

@@ -16,14 +16,14 @@ def main(config: Pretrain) -> None:
     train = config.train
     with process_group(train.timeout_seconds) as device, Watchdog(config.output, train.stall_seconds):
         dataset = open_dataset(config)
-        training_stream(config, dataset)  # finds what is wrong with options or data before the output is looked at
+        stream = training_stream(config, dataset)  # finds what is wrong with the data before the output is looked at
         run = Run.find(config, dataset.manifest.vocabulary, fingerprint_of(dataset), keep=config.checkpoint.keep)
         if run.finished:
             say(f"{config.output} is trained already.", run.summary(), sep="\n")
             return
         if config.initial is not None and run.checkpoints.latest() is None:
             run.initial = find_initial(run.initial or config.initial, config, dataset)
-        fit(config, config.checkpoint, dataset, run, device, initial=run.initial)
+        fit(config, config.checkpoint, stream, run, device, initial=run.initial)
         say(run.summary())
 
 

@@ -1,58 +1,104 @@
-"""One value that is not finite is enough, wherever it stands and on whichever rank: then no table gets a gradient."""
+"""Steps that are not finite change nothing, and are named with their rows."""
 
+import json
+import math
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-from recgpt_torchrec.training.finite import DECODER, PARTS, FiniteGuard
+from recgpt_torchrec.errors import InputError
+from tests.distributed.fault_helpers import GROUPS, ROWS, free_port, train, write_data
 from tests.distributed.launch import run_ranks
-
-BAD = (float("nan"), float("inf"), float("-inf"))
-
-
-class Decoder(nn.Module):
-    """Rows [bags, dim] in, loss out; one value of the loss, of the rows' gradients or of its own is put in by hand."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
-        self.part: str | None = None
-        self.value = 0.0
-        self.weight.register_hook(lambda gradient: self.spoilt(gradient, DECODER))
-
-    def spoilt(self, tensor: Tensor, part: str) -> Tensor:
-        if part == self.part:
-            tensor = tensor.clone()
-            tensor.view(-1)[-1] = self.value
-        return tensor
-
-    def forward(self, rows: Tensor) -> tuple[Tensor, None]:
-        rows.register_hook(lambda gradient: self.spoilt(gradient, PARTS[1]))
-        loss = (rows @ self.weight).sum()
-        return loss + self.spoilt(torch.zeros(()), PARTS[0]), None
+from tools import kill_test
 
 
-def guarded(rank: int, world_size: int) -> dict[Any, tuple[list[str], bool, list[list[float]]]]:
-    """What the guard says, and the gradients that the rows get, where the last rank has something not finite."""
-    decoder = Decoder()
-    guard = FiniteGuard(decoder)
-    seen = {}
-    for part, value in [(None, 0.0), *((part, value) for part in PARTS for value in BAD), (None, 1.0)]:
-        decoder.part, decoder.value = (part if rank == world_size - 1 else None), value
-        decoder.weight.grad = None
-        rows = torch.ones(2, 3, requires_grad=True)
-        decoder(rows)[0].backward()
-        assert rows.grad is not None
-        seen[part, str(value)] = guard.here, guard.found, rows.grad.tolist()
-    return seen
+@pytest.fixture
+def data(tmp_path) -> str:
+    return write_data(tmp_path / "data")
 
 
-def test_one_value_that_is_not_finite_takes_the_gradients_of_all_ranks_from_the_tables():
-    ranks = run_ranks(guarded, 2)
-    assert len(ranks[0]) == 2 + len(PARTS) * len(BAD)
-    for rank, seen in enumerate(ranks):
-        for (part, value), (here, found, gradients) in seen.items():
-            assert here == ([part] if part and rank == 1 else []), (rank, part, value)
-            assert found == (part is not None), (rank, part, value)
-            assert gradients == ([[0.0] * 3] * 2 if part else [[1.0, -2.0, 3.0]] * 2), (rank, part, value)
+def whole(model: Any) -> dict[str, torch.Tensor]:
+    """This rank's part of every parameter."""
+    state: dict[str, torch.Tensor] = {}
+    for name, value in model.state_dict().items():
+        parts = [s.tensor for s in value.local_shards()] if isinstance(value, ShardedTensor) else [value]
+        state |= {f"{name}.{number}": part.detach().clone() for number, part in enumerate(parts)}
+    return state
+
+
+def overflows(rank: int, world_size: int, port: int, data: str, output: str, options: dict[str, Any]) -> Any:
+    """Rank 1's loss overflows in the sixth step, and its gradients alone in the ninth."""
+    from recgpt_torchrec.model.recgpt import Dense
+    from recgpt_torchrec.training.trainer import Trainer
+
+    loss_of, pipelined = Dense.sum_of_losses, Trainer._check_pipelined
+    calls = iter(range(1, 10_000))
+    seen: dict[str, Any] = {"unchanged": [], "users": [], "before": None}
+
+    def loss(self: Dense, h: torch.Tensor, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        if not self.training:
+            return loss_of(self, h, outputs, batch)
+        number = next(calls)
+        if rank == 1 and number in (6, 9):
+            seen["users"].append(sorted(set(batch.sequences.users.tolist())))
+        if rank == 1 and number == 9:
+            h.register_hook(lambda gradient: gradient * float("inf"))
+        return loss_of(self, h, outputs, batch) * (float("inf") if rank == 1 and number == 6 else 1.0)
+
+    def check(self: Trainer) -> None:  # right after each step
+        pipelined(self)
+        now = whole(self.model)
+        if self.guard.found:
+            seen["unchanged"].append(all(torch.equal(value, seen["before"][name]) for name, value in now.items()))
+        elif seen["before"] is not None:
+            assert not all(torch.equal(value, seen["before"][name]) for name, value in now.items())
+        seen["before"] = now
+
+    Dense.sum_of_losses = loss  # type: ignore[method-assign]
+    Trainer._check_pipelined = check  # type: ignore[method-assign]
+    try:
+        train(rank, port, data, output, **options)
+    except InputError as error:
+        seen["error"] = str(error)
+    return {name: value for name, value in seen.items() if name != "before"}
+
+
+def users_at(lines: list[dict[str, Any]]) -> list[list[int]]:
+    """The users that stand in the rows of each line: the test's dataset has them in order."""
+
+    def first(place: dict[str, Any]) -> int:
+        part = int("".join(filter(str.isdigit, Path(place["file"]).stem)))
+        return (part * GROUPS + place["row_group"]) * ROWS
+
+    return [sorted(first(place) + row for place in line["rows"] for row in place["rows"]) for line in lines]
+
+
+def test_steps_that_are_not_finite_change_nothing_and_are_named_with_their_rows(tmp_path, data):
+    output = tmp_path / "run"
+    options = {"non_finite": "skip", "non_finite_limit": 1}
+    seen = run_ranks(overflows, 2, free_port(), data, str(output), options)
+    lines = [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["rank"], line["not_finite"][0]) for line in lines] == [
+        (6, 1, "the loss"),
+        (9, 1, "a gradient of the tables' rows"),
+    ]
+    assert lines[0]["loss"] == "inf" and lines[1]["loss"] is None
+    assert users_at(lines) == seen[1]["users"]
+    for one in seen:
+        assert one["unchanged"] == [True, True]
+        assert "step 9: not finite: a gradient of the tables' rows" in one["error"] and "on rank 1" in one["error"]
+        assert "row group" in one["error"] and "step-00000008 is whole" in one["error"]
+    progress = json.loads((output / "checkpoints/step-00000008/checkpoint.json").read_text())["progress"]
+    assert math.isfinite(progress["loss"]) and progress["skipped"] == 1
+    saved = kill_test.tensors(output).values()
+    assert all(torch.isfinite(value).all() for value in saved if value.is_floating_point())
+
+
+def test_by_default_the_first_step_that_is_not_finite_ends_the_run(tmp_path, data):
+    seen = run_ranks(overflows, 2, free_port(), data, str(tmp_path / "run"), {"sharding": "data_parallel"})
+    for one in seen:
+        assert one["unchanged"] == [True]
+        assert "step 6: not finite: the loss" in one["error"] and "--train.non_finite skip" in one["error"]

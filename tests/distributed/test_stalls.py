@@ -1,0 +1,151 @@
+"""Ranks that are stopped, lost or killed: the others end in time and say which, and a run goes on by itself."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from recgpt_torchrec.training.checkpoint import Checkpoints
+from recgpt_torchrec.training.processes import LOST, process_group
+from recgpt_torchrec.training.watchdog import STALLED, Watchdog
+from tests.distributed.fault_helpers import at_step, free_port, train, write_data
+from tests.distributed.launch import RankFailed, run_ranks
+from tools import kill_test
+
+
+@pytest.fixture
+def data(tmp_path) -> str:
+    return write_data(tmp_path / "data")
+
+
+def stopped_by_the_system(rank: int, world_size: int, port: int, data: str, output: str) -> Any:
+    def stop() -> None:
+        Path(f"{output}.since").write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def late(status: int) -> None:
+        Path(f"{output}.status").write_text(str(status))
+        time.sleep(5)  # so that what becomes of the other is seen before
+
+    if rank == 1:
+        at_step(6, stop)
+    else:
+        os._exit = late  # type: ignore[assignment]
+    return train(rank, port, data, output, stall_seconds=4, asynchronous=False)
+
+
+def test_a_rank_that_is_stopped_is_named_by_the_others_and_the_run_ends_in_the_time_that_was_given(tmp_path, data):
+    output = tmp_path / "run"
+    # Woken by SIGABRT, or by what it reads then; else it would stay.
+    with pytest.raises(RankFailed, match=r"rank 1 failed first:\nit died with exit code (-6|70)"):
+        run_ranks(stopped_by_the_system, 2, free_port(), data, str(output), timeout=60)
+    assert time.time() - float(Path(f"{output}.since").read_text()) < 4 + 1.5
+    assert Path(f"{output}.status").read_text() == str(STALLED)
+    said = Path(f"{output}.rank0").read_text()
+    assert "no progress for 4 s" in said and "rank 1: no sign of life since" in said
+    assert re.search(r"it was at: .*, after step \d, on ", said)
+    assert "trainer.py" in said and "trainer.py" in (output / "stacks" / "rank-0.txt").read_text()
+    assert Checkpoints(str(output), 2).latest() is not None
+
+
+def suspended(rank: int, world_size: int, folder: str) -> None:
+    """Nothing moves for 5.7 s, in 4 of which the system has stopped this process; 3 are allowed."""
+    stop = f"sleep 0.5; kill -STOP {os.getpid()}; sleep 4; kill -CONT {os.getpid()}"
+    with Watchdog(folder, stall_seconds=3), subprocess.Popen(["sh", "-c", stop]):
+        until = time.monotonic() + 5.7
+        while time.monotonic() < until:
+            time.sleep(0.1)
+
+
+def test_a_run_that_the_system_suspends_as_a_whole_has_not_stalled(tmp_path):
+    run_ranks(suspended, 1, str(tmp_path))
+
+
+def fails(rank: int, world_size: int, folder: str) -> Any:
+    os.dup2(os.open(f"{folder}/rank{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    status = None
+    try:
+        with Watchdog(folder, stall_seconds=100):
+            if rank == 1:
+                raise ValueError("bad luck")
+            dist.barrier()
+    except ValueError:
+        dist.destroy_process_group()
+        time.sleep(1)  # the process is there, only its connections are closed
+    except SystemExit as end:
+        dist.destroy_process_group()
+        status = end.code
+    return status
+
+
+def test_a_rank_that_loses_another_says_which_and_why(tmp_path):
+    assert run_ranks(fails, 2, str(tmp_path)) == [LOST, None]
+    assert "lost rank 1 (it ended with ValueError); rank 0 was at: starting" in (tmp_path / "rank0").read_text()
+
+
+def keeps_others_waiting(rank: int, world_size: int, port: int, folder: str) -> tuple[Any, float]:
+    """What rank 0 ends with that waits for rank 1, and after how long; two seconds are allowed."""
+    dist.destroy_process_group()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.dup2(os.open(f"{folder}/rank{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    status, since = None, 0.0
+    try:
+        with process_group(2.0), Watchdog(folder, stall_seconds=0):
+            dist.barrier()
+            since = time.monotonic()
+            if rank == 0:
+                dist.barrier()
+            time.sleep(10)
+    except SystemExit as end:
+        status = end.code
+    return status, time.monotonic() - since
+
+
+def test_one_collective_operation_takes_no_longer_than_the_time_that_was_given(tmp_path):
+    ends = run_ranks(keeps_others_waiting, 2, free_port(), str(tmp_path))
+    assert ends[0][0] == LOST and 1.5 < ends[0][1] < 8
+    assert "lost the connection to another rank; rank 0 was at: starting" in (tmp_path / "rank0").read_text()
+
+
+def test_a_rank_that_is_killed_ends_the_other_within_seconds_which_says_so(tmp_path, data):
+    options = {**kill_test.TRAINING, "--data": data, "--output": tmp_path / "run", "--train.epochs": 1000}
+    words = [str(word) for option in options.items() for word in option]
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "recgpt_torchrec.pretrain", *words],
+            env={**os.environ, **job, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        deadline = time.monotonic() + 120
+        while Checkpoints(str(tmp_path / "run"), 2).latest() is None:
+            assert time.monotonic() < deadline and all(rank.poll() is None for rank in ranks)
+            time.sleep(0.1)
+        ranks[1].kill()
+        since = time.monotonic()
+        _, said = ranks[0].communicate(timeout=60)
+        assert time.monotonic() - since < 15
+        assert ranks[0].returncode == LOST, said
+        assert "lost rank 1 (its process ended); rank 0 was at: " in said
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+
+
+def test_a_run_whose_ranks_are_killed_goes_on_by_itself_to_the_same_end(tmp_path):
+    hits, wrong = kill_test.kill_test(tmp_path, kills=1, per_run=1, epochs=4, seed=2)
+    assert wrong == []
+    assert hits
