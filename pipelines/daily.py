@@ -33,7 +33,7 @@ from pipelines import experiment, paper_report  # noqa: E402
 from pipelines.experiment import config_file, from_root  # noqa: E402
 from pipelines.paper_report import METRICS, Row  # noqa: E402
 from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
-from recgpt_torchrec.data.engine import quoted  # noqa: E402
+from recgpt_torchrec.preparation.engine import quoted  # noqa: E402
 
 WARM, SCRATCH = "warm", "scratch"
 TARGETS = ["new", "all"]

@@ -85,7 +85,14 @@ class Experiment:
         if self.options.ranks == 1:
             return ["python", "-m", f"recgpt_torchrec.{name}", *arguments]
         # torchrun with threads that fit the machine; unlike torchx it needs no installed project and logs no files.
-        job = ["python", "-m", "recgpt_torchrec.node", "--standalone", "--nproc-per-node", str(self.options.ranks)]
+        job = [
+            "python",
+            "-m",
+            "recgpt_torchrec.launch.node",
+            "--standalone",
+            "--nproc-per-node",
+            str(self.options.ranks),
+        ]
         return [*job, "-m", f"recgpt_torchrec.{name}", *arguments]
 
     def _tokens(self, data: str, prompts: bool = True) -> int:

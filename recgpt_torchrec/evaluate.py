@@ -10,17 +10,17 @@ from recgpt_torchrec.errors import InputError
 
 def main(config: Evaluate) -> None:
     """Measure the checkpoint's recall paths and the baselines over all users of a split."""
-    from recgpt_torchrec.building import load
+    from recgpt_torchrec.checkpoints.folder import find
     from recgpt_torchrec.data.dataset import Dataset
-    from recgpt_torchrec.recall_paths import RecallPaths
-    from recgpt_torchrec.retrieval import baselines
-    from recgpt_torchrec.retrieval.ranking import reduced
-    from recgpt_torchrec.training.checkpoint import find, read_json, write_json
-    from recgpt_torchrec.training.processes import process_group, rank, say, together, world_size
+    from recgpt_torchrec.distributed.processes import process_group, rank, say, together, world_size
+    from recgpt_torchrec.evaluation import baselines
+    from recgpt_torchrec.evaluation.ranking import reduced
+    from recgpt_torchrec.evaluation.recall_paths import RecallPaths
+    from recgpt_torchrec.training.building import load
 
     with process_group() as device:
         dataset, checkpoint = Dataset.open(config.data), find(config.checkpoint)
-        together(lambda: check_output(config, read_json))
+        together(lambda: check_output(config))
         ks = tuple(config.ks)
         trained = load(checkpoint, dataset, config.batch, config.tables, device)
         manifest = dataset.manifest
@@ -39,7 +39,7 @@ def main(config: Evaluate) -> None:
             "results": results,
             "recall": chosen,
         }
-        together(lambda: write_json(config.output, answer))
+        together(lambda: storage.write_json(config.output, answer))
         say(table(results))
         if "m" in chosen:
             say(f"Two steps take m = {chosen['m']} items of the first interest and n = {chosen['n']} of the second,")
@@ -51,7 +51,7 @@ def main(config: Evaluate) -> None:
         )
 
 
-def check_output(config: Evaluate, read_json: Any) -> None:
+def check_output(config: Evaluate) -> None:
     """Refuse to write over anything but an earlier evaluation of the same run and split."""
     if not storage.remote(config.output):  # a store has no folders to be made first
         folder = os.path.dirname(os.path.abspath(config.output))
@@ -64,7 +64,7 @@ def check_output(config: Evaluate, read_json: Any) -> None:
     if config.overwrite or not storage.exists(config.output):
         return
     try:
-        earlier = read_json(config.output)
+        earlier = storage.read_json(config.output)
     except ValueError:
         earlier = None
     if not isinstance(earlier, dict) or (earlier.get("dataset"), earlier.get("split")) != (config.data, config.split):

@@ -18,15 +18,15 @@ def main(config: Export) -> None:
     import numpy as np
     import torch
 
-    from recgpt_torchrec.building import encoding_stream, load
+    from recgpt_torchrec.checkpoints.folder import find, fingerprint
     from recgpt_torchrec.data.dataset import Dataset
+    from recgpt_torchrec.distributed.processes import process_group, rank, say, world_size
+    from recgpt_torchrec.evaluation.ranking import encode, gather_table
     from recgpt_torchrec.model.recgpt import unwrapped
     from recgpt_torchrec.progress import bar
     from recgpt_torchrec.retrieval.export_folder import write_export
-    from recgpt_torchrec.retrieval.ranking import encode, gather_table
-    from recgpt_torchrec.retrieval.recall import interests
-    from recgpt_torchrec.training.checkpoint import find, fingerprint
-    from recgpt_torchrec.training.processes import process_group, rank, say, world_size
+    from recgpt_torchrec.retrieval.interests import interests
+    from recgpt_torchrec.training.building import encoding_stream, load
 
     with process_group() as device:
         dataset, checkpoint = Dataset.open(config.data), find(config.checkpoint)
@@ -85,8 +85,10 @@ def main(config: Export) -> None:
 
 def finished(path: str, settings: dict[str, Any], dataset: "Dataset", mark: str) -> "ExportManifest | None":
     """The manifest of the export in `path`, if it is that of the same checkpoint, dataset and options."""
-    from recgpt_torchrec.data.dataset import MANIFEST, filesystem, fingerprint_of
+    from recgpt_torchrec.data.dataset import fingerprint_of
     from recgpt_torchrec.retrieval.export_folder import open_export
+    from recgpt_torchrec.storage import filesystem
+    from recgpt_torchrec.storage.folders import MANIFEST
 
     fs, root = filesystem(path)
     if not fs.get_file_info(f"{root}/{MANIFEST}").is_file:

@@ -12,16 +12,16 @@ def main(config: GeneratePrompts) -> None:
     import torch
 
     from recgpt_torchrec import progress
-    from recgpt_torchrec.building import check_vocabulary, load
+    from recgpt_torchrec.checkpoints.folder import facts_of, find, fingerprint
     from recgpt_torchrec.config import Batch
     from recgpt_torchrec.data.dataset import Dataset
     from recgpt_torchrec.data.windows import row_groups
+    from recgpt_torchrec.distributed.processes import process_group, rank, say, world_size
+    from recgpt_torchrec.evaluation.ranking import gather_table
     from recgpt_torchrec.model.recgpt import unwrapped
-    from recgpt_torchrec.retrieval import prompt_dataset
-    from recgpt_torchrec.retrieval.prompting import Prompter
-    from recgpt_torchrec.retrieval.ranking import gather_table
-    from recgpt_torchrec.training.checkpoint import facts_of, find, fingerprint
-    from recgpt_torchrec.training.processes import process_group, rank, say, world_size
+    from recgpt_torchrec.prompts import prompt_dataset
+    from recgpt_torchrec.prompts.prompting import Prompter
+    from recgpt_torchrec.training.building import check_vocabulary, load
 
     with process_group() as device:
         dataset, checkpoint = Dataset.open(config.data), find(config.checkpoint)

@@ -5,7 +5,7 @@ python -m recgpt_torchrec.prepare --input log.csv --output runs/mine/data
 
 from recgpt_torchrec import cli
 from recgpt_torchrec.config import Prepare
-from recgpt_torchrec.data.preparation import Result, prepare
+from recgpt_torchrec.preparation.pipeline import Result, prepare
 
 
 def main(config: Prepare) -> None:

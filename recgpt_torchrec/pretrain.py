@@ -6,15 +6,15 @@ from recgpt_torchrec.config import Pretrain
 
 def main(config: Pretrain) -> None:
     """Train, and leave the best checkpoint in `config.output`."""
-    from recgpt_torchrec.building import fit, open_dataset, training_stream
+    from recgpt_torchrec.checkpoints.growing import find_initial
     from recgpt_torchrec.data.dataset import fingerprint_of
-    from recgpt_torchrec.training.growing import find_initial
-    from recgpt_torchrec.training.processes import process_group, say
-    from recgpt_torchrec.training.run import Run
-    from recgpt_torchrec.training.watchdog import Watchdog
+    from recgpt_torchrec.distributed.processes import process_group, say
+    from recgpt_torchrec.distributed.watchdog import Watchdog
+    from recgpt_torchrec.training.building import fit, open_dataset, training_stream
+    from recgpt_torchrec.training.run import RUN, Run
 
     train = config.train
-    with process_group(train.timeout_seconds) as device, Watchdog(config.output, train.stall_seconds):
+    with process_group(train.timeout_seconds) as device, Watchdog(config.output, train.stall_seconds, RUN):
         dataset = open_dataset(config)
         stream = training_stream(config, dataset)  # finds what is wrong with the data before the output is looked at
         run = Run.find(config, dataset.manifest.vocabulary, fingerprint_of(dataset), keep=config.checkpoint.keep)

@@ -9,15 +9,15 @@ from recgpt_torchrec.errors import InputError
 
 def main(config: PromptTune) -> None:
     """Go on training, and leave the best checkpoint in `config.output`."""
-    from recgpt_torchrec.building import answers_of, fit, open_dataset, pretrained_model, training_stream
+    from recgpt_torchrec.checkpoints.folder import find
     from recgpt_torchrec.data.dataset import fingerprint_of
-    from recgpt_torchrec.training.checkpoint import find
-    from recgpt_torchrec.training.processes import process_group, say
-    from recgpt_torchrec.training.run import Run
-    from recgpt_torchrec.training.watchdog import Watchdog
+    from recgpt_torchrec.distributed.processes import process_group, say
+    from recgpt_torchrec.distributed.watchdog import Watchdog
+    from recgpt_torchrec.training.building import answers_of, fit, open_dataset, pretrained_model, training_stream
+    from recgpt_torchrec.training.run import RUN, Run
 
     train = config.train
-    with process_group(train.timeout_seconds) as device, Watchdog(config.output, train.stall_seconds):
+    with process_group(train.timeout_seconds) as device, Watchdog(config.output, train.stall_seconds, RUN):
         dataset, checkpoint, tuning = open_dataset(config), find(config.checkpoint), config.tuning
         if tuning.prompts and "prompts" not in dataset.manifest.settings:
             raise InputError(

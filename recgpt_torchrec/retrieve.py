@@ -23,9 +23,9 @@ USERS = 4096
 def main(config: Retrieve) -> None:
     """Search for every user, and write the lists."""
     from recgpt_torchrec.data.dataset import Dataset, fingerprint_of
+    from recgpt_torchrec.distributed.processes import process_group, say
     from recgpt_torchrec.retrieval.export_folder import open_export
     from recgpt_torchrec.retrieval.list_folder import ListManifest
-    from recgpt_torchrec.training.processes import process_group, say
 
     with process_group():
         export = open_export(config.export)
@@ -116,15 +116,15 @@ def retrieve(
     import torch
     import torch.distributed as dist
 
+    from recgpt_torchrec.distributed.processes import rank, say, world_size
+    from recgpt_torchrec.evaluation.metrics import RankingMetrics, list_ranks
+    from recgpt_torchrec.evaluation.ranking import reduced
     from recgpt_torchrec.progress import bar
     from recgpt_torchrec.retrieval import index as indexes
     from recgpt_torchrec.retrieval.export_folder import to_numpy
-    from recgpt_torchrec.retrieval.histories import Histories
     from recgpt_torchrec.retrieval.list_folder import ListBatch, write_lists
-    from recgpt_torchrec.retrieval.metrics import RankingMetrics, list_ranks
-    from recgpt_torchrec.retrieval.ranking import reduced
     from recgpt_torchrec.retrieval.retriever import Retriever
-    from recgpt_torchrec.training.processes import rank, say, world_size
+    from recgpt_torchrec.retrieval.user_histories import Histories
 
     merged, total = merging(config, merge, interests), export.manifest.users
     count = export.manifest.interests

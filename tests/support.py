@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 
 from recgpt_torchrec import cli
 from recgpt_torchrec.data.dataset import Dataset, Manifest
-from recgpt_torchrec.data.writing import write_manifest, write_parts
+from recgpt_torchrec.storage.folders import write_manifest
+from recgpt_torchrec.storage.parts import write_parts
 
 
 def write_dataset(

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from recgpt_torchrec.training.checkpoint import find
+from recgpt_torchrec.checkpoints.folder import find
 from tests.support import stage, walks, write_dataset
 
 USERS, ITEMS = 60, 30

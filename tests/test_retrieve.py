@@ -106,12 +106,12 @@ def plain_lists(export: Path, k: int) -> dict[str, dict[int, list[int]]]:
 
 def encoded(rank: int, world_size: int, checkpoint: str, data: str, k: int) -> dict[str, list[list[int]]]:
     """The same, by what evaluate itself runs."""
-    from recgpt_torchrec.building import load
-    from recgpt_torchrec.recall_paths import RecallPaths
+    from recgpt_torchrec.checkpoints.folder import find
+    from recgpt_torchrec.evaluation.ranking import encode
+    from recgpt_torchrec.evaluation.recall_paths import RecallPaths
+    from recgpt_torchrec.retrieval.interests import found_by, interests
     from recgpt_torchrec.retrieval.merging import Lists, even_quotas, merge_by_score, merge_quota
-    from recgpt_torchrec.retrieval.ranking import encode
-    from recgpt_torchrec.retrieval.recall import found_by, interests
-    from recgpt_torchrec.training.checkpoint import find
+    from recgpt_torchrec.training.building import load
 
     device, dataset, batch = torch.device("cpu"), Dataset.open(data), Batch(tokens=60)
     trained = load(find(checkpoint), dataset, batch, Sharding(), device)
@@ -175,7 +175,7 @@ def one_rank(rank: int, world_size: int, made: str, output: str) -> str:
     options = options_of(Path(made), "tuned", Path(output) / "vectors")
     config = {name.removeprefix("--"): value for name, value in options.items()}
     config = {name: str(value) if isinstance(value, Path) else value for name, value in config.items()}
-    from recgpt_torchrec.training import processes
+    from recgpt_torchrec.distributed import processes
 
     # The ranks are in a process group already.
     processes.process_group = group_that_is_there

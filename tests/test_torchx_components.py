@@ -10,7 +10,7 @@ from torchx.runner import get_runner
 from torchx.specs.builders import materialize_appdef
 from torchx.specs.finder import ComponentValidationException, get_component, get_components
 
-from recgpt_torchrec import node
+from recgpt_torchrec.launch import node
 
 STAGES = ["prepare", "pretrain", "generate_prompts", "prompt_tune", "evaluate", "export", "retrieve"]
 TORCHX = Path(sys.executable).with_name("torchx")
@@ -116,7 +116,7 @@ def test_a_failed_rank_ends_the_job_with_its_own_words_and_no_foreign_traceback(
         "from recgpt_torchrec import launch\n"
         "def broken(*args: str) -> specs.AppDef:\n"
         '    """A stage that fails."""\n'
-        "    return launch.stage('stand_in', *args, j='1x2')\n"
+        "    return job.stage('stand_in', *args, j='1x2')\n"
     )
     done = torchx("run", "-s", "local_cwd", f"{component}:broken", "--", "fail", cwd=stand_in)
     assert done.returncode != 0
@@ -126,7 +126,7 @@ def test_a_failed_rank_ends_the_job_with_its_own_words_and_no_foreign_traceback(
 
 
 def test_processes_share_the_cores_of_the_node(stand_in):
-    run = [sys.executable, "-m", "recgpt_torchrec.node", "--nnodes", "1", "--nproc_per_node", "2"]
+    run = [sys.executable, "-m", "recgpt_torchrec.launch.node", "--nnodes", "1", "--nproc_per_node", "2"]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run(
         [*run, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "stand_in", "succeed"],

@@ -17,17 +17,17 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from recgpt_torchrec.building import load
+from recgpt_torchrec.checkpoints.folder import find
 from recgpt_torchrec.config import Batch, Loss, Model, Prompts, Tables
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.windows import row_groups
+from recgpt_torchrec.distributed.processes import process_group
+from recgpt_torchrec.evaluation.ranking import gather_table
 from recgpt_torchrec.model.recgpt import Dense, unwrapped
-from recgpt_torchrec.retrieval.decoding import Decoding
-from recgpt_torchrec.retrieval.prompt_dataset import LOOKUP, UserVectors, read_rows
-from recgpt_torchrec.retrieval.prompting import Histories, Prompter, histories_of
-from recgpt_torchrec.retrieval.ranking import gather_table
-from recgpt_torchrec.training.checkpoint import find
-from recgpt_torchrec.training.processes import process_group
+from recgpt_torchrec.prompts.decoding import Decoding
+from recgpt_torchrec.prompts.prompt_dataset import LOOKUP, UserVectors, read_rows
+from recgpt_torchrec.prompts.prompting import Histories, Prompter, histories_of
+from recgpt_torchrec.training.building import load
 
 
 class Recomputing(Decoding):

@@ -19,16 +19,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from recgpt_torchrec.building import build
+from recgpt_torchrec.checkpoints.folder import Checkpoints
+from recgpt_torchrec.checkpoints.saving import Saver
+from recgpt_torchrec.checkpoints.state import state_of
 from recgpt_torchrec.config import CheckpointOptions, Loss, Model, Pretrain, Tables
 from recgpt_torchrec.data.batch import Candidates, Capacity, SequenceBatch, Sequences, make_batch
 from recgpt_torchrec.data.dataset import Dataset, Manifest
+from recgpt_torchrec.distributed.processes import process_group, rank, say, world_size
 from recgpt_torchrec.model.recgpt import unwrapped
-from recgpt_torchrec.training.checkpoint import Checkpoints
+from recgpt_torchrec.training.building import build
 from recgpt_torchrec.training.finite import FiniteGuard, GuardedPipeline
-from recgpt_torchrec.training.processes import process_group, rank, say, world_size
-from recgpt_torchrec.training.saving import Saver
-from recgpt_torchrec.training.state import state_of
 
 USERS = 1000
 

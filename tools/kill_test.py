@@ -55,7 +55,7 @@ RANKS = 2
 
 def killer(plan: dict[str, Any], output: str) -> None:
     """In a rank: end this process by SIGKILL once it is where the plan of this start says, if it is the one."""
-    from recgpt_torchrec.training import watchdog
+    from recgpt_torchrec.distributed import watchdog
 
     start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     chance = random.Random(f"{plan['seed']} {plan['run']} {start}")
@@ -102,7 +102,7 @@ def launch(data: Path, output: Path, epochs: int, plan: dict[str, Any]) -> None:
     words = [str(word) for option in options.items() for word in option]
     launcher = ["--nnodes", "1", "--nproc_per_node", str(RANKS), "--rdzv_backend", "c10d"]
     launcher += ["--rdzv_endpoint", "localhost:0", "--max_restarts", str(plan["kills"])]
-    command = [sys.executable, "-m", "recgpt_torchrec.node", *launcher, "-m", "tools.kill_test", "rank"]
+    command = [sys.executable, "-m", "recgpt_torchrec.launch.node", *launcher, "-m", "tools.kill_test", "rank"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(f"{output}.log", "w") as log:
         done = subprocess.run([*command, json.dumps(plan), *words], env=environment, stdout=log, stderr=log)

@@ -10,7 +10,6 @@ The manifest is written last: a folder without one is not a dataset.
 
 import hashlib
 import json
-import zlib
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -20,9 +19,10 @@ import pyarrow.parquet as pq
 
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import filesystem
+from recgpt_torchrec.storage.folders import MANIFEST
+from recgpt_torchrec.storage.parts import Part, checksum_of
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 COLUMNS = {
     "user_id": pa.int64(),
     "item_ids": pa.list_(pa.int64()),
@@ -36,20 +36,6 @@ COLUMNS = {
 REQUIRED = ("user_id", "item_ids")
 ANSWERS = ("answer_ids", "answer_scores")
 """List columns of a prompt dataset: some answers of the model for each interacted item, and their scores."""
-
-
-@dataclass(kw_only=True)
-class Part:
-    """One Parquet file of a dataset, as the manifest promises it."""
-
-    path: str
-    """Relative to the dataset's folder, for example `sequences/part-00000.parquet`."""
-    rows: int
-    items: int
-    """Interactions in the file (for `items/` and `users/` parts the same as rows)."""
-    bytes: int
-    checksum: str
-    """crc32 of the file's bytes as eight hex digits."""
 
 
 @dataclass(kw_only=True)
@@ -244,15 +230,6 @@ def fingerprint_of(dataset: Dataset) -> str:
     """32 hex digits of all histories of a dataset, wherever it lies."""
     parts = json.dumps([asdict(part) for part in dataset.manifest.sequences])
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
-
-
-def checksum_of(fs: pyarrow.fs.FileSystem, path: str) -> str:
-    """crc32 of a file's bytes, as `Part.checksum` has it."""
-    crc = 0
-    with fs.open_input_stream(path, compression=None) as stream:
-        while block := stream.read(2**22):
-            crc = zlib.crc32(block, crc)
-    return f"{crc:08x}"
 
 
 def column_fault(schema: pa.Schema, name: str) -> str | None:

@@ -1,9 +1,12 @@
 """Whatever makes batches, run ahead of those who take them: in a thread, or in loader processes of their own."""
 
+import contextlib
 import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
+import os
 import queue
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -13,8 +16,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from recgpt_torchrec.config import Stream
-from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.training import signals
+from recgpt_torchrec.errors import STOP_SIGNALS, InputError
 
 T = TypeVar("T")
 
@@ -36,9 +38,9 @@ def made_ahead(source: Callable[[int], Iterator[T]], settings: Stream) -> Iterat
     # group and thread pools, is not safe, and spawning would import torch again each time.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([source.__module__])
-    with signals.withheld():
+    with withheld():
         multiprocessing.resource_tracker.ensure_running()  # which lets SIGTERM in again
-    with signals.withheld():
+    with withheld():
         multiprocessing.forkserver.ensure_running()
     loader = DataLoader(
         _Worker(source),
@@ -72,7 +74,7 @@ class _Worker(IterableDataset):
         info = get_worker_info()
         parent = multiprocessing.parent_process()
         assert info is not None and parent is not None and parent.pid is not None
-        signals.end_with(parent.pid)
+        end_with(parent.pid)
         torch.set_num_threads(1)
         pa.set_cpu_count(1)
         pa.set_io_thread_count(2)
@@ -120,3 +122,26 @@ def read_ahead(source: Iterator[T], prefetch: int) -> Iterator[T]:
     finally:
         stopped.set()
         thread.join()
+
+
+@contextlib.contextmanager
+def withheld() -> Iterator[None]:
+    """Start processes within the `with` that the signals do not reach: who asks one rank asks its loader processes as
+    well, which have nothing to save and are needed until the rank ends. They and their children call `end_with`.
+    Nor does Ctrl-C, at which each of them would say where it was."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with(process: int) -> None:
+    """End this process, started `withheld`, by the signals of one other process only."""
+
+    def wait() -> None:
+        while signal.sigwaitinfo(STOP_SIGNALS).si_pid != process:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True, name="signals").start()

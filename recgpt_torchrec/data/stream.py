@@ -18,9 +18,9 @@ from recgpt_torchrec.data.batch import (
     no_sequences,
 )
 from recgpt_torchrec.data.candidates import LogUniform, NegativeSampler, Uniform
-from recgpt_torchrec.data.checking import Reader, SetAside
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.loading import made_ahead
+from recgpt_torchrec.data.reader import Reader, SetAside
 from recgpt_torchrec.data.segments import INTERACTED
 from recgpt_torchrec.data.windows import Cursor, Queue, Window, row_groups, windows_of
 from recgpt_torchrec.errors import InputError

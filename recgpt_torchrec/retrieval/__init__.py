@@ -1,1 +1,1 @@
-"""Exact top-k, recall paths, ranking metrics, baselines, export."""
+"""From vectors to lists: interests, merging, indexes, and the folders of exports and lists."""

@@ -28,11 +28,13 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from recgpt_torchrec.data import writing
-from recgpt_torchrec.data.dataset import MANIFEST, Dataset, Part, checksum_of, filesystem, fingerprint_of
+from recgpt_torchrec.data.dataset import Dataset, fingerprint_of
+from recgpt_torchrec.distributed import shared_folder
+from recgpt_torchrec.distributed.processes import gather, rank, together
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.retrieval import shared_folder
-from recgpt_torchrec.training.processes import gather, rank, together
+from recgpt_torchrec.storage import filesystem, folders
+from recgpt_torchrec.storage.folders import MANIFEST
+from recgpt_torchrec.storage.parts import Part, checksum_of, regroup, write_parts
 
 EXPORT_VERSION = 1
 GROUP_BYTES = 2**24
@@ -179,7 +181,7 @@ def write_export(
         InputError: `path` holds something, or a vector is not finite (on every process). Nothing is left behind then.
         ValueError: shapes are not as promised, or the shares together are not every id once.
     """
-    together(lambda: writing.check_free(path, "finished export"))
+    together(lambda: folders.check_free(path, "finished export"))
     with shared_folder.staged(path) as (fs, folder):
         item_share = _Share("items", Keys(dataset, "items"), (dim,))
         user_share = _Share("users", Keys(dataset, "users"), (dim,) if interests == 1 else (interests, dim))
@@ -202,7 +204,7 @@ def write_export(
         _check_whole([share for _, share, _ in gathered], dataset.manifest.items)
         _check_whole([share for _, _, share in gathered], dataset.manifest.users, everyone)
         if rank() == 0:
-            writing.write_manifest(fs, folder, manifest.to_json())
+            folders.write_manifest(fs, folder, manifest.to_json())
     return manifest
 
 
@@ -218,8 +220,8 @@ class _Share:
 
     def write(self, batches: Iterable[VectorBatch], fs: pyarrow.fs.FileSystem, folder: str) -> list[Part]:
         rows_per_group = max(1, GROUP_BYTES // (4 * int(np.prod(self.shape))))
-        groups = writing.row_groups(self._record_batches(batches), rows_per_group)
-        parts = writing.write_parts(fs, folder, self.kind, groups, GROUPS_PER_PART, prefix=f"part-{rank():04d}")
+        groups = regroup(self._record_batches(batches), rows_per_group)
+        parts = write_parts(fs, folder, self.kind, groups, GROUPS_PER_PART, prefix=f"part-{rank():04d}")
         self.keys = None  # the share travels to the other processes
         return parts
 

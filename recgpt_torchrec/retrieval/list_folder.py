@@ -17,12 +17,13 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from recgpt_torchrec.data import writing
-from recgpt_torchrec.data.dataset import MANIFEST, Part, filesystem
+from recgpt_torchrec.distributed import shared_folder
+from recgpt_torchrec.distributed.processes import gather, rank, together
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.retrieval import shared_folder
 from recgpt_torchrec.retrieval.merging import Merged
-from recgpt_torchrec.training.processes import gather, rank, together
+from recgpt_torchrec.storage import filesystem, folders
+from recgpt_torchrec.storage.folders import MANIFEST
+from recgpt_torchrec.storage.parts import Part, regroup, write_parts
 
 LISTS_VERSION = 1
 GROUP_ITEMS = 2**20
@@ -75,7 +76,7 @@ class ListManifest:
 
 def check_free(path: str) -> None:
     """Raise `InputError` unless lists can be written to `path`."""
-    writing.check_free(path, "finished set of lists")
+    folders.check_free(path, "finished set of lists")
 
 
 def write_lists(
@@ -102,16 +103,16 @@ def write_lists(
     """
     together(lambda: check_free(path))
     with shared_folder.staged(path) as (fs, folder):
-        groups = writing.row_groups(
+        groups = regroup(
             (record_batch(batch, item_keys) for batch in batches if batch.users.size),
             max(1, GROUP_ITEMS // manifest.k),
         )
-        parts = writing.write_parts(fs, folder, "lists", groups, GROUPS_PER_PART, prefix=f"part-{rank():04d}")
+        parts = write_parts(fs, folder, "lists", groups, GROUPS_PER_PART, prefix=f"part-{rank():04d}")
         manifest.parts = [part for share in gather(parts) for part in share]
         manifest.users = sum(part.rows for part in manifest.parts)
         manifest.measured = measured()
         if rank() == 0:
-            writing.write_manifest(fs, folder, manifest.to_json())
+            folders.write_manifest(fs, folder, manifest.to_json())
     return manifest
 
 

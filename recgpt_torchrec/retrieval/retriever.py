@@ -8,9 +8,9 @@ import numpy.typing as npt
 import torch
 
 from recgpt_torchrec.data.split import take
+from recgpt_torchrec.evaluation.metrics import Jagged
 from recgpt_torchrec.retrieval.index import Float32, Index, Int64
 from recgpt_torchrec.retrieval.merging import Lists, Merged
-from recgpt_torchrec.retrieval.metrics import Jagged
 
 Bool = npt.NDArray[np.bool_]
 

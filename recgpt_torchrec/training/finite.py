@@ -25,7 +25,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from recgpt_torchrec import storage
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.windows import RowGroup
-from recgpt_torchrec.training.processes import gather
+from recgpt_torchrec.distributed.processes import gather
 
 DECODER = "a gradient of the decoder"
 """Found where no rank found anything else, or as a sum that is over the ranks already."""

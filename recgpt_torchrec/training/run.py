@@ -9,9 +9,10 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from typing import Any
 
 from recgpt_torchrec import storage
+from recgpt_torchrec.checkpoints.folder import Checkpoints, facts_of
+from recgpt_torchrec.distributed.processes import together
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.training.checkpoint import Checkpoints, facts_of, read_json, write_json
-from recgpt_torchrec.training.processes import together
+from recgpt_torchrec.storage import read_json, write_json
 
 RUN = "run.json"
 RECORDED = ("config", "vocabulary", "histories", "initial")

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from recgpt_torchrec import storage
+from recgpt_torchrec.distributed.processes import rank
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.progress import bar
-from recgpt_torchrec.training.processes import rank
 
 
 class RunLog:

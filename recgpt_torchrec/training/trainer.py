@@ -15,21 +15,21 @@ from torch import nn
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.optim.keyed import KeyedOptimizer
 
+from recgpt_torchrec.checkpoints.folder import Checkpoints, facts_of
+from recgpt_torchrec.checkpoints.saving import Saver
+from recgpt_torchrec.checkpoints.state import restore, state_of
 from recgpt_torchrec.config import CheckpointOptions, Optimizer, Train
 from recgpt_torchrec.data.stream import SequenceStream
 from recgpt_torchrec.data.windows import Position, Queue, deal
+from recgpt_torchrec.distributed import signals, watchdog
+from recgpt_torchrec.distributed.lockstep import Lockstep, Step
+from recgpt_torchrec.distributed.processes import gather, say
+from recgpt_torchrec.distributed.signals import Stopped
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import unwrapped
-from recgpt_torchrec.training import signals, watchdog
-from recgpt_torchrec.training.checkpoint import Checkpoints, facts_of
 from recgpt_torchrec.training.finite import FiniteGuard, GuardedPipeline, Place, describe, places
-from recgpt_torchrec.training.lockstep import Lockstep, Step
-from recgpt_torchrec.training.processes import gather, say
 from recgpt_torchrec.training.runlog import RunLog
-from recgpt_torchrec.training.saving import Saver
 from recgpt_torchrec.training.schedule import Schedule
-from recgpt_torchrec.training.signals import Stopped
-from recgpt_torchrec.training.state import restore, state_of
 
 LOG_EVERY = 20
 """Steps between looks at the loss (each is one all-reduce of one number)."""

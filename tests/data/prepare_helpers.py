@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from recgpt_torchrec.config import Prepare
-from recgpt_torchrec.data.preparation import Result, prepare
+from recgpt_torchrec.preparation.pipeline import Result, prepare
 
 Row = tuple[str, str, int]
 

@@ -19,12 +19,12 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recgpt_torchrec.data.checking import Damage, Reader, SetAside
 from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.reader import Damage, Reader, SetAside
 from recgpt_torchrec.data.stream import SequenceStream
 from recgpt_torchrec.data.windows import Position, deal, row_groups
+from recgpt_torchrec.distributed.lockstep import Lockstep
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.training.lockstep import Lockstep
 from tests.data.stream_helpers import MAX_LEN, expected_pairs, pairs, stopped, stream_of
 from tests.distributed.launch import run_ranks
 from tests.support import overwrite, rewrite, start_forkserver, walks, write_dataset

@@ -17,11 +17,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from recgpt_torchrec.data.dataset import Dataset
-from recgpt_torchrec.data.engine import DuckDBEngine
-from recgpt_torchrec.data.kcore import k_core
-from recgpt_torchrec.data.preparation import group_size
-from recgpt_torchrec.data.writing import check_free, staged
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.preparation.engine import DuckDBEngine
+from recgpt_torchrec.preparation.kcore import k_core
+from recgpt_torchrec.preparation.pipeline import group_size
+from recgpt_torchrec.storage.folders import check_free, staged
 from tests.data.prepare_helpers import in_time_order, make, random_log, read_keys, read_sequences, write_csv
 
 
@@ -249,7 +249,7 @@ def test_a_dataset_that_another_process_wrote_meanwhile_stays(tmp_path):
 
 HALF = """
 import os, signal, sys
-from recgpt_torchrec.data.writing import check_free, staged
+from recgpt_torchrec.storage.folders import check_free, staged
 with staged(sys.argv[1]) as (fs, folder):
     print(folder, flush=True)
     if sys.argv[2:]:

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recgpt_torchrec.data import writing
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.storage import folders
 from tests.data.prepare_helpers import make, random_log, read_sequences, write_csv
 
 GOOD = "user_id,item_id,timestamp\nu,a,1\n"
@@ -170,7 +170,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writing, "write_manifest", full)
+    monkeypatch.setattr(folders, "write_manifest", full)
     assert "cannot write" in message(tmp_path, log)
     (tmp_path / "data").mkdir()
     assert "No space left on device" in message(tmp_path, log)

@@ -23,7 +23,7 @@ from recgpt_torchrec.data.stream import BatchMaker
 from recgpt_torchrec.data.windows import Cursor, row_groups, windows_of
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.prepare import summary
-from recgpt_torchrec.retrieval.prompting import histories_of, table_of
+from recgpt_torchrec.prompts.prompting import histories_of, table_of
 from tests.data.prepare_helpers import make, random_log, read_keys, read_sequences, write_csv
 from tests.data.test_prepare_bad_input import message
 from tests.support import write_dataset

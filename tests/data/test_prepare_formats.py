@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recgpt_torchrec.data import preparation
-from recgpt_torchrec.data.rows import meaning
+from recgpt_torchrec.preparation import pipeline
+from recgpt_torchrec.preparation.rows import meaning
 from tests.data.prepare_helpers import Row, in_time_order, make, random_log, read_sequences, write_csv
 
 ROWS = random_log(80, users=7, items=9)
@@ -258,17 +258,17 @@ def test_the_expressions_compile_for_spark_too(monkeypatch: pytest.MonkeyPatch) 
     )
     users = ibis.table({"key": "string", "user": "int64"}, name="users")
     items = ibis.table({"key": "string", "item": "int64"}, name="items")
-    events = preparation.encoded(log, users, items)
-    user_ids = preparation.dense_ids(users, "user", "user_id")
-    item_ids = preparation.dense_ids(items, "item", "item_id")
+    events = pipeline.encoded(log, users, items)
+    user_ids = pipeline.dense_ids(users, "user", "user_id")
+    item_ids = pipeline.dense_ids(items, "item", "item_id")
     kept = events.inner_join(user_ids, "user").inner_join(item_ids, "item").drop("user", "item")
     for expression in (
         meaning(typed, timed=True, rated=False, labelled=False),
-        preparation.codes(log.select(key=log.user).distinct(), "user", seed=1),
-        preparation.without_repeats(events),
-        preparation.between(kept),
-        preparation.item_table(kept, item_ids, items),
-        preparation.user_table(user_ids, users),
-        kept.order_by("user_id", *preparation.IN_TIME),
+        pipeline.codes(log.select(key=log.user).distinct(), "user", seed=1),
+        pipeline.without_repeats(events),
+        pipeline.between(kept),
+        pipeline.item_table(kept, item_ids, items),
+        pipeline.user_table(user_ids, users),
+        kept.order_by("user_id", *pipeline.IN_TIME),
     ):
         assert "SELECT" in ibis.to_sql(expression, dialect="pyspark")

@@ -20,15 +20,15 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from recgpt_torchrec.building import build
+from recgpt_torchrec.checkpoints.folder import Checkpoints
+from recgpt_torchrec.checkpoints.saving import Saver
+from recgpt_torchrec.checkpoints.state import restore, state_of
 from recgpt_torchrec.config import CheckpointOptions, Loss, Model, Optimizer, Pretrain, Tables
 from recgpt_torchrec.data.batch import Capacity, SequenceBatch, Sequences, make_batch, no_sequences
 from recgpt_torchrec.data.dataset import Dataset, Manifest
-from recgpt_torchrec.training.checkpoint import Checkpoints
-from recgpt_torchrec.training.processes import quiet
-from recgpt_torchrec.training.saving import Saver
-from recgpt_torchrec.training.sharding import tables_of
-from recgpt_torchrec.training.state import restore, state_of
+from recgpt_torchrec.distributed.processes import quiet
+from recgpt_torchrec.distributed.sharding import tables_of
+from recgpt_torchrec.training.building import build
 from tests.support import walks
 
 USERS, ITEMS, STEPS = 13, 29, 3

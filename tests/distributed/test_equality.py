@@ -18,17 +18,17 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from recgpt_torchrec.building import build, training_stream
+from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.config import Batch, CheckpointOptions, Loss, Model, Optimizer, Pretrain, Tables, Train
 from recgpt_torchrec.data.batch import Candidates, Capacity, SequenceBatch, Sequences, make_batch, no_sequences
 from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.windows import Window
+from recgpt_torchrec.distributed.lockstep import Lockstep
+from recgpt_torchrec.distributed.sharding import distribute, tables_of
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import Dense, RecGPT
-from recgpt_torchrec.training.checkpoint import Checkpoints
-from recgpt_torchrec.training.lockstep import Lockstep
+from recgpt_torchrec.training.building import build, training_stream
 from recgpt_torchrec.training.schedule import Schedule
-from recgpt_torchrec.training.sharding import distribute, tables_of
 from recgpt_torchrec.training.trainer import Trainer
 from tests.distributed.launch import run_ranks
 from tests.support import walks, write_dataset

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from recgpt_torchrec.training.checkpoint import Checkpoints
-from recgpt_torchrec.training.processes import quiet
-from recgpt_torchrec.training.state import restore
+from recgpt_torchrec.checkpoints.folder import Checkpoints
+from recgpt_torchrec.checkpoints.state import restore
+from recgpt_torchrec.distributed.processes import quiet
 from tests.distributed import reshard
 from tests.distributed.launch import run_ranks
 from tests.distributed.reshard import DIM, ITEMS, STEPS, USERS, Layout

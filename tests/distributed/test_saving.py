@@ -16,11 +16,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from recgpt_torchrec import storage
+from recgpt_torchrec.checkpoints import folder, saving
+from recgpt_torchrec.checkpoints.folder import Checkpoints
+from recgpt_torchrec.checkpoints.saving import Saver
 from recgpt_torchrec.config import Batch, CheckpointOptions, Loss, Model, Pretrain, Tables, Train
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.training import checkpoint, saving
-from recgpt_torchrec.training.checkpoint import Checkpoints
-from recgpt_torchrec.training.saving import Saver
 from tests.distributed.launch import RankFailed, run_ranks
 from tests.support import walks, write_dataset
 
@@ -207,9 +208,9 @@ def writes(name: str, number: int) -> Callable[..., bool]:
 
 KILLS = {
     "with half a checkpoint written": at(saving.dcp, "save", counted(3), after=True),
-    "before it counts": at(checkpoint.os, "rename", counted(3)),
-    "before its epoch is known to be the best": at(checkpoint, "write_json", writes("best.json", 1)),
-    "before old ones are dropped": at(checkpoint.shutil, "rmtree", lambda path, *args: not path.endswith(".tmp")),
+    "before it counts": at(folder.os, "rename", counted(3)),
+    "before its epoch is known to be the best": at(storage, "write_json", writes("best.json", 1)),
+    "before old ones are dropped": at(folder.shutil, "rmtree", lambda path, *args: not path.endswith(".tmp")),
     "between the line of an epoch and its checkpoint": at(Saver, "save", lambda self, step, state, facts: epoch(facts)),
 }
 

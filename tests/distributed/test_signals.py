@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.config import Stream
-from recgpt_torchrec.training import signals
-from recgpt_torchrec.training.checkpoint import Checkpoints
-from recgpt_torchrec.training.signals import STOPPED
+from recgpt_torchrec.distributed import signals
+from recgpt_torchrec.errors import STOP_SIGNALS, STOPPED
 from tests.data.stream_helpers import expected_pairs, pairs
 from tests.distributed.fault_helpers import (
     EPOCHS,
@@ -38,7 +38,7 @@ def data(tmp_path) -> str:
 
 
 def asked_to_end(rank: int, world_size: int, port: int, data: str, output: str, when: str | None) -> Any:
-    from recgpt_torchrec.retrieval.validation import Validation
+    from recgpt_torchrec.evaluation.validation import Validation
 
     if when == "training" and rank == 1:
         at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -120,7 +120,7 @@ def test_stopped_and_gone_on_with_other_ranks_and_workers_each_position_is_train
 
 LISTENER = """
 import os, signal, sys, time
-from recgpt_torchrec.training import signals
+from recgpt_torchrec.distributed import signals
 signals.AGAIN_SECONDS = 0.5
 with signals.listening():
     os.kill(os.getpid(), signal.SIGTERM)
@@ -139,12 +139,12 @@ def test_a_second_signal_ends_the_process_at_once_unless_it_comes_with_the_first
 
 WITHHELD = """
 import os, signal, subprocess, sys
-from recgpt_torchrec.training import signals
+from recgpt_torchrec.data import loading
 child = (
-    "import os, time; from recgpt_torchrec.training import signals; "
-    "signals.end_with(os.getppid()); print(flush=True); time.sleep(60)"
+    "import os, time; from recgpt_torchrec.data import loading; "
+    "loading.end_with(os.getppid()); print(flush=True); time.sleep(60)"
 )
-with signals.withheld():
+with loading.withheld():
     loader = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE)
 loader.stdout.readline()
 subprocess.run(["kill", "-TERM", str(loader.pid)], check=True)
@@ -201,7 +201,7 @@ def test_the_launcher_passes_signals_on_waits_and_ends_with_the_status_to_try_ag
     )
     options = ["--standalone", "--nproc_per_node", "2", "-m", "stand_in"]
     launcher = subprocess.Popen(
-        [sys.executable, "-m", "recgpt_torchrec.node", *options],
+        [sys.executable, "-m", "recgpt_torchrec.launch.node", *options],
         env={**os.environ, "PYTHONPATH": f"{Path(__file__).parents[2]}{os.pathsep}{tmp_path}"},
         stdout=subprocess.PIPE,
         text=True,
@@ -223,7 +223,7 @@ def test_the_launcher_ends_with_the_status_of_the_rank_that_failed_and_gives_the
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-    from recgpt_torchrec import node
+    from recgpt_torchrec.launch import node
 
     def fails(options: Any) -> None:
         assert options.shutdown_timeout >= 600 and {"SIGTERM", "SIGUSR1"} <= set(options.signals_to_handle.split(","))
@@ -239,17 +239,17 @@ def test_the_launcher_ends_with_the_status_of_the_rank_that_failed_and_gives_the
 
 
 def test_signals_are_taken_for_requests_only_where_someone_listens():
-    before = [signal.getsignal(number) for number in signals.SIGNALS]
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with signals.listening():
-        assert [signal.getsignal(number) for number in signals.SIGNALS] != before
-    assert [signal.getsignal(number) for number in signals.SIGNALS] == before
+        assert [signal.getsignal(number) for number in STOP_SIGNALS] != before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
 ORPHAN = """
 import os, pathlib, sys, time
-from recgpt_torchrec.training import signals
-from recgpt_torchrec.training.processes import process_group
-from recgpt_torchrec.training.watchdog import Watchdog
+from recgpt_torchrec.distributed import signals
+from recgpt_torchrec.distributed.processes import process_group
+from recgpt_torchrec.distributed.watchdog import Watchdog
 with process_group(), Watchdog(".", stall_seconds=0), signals.listening():
     said = pathlib.Path("rank" + os.environ["RANK"])
     said.write_text("ready")
@@ -263,7 +263,7 @@ with process_group(), Watchdog(".", stall_seconds=0), signals.listening():
 def test_ranks_whose_launcher_was_killed_are_asked_to_end(tmp_path):
     (tmp_path / "orphan.py").write_text(ORPHAN)
     launcher = subprocess.Popen(
-        [sys.executable, "-m", "recgpt_torchrec.node", "--standalone", "--nproc_per_node", "2", "-m", "orphan"],
+        [sys.executable, "-m", "recgpt_torchrec.launch.node", "--standalone", "--nproc_per_node", "2", "-m", "orphan"],
         env={**os.environ, "PYTHONPATH": f"{Path(__file__).parents[2]}{os.pathsep}{tmp_path}"},
         cwd=tmp_path,
     )
@@ -285,10 +285,11 @@ def test_ranks_whose_launcher_was_killed_are_asked_to_end(tmp_path):
 
 
 def test_a_job_says_how_often_torchrun_starts_its_processes_again():
-    from recgpt_torchrec import launch
 
-    (role,) = launch.stage("some.module", "--data", "d", j="1x2", max_restarts=7).roles
-    assert "-m recgpt_torchrec.node --max_restarts 7 --rdzv_backend c10d" in role.args[1]
+    from recgpt_torchrec.launch import job
+
+    (role,) = job.stage("some.module", "--data", "d", j="1x2", max_restarts=7).roles
+    assert "-m recgpt_torchrec.launch.node --max_restarts 7 --rdzv_backend c10d" in role.args[1]
 
 
 @pytest.mark.parametrize(("status", "before", "again"), [(STOPPED, 0, True), (STOPPED, 2, False), (0, 0, False)])
@@ -298,10 +299,10 @@ def test_slurm_puts_a_job_that_was_asked_to_end_into_the_queue_again_as_often_as
     """The script that torchx gives to Slurm, with stand-ins for Slurm's commands."""
     from torchx.schedulers.slurm_scheduler import create_scheduler
 
-    from recgpt_torchrec import launch
+    from recgpt_torchrec.launch import job
 
-    job = launch.stage("recgpt_torchrec.pretrain", "--data", "d", j="2x2", max_retries=2)
-    script = create_scheduler("test").submit_dryrun(job, {"partition": "p"}).request.materialize()
+    app = job.stage("recgpt_torchrec.pretrain", "--data", "d", j="2x2", max_retries=2)
+    script = create_scheduler("test").submit_dryrun(app, {"partition": "p"}).request.materialize()
     for name, does in (("srun", f"exit {status}"), ("scontrol", 'echo "$@" > asked')):
         (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
         (tmp_path / name).chmod(0o755)

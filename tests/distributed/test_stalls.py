@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from recgpt_torchrec.training.checkpoint import Checkpoints
-from recgpt_torchrec.training.processes import LOST, process_group
-from recgpt_torchrec.training.watchdog import STALLED, Watchdog
+from recgpt_torchrec.checkpoints.folder import Checkpoints
+from recgpt_torchrec.distributed.processes import process_group
+from recgpt_torchrec.distributed.watchdog import Watchdog
+from recgpt_torchrec.errors import LOST, STALLED
 from tests.distributed.fault_helpers import at_step, free_port, train, write_data
 from tests.distributed.launch import RankFailed, run_ranks
 from tools import kill_test

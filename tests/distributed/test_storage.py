@@ -16,14 +16,14 @@ import pytest
 import torch.distributed as dist
 
 from recgpt_torchrec import storage
-from recgpt_torchrec.data import writing
-from recgpt_torchrec.data.checking import Damage, Reader, SetAside
+from recgpt_torchrec.checkpoints.folder import FACTS, Checkpoints, find
 from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.reader import Damage, Reader, SetAside
 from recgpt_torchrec.data.windows import row_groups
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.export_folder import open_export
-from recgpt_torchrec.training import checkpoint
-from recgpt_torchrec.training.checkpoint import Checkpoints, find
+from recgpt_torchrec.storage import folders
+from recgpt_torchrec.storage.parts import _PartWriter
 from tests.distributed.launch import RankFailed, run_ranks
 from tests.object_store import BUCKET, Server, server
 from tests.support import stage, walks, write_dataset
@@ -74,7 +74,7 @@ def run_stage(
 
 
 def _watch(name: str, number: int, process: int) -> None:
-    write, times = checkpoint.write_json, iter(range(1, 10_000))
+    write, times = storage.write_json, iter(range(1, 10_000))
 
     def watched(path: str, value: Any) -> None:
         now = os.path.basename(path) == name and next(times) == number
@@ -84,7 +84,7 @@ def _watch(name: str, number: int, process: int) -> None:
         if now:
             os.kill(process, signal.SIGKILL)
 
-    checkpoint.write_json = watched
+    storage.write_json = watched
 
 
 def steps(output: str) -> list[str]:
@@ -114,7 +114,7 @@ def test_all_stages_on_an_object_store_give_what_they_give_on_a_local_disk(local
     train = {**TRAINING, "--data": f"{place}/data", "--output": run}
     # An end in the midst: all tensors of the third checkpoint are on the store, but not what makes it one.
     with pytest.raises(RankFailed, match="exit code 1"):
-        run_ranks(run_stage, 1, "pretrain", train, (checkpoint.FACTS, 3, 0))
+        run_ranks(run_stage, 1, "pretrain", train, (FACTS, 3, 0))
     assert steps(run) == ["step-00000004", "step-00000006"]
     assert storage.names(f"{run}/checkpoints") == ["step-00000004", "step-00000006", "step-00000008"]
     assert find(run) == f"{run}/checkpoints/step-00000006"
@@ -156,11 +156,11 @@ def test_a_dataset_that_a_kill_left_half_written_is_written_over(s3: Server) -> 
     folder = f"s3://{BUCKET}/half"
     storage.write(f"{folder}/sequences/part-00000.parquet", b"half")
     with pytest.raises(InputError, match="already holds something"):
-        writing.check_free(folder)
-    storage.write(f"{folder}/{writing.INCOMPLETE}", b"")
-    writing.check_free(folder)
-    with writing.staged(folder) as (fs, root):
-        assert storage.names(folder) == [writing.INCOMPLETE]
+        folders.check_free(folder)
+    storage.write(f"{folder}/{folders.INCOMPLETE}", b"")
+    folders.check_free(folder)
+    with folders.staged(folder) as (fs, root):
+        assert storage.names(folder) == [folders.INCOMPLETE]
         with fs.open_output_stream(f"{root}/manifest.json") as stream:
             stream.write(b"{}")
     assert storage.names(folder) == ["manifest.json"]
@@ -200,7 +200,7 @@ def test_a_store_that_goes_away_ends_the_run_with_what_happened(tmp_path: Path) 
     with server() as running, pytest.MonkeyPatch.context() as patch:
         for name, value in running.environment.items():
             patch.setenv(name, value)
-        moment = (checkpoint.FACTS, 2, running.process.pid)
+        moment = (FACTS, 2, running.process.pid)
         ((status, said),) = run_ranks(run_stage, 1, "pretrain", options, moment)
     assert status == 2
     assert f"pretrain: error: cannot write a checkpoint to s3://{BUCKET}/run/checkpoints: " in said
@@ -224,13 +224,13 @@ def test_a_small_file_that_cannot_be_written_is_as_it_was(tmp_path: Path, monkey
 
 def full_disk(rank: int, world_size: int, name: str, options: dict[str, Any]) -> tuple[int, str]:
     """A stage on a disk that is full once the stage writes its result: to it, a limit on the size of files is alike."""
-    write = writing.write_parts
+    write = _PartWriter.write
 
-    def limited(*args: Any, **more: Any) -> Any:
+    def limited(*args: Any) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1500, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-        return write(*args, **more)
+        write(*args)
 
-    writing.write_parts = limited
+    _PartWriter.write = limited  # type: ignore
     return run_stage(rank, world_size, name, options)
 
 

@@ -78,7 +78,8 @@ def rows(folder: Path) -> dict[str, list[Any]]:
 def all_stages(rank: int, world_size: int, folder: Path) -> None:
     """Run all stages in `folder`; the first rank writes the results down. For `run_ranks`."""
     # Every stage joins a process group and leaves it; here all of them share the one there is.
-    dist.init_process_group = dist.destroy_process_group = lambda *_, **__: None
+    stay: Any = lambda *_, **__: None  # noqa: E731
+    dist.init_process_group = dist.destroy_process_group = stay
     first = rank == 0
     log, data, prompts = folder / "log.csv", folder / "data", folder / "prompts"
     if first:
@@ -117,8 +118,8 @@ def all_stages(rank: int, world_size: int, folder: Path) -> None:
     arrays["item vectors"] = np.array(rows(folder / "vectors" / "items")["vector"], np.float32)
     arrays["user vectors"] = np.array(rows(folder / "vectors" / "users")["vectors"], np.float32)
     for merge in ("two_step", "quota", "score"):
-        lists = rows(folder / merge / "lists")
+        merged = rows(folder / merge / "lists")
         for column in ("item_ids", "scores", "interests"):
-            arrays[f"{merge} {column}"] = np.array(lists[column])
+            arrays[f"{merge} {column}"] = np.array(merged[column])
     (folder / "figures.json").write_text(json.dumps(figures, indent=1))
     np.savez_compressed(folder / "arrays.npz", **arrays)

@@ -10,10 +10,10 @@ import torch
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.data import split
 from recgpt_torchrec.data.dataset import Dataset
-from recgpt_torchrec.data.preparation import prepare
-from recgpt_torchrec.retrieval import baselines
-from recgpt_torchrec.retrieval.baselines import Cooccurrence, Popularity
-from recgpt_torchrec.retrieval.metrics import RankingMetrics, list_ranks
+from recgpt_torchrec.evaluation import baselines
+from recgpt_torchrec.evaluation.baselines import Cooccurrence, Popularity
+from recgpt_torchrec.evaluation.metrics import RankingMetrics, list_ranks
+from recgpt_torchrec.preparation.pipeline import prepare
 from tests.support import training_part, walks, write_dataset
 
 

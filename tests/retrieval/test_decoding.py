@@ -6,7 +6,7 @@ from torch import Tensor
 
 from recgpt_torchrec.config import Model
 from recgpt_torchrec.model.decoder import Decoder
-from recgpt_torchrec.retrieval.decoding import Decoding
+from recgpt_torchrec.prompts.decoding import Decoding
 
 DIM, MAX_LEN = 8, 12
 LENGTHS = [7, 1, 12, 4]

@@ -5,7 +5,7 @@ import pytest
 
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.retrieval.histories import Histories
+from recgpt_torchrec.retrieval.user_histories import Histories
 from tests.support import walks, write_dataset
 
 USERS, ITEMS = 100, 30

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.retrieval.metrics import RankCounter, RankingMetrics, both_ranks, list_ranks, ranks
+from recgpt_torchrec.evaluation.metrics import RankCounter, RankingMetrics, both_ranks, list_ranks, ranks
 
 
 def plain_rank(scores: list[float], target: int, history: list[int]) -> float:
@@ -203,5 +203,5 @@ def test_list_ranks_is_the_place_in_the_list_and_infinite_outside_it():
 
 
 def test_metrics_import_without_torchrec():
-    code = "import sys; sys.modules['torchrec'] = None; import recgpt_torchrec.retrieval.metrics"
+    code = "import sys; sys.modules['torchrec'] = None; import recgpt_torchrec.evaluation.metrics"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

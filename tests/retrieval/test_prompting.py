@@ -8,7 +8,7 @@ import torch
 from recgpt_torchrec.config import Loss, Model, Prompts
 from recgpt_torchrec.data.segments import EXPOSED, GENERATED
 from recgpt_torchrec.model.recgpt import Dense
-from recgpt_torchrec.retrieval.prompting import (
+from recgpt_torchrec.prompts.prompting import (
     Histories,
     Prompter,
     best_items,

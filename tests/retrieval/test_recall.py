@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from recgpt_torchrec.data.batch import Sequences
-from recgpt_torchrec.retrieval import recall
+from recgpt_torchrec.retrieval import interests as interests_module
+from recgpt_torchrec.retrieval.interests import appended, found_by, interests, masked, top
 from recgpt_torchrec.retrieval.merging import merge_quota
-from recgpt_torchrec.retrieval.recall import appended, found_by, interests, masked, top
 
 
 def test_top_is_short_where_scores_run_out():
@@ -25,7 +25,7 @@ def test_what_is_found_does_not_depend_on_how_many_users_are_scored_at_once(monk
     assert whole.items[0, :, 7].tolist() == [-1, -1]  # seven are left
     assert whole.items[1].tolist() == scores[1].argsort(dim=1, descending=True)[:, :8].tolist()
     assert whole.items[2].tolist() == scores[2].argsort(dim=1, descending=True)[:, :8].tolist()
-    monkeypatch.setattr(recall, "SCORES", 20)
+    monkeypatch.setattr(interests_module, "SCORES", 20)
     parts = found_by(vectors, catalogue, 8, seen)
     assert torch.equal(parts.items, whole.items)
     torch.testing.assert_close(parts.scores, whole.scores)

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recgpt_torchrec.training import direct_io
-from recgpt_torchrec.training.direct_io import DirectFile
+from recgpt_torchrec.checkpoints import direct_io
+from recgpt_torchrec.checkpoints.direct_io import DirectFile
 
 SECTOR = 4096
 BLOCK = 2 * SECTOR

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from recgpt_torchrec.config import Loss, Model, Pretrain, PromptTune, Tables
+from recgpt_torchrec.distributed.processes import process_group
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.training.processes import process_group
 from recgpt_torchrec.training.run import RUN, Run
 from recgpt_torchrec.training.runlog import RunLog
 

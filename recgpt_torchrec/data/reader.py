@@ -1,0 +1,325 @@
+"""Reading row groups with every value checked; what is damaged ends the run, or is set aside, listed and counted.
+
+A row that is set aside stays in its place as a user without history, and a row group or a part that cannot be read as
+that many such rows. So the windows, and with them the position in the data, are those of the whole dataset: whoever
+reads it, on however many ranks and however often it was resumed, passes the same rows over.
+
+    {"part": "sequences/part-00003.parquet", "row_group": 2, "row": 17, "rows": 1, "reason": "..."}
+
+is a line of the list, `damaged.jsonl` in the run's folder. `row` counts from 0 in the row group; it is null where the
+whole row group is meant, and `row_group` too where it is the whole part.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recgpt_torchrec import storage
+from recgpt_torchrec.data.dataset import ANSWERS, COLUMNS, Dataset, Manifest
+from recgpt_torchrec.data.segments import INTERACTED, SEGMENTS
+from recgpt_torchrec.data.windows import RowGroup, row_groups
+from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.storage.folders import MANIFEST
+
+LIST = "damaged.jsonl"
+
+
+class Damage(NamedTuple):
+    """A place in a dataset that cannot be used, and why."""
+
+    part: str
+    row_group: int | None
+    row: int | None
+    rows: int
+    reason: str
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """What tells it from others."""
+        return self[:3]
+
+    def __str__(self) -> str:
+        group = "" if self.row_group is None else f", row group {self.row_group}"
+        return f"{self.part}{group}{'' if self.row is None else f', row {self.row}'}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """Where damaged rows are listed, each once, by whichever process, epoch or resumed run meets it; up to a limit.
+
+    Example: `SetAside("runs/mine/damaged.jsonl", limit=1000)`
+    """
+
+    path: str
+    """JSON lines; made with the first row. On a store, where nothing can be appended, a folder with a file a row."""
+    limit: int
+    """Most rows that a run goes on without."""
+
+    def listed(self) -> list[Damage]:
+        """What is listed so far."""
+        if storage.remote(self.path):
+            texts = [storage.read(f"{self.path}/{name}") for name in storage.names(self.path)]
+            return [Damage(**json.loads(text)) for text in texts]
+        if not os.path.exists(self.path):
+            return []
+        with open(self.path) as file:
+            return [Damage(**json.loads(line)) for line in file]
+
+    def add(self, damages: Iterable[Damage]) -> None:
+        """List those that are not listed yet.
+
+        Raises:
+            InputError: there are more rows in the list than the limit, or it cannot be written.
+        """
+        try:
+            with nullcontext() if storage.remote(self.path) else open(self.path, "a") as file:
+                if file is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX)  # ranks and loader workers write one after the other
+                listed = self.listed()
+                known = {damage.place for damage in listed}
+                new = [damage for damage in damages if damage.place not in known]
+                for damage in new:
+                    line = json.dumps(damage._asdict()) + "\n"
+                    if file is not None:
+                        file.write(line)
+                    else:  # by a name that every process that meets this row gives it
+                        name = hashlib.sha256(repr(damage.place).encode()).hexdigest()[:16]
+                        storage.write(f"{self.path}/{name}.json", line.encode())
+        except OSError as error:
+            raise InputError(f"{self.path}: damaged rows cannot be listed there ({error})") from None
+        self.check(listed + new, f", listed in {self.path}")
+
+    def check(self, damages: list[Damage], where: str = "") -> None:
+        """Raise an `InputError` if these are more rows than the limit."""
+        rows = sum(damage.rows for damage in damages)
+        if rows > self.limit:
+            raise InputError(
+                f"{rows:,} rows are damaged{where}, more than --stream.damaged_limit {self.limit}; the last is "
+                f"{damages[-1]}. Restore the files or run prepare again, or give a higher limit"
+            )
+
+    def restore(self, dataset: Dataset) -> None:
+        """Lose the parts that the run has gone on without so far, mended meanwhile or not: windows depend on it."""
+        for damage in self.listed():
+            if damage.row_group is None:
+                dataset.lost.setdefault(damage.part, damage.reason)
+
+    def check_lost(self, dataset: Dataset) -> None:
+        """Raise an `InputError` if lost parts and what is listed are more rows than the limit; nothing is written."""
+        rows = {part.path: part.rows for part in dataset.manifest.sequences}
+        lost = [Damage(path, None, None, rows[path], reason) for path, reason in dataset.lost.items() if path in rows]
+        self.check([damage for damage in self.listed() if damage.row_group is not None] + lost)
+
+    def summary(self) -> str:
+        """What was set aside, in a line."""
+        rows = sum(damage.rows for damage in self.listed())
+        return f"Damaged: {rows:,} rows were left out, listed in {self.path}" if rows else "Damaged: no row"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads row groups of a dataset's sequences.
+
+    Example: `Reader(dataset).read(group).table["item_ids"]`
+    """
+
+    dataset: Dataset
+    answers: int = 0
+    """Answers of the pre-trained model to read for each interacted item; 0: leave them."""
+    times: bool = False
+    """Whether timestamps are read, where there are any, and have to be in order."""
+    set_aside: SetAside | None = None
+    """Where damaged rows go; None: the first one is an error."""
+    trained: bool = False
+    """Whether the column `trained` is read, where there is one."""
+
+    def read(self, group: RowGroup) -> "Rows":
+        """Read and check one row group.
+
+        Raises:
+            InputError: names the part, the row group and the row of what cannot be used, unless it is set aside.
+        """
+        part = self.dataset.manifest.sequences[group.part]
+        if part.path in self.dataset.lost:
+            return self._without(group, Damage(part.path, None, None, group.rows, self.dataset.lost[part.path]))
+        try:
+            with self.dataset.open_part(part) as file:
+                table = file.read_row_group(group.group, columns=self.columns).select(self.columns)
+            table = table.cast(pa.schema([(name, COLUMNS[name]) for name in self.columns]))
+        except (InputError, OSError, KeyError, pa.ArrowException) as error:
+            self._reach()
+            if isinstance(error, InputError) and self.set_aside is None:
+                raise
+            reason = f"cannot be read ({' '.join(str(error).split())})"
+            return self._without(group, Damage(part.path, group.group, None, group.rows, reason))
+        if table.num_rows != group.rows:  # a position in the data is one among the rows that there were
+            reason = f"has {table.num_rows} rows, it had {group.rows} when its file was opened first"
+            return self._without(group, Damage(part.path, group.group, None, group.rows, reason))
+        lengths = pc.fill_null(pc.list_value_length(table["item_ids"]), 0).to_numpy().astype(np.float64)
+        wrong = faults(table, self.dataset.manifest, self.answers)
+        if wrong:
+            self._report([Damage(part.path, group.group, row, 1, wrong[row]) for row in sorted(wrong)])
+            table = emptied(table, wrong)
+        return Rows(table, lengths)
+
+    def _reach(self) -> None:
+        """Raise an `InputError` if the dataset's store does not answer: then nothing is known to be damaged."""
+        try:
+            storage.exists(f"{self.dataset.path}/{MANIFEST}")
+        except OSError as error:
+            raise InputError(f"{self.dataset.path} cannot be reached: {error}") from None
+
+    @property
+    def columns(self) -> list[str]:
+        """What is read."""
+        if not self.dataset.columns:
+            row_groups(self.dataset)  # looks into the footers
+        unread = {*ANSWERS} if not self.answers else set()
+        unread |= set() if self.times else {"timestamps"}
+        unread |= set() if self.trained else {"trained"}
+        return [name for name in COLUMNS if name in self.dataset.columns - unread]
+
+    def _without(self, group: RowGroup, damage: Damage) -> "Rows":
+        self._report([damage])
+        table = pa.table({name: pa.nulls(group.rows, COLUMNS[name]) for name in self.columns})
+        return Rows(emptied(table, range(group.rows)), np.full(group.rows, group.items / max(group.rows, 1)))
+
+    def _report(self, damages: list[Damage]) -> None:
+        if self.set_aside is not None:
+            self.set_aside.add(damages)
+            return
+        more = f" (and {len(damages) - 1:,} more rows of this row group)" if len(damages) > 1 else ""
+        raise InputError(f"{self.dataset.path}: {damages[0]}{more}; {self.dataset.remedy}")
+
+
+class Rows(NamedTuple):
+    """A row group as it was read."""
+
+    table: pa.Table
+    """user_id, item_ids and what else was asked for, of the types of `dataset.COLUMNS`; rows that are set aside have
+    empty lists."""
+    lengths: npt.NDArray[np.float64]
+    """[rows] entries in the file; the mean of the row group where they are not known."""
+
+
+class _Lists(NamedTuple):
+    """A list column with nulls, as arrays: a null list is an empty one, a null value 0."""
+
+    values: npt.NDArray[Any]
+    offsets: npt.NDArray[np.int64]
+    null_lists: npt.NDArray[np.intp]
+    null_values: npt.NDArray[np.intp]
+
+    @classmethod
+    def of(cls, column: pa.ChunkedArray) -> "_Lists":
+        array = column.combine_chunks()
+        if isinstance(array, pa.ChunkedArray):  # combine_chunks of no chunks
+            array = pa.array([], array.type)
+        none = np.zeros(0, dtype=np.intp)
+        null_lists = np.flatnonzero(array.is_null()) if array.null_count else none
+        if null_lists.size:
+            array = pc.if_else(array.is_valid(), array, pa.scalar([], array.type))
+        offsets = array.offsets.to_numpy().astype(np.int64)
+        values = array.values.slice(offsets[0], offsets[-1] - offsets[0])
+        null_values = np.flatnonzero(values.is_null()) if values.null_count else none
+        if null_values.size:
+            values = values.fill_null(0)
+        return cls(values.to_numpy(), offsets - offsets[0], null_lists, null_values)
+
+    def rows_of(self, entries: npt.NDArray[np.integer]) -> npt.NDArray[np.intp]:
+        """The row of each of these entries."""
+        return np.searchsorted(self.offsets, entries, side="right") - 1
+
+
+def faults(table: pa.Table, manifest: Manifest, answers: int) -> dict[int, str]:
+    """What is wrong with which row of a row group; the first thing that was found of each.
+
+    Whole columns are looked at, at once; what costs more is done only where something is wrong.
+    """
+    found: dict[int, str] = {}
+
+    def note(rows: npt.NDArray[np.integer], reason: str, *values: npt.NDArray[Any]) -> None:
+        """`reason` of each of `rows`, with its places filled from `values` [rows]."""
+        for number, row in enumerate(rows.tolist()):
+            if row not in found:
+                found[row] = reason.format(*(value[number] for value in values))
+
+    users = table["user_id"].combine_chunks()
+    if users.null_count:
+        note(np.flatnonzero(users.is_null()), "the user id is null")
+        users = users.fill_null(0)
+    users = users.to_numpy()
+    wrong = outside(users, 0, manifest.users)
+    note(wrong, f"user id {{}} is outside 0 to {manifest.users - 1}", users[wrong])
+
+    columns = {name: _Lists.of(table[name]) for name in table.schema.names[1:]}
+    for name, column in columns.items():
+        note(column.null_lists, f"the list of {name} is null; a user without items has an empty one")
+        note(column.rows_of(column.null_values), f"a value in {name} is null")
+    items, segments = columns["item_ids"], columns.get("segment_ids")
+    vocabulary = f"is outside the vocabulary (0 to {manifest.items - 1})"
+    wrong = outside(items.values, 0, manifest.items)
+    note(items.rows_of(wrong), f"item id {{}} {vocabulary}", items.values[wrong])
+
+    interacted = entries = np.diff(items.offsets)
+    if segments is not None:
+        wrong = outside(segments.values, 0, SEGMENTS)
+        meanings = "0 (interacted), 1 (generated) and 2 (shown and not clicked)"
+        note(segments.rows_of(wrong), f"segment id {{}} is none of {meanings}", segments.values[wrong])
+        interacted = np.diff(np.concatenate([[0], np.cumsum(segments.values == INTERACTED)])[segments.offsets])
+    for name, column in columns.items():
+        wanted, there = interacted * answers if name in ANSWERS else entries, np.diff(column.offsets)
+        wrong = np.flatnonzero(there != wanted)
+        promise = f"the list of {name} has {{}} values, beside the item_ids there must be {{}}"
+        note(wrong, promise, there[wrong], wanted[wrong])
+
+    if (times := columns.get("timestamps")) is not None:
+        wrong = np.flatnonzero(np.diff(times.values) < 0) + 1
+        wrong = wrong[~np.isin(wrong, times.offsets)] if wrong.size else wrong
+        later = times.values[wrong - 1]
+        note(times.rows_of(wrong), "its times are not in order: {} comes after {}", times.values[wrong], later)
+    if (ids := columns.get("answer_ids")) is not None:
+        wrong = outside(ids.values, -1, manifest.items)
+        note(ids.rows_of(wrong), f"answer id {{}} {vocabulary}", ids.values[wrong])
+    if (scores := columns.get("answer_scores")) is not None:
+        wrong = np.flatnonzero(~np.isfinite(scores.values))
+        note(scores.rows_of(wrong), "answer score {} is not a number", scores.values[wrong])
+    return found
+
+
+def outside(values: npt.NDArray[Any], low: int, high: int) -> npt.NDArray[np.intp]:
+    """Where `values` are not in `low` to `high` - 1."""
+    if not values.size or (values.min() >= low and values.max() < high):
+        return np.zeros(0, dtype=np.intp)
+    return np.flatnonzero((values < low) | (values >= high))
+
+
+def emptied(table: pa.Table, rows: Iterable[int]) -> pa.Table:
+    """A table whose `rows` have no user (0) and empty lists."""
+    kept = np.ones(table.num_rows, dtype=bool)
+    kept[np.fromiter(rows, dtype=np.int64)] = False
+    mask = pa.array(kept)
+    columns = {}
+    for name in table.schema.names:
+        kind = table.schema.field(name).type
+        columns[name] = pc.if_else(mask, table[name], pa.scalar([] if pa.types.is_list(kind) else 0, kind))
+    return pa.table(columns)
+
+
+def read_group(dataset: Dataset, group: RowGroup, answers: int = 0, times: bool = False) -> pa.Table:
+    """The rows of one row group, every value checked (see `Reader`): what is damaged is an error.
+
+    Raises:
+        InputError: names the part, the row group and the row of what cannot be used.
+    """
+    return Reader(dataset, answers, times).read(group).table

@@ -1,0 +1,1 @@
+"""Process group, collectives, ranks in step, signals, watchdog, and the sharding plan."""

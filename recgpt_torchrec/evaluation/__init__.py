@@ -1,0 +1,1 @@
+"""Metrics, baselines, recall paths and validation."""

@@ -1,0 +1,1 @@
+"""Jobs for torchx, and what runs once on each node."""

@@ -1,0 +1,111 @@
+"""The job that runs one stage under torchrun: what a torchx component hands to a scheduler.
+
+Built on `torchx.components.dist.ddp`, with three differences: memory and CPU defaults that fit training, the Python
+interpreter of the submitting environment wherever it exists, and `recgpt_torchrec.launch.node` around torchrun. It
+knows nothing of what a stage does, and imports no torch: torchx loads it to list components.
+"""
+
+import inspect
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from typing import Optional
+
+from torchx import specs
+from torchx.components import dist
+from torchx.specs.finder import ComponentValidationException
+
+MEMORY_MB_PER_PROCESS = 4096
+"""Asked of the scheduler for each process; importing torch and torchrec alone takes about 330 MB."""
+CPUS_PER_PROCESS = 2
+"""Asked of the scheduler for each process: one for the step, one for the loader and the pipeline's communication."""
+
+# The interpreter of the submitting environment, wherever the job finds it (local, Slurm with a shared file system), or
+# else that of the image. `$$` is torchx's escape for `$`.
+_COMMAND = 'python={python}; [ -x "$$python" ] || python=python3; exec "$$python" -m recgpt_torchrec.launch.node'
+
+
+def stage(
+    module: str,
+    *args: str,
+    j: str = "1x1",
+    cpu: int = 0,
+    memMB: int = 0,
+    gpu: int = 0,
+    h: Optional[str] = None,  # noqa: UP045 (torchx does not understand `str | None`)
+    image: str = "recgpt-torchrec:latest",
+    name: str = "/",
+    env: Optional[dict[str, str]] = None,  # noqa: UP045
+    max_retries: int = 0,
+    max_restarts: int = 0,
+    rdzv_port: int = 29500,
+    mounts: Optional[list[str]] = None,  # noqa: UP045
+    debug: bool = False,
+) -> specs.AppDef:
+    """The job that runs `torchrun -m module args` on nodes x processes.
+
+    Args:
+        module: Python module of the stage
+        args: options of the stage, after `--`; `-- --help` lists them
+        j: nodes x processes per node, as in 1x2 or 2x8; 2:4x8 runs on two to four nodes
+        cpu: CPU cores per node; 0 asks the scheduler for 2 per process, and locally uses all there are
+        memMB: memory per node in MB; 0 asks for 4096 per process
+        gpu: GPUs per node
+        h: a named resource of torchx, instead of cpu, memMB and gpu
+        image: container image with this project installed; local and Slurm jobs do not use it
+        name: name of the job, as in experiment/run
+        env: environment variables of the job, as in A=1,B=2
+        max_retries: how often the scheduler starts a failed job again; a stage goes on from its last checkpoint
+        max_restarts: how often torchrun starts the processes of a job again when one failed; so does training go on
+        rdzv_port: port on the first node by which the nodes find each other
+        mounts: mounts of a container, as in type=bind,src=/data,dst=/data,readonly
+        debug: set PyTorch's flags for debugging distributed runs (slow)
+    """
+    try:
+        processes = dist.parse_nnodes(j)[2]
+    except ValueError as error:
+        raise ComponentValidationException(str(error)) from None
+    job = dist.ddp(
+        *args,
+        m=module,
+        j=j,
+        cpu=cpu or CPUS_PER_PROCESS * processes,
+        memMB=memMB or MEMORY_MB_PER_PROCESS * processes,
+        gpu=gpu,
+        h=h,
+        image=image,
+        name=name,
+        env=dict(env or {}),
+        max_retries=max_retries,
+        rdzv_port=rdzv_port,
+        mounts=mounts,
+        debug=debug,
+    )
+    (role,) = job.roles
+    shell, command = role.args
+    assert command.startswith("torchrun "), command
+    node = _COMMAND.format(python=shlex.quote(sys.executable))
+    role.args = [shell, f"{node} --max_restarts {max_restarts}{command.removeprefix('torchrun')}"]
+    if cpu:
+        role.env.setdefault("OMP_NUM_THREADS", str(max(1, cpu // processes)))
+    return job
+
+
+def require_one_process(stage_name: str, j: str | None) -> None:
+    """Refuse a stage that would do its whole work once in every process of `-j`."""
+    if j not in (None, "1", "1x1"):
+        raise ComponentValidationException(f"{stage_name} is one process, but -j is {j}; leave -j out")
+
+
+def with_launch_options(component: Callable[..., specs.AppDef]) -> Callable[..., specs.AppDef]:
+    """Give `component(*args, **options)` the options of `stage`, in its signature and in its docstring.
+
+    torchx makes a component's command line from these two, so that each component would otherwise repeat them all.
+    """
+    signature = inspect.signature(stage)
+    options = [option for name, option in signature.parameters.items() if name != "module"]
+    arguments = re.sub(r" +module: .*\n", "", (stage.__doc__ or "").partition("Args:\n")[2])
+    component.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
+    component.__doc__ = f"{inspect.cleandoc(component.__doc__ or '')}\n\nArgs:\n{arguments}"
+    return component

@@ -1,0 +1,1 @@
+"""From a raw interaction log to a dataset."""

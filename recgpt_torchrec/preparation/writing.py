@@ -1,0 +1,75 @@
+"""From interactions in order to rows of a dataset: one row per user, and the fingerprint of the vocabulary."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+def sequence_groups(
+    batches: Iterable[pa.RecordBatch], users: int, lists: dict[str, tuple[str, pa.DataType]], total: int = 0
+) -> Iterator[pa.Table]:
+    """Turn interactions, ordered by user and time, into row groups of one row a user.
+
+    Args:
+        batches: interactions with a column `user_id`, in its order; users who have none get empty lists.
+        users: rows in each table that comes out (the last may have fewer).
+        lists: for each list column of the result: the column of `batches` it collects, and its value type.
+        total: number of users; 0: up to the last that has an interaction.
+
+    Example:
+        `sequence_groups(batches, 350, {"item_ids": ("item_id", pa.int64())})`
+    """
+
+    def cut(start: int, stop: int, events: pa.Table, ids: np.ndarray) -> pa.Table:
+        offsets = pa.array(np.searchsorted(ids, np.arange(start, stop + 1)).astype(np.int32))
+        columns = {"user_id": pa.array(np.arange(start, stop, dtype=np.int64))}
+        for name, (source, kind) in lists.items():
+            values = pa.concat_arrays([pa.array([], kind), *events.column(source).cast(kind).chunks])
+            columns[name] = pa.ListArray.from_arrays(offsets, values)
+        return pa.table(columns)
+
+    start = 0
+    held: list[pa.RecordBatch] = []
+    for batch in batches:
+        if batch.num_rows == 0:
+            continue
+        held.append(batch)
+        if batch.column("user_id")[-1].as_py() < start + users:
+            continue
+        table = pa.Table.from_batches(held)
+        ids = table.column("user_id").to_numpy()
+        last = int(ids[-1])
+        done = 0
+        while last >= start + users:
+            end = int(np.searchsorted(ids, start + users))
+            yield cut(start, start + users, table.slice(done, end - done), ids[done:end])
+            start, done = start + users, end
+        held = table.slice(done).to_batches()
+    if held:
+        table = pa.Table.from_batches(held)
+        ids = table.column("user_id").to_numpy()
+        last = max(int(ids[-1]) + 1, total)
+        for first in range(start, last, users):
+            stop = min(first + users, last)
+            inside = slice(*np.searchsorted(ids, [first, stop]).tolist())
+            yield cut(first, stop, table.slice(inside.start, inside.stop - inside.start), ids[inside])
+
+
+class Fingerprint:
+    """A hash over keys in id order, the same however they were split into batches."""
+
+    def __init__(self) -> None:
+        self.lengths, self.text = hashlib.sha256(), hashlib.sha256()
+
+    def add(self, keys: pa.ChunkedArray) -> None:
+        """Take the next keys in."""
+        for chunk in keys.cast(pa.large_string()).chunks:
+            self.lengths.update(pc.binary_length(chunk).to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+            self.text.update("".join(chunk.to_pylist()).encode())
+
+    def hex(self) -> str:
+        """32 hex digits."""
+        return hashlib.sha256(self.lengths.digest() + self.text.digest()).hexdigest()[:32]

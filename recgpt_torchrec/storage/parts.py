@@ -1,0 +1,157 @@
+"""Parquet parts of a folder: written with their checksums, a bounded number of rows at a time."""
+
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+
+@dataclass(kw_only=True)
+class Part:
+    """One Parquet file of a folder, as its manifest promises it."""
+
+    path: str
+    """Relative to the folder, for example `sequences/part-00000.parquet`."""
+    rows: int
+    items: int
+    """Entries of its `item_ids` lists, where it has that column; else the same as rows."""
+    bytes: int
+    checksum: str
+    """crc32 of the file's bytes as eight hex digits."""
+
+
+def write_parts(
+    fs: pyarrow.fs.FileSystem,
+    root: str,
+    folder: str,
+    groups: Iterable[pa.Table],
+    groups_per_part: int,
+    prefix: str = "part",
+) -> list[Part]:
+    """Write tables as the row groups of `folder/part-00000.parquet`, ...
+
+    Args:
+        groups: one table a row group; none may be empty.
+        groups_per_part: row groups in a file.
+        prefix: what the files' names begin with; processes that write into one folder need different ones.
+
+    Returns:
+        A `Part` for each file; its `items` are the entries of `item_ids` where that column is, rows otherwise.
+    """
+    fs.create_dir(f"{root}/{folder}", recursive=True)
+    parts: list[Part] = []
+    writer: _PartWriter | None = None
+    try:
+        for group in groups:
+            if writer is None:
+                writer = _PartWriter(fs, root, f"{folder}/{prefix}-{len(parts):05d}.parquet", group.schema)
+            writer.write(group)
+            if writer.groups == groups_per_part:
+                parts.append(writer.close())
+                writer = None
+        if writer is not None:
+            parts.append(writer.close())
+    except BaseException:
+        if writer is not None:
+            writer.abandon()
+        raise
+    return parts
+
+
+class _PartWriter:
+    """One Parquet file being written, its checksum taken on the way."""
+
+    def __init__(self, fs: pyarrow.fs.FileSystem, root: str, path: str, schema: pa.Schema) -> None:
+        self.path = path
+        self.rows = self.items = self.groups = 0
+        self.sink = _ChecksummedFile(fs.open_output_stream(f"{root}/{path}", compression=None))
+        # Ids are random, so a dictionary of them costs more than it saves.
+        plain = [field.name for field in schema if field.type == pa.int64()]
+        dictionaries = [field.name for field in schema if field.name not in plain and not pa.types.is_list(field.type)]
+        self.writer = pq.ParquetWriter(
+            pa.PythonFile(self.sink, mode="w"), schema, compression="zstd", use_dictionary=dictionaries
+        )
+
+    def write(self, group: pa.Table) -> None:
+        self.writer.write_table(group, row_group_size=group.num_rows)
+        self.groups += 1
+        self.rows += group.num_rows
+        lists = group.column("item_ids") if "item_ids" in group.column_names else None
+        self.items += group.num_rows if lists is None else pc.sum(pc.list_value_length(lists)).as_py()
+
+    def close(self) -> Part:
+        self.writer.close()
+        self.sink.close()
+        return Part(
+            path=self.path,
+            rows=self.rows,
+            items=self.items,
+            bytes=self.sink.size,
+            checksum=f"{self.sink.crc:08x}",
+        )
+
+    def abandon(self) -> None:
+        """Close what is open; the file is about to be deleted."""
+        try:
+            self.writer.close()
+            self.sink.close()
+        except (OSError, pa.ArrowException):
+            pass
+
+
+class _ChecksummedFile:
+    """An output stream that counts its bytes and takes their crc32."""
+
+    def __init__(self, stream: pa.NativeFile) -> None:
+        self.stream = stream
+        self.size = 0
+        self.crc = 0
+
+    @property
+    def closed(self) -> bool:
+        return self.stream.closed
+
+    def write(self, data: bytes) -> int:
+        self.stream.write(data)
+        self.crc = zlib.crc32(data, self.crc)
+        size = memoryview(data).nbytes
+        self.size += size
+        return size
+
+    def tell(self) -> int:
+        return self.size
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+def regroup(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:
+    """Cut a stream of batches into tables of exactly `rows` rows (the last may have fewer)."""
+    held: list[pa.RecordBatch] = []
+    count = 0
+    for batch in batches:
+        held.append(batch)
+        count += batch.num_rows
+        while count >= rows:
+            table = pa.Table.from_batches(held)
+            yield table.slice(0, rows).combine_chunks()
+            held = table.slice(rows).to_batches()
+            count -= rows
+    if count:
+        yield pa.Table.from_batches(held).combine_chunks()
+
+
+def checksum_of(fs: pyarrow.fs.FileSystem, path: str) -> str:
+    """crc32 of a file's bytes, as `Part.checksum` has it."""
+    crc = 0
+    with fs.open_input_stream(path, compression=None) as stream:
+        while block := stream.read(2**22):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
