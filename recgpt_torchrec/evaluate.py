@@ -16,13 +16,13 @@ def main(config: Evaluate) -> None:
     from recgpt_torchrec.evaluation import baselines
     from recgpt_torchrec.evaluation.ranking import reduced
     from recgpt_torchrec.evaluation.recall_paths import RecallPaths
-    from recgpt_torchrec.training.building import load
+    from recgpt_torchrec.training.loading import load
 
     with process_group() as device:
         dataset, checkpoint = Dataset.open(config.data), find(config.checkpoint)
         together(lambda: check_output(config))
         ks = tuple(config.ks)
-        trained = load(checkpoint, dataset, config.batch, config.tables, device)
+        trained = load(checkpoint, dataset, config.tables, batch_size=config.batch.tokens, device=device)
         manifest = dataset.manifest
         say(f"{checkpoint}: ranking {manifest.items:,} items for {manifest.users:,} users ({config.split})")
         paths = RecallPaths(trained, dataset, config.batch, device)

@@ -16,17 +16,18 @@ if TYPE_CHECKING:
 def main(config: Export) -> None:
     """Encode every user's history, and write the vectors beside those of the items."""
     import numpy as np
-    import torch
 
+    from recgpt_torchrec.catalogue.catalogue import Catalogue
     from recgpt_torchrec.checkpoints.folder import find, fingerprint
     from recgpt_torchrec.data.dataset import Dataset
+    from recgpt_torchrec.data.stream import encoding_stream
     from recgpt_torchrec.distributed.processes import process_group, rank, say, world_size
-    from recgpt_torchrec.evaluation.ranking import encode, gather_table
     from recgpt_torchrec.model.recgpt import unwrapped
     from recgpt_torchrec.progress import bar
+    from recgpt_torchrec.retrieval.encoding import encode
     from recgpt_torchrec.retrieval.export_folder import write_export
     from recgpt_torchrec.retrieval.interests import interests
-    from recgpt_torchrec.training.building import encoding_stream, load
+    from recgpt_torchrec.training.loading import load
 
     with process_group() as device:
         dataset, checkpoint = Dataset.open(config.data), find(config.checkpoint)
@@ -36,28 +37,28 @@ def main(config: Export) -> None:
         already = manifest is not None
         absent = dataset.manifest.preparation.get("extends", {}).get("absent_users", 0)
         if manifest is None:
-            trained = load(checkpoint, dataset, config.batch, config.tables, device)
-            prompts = trained.tuning is not None and trained.tuning.prompts
+            trained = load(checkpoint, dataset, config.tables, batch_size=config.batch.tokens, device=device)
             steps = config.interests - 1
-            stream = encoding_stream(dataset, config.history, trained.config, config.batch, prompts, grows=steps)
-            catalogue = gather_table(unwrapped(trained.model).scoring_table, dataset.manifest.items, device)
-            mine = np.array_split(np.arange(dataset.manifest.items), world_size())[rank()]
+            stream = encoding_stream(
+                dataset, config.history, trained.config, config.batch, trained.prompts, grows=steps
+            )
+            catalogue = Catalogue.gather(unwrapped(trained.model).scoring_table, dataset.manifest.items, device)
 
             def users() -> Iterator[tuple[np.ndarray, np.ndarray]]:
                 total = dataset.manifest.users if rank() == 0 else None
                 with bar(total, "users", active=rank() == 0) as shown:
-                    for sequences, vectors in encode(trained.model, stream, device):
+                    for histories, vectors in encode(trained.model, stream, device):
                         if steps:
                             vectors = interests(
-                                trained.model, stream.maker, sequences, vectors, catalogue, config.interests
+                                trained.model, stream.maker, histories, vectors, catalogue, config.interests
                             )
-                        shown.update(sequences.users.size * world_size())
-                        yield sequences.users, vectors.cpu().numpy()
+                        shown.update(histories.users.size * world_size())
+                        yield histories.users, vectors.cpu().numpy()
 
             manifest = write_export(
                 config.output,
                 dataset,
-                items=[(mine, catalogue[torch.from_numpy(mine)].cpu().numpy())],
+                items=[catalogue.share(rank(), world_size())],
                 users=users(),
                 dim=trained.config.dim,
                 interests=config.interests,

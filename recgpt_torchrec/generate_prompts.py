@@ -9,19 +9,16 @@ from recgpt_torchrec.errors import InputError
 
 def main(config: GeneratePrompts) -> None:
     """Fill every interval of every history, and write the dataset again."""
-    import torch
-
     from recgpt_torchrec import progress
+    from recgpt_torchrec.catalogue.catalogue import Catalogue
     from recgpt_torchrec.checkpoints.folder import facts_of, find, fingerprint
-    from recgpt_torchrec.config import Batch
     from recgpt_torchrec.data.dataset import Dataset
     from recgpt_torchrec.data.windows import row_groups
     from recgpt_torchrec.distributed.processes import process_group, rank, say, world_size
-    from recgpt_torchrec.evaluation.ranking import gather_table
     from recgpt_torchrec.model.recgpt import unwrapped
     from recgpt_torchrec.prompts import prompt_dataset
     from recgpt_torchrec.prompts.prompting import Prompter
-    from recgpt_torchrec.training.building import check_vocabulary, load
+    from recgpt_torchrec.training.loading import check_vocabulary, load
 
     with process_group() as device:
         dataset, checkpoint = Dataset.open(config.data), find(config.checkpoint)
@@ -44,11 +41,11 @@ def main(config: GeneratePrompts) -> None:
             previous = prompt_dataset.open_previous(config.previous, record, vocabulary)
         fill = user_table = None
         if config.prompts.k and config.prompts.source != "exposed":
-            trained = load(checkpoint, dataset, Batch(tokens=prompt_dataset.LOOKUP), config.tables, device)
+            trained = load(checkpoint, dataset, config.tables, batch_size=prompt_dataset.LOOKUP, device=device)
             model = unwrapped(trained.model.eval())
             user_table, dense = model.user_table, getattr(model.dense, "module", model.dense)  # without DDP around it
-            catalogue = gather_table(model.item_table, dataset.manifest.items, device)
-            if not torch.isfinite(catalogue).all():
+            catalogue = Catalogue.gather(model.item_table, dataset.manifest.items, device)
+            if not catalogue.is_finite():
                 raise InputError(f"{checkpoint} has diverged: its item vectors are not finite; give an earlier one")
             fill = Prompter(dense, catalogue, config.prompts, max_len, config.batch_users).fill
         since = time.perf_counter()

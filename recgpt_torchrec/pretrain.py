@@ -10,20 +10,40 @@ def main(config: Pretrain) -> None:
     from recgpt_torchrec.data.dataset import fingerprint_of
     from recgpt_torchrec.distributed.processes import process_group, say
     from recgpt_torchrec.distributed.watchdog import Watchdog
-    from recgpt_torchrec.training.building import fit, open_dataset, training_stream
+    from recgpt_torchrec.evaluation.validation import METRIC, validation_of
+    from recgpt_torchrec.training.building import open_dataset, training_stream
     from recgpt_torchrec.training.run import RUN, Run
+    from recgpt_torchrec.training.session import train
+    from recgpt_torchrec.training.trainer import Trainer
 
-    train = config.train
-    with process_group(train.timeout_seconds) as device, Watchdog(config.output, train.stall_seconds, RUN):
+    limits = config.train
+    with process_group(limits.timeout_seconds) as device, Watchdog(config.output, limits.stall_seconds, RUN):
         dataset = open_dataset(config)
-        stream = training_stream(config, dataset)  # finds what is wrong with the data before the output is looked at
+        # What is wrong with the data is found before the output is looked at.
+        stream = training_stream(config, config.model, dataset, new_targets=config.targets == "new")
         run = Run.find(config, dataset.manifest.vocabulary, fingerprint_of(dataset), keep=config.checkpoint.keep)
         if run.finished:
             say(f"{config.output} is trained already.", run.summary(), sep="\n")
             return
         if config.initial is not None and run.checkpoints.latest() is None:
             run.initial = find_initial(run.initial or config.initial, config, dataset)
-        fit(config, config.checkpoint, stream, run, device, initial=run.initial)
+
+        def begin(trainer: Trainer) -> None:
+            if run.initial is not None:
+                trainer.begin_from(run.initial)
+
+        validation = validation_of(stream, config.model, config.batch, device)
+        train(
+            config,
+            config.model,
+            stream,
+            run,
+            device,
+            begin=begin,
+            validation=validation,
+            metric=METRIC,
+            saving=config.checkpoint,
+        )
         say(run.summary())
 
 

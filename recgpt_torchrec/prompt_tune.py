@@ -1,44 +1,71 @@
 """Stage `prompt_tune`: prompt dataset and pre-trained checkpoint -> a checkpoint with segment embedding and W_l."""
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from recgpt_torchrec import cli
 from recgpt_torchrec.config import PromptTune
 from recgpt_torchrec.errors import InputError
 
+if TYPE_CHECKING:
+    from recgpt_torchrec.data.dataset import Dataset
+
 
 def main(config: PromptTune) -> None:
-    """Go on training, and leave the best checkpoint in `config.output`."""
+    """Tune the pre-trained model, and leave the best checkpoint in `config.output`."""
     from recgpt_torchrec.checkpoints.folder import find
     from recgpt_torchrec.data.dataset import fingerprint_of
     from recgpt_torchrec.distributed.processes import process_group, say
     from recgpt_torchrec.distributed.watchdog import Watchdog
-    from recgpt_torchrec.training.building import answers_of, fit, open_dataset, pretrained_model, training_stream
+    from recgpt_torchrec.evaluation.validation import METRIC, validation_of
+    from recgpt_torchrec.training.building import open_dataset, training_stream
+    from recgpt_torchrec.training.loading import load_pretrained, pretrained_model
     from recgpt_torchrec.training.run import RUN, Run
+    from recgpt_torchrec.training.session import train
 
-    train = config.train
-    with process_group(train.timeout_seconds) as device, Watchdog(config.output, train.stall_seconds, RUN):
-        dataset, checkpoint, tuning = open_dataset(config), find(config.checkpoint), config.tuning
-        if tuning.prompts and "prompts" not in dataset.manifest.settings:
-            raise InputError(
-                f"{config.data} has no prompts; make some with python -m recgpt_torchrec.generate_prompts, "
-                "or fine-tune without them: --tuning.prompts false"
-            )
-        if tuning.soft_targets and not answers_of(dataset):
-            raise InputError(
-                f"--tuning.soft_targets {tuning.soft_targets}: {config.data} holds no answers of the pre-trained "
-                "model; generate it with --prompts.answers, for example 5, or leave the option out"
-            )
-        if tuning.soft_targets and config.loss.candidates == "bce":
-            raise InputError("--tuning.soft_targets needs a softmax: --loss.candidates all, sampled or in_batch")
-        config = replace(config, model=pretrained_model(checkpoint, dataset, config.model))
-        stream = training_stream(config, dataset, tuning)  # finds what is wrong with options or data
+    limits, tuning = config.train, config.tuning
+    with process_group(limits.timeout_seconds) as device, Watchdog(config.output, limits.stall_seconds, RUN):
+        dataset, checkpoint = open_dataset(config), find(config.checkpoint)
+        check_dataset(config, dataset)
+        model = pretrained_model(checkpoint, dataset, config.model)
+        config = replace(config, model=model)
+        stream = training_stream(config, model, dataset, tuning=tuning)
         run = Run.find(config, dataset.manifest.vocabulary, fingerprint_of(dataset), keep=config.checkpointing.keep)
         if run.finished:
             say(f"{config.output} is trained already.", run.summary(), sep="\n")
             return
-        fit(config, config.checkpointing, stream, run, device, tuning=tuning, pretrained=checkpoint)
+        train(
+            config,
+            model,
+            stream,
+            run,
+            device,
+            begin=lambda trainer: load_pretrained(trainer.model, checkpoint),
+            validation=validation_of(stream, model, config.batch, device),
+            metric=METRIC,
+            saving=config.checkpointing,
+            tuning=tuning,
+        )
         say(run.summary())
+
+
+def check_dataset(config: PromptTune, dataset: "Dataset") -> None:
+    """Raise an `InputError` where the dataset does not hold what the options ask for."""
+    from recgpt_torchrec.training.building import answers_of
+
+    tuning = config.tuning
+    if tuning.prompts and "prompts" not in dataset.manifest.settings:
+        raise InputError(
+            f"{config.data} has no prompts; make some with python -m recgpt_torchrec.generate_prompts, "
+            "or fine-tune without them: --tuning.prompts false"
+        )
+    if tuning.soft_targets and not answers_of(dataset):
+        raise InputError(
+            f"--tuning.soft_targets {tuning.soft_targets}: {config.data} holds no answers of the pre-trained "
+            "model; generate it with --prompts.answers, for example 5, or leave the option out"
+        )
+    if tuning.soft_targets and config.loss.candidates == "bce":
+        raise InputError("--tuning.soft_targets needs a softmax: --loss.candidates all, sampled or in_batch")
 
 
 if __name__ == "__main__":

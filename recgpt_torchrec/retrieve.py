@@ -116,6 +116,7 @@ def retrieve(
     import torch
     import torch.distributed as dist
 
+    from recgpt_torchrec.catalogue.catalogue import Catalogue
     from recgpt_torchrec.distributed.processes import rank, say, world_size
     from recgpt_torchrec.evaluation.metrics import RankingMetrics, list_ranks
     from recgpt_torchrec.evaluation.ranking import reduced
@@ -123,8 +124,8 @@ def retrieve(
     from recgpt_torchrec.retrieval import index as indexes
     from recgpt_torchrec.retrieval.export_folder import to_numpy
     from recgpt_torchrec.retrieval.list_folder import ListBatch, write_lists
-    from recgpt_torchrec.retrieval.retriever import Retriever
-    from recgpt_torchrec.retrieval.user_histories import Histories
+    from recgpt_torchrec.retrieval.retriever import ApproximateSearch, ExactSearch, Retriever
+    from recgpt_torchrec.retrieval.user_histories import UserHistories
 
     merged, total = merging(config, merge, interests), export.manifest.users
     count = export.manifest.interests
@@ -132,14 +133,14 @@ def retrieve(
     say(f"{config.export}: {export.manifest.items:,} items, {total:,} users, {each}")
     _, vectors = export.item_vectors()
     since = time.perf_counter()
-    whole = indexes.Index(indexes.exact(vectors), exact=True)
+    whole = ExactSearch(Catalogue(torch.from_numpy(vectors)))
     exact = searcher = Retriever(whole, config.k, merged)
     if config.index != "exact":
         made = indexes.hnsw(vectors, config.hnsw) if config.index == "hnsw" else indexes.ivf(vectors, config.ivf)
-        searcher = Retriever(indexes.Index(made, exact=False), config.k, merged, whole)
+        searcher = Retriever(ApproximateSearch(indexes.Index(made)), config.k, merged, whole)
     built = time.perf_counter() - since
     del vectors
-    histories = Histories(dataset, export.manifest.settings["history"]) if dataset is not None else None
+    histories = UserHistories(dataset, export.manifest.settings["history"]) if dataset is not None else None
     hits = RankingMetrics((config.k,))
     # Of rank's users: how many were compared, what of their exact lists was found, what there was to find, seconds.
     compared = torch.zeros(4, dtype=torch.float64)
@@ -183,10 +184,8 @@ def compare(exact: Any, queries: Any, seen: Any, some: Any, lists: "Merged", com
     """Add to `compared` how much of the exact lists of `some` users (rows) stands in their lists."""
     import torch
 
-    from recgpt_torchrec.retrieval.retriever import rows_of
-
     since = time.perf_counter()
-    best = exact.lists(queries[some], None if seen is None else rows_of(seen, some)).items
+    best = exact.lists(queries[some], None if seen is None else seen.take(some)).items
     found = (best[:, :, None] == lists.items[some][:, None, :]).any(dim=2) & (best >= 0)
     compared += torch.tensor([len(some), found.sum(), (best >= 0).sum(), time.perf_counter() - since])
 

@@ -1,5 +1,6 @@
 """`SequenceBatch`: what one rank trains on in one step, packed, with every table asked once for distinct ids only."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -8,48 +9,15 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from recgpt_torchrec.data.packing import pack, ragged_arange
+from recgpt_torchrec.data.bags import ITEM, USER, bags_of, distinct_bags
+from recgpt_torchrec.data.candidates import Candidates, no_candidates
+from recgpt_torchrec.data.histories import Histories
+from recgpt_torchrec.data.packing import pack
+from recgpt_torchrec.data.ragged import ragged_arange
 from recgpt_torchrec.data.segments import INTERACTED
 from recgpt_torchrec.data.windows import Cursor
 
 PredictFrom = Literal["interacted", "last", "every"]
-
-USER = "user"
-ITEM = "item"
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """A ragged list of histories, as numpy arrays; what a batch is made from.
-
-    `items` and `segments` are [entries]; sequence s holds the entries `offsets[s]:offsets[s + 1]`.
-    """
-
-    users: np.ndarray
-    """[sequences] int64 dense user ids; the same user may come twice."""
-    items: np.ndarray
-    """[entries] int64 dense item ids."""
-    offsets: np.ndarray
-    """[sequences + 1] int64."""
-    segments: np.ndarray | None = None
-    """[entries] int8: 0 interacted, 1 generated, 2 shown but not clicked; None: all interacted."""
-    answers: np.ndarray | None = None
-    """[entries, answers] int64 items that the pre-trained model answers after each entry, the best first; -1: none."""
-    answer_scores: np.ndarray | None = None
-    """[entries, answers] float32 scores (logits) of the answers."""
-    trained: np.ndarray | None = None
-    """[entries] bool: which were trained on before, so that they are no targets; None: none."""
-    read: np.ndarray | None = None
-    """[sequences] float64: how many of the dataset's interactions each accounts for; progress is measured in these."""
-    held_out: np.ndarray | None = None
-    """[sequences] int64: the item to be ranked in evaluation."""
-    seen: tuple[np.ndarray, np.ndarray] | None = None
-    """In evaluation: (items, offsets) of the whole history, which `items` may hold only the newest part of."""
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """[sequences] int64 number of entries."""
-        return np.diff(self.offsets)
 
 
 @dataclass(frozen=True)
@@ -97,8 +65,8 @@ class SequenceBatch(Pipelineable):
     """[sequences] int64: flat slot of the newest entry of each sequence."""
     global_targets: torch.Tensor
     """[] float32: targets of this step on all ranks together; the loss is a mean over them."""
-    sequences: Sequences
-    """The histories the batch was made from; stays on the host."""
+    histories: Histories
+    """What the batch was made from; stays on the host."""
     cursor: Cursor = field(default_factory=Cursor)
     """Where the data stands once this batch is trained; stays on the host."""
 
@@ -120,29 +88,8 @@ class SequenceBatch(Pipelineable):
         return replace(self, **{name: value.pin_memory() for name, value in self._tensors().items()})
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """The candidate set of one batch, in item ids."""
-
-    ids: np.ndarray
-    """[candidates] int64, all different."""
-    log_q: np.ndarray
-    """[candidates] float32."""
-
-
-def distinct(ids: np.ndarray, capacity: int, key: str) -> tuple[KeyedJaggedTensor, np.ndarray]:
-    """Bags of the distinct `ids` [n], one id a bag, padded with empty bags to `capacity`; and the bag of each id
-    [n]."""
-    unique, bags = np.unique(ids, return_inverse=True)
-    if unique.size > capacity:
-        raise ValueError(f"{unique.size} distinct {key} ids in a batch with room for {capacity}")
-    lengths = torch.zeros(capacity, dtype=torch.int32)
-    lengths[: unique.size] = 1
-    return KeyedJaggedTensor(keys=[key], values=torch.from_numpy(unique), lengths=lengths), bags.astype(np.int64)
-
-
 def make_batch(
-    sequences: Sequences,
+    histories: Histories,
     *,
     row_length: int,
     capacity: Capacity,
@@ -150,15 +97,13 @@ def make_batch(
     predict_from: PredictFrom = "every",
     max_position: int | None = None,
     soft_targets: float = 0.0,
-    candidates: Candidates | None = None,
-    all_items: int = 0,
-    in_batch_log_q: np.ndarray | None = None,
+    draw: Callable[[np.ndarray], Candidates] | None = None,
     cursor: Cursor | None = None,
 ) -> SequenceBatch:
-    """Pack sequences into a batch.
+    """Pack histories into a batch.
 
     Args:
-        sequences: at most `row_length` entries each (one more where `predict`); may be none at all.
+        histories: at most `row_length` entries each (one more where `predict`); may be none at all.
         row_length: slots of a grid row.
         capacity: bags of the two jagged tensors.
         predict: every entry but the last is input, and predicts the next one that was interacted with (segment 0); else
@@ -166,26 +111,25 @@ def make_batch(
         predict_from: where prompts stand between the two, which entries predict: the `interacted` one before them, the
             `last` entry before the target, or `every` one.
         max_position: largest position there is; None: `row_length` - 1.
-        soft_targets: share of a target's weight that goes to the model's answers, where `sequences` has some.
-        candidates: what targets are scored against, drawn ahead.
-        all_items: score against the whole catalogue of this many items instead.
-        in_batch_log_q: [items] float32; score against the distinct targets of the batch, with these log probabilities.
+        soft_targets: share of a target's weight that goes to the model's answers, where `histories` has some.
+        draw: from the target items [targets] int64 to what they are scored against; None: nothing.
         cursor: where the data stands after this batch.
     """
     max_position = row_length - 1 if max_position is None else max_position
-    lengths, items, count = sequences.lengths, sequences.items, sequences.users.size
-    segments = sequences.segments if sequences.segments is not None else np.zeros(items.size, dtype=np.int8)
-    positions = positions_of(segments, sequences.offsets)
+    lengths, items, count = histories.lengths, histories.items, histories.users.size
+    segments = histories.segments if histories.segments is not None else np.zeros(items.size, dtype=np.int8)
+    positions = positions_of(segments, histories.offsets)
     is_last = np.zeros(items.size, dtype=bool)
-    is_last[sequences.offsets[1:][lengths > 0] - 1] = True
+    is_last[histories.offsets[1:][lengths > 0] - 1] = True
     if predict:
         inputs, entries = ~is_last, np.maximum(lengths - 1, 0)
-        wanted, targets = targets_of(sequences, segments, inputs, predict_from)
+        wanted, targets = targets_of(histories, segments, inputs, predict_from)
     else:
         inputs, entries = np.ones(items.size, dtype=bool), lengths
         wanted = np.zeros(items.size, dtype=bool)
         targets = np.zeros(0, dtype=np.int64)
-    soft_items, soft_weights = soft_targets_of(sequences, inputs, wanted, targets, soft_targets)
+    soft_items, soft_weights = soft_targets_of(histories, inputs, wanted, targets, soft_targets)
+    candidates = no_candidates() if draw is None else draw(targets)
 
     grid = pack(entries, row_length)
     size = grid.rows * row_length
@@ -196,32 +140,24 @@ def make_batch(
         return torch.from_numpy(out.reshape(grid.rows, row_length))
 
     looked_up = entries > 0
-    user_kjt, bags = distinct(sequences.users[looked_up], capacity.users, USER)
+    users, bags = distinct_bags(USER, histories.users[looked_up], capacity.users)
     user_bags = np.zeros(count, dtype=np.int64)
     user_bags[looked_up] = bags
-    if all_items:
-        item_kjt, bags = distinct(np.arange(all_items), all_items, ITEM)
-        input_bags, target_bags, candidate_bags = items[inputs], targets, np.arange(all_items)
-        soft_bags = soft_items.ravel()
-        log_q, target_candidate = np.zeros(all_items, dtype=np.float32), targets
+    asked = [items[inputs], targets, candidates.ids, soft_items.ravel()]
+    if candidates.every_item:  # then an item's bag is its id
+        item_bags, target_candidate = bags_of(ITEM, candidates.ids), targets
     else:
-        if in_batch_log_q is not None:
-            there = np.unique(targets)
-            candidates = Candidates(there, in_batch_log_q[there])
-        elif candidates is None:
-            candidates = Candidates(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32))
-        ids = [items[inputs], targets, candidates.ids, soft_items.ravel()]
-        item_kjt, bags = distinct(np.concatenate(ids), capacity.items, ITEM)
-        input_bags, target_bags, candidate_bags, soft_bags = np.split(bags, np.cumsum([part.size for part in ids])[:-1])
-        log_q = candidates.log_q
+        item_bags, bags = distinct_bags(ITEM, np.concatenate(asked), capacity.items)
+        asked = np.split(bags, np.cumsum([part.size for part in asked])[:-1])
         index_of = np.full(capacity.items, -1, dtype=np.int64)
-        index_of[candidate_bags] = np.arange(candidate_bags.size)
-        target_candidate = index_of[target_bags]
+        index_of[asked[2]] = np.arange(asked[2].size)
+        target_candidate = index_of[asked[1]]
+    input_bags, target_bags, candidate_bags, soft_bags = asked
     ends = np.cumsum(entries)
     number = np.repeat(np.arange(count), entries)
     return SequenceBatch(
-        users=user_kjt,
-        items=item_kjt,
+        users=users,
+        items=item_bags,
         item_bag=on_grid(input_bags),
         user_bag=on_grid(user_bags[number]),
         position=on_grid(np.minimum(positions[inputs], max_position)),
@@ -230,13 +166,13 @@ def make_batch(
         target_slot=torch.from_numpy(grid.slots[wanted]),
         target_bag=torch.from_numpy(target_bags),
         candidate_bag=torch.from_numpy(candidate_bags),
-        candidate_log_q=torch.from_numpy(log_q),
+        candidate_log_q=torch.from_numpy(candidates.log_q),
         soft_bag=torch.from_numpy(soft_bags.reshape(soft_items.shape)),
         soft_weight=torch.from_numpy(soft_weights),
         target_candidate=torch.from_numpy(target_candidate),
         last_slot=torch.from_numpy(grid.slots[ends[entries > 0] - 1]),
         global_targets=torch.tensor(float(targets.size)),
-        sequences=sequences,
+        histories=histories,
         cursor=cursor or Cursor(),
     )
 
@@ -258,7 +194,7 @@ def positions_of(segments: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 
 def targets_of(
-    sequences: Sequences, segments: np.ndarray, inputs: np.ndarray, predict_from: PredictFrom
+    histories: Histories, segments: np.ndarray, inputs: np.ndarray, predict_from: PredictFrom
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which of the input entries predict, [inputs] bool, and the next interacted item of each that does."""
     real = segments == INTERACTED
@@ -266,38 +202,32 @@ def targets_of(
     entry = np.flatnonzero(inputs)
     after = np.searchsorted(places, entry, side="right")
     following = np.append(places, -1)[after]
-    end = np.repeat(sequences.offsets[1:], sequences.lengths)[entry]
+    end = np.repeat(histories.offsets[1:], histories.lengths)[entry]
     wanted = (following >= 0) & (following < end)
-    if sequences.trained is not None:
-        wanted &= ~sequences.trained[following]
+    if histories.trained is not None:
+        wanted &= ~histories.trained[following]
     if predict_from == "interacted":
         wanted &= real[entry]
     elif predict_from == "last":
         wanted &= following == entry + 1
-    return wanted, sequences.items[following[wanted]]
+    return wanted, histories.items[following[wanted]]
 
 
 def soft_targets_of(
-    sequences: Sequences, inputs: np.ndarray, wanted: np.ndarray, targets: np.ndarray, share: float
+    histories: Histories, inputs: np.ndarray, wanted: np.ndarray, targets: np.ndarray, share: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """The answers that share a target's place, [targets, answers] int64, and the weight of each, float32.
 
     A `share` of the target's weight is spread over the answers by the softmax of their scores. The target itself is
     none of them; one that is left out has weight 0 and stands as the target.
     """
-    if not share or sequences.answers is None or sequences.answer_scores is None:
+    if not share or histories.answers is None or histories.answer_scores is None:
         return np.zeros((targets.size, 0), dtype=np.int64), np.zeros((targets.size, 0), dtype=np.float32)
-    answers = sequences.answers[inputs][wanted]
-    scores = sequences.answer_scores[inputs][wanted]
+    answers = histories.answers[inputs][wanted]
+    scores = histories.answer_scores[inputs][wanted]
     valid = (answers >= 0) & (answers != targets[:, None])
     scores = np.where(valid, scores, -np.inf)
     top = scores.max(1, initial=-np.inf, keepdims=True)
     weights = np.exp(scores - np.where(np.isfinite(top), top, 0.0))
     weights *= share / np.maximum(weights.sum(1, keepdims=True), 1e-30)
     return np.where(valid, answers, targets[:, None]), weights.astype(np.float32)
-
-
-def no_sequences() -> Sequences:
-    """A ragged list without any sequence: what a rank that has run out goes on with."""
-    none = np.zeros(0, dtype=np.int64)
-    return Sequences(users=none, items=none, offsets=np.zeros(1, dtype=np.int64))

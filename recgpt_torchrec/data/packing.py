@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from recgpt_torchrec.data.ragged import ragged_arange
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -42,9 +44,3 @@ def pack(lengths: np.ndarray, row_length: int) -> Grid:
         starts[index] = row * row_length + column
         with_room[room - length].append((row, column + length))
     return Grid(max(rows, 1), row_length, np.repeat(starts, lengths) + ragged_arange(lengths))
-
-
-def ragged_arange(lengths: np.ndarray) -> np.ndarray:
-    """0, 1, ..., length - 1 for each of `lengths`, end to end, int64."""
-    ends = np.cumsum(lengths)
-    return np.arange(int(ends[-1]) if lengths.size else 0, dtype=np.int64) - np.repeat(ends - lengths, lengths)

@@ -1,21 +1,11 @@
-"""Reading row groups with every value checked; what is damaged ends the run, or is set aside, listed and counted.
+"""Reads row groups with every value checked; what is damaged ends the run, or is set aside, listed and counted.
 
-A row that is set aside stays in its place as a user without history, and a row group or a part that cannot be read as
+A row that is set aside keeps its place as a user without history, and a row group or a part that cannot be read as
 that many such rows. So the windows, and with them the position in the data, are those of the whole dataset: whoever
 reads it, on however many ranks and however often it was resumed, passes the same rows over.
-
-    {"part": "sequences/part-00003.parquet", "row_group": 2, "row": 17, "rows": 1, "reason": "..."}
-
-is a line of the list, `damaged.jsonl` in the run's folder. `row` counts from 0 in the row group; it is null where the
-whole row group is meant, and `row_group` too where it is the whole part.
 """
 
-import fcntl
-import hashlib
-import json
-import os
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,105 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recgpt_torchrec import storage
+from recgpt_torchrec.data.damage import Damage, SetAside
 from recgpt_torchrec.data.dataset import ANSWERS, COLUMNS, Dataset, Manifest
+from recgpt_torchrec.data.ragged import read_nullable
 from recgpt_torchrec.data.segments import INTERACTED, SEGMENTS
 from recgpt_torchrec.data.windows import RowGroup, row_groups
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage.folders import MANIFEST
-
-LIST = "damaged.jsonl"
-
-
-class Damage(NamedTuple):
-    """A place in a dataset that cannot be used, and why."""
-
-    part: str
-    row_group: int | None
-    row: int | None
-    rows: int
-    reason: str
-
-    @property
-    def place(self) -> tuple[Any, ...]:
-        """What tells it from others."""
-        return self[:3]
-
-    def __str__(self) -> str:
-        group = "" if self.row_group is None else f", row group {self.row_group}"
-        return f"{self.part}{group}{'' if self.row is None else f', row {self.row}'}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class SetAside:
-    """Where damaged rows are listed, each once, by whichever process, epoch or resumed run meets it; up to a limit.
-
-    Example: `SetAside("runs/mine/damaged.jsonl", limit=1000)`
-    """
-
-    path: str
-    """JSON lines; made with the first row. On a store, where nothing can be appended, a folder with a file a row."""
-    limit: int
-    """Most rows that a run goes on without."""
-
-    def listed(self) -> list[Damage]:
-        """What is listed so far."""
-        if storage.remote(self.path):
-            texts = [storage.read(f"{self.path}/{name}") for name in storage.names(self.path)]
-            return [Damage(**json.loads(text)) for text in texts]
-        if not os.path.exists(self.path):
-            return []
-        with open(self.path) as file:
-            return [Damage(**json.loads(line)) for line in file]
-
-    def add(self, damages: Iterable[Damage]) -> None:
-        """List those that are not listed yet.
-
-        Raises:
-            InputError: there are more rows in the list than the limit, or it cannot be written.
-        """
-        try:
-            with nullcontext() if storage.remote(self.path) else open(self.path, "a") as file:
-                if file is not None:
-                    fcntl.flock(file, fcntl.LOCK_EX)  # ranks and loader workers write one after the other
-                listed = self.listed()
-                known = {damage.place for damage in listed}
-                new = [damage for damage in damages if damage.place not in known]
-                for damage in new:
-                    line = json.dumps(damage._asdict()) + "\n"
-                    if file is not None:
-                        file.write(line)
-                    else:  # by a name that every process that meets this row gives it
-                        name = hashlib.sha256(repr(damage.place).encode()).hexdigest()[:16]
-                        storage.write(f"{self.path}/{name}.json", line.encode())
-        except OSError as error:
-            raise InputError(f"{self.path}: damaged rows cannot be listed there ({error})") from None
-        self.check(listed + new, f", listed in {self.path}")
-
-    def check(self, damages: list[Damage], where: str = "") -> None:
-        """Raise an `InputError` if these are more rows than the limit."""
-        rows = sum(damage.rows for damage in damages)
-        if rows > self.limit:
-            raise InputError(
-                f"{rows:,} rows are damaged{where}, more than --stream.damaged_limit {self.limit}; the last is "
-                f"{damages[-1]}. Restore the files or run prepare again, or give a higher limit"
-            )
-
-    def restore(self, dataset: Dataset) -> None:
-        """Lose the parts that the run has gone on without so far, mended meanwhile or not: windows depend on it."""
-        for damage in self.listed():
-            if damage.row_group is None:
-                dataset.lost.setdefault(damage.part, damage.reason)
-
-    def check_lost(self, dataset: Dataset) -> None:
-        """Raise an `InputError` if lost parts and what is listed are more rows than the limit; nothing is written."""
-        rows = {part.path: part.rows for part in dataset.manifest.sequences}
-        lost = [Damage(path, None, None, rows[path], reason) for path, reason in dataset.lost.items() if path in rows]
-        self.check([damage for damage in self.listed() if damage.row_group is not None] + lost)
-
-    def summary(self) -> str:
-        """What was set aside, in a line."""
-        rows = sum(damage.rows for damage in self.listed())
-        return f"Damaged: {rows:,} rows were left out, listed in {self.path}" if rows else "Damaged: no row"
 
 
 @dataclass(frozen=True)
@@ -212,35 +110,6 @@ class Rows(NamedTuple):
     """[rows] entries in the file; the mean of the row group where they are not known."""
 
 
-class _Lists(NamedTuple):
-    """A list column with nulls, as arrays: a null list is an empty one, a null value 0."""
-
-    values: npt.NDArray[Any]
-    offsets: npt.NDArray[np.int64]
-    null_lists: npt.NDArray[np.intp]
-    null_values: npt.NDArray[np.intp]
-
-    @classmethod
-    def of(cls, column: pa.ChunkedArray) -> "_Lists":
-        array = column.combine_chunks()
-        if isinstance(array, pa.ChunkedArray):  # combine_chunks of no chunks
-            array = pa.array([], array.type)
-        none = np.zeros(0, dtype=np.intp)
-        null_lists = np.flatnonzero(array.is_null()) if array.null_count else none
-        if null_lists.size:
-            array = pc.if_else(array.is_valid(), array, pa.scalar([], array.type))
-        offsets = array.offsets.to_numpy().astype(np.int64)
-        values = array.values.slice(offsets[0], offsets[-1] - offsets[0])
-        null_values = np.flatnonzero(values.is_null()) if values.null_count else none
-        if null_values.size:
-            values = values.fill_null(0)
-        return cls(values.to_numpy(), offsets - offsets[0], null_lists, null_values)
-
-    def rows_of(self, entries: npt.NDArray[np.integer]) -> npt.NDArray[np.intp]:
-        """The row of each of these entries."""
-        return np.searchsorted(self.offsets, entries, side="right") - 1
-
-
 def faults(table: pa.Table, manifest: Manifest, answers: int) -> dict[int, str]:
     """What is wrong with which row of a row group; the first thing that was found of each.
 
@@ -262,10 +131,11 @@ def faults(table: pa.Table, manifest: Manifest, answers: int) -> dict[int, str]:
     wrong = outside(users, 0, manifest.users)
     note(wrong, f"user id {{}} is outside 0 to {manifest.users - 1}", users[wrong])
 
-    columns = {name: _Lists.of(table[name]) for name in table.schema.names[1:]}
-    for name, column in columns.items():
-        note(column.null_lists, f"the list of {name} is null; a user without items has an empty one")
-        note(column.rows_of(column.null_values), f"a value in {name} is null")
+    columns = {}
+    for name in table.schema.names[1:]:
+        columns[name], null_rows, null_values = read_nullable(table[name])
+        note(null_rows, f"the list of {name} is null; a user without items has an empty one")
+        note(columns[name].rows_of(null_values), f"a value in {name} is null")
     items, segments = columns["item_ids"], columns.get("segment_ids")
     vocabulary = f"is outside the vocabulary (0 to {manifest.items - 1})"
     wrong = outside(items.values, 0, manifest.items)

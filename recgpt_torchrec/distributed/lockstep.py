@@ -40,7 +40,7 @@ class Lockstep:
     how many failed to make a batch: then all of them end, with the error of the first; and how many were asked to end
     by a signal: then all of them end with `Stopped`.
 
-    Example: `for batch in Lockstep(stream.epoch(0, queues), maker.empty): ...`
+    Example: `for batch in Lockstep(iter(share), maker.empty): ...`
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Lockstep:
         agreed = torch.zeros(6, dtype=torch.float64)
         agreed[3], agreed[4], agreed[5] = self.asks(), self._failure is not None, signals.received() is not None
         if batch is not None:
-            read = batch.sequences.read
+            read = batch.histories.read
             agreed[0], agreed[1], agreed[2] = batch.target_slot.numel(), 0.0 if read is None else read.sum(), 1.0
         work = dist.all_reduce(agreed, async_op=True)
         self._ahead.append((batch or self.empty(), batch is not None, agreed, work))
@@ -106,7 +106,7 @@ class Lockstep:
             raise StopIteration
         # Gradients are averaged over ranks, so each rank divides by the mean number of targets a rank.
         batch.global_targets = torch.tensor(targets / dist.get_world_size())
-        mine = (batch.cursor, batch.sequences.users) if real else (None, None)
+        mine = (batch.cursor, batch.histories.users) if real else (None, None)
         self.handed_out.append(Step(mine[0], targets, read, asked > 0, mine[1]))
         return batch
 

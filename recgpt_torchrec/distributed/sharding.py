@@ -1,43 +1,24 @@
-"""From a model on the meta device to a distributed one: sharding plan, DistributedModelParallel, and its optimizers."""
+"""From a model on the meta device to a sharded one: the plan, DistributedModelParallel, initial values of tables."""
 
 import os
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.types import ShardedTensor, ShardingEnv, ShardingPlan, ShardingType
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
-from torchrec.optim.optimizers import in_backward_optimizer_filter
-from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from recgpt_torchrec.config import Optimizer, Tables
+from recgpt_torchrec.config import Sharding
 from recgpt_torchrec.errors import InputError
 
-DENSE = "dense"
-"""Stands for everything that is not a table."""
 INIT_BLOCK = 4096
 """Rows drawn from one random stream when a table is initialised."""
-
-EPS = 1e-8
-FUSED: dict[str, tuple[Any, dict[str, Any]]] = {
-    "rowwise_adagrad": (RowWiseAdagrad, {"eps": EPS}),
-    "adagrad": (torch.optim.Adagrad, {"eps": EPS}),
-    "sgd": (torch.optim.SGD, {}),
-}
-"""Table optimizers that fbgemm fuses into the backward on CPU and CUDA alike; Adam it fuses on CUDA only."""
-
-
-def fuses(optimizer: str, device: torch.device) -> bool:
-    """Whether fbgemm updates sharded tables in the backward; else torch's optimizer steps every row of each shard."""
-    return optimizer in FUSED or device.type == "cuda"
 
 
 class Sharder(EmbeddingBagCollectionSharder):
@@ -50,7 +31,7 @@ class Sharder(EmbeddingBagCollectionSharder):
         return offered if ShardingType.ROW_WISE.value in offered else [*offered, ShardingType.ROW_WISE.value]
 
 
-def sharding_type(tables: Tables, rows: int, dim: int, world_size: int) -> str:
+def sharding_type(tables: Sharding, rows: int, dim: int, world_size: int) -> str:
     """The sharding type of one table.
 
     auto: a copy on every rank while the table is small, a block of columns on each beyond that (the traffic of
@@ -64,7 +45,7 @@ def sharding_type(tables: Tables, rows: int, dim: int, world_size: int) -> str:
     return (ShardingType.COLUMN_WISE if dim % world_size == 0 else ShardingType.ROW_WISE).value
 
 
-def plan(model: nn.Module, tables: Tables, batch_size: int, device: torch.device) -> ShardingPlan:
+def plan(model: nn.Module, tables: Sharding, batch_size: int, device: torch.device, fused: bool = True) -> ShardingPlan:
     """A sharding plan for every table of `model`, the same on all ranks (rank 0's planner decides).
 
     Raises:
@@ -102,7 +83,7 @@ def plan(model: nn.Module, tables: Tables, batch_size: int, device: torch.device
     )
     planner = EmbeddingShardingPlanner(topology=topology, batch_size=batch_size, constraints=constraints)
     made = planner.collective_plan(model, [Sharder()], dist.GroupMember.WORLD)
-    if not fuses(tables.optimizer, device):
+    if not fused:
         for module in made.plan.values():
             for table in module.values():
                 table.compute_kernel = "dense"  # runs with every sharding, though torchrec's planner offers it for one
@@ -113,84 +94,28 @@ def _local_world_size(world_size: int) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
-def distribute(
-    model: nn.Module,
-    *,
-    tables: Tables,
-    optimizer: Optimizer,
-    batch_size: int,
-    seed: int,
-    device: torch.device,
-    frozen: Set[str] = frozenset(),
-) -> tuple[DistributedModelParallel, CombinedOptimizer]:
-    """Shard the tables, wrap the rest in DDP, and set up every optimizer.
+def shard(
+    model: nn.Module, tables: Sharding, *, batch_size: int, device: torch.device, fused: bool
+) -> DistributedModelParallel:
+    """Shard the tables of a model and wrap the rest of it in DDP (collective).
 
     Args:
-        model: tables on the meta device, the rest anywhere.
-        tables: sharding and optimizer of the tables.
-        optimizer: of everything else.
+        model: tables on the meta device, the rest anywhere; optimizers that are to be fused are applied to it already.
+        tables: how they are sharded.
         batch_size: bags of the largest feature a rank looks up in a step, for the planner's estimates.
-        seed: of the tables' initial values, which depend neither on the number of ranks nor on the sharding.
         device: of this rank.
-        frozen: names of the tables that are not trained; `DENSE` stands for everything that is not a table.
-
-    Returns:
-        the distributed model, and one optimizer over all of it (fused table optimizers have stepped in the backward).
+        fused: whether sharded tables are updated in the backward; False: by an optimizer of their own, or not at all.
     """
-    fused: tuple[Any, dict[str, Any]] = FUSED.get(tables.optimizer, (torch.optim.Adam, {"betas": (0.9, 0.98)}))
-    sharding_plan = plan(model, tables, batch_size, device)
-
-    def settings(table: str) -> dict[str, Any]:
-        if table in frozen:
-            return {"lr": 0.0, "weight_decay": 0.0, **fused[1]}
-        return {"lr": tables.lr_of(table), "weight_decay": tables.weight_decay, **fused[1]}
-
-    if fuses(tables.optimizer, device):
-        for module in model.modules():
-            if isinstance(module, EmbeddingBagCollection):
-                for config in module.embedding_bag_configs():
-                    bag = module.embedding_bags[config.name]
-                    apply_optimizer_in_backward(fused[0], bag.parameters(), settings(config.name))
-    distributed = DistributedModelParallel(
+    return DistributedModelParallel(
         model,
         env=ShardingEnv.from_process_group(dist.GroupMember.WORLD),
         device=device,
-        plan=sharding_plan,
+        plan=plan(model, tables, batch_size, device, fused),
         sharders=[Sharder()],
         init_parameters=True,
         # static_graph, DMP's default, would freeze the first step's graph, and a rank may start with an empty batch.
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
     )
-    initialise_tables(distributed, tables.init_std_of, seed)
-    dense: dict[str, Any] = {}
-    stepped: dict[str, Any] = {}
-    for name, parameter in in_backward_optimizer_filter(distributed.named_parameters()):
-        (stepped if "embedding_bags" in name else dense)[name] = parameter
-    parts: list[tuple[str, KeyedOptimizer]] = [("", distributed.fused_optimizer)]
-    for name, parameter in stepped.items():
-        chosen = settings(table_name(name))
-        parts.append(
-            ("", KeyedOptimizerWrapper({name: parameter}, lambda p, chosen=chosen: with_moments(fused[0](p, **chosen))))
-        )
-    # fused: one pass over all parameters; the default, a loop over 30 small tensors, took 12 ms of a step on CPU.
-    adamw: dict[str, Any] = {
-        "fused": True,
-        "lr": 0.0 if DENSE in frozen else optimizer.lr,
-        "betas": (0.9, optimizer.beta2),
-        "weight_decay": optimizer.weight_decay,
-    }
-    parts.append(("", KeyedOptimizerWrapper(dense, lambda p: with_moments(torch.optim.AdamW(p, **adamw)))))
-    return distributed, CombinedOptimizer(parts)
-
-
-def with_moments(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Make Adam's state now, as its first step would: a checkpoint is loaded into the state that is there, no other."""
-    if isinstance(optimizer, torch.optim.Adam):
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                step = torch.zeros((), dtype=torch.float32, device=p.device if group["fused"] else "cpu")
-                optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    return optimizer
 
 
 def table_name(parameter: str) -> str:

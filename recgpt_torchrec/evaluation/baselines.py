@@ -1,6 +1,6 @@
 """Two recommenders that need no training, to stand beside every trained one: popularity and item co-occurrence.
 
-Both are fitted on training items only (`data.split.training`), one row group at a time, and score batches of histories
+Both are fitted on training items only (`data.split`), one row group at a time, and score batches of histories
 against the whole catalogue. Where a dataset holds generated or shown items (`segment_ids`), only items that were
 interacted with (segment 0) count.
 """
@@ -13,13 +13,14 @@ import numpy.typing as npt
 import scipy.sparse as sp
 import torch
 
-from recgpt_torchrec.data import split as leave_one_out
+from recgpt_torchrec.catalogue.ranks import both_ranks
 from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.ragged import Ragged
 from recgpt_torchrec.data.reader import read_group
 from recgpt_torchrec.data.segments import INTERACTED
-from recgpt_torchrec.data.split import ItemLists, SplitName
+from recgpt_torchrec.data.split import SplitName, cut
 from recgpt_torchrec.data.windows import RowGroup, row_groups
-from recgpt_torchrec.evaluation.metrics import RankingMetrics, both_ranks
+from recgpt_torchrec.evaluation.metrics import RankingMetrics
 
 SCORE_BYTES = 2**27
 """Memory of one dense [users, items] matrix of scores in `evaluate`."""
@@ -28,11 +29,11 @@ SCORE_BYTES = 2**27
 class Baseline(Protocol):
     """What both baselines offer: add the training items, then score."""
 
-    def add(self, lists: ItemLists) -> None:
+    def add(self, lists: Ragged) -> None:
         """Learn from the training items of some users; each user is added once."""
         ...
 
-    def scores(self, history: ItemLists) -> torch.Tensor:
+    def scores(self, history: Ragged) -> torch.Tensor:
         """[users, items] float32 for the histories of some users, oldest item first."""
         ...
 
@@ -47,13 +48,13 @@ class Popularity:
         self.counts = np.zeros(items, np.int64)
         """[items] int64 training interactions."""
 
-    def add(self, lists: ItemLists) -> None:
+    def add(self, lists: Ragged) -> None:
         """Count the items of some users."""
         self.counts += np.bincount(lists.values, minlength=len(self.counts))
 
-    def scores(self, history: ItemLists) -> torch.Tensor:
+    def scores(self, history: Ragged) -> torch.Tensor:
         """[users, items] float32; one row, shown to every user without a copy."""
-        return torch.from_numpy(self.counts.astype(np.float32)).expand(history.users, -1)
+        return torch.from_numpy(self.counts.astype(np.float32)).expand(history.rows, -1)
 
 
 class Cooccurrence:
@@ -94,11 +95,11 @@ class Cooccurrence:
         self._forward: list[sp.csr_array] = []  # sums to the matrix of forward pairs; each larger than the next
         self._weights: sp.csr_array | None = None
 
-    def add(self, lists: ItemLists) -> None:
+    def add(self, lists: Ragged) -> None:
         """Count the pairs of some users."""
         self._weights = None
         self.counts += np.bincount(lists.values, minlength=self.items)
-        user = np.repeat(np.arange(lists.users), np.diff(lists.offsets))
+        user = np.repeat(np.arange(lists.rows), np.diff(lists.offsets))
         rows, columns, weights = [], [], []
         longest = int(np.diff(lists.offsets).max(initial=0))
         for distance in range(1, min(self.window, longest - 1) + 1):
@@ -127,15 +128,15 @@ class Cooccurrence:
             self._weights = self._matrix(both.data * scale, rows, columns)
         return self._weights
 
-    def scores(self, history: ItemLists) -> torch.Tensor:
+    def scores(self, history: Ragged) -> torch.Tensor:
         """[users, items] float32."""
         lengths = np.diff(history.offsets)
-        user = np.repeat(np.arange(history.users), lengths)
+        user = np.repeat(np.arange(history.rows), lengths)
         age = np.repeat(history.offsets[1:], lengths) - 1 - np.arange(len(history.values))
         young = age < self.memory
         recency = sp.csr_array(
             (self.recency ** age[young], (user[young], history.values[young])),
-            shape=(history.users, self.items),
+            shape=(history.rows, self.items),
         )
         # Summed in float64 and rounded after, so that scores equal but for the order of their sum do tie.
         return torch.from_numpy((recency @ self.weights).astype(np.float32).toarray())
@@ -152,8 +153,9 @@ def fit(dataset: Dataset) -> dict[str, Baseline]:
     items = dataset.manifest.items
     baselines: dict[str, Baseline] = {"popularity": Popularity(items), "cooccurrence": Cooccurrence(items)}
     for group in row_groups(dataset):
-        values, offsets = _interacted(dataset, group)
-        lists = leave_one_out.take(values, *leave_one_out.training(offsets))
+        real = _interacted(dataset, group)
+        part = cut(real.offsets, "training")
+        lists = real.cut(part.start, part.stop)
         for baseline in baselines.values():
             baseline.add(lists)
     return baselines
@@ -185,12 +187,13 @@ def evaluate(
     results = {name: {how: RankingMetrics(ks) for how in ("masked", "unmasked")} for name in baselines}
     users_at_once = max(1, SCORE_BYTES // (4 * dataset.manifest.items))
     for group in row_groups(dataset)[rank::world_size]:
-        values, offsets = _interacted(dataset, group)
-        held = leave_one_out.held_out(offsets, split)
+        items = _interacted(dataset, group)
+        held = cut(items.offsets, split)
+        assert held.target is not None, split
         for first in range(0, len(held.row), users_at_once):
             some = slice(first, first + users_at_once)
-            history = leave_one_out.take(values, held.start[some], held.stop[some])
-            targets = torch.from_numpy(values[held.target[some]])
+            history = items.cut(held.start[some], held.stop[some])
+            targets = torch.from_numpy(items.values[held.target[some]])
             for name, baseline in baselines.items():
                 masked, unmasked = both_ranks(baseline.scores(history), targets, history)
                 results[name]["masked"].update(masked)
@@ -198,12 +201,10 @@ def evaluate(
     return results
 
 
-def _interacted(dataset: Dataset, group: RowGroup) -> ItemLists:
+def _interacted(dataset: Dataset, group: RowGroup) -> Ragged:
     """The items of a row group's users that they interacted with."""
     table = read_group(dataset, group)
-    lists = leave_one_out.item_lists(table["item_ids"])
+    items = Ragged.from_arrow(table["item_ids"])
     if "segment_ids" not in table.schema.names:
-        return lists
-    real = leave_one_out.item_lists(table["segment_ids"]).values == INTERACTED
-    before = np.concatenate([[0], np.cumsum(real)])
-    return ItemLists(lists.values[real], before[lists.offsets])
+        return items
+    return items.keep(Ragged.from_arrow(table["segment_ids"]).values == INTERACTED)

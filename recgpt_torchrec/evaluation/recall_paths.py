@@ -9,18 +9,20 @@ recgpt_1, recgpt               prompt-tuned: one step, and two steps merged m_n
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import Batch, Recall
-from recgpt_torchrec.data.batch import Sequences
 from recgpt_torchrec.data.dataset import Dataset
-from recgpt_torchrec.data.stream import SequenceStream
+from recgpt_torchrec.data.split import SplitName
+from recgpt_torchrec.data.stream import SequenceStream, encoding_stream
 from recgpt_torchrec.evaluation.metrics import RankingMetrics, list_ranks
-from recgpt_torchrec.evaluation.ranking import Results, encode, gather_table, measure, reduced
+from recgpt_torchrec.evaluation.ranking import Results, measure, reduced
 from recgpt_torchrec.model.recgpt import unwrapped
-from recgpt_torchrec.retrieval.interests import found_by, interests
+from recgpt_torchrec.retrieval.encoding import encode
+from recgpt_torchrec.retrieval.interests import interests
+from recgpt_torchrec.retrieval.interests import recall as recall_lists
 from recgpt_torchrec.retrieval.merging import Lists, even_quotas, merge_by_score, merge_quota
-from recgpt_torchrec.training.building import Trained, encoding_stream
+from recgpt_torchrec.training.loading import Trained
 
 GRID = 10
 """Shares of the longest list in which m is tried: 1 to 9 for a list of ten."""
@@ -44,10 +46,10 @@ class RecallPaths:
     def __init__(self, trained: Trained, dataset: Dataset, batch: Batch, device: torch.device) -> None:
         self.trained, self.dataset, self.batch, self.device = trained, dataset, batch, device
         scoring = unwrapped(trained.model).scoring_table
-        self.catalogue = gather_table(scoring, dataset.manifest.items, device)
+        self.catalogue = Catalogue.gather(scoring, dataset.manifest.items, device)
 
     def measure(
-        self, split: str, ks: tuple[int, ...], recall: Recall
+        self, split: SplitName, ks: tuple[int, ...], recall: Recall
     ) -> tuple[int, dict[str, Results], dict[str, Any]]:
         """HR and NDCG of every path (collective).
 
@@ -65,7 +67,7 @@ class RecallPaths:
         longest = max(ks)
         results: dict[str, Results] = {}
         batches = encode(self.trained.model, self._stream(split), self.device)
-        users, results[one] = measure(batches, self._score, self.dataset.manifest.items, ks)
+        users, results[one] = measure(batches, self.catalogue, ks)
         chosen: dict[str, Any] = {"m": recall.m, "n": longest - recall.m, "because": "as it was asked for"}
         if not recall.m:
             tried = sorted({max(1, round(longest * share / GRID)) for share in range(1, GRID)})
@@ -84,30 +86,26 @@ class RecallPaths:
             results[f"{one}_{name}"] = figures
         return users, results, chosen
 
-    def _stream(self, split: str, grows: int = 0) -> SequenceStream:
-        prompts = self.trained.tuning is not None and self.trained.tuning.prompts
-        return encoding_stream(self.dataset, split, self.trained.config, self.batch, prompts, grows)
-
-    def _score(self, sequences: Sequences, vectors: Tensor) -> Tensor:
-        return vectors @ self.catalogue.t()
+    def _stream(self, split: SplitName, grows: int = 0) -> SequenceStream:
+        return encoding_stream(self.dataset, split, self.trained.config, self.batch, self.trained.prompts, grows)
 
     @torch.no_grad()
     def _lists(
-        self, split: str, ks: tuple[int, ...], ms: list[int], count: int, protocols: tuple[str, ...] = PROTOCOLS
+        self, split: SplitName, ks: tuple[int, ...], ms: list[int], count: int, protocols: tuple[str, ...] = PROTOCOLS
     ) -> dict[str, Results]:
         """Figures of the merged lists, by m of the two-step list and by the way `count` interests are merged."""
         longest = max(ks)
         metrics: dict[str, dict[str, RankingMetrics]] = {}
         stream = self._stream(split, grows=max(1, count - 1))
         maker = stream.maker
-        for sequences, first in encode(self.trained.model, stream, self.device):
-            vectors = interests(self.trained.model, maker, sequences, first, self.catalogue, max(2, count))
+        for histories, first in encode(self.trained.model, stream, self.device):
+            vectors = interests(self.trained.model, maker, histories, first, self.catalogue, max(2, count))
             if not len(first):
                 continue
-            assert sequences.held_out is not None and sequences.seen is not None
-            targets = torch.from_numpy(sequences.held_out)
+            assert histories.held_out is not None and histories.seen is not None
+            targets = torch.from_numpy(histories.held_out)
             for how in protocols:
-                lists = found_by(vectors, self.catalogue, longest, sequences.seen if how == "masked" else None)
+                lists = recall_lists(vectors, self.catalogue, longest, histories.seen if how == "masked" else None)
                 two, several = (Lists(*(part[:, :i] for part in lists)) for i in (2, count))
                 found = {str(m): merge_quota(two, (m, longest - m)) for m in ms}
                 if count > 1:

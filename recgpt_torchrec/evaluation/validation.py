@@ -1,17 +1,36 @@
-"""Validation between epochs: the model as it stands, ranked against the whole catalogue."""
+"""Validation between epochs: the model as it is, its held-out items ranked among the whole catalogue."""
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from recgpt_torchrec.data.stream import SequenceStream
-from recgpt_torchrec.evaluation.ranking import encode, gather_table, measure
+from recgpt_torchrec.catalogue.catalogue import Catalogue
+from recgpt_torchrec.config import Batch, Model
+from recgpt_torchrec.data.stream import SequenceStream, encoding_stream
+from recgpt_torchrec.evaluation.ranking import measure
 from recgpt_torchrec.model.recgpt import unwrapped
+from recgpt_torchrec.retrieval.encoding import encode
+
+METRIC = "NDCG@10"
+"""Decides about the best checkpoint and about stopping early."""
+
+
+def validation_of(
+    training: SequenceStream, model: Model, batch: Batch, device: torch.device
+) -> Callable[[nn.Module], "Validation"]:
+    """From a model to its validation, on the histories that a training stream reads."""
+    reader = training.maker.reader
+    stream = encoding_stream(
+        reader.dataset, "validation", model, batch, prompts=reader.prompts, set_aside=reader.set_aside
+    )
+    return lambda built: Validation(built, stream, device)
 
 
 class Validation:
     """Callable that measures a model on the validation split (collective).
 
-    Example: `trainer.fit(Validation(model, stream, device), metric="NDCG@10")`
+    Example: `trainer.fit(Validation(model, stream, device), METRIC)`
     """
 
     def __init__(self, model: nn.Module, stream: SequenceStream, device: torch.device) -> None:
@@ -19,9 +38,8 @@ class Validation:
 
     def __call__(self) -> dict[str, float]:
         """Masked HR and NDCG at 5 and 10 over all users with a validation item."""
-        items = self.stream.maker.dataset.manifest.items
         self.model.eval()
-        catalogue = gather_table(unwrapped(self.model).scoring_table, items, self.device)
-        batches = encode(self.model, self.stream, self.device)
-        _, results = measure(batches, lambda _, vectors: vectors @ catalogue.t(), items, (5, 10))
+        items = self.stream.dataset.manifest.items
+        catalogue = Catalogue.gather(unwrapped(self.model).scoring_table, items, self.device)
+        _, results = measure(encode(self.model, self.stream, self.device), catalogue, (5, 10))
         return results["masked"]

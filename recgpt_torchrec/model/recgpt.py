@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
 from recgpt_torchrec.config import Loss, Model, Tuning
-from recgpt_torchrec.data.batch import ITEM, USER, SequenceBatch
+from recgpt_torchrec.data.bags import ITEM, USER
+from recgpt_torchrec.data.batch import SequenceBatch
 from recgpt_torchrec.model.decoder import Decoder
 from recgpt_torchrec.model.loss import bce_loss, softmax_loss
 

@@ -12,10 +12,11 @@ import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
 
-from recgpt_torchrec.data import split
 from recgpt_torchrec.data.dataset import Dataset, Vocabulary, fingerprint_of
+from recgpt_torchrec.data.ragged import Ragged
 from recgpt_torchrec.data.reader import Reader
-from recgpt_torchrec.data.segments import INTERACTED
+from recgpt_torchrec.data.segments import INTERACTED, Interacted
+from recgpt_torchrec.data.split import cut
 from recgpt_torchrec.data.windows import row_groups
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.engine import DuckDBEngine
@@ -100,22 +101,22 @@ def trained_parts(dataset: Dataset) -> Iterator[pa.Table]:
     reader = Reader(dataset, times=True)
     for group in groups:
         table = reader.read(group).table
-        lists = split.item_lists(table["item_ids"])
-        segments = split.item_lists(table["segment_ids"]).values if "segment_ids" in table.schema.names else None
-        real = split.Interacted.among(lists.offsets, segments)
-        start, stop = split.training(real.offsets)
+        items = Ragged.from_arrow(table["item_ids"])
+        segments = Ragged.from_arrow(table["segment_ids"]).values if "segment_ids" in table.schema.names else None
+        real = Interacted.among(items.offsets, segments)
+        _, start, stop, _ = cut(real.offsets, "training")
         until = at_until = None
         if "timestamps" in table.schema.names:
-            times = split.item_lists(table["timestamps"]).values[real.places]
+            times = Ragged(Ragged.from_arrow(table["timestamps"]).values[real.places], real.offsets)
             some = stop > start
-            newest = np.zeros(lists.users, dtype=np.int64)
-            newest[some] = times[stop[some] - 1]
-            trained = split.take(times, start, stop)
+            newest = np.zeros(items.rows, dtype=np.int64)
+            newest[some] = times.values[stop[some] - 1]
+            trained = times.cut(start, stop)
             equal = trained.values == np.repeat(newest, stop - start)
-            at_until = np.diff(np.concatenate([[0], np.cumsum(equal)])[trained.offsets])
+            at_until = trained.keep(equal).lengths
             until = pa.array(newest, mask=~some)
         columns = [table["user_id"].combine_chunks(), pa.array(stop - start), until, at_until]
-        absent = pa.nulls(lists.users, pa.int64())
+        absent = pa.nulls(items.rows, pa.int64())
         yield pa.table([absent if column is None else pa.array(column) for column in columns], schema=TRAINED)
 
 

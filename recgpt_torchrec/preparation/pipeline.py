@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.data.dataset import FORMAT_VERSION, Dataset, Manifest
+from recgpt_torchrec.data.split import is_trained_on
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation import earlier, raw
 from recgpt_torchrec.preparation.earlier import Known, KnownCodes
@@ -264,16 +265,20 @@ def dense_ids(kept: ir.Table, code: str, name: str, known: ir.Table | None = Non
     return known.select(code, name).union(new.select(code, **{name: place.cast("int64")}))
 
 
-def item_table(kept: ir.Table, item_ids: ir.Table, items: ir.Table) -> ir.Table:
-    """Rows of `items/`: item_id, key, count, and train_count, which leaves out each user's last two interactions.
-
-    Users with fewer than three interactions have none held out; known items without interactions count 0.
-    """
+def placed_from_end(clicks: ir.Table) -> ir.Table:
+    """Interactions with `from_end`, how many of the same user come after, and `length`, how many the user has."""
     backwards = ibis.window(group_by="user_id", order_by=[ibis.desc(column) for column in IN_TIME])
-    placed = kept.mutate(
-        from_end=ibis.row_number().over(backwards), length=kept.count().over(ibis.window(group_by="user_id"))
-    )
-    trains = (placed.from_end >= 2) | (placed.length < 3)
+    length = clicks.count().over(ibis.window(group_by="user_id"))
+    return clicks.mutate(from_end=ibis.row_number().over(backwards), length=length)
+
+
+def item_table(kept: ir.Table, item_ids: ir.Table, items: ir.Table) -> ir.Table:
+    """Rows of `items/`: item_id, key, count, and train_count, that of the training part (`data.split`).
+
+    Known items without interactions count 0.
+    """
+    placed = placed_from_end(kept)
+    trains = is_trained_on(placed.from_end, placed.length)
     counts = placed.group_by("item_id").agg(count=placed.count(), train_count=trains.cast("int64").sum())
     named = item_ids.inner_join(items, "item").select("item_id", "key")
     counted = named.left_join(counts, "item_id")
@@ -317,12 +322,8 @@ def _check_keys(
 
 def _new_targets(engine: DuckDBEngine, entries: ir.Table) -> int:
     """Targets of the training part that the dataset that is extended did not have."""
-    clicks = interacted(entries)
-    backwards = ibis.window(group_by="user_id", order_by=[ibis.desc(column) for column in IN_TIME])
-    placed = clicks.mutate(
-        from_end=ibis.row_number().over(backwards), length=clicks.count().over(ibis.window(group_by="user_id"))
-    )
-    trains = (placed.from_end >= 2) | (placed.length < 3)
+    placed = placed_from_end(interacted(entries))
+    trains = is_trained_on(placed.from_end, placed.length)
     first = placed.from_end == placed.length - 1
     return _count(engine, placed.filter(trains & ~first & (placed.trained == 0)))
 

@@ -14,12 +14,11 @@ import pyarrow as pa
 import pyarrow.fs
 import torch
 from torch import Tensor, nn
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recgpt_torchrec.config import Prompts
-from recgpt_torchrec.data import split
-from recgpt_torchrec.data.batch import USER
+from recgpt_torchrec.data.bags import USER, bags_of
 from recgpt_torchrec.data.dataset import Dataset, Manifest
+from recgpt_torchrec.data.ragged import Ragged
 from recgpt_torchrec.data.reader import read_group
 from recgpt_torchrec.data.segments import EXPOSED, GENERATED
 from recgpt_torchrec.data.windows import RowGroup, row_groups
@@ -28,9 +27,9 @@ from recgpt_torchrec.distributed.lockstep import raise_first
 from recgpt_torchrec.distributed.processes import gather, rank, together, world_size
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.prompts.prompting import (
-    Histories,
     Int64,
-    histories_of,
+    Intervals,
+    intervals_of,
     known_intervals,
     table_of,
 )
@@ -90,9 +89,8 @@ def has_exposures(dataset: Dataset, groups: list[RowGroup]) -> bool:
             if statistics is not None and statistics.has_min_max:
                 largest = statistics.max
             else:
-                values = split.item_lists(
-                    file.read_row_group(group.group, columns=["segment_ids"])["segment_ids"]
-                ).values
+                column = file.read_row_group(group.group, columns=["segment_ids"])["segment_ids"]
+                values = Ragged.from_arrow(column).values
                 largest = values.max(initial=0)
             if largest >= EXPOSED:
                 return True
@@ -178,7 +176,7 @@ class Filler(Protocol):
     """What fills intervals: `Prompter.fill`."""
 
     def __call__(
-        self, histories: Histories, user_vectors: Tensor, known: Int64 | None, progress: Callable[[int], object]
+        self, histories: Intervals, user_vectors: Tensor, known: Int64 | None, progress: Callable[[int], object]
     ) -> None:
         """Fill `histories` in place."""
 
@@ -203,25 +201,23 @@ class UserVectors:
     def of(self, users: Int64) -> Tensor:
         """[users, dim] float32 vectors of one pool (collective)."""
         starts = range(0, users.size, LOOKUP)
-        found = [self._lookup(torch.from_numpy(users[start : start + LOOKUP])) for start in starts]
+        found = [self._lookup(users[start : start + LOOKUP]) for start in starts]
         return torch.cat(found) if found else torch.zeros(0, 1, device=self.device)
 
     def finish(self) -> None:
         """Go on with empty lookups until the rank with the most is done."""
         while self.left:
-            self._lookup(torch.zeros(0, dtype=torch.int64))
+            self._lookup(np.zeros(0, dtype=np.int64))
 
     @torch.no_grad()
-    def _lookup(self, ids: Tensor) -> Tensor:
+    def _lookup(self, ids: Int64) -> Tensor:
         self.left -= 1
-        lengths = torch.zeros(LOOKUP, dtype=torch.int32)  # as many bags on every rank, empty ones at the end
-        lengths[: ids.numel()] = 1
-        kjt = KeyedJaggedTensor(keys=[USER], values=ids, lengths=lengths)
-        return self.table(kjt.to(self.device)).wait().values()[: ids.numel()].float().clone()
+        bags = bags_of(USER, ids, LOOKUP)  # as many on every rank, empty ones at the end
+        return self.table(bags.to(self.device)).wait().values()[: ids.size].float().clone()
 
 
 class Earlier:
-    """Histories of an earlier prompt dataset, by user; only the row groups that a pool needs are held."""
+    """Intervals of an earlier prompt dataset, by user; only the row groups that a pool needs are held."""
 
     def __init__(self, dataset: Dataset, k: int, max_len: int, answers: int) -> None:
         self.dataset, self.k, self.max_len, self.answers = dataset, k, max_len, answers
@@ -234,9 +230,9 @@ class Earlier:
                 statistics = meta.row_group(group.group).column(names.index("user_id")).statistics
             known = statistics is not None and statistics.has_min_max
             self.groups.append((statistics.min, statistics.max, group) if known else (0, 2**63 - 1, group))
-        self._read: dict[RowGroup, Histories] = {}
+        self._read: dict[RowGroup, Intervals] = {}
 
-    def fill(self, histories: Histories) -> Int64:
+    def fill(self, histories: Intervals) -> Int64:
         """See `known_intervals`."""
         known = np.zeros(histories.users.size, np.int64)
         if not histories.users.size:
@@ -248,9 +244,9 @@ class Earlier:
             known = np.maximum(known, known_intervals(histories, earlier, self.max_len))
         return known
 
-    def _histories(self, group: RowGroup) -> Histories:
+    def _histories(self, group: RowGroup) -> Intervals:
         table = read_rows(self.dataset, group)
-        return histories_of(table, self.k, self.max_len, (GENERATED, EXPOSED), self.answers)
+        return intervals_of(table, self.k, self.max_len, (GENERATED, EXPOSED), self.answers)
 
 
 @dataclass
@@ -304,7 +300,7 @@ def write_prompts(
     def filled() -> Iterator[pa.Table]:
         for pool in pools[rank()]:
             tables = [read_rows(dataset, group) for group in pool]
-            histories = histories_of(pa.concat_tables(tables), k, max_len, kept, answers)
+            histories = intervals_of(pa.concat_tables(tables), k, max_len, kept, answers)
             known = None if earlier is None else earlier.fill(histories)
             if fill is not None and vectors is not None:
                 fill(histories, vectors.of(histories.users), known, progress)

@@ -16,22 +16,18 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import Prompts
-from recgpt_torchrec.data import split
+from recgpt_torchrec.data.ragged import Ragged, offsets_of
 from recgpt_torchrec.data.segments import EXPOSED, GENERATED, INTERACTED
 from recgpt_torchrec.model.recgpt import Dense
 from recgpt_torchrec.prompts.decoding import Decoding
-
-SCORES = {"cpu": 2**18, "cuda": 2**26}
-"""Scores held at once: on CPU what its cache holds (blocks of 1 MiB took half the time of 25 MiB), on a GPU 256 MiB."""
-FEWEST_ROWS = 16
-"""Rows scored at once however large the catalogue is, or it would be read from memory for each row."""
 
 Int64 = npt.NDArray[np.int64]
 
 
 @dataclass
-class Histories:
+class Intervals:
     """Interacted items of some users, jagged, and what stands after each of them."""
 
     users: Int64
@@ -65,7 +61,7 @@ class Histories:
         return np.maximum(self.offsets[:-1], self.offsets[1:] - max_len)
 
 
-def histories_of(table: pa.Table, k: int, max_len: int, kept: tuple[int, ...], answers: int = 0) -> Histories:
+def intervals_of(table: pa.Table, k: int, max_len: int, kept: tuple[int, ...], answers: int = 0) -> Intervals:
     """Take rows of a dataset apart.
 
     Args:
@@ -75,20 +71,21 @@ def histories_of(table: pa.Table, k: int, max_len: int, kept: tuple[int, ...], a
         kept: segment ids of the entries that stay as prompts; entries of any other but interacted ones are dropped.
         answers: places for the model's answers after each item.
     """
-    entries, offsets = split.item_lists(table["item_ids"])
+    items = Ragged.from_arrow(table["item_ids"])
+    entries, offsets = items.values, items.offsets
     segments = np.zeros(entries.size, np.int8)
     if "segment_ids" in table.schema.names:
-        segments = split.item_lists(table["segment_ids"]).values.astype(np.int8)
-    times = split.item_lists(table["timestamps"]).values if "timestamps" in table.schema.names else None
+        segments = Ragged.from_arrow(table["segment_ids"]).values.astype(np.int8)
+    times = Ragged.from_arrow(table["timestamps"]).values if "timestamps" in table.schema.names else None
     interacted = segments == INTERACTED
-    before = np.concatenate([[0], np.cumsum(interacted)])  # interacted items before each entry
+    before = offsets_of(interacted)  # interacted items before each entry
     shape = (int(before[-1]), answers)
     answer_ids = np.full(shape, -1, np.int64)
     answer_scores = np.zeros(shape, np.float32)
     if answers and "answer_ids" in table.schema.names:
-        answer_ids = split.item_lists(table["answer_ids"]).values.reshape(shape).copy()
-        answer_scores = split.lists_of(table["answer_scores"])[0].reshape(shape).copy()
-    found = Histories(
+        answer_ids = Ragged.from_arrow(table["answer_ids"]).values.reshape(shape).copy()
+        answer_scores = Ragged.from_arrow(table["answer_scores"]).values.reshape(shape).copy()
+    found = Intervals(
         users=table["user_id"].to_numpy().astype(np.int64, copy=False),
         items=entries[interacted],
         offsets=before[offsets],
@@ -99,7 +96,7 @@ def histories_of(table: pa.Table, k: int, max_len: int, kept: tuple[int, ...], a
         times=None if times is None else times[interacted],
     )
     (entry,) = np.nonzero(np.isin(segments, kept) & ~interacted)
-    row = np.searchsorted(offsets, entry, side="right") - 1
+    row = items.rows_of(entry)
     owner = before[entry] - 1  # the interacted item it follows
     last = found.offsets[row + 1] - 1
     between = (owner >= found.first_kept(max_len)[row]) & (owner < last)
@@ -116,7 +113,7 @@ def histories_of(table: pa.Table, k: int, max_len: int, kept: tuple[int, ...], a
     return found
 
 
-def table_of(histories: Histories) -> pa.Table:
+def table_of(histories: Intervals) -> pa.Table:
     """The rows of a dataset again: user_id, item_ids, segment_ids and, where there are any, timestamps and answers.
 
     A prompt has the time of the item it follows.
@@ -141,7 +138,7 @@ def table_of(histories: Histories) -> pa.Table:
     return pa.table(columns)
 
 
-def known_intervals(histories: Histories, earlier: Histories, max_len: int) -> Int64:
+def known_intervals(histories: Intervals, earlier: Intervals, max_len: int) -> Int64:
     """Take over the prompts of an earlier run where they are what this run would make, too.
 
     That is so where the earlier history is the beginning of the new one, the shown items between its items are the
@@ -179,19 +176,19 @@ class Prompter:
 
     Args:
         dense: decoder and user module, in evaluation mode.
-        catalogue: [items, dim] float32 item vectors.
+        catalogue: vectors of all items.
         prompts: how many, and what may be answered.
         max_len: newest items of a history that have prompts between them; the decoder's number of positions.
         batch_users: users decoded side by side.
     """
 
-    def __init__(self, dense: Dense, catalogue: Tensor, prompts: Prompts, max_len: int, batch_users: int) -> None:
+    def __init__(self, dense: Dense, catalogue: Catalogue, prompts: Prompts, max_len: int, batch_users: int) -> None:
         self.dense, self.catalogue, self.prompts = dense, catalogue, prompts
         self.max_len, self.batch_users = max_len, batch_users
 
     def fill(
         self,
-        histories: Histories,
+        histories: Intervals,
         user_vectors: Tensor,
         known: Int64 | None = None,
         progress: Callable[[int], object] = lambda users: None,
@@ -222,7 +219,7 @@ class Prompter:
         return Decoding(self.dense.decoder, users, capacity)
 
     def _fill(
-        self, histories: Histories, rows: Int64, first: Int64, known: Int64, todo: Int64, user_vectors: Tensor
+        self, histories: Intervals, rows: Int64, first: Int64, known: Int64, todo: Int64, user_vectors: Tensor
     ) -> None:
         """One batch: `rows` with the most intervals to fill first."""
         device, k = self.catalogue.device, self.prompts.k
@@ -264,9 +261,8 @@ class Prompter:
         excluded = torch.cat([excluded, grid.older[users]], dim=1)
         if self.prompts.answers:
             forbidden = excluded if self.prompts.exclude_seen else None
-            grid.answers[users, at], grid.answer_scores[users, at] = best_items(
-                out, self.catalogue, forbidden, self.prompts.answers
-            )
+            best = self.catalogue.top_k(out, self.prompts.answers, forbidden=forbidden)
+            grid.answers[users, at], grid.answer_scores[users, at] = best.items, best.scores.nan_to_num(neginf=0.0)
         for slot in range(self.prompts.k):
             wanted = (grid.prompts[users, at, slot] < 0).nonzero()[:, 0]
             if wanted.numel():
@@ -278,7 +274,7 @@ class Prompter:
                 if slot == 0 and self.prompts.answers and self.prompts.source == "generated":
                     answers = grid.answers[wanted, at[wanted], 0]  # what is forbidden was the same
                 else:
-                    answers = best_items(out[wanted], self.catalogue, forbidden)[0][:, 0]
+                    answers = self.catalogue.top_k(out[wanted], 1, forbidden=forbidden).items[:, 0]
                 grid.prompts[wanted, at[wanted], slot] = answers
                 grid.segments[wanted, at[wanted], slot] = torch.where(answers < 0, INTERACTED, GENERATED)
             if slot == self.prompts.k - 1:  # what nothing follows need not be fed
@@ -296,7 +292,7 @@ class Prompter:
         active = items >= 0
         if isinstance(segments, int):
             segments = torch.full_like(items, segments)
-        vectors = self.catalogue[items.clamp(min=0)]
+        vectors = self.catalogue.vectors_of(items.clamp(min=0))
         return state.step(vectors, grid.users[: state.users], positions, segments, None if active.all() else active)
 
     def _prefill(self, state: Decoding, grid: "_Grid", known: Tensor) -> None:
@@ -312,7 +308,7 @@ class Prompter:
         order = torch.argsort((~there).to(torch.int8), dim=1, stable=True)[:, : int(lengths.max())]
         taken = items.gather(1, order).clamp(min=0)
         positions = positions.expand(users, -1).gather(1, order)
-        state.prefill(self.catalogue[taken], grid.users, positions, segments.gather(1, order), lengths)
+        state.prefill(self.catalogue.vectors_of(taken), grid.users, positions, segments.gather(1, order), lengths)
 
 
 @dataclass
@@ -335,48 +331,9 @@ class _Grid:
     """[users, dim] user vectors."""
 
 
-def older_items(histories: Histories, rows: Int64, first: Int64) -> Int64:
+def older_items(histories: Intervals, rows: Int64, first: Int64) -> Int64:
     """[rows, most] items before `first` of each row; shorter ones are filled up with the item at `first`."""
     count = first - histories.offsets[rows]
     place = np.arange(int(count.max()))
     where = np.where(place < count[:, None], histories.offsets[rows][:, None] + place, first[:, None])
     return histories.items[where]
-
-
-def best_items(
-    outputs: Tensor, catalogue: Tensor, forbidden: Tensor | None = None, count: int = 1
-) -> tuple[Tensor, Tensor]:
-    """The `count` items with the highest scores of each row, the highest first; of equal ones the smallest id.
-
-    Args:
-        outputs: [rows, dim] float32.
-        catalogue: [items, dim] float32.
-        forbidden: [rows, any] int64 items that may not be answered.
-        count: answers a row.
-
-    Returns:
-        items: [rows, count] int64; -1 where no item is left.
-        scores: [rows, count] float32; 0 where no item is left.
-    """
-    at_once = max(FEWEST_ROWS, SCORES[outputs.device.type] // catalogue.shape[0])
-    items = torch.empty(outputs.shape[0], count, dtype=torch.int64, device=outputs.device)
-    best = torch.empty(outputs.shape[0], count, device=outputs.device)
-    for start in range(0, outputs.shape[0], at_once):
-        scores = outputs[start : start + at_once] @ catalogue.t()
-        if forbidden is not None:
-            scores.scatter_(1, forbidden[start : start + at_once], -torch.inf)
-        for place in range(count):  # a pass each: for a few answers faster than torch.topk
-            answer = first_argmax(scores)[:, None]
-            items[start : start + at_once, place] = answer[:, 0]
-            best[start : start + at_once, place] = scores.gather(1, answer)[:, 0]
-            if place + 1 < count:
-                scores.scatter_(1, answer, -torch.inf)
-    none = best == -torch.inf
-    return items.masked_fill_(none, -1), best.masked_fill_(none, 0.0)
-
-
-def first_argmax(scores: Tensor) -> Tensor:
-    """[rows, n] -> [rows] int64, of equal ones the first. On CPU numpy's takes a third of the time of torch's."""
-    if scores.device.type == "cpu":
-        return torch.from_numpy(scores.numpy().argmax(1))
-    return scores.argmax(1)

@@ -1,6 +1,7 @@
-"""Maximum inner product search over item vectors, with FAISS: exact, by a graph of neighbours, or by clusters.
+"""Approximate maximum inner product search over item vectors, with FAISS: by a graph of neighbours, or by clusters.
 
-Knows nothing of users, merging or files. FAISS takes as many threads as OMP_NUM_THREADS says.
+Knows nothing of users, merging or files; exact search is the catalogue's. FAISS takes as many threads as
+OMP_NUM_THREADS says.
 """
 
 from typing import Any
@@ -22,11 +23,11 @@ CLUSTER = 39
 class Index:
     """Item vectors that can be searched; an item's id is its row.
 
-    Example: `items, scores = Index(exact(vectors), exact=True).search(queries, 50)`
+    Example: `items, scores = Index(hnsw(vectors, HNSW())).search(queries, 50)`
     """
 
-    def __init__(self, index: Any, *, exact: bool) -> None:
-        self.index, self.exact = index, exact
+    def __init__(self, index: Any) -> None:
+        self.index = index
 
     @property
     def items(self) -> int:
@@ -41,19 +42,12 @@ class Index:
             k: items of each, 1 to `items`.
 
         Returns:
-            items: [queries, k] int64, best first; -1 at the end where an approximate index found fewer.
+            items: [queries, k] int64, best first; -1 at the end where fewer were found.
             scores: [queries, k] float32 inner products; -inf beside -1.
         """
         scores, items = self.index.search(np.ascontiguousarray(queries), k)
         scores[items < 0] = -np.inf
         return items, scores
-
-
-def exact(vectors: Float32) -> Any:
-    """An index that scores every item: 4 bytes a number of `vectors` [items, dim]."""
-    index = faiss.IndexFlatIP(vectors.shape[1])
-    index.add(vectors)
-    return index
 
 
 def hnsw(vectors: Float32, settings: HNSW) -> Any:

@@ -1,90 +1,107 @@
-"""From interest vectors to one list of items a user: search, leave out the history, merge. Knows nothing of files."""
+"""From interest vectors to one list of items per user: search, leave out the history, merge. Knows nothing of files."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from recgpt_torchrec.data.split import take
-from recgpt_torchrec.evaluation.metrics import Jagged
+from recgpt_torchrec.catalogue.catalogue import Catalogue
+from recgpt_torchrec.data.ragged import Ragged
 from recgpt_torchrec.retrieval.index import Float32, Index, Int64
+from recgpt_torchrec.retrieval.interests import recall
 from recgpt_torchrec.retrieval.merging import Lists, Merged
 
 Bool = npt.NDArray[np.bool_]
+
+
+class Search(Protocol):
+    """Finds items for interest vectors."""
+
+    def lists(self, vectors: Float32, k: int, seen: Ragged | None) -> Lists:
+        """The `k` best items of every interest [users, interests, dim] float32 that are not `seen` by its user."""
+        ...
+
+
+@dataclass
+class ExactSearch:
+    """Scores every item."""
+
+    catalogue: Catalogue
+
+    def lists(self, vectors: Float32, k: int, seen: Ragged | None) -> Lists:
+        """See `Search`."""
+        return recall(torch.tensor(vectors), self.catalogue, k, seen)
+
+
+@dataclass
+class ApproximateSearch:
+    """Asks an index, deeper and deeper until enough of what it finds was not seen."""
+
+    index: Index
+
+    def lists(self, vectors: Float32, k: int, seen: Ragged | None) -> Lists:
+        """See `Search`."""
+        users, interests, dim = vectors.shape
+        queries = vectors.reshape(-1, dim)
+        owner = np.repeat(np.arange(users), interests)
+        items = np.full((len(queries), k), -1, dtype=np.int64)
+        scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
+        known = None if seen is None else np.unique(seen.owners * self.index.items + seen.values)
+        # Most histories are short: a few items more than k are enough; who needs more is searched again, deeper.
+        depth = k if seen is None else k + _usual_length(seen)
+        left = np.arange(len(queries))
+        while left.size:
+            depth = min(depth, self.index.items)
+            found, values = self.index.search(queries[left], depth)
+            wanted = found >= 0
+            if known is not None:
+                wanted &= ~_among(owner[left, None] * self.index.items + found, known)
+            items[left], scores[left] = _first(found, values, wanted, k)
+            enough = wanted.sum(axis=1) >= k
+            done = enough | (found < 0).any(axis=1) | (depth == self.index.items)
+            left, depth = left[~done], 2 * depth
+        shape = (users, interests, k)
+        return Lists(torch.from_numpy(items.reshape(shape)), torch.from_numpy(scores.reshape(shape)))
 
 
 @dataclass
 class Retriever:
     """Lists of `k` items, all different and none of the history: exactly k where there are that many.
 
-    Example: `Retriever(Index(exact(items), exact=True), k=50, merge=lambda lists: merge_by_score(lists, 50))`
+    Example: `Retriever(ExactSearch(catalogue), k=50, merge=lambda lists: merge_by_score(lists, 50))`
     """
 
-    index: Index
+    search: Search
     k: int
     merge: Callable[[Lists], Merged]
     """Makes one list of `k` of those of several interests."""
-    whole: Index | None = None
-    """An exact index of the same items, asked for the users for whom an approximate one finds fewer than k."""
+    exact: Search | None = None
+    """Asked for the users for whom an approximate search finds fewer than k."""
 
-    def lists(self, vectors: Float32, seen: Jagged | None = None) -> Merged:
-        """One list a user.
+    def lists(self, vectors: Float32, seen: Ragged | None = None) -> Merged:
+        """One list per user.
 
         Args:
             vectors: [users, interests, dim] float32.
-            seen: (items, offsets [users + 1]) that are left out, repeats allowed; None: nothing.
+            seen: items of each user that are left out, repeats allowed; None: nothing.
         """
-        merged = self.merge(self._found(self.index, vectors, seen))
+        # A list of k for every interest is as deep as merging ever looks.
+        merged = self.merge(self.search.lists(vectors, self.k, seen))
         (short,) = np.nonzero((merged.items < 0).any(dim=1).numpy())
-        if short.size and self.whole is not None:
-            better = self.merge(self._found(self.whole, vectors[short], None if seen is None else rows_of(seen, short)))
+        if short.size and self.exact is not None:
+            of_short = None if seen is None else seen.take(short)
+            better = self.merge(self.exact.lists(vectors[short], self.k, of_short))
             for values, others in zip(merged, better, strict=True):
                 values[torch.from_numpy(short)] = others
         return merged
 
-    def _found(self, index: Index, vectors: Float32, seen: Jagged | None) -> Lists:
-        """The k best items of every interest that are not seen: a list that long is as deep as merging ever looks."""
-        users, interests, dim = vectors.shape
-        queries = vectors.reshape(-1, dim)
-        owner = np.repeat(np.arange(users), interests)
-        items = np.full((len(queries), self.k), -1, dtype=np.int64)
-        scores = np.full((len(queries), self.k), -np.inf, dtype=np.float32)
-        known = None if seen is None else pairs_of(seen, index.items)
-        # Most histories are short: a few items more than k are enough; who needs more is searched again, deeper.
-        depth = self.k if seen is None else self.k + _usual_length(seen)
-        left = np.arange(len(queries))
-        while left.size:
-            depth = min(depth, index.items)
-            found, values = index.search(queries[left], depth)
-            wanted = found >= 0
-            if known is not None:
-                wanted &= ~_among(owner[left, None] * index.items + found, known)
-            items[left], scores[left] = _first(found, values, wanted, self.k)
-            enough = wanted.sum(axis=1) >= self.k
-            done = enough | (found < 0).any(axis=1) | (depth == index.items)
-            left, depth = left[~done], 2 * depth
-        shape = (users, interests, self.k)
-        return Lists(torch.from_numpy(items.reshape(shape)), torch.from_numpy(scores.reshape(shape)))
 
-
-def pairs_of(seen: Jagged, items: int) -> Int64:
-    """[pairs] int64, ascending: user * items + item, for every item of every history."""
-    values, offsets = (np.asarray(part) for part in seen)
-    return np.unique(np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)) * items + values)
-
-
-def rows_of(lists: Jagged, rows: Int64) -> Jagged:
-    """The lists `rows` of a jagged list of lists, as numpy arrays."""
-    values, offsets = (np.asarray(part) for part in lists)
-    return take(values, offsets[rows], offsets[rows + 1])
-
-
-def _usual_length(seen: Jagged) -> int:
+def _usual_length(seen: Ragged) -> int:
     """A length that nine in ten histories do not exceed."""
-    lengths = np.diff(np.asarray(seen[1]))
-    return int(np.ceil(np.quantile(lengths, 0.9))) if len(lengths) else 0
+    return int(np.ceil(np.quantile(seen.lengths, 0.9))) if seen.rows else 0
 
 
 def _among(values: Int64, ascending: Int64) -> Bool:

@@ -19,8 +19,8 @@ from recgpt_torchrec.checkpoints.folder import Checkpoints, facts_of
 from recgpt_torchrec.checkpoints.saving import Saver
 from recgpt_torchrec.checkpoints.state import restore, state_of
 from recgpt_torchrec.config import CheckpointOptions, Optimizer, Train
-from recgpt_torchrec.data.stream import SequenceStream
-from recgpt_torchrec.data.windows import Position, Queue, deal
+from recgpt_torchrec.data.stream import SequenceStream, Share
+from recgpt_torchrec.data.windows import Position
 from recgpt_torchrec.distributed import signals, watchdog
 from recgpt_torchrec.distributed.lockstep import Lockstep, Step
 from recgpt_torchrec.distributed.processes import gather, say
@@ -94,7 +94,7 @@ class Trainer:
         self.guard = FiniteGuard(unwrapped(self.model).dense)
         self.pipeline = GuardedPipeline(self.model, self.optimizer, self.device, self.guard)
         self.saver = Saver(self.checkpoints, self.saving)
-        self._left: list[Queue] = []
+        self._share: Share | None = None
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
 
     def fit(self, validate: Callable[[], dict[str, float]], metric: str) -> Progress:
@@ -153,11 +153,9 @@ class Trainer:
 
     def _train_epoch(self, epoch: int, log: RunLog) -> float:
         """Train what is left of an epoch; returns the share of time spent waiting for data."""
-        progress, rank, world, workers = self.progress, dist.get_rank(), dist.get_world_size(), self.stream.workers
-        dealt = deal(self.stream.windows(epoch), world * workers, progress.position)
-        mine = dealt[rank * workers : (rank + 1) * workers]
-        ahead = Lockstep(self.stream.epoch(epoch, mine), self.stream.maker.empty, self.saver.wanted)
-        self._left = list(mine)
+        progress, rank, world = self.progress, dist.get_rank(), dist.get_world_size()
+        self._share = share = self.stream.batches(epoch, progress.position, rank, world)
+        ahead = Lockstep(iter(share), self.stream.maker.empty, self.saver.wanted)
         self.model.train()
         began = since = time.perf_counter()
         seen = waited = 0.0
@@ -165,7 +163,7 @@ class Trainer:
         while True:
             # Dropout depends on where the run stands only: a resumed run goes on as the uninterrupted one would.
             torch.manual_seed((self.seed * 1_000_003 + progress.step) * 4099 + rank)
-            share = self.course.set(progress.step, progress.read / self._total())
+            lr_share = self.course.set(progress.step, progress.read / self._total())
             watchdog.at("a training step", progress.step)
             try:
                 loss, _ = self.pipeline.progress(ahead)
@@ -174,12 +172,12 @@ class Trainer:
             self._check_pipelined()
             step = ahead.handed_out.popleft()
             if self.guard.found:
-                self._not_finite(step, mine, epoch, loss)
+                self._not_finite(step, share, epoch, loss)
             else:
                 self._loss += loss * (step.targets / world)
                 progress.targets += step.targets
             if step.cursor is not None:
-                self._left[step.cursor.worker] = mine[step.cursor.worker].after(step.cursor)
+                share.done(step.cursor)
             seen += step.targets
             progress.step += 1
             progress.read += step.read
@@ -189,7 +187,7 @@ class Trainer:
                 now = time.perf_counter()
                 mean = (progress.loss - before[0]) / max(progress.targets - before[1], 1)
                 wait = (ahead.waited - waited) / (now - since)
-                log.step(progress.step, loss=mean, lr=share, rate=seen / (now - since), waited=wait)
+                log.step(progress.step, loss=mean, lr=lr_share, rate=seen / (now - since), waited=wait)
                 since, waited, seen, before = now, ahead.waited, 0.0, (progress.loss, progress.targets)
             every = self.saving.every_steps
             if step.asked or (every and progress.step % every == 0):
@@ -203,16 +201,11 @@ class Trainer:
         self.progress.loss += float(self._loss)
         self._loss.zero_()
 
-    def _not_finite(self, step: Step, mine: list[Queue], epoch: int, loss: torch.Tensor) -> None:
+    def _not_finite(self, step: Step, share: Share, epoch: int, loss: torch.Tensor) -> None:
         """Say where a step came from whose loss or gradients were not finite; end, or count it (collective)."""
         there: list[Place] = []
         if self.guard.here and step.cursor is not None and step.users is not None:
-            worker = step.cursor.worker
-            left, gone = self._left[worker].windows, len(mine[worker].windows) - len(self._left[worker].windows)
-            touched = left[: step.cursor.windows_done - gone + (step.cursor.offset > 0)]
-            windows = self.stream.windows(epoch)
-            groups = [group for window, _ in touched for group in windows[window].groups]
-            there = places(self.stream.maker.dataset, groups, step.users)
+            there = places(self.stream.dataset, share.groups_of(step.cursor), step.users)
         what = describe(self.checkpoints.output, self.progress.step + 1, epoch + 1, self.guard.here, float(loss), there)
         self.progress.skipped += 1
         if self.train.non_finite == "skip" and self.progress.skipped <= self.train.non_finite_limit:
@@ -240,13 +233,12 @@ class Trainer:
                 "changed between batch and table, so their communication would not overlap with the step before"
             )
 
-    def _gather(self, mine: list[Queue]) -> list[Queue]:
-        return [queue for queues in gather(mine) for queue in queues]
-
     def _save_within_epoch(self) -> None:
         """Write a checkpoint that says what is left of the epoch (collective)."""
         self._sum_losses()
-        self.progress.position = Position(self.progress.position.epoch, self._gather(self._left))
+        left = [] if self._share is None else self._share.left
+        queues = [queue for of_rank in gather(left) for queue in of_rank]
+        self.progress.position = Position(self.progress.position.epoch, queues)
         self.save()
 
     def save(self) -> None:

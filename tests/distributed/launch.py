@@ -29,7 +29,7 @@ _context.set_forkserver_preload(
         "torch.utils.tensorboard",
         "torchrec.distributed.model_parallel",
         "torchrec.distributed.train_pipeline",
-        "recgpt_torchrec.training.building",
+        "recgpt_torchrec.training.session",
     ]
 )
 

@@ -1,0 +1,34 @@
+"""Bags: what the embedding tables are asked for. The only place that builds jagged tensors for a lookup.
+
+A bag is one entity, a user or an item, and today holds its id alone. Training, evaluation, prompts and export look
+entities up through this file.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from recgpt_torchrec.data.ragged import Int64
+
+USER = "user"
+ITEM = "item"
+
+
+def bags_of(key: str, ids: npt.NDArray[np.int64], capacity: int | None = None) -> KeyedJaggedTensor:
+    """A bag for each of `ids` [n] int64, in order; empty bags at the end make up for `capacity` (None: n)."""
+    lengths = torch.zeros(ids.size if capacity is None else capacity, dtype=torch.int32)
+    lengths[: ids.size] = 1
+    return KeyedJaggedTensor(keys=[key], values=torch.from_numpy(ids), lengths=lengths)
+
+
+def distinct_bags(key: str, ids: npt.NDArray[np.int64], capacity: int) -> tuple[KeyedJaggedTensor, Int64]:
+    """A bag for each distinct one of `ids` [n] int64, `capacity` bags in all; and the bag of each of them [n].
+
+    Raises:
+        ValueError: there are more distinct ids than bags.
+    """
+    unique, bags = np.unique(ids, return_inverse=True)
+    if unique.size > capacity:
+        raise ValueError(f"{unique.size} distinct {key} ids in a batch with room for {capacity}")
+    return bags_of(key, unique, capacity), bags.astype(np.int64)
