@@ -20,11 +20,13 @@ METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 PROTOCOLS = {"masked": "items of the history cannot be answered", "unmasked": "every item competes"}
 TABLE_2 = {"pretrain": "Pre-train", "fine_tuning": "Fine-tuning", "recgpt_1": "RecGPT_1", "recgpt": "RecGPT"}
 TABLE_3 = {
-    "pretrain_two_step": "Variant_1: pre-trained model, two-step recall, no tuning (`pretrain_two_step`)",
-    "fine_tuning": "Variant_2: tuned without prompts, one-step recall (`fine_tuning`)",
-    "recgpt_1": "Variant_3: prompt-tuned, one-step recall (`recgpt_1`)",
     "recgpt": "RecGPT: prompt-tuned, two-step recall (`recgpt`)",
+    "pretrain_two_step": "Variant_1: without prompt-tuning, two-step recall (`pretrain_two_step`)",
+    "recgpt_1": "Variant_2: RecGPT_1, prompt-tuned, one-step recall (`recgpt_1`)",
+    "pretrain": "Variant_3: Pre-train, one-step recall (`pretrain`)",
+    "fine_tuning": "not in the paper's table: tuned without prompts, one-step recall (`fine_tuning`)",
 }
+"""The paper's variants of the ablation, and our control."""
 BASELINES = {"cooccurrence": "co-occurrence (measured here)", "popularity": "popularity (measured here)"}
 STEPS_UP = (("recgpt", "recgpt_1"), ("recgpt_1", "fine_tuning"), ("fine_tuning", "pretrain"))
 Row: TypeAlias = tuple[str, list[dict[str, Any] | None]]

@@ -1,7 +1,7 @@
 """Stage `retrieve`: an export -> a list of items for each user, by an exact or an approximate index; needs no model."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from recgpt_torchrec.errors import InputError
 if TYPE_CHECKING:
     from recgpt_torchrec.retrieval.export_folder import Export
     from recgpt_torchrec.retrieval.list_folder import ListManifest
-    from recgpt_torchrec.retrieval.merging import Lists, Merged
+    from recgpt_torchrec.retrieval.merging import Lists, Merged, MergeRule
 
 CANDIDATES = 2**22
 """Items that all interests of the users searched at once find together, at most."""
@@ -30,7 +30,7 @@ def main(config: Retrieve) -> None:
     with process_group():
         export = open_export(config.export)
         dataset = Dataset.open(config.data) if config.data is not None else None
-        merge, interests = check(config, export, dataset)
+        rule, interests = check(config, export, dataset)
         manifest = ListManifest(
             k=config.k,
             export=config.export,
@@ -41,30 +41,32 @@ def main(config: Retrieve) -> None:
         )
         made = finished(config.output, manifest)
         if made is None:
-            manifest = retrieve(config, export, dataset, merge, interests, manifest)
-        say(summary(config, export, made or manifest, merge, interests))
+            manifest = retrieve(config, export, dataset, rule, interests, manifest)
+        say(summary(config, export, made or manifest, rule, interests))
         say(f"{'Already there' if made else 'Written'}: {config.output}")
         say(f"Look:    python -c \"import pyarrow.parquet as pq; print(pq.read_table('{config.output}/lists')[:5])\"")
 
 
-def check(config: Retrieve, export: "Export", dataset: Any) -> tuple[str, int]:
+def check(config: Retrieve, export: "Export", dataset: Any) -> "tuple[MergeRule, int]":
     """How interests are merged and how many are used, once the options fit the export and the dataset."""
+    from recgpt_torchrec.retrieval.merging import merge_rule
+
     manifest = export.manifest
     if config.k > manifest.items:
         raise InputError(
             f"--k is {config.k}, but {config.export} has {manifest.items} items; ask for at most that many"
         )
-    merge, interests = config.merge, config.interests or manifest.interests
-    if merge == "auto":
-        merge = "two_step" if interests > 1 else "score"
-    if merge == "two_step":
-        interests = 2
+    name, interests = config.merge, config.interests or manifest.interests
+    if name == "auto":
+        name = "two_step" if interests > 1 else "score"
+    rule = merge_rule(name, config.m)
+    interests = rule.interests or interests
     if interests > manifest.interests:
         raise InputError(
-            f"{'two steps take 2 interests' if merge == 'two_step' else f'--interests is {interests}'}, but "
+            f"{'two steps take 2 interests' if rule.interests else f'--interests is {interests}'}, but "
             f"{config.export} has {manifest.interests} a user; export again with --interests {interests}"
         )
-    if config.m and merge != "two_step":
+    if config.m and name != "two_step":
         raise InputError(f"--m is {config.m}, but {config.export} has one interest a user; export again with more")
     if dataset is not None and dataset.manifest.vocabulary != manifest.vocabulary:
         raise InputError(
@@ -72,7 +74,7 @@ def check(config: Retrieve, export: "Export", dataset: Any) -> tuple[str, int]:
             f"{manifest.vocabulary[:12]}, the dataset has {dataset.manifest.vocabulary[:12]}): its ids mean other "
             f"items. It was made from {manifest.dataset}"
         )
-    return merge, interests
+    return rule, interests
 
 
 def finished(path: str, manifest: "ListManifest") -> "ListManifest | None":
@@ -92,24 +94,8 @@ def finished(path: str, manifest: "ListManifest") -> "ListManifest | None":
     return there.manifest
 
 
-def merging(config: Retrieve, merge: str, interests: int) -> "Callable[[Lists], Merged]":
-    """How lists of several interests become one."""
-    from recgpt_torchrec.retrieval.merging import even_quotas, merge_by_score, merge_quota
-
-    if merge == "score":
-        return lambda lists: merge_by_score(lists, config.k)
-    m = m_of(config)
-    quotas = [m, config.k - m] if merge == "two_step" else even_quotas(config.k, interests)
-    return lambda lists: merge_quota(lists, quotas)
-
-
-def m_of(config: Retrieve) -> int:
-    """Items of the first interest in two steps."""
-    return config.m or max(1, round(0.9 * config.k))
-
-
 def retrieve(
-    config: Retrieve, export: "Export", dataset: Any, merge: str, interests: int, manifest: "ListManifest"
+    config: Retrieve, export: "Export", dataset: Any, rule: "MergeRule", interests: int, manifest: "ListManifest"
 ) -> "ListManifest":
     """Build the index, search, and write (collective: ranks share the users out, each with the whole index)."""
     import numpy as np
@@ -127,7 +113,11 @@ def retrieve(
     from recgpt_torchrec.retrieval.retriever import ApproximateSearch, ExactSearch, Retriever
     from recgpt_torchrec.retrieval.user_histories import UserHistories
 
-    merged, total = merging(config, merge, interests), export.manifest.users
+    total = export.manifest.users
+
+    def merged(lists: "Lists") -> "Merged":
+        return rule.merge(lists, config.k)
+
     count = export.manifest.interests
     each = f"{count} interest{'s' * (count > 1)} each"
     say(f"{config.export}: {export.manifest.items:,} items, {total:,} users, {each}")
@@ -190,13 +180,9 @@ def compare(exact: Any, queries: Any, seen: Any, some: Any, lists: "Merged", com
     compared += torch.tensor([len(some), found.sum(), (best >= 0).sum(), time.perf_counter() - since])
 
 
-def summary(config: Retrieve, export: "Export", manifest: "ListManifest", merge: str, interests: int) -> str:
+def summary(config: Retrieve, export: "Export", manifest: "ListManifest", rule: "MergeRule", interests: int) -> str:
     """What was made and how good it is."""
-    how = {
-        "score": f"likeliest items of {interests} interests",
-        "quota": f"equal shares of {interests} interests",
-        "two_step": f"{m_of(config)} items of the first interest and {config.k - m_of(config)} of the second",
-    }[merge]
+    how = rule.describe(interests, config.k)
     history = export.manifest.settings.get("history", "all")
     measured = manifest.measured
     items, least = sum(part.items for part in manifest.parts), manifest.users * config.k

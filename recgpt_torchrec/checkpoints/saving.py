@@ -48,6 +48,16 @@ class Saver:
         self._error: BaseException | None = None
         self._since = time.monotonic()
 
+    def is_due(self, step: int, asked: bool) -> bool:
+        """Whether a checkpoint is to be made after `step` steps within an epoch; the same on all ranks.
+
+        Args:
+            step: optimizer steps done.
+            asked: whether any rank found it `wanted`.
+        """
+        every = self.options.every_steps
+        return asked or bool(every and step % every == 0)
+
     def wanted(self) -> bool:
         """Whether this rank asks for a checkpoint: rank 0 when the minutes are over, any rank after a failure."""
         if self._error is not None:

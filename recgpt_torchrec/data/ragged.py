@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
+
+if TYPE_CHECKING:  # imported where it is needed: packing, and so the dense part of the model, does without Arrow
+    import pyarrow as pa
 
 Int64 = npt.NDArray[np.int64]
+ListColumn: TypeAlias = Union["pa.ListArray", "pa.LargeListArray", "pa.ChunkedArray"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Ragged:
         return cls.from_lengths(values, np.array([len(row) for row in lists], dtype=np.int64))
 
     @classmethod
-    def from_arrow(cls, column: pa.ListArray | pa.LargeListArray | pa.ChunkedArray) -> "Ragged":
+    def from_arrow(cls, column: ListColumn) -> "Ragged":
         """An Arrow list column of numbers, in its own dtype, without a copy where Arrow allows it.
 
         Raises:
@@ -49,8 +51,10 @@ class Ragged:
             raise ValueError(f"{null_values.size} values are null")
         return rows
 
-    def to_arrow(self) -> pa.ListArray:
+    def to_arrow(self) -> "pa.ListArray":
         """The rows as an Arrow list column."""
+        import pyarrow as pa
+
         return pa.ListArray.from_arrays(pa.array(self.offsets.astype(np.int32)), pa.array(self.values))
 
     def to_lists(self) -> list[list[Any]]:
@@ -123,7 +127,7 @@ def ragged_arange(lengths: npt.NDArray[np.integer]) -> Int64:
 
 
 def read_nullable(
-    column: pa.ListArray | pa.LargeListArray | pa.ChunkedArray,
+    column: ListColumn,
 ) -> tuple[Ragged, npt.NDArray[np.intp], npt.NDArray[np.intp]]:
     """An Arrow list column that may have nulls.
 
@@ -132,6 +136,9 @@ def read_nullable(
         null_rows: numbers of the rows that are null.
         null_values: places of the values that are null.
     """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(array, pa.ChunkedArray):  # combine_chunks of no chunks
         array = pa.array([], array.type)

@@ -30,6 +30,8 @@ def measure(
     """
     masked, unmasked = RankingMetrics(ks), RankingMetrics(ks)
     for histories, vectors in batches:
+        if not histories.users.size:  # a rank that has run out takes part with nothing
+            continue
         assert histories.held_out is not None and histories.seen is not None
         found = catalogue.ranks(vectors, torch.from_numpy(histories.held_out), histories.seen)
         for metrics, ranks in zip((masked, unmasked), found, strict=True):

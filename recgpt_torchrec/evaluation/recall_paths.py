@@ -21,7 +21,7 @@ from recgpt_torchrec.model.recgpt import unwrapped
 from recgpt_torchrec.retrieval.encoding import encode
 from recgpt_torchrec.retrieval.interests import interests
 from recgpt_torchrec.retrieval.interests import recall as recall_lists
-from recgpt_torchrec.retrieval.merging import Lists, even_quotas, merge_by_score, merge_quota
+from recgpt_torchrec.retrieval.merging import SEVERAL, Lists, TwoStep
 from recgpt_torchrec.training.loading import Trained
 
 GRID = 10
@@ -107,16 +107,17 @@ class RecallPaths:
             for how in protocols:
                 lists = recall_lists(vectors, self.catalogue, longest, histories.seen if how == "masked" else None)
                 two, several = (Lists(*(part[:, :i] for part in lists)) for i in (2, count))
-                found = {str(m): merge_quota(two, (m, longest - m)) for m in ms}
+                found = {str(m): TwoStep(m).merge(two, longest) for m in ms}
                 if count > 1:
-                    found[f"interests_{count}_quota"] = merge_quota(several, even_quotas(longest, count))
-                    found[f"interests_{count}_score"] = merge_by_score(several, longest)
+                    found |= {
+                        f"interests_{count}_{name}": rule.merge(several, longest) for name, rule in SEVERAL.items()
+                    }
                 for name, merged in found.items():
                     counted = metrics.setdefault(name, {p: RankingMetrics(ks) for p in protocols})
                     counted[how].update(list_ranks(merged.items.cpu(), targets))
         # Over all ranks; a rank that had no user at all takes part with zeros.
         names = [str(m) for m in ms]
-        names += [f"interests_{count}_quota", f"interests_{count}_score"] if count > 1 else []
+        names += [f"interests_{count}_{name}" for name in SEVERAL] if count > 1 else []
         for name in names:
             metrics.setdefault(name, {how: RankingMetrics(ks) for how in protocols})
         return {name: {how: reduced(metrics[name][how]).result() for how in protocols} for name in names}

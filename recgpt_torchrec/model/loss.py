@@ -81,7 +81,7 @@ def softmax_loss(h: Tensor, positive: Tensor, candidates: Tensor, log_q: Tensor,
 
 
 def bce_loss(h: Tensor, positive: Tensor, candidates: Tensor, own: Tensor, negatives: int) -> Tensor:
-    """Sum over positions of the paper's binary cross-entropy (equation 3): the next item against O^- negatives.
+    """Sum over positions of the paper's binary cross-entropy (equation 4): the next item against O^- negatives.
 
     Position p takes the `negatives` candidates from number p * negatives on, round and round; candidates come in
     random order.

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recgpt_torchrec.model.decoder import Decoder, history_weights
+from recgpt_torchrec.model.attention import history_weights
+from recgpt_torchrec.model.decoder import Decoder
 
 
 class Decoding:

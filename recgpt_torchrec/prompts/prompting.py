@@ -20,7 +20,7 @@ from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import Prompts
 from recgpt_torchrec.data.ragged import Ragged, offsets_of
 from recgpt_torchrec.data.segments import EXPOSED, GENERATED, INTERACTED
-from recgpt_torchrec.model.recgpt import Dense
+from recgpt_torchrec.model.dense import Dense
 from recgpt_torchrec.prompts.decoding import Decoding
 
 Int64 = npt.NDArray[np.int64]

@@ -1,8 +1,10 @@
-"""Merging the lists of several interests into one (paper, section 3.4): under quotas (m_n is the case of two), or by
+"""Merging the lists of several interests into one (paper, section 4.4): under quotas (m_n is the case of two), or by
 score; every item once. Knows nothing of models, indexes or files.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -27,6 +29,77 @@ class Merged(NamedTuple):
     """[users, n] float32: the score by the interest that the item was taken from; -inf beside -1."""
     interests: Tensor
     """[users, n] int64: the number of that interest, from 0; -1 beside -1."""
+
+
+class MergeRule(ABC):
+    """How the lists of several interests become one. A new rule is a class here, and its name in `--merge`."""
+
+    interests: int | None = None
+    """Number of interests it merges; None: any."""
+
+    @abstractmethod
+    def merge(self, lists: Lists, length: int) -> Merged:
+        """One list of `length` per user."""
+
+    @abstractmethod
+    def describe(self, interests: int, length: int) -> str:
+        """What a list of `length` is made of."""
+
+
+class Quota(MergeRule):
+    """An equal number of new items of each interest, list after list."""
+
+    def merge(self, lists: Lists, length: int) -> Merged:
+        """See `MergeRule`."""
+        return merge_quota(lists, even_quotas(length, lists.items.shape[1]))
+
+    def describe(self, interests: int, length: int) -> str:
+        """See `MergeRule`."""
+        return f"equal shares of {interests} interests"
+
+
+class Score(MergeRule):
+    """The items that any of the interests has likeliest."""
+
+    def merge(self, lists: Lists, length: int) -> Merged:
+        """See `MergeRule`."""
+        return merge_by_score(lists, length)
+
+    def describe(self, interests: int, length: int) -> str:
+        """See `MergeRule`."""
+        return f"likeliest items of {interests} interests"
+
+
+@dataclass
+class TwoStep(MergeRule):
+    """`m` items of the first interest, the rest, new ones, of the second (m_n in the paper)."""
+
+    m: int
+    """0: nine tenths of the list."""
+
+    interests = 2
+
+    def merge(self, lists: Lists, length: int) -> Merged:
+        """See `MergeRule`."""
+        m = self._first(length)
+        return merge_quota(lists, (m, length - m))
+
+    def describe(self, interests: int, length: int) -> str:
+        """See `MergeRule`."""
+        m = self._first(length)
+        return f"{m} items of the first interest and {length - m} of the second"
+
+    def _first(self, length: int) -> int:
+        return self.m or max(1, round(0.9 * length))
+
+
+SEVERAL: dict[str, MergeRule] = {"quota": Quota(), "score": Score()}
+"""Rules for any number of interests, by the value of `--merge`."""
+
+
+def merge_rule(name: str, m: int = 0) -> MergeRule:
+    """The rule that `--merge` names; `m` items of the first interest where it is two_step."""
+    return TwoStep(m) if name == "two_step" else SEVERAL[name]
 
 
 def even_quotas(length: int, interests: int) -> list[int]:

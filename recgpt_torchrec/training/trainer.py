@@ -189,8 +189,7 @@ class Trainer:
                 wait = (ahead.waited - waited) / (now - since)
                 log.step(progress.step, loss=mean, lr=lr_share, rate=seen / (now - since), waited=wait)
                 since, waited, seen, before = now, ahead.waited, 0.0, (progress.loss, progress.targets)
-            every = self.saving.every_steps
-            if step.asked or (every and progress.step % every == 0):
+            if self.saver.is_due(progress.step, step.asked):
                 self._save_within_epoch()
         self._sum_losses()
         return ahead.waited / (time.perf_counter() - began)
