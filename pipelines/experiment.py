@@ -120,17 +120,14 @@ def inputs_of(dataset: "Dataset", batch: "Batch", max_len: int, prompts: bool) -
     """Entries that one epoch reads as input, with or without prompts, cut as in training."""
     import numpy as np
 
-    from recgpt_torchrec.config import Batch, Loss
-    from recgpt_torchrec.data.stream import BatchMaker
+    from recgpt_torchrec.data.histories import HistoryReader
     from recgpt_torchrec.data.windows import row_groups, windows_of
 
-    batch = Batch(tokens=max(batch.tokens, max_len), long_histories=batch.long_histories)
-    loss = Loss(candidates="all")
-    maker = BatchMaker(
-        dataset=dataset, prompts=prompts, split="training", batch=batch, loss=loss, max_len=max_len, seed=0
+    reader = HistoryReader(
+        dataset=dataset, split="training", max_len=max_len, long_histories=batch.long_histories, prompts=prompts
     )
     windows = windows_of(row_groups(dataset), 0, 0, 4, shuffle=False)
-    lengths = (maker.sequences_of(window, 0, shuffle=False).lengths for window in windows)
+    lengths = (reader.read(window.groups).lengths for window in windows)
     return sum(int(np.maximum(length - 1, 0).sum()) for length in lengths)
 
 

@@ -113,7 +113,7 @@ def test_a_failed_rank_ends_the_job_with_its_own_words_and_no_foreign_traceback(
     component = stand_in / "component.py"
     component.write_text(
         "from torchx import specs\n"
-        "from recgpt_torchrec import launch\n"
+        "from recgpt_torchrec.launch import job\n"
         "def broken(*args: str) -> specs.AppDef:\n"
         '    """A stage that fails."""\n'
         "    return job.stage('stand_in', *args, j='1x2')\n"

@@ -17,17 +17,18 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.checkpoints.folder import find
-from recgpt_torchrec.config import Batch, Loss, Model, Prompts, Tables
+from recgpt_torchrec.config import Loss, Model, Prompts, Tables
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.windows import row_groups
 from recgpt_torchrec.distributed.processes import process_group
-from recgpt_torchrec.evaluation.ranking import gather_table
-from recgpt_torchrec.model.recgpt import Dense, unwrapped
+from recgpt_torchrec.model.dense import Dense
+from recgpt_torchrec.model.recgpt import unwrapped
 from recgpt_torchrec.prompts.decoding import Decoding
 from recgpt_torchrec.prompts.prompt_dataset import LOOKUP, UserVectors, read_rows
-from recgpt_torchrec.prompts.prompting import Histories, Prompter, histories_of
-from recgpt_torchrec.training.building import load
+from recgpt_torchrec.prompts.prompting import Intervals, Prompter, intervals_of
+from recgpt_torchrec.training.loading import load
 
 
 class Recomputing(Decoding):
@@ -65,7 +66,7 @@ class RecomputingPrompter(Prompter):
         return Recomputing(self, users)
 
 
-def synthetic(options: argparse.Namespace, device: torch.device) -> tuple[Dense, Tensor, Histories, Tensor, int]:
+def synthetic(options: argparse.Namespace, device: torch.device) -> tuple[Dense, Catalogue, Intervals, Tensor, int]:
     """A random model, and histories with lengths like Beauty's (5 and more, 9 on average)."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
@@ -74,14 +75,15 @@ def synthetic(options: argparse.Namespace, device: torch.device) -> tuple[Dense,
     items = pa.ListArray.from_arrays(offsets, pa.array(rng.integers(0, options.items, int(lengths.sum()))))
     table = pa.table({"user_id": pa.array(np.arange(options.users)), "item_ids": items})
     dense = Dense(Model(layers=options.layers), Loss()).eval().to(device)
-    catalogue, users = torch.randn(options.items, 64, device=device), torch.randn(options.users, 64, device=device)
-    return dense, catalogue, histories_of(table, options.k, dense.model.max_len, ()), users, dense.model.max_len
+    vectors, users = torch.randn(options.items, 64, device=device), torch.randn(options.users, 64, device=device)
+    histories = intervals_of(table, options.k, dense.model.max_len, ())
+    return dense, Catalogue(vectors), histories, users, dense.model.max_len
 
 
-def real(options: argparse.Namespace, device: torch.device) -> tuple[Dense, Tensor, Histories, Tensor, int]:
+def real(options: argparse.Namespace, device: torch.device) -> tuple[Dense, Catalogue, Intervals, Tensor, int]:
     """A checkpoint, and the first users of a dataset."""
     dataset = Dataset.open(options.data)
-    trained = load(find(options.checkpoint), dataset, Batch(tokens=LOOKUP), Tables(), device)
+    trained = load(find(options.checkpoint), dataset, Tables(), batch_size=LOOKUP, device=device)
     model = unwrapped(trained.model.eval())
     table, groups = pa.table({}), []
     for group in row_groups(dataset):
@@ -89,9 +91,9 @@ def real(options: argparse.Namespace, device: torch.device) -> tuple[Dense, Tens
         if sum(part.num_rows for part in groups) >= options.users:
             break
     table = pa.concat_tables(groups).slice(0, options.users)
-    histories = histories_of(table, options.k, trained.config.max_len, ())
+    histories = intervals_of(table, options.k, trained.config.max_len, ())
     users = UserVectors(model.user_table, [[histories.users.size]], device).of(histories.users)
-    catalogue = gather_table(model.item_table, dataset.manifest.items, device)
+    catalogue = Catalogue.gather(model.item_table, dataset.manifest.items, device)
     dense: Dense = getattr(model.dense, "module", model.dense)
     return dense, catalogue, histories, users, trained.config.max_len
 
@@ -126,7 +128,7 @@ def main() -> None:
         blocks, threads = len(dense.decoder.blocks), torch.get_num_threads()
         print(
             f"{users.shape[0]:,} users, {histories.items.size:,} items, {prompts:,} prompts (k = {options.k}), "
-            f"{catalogue.shape[0]:,} items to choose from, {blocks} blocks, {threads} threads, {device}"
+            f"{len(catalogue):,} items to choose from, {blocks} blocks, {threads} threads, {device}"
         )
         for name, seconds in best.items():
             print(f"{name:<12} {users.shape[0] / seconds:>10,.0f} users/s {prompts / seconds:>12,.0f} prompts/s")

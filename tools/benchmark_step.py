@@ -11,7 +11,7 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,10 @@ from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.checkpoints.saving import Saver
 from recgpt_torchrec.checkpoints.state import state_of
 from recgpt_torchrec.config import CheckpointOptions, Loss, Model, Pretrain, Tables
-from recgpt_torchrec.data.batch import Candidates, Capacity, SequenceBatch, Sequences, make_batch
+from recgpt_torchrec.data.batch import Capacity, SequenceBatch, make_batch
+from recgpt_torchrec.data.candidates import Candidates
 from recgpt_torchrec.data.dataset import Dataset, Manifest
+from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.distributed.processes import process_group, rank, say, world_size
 from recgpt_torchrec.model.recgpt import unwrapped
 from recgpt_torchrec.training.building import build
@@ -42,25 +44,29 @@ class Switch(FiniteGuard):
         return super()._before(module, inputs) if self.on else None
 
 
+def always(candidates: Candidates) -> Callable[[np.ndarray], Candidates]:
+    """The same candidates whatever the targets."""
+    return lambda targets: candidates
+
+
 def batches(options: argparse.Namespace) -> Iterator[SequenceBatch]:
     """Random histories of 32 items for ever, the same few batches again and again."""
     rng = np.random.default_rng(rank())
     users = options.tokens // 32
     made = []
     for _ in range(8):
-        sequences = Sequences(
+        histories = Histories(
             users=rng.choice(USERS, users, replace=False),
             items=rng.integers(0, options.items, users * 32),
             offsets=np.arange(users + 1) * 32,
         )
         negatives = Candidates(rng.choice(options.items, options.negatives, replace=False), np.zeros(options.negatives))
         batch = make_batch(
-            sequences,
+            histories,
             row_length=64,
             capacity=Capacity(users, users * 32 + options.negatives),
             predict=True,
-            candidates=negatives,
-            all_items=0,
+            draw=always(negatives),
         )
         batch.global_targets = torch.tensor(float(batch.target_slot.numel()))
         made.append(batch)
@@ -92,7 +98,9 @@ def main() -> None:
             tables=Tables(sharding=options.sharding, optimizer=options.optimizer),
         )
         dataset = Dataset(path="", manifest=Manifest(users=USERS, items=options.items))
-        model, optimizer = build(config, dataset, options.tokens + options.negatives, device)
+        model, optimizer = build(
+            config, config.model, dataset, batch_size=options.tokens + options.negatives, device=device
+        )
         measure(model, optimizer, device, batches(options), shared[0], options)
 
 

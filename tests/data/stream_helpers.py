@@ -7,8 +7,10 @@ from typing import Any
 from recgpt_torchrec.config import Batch, Loss, Stream
 from recgpt_torchrec.data.batch import SequenceBatch
 from recgpt_torchrec.data.dataset import Dataset
-from recgpt_torchrec.data.stream import BatchMaker, SequenceStream, training_counts
-from recgpt_torchrec.data.windows import Queue
+from recgpt_torchrec.data.histories import HistoryReader
+from recgpt_torchrec.data.split import SplitName
+from recgpt_torchrec.data.stream import BatchMaker, SequenceStream, candidate_source
+from recgpt_torchrec.data.windows import Position, Queue
 from tests.support import training_part
 
 MAX_LEN = 6
@@ -17,25 +19,27 @@ MAX_LEN = 6
 def stream_of(
     dataset: Dataset,
     *,
-    split: str = "training",
+    split: SplitName = "training",
     tokens: int = 40,
     window_groups: int = 2,
     workers: int = 0,
     max_len: int = MAX_LEN,
-    long_histories: Any = "newest",
     loss: Loss | None = None,
     seed: int = 0,
-    **more: Any,
+    predict_from: Any = "every",
+    soft_targets: float = 0.0,
+    **reads: Any,
 ) -> SequenceStream:
+    """`reads` is what else the `HistoryReader` is told."""
+    batch = Batch(tokens=tokens)
+    source = candidate_source(loss or Loss(candidates="all"), dataset, batch) if split == "training" else None
     maker = BatchMaker(
-        dataset=dataset,
-        split=split,
-        batch=Batch(tokens=tokens, long_histories=long_histories),
-        loss=loss or Loss(candidates="all"),
-        max_len=max_len,
+        reader=HistoryReader(dataset=dataset, split=split, max_len=max_len, **reads),
+        batch=batch,
+        source=source,
         seed=seed,
-        item_counts=training_counts(dataset),
-        **more,
+        predict_from=predict_from,
+        soft_targets=soft_targets,
     )
     return SequenceStream(maker, Stream(window_groups=window_groups, workers=workers))
 
@@ -47,18 +51,21 @@ def pairs(batch: SequenceBatch) -> Iterator[tuple]:
     item_bag = batch.item_bag.flatten().tolist()
     for slot, target in zip(batch.target_slot.tolist(), batch.target_bag.tolist(), strict=True):
         history = tuple(bag_item[item_bag[s]] for s in range(slot - position[slot], slot + 1))
-        yield int(batch.sequences.users[sequence[slot]]), history, bag_item[target]
+        yield int(batch.histories.users[sequence[slot]]), history, bag_item[target]
 
 
-def stopped(stream: SequenceStream, queues: list[Queue], stops: list[int], found: Counter) -> list[Queue]:
-    """Go through each queue of epoch 1, stop after so many batches, and add their pairs to `found`; what is left."""
-    left = list(queues)
-    for number, (queue, stop) in enumerate(zip(queues, stops, strict=True)):
-        for made, batch in enumerate(stream.epoch(1, [queue])):
+def stopped(stream: SequenceStream, position: Position, stops: list[int], found: Counter) -> list[Queue]:
+    """Go through each rank's share of epoch 1, stop after so many batches, and add their pairs to `found`; what is
+    left."""
+    left = []
+    for rank, stop in enumerate(stops):
+        share = stream.batches(1, position, rank, len(stops))
+        for made, batch in enumerate(share):
             if made == stop:
                 break
             found.update(pairs(batch))
-            left[number] = queue.after(batch.cursor)
+            share.done(batch.cursor)
+        left += share.left
     return left
 
 

@@ -6,16 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recgpt_torchrec.data.batch import (
-    ITEM,
-    USER,
-    Candidates,
-    Capacity,
-    SequenceBatch,
-    Sequences,
-    make_batch,
-    no_sequences,
-)
+from recgpt_torchrec.data.bags import ITEM, USER
+from recgpt_torchrec.data.batch import Capacity, SequenceBatch, make_batch
+from recgpt_torchrec.data.candidates import AllItems, Candidates, InBatch
+from recgpt_torchrec.data.histories import Histories, no_histories
 
 ROW = 8
 ITEMS = 12
@@ -23,7 +17,7 @@ USERS = 5
 
 
 @st.composite
-def cases(draw) -> tuple[Sequences, bool]:
+def cases(draw) -> tuple[Histories, bool]:
     """Histories as long as a row may be, with or without segments, users more than once; and whether to predict."""
     predict = draw(st.booleans())
     lengths = draw(st.lists(st.integers(0, ROW + predict), max_size=6))
@@ -33,44 +27,47 @@ def cases(draw) -> tuple[Sequences, bool]:
         return draw(st.lists(strategy, min_size=count, max_size=count))
 
     segments = draw(st.booleans())
-    sequences = Sequences(
+    histories = Histories(
         users=np.array(of(st.integers(0, USERS - 1), len(lengths)), dtype=np.int64),
         items=np.array(of(st.integers(0, ITEMS - 1), total), dtype=np.int64),
         offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
         segments=np.array(of(st.integers(0, 2), total), dtype=np.int8) if segments else None,
     )
-    return sequences, predict
+    return histories, predict
 
 
 def made(
-    sequences: Sequences, predict: bool, how: str, predict_from: str = "every"
+    histories: Histories, predict: bool, how: str, predict_from: str = "every"
 ) -> tuple[SequenceBatch, np.ndarray, np.ndarray]:
     """A batch, and the candidates it must have with their log q."""
     capacity = Capacity(users=8, items=ITEMS)
     arguments: dict = {"row_length": ROW, "capacity": capacity, "predict": predict, "predict_from": predict_from}
     ids, log_q = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    rng = np.random.default_rng(0)
     if how == "all":
-        arguments["all_items"] = ITEMS
+        everything = AllItems(ITEMS)
+        arguments["draw"] = lambda targets: everything.draw(targets, rng)
         ids, log_q = np.arange(ITEMS), np.zeros(ITEMS, np.float32)
     elif how == "sampled":
         ids, log_q = np.array([7, 0, 3, 11]), np.array([-1, -2, -3, -4], np.float32)
-        arguments["candidates"] = Candidates(ids, log_q)
+        arguments["draw"] = lambda targets: Candidates(ids, log_q)
     elif how == "in_batch":
-        q = np.linspace(-3, 0, ITEMS, dtype=np.float32)
-        arguments["in_batch_log_q"] = q
-        targets = {target for *_, target in expected(sequences, predict, predict_from) if target is not None}
+        in_batch = InBatch(np.arange(ITEMS), tokens=5)
+        arguments["draw"] = lambda targets: in_batch.draw(targets, rng)
+        targets = {target for *_, target in expected(histories, predict, predict_from) if target is not None}
         ids = np.array(sorted(targets), np.int64)
-        log_q = q[ids]
-    return make_batch(sequences, **arguments), ids, log_q
+        log_q = in_batch.log_q[ids]
+        assert np.unique(in_batch.log_q).size == ITEMS
+    return make_batch(histories, **arguments), ids, log_q
 
 
-def expected(sequences: Sequences, predict: bool, predict_from: str = "every") -> list[tuple]:
+def expected(histories: Histories, predict: bool, predict_from: str = "every") -> list[tuple]:
     """(sequence, position, user, item, segment, target or None) of every input entry, by a plain loop."""
     entries = []
-    for s, user in enumerate(sequences.users.tolist()):
-        part = slice(int(sequences.offsets[s]), int(sequences.offsets[s + 1]))
-        items = sequences.items[part].tolist()
-        segments = sequences.segments[part].tolist() if sequences.segments is not None else [0] * len(items)
+    for s, user in enumerate(histories.users.tolist()):
+        part = slice(int(histories.offsets[s]), int(histories.offsets[s + 1]))
+        items = histories.items[part].tolist()
+        segments = histories.segments[part].tolist() if histories.segments is not None else [0] * len(items)
         seen = since = 0
         for p in range(len(items) - predict):
             seen, since = (seen + 1, 0) if segments[p] == 0 else (seen, since + 1)
@@ -100,8 +97,8 @@ def ids_of_bags(kjt, key: str, capacity: int) -> list[int | None]:
     st.sampled_from(["every", "interacted", "last"]),
 )
 def test_a_batch_holds_what_a_plain_loop_finds(case, how, predict_from):
-    sequences, predict = case
-    batch, candidates, log_q = made(sequences, predict, how, predict_from)
+    histories, predict = case
+    batch, candidates, log_q = made(histories, predict, how, predict_from)
     users, items = ids_of_bags(batch.users, USER, 8), ids_of_bags(batch.items, ITEM, ITEMS)
     flat = {
         name: getattr(batch, name).flatten().tolist()
@@ -121,7 +118,7 @@ def test_a_batch_holds_what_a_plain_loop_finds(case, how, predict_from):
         if sequence >= 0
     ]
     found = sorted(found, key=str)
-    wanted = expected(sequences, predict, predict_from)
+    wanted = expected(histories, predict, predict_from)
     assert found == wanted
     assert len(targets) == batch.target_slot.numel() == float(batch.global_targets)
     assert all(flat["sequence"][slot] >= 0 for slot in targets)
@@ -139,14 +136,14 @@ def test_a_batch_holds_what_a_plain_loop_finds(case, how, predict_from):
 
 
 def test_generated_and_shown_entries_are_inputs_and_never_targets():
-    sequences = Sequences(
+    histories = Histories(
         users=np.array([3]),
         items=np.array([5, 6, 7, 8]),
         offsets=np.array([0, 4]),
         segments=np.array([0, 1, 2, 0], dtype=np.int8),
     )
     for predict_from, slots in {"every": [0, 1, 2], "interacted": [0], "last": [2]}.items():
-        batch, _, _ = made(sequences, True, "all", predict_from)
+        batch, _, _ = made(histories, True, "all", predict_from)
         assert batch.segment.flatten()[:3].tolist() == [0, 1, 2]
         assert batch.position.flatten()[:3].tolist() == [0, 1, 2]
         assert (batch.target_slot.tolist(), batch.target_bag.tolist()) == (slots, [8] * len(slots))
@@ -154,11 +151,11 @@ def test_generated_and_shown_entries_are_inputs_and_never_targets():
 
 @pytest.mark.parametrize("how", ["none", "all", "sampled", "in_batch"])
 def test_a_batch_without_sequences_has_the_shape_of_any_other(how):
-    batch, candidates, _ = made(no_sequences(), True, how)
+    batch, candidates, _ = made(no_histories(), True, how)
     assert batch.sequence.shape == (1, ROW) and (batch.sequence == -1).all()
     assert batch.target_slot.numel() == batch.last_slot.numel() == 0 and batch.global_targets == 0
     assert batch.candidate_bag.numel() == candidates.size
-    full, _, _ = made(Sequences(users=np.array([1]), items=np.array([2, 3]), offsets=np.array([0, 2])), True, how)
+    full, _, _ = made(Histories(users=np.array([1]), items=np.array([2, 3]), offsets=np.array([0, 2])), True, how)
     for name in ("item_bag", "position", "target_slot", "target_bag", "candidate_bag", "target_candidate", "last_slot"):
         assert getattr(batch, name).dtype == getattr(full, name).dtype == torch.int64, name
     for kjt, other in ((batch.users, full.users), (batch.items, full.items)):
@@ -170,24 +167,24 @@ def test_a_batch_without_sequences_has_the_shape_of_any_other(how):
     ("capacity", "what"), [(Capacity(1, 9), "2 distinct user"), (Capacity(9, 3), "4 distinct item")]
 )
 def test_more_distinct_ids_than_the_capacity_is_an_error_that_says_so(capacity, what):
-    sequences = Sequences(users=np.array([0, 1]), items=np.array([1, 2, 3, 4]), offsets=np.array([0, 2, 4]))
+    histories = Histories(users=np.array([0, 1]), items=np.array([1, 2, 3, 4]), offsets=np.array([0, 2, 4]))
     with pytest.raises(ValueError, match=f"{what} ids in a batch with room for [13]"):
-        make_batch(sequences, row_length=ROW, capacity=capacity, predict=True)
+        make_batch(histories, row_length=ROW, capacity=capacity, predict=True)
 
 
 def test_moving_a_batch_keeps_every_field():
     batch, _, _ = made(
-        Sequences(users=np.array([1]), items=np.array([2, 3]), offsets=np.array([0, 2])), True, "sampled"
+        Histories(users=np.array([1]), items=np.array([2, 3]), offsets=np.array([0, 2])), True, "sampled"
     )
     moved = batch.to(torch.device("cpu"))
-    assert moved.sequences is batch.sequences and moved.cursor == batch.cursor
+    assert moved.histories is batch.histories and moved.cursor == batch.cursor
     assert torch.equal(moved.item_bag, batch.item_bag)
     assert torch.equal(moved.items.values(), batch.items.values())
 
 
 def test_answers_share_the_place_of_the_targets_they_are_not():
     """By hand: the share is spread by the softmax of the scores, the target itself and missing answers left out."""
-    sequences = Sequences(
+    histories = Histories(
         users=np.array([0, 1]),
         items=np.array([1, 2, 9, 3, 4, 5]),
         offsets=np.array([0, 4, 6]),
@@ -196,7 +193,7 @@ def test_answers_share_the_place_of_the_targets_they_are_not():
         answer_scores=np.array([[1.0, 1.0], [2.0, 1.0], [0, 0], [0, 0], [3.0, 0], [0, 0]], dtype=np.float32),
     )
     batch = make_batch(
-        sequences,
+        histories,
         row_length=ROW,
         capacity=Capacity(users=8, items=ITEMS),
         predict=True,
@@ -212,6 +209,6 @@ def test_answers_share_the_place_of_the_targets_they_are_not():
 
 
 def test_without_a_share_there_are_no_soft_targets():
-    sequences = Sequences(users=np.array([0]), items=np.array([1, 2]), offsets=np.array([0, 2]))
-    batch, *_ = made(sequences, True, "all")
+    histories = Histories(users=np.array([0]), items=np.array([1, 2]), offsets=np.array([0, 2]))
+    batch, *_ = made(histories, True, "all")
     assert batch.soft_weight.shape == (1, 0) and batch.soft_bag.shape == (1, 0)

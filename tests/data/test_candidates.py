@@ -1,9 +1,24 @@
 """Negatives are distinct, and the log probabilities they come with are those they are really drawn with."""
 
+import math
+from typing import get_args, get_type_hints
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from recgpt_torchrec.data.candidates import LogUniform, Uniform
+from recgpt_torchrec.config import Loss
+from recgpt_torchrec.data.candidates import (
+    DISTRIBUTIONS,
+    SOURCES,
+    AllItems,
+    InBatch,
+    ItemStatistics,
+    LogUniform,
+    Uniform,
+    no_candidates,
+)
 
 COUNTS = np.array([3, 50, 0, 12, 7, 1, 30, 5, 2, 9])
 
@@ -57,7 +72,7 @@ def test_more_negatives_than_items_are_all_items_always_there(make):
 def test_the_same_generator_draws_the_same_negatives():
     for sampler in (Uniform(100, 20), LogUniform(np.arange(100), 20)):
         first, second = (sampler.draw(np.random.default_rng((1, 2))) for _ in range(2))
-        assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+        assert np.array_equal(first[0], second[0]) and np.array_equal(first[1], second[1])
         assert not np.array_equal(first[0], sampler.draw(np.random.default_rng((1, 3)))[0])
 
 
@@ -65,3 +80,103 @@ def test_a_catalogue_of_one_item():
     for sampler in (Uniform(1, 5), LogUniform(np.array([4]), 5)):
         ids, log_q = sampler.draw(np.random.default_rng(0))
         assert ids.tolist() == [0] and np.isfinite(log_q).all()
+
+
+# ------------------------------------------------------------------------------------------------------ sources
+
+CHOICES = {name: get_args(get_type_hints(Loss)[name]) for name in ("candidates", "negatives_by")}
+"""Values that the options take."""
+
+
+def test_every_value_of_the_options_has_a_source_and_a_distribution():
+    assert set(CHOICES["candidates"]) == SOURCES.keys() and len(SOURCES) >= 4
+    assert set(CHOICES["negatives_by"]) == DISTRIBUTIONS.keys() and len(DISTRIBUTIONS) >= 2
+
+
+@pytest.mark.parametrize("negatives_by", CHOICES["negatives_by"])
+@pytest.mark.parametrize("candidates", CHOICES["candidates"])
+def test_a_source_keeps_to_its_room_and_does_with_the_counts_it_asks_for(candidates, negatives_by):
+    loss, items = Loss(candidates=candidates, negatives_by=negatives_by, negatives=4), COUNTS.size
+    source = SOURCES[candidates]
+    counts = COUNTS if source.needs_counts(loss) else None
+    made = source.make(loss, ItemStatistics(items, counts), 20)
+    for n, targets in enumerate(([], [3], [7, 7, 0, 9, 7])):
+        drawn, again = (made.draw(np.array(targets, dtype=np.int64), np.random.default_rng(n)) for _ in range(2))
+        assert np.array_equal(drawn.ids, again.ids) and np.array_equal(drawn.log_q, again.log_q)
+        assert (drawn.ids.dtype, drawn.log_q.dtype) == (np.int64, np.float32)
+        assert drawn.log_q.shape == drawn.ids.shape and np.isfinite(drawn.log_q).all()
+        assert np.unique(drawn.ids).size == drawn.ids.size
+        assert set(drawn.ids.tolist()) <= set(range(items))
+        if made.room is not None:
+            assert len(set(drawn.ids.tolist()) - set(targets)) <= made.room
+        if drawn.every_item:
+            assert drawn.ids.tolist() == list(range(items))
+
+
+@pytest.mark.parametrize(
+    ("candidates", "negatives_by", "counts"),
+    [
+        ("all", "uniform", False),
+        ("all", "log_uniform", False),
+        ("sampled", "uniform", False),
+        ("sampled", "log_uniform", True),
+        ("bce", "uniform", False),
+        ("bce", "log_uniform", True),
+        ("in_batch", "uniform", True),
+        ("in_batch", "log_uniform", True),
+    ],
+)
+def test_popularity_is_asked_for_where_it_is_needed_only(candidates, negatives_by, counts):
+    loss = Loss(candidates=candidates, negatives_by=negatives_by)
+    assert SOURCES[candidates].needs_counts(loss) == counts
+
+
+@pytest.mark.parametrize("candidates", ["sampled", "bce"])
+@pytest.mark.parametrize(("negatives_by", "kind"), [("uniform", Uniform), ("log_uniform", LogUniform)])
+def test_sampled_sources_draw_from_the_distribution_of_that_name(candidates, negatives_by, kind):
+    loss = Loss(candidates=candidates, negatives_by=negatives_by, negatives=4)
+    source = SOURCES[candidates].make(loss, ItemStatistics(COUNTS.size, COUNTS), 20)
+    drawn = source.draw(np.array([1, 2]), np.random.default_rng(3))
+    wanted = DISTRIBUTIONS[negatives_by].make(ItemStatistics(COUNTS.size, COUNTS), 4).draw(np.random.default_rng(3))
+    assert DISTRIBUTIONS[negatives_by] is kind
+    assert np.array_equal(drawn.ids, wanted[0]) and np.array_equal(drawn.log_q, wanted[1])
+    assert source.room == drawn.ids.size == 4 and not drawn.every_item
+
+
+def test_the_whole_catalogue_is_every_item_for_certain_and_takes_no_draw():
+    rng = np.random.default_rng(0)
+    drawn = AllItems(7).draw(np.array([3, 3]), rng)
+    assert drawn.every_item and drawn.ids.tolist() == list(range(7)) and not drawn.log_q.any()
+    assert rng.bit_generator.state == np.random.default_rng(0).bit_generator.state
+
+
+@given(st.lists(st.integers(0, 9), max_size=12), st.integers(1, 40))
+def test_in_batch_candidates_are_the_distinct_targets_with_the_chance_that_each_is_there(targets, tokens):
+    drawn = InBatch(COUNTS, tokens).draw(np.array(targets, dtype=np.int64), np.random.default_rng(0))
+    assert drawn.ids.tolist() == sorted(set(targets)) and not drawn.every_item
+    total = int(COUNTS.sum())
+    for item, log_q in zip(drawn.ids.tolist(), drawn.log_q.tolist(), strict=True):
+        p = max(int(COUNTS[item]), 0.5) / total  # an item that never came counts half
+        assert math.exp(log_q) == pytest.approx(1 - (1 - p) ** tokens, rel=1e-5)
+
+
+def test_in_batch_log_q_is_the_share_of_batches_an_item_is_a_target_of():
+    tokens, batches = 12, 4000
+    rng = np.random.default_rng(0)
+    targets = rng.choice(COUNTS.size, (batches, tokens), p=COUNTS / COUNTS.sum())
+    share = np.array([(targets == item).any(1).mean() for item in range(COUNTS.size)])
+    drawn = InBatch(COUNTS, tokens).draw(np.arange(COUNTS.size), rng)
+    often = COUNTS > 0
+    np.testing.assert_allclose(np.exp(drawn.log_q[often]), share[often], atol=0.03)
+
+
+@pytest.mark.parametrize("counts", [[9], [0], [0, 0, 0], [5, 0]])
+def test_in_batch_log_q_of_items_that_always_or_never_came_is_finite(counts):
+    drawn = InBatch(np.array(counts), 64).draw(np.arange(len(counts)), np.random.default_rng(0))
+    assert np.isfinite(drawn.log_q).all() and (drawn.log_q <= 0).all()
+
+
+def test_nothing_to_score_against():
+    nothing = no_candidates()
+    assert (nothing.ids.dtype, nothing.log_q.dtype) == (np.int64, np.float32)
+    assert nothing.ids.shape == nothing.log_q.shape == (0,) and not nothing.every_item

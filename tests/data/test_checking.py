@@ -19,10 +19,11 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from recgpt_torchrec.data.damage import Damage, SetAside
 from recgpt_torchrec.data.dataset import Dataset
-from recgpt_torchrec.data.reader import Damage, Reader, SetAside
+from recgpt_torchrec.data.reader import Reader
 from recgpt_torchrec.data.stream import SequenceStream
-from recgpt_torchrec.data.windows import Position, deal, row_groups
+from recgpt_torchrec.data.windows import Position, row_groups
 from recgpt_torchrec.distributed.lockstep import Lockstep
 from recgpt_torchrec.errors import InputError
 from tests.data.stream_helpers import MAX_LEN, expected_pairs, pairs, stopped, stream_of
@@ -231,11 +232,11 @@ def everything(stream: SequenceStream, epoch: int = 0) -> Counter:
     """All positions that are predicted in an epoch; every interaction of the dataset is accounted for."""
     found: Counter = Counter()
     read = 0.0
-    for batch in stream.epoch(epoch, deal(stream.windows(epoch), 1)):
+    for batch in stream.batches(epoch):
         found.update(pairs(batch))
-        assert batch.sequences.read is not None
-        read += batch.sequences.read.sum()
-    assert read == pytest.approx(stream.maker.dataset.manifest.entries)
+        assert batch.histories.read is not None
+        read += batch.histories.read.sum()
+    assert read == pytest.approx(stream.dataset.manifest.entries)
     return found
 
 
@@ -345,9 +346,9 @@ def test_a_run_stopped_anywhere_passes_the_same_rows_over_and_lists_each_once(wh
     for last in (False, False, True):
         log = SetAside(str(folder / "damaged.jsonl"), limit=24)
         stream = stream_of(Dataset.open(str(folder / "data"), damaged="skip"), set_aside=log)
-        queues = deal(stream.windows(1), data.draw(st.integers(1, 4), "ranks"), position)
-        stops = [10**6 if last else data.draw(st.integers(0, 4), "batches") for _ in queues]
-        left = stopped(stream, queues, stops, found)
+        world = data.draw(st.integers(1, 4), "ranks")
+        stops = [10**6 if last else data.draw(st.integers(0, 4), "batches") for _ in range(world)]
+        left = stopped(stream, position, stops, found)
         position = Position.from_state_dict(json.loads(json.dumps(Position(1, left).state_dict())))
         if lost and any(damage.row_group is None for damage in log.listed()) and not (folder / "data" / PART).exists():
             os.rename(folder / "part", folder / "data" / PART)  # mended while the run stood still: too late for it
@@ -359,15 +360,16 @@ def test_a_run_stopped_anywhere_passes_the_same_rows_over_and_lists_each_once(wh
 
 def test_a_position_in_other_row_groups_is_refused(data):
     stream = stream_of(Dataset.open(str(data)))
-    queues = deal(stream.windows(0), 1)
-    batch = next(iter(stream.epoch(0, queues)))
-    position = Position.from_state_dict(Position(0, [queues[0].after(batch.cursor)]).state_dict())
+    share = stream.batches()
+    share.done(next(iter(share)).cursor)
+    position = Position.from_state_dict(Position(0, share.left).state_dict())
     removed(data)
     log = SetAside(str(data / "damaged.jsonl"), limit=100)
     stream = stream_of(Dataset.open(str(data), damaged="skip"), set_aside=log)
     with pytest.raises(InputError, match="stopped within an epoch over 6 row groups, now the dataset has 5"):
-        deal(stream.windows(0), 1, position)
-    assert deal(stream.windows(1), 2, Position(1))  # from the next epoch on it may go on
+        stream.batches(0, position)
+    for rank in range(2):
+        assert stream.batches(1, Position(1), rank, 2).left[0].windows  # from the next epoch on it may go on
 
 
 def test_beyond_the_limit_it_ends_and_the_list_says_why(data, tmp_path):
@@ -420,7 +422,7 @@ def test_an_error_in_a_loader_process_reaches_the_caller_as_it_is(data, tmp_path
     log = SetAside(str(tmp_path / "damaged.jsonl"), limit=0)
     stream = stream_of(Dataset.open(str(data)), workers=2, set_aside=log)
     with pytest.raises(InputError) as caught:
-        list(stream.epoch(0, deal(stream.windows(0), 2)))
+        list(stream.batches())
     assert str(caught.value).startswith("1 rows are damaged, listed in ")
     assert f"{PART}, row group 0, row 1: item id 99 is outside the vocabulary" in str(caught.value)
     assert "Traceback" not in str(caught.value) and "DataLoader" not in str(caught.value)
@@ -437,7 +439,7 @@ def test_a_loader_process_that_dies_is_an_error_with_what_to_do(data):
     start_forkserver()
     stream = stream_of(Dataset.open(str(data)), workers=1, set_aside=Dies("", limit=9))
     with pytest.raises(InputError, match="a loader process ended .*--stream.workers 0"):
-        list(stream.epoch(0, deal(stream.windows(0), 1)))
+        list(stream.batches())
 
 
 def step_through(rank: int, world_size: int, data: str) -> list[str]:
@@ -450,7 +452,7 @@ def step_through(rank: int, world_size: int, data: str) -> list[str]:
     errors = []
     for path, bug in ((data, False), (f"{data}/intact", rank == 1)):
         stream = stream_of(Dataset.open(path), tokens=10)
-        batches = stream.epoch(0, deal(stream.windows(0), world_size)[rank : rank + 1])
+        batches = iter(stream.batches(rank=rank, world_size=world_size))
         try:
             for _ in Lockstep(broken(batches) if bug else batches, stream.maker.empty):
                 dist.all_reduce(torch.zeros(1))  # what a step does

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recgpt_torchrec.data.packing import pack, ragged_arange
+from recgpt_torchrec.data.packing import pack
 
 
 @st.composite
@@ -58,9 +58,3 @@ def test_boundaries(lengths, rows, slots):
 def test_a_sequence_longer_than_a_row_is_refused():
     with pytest.raises(ValueError, match="5 tokens does not fit a row of 4"):
         pack(np.array([2, 5]), 4)
-
-
-@given(st.lists(st.integers(0, 6), max_size=9))
-def test_ragged_arange_counts_each_list_from_zero(lengths):
-    expected = [i for length in lengths for i in range(length)]
-    assert ragged_arange(np.array(lengths, dtype=np.int64)).tolist() == expected

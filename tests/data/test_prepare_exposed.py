@@ -16,14 +16,15 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from recgpt_torchrec.config import Batch, Loss, Prepare
-from recgpt_torchrec.data.batch import Sequences
 from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.histories import Histories, HistoryReader
 from recgpt_torchrec.data.segments import EXPOSED
-from recgpt_torchrec.data.stream import BatchMaker
-from recgpt_torchrec.data.windows import Cursor, row_groups, windows_of
+from recgpt_torchrec.data.split import SplitName
+from recgpt_torchrec.data.stream import BatchMaker, candidate_source
+from recgpt_torchrec.data.windows import row_groups, windows_of
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.prepare import summary
-from recgpt_torchrec.prompts.prompting import histories_of, table_of
+from recgpt_torchrec.prompts.prompting import intervals_of, table_of
 from tests.data.prepare_helpers import make, random_log, read_keys, read_sequences, write_csv
 from tests.data.test_prepare_bad_input import message
 from tests.support import write_dataset
@@ -302,27 +303,30 @@ def test_a_log_with_shown_rows_larger_than_the_memory_limit(tmp_path: Path) -> N
 def with_prompts(folder: Path, k: int) -> Dataset:
     """The dataset as `generate_prompts --prompts.source exposed` writes it, without its files and processes."""
     table = pq.read_table(folder / "sequences").combine_chunks()
-    made = table_of(histories_of(table, k, max_len=50, kept=(EXPOSED,))).to_pydict()
+    made = table_of(intervals_of(table, k, max_len=50, kept=(EXPOSED,))).to_pydict()
     items = Dataset.open(str(folder)).manifest.items
     return write_dataset(folder / f"prompts-{k}", made["item_ids"], items=items, segments=made["segment_ids"])
 
 
-def read(dataset: Dataset, split: str) -> tuple[BatchMaker, Sequences]:
+SPLITS: tuple[SplitName, ...] = ("training", "validation", "test")
+
+
+def read(dataset: Dataset, split: SplitName) -> tuple[BatchMaker, Histories]:
     """The histories of a split with their prompts, in the order of the dataset."""
-    batch, loss = Batch(tokens=4096), Loss(candidates="all")
-    maker = BatchMaker(dataset=dataset, prompts=True, split=split, batch=batch, loss=loss, max_len=50, seed=0)
+    batch, reader = Batch(tokens=4096), HistoryReader(dataset=dataset, prompts=True, split=split, max_len=50)
+    maker = BatchMaker(reader=reader, batch=batch, source=candidate_source(Loss(candidates="all"), dataset, batch))
     (window,) = windows_of(row_groups(dataset), 0, 0, 100, shuffle=False)
-    return maker, maker.sequences_of(window, epoch=0, shuffle=False)
+    return maker, maker.read(window, epoch=0, shuffle=False)
 
 
-def lists(sequences: Sequences) -> dict[int, tuple[list[int], list[int]]]:
+def lists(histories: Histories) -> dict[int, tuple[list[int], list[int]]]:
     """User id -> items and segments of what is read."""
-    assert sequences.segments is not None
-    parts = [np.split(values, sequences.offsets[1:-1]) for values in (sequences.items, sequences.segments)]
+    assert histories.segments is not None
+    parts = [np.split(values, histories.offsets[1:-1]) for values in (histories.items, histories.segments)]
     pairs = zip(*parts, strict=True)
     return {
         int(user): (items.tolist(), segments.tolist())
-        for user, (items, segments) in zip(sequences.users, pairs, strict=True)
+        for user, (items, segments) in zip(histories.users, pairs, strict=True)
     }
 
 
@@ -355,18 +359,18 @@ def test_no_target_is_an_item_that_was_only_shown(tmp_path: Path, k: int) -> Non
     users = read_keys(tmp_path / "made" / "data", "users", "user_id")
     items = read_keys(tmp_path / "made" / "data", "items", "item_id")
     shown = 0
-    for split in ("training", "validation", "test"):
-        maker, sequences = read(dataset, split)
+    for split in SPLITS:
+        maker, histories = read(dataset, split)
         if split == "training":
-            batch = maker.make(sequences, Cursor(), None, 0)
-            owner = batch.sequences.users[batch.sequence.flatten()[batch.target_slot].numpy()]
+            batch = maker.make(histories)
+            owner = batch.histories.users[batch.sequence.flatten()[batch.target_slot].numpy()]
             targets = batch.items.values()[batch.target_bag].numpy()
         else:
-            assert sequences.held_out is not None
-            owner, targets = sequences.users, sequences.held_out
+            assert histories.held_out is not None
+            owner, targets = histories.users, histories.held_out
         kinds = [items[target][0] for user, target in zip(owner, targets, strict=True) if users[user] != "all"]
         assert len(kinds) >= 6 and set(kinds) == {"c"}
-        for user, (entries, segments) in lists(sequences).items():
+        for user, (entries, segments) in lists(histories).items():
             if users[user] != "all":
                 assert [items[entry][0] for entry in entries] == ["s" if segment else "c" for segment in segments]
                 assert segments[-1] == 0 == segments[0]
@@ -380,7 +384,7 @@ def test_what_comes_after_a_target_does_not_change_what_comes_before(tmp_path: P
     made = conversations(seed)
     source = np.random.default_rng(seed)
     dataset = dataset_of(tmp_path / "now", made, 2)
-    now = {split: lists(read(dataset, split)[1]) for split in ("training", "validation", "test")}
+    now = {split: lists(read(dataset, split)[1]) for split in SPLITS}
 
     def changed(from_end: int) -> dict[str, list[Event]]:
         """Another course of events from the target on, with as many clicks in it; time goes slower."""
@@ -401,6 +405,4 @@ def test_what_comes_after_a_target_does_not_change_what_comes_before(tmp_path: P
     other = dataset_of(tmp_path / "after test", changed(1), 2)
     assert {split: lists(read(other, split)[1]) for split in now} == now
     other = dataset_of(tmp_path / "after validation", changed(2), 2)
-    assert {split: lists(read(other, split)[1]) for split in ("training", "validation")} == {
-        split: now[split] for split in ("training", "validation")
-    }
+    assert {split: lists(read(other, split)[1]) for split in SPLITS[:2]} == {split: now[split] for split in SPLITS[:2]}

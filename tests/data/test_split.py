@@ -1,67 +1,70 @@
 """The leave-one-out split against a plain loop over Python lists."""
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from recgpt_torchrec.data import split
+from recgpt_torchrec.data.ragged import Ragged
 
 lists_of_items = st.lists(st.lists(st.integers(0, 2**40), max_size=7), max_size=8)
 
 
-def jagged(lists: list[list[int]]) -> split.ItemLists:
-    return split.item_lists(pa.array(lists, pa.list_(pa.int64())))
-
-
-def as_lists(lists: split.ItemLists) -> list[list[int]]:
-    return [lists.values[a:b].tolist() for a, b in zip(lists.offsets[:-1], lists.offsets[1:], strict=True)]
+def parts(items: Ragged, name: split.SplitName) -> tuple[list[int], list[list[int]], list[int] | None]:
+    """Users, their histories, and the held-out items of a split."""
+    cut = split.cut(items.offsets, name)
+    held_out = None if cut.target is None else items.values[cut.target].tolist()
+    return cut.row.tolist(), items.cut(cut.start, cut.stop).to_lists(), held_out
 
 
 @given(lists_of_items)
 def test_training_part_is_all_but_the_last_two_and_whole_for_users_with_fewer_than_three_items(lists):
-    values, offsets = jagged(lists)
-    assert as_lists(split.take(values, *split.training(offsets))) == [s[:-2] if len(s) >= 3 else s for s in lists]
+    rows, histories, held_out = parts(Ragged.from_lists(lists), "training")
+    assert histories == [s[:-2] if len(s) >= 3 else s for s in lists]
+    assert rows == list(range(len(lists))) and held_out is None
 
 
 @given(lists_of_items, st.sampled_from([("validation", 2), ("test", 1)]))
 def test_held_out_target_follows_its_history_and_short_users_have_none(lists, case):
     name, from_end = case
-    values, offsets = jagged(lists)
-    held = split.held_out(offsets, name)
+    rows, histories, held_out = parts(Ragged.from_lists(lists), name)
     kept = [i for i, s in enumerate(lists) if len(s) >= 3]
-    assert held.row.tolist() == kept
-    assert as_lists(split.take(values, held.start, held.stop)) == [lists[i][:-from_end] for i in kept]
-    assert values[held.target].tolist() == [lists[i][-from_end] for i in kept]
+    assert rows == kept
+    assert histories == [lists[i][:-from_end] for i in kept]
+    assert held_out == [lists[i][-from_end] for i in kept]
+
+
+@given(lists_of_items)
+def test_all_is_the_whole_history_of_everyone_who_has_one(lists):
+    kept = [i for i, s in enumerate(lists) if s]
+    assert parts(Ragged.from_lists(lists), "all") == (kept, [lists[i] for i in kept], None)
 
 
 def test_test_history_holds_the_validation_item_and_training_holds_neither_target():
-    values, offsets = jagged([[5, 6, 7, 8]])
-    test, validation = split.test(offsets), split.validation(offsets)
-    assert values[validation.target].item() in values[test.start[0] : test.stop[0]]
-    start, stop = split.training(offsets)
-    assert values[start[0] : stop[0]].tolist() == [5, 6]
+    items = Ragged.from_lists([[5, 6, 7, 8]])
+    _, (history,), _ = parts(items, "test")
+    _, _, validation = parts(items, "validation")
+    assert validation is not None and validation[0] in history
+    assert parts(items, "training")[1] == [[5, 6]]
 
 
-@given(lists_of_items, st.integers(0, 4))
-def test_item_lists_reads_slices_chunks_and_large_lists(lists, cut):
-    array = pa.array(lists, pa.list_(pa.int64()))
-    assert as_lists(split.item_lists(array.slice(cut))) == lists[cut:]
-    assert as_lists(split.item_lists(pa.chunked_array([array.slice(0, cut), array.slice(cut)]))) == lists
-    assert as_lists(split.item_lists(array.cast(pa.large_list(pa.int64())))) == lists
+@given(lists_of_items)
+def test_what_is_trained_on_is_counted_from_the_end_as_it_is_cut(lists):
+    """`is_trained_on`, which queries use, says of each interaction whether it is in the training part."""
+    items = Ragged.from_lists(lists)
+    length = items.lengths[items.owners]
+    from_end = np.array([len(s) - 1 - place for s in lists for place in range(len(s))], dtype=np.int64)
+    assert items.keep(split.is_trained_on(from_end, length)).to_lists() == parts(items, "training")[1]
 
 
-def test_item_lists_of_an_empty_column():
-    assert as_lists(split.item_lists(pa.chunked_array([], pa.list_(pa.int64())))) == []
+@pytest.mark.parametrize("name", ["train", "", None])
+def test_unknown_split_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name!r}; it must be one of training, validation, test, all"):
+        split.cut(np.array([0, 3]), name)
 
 
-@pytest.mark.parametrize("lists", [[[1], None], [[1, None]]])
-def test_item_lists_refuses_nulls(lists):
-    with pytest.raises(ValueError, match="null"):
-        split.item_lists(pa.array(lists, pa.list_(pa.int64())))
-
-
-def test_unknown_split_is_refused():
-    with pytest.raises(ValueError, match="'validation' or 'test'"):
-        split.held_out(np.array([0, 3]), "train")  # type: ignore[arg-type]
+@pytest.mark.parametrize("offsets", [[], [[0, 3]]])
+def test_offsets_of_another_shape_are_refused(offsets):
+    with pytest.raises(ValueError, match="offsets must be"):
+        split.cut(offsets, "training")

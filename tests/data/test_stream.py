@@ -12,12 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recgpt_torchrec.config import Batch, Loss, Stream
-from recgpt_torchrec.data.batch import no_sequences
+from recgpt_torchrec.config import Loss
 from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.histories import no_histories
 from recgpt_torchrec.data.loading import read_ahead
-from recgpt_torchrec.data.stream import BatchMaker, SequenceStream
-from recgpt_torchrec.data.windows import Position, deal
+from recgpt_torchrec.data.stream import SequenceStream
+from recgpt_torchrec.data.windows import Cursor, Position, Queue, RowGroup, deal, windows_of
 from recgpt_torchrec.errors import InputError
 from tests.data.stream_helpers import MAX_LEN, expected_pairs, pairs, stopped, stream_of
 from tests.support import start_forkserver, walks, write_dataset
@@ -61,12 +61,12 @@ def test_every_training_position_comes_once_an_epoch_on_any_number_of_ranks(tmp_
     stream, histories, wanted = laid_out(tmp_path, layout)
     found: Counter = Counter()
     read = 0.0
-    for queue in deal(stream.windows(epoch), layout["world"]):
-        for batch in stream.epoch(epoch, [queue]):
+    for rank in range(layout["world"]):
+        for batch in stream.batches(epoch, rank=rank, world_size=layout["world"]):
             assert (batch.sequence >= 0).sum() <= layout["tokens"]
-            assert batch.sequences.read is not None
+            assert batch.histories.read is not None
             found.update(pairs(batch))
-            read += batch.sequences.read.sum()
+            read += batch.histories.read.sum()
     assert found == wanted
     assert read == pytest.approx(sum(map(len, histories)))
 
@@ -80,9 +80,8 @@ def test_a_run_stopped_anywhere_goes_on_with_each_remaining_position_once(tmp_pa
         found: Counter = Counter()
         for last in (False, False, True):
             world = data.draw(st.integers(1, 4), "ranks")
-            queues = deal(stream.windows(1), world, position)
-            stops = [10**6 if last else data.draw(st.integers(0, 4), "batches") for _ in queues]
-            left = stopped(stream, queues, stops, found)
+            stops = [10**6 if last else data.draw(st.integers(0, 4), "batches") for _ in range(world)]
+            left = stopped(stream, position, stops, found)
             position = Position.from_state_dict(Position(1, left).state_dict())
         assert found == wanted
         assert position.queues is not None and not any(queue.windows for queue in position.queues)
@@ -91,13 +90,13 @@ def test_a_run_stopped_anywhere_goes_on_with_each_remaining_position_once(tmp_pa
 def test_resumed_on_the_same_ranks_the_very_same_batches_follow(tmp_path):
     dataset = write_dataset(tmp_path / "data", walks(40, 30, longest=20), rows_per_group=4)
     stream = stream_of(dataset, tokens=20, loss=Loss(candidates="sampled", negatives=5))
-    (queue,) = deal(stream.windows(0), 1)
-    whole = list(stream.epoch(0, [queue]))
+    share = stream.batches()
+    whole = list(share)
     assert len(whole) > 6
     assert [batch.cursor.batches for batch in whole] == list(range(1, len(whole) + 1))  # part of the negatives' seed
     for stop in range(1, len(whole)):
-        (again,) = deal(stream.windows(0), 1, Position(0, [queue.after(whole[stop - 1].cursor)]))
-        rest = list(stream.epoch(0, [again]))
+        share.done(whole[stop - 1].cursor)
+        rest = list(stream.batches(0, Position(0, list(share.left))))
         assert len(rest) == len(whole) - stop
         for batch, other in zip(rest, whole[stop:], strict=True):
             assert list(pairs(batch)) == list(pairs(other))
@@ -105,21 +104,58 @@ def test_resumed_on_the_same_ranks_the_very_same_batches_follow(tmp_path):
             assert batch.candidate_log_q.tolist() == other.candidate_log_q.tolist()
 
 
+@few
+@given(layouts, st.data())
+def test_a_share_says_what_is_left_and_what_the_next_batch_was_read_from(tmp_path, layout, data):
+    stream, _, _ = laid_out(tmp_path, layout)
+    world = layout["world"]
+    stops = [data.draw(st.integers(0, 3), "batches") for _ in range(world)]
+    queues = stopped(stream, Position(1), stops, Counter())  # so that a share may begin within a window
+    owner: dict[int, RowGroup] = {}
+    for number, group in enumerate(stream.groups):
+        first = sum(before.rows for before in stream.groups[:number])
+        owner |= dict.fromkeys(range(first, first + group.rows), group)
+    for rank in range(world):
+        share = stream.batches(1, Position(1, queues), rank, world)
+        assert share.left == share.source.queues == queues[rank : rank + 1]
+        for batch in share:
+            read = share.groups_of(batch.cursor)
+            touched = {owner[user] for user in batch.histories.users.tolist()}
+            assert touched <= set(read) and len(set(read)) == len(read)
+            windows = [window for window in share.source.windows if touched & set(window.groups)]
+            assert set(read) == {group for window in windows for group in window.groups}
+            share.done(batch.cursor)
+            assert share.left == [share.source.queues[0].after(batch.cursor)]
+        assert not share.left[0].windows
+
+
+def test_shares_are_the_queues_of_a_ranks_workers_and_each_worker_has_its_own(tmp_path):
+    stream = stream_of(write_dataset(tmp_path / "data", walks(40, 9), rows_per_group=4), window_groups=1, workers=2)
+    shares = [stream.batches(2, rank=rank, world_size=3) for rank in range(3)]
+    windows = windows_of(stream.groups, 0, 2, 1)
+    dealt = deal(windows, 6)
+    assert [queue for share in shares for queue in share.left] == dealt
+    shares[1].done(Cursor(worker=1, windows_done=1, offset=0, batches=4))
+    assert shares[1].left == [dealt[2], Queue(dealt[3].windows[1:], 4, dealt[3].groups)]
+    position = Position(2, [queue for share in shares for queue in share.left])
+    assert stream.batches(2, position, 1, 3).left == shares[1].left  # on as many ranks, what was left of this one
+    anew = [queue for rank in range(2) for queue in stream.batches(2, position, rank, 2).left]
+    assert anew == deal(windows, 4, position)
+
+
 def test_rows_are_shuffled_across_the_groups_of_a_window_and_anew_each_epoch(tmp_path):
     dataset = write_dataset(tmp_path / "data", [[u % 7, 1, 2, 3] for u in range(40)], rows_per_group=5)
     stream = stream_of(dataset, window_groups=4)
     orders = []
     for epoch in (0, 0, 1):
-        queues = deal(stream.windows(epoch), 1)
-        orders.append([u for batch in stream.epoch(epoch, queues) for u in batch.sequences.users.tolist()])
+        orders.append([u for batch in stream.batches(epoch) for u in batch.histories.users.tolist()])
     assert orders[0] == orders[1] != orders[2]
     first_window = {user // 5 for user in orders[0][:10]}
     assert len(first_window) > 2, "rows of only one or two groups at the beginning: not shuffled within the window"
     alone = stream_of(write_dataset(tmp_path / "alone", [[u % 7, 1, 2, 3] for u in range(40)], rows_per_group=40))
     orders = []
     for epoch in (0, 1):
-        (queue,) = deal(alone.windows(epoch), 1)
-        orders.append([u for batch in alone.epoch(epoch, [queue]) for u in batch.sequences.users.tolist()])
+        orders.append([u for batch in alone.batches(epoch) for u in batch.histories.users.tolist()])
     assert orders[0] != orders[1], "the rows of one window stand alike in every epoch"
 
 
@@ -129,19 +165,18 @@ def test_evaluation_encodes_each_history_once_with_its_held_out_item(tmp_path, s
     dataset = write_dataset(tmp_path / "data", histories, rows_per_group=4)
     stream = stream_of(dataset, split=split, tokens=15)
     found: dict = {}
-    for queue in deal(stream.windows(0), 3):
-        for batch in stream.epoch(0, [queue]):
+    for rank in range(3):
+        for batch in stream.batches(rank=rank, world_size=3):
             assert batch.target_slot.numel() == 0
-            sequences, items = batch.sequences, batch.items.values()
-            for s, user in enumerate(sequences.users.tolist()):
+            encoded, items = batch.histories, batch.items.values()
+            for s, user in enumerate(encoded.users.tolist()):
                 own = batch.sequence == s
                 order = batch.position[own].argsort()
                 inputs = items[batch.item_bag[own]][order].tolist()
-                assert sequences.seen is not None
-                values, offsets = sequences.seen
-                seen = values[offsets[s] : offsets[s + 1]].tolist()
+                assert encoded.seen is not None
+                seen = encoded.seen.to_lists()[s]
                 assert user not in found
-                found[user] = inputs, seen, None if sequences.held_out is None else int(sequences.held_out[s])
+                found[user] = inputs, seen, None if encoded.held_out is None else int(encoded.held_out[s])
     cut = {"validation": -2, "test": -1, "all": None}[split]
     wanted = {
         user: (h[:cut][-MAX_LEN:], h[:cut], None if cut is None else h[cut])
@@ -154,7 +189,7 @@ def test_evaluation_encodes_each_history_once_with_its_held_out_item(tmp_path, s
 def test_users_with_one_two_and_three_items(tmp_path):
     dataset = write_dataset(tmp_path / "data", [[0], [1, 2], [3, 4, 5], [6, 7, 8, 9]], rows_per_group=2)
     stream = stream_of(dataset)
-    batches = list(stream.epoch(0, deal(stream.windows(0), 1)))
+    batches = list(stream.batches())
     assert Counter(pair for batch in batches for pair in pairs(batch)) == {(1, (1,), 2): 1, (3, (6,), 7): 1}
 
 
@@ -162,34 +197,31 @@ def test_a_user_without_any_item_does_no_harm(tmp_path):
     dataset = write_dataset(tmp_path / "data", [[], [1, 2], [], [3, 4, 5, 6]], rows_per_group=1)
     for split in ("training", "all", "test"):
         stream = stream_of(dataset, split=split)
-        assert sum(b.last_slot.numel() for b in stream.epoch(0, deal(stream.windows(0), 1))) == (
-            1 if split == "test" else 2
-        )
+        assert sum(b.last_slot.numel() for b in stream.batches()) == (1 if split == "test" else 2)
 
 
 @pytest.mark.parametrize("candidates", ["all", "sampled", "in_batch", "bce"])
 def test_a_catalogue_of_one_item(tmp_path, candidates):
     dataset = write_dataset(tmp_path / "data", [[0] * 6] * 5, rows_per_group=2)
     stream = stream_of(dataset, loss=Loss(candidates=candidates))
-    batches = list(stream.epoch(0, deal(stream.windows(0), 1)))
+    batches = list(stream.batches())
     assert sum(batch.target_slot.numel() for batch in batches) == 5 * 3
     assert all(batch.target_candidate.tolist() == [0] * batch.target_slot.numel() for batch in batches)
 
 
 def test_ranks_without_a_window_get_no_batch_and_an_empty_one_can_be_made(tmp_path):
     stream = stream_of(write_dataset(tmp_path / "data", walks(3, 5), rows_per_group=3))
-    counts = [len(list(stream.epoch(0, [queue]))) for queue in deal(stream.windows(0), 4)]
+    counts = [len(list(stream.batches(rank=rank, world_size=4))) for rank in range(4)]
     assert sorted(counts) == [0, 0, 0, 1]
     empty = stream.maker.empty()
-    assert empty.sequences.users.size == no_sequences().users.size == 0 and empty.candidate_bag.numel() == 5
+    assert empty.histories.users.size == no_histories().users.size == 0 and empty.candidate_bag.numel() == 5
 
 
 def test_loader_processes_make_the_same_batches_as_the_thread(tmp_path):
     dataset = write_dataset(tmp_path / "data", walks(20, 9), rows_per_group=4)
     here, apart = stream_of(dataset), stream_of(dataset, workers=1)
-    queues = deal(here.windows(0), 1)
     start_forkserver()
-    expected, found = list(here.epoch(0, queues)), list(apart.epoch(0, queues))
+    expected, found = list(here.batches()), list(apart.batches())
     assert [list(pairs(batch)) for batch in found] == [list(pairs(batch)) for batch in expected]
     assert [batch.cursor for batch in found] == [batch.cursor for batch in expected]
 
@@ -242,21 +274,16 @@ def test_answers_stay_beside_their_items_whatever_is_cut_and_shuffled(tmp_path, 
     scores = [[float(i) for i in row for _ in range(2)] for row in real]
     more = {"answer_ids": pa.array(answers, pa.list_(pa.int64())), "answer_scores": pa.array(scores)}
     dataset = write_dataset(tmp_path / "data", histories, items=20, segments=segments, more=more)
-    maker = BatchMaker(
-        dataset=dataset,
-        split="training",
+    stream = stream_of(
+        dataset,
         prompts=prompts,
+        answers=2,
         predict_from="interacted",
         soft_targets=0.5,
-        answers=2,
-        batch=Batch(tokens=40),
         loss=Loss(candidates="sampled", negatives=5),
-        max_len=MAX_LEN,
-        seed=0,
     )
-    stream = SequenceStream(maker, Stream(window_groups=2))
     seen = 0
-    for batch in stream.epoch(0, deal(stream.windows(0), 1, Position(0))):
+    for batch in stream.batches(0, Position(0)):
         items, inputs = batch.items.values(), batch.item_bag.flatten()
         for slot, target, soft, weight in zip(
             batch.target_slot.tolist(), batch.target_bag, batch.soft_bag, batch.soft_weight, strict=True
@@ -280,9 +307,9 @@ def test_only_new_targets_are_predicted_from_the_whole_history_before_them(tmp_p
     found = []
     for new_targets in (True, False):
         stream = stream_of(dataset, max_len=6, long_histories=long_histories, new_targets=new_targets)
-        batches = list(stream.epoch(0, deal(stream.windows(0), 1)))
+        batches = list(stream.batches())
         found.append(Counter(pair for batch in batches for pair in pairs(batch)))
-        read = sum(float(np.sum(batch.sequences.read)) for batch in batches if batch.sequences.read is not None)
+        read = sum(float(np.sum(batch.histories.read)) for batch in batches if batch.histories.read is not None)
         assert read == pytest.approx(sum(map(len, histories)))  # progress is that of the whole dataset
     new: Counter = Counter()
     for user, (history, row) in enumerate(zip(histories, marks, strict=True)):

@@ -24,8 +24,10 @@ from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.checkpoints.saving import Saver
 from recgpt_torchrec.checkpoints.state import restore, state_of
 from recgpt_torchrec.config import CheckpointOptions, Loss, Model, Optimizer, Pretrain, Tables
-from recgpt_torchrec.data.batch import Capacity, SequenceBatch, Sequences, make_batch, no_sequences
+from recgpt_torchrec.data.batch import Capacity, SequenceBatch, make_batch
+from recgpt_torchrec.data.candidates import AllItems
 from recgpt_torchrec.data.dataset import Dataset, Manifest
+from recgpt_torchrec.data.histories import Histories, no_histories
 from recgpt_torchrec.distributed.processes import quiet
 from recgpt_torchrec.distributed.sharding import tables_of
 from recgpt_torchrec.training.building import build
@@ -128,22 +130,26 @@ def made(layout: Layout, users: int = USERS, items: int = ITEMS) -> tuple[Any, A
         optimizer=Optimizer(lr=2e-3),
     )
     dataset = Dataset(path="", manifest=Manifest(users=users, items=items))
-    return build(config, dataset, items, torch.device("cpu"))
+    return build(config, config.model, dataset, batch_size=items, device=torch.device("cpu"))
 
 
 def batch(step: int) -> SequenceBatch:
     """This rank's part of a step's batch, which is the same for every number of ranks."""
-    histories = walks(7, ITEMS, seed=step, shortest=2, longest=9)
-    mine = range(dist.get_rank(), len(histories), dist.get_world_size())
-    sequences = no_sequences()
+    drawn = walks(7, ITEMS, seed=step, shortest=2, longest=9)
+    mine = range(dist.get_rank(), len(drawn), dist.get_world_size())
+    histories = no_histories()
     if mine:
-        sequences = Sequences(
+        histories = Histories(
             users=np.array([(step + n) % USERS for n in mine]),
-            items=np.concatenate([histories[n] for n in mine]),
-            offsets=np.concatenate([[0], np.cumsum([len(histories[n]) for n in mine])]),
+            items=np.concatenate([drawn[n] for n in mine]),
+            offsets=np.concatenate([[0], np.cumsum([len(drawn[n]) for n in mine])]),
         )
     made = make_batch(
-        sequences, row_length=8, capacity=Capacity(USERS, ITEMS), predict=True, candidates=None, all_items=ITEMS
+        histories,
+        row_length=8,
+        capacity=Capacity(USERS, ITEMS),
+        predict=True,
+        draw=lambda targets: AllItems(ITEMS).candidates,
     )
     targets = torch.tensor(float(made.target_slot.numel()))
     dist.all_reduce(targets)

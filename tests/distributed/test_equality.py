@@ -20,14 +20,18 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.config import Batch, CheckpointOptions, Loss, Model, Optimizer, Pretrain, Tables, Train
-from recgpt_torchrec.data.batch import Candidates, Capacity, SequenceBatch, Sequences, make_batch, no_sequences
+from recgpt_torchrec.data.batch import Capacity, SequenceBatch, make_batch
+from recgpt_torchrec.data.candidates import AllItems, Candidates
 from recgpt_torchrec.data.dataset import Dataset, Manifest
-from recgpt_torchrec.data.windows import Window
+from recgpt_torchrec.data.histories import Histories, no_histories
+from recgpt_torchrec.data.windows import Cursor, Position, Queue
 from recgpt_torchrec.distributed.lockstep import Lockstep
-from recgpt_torchrec.distributed.sharding import distribute, tables_of
+from recgpt_torchrec.distributed.sharding import initialise_tables, shard, tables_of
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.model.recgpt import Dense, RecGPT
+from recgpt_torchrec.model.dense import Dense
+from recgpt_torchrec.model.recgpt import RecGPT
 from recgpt_torchrec.training.building import build, training_stream
+from recgpt_torchrec.training.optimizers import fuse_optimizers, is_fused, optimizers_of
 from recgpt_torchrec.training.schedule import Schedule
 from recgpt_torchrec.training.trainer import Trainer
 from tests.distributed.launch import run_ranks
@@ -84,7 +88,7 @@ def batches(case: Case, rank: int, world_size: int) -> list[SequenceBatch]:
     made = []
     for step in range(STEPS):
         count, longest = (1, 2) if case.few else (7, 9)
-        histories = walks(count, ITEMS, seed=step, shortest=2 if case.few else 1, longest=longest)
+        drawn = walks(count, ITEMS, seed=step, shortest=2 if case.few else 1, longest=longest)
         users = rng.integers(0, USERS, count)
         negatives = Candidates(rng.permutation(ITEMS)[:9], np.log(rng.uniform(0.2, 1, 9)).astype(np.float32))
         owner = np.array([0, 0, 1, 0, 1, 1, 0])[:count] % world_size  # unequal numbers of positions
@@ -92,26 +96,25 @@ def batches(case: Case, rank: int, world_size: int) -> list[SequenceBatch]:
             owner[:] = 0  # and one rank without any, now and then
         mine = [n for n in range(count) if owner[n] == rank]
         if mine:
-            sequences = Sequences(
+            histories = Histories(
                 users=users[mine],
-                items=np.concatenate([histories[n] for n in mine]),
-                offsets=np.concatenate([[0], np.cumsum([len(histories[n]) for n in mine])]),
+                items=np.concatenate([drawn[n] for n in mine]),
+                offsets=np.concatenate([[0], np.cumsum([len(drawn[n]) for n in mine])]),
             )
-            made.append(packed(case, sequences, negatives))
+            made.append(packed(case, histories, negatives))
         elif not case.idle:
-            made.append(packed(case, no_sequences(), negatives))
+            made.append(packed(case, no_histories(), negatives))
     return made
 
 
-def packed(case: Case, sequences: Sequences, negatives: Candidates) -> SequenceBatch:
-    every = case.candidates == "all"
+def packed(case: Case, histories: Histories, negatives: Candidates) -> SequenceBatch:
+    candidates = AllItems(ITEMS).candidates if case.candidates == "all" else negatives
     return make_batch(
-        sequences,
+        histories,
         row_length=8,
         capacity=Capacity(USERS, ITEMS),
         predict=True,
-        candidates=None if every else negatives,
-        all_items=ITEMS if every else 0,
+        draw=lambda targets: candidates,
     )
 
 
@@ -137,7 +140,7 @@ def train(case: Case, rank: int, world_size: int) -> Trained:
     """Train on the case's batches with the project's own parts, as the trainer puts them together."""
     dataset = Dataset(path="", manifest=Manifest(users=USERS, items=ITEMS))
     device = torch.device("cpu")
-    model, optimizer = build(case.config, dataset, ITEMS, device)
+    model, optimizer = build(case.config, case.config.model, dataset, batch_size=ITEMS, device=device)
 
     def tables() -> dict[str, Any]:
         return {name.split(".")[0]: whole(value) for name, value in sorted(tables_of(model).items())}
@@ -150,7 +153,7 @@ def train(case: Case, rank: int, world_size: int) -> Trained:
     pipeline = TrainPipelineSparseDist(model, optimizer, device)
     course = Schedule(optimizer, case.config.optimizer)
     nothing = Candidates(np.arange(9), np.zeros(9, np.float32))
-    ahead = Lockstep(iter(batches(case, rank, world_size)), lambda: packed(case, no_sequences(), nothing))
+    ahead = Lockstep(iter(batches(case, rank, world_size)), lambda: packed(case, no_histories(), nothing))
     model.train()
     while True:
         course.set(len(result.losses), len(result.losses) / STEPS)
@@ -244,23 +247,33 @@ def test_a_run_starts_from_the_same_values_whatever_the_sharding_and_the_number_
 
 
 @dataclass
+class FixedShare:
+    """Given batches, of which nothing is ever left."""
+
+    given: list[SequenceBatch]
+    left: list[Queue] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[SequenceBatch]:
+        return iter(self.given)
+
+    def done(self, cursor: Cursor) -> None:
+        pass
+
+
+@dataclass
 class FixedStream:
     """A stream of given batches, one epoch for ever."""
 
-    batches: list[SequenceBatch]
+    given: list[SequenceBatch]
     case: Case
-    workers: int = 1
 
     @property
     def maker(self) -> Any:
         nothing = Candidates(np.arange(9), np.zeros(9, np.float32))
-        return SimpleNamespace(empty=lambda: packed(self.case, no_sequences(), nothing))
+        return SimpleNamespace(empty=lambda: packed(self.case, no_histories(), nothing))
 
-    def windows(self, epoch: int) -> list[Window]:
-        return []
-
-    def epoch(self, epoch: int, queues: Any) -> Iterator[SequenceBatch]:
-        return iter(self.batches)
+    def batches(self, epoch: int, position: Position, rank: int, world_size: int) -> "FixedShare":
+        return FixedShare(self.given)
 
 
 def trainer(
@@ -294,15 +307,13 @@ class ModifiesItsInput(RecGPT):
 
 def check_the_pipeline(rank: int, world_size: int, folder: str) -> str:
     case = Case("table_wise", "rowwise_adagrad", "all")
-    config = case.config
-    model, optimizer = distribute(
-        ModifiesItsInput(config.model, config.loss, USERS, ITEMS),
-        tables=config.tables,
-        optimizer=config.optimizer,
-        batch_size=ITEMS,
-        seed=0,
-        device=torch.device("cpu"),
-    )
+    config, device = case.config, torch.device("cpu")
+    unsharded = ModifiesItsInput(config.model, config.loss, USERS, ITEMS)
+    fuse_optimizers(unsharded, config.tables, device, frozen=set())
+    fused = is_fused(config.tables.optimizer, device)
+    model = shard(unsharded, config.tables, batch_size=ITEMS, device=device, fused=fused)
+    initialise_tables(model, config.tables.init_std_of, seed=0)
+    optimizer = optimizers_of(model, config.tables, config.optimizer, frozen=set())
     stream = FixedStream(batches(case, rank, world_size), case)
     try:
         trainer(model, optimizer, stream, folder).fit(lambda: {"NDCG@10": 0.0}, metric="NDCG@10")
@@ -319,7 +330,7 @@ def test_a_table_that_the_pipeline_passes_by_stops_the_run_and_says_so(tmp_path)
 def save_by_the_clock(rank: int, world_size: int, folder: str) -> list[int]:
     case = Case("row_wise", "rowwise_adagrad", "all")
     dataset = Dataset(path="", manifest=Manifest(users=USERS, items=ITEMS))
-    model, optimizer = build(case.config, dataset, ITEMS, torch.device("cpu"))
+    model, optimizer = build(case.config, case.config.model, dataset, batch_size=ITEMS, device=torch.device("cpu"))
     run = trainer(model, optimizer, FixedStream(batches(case, rank, world_size), case), folder, minutes=1e-9)
     saved: list[int] = []
     save = run.saver.save
@@ -351,9 +362,11 @@ def train_two_items(rank: int, world_size: int, data: str, output: str) -> dict[
             batch=Batch(tokens=12),
             tables=Tables(sharding=sharding),
         )
-        stream = training_stream(config, dataset)
+        stream = training_stream(config, config.model, dataset)
         try:
-            model, optimizer = build(config, dataset, stream.maker.capacity.items, torch.device("cpu"))
+            model, optimizer = build(
+                config, config.model, dataset, batch_size=stream.maker.capacity.items, device=torch.device("cpu")
+            )
         except InputError as error:
             answers[sharding] = str(error)
             continue

@@ -31,7 +31,7 @@ def whole(model: Any) -> dict[str, torch.Tensor]:
 
 def overflows(rank: int, world_size: int, port: int, data: str, output: str, options: dict[str, Any]) -> Any:
     """Rank 1's loss overflows in the sixth step, and its gradients alone in the ninth."""
-    from recgpt_torchrec.model.recgpt import Dense
+    from recgpt_torchrec.model.dense import Dense
     from recgpt_torchrec.training.trainer import Trainer
 
     loss_of, pipelined = Dense.sum_of_losses, Trainer._check_pipelined
@@ -43,7 +43,7 @@ def overflows(rank: int, world_size: int, port: int, data: str, output: str, opt
             return loss_of(self, h, outputs, batch)
         number = next(calls)
         if rank == 1 and number in (6, 9):
-            seen["users"].append(sorted(set(batch.sequences.users.tolist())))
+            seen["users"].append(sorted(set(batch.histories.users.tolist())))
         if rank == 1 and number == 9:
             h.register_hook(lambda gradient: gradient * float("inf"))
         return loss_of(self, h, outputs, batch) * (float("inf") if rank == 1 and number == 6 else 1.0)

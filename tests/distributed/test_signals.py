@@ -74,7 +74,7 @@ def recorded(
     The last rank is asked to end before the step that follows `stop` steps.
     """
     from recgpt_torchrec.data import stream
-    from recgpt_torchrec.model.recgpt import Dense
+    from recgpt_torchrec.model.dense import Dense
 
     def in_turn(source: Callable[[int], Iterator[Any]], settings: Stream) -> Iterator[Any]:
         """What loader processes make, without them: a rank of this test may start none."""

@@ -7,9 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from recgpt_torchrec.config import Model
-from recgpt_torchrec.data.packing import pack, ragged_arange
-from recgpt_torchrec.model import decoder as module
-from recgpt_torchrec.model.decoder import Decoder, attention_mask
+from recgpt_torchrec.data.packing import pack
+from recgpt_torchrec.data.ragged import ragged_arange
+from recgpt_torchrec.model.attention import attention, attention_mask
+from recgpt_torchrec.model.decoder import Decoder
 
 LENGTHS = [5, 2, 7, 1, 3]
 DIM = 8
@@ -102,7 +103,7 @@ def test_attention_with_dropout_that_drops_nothing_is_torchs():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 6, 4, generator=generator).requires_grad_() for _ in range(3))
     mask = attention_mask(torch.tensor([[0, 0, 1, 1, 1, -1], [2, 2, 2, -1, -1, -1]]))
-    ours = module.attention(q, k, v, mask, 1e-4)  # under the smallest step of 1/256: the CPU path, and nothing dropped
+    ours = attention(q, k, v, mask, 1e-4)  # under the smallest step of 1/256: the CPU path, and nothing dropped
     reference = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     torch.testing.assert_close(ours, reference)
     weights = torch.randn(ours.shape, generator=generator)
@@ -112,7 +113,7 @@ def test_attention_with_dropout_that_drops_nothing_is_torchs():
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs)
-    torch.testing.assert_close(module.attention(q, k, v, mask, 0.0), reference)
+    torch.testing.assert_close(attention(q, k, v, mask, 0.0), reference)
 
 
 def test_dropout_works_in_training_only(decoder):

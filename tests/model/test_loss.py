@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from recgpt_torchrec.config import Loss, Model
 from recgpt_torchrec.model import loss as losses
+from recgpt_torchrec.model.dense import Dense
 from recgpt_torchrec.model.loss import bce_loss, softmax_loss
-from recgpt_torchrec.model.recgpt import Dense
 
 
 def vectors(*shape: int, seed: int = 0) -> Tensor:

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from recgpt_torchrec.config import Loss, Model
-from recgpt_torchrec.data.batch import Capacity, Sequences, make_batch
-from recgpt_torchrec.model.recgpt import Dense
+from recgpt_torchrec.data.batch import Capacity, make_batch
+from recgpt_torchrec.data.candidates import AllItems
+from recgpt_torchrec.data.histories import Histories
+from recgpt_torchrec.model.dense import Dense
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,7 @@ def test_equation_5_on_a_catalogue_of_two_items(predict_from, soft_targets, by_h
     Items a = (1, 0) and b = (0, 1) are heard; W_l scores by a = (2, 0) and b = (0, 1).
     """
     a, b, none = 0, 1, -1
-    sequences = Sequences(
+    histories = Histories(
         users=np.array([0]),
         items=np.array([a, b, b, a, a]),
         offsets=np.array([0, 5]),
@@ -46,13 +48,13 @@ def test_equation_5_on_a_catalogue_of_two_items(predict_from, soft_targets, by_h
         answer_scores=np.zeros((5, 1), dtype=np.float32),
     )
     batch = make_batch(
-        sequences,
+        histories,
         row_length=8,
         capacity=Capacity(users=1, items=2),
         predict=True,
         predict_from=predict_from,
         soft_targets=soft_targets,
-        all_items=2,
+        draw=lambda targets: AllItems(2).draw(targets, np.random.default_rng(0)),
     )
     dense = Dense(Model(dim=2, heads=1, layers=1, history_in=False), Loss(candidates="all"), segments=True).eval()
     for parameter in dense.parameters():

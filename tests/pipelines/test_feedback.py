@@ -10,7 +10,7 @@ import pytest
 
 from pipelines import feedback
 from recgpt_torchrec.data.dataset import Dataset
-from recgpt_torchrec.data.split import held_out
+from recgpt_torchrec.data.split import cut
 from tests.data.prepare_helpers import make, read_sequences
 from tests.pipelines.test_paper import InProcess, executor
 
@@ -88,7 +88,7 @@ def test_shown_rows_as_interactions_leave_ids_and_held_out_items_as_they_were(tm
         assert items[:-3] == [item for item, _ in pairs[:third_last]]
     for split in ("validation", "test"):
         offsets = np.cumsum([0, *(len(items) for items in read_sequences(tmp_path / "other").values())])
-        assert held_out(offsets, split).row.size == made.users
+        assert cut(offsets, split).row.size == made.users
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,18 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import HNSW, IVF
+from recgpt_torchrec.data.ragged import Ragged
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval import index as indexes
 from recgpt_torchrec.retrieval.index import Index
 from recgpt_torchrec.retrieval.merging import merge_by_score, merge_quota
-from recgpt_torchrec.retrieval.retriever import Retriever
+from recgpt_torchrec.retrieval.retriever import ApproximateSearch, ExactSearch, Retriever
 
 ITEMS, DIM = 40, 8
 
@@ -19,9 +22,8 @@ def vectors(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(*shape, DIM)).astype(np.float32)
 
 
-def jagged(lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    values = np.array([item for row in lists for item in row], dtype=np.int64)
-    return values, np.cumsum([0] + [len(row) for row in lists])
+def exact(items: np.ndarray) -> ExactSearch:
+    return ExactSearch(Catalogue(torch.from_numpy(items)))
 
 
 def plain(scores: np.ndarray, seen: list[int], k: int) -> list[int]:
@@ -36,8 +38,8 @@ def test_one_interest_gives_the_best_unseen_items_however_long_the_history(data)
     history = st.lists(st.integers(0, ITEMS - 1), max_size=data.draw(st.sampled_from([3, 2 * ITEMS])))
     seen = [data.draw(history) for _ in range(users)]
     items, queries = vectors(ITEMS), vectors(users, 1, seed=1)
-    index = Index(indexes.exact(items), exact=True)
-    found = Retriever(index, k, lambda lists: merge_by_score(lists, k)).lists(queries, jagged(seen))
+    retriever = Retriever(exact(items), k, lambda lists: merge_by_score(lists, k))
+    found = retriever.lists(queries, Ragged.from_lists(seen))
     expected = [plain(items @ queries[u, 0], seen[u], k) for u in range(users)]
     assert found.items.tolist() == expected
     for u, row in enumerate(expected):
@@ -47,7 +49,7 @@ def test_one_interest_gives_the_best_unseen_items_however_long_the_history(data)
 
 def test_without_a_history_everything_may_be_found():
     items, queries = vectors(ITEMS), vectors(5, 2, seed=1)
-    retriever = Retriever(Index(indexes.exact(items), exact=True), 6, lambda lists: merge_quota(lists, (4, 2)))
+    retriever = Retriever(exact(items), 6, lambda lists: merge_quota(lists, (4, 2)))
     found = retriever.lists(queries)
     for u in range(5):
         first, second = (plain(items @ queries[u, i], [], 6) for i in range(2))
@@ -64,23 +66,23 @@ APPROXIMATE = {
 @pytest.mark.parametrize("name", APPROXIMATE)
 def test_approximate_indexes_find_nearly_all_with_true_scores(name):
     items, queries = vectors(2000), vectors(50, seed=1)
-    found, scores = Index(APPROXIMATE[name](items), exact=False).search(queries, 10)
-    expected, _ = Index(indexes.exact(items), exact=True).search(queries, 10)
+    found, scores = Index(APPROXIMATE[name](items)).search(queries, 10)
+    expected = exact(items).catalogue.top_k(torch.from_numpy(queries), 10).items
     shared = [len(set(a) & set(b)) for a, b in zip(found.tolist(), expected.tolist(), strict=True)]
     assert np.mean(shared) > 8
     true = np.take_along_axis(queries @ items.T, found, axis=1)
     np.testing.assert_allclose(scores, true, rtol=1e-4, atol=1e-5)
 
 
-def test_where_an_approximate_index_finds_too_few_the_exact_one_is_asked():
+def test_where_an_approximate_search_finds_too_few_the_exact_one_is_asked():
     items, queries, seen = vectors(ITEMS), vectors(9, 2, seed=1), [[u, u + 1] for u in range(9)]
-    poor = Index(indexes.ivf(items, IVF(clusters=20, probes=1)), exact=False)
-    whole = Index(indexes.exact(items), exact=True)
+    poor = ApproximateSearch(Index(indexes.ivf(items, IVF(clusters=20, probes=1))))
     k = ITEMS - 2
-    found = Retriever(poor, k, lambda lists: merge_by_score(lists, k), whole).lists(queries, jagged(seen))
+    retriever = Retriever(poor, k, lambda lists: merge_by_score(lists, k), exact(items))
+    found = retriever.lists(queries, Ragged.from_lists(seen))
     for u in range(9):
         assert sorted(found.items[u].tolist()) == sorted(set(range(ITEMS)) - set(seen[u]))
-    alone = Retriever(poor, k, lambda lists: merge_by_score(lists, k)).lists(queries, jagged(seen))
+    alone = Retriever(poor, k, lambda lists: merge_by_score(lists, k)).lists(queries, Ragged.from_lists(seen))
     assert (alone.items < 0).any()  # or the test proves nothing
 
 

@@ -8,18 +8,14 @@ import pytest
 import torch
 
 from recgpt_torchrec.config import Prepare
-from recgpt_torchrec.data import split
 from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.ragged import Ragged
+from recgpt_torchrec.data.split import cut
 from recgpt_torchrec.evaluation import baselines
 from recgpt_torchrec.evaluation.baselines import Cooccurrence, Popularity
 from recgpt_torchrec.evaluation.metrics import RankingMetrics, list_ranks
 from recgpt_torchrec.preparation.pipeline import prepare
 from tests.support import training_part, walks, write_dataset
-
-
-def lists(histories: list[list[int]]) -> split.ItemLists:
-    values = np.array([item for history in histories for item in history], np.int64)
-    return split.ItemLists(values, np.cumsum([0] + [len(history) for history in histories]))
 
 
 def plain_cooccurrence(training: list[list[int]], history: list[int], items: int, window: int) -> list[float]:
@@ -44,8 +40,8 @@ def test_cooccurrence_agrees_with_a_loop_over_pairs_however_users_are_split_into
     histories = [*walks(users=5, items=9, seed=2, shortest=1), []]
     baseline = Cooccurrence(9, window=window)
     for first in range(0, len(training), 4):
-        baseline.add(lists(training[first : first + 4]))
-    scores = baseline.scores(lists(histories))
+        baseline.add(Ragged.from_lists(training[first : first + 4]))
+    scores = baseline.scores(Ragged.from_lists(histories))
     assert scores.shape == (6, 9) and scores.dtype == torch.float32
     expected = [plain_cooccurrence(training, history, 9, window) for history in histories]
     np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
@@ -53,20 +49,20 @@ def test_cooccurrence_agrees_with_a_loop_over_pairs_however_users_are_split_into
 
 def test_cooccurrence_forgets_what_is_older_than_its_memory():
     baseline = Cooccurrence(4, memory=1)
-    baseline.add(lists([[0, 1], [2, 3]]))
-    assert torch.equal(baseline.scores(lists([[0, 2]])), baseline.scores(lists([[2]])))
+    baseline.add(Ragged.from_lists([[0, 1], [2, 3]]))
+    assert torch.equal(baseline.scores(Ragged.from_lists([[0, 2]])), baseline.scores(Ragged.from_lists([[2]])))
 
 
 def test_cooccurrence_keeps_memory_linear_in_the_length_of_a_history():
     baseline = Cooccurrence(3000, window=5)
-    baseline.add(lists([list(range(3000))]))
+    baseline.add(Ragged.from_lists([list(range(3000))]))
     assert baseline.weights.nnz <= 2 * 5 * 3000
 
 
 def test_popularity_scores_by_training_count_the_same_for_everyone():
     baseline = Popularity(3)
-    baseline.add(lists([[0, 2, 2], [2]]))
-    assert baseline.scores(lists([[0], []])).tolist() == [[1.0, 0.0, 3.0]] * 2
+    baseline.add(Ragged.from_lists([[0, 2, 2], [2]]))
+    assert baseline.scores(Ragged.from_lists([[0], []])).tolist() == [[1.0, 0.0, 3.0]] * 2
 
 
 def test_fit_sees_training_items_only(tmp_path):
@@ -121,13 +117,14 @@ def test_no_metric_changes_under_a_permutation_of_item_ids(tmp_path):
 
 def next_ids_ndcg(histories: list[list[int]]) -> float:
     """NDCG@10 of answering `max(history) + 1` to `+ 10`, which knows nothing but how ids were given."""
-    values, offsets = lists(histories)
-    held = split.test(offsets)
-    known = split.take(values, held.start, held.stop)
+    items = Ragged.from_lists(histories)
+    held = cut(items.offsets, "test")
+    assert held.target is not None
+    known = items.cut(held.start, held.stop)
     largest = np.maximum.reduceat(known.values, known.offsets[:-1])
     metrics = RankingMetrics(ks=(10,))
     answer = torch.from_numpy(largest[:, None] + np.arange(1, 11))
-    metrics.update(list_ranks(answer, torch.from_numpy(values[held.target])))
+    metrics.update(list_ranks(answer, torch.from_numpy(items.values[held.target])))
     return metrics.result()["NDCG@10"]
 
 

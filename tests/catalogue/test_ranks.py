@@ -1,4 +1,4 @@
-"""Ranks and metrics against a plain loop over Python numbers."""
+"""Ranks against a plain loop over Python numbers."""
 
 import math
 import subprocess
@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.evaluation.metrics import RankCounter, RankingMetrics, both_ranks, list_ranks, ranks
+from recgpt_torchrec.catalogue.ranks import RankCounter, both_ranks, ranks
+from recgpt_torchrec.data.ragged import Ragged
 
 
 def plain_rank(scores: list[float], target: int, history: list[int]) -> float:
@@ -25,25 +25,6 @@ def plain_rank(scores: list[float], target: int, history: list[int]) -> float:
         higher += score > scores[target]
         equal += score == scores[target]
     return higher + equal / 2
-
-
-def plain_metrics(all_ranks: list[float], ks: list[int]) -> dict[str, float]:
-    result = {}
-    for k in ks:
-        hits = gains = 0.0
-        for rank in all_ranks:
-            if rank < k:
-                hits += 1
-                gains += 1 / math.log2(rank + 2)
-        result[f"HR@{k}"] = hits / len(all_ranks)
-        result[f"NDCG@{k}"] = gains / len(all_ranks)
-    return result
-
-
-def jagged(lists: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    values = [item for items in lists for item in items]
-    offsets = np.cumsum([0] + [len(items) for items in lists])
-    return torch.tensor(values, dtype=torch.int64), torch.tensor(offsets, dtype=torch.int64)
 
 
 @st.composite
@@ -63,7 +44,7 @@ def cases(draw: st.DrawFn):
 def test_ranks_agree_with_a_plain_loop_ties_and_masks_included(case, masked):
     scores, targets, histories = case
     before = scores.clone()
-    got = ranks(scores, targets, jagged(histories) if masked else None)
+    got = ranks(scores, targets, Ragged.from_lists(histories) if masked else None)
     expected = [
         plain_rank(row.tolist(), int(target), history if masked else [])
         for row, target, history in zip(scores, targets, histories, strict=True)
@@ -76,7 +57,7 @@ def test_ranks_agree_with_a_plain_loop_ties_and_masks_included(case, masked):
 @given(cases(), st.integers(1, 3))
 def test_blocks_of_items_in_any_order_give_the_ranks_of_the_whole_matrix(case, block):
     scores, targets, histories = case
-    history = jagged(histories)
+    history = Ragged.from_lists(histories)
     counter = RankCounter(targets, scores.gather(1, targets[:, None])[:, 0], history)
     for first in reversed(range(0, scores.shape[1], block)):
         counter.update(scores[:, first : first + block], first)
@@ -87,8 +68,8 @@ def test_blocks_of_items_in_any_order_give_the_ranks_of_the_whole_matrix(case, b
 @given(cases())
 def test_both_protocols_in_one_pass_are_the_two_alone(case):
     scores, targets, histories = case
-    masked, unmasked = both_ranks(scores, targets, jagged(histories))
-    assert torch.equal(masked, ranks(scores, targets, jagged(histories)))
+    masked, unmasked = both_ranks(scores, targets, Ragged.from_lists(histories))
+    assert torch.equal(masked, ranks(scores, targets, Ragged.from_lists(histories)))
     assert torch.equal(unmasked, ranks(scores, targets))
 
 
@@ -100,14 +81,14 @@ def test_ranks_do_not_change_under_a_permutation_of_item_ids(case, random):
     moved = torch.empty_like(scores)
     moved[:, new_id] = scores
     renamed = torch.tensor([new_id[t] for t in targets.tolist()], dtype=torch.int64)
-    history = jagged([[new_id[i] for i in items] for items in histories])
-    assert torch.equal(ranks(moved, renamed, history), ranks(scores, targets, jagged(histories)))
+    history = Ragged.from_lists([[new_id[i] for i in items] for items in histories])
+    assert torch.equal(ranks(moved, renamed, history), ranks(scores, targets, Ragged.from_lists(histories)))
 
 
 @given(cases())
 def test_ranks_do_not_change_under_a_monotone_transform_of_the_scores(case):
     scores, targets, histories = case
-    history = jagged(histories)
+    history = Ragged.from_lists(histories)
     assert torch.equal(ranks(scores * 3 + 7, targets, history), ranks(scores, targets, history))
     assert torch.equal(ranks(scores.exp(), targets, history), ranks(scores, targets, history))
 
@@ -119,14 +100,6 @@ def test_equal_scores_everywhere_rank_in_the_middle_whatever_the_id():
 
 def test_a_catalogue_of_one_item_ranks_it_first():
     assert ranks(torch.tensor([[3.0]]), torch.tensor([0])).tolist() == [0.0]
-
-
-def test_a_target_in_its_own_history_cannot_be_hit_when_masked_and_can_otherwise():
-    scores, target, history = torch.tensor([[9.0, 1.0]]), torch.tensor([0]), jagged([[0]])
-    metrics = RankingMetrics(ks=(100,))
-    metrics.update(ranks(scores, target, history))
-    assert metrics.result() == {"HR@100": 0.0, "NDCG@100": 0.0}
-    assert ranks(scores, target).tolist() == [0.0]
 
 
 def test_a_score_of_minus_infinity_is_not_retrieved_and_plus_infinity_ranks_first():
@@ -144,7 +117,7 @@ def test_nan_scores_raise(where):
 
 def test_a_history_outside_the_offsets_it_comes_with_raises():
     with pytest.raises(ValueError, match="offsets do not fit"):
-        ranks(torch.zeros(1, 3), torch.tensor([0]), (torch.tensor([1, 2]), torch.tensor([0, 1])))
+        ranks(torch.zeros(1, 3), torch.tensor([0]), Ragged(np.array([1, 2]), np.array([0, 1])))
 
 
 def test_half_precision_scores_are_refused():
@@ -157,51 +130,6 @@ def test_targets_outside_the_catalogue_raise():
         ranks(torch.zeros(1, 3), torch.tensor([3]))
 
 
-@given(
-    st.lists(st.one_of(st.integers(0, 20).map(lambda n: n / 2), st.just(math.inf)), min_size=1, max_size=20),
-    st.lists(st.integers(1, 12), min_size=1, max_size=3, unique=True),
-    st.integers(0, 20),
-)
-def test_metrics_agree_with_a_plain_loop_however_the_users_are_split_over_processes(all_ranks, ks, cut):
-    here, there = RankingMetrics(ks), RankingMetrics(ks)
-    here.update(torch.tensor(all_ranks[:cut], dtype=torch.float32))
-    there.update(torch.tensor(all_ranks[cut:], dtype=torch.float32))
-    got = here.merge(there.state()).result()
-    expected = plain_metrics(all_ranks, ks)
-    assert list(got) == list(expected)
-    assert got == pytest.approx(expected, abs=1e-6)
-
-
-def test_result_names_come_in_the_order_of_the_published_tables():
-    metrics = RankingMetrics()
-    metrics.update(torch.tensor([0.0, 7.0]))
-    assert list(metrics.result()) == ["HR@5", "NDCG@5", "HR@10", "NDCG@10"]
-    assert metrics.users == 2
-
-
-def test_k_larger_than_the_catalogue_hits_every_target():
-    metrics = RankingMetrics(ks=(50,))
-    metrics.update(ranks(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([0])))
-    assert metrics.result() == pytest.approx({"HR@50": 1.0, "NDCG@50": 0.5})
-
-
-def test_no_user_at_all_is_an_error_and_not_a_zero():
-    with pytest.raises(InputError, match="no user was ranked"):
-        RankingMetrics().result()
-
-
-@pytest.mark.parametrize("ks", [(), (0, 5)])
-def test_list_lengths_under_one_are_refused(ks):
-    with pytest.raises(ValueError, match="at least 1"):
-        RankingMetrics(ks)
-
-
-def test_list_ranks_is_the_place_in_the_list_and_infinite_outside_it():
-    lists = torch.tensor([[4, 7, -1], [4, 7, 4], [1, 2, 3]])
-    assert list_ranks(lists, torch.tensor([7, 4, 9])).tolist() == [1.0, 0.0, math.inf]
-    assert list_ranks(lists[:, :0], torch.tensor([7, 4, 9])).tolist() == [math.inf] * 3
-
-
-def test_metrics_import_without_torchrec():
-    code = "import sys; sys.modules['torchrec'] = None; import recgpt_torchrec.evaluation.metrics"
+def test_ranks_import_without_torchrec():
+    code = "import sys; sys.modules['torchrec'] = None; import recgpt_torchrec.catalogue.ranks"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -5,14 +5,14 @@ import pyarrow as pa
 import pytest
 import torch
 
+from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import Loss, Model, Prompts
 from recgpt_torchrec.data.segments import EXPOSED, GENERATED
-from recgpt_torchrec.model.recgpt import Dense
+from recgpt_torchrec.model.dense import Dense
 from recgpt_torchrec.prompts.prompting import (
-    Histories,
+    Intervals,
     Prompter,
-    best_items,
-    histories_of,
+    intervals_of,
     known_intervals,
     table_of,
 )
@@ -30,8 +30,8 @@ def dense() -> Dense:
 
 
 @pytest.fixture(scope="module")
-def catalogue() -> torch.Tensor:
-    return torch.randn(ITEMS, DIM, generator=torch.Generator().manual_seed(1))
+def catalogue() -> Catalogue:
+    return Catalogue(torch.randn(ITEMS, DIM, generator=torch.Generator().manual_seed(1)))
 
 
 def vectors_of(users: int) -> torch.Tensor:
@@ -52,19 +52,19 @@ def rows_of(rows: list[list[int]], segments: list[list[int]] | None = None) -> p
     return pa.table(columns)
 
 
-def fill(dense, catalogue, histories: Histories, prompts: Prompts, known=None, batch_users: int = 3) -> pa.Table:
+def fill(dense, catalogue, histories: Intervals, prompts: Prompts, known=None, batch_users: int = 3) -> pa.Table:
     prompter = Prompter(dense, catalogue, prompts, MAX_LEN, batch_users)
     prompter.fill(histories, vectors_of(histories.users.size), known)
     return table_of(histories)
 
 
 @torch.no_grad()
-def score(dense: Dense, catalogue: torch.Tensor, user: torch.Tensor, items: list[int], positions: list[int]):
+def score(dense: Dense, catalogue: Catalogue, user: torch.Tensor, items: list[int], positions: list[int]):
     """[items] scores of what follows: the decoder's whole forward pass, nothing remembered."""
     n = len(items)
     zeros = torch.zeros(1, n, dtype=torch.int64)
-    out = dense.decoder(catalogue[items][None], user.expand(1, n, -1), torch.tensor([positions]), zeros, zeros)
-    return catalogue @ out[0, -1]
+    out = dense.decoder(catalogue.vectors[items][None], user.expand(1, n, -1), torch.tensor([positions]), zeros, zeros)
+    return catalogue.vectors @ out[0, -1]
 
 
 def from_scratch(dense, catalogue, user, row, k, exclude_seen, shown=None):
@@ -100,7 +100,7 @@ def from_scratch(dense, catalogue, user, row, k, exclude_seen, shown=None):
 @pytest.mark.parametrize("exclude_seen", [True, False])
 def test_prompts_with_the_cache_are_those_of_recomputing_everything(dense, catalogue, k, exclude_seen):
     rows = random_rows([4, 0, 6, 1, 9, 2, 5, 3, 12])  # none, one, and more than max_len
-    made = fill(dense, catalogue, histories_of(rows_of(rows), k, MAX_LEN, ()), Prompts(k=k, exclude_seen=exclude_seen))
+    made = fill(dense, catalogue, intervals_of(rows_of(rows), k, MAX_LEN, ()), Prompts(k=k, exclude_seen=exclude_seen))
     users = vectors_of(len(rows))
     for u, row in enumerate(rows):
         items, segments = from_scratch(dense, catalogue, users[u], row, k, exclude_seen)
@@ -112,7 +112,7 @@ def test_prompts_with_the_cache_are_those_of_recomputing_everything(dense, catal
 def test_the_answers_kept_are_the_best_after_each_interacted_item(dense, catalogue, source):
     items, segments = [[3, 7, 8, 1, 2, 5], [4, 6], [9]], [[0, 2, 2, 0, 0, 0], [0, 0], [0]]
     kept = (EXPOSED,) if source == "both" else ()
-    histories = histories_of(rows_of(items, segments), 1, MAX_LEN, kept, answers=4)
+    histories = intervals_of(rows_of(items, segments), 1, MAX_LEN, kept, answers=4)
     made = fill(dense, catalogue, histories, Prompts(k=1, source=source, answers=4))
     users = vectors_of(len(items))
     for u, row in enumerate([[3, 1, 2, 5], [4, 6], [9]]):
@@ -139,7 +139,7 @@ def test_shown_items_stand_first_and_generated_ones_fill_up(dense, catalogue):
     # row 0: shown before the first item, three after item 3, one after 1, one after the last
     items = [[14, 3, 7, 8, 9, 1, 11, 2, 13], [4, 5, 6, 10]]
     segments = [[2, 0, 2, 2, 2, 0, 2, 0, 2], [0, 0, 0, 0]]
-    histories = histories_of(rows_of(items, segments), 2, MAX_LEN, (EXPOSED,))
+    histories = intervals_of(rows_of(items, segments), 2, MAX_LEN, (EXPOSED,))
     assert histories.items.tolist() == [3, 1, 2, 4, 5, 6, 10]
     assert histories.prompts.tolist()[:3] == [[8, 9], [11, -1], [-1, -1]]
     made = fill(dense, catalogue, histories, Prompts(k=2, source="both"))
@@ -151,32 +151,32 @@ def test_shown_items_stand_first_and_generated_ones_fill_up(dense, catalogue):
 
 def test_shown_items_only_are_the_newest_of_each_interval_and_need_no_model():
     items, segments = [[0, 5, 6, 7, 1, 8], [2, 3]], [[0, 2, 2, 2, 0, 2], [0, 0]]
-    made = table_of(histories_of(rows_of(items, segments), 2, MAX_LEN, (EXPOSED,)))
+    made = table_of(intervals_of(rows_of(items, segments), 2, MAX_LEN, (EXPOSED,)))
     assert made["item_ids"].to_pylist() == [[0, 6, 7, 1], [2, 3]]
     assert made["segment_ids"].to_pylist() == [[0, 2, 2, 0], [0, 0]]
     assert made["timestamps"].to_pylist() == [[0, 0, 0, 40], [0, 10]]
 
 
 def test_a_generated_entry_takes_the_time_of_the_item_it_follows(dense, catalogue):
-    made = fill(dense, catalogue, histories_of(rows_of([[1, 2, 3]]), 2, MAX_LEN, ()), Prompts(k=2))
+    made = fill(dense, catalogue, intervals_of(rows_of([[1, 2, 3]]), 2, MAX_LEN, ()), Prompts(k=2))
     assert made["timestamps"].to_pylist() == [[0, 0, 0, 10, 10, 10, 20]]
 
 
 def test_without_prompts_the_rows_come_back():
     rows = random_rows([4, 0, 9, 1])
     table = rows_of(rows)
-    made = table_of(histories_of(table, 0, MAX_LEN, ()))
+    made = table_of(intervals_of(table, 0, MAX_LEN, ()))
     assert made.select(["user_id", "item_ids", "timestamps"]).equals(table)
     assert made["segment_ids"].to_pylist() == [[0] * len(row) for row in rows]
 
 
 def test_change_the_future_and_the_past_prompts_stay(dense, catalogue):
     rows = random_rows([6, 6])
-    before = fill(dense, catalogue, histories_of(rows_of(rows), 2, MAX_LEN, ()), Prompts(k=2))
+    before = fill(dense, catalogue, intervals_of(rows_of(rows), 2, MAX_LEN, ()), Prompts(k=2))
     for changed in range(1, 6):
         other = [list(rows[0]), rows[1]]
         other[0][changed:] = [i for i in range(ITEMS) if i not in rows[0]][: 6 - changed]
-        after = fill(dense, catalogue, histories_of(rows_of(other), 2, MAX_LEN, ()), Prompts(k=2))
+        after = fill(dense, catalogue, intervals_of(rows_of(other), 2, MAX_LEN, ()), Prompts(k=2))
         same = 3 * changed
         assert after["item_ids"][0].as_py()[:same] == before["item_ids"][0].as_py()[:same]
         assert after["item_ids"][1] == before["item_ids"][1]
@@ -197,37 +197,33 @@ def test_two_items_worked_by_hand_through_algorithm_1():
     for parameter in dense.decoder.parameters():
         torch.nn.init.zeros_(parameter)  # forgetting 0: equal weights; norms of weight 0 silence the block
     torch.nn.init.ones_(dense.decoder.mean_out)
-    catalogue = torch.tensor([[1.0, 0.0], [-0.5, 1.0]])
+    catalogue = Catalogue(torch.tensor([[1.0, 0.0], [-0.5, 1.0]]))
     prompter = Prompter(dense, catalogue, Prompts(k=2, exclude_seen=False), 4, 8)
-    histories = histories_of(rows_of([[0, 1, 0]]), 2, 4, ())
+    histories = intervals_of(rows_of([[0, 1, 0]]), 2, 4, ())
     prompter.fill(histories, torch.zeros(1, 2))
     assert table_of(histories)["item_ids"].to_pylist() == [[0, 0, 0, 1, 0, 0, 0]]
 
     prompter = Prompter(dense, catalogue, Prompts(k=2), 4, 8)
-    histories = histories_of(rows_of([[0, 1, 0]]), 2, 4, ())
+    histories = intervals_of(rows_of([[0, 1, 0]]), 2, 4, ())
     prompter.fill(histories, torch.zeros(1, 2))
     assert table_of(histories)["item_ids"].to_pylist() == [[0, 1, 1, 0]]
     assert table_of(histories)["segment_ids"].to_pylist() == [[0, 1, 0, 0]]
+
+    # Answers kept beside: after a only b is left, with its score; after a b b nothing, and places stay empty.
+    prompter = Prompter(dense, catalogue, Prompts(k=2, answers=2), 4, 8)
+    histories = intervals_of(rows_of([[0, 1, 0]]), 2, 4, (), answers=2)
+    prompter.fill(histories, torch.zeros(1, 2))
+    assert histories.answers.tolist() == [[1, -1], [-1, -1], [-1, -1]]
+    assert histories.answer_scores.tolist() == [[-0.5, 0], [0, 0], [0, 0]]
 
     # The user module counts: the same decoder with a block that passes the user vector on answers b for another user.
     for module in dense.decoder.modules():
         if isinstance(module, torch.nn.LayerNorm):
             torch.nn.init.ones_(module.weight)
     # a + user (-9, 0) is (-8, 0), normed (-1, 1); mean (1, 0) makes it (0, 1): b 1, a 0.
-    histories = histories_of(rows_of([[0, 0]]), 1, 4, ())
+    histories = intervals_of(rows_of([[0, 0]]), 1, 4, ())
     Prompter(dense, catalogue, Prompts(k=1, exclude_seen=False), 4, 8).fill(histories, torch.tensor([[-9.0, 0.0]]))
     assert histories.prompts.tolist() == [[1], [-1]]
-
-
-def test_of_equal_scores_the_smallest_id_is_answered():
-    catalogue = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
-    outputs = torch.tensor([[1.0, 0.0]] * 2)
-    assert best_items(outputs, catalogue)[0].tolist() == [[1], [1]]
-    assert best_items(outputs, catalogue, torch.tensor([[1, 1], [2, 0]]))[0].tolist() == [[2], [1]]
-    items, scores = best_items(outputs, catalogue, torch.tensor([[0, 1, 2, 3], [1, 2, 3, 3]]), count=2)
-    assert items.tolist() == [[-1, -1], [0, -1]]
-    assert scores.tolist() == [[0, 0], [0, 0]]
-    assert best_items(outputs, catalogue, torch.tensor([[1], [2]]), count=3)[0].tolist() == [[2, 3, 0], [1, 3, 0]]
 
 
 @pytest.mark.parametrize("source", ["generated", "both"])
@@ -241,11 +237,11 @@ def test_histories_that_grew_have_their_new_prompts_generated_as_if_from_scratch
     grown = [row + new for row, new in zip(rows, more, strict=True)]
     grown_segments = [s + [0] * len(new) for s, new in zip(segments, more, strict=True)]
     grown[9][0] = next(i for i in range(ITEMS) if i not in grown[9])  # not what it was
-    old = fill(dense, catalogue, histories_of(rows_of(rows, segments), 2, MAX_LEN, kept, 3), prompts)
-    scratch = fill(dense, catalogue, histories_of(rows_of(grown, grown_segments), 2, MAX_LEN, kept, 3), prompts)
+    old = fill(dense, catalogue, intervals_of(rows_of(rows, segments), 2, MAX_LEN, kept, 3), prompts)
+    scratch = fill(dense, catalogue, intervals_of(rows_of(grown, grown_segments), 2, MAX_LEN, kept, 3), prompts)
 
-    histories = histories_of(rows_of(grown, grown_segments), 2, MAX_LEN, kept, 3)
-    known = known_intervals(histories, histories_of(old, 2, MAX_LEN, (GENERATED, EXPOSED), 3), MAX_LEN)
+    histories = intervals_of(rows_of(grown, grown_segments), 2, MAX_LEN, kept, 3)
+    known = known_intervals(histories, intervals_of(old, 2, MAX_LEN, (GENERATED, EXPOSED), 3), MAX_LEN)
     assert known.tolist() == [1, 3, 4, 0, 0, 0, 5, 2, 4, 0]
     made = fill(dense, catalogue, histories, prompts, known)
     assert made.drop(["answer_scores"]).equals(scratch.drop(["answer_scores"]))
@@ -256,7 +252,7 @@ def test_histories_that_grew_have_their_new_prompts_generated_as_if_from_scratch
 def test_the_answer_does_not_depend_on_who_is_decoded_beside(dense, catalogue):
     rows = random_rows([4, 6, 2, 9, 3])
     made = [
-        fill(dense, catalogue, histories_of(rows_of(rows), 2, MAX_LEN, ()), Prompts(k=2), batch_users=n).to_pydict()
+        fill(dense, catalogue, intervals_of(rows_of(rows), 2, MAX_LEN, ()), Prompts(k=2), batch_users=n).to_pydict()
         for n in (1, 2, 100)
     ]
     assert made[0] == made[1] == made[2]

@@ -1,0 +1,92 @@
+"""Several interests of a history, and what each finds: by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from recgpt_torchrec.catalogue import catalogue as catalogue_module
+from recgpt_torchrec.catalogue.catalogue import Catalogue
+from recgpt_torchrec.config import Batch
+from recgpt_torchrec.data.dataset import Dataset, Manifest
+from recgpt_torchrec.data.histories import Histories, HistoryReader, no_histories
+from recgpt_torchrec.data.ragged import Ragged
+from recgpt_torchrec.data.stream import BatchMaker
+from recgpt_torchrec.retrieval.interests import append, interests, recall
+from recgpt_torchrec.retrieval.merging import merge_quota
+
+
+def test_what_is_found_does_not_depend_on_how_many_users_are_scored_at_once(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    vectors, items = torch.randn(5, 2, 4, generator=generator), torch.randn(9, 4, generator=generator)
+    catalogue, seen = Catalogue(items), Ragged.from_lists([[3, 4], [], [0], [], []])
+    whole = recall(vectors, catalogue, 8, seen)
+    scores = torch.einsum("uid,nd->uin", vectors, items)
+    scores[0, :, [3, 4]], scores[2, :, 0] = -torch.inf, -torch.inf
+    assert whole.items[0, :, 7].tolist() == [-1, -1]  # seven are left
+    assert whole.items[1].tolist() == scores[1].argsort(dim=1, descending=True)[:, :8].tolist()
+    assert whole.items[2].tolist() == scores[2].argsort(dim=1, descending=True)[:, :8].tolist()
+    monkeypatch.setattr(catalogue_module, "SCORES", {"cpu": 20})
+    monkeypatch.setattr(catalogue_module, "FEWEST_ROWS", 1)
+    parts = recall(vectors, catalogue, 8, seen)
+    assert torch.equal(parts.items, whole.items)
+    torch.testing.assert_close(parts.scores, whole.scores)
+
+
+def test_an_appended_entry_is_generated_and_pushes_the_oldest_out():
+    histories = Histories(
+        users=np.array([0, 1]),
+        items=np.array([5, 6, 7, 8]),
+        offsets=np.array([0, 3, 4]),
+        segments=np.array([0, 1, 0, 0], dtype=np.int8),
+    )
+    longer = append(histories, np.array([1, 2]), max_len=3)
+    assert longer.items.tolist() == [6, 7, 1, 8, 2]
+    assert longer.offsets.tolist() == [0, 3, 5]
+    assert longer.segments is not None and longer.segments.tolist() == [1, 0, 1, 0, 1]
+
+
+class Repeats(torch.nn.Module):
+    """A model whose output is the vector of the newest entry: it expects what it just heard."""
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        super().__init__()
+        self.catalogue = catalogue
+
+    def forward(self, batch):
+        newest = batch.items.values()[batch.item_bag.flatten()[batch.last_slot]]
+        vectors = self.catalogue.vectors_of(newest)
+        return None, (None, vectors)
+
+
+def maker_of_two_items() -> BatchMaker:
+    dataset = Dataset(path="none", manifest=Manifest(users=1, items=2))
+    reader = HistoryReader(dataset=dataset, split="all", max_len=4)
+    return BatchMaker(reader=reader, batch=Batch(tokens=8), grows=2)
+
+
+def heard_item_0(seen: list[int]) -> Histories:
+    """The history of one user, item 0, beside what may not be answered."""
+    return Histories(users=np.array([0]), items=np.array([0]), offsets=np.array([0, 1]), seen=Ragged.from_lists([seen]))
+
+
+def test_two_steps_of_a_two_item_catalogue_by_hand():
+    catalogue, maker = Catalogue(torch.eye(2)), maker_of_two_items()
+    first = torch.tensor([[1.0, 0.5]])  # expects item 0, then item 1
+    vectors = interests(Repeats(catalogue), maker, heard_item_0(seen=[]), first, catalogue, 2)
+    # Its best item, 0, is appended; the output there is item 0's vector again.
+    assert vectors.tolist() == [[[1.0, 0.5], [1.0, 0.0]]]
+    lists = recall(vectors, catalogue, 2, None)
+    assert merge_quota(lists, (1, 1)).items.tolist() == [[0, 1]]  # 0 from the first, the best new one from the second
+    # With item 0 seen, item 1 is the best that may be answered, and is what the second step hears.
+    found = interests(Repeats(catalogue), maker, heard_item_0(seen=[0]), first, catalogue, 2)
+    assert found.tolist() == [[[1.0, 0.5], [0.0, 1.0]]]
+    # What was answered once is not answered again; where nothing new is left, item 0 is heard.
+    found = interests(Repeats(catalogue), maker, heard_item_0(seen=[]), first, catalogue, 4)
+    assert found.tolist() == [[[1.0, 0.5], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_no_history_at_all_takes_part_with_nothing(count):
+    catalogue = Catalogue(torch.eye(2))
+    vectors = interests(Repeats(catalogue), maker_of_two_items(), no_histories(), torch.zeros(0, 2), catalogue, count)
+    assert vectors.shape == (0, count, 2)
