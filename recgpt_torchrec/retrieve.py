@@ -77,19 +77,18 @@ def check(config: Retrieve, export: "Export", dataset: Any) -> tuple[str, int]:
 
 def finished(path: str, manifest: "ListManifest") -> "ListManifest | None":
     """The manifest of the lists in `path`, if they are those of the same export, dataset and options."""
-    from recgpt_torchrec.retrieval.list_folder import check_free, open_lists
+    from recgpt_torchrec.retrieval.list_folder import RetrievedLists, open_lists
+    from recgpt_torchrec.storage.finished import differences, find_finished
 
-    there = open_lists(path)
-    if there is None:
-        check_free(path)  # before an index is built in vain
-        return None
-    for name in ("settings", "export_fingerprint", "dataset_fingerprint"):
-        if getattr(there.manifest, name) != getattr(manifest, name):
-            raise InputError(
-                f"{path} holds lists of other options, or of another state of the export or the dataset "
-                f"({there.manifest.export}); choose another --output"
-            )
-    return there.manifest
+    def compared(manifest: "ListManifest") -> dict[str, Any]:
+        names = ("export_fingerprint", "dataset_fingerprint")
+        return {**manifest.settings, **{name: getattr(manifest, name) for name in names}}
+
+    def compare(lists: RetrievedLists) -> list[str]:
+        return differences(compared(lists.manifest), compared(manifest))
+
+    lists = find_finished(path, manifest.KIND.name, open_lists, compare)
+    return None if lists is None else lists.manifest
 
 
 def merging(config: Retrieve, merge: str, interests: int) -> "Callable[[Lists], Merged]":

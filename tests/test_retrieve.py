@@ -293,7 +293,7 @@ def harmed(made: Path, folder: Path, how: str) -> Path:
         ("", {"--data": "other"}, "was made from another dataset than"),
         ("", {"--index": "ivf", "--ivf.clusters": ITEMS + 1}, f"--ivf.clusters is {ITEMS + 1}"),
         ("", {"--output": "taken"}, "already holds something that is not a finished set of lists (thesis.tex)"),
-        ("", {"--output": "data"}, "holds something else than lists"),
+        ("", {"--output": "data"}, "holds something else than a set of lists"),
     ],
 )
 def test_refused_before_anything_is_written(made, tmp_path, capfd, how, options, message):

@@ -140,7 +140,7 @@ def test_an_output_folder_that_holds_something_else(tmp_path: Path) -> None:
 def test_an_output_folder_that_holds_another_dataset(tmp_path: Path) -> None:
     log = write_csv(tmp_path / "log.csv", random_log(100, 5, 5))
     make(log, tmp_path / "data")
-    assert "min_count 1, now 2" in message(tmp_path, log, min_count=2)
+    assert "min_count: 1 there, 2 now" in message(tmp_path, log, min_count=2)
     other = write_csv(tmp_path / "other.csv", random_log(100, 5, 5))
     assert f"input files differ: {other}" in message(tmp_path, other)
     write_csv(log, random_log(90, 5, 5))

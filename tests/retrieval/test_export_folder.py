@@ -188,5 +188,5 @@ def test_opening_names_what_is_wrong(dataset, tmp_path):
         open_export(str(tmp_path / "export"))
     text = (tmp_path / "export" / "manifest.json").read_text()
     (tmp_path / "export" / "manifest.json").write_text(text.replace('"export_version": 1', '"export_version": 9'))
-    with pytest.raises(InputError, match="export version 9, this program reads version 1"):
+    with pytest.raises(InputError, match="export format version 9, this program reads version 1"):
         open_export(str(tmp_path / "export"))
