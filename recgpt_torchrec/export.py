@@ -85,7 +85,7 @@ def main(config: Export) -> None:
 def finished(path: str, settings: dict[str, Any], dataset: "Dataset", mark: str) -> "ExportManifest | None":
     """The manifest of the export in `path`, if it is that of the same checkpoint, dataset and options."""
     from recgpt_torchrec.data.dataset import fingerprint_of
-    from recgpt_torchrec.retrieval import export_folder
+    from recgpt_torchrec.retrieval.export_folder import open_export
     from recgpt_torchrec.storage.finished import differences, find_finished
 
     inputs = {
@@ -94,12 +94,11 @@ def finished(path: str, settings: dict[str, Any], dataset: "Dataset", mark: str)
         "checkpoint_fingerprint": mark,
     }
 
-    def compare(export: export_folder.Export) -> list[str]:
-        recorded = {name: getattr(export.manifest, name) for name in inputs}
-        return differences({**export.manifest.settings, **recorded}, {**settings, **inputs})
+    def compare(manifest: "ExportManifest") -> list[str]:
+        recorded = {name: getattr(manifest, name) for name in inputs}
+        return differences({**manifest.settings, **recorded}, {**settings, **inputs})
 
-    export = find_finished(path, "export", export_folder.open_export, compare)
-    return None if export is None else export.manifest
+    return find_finished(path, "export", lambda path: open_export(path).manifest, compare)
 
 
 if __name__ == "__main__":

@@ -77,18 +77,19 @@ def check(config: Retrieve, export: "Export", dataset: Any) -> tuple[str, int]:
 
 def finished(path: str, manifest: "ListManifest") -> "ListManifest | None":
     """The manifest of the lists in `path`, if they are those of the same export, dataset and options."""
-    from recgpt_torchrec.retrieval.list_folder import RetrievedLists, open_lists
+    from recgpt_torchrec.retrieval.list_folder import open_lists
     from recgpt_torchrec.storage.finished import differences, find_finished
 
-    def compared(manifest: "ListManifest") -> dict[str, Any]:
+    def values(of: "ListManifest") -> dict[str, Any]:
         names = ("export_fingerprint", "dataset_fingerprint")
-        return {**manifest.settings, **{name: getattr(manifest, name) for name in names}}
+        return {**of.settings, **{name: getattr(of, name) for name in names}}
 
-    def compare(lists: RetrievedLists) -> list[str]:
-        return differences(compared(lists.manifest), compared(manifest))
-
-    lists = find_finished(path, manifest.KIND.name, open_lists, compare)
-    return None if lists is None else lists.manifest
+    return find_finished(
+        path,
+        manifest.KIND.name,
+        lambda path: open_lists(path).manifest,
+        lambda found: differences(values(found), values(manifest)),
+    )
 
 
 def merging(config: Retrieve, merge: str, interests: int) -> "Callable[[Lists], Merged]":

@@ -392,8 +392,7 @@ def _scratch(config: Prepare) -> str:
 def _finished(config: Prepare, files: list[InputFile], extended: Dataset | None) -> Manifest | None:
     """The manifest, if the output folder holds the very dataset that would be made; None: the folder is free."""
 
-    def compare(dataset: Dataset) -> list[str]:
-        manifest = dataset.manifest
+    def compare(manifest: Manifest) -> list[str]:
         # An option that was not there yet had its default.
         defaults = {field.name: field.default for field in fields(config) if field.default is not MISSING}
         differing = differences({**defaults, **manifest.settings}, asdict(config), NOT_IN_RESULT)
@@ -401,8 +400,8 @@ def _finished(config: Prepare, files: list[InputFile], extended: Dataset | None)
         given = {file.path: asdict(file) for file in files}
         if [*given.values()] != [*recorded.values()]:
             paths = [path for path in {**given, **recorded} if given.get(path) != recorded.get(path)]
-            some = f"{', '.join(paths[:3]) or 'their order'}{', ...' if len(paths) > 3 else ''}"
-            differing.append(f"input files differ: {some}")
+            more = ", ..." if len(paths) > 3 else ""
+            differing.append(f"input files differ: {', '.join(paths[:3]) or 'their order'}{more}")
         extends = manifest.preparation.get("extends", {})
         wanted = {} if extended is None else earlier.record_of(extended)
         if {name: extends.get(name) for name in wanted or extends} != wanted:
@@ -411,5 +410,4 @@ def _finished(config: Prepare, files: list[InputFile], extended: Dataset | None)
             differing.append(f"vocabulary: {path}{as_then} there, {config.vocabulary} now")
         return differing
 
-    dataset = find_finished(config.output, Manifest.KIND.name, Dataset.open, compare)
-    return None if dataset is None else dataset.manifest
+    return find_finished(config.output, Manifest.KIND.name, lambda path: Dataset.open(path).manifest, compare)

@@ -37,11 +37,7 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], ignored: Co
 def check_same(place: str, name: str, differing: list[str], remedy: str = "choose another --output") -> None:
     """Raise an `InputError` that lists what differs, if anything does.
 
-    Args:
-        place: option and path, for example `--output runs/demo`.
-        name: what should lie there, for example `dataset`.
-        differing: lines of `differences`.
-        remedy: what the user can do instead.
+    Example: `check_same("--output runs/demo", "export", differences(found, wanted))`.
     """
     if differing:
         lines = "".join(f"\n  {line}" for line in differing)
@@ -50,14 +46,14 @@ def check_same(place: str, name: str, differing: list[str], remedy: str = "choos
         )
 
 
-def find_finished(path: str, name: str, open_folder: Callable[[str], T], compare: Callable[[T], list[str]]) -> T | None:
-    """The folder at the output `path`, opened, if it is the very result that is asked for; None: it may be written.
+def find_finished(path: str, name: str, read: Callable[[str], T], compare: Callable[[T], list[str]]) -> T | None:
+    """What `read` returns for the output `path`, if that is the very result asked for; None: it may be written.
 
     Args:
         path: folder or URI.
-        name: what would be welcome there, for example `dataset`.
-        open_folder: opens and checks a folder that has a manifest.
-        compare: how the opened folder differs from what is asked for, as `differences` says it.
+        name: what is to lie there, for example `dataset`.
+        read: opens and checks a folder that has a manifest.
+        compare: lines of `differences` between what was read and what is asked for.
 
     Raises:
         InputError: something else lies there, or another result.
@@ -65,6 +61,6 @@ def find_finished(path: str, name: str, open_folder: Callable[[str], T], compare
     if not exists(f"{path}/{MANIFEST}"):
         check_free(path, name)
         return None
-    found = open_folder(path)
+    found = read(path)
     check_same(f"--output {path}", name, compare(found))
     return found
