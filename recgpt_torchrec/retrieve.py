@@ -79,19 +79,19 @@ def check(config: Retrieve, export: "Export", dataset: Any) -> "tuple[MergeRule,
 
 def finished(path: str, manifest: "ListManifest") -> "ListManifest | None":
     """The manifest of the lists in `path`, if they are those of the same export, dataset and options."""
-    from recgpt_torchrec.retrieval.list_folder import check_free, open_lists
+    from recgpt_torchrec.retrieval.list_folder import open_lists
+    from recgpt_torchrec.storage.finished import differences, find_finished
 
-    there = open_lists(path)
-    if there is None:
-        check_free(path)  # before an index is built in vain
-        return None
-    for name in ("settings", "export_fingerprint", "dataset_fingerprint"):
-        if getattr(there.manifest, name) != getattr(manifest, name):
-            raise InputError(
-                f"{path} holds lists of other options, or of another state of the export or the dataset "
-                f"({there.manifest.export}); choose another --output"
-            )
-    return there.manifest
+    def values(of: "ListManifest") -> dict[str, Any]:
+        names = ("export_fingerprint", "dataset_fingerprint")
+        return {**of.settings, **{name: getattr(of, name) for name in names}}
+
+    return find_finished(
+        path,
+        manifest.KIND.name,
+        lambda path: open_lists(path).manifest,
+        lambda found: differences(values(found), values(manifest)),
+    )
 
 
 def retrieve(

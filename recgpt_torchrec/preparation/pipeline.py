@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any
 
 import duckdb
 import ibis
@@ -22,7 +21,7 @@ import pyarrow.fs
 from tqdm import tqdm
 
 from recgpt_torchrec.config import Prepare
-from recgpt_torchrec.data.dataset import FORMAT_VERSION, Dataset, Manifest
+from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.split import is_trained_on
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation import earlier, raw
@@ -32,7 +31,7 @@ from recgpt_torchrec.preparation.inputs import InputFile, list_files
 from recgpt_torchrec.preparation.kcore import Core, k_core
 from recgpt_torchrec.preparation.writing import Fingerprint, sequence_groups
 from recgpt_torchrec.storage import filesystem, folders
-from recgpt_torchrec.storage.folders import MANIFEST
+from recgpt_torchrec.storage.finished import differences, find_finished
 from recgpt_torchrec.storage.parts import Part, regroup, write_parts
 
 IN_TIME = ["time", "fraction", "order"]
@@ -64,7 +63,6 @@ def prepare(config: Prepare) -> Result:
     finished = _finished(config, files, extended)
     if finished is not None:
         return Result(manifest=finished, seconds=time.monotonic() - began, already_there=True)
-    folders.check_free(config.output)
     try:
         with DuckDBEngine(_scratch(config), config.memory_limit) as engine:
             log = raw.read(engine, config, files)
@@ -393,37 +391,24 @@ def _scratch(config: Prepare) -> str:
 
 
 def _finished(config: Prepare, files: list[InputFile], extended: Dataset | None) -> Manifest | None:
-    """The manifest, if the output folder holds the very dataset that would be made."""
-    fs, root = filesystem(config.output)
-    if fs.get_file_info(f"{root}/{MANIFEST}").type == pyarrow.fs.FileType.NotFound:
-        return None
-    manifest = Dataset.open(config.output).manifest
-    # An option that was not there yet had its default.
-    defaults = {field.name: field.default for field in fields(config) if field.default is not MISSING}
-    now, then = asdict(config), {**defaults, **manifest.settings}
-    changed = [
-        f"{name} {then.get(name)!r}, now {value!r}"
-        for name, value in now.items()
-        if name not in NOT_IN_RESULT and then.get(name) != value
-    ]
-    inputs: list[dict[str, Any]] = manifest.preparation.get("inputs", [])
-    if [asdict(file) for file in files] != inputs:
-        old = {entry["path"]: entry for entry in inputs}
-        differing = [file.path for file in files if old.get(file.path) != asdict(file)]
-        differing += [path for path in old if path not in {file.path for file in files}]
-        changed.append(
-            f"input files differ: {', '.join(differing[:3]) or 'their order'}{', ...' if len(differing) > 3 else ''}"
-        )
-    then_extended: dict[str, Any] = manifest.preparation.get("extends", {})
-    now_extended = {} if extended is None else earlier.record_of(extended)
-    if {name: then_extended.get(name) for name in now_extended or then_extended} != now_extended:
-        now_path, then_path = (path and repr(path) for path in (config.vocabulary, then_extended.get("dataset")))
-        other = " (as it was then)" if now_path == then_path else ""
-        changed.append(f"vocabulary {then_path}{other}, now {now_path}")
-    if changed:
-        raise InputError(
-            f"--output {config.output} already holds a dataset made otherwise ({'; '.join(changed)}); nothing was "
-            "touched. Name another folder, or delete this one first"
-        )
-    assert manifest.format_version == FORMAT_VERSION
-    return manifest
+    """The manifest, if the output folder holds the very dataset that would be made; None: the folder is free."""
+
+    def compare(manifest: Manifest) -> list[str]:
+        # An option that was not there yet had its default.
+        defaults = {field.name: field.default for field in fields(config) if field.default is not MISSING}
+        differing = differences({**defaults, **manifest.settings}, asdict(config), NOT_IN_RESULT)
+        recorded = {entry["path"]: entry for entry in manifest.preparation.get("inputs", [])}
+        given = {file.path: asdict(file) for file in files}
+        if [*given.values()] != [*recorded.values()]:
+            paths = [path for path in {**given, **recorded} if given.get(path) != recorded.get(path)]
+            more = ", ..." if len(paths) > 3 else ""
+            differing.append(f"input files differ: {', '.join(paths[:3]) or 'their order'}{more}")
+        extends = manifest.preparation.get("extends", {})
+        wanted = {} if extended is None else earlier.record_of(extended)
+        if {name: extends.get(name) for name in wanted or extends} != wanted:
+            path = extends.get("dataset")
+            as_then = " (as it was then)" if path == config.vocabulary else ""
+            differing.append(f"vocabulary: {path}{as_then} there, {config.vocabulary} now")
+        return differing
+
+    return find_finished(config.output, Manifest.KIND.name, lambda path: Dataset.open(path).manifest, compare)
