@@ -6,6 +6,7 @@ from typing import Any
 from recgpt_torchrec import cli, storage
 from recgpt_torchrec.config import Evaluate
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.storage.finished import check_same, differences
 
 
 def main(config: Evaluate) -> None:
@@ -63,12 +64,16 @@ def check_output(config: Evaluate) -> None:
         raise InputError(f"--output {config.output} is a folder; give a file in it, such as {config.output}/test.json")
     if config.overwrite or not storage.exists(config.output):
         return
+    remedy = "choose another --output, or give --overwrite true"
+    wanted = {"dataset": config.data, "split": config.split}
     try:
-        earlier = storage.read_json(config.output)
-    except ValueError:
-        earlier = None
-    if not isinstance(earlier, dict) or (earlier.get("dataset"), earlier.get("split")) != (config.data, config.split):
-        raise InputError(f"{config.output} holds something else; choose another --output, or give --overwrite true")
+        earlier = storage.read_json(config.output) or {}
+    except InputError:
+        earlier = {}
+    if not wanted.keys() <= earlier.keys():
+        raise InputError(f"--output {config.output} holds something else; {remedy}")
+    differing = differences({name: earlier[name] for name in wanted}, wanted)
+    check_same(f"--output {config.output}", "evaluation", differing, remedy)
 
 
 def table(results: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from recgpt_torchrec import cli
 from recgpt_torchrec.config import Export
-from recgpt_torchrec.errors import InputError
 
 if TYPE_CHECKING:
     from recgpt_torchrec.data.dataset import Dataset
@@ -88,21 +87,19 @@ def finished(path: str, settings: dict[str, Any], dataset: "Dataset", mark: str)
     """The manifest of the export in `path`, if it is that of the same checkpoint, dataset and options."""
     from recgpt_torchrec.data.dataset import fingerprint_of
     from recgpt_torchrec.retrieval.export_folder import open_export
-    from recgpt_torchrec.storage import filesystem
-    from recgpt_torchrec.storage.folders import MANIFEST
+    from recgpt_torchrec.storage.finished import differences, find_finished
 
-    fs, root = filesystem(path)
-    if not fs.get_file_info(f"{root}/{MANIFEST}").is_file:
-        return None  # nothing, or something else, which the writer refuses to touch
-    manifest = open_export(path).manifest
-    there = manifest.settings, manifest.vocabulary, manifest.dataset_fingerprint, manifest.checkpoint_fingerprint
-    if there != (settings, dataset.manifest.vocabulary, fingerprint_of(dataset), mark):
-        raise InputError(
-            f"{path} holds another export (checkpoint {manifest.checkpoint}, dataset {manifest.dataset}, history "
-            f"{manifest.settings.get('history')}, {manifest.interests} interests), or that of an earlier state of "
-            "these; choose another --output"
-        )
-    return manifest
+    inputs = {
+        "vocabulary": dataset.manifest.vocabulary,
+        "dataset_fingerprint": fingerprint_of(dataset),
+        "checkpoint_fingerprint": mark,
+    }
+
+    def compare(manifest: "ExportManifest") -> list[str]:
+        recorded = {name: getattr(manifest, name) for name in inputs}
+        return differences({**manifest.settings, **recorded}, {**settings, **inputs})
+
+    return find_finished(path, "export", lambda path: open_export(path).manifest, compare)
 
 
 if __name__ == "__main__":

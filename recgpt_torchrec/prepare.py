@@ -17,7 +17,6 @@ def summary(config: Prepare, result: Result) -> str:
     """What was read, what was dropped and why, what was written, and the next command."""
     manifest, made = result.manifest, result.manifest.preparation
     files, rejected, rounds, lengths = made["inputs"], made["rejected"], made["rounds"], made["lengths"]
-    parts = manifest.sequences + manifest.item_parts + manifest.user_parts
     name = files[0]["path"] if len(files) == 1 else f"{len(files)} files"
     lines = [f"read        {made['rows']:,} rows of {name} ({size(sum(file['bytes'] for file in files))})"]
     if rejected:
@@ -61,7 +60,7 @@ def summary(config: Prepare, result: Result) -> str:
     if result.already_there:
         lines.append(f"nothing to do: {config.output} was already made from this input with these settings")
     else:
-        written = f"{size(sum(part.bytes for part in parts))} in {len(parts)} files"
+        written = f"{size(manifest.size)} in {len(manifest.all_parts)} files"
         lines.append(f"wrote       {config.output} ({written}) in {result.seconds:.1f} s")
     more = " --initial EARLIER_RUN --targets new" if extends else ""
     lines.append(f"next        python -m recgpt_torchrec.pretrain --data {config.output} --output RUN_FOLDER{more}")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from recgpt_torchrec.retrieval.export_folder import Export
     from recgpt_torchrec.retrieval.list_folder import ListManifest
     from recgpt_torchrec.retrieval.merging import Lists, Merged, MergeRule
+    from recgpt_torchrec.retrieval.retriever import Retriever
 
 CANDIDATES = 2**22
 """Items that all interests of the users searched at once find together, at most."""
@@ -79,62 +80,46 @@ def check(config: Retrieve, export: "Export", dataset: Any) -> "tuple[MergeRule,
 
 def finished(path: str, manifest: "ListManifest") -> "ListManifest | None":
     """The manifest of the lists in `path`, if they are those of the same export, dataset and options."""
-    from recgpt_torchrec.retrieval.list_folder import check_free, open_lists
+    from recgpt_torchrec.retrieval.list_folder import open_lists
+    from recgpt_torchrec.storage.finished import differences, find_finished
 
-    there = open_lists(path)
-    if there is None:
-        check_free(path)  # before an index is built in vain
-        return None
-    for name in ("settings", "export_fingerprint", "dataset_fingerprint"):
-        if getattr(there.manifest, name) != getattr(manifest, name):
-            raise InputError(
-                f"{path} holds lists of other options, or of another state of the export or the dataset "
-                f"({there.manifest.export}); choose another --output"
-            )
-    return there.manifest
+    def values(of: "ListManifest") -> dict[str, Any]:
+        names = ("export_fingerprint", "dataset_fingerprint")
+        return {**of.settings, **{name: getattr(of, name) for name in names}}
+
+    return find_finished(
+        path,
+        manifest.KIND.name,
+        lambda path: open_lists(path).manifest,
+        lambda found: differences(values(found), values(manifest)),
+    )
 
 
 def retrieve(
     config: Retrieve, export: "Export", dataset: Any, rule: "MergeRule", interests: int, manifest: "ListManifest"
 ) -> "ListManifest":
     """Build the index, search, and write (collective: ranks share the users out, each with the whole index)."""
-    import numpy as np
-    import torch
-    import torch.distributed as dist
-
-    from recgpt_torchrec.catalogue.catalogue import Catalogue
     from recgpt_torchrec.distributed.processes import rank, say, world_size
-    from recgpt_torchrec.evaluation.metrics import RankingMetrics, list_ranks
-    from recgpt_torchrec.evaluation.ranking import reduced
+    from recgpt_torchrec.evaluation.list_quality import ListQuality
     from recgpt_torchrec.progress import bar
-    from recgpt_torchrec.retrieval import index as indexes
     from recgpt_torchrec.retrieval.export_folder import to_numpy
     from recgpt_torchrec.retrieval.list_folder import ListBatch, write_lists
-    from recgpt_torchrec.retrieval.retriever import ApproximateSearch, ExactSearch, Retriever
     from recgpt_torchrec.retrieval.user_histories import UserHistories
 
-    total = export.manifest.users
-
-    def merged(lists: "Lists") -> "Merged":
-        return rule.merge(lists, config.k)
-
-    count = export.manifest.interests
+    total, count = export.manifest.users, export.manifest.interests
     each = f"{count} interest{'s' * (count > 1)} each"
     say(f"{config.export}: {export.manifest.items:,} items, {total:,} users, {each}")
-    _, vectors = export.item_vectors()
     since = time.perf_counter()
-    whole = ExactSearch(Catalogue(torch.from_numpy(vectors)))
-    exact = searcher = Retriever(whole, config.k, merged)
-    if config.index != "exact":
-        made = indexes.hnsw(vectors, config.hnsw) if config.index == "hnsw" else indexes.ivf(vectors, config.ivf)
-        searcher = Retriever(ApproximateSearch(indexes.Index(made)), config.k, merged, whole)
+    exact, retriever = retrievers(config, export, rule)
     built = time.perf_counter() - since
-    del vectors
-    histories = UserHistories(dataset, export.manifest.settings["history"]) if dataset is not None else None
-    hits = RankingMetrics((config.k,))
-    # Of rank's users: how many were compared, what of their exact lists was found, what there was to find, seconds.
-    compared = torch.zeros(4, dtype=torch.float64)
-    every = max(1, total // config.sample) if config.sample and searcher is not exact else 0
+    split = export.manifest.settings["history"]
+    histories = UserHistories(dataset, split) if dataset is not None else None
+    quality = ListQuality(
+        config.k,
+        held_out=histories is not None and split != "all",
+        exact=exact if config.sample and retriever is not exact else None,
+        every=max(1, total // max(1, config.sample)),
+    )
 
     def batches() -> Iterator[ListBatch]:
         rows = max(1, min(USERS, CANDIDATES // (interests * config.k)))
@@ -145,39 +130,38 @@ def retrieve(
                 queries = to_numpy(batch[export.user_column]).reshape(len(users), -1, export.manifest.dim)
                 queries = queries[:, :interests]
                 history = histories.of(users) if histories is not None else None
-                seen = history.seen if history is not None else None
-                lists = searcher.lists(queries, seen)
-                if history is not None and history.held_out is not None:
-                    hits.update(list_ranks(lists.items, torch.from_numpy(history.held_out)))
-                if every and (some := np.flatnonzero(users % every == 0)).size:
-                    compare(exact, queries, seen, some, lists, compared)
+                lists = retriever.lists(queries, None if history is None else history.seen)
+                quality.update(users, queries, history, lists)
                 shown.update(min(len(users) * world_size(), total - shown.n))
                 yield ListBatch(users, batch["key"], lists)
 
     since = time.perf_counter()
 
     def measured() -> dict[str, Any]:
-        seconds = time.perf_counter() - since - compared[3].item()
-        found: dict[str, Any] = {"index_seconds": built, "users_per_second": total / seconds}
-        if histories is not None and export.manifest.settings["history"] != "all":
-            found["hits"] = reduced(hits).result()
-        if every:
-            dist.all_reduce(compared)
-            users, there, wanted, _ = compared.tolist()
-            found["recall"] = {"users": int(users), f"recall@{config.k}": there / max(1.0, wanted)}
-        return found
+        seconds = time.perf_counter() - since - quality.seconds
+        return {"index_seconds": built, "users_per_second": total / seconds, **quality.result()}
 
     return write_lists(config.output, manifest, batches(), export.item_keys(), measured)
 
 
-def compare(exact: Any, queries: Any, seen: Any, some: Any, lists: "Merged", compared: Any) -> None:
-    """Add to `compared` how much of the exact lists of `some` users (rows) stands in their lists."""
+def retrievers(config: Retrieve, export: "Export", rule: "MergeRule") -> "tuple[Retriever, Retriever]":
+    """What makes the exact lists, and what makes those that were asked for; the same where these are exact."""
     import torch
 
-    since = time.perf_counter()
-    best = exact.lists(queries[some], None if seen is None else seen.take(some)).items
-    found = (best[:, :, None] == lists.items[some][:, None, :]).any(dim=2) & (best >= 0)
-    compared += torch.tensor([len(some), found.sum(), (best >= 0).sum(), time.perf_counter() - since])
+    from recgpt_torchrec.catalogue.catalogue import Catalogue
+    from recgpt_torchrec.retrieval import index as indexes
+    from recgpt_torchrec.retrieval.retriever import ApproximateSearch, ExactSearch, Retriever
+
+    def merge(lists: "Lists") -> "Merged":
+        return rule.merge(lists, config.k)
+
+    _, vectors = export.item_vectors()
+    search = ExactSearch(Catalogue(torch.from_numpy(vectors)))
+    exact = Retriever(search, config.k, merge)
+    if config.index == "exact":
+        return exact, exact
+    built = indexes.hnsw(vectors, config.hnsw) if config.index == "hnsw" else indexes.ivf(vectors, config.ivf)
+    return exact, Retriever(ApproximateSearch(indexes.Index(built)), config.k, merge, search)
 
 
 def summary(config: Retrieve, export: "Export", manifest: "ListManifest", rule: "MergeRule", interests: int) -> str:

@@ -70,6 +70,7 @@ class AllItems(CandidateSource):
     room = None
 
     def __init__(self, items: int) -> None:
+        # Every batch has these very arrays: nobody writes into a batch.
         self.candidates = Candidates(np.arange(items), np.zeros(items, dtype=np.float32), every_item=True)
 
     @classmethod

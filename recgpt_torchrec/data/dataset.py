@@ -11,18 +11,16 @@ The manifest is written last: a folder without one is not a dataset.
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pyarrow as pa
-import pyarrow.fs
 import pyarrow.parquet as pq
 
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import filesystem
-from recgpt_torchrec.storage.folders import MANIFEST
-from recgpt_torchrec.storage.parts import Part, checksum_of
+from recgpt_torchrec.storage.manifests import FolderManifest, Kind
+from recgpt_torchrec.storage.parts import Part
 
-FORMAT_VERSION = 1
 COLUMNS = {
     "user_id": pa.int64(),
     "item_ids": pa.list_(pa.int64()),
@@ -48,14 +46,18 @@ class Vocabulary:
     items: int
 
 
-PARTS = ("sequences", "item_parts", "user_parts")
-
-
 @dataclass(kw_only=True)
-class Manifest:
+class Manifest(FolderManifest):
     """What `manifest.json` holds."""
 
-    format_version: int = FORMAT_VERSION
+    KIND = Kind(
+        name="dataset",
+        stage="prepare",
+        version_field="format_version",
+        version=1,
+        parts=("sequences", "item_parts", "user_parts"),
+    )
+    format_version: int = KIND.version
     users: int = 0
     items: int = 0
     interactions: int = 0
@@ -83,6 +85,9 @@ class Manifest:
         """Entries of all histories: interactions, and prompts where there are any."""
         return sum(part.items for part in self.sequences)
 
+    def __post_init__(self) -> None:
+        self.lineage = [each if isinstance(each, Vocabulary) else Vocabulary(**each) for each in self.lineage]
+
     def to_json(self) -> str:
         """The text of `manifest.json`."""
         values = asdict(self)
@@ -91,21 +96,14 @@ class Manifest:
         return json.dumps(values, indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> "Manifest":
+    def from_json(cls, text: str | bytes) -> Self:
         """The manifest that `text` holds.
 
         Raises:
             ValueError: it holds none, or one with values that cannot be.
         """
-        values = json.loads(text)
-        try:
-            for name in PARTS:
-                values[name] = [Part(**part) for part in values.get(name, [])]
-            values["lineage"] = [Vocabulary(**each) for each in values.get("lineage", [])]
-            manifest = cls(**values)
-        except (TypeError, AttributeError) as error:
-            raise ValueError(str(error).replace(".__init__()", "")) from None
-        parts = [part for name in PARTS for part in getattr(manifest, name)]
+        manifest = super().from_json(text)
+        parts = manifest.all_parts
         counts = {name: getattr(manifest, name) for name in ("users", "items", "interactions")}
         counts |= {f"{name} of {part.path}": getattr(part, name) for part in parts for name in ("rows", "bytes")}
         for name, count in counts.items():
@@ -145,47 +143,14 @@ class Dataset:
         Raises:
             InputError: names what is missing or differs, and how to repair it.
         """
-        fs, root = filesystem(path)
-        if fs.get_file_info(f"{root}/{MANIFEST}").type == pyarrow.fs.FileType.NotFound:
-            raise InputError(
-                f"{path} is not a dataset: it has no {MANIFEST}. "
-                f"Make one with: python -m recgpt_torchrec.prepare --output {path} ..."
-            )
-        try:
-            with fs.open_input_stream(f"{root}/{MANIFEST}") as stream:
-                text = stream.read().decode()
-            version = json.loads(text).get("format_version")
-        except (OSError, ValueError, AttributeError) as error:
-            raise InputError(
-                f"{path}/{MANIFEST} is not valid JSON ({error}); run prepare again into a new folder"
-            ) from None
-        if version != FORMAT_VERSION:
-            newer = isinstance(version, int) and version > FORMAT_VERSION
-            way = "update the program, or " if newer else ""
-            raise InputError(
-                f"{path} has dataset format version {version}, this program reads version {FORMAT_VERSION}; "
-                f"{way}run prepare again with this version into a new folder"
-            )
-        try:
-            manifest = Manifest.from_json(text)
-        except ValueError as error:
-            raise InputError(f"{path}/{MANIFEST} is damaged: {error}; restore it or run prepare again") from None
+        manifest = Manifest.read(path)
         if not (manifest.users and manifest.items and manifest.entries):
             raise InputError(
                 f"{path} is empty: {manifest.users} users, {manifest.items} items, {manifest.entries} entries; prepare "
                 "a log with interactions in it"
             )
         dataset = cls(path=path, manifest=manifest, damaged=damaged)
-        parts = [part for name in PARTS for part in getattr(manifest, name)]
-        infos = fs.get_file_info([f"{root}/{part.path}" for part in parts])
-        for part, found in zip(parts, infos, strict=True):
-            if found.type == pyarrow.fs.FileType.NotFound:
-                promised = f"the manifest promises {part.rows} rows in {part.bytes} bytes"
-                dataset.lose(part, f"is missing ({promised})")
-            elif found.size != part.bytes:
-                dataset.lose(part, f"is damaged: it has {found.size} bytes, the manifest promises {part.bytes}")
-            elif checksums and (checksum := checksum_of(fs, f"{root}/{part.path}")) != part.checksum:
-                dataset.lose(part, f"is damaged: its checksum is {checksum}, the manifest promises {part.checksum}")
+        manifest.check_parts(path, checksums=checksums, report=dataset.lose)
         return dataset
 
     @property

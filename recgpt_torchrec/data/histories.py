@@ -103,6 +103,7 @@ def join(lists: Sequence[Histories]) -> Histories:
         return lists[0]
 
     def joined(values: list[Any]) -> Any:
+        assert len({each is None for each in values}) == 1, "lists of histories with other columns"
         if values[0] is None:
             return None
         return ragged.join(values) if isinstance(values[0], Ragged) else np.concatenate(values)

@@ -51,12 +51,6 @@ class Ragged:
             raise ValueError(f"{null_values.size} values are null")
         return rows
 
-    def to_arrow(self) -> "pa.ListArray":
-        """The rows as an Arrow list column."""
-        import pyarrow as pa
-
-        return pa.ListArray.from_arrays(pa.array(self.offsets.astype(np.int32)), pa.array(self.values))
-
     def to_lists(self) -> list[list[Any]]:
         """The rows as Python lists."""
         return [self.values[a:b].tolist() for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]

@@ -81,7 +81,7 @@ class BatchMaker:
 
     def make(self, histories: Histories, cursor: Cursor | None = None, epoch: int = 0) -> SequenceBatch:
         """Pack histories, with this purpose's candidates; their negatives depend on (seed, epoch, cursor)."""
-        cursor, source = cursor or Cursor(), self.source
+        cursor, source = cursor or Cursor(), self.source if self.training else None
         rng = np.random.default_rng((self.seed, epoch, cursor.worker, cursor.batches, 3))
         return make_batch(
             histories,

@@ -12,31 +12,27 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any
 
 import duckdb
-import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.fs
 from tqdm import tqdm
 
 from recgpt_torchrec.config import Prepare
-from recgpt_torchrec.data.dataset import FORMAT_VERSION, Dataset, Manifest
+from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.split import is_trained_on
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.preparation import earlier, raw
+from recgpt_torchrec.preparation import earlier, queries, raw
 from recgpt_torchrec.preparation.earlier import Known, KnownCodes
 from recgpt_torchrec.preparation.engine import BATCH_ROWS, DuckDBEngine
 from recgpt_torchrec.preparation.inputs import InputFile, list_files
 from recgpt_torchrec.preparation.kcore import Core, k_core
 from recgpt_torchrec.preparation.writing import Fingerprint, sequence_groups
 from recgpt_torchrec.storage import filesystem, folders
-from recgpt_torchrec.storage.folders import MANIFEST
+from recgpt_torchrec.storage.finished import differences, find_finished
 from recgpt_torchrec.storage.parts import Part, regroup, write_parts
 
-IN_TIME = ["time", "fraction", "order"]
-"""What orders a user's interactions: time, and place in the input where times are equal."""
 NOT_IN_RESULT = ("output", "input", "engine", "scratch", "memory_limit", "vocabulary")
 """Settings that do not change what is in a dataset; of input and vocabulary it is what lies there that counts."""
 
@@ -64,7 +60,6 @@ def prepare(config: Prepare) -> Result:
     finished = _finished(config, files, extended)
     if finished is not None:
         return Result(manifest=finished, seconds=time.monotonic() - began, already_there=True)
-    folders.check_free(config.output)
     try:
         with DuckDBEngine(_scratch(config), config.memory_limit) as engine:
             log = raw.read(engine, config, files)
@@ -81,14 +76,14 @@ def prepare(config: Prepare) -> Result:
 def _make(engine: DuckDBEngine, config: Prepare, log: raw.RawLog, extended: Dataset | None) -> Manifest:
     """Filter, number and write what was read."""
     loaded = None if extended is None else Known.load(engine, extended)
-    users, items = vocabulary(engine, interacted(log.events), config.seed, loaded)
+    users, items = queries.vocabulary(engine, queries.interacted(log.events), config.seed, loaded)
     known = None if loaded is None else loaded.coded(engine, users, items)
-    events = engine.save("events", encoded(log.events, users, items))
+    events = engine.save("events", queries.encoded(log.events, users, items))
     dropped = dropped_shown = 0
     if config.duplicates == "drop":
-        unique = engine.save("unique_events", without_repeats(events))
-        dropped = _count(engine, interacted(events)) - _count(engine, interacted(unique))
-        dropped_shown = _count(engine, shown(events)) - _count(engine, shown(unique))
+        unique = engine.save("unique_events", queries.without_repeats(events))
+        dropped = _count(engine, queries.interacted(events)) - _count(engine, queries.interacted(unique))
+        dropped_shown = _count(engine, queries.shown(events)) - _count(engine, queries.shown(unique))
         engine.drop("events")
         events = unique
     core = _core(engine, events, config.min_count, known)
@@ -97,18 +92,18 @@ def _make(engine: DuckDBEngine, config: Prepare, log: raw.RawLog, extended: Data
     if extended is not None and known is not None:
         _check_keys(engine, config, extended, core, known, items)
     known_users, known_items = (known.users, known.items) if known is not None else (None, None)
-    user_ids = engine.save("user_ids", dense_ids(core.users, "user", "user_id", known_users))
-    item_ids = engine.save("item_ids", dense_ids(core.items, "item", "item_id", known_items))
+    user_ids = engine.save("user_ids", queries.dense_ids(core.users, "user", "user_id", known_users))
+    item_ids = engine.save("item_ids", queries.dense_ids(core.items, "item", "item_id", known_items))
     all_users, all_items = _count(engine, user_ids), _count(engine, item_ids)
     kept = engine.save(
         "kept_events", events.inner_join(user_ids, "user").inner_join(item_ids, "item").drop("user", "item")
     )
     engine.drop(events.get_name())
-    entries, exposed = interacted(kept), None
+    entries, exposed = queries.interacted(kept), None
     if log.exposed:
-        named = _count(engine, shown(kept))
-        entries = engine.save("entries", between(kept))
-        left = _count(engine, shown(entries))
+        named = _count(engine, queries.shown(kept))
+        entries = engine.save("entries", queries.between(kept))
+        left = _count(engine, queries.shown(entries))
         exposed = {
             "rows": log.exposed,
             "duplicates_dropped": dropped_shown,
@@ -117,7 +112,7 @@ def _make(engine: DuckDBEngine, config: Prepare, log: raw.RawLog, extended: Data
             "left": left,
         }
         engine.drop(kept.get_name())
-        kept = interacted(entries)
+        kept = queries.interacted(entries)
 
     lengths = _lengths(engine, kept)
     size = config.rows_per_group or group_size(all_users)
@@ -134,7 +129,7 @@ def _make(engine: DuckDBEngine, config: Prepare, log: raw.RawLog, extended: Data
         entries = engine.save("marked_entries", earlier.marked(entries, trained, by_time))
         lists["trained"] = ("trained", pa.int8())
     sources = [source for source, _ in lists.values()]
-    ordered = entries.order_by("user_id", *IN_TIME).select("user_id", *sources)
+    ordered = entries.order_by("user_id", *queries.IN_TIME).select("user_id", *sources)
     with folders.staged(config.output) as (fs, folder):
         total = core.left.interactions + (exposed["left"] if exposed else 0)
         events_read = _progress(engine.batches(ordered), "writing sequences", total)
@@ -153,8 +148,8 @@ def _make(engine: DuckDBEngine, config: Prepare, log: raw.RawLog, extended: Data
             tables = regroup(engine.batches(table), BATCH_ROWS)
             return write_parts(fs, folder, name, _hashed(tables, fingerprint), config.groups_per_part)
 
-        manifest.item_parts = write(item_table(kept, item_ids, items), "items")
-        manifest.user_parts = write(user_table(user_ids, users), "users")
+        manifest.item_parts = write(queries.item_table(kept, item_ids, items), "items")
+        manifest.user_parts = write(queries.user_table(user_ids, users), "users")
         manifest.vocabulary = fingerprint.hex()
         rejected_parts: list[Part] = []
         if log.rejected:
@@ -185,122 +180,13 @@ def _make(engine: DuckDBEngine, config: Prepare, log: raw.RawLog, extended: Data
     return manifest
 
 
-# ------------------------------------------------------------------------------------------------ the expressions
-
-
-def interacted(events: ir.Table) -> ir.Table:
-    """The events that are interactions."""
-    return events.filter(events.segment == raw.INTERACTED)
-
-
-def shown(events: ir.Table) -> ir.Table:
-    """The events that were shown and not clicked."""
-    return events.filter(events.segment == raw.EXPOSED)
-
-
-def vocabulary(engine: DuckDBEngine, log: ir.Table, seed: int, known: Known | None = None) -> tuple[ir.Table, ir.Table]:
-    """A code for every user and item of the log, and every known one: columns `key`, and `user` or `item`.
-
-    Codes follow the md5 of seed and key. So their order is random, but the same for the same seed and keys, whatever
-    the order of the log, its split into files, or the engine; and it does not tell when an item first appeared, which
-    would give away held-out items.
-    """
-    user_keys, item_keys = log.select(key=log.user), log.select(key=log.item)
-    if known is not None:
-        user_keys, item_keys = user_keys.union(known.users.select("key")), item_keys.union(known.items.select("key"))
-    users = engine.save("user_codes", codes(user_keys.distinct(), "user", seed))
-    items = engine.save("item_codes", codes(item_keys.distinct(), "item", seed))
-    return users, items
-
-
-def codes(keys: ir.Table, name: str, seed: int) -> ir.Table:
-    """Number distinct keys (column `key`) from 0 on, in the order of the md5 of seed and key."""
-    hashed = keys.mutate(place=(ibis.literal(f"{seed}:") + keys.key).hexdigest("md5"))
-    place = ibis.row_number().over(order_by=[hashed.place, hashed.key]).cast("int64")
-    return hashed.select("key", **{name: place})
-
-
-def encoded(log: ir.Table, users: ir.Table, items: ir.Table) -> ir.Table:
-    """The log with codes in place of keys; without rows whose user or item has none."""
-    values = [name for name in log.columns if name not in ("user", "item")]
-    coded = users.select(user_key=users.key, user_code=users.user)
-    with_users = log.inner_join(coded, log.user == coded.user_key)
-    coded_items = items.select(item_key=items.key, item_code=items.item)
-    both = with_users.inner_join(coded_items, with_users.item == coded_items.item_key)
-    return both.select(*values, user=both.user_code, item=both.item_code)
-
-
-def without_repeats(events: ir.Table) -> ir.Table:
-    """The first of each user, item and time; an interaction, if it is among them."""
-    same = ibis.window(group_by=["user", "item", "time", "fraction"], order_by=["segment", "order"])
-    numbered = events.mutate(repeat=ibis.row_number().over(same))
-    return numbered.filter(numbered.repeat == 0).drop("repeat")
-
-
-def between(events: ir.Table) -> ir.Table:
-    """Interactions, and what was shown between the first and the last of each user.
-
-    What was shown earlier or later stands between no two items: it is no prompt, and the later is the held-out item's
-    future.
-    """
-    clicks = (events.segment == raw.INTERACTED).cast("int64")
-    placed = events.mutate(
-        before=clicks.sum().over(ibis.cumulative_window(group_by="user_id", order_by=IN_TIME)),
-        clicks=clicks.sum().over(ibis.window(group_by="user_id")),
-    )
-    inside = (placed.before > 0) & (placed.before < placed.clicks)
-    return placed.filter((placed.segment == raw.INTERACTED) | inside).drop("before", "clicks")
-
-
-def dense_ids(kept: ir.Table, code: str, name: str, known: ir.Table | None = None) -> ir.Table:
-    """Ids from 0 on for the kept codes, in their order: columns `code` and `name`.
-
-    Known ones (the same columns) keep their ids, kept or not; the others come after. So ids tell nothing of the time
-    within what is added at once, but that it was added later than what was known.
-    """
-    if known is None:
-        return kept.select(code, **{name: ibis.row_number().over(order_by=kept[code]).cast("int64")})
-    new = kept.anti_join(known, code)
-    place = ibis.row_number().over(order_by=new[code]) + known.count().as_scalar()
-    return known.select(code, name).union(new.select(code, **{name: place.cast("int64")}))
-
-
-def placed_from_end(clicks: ir.Table) -> ir.Table:
-    """Interactions with `from_end`, how many of the same user come after, and `length`, how many the user has."""
-    backwards = ibis.window(group_by="user_id", order_by=[ibis.desc(column) for column in IN_TIME])
-    length = clicks.count().over(ibis.window(group_by="user_id"))
-    return clicks.mutate(from_end=ibis.row_number().over(backwards), length=length)
-
-
-def item_table(kept: ir.Table, item_ids: ir.Table, items: ir.Table) -> ir.Table:
-    """Rows of `items/`: item_id, key, count, and train_count, that of the training part (`data.split`).
-
-    Known items without interactions count 0.
-    """
-    placed = placed_from_end(kept)
-    trains = is_trained_on(placed.from_end, placed.length)
-    counts = placed.group_by("item_id").agg(count=placed.count(), train_count=trains.cast("int64").sum())
-    named = item_ids.inner_join(items, "item").select("item_id", "key")
-    counted = named.left_join(counts, "item_id")
-    found = {column: counted[column].fill_null(0) for column in ("count", "train_count")}
-    return counted.select("item_id", "key", **found).order_by("item_id")
-
-
-def user_table(user_ids: ir.Table, users: ir.Table) -> ir.Table:
-    """Rows of `users/`: user_id, key."""
-    return user_ids.inner_join(users, "user").select("user_id", "key").order_by("user_id")
-
-
-# ------------------------------------------------------------------------------------------------ small parts
-
-
 def group_size(users: int) -> int:
     """Users in a row group: 64 groups in a small dataset, if they have 16 users; at most 8,192 users in a large one."""
     return min(max(-(-users // 64), 16), 8192)
 
 
 def _core(engine: DuckDBEngine, events: ir.Table, min_count: int, known: KnownCodes | None) -> Core:
-    pairs = interacted(events).select("user", "item")
+    pairs = queries.interacted(events).select("user", "item")
     return k_core(engine, pairs, min_count, *((known.users, known.items) if known else ()))
 
 
@@ -322,7 +208,7 @@ def _check_keys(
 
 def _new_targets(engine: DuckDBEngine, entries: ir.Table) -> int:
     """Targets of the training part that the dataset that is extended did not have."""
-    placed = placed_from_end(interacted(entries))
+    placed = queries.placed_from_end(queries.interacted(entries))
     trains = is_trained_on(placed.from_end, placed.length)
     first = placed.from_end == placed.length - 1
     return _count(engine, placed.filter(trains & ~first & (placed.trained == 0)))
@@ -393,37 +279,24 @@ def _scratch(config: Prepare) -> str:
 
 
 def _finished(config: Prepare, files: list[InputFile], extended: Dataset | None) -> Manifest | None:
-    """The manifest, if the output folder holds the very dataset that would be made."""
-    fs, root = filesystem(config.output)
-    if fs.get_file_info(f"{root}/{MANIFEST}").type == pyarrow.fs.FileType.NotFound:
-        return None
-    manifest = Dataset.open(config.output).manifest
-    # An option that was not there yet had its default.
-    defaults = {field.name: field.default for field in fields(config) if field.default is not MISSING}
-    now, then = asdict(config), {**defaults, **manifest.settings}
-    changed = [
-        f"{name} {then.get(name)!r}, now {value!r}"
-        for name, value in now.items()
-        if name not in NOT_IN_RESULT and then.get(name) != value
-    ]
-    inputs: list[dict[str, Any]] = manifest.preparation.get("inputs", [])
-    if [asdict(file) for file in files] != inputs:
-        old = {entry["path"]: entry for entry in inputs}
-        differing = [file.path for file in files if old.get(file.path) != asdict(file)]
-        differing += [path for path in old if path not in {file.path for file in files}]
-        changed.append(
-            f"input files differ: {', '.join(differing[:3]) or 'their order'}{', ...' if len(differing) > 3 else ''}"
-        )
-    then_extended: dict[str, Any] = manifest.preparation.get("extends", {})
-    now_extended = {} if extended is None else earlier.record_of(extended)
-    if {name: then_extended.get(name) for name in now_extended or then_extended} != now_extended:
-        now_path, then_path = (path and repr(path) for path in (config.vocabulary, then_extended.get("dataset")))
-        other = " (as it was then)" if now_path == then_path else ""
-        changed.append(f"vocabulary {then_path}{other}, now {now_path}")
-    if changed:
-        raise InputError(
-            f"--output {config.output} already holds a dataset made otherwise ({'; '.join(changed)}); nothing was "
-            "touched. Name another folder, or delete this one first"
-        )
-    assert manifest.format_version == FORMAT_VERSION
-    return manifest
+    """The manifest, if the output folder holds the very dataset that would be made; None: the folder is free."""
+
+    def compare(manifest: Manifest) -> list[str]:
+        # An option that was not there yet had its default.
+        defaults = {field.name: field.default for field in fields(config) if field.default is not MISSING}
+        differing = differences({**defaults, **manifest.settings}, asdict(config), NOT_IN_RESULT)
+        recorded = {entry["path"]: entry for entry in manifest.preparation.get("inputs", [])}
+        given = {file.path: asdict(file) for file in files}
+        if [*given.values()] != [*recorded.values()]:
+            paths = [path for path in {**given, **recorded} if given.get(path) != recorded.get(path)]
+            more = ", ..." if len(paths) > 3 else ""
+            differing.append(f"input files differ: {', '.join(paths[:3]) or 'their order'}{more}")
+        extends = manifest.preparation.get("extends", {})
+        wanted = {} if extended is None else earlier.record_of(extended)
+        if {name: extends.get(name) for name in wanted or extends} != wanted:
+            path = extends.get("dataset")
+            as_then = " (as it was then)" if path == config.vocabulary else ""
+            differing.append(f"vocabulary: {path}{as_then} there, {config.vocabulary} now")
+        return differing
+
+    return find_finished(config.output, Manifest.KIND.name, lambda path: Dataset.open(path).manifest, compare)

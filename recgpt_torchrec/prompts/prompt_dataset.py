@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from recgpt_torchrec.config import Prompts
 from recgpt_torchrec.data.bags import USER, bags_of
-from recgpt_torchrec.data.dataset import Dataset, Manifest
+from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.ragged import Ragged
 from recgpt_torchrec.data.reader import read_group
 from recgpt_torchrec.data.segments import EXPOSED, GENERATED
@@ -34,9 +34,11 @@ from recgpt_torchrec.prompts.prompting import (
     table_of,
 )
 from recgpt_torchrec.storage import filesystem, folders
-from recgpt_torchrec.storage.folders import MANIFEST
+from recgpt_torchrec.storage.finished import check_same, differences, find_finished
 from recgpt_torchrec.storage.parts import Part, write_parts
 
+NAME = "prompt dataset"
+"""What is written, for messages."""
 RECORD = "prompts"
 """Where the settings of a manifest say how its prompts were made."""
 NOT_COMPARED = ("dataset", "checkpoint")
@@ -103,21 +105,15 @@ def finished(path: str, record: dict[str, Any], vocabulary: str) -> bool:
     Raises:
         InputError: it holds another one, or something else.
     """
-    fs, root = filesystem(path)
-    if not fs.get_file_info(f"{root}/{MANIFEST}").is_file:
-        folders.check_free(path, "finished prompt dataset")
-        return False
-    manifest = Dataset.open(path).manifest
-    found = manifest.settings.get(RECORD)
-    if found is None:
-        raise InputError(f"--output {path} holds a dataset without prompts; nothing was touched. Name another folder")
-    differ = differences(found, record, NOT_COMPARED)
-    if differ or manifest.vocabulary != vocabulary:
-        raise InputError(
-            f"--output {path} holds prompts that were made otherwise; nothing was touched. Name another folder, or "
-            f"make the same again:{differ or ' it is of another dataset'}"
-        )
-    return True
+
+    def compare(dataset: Dataset) -> list[str]:
+        if RECORD not in dataset.manifest.settings:
+            raise InputError(
+                f"--output {path} holds a dataset without prompts; nothing was touched. Choose another --output"
+            )
+        return _differences(dataset, record, vocabulary, NOT_COMPARED)
+
+    return find_finished(path, NAME, Dataset.open, compare) is not None
 
 
 def open_previous(path: str, record: dict[str, Any], vocabulary: str) -> Dataset:
@@ -127,22 +123,16 @@ def open_previous(path: str, record: dict[str, Any], vocabulary: str) -> Dataset
         InputError: it was made otherwise.
     """
     previous = Dataset.open(path)
-    found = previous.manifest.settings.get(RECORD)
-    if found is None:
+    if RECORD not in previous.manifest.settings:
         raise InputError(f"--previous {path} has no prompts: give a dataset that generate_prompts wrote")
-    differ = differences(found, record, (*NOT_COMPARED, "dataset_fingerprint"))
-    if differ or previous.manifest.vocabulary != vocabulary:
-        raise InputError(
-            f"--previous {path} was made otherwise, its prompts are not what would be generated now; leave --previous "
-            f"out, or use the same:{differ or ' its ids mean other items'}"
-        )
+    differing = _differences(previous, record, vocabulary, (*NOT_COMPARED, "dataset_fingerprint"))
+    check_same(f"--previous {path}", NAME, differing, "leave --previous out, or use the same")
     return previous
 
 
-def differences(found: dict[str, Any], record: dict[str, Any], ignored: tuple[str, ...]) -> str:
-    """The entries in which two records differ, a line each."""
-    names = [n for n in record if n not in ignored and found.get(n) != record[n]]
-    return "".join(f"\n  {n}: {found.get(n)} there, {record[n]} now" for n in names)
+def _differences(dataset: Dataset, record: dict[str, Any], vocabulary: str, ignored: tuple[str, ...]) -> list[str]:
+    recorded = {**dataset.manifest.settings[RECORD], "vocabulary": dataset.manifest.vocabulary}
+    return differences(recorded, {**record, "vocabulary": vocabulary}, ignored)
 
 
 def read_rows(dataset: Dataset, group: RowGroup) -> pa.Table:
@@ -318,7 +308,7 @@ def write_prompts(
         if vectors is not None:
             vectors.finish()
 
-    with shared_folder.staged(path) as (fs, folder):
+    with shared_folder.staged(path, NAME) as (fs, folder):
         parts, failure = [], None
         try:
             parts = write_parts(fs, folder, "sequences", filled(), GROUPS_PER_PART, prefix=f"part-{rank():04d}")
@@ -344,7 +334,7 @@ def write_prompts(
                 settings={**dataset.manifest.settings, RECORD: record},
             )
             folders.write_manifest(fs, folder, manifest.to_json())
-            total.bytes = size_of(manifest)
+            total.bytes = manifest.size
     return gather(total)[0]
 
 
@@ -357,11 +347,6 @@ def copy_parts(dataset: Dataset, parts: list[Part], fs: pyarrow.fs.FileSystem, f
             with fs.open_output_stream(f"{folder}/{part.path}", compression=None) as sink:
                 while block := stream.read(2**22):
                     sink.write(block)
-
-
-def size_of(manifest: Manifest) -> int:
-    """Bytes of all parts."""
-    return sum(part.bytes for part in manifest.sequences + manifest.item_parts + manifest.user_parts)
 
 
 def check_all(check: Callable[[], bool]) -> bool:

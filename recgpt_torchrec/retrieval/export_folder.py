@@ -17,9 +17,8 @@ arrays, batch by batch, and only a row group of them is held.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -30,13 +29,12 @@ import pyarrow.parquet as pq
 
 from recgpt_torchrec.data.dataset import Dataset, fingerprint_of
 from recgpt_torchrec.distributed import shared_folder
-from recgpt_torchrec.distributed.processes import gather, rank, together
+from recgpt_torchrec.distributed.processes import gather, rank
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import filesystem, folders
-from recgpt_torchrec.storage.folders import MANIFEST
-from recgpt_torchrec.storage.parts import Part, checksum_of, regroup, write_parts
+from recgpt_torchrec.storage.manifests import FolderManifest, Kind
+from recgpt_torchrec.storage.parts import Part, regroup, write_parts
 
-EXPORT_VERSION = 1
 GROUP_BYTES = 2**24
 """Bytes of vectors in a row group."""
 GROUPS_PER_PART = 16
@@ -46,10 +44,13 @@ VectorBatch: TypeAlias = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
 
 
 @dataclass(kw_only=True)
-class ExportManifest:
+class ExportManifest(FolderManifest):
     """What `manifest.json` holds."""
 
-    export_version: int = EXPORT_VERSION
+    KIND = Kind(
+        name="export", stage="export", version_field="export_version", version=1, parts=("item_parts", "user_parts")
+    )
+    export_version: int = KIND.version
     items: int = 0
     users: int = 0
     dim: int = 0
@@ -68,18 +69,6 @@ class ExportManifest:
     """The options of the stage that wrote the export."""
     item_parts: list[Part] = field(default_factory=list)
     user_parts: list[Part] = field(default_factory=list)
-
-    def to_json(self) -> str:
-        """As text."""
-        return json.dumps(asdict(self), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> "ExportManifest":
-        """The inverse of `to_json`."""
-        values = json.loads(text)
-        for name in ("item_parts", "user_parts"):
-            values[name] = [Part(**part) for part in values[name]]
-        return cls(**values)
 
 
 class Keys:
@@ -181,8 +170,7 @@ def write_export(
         InputError: `path` holds something, or a vector is not finite (on every process). Nothing is left behind then.
         ValueError: shapes are not as promised, or the shares together are not every id once.
     """
-    together(lambda: folders.check_free(path, "finished export"))
-    with shared_folder.staged(path) as (fs, folder):
+    with shared_folder.staged(path, ExportManifest.KIND.name) as (fs, folder):
         item_share = _Share("items", Keys(dataset, "items"), (dim,))
         user_share = _Share("users", Keys(dataset, "users"), (dim,) if interests == 1 else (interests, dim))
         parts = [share.write(batches, fs, folder) for share, batches in ((item_share, items), (user_share, users))]
@@ -320,13 +308,7 @@ class Export:
         Raises:
             InputError: names the part that is damaged.
         """
-        fs, root = filesystem(self.path)
-        for part in self.manifest.item_parts + self.manifest.user_parts:
-            if (checksum := checksum_of(fs, f"{root}/{part.path}")) != part.checksum:
-                raise InputError(
-                    f"{self.path}: the part {part.path} is damaged: its checksum is {checksum}, the manifest promises "
-                    f"{part.checksum}; restore it or export again"
-                )
+        self.manifest.check_parts(self.path, checksums=True)
 
     def _batches(
         self, parts: list[Part], columns: list[str], rows: int, rank: int = 0, world_size: int = 1
@@ -342,7 +324,8 @@ class Export:
                         yield from file.iter_batches(batch_size=rows, row_groups=list(groups), columns=columns)
             except (OSError, pa.ArrowException) as error:
                 raise InputError(
-                    f"{self.path}: the part {part.path} cannot be read as Parquet ({error}); restore it or export again"
+                    f"{self.path}: the part {part.path} cannot be read as Parquet ({error}); "
+                    f"{self.manifest.KIND.repair}"
                 ) from None
 
 
@@ -361,31 +344,6 @@ def open_export(path: str) -> Export:
     Raises:
         InputError: names what is missing or differs, and how to repair it.
     """
-    fs, root = filesystem(path)
-    again = f"Make one with: python -m recgpt_torchrec.export --output {path} ..."
-    if fs.get_file_info(f"{root}/{MANIFEST}").type != pyarrow.fs.FileType.File:
-        raise InputError(f"{path} is not an export: it has no {MANIFEST}. {again}")
-    with fs.open_input_stream(f"{root}/{MANIFEST}") as stream:
-        text = stream.read().decode()
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path}/{MANIFEST} is not valid JSON ({error}); export again into a new folder") from None
-    if not isinstance(values, dict) or "export_version" not in values:
-        raise InputError(f"{path} is not an export: its {MANIFEST} is that of something else. {again}")
-    if values["export_version"] != EXPORT_VERSION:
-        raise InputError(
-            f"{path} has export version {values['export_version']}, this program reads version {EXPORT_VERSION}; "
-            "export again with this version into a new folder"
-        )
-    manifest = ExportManifest.from_json(text)
-    parts = manifest.item_parts + manifest.user_parts
-    for part, found in zip(parts, fs.get_file_info([f"{root}/{part.path}" for part in parts]), strict=True):
-        if found.type == pyarrow.fs.FileType.NotFound:
-            raise InputError(f"{path}: the part {part.path} is missing; restore it or export again")
-        if found.size != part.bytes:
-            raise InputError(
-                f"{path}: the part {part.path} is damaged: it has {found.size} bytes, the manifest promises "
-                f"{part.bytes}; restore it or export again"
-            )
+    manifest = ExportManifest.read(path)
+    manifest.check_parts(path)
     return Export(path=path, manifest=manifest)

@@ -7,9 +7,8 @@
 Users are in no particular order. The manifest is written last. Only a row group of lists is held while writing.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,14 +17,12 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from recgpt_torchrec.distributed import shared_folder
-from recgpt_torchrec.distributed.processes import gather, rank, together
-from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.distributed.processes import gather, rank
 from recgpt_torchrec.retrieval.merging import Merged
 from recgpt_torchrec.storage import filesystem, folders
-from recgpt_torchrec.storage.folders import MANIFEST
+from recgpt_torchrec.storage.manifests import FolderManifest, Kind
 from recgpt_torchrec.storage.parts import Part, regroup, write_parts
 
-LISTS_VERSION = 1
 GROUP_ITEMS = 2**20
 """Items of all lists in a row group."""
 GROUPS_PER_PART = 16
@@ -42,10 +39,11 @@ class ListBatch(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class ListManifest:
+class ListManifest(FolderManifest):
     """What `manifest.json` holds."""
 
-    lists_version: int = LISTS_VERSION
+    KIND = Kind(name="set of lists", stage="retrieve", version_field="lists_version", version=1, parts=("parts",))
+    lists_version: int = KIND.version
     users: int = 0
     k: int = 0
     """Items of each list."""
@@ -61,22 +59,6 @@ class ListManifest:
     measured: dict[str, Any] = field(default_factory=dict)
     """What the stage found on the way: speed, hits, recall."""
     parts: list[Part] = field(default_factory=list)
-
-    def to_json(self) -> str:
-        """As text."""
-        return json.dumps(asdict(self), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> "ListManifest":
-        """The inverse of `to_json`."""
-        values = json.loads(text)
-        values["parts"] = [Part(**part) for part in values["parts"]]
-        return cls(**values)
-
-
-def check_free(path: str) -> None:
-    """Raise `InputError` unless lists can be written to `path`."""
-    folders.check_free(path, "finished set of lists")
 
 
 def write_lists(
@@ -101,8 +83,7 @@ def write_lists(
     Raises:
         InputError: `path` holds something. Nothing is left behind after an error.
     """
-    together(lambda: check_free(path))
-    with shared_folder.staged(path) as (fs, folder):
+    with shared_folder.staged(path, ListManifest.KIND.name) as (fs, folder):
         groups = regroup(
             (record_batch(batch, item_keys) for batch in batches if batch.users.size),
             max(1, GROUP_ITEMS // manifest.k),
@@ -151,21 +132,12 @@ class RetrievedLists:
                 yield from file.iter_batches(batch_size=rows, columns=columns)
 
 
-def open_lists(path: str) -> RetrievedLists | None:
-    """Open a folder of lists; None where there is no manifest at all.
+def open_lists(path: str) -> RetrievedLists:
+    """Open and check a folder of lists: manifest, version, every part there with the promised size.
 
     Raises:
-        InputError: the manifest is that of something else.
+        InputError: names what is missing or differs, and how to repair it.
     """
-    fs, root = filesystem(path)
-    if fs.get_file_info(f"{root}/{MANIFEST}").type != pyarrow.fs.FileType.File:
-        return None
-    with fs.open_input_stream(f"{root}/{MANIFEST}") as stream:
-        text = stream.read().decode()
-    try:
-        version = json.loads(text)["lists_version"]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"--output {path} holds something else than lists; choose another --output") from None
-    if version != LISTS_VERSION:
-        raise InputError(f"{path} has lists of version {version}, this program writes version {LISTS_VERSION}")
-    return RetrievedLists(path=path, manifest=ListManifest.from_json(text))
+    manifest = ListManifest.read(path)
+    manifest.check_parts(path)
+    return RetrievedLists(path=path, manifest=manifest)

@@ -1,4 +1,8 @@
-"""Files and folders, local or on an object store: `files` reads and writes, `folder` commits, `parts` holds Parquet."""
+"""Files and folders, local or on an object store.
+
+`files` reads and writes, `folders` commits, `parts` holds Parquet, `manifests` says what is in a folder, `finished`
+whether that is what was asked for.
+"""
 
 from recgpt_torchrec.storage.files import (
     Streams,

@@ -78,10 +78,10 @@ def _locked(parent: str, name: str, folder: str) -> Iterator[None]:
         yield
 
 
-def check_free(path: str, finished: str = "finished dataset") -> None:
+def check_free(path: str, name: str = "dataset") -> None:
     """Raise `InputError` unless `path` does not exist, is an empty folder, or one that a kill left half written.
 
-    `finished` is what would be welcome.
+    `name` is what would be welcome.
     """
     fs, root = filesystem(path)
     if fs.type_name == "local" and os.path.ismount(os.path.realpath(root)):
@@ -94,7 +94,7 @@ def check_free(path: str, finished: str = "finished dataset") -> None:
         if there and INCOMPLETE not in there:
             more = f" and {len(there) - 3} more" if len(there) > 3 else ""
             raise InputError(
-                f"--output {path} already holds something that is not a {finished} ({', '.join(there[:3])}"
+                f"--output {path} already holds something that is not a finished {name} ({', '.join(there[:3])}"
                 f"{more}); nothing was touched. Name a folder that does not exist or is empty"
             )
 

@@ -13,6 +13,7 @@ from recgpt_torchrec.checkpoints.folder import Checkpoints, facts_of
 from recgpt_torchrec.distributed.processes import together
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import read_json, write_json
+from recgpt_torchrec.storage.finished import check_same, differences, flatten
 
 RUN = "run.json"
 RECORDED = ("config", "vocabulary", "histories", "initial")
@@ -42,14 +43,6 @@ MAY_CHANGE = (
 """Options that a resumed run may be given anew: they change where and how fast, not what is trained."""
 
 
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options as dotted names."""
-    out: dict[str, Any] = {}
-    for name, value in config.items():
-        out |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return out
-
-
 def defaults(config: Any) -> dict[str, Any]:
     """What a run was begun with that knew nothing of an option: its default, by dotted name.
 
@@ -64,7 +57,7 @@ def defaults(config: Any) -> dict[str, Any]:
             values[option.name] = asdict(default or group())
         elif default is not MISSING:
             values[option.name] = default
-    return flat(values)
+    return flatten(values)
 
 
 @dataclass
@@ -102,13 +95,9 @@ class Run:
                         f"{output} holds something that is not a run of this program; choose another --output"
                     )
                 return
-            old, new = {**defaults(config), **flat(earlier["config"])}, flat(asdict(config))
-            differ = [n for n in sorted(old.keys() | new.keys()) if old.get(n) != new.get(n) and n not in MAY_CHANGE]
-            if differ:
-                lines = "".join(f"\n  --{n}: {old.get(n)} there, {new.get(n)} now" for n in differ)
-                raise InputError(
-                    f"{output} holds a run with other options; choose another --output, or the same options:{lines}"
-                )
+            old, new = {**defaults(config), **flatten(earlier["config"])}, asdict(config)
+            differing = [f"--{line}" for line in differences(old, new, MAY_CHANGE)]
+            check_same(f"--output {output}", "run", differing, "choose another --output, or the same options")
             if earlier["vocabulary"] != vocabulary:
                 raise InputError(
                     f"{output} holds a run on another dataset ({old['data']}); "

@@ -1,6 +1,7 @@
 """What prepare says when input, an option or the output folder cannot be used; and that it leaves nothing behind."""
 
 import gzip
+import json
 import os
 import subprocess
 import sys
@@ -140,11 +141,21 @@ def test_an_output_folder_that_holds_something_else(tmp_path: Path) -> None:
 def test_an_output_folder_that_holds_another_dataset(tmp_path: Path) -> None:
     log = write_csv(tmp_path / "log.csv", random_log(100, 5, 5))
     make(log, tmp_path / "data")
-    assert "min_count 1, now 2" in message(tmp_path, log, min_count=2)
+    assert "min_count: 1 there, 2 now" in message(tmp_path, log, min_count=2)
     other = write_csv(tmp_path / "other.csv", random_log(100, 5, 5))
     assert f"input files differ: {other}" in message(tmp_path, other)
     write_csv(log, random_log(90, 5, 5))
     assert f"input files differ: {log}" in message(tmp_path, log)
+
+
+def test_a_dataset_with_prompts_is_not_taken_for_the_one_it_was_made_from(tmp_path: Path) -> None:
+    log = write_csv(tmp_path / "log.csv", random_log(100, 5, 5))
+    make(log, tmp_path / "data")
+    path = tmp_path / "data" / "manifest.json"
+    values = json.loads(path.read_text())
+    values["settings"]["prompts"] = {"k": 2}
+    path.write_text(json.dumps(values))
+    assert "prompts.k: 2 there, None now" in message(tmp_path, log)
 
 
 def test_a_finished_dataset_with_a_missing_part_is_not_taken_for_finished(tmp_path: Path) -> None:

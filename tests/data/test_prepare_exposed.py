@@ -286,7 +286,7 @@ def test_a_dataset_made_before_the_option_was_there_is_the_same_dataset(tmp_path
         text = text.replace(line, "")
     manifest.write_text(text)
     assert make(log, tmp_path / "data").already_there
-    with pytest.raises(InputError, match="click_column None, now 'click'"):
+    with pytest.raises(InputError, match="click_column: None there, click now"):
         make(log, tmp_path / "data", click_column="click")
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recgpt_torchrec.preparation import pipeline
+from recgpt_torchrec.preparation import queries
 from recgpt_torchrec.preparation.rows import meaning
 from tests.data.prepare_helpers import Row, in_time_order, make, random_log, read_sequences, write_csv
 
@@ -258,17 +258,17 @@ def test_the_expressions_compile_for_spark_too(monkeypatch: pytest.MonkeyPatch) 
     )
     users = ibis.table({"key": "string", "user": "int64"}, name="users")
     items = ibis.table({"key": "string", "item": "int64"}, name="items")
-    events = pipeline.encoded(log, users, items)
-    user_ids = pipeline.dense_ids(users, "user", "user_id")
-    item_ids = pipeline.dense_ids(items, "item", "item_id")
+    events = queries.encoded(log, users, items)
+    user_ids = queries.dense_ids(users, "user", "user_id")
+    item_ids = queries.dense_ids(items, "item", "item_id")
     kept = events.inner_join(user_ids, "user").inner_join(item_ids, "item").drop("user", "item")
     for expression in (
         meaning(typed, timed=True, rated=False, labelled=False),
-        pipeline.codes(log.select(key=log.user).distinct(), "user", seed=1),
-        pipeline.without_repeats(events),
-        pipeline.between(kept),
-        pipeline.item_table(kept, item_ids, items),
-        pipeline.user_table(user_ids, users),
-        kept.order_by("user_id", *pipeline.IN_TIME),
+        queries.codes(log.select(key=log.user).distinct(), "user", seed=1),
+        queries.without_repeats(events),
+        queries.between(kept),
+        queries.item_table(kept, item_ids, items),
+        queries.user_table(user_ids, users),
+        kept.order_by("user_id", *queries.IN_TIME),
     ):
         assert "SELECT" in ibis.to_sql(expression, dialect="pyspark")

@@ -136,6 +136,13 @@ def test_a_bad_vector_in_one_process_ends_all_of_them_with_the_same_message(data
     assert os.listdir(tmp_path) == ["data"]
 
 
+def test_a_folder_that_is_not_free_ends_all_processes_with_the_same_message(dataset, tmp_path):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "thesis.tex").write_text("mine")
+    messages = run_ranks(one_rank, 2, dataset.path, str(tmp_path / "export"), False)
+    assert messages[0] == messages[1] and "is not a finished export (thesis.tex)" in messages[0]
+
+
 def broken():
     yield np.arange(3), vectors_of(np.arange(3), DIM)
     raise RuntimeError("the model failed")
@@ -188,5 +195,5 @@ def test_opening_names_what_is_wrong(dataset, tmp_path):
         open_export(str(tmp_path / "export"))
     text = (tmp_path / "export" / "manifest.json").read_text()
     (tmp_path / "export" / "manifest.json").write_text(text.replace('"export_version": 1', '"export_version": 9'))
-    with pytest.raises(InputError, match="export version 9, this program reads version 1"):
+    with pytest.raises(InputError, match="export format version 9, this program reads version 1"):
         open_export(str(tmp_path / "export"))

@@ -1,0 +1,151 @@
+"""The folder kit: manifests read back, parts compared with them, and results compared with what is asked for."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.storage.finished import check_same, differences, find_finished, flatten
+from recgpt_torchrec.storage.folders import staged, write_manifest
+from recgpt_torchrec.storage.manifests import FolderManifest, Kind
+from recgpt_torchrec.storage.parts import Part, write_parts
+
+PART = "rows/part-00000.parquet"
+
+
+@dataclass(kw_only=True)
+class Boxes(FolderManifest):
+    KIND = Kind(name="archive", stage="export", version_field="archive_version", version=3, parts=("rows",))
+    archive_version: int = KIND.version
+    settings: dict[str, Any] = field(default_factory=dict)
+    rows: list[Part] = field(default_factory=list)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    with staged(str(tmp_path / "boxes")) as (fs, root):
+        parts = write_parts(fs, root, "rows", [pa.table({"n": [1, 2, 3]})], 1)
+        write_manifest(fs, root, Boxes(settings={"k": 1}, rows=parts).to_json())
+    return tmp_path / "boxes"
+
+
+def change(folder: Path, **values: Any) -> None:
+    path = folder / "manifest.json"
+    kept = {name: value for name, value in {**json.loads(path.read_text()), **values}.items() if value is not ...}
+    path.write_text(json.dumps(kept))
+
+
+def test_a_manifest_is_read_back_as_it_was_written(folder: Path) -> None:
+    manifest = Boxes.read(str(folder))
+    assert [(part.path, part.rows) for part in manifest.all_parts] == [(PART, 3)]
+    assert manifest.size == (folder / PART).stat().st_size
+    assert json.loads((folder / "manifest.json").read_text()) == json.loads(manifest.to_json())
+    assert Boxes.from_json(manifest.to_json()) == manifest
+    manifest.check_parts(str(folder), checksums=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "is not an archive: it has no manifest.json. Make one with: .*recgpt_torchrec.export --output "),
+        (b"{", "manifest.json is not valid JSON .*; run export again"),
+        (b"\xff", "manifest.json is not valid JSON .*; run export again"),
+        (b"[]", r"manifest.json is not valid JSON \(not an object\); run export again"),
+    ],
+)
+def test_what_is_no_manifest_is_refused(folder: Path, text: bytes | None, message: str) -> None:
+    (folder / "manifest.json").unlink() if text is None else (folder / "manifest.json").write_bytes(text)
+    with pytest.raises(InputError, match=f"{folder}.*{message}"):
+        Boxes.read(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"archive_version": ..., "format_version": 3}, "holds something else than an archive; name another folder"),
+        ({"archive_version": 4}, "has archive format version 4, .* version 3; update the program, or run export again"),
+        ({"archive_version": 2}, "has archive format version 2, this program reads version 3; run export again"),
+        ({"archive_version": "new"}, "has archive format version new, this program reads version 3; run export again"),
+        ({"rows": ...}, "manifest.json is damaged: it has no 'rows'; restore it or run export again"),
+        ({"rows": 3}, "manifest.json is damaged: .*; restore it or run export again"),
+        ({"rows": [{"path": PART}]}, "manifest.json is damaged: .*'checksum'"),
+        ({"colour": "red"}, "manifest.json is damaged: .*'colour'"),
+    ],
+)
+def test_a_manifest_that_cannot_be_used_is_refused_with_a_remedy(
+    folder: Path, values: dict[str, Any], message: str
+) -> None:
+    change(folder, **values)
+    with pytest.raises(InputError, match=f"{folder}.*{message}"):
+        Boxes.read(str(folder))
+
+
+def test_parts_that_are_missing_or_differ_are_named_or_reported(folder: Path) -> None:
+    path, manifest = folder / PART, Boxes.read(str(folder))
+    size, whole = manifest.size, path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    manifest.check_parts(str(folder))  # its size is right
+    found: list[tuple[str, str]] = []
+    reason = rf"is damaged: its checksum is .*, the manifest promises {manifest.rows[0].checksum}"
+    with pytest.raises(InputError, match=f"{folder}: the part {PART} {reason}; restore the file or run export again"):
+        manifest.check_parts(str(folder), checksums=True)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(InputError, match=f"is damaged: it has {size - 1} bytes, the manifest promises {size}; restore"):
+        manifest.check_parts(str(folder))
+    path.unlink()
+    with pytest.raises(InputError, match=rf"{PART} is missing \(the manifest promises 3 rows in {size} bytes\); rest"):
+        manifest.check_parts(str(folder))
+    manifest.check_parts(str(folder), report=lambda part, reason: found.append((part.path, reason)))
+    assert found == [(PART, f"is missing (the manifest promises 3 rows in {size} bytes)")]
+
+
+# ---------------------------------------------------------------------------------------- the very result asked for
+
+
+def test_nested_values_get_dotted_names() -> None:
+    assert flatten({"a": 1, "b": {"c": 2, "d": {"e": [3]}, "f": {}}}) == {"a": 1, "b.c": 2, "b.d.e": [3]}
+
+
+def test_differences_are_those_of_the_values_not_of_their_order_or_nesting() -> None:
+    assert differences({"a": 1, "b": {"c": 2}}, {"b.c": 2, "a": 1}) == []
+    found, wanted = {"a": 1, "b": {"c": 2}, "gone": 4}, {"a": 1, "b": {"c": 3}, "new": 5}
+    assert differences(found, wanted) == ["b.c: 2 there, 3 now", "new: None there, 5 now", "gone: 4 there, None now"]
+    assert differences(found, wanted, ignored=("b.c", "gone")) == ["new: None there, 5 now"]
+    assert differences({"a": 1}, {"a": 1, "unset": None}) == []  # an older result does not know the option
+
+
+def test_a_difference_is_refused_with_every_line_and_the_remedy() -> None:
+    check_same("--output x", "archive", [])
+    with pytest.raises(InputError) as raised:
+        check_same("--output x", "archive", ["k: 1 there, 2 now", "m: 3 there, 4 now"])
+    assert str(raised.value) == (
+        "--output x holds another archive of other options or inputs:\n  k: 1 there, 2 now\n  m: 3 there, 4 now\n"
+        "Nothing was touched; choose another --output"
+    )
+
+
+def find(folder: Path, k: int) -> Boxes | None:
+    return find_finished(str(folder), "archive", Boxes.read, lambda boxes: differences(boxes.settings, {"k": k}))
+
+
+def test_a_finished_folder_is_found_and_a_free_one_is_none(folder: Path, tmp_path: Path) -> None:
+    assert find(folder, 1) == Boxes.read(str(folder))
+    assert find(tmp_path / "nowhere", 1) is None
+    (tmp_path / "empty").mkdir()
+    assert find(tmp_path / "empty", 1) is None
+
+
+def test_a_folder_of_something_else_is_refused_and_not_touched(folder: Path) -> None:
+    with pytest.raises(InputError, match="another archive of other options or inputs:\n  k: 1 there, 2 now\n"):
+        find(folder, 2)
+    change(folder, archive_version=..., format_version=1)
+    with pytest.raises(InputError, match="holds something else than an archive; name another folder"):
+        find(folder, 1)
+    (folder / "manifest.json").rename(folder / "thesis.tex")
+    with pytest.raises(InputError, match=r"is not a finished archive \(rows, thesis.tex\); nothing was touched"):
+        find(folder, 1)
+    assert (folder / "thesis.tex").exists() and (folder / PART).exists()
