@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recgpt_torchrec.data.dataset import Dataset
-from tests.data.prepare_helpers import make, random_log, write_csv
+from tests.preparation.prepare_helpers import make, random_log, write_csv
 from tests.support import stage
 from tests.test_pretrain import checkpoints, tensors
 

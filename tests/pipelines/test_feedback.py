@@ -11,8 +11,8 @@ import pytest
 from pipelines import feedback
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.split import cut
-from tests.data.prepare_helpers import make, read_sequences
 from tests.pipelines.test_paper import InProcess, executor
+from tests.preparation.prepare_helpers import make, read_sequences
 
 __all__ = ["executor"]  # a fixture
 TUNE = """

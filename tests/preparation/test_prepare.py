@@ -22,7 +22,7 @@ from recgpt_torchrec.preparation.engine import DuckDBEngine
 from recgpt_torchrec.preparation.kcore import k_core
 from recgpt_torchrec.preparation.pipeline import group_size
 from recgpt_torchrec.storage.folders import check_free, staged
-from tests.data.prepare_helpers import in_time_order, make, random_log, read_keys, read_sequences, write_csv
+from tests.preparation.prepare_helpers import in_time_order, make, random_log, read_keys, read_sequences, write_csv
 
 
 def plain_k_core(pairs: list[tuple[int, int]], k: int) -> list[tuple[int, int]]:

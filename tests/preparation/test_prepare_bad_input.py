@@ -14,7 +14,7 @@ import pytest
 
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import folders
-from tests.data.prepare_helpers import make, random_log, read_sequences, write_csv
+from tests.preparation.prepare_helpers import make, random_log, read_sequences, write_csv
 
 GOOD = "user_id,item_id,timestamp\nu,a,1\n"
 

@@ -13,7 +13,7 @@ import pytest
 
 from recgpt_torchrec.preparation import queries
 from recgpt_torchrec.preparation.rows import meaning
-from tests.data.prepare_helpers import Row, in_time_order, make, random_log, read_sequences, write_csv
+from tests.preparation.prepare_helpers import Row, in_time_order, make, random_log, read_sequences, write_csv
 
 ROWS = random_log(80, users=7, items=9)
 

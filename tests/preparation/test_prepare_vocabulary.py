@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from recgpt_torchrec.data.dataset import Dataset, Vocabulary
 from recgpt_torchrec.errors import InputError
-from tests.data.prepare_helpers import Row, make, random_log, read_keys, read_sequences, write_csv
+from tests.preparation.prepare_helpers import Row, make, random_log, read_keys, read_sequences, write_csv
 
 
 def plain_core(rows: list[Row], k: int, users: list[str], items: list[str]) -> list[Row]:
