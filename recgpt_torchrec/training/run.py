@@ -10,6 +10,7 @@ from typing import Any
 
 from recgpt_torchrec import storage
 from recgpt_torchrec.checkpoints.folder import Checkpoints, facts_of
+from recgpt_torchrec.config.fields import options
 from recgpt_torchrec.distributed.processes import together
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import read_json, write_json
@@ -19,27 +20,6 @@ RECORDED = ("config", "vocabulary", "histories", "initial")
 """What of a run is in it."""
 LOCK = "run.lock"
 """Locked by the job that trains the run, as long as its rank 0 lives."""
-MAY_CHANGE = (
-    "output",
-    "data",
-    "stream.workers",
-    "stream.prefetch",
-    "stream.damaged",
-    "stream.damaged_limit",
-    "stream.checksums",
-    "tables.sharding",
-    "tables.data_parallel_mb",
-    "train.non_finite",
-    "train.non_finite_limit",
-    "train.stall_seconds",
-    "train.timeout_seconds",
-    *(
-        f"{group}.{option}"
-        for group in ("checkpoint", "checkpointing")
-        for option in ("every_steps", "every_minutes", "keep", "asynchronous")
-    ),
-)
-"""Options that a resumed run may be given anew: they change where and how fast, not what is trained."""
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -103,7 +83,8 @@ class Run:
                     )
                 return
             old, new = {**defaults(config), **flat(earlier["config"])}, flat(asdict(config))
-            differ = [n for n in sorted(old.keys() | new.keys()) if old.get(n) != new.get(n) and n not in MAY_CHANGE]
+            may_change = {option.name for option in options(type(config)) if option.may_change}
+            differ = [n for n in sorted(old.keys() | new.keys()) if old.get(n) != new.get(n) and n not in may_change]
             if differ:
                 lines = "".join(f"\n  --{n}: {old.get(n)} there, {new.get(n)} now" for n in differ)
                 raise InputError(
