@@ -42,7 +42,7 @@ def parser_for(config_class: type, prog: str) -> ArgumentParser:
         help_text = field.metadata.get("help", "")
         parser.add_argument(f"--{name}", nargs=field.metadata["nargs"], required=True, help=help_text)
     parser.add_class_arguments(config_class, skip=set(several), as_group=False)
-    if any(field.name == "train" for field in dataclasses.fields(config_class)):  # of a stage that resumes a run
+    if any(field.name == "saving" for field in dataclasses.fields(config_class)):  # of a stage that resumes a run
         changeable = {option.name for option in options(config_class) if option.may_change}
         for action in parser._actions:
             if action.dest in changeable:

@@ -17,13 +17,13 @@ def main(config: Pretrain) -> None:
     with process_group(train.timeout_seconds) as device, Watchdog(config.output, train.stall_seconds, RUN):
         dataset = open_dataset(config)
         stream = training_stream(config, dataset)  # finds what is wrong with the data before the output is looked at
-        run = Run.find(config, dataset.manifest.vocabulary, fingerprint_of(dataset), keep=config.checkpoint.keep)
+        run = Run.find(config, dataset.manifest.vocabulary, fingerprint_of(dataset), keep=config.saving.keep)
         if run.finished:
             say(f"{config.output} is trained already.", run.summary(), sep="\n")
             return
         if config.initial is not None and run.checkpoints.latest() is None:
             run.initial = find_initial(run.initial or config.initial, config, dataset)
-        fit(config, config.checkpoint, stream, run, device, initial=run.initial)
+        fit(config, config.saving, stream, run, device, initial=run.initial)
         say(run.summary())
 
 

@@ -33,11 +33,11 @@ def main(config: PromptTune) -> None:
             raise InputError("--tuning.soft_targets needs a softmax: --loss.candidates all, sampled or in_batch")
         config = replace(config, model=pretrained_model(checkpoint, dataset, config.model))
         stream = training_stream(config, dataset, tuning)  # finds what is wrong with options or data
-        run = Run.find(config, dataset.manifest.vocabulary, fingerprint_of(dataset), keep=config.checkpointing.keep)
+        run = Run.find(config, dataset.manifest.vocabulary, fingerprint_of(dataset), keep=config.saving.keep)
         if run.finished:
             say(f"{config.output} is trained already.", run.summary(), sep="\n")
             return
-        fit(config, config.checkpointing, stream, run, device, tuning=tuning, pretrained=checkpoint)
+        fit(config, config.saving, stream, run, device, tuning=tuning, pretrained=checkpoint)
         say(run.summary())
 
 

@@ -29,8 +29,8 @@ SMALL = {
     "--loss.negatives": 10,
     "--train.epochs": 2,
     "--optimizer.warmup_steps": 5,
-    "--checkpoint.every_steps": 3,
-    "--checkpoint.keep": 100,
+    "--saving.every_steps": 3,
+    "--saving.keep": 100,
 }
 
 
@@ -152,8 +152,8 @@ def test_a_folder_that_holds_something_else_is_left_as_it_is(data, tmp_path, cap
         ("--model.dropout", "1.5", "--model.dropout is 1.5"),
         ("--train.epochs", "0", "--train.epochs is 0"),
         ("--train.validate_every", "0", "--train.validate_every is 0"),
-        ("--checkpoint.keep", "-1", "keep of the checkpoints is -1"),
-        ("--checkpoint.every_minutes", "-1", "every_minutes of the checkpoints is -1"),
+        ("--saving.keep", "-1", "--saving.keep is -1"),
+        ("--saving.every_minutes", "-1", "--saving.every_minutes is -1"),
         ("--optimizer.beta2", "2", "--optimizer.beta2 is 2.0"),
         ("--tables.lr", ".nan", "--tables.lr is nan"),
         ("--seed", "-1", "--seed is -1"),
@@ -272,7 +272,7 @@ def test_what_was_best_before_an_interruption_stays_the_best(run, data, tmp_path
     shutil.copy(whole / "run.json", tmp_path / "run")
     facts[first]["progress"]["best_value"] = 9.0
     (kept / "checkpoint.json").write_text(json.dumps({**facts[first], "best": best}))
-    assert stage("pretrain", {"--data": data, "--output": tmp_path / "run", **SMALL, "--checkpoint.keep": 1}) == 0
+    assert stage("pretrain", {"--data": data, "--output": tmp_path / "run", **SMALL, "--saving.keep": 1}) == 0
     assert json.loads((tmp_path / "run/best.json").read_text()) == best
     assert checkpoints(tmp_path / "run") == [kept, tmp_path / "run/checkpoints" / checkpoints(whole)[-1].name]
 

@@ -22,7 +22,7 @@ from torch import nn
 from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.checkpoints.saving import Saver
 from recgpt_torchrec.checkpoints.state import state_of
-from recgpt_torchrec.config import CheckpointOptions, Loss, Model, Pretrain, Tables
+from recgpt_torchrec.config import Loss, Model, Pretrain, Saving, Tables
 from recgpt_torchrec.data.batch import Candidates, Capacity, SequenceBatch, Sequences, make_batch
 from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.distributed.processes import process_group, rank, say, world_size
@@ -106,8 +106,8 @@ def measure(
     savers = {
         "bare": None,
         "checked": None,
-        "asynchronous": Saver(Checkpoints(f"{folder}/asynchronous", keep=1), CheckpointOptions(asynchronous=True)),
-        "synchronous": Saver(Checkpoints(f"{folder}/synchronous", keep=1), CheckpointOptions(asynchronous=False)),
+        "asynchronous": Saver(Checkpoints(f"{folder}/asynchronous", keep=1), Saving(asynchronous=True)),
+        "synchronous": Saver(Checkpoints(f"{folder}/synchronous", keep=1), Saving(asynchronous=False)),
     }
     for _ in range(10):
         pipeline.progress(stream)

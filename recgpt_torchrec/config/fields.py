@@ -1,4 +1,5 @@
-"""What an option is besides its type and default: its dotted name, and whether a resumed run may change it."""
+"""What an option is besides its type and default: its dotted name, its former names, whether a resumed run may change
+it."""
 
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
@@ -7,6 +8,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 RESUME = "resume"
 """Key in a field's metadata."""
+RENAMED = {"checkpoint.": "saving.", "checkpointing.": "saving."}
+"""Groups that had another name in earlier versions, whose runs still resume."""
 
 
 def changeable(default: Any = MISSING) -> Any:
@@ -44,3 +47,11 @@ def options(config_class: type, prefix: str = "") -> Iterator[Option]:
             yield from options(groups[0], f"{name}.")  # type: ignore[arg-type]
         else:
             yield Option(name, of_field, each)
+
+
+def current_name(name: str) -> str:
+    """The present name of an option: `checkpoint.keep`, as an earlier version recorded it, is `saving.keep`."""
+    for old, new in RENAMED.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name

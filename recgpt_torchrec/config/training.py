@@ -139,7 +139,7 @@ class Train:
 
 
 @dataclass(kw_only=True)
-class CheckpointOptions:
+class Saving:
     """What is saved, and when."""
 
     every_steps: int = changeable(0)
@@ -153,7 +153,7 @@ class CheckpointOptions:
 
     def __post_init__(self) -> None:
         for name, least in {"every_steps": 0, "every_minutes": 0, "keep": 1}.items():
-            at_least(f"{name} of the checkpoints", getattr(self, name), least)
+            at_least(f"--saving.{name}", getattr(self, name), least)
 
 
 @dataclass(kw_only=True)
@@ -180,7 +180,7 @@ class Pretrain:
     tables: Tables = field(default_factory=Tables)
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
-    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    saving: Saving = field(default_factory=Saving)
 
     def __post_init__(self) -> None:
         at_least("--seed", self.seed, 0)

@@ -12,11 +12,11 @@ from recgpt_torchrec.checkpoints.folder import facts_of, read_tensors, tensors_i
 from recgpt_torchrec.checkpoints.growing import check_new_targets
 from recgpt_torchrec.config import (
     Batch,
-    CheckpointOptions,
     Loss,
     Model,
     Pretrain,
     PromptTune,
+    Saving,
     Sharding,
     Stream,
     Tables,
@@ -231,7 +231,7 @@ def check_lost(dataset: Dataset) -> None:
 
 def fit(
     config: Pretrain | PromptTune,
-    saving: CheckpointOptions,
+    saving: Saving,
     stream: SequenceStream,
     run: Run,
     device: torch.device,

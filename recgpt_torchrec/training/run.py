@@ -10,7 +10,7 @@ from typing import Any
 
 from recgpt_torchrec import storage
 from recgpt_torchrec.checkpoints.folder import Checkpoints, facts_of
-from recgpt_torchrec.config.fields import options
+from recgpt_torchrec.config.fields import current_name, options
 from recgpt_torchrec.distributed.processes import together
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import read_json, write_json
@@ -82,7 +82,8 @@ class Run:
                         f"{output} holds something that is not a run of this program; choose another --output"
                     )
                 return
-            old, new = {**defaults(config), **flat(earlier["config"])}, flat(asdict(config))
+            recorded = {current_name(name): value for name, value in flat(earlier["config"]).items()}
+            old, new = {**defaults(config), **recorded}, flat(asdict(config))
             may_change = {option.name for option in options(type(config)) if option.may_change}
             differ = [n for n in sorted(old.keys() | new.keys()) if old.get(n) != new.get(n) and n not in may_change]
             if differ:
