@@ -31,6 +31,16 @@ class Option:
     field: Field[Any]
 
     @property
+    def required(self) -> bool:
+        """Whether it has no default."""
+        return self.field.default is MISSING and self.field.default_factory is MISSING
+
+    @property
+    def is_list(self) -> bool:
+        """Whether it takes several values."""
+        return get_origin(self.type) is list
+
+    @property
     def may_change(self) -> bool:
         """Whether a resumed run may change it."""
         return RESUME in self.field.metadata
