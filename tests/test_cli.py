@@ -1,15 +1,18 @@
 """The command line: options as fields, one line for a mistake with the nearest name, lists, and `recgpt STAGE`."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from recgpt_torchrec import cli
+from recgpt_torchrec import __main__, cli
 from recgpt_torchrec.config import Evaluate, Prepare, Pretrain, PromptTune
 from recgpt_torchrec.config.fields import options
+from recgpt_torchrec.config.stages import STAGES
 
 WHERE_AND_HOW_FAST = """
     data output stream.workers stream.prefetch stream.damaged stream.damaged_limit stream.checksums tables.sharding
@@ -141,3 +144,48 @@ def test_later_options_win_over_files_and_a_files_group_over_that_of_the_file_be
     assert (config.train.epochs, config.optimizer.warmup_steps, config.initial) == (7, 10, None)
     assert parsed(Pretrain, *mine, "--model.layers", "5").model.layers == 5
     assert parsed(Pretrain, "--model.layers", "5", *mine).model.layers == 2
+
+
+def recgpt(*words: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-X", "importtime", "-m", "recgpt_torchrec", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_recgpt_lists_the_stages_in_order_without_importing_torch() -> None:
+    done = recgpt("--help")
+    assert done.returncode == 0
+    assert not any(line.endswith(("| torch", "| pyarrow")) for line in done.stderr.splitlines())
+    named = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")]
+    assert named == list(STAGES)
+    assert max(map(len, done.stdout.splitlines())) <= 120
+
+
+def test_recgpt_stage_is_the_stage(capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["recgpt", "pretrain", "--model.layer", "3"])
+    with pytest.raises(SystemExit) as end:
+        __main__.main()
+    expected = "recgpt pretrain: error: unknown option --model.layer; did you mean --model.layers?\n"
+    assert (end.value.code, capsys.readouterr().err) == (2, expected)
+    called = []
+    monkeypatch.setattr("recgpt_torchrec.pretrain.main", called.append)
+    monkeypatch.setattr(sys, "argv", ["recgpt", "pretrain", "--data", "d", "--output", "o"])
+    __main__.main()
+    assert called == [Pretrain(data="d", output="o")]
+
+
+def test_an_unknown_stage_costs_one_line_with_the_nearest_name(capsys: Any, monkeypatch: Any) -> None:
+    for word, end_of_line in (("pre-train", "did you mean pretrain?"), ("unknown", "--help lists all")):
+        monkeypatch.setattr(sys, "argv", ["recgpt", word])
+        with pytest.raises(SystemExit) as end:
+            __main__.main()
+        assert (end.value.code, capsys.readouterr().err) == (2, f"recgpt: error: unknown stage {word}; {end_of_line}\n")
+
+
+def test_every_stage_program_is_registered_with_its_options() -> None:
+    package = Path(cli.__file__).parent
+    programs = {path.stem for path in package.glob("*.py") if "cli.run(" in path.read_text()} - {"cli", "__main__"}
+    assert programs == set(STAGES)
+    for name, stage in STAGES.items():
+        assert (
+            f'cli.run({stage.config.__name__}, main, "recgpt_torchrec.{name}")' in (package / f"{name}.py").read_text()
+        )

@@ -10,9 +10,9 @@ from torchx.runner import get_runner
 from torchx.specs.builders import materialize_appdef
 from torchx.specs.finder import ComponentValidationException, get_component, get_components
 
+from recgpt_torchrec.config.stages import STAGES
 from recgpt_torchrec.launch import node
 
-STAGES = ["prepare", "pretrain", "generate_prompts", "prompt_tune", "evaluate", "export", "retrieve"]
 TORCHX = Path(sys.executable).with_name("torchx")
 
 
