@@ -94,14 +94,16 @@ class Words:
         self.words += ["--config", yaml.safe_dump(values, sort_keys=False)]
 
     def explain(self, problem: str) -> str:
-        """One line for what jsonargparse refused: the first value that its option does not take, or what a group's own
-        checks say (of one that may be null, among other words), else its words."""
+        """One line for what was refused: what the options' own checks say (of a group that may be null, among other
+        words), the first value that is not of its option's type, or jsonargparse's words."""
+        lines = [text.strip().removeprefix("- ") for text in problem.splitlines()]
+        if own := next((text for text in lines if text.startswith("--")), None):
+            return own
         for option, name, value in self.values:
             if not fits(option.type, value):
                 shown = " ".join(map(str, value)) if isinstance(value, list) and name.startswith("--") else value
                 return f"{name} is {shown}; it must be {in_words(option.type)}"
-        lines = [text.strip().removeprefix("- ") for text in problem.splitlines()]
-        return next((text for text in lines if text.startswith("--")), " ".join(problem.split()))
+        return " ".join(problem.split())
 
 
 def values_of(path: str | os.PathLike[str], within: tuple[str, ...] = ()) -> dict[str, Any]:
