@@ -11,7 +11,7 @@ def main(config: PromptTune) -> None:
     """Go on training, and leave the best checkpoint in `config.output`."""
     from recgpt_torchrec.checkpoints.folder import find
     from recgpt_torchrec.data.dataset import fingerprint_of
-    from recgpt_torchrec.distributed.processes import process_group, say
+    from recgpt_torchrec.distributed.processes import process_group, show
     from recgpt_torchrec.distributed.watchdog import Watchdog
     from recgpt_torchrec.training.building import answers_of, fit, open_dataset, pretrained_model, training_stream
     from recgpt_torchrec.training.run import RUN, Run
@@ -35,10 +35,10 @@ def main(config: PromptTune) -> None:
         stream = training_stream(config, dataset, tuning)  # finds what is wrong with options or data
         run = Run.find(config, dataset.manifest.vocabulary, fingerprint_of(dataset), keep=config.saving.keep)
         if run.finished:
-            say(f"{config.output} is trained already.", run.summary(), sep="\n")
+            show(f"{config.output} is trained already.", run.summary(), sep="\n")
             return
         fit(config, config.saving, stream, run, device, tuning=tuning, pretrained=checkpoint)
-        say(run.summary())
+        show(run.summary())
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def test_recgpt_stage_is_the_stage(capsys: Any, monkeypatch: Any) -> None:
         __main__.main()
     expected = "recgpt pretrain: error: unknown option --model.layer; did you mean --model.layers?\n"
     assert (end.value.code, capsys.readouterr().err) == (2, expected)
-    called = []
+    called: list[Any] = []
     monkeypatch.setattr("recgpt_torchrec.pretrain.main", called.append)
     monkeypatch.setattr(sys, "argv", ["recgpt", "pretrain", "--data", "d", "--output", "o"])
     __main__.main()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -98,6 +99,20 @@ def test_a_run_from_the_command_line_leaves_checkpoints_and_says_what_to_do_next
     assert all(not path.name.endswith(".tmp") for path in checkpoints(output))
     tables = {name: value for name, value in tensors(last).items() if name.startswith("model.") and "embedding" in name}
     assert sorted(tuple(value.shape) for value in tables.values()) == [(ITEMS, 8), (USERS, 8)]
+
+
+def test_a_header_says_before_the_first_step_what_is_trained_on_what(run):
+    output, done = run
+    first, of_data, decoder, tables, epochs = done.stdout.splitlines()[:5]
+    assert first == "Training on 1 rank, CPU" and of_data.startswith(f"  data     {USERS} users, {ITEMS} items, ")
+    trained = {n: v for n, v in tensors(checkpoints(output)[-1]).items() if n.startswith("model.")}
+    count = sum(value.numel() for name, value in trained.items() if "embedding" not in name)
+    assert decoder == f"  decoder  {count:,} parameters"
+    assert f"item {ITEMS} x 8 data_parallel" in tables and f"user {USERS} x 8 data_parallel" in tables
+    said = re.fullmatch(r"  epochs   2 at most, of about (\d+) steps of up to 60 tokens per rank", epochs)
+    assert said is not None
+    steps = json.loads((output / "history.jsonl").read_text().splitlines()[0])["step"]
+    assert abs(int(said[1]) - steps) <= 0.3 * steps
 
 
 def test_the_same_command_again_says_that_the_run_is_trained_already(run, data, capfd):

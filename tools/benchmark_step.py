@@ -25,7 +25,7 @@ from recgpt_torchrec.checkpoints.state import state_of
 from recgpt_torchrec.config import Loss, Model, Pretrain, Saving, Tables
 from recgpt_torchrec.data.batch import Candidates, Capacity, SequenceBatch, Sequences, make_batch
 from recgpt_torchrec.data.dataset import Dataset, Manifest
-from recgpt_torchrec.distributed.processes import process_group, rank, say, world_size
+from recgpt_torchrec.distributed.processes import process_group, rank, show, world_size
 from recgpt_torchrec.model.recgpt import unwrapped
 from recgpt_torchrec.training.building import build
 from recgpt_torchrec.training.finite import FiniteGuard, GuardedPipeline
@@ -143,7 +143,7 @@ def measure(
                 if saver is not None:
                     stalls[kind].append(stalled)
                 written += [done or float("inf")] if kind == "asynchronous" else []
-    say(
+    show(
         f"{options.items:,} items x {options.dim}, {options.sharding}, {options.optimizer}, {world_size()} ranks: "
         f"{size / 2**20:,.0f} MiB a checkpoint, one every {options.steps} steps of "
         f"{np.median(times['checked']) / options.steps * 1e3:.0f} ms; {options.rounds} rounds"
@@ -154,7 +154,7 @@ def measure(
         error = residuals.std(ddof=1) / np.sqrt(options.rounds) / np.mean(times[base])
         stall = f"; the step waits {np.median(stalls[kind]) * 1e3:.0f} ms" if stalls[kind] else ""
         late = f", written after {np.median(written):.1f} s" if kind == "asynchronous" else ""
-        say(f"{kind:12} {ratio:.3f} of the time of {base} (standard error {error:.3f}){stall}{late}")
+        show(f"{kind:12} {ratio:.3f} of the time of {base} (standard error {error:.3f}){stall}{late}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from recgpt_torchrec.distributed.sharding import DENSE, distribute, table_name, 
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.evaluation.validation import Validation
 from recgpt_torchrec.model.recgpt import RecGPT
+from recgpt_torchrec.training.header import header
 from recgpt_torchrec.training.run import Run
 from recgpt_torchrec.training.trainer import Trainer
 
@@ -278,6 +279,7 @@ def fit(
         elif initial is not None:
             trainer.begin_from(initial)
             say(f"Beginning from {initial}")
+        say(header(model, dataset.manifest, device, tokens=config.batch.tokens, epochs=config.train.epochs))
         prompts = tuning is not None and tuning.prompts
         set_aside = stream.maker.set_aside
         validation = encoding_stream(
