@@ -2,12 +2,10 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import yaml
+from typing import TYPE_CHECKING
 
 from pipelines.steps import ROOT, RecordedSteps
+from recgpt_torchrec.config.command_line import values_of
 
 if TYPE_CHECKING:
     from recgpt_torchrec.config import Batch
@@ -135,14 +133,6 @@ def config_file(folder: str, name: str, ending: str = "") -> str:
     """The configuration of a data set, or the common one."""
     own = f"{folder}/{name}{ending}.yaml"
     return own if (ROOT / own).exists() else f"{folder}/paper{ending}.yaml"
-
-
-def values_of(path: Path) -> dict[str, Any]:
-    """The values of a configuration file and of the file that it names as `config`; a group (`model`, ...) that both
-    have is the first one's alone, as for the stages."""
-    values = yaml.safe_load(path.read_text()) or {}
-    base = values.pop("config", None)
-    return {**values_of(path.parent / base), **values} if base else values
 
 
 def from_root(path: str) -> str:

@@ -22,8 +22,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipelines import experiment, paper_report  # noqa: E402
-from pipelines.experiment import config_file, from_root, values_of  # noqa: E402
+from pipelines.experiment import config_file, from_root  # noqa: E402
 from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
+from recgpt_torchrec.config.command_line import values_of  # noqa: E402
 
 SPLITS = ("validation", "test")
 LONGEST = 10

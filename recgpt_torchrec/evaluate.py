@@ -13,7 +13,7 @@ def main(config: Evaluate) -> None:
     """Measure the checkpoint's recall paths and the baselines over all users of a split."""
     from recgpt_torchrec.checkpoints.folder import find
     from recgpt_torchrec.data.dataset import Dataset
-    from recgpt_torchrec.distributed.processes import process_group, rank, say, together, world_size
+    from recgpt_torchrec.distributed.processes import process_group, rank, say, show, together, world_size
     from recgpt_torchrec.evaluation import baselines
     from recgpt_torchrec.evaluation.ranking import reduced
     from recgpt_torchrec.evaluation.recall_paths import RecallPaths
@@ -41,12 +41,12 @@ def main(config: Evaluate) -> None:
             "recall": chosen,
         }
         together(lambda: storage.write_json(config.output, answer))
-        say(table(results))
+        show(table(results))
         if "m" in chosen:
-            say(f"Two steps take m = {chosen['m']} items of the first interest and n = {chosen['n']} of the second,")
-            say(f"{chosen['because']}.")
-        say(f"Written: {config.output}")
-        say(
+            show(f"Two steps take m = {chosen['m']} items of the first interest and n = {chosen['n']} of the second,")
+            show(f"{chosen['because']}.")
+        show(f"Written: {config.output}")
+        show(
             f"Next:    python -m recgpt_torchrec.export --data {config.data} --checkpoint {config.checkpoint} "
             "--output EXPORT_FOLDER"
         )

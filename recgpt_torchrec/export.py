@@ -20,7 +20,7 @@ def main(config: Export) -> None:
     from recgpt_torchrec.checkpoints.folder import find, fingerprint
     from recgpt_torchrec.data.dataset import Dataset
     from recgpt_torchrec.data.stream import encoding_stream
-    from recgpt_torchrec.distributed.processes import process_group, rank, say, world_size
+    from recgpt_torchrec.distributed.processes import process_group, rank, show, world_size
     from recgpt_torchrec.model.recgpt import unwrapped
     from recgpt_torchrec.progress import bar
     from recgpt_torchrec.retrieval.encoding import encode
@@ -72,7 +72,7 @@ def main(config: Export) -> None:
             "do not occur in this log" if config.history == "all" else "with fewer than three items have none held out"
         )
         few = f"; {without:,} {reason}" if without else ""
-        say(
+        show(
             f"{'Already there' if already else 'Written'}: {config.output} ({manifest.items:,} items, "
             f"{manifest.users:,} users{of_each}{few})",
             "A user's score of an item is the inner product of their vectors: index items/*.parquet for maximum inner "

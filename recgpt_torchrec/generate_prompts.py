@@ -14,7 +14,7 @@ def main(config: GeneratePrompts) -> None:
     from recgpt_torchrec.checkpoints.folder import facts_of, find, fingerprint
     from recgpt_torchrec.data.dataset import Dataset
     from recgpt_torchrec.data.windows import row_groups
-    from recgpt_torchrec.distributed.processes import process_group, rank, say, world_size
+    from recgpt_torchrec.distributed.processes import process_group, rank, show, world_size
     from recgpt_torchrec.model.recgpt import unwrapped
     from recgpt_torchrec.prompts import prompt_dataset
     from recgpt_torchrec.prompts.prompting import Prompter
@@ -34,7 +34,7 @@ def main(config: GeneratePrompts) -> None:
             f"--checkpoint {config.checkpoint} --output RUN"
         )
         if prompt_dataset.check_all(lambda: prompt_dataset.finished(config.output, record, vocabulary)):
-            say(f"Already there: {config.output}", following, sep="\n")
+            show(f"Already there: {config.output}", following, sep="\n")
             return
         previous = None
         if config.previous is not None:
@@ -64,7 +64,7 @@ def main(config: GeneratePrompts) -> None:
             )
         seconds = time.perf_counter() - since
         taken = f" ({made.kept:,} intervals taken over from {config.previous})" if config.previous else ""
-        say(
+        show(
             f"Written: {config.output}: {made.users:,} users, {made.generated:,} generated and {made.exposed:,} shown "
             f"prompts{taken}, {made.bytes:,} bytes, in {seconds:.1f} s ({made.users / seconds:,.0f} users/s)",
             following,

@@ -1,12 +1,48 @@
-"""Progress of long work: a bar on a terminal, a plain line now and then where output goes to a file or a launcher."""
+"""Messages and progress of long work: a bar on a terminal, a plain line now and then where output goes to a file or a
+launcher, and in a job's log file the time and the rank before each line.
 
+Messages go through the logger `recgpt_torchrec`, to standard output; a program that uses the package may give it other
+handlers.
+"""
+
+import logging
+import os
 import sys
-from typing import Any
+import time
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 EVERY = 15.0
 """Seconds between lines where there is no terminal."""
+
+
+def stamped(text: str, stream: TextIO) -> str:
+    """A message as it is written to a stream: as it is, or in the log file of a job with the time and the rank before
+    each line."""
+    if "WORLD_SIZE" not in os.environ or stream.isatty():
+        return text
+    before = f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {os.environ.get('RANK', 0)}: "
+    return "\n".join(before + line for line in text.splitlines())
+
+
+class _Output(logging.Handler):
+    """Writes messages to what is standard output at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a message; above the bar, where there is one."""
+        text = stamped(self.format(record), sys.stdout)
+        if sys.stderr.isatty():
+            tqdm.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+
+LOGGER = logging.getLogger("recgpt_torchrec")
+if not LOGGER.handlers:
+    LOGGER.addHandler(_Output())
+    LOGGER.setLevel(logging.INFO)
+    LOGGER.propagate = False  # libraries give the root logger handlers of theirs, and lines would come twice
 
 
 class _Lines(tqdm):
@@ -15,12 +51,7 @@ class _Lines(tqdm):
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Write the bar's state as one line, once something was done."""
         if self.n > self.initial and msg != "":
-            print(str(self) if msg is None else msg, file=sys.stderr, flush=True)
-
-    @classmethod
-    def write(cls, s: str, file: Any = None, end: str = "\n", nolock: bool = False) -> None:
-        """Write a line of its own; there is no bar to move out of the way."""
-        print(s, file=file, end=end, flush=True)
+            print(stamped(str(self) if msg is None else msg, sys.stderr), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """End without another line."""

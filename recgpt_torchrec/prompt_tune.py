@@ -15,7 +15,7 @@ def main(config: PromptTune) -> None:
     """Tune the pre-trained model, and leave the best checkpoint in `config.output`."""
     from recgpt_torchrec.checkpoints.folder import find
     from recgpt_torchrec.data.dataset import fingerprint_of
-    from recgpt_torchrec.distributed.processes import process_group, say
+    from recgpt_torchrec.distributed.processes import process_group, show
     from recgpt_torchrec.distributed.watchdog import Watchdog
     from recgpt_torchrec.evaluation.validation import METRIC, validation_of
     from recgpt_torchrec.training.building import open_dataset, training_stream
@@ -30,9 +30,9 @@ def main(config: PromptTune) -> None:
         model = pretrained_model(checkpoint, dataset, config.model)
         config = replace(config, model=model)
         stream = training_stream(config, model, dataset, tuning=tuning)
-        run = Run.find(config, dataset.manifest.vocabulary, fingerprint_of(dataset), keep=config.checkpointing.keep)
+        run = Run.find(config, dataset.manifest.vocabulary, fingerprint_of(dataset), keep=config.saving.keep)
         if run.finished:
-            say(f"{config.output} is trained already.", run.summary(), sep="\n")
+            show(f"{config.output} is trained already.", run.summary(), sep="\n")
             return
         train(
             config,
@@ -43,10 +43,9 @@ def main(config: PromptTune) -> None:
             begin=lambda trainer: load_pretrained(trainer.model, checkpoint),
             validation=validation_of(stream, model, config.batch, device),
             metric=METRIC,
-            saving=config.checkpointing,
             tuning=tuning,
         )
-        say(run.summary())
+        show(run.summary())
 
 
 def check_dataset(config: PromptTune, dataset: "Dataset") -> None:

@@ -24,7 +24,7 @@ USERS = 4096
 def main(config: Retrieve) -> None:
     """Search for every user, and write the lists."""
     from recgpt_torchrec.data.dataset import Dataset, fingerprint_of
-    from recgpt_torchrec.distributed.processes import process_group, say
+    from recgpt_torchrec.distributed.processes import process_group, show
     from recgpt_torchrec.retrieval.export_folder import open_export
     from recgpt_torchrec.retrieval.list_folder import ListManifest
 
@@ -43,9 +43,9 @@ def main(config: Retrieve) -> None:
         made = finished(config.output, manifest)
         if made is None:
             manifest = retrieve(config, export, dataset, rule, interests, manifest)
-        say(summary(config, export, made or manifest, rule, interests))
-        say(f"{'Already there' if made else 'Written'}: {config.output}")
-        say(f"Look:    python -c \"import pyarrow.parquet as pq; print(pq.read_table('{config.output}/lists')[:5])\"")
+        show(summary(config, export, made or manifest, rule, interests))
+        show(f"{'Already there' if made else 'Written'}: {config.output}")
+        show(f"Look:    python -c \"import pyarrow.parquet as pq; print(pq.read_table('{config.output}/lists')[:5])\"")
 
 
 def check(config: Retrieve, export: "Export", dataset: Any) -> "tuple[MergeRule, int]":

@@ -16,6 +16,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from recgpt_torchrec import cli
+from recgpt_torchrec.config.stages import STAGES, module_of
 from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.storage.folders import write_manifest
 from recgpt_torchrec.storage.parts import write_parts
@@ -85,14 +86,11 @@ def stage(name: str, options: dict[str, Any]) -> int:
         name: of the stage, `pretrain` or another.
         options: `{"--model.dim": 8}`; None leaves one out, a list takes several words.
     """
-    from recgpt_torchrec import config
-
     words = [str(word) for option, value in options.items() for word in _words(option, value)]
-    config_class = getattr(config, "".join(word.capitalize() for word in name.split("_")))
-    function = importlib.import_module(f"recgpt_torchrec.{name}").main
+    function = importlib.import_module(module_of(name)).main
     before, sys.argv = sys.argv, [name, *words]
     try:
-        cli.run(config_class, function, f"recgpt_torchrec.{name}")
+        cli.run(STAGES[name].config, function, module_of(name))
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     finally:

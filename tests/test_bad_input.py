@@ -181,8 +181,10 @@ CASES = [
         "none of the 2 rows can be used"),
     Bad("prepare", "nobody has as many interactions as asked for", log(GOOD), "--min_count 9", "keeps everything",
         {"--min_count": 9}),
-    Bad("prepare", "an option that does not exist", log(GOOD), "--min_cuont", "usage", {"--min_cuont": 5}),
-    Bad("prepare", "a word where a number belongs", log(GOOD), "min_count", "usage", {"--min_count": "few"}),
+    Bad("prepare", "an option that does not exist", log(GOOD), "--min_cuont", "did you mean --min_count?",
+        {"--min_cuont": 5}),
+    Bad("prepare", "a word where a number belongs", log(GOOD), "--min_count is few", "whole number",
+        {"--min_count": "few"}),
     Bad("prepare", "the output holds something else", thesis, "thesis.txt",
         "Name a folder that does not exist or is empty"),
     # ------------------------------------------------------------------------------------------------ pretrain
@@ -227,9 +229,14 @@ CASES = [
     Bad("pretrain", "a lost part of more rows than may be left out", part(Path.unlink), f"{PART}: is missing",
         "a higher limit", {"--stream.damaged": "skip", "--stream.damaged_limit": 7}),
     Bad("pretrain", "options that do not go together", nothing, "--model.heads 3", "must divide", {"--model.heads": 3}),
-    Bad("pretrain", "no such configuration file", nothing, "gone.yaml", "usage", {"--config": "gone.yaml"}),
+    Bad("pretrain", "no such configuration file", nothing, "gone.yaml", "no such file", {"--config": "gone.yaml"}),
     Bad("pretrain", "a misspelt name in the configuration", lambda f: (f / "c.yaml").write_text("trian: {epochs: 3}"),
-        "trian", "usage", {"--config": "c.yaml"}),
+        "c.yaml: unknown option trian", "did you mean train?", {"--config": "c.yaml"}),
+    Bad("pretrain", "a word where a number belongs, in the configuration",
+        lambda f: (f / "c.yaml").write_text("train: {epochs: few}"), "c.yaml: train.epochs is few", "whole number",
+        {"--config": "c.yaml"}),
+    Bad("pretrain", "a configuration that is not YAML", lambda f: (f / "c.yaml").write_text("seed: 1\ntrain: {ep"),
+        "c.yaml, line 2", "is not YAML", {"--config": "c.yaml"}),
     Bad("pretrain", "the checkpoint to go on from is cut off",
         unfinished(lambda f: os.truncate(next(f.glob("run/*/*/*.distcp")), 500)), "run/checkpoints/step-",
         "once this folder is removed", {"--output": "run"}),
@@ -342,8 +349,7 @@ def table(rows: list[tuple[str, str, int, str]]) -> str:
     """The rows as Markdown."""
 
     def cell(text: str) -> str:
-        message = text.rpartition("error: ")[2] if "usage:" in text else text.partition("error: ")[2]
-        return " ".join(message.split()).replace("|", "\\|")
+        return " ".join(text.partition("error: ")[2].split()).replace("|", "\\|")
 
     lines = ["| kind | command | exit status | message |", "|---|---|---|---|"]
     lines += [f"| {kind} | `{command}` | {status} | {cell(said)} |" for kind, command, status, said in rows]
@@ -366,7 +372,7 @@ def test_the_table_has_every_kind_once():
     kinds = [str(bad) for bad in CASES]
     assert len(set(kinds)) == len(kinds) >= 30
     assert {bad.stage for bad in CASES} == set(OPTIONS)
-    row = ("a | b", "pretrain --data x", 2, "usage: pretrain\nerror: Bad\n  thing")
+    row = ("a | b", "pretrain --data x", 2, "pretrain: error: Bad\n  thing")
     assert table([row]).splitlines()[-1] == "| a | b | `pretrain --data x` | 2 | Bad thing |"
 
 

@@ -20,8 +20,8 @@ OPTIONS = {
     "--loss.candidates": "all",
     "--train.epochs": 2,
     "--optimizer.warmup_steps": 5,
-    "--checkpoint.every_steps": 4,
-    "--checkpoint.keep": 100,
+    "--saving.every_steps": 4,
+    "--saving.keep": 100,
 }
 
 

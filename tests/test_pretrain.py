@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,8 +30,8 @@ SMALL = {
     "--loss.negatives": 10,
     "--train.epochs": 2,
     "--optimizer.warmup_steps": 5,
-    "--checkpoint.every_steps": 3,
-    "--checkpoint.keep": 100,
+    "--saving.every_steps": 3,
+    "--saving.keep": 100,
 }
 
 
@@ -100,6 +101,20 @@ def test_a_run_from_the_command_line_leaves_checkpoints_and_says_what_to_do_next
     assert sorted(tuple(value.shape) for value in tables.values()) == [(ITEMS, 8), (USERS, 8)]
 
 
+def test_a_header_says_before_the_first_step_what_is_trained_on_what(run):
+    output, done = run
+    first, of_data, decoder, tables, epochs = done.stdout.splitlines()[:5]
+    assert first == "Training on 1 rank, CPU" and of_data.startswith(f"  data     {USERS} users, {ITEMS} items, ")
+    trained = {n: v for n, v in tensors(checkpoints(output)[-1]).items() if n.startswith("model.")}
+    count = sum(value.numel() for name, value in trained.items() if "embedding" not in name)
+    assert decoder == f"  decoder  {count:,} parameters"
+    assert f"item {ITEMS} x 8 data_parallel" in tables and f"user {USERS} x 8 data_parallel" in tables
+    said = re.fullmatch(r"  epochs   2 at most, of about (\d+) steps of up to 60 tokens per rank", epochs)
+    assert said is not None
+    steps = json.loads((output / "history.jsonl").read_text().splitlines()[0])["step"]
+    assert abs(int(said[1]) - steps) <= 0.3 * steps
+
+
 def test_the_same_command_again_says_that_the_run_is_trained_already(run, data, capfd):
     output, _ = run
     before = folder_state(output)
@@ -152,8 +167,8 @@ def test_a_folder_that_holds_something_else_is_left_as_it_is(data, tmp_path, cap
         ("--model.dropout", "1.5", "--model.dropout is 1.5"),
         ("--train.epochs", "0", "--train.epochs is 0"),
         ("--train.validate_every", "0", "--train.validate_every is 0"),
-        ("--checkpoint.keep", "-1", "keep of the checkpoints is -1"),
-        ("--checkpoint.every_minutes", "-1", "every_minutes of the checkpoints is -1"),
+        ("--saving.keep", "-1", "--saving.keep is -1"),
+        ("--saving.every_minutes", "-1", "--saving.every_minutes is -1"),
         ("--optimizer.beta2", "2", "--optimizer.beta2 is 2.0"),
         ("--tables.lr", ".nan", "--tables.lr is nan"),
         ("--seed", "-1", "--seed is -1"),
@@ -272,7 +287,7 @@ def test_what_was_best_before_an_interruption_stays_the_best(run, data, tmp_path
     shutil.copy(whole / "run.json", tmp_path / "run")
     facts[first]["progress"]["best_value"] = 9.0
     (kept / "checkpoint.json").write_text(json.dumps({**facts[first], "best": best}))
-    assert stage("pretrain", {"--data": data, "--output": tmp_path / "run", **SMALL, "--checkpoint.keep": 1}) == 0
+    assert stage("pretrain", {"--data": data, "--output": tmp_path / "run", **SMALL, "--saving.keep": 1}) == 0
     assert json.loads((tmp_path / "run/best.json").read_text()) == best
     assert checkpoints(tmp_path / "run") == [kept, tmp_path / "run/checkpoints" / checkpoints(whole)[-1].name]
 

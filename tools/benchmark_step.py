@@ -22,12 +22,12 @@ from torch import nn
 from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.checkpoints.saving import Saver
 from recgpt_torchrec.checkpoints.state import state_of
-from recgpt_torchrec.config import CheckpointOptions, Loss, Model, Pretrain, Tables
+from recgpt_torchrec.config import Loss, Model, Pretrain, Saving, Tables
 from recgpt_torchrec.data.batch import Capacity, SequenceBatch, make_batch
 from recgpt_torchrec.data.candidates import Candidates
 from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.histories import Histories
-from recgpt_torchrec.distributed.processes import process_group, rank, say, world_size
+from recgpt_torchrec.distributed.processes import process_group, rank, show, world_size
 from recgpt_torchrec.model.recgpt import unwrapped
 from recgpt_torchrec.training.building import build
 from recgpt_torchrec.training.finite import FiniteGuard, GuardedPipeline
@@ -114,8 +114,8 @@ def measure(
     savers = {
         "bare": None,
         "checked": None,
-        "asynchronous": Saver(Checkpoints(f"{folder}/asynchronous", keep=1), CheckpointOptions(asynchronous=True)),
-        "synchronous": Saver(Checkpoints(f"{folder}/synchronous", keep=1), CheckpointOptions(asynchronous=False)),
+        "asynchronous": Saver(Checkpoints(f"{folder}/asynchronous", keep=1), Saving(asynchronous=True)),
+        "synchronous": Saver(Checkpoints(f"{folder}/synchronous", keep=1), Saving(asynchronous=False)),
     }
     for _ in range(10):
         pipeline.progress(stream)
@@ -151,7 +151,7 @@ def measure(
                 if saver is not None:
                     stalls[kind].append(stalled)
                 written += [done or float("inf")] if kind == "asynchronous" else []
-    say(
+    show(
         f"{options.items:,} items x {options.dim}, {options.sharding}, {options.optimizer}, {world_size()} ranks: "
         f"{size / 2**20:,.0f} MiB a checkpoint, one every {options.steps} steps of "
         f"{np.median(times['checked']) / options.steps * 1e3:.0f} ms; {options.rounds} rounds"
@@ -162,7 +162,7 @@ def measure(
         error = residuals.std(ddof=1) / np.sqrt(options.rounds) / np.mean(times[base])
         stall = f"; the step waits {np.median(stalls[kind]) * 1e3:.0f} ms" if stalls[kind] else ""
         late = f", written after {np.median(written):.1f} s" if kind == "asynchronous" else ""
-        say(f"{kind:12} {ratio:.3f} of the time of {base} (standard error {error:.3f}){stall}{late}")
+        show(f"{kind:12} {ratio:.3f} of the time of {base} (standard error {error:.3f}){stall}{late}")
 
 
 if __name__ == "__main__":

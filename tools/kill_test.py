@@ -48,7 +48,7 @@ TRAINING = {
     "--optimizer.warmup_steps": 5,
     "--tables.sharding": "row_wise",
     "--train.patience": 0,
-    "--checkpoint.every_steps": 4,
+    "--saving.every_steps": 4,
 }
 RANKS = 2
 

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from recgpt_torchrec import storage
 from recgpt_torchrec.checkpoints.folder import Checkpoints, writer
-from recgpt_torchrec.config import CheckpointOptions
+from recgpt_torchrec.config import Saving
 from recgpt_torchrec.distributed.processes import rank, together
 from recgpt_torchrec.errors import InputError
 
@@ -38,7 +38,7 @@ class Saver:
     Example: `with saver: saver.save(step, state_of(model, optimizer), facts)`; leaving it waits for the last one.
     """
 
-    def __init__(self, checkpoints: Checkpoints, options: CheckpointOptions) -> None:
+    def __init__(self, checkpoints: Checkpoints, options: Saving) -> None:
         self.checkpoints, self.options = checkpoints, options
         self.group = dist.new_group(backend="gloo")
         self.saved: int | None = None

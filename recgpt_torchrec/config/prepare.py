@@ -1,6 +1,6 @@
 """What the stage prepare can be told."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from recgpt_torchrec.config.checks import at_least
@@ -15,12 +15,8 @@ class Prepare:
     Example: python -m recgpt_torchrec.prepare --input log.csv --output runs/mine/data
     """
 
-    input: list[str] = field(
-        metadata={
-            "nargs": "+",
-            "help": "Raw log: files, folders (searched to the bottom) or glob patterns; paths or URIs.",
-        }
-    )
+    input: list[str]
+    """Raw log: files, folders (searched to the bottom) or glob patterns; paths or URIs."""
     output: str
     """Folder of the new dataset, a path or a URI (s3://, gs://, hdfs://); must not exist, be empty, or hold the dataset
     that would be made (then nothing is done)."""
@@ -67,6 +63,8 @@ class Prepare:
 
     def __post_init__(self) -> None:
         at_least("--seed", self.seed, 0)
+        if not self.input:
+            raise ValueError("--input is empty; name the files, folders or patterns of the raw log")
         if self.min_count < 1:
             raise ValueError(f"--min_count is {self.min_count}; it counts interactions and must be at least 1")
         if self.rows_per_group < 0:

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from recgpt_torchrec.config.checks import at_least, within
+from recgpt_torchrec.config.fields import changeable
 from recgpt_torchrec.config.model import Loss, Model
-from recgpt_torchrec.config.training import Batch, CheckpointOptions, Optimizer, Sharding, Stream, Tables, Train
+from recgpt_torchrec.config.training import Batch, Optimizer, Saving, Sharding, Stream, Tables, Train
 
 
 @dataclass(kw_only=True)
@@ -85,11 +86,11 @@ class Tuning:
 class PromptTune:
     """Go on training a pre-trained model on histories with prompts (paper, section 3.3), or without, as the control."""
 
-    data: str
+    data: str = changeable()
     """Folder of the prompt dataset, as generate_prompts wrote it."""
     checkpoint: str
     """A pre-training run's output folder (its best checkpoint) or one checkpoint folder."""
-    output: str
+    output: str = changeable()
     """Folder of the run; resumes an unfinished run of the same configuration."""
     seed: int = 0
     """Seed of shuffling, negatives and dropout."""
@@ -102,7 +103,7 @@ class PromptTune:
     tables: Tables = field(default_factory=lambda: Tables(lr=0.02, user_lr=0.002))
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-3))
     train: Train = field(default_factory=lambda: Train(epochs=5, patience=0))
-    checkpointing: CheckpointOptions = field(default_factory=CheckpointOptions)
+    saving: Saving = field(default_factory=Saving)
 
     def __post_init__(self) -> None:
         at_least("--seed", self.seed, 0)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from recgpt_torchrec.config.checks import at_least, within
+from recgpt_torchrec.config.fields import changeable
 from recgpt_torchrec.config.model import Loss, Model
 
 
@@ -26,19 +27,19 @@ class Stream:
 
     window_groups: int = 4
     """Row groups that are read and shuffled together."""
-    workers: int = 0
+    workers: int = changeable(0)
     """Loader processes a rank; 0: a thread of the training process, which is faster for batches of a few thousand
     tokens."""
-    prefetch: int = 8
+    prefetch: int = changeable(8)
     """Batches each worker keeps ready."""
-    damaged: Literal["stop", "skip"] = "stop"
+    damaged: Literal["stop", "skip"] = changeable("stop")
     """What happens where the dataset is damaged (a part that is missing or unreadable, a row with ids outside the
     vocabulary, nulls, lists that do not fit together). stop: the run ends, with the place. skip: it goes on without
     these rows, lists them in damaged.jsonl in the output folder, and says how many there are."""
-    damaged_limit: int = 1000
+    damaged_limit: int = changeable(1000)
     """Most damaged rows, in the whole run, that skip goes on without; all rows of a part or row group count where it
     cannot be read."""
-    checksums: bool = False
+    checksums: bool = changeable(False)
     """Compare the checksum of every part of the dataset with its manifest before training begins; reads each once."""
     time_order: bool = False
     """Read the times as well, and take histories that are not in time order for damaged."""
@@ -52,9 +53,9 @@ class Stream:
 class Sharding:
     """How the embedding tables are sharded over ranks."""
 
-    sharding: Literal["auto", "data_parallel", "table_wise", "column_wise", "row_wise"] = "auto"
+    sharding: Literal["auto", "data_parallel", "table_wise", "column_wise", "row_wise"] = changeable("auto")
     """auto: a copy on every rank up to data_parallel_mb, blocks of columns beyond."""
-    data_parallel_mb: float = 32.0
+    data_parallel_mb: float = changeable(32.0)
     """Largest table that auto copies to every rank, in MiB."""
 
 
@@ -120,14 +121,14 @@ class Train:
     """Epochs without a better validation NDCG@10 before training stops; 0 never stops early."""
     validate_every: int = 1
     """Epochs between validations."""
-    non_finite: Literal["stop", "skip"] = "stop"
+    non_finite: Literal["stop", "skip"] = changeable("stop")
     """What to do where the loss or a gradient of a step is not finite: end the run, or leave the step out. Tables and
     decoder stay as they were before the step; where tables have weight decay, fused ones decay all the same."""
-    non_finite_limit: int = 100
+    non_finite_limit: int = changeable(100)
     """Steps that are left out at most."""
-    stall_seconds: float = 600.0
+    stall_seconds: float = changeable(600.0)
     """Seconds without progress after which a rank says who stands where, and the run ends; 0: never."""
-    timeout_seconds: float = 1800.0
+    timeout_seconds: float = changeable(1800.0)
     """Seconds that a rank waits for the others in one collective operation before it ends."""
 
     def __post_init__(self) -> None:
@@ -138,30 +139,30 @@ class Train:
 
 
 @dataclass(kw_only=True)
-class CheckpointOptions:
+class Saving:
     """What is saved, and when."""
 
-    every_steps: int = 0
+    every_steps: int = changeable(0)
     """Steps between checkpoints within an epoch, beside the one at its end; 0: none."""
-    every_minutes: float = 0.0
+    every_minutes: float = changeable(0.0)
     """Minutes between checkpoints within an epoch, by rank 0's clock; 0: none."""
-    keep: int = 2
+    keep: int = changeable(2)
     """Newest checkpoints kept, beside the best one."""
-    asynchronous: bool = True
+    asynchronous: bool = changeable(True)
     """Write beside the training, from a copy of tables and optimizer state in host memory; false: training waits."""
 
     def __post_init__(self) -> None:
         for name, least in {"every_steps": 0, "every_minutes": 0, "keep": 1}.items():
-            at_least(f"{name} of the checkpoints", getattr(self, name), least)
+            at_least(f"--saving.{name}", getattr(self, name), least)
 
 
 @dataclass(kw_only=True)
 class Pretrain:
     """Pre-train the decoder and the tables autoregressively on a dataset's training part (paper, section 3.2)."""
 
-    data: str
+    data: str = changeable()
     """Folder of the dataset, as prepare wrote it."""
-    output: str
+    output: str = changeable()
     """Folder of the run; resumes an unfinished run of the same configuration."""
     initial: str | None = None
     """An earlier run's output folder (its best checkpoint) or one checkpoint folder to begin from, trained on this
@@ -179,7 +180,7 @@ class Pretrain:
     tables: Tables = field(default_factory=Tables)
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
-    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    saving: Saving = field(default_factory=Saving)
 
     def __post_init__(self) -> None:
         at_least("--seed", self.seed, 0)

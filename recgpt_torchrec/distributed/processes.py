@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from recgpt_torchrec.errors import LOST
+from recgpt_torchrec.progress import LOGGER
 
 
 def quiet() -> None:
@@ -77,7 +78,13 @@ def world_size() -> int:
 
 
 def say(*words: object, sep: str = " ") -> None:
-    """Print on rank 0."""
+    """Say on rank 0 what is done, through the logger `recgpt_torchrec`: with time and rank in a job's log file."""
+    if rank() == 0:
+        LOGGER.info(sep.join(map(str, words)))
+
+
+def show(*words: object, sep: str = " ") -> None:
+    """Print a result on rank 0, as it is: a table, a summary, what to do next."""
     if rank() == 0:
         print(*words, sep=sep, flush=True)
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from recgpt_torchrec.errors import STOP_SIGNALS, STOPPED
+from recgpt_torchrec.errors import REFUSED, STOP_SIGNALS, STOPPED
 
 LAST_WORDS_SECONDS = 0.3
 """torchx's local scheduler copies output every 0.1 s and may lose what came after the last copy before the exit."""
@@ -82,7 +82,8 @@ def describe(rank: int, exit_code: int) -> str:
     if exit_code == STOPPED:
         return f"rank {rank} or another was asked to end by a signal; the same command goes on"
     if exit_code >= 0:
-        return f"rank {rank} ended with exit status {exit_code}; what it said stands above, behind [{rank}]"
+        who = f"[{rank}]" if rank == 0 or exit_code != REFUSED else f"[{rank}] or [0]"  # rank 0 says what options lack
+        return f"rank {rank} ended with exit status {exit_code}; what it said stands above, behind {who}"
     name = signal.Signals(-exit_code).name
     return f"rank {rank} was killed by {name}{HINTS.get(name, '')}"
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from recgpt_torchrec import storage
 from recgpt_torchrec.checkpoints.folder import Checkpoints, facts_of
+from recgpt_torchrec.config.fields import current_name, options
 from recgpt_torchrec.distributed.processes import together
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import read_json, write_json
@@ -20,27 +21,6 @@ RECORDED = ("config", "vocabulary", "histories", "initial")
 """What of a run is in it."""
 LOCK = "run.lock"
 """Locked by the job that trains the run, as long as its rank 0 lives."""
-MAY_CHANGE = (
-    "output",
-    "data",
-    "stream.workers",
-    "stream.prefetch",
-    "stream.damaged",
-    "stream.damaged_limit",
-    "stream.checksums",
-    "tables.sharding",
-    "tables.data_parallel_mb",
-    "train.non_finite",
-    "train.non_finite_limit",
-    "train.stall_seconds",
-    "train.timeout_seconds",
-    *(
-        f"{group}.{option}"
-        for group in ("checkpoint", "checkpointing")
-        for option in ("every_steps", "every_minutes", "keep", "asynchronous")
-    ),
-)
-"""Options that a resumed run may be given anew: they change where and how fast, not what is trained."""
 
 
 def defaults(config: Any) -> dict[str, Any]:
@@ -95,8 +75,10 @@ class Run:
                         f"{output} holds something that is not a run of this program; choose another --output"
                     )
                 return
-            old, new = {**defaults(config), **flatten(earlier["config"])}, asdict(config)
-            differing = [f"--{line}" for line in differences(old, new, MAY_CHANGE)]
+            recorded = {current_name(name): value for name, value in flatten(earlier["config"]).items()}
+            old, new = {**defaults(config), **recorded}, asdict(config)
+            may_change = {option.name for option in options(type(config)) if option.may_change}
+            differing = [f"--{line}" for line in differences(old, new, may_change)]
             check_same(f"--output {output}", "run", differing, "choose another --output, or the same options")
             if earlier["vocabulary"] != vocabulary:
                 raise InputError(

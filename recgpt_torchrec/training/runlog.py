@@ -10,7 +10,7 @@ from typing import Any
 from recgpt_torchrec import storage
 from recgpt_torchrec.distributed.processes import rank
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.progress import bar
+from recgpt_torchrec.progress import LOGGER, bar
 
 
 class RunLog:
@@ -118,7 +118,7 @@ class RunLog:
             figures = ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items())
             # Where an epoch has few steps, `step` is not called in each.
             self.bar.set_postfix_str(f"loss {record['loss']:.3f}", refresh=False)
-            self.bar.write(figures)  # above the bar, on standard output
+            LOGGER.info(figures)
 
 
 def _keep_epochs(history: str, epochs: int) -> None:

@@ -5,10 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from recgpt_torchrec.config import CheckpointOptions, Model, Pretrain, PromptTune, Tuning
+from recgpt_torchrec.config import Model, Pretrain, PromptTune, Tuning
 from recgpt_torchrec.data.stream import SequenceStream
 from recgpt_torchrec.distributed.processes import say
 from recgpt_torchrec.training.building import build, check_lost
+from recgpt_torchrec.training.header import header
 from recgpt_torchrec.training.run import Run
 from recgpt_torchrec.training.trainer import Trainer
 
@@ -25,7 +26,6 @@ def train(
     begin: Callable[[Trainer], None],
     validation: Callable[[nn.Module], Validate],
     metric: str,
-    saving: CheckpointOptions,
     tuning: Tuning | None = None,
 ) -> None:
     """Train a configuration's model from where its run is to its end (collective).
@@ -39,7 +39,6 @@ def train(
         begin: gives a run that has not begun what it starts from.
         validation: from the model to what measures it.
         metric: the figure of validation that decides about the best checkpoint.
-        saving: what is saved, and when.
         tuning: what is tuned; None: pre-training.
     """
     dataset = stream.dataset
@@ -56,7 +55,7 @@ def train(
             interactions=dataset.manifest.entries,
             train=config.train,
             schedule=config.optimizer,
-            saving=saving,
+            saving=config.saving,
             checkpoints=run.checkpoints,
             facts=run.facts(str(built.plan)),
             seed=config.seed,
@@ -66,6 +65,7 @@ def train(
             say(f"Going on from {resumed}")
         else:
             begin(trainer)
+        say(header(built, dataset.manifest, device, tokens=config.batch.tokens, epochs=config.train.epochs))
         trainer.fit(validation(built), metric)
         if (set_aside := stream.maker.reader.set_aside) is not None:
             say(set_aside.summary())

@@ -18,7 +18,7 @@ from torchrec.optim.keyed import KeyedOptimizer
 from recgpt_torchrec.checkpoints.folder import Checkpoints, facts_of
 from recgpt_torchrec.checkpoints.saving import Saver
 from recgpt_torchrec.checkpoints.state import restore, state_of
-from recgpt_torchrec.config import CheckpointOptions, Optimizer, Train
+from recgpt_torchrec.config import Optimizer, Saving, Train
 from recgpt_torchrec.data.stream import SequenceStream, Share
 from recgpt_torchrec.data.windows import Position
 from recgpt_torchrec.distributed import signals, watchdog
@@ -82,7 +82,7 @@ class Trainer:
     """Interactions of the dataset: with the number of epochs the measure of progress, whatever the number of ranks."""
     train: Train
     schedule: Optimizer
-    saving: CheckpointOptions
+    saving: Saving
     checkpoints: Checkpoints
     facts: dict[str, Any]
     """What every checkpoint says of itself: configuration, vocabulary, sharding plan."""

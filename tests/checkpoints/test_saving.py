@@ -20,7 +20,7 @@ from recgpt_torchrec import storage
 from recgpt_torchrec.checkpoints import folder, saving
 from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.checkpoints.saving import Saver
-from recgpt_torchrec.config import Batch, CheckpointOptions, Loss, Model, Pretrain, Tables, Train
+from recgpt_torchrec.config import Batch, Loss, Model, Pretrain, Saving, Tables, Train
 from recgpt_torchrec.errors import InputError
 from tests.distributed.launch import RankFailed, run_ranks
 from tests.support import walks, write_dataset
@@ -42,7 +42,7 @@ def names(checkpoints: Checkpoints) -> list[str]:
 
 def use_a_saver(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     checkpoints = Checkpoints(folder, keep=2)
-    saver = Saver(checkpoints, CheckpointOptions())
+    saver = Saver(checkpoints, Saving())
     seen: dict[str, Any] = {}
 
     # Written beside the training: the state changes while the writing is held up.
@@ -126,7 +126,7 @@ def save_watched(rank: int, world_size: int, folder: str) -> list[tuple[str, str
         return renamed
 
     os.fsync, os.rename, os.replace = synced, renaming("rename"), renaming("replace")  # type: ignore[assignment]
-    saver = Saver(Checkpoints(folder, keep=2), CheckpointOptions())
+    saver = Saver(Checkpoints(folder, keep=2), Saving())
     saver.save(1, values(1), {"best": {"checkpoint": "step-00000001"}})
     saver.finish()
     return asked
@@ -227,7 +227,7 @@ def history(output: Path) -> list[dict[str, Any]]:
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(tmp_path):
     data, whole, killed = (tmp_path / name for name in ("data", "whole", "killed"))
     write_dataset(data, walks(60, 30, shortest=1, longest=14), items=30, rows_per_group=8)
-    options = {"checkpoint": CheckpointOptions(every_steps=2, keep=2)}
+    options = {"saving": Saving(every_steps=2, keep=2)}
     run_ranks(pretrain, 1, str(data), str(whole), None, options)
     reached = []
     for moment in KILLS:

@@ -38,8 +38,8 @@ TRAINING = {
     "--loss.negatives": 10,
     "--optimizer.warmup_steps": 5,
     "--train.epochs": 2,
-    "--checkpoint.every_steps": 4,
-    "--checkpoint.keep": 2,
+    "--saving.every_steps": 4,
+    "--saving.keep": 2,
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from recgpt_torchrec.config import Batch, CheckpointOptions, Loss, Model, Optimizer, Pretrain, Stream, Tables, Train
+from recgpt_torchrec.config import Batch, Loss, Model, Optimizer, Pretrain, Saving, Stream, Tables, Train
 from tests.support import walks, write_dataset
 
 ROWS, GROUPS = 8, 2
@@ -52,7 +52,7 @@ def train(rank: int, port: int, data: str, output: str, **options: Any) -> Any:
         tables=Tables(sharding=options.pop("sharding", "row_wise")),
         optimizer=Optimizer(warmup_steps=5),
         train=Train(epochs=EPOCHS, **options),
-        checkpoint=CheckpointOptions(every_steps=4, asynchronous=asynchronous),
+        saving=Saving(every_steps=4, asynchronous=asynchronous),
     )
     status = 0
     try:

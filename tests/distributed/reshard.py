@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.checkpoints.saving import Saver
 from recgpt_torchrec.checkpoints.state import restore, state_of
-from recgpt_torchrec.config import CheckpointOptions, Loss, Model, Optimizer, Pretrain, Tables
+from recgpt_torchrec.config import Loss, Model, Optimizer, Pretrain, Saving, Tables
 from recgpt_torchrec.data.batch import Capacity, SequenceBatch, make_batch
 from recgpt_torchrec.data.candidates import AllItems
 from recgpt_torchrec.data.dataset import Dataset, Manifest
@@ -176,7 +176,7 @@ def written(source: Layout, folder: str) -> list[float]:
     """Train and save; returns the losses of the two steps after."""
     model, optimizer = made(source)
     steps(model, optimizer, range(STEPS))
-    saver = Saver(Checkpoints(place(folder, source), keep=1), CheckpointOptions())
+    saver = Saver(Checkpoints(place(folder, source), keep=1), Saving())
     saver.save(STEPS, state_of(model, optimizer), {})
     losses = steps(model, optimizer, range(STEPS, STEPS + 2))  # beside the writing
     saver.finish()

@@ -19,7 +19,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recgpt_torchrec.checkpoints.folder import Checkpoints
-from recgpt_torchrec.config import Batch, CheckpointOptions, Loss, Model, Optimizer, Pretrain, Tables, Train
+from recgpt_torchrec.config import Batch, Loss, Model, Optimizer, Pretrain, Saving, Tables, Train
 from recgpt_torchrec.data.batch import Capacity, SequenceBatch, make_batch
 from recgpt_torchrec.data.candidates import AllItems, Candidates
 from recgpt_torchrec.data.dataset import Dataset, Manifest
@@ -287,7 +287,7 @@ def trainer(
         interactions=interactions,
         train=Train(epochs=2),
         schedule=Optimizer(warmup_steps=1),
-        saving=CheckpointOptions(every_minutes=minutes),
+        saving=Saving(every_minutes=minutes),
         checkpoints=Checkpoints(output, keep=1),
         facts={},
         seed=0,

@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from torchx.runner import get_runner
 from torchx.specs.builders import materialize_appdef
 from torchx.specs.finder import ComponentValidationException, get_component, get_components
 
+from recgpt_torchrec.config.stages import STAGES
 from recgpt_torchrec.launch import node
+from tests.support import walks, write_dataset
 
-STAGES = ["prepare", "pretrain", "generate_prompts", "prompt_tune", "evaluate", "export", "retrieve"]
+ROOT = Path(__file__).parents[1]
 TORCHX = Path(sys.executable).with_name("torchx")
 
 
@@ -107,6 +110,21 @@ def test_a_job_runs_from_any_folder_with_the_environments_own_python(tmp_path):
     )  # no .venv/bin on PATH, no project in this folder
     assert done.returncode == 0, done.stderr
     assert "--input" in done.stderr
+
+
+def test_in_a_clone_a_job_runs_on_this_machine_without_naming_a_scheduler(tmp_path):
+    clone = tmp_path / "clone"
+    shutil.copytree(ROOT / "recgpt_torchrec", clone / "recgpt_torchrec", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (".torchxconfig", "torchx_components.py"):
+        shutil.copy(ROOT / name, clone)
+    write_dataset(clone / "data", walks(20, 10), items=10)
+    small = "--model.dim 8 --model.max_len 8 --train.epochs 1 --batch.tokens 100 --loss.candidates all".split()
+    words = ["--data", "data", "--output", "run", *small]
+    done = torchx("run", "recgpt_torchrec.pretrain", "--", *words, cwd=clone)
+    assert done.returncode == 0, done.stderr
+    assert (clone / "run/best.json").exists()
+    cluster = torchx("run", "-s", "slurm", "--dryrun", "recgpt_torchrec.pretrain", "--", *words, cwd=clone)
+    assert cluster.returncode == 0 and "#SBATCH" in cluster.stdout, cluster.stderr
 
 
 def test_a_failed_rank_ends_the_job_with_its_own_words_and_no_foreign_traceback(stand_in):

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from pipelines.experiment import inputs_of, values_of
+from pipelines.experiment import inputs_of
 from pipelines.steps import ROOT
 from recgpt_torchrec import cli, config
+from recgpt_torchrec.config.command_line import values_of
 from tests.support import write_dataset
 
 

@@ -14,7 +14,6 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from tests.preparation.test_prepare_bad_input import message
 
 from recgpt_torchrec.config import Batch, Loss, Prepare
 from recgpt_torchrec.data.dataset import Dataset
@@ -27,6 +26,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.prepare import summary
 from recgpt_torchrec.prompts.prompting import intervals_of, table_of
 from tests.preparation.prepare_helpers import make, random_log, read_keys, read_sequences, write_csv
+from tests.preparation.test_prepare_bad_input import message
 from tests.support import write_dataset
 
 

@@ -56,7 +56,7 @@ def test_defaults_are_those_of_the_stage(tmp_path: Path) -> None:
 def test_another_value_and_another_dataset_are_refused(tmp_path: Path) -> None:
     config = Pretrain(data="data", output=str(tmp_path / "run"))
     begin(config)
-    config.checkpoint.keep, config.stream.workers = 7, 2  # may change
+    config.saving.keep, config.stream.workers = 7, 2  # may change
     Run.find(config, "vocabulary", "histories", keep=7)
     with pytest.raises(InputError, match="run on another dataset"):
         Run.find(config, "another", "histories", keep=7)
@@ -67,6 +67,18 @@ def test_another_value_and_another_dataset_are_refused(tmp_path: Path) -> None:
     config.seed = 1
     with pytest.raises(InputError, match=r"--seed: 0 there, 1 now"):
         Run.find(config, "vocabulary", "histories", keep=7)
+
+
+def test_a_run_that_named_its_groups_as_earlier_versions_did_is_resumed(tmp_path: Path) -> None:
+    pretrain = Pretrain(data="data", output=str(tmp_path / "run"))
+    begin(pretrain, lambda old: old.update(checkpoint={**old.pop("saving"), "keep": 5}))
+    Run.find(pretrain, "vocabulary", "histories", keep=1)
+    tune = PromptTune(data="data", checkpoint="base", output=str(tmp_path / "tuned"), model=Model(dim=8))
+    begin(tune, lambda old: old.update(checkpointing={**old.pop("saving"), "keep": 5}))
+    Run.find(tune, "vocabulary", "histories", keep=1)
+    tune.checkpoint = "other"  # a path, not the group
+    with pytest.raises(InputError, match="--checkpoint: base there, other now"):
+        Run.find(tune, "vocabulary", "histories", keep=1)
 
 
 def test_an_option_that_is_gone_is_named(tmp_path: Path) -> None:

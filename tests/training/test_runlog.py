@@ -1,10 +1,13 @@
-"""What a run shows of itself where there is no terminal."""
+"""What a run shows of itself where there is no terminal, and in a job's log file."""
 
+import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from recgpt_torchrec import progress
+from recgpt_torchrec.distributed.processes import say, show
 from recgpt_torchrec.training.runlog import RunLog
 
 
@@ -20,3 +23,19 @@ def test_a_line_of_progress_names_its_own_epoch_and_none_comes_before_something_
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("epoch 2:  20%")
     assert second.startswith("epoch 3:  30%") and second.endswith("loss 1.500")
+
+
+def test_messages_of_a_job_have_time_and_rank_before_each_line_and_results_have_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    say("going", 2, "on")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    say("one\ntwo")
+    show("a result")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    say("on a terminal")
+    plain, one, two, result, shown = capsys.readouterr().out.splitlines()
+    assert (plain, result, shown) == ("going 2 on", "a result", "on a terminal")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d rank 1: one", one) and two.endswith(" rank 1: two")

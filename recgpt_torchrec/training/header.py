@@ -1,0 +1,47 @@
+"""What is said once before the first step: the ranks, the data, the model's size, and how long an epoch is."""
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from recgpt_torchrec.data.dataset import Manifest
+from recgpt_torchrec.distributed.sharding import table_name, tables_of
+from recgpt_torchrec.model.recgpt import unwrapped
+
+
+def header(model: nn.Module, manifest: Manifest, device: torch.device, *, tokens: int, epochs: int) -> str:
+    """Some lines about a training (collective).
+
+    Args:
+        model: distributed.
+        manifest: of the dataset.
+        device: of this rank.
+        tokens: maximum number of positions of a batch, per rank.
+        epochs: maximum number.
+    """
+    ranks = dist.get_world_size()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    others = manifest.entries - manifest.interactions
+    plan: Any = model.plan
+    types = {table: shard.sharding_type for module in plan.plan.values() for table, shard in module.items()}
+    parameters = sum(parameter.numel() for parameter in unwrapped(model).dense.parameters())
+    tables, total = [], 0
+    for key, value in tables_of(model).items():
+        rows, dim = value.size()
+        tables.append(f"{table_name(key)} {rows:,} x {dim} {types[table_name(key)]}")
+        total += rows * dim * value.dtype.itemsize
+    # Of each history the last two entries are held out, and nothing is predicted from the one before them.
+    steps = max(1, math.ceil((manifest.entries - 3 * manifest.users) / (tokens * ranks)))
+    return "\n".join(
+        [
+            f"Training on {ranks} rank{'s' * (ranks > 1)}, {name}",
+            f"  data     {manifest.users:,} users, {manifest.items:,} items, {manifest.interactions:,} interactions"
+            + (f", {others:,} prompts or shown items" if others > 0 else ""),
+            f"  decoder  {parameters:,} parameters",
+            f"  tables   {', '.join(tables)}; {total / 2**20:,.1f} MiB of weights",
+            f"  epochs   {epochs} at most, of about {steps:,} steps of up to {tokens:,} tokens per rank",
+        ]
+    )
