@@ -16,40 +16,40 @@ from recgpt_torchrec.launch import job
 def prepare(*args: str, **options: Any) -> specs.AppDef:
     """Turn raw interaction logs into a dataset. One process: the engine itself uses every core it is given."""
     job.require_one_process("prepare", options.get("j"))
-    return job.stage("recgpt_torchrec.prepare", *args, **options)
+    return job.make_job("recgpt_torchrec.prepare", *args, **options)
 
 
 @job.with_launch_options
 def pretrain(*args: str, **options: Any) -> specs.AppDef:
     """Train decoder and sharded tables on a dataset; goes on where an unfinished run of the same settings stopped."""
-    return job.stage("recgpt_torchrec.pretrain", *args, **options)
+    return job.make_job("recgpt_torchrec.pretrain", *args, **options)
 
 
 @job.with_launch_options
 def generate_prompts(*args: str, **options: Any) -> specs.AppDef:
     """Put prompts between the items of every history: what a pre-trained model answers, or what was shown there."""
-    return job.stage("recgpt_torchrec.generate_prompts", *args, **options)
+    return job.make_job("recgpt_torchrec.generate_prompts", *args, **options)
 
 
 @job.with_launch_options
 def prompt_tune(*args: str, **options: Any) -> specs.AppDef:
     """Go on training a pre-trained model on histories with prompts, or without them, as the control."""
-    return job.stage("recgpt_torchrec.prompt_tune", *args, **options)
+    return job.make_job("recgpt_torchrec.prompt_tune", *args, **options)
 
 
 @job.with_launch_options
 def evaluate(*args: str, **options: Any) -> specs.AppDef:
     """Rank the whole catalogue for every user: HR and NDCG of a checkpoint and of the baselines, as table and JSON."""
-    return job.stage("recgpt_torchrec.evaluate", *args, **options)
+    return job.make_job("recgpt_torchrec.evaluate", *args, **options)
 
 
 @job.with_launch_options
 def export(*args: str, **options: Any) -> specs.AppDef:
     """Write item vectors and user vectors of a checkpoint as Parquet."""
-    return job.stage("recgpt_torchrec.export", *args, **options)
+    return job.make_job("recgpt_torchrec.export", *args, **options)
 
 
 @job.with_launch_options
 def retrieve(*args: str, **options: Any) -> specs.AppDef:
     """Turn exported vectors into a list of items for each user, with an exact or an approximate index."""
-    return job.stage("recgpt_torchrec.retrieve", *args, **options)
+    return job.make_job("recgpt_torchrec.retrieve", *args, **options)

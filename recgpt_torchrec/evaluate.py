@@ -11,27 +11,34 @@ from recgpt_torchrec.storage.finished import check_same, differences
 
 def main(config: Evaluate) -> None:
     """Measure the checkpoint's recall paths and the baselines over all users of a split."""
-    from recgpt_torchrec.checkpoints.folder import find
+    from recgpt_torchrec.checkpoints.folder import find_checkpoint
     from recgpt_torchrec.data.dataset import Dataset
-    from recgpt_torchrec.distributed.processes import process_group, rank, say, show, together, world_size
+    from recgpt_torchrec.distributed.processes import (
+        log_message,
+        print_result,
+        process_group,
+        rank,
+        run_on_first_rank,
+        world_size,
+    )
     from recgpt_torchrec.evaluation import baselines
-    from recgpt_torchrec.evaluation.ranking import reduced
+    from recgpt_torchrec.evaluation.ranking import reduce_metrics
     from recgpt_torchrec.evaluation.recall_paths import RecallPaths
     from recgpt_torchrec.training.loading import load
 
     with process_group() as device:
-        dataset, checkpoint = Dataset.open(config.data), find(config.checkpoint)
-        together(lambda: check_output(config))
+        dataset, checkpoint = Dataset.open(config.data), find_checkpoint(config.checkpoint)
+        run_on_first_rank(lambda: check_output(config))
         ks = tuple(config.ks)
         trained = load(checkpoint, dataset, config.tables, batch_size=config.batch.tokens, device=device)
         manifest = dataset.manifest
-        say(f"{checkpoint}: ranking {manifest.items:,} items for {manifest.users:,} users ({config.split})")
+        log_message(f"{checkpoint}: ranking {manifest.items:,} items for {manifest.users:,} users ({config.split})")
         paths = RecallPaths(trained, dataset, config.batch, device)
         users, results, chosen = paths.measure(config.split, ks, config.recall)
         if config.baselines:
-            measured = baselines.evaluate(dataset, config.split, ks=ks, rank=rank(), world_size=world_size())
+            measured = baselines.evaluate_baselines(dataset, config.split, ks=ks, rank=rank(), world_size=world_size())
             for name, protocols in measured.items():
-                results[name] = {how: reduced(metrics).result() for how, metrics in protocols.items()}
+                results[name] = {how: reduce_metrics(metrics).result() for how, metrics in protocols.items()}
         answer = {
             "dataset": config.data,
             "checkpoint": checkpoint,
@@ -40,13 +47,15 @@ def main(config: Evaluate) -> None:
             "results": results,
             "recall": chosen,
         }
-        together(lambda: storage.write_json(config.output, answer))
-        show(table(results))
+        run_on_first_rank(lambda: storage.write_json(config.output, answer))
+        print_result(table(results))
         if "m" in chosen:
-            show(f"Two steps take m = {chosen['m']} items of the first interest and n = {chosen['n']} of the second,")
-            show(f"{chosen['because']}.")
-        show(f"Written: {config.output}")
-        show(
+            print_result(
+                f"Two steps take m = {chosen['m']} items of the first interest and n = {chosen['n']} of the second,"
+            )
+            print_result(f"{chosen['because']}.")
+        print_result(f"Written: {config.output}")
+        print_result(
             f"Next:    python -m recgpt_torchrec.export --data {config.data} --checkpoint {config.checkpoint} "
             "--output EXPORT_FOLDER"
         )

@@ -17,21 +17,21 @@ def main(config: Export) -> None:
     import numpy as np
 
     from recgpt_torchrec.catalogue.catalogue import Catalogue
-    from recgpt_torchrec.checkpoints.folder import find, fingerprint
+    from recgpt_torchrec.checkpoints.folder import checkpoint_fingerprint, find_checkpoint
     from recgpt_torchrec.data.dataset import Dataset
     from recgpt_torchrec.data.stream import encoding_stream
-    from recgpt_torchrec.distributed.processes import process_group, rank, show, world_size
+    from recgpt_torchrec.distributed.processes import print_result, process_group, rank, world_size
     from recgpt_torchrec.model.recgpt import unwrapped
-    from recgpt_torchrec.progress import bar
+    from recgpt_torchrec.progress import progress_bar
     from recgpt_torchrec.retrieval.encoding import encode
     from recgpt_torchrec.retrieval.export_folder import write_export
-    from recgpt_torchrec.retrieval.interests import interests
+    from recgpt_torchrec.retrieval.interests import predict_interests
     from recgpt_torchrec.training.loading import load
 
     with process_group() as device:
-        dataset, checkpoint = Dataset.open(config.data), find(config.checkpoint)
+        dataset, checkpoint = Dataset.open(config.data), find_checkpoint(config.checkpoint)
         settings = {**asdict(config), "checkpoint": checkpoint}
-        mark = fingerprint(checkpoint)
+        mark = checkpoint_fingerprint(checkpoint)
         manifest = finished(config.output, settings, dataset, mark)
         already = manifest is not None
         absent = dataset.manifest.preparation.get("extends", {}).get("absent_users", 0)
@@ -45,10 +45,10 @@ def main(config: Export) -> None:
 
             def users() -> Iterator[tuple[np.ndarray, np.ndarray]]:
                 total = dataset.manifest.users if rank() == 0 else None
-                with bar(total, "users", active=rank() == 0) as shown:
+                with progress_bar(total, "users", active=rank() == 0) as shown:
                     for histories, vectors in encode(trained.model, stream, device):
                         if steps:
-                            vectors = interests(
+                            vectors = predict_interests(
                                 trained.model, stream.maker, histories, vectors, catalogue, config.interests
                             )
                         shown.update(histories.users.size * world_size())
@@ -72,7 +72,7 @@ def main(config: Export) -> None:
             "do not occur in this log" if config.history == "all" else "with fewer than three items have none held out"
         )
         few = f"; {without:,} {reason}" if without else ""
-        show(
+        print_result(
             f"{'Already there' if already else 'Written'}: {config.output} ({manifest.items:,} items, "
             f"{manifest.users:,} users{of_each}{few})",
             "A user's score of an item is the inner product of their vectors: index items/*.parquet for maximum inner "
@@ -85,13 +85,13 @@ def main(config: Export) -> None:
 
 def finished(path: str, settings: dict[str, Any], dataset: "Dataset", mark: str) -> "ExportManifest | None":
     """The manifest of the export in `path`, if it is that of the same checkpoint, dataset and options."""
-    from recgpt_torchrec.data.dataset import fingerprint_of
+    from recgpt_torchrec.data.dataset import histories_fingerprint
     from recgpt_torchrec.retrieval.export_folder import open_export
     from recgpt_torchrec.storage.finished import differences, find_finished
 
     inputs = {
         "vocabulary": dataset.manifest.vocabulary,
-        "dataset_fingerprint": fingerprint_of(dataset),
+        "dataset_fingerprint": histories_fingerprint(dataset),
         "checkpoint_fingerprint": mark,
     }
 

@@ -11,30 +11,32 @@ def main(config: GeneratePrompts) -> None:
     """Fill every interval of every history, and write the dataset again."""
     from recgpt_torchrec import progress
     from recgpt_torchrec.catalogue.catalogue import Catalogue
-    from recgpt_torchrec.checkpoints.folder import facts_of, find, fingerprint
+    from recgpt_torchrec.checkpoints.folder import checkpoint_fingerprint, find_checkpoint, read_metadata
     from recgpt_torchrec.data.dataset import Dataset
     from recgpt_torchrec.data.windows import row_groups
-    from recgpt_torchrec.distributed.processes import process_group, rank, show, world_size
+    from recgpt_torchrec.distributed.processes import print_result, process_group, rank, world_size
     from recgpt_torchrec.model.recgpt import unwrapped
     from recgpt_torchrec.prompts import prompt_dataset
     from recgpt_torchrec.prompts.prompting import Prompter
     from recgpt_torchrec.training.loading import check_vocabulary, load
 
     with process_group() as device:
-        dataset, checkpoint = Dataset.open(config.data), find(config.checkpoint)
-        facts, vocabulary, groups = facts_of(checkpoint), dataset.manifest.vocabulary, row_groups(dataset)
-        check_vocabulary(facts, checkpoint, dataset)
-        if "tuning" in facts["config"]:
+        dataset, checkpoint = Dataset.open(config.data), find_checkpoint(config.checkpoint)
+        metadata, vocabulary, groups = read_metadata(checkpoint), dataset.manifest.vocabulary, row_groups(dataset)
+        check_vocabulary(metadata, checkpoint, dataset)
+        if "tuning" in metadata["config"]:
             raise InputError(f"{checkpoint} was tuned already; give the checkpoint of a pre-training run")
         prompt_dataset.check_input(dataset, config.prompts, groups)
-        max_len = facts["config"]["model"]["max_len"]
-        record = prompt_dataset.record_of(dataset, config.prompts, max_len, checkpoint, fingerprint(checkpoint))
+        max_len = metadata["config"]["model"]["max_len"]
+        record = prompt_dataset.record_of(
+            dataset, config.prompts, max_len, checkpoint, checkpoint_fingerprint(checkpoint)
+        )
         following = (
             f"Next:    python -m recgpt_torchrec.prompt_tune --config CONFIG --data {config.output} "
             f"--checkpoint {config.checkpoint} --output RUN"
         )
-        if prompt_dataset.check_all(lambda: prompt_dataset.finished(config.output, record, vocabulary)):
-            show(f"Already there: {config.output}", following, sep="\n")
+        if prompt_dataset.decide_on_first_rank(lambda: prompt_dataset.finished(config.output, record, vocabulary)):
+            print_result(f"Already there: {config.output}", following, sep="\n")
             return
         previous = None
         if config.previous is not None:
@@ -49,7 +51,7 @@ def main(config: GeneratePrompts) -> None:
                 raise InputError(f"{checkpoint} has diverged: its item vectors are not finite; give an earlier one")
             fill = Prompter(dense, catalogue, config.prompts, max_len, config.batch_users).fill
         since = time.perf_counter()
-        with progress.bar(dataset.manifest.users, "users", active=rank() == 0) as bar:
+        with progress.progress_bar(dataset.manifest.users, "users", active=rank() == 0) as bar:
             made = prompt_dataset.write_prompts(
                 config.output,
                 dataset,
@@ -64,7 +66,7 @@ def main(config: GeneratePrompts) -> None:
             )
         seconds = time.perf_counter() - since
         taken = f" ({made.kept:,} intervals taken over from {config.previous})" if config.previous else ""
-        show(
+        print_result(
             f"Written: {config.output}: {made.users:,} users, {made.generated:,} generated and {made.exposed:,} shown "
             f"prompts{taken}, {made.bytes:,} bytes, in {seconds:.1f} s ({made.users / seconds:,.0f} users/s)",
             following,

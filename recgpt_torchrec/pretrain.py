@@ -7,8 +7,8 @@ from recgpt_torchrec.config import Pretrain
 def main(config: Pretrain) -> None:
     """Train, and leave the best checkpoint in `config.output`."""
     from recgpt_torchrec.checkpoints.growing import find_initial
-    from recgpt_torchrec.data.dataset import fingerprint_of
-    from recgpt_torchrec.distributed.processes import process_group, say, show
+    from recgpt_torchrec.data.dataset import histories_fingerprint
+    from recgpt_torchrec.distributed.processes import log_message, print_result, process_group
     from recgpt_torchrec.distributed.watchdog import Watchdog
     from recgpt_torchrec.evaluation.validation import METRIC, validation_of
     from recgpt_torchrec.training.building import open_dataset, training_stream
@@ -21,9 +21,9 @@ def main(config: Pretrain) -> None:
         dataset = open_dataset(config)
         # What is wrong with the data is found before the output is looked at.
         stream = training_stream(config, config.model, dataset, new_targets=config.targets == "new")
-        run = Run.find(config, dataset.manifest.vocabulary, fingerprint_of(dataset), keep=config.saving.keep)
+        run = Run.find(config, dataset.manifest.vocabulary, histories_fingerprint(dataset), keep=config.saving.keep)
         if run.finished:
-            show(f"{config.output} is trained already.", run.summary(), sep="\n")
+            print_result(f"{config.output} is trained already.", run.summary(), sep="\n")
             return
         if config.initial is not None and run.checkpoints.latest() is None:
             run.initial = find_initial(run.initial or config.initial, config, dataset)
@@ -31,7 +31,7 @@ def main(config: Pretrain) -> None:
         def begin(trainer: Trainer) -> None:
             if run.initial is not None:
                 trainer.begin_from(run.initial)
-                say(f"Beginning from {run.initial}")
+                log_message(f"Beginning from {run.initial}")
 
         validation = validation_of(stream, config.model, config.batch, device)
         train(
@@ -44,7 +44,7 @@ def main(config: Pretrain) -> None:
             validation=validation,
             metric=METRIC,
         )
-        show(run.summary())
+        print_result(run.summary())
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class _Lines(tqdm):
         self.disable = True
 
 
-def bar(total: float | None, unit: str, *, done: float = 0, active: bool = True, **options: Any) -> tqdm:
+def progress_bar(total: float | None, unit: str, *, done: float = 0, active: bool = True, **options: Any) -> tqdm:
     """A progress bar with rate and time left.
 
     Args:

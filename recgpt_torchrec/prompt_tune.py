@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 def main(config: PromptTune) -> None:
     """Tune the pre-trained model, and leave the best checkpoint in `config.output`."""
-    from recgpt_torchrec.checkpoints.folder import find
-    from recgpt_torchrec.data.dataset import fingerprint_of
-    from recgpt_torchrec.distributed.processes import process_group, show
+    from recgpt_torchrec.checkpoints.folder import find_checkpoint
+    from recgpt_torchrec.data.dataset import histories_fingerprint
+    from recgpt_torchrec.distributed.processes import print_result, process_group
     from recgpt_torchrec.distributed.watchdog import Watchdog
     from recgpt_torchrec.evaluation.validation import METRIC, validation_of
     from recgpt_torchrec.training.building import open_dataset, training_stream
@@ -25,14 +25,14 @@ def main(config: PromptTune) -> None:
 
     limits, tuning = config.train, config.tuning
     with process_group(limits.timeout_seconds) as device, Watchdog(config.output, limits.stall_seconds, RUN):
-        dataset, checkpoint = open_dataset(config), find(config.checkpoint)
+        dataset, checkpoint = open_dataset(config), find_checkpoint(config.checkpoint)
         check_dataset(config, dataset)
         model = pretrained_model(checkpoint, dataset, config.model)
         config = replace(config, model=model)
         stream = training_stream(config, model, dataset, tuning=tuning)
-        run = Run.find(config, dataset.manifest.vocabulary, fingerprint_of(dataset), keep=config.saving.keep)
+        run = Run.find(config, dataset.manifest.vocabulary, histories_fingerprint(dataset), keep=config.saving.keep)
         if run.finished:
-            show(f"{config.output} is trained already.", run.summary(), sep="\n")
+            print_result(f"{config.output} is trained already.", run.summary(), sep="\n")
             return
         train(
             config,
@@ -45,7 +45,7 @@ def main(config: PromptTune) -> None:
             metric=METRIC,
             tuning=tuning,
         )
-        show(run.summary())
+        print_result(run.summary())
 
 
 def check_dataset(config: PromptTune, dataset: "Dataset") -> None:

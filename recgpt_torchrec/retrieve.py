@@ -23,8 +23,8 @@ USERS = 4096
 
 def main(config: Retrieve) -> None:
     """Search for every user, and write the lists."""
-    from recgpt_torchrec.data.dataset import Dataset, fingerprint_of
-    from recgpt_torchrec.distributed.processes import process_group, show
+    from recgpt_torchrec.data.dataset import Dataset, histories_fingerprint
+    from recgpt_torchrec.distributed.processes import print_result, process_group
     from recgpt_torchrec.retrieval.export_folder import open_export
     from recgpt_torchrec.retrieval.list_folder import ListManifest
 
@@ -37,15 +37,17 @@ def main(config: Retrieve) -> None:
             export=config.export,
             export_fingerprint=export.fingerprint,
             vocabulary=export.manifest.vocabulary,
-            dataset_fingerprint="" if dataset is None else fingerprint_of(dataset),
+            dataset_fingerprint="" if dataset is None else histories_fingerprint(dataset),
             settings=asdict(config),
         )
         made = finished(config.output, manifest)
         if made is None:
             manifest = retrieve(config, export, dataset, rule, interests, manifest)
-        show(summary(config, export, made or manifest, rule, interests))
-        show(f"{'Already there' if made else 'Written'}: {config.output}")
-        show(f"Look:    python -c \"import pyarrow.parquet as pq; print(pq.read_table('{config.output}/lists')[:5])\"")
+        print_result(summary(config, export, made or manifest, rule, interests))
+        print_result(f"{'Already there' if made else 'Written'}: {config.output}")
+        print_result(
+            f"Look:    python -c \"import pyarrow.parquet as pq; print(pq.read_table('{config.output}/lists')[:5])\""
+        )
 
 
 def check(config: Retrieve, export: "Export", dataset: Any) -> "tuple[MergeRule, int]":
@@ -99,16 +101,16 @@ def retrieve(
     config: Retrieve, export: "Export", dataset: Any, rule: "MergeRule", interests: int, manifest: "ListManifest"
 ) -> "ListManifest":
     """Build the index, search, and write (collective: ranks share the users out, each with the whole index)."""
-    from recgpt_torchrec.distributed.processes import rank, say, world_size
+    from recgpt_torchrec.distributed.processes import log_message, rank, world_size
     from recgpt_torchrec.evaluation.list_quality import ListQuality
-    from recgpt_torchrec.progress import bar
+    from recgpt_torchrec.progress import progress_bar
     from recgpt_torchrec.retrieval.export_folder import to_numpy
     from recgpt_torchrec.retrieval.list_folder import ListBatch, write_lists
     from recgpt_torchrec.retrieval.user_histories import UserHistories
 
     total, count = export.manifest.users, export.manifest.interests
     each = f"{count} interest{'s' * (count > 1)} each"
-    say(f"{config.export}: {export.manifest.items:,} items, {total:,} users, {each}")
+    log_message(f"{config.export}: {export.manifest.items:,} items, {total:,} users, {each}")
     since = time.perf_counter()
     exact, retriever = retrievers(config, export, rule)
     built = time.perf_counter() - since
@@ -124,7 +126,7 @@ def retrieve(
     def batches() -> Iterator[ListBatch]:
         rows = max(1, min(USERS, CANDIDATES // (interests * config.k)))
         mine = export.users(rows=rows, rank=rank(), world_size=world_size())
-        with bar(total if rank() == 0 else None, "users", active=rank() == 0) as shown:
+        with progress_bar(total if rank() == 0 else None, "users", active=rank() == 0) as shown:
             for batch in mine:
                 users = batch["user_id"].to_numpy()
                 queries = to_numpy(batch[export.user_column]).reshape(len(users), -1, export.manifest.dim)

@@ -141,10 +141,10 @@ def unfinished(harm: Callable[[Path], object]) -> Callable[[Path], None]:
     """Take the run's epoch for one that is still to be trained, so that it goes on from its checkpoint."""
 
     def both(folder: Path) -> None:
-        facts = next(folder.glob("run/checkpoints/*/checkpoint.json"))
-        values = json.loads(facts.read_text())
+        metadata = next(folder.glob("run/checkpoints/*/checkpoint.json"))
+        values = json.loads(metadata.read_text())
         values["progress"] |= {"finished": False, "position": {"epoch": 0, "queues": None}}
-        facts.write_text(json.dumps(values))
+        metadata.write_text(json.dumps(values))
         harm(folder)
 
     return both
@@ -288,7 +288,7 @@ CASES = [
     Bad("evaluate", "one bit of the checkpoint has changed", one_bit_of_a_table, "checksum", "give another checkpoint"),
     Bad("evaluate", "best.json is cut off", lambda f: (f / "run/best.json").write_text('{"epoch": 1,'),
         "run/best.json is damaged", "restore it"),
-    Bad("evaluate", "a checkpoint's facts are cut off",
+    Bad("evaluate", "a checkpoint's metadata are cut off",
         lambda f: next(f.glob("run/checkpoints/*/checkpoint.json")).write_text("{"), "checkpoint.json is damaged",
         "restore it", {"--checkpoint": "run"}),
     # -------------------------------------------------------------------------------------------------- export

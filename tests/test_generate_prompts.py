@@ -229,10 +229,10 @@ def no_checkpoint(options: dict[str, Any], folder: Path) -> str:
 
 
 def a_tuned_checkpoint(options: dict[str, Any], folder: Path) -> str:
-    facts = json.loads(next(Path(options["--checkpoint"]).glob("checkpoints/*/checkpoint.json")).read_text())
-    facts["config"]["tuning"] = {}
+    metadata = json.loads(next(Path(options["--checkpoint"]).glob("checkpoints/*/checkpoint.json")).read_text())
+    metadata["config"]["tuning"] = {}
     (folder / "tuned").mkdir()
-    (folder / "tuned/checkpoint.json").write_text(json.dumps(facts))
+    (folder / "tuned/checkpoint.json").write_text(json.dumps(metadata))
     options["--checkpoint"] = folder / "tuned"
     return "was tuned already"
 

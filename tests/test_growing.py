@@ -49,15 +49,15 @@ def test_a_run_says_what_it_began_from_and_its_optimizers_count_on(folder):
     record = json.loads((folder / "run1/run.json").read_text())
     best = json.loads((folder / "run0/best.json").read_text())["checkpoint"]
     assert record["initial"] == str(folder / "run0/checkpoints" / best)
-    facts = [json.loads((checkpoints(folder / run)[-1] / "checkpoint.json").read_text()) for run in ("run0", "run1")]
+    metadata = [json.loads((checkpoints(folder / run)[-1] / "checkpoint.json").read_text()) for run in ("run0", "run1")]
     first = json.loads((Path(record["initial"]) / "checkpoint.json").read_text())["progress"]["step"]
-    assert facts[1]["progress"]["before"] == first
-    assert facts[1]["progress"]["step"] > 0
+    assert metadata[1]["progress"]["before"] == first
+    assert metadata[1]["progress"]["step"] > 0
     entries = Dataset.open(str(folder / "data1")).manifest.entries
-    assert facts[1]["progress"]["read"] == pytest.approx(2 * entries)  # the course of the learning rate began anew
+    assert metadata[1]["progress"]["read"] == pytest.approx(2 * entries)  # the course of the learning rate began anew
     counted = tensors(checkpoints(folder / "run1")[-1])
     steps = {float(value) for name, value in counted.items() if name.endswith(".step")}
-    assert steps == {first + facts[1]["progress"]["step"]}
+    assert steps == {first + metadata[1]["progress"]["step"]}
 
 
 def test_a_run_that_was_stopped_goes_on_without_the_one_it_began_from(folder, tmp_path):

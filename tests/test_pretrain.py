@@ -279,24 +279,26 @@ def test_an_interrupted_run_goes_on_to_the_same_result(sharding, run, data, tmp_
 
 def test_what_was_best_before_an_interruption_stays_the_best(run, data, tmp_path):
     whole, _ = run
-    facts = [json.loads((checkpoint / "checkpoint.json").read_text()) for checkpoint in checkpoints(whole)]
-    (first, *_) = (n for n, known in enumerate(facts) if known["progress"]["position"] == {"epoch": 1, "queues": None})
+    metadata = [json.loads((checkpoint / "checkpoint.json").read_text()) for checkpoint in checkpoints(whole)]
+    (first, *_) = (
+        n for n, known in enumerate(metadata) if known["progress"]["position"] == {"epoch": 1, "queues": None}
+    )
     best = {"checkpoint": checkpoints(whole)[first].name, "epoch": 1, "value": 9.0}  # no later epoch can be better
     kept = tmp_path / "run/checkpoints" / best["checkpoint"]
     shutil.copytree(checkpoints(whole)[first], kept)
     shutil.copy(whole / "run.json", tmp_path / "run")
-    facts[first]["progress"]["best_value"] = 9.0
-    (kept / "checkpoint.json").write_text(json.dumps({**facts[first], "best": best}))
+    metadata[first]["progress"]["best_value"] = 9.0
+    (kept / "checkpoint.json").write_text(json.dumps({**metadata[first], "best": best}))
     assert stage("pretrain", {"--data": data, "--output": tmp_path / "run", **SMALL, "--saving.keep": 1}) == 0
     assert json.loads((tmp_path / "run/best.json").read_text()) == best
     assert checkpoints(tmp_path / "run") == [kept, tmp_path / "run/checkpoints" / checkpoints(whole)[-1].name]
 
 
 def test_a_checkpoint_says_what_it_was_trained_with_on_what_and_how_its_tables_were_sharded(run):
-    facts = json.loads((checkpoints(run[0])[-1] / "checkpoint.json").read_text())
-    assert facts["config"] == json.loads((run[0] / "run.json").read_text())["config"]
-    assert facts["config"]["model"]["dim"] == 8 and facts["vocabulary"] == "test"
-    assert facts["plan"].count("data_parallel") >= 2  # the user and the item table
+    metadata = json.loads((checkpoints(run[0])[-1] / "checkpoint.json").read_text())
+    assert metadata["config"] == json.loads((run[0] / "run.json").read_text())["config"]
+    assert metadata["config"]["model"]["dim"] == 8 and metadata["vocabulary"] == "test"
+    assert metadata["plan"].count("data_parallel") >= 2  # the user and the item table
 
 
 # ---------------------------------------------------------------------------------------------------- evaluate

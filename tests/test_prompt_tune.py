@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from recgpt_torchrec.checkpoints.folder import find
+from recgpt_torchrec.checkpoints.folder import find_checkpoint
 from tests.support import stage, walks, write_dataset
 
 USERS, ITEMS = 60, 30
@@ -44,7 +44,7 @@ def figures(made: Path, checkpoint: Path, data: str, name: str, **options: Any) 
 
 def tensor(checkpoint: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     state = {name: torch.empty(shape)}
-    dcp.load(state, checkpoint_id=find(str(checkpoint)))
+    dcp.load(state, checkpoint_id=find_checkpoint(str(checkpoint)))
     return state[name]
 
 

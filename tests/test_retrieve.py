@@ -107,21 +107,21 @@ def plain_lists(export: Path, k: int) -> dict[str, dict[int, list[int]]]:
 
 def encoded(rank: int, world_size: int, checkpoint: str, data: str, k: int) -> dict[str, list[list[int]]]:
     """The same, by what evaluate itself runs."""
-    from recgpt_torchrec.checkpoints.folder import find
+    from recgpt_torchrec.checkpoints.folder import find_checkpoint
     from recgpt_torchrec.evaluation.recall_paths import RecallPaths
     from recgpt_torchrec.retrieval.encoding import encode
-    from recgpt_torchrec.retrieval.interests import interests, recall
+    from recgpt_torchrec.retrieval.interests import predict_interests, recall_items
     from recgpt_torchrec.retrieval.merging import Lists, even_quotas, merge_by_score, merge_quota
     from recgpt_torchrec.training.loading import load
 
     device, dataset, batch = torch.device("cpu"), Dataset.open(data), Batch(tokens=60)
-    trained = load(find(checkpoint), dataset, Sharding(), batch_size=batch.tokens, device=device)
+    trained = load(find_checkpoint(checkpoint), dataset, Sharding(), batch_size=batch.tokens, device=device)
     paths = RecallPaths(trained, dataset, batch, device)
     stream = paths._stream("test", grows=INTERESTS - 1)
     rows: dict[str, list[list[int]]] = {"score": [], "quota": [], "two_step": [], "users": []}
     for histories, first in encode(trained.model, stream, device):
-        vectors = interests(trained.model, stream.maker, histories, first, paths.catalogue, INTERESTS)
-        found = recall(vectors, paths.catalogue, k, histories.seen)
+        vectors = predict_interests(trained.model, stream.maker, histories, first, paths.catalogue, INTERESTS)
+        found = recall_items(vectors, paths.catalogue, k, histories.seen)
         rows["users"] += [[int(u)] for u in histories.users]
         rows["score"] += merge_by_score(found, k).items.tolist()
         rows["quota"] += merge_quota(found, even_quotas(k, INTERESTS)).items.tolist()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from recgpt_torchrec.catalogue.catalogue import Catalogue
-from recgpt_torchrec.checkpoints.folder import find
+from recgpt_torchrec.checkpoints.folder import find_checkpoint
 from recgpt_torchrec.config import Loss, Model, Prompts, Tables
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.windows import row_groups
@@ -83,7 +83,7 @@ def synthetic(options: argparse.Namespace, device: torch.device) -> tuple[Dense,
 def real(options: argparse.Namespace, device: torch.device) -> tuple[Dense, Catalogue, Intervals, Tensor, int]:
     """A checkpoint, and the first users of a dataset."""
     dataset = Dataset.open(options.data)
-    trained = load(find(options.checkpoint), dataset, Tables(), batch_size=LOOKUP, device=device)
+    trained = load(find_checkpoint(options.checkpoint), dataset, Tables(), batch_size=LOOKUP, device=device)
     model = unwrapped(trained.model.eval())
     table, groups = pa.table({}), []
     for group in row_groups(dataset):

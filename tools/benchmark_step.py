@@ -27,7 +27,7 @@ from recgpt_torchrec.data.batch import Capacity, SequenceBatch, make_batch
 from recgpt_torchrec.data.candidates import Candidates
 from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.histories import Histories
-from recgpt_torchrec.distributed.processes import process_group, rank, show, world_size
+from recgpt_torchrec.distributed.processes import print_result, process_group, rank, world_size
 from recgpt_torchrec.model.recgpt import unwrapped
 from recgpt_torchrec.training.building import build
 from recgpt_torchrec.training.finite import FiniteGuard, GuardedPipeline
@@ -151,7 +151,7 @@ def measure(
                 if saver is not None:
                     stalls[kind].append(stalled)
                 written += [done or float("inf")] if kind == "asynchronous" else []
-    show(
+    print_result(
         f"{options.items:,} items x {options.dim}, {options.sharding}, {options.optimizer}, {world_size()} ranks: "
         f"{size / 2**20:,.0f} MiB a checkpoint, one every {options.steps} steps of "
         f"{np.median(times['checked']) / options.steps * 1e3:.0f} ms; {options.rounds} rounds"
@@ -162,7 +162,7 @@ def measure(
         error = residuals.std(ddof=1) / np.sqrt(options.rounds) / np.mean(times[base])
         stall = f"; the step waits {np.median(stalls[kind]) * 1e3:.0f} ms" if stalls[kind] else ""
         late = f", written after {np.median(written):.1f} s" if kind == "asynchronous" else ""
-        show(f"{kind:12} {ratio:.3f} of the time of {base} (standard error {error:.3f}){stall}{late}")
+        print_result(f"{kind:12} {ratio:.3f} of the time of {base} (standard error {error:.3f}){stall}{late}")
 
 
 if __name__ == "__main__":

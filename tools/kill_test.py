@@ -67,7 +67,7 @@ def killer(plan: dict[str, Any], output: str) -> None:
     writing = os.path.join(output, "checkpoints", "step-*.tmp")
     first, before, seen = None, None, 0
     while True:
-        now = watchdog.standing()
+        now = watchdog.current_status()
         phase = "writing" if wanted == "writing" and glob.glob(writing) else now.phase
         if first is None and now.phase == "a training step":
             first = time.monotonic()
@@ -78,7 +78,7 @@ def killer(plan: dict[str, Any], output: str) -> None:
             break
         time.sleep(0.0003)
     time.sleep(into)
-    now = watchdog.standing()
+    now = watchdog.current_status()
     hit = {"aim": aim, "phase": now.phase, "step": now.step, "writing": bool(glob.glob(writing)), "rank": victim}
     with open(plan["log"], "a") as file:
         file.write(json.dumps({"run": plan["run"], "start": start, **hit}) + "\n")

@@ -93,10 +93,10 @@ class Catalogue:
         found = []
         for rows, scores in self._scored(queries, SCORES[queries.device.type]):
             if seen is not None:
-                mask(scores, seen.part(rows.start, rows.stop))
+                mask_seen(scores, seen.part(rows.start, rows.stop))
             if forbidden is not None:
                 scores.scatter_(1, forbidden[rows], -torch.inf)
-            found.append(best_of(scores, k))
+            found.append(best_items(scores, k))
         if not found:
             return Best(queries.new_zeros((0, k), dtype=torch.int64), queries.new_zeros((0, k)))
         return Best(*(torch.cat(parts) for parts in zip(*found, strict=True)))
@@ -129,14 +129,14 @@ class Catalogue:
             yield rows, queries[rows] @ self.vectors.t()
 
 
-def mask(scores: Tensor, seen: Ragged) -> Tensor:
+def mask_seen(scores: Tensor, seen: Ragged) -> Tensor:
     """`scores` [rows, items] with -inf at the items of each row of `seen`; changed in place."""
     values, owners = (torch.from_numpy(part).to(scores.device) for part in (seen.values, seen.owners))
     scores[owners, values] = -torch.inf
     return scores
 
 
-def best_of(scores: Tensor, k: int) -> Best:
+def best_items(scores: Tensor, k: int) -> Best:
     """The `k` best items of each row of `scores` [rows, items] that are not -inf; of equal ones the smaller id first.
 
     `scores` are changed in place.

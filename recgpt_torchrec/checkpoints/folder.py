@@ -23,11 +23,11 @@ from torch.distributed.checkpoint.filesystem import _StorageReaderTransforms
 
 from recgpt_torchrec import storage
 from recgpt_torchrec.checkpoints.direct_io import DirectFiles
-from recgpt_torchrec.distributed.processes import gather, rank, world_size
+from recgpt_torchrec.distributed.processes import gather_objects, rank, world_size
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage.parts import checksum_of
 
-FACTS = "checkpoint.json"
+METADATA = "checkpoint.json"
 BEST = "best.json"
 FOLDER = "checkpoints"
 TEMPORARY = ".tmp"
@@ -57,7 +57,7 @@ class Checkpoints:
     def committed(self) -> list[str]:
         """Paths of the checkpoints that are whole, oldest first."""
         paths = [path for path in self._all() if not path.endswith(TEMPORARY)]
-        return [path for path in paths if whole(path)]
+        return [path for path in paths if is_complete(path)]
 
     def _all(self) -> list[str]:
         return [os.path.join(self.folder, name) for name in storage.names(self.folder) if name.startswith("step-")]
@@ -70,29 +70,29 @@ class Checkpoints:
         """The checkpoint that did best on validation."""
         found = storage.read_json(os.path.join(self.output, BEST))
         path = found and os.path.join(self.folder, found["checkpoint"])
-        return path if path and whole(path) else None
+        return path if path and is_complete(path) else None
 
     def begin(self, step: int) -> None:
         """Make an empty folder to write a checkpoint into, `temporary` (on one rank)."""
-        storage.remove(self.temporary(step), first=FACTS)
+        storage.remove(self.temporary(step), first=METADATA)
         storage.make_folder(self.temporary(step))
 
-    def commit(self, step: int, facts: dict[str, Any]) -> None:
+    def commit(self, step: int, metadata: dict[str, Any]) -> None:
         """Make what was written after `begin` a checkpoint, and settle what follows from it (on one rank).
 
-        Where the step has a checkpoint already only its facts are written: nothing was trained in between, and at no
+        Where the step has a checkpoint already only its metadata is written: nothing was trained in between, and at no
         moment may there be none.
 
         Args:
             step: optimizer steps done.
-            facts: JSON values that readers need before they build a model. `best` among them holds what becomes
+            metadata: JSON values that readers need before they build a model. `best` among them holds what becomes
                 best.json: its `checkpoint` names the best one so far, or is None.
         """
         path, temporary = self.path(step), self.temporary(step)
-        if storage.remote(self.output) or whole(path):
-            storage.write_json(os.path.join(path, FACTS), facts)
+        if storage.remote(self.output) or is_complete(path):
+            storage.write_json(os.path.join(path, METADATA), metadata)
         else:
-            storage.write_json(os.path.join(temporary, FACTS), facts)
+            storage.write_json(os.path.join(temporary, METADATA), metadata)
             _sync(temporary)
             os.rename(temporary, path)
             _sync(self.folder)
@@ -102,24 +102,24 @@ class Checkpoints:
         """Bring everything in line with the newest checkpoint: best.json, and no half or dropped ones (on one rank)."""
         there = self.committed()
         if there:
-            best = facts_of(there[-1]).get("best", {})
+            best = read_metadata(there[-1]).get("best", {})
             if best.get("checkpoint") and best != storage.read_json(os.path.join(self.output, BEST)):
                 storage.write_json(os.path.join(self.output, BEST), best)
         kept = [*there[-max(self.keep, 1) :], self.best()]
         for path in self._all():
             if storage.remote(path):
                 if path not in kept:
-                    storage.remove(path, first=FACTS)
+                    storage.remove(path, first=METADATA)
             elif path.endswith(TEMPORARY) or (path in there and path not in kept):
                 shutil.rmtree(path)
 
 
-def whole(checkpoint: str) -> bool:
+def is_complete(checkpoint: str) -> bool:
     """Whether a folder is a finished checkpoint."""
-    return storage.exists(os.path.join(checkpoint, FACTS))
+    return storage.exists(os.path.join(checkpoint, METADATA))
 
 
-def writer(path: str) -> dcp.FileSystemWriter:
+def make_writer(path: str) -> dcp.FileSystemWriter:
     """What torch.distributed.checkpoint writes a folder with, wherever it lies."""
     made = dcp.FileSystemWriter(path, sync_files=False)  # a DirectFile does that itself; a store knows no such thing
     if storage.remote(path):
@@ -129,7 +129,7 @@ def writer(path: str) -> dcp.FileSystemWriter:
     return made
 
 
-def reader(path: str) -> dcp.FileSystemReader:
+def make_reader(path: str) -> dcp.FileSystemReader:
     """What torch.distributed.checkpoint reads a folder with, wherever it lies."""
     made = dcp.FileSystemReader(path)
     made.transforms = _Checked()
@@ -155,14 +155,14 @@ class _Checked(_StorageReaderTransforms):
         return whole
 
 
-def tensors_in(checkpoint: str) -> dict[str, Any]:
+def read_tensor_metadata(checkpoint: str) -> dict[str, Any]:
     """Shapes and types of a checkpoint's tensors, by name.
 
     Raises:
         InputError: it says so no more, for it is damaged.
     """
     try:
-        return reader(checkpoint).read_metadata().state_dict_metadata
+        return make_reader(checkpoint).read_metadata().state_dict_metadata
     except Exception as error:  # there is hardly one that unpickling damaged bytes does not lead to
         raise _unreadable(checkpoint, [error]) from None
 
@@ -174,7 +174,7 @@ def read_tensors(state: dict[str, Any], checkpoint: str) -> None:
         InputError: files of the checkpoint are missing or damaged.
     """
     try:
-        dcp.load(state, storage_reader=reader(checkpoint))
+        dcp.load(state, storage_reader=make_reader(checkpoint))
     except CheckpointException as error:
         raise _unreadable(checkpoint, [failure[0] for failure in error.failures.values()]) from None
 
@@ -196,25 +196,25 @@ def _sync(folder: str) -> None:
         os.close(handle)
 
 
-def facts_of(checkpoint: str) -> dict[str, Any]:
-    """The facts of a checkpoint folder.
+def read_metadata(checkpoint: str) -> dict[str, Any]:
+    """The metadata of a checkpoint folder.
 
     Raises:
         InputError: it is not a whole checkpoint.
     """
-    facts = storage.read_json(os.path.join(checkpoint, FACTS))
-    if facts is None:
-        raise InputError(f"{checkpoint} is not a finished checkpoint: it has no {FACTS}")
-    return facts
+    metadata = storage.read_json(os.path.join(checkpoint, METADATA))
+    if metadata is None:
+        raise InputError(f"{checkpoint} is not a finished checkpoint: it has no {METADATA}")
+    return metadata
 
 
-def find(path: str) -> str:
+def find_checkpoint(path: str) -> str:
     """The checkpoint folder that `path` means: itself, or the best (else the newest) of a run's output folder.
 
     Raises:
         InputError: there is none.
     """
-    if whole(path):
+    if is_complete(path):
         return path
     checkpoints = Checkpoints(path, keep=0)
     found = checkpoints.best() or checkpoints.latest()
@@ -225,10 +225,10 @@ def find(path: str) -> str:
     return found
 
 
-def fingerprint(checkpoint: str) -> str:
+def checkpoint_fingerprint(checkpoint: str) -> str:
     """32 hex digits of everything in a checkpoint folder, wherever it lies (collective: ranks share the files out)."""
     names = storage.names(checkpoint)
-    shares = gather([(name, _crc(os.path.join(checkpoint, name))) for name in names[rank() :: world_size()]])
+    shares = gather_objects([(name, _crc(os.path.join(checkpoint, name))) for name in names[rank() :: world_size()]])
     return hashlib.sha256(repr(sorted(pair for share in shares for pair in share)).encode()).hexdigest()[:32]
 
 

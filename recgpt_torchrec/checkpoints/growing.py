@@ -11,7 +11,7 @@ import torch
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata, TensorProperties
 
-from recgpt_torchrec.checkpoints.folder import facts_of, find
+from recgpt_torchrec.checkpoints.folder import find_checkpoint, read_metadata
 from recgpt_torchrec.config import Model, Pretrain
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.errors import InputError
@@ -71,10 +71,10 @@ def find_initial(path: str, config: Pretrain, dataset: Dataset) -> str:
     Raises:
         InputError: its vocabulary is neither the dataset's nor the beginning of it, or it is of another shape.
     """
-    checkpoint = find(path)
-    facts = facts_of(checkpoint)
-    settings, manifest = facts["config"], dataset.manifest
-    if manifest.extends(facts["vocabulary"]) is None:
+    checkpoint = find_checkpoint(path)
+    metadata = read_metadata(checkpoint)
+    settings, manifest = metadata["config"], dataset.manifest
+    if manifest.extends(metadata["vocabulary"]) is None:
         raise InputError(
             f"--initial {path}: the checkpoint {checkpoint} was trained on {settings['data']}, whose ids mean other "
             f"items than those of {dataset.path}. Prepare the log with --vocabulary {settings['data']}, so that known "
@@ -91,7 +91,7 @@ def find_initial(path: str, config: Pretrain, dataset: Dataset) -> str:
     if differ:
         raise InputError(f"--initial {path}: {checkpoint} was trained with {' '.join(differ)}; give the same here")
     extended = manifest.preparation.get("extends", {})
-    if config.targets == "new" and facts["vocabulary"] != extended.get("vocabulary"):
+    if config.targets == "new" and metadata["vocabulary"] != extended.get("vocabulary"):
         raise InputError(
             f"--targets new: {dataset.path} marks what {extended.get('dataset')} held, and {checkpoint} was trained on "
             f"{settings['data']}: what came between would never be trained on. Give --targets all, or a run on the "

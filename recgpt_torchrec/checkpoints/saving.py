@@ -23,9 +23,9 @@ from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from recgpt_torchrec import storage
-from recgpt_torchrec.checkpoints.folder import Checkpoints, writer
+from recgpt_torchrec.checkpoints.folder import Checkpoints, make_writer
 from recgpt_torchrec.config import Saving
-from recgpt_torchrec.distributed.processes import rank, together
+from recgpt_torchrec.distributed.processes import rank, run_on_first_rank
 from recgpt_torchrec.errors import InputError
 
 LAST_WAIT_S = 60.0
@@ -35,7 +35,7 @@ LAST_WAIT_S = 60.0
 class Saver:
     """Writes a run's checkpoints. Every rank makes one and calls all but `wanted` together.
 
-    Example: `with saver: saver.save(step, state_of(model, optimizer), facts)`; leaving it waits for the last one.
+    Example: `with saver: saver.save(step, state_of(model, optimizer), metadata)`; leaving it waits for the last one.
     """
 
     def __init__(self, checkpoints: Checkpoints, options: Saving) -> None:
@@ -83,13 +83,13 @@ class Saver:
         """Whether a checkpoint is being written beside the training."""
         return self._thread is not None and self._thread.is_alive()
 
-    def save(self, step: int, state: dict[str, Any], facts: dict[str, Any]) -> None:
+    def save(self, step: int, state: dict[str, Any], metadata: dict[str, Any]) -> None:
         """Write a checkpoint; returns as soon as the state may change again.
 
         Args:
             step: optimizer steps done.
             state: nested dicts of tensors and `ShardedTensor`s, of the same structure at every call.
-            facts: what the checkpoint says of itself, see `Checkpoints.commit`.
+            metadata: what the checkpoint says of itself, see `Checkpoints.commit`.
 
         Raises:
             InputError: this checkpoint, or the one before, could not be written.
@@ -97,10 +97,10 @@ class Saver:
         self.finish()
         self._since = time.monotonic()
         if not self.options.asynchronous:
-            self._write(step, state, facts)
+            self._write(step, state, metadata)
             return self.finish()
         # A daemon: a rank that fails in a step must end, though its thread waits for the others.
-        self._thread = threading.Thread(target=self._write, args=(step, self.copy(state), facts), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(step, self.copy(state), metadata), daemon=True)
         self._thread.start()
 
     def finish(self) -> None:
@@ -133,13 +133,13 @@ class Saver:
                 to.copy_(of.detach())
         return copied
 
-    def _write(self, step: int, state: dict[str, Any], facts: dict[str, Any]) -> None:
+    def _write(self, step: int, state: dict[str, Any], metadata: dict[str, Any]) -> None:
         temporary = self.checkpoints.temporary(step)
         try:
-            if step != self.saved:  # else nothing was trained since, and only the facts are new
-                together(lambda: self.checkpoints.begin(step), self.group)
-                dcp.save(state, storage_writer=writer(temporary), process_group=self.group)
-            together(lambda: self.checkpoints.commit(step, facts), self.group)
+            if step != self.saved:  # else nothing was trained since, and only the metadata is new
+                run_on_first_rank(lambda: self.checkpoints.begin(step), self.group)
+                dcp.save(state, storage_writer=make_writer(temporary), process_group=self.group)
+            run_on_first_rank(lambda: self.checkpoints.commit(step, metadata), self.group)
             self.saved = step
         except (CheckpointException, OSError) as error:
             if rank() == 0 and not storage.remote(temporary):  # what is left on a store, the next start deletes

@@ -25,9 +25,9 @@ from torch.distributed._shard.sharded_tensor import Shard, ShardedTensorMetadata
 from torch.distributed._shard.sharded_tensor import ShardedTensor as Sharded
 from torchrec.optim.keyed import CombinedOptimizer
 
-from recgpt_torchrec.checkpoints.folder import read_tensors, tensors_in
+from recgpt_torchrec.checkpoints.folder import read_tensor_metadata, read_tensors
 from recgpt_torchrec.checkpoints.growing import first_rows
-from recgpt_torchrec.distributed.processes import say
+from recgpt_torchrec.distributed.processes import log_message
 from recgpt_torchrec.distributed.sharding import tables_of
 from recgpt_torchrec.errors import InputError
 
@@ -115,7 +115,7 @@ def restore(model: nn.Module, optimizer: CombinedOptimizer, checkpoint: str, ste
         InputError: it is damaged, or holds the tables' optimizer state in the form of an earlier version.
     """
     whole = state_of(model, optimizer)
-    there = tensors_in(checkpoint)
+    there = read_tensor_metadata(checkpoint)
     state = first_rows(whole, {name: there[f"model.{name}"].size[0] for name in tables_of(model)})
     regrouped = []
     for name, kept in state["optimizer"]["state"].items():
@@ -132,7 +132,7 @@ def restore(model: nn.Module, optimizer: CombinedOptimizer, checkpoint: str, ste
                 regrouped.append((name, value, kept[moment]))
     read_tensors(state, checkpoint)
     for name, value, read in regrouped:
-        say(
+        log_message(
             f"{name}: row-wise Adagrad kept {read.size(1)} moments a row in {checkpoint}, one for each block of "
             f"columns, and keeps {value.size(1)} here; each is set to the mean over its columns"
         )

@@ -12,7 +12,7 @@ from torchrec.streamable import Pipelineable
 from recgpt_torchrec.data.bags import ITEM, USER, bags_of, distinct_bags
 from recgpt_torchrec.data.candidates import Candidates, no_candidates
 from recgpt_torchrec.data.histories import Histories
-from recgpt_torchrec.data.packing import pack
+from recgpt_torchrec.data.packing import pack_sequences
 from recgpt_torchrec.data.ragged import ragged_arange
 from recgpt_torchrec.data.segments import INTERACTED
 from recgpt_torchrec.data.windows import Cursor
@@ -131,7 +131,7 @@ def make_batch(
     soft_items, soft_weights = soft_targets_of(histories, inputs, wanted, targets, soft_targets)
     candidates = no_candidates() if draw is None else draw(targets)
 
-    grid = pack(entries, row_length)
+    grid = pack_sequences(entries, row_length)
     size = grid.rows * row_length
 
     def on_grid(values: np.ndarray, empty: int = 0) -> torch.Tensor:

@@ -100,12 +100,14 @@ class SetAside:
         """Lose the parts that the run has gone on without so far, mended meanwhile or not: windows depend on it."""
         for damage in self.listed():
             if damage.row_group is None:
-                dataset.lost.setdefault(damage.part, damage.reason)
+                dataset.lost_parts.setdefault(damage.part, damage.reason)
 
     def check_lost(self, dataset: Dataset) -> None:
         """Raise an `InputError` if lost parts and what is listed are more rows than the limit; nothing is written."""
         rows = {part.path: part.rows for part in dataset.manifest.sequences}
-        lost = [Damage(path, None, None, rows[path], reason) for path, reason in dataset.lost.items() if path in rows]
+        lost = [
+            Damage(path, None, None, rows[path], reason) for path, reason in dataset.lost_parts.items() if path in rows
+        ]
         self.check([damage for damage in self.listed() if damage.row_group is not None] + lost)
 
     def summary(self) -> str:

@@ -126,7 +126,7 @@ class Dataset:
     manifest: Manifest
     damaged: Literal["stop", "skip"] | None = None
     """What the user wants done about damaged sequences; None: the stage does not ask."""
-    lost: dict[str, str] = field(default_factory=dict)
+    lost_parts: dict[str, str] = field(default_factory=dict)
     """Parts that are passed over as a whole, and why; only with `skip`."""
     columns: frozenset[str] = frozenset()
     """Those of `COLUMNS` that the sequences have, once their footers were read (`windows.row_groups`)."""
@@ -150,7 +150,7 @@ class Dataset:
                 "a log with interactions in it"
             )
         dataset = cls(path=path, manifest=manifest, damaged=damaged)
-        manifest.check_parts(path, checksums=checksums, report=dataset.lose)
+        manifest.check_parts(path, checksums=checksums, report=dataset.pass_over)
         return dataset
 
     @property
@@ -164,7 +164,7 @@ class Dataset:
         stage = "generate_prompts" if "prompts" in self.manifest.settings else "prepare"
         return f"restore the file or run {stage} again"
 
-    def lose(self, part: Part, reason: str) -> None:
+    def pass_over(self, part: Part, reason: str) -> None:
         """Pass a part over.
 
         Raises:
@@ -174,7 +174,7 @@ class Dataset:
         if self.damaged != "skip" or not sequences:
             remedy = self.remedy if sequences else self._repair
             raise InputError(f"{self.path}: the part {part.path} {reason}; {remedy}")
-        self.lost[part.path] = reason
+        self.lost_parts[part.path] = reason
 
     def open_part(self, part: Part) -> pq.ParquetFile:
         """Open one part for reading row groups.
@@ -191,7 +191,7 @@ class Dataset:
             ) from None
 
 
-def fingerprint_of(dataset: Dataset) -> str:
+def histories_fingerprint(dataset: Dataset) -> str:
     """32 hex digits of all histories of a dataset, wherever it lies."""
     parts = json.dumps([asdict(part) for part in dataset.manifest.sequences])
     return hashlib.sha256(parts.encode()).hexdigest()[:32]

@@ -21,7 +21,7 @@ from recgpt_torchrec.errors import STOP_SIGNALS, InputError
 T = TypeVar("T")
 
 
-def made_ahead(source: Callable[[int], Iterator[T]], settings: Stream) -> Iterator[T]:
+def prefetch(source: Callable[[int], Iterator[T]], settings: Stream) -> Iterator[T]:
     """What `source` makes, taken from its workers in turn.
 
     Args:
@@ -32,15 +32,15 @@ def made_ahead(source: Callable[[int], Iterator[T]], settings: Stream) -> Iterat
         InputError: as a worker raised it, after everything that this one made before.
     """
     if settings.workers == 0:
-        yield from read_ahead(source(0), settings.prefetch)
+        yield from prefetch_in_thread(source(0), settings.prefetch)
         return
     # A fork server imports once and forks a clean process for each epoch: forking this process, with its process
     # group and thread pools, is not safe, and spawning would import torch again each time.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([source.__module__])
-    with withheld():
+    with block_stop_signals():
         multiprocessing.resource_tracker.ensure_running()  # which lets SIGTERM in again
-    with withheld():
+    with block_stop_signals():
         multiprocessing.forkserver.ensure_running()
     loader = DataLoader(
         _Worker(source),
@@ -74,7 +74,7 @@ class _Worker(IterableDataset):
         info = get_worker_info()
         parent = multiprocessing.parent_process()
         assert info is not None and parent is not None and parent.pid is not None
-        end_with(parent.pid)
+        end_with_process(parent.pid)
         torch.set_num_threads(1)
         pa.set_cpu_count(1)
         pa.set_io_thread_count(2)
@@ -84,7 +84,7 @@ class _Worker(IterableDataset):
             yield error  # handed over like a batch: raised here, it would reach the user inside a traceback
 
 
-def read_ahead(source: Iterator[T], prefetch: int) -> Iterator[T]:
+def prefetch_in_thread(source: Iterator[T], prefetch: int) -> Iterator[T]:
     """Batches of `source`, made ahead by a thread of this process; its errors are raised here.
 
     Making a batch of 2,048 tokens takes 5 ms, most of it in numpy and Arrow without the interpreter lock. A process of
@@ -125,10 +125,12 @@ def read_ahead(source: Iterator[T], prefetch: int) -> Iterator[T]:
 
 
 @contextlib.contextmanager
-def withheld() -> Iterator[None]:
-    """Start processes within the `with` that the signals do not reach: who asks one rank asks its loader processes as
-    well, which have nothing to save and are needed until the rank ends. They and their children call `end_with`.
-    Nor does Ctrl-C, at which each of them would say where it was."""
+def block_stop_signals() -> Iterator[None]:
+    """Block the stop signals, and Ctrl-C, for processes that are started within the `with`.
+
+    Loader processes have nothing to save and are needed until their rank ends, so a signal that asks the rank to stop
+    must not end them first. They and their children call `end_with_process`.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, signal.SIGINT))
     try:
         yield
@@ -136,8 +138,8 @@ def withheld() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def end_with(process: int) -> None:
-    """End this process, started `withheld`, by the signals of one other process only."""
+def end_with_process(process: int) -> None:
+    """End this process, started `block_stop_signals`, by the signals of one other process only."""
 
     def wait() -> None:
         while signal.sigwaitinfo(STOP_SIGNALS).si_pid != process:

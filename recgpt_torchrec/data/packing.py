@@ -21,10 +21,10 @@ class Grid:
     """[tokens] int64: flat grid index (row * row_length + column) of each token, in the order of the ragged list."""
 
 
-def pack(lengths: np.ndarray, row_length: int) -> Grid:
+def pack_sequences(lengths: np.ndarray, row_length: int) -> Grid:
     """Place sequences of `lengths` [sequences] into rows of `row_length`: first fit, longest first.
 
-    Example: `pack(np.array([3, 2, 1]), 4)` takes two rows: the three and the one share the first.
+    Example: `pack_sequences(np.array([3, 2, 1]), 4)` takes two rows: the three and the one share the first.
     """
     if lengths.size and int(lengths.max()) > row_length:
         raise ValueError(f"a sequence of {int(lengths.max())} tokens does not fit a row of {row_length}")

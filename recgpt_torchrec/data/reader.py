@@ -48,8 +48,8 @@ class Reader:
             InputError: names the part, the row group and the row of what cannot be used, unless it is set aside.
         """
         part = self.dataset.manifest.sequences[group.part]
-        if part.path in self.dataset.lost:
-            return self._without(group, Damage(part.path, None, None, group.rows, self.dataset.lost[part.path]))
+        if part.path in self.dataset.lost_parts:
+            return self._without(group, Damage(part.path, None, None, group.rows, self.dataset.lost_parts[part.path]))
         try:
             with self.dataset.open_part(part) as file:
                 table = file.read_row_group(group.group, columns=self.columns).select(self.columns)
@@ -64,10 +64,10 @@ class Reader:
             reason = f"has {table.num_rows} rows, it had {group.rows} when its file was opened first"
             return self._without(group, Damage(part.path, group.group, None, group.rows, reason))
         lengths = pc.fill_null(pc.list_value_length(table["item_ids"]), 0).to_numpy().astype(np.float64)
-        wrong = faults(table, self.dataset.manifest, self.answers)
+        wrong = find_faults(table, self.dataset.manifest, self.answers)
         if wrong:
             self._report([Damage(part.path, group.group, row, 1, wrong[row]) for row in sorted(wrong)])
-            table = emptied(table, wrong)
+            table = empty_rows(table, wrong)
         return Rows(table, lengths)
 
     def _reach(self) -> None:
@@ -90,7 +90,7 @@ class Reader:
     def _without(self, group: RowGroup, damage: Damage) -> "Rows":
         self._report([damage])
         table = pa.table({name: pa.nulls(group.rows, COLUMNS[name]) for name in self.columns})
-        return Rows(emptied(table, range(group.rows)), np.full(group.rows, group.items / max(group.rows, 1)))
+        return Rows(empty_rows(table, range(group.rows)), np.full(group.rows, group.items / max(group.rows, 1)))
 
     def _report(self, damages: list[Damage]) -> None:
         if self.set_aside is not None:
@@ -110,7 +110,7 @@ class Rows(NamedTuple):
     """[rows] entries in the file; the mean of the row group where they are not known."""
 
 
-def faults(table: pa.Table, manifest: Manifest, answers: int) -> dict[int, str]:
+def find_faults(table: pa.Table, manifest: Manifest, answers: int) -> dict[int, str]:
     """What is wrong with which row of a row group; the first thing that was found of each.
 
     Whole columns are looked at, at once; what costs more is done only where something is wrong.
@@ -128,7 +128,7 @@ def faults(table: pa.Table, manifest: Manifest, answers: int) -> dict[int, str]:
         note(np.flatnonzero(users.is_null()), "the user id is null")
         users = users.fill_null(0)
     users = users.to_numpy()
-    wrong = outside(users, 0, manifest.users)
+    wrong = find_outside(users, 0, manifest.users)
     note(wrong, f"user id {{}} is outside 0 to {manifest.users - 1}", users[wrong])
 
     columns = {}
@@ -138,12 +138,12 @@ def faults(table: pa.Table, manifest: Manifest, answers: int) -> dict[int, str]:
         note(columns[name].rows_of(null_values), f"a value in {name} is null")
     items, segments = columns["item_ids"], columns.get("segment_ids")
     vocabulary = f"is outside the vocabulary (0 to {manifest.items - 1})"
-    wrong = outside(items.values, 0, manifest.items)
+    wrong = find_outside(items.values, 0, manifest.items)
     note(items.rows_of(wrong), f"item id {{}} {vocabulary}", items.values[wrong])
 
     interacted = entries = np.diff(items.offsets)
     if segments is not None:
-        wrong = outside(segments.values, 0, SEGMENTS)
+        wrong = find_outside(segments.values, 0, SEGMENTS)
         meanings = "0 (interacted), 1 (generated) and 2 (shown and not clicked)"
         note(segments.rows_of(wrong), f"segment id {{}} is none of {meanings}", segments.values[wrong])
         interacted = np.diff(np.concatenate([[0], np.cumsum(segments.values == INTERACTED)])[segments.offsets])
@@ -159,7 +159,7 @@ def faults(table: pa.Table, manifest: Manifest, answers: int) -> dict[int, str]:
         later = times.values[wrong - 1]
         note(times.rows_of(wrong), "its times are not in order: {} comes after {}", times.values[wrong], later)
     if (ids := columns.get("answer_ids")) is not None:
-        wrong = outside(ids.values, -1, manifest.items)
+        wrong = find_outside(ids.values, -1, manifest.items)
         note(ids.rows_of(wrong), f"answer id {{}} {vocabulary}", ids.values[wrong])
     if (scores := columns.get("answer_scores")) is not None:
         wrong = np.flatnonzero(~np.isfinite(scores.values))
@@ -167,14 +167,14 @@ def faults(table: pa.Table, manifest: Manifest, answers: int) -> dict[int, str]:
     return found
 
 
-def outside(values: npt.NDArray[Any], low: int, high: int) -> npt.NDArray[np.intp]:
+def find_outside(values: npt.NDArray[Any], low: int, high: int) -> npt.NDArray[np.intp]:
     """Where `values` are not in `low` to `high` - 1."""
     if not values.size or (values.min() >= low and values.max() < high):
         return np.zeros(0, dtype=np.intp)
     return np.flatnonzero((values < low) | (values >= high))
 
 
-def emptied(table: pa.Table, rows: Iterable[int]) -> pa.Table:
+def empty_rows(table: pa.Table, rows: Iterable[int]) -> pa.Table:
     """A table whose `rows` have no user (0) and empty lists."""
     kept = np.ones(table.num_rows, dtype=bool)
     kept[np.fromiter(rows, dtype=np.int64)] = False

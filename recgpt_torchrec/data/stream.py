@@ -12,10 +12,10 @@ from recgpt_torchrec.data.candidates import SOURCES, CandidateSource, ItemStatis
 from recgpt_torchrec.data.damage import SetAside
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.histories import Histories, HistoryReader, join, no_histories
-from recgpt_torchrec.data.loading import made_ahead
+from recgpt_torchrec.data.loading import prefetch
 from recgpt_torchrec.data.ragged import offsets_of
 from recgpt_torchrec.data.split import SplitName
-from recgpt_torchrec.data.windows import Cursor, Position, Queue, RowGroup, Window, deal, row_groups, windows_of
+from recgpt_torchrec.data.windows import Cursor, Position, Queue, RowGroup, Window, deal_windows, row_groups, windows_of
 from recgpt_torchrec.errors import InputError
 
 
@@ -162,7 +162,7 @@ class Share:
         """What is left of the queue of each worker of this rank."""
 
     def __iter__(self) -> Iterator[SequenceBatch]:
-        return made_ahead(self.source, self.settings)
+        return prefetch(self.source, self.settings)
 
     def done(self, cursor: Cursor) -> None:
         """Take note that the batch that came with `cursor`, and those before it of the same worker, are trained."""
@@ -214,7 +214,7 @@ class SequenceStream:
         """
         shuffle = self.maker.training
         windows = windows_of(self.groups, self.maker.seed, epoch, self.settings.window_groups, shuffle)
-        dealt = deal(windows, world_size * self.workers, position)
+        dealt = deal_windows(windows, world_size * self.workers, position)
         mine = dealt[rank * self.workers : (rank + 1) * self.workers]
         return Share(_Queues(self.maker, windows, mine, epoch, shuffle), self.settings)
 

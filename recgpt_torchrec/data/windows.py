@@ -37,7 +37,7 @@ def row_groups(dataset: Dataset) -> list[RowGroup]:
     of_part: dict[int, list[RowGroup]] = {}
     columns: dict[int, set[str]] = {}
     for index, part in enumerate(dataset.manifest.sequences):
-        if part.path in dataset.lost:
+        if part.path in dataset.lost_parts:
             continue
         try:
             with dataset.open_part(part) as file:
@@ -45,14 +45,14 @@ def row_groups(dataset: Dataset) -> list[RowGroup]:
         except InputError:
             if dataset.damaged != "skip":
                 raise
-            dataset.lose(part, "cannot be read as Parquet")
+            dataset.pass_over(part, "cannot be read as Parquet")
             continue
         columns[index] = {name for name in COLUMNS if name in schema.names}
         wrong = (reason for name in (*REQUIRED, *columns[index]) if (reason := column_fault(schema, name)))
         if meta.num_rows != part.rows:
-            dataset.lose(part, f"has {meta.num_rows} rows, the manifest promises {part.rows}")
+            dataset.pass_over(part, f"has {meta.num_rows} rows, the manifest promises {part.rows}")
         elif reason := next(wrong, None):
-            dataset.lose(part, reason)
+            dataset.pass_over(part, reason)
         else:
             names = [meta.schema.column(c).path.split(".")[0] for c in range(meta.num_columns)]
             infos = (meta.row_group(group) for group in range(meta.num_row_groups))
@@ -61,17 +61,17 @@ def row_groups(dataset: Dataset) -> list[RowGroup]:
                 for group, info in enumerate(infos)
             ]
     there = [columns[index] for index in of_part]
-    dataset.columns = frozenset(set(REQUIRED).union(*there, promised(dataset.manifest)))
+    dataset.columns = frozenset(set(REQUIRED).union(*there, promised_columns(dataset.manifest)))
     for index in list(of_part):
         if missing := dataset.columns - columns[index]:
             part = dataset.manifest.sequences[index]
-            dataset.lose(part, f"has no column {', '.join(sorted(missing))}, which the dataset has")
+            dataset.pass_over(part, f"has no column {', '.join(sorted(missing))}, which the dataset has")
             del of_part[index]
     lost = {i: [RowGroup(i, 0, p.rows, p.items)] for i, p in enumerate(dataset.manifest.sequences) if i not in of_part}
     return [group for _, groups in sorted((of_part | lost).items()) for group in groups]
 
 
-def promised(manifest: Manifest) -> set[str]:
+def promised_columns(manifest: Manifest) -> set[str]:
     """Columns that the sequences have by the options of the stage that wrote them."""
     prompts = manifest.settings.get("prompts")
     if not prompts:
@@ -166,7 +166,7 @@ class Position:
         return cls(state["epoch"], queues)
 
 
-def deal(windows: list[Window], queues: int, position: Position | None = None) -> list[Queue]:
+def deal_windows(windows: list[Window], queues: int, position: Position | None = None) -> list[Queue]:
     """Deal an epoch's windows to `queues` queues: longest first, each to the queue with the fewest items so far.
 
     With a position inside the epoch only what is left is dealt: just as it was when the number of queues is the same

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from recgpt_torchrec.data.batch import SequenceBatch
 from recgpt_torchrec.data.windows import Cursor
 from recgpt_torchrec.distributed import signals, watchdog
-from recgpt_torchrec.distributed.processes import gather
+from recgpt_torchrec.distributed.processes import gather_objects
 from recgpt_torchrec.distributed.signals import Stopped
 from recgpt_torchrec.errors import InputError
 
@@ -73,7 +73,7 @@ class Lockstep:
             self._failure = error
         self.waited += time.perf_counter() - since
         agreed = torch.zeros(6, dtype=torch.float64)
-        agreed[3], agreed[4], agreed[5] = self.asks(), self._failure is not None, signals.received() is not None
+        agreed[3], agreed[4], agreed[5] = self.asks(), self._failure is not None, signals.received_signal() is not None
         if batch is not None:
             read = batch.histories.read
             agreed[0], agreed[1], agreed[2] = batch.target_slot.numel(), 0.0 if read is None else read.sum(), 1.0
@@ -100,7 +100,7 @@ class Lockstep:
             while self._ahead:  # the other ranks have the same collectives under way
                 self._ahead.popleft()[3].wait()
             if failed:
-                raise_first(self._failure)
+                raise_first_error(self._failure)
             if stopped and ranks:
                 raise Stopped
             raise StopIteration
@@ -111,10 +111,10 @@ class Lockstep:
         return batch
 
 
-def raise_first(mine: Exception | None) -> None:
+def raise_first_error(mine: Exception | None) -> None:
     """Raise the first failed rank's error on every rank; `mine` is this rank's, None: it has none (collective)."""
     users = isinstance(mine, InputError)
-    failures = gather(None if mine is None else (users, str(mine) if users else repr(mine)))
+    failures = gather_objects(None if mine is None else (users, str(mine) if users else repr(mine)))
     if mine is not None:
         raise mine
     for rank, failure in enumerate(failures):

@@ -17,7 +17,7 @@ from recgpt_torchrec.errors import LOST
 from recgpt_torchrec.progress import LOGGER
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """Silence what torch, torchrec and fbgemm say at every start that no user can act on; warnings of ours stay."""
     for name in ("torchrec", "torch.fx", "torch.distributed", "fbgemm_gpu"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -43,7 +43,7 @@ def process_group(timeout_s: float = 600.0) -> Iterator[torch.device]:
     Args:
         timeout_s: seconds that a rank waits for the others in one collective operation.
     """
-    quiet()
+    silence_libraries()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -77,19 +77,19 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def say(*words: object, sep: str = " ") -> None:
+def log_message(*words: object, sep: str = " ") -> None:
     """Say on rank 0 what is done, through the logger `recgpt_torchrec`: with time and rank in a job's log file."""
     if rank() == 0:
         LOGGER.info(sep.join(map(str, words)))
 
 
-def show(*words: object, sep: str = " ") -> None:
+def print_result(*words: object, sep: str = " ") -> None:
     """Print a result on rank 0, as it is: a table, a summary, what to do next."""
     if rank() == 0:
         print(*words, sep=sep, flush=True)
 
 
-def gather(value: Any) -> list[Any]:
+def gather_objects(value: Any) -> list[Any]:
     """The value of every process, by rank (collective); without a process group, the one there is."""
     if not dist.is_initialized():
         return [value]
@@ -98,7 +98,7 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def together(function: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
+def run_on_first_rank(function: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
     """Run `function` on rank 0 while the others wait, and raise its error on all ranks (collective, in `group`).
 
     Without a process group, just run it.

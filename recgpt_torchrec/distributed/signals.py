@@ -27,13 +27,13 @@ class Stopped(SystemExit):
         super().__init__(STOPPED)
 
 
-def received() -> signal.Signals | None:
+def received_signal() -> signal.Signals | None:
     """The signal by which this process was asked to end, if it was."""
     return _received
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[None]:
+def handle_stop_signals() -> Iterator[None]:
     """Take the signals for requests within the `with`; outside of it they end the process, as by default.
 
     Python runs handlers between two steps of the main thread, which may be waiting for other ranks for ever; so a

@@ -31,7 +31,7 @@ _BROKEN = re.compile(r"gloo|NCCL|Connection (closed|reset)|Broken pipe|Timed out
 """What errors of collective operations say when another rank is gone."""
 
 
-class Standing(NamedTuple):
+class Status(NamedTuple):
     """What a rank is doing."""
 
     phase: str
@@ -41,27 +41,27 @@ class Standing(NamedTuple):
     """Of `time.monotonic`."""
 
 
-_standing = Standing("starting", 0, time.monotonic())
+_status = Status("starting", 0, time.monotonic())
 
 
-def standing() -> Standing:
+def current_status() -> Status:
     """What this rank is doing."""
-    return _standing
+    return _status
 
 
-def at(phase: str, step: int | None = None) -> None:
+def report_phase(phase: str, step: int | None = None) -> None:
     """Say what this rank does from now on; every call counts as progress."""
-    global _standing
-    _standing = Standing(phase, _standing.step if step is None else step, time.monotonic())
+    global _status
+    _status = Status(phase, _status.step if step is None else step, time.monotonic())
 
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
     """Say what this rank does within the `with`. After an error it goes on saying so: that is where it stands."""
-    before = _standing
-    at(name)
+    before = _status
+    report_phase(name)
     yield
-    at(before.phase)
+    report_phase(before.phase)
 
 
 class Watchdog:
@@ -86,7 +86,7 @@ class Watchdog:
         self._lock = threading.Lock()
 
     def __enter__(self) -> "Watchdog":
-        at("starting")
+        report_phase("starting")
         if not faulthandler.is_enabled():
             # Ended by SIGABRT it shows where it was: this thread alone, the others may be running.
             faulthandler.enable(sys.__stderr__ or 2, all_threads=False)
@@ -111,7 +111,7 @@ class Watchdog:
             except Exception as unknown:  # the store may be gone as well
                 missing = f"another rank ({type(unknown).__name__} where the ranks' whereabouts are kept)"
             what = " ".join(str(error).split())[:200]
-            here = f"rank {rank()} was at: {_standing.phase}, after step {_standing.step}"
+            here = f"rank {rank()} was at: {_status.phase}, after step {_status.step}"
             print(f"lost {missing}; {here} ({what})", file=sys.stderr, flush=True)
             raise SystemExit(LOST) from None
 
@@ -122,7 +122,9 @@ class Watchdog:
         while not self._over.wait(self.interval):
             now = time.monotonic()
             if now - last > 5 * self.interval + 1:
-                at(_standing.phase)  # this process was itself stopped for a while, perhaps all of them: count anew
+                report_phase(
+                    _status.phase
+                )  # this process was itself stopped for a while, perhaps all of them: count anew
             last = now
             called = False
             try:
@@ -135,8 +137,8 @@ class Watchdog:
             if called:
                 self._end("another rank found the run stalled")
             # What follows takes two intervals, and counts to the time that was given.
-            if self.stall_seconds and now - _standing.since >= self.stall_seconds - 3 * self.interval:
-                self._stalled(_standing)
+            if self.stall_seconds and now - _status.since >= self.stall_seconds - 3 * self.interval:
+                self._stalled(_status)
                 last = time.monotonic()
 
     def _orphaned(self) -> None:
@@ -152,7 +154,7 @@ class Watchdog:
             return
         with self._lock:
             self._beats += 1
-            phase, step, since = _standing
+            phase, step, since = _status
             beat = {"phase": phase, "step": step, "for": time.monotonic() - since, "time": time.time()}
             beat |= {"beats": self._beats, "ended": self._ended, "host": socket.gethostname(), "pid": os.getpid()}
             self.store.set(f"beat/{rank()}", json.dumps(beat | {"born": _born(os.getpid())}))
@@ -162,11 +164,11 @@ class Watchdog:
         ranks = [other for other in range(world_size()) if other != rank() and self.store.check([f"beat/{other}"])]
         return {other: json.loads(self.store.get(f"beat/{other}")) for other in ranks} if ranks else {}
 
-    def _stalled(self, before: Standing) -> None:
+    def _stalled(self, before: Status) -> None:
         """Look at the others for two intervals, and end if there was no progress here in this time either."""
         earlier = self._others() if self.store is not None else {}
         time.sleep(2 * self.interval)
-        if _standing != before or self._over.is_set():
+        if _status != before or self._over.is_set():
             return
         age = time.monotonic() - before.since
         lines = [f"rank {rank()}: {before.phase}, since {age:.0f} s, after step {before.step}"]
@@ -199,12 +201,12 @@ class Watchdog:
             folder = os.path.join(self.output, "stacks")
             os.makedirs(folder, exist_ok=True)
             with open(os.path.join(folder, f"rank-{rank()}.txt"), "w") as file:
-                file.write(f"{_standing.phase}, after step {_standing.step}\n")
+                file.write(f"{_status.phase}, after step {_status.step}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
 
     def _end(self, why: str) -> None:
-        here = f"rank {rank()}: {_standing.phase}, after step {_standing.step}"
+        here = f"rank {rank()}: {_status.phase}, after step {_status.step}"
         print(f"{why}; {here}", file=sys.stderr, flush=True)
         self._dump()
         os._exit(STALLED)

@@ -23,7 +23,7 @@ from recgpt_torchrec.data.windows import RowGroup, row_groups
 from recgpt_torchrec.evaluation.metrics import RankingMetrics
 
 SCORE_BYTES = 2**27
-"""Memory of one dense [users, items] matrix of scores in `evaluate`."""
+"""Memory of one dense [users, items] matrix of scores in `evaluate_baselines`."""
 
 
 class Baseline(Protocol):
@@ -148,7 +148,7 @@ class Cooccurrence:
         return matrix.tocsr()  # adds up repeated pairs
 
 
-def fit(dataset: Dataset) -> dict[str, Baseline]:
+def fit_baselines(dataset: Dataset) -> dict[str, Baseline]:
     """Fit `popularity` and `cooccurrence` on the training items of a dataset, in one pass over its row groups."""
     items = dataset.manifest.items
     baselines: dict[str, Baseline] = {"popularity": Popularity(items), "cooccurrence": Cooccurrence(items)}
@@ -161,7 +161,7 @@ def fit(dataset: Dataset) -> dict[str, Baseline]:
     return baselines
 
 
-def evaluate(
+def evaluate_baselines(
     dataset: Dataset,
     split: SplitName,
     *,
@@ -183,7 +183,7 @@ def evaluate(
     Returns:
         {"popularity": {"masked": metrics, "unmasked": metrics}, "cooccurrence": ...}.
     """
-    baselines = baselines if baselines is not None else fit(dataset)
+    baselines = baselines if baselines is not None else fit_baselines(dataset)
     results = {name: {how: RankingMetrics(ks) for how in ("masked", "unmasked")} for name in baselines}
     users_at_once = max(1, SCORE_BYTES // (4 * dataset.manifest.items))
     for group in row_groups(dataset)[rank::world_size]:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.ragged import Int64, Ragged
 from recgpt_torchrec.evaluation.metrics import RankingMetrics, list_ranks
-from recgpt_torchrec.evaluation.ranking import reduced
+from recgpt_torchrec.evaluation.ranking import reduce_metrics
 from recgpt_torchrec.retrieval.index import Float32
 from recgpt_torchrec.retrieval.merging import Merged
 from recgpt_torchrec.retrieval.retriever import Retriever
@@ -63,7 +63,7 @@ class ListQuality:
         """`hits` and `recall`, where they were measured (collective)."""
         result: dict[str, Any] = {}
         if self.held_out:
-            result["hits"] = reduced(self._hits).result()
+            result["hits"] = reduce_metrics(self._hits).result()
         if self.exact is not None:
             dist.all_reduce(self._found)
             users, found, wanted = self._found.tolist()

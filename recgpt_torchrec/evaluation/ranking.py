@@ -14,7 +14,7 @@ Results = dict[str, dict[str, float]]
 """{"masked": {"HR@5": ..., ...}, "unmasked": {...}}"""
 
 
-def measure(
+def measure_ranks(
     batches: Iterator[tuple[Histories, Tensor]], catalogue: Catalogue, ks: tuple[int, ...]
 ) -> tuple[int, Results]:
     """HR and NDCG at `ks`, masked and unmasked, over the users of all ranks (collective at the end).
@@ -36,11 +36,11 @@ def measure(
         found = catalogue.ranks(vectors, torch.from_numpy(histories.held_out), histories.seen)
         for metrics, ranks in zip((masked, unmasked), found, strict=True):
             metrics.update(ranks.cpu())
-    results: Results = {"masked": reduced(masked).result(), "unmasked": reduced(unmasked).result()}
+    results: Results = {"masked": reduce_metrics(masked).result(), "unmasked": reduce_metrics(unmasked).result()}
     return masked.users, results
 
 
-def reduced(metrics: RankingMetrics) -> RankingMetrics:
+def reduce_metrics(metrics: RankingMetrics) -> RankingMetrics:
     """The metrics over the users of all ranks (collective)."""
     if dist.is_initialized():
         dist.all_reduce(metrics.state())

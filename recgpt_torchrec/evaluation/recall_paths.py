@@ -16,11 +16,11 @@ from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.split import SplitName
 from recgpt_torchrec.data.stream import SequenceStream, encoding_stream
 from recgpt_torchrec.evaluation.metrics import RankingMetrics, list_ranks
-from recgpt_torchrec.evaluation.ranking import Results, measure, reduced
+from recgpt_torchrec.evaluation.ranking import Results, measure_ranks, reduce_metrics
 from recgpt_torchrec.model.recgpt import unwrapped
 from recgpt_torchrec.retrieval.encoding import encode
-from recgpt_torchrec.retrieval.interests import interests
-from recgpt_torchrec.retrieval.interests import recall as recall_lists
+from recgpt_torchrec.retrieval.interests import predict_interests
+from recgpt_torchrec.retrieval.interests import recall_items as recall_lists
 from recgpt_torchrec.retrieval.merging import SEVERAL, Lists, TwoStep
 from recgpt_torchrec.training.loading import Trained
 
@@ -29,7 +29,7 @@ GRID = 10
 PROTOCOLS = ("masked", "unmasked")
 
 
-def names(trained: Trained) -> tuple[str, str]:
+def path_names(trained: Trained) -> tuple[str, str]:
     """What the one-step and the two-step path of a model are called."""
     if trained.tuning is None:
         return "pretrain", "pretrain_two_step"
@@ -63,11 +63,11 @@ class RecallPaths:
             results: {path: {"masked": {"HR@5": ...}, "unmasked": {...}}}.
             chosen: m, n and how they were chosen.
         """
-        one, two = names(self.trained)
+        one, two = path_names(self.trained)
         longest = max(ks)
         results: dict[str, Results] = {}
         batches = encode(self.trained.model, self._stream(split), self.device)
-        users, results[one] = measure(batches, self.catalogue, ks)
+        users, results[one] = measure_ranks(batches, self.catalogue, ks)
         chosen: dict[str, Any] = {"m": recall.m, "n": longest - recall.m, "because": "as it was asked for"}
         if not recall.m:
             tried = sorted({max(1, round(longest * share / GRID)) for share in range(1, GRID)})
@@ -99,7 +99,7 @@ class RecallPaths:
         stream = self._stream(split, grows=max(1, count - 1))
         maker = stream.maker
         for histories, first in encode(self.trained.model, stream, self.device):
-            vectors = interests(self.trained.model, maker, histories, first, self.catalogue, max(2, count))
+            vectors = predict_interests(self.trained.model, maker, histories, first, self.catalogue, max(2, count))
             if not len(first):
                 continue
             assert histories.held_out is not None and histories.seen is not None
@@ -120,4 +120,4 @@ class RecallPaths:
         names += [f"interests_{count}_{name}" for name in SEVERAL] if count > 1 else []
         for name in names:
             metrics.setdefault(name, {how: RankingMetrics(ks) for how in protocols})
-        return {name: {how: reduced(metrics[name][how]).result() for how in protocols} for name in names}
+        return {name: {how: reduce_metrics(metrics[name][how]).result() for how in protocols} for name in names}

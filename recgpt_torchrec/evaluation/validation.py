@@ -8,7 +8,7 @@ from torch import nn
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import Batch, Model
 from recgpt_torchrec.data.stream import SequenceStream, encoding_stream
-from recgpt_torchrec.evaluation.ranking import measure
+from recgpt_torchrec.evaluation.ranking import measure_ranks
 from recgpt_torchrec.model.recgpt import unwrapped
 from recgpt_torchrec.retrieval.encoding import encode
 
@@ -41,5 +41,5 @@ class Validation:
         self.model.eval()
         items = self.stream.dataset.manifest.items
         catalogue = Catalogue.gather(unwrapped(self.model).scoring_table, items, self.device)
-        _, results = measure(encode(self.model, self.stream, self.device), catalogue, (5, 10))
+        _, results = measure_ranks(encode(self.model, self.stream, self.device), catalogue, (5, 10))
         return results["masked"]

@@ -26,7 +26,7 @@ CPUS_PER_PROCESS = 2
 _COMMAND = 'python={python}; [ -x "$$python" ] || python=python3; exec "$$python" -m recgpt_torchrec.launch.node'
 
 
-def stage(
+def make_job(
     module: str,
     *args: str,
     j: str = "1x1",
@@ -99,13 +99,13 @@ def require_one_process(stage_name: str, j: str | None) -> None:
 
 
 def with_launch_options(component: Callable[..., specs.AppDef]) -> Callable[..., specs.AppDef]:
-    """Give `component(*args, **options)` the options of `stage`, in its signature and in its docstring.
+    """Give `component(*args, **options)` the options of `make_job`, in its signature and in its docstring.
 
     torchx makes a component's command line from these two, so that each component would otherwise repeat them all.
     """
-    signature = inspect.signature(stage)
+    signature = inspect.signature(make_job)
     options = [option for name, option in signature.parameters.items() if name != "module"]
-    arguments = re.sub(r" +module: .*\n", "", (stage.__doc__ or "").partition("Args:\n")[2])
+    arguments = re.sub(r" +module: .*\n", "", (make_job.__doc__ or "").partition("Args:\n")[2])
     component.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
     component.__doc__ = f"{inspect.cleandoc(component.__doc__ or '')}\n\nArgs:\n{arguments}"
     return component

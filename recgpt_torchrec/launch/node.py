@@ -36,7 +36,7 @@ def main() -> None:
 
     # Its one message, "failed (exitcode: ...)", is what the line below says.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
-    a_store_for_each_start()
+    renew_store_at_each_start()
     args = run.parse_args(sys.argv[1:])
     if args.nproc_per_node.isdigit():
         os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_process(available_cores(), int(args.nproc_per_node))))
@@ -60,7 +60,7 @@ def main() -> None:
     sys.exit(status)
 
 
-def a_store_for_each_start() -> None:
+def renew_store_at_each_start() -> None:
     """Let torchrun make a new store each time that it starts the processes.
 
     torch 2.13 keeps the first one, and a rank that was started again then finds the address of a process that is gone:

@@ -29,7 +29,9 @@ class _SoftmaxLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, positive: Tensor, candidates: Tensor, log_q: Tensor, own: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, h: Tensor, positive: Tensor, candidates: Tensor, log_q: Tensor, target_index: Tensor
+    ) -> Tensor:
         positions, count = h.shape[0], candidates.shape[0]
         total = h.new_zeros(())
         grad_h, grad_positive = torch.empty_like(h), torch.empty_like(positive)
@@ -39,11 +41,11 @@ class _SoftmaxLoss(torch.autograd.Function):
         transposed = candidates.t()
         for start in range(0, positions, chunk):
             part = slice(start, min(start + chunk, positions))
-            h_c, positive_c, own_c = h[part], positive[part], own[part]
+            h_c, positive_c, target_index_c = h[part], positive[part], target_index[part]
             logits = torch.mm(h_c, transposed, out=buffer[: h_c.shape[0]])
             logits -= log_q
-            there = (own_c >= 0).nonzero().squeeze(1)
-            logits[there, own_c[there]] = -torch.inf
+            there = (target_index_c >= 0).nonzero().squeeze(1)
+            logits[there, target_index_c[there]] = -torch.inf
             s = (h_c * positive_c).sum(1)
             top = torch.maximum(logits.amax(1), s) if count else s
             torch.exp_(logits.sub_(top[:, None]))
@@ -64,7 +66,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         return grad_h * grad, grad_positive * grad, grad_candidates * grad, None, None
 
 
-def softmax_loss(h: Tensor, positive: Tensor, candidates: Tensor, log_q: Tensor, own: Tensor) -> Tensor:
+def softmax_loss(h: Tensor, positive: Tensor, candidates: Tensor, log_q: Tensor, target_index: Tensor) -> Tensor:
     """Sum over positions of the (sampled) softmax loss.
 
     Args:
@@ -72,15 +74,15 @@ def softmax_loss(h: Tensor, positive: Tensor, candidates: Tensor, log_q: Tensor,
         positive: [positions, dim] vectors of the items that came next.
         candidates: [candidates, dim] vectors.
         log_q: [candidates] log of each candidate's expected count; zeros where it is always there.
-        own: [positions] int64 index of the position's own target among the candidates, -1 where it is not.
+        target_index: [positions] int64 index of the position's own target among the candidates, -1 where it is not.
 
     Returns:
         [] float32.
     """
-    return _SoftmaxLoss.apply(h.float(), positive.float(), candidates.float(), log_q, own)
+    return _SoftmaxLoss.apply(h.float(), positive.float(), candidates.float(), log_q, target_index)
 
 
-def bce_loss(h: Tensor, positive: Tensor, candidates: Tensor, own: Tensor, negatives: int) -> Tensor:
+def bce_loss(h: Tensor, positive: Tensor, candidates: Tensor, target_index: Tensor, negatives: int) -> Tensor:
     """Sum over positions of the paper's binary cross-entropy (equation 4): the next item against O^- negatives.
 
     Position p takes the `negatives` candidates from number p * negatives on, round and round; candidates come in
@@ -89,5 +91,5 @@ def bce_loss(h: Tensor, positive: Tensor, candidates: Tensor, own: Tensor, negat
     positions, count = h.shape[0], candidates.shape[0]
     index = torch.arange(positions * negatives, device=h.device).reshape(positions, negatives) % max(count, 1)
     scores = (h[:, None] * candidates[index]).sum(-1)
-    free = (index != own[:, None]).float()
+    free = (index != target_index[:, None]).float()
     return -(F.logsigmoid((h * positive).sum(1)).sum() + (F.logsigmoid(-scores) * free).sum())

@@ -12,7 +12,7 @@ import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
 
-from recgpt_torchrec.data.dataset import Dataset, Vocabulary, fingerprint_of
+from recgpt_torchrec.data.dataset import Dataset, Vocabulary, histories_fingerprint
 from recgpt_torchrec.data.ragged import Ragged
 from recgpt_torchrec.data.reader import Reader
 from recgpt_torchrec.data.segments import INTERACTED, Interacted
@@ -57,7 +57,7 @@ def lineage_of(earlier: Dataset, vocabulary: str) -> list[Vocabulary]:
 
 def record_of(earlier: Dataset) -> dict[str, str]:
     """What tells whether a dataset was made by extending this one, wherever it lies."""
-    return {"vocabulary": earlier.manifest.vocabulary, "histories": fingerprint_of(earlier)}
+    return {"vocabulary": earlier.manifest.vocabulary, "histories": histories_fingerprint(earlier)}
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def trained_parts(dataset: Dataset) -> Iterator[pa.Table]:
         yield pa.table([absent if column is None else pa.array(column) for column in columns], schema=TRAINED)
 
 
-def marked(entries: ir.Table, trained: ir.Table, by_time: bool) -> ir.Table:
+def mark_trained(entries: ir.Table, trained: ir.Table, by_time: bool) -> ir.Table:
     """The entries with a column `trained` int8: 1 for interactions of the earlier dataset's training part.
 
     By time, an entry was if it is not newer than the newest there (of entries at that very time, as many as were);

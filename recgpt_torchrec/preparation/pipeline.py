@@ -62,7 +62,7 @@ def prepare(config: Prepare) -> Result:
         return Result(manifest=finished, seconds=time.monotonic() - began, already_there=True)
     try:
         with DuckDBEngine(_scratch(config), config.memory_limit) as engine:
-            log = raw.read(engine, config, files)
+            log = raw.read_log(engine, config, files)
             manifest = _make(engine, config, log, extended)
     except duckdb.OutOfMemoryException as error:
         raise InputError(
@@ -126,11 +126,11 @@ def _make(engine: DuckDBEngine, config: Prepare, log: raw.RawLog, extended: Data
     if extended is not None:
         trained = engine.fill("trained_parts", earlier.trained_parts(extended), earlier.TRAINED)
         by_time = log.timed and "timestamps" in extended.columns
-        entries = engine.save("marked_entries", earlier.marked(entries, trained, by_time))
+        entries = engine.save("marked_entries", earlier.mark_trained(entries, trained, by_time))
         lists["trained"] = ("trained", pa.int8())
     sources = [source for source, _ in lists.values()]
     ordered = entries.order_by("user_id", *queries.IN_TIME).select("user_id", *sources)
-    with folders.staged(config.output) as (fs, folder):
+    with folders.stage_folder(config.output) as (fs, folder):
         total = core.left.interactions + (exposed["left"] if exposed else 0)
         events_read = _progress(engine.batches(ordered), "writing sequences", total)
         groups = sequence_groups(events_read, size, lists, all_users)

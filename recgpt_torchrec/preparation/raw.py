@@ -42,7 +42,7 @@ class RawLog:
     header_lines: list[int]
 
 
-def read(engine: DuckDBEngine, config: Prepare, files: list[InputFile]) -> RawLog:
+def read_log(engine: DuckDBEngine, config: Prepare, files: list[InputFile]) -> RawLog:
     """Read every file into the engine.
 
     Raises:

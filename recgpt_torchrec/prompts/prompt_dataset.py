@@ -23,8 +23,8 @@ from recgpt_torchrec.data.reader import read_group
 from recgpt_torchrec.data.segments import EXPOSED, GENERATED
 from recgpt_torchrec.data.windows import RowGroup, row_groups
 from recgpt_torchrec.distributed import shared_folder
-from recgpt_torchrec.distributed.lockstep import raise_first
-from recgpt_torchrec.distributed.processes import gather, rank, together, world_size
+from recgpt_torchrec.distributed.lockstep import raise_first_error
+from recgpt_torchrec.distributed.processes import gather_objects, rank, run_on_first_rank, world_size
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.prompts.prompting import (
     Int64,
@@ -308,7 +308,7 @@ def write_prompts(
         if vectors is not None:
             vectors.finish()
 
-    with shared_folder.staged(path, NAME) as (fs, folder):
+    with shared_folder.stage_shared_folder(path, NAME) as (fs, folder):
         parts, failure = [], None
         try:
             parts = write_parts(fs, folder, "sequences", filled(), GROUPS_PER_PART, prefix=f"part-{rank():04d}")
@@ -316,8 +316,8 @@ def write_prompts(
             failure = error  # raised here it would leave the others waiting for this rank
             if vectors is not None:
                 vectors.finish()
-        raise_first(failure)
-        shares: list[tuple[list[Part], Made]] = gather((parts, made))
+        raise_first_error(failure)
+        shares: list[tuple[list[Part], Made]] = gather_objects((parts, made))
         total = Made(
             users=sum(m.users for _, m in shares),
             generated=sum(m.generated for _, m in shares),
@@ -335,7 +335,7 @@ def write_prompts(
             )
             folders.write_manifest(fs, folder, manifest.to_json())
             total.bytes = manifest.size
-    return gather(total)[0]
+    return gather_objects(total)[0]
 
 
 def copy_parts(dataset: Dataset, parts: list[Part], fs: pyarrow.fs.FileSystem, folder: str) -> None:
@@ -349,8 +349,8 @@ def copy_parts(dataset: Dataset, parts: list[Part], fs: pyarrow.fs.FileSystem, f
                     sink.write(block)
 
 
-def check_all(check: Callable[[], bool]) -> bool:
+def decide_on_first_rank(check: Callable[[], bool]) -> bool:
     """The answer of rank 0, on every rank; its error, too (collective)."""
     answer = []
-    together(lambda: answer.append(check()))
-    return gather(answer)[0][0]
+    run_on_first_rank(lambda: answer.append(check()))
+    return gather_objects(answer)[0][0]

@@ -27,9 +27,9 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from recgpt_torchrec.data.dataset import Dataset, fingerprint_of
+from recgpt_torchrec.data.dataset import Dataset, histories_fingerprint
 from recgpt_torchrec.distributed import shared_folder
-from recgpt_torchrec.distributed.processes import gather, rank
+from recgpt_torchrec.distributed.processes import gather_objects, rank
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import filesystem, folders
 from recgpt_torchrec.storage.manifests import FolderManifest, Kind
@@ -170,11 +170,11 @@ def write_export(
         InputError: `path` holds something, or a vector is not finite (on every process). Nothing is left behind then.
         ValueError: shapes are not as promised, or the shares together are not every id once.
     """
-    with shared_folder.staged(path, ExportManifest.KIND.name) as (fs, folder):
+    with shared_folder.stage_shared_folder(path, ExportManifest.KIND.name) as (fs, folder):
         item_share = _Share("items", Keys(dataset, "items"), (dim,))
         user_share = _Share("users", Keys(dataset, "users"), (dim,) if interests == 1 else (interests, dim))
         parts = [share.write(batches, fs, folder) for share, batches in ((item_share, items), (user_share, users))]
-        gathered = gather((parts, item_share, user_share))
+        gathered = gather_objects((parts, item_share, user_share))
         manifest = ExportManifest(
             items=dataset.manifest.items,
             users=sum(share.rows for _, _, share in gathered),
@@ -182,7 +182,7 @@ def write_export(
             interests=interests,
             dataset=dataset.path,
             vocabulary=dataset.manifest.vocabulary,
-            dataset_fingerprint=fingerprint_of(dataset),
+            dataset_fingerprint=histories_fingerprint(dataset),
             checkpoint=checkpoint,
             checkpoint_fingerprint=checkpoint_fingerprint,
             settings=settings or {},

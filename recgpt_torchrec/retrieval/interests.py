@@ -16,7 +16,7 @@ from recgpt_torchrec.data.stream import BatchMaker
 from recgpt_torchrec.retrieval.merging import Lists
 
 
-def append(histories: Histories, items: Int64, max_len: int) -> Histories:
+def append_generated(histories: Histories, items: Int64, max_len: int) -> Histories:
     """Each history with one generated entry `items` [sequences] at its end, the newest `max_len` entries kept."""
     start, stop = histories.offsets[:-1], histories.offsets[1:]
     start = np.maximum(start, stop - (max_len - 1))
@@ -42,7 +42,7 @@ def append(histories: Histories, items: Int64, max_len: int) -> Histories:
 
 
 @torch.no_grad()
-def interests(
+def predict_interests(
     model: nn.Module, maker: BatchMaker, histories: Histories, first: Tensor, catalogue: Catalogue, count: int
 ) -> Tensor:
     """`count` interest vectors of each history by autoregressive steps (collective: every rank, also with no history).
@@ -64,13 +64,13 @@ def interests(
         # Where no new item is left, item 0 is appended: the next interest has to follow something.
         best = catalogue.top_k(vectors[-1], 1, histories.seen, answered).items.clamp(min=0)
         answered = torch.cat([answered, best], dim=1)
-        histories = append(histories, best[:, 0].cpu().numpy(), maker.max_len)
+        histories = append_generated(histories, best[:, 0].cpu().numpy(), maker.max_len)
         _, (_, outputs) = model(maker.make(histories).to(first.device))
         vectors.append(outputs.float())
     return torch.stack(vectors, dim=1)
 
 
-def recall(vectors: Tensor, catalogue: Catalogue, n: int, seen: Ragged | None) -> Lists:
+def recall_items(vectors: Tensor, catalogue: Catalogue, n: int, seen: Ragged | None) -> Lists:
     """The `n` best items of every interest, by exact search.
 
     Args:

@@ -17,7 +17,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from recgpt_torchrec.distributed import shared_folder
-from recgpt_torchrec.distributed.processes import gather, rank
+from recgpt_torchrec.distributed.processes import gather_objects, rank
 from recgpt_torchrec.retrieval.merging import Merged
 from recgpt_torchrec.storage import filesystem, folders
 from recgpt_torchrec.storage.manifests import FolderManifest, Kind
@@ -83,13 +83,13 @@ def write_lists(
     Raises:
         InputError: `path` holds something. Nothing is left behind after an error.
     """
-    with shared_folder.staged(path, ListManifest.KIND.name) as (fs, folder):
+    with shared_folder.stage_shared_folder(path, ListManifest.KIND.name) as (fs, folder):
         groups = regroup(
             (record_batch(batch, item_keys) for batch in batches if batch.users.size),
             max(1, GROUP_ITEMS // manifest.k),
         )
         parts = write_parts(fs, folder, "lists", groups, GROUPS_PER_PART, prefix=f"part-{rank():04d}")
-        manifest.parts = [part for share in gather(parts) for part in share]
+        manifest.parts = [part for share in gather_objects(parts) for part in share]
         manifest.users = sum(part.rows for part in manifest.parts)
         manifest.measured = measured()
         if rank() == 0:

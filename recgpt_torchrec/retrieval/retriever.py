@@ -11,7 +11,7 @@ import torch
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.data.ragged import Ragged
 from recgpt_torchrec.retrieval.index import Float32, Index, Int64
-from recgpt_torchrec.retrieval.interests import recall
+from recgpt_torchrec.retrieval.interests import recall_items
 from recgpt_torchrec.retrieval.merging import Lists, Merged
 
 Bool = npt.NDArray[np.bool_]
@@ -33,7 +33,7 @@ class ExactSearch:
 
     def lists(self, vectors: Float32, k: int, seen: Ragged | None) -> Lists:
         """See `Search`."""
-        return recall(torch.tensor(vectors), self.catalogue, k, seen)
+        return recall_items(torch.tensor(vectors), self.catalogue, k, seen)
 
 
 @dataclass

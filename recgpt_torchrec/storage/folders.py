@@ -22,7 +22,7 @@ INCOMPLETE = ".incomplete"
 
 
 @contextmanager
-def staged(path: str) -> Iterator[tuple[pyarrow.fs.FileSystem, str]]:
+def stage_folder(path: str) -> Iterator[tuple[pyarrow.fs.FileSystem, str]]:
     """A folder to write a dataset into, that becomes `path` when the block ends without an error.
 
     Until then it has a temporary name beside `path`. Where folders cannot be renamed (object stores) it is `path` from

@@ -12,7 +12,7 @@ from recgpt_torchrec.data.damage import LIST, SetAside
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.histories import HistoryReader
 from recgpt_torchrec.data.stream import BatchMaker, SequenceStream, candidate_source
-from recgpt_torchrec.distributed.processes import gather
+from recgpt_torchrec.distributed.processes import gather_objects
 from recgpt_torchrec.distributed.sharding import initialise_tables, shard
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import RecGPT
@@ -110,7 +110,7 @@ def build(
 def check_lost(dataset: Dataset) -> None:
     """Raise an `InputError` unless every rank finds the same parts of the dataset (collective): windows depend on
     it."""
-    found: list[dict[str, str]] = gather(dataset.lost)
+    found: list[dict[str, str]] = gather_objects(dataset.lost_parts)
     for rank, lost in enumerate(found):
         if differ := sorted(lost.keys() ^ found[0].keys()):
             raise InputError(

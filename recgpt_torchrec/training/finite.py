@@ -25,7 +25,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from recgpt_torchrec import storage
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.windows import RowGroup
-from recgpt_torchrec.distributed.processes import gather
+from recgpt_torchrec.distributed.processes import gather_objects
 
 DECODER = "a gradient of the decoder"
 """Found where no rank found anything else, or as a sum that is over the ranks already."""
@@ -123,7 +123,7 @@ class Place:
         return f"{self.file}, row group {self.row_group}, row{'s' * (len(self.rows) > 1)} {listed}"
 
 
-def places(dataset: Dataset, groups: list[RowGroup], users: np.ndarray) -> list[Place]:
+def find_rows(dataset: Dataset, groups: list[RowGroup], users: np.ndarray) -> list[Place]:
     """Where the histories of `users` [sequences] int64 stand, within the row groups that a batch was read from."""
     found = []
     for group in groups:
@@ -136,7 +136,7 @@ def places(dataset: Dataset, groups: list[RowGroup], users: np.ndarray) -> list[
     return found
 
 
-def describe(folder: str, step: int, epoch: int, here: list[str], loss: float, there: list[Place]) -> str:
+def describe_step(folder: str, step: int, epoch: int, here: list[str], loss: float, there: list[Place]) -> str:
     """What was not finite in a step, on which rank, from which rows; lists it in the run's folder (collective).
 
     Args:
@@ -146,7 +146,7 @@ def describe(folder: str, step: int, epoch: int, here: list[str], loss: float, t
         loss: this rank's.
         there: the rows of this rank's batch.
     """
-    found = gather((here, None if math.isfinite(loss) else str(loss), there))
+    found = gather_objects((here, None if math.isfinite(loss) else str(loss), there))
     if any(set(parts) - {DECODER} for parts, _, _ in found):  # then the decoder's gradients have it from there
         found = [(parts if set(parts) - {DECODER} else [], value, rows) for parts, value, rows in found]
     said, lines = [], ""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from recgpt_torchrec.checkpoints.folder import facts_of, read_tensors, tensors_in
+from recgpt_torchrec.checkpoints.folder import read_metadata, read_tensor_metadata, read_tensors
 from recgpt_torchrec.config import Loss, Model, Sharding, Tuning
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.distributed.sharding import shard, table_name, tables_of
@@ -42,9 +42,9 @@ def load(checkpoint: str, dataset: Dataset, tables: Sharding, *, batch_size: int
     Raises:
         InputError: the checkpoint belongs to another dataset, or is damaged.
     """
-    facts = facts_of(checkpoint)
-    check_vocabulary(facts, checkpoint, dataset)
-    settings = facts["config"]
+    metadata = read_metadata(checkpoint)
+    check_vocabulary(metadata, checkpoint, dataset)
+    settings = metadata["config"]
     config, loss = Model(**settings["model"]), Loss(**settings["loss"])
     tuning = Tuning(**settings["tuning"]) if "tuning" in settings else None
     whole = RecGPT(config, loss, dataset.manifest.users, dataset.manifest.items, tuning)
@@ -61,7 +61,7 @@ def load_pretrained(model: nn.Module, checkpoint: str) -> None:
     W_l, where the model has one, becomes a copy of the item table; what only tuning has keeps its initial values.
     """
     state = model.state_dict()
-    there = tensors_in(checkpoint)
+    there = read_tensor_metadata(checkpoint)
     known = {name: value for name, value in state.items() if f"model.{name}" in there}
     read_tensors({"model": known}, checkpoint)
     tables = {table_name(name): name for name in tables_of(model)}
@@ -77,11 +77,11 @@ def pretrained_model(checkpoint: str, dataset: Dataset, given: Model | None) -> 
         InputError: the checkpoint is not a pre-trained one, belongs to another dataset, or has another shape than
         given.
     """
-    facts = facts_of(checkpoint)
-    check_vocabulary(facts, checkpoint, dataset)
-    if "tuning" in facts["config"]:
+    metadata = read_metadata(checkpoint)
+    check_vocabulary(metadata, checkpoint, dataset)
+    if "tuning" in metadata["config"]:
         raise InputError(f"{checkpoint} was tuned already; give the checkpoint of a pre-training run")
-    saved = Model(**facts["config"]["model"])
+    saved = Model(**metadata["config"]["model"])
     if given is None:
         return saved
     for name, value in asdict(saved).items():
@@ -93,20 +93,20 @@ def pretrained_model(checkpoint: str, dataset: Dataset, given: Model | None) -> 
     return given
 
 
-def check_vocabulary(facts: dict[str, Any], checkpoint: str, dataset: Dataset) -> None:
+def check_vocabulary(metadata: dict[str, Any], checkpoint: str, dataset: Dataset) -> None:
     """Raise an `InputError` unless the checkpoint was trained with the dataset's ids, and with all of them."""
     manifest = dataset.manifest
-    if facts["vocabulary"] == manifest.vocabulary:
+    if metadata["vocabulary"] == manifest.vocabulary:
         return
-    if (earlier := manifest.extends(facts["vocabulary"])) is not None:
+    if (earlier := manifest.extends(metadata["vocabulary"])) is not None:
         raise InputError(
             f"the checkpoint {checkpoint} was trained before {manifest.items - earlier.items:,} items and "
             f"{manifest.users - earlier.users:,} users of {dataset.path} were known, and has no vectors of them: go on "
             f"training with python -m recgpt_torchrec.pretrain --data {dataset.path} --initial {checkpoint} --output "
-            f"NEW_RUN, or give the dataset it was trained on ({facts['config']['data']})"
+            f"NEW_RUN, or give the dataset it was trained on ({metadata['config']['data']})"
         )
     raise InputError(
         f"the checkpoint {checkpoint} was trained on another dataset than {dataset.path} (vocabulary "
-        f"{facts['vocabulary'][:12]}, the dataset has {manifest.vocabulary[:12]}): "
-        f"its ids mean other items. It was trained on {facts['config']['data']}"
+        f"{metadata['vocabulary'][:12]}, the dataset has {manifest.vocabulary[:12]}): "
+        f"its ids mean other items. It was trained on {metadata['config']['data']}"
     )

@@ -9,9 +9,9 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from typing import Any
 
 from recgpt_torchrec import storage
-from recgpt_torchrec.checkpoints.folder import Checkpoints, facts_of
+from recgpt_torchrec.checkpoints.folder import Checkpoints, read_metadata
 from recgpt_torchrec.config.fields import current_name, options
-from recgpt_torchrec.distributed.processes import together
+from recgpt_torchrec.distributed.processes import run_on_first_rank
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import read_json, write_json
 from recgpt_torchrec.storage.finished import check_same, differences, flatten
@@ -91,7 +91,7 @@ class Run:
                     "though of the same users and items. Give the dataset as it was, or choose another --output"
                 )
 
-        together(check)
+        run_on_first_rank(check)
         recorded = read_json(os.path.join(output, RUN)) or {}
         return cls(asdict(config), vocabulary, histories, Checkpoints(output, keep), recorded.get("initial"))
 
@@ -117,16 +117,16 @@ class Run:
                 except OSError as error:
                     raise InputError(f"cannot write to --output {output}: {error}") from None
 
-            together(write)
+            run_on_first_rank(write)
             yield
 
     @property
     def finished(self) -> bool:
         """Whether the run was trained to its end."""
         latest = self.checkpoints.latest()
-        return latest is not None and facts_of(latest)["progress"]["finished"]
+        return latest is not None and read_metadata(latest)["progress"]["finished"]
 
-    def facts(self, plan: str) -> dict[str, Any]:
+    def metadata(self, plan: str) -> dict[str, Any]:
         """What each checkpoint says of itself."""
         return {"config": self.config, "vocabulary": self.vocabulary, "plan": plan}
 

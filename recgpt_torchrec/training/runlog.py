@@ -10,7 +10,7 @@ from typing import Any
 from recgpt_torchrec import storage
 from recgpt_torchrec.distributed.processes import rank
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.progress import LOGGER, bar
+from recgpt_torchrec.progress import LOGGER, progress_bar
 
 
 class RunLog:
@@ -44,7 +44,7 @@ class RunLog:
         with self._writing():
             self.board = SummaryWriter(folder, purge_step=steps + 1 if steps else None)
             _keep_epochs(self.history, epochs)
-        self.bar = bar(int(total), "interactions", done=int(done), unit_scale=True)
+        self.bar = progress_bar(int(total), "interactions", done=int(done), unit_scale=True)
 
     def __enter__(self) -> "RunLog":
         return self

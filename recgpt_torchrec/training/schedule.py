@@ -7,11 +7,11 @@ from torchrec.optim.keyed import KeyedOptimizer
 
 from recgpt_torchrec.config import Optimizer
 
-MOST_WARM = 0.1
+LONGEST_WARMUP = 0.1
 """Longest warm-up, as a share of the run: runs on a small dataset have few steps."""
 
 
-def factor(config: Optimizer, steps: int, progress: float) -> float:
+def learning_rate_share(config: Optimizer, steps: int, progress: float) -> float:
     """The learning rate as a share of its peak: linear warm-up, then cosine decay over the whole run.
 
     Args:
@@ -19,7 +19,7 @@ def factor(config: Optimizer, steps: int, progress: float) -> float:
         steps: steps done.
         progress: targets trained over targets of the whole run, 0 to 1.
     """
-    warm = min(1.0, max((steps + 1) / config.warmup_steps, progress / MOST_WARM)) if config.warmup_steps else 1.0
+    warm = min(1.0, max((steps + 1) / config.warmup_steps, progress / LONGEST_WARMUP)) if config.warmup_steps else 1.0
     cosine = 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
     return warm * (config.final_lr + (1 - config.final_lr) * cosine)
 
@@ -34,7 +34,7 @@ class Schedule:
     def set(self, steps: int, progress: float) -> float:
         """Set the rates for the next step; returns the share of the peak. The pipeline's zero_grad hands them to
         fbgemm."""
-        share = factor(self.config, steps, progress)
+        share = learning_rate_share(self.config, steps, progress)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * share
         return share

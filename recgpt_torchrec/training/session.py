@@ -7,7 +7,7 @@ from torch import nn
 
 from recgpt_torchrec.config import Model, Pretrain, PromptTune, Tuning
 from recgpt_torchrec.data.stream import SequenceStream
-from recgpt_torchrec.distributed.processes import say
+from recgpt_torchrec.distributed.processes import log_message
 from recgpt_torchrec.training.building import build, check_lost
 from recgpt_torchrec.training.header import header
 from recgpt_torchrec.training.run import Run
@@ -57,15 +57,15 @@ def train(
             schedule=config.optimizer,
             saving=config.saving,
             checkpoints=run.checkpoints,
-            facts=run.facts(str(built.plan)),
+            metadata=run.metadata(str(built.plan)),
             seed=config.seed,
         )
         if resumed := run.checkpoints.latest():
             trainer.resume(resumed)
-            say(f"Going on from {resumed}")
+            log_message(f"Going on from {resumed}")
         else:
             begin(trainer)
-        say(header(built, dataset.manifest, device, tokens=config.batch.tokens, epochs=config.train.epochs))
+        log_message(header(built, dataset.manifest, device, tokens=config.batch.tokens, epochs=config.train.epochs))
         trainer.fit(validation(built), metric)
         if (set_aside := stream.maker.reader.set_aside) is not None:
-            say(set_aside.summary())
+            log_message(set_aside.summary())

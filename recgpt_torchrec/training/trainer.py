@@ -15,7 +15,7 @@ from torch import nn
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.optim.keyed import KeyedOptimizer
 
-from recgpt_torchrec.checkpoints.folder import Checkpoints, facts_of
+from recgpt_torchrec.checkpoints.folder import Checkpoints, read_metadata
 from recgpt_torchrec.checkpoints.saving import Saver
 from recgpt_torchrec.checkpoints.state import restore, state_of
 from recgpt_torchrec.config import Optimizer, Saving, Train
@@ -23,11 +23,11 @@ from recgpt_torchrec.data.stream import SequenceStream, Share
 from recgpt_torchrec.data.windows import Position
 from recgpt_torchrec.distributed import signals, watchdog
 from recgpt_torchrec.distributed.lockstep import Lockstep, Step
-from recgpt_torchrec.distributed.processes import gather, say
+from recgpt_torchrec.distributed.processes import gather_objects, log_message
 from recgpt_torchrec.distributed.signals import Stopped
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import unwrapped
-from recgpt_torchrec.training.finite import FiniteGuard, GuardedPipeline, Place, describe, places
+from recgpt_torchrec.training.finite import FiniteGuard, GuardedPipeline, Place, describe_step, find_rows
 from recgpt_torchrec.training.runlog import RunLog
 from recgpt_torchrec.training.schedule import Schedule
 
@@ -84,13 +84,13 @@ class Trainer:
     schedule: Optimizer
     saving: Saving
     checkpoints: Checkpoints
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     """What every checkpoint says of itself: configuration, vocabulary, sharding plan."""
     seed: int
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
-        self.course = Schedule(self.optimizer, self.schedule)
+        self.learning_rate = Schedule(self.optimizer, self.schedule)
         self.guard = FiniteGuard(unwrapped(self.model).dense)
         self.pipeline = GuardedPipeline(self.model, self.optimizer, self.device, self.guard)
         self.saver = Saver(self.checkpoints, self.saving)
@@ -112,14 +112,14 @@ class Trainer:
         if self.saving.asynchronous:
             self.saver.copy(state_of(self.model, self.optimizer))  # takes the memory before the first step
         log = RunLog(self.checkpoints.output, self._total(), progress.read, progress.position.epoch, progress.step)
-        with signals.listening(), self.saver, log:
+        with signals.handle_stop_signals(), self.saver, log:
             try:
                 while not progress.finished:
                     self._epoch(log, validate, metric)
             except Stopped:
                 self._save_within_epoch()
                 self.saver.finish()
-                say(
+                log_message(
                     f"Stopped after step {progress.step}: a rank was asked to end by a signal. Everything is saved in "
                     f"{self.checkpoints.latest()}; the same command goes on from there"
                 )
@@ -163,8 +163,8 @@ class Trainer:
         while True:
             # Dropout depends on where the run stands only: a resumed run goes on as the uninterrupted one would.
             torch.manual_seed((self.seed * 1_000_003 + progress.step) * 4099 + rank)
-            lr_share = self.course.set(progress.step, progress.read / self._total())
-            watchdog.at("a training step", progress.step)
+            lr_share = self.learning_rate.set(progress.step, progress.read / self._total())
+            watchdog.report_phase("a training step", progress.step)
             try:
                 loss, _ = self.pipeline.progress(ahead)
             except StopIteration:
@@ -204,11 +204,13 @@ class Trainer:
         """Say where a step came from whose loss or gradients were not finite; end, or count it (collective)."""
         there: list[Place] = []
         if self.guard.here and step.cursor is not None and step.users is not None:
-            there = places(self.stream.dataset, share.groups_of(step.cursor), step.users)
-        what = describe(self.checkpoints.output, self.progress.step + 1, epoch + 1, self.guard.here, float(loss), there)
+            there = find_rows(self.stream.dataset, share.groups_of(step.cursor), step.users)
+        what = describe_step(
+            self.checkpoints.output, self.progress.step + 1, epoch + 1, self.guard.here, float(loss), there
+        )
         self.progress.skipped += 1
         if self.train.non_finite == "skip" and self.progress.skipped <= self.train.non_finite_limit:
-            return say(f"{what}. Left out, {self.progress.skipped} of at most {self.train.non_finite_limit}")
+            return log_message(f"{what}. Left out, {self.progress.skipped} of at most {self.train.non_finite_limit}")
         self.saver.finish()
         kept = self.checkpoints.latest()
         raise InputError(
@@ -236,7 +238,7 @@ class Trainer:
         """Write a checkpoint that says what is left of the epoch (collective)."""
         self._sum_losses()
         left = [] if self._share is None else self._share.left
-        queues = [queue for of_rank in gather(left) for queue in of_rank]
+        queues = [queue for of_rank in gather_objects(left) for queue in of_rank]
         self.progress.position = Position(self.progress.position.epoch, queues)
         self.save()
 
@@ -244,18 +246,18 @@ class Trainer:
         """Write a checkpoint of everything a run needs to go on; training may go on at once."""
         progress = self.progress
         best = progress.best_step
-        facts = {**self.facts, "progress": progress.state_dict()}
-        facts["best"] = {
+        metadata = {**self.metadata, "progress": progress.state_dict()}
+        metadata["best"] = {
             "checkpoint": None if best is None else os.path.basename(self.checkpoints.path(best)),
             "epoch": progress.best_epoch + 1,
             "value": progress.best_value,
         }
         with watchdog.phase("saving"):
-            self.saver.save(progress.step, state_of(self.model, self.optimizer), facts)
+            self.saver.save(progress.step, state_of(self.model, self.optimizer), metadata)
 
     def resume(self, checkpoint: str) -> None:
         """Go on from a checkpoint, whatever number of ranks and sharding it was written with."""
-        self.progress = Progress.from_state_dict(facts_of(checkpoint)["progress"])
+        self.progress = Progress.from_state_dict(read_metadata(checkpoint)["progress"])
         with watchdog.phase("restoring"):
             restore(self.model, self.optimizer, checkpoint, self.progress.before + self.progress.step)
         self.saver.saved = self.progress.step
@@ -263,6 +265,6 @@ class Trainer:
     def begin_from(self, checkpoint: str) -> None:
         """Begin with what another run's checkpoint holds of the model and its optimizers; rows of tables that it does
         not have stay as they are. Progress and the learning rate's course begin anew."""
-        earlier = Progress.from_state_dict(facts_of(checkpoint)["progress"])
+        earlier = Progress.from_state_dict(read_metadata(checkpoint)["progress"])
         self.progress.before = earlier.before + earlier.step
         restore(self.model, self.optimizer, checkpoint, self.progress.before)

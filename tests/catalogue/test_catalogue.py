@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recgpt_torchrec.catalogue import catalogue as catalogue_module
-from recgpt_torchrec.catalogue.catalogue import FEW, Best, Catalogue, best_of, mask
+from recgpt_torchrec.catalogue.catalogue import FEW, Best, Catalogue, best_items, mask_seen
 from recgpt_torchrec.catalogue.ranks import both_ranks
 from recgpt_torchrec.data.ragged import Ragged
 
@@ -71,8 +71,8 @@ def test_the_best_of_scores_some_of_which_are_left_out_are_a_plain_sort(case, k)
     scores = queries @ vectors.t()
     expected = [plain(row, gone, k) for row, gone in zip(scores.tolist(), seen or [[]] * len(scores), strict=True)]
     if seen is not None:
-        mask(scores, Ragged.from_lists(seen))
-    assert same(best_of(scores, k), expected)
+        mask_seen(scores, Ragged.from_lists(seen))
+    assert same(best_items(scores, k), expected)
 
 
 @given(cases(), st.integers(1, 100), st.randoms(use_true_random=False))
@@ -88,8 +88,8 @@ def test_ranks_are_those_of_the_whole_matrix_however_many_rows_are_scored_at_onc
 
 @pytest.mark.parametrize("k", [1, 2, 3, FEW, FEW + 1])
 def test_it_is_short_where_scores_run_out(k):
-    scores = mask(torch.tensor([[3.0, 1.0, 2.0]]), Ragged.from_lists([[0]]))
-    items, values = best_of(scores, k)
+    scores = mask_seen(torch.tensor([[3.0, 1.0, 2.0]]), Ragged.from_lists([[0]]))
+    items, values = best_items(scores, k)
     assert items.tolist() == [([2, 1] + [-1] * k)[:k]]
     assert values.tolist() == [([2.0, 1.0] + [-np.inf] * k)[:k]]
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.checkpoints.state import restore
-from recgpt_torchrec.distributed.processes import quiet
+from recgpt_torchrec.distributed.processes import silence_libraries
 from tests.distributed import reshard
 from tests.distributed.launch import run_ranks
 from tests.distributed.reshard import DIM, ITEMS, STEPS, USERS, Layout
@@ -62,7 +62,7 @@ def grown(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def grow(rank: int, world_size: int, folder: str) -> list[tuple[Layout, Layout, str]]:
     """Train and save each source, begin from it with each target of the same optimizer; what was compared."""
-    quiet()
+    silence_libraries()
     dist.destroy_process_group()
     for count in (2, 1):
         with reshard.group(rank, world_size, count, folder) as member:

@@ -211,12 +211,12 @@ KILLS = {
     "before it counts": at(folder.os, "rename", counted(3)),
     "before its epoch is known to be the best": at(storage, "write_json", writes("best.json", 1)),
     "before old ones are dropped": at(folder.shutil, "rmtree", lambda path, *args: not path.endswith(".tmp")),
-    "between the line of an epoch and its checkpoint": at(Saver, "save", lambda self, step, state, facts: epoch(facts)),
+    "between the line of an epoch and its checkpoint": at(Saver, "save", lambda self, step, state, known: epoch(known)),
 }
 
 
-def epoch(facts: dict[str, Any]) -> bool:
-    position = facts["progress"]["position"]
+def epoch(metadata: dict[str, Any]) -> bool:
+    position = metadata["progress"]["position"]
     return position["queues"] is None and position["epoch"] == 3
 
 
@@ -252,9 +252,9 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(tmp_path):
 # ------------------------------------------------------------------------------------------------ what follows from it
 
 
-def checkpoint_folder(checkpoints: Checkpoints, step: int, facts: dict[str, Any]) -> None:
+def checkpoint_folder(checkpoints: Checkpoints, step: int, metadata: dict[str, Any]) -> None:
     checkpoints.begin(step)
-    checkpoints.commit(step, facts)
+    checkpoints.commit(step, metadata)
 
 
 def test_what_a_kill_left_undone_is_made_up_for(tmp_path):

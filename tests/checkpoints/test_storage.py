@@ -16,7 +16,7 @@ import pytest
 import torch.distributed as dist
 
 from recgpt_torchrec import storage
-from recgpt_torchrec.checkpoints.folder import FACTS, Checkpoints, find
+from recgpt_torchrec.checkpoints.folder import METADATA, Checkpoints, find_checkpoint
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.reader import Damage, Reader, SetAside
 from recgpt_torchrec.data.windows import row_groups
@@ -114,10 +114,10 @@ def test_all_stages_on_an_object_store_give_what_they_give_on_a_local_disk(local
     train = {**TRAINING, "--data": f"{place}/data", "--output": run}
     # An end in the midst: all tensors of the third checkpoint are on the store, but not what makes it one.
     with pytest.raises(RankFailed, match="exit code 1"):
-        run_ranks(run_stage, 1, "pretrain", train, (FACTS, 3, 0))
+        run_ranks(run_stage, 1, "pretrain", train, (METADATA, 3, 0))
     assert steps(run) == ["step-00000004", "step-00000006"]
     assert storage.names(f"{run}/checkpoints") == ["step-00000004", "step-00000006", "step-00000008"]
-    assert find(run) == f"{run}/checkpoints/step-00000006"
+    assert find_checkpoint(run) == f"{run}/checkpoints/step-00000006"
     ((status, said),) = run_ranks(run_stage, 1, "pretrain", train)
     assert status == 0, said
     on_disk, on_store = results(str(local)), results(place)
@@ -159,7 +159,7 @@ def test_a_dataset_that_a_kill_left_half_written_is_written_over(s3: Server) -> 
         folders.check_free(folder)
     storage.write(f"{folder}/{folders.INCOMPLETE}", b"")
     folders.check_free(folder)
-    with folders.staged(folder) as (fs, root):
+    with folders.stage_folder(folder) as (fs, root):
         assert storage.names(folder) == [folders.INCOMPLETE]
         with fs.open_output_stream(f"{root}/manifest.json") as stream:
             stream.write(b"{}")
@@ -200,7 +200,7 @@ def test_a_store_that_goes_away_ends_the_run_with_what_happened(tmp_path: Path) 
     with server() as running, pytest.MonkeyPatch.context() as patch:
         for name, value in running.environment.items():
             patch.setenv(name, value)
-        moment = (FACTS, 2, running.process.pid)
+        moment = (METADATA, 2, running.process.pid)
         ((status, said),) = run_ranks(run_stage, 1, "pretrain", options, moment)
     assert status == 2
     assert f"pretrain: error: cannot write a checkpoint to s3://{BUCKET}/run/checkpoints: " in said

@@ -221,7 +221,7 @@ def test_a_part_that_is_set_aside_counts_with_the_rows_that_the_manifest_promise
     wanted = expected_pairs([h[:-1] if n // 8 != 1 else [] for n, h in enumerate(HISTORIES)], "newest", MAX_LEN)
     assert everything(stream) == wanted
     ((part, row_group, row, there, why),) = log.listed()
-    assert (part, row_group, row, there) == (PART, None, None, rows) and why in dataset.lost.values()
+    assert (part, row_group, row, there) == (PART, None, None, rows) and why in dataset.lost_parts.values()
     assert log.summary() == f"Damaged: {rows} rows were left out, listed in {log.path}"
     with pytest.raises(InputError, match=f"{rows} rows are damaged, more than --stream.damaged_limit 7; .*{PART}"):
         stream_of(dataset, set_aside=SetAside(str(tmp_path / "other.jsonl"), limit=7))
@@ -243,10 +243,10 @@ def everything(stream: SequenceStream, epoch: int = 0) -> Counter:
 def test_a_checksum_that_differs_is_found_where_it_is_asked_for(data):
     path = data / PART
     path.write_bytes(path.read_bytes()[:400] + b"!" + path.read_bytes()[401:])
-    assert Dataset.open(str(data)).lost == {}
+    assert Dataset.open(str(data)).lost_parts == {}
     with pytest.raises(InputError, match=f"{PART} is damaged: its checksum is .{{8}}, the manifest promises"):
         Dataset.open(str(data), checksums=True)
-    assert list(Dataset.open(str(data), checksums=True, damaged="skip").lost) == [PART]
+    assert list(Dataset.open(str(data), checksums=True, damaged="skip").lost_parts) == [PART]
 
 
 def test_the_vocabulary_is_never_set_aside(data):

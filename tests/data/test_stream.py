@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from recgpt_torchrec.config import Loss
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.histories import no_histories
-from recgpt_torchrec.data.loading import read_ahead
+from recgpt_torchrec.data.loading import prefetch_in_thread
 from recgpt_torchrec.data.stream import SequenceStream
-from recgpt_torchrec.data.windows import Cursor, Position, Queue, RowGroup, deal, windows_of
+from recgpt_torchrec.data.windows import Cursor, Position, Queue, RowGroup, deal_windows, windows_of
 from recgpt_torchrec.errors import InputError
 from tests.data.stream_helpers import MAX_LEN, expected_pairs, pairs, stopped, stream_of
 from tests.support import start_forkserver, walks, write_dataset
@@ -133,14 +133,14 @@ def test_shares_are_the_queues_of_a_ranks_workers_and_each_worker_has_its_own(tm
     stream = stream_of(write_dataset(tmp_path / "data", walks(40, 9), rows_per_group=4), window_groups=1, workers=2)
     shares = [stream.batches(2, rank=rank, world_size=3) for rank in range(3)]
     windows = windows_of(stream.groups, 0, 2, 1)
-    dealt = deal(windows, 6)
+    dealt = deal_windows(windows, 6)
     assert [queue for share in shares for queue in share.left] == dealt
     shares[1].done(Cursor(worker=1, windows_done=1, offset=0, batches=4))
     assert shares[1].left == [dealt[2], Queue(dealt[3].windows[1:], 4, dealt[3].groups)]
     position = Position(2, [queue for share in shares for queue in share.left])
     assert stream.batches(2, position, 1, 3).left == shares[1].left  # on as many ranks, what was left of this one
     anew = [queue for rank in range(2) for queue in stream.batches(2, position, rank, 2).left]
-    assert anew == deal(windows, 4, position)
+    assert anew == deal_windows(windows, 4, position)
 
 
 def test_rows_are_shuffled_across_the_groups_of_a_window_and_anew_each_epoch(tmp_path):
@@ -243,7 +243,7 @@ def test_an_error_of_the_reading_thread_reaches_the_caller_after_the_batches_bef
 
     got = []
     with pytest.raises(RuntimeError, match="the third cannot be made"):
-        for value in read_ahead(source(), 1):
+        for value in prefetch_in_thread(source(), 1):
             got.append(value)
     assert got == [1, 2]
 
@@ -256,7 +256,7 @@ def test_a_caller_that_stops_early_ends_the_reading_thread():
             made.append(number)
             yield number
 
-    ahead = read_ahead(source(), 2)
+    ahead = prefetch_in_thread(source(), 2)
     assert next(ahead) == 0
     ahead.close()  # type: ignore[attr-defined]
     assert len(made) <= 5

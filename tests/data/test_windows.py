@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recgpt_torchrec.data.windows import Cursor, Position, Queue, RowGroup, Window, deal, row_groups, windows_of
+from recgpt_torchrec.data.windows import Cursor, Position, Queue, RowGroup, Window, deal_windows, row_groups, windows_of
 from recgpt_torchrec.errors import InputError
 from tests.support import walks, write_dataset
 
@@ -36,20 +36,20 @@ def test_windows_are_reproducible_and_differ_between_epochs_and_seeds():
 @given(groups_lists, st.integers(1, 4), st.integers(1, 7))
 def test_every_window_is_dealt_to_one_queue_and_the_loads_differ_by_a_window_at_most(groups, size, queues):
     windows = windows_of(groups, 0, 0, size)
-    dealt = deal(windows, queues)
+    dealt = deal_windows(windows, queues)
     assert len(dealt) == queues
     assert sorted(w for queue in dealt for w, _ in queue.windows) == [window.index for window in windows]
     assert all(done == 0 for queue in dealt for _, done in queue.windows)
     loads = [sum(windows[w].items for w, _ in queue.windows) for queue in dealt]
     assert max(loads) - min(loads) <= max((window.items for window in windows), default=0)
-    assert deal(windows, queues) == dealt
+    assert deal_windows(windows, queues) == dealt
 
 
 @st.composite
 def part_way(draw) -> tuple[list[Window], Position, int]:
     windows = windows_of(draw(groups_lists), 0, 3, draw(st.integers(1, 3)))
     begun = []
-    for queue in deal(windows, draw(st.integers(1, 4))):
+    for queue in deal_windows(windows, draw(st.integers(1, 4))):
         finished = draw(st.integers(0, len(queue.windows)))
         batches, offset = draw(st.integers(0, 9)), 0
         if finished < len(queue.windows):
@@ -62,14 +62,14 @@ def part_way(draw) -> tuple[list[Window], Position, int]:
 def test_the_same_number_of_queues_goes_on_with_the_very_same_queues(case):
     windows, position, _ = case
     assert position.queues is not None
-    assert deal(windows, len(position.queues), position) == position.queues
+    assert deal_windows(windows, len(position.queues), position) == position.queues
 
 
 @given(part_way())
 def test_another_number_of_queues_gets_all_that_was_left_and_nothing_else(case):
     windows, position, queues = case
     assert position.queues is not None
-    dealt = deal(windows, queues, position)
+    dealt = deal_windows(windows, queues, position)
     assert len(dealt) == queues
     left = sorted(entry for queue in position.queues for entry in queue.windows)
     assert sorted(entry for queue in dealt for entry in queue.windows) == left
@@ -78,7 +78,7 @@ def test_another_number_of_queues_gets_all_that_was_left_and_nothing_else(case):
 def test_negatives_already_drawn_are_not_drawn_again_after_dealing_anew():
     windows = windows_of([RowGroup(0, n, 10, 10) for n in range(4)], 0, 0, 1)
     position = Position(0, [Queue(((1, 5),), 7), Queue(((2, 0), (3, 0)), 2)])
-    assert {queue.batches for queue in deal(windows, 3, position)} == {7}
+    assert {queue.batches for queue in deal_windows(windows, 3, position)} == {7}
 
 
 def test_a_cursor_leaves_what_it_did_not_reach():

@@ -28,7 +28,7 @@ from recgpt_torchrec.data.batch import Capacity, SequenceBatch, make_batch
 from recgpt_torchrec.data.candidates import AllItems
 from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.histories import Histories, no_histories
-from recgpt_torchrec.distributed.processes import quiet
+from recgpt_torchrec.distributed.processes import silence_libraries
 from recgpt_torchrec.distributed.sharding import tables_of
 from recgpt_torchrec.training.building import build
 from tests.support import walks
@@ -69,7 +69,7 @@ class Difference:
 
 def reshard(rank: int, world_size: int, folder: str, sources: list[Layout], targets: list[Layout]) -> list[Difference]:
     """Train, save and go on with each source; restore each into each target of the same optimizer, and go on there."""
-    quiet()
+    silence_libraries()
     dist.destroy_process_group()
     # All ranks come first: torchrec agrees with them on something once in a process, for its first model.
     ranks = sorted({layout.ranks for layout in [*sources, *targets]}, reverse=True)

@@ -289,7 +289,7 @@ def trainer(
         schedule=Optimizer(warmup_steps=1),
         saving=Saving(every_minutes=minutes),
         checkpoints=Checkpoints(output, keep=1),
-        facts={},
+        metadata={},
         seed=0,
     )
 
@@ -335,9 +335,9 @@ def save_by_the_clock(rank: int, world_size: int, folder: str) -> list[int]:
     saved: list[int] = []
     save = run.saver.save
 
-    def noted(step: int, state: dict[str, Any], facts: dict[str, Any]) -> None:
+    def noted(step: int, state: dict[str, Any], metadata: dict[str, Any]) -> None:
         saved.append(step)
-        save(step, state, facts)
+        save(step, state, metadata)
 
     run.saver.save = noted  # type: ignore[method-assign]
     run.fit(lambda: {"NDCG@10": 0.0}, metric="NDCG@10")

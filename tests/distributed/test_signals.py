@@ -97,7 +97,7 @@ def recorded(
             seeds.append(torch.initial_seed())
         return loss_of(self, h, outputs, batch)
 
-    stream.made_ahead, Dense.sum_of_losses = in_turn, loss  # type: ignore[method-assign]
+    stream.prefetch, Dense.sum_of_losses = in_turn, loss  # type: ignore[method-assign]
     if stop is not None and rank == world_size - 1:
         at_step(stop, lambda: os.kill(os.getpid(), signal.SIGTERM))
     return train(rank, port, data, output, workers=workers), found, seeds
@@ -122,11 +122,11 @@ LISTENER = """
 import os, signal, sys, time
 from recgpt_torchrec.distributed import signals
 signals.AGAIN_SECONDS = 0.5
-with signals.listening():
+with signals.handle_stop_signals():
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(1)
-    print(signals.received().name, flush=True)
+    print(signals.received_signal().name, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
 """
@@ -142,9 +142,9 @@ import os, signal, subprocess, sys
 from recgpt_torchrec.data import loading
 child = (
     "import os, time; from recgpt_torchrec.data import loading; "
-    "loading.end_with(os.getppid()); print(flush=True); time.sleep(60)"
+    "loading.end_with_process(os.getppid()); print(flush=True); time.sleep(60)"
 )
-with loading.withheld():
+with loading.block_stop_signals():
     loader = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE)
 loader.stdout.readline()
 subprocess.run(["kill", "-TERM", str(loader.pid)], check=True)
@@ -230,7 +230,7 @@ def test_the_launcher_ends_with_the_status_of_the_rank_that_failed_and_gives_the
         raise ChildFailedError("stage", {1: ProcessFailure(1, 99, rank_status, "no file")})
 
     monkeypatch.setattr(run, "run", fails)
-    monkeypatch.setattr(node, "a_store_for_each_start", lambda: None)
+    monkeypatch.setattr(node, "renew_store_at_each_start", lambda: None)
     monkeypatch.setattr(sys, "argv", ["node", "--nproc_per_node", "2", "-m", "some.stage"])
     with pytest.raises(SystemExit) as end:
         node.main()
@@ -240,7 +240,7 @@ def test_the_launcher_ends_with_the_status_of_the_rank_that_failed_and_gives_the
 
 def test_signals_are_taken_for_requests_only_where_someone_listens():
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
-    with signals.listening():
+    with signals.handle_stop_signals():
         assert [signal.getsignal(number) for number in STOP_SIGNALS] != before
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
@@ -250,13 +250,13 @@ import os, pathlib, sys, time
 from recgpt_torchrec.distributed import signals
 from recgpt_torchrec.distributed.processes import process_group
 from recgpt_torchrec.distributed.watchdog import Watchdog
-with process_group(), Watchdog(".", stall_seconds=0), signals.listening():
+with process_group(), Watchdog(".", stall_seconds=0), signals.handle_stop_signals():
     said = pathlib.Path("rank" + os.environ["RANK"])
     said.write_text("ready")
     until = time.monotonic() + 60
-    while signals.received() is None and time.monotonic() < until:
+    while signals.received_signal() is None and time.monotonic() < until:
         time.sleep(0.01)
-    said.write_text(str(signals.received()))
+    said.write_text(str(signals.received_signal()))
 """
 
 
@@ -288,7 +288,7 @@ def test_a_job_says_how_often_torchrun_starts_its_processes_again():
 
     from recgpt_torchrec.launch import job
 
-    (role,) = job.stage("some.module", "--data", "d", j="1x2", max_restarts=7).roles
+    (role,) = job.make_job("some.module", "--data", "d", j="1x2", max_restarts=7).roles
     assert "-m recgpt_torchrec.launch.node --max_restarts 7 --rdzv_backend c10d" in role.args[1]
 
 
@@ -301,7 +301,7 @@ def test_slurm_puts_a_job_that_was_asked_to_end_into_the_queue_again_as_often_as
 
     from recgpt_torchrec.launch import job
 
-    app = job.stage("recgpt_torchrec.pretrain", "--data", "d", j="2x2", max_retries=2)
+    app = job.make_job("recgpt_torchrec.pretrain", "--data", "d", j="2x2", max_retries=2)
     script = create_scheduler("test").submit_dryrun(app, {"partition": "p"}).request.materialize()
     for name, does in (("srun", f"exit {status}"), ("scontrol", 'echo "$@" > asked')):
         (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")

@@ -67,7 +67,7 @@ def test_popularity_scores_by_training_count_the_same_for_everyone():
 
 def test_fit_sees_training_items_only(tmp_path):
     histories = [[0, 1, 2, 3], [4, 5], [6]]
-    fitted = baselines.fit(write_dataset(tmp_path / "data", histories))
+    fitted = baselines.fit_baselines(write_dataset(tmp_path / "data", histories))
     assert isinstance(fitted["popularity"], Popularity)
     assert fitted["popularity"].counts.tolist() == [1, 1, 0, 0, 1, 1, 1]
     assert sum(len(training_part(h)) for h in histories) == 5
@@ -81,15 +81,15 @@ def test_generated_items_of_a_prompt_dataset_are_neither_learned_from_nor_held_o
         items=6,
         segments=[[0, 1, 0, 0, 1, 0], [0, 0, 0, 2, 0, 1]],
     )
-    for name, protocols in baselines.evaluate(prompts, "test").items():
+    for name, protocols in baselines.evaluate_baselines(prompts, "test").items():
         for how, metrics in protocols.items():
-            assert metrics.result() == baselines.evaluate(plain, "test")[name][how].result()
+            assert metrics.result() == baselines.evaluate_baselines(plain, "test")[name][how].result()
 
 
 def test_processes_together_count_every_user_once(tmp_path):
     dataset = write_dataset(tmp_path / "data", walks(users=60, items=20), items=20, rows_per_group=7)
-    alone = baselines.evaluate(dataset, "validation")
-    shares = [baselines.evaluate(dataset, "validation", rank=rank, world_size=3) for rank in range(3)]
+    alone = baselines.evaluate_baselines(dataset, "validation")
+    shares = [baselines.evaluate_baselines(dataset, "validation", rank=rank, world_size=3) for rank in range(3)]
     for name in alone:
         merged = shares[0][name]["masked"].merge(shares[1][name]["masked"]).merge(shares[2][name]["masked"])
         assert merged.users == alone[name]["masked"].users == 60
@@ -98,7 +98,7 @@ def test_processes_together_count_every_user_once(tmp_path):
 
 def test_cooccurrence_finds_the_structure_that_popularity_cannot(tmp_path):
     dataset = write_dataset(tmp_path / "data", walks(users=300, items=60), items=60, rows_per_group=50)
-    results = baselines.evaluate(dataset, "test")
+    results = baselines.evaluate_baselines(dataset, "test")
     assert results["cooccurrence"]["masked"].result()["HR@5"] > 0.6
     assert results["popularity"]["masked"].result()["HR@5"] < 0.3
 
@@ -109,7 +109,7 @@ def test_no_metric_changes_under_a_permutation_of_item_ids(tmp_path):
     before = write_dataset(tmp_path / "before", histories, items=50)
     after = write_dataset(tmp_path / "after", [new_id[h].tolist() for h in histories], items=50)
     for split_name in ("validation", "test"):
-        first, second = (baselines.evaluate(dataset, split_name) for dataset in (before, after))
+        first, second = (baselines.evaluate_baselines(dataset, split_name) for dataset in (before, after))
         for name, protocols in first.items():
             for how, metrics in protocols.items():
                 assert second[name][how].result() == pytest.approx(metrics.result(), abs=1e-12), (split_name, name, how)
@@ -150,7 +150,7 @@ def test_beauty_leak_is_gone_and_cooccurrence_reaches_the_published_knn(shared_d
     raw = [[int(item) for item in line.split()[1:]] for line in log.read_text().splitlines()]
     assert next_ids_ndcg(raw) > 0.04
     assert next_ids_ndcg(prepared(log, tmp_path / "data", min_count=5)) < 0.002
-    results = baselines.evaluate(Dataset.open(str(tmp_path / "data")), "test")
+    results = baselines.evaluate_baselines(Dataset.open(str(tmp_path / "data")), "test")
     masked = results["cooccurrence"]["masked"].result()
     assert masked == pytest.approx({"HR@5": 0.0651, "NDCG@5": 0.0475, "HR@10": 0.0867, "NDCG@10": 0.0544}, abs=2e-4)
     assert results["cooccurrence"]["masked"].users == 22363

@@ -134,7 +134,7 @@ def test_a_failed_rank_ends_the_job_with_its_own_words_and_no_foreign_traceback(
         "from recgpt_torchrec.launch import job\n"
         "def broken(*args: str) -> specs.AppDef:\n"
         '    """A stage that fails."""\n'
-        "    return job.stage('stand_in', *args, j='1x2')\n"
+        "    return job.make_job('stand_in', *args, j='1x2')\n"
     )
     done = torchx("run", "-s", "local_cwd", f"{component}:broken", "--", "fail", cwd=stand_in)
     assert done.returncode != 0

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from recgpt_torchrec.config import Model
-from recgpt_torchrec.data.packing import pack
+from recgpt_torchrec.data.packing import pack_sequences
 from recgpt_torchrec.data.ragged import ragged_arange
 from recgpt_torchrec.model.attention import attention, attention_mask
 from recgpt_torchrec.model.decoder import Decoder
@@ -38,7 +38,7 @@ def run(
 ) -> list[torch.Tensor]:
     """Pack, decode, and take each sequence's outputs [length, dim] off the grid again."""
     lengths = torch.tensor([len(items) for items, _ in sequences])
-    grid = pack(lengths.numpy(), row_length)
+    grid = pack_sequences(lengths.numpy(), row_length)
     slots, shape = torch.from_numpy(grid.slots), (grid.rows, row_length)
 
     def on_grid(values: torch.Tensor, empty: float) -> torch.Tensor:

@@ -21,7 +21,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.engine import DuckDBEngine
 from recgpt_torchrec.preparation.kcore import k_core
 from recgpt_torchrec.preparation.pipeline import group_size
-from recgpt_torchrec.storage.folders import check_free, staged
+from recgpt_torchrec.storage.folders import check_free, stage_folder
 from tests.preparation.prepare_helpers import in_time_order, make, random_log, read_keys, read_sequences, write_csv
 
 
@@ -241,7 +241,7 @@ def test_ml_100k_with_ratings(shared_data: Path, tmp_path: Path) -> None:
 
 def test_a_dataset_that_another_process_wrote_meanwhile_stays(tmp_path):
     path = tmp_path / "data"
-    with pytest.raises(InputError, match="was written by another process meanwhile"), staged(str(path)):
+    with pytest.raises(InputError, match="was written by another process meanwhile"), stage_folder(str(path)):
         path.mkdir()
         (path / "manifest.json").write_text("{}")
     assert [file.name for file in tmp_path.rglob("*")] == ["data", "manifest.json"]
@@ -266,7 +266,7 @@ def test_what_a_kill_left_is_deleted_and_what_another_process_writes_is_not(tmp_
     try:
         assert writing.stdout is not None
         folder = writing.stdout.readline().strip()
-        with staged(str(tmp_path / "data")):
+        with stage_folder(str(tmp_path / "data")):
             assert os.path.isdir(folder) and not os.path.exists(killed)
     finally:
         writing.kill()
@@ -276,7 +276,7 @@ def test_what_a_kill_left_is_deleted_and_what_another_process_writes_is_not(tmp_
 def test_an_output_that_is_a_link_stays_one_and_a_mounted_disk_is_refused_before_the_work(tmp_path):
     (tmp_path / "disk/data").mkdir(parents=True)
     (tmp_path / "link").symlink_to("disk/data")
-    with staged(str(tmp_path / "link")) as (_, folder):
+    with stage_folder(str(tmp_path / "link")) as (_, folder):
         assert Path(folder).parent == tmp_path / "disk"
         Path(folder, "manifest.json").write_text("{}")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "disk/data/manifest.json").exists()

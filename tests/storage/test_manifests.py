@@ -10,7 +10,7 @@ import pytest
 
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage.finished import check_same, differences, find_finished, flatten
-from recgpt_torchrec.storage.folders import staged, write_manifest
+from recgpt_torchrec.storage.folders import stage_folder, write_manifest
 from recgpt_torchrec.storage.manifests import FolderManifest, Kind
 from recgpt_torchrec.storage.parts import Part, write_parts
 
@@ -27,7 +27,7 @@ class Boxes(FolderManifest):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    with staged(str(tmp_path / "boxes")) as (fs, root):
+    with stage_folder(str(tmp_path / "boxes")) as (fs, root):
         parts = write_parts(fs, root, "rows", [pa.table({"n": [1, 2, 3]})], 1)
         write_manifest(fs, root, Boxes(settings={"k": 1}, rows=parts).to_json())
     return tmp_path / "boxes"

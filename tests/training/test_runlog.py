@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from recgpt_torchrec import progress
-from recgpt_torchrec.distributed.processes import say, show
+from recgpt_torchrec.distributed.processes import log_message, print_result
 from recgpt_torchrec.training.runlog import RunLog
 
 
@@ -29,13 +29,13 @@ def test_messages_of_a_job_have_time_and_rank_before_each_line_and_results_have_
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    say("going", 2, "on")
+    log_message("going", 2, "on")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    say("one\ntwo")
-    show("a result")
+    log_message("one\ntwo")
+    print_result("a result")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    say("on a terminal")
+    log_message("on a terminal")
     plain, one, two, result, shown = capsys.readouterr().out.splitlines()
     assert (plain, result, shown) == ("going 2 on", "a result", "on a terminal")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d rank 1: one", one) and two.endswith(" rank 1: two")
