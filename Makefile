@@ -28,7 +28,8 @@ demo: $(VENV)/.installed
 
 .PHONY: test
 test: $(VENV)/.installed
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n logical --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 .PHONY: check
 check: $(VENV)/.installed

@@ -1,19 +1,19 @@
-"""Day by day: is a run that goes on from the day before as good as one from scratch, and how much cheaper is it?
+"""Daily training: is a run that continues from the day before as good as one from scratch, and how much cheaper?
 
     python tools/synthetic_log.py --output runs/daily.csv --users 5000 --items 1000
     python pipelines/daily.py --input runs/daily.csv --output runs/daily --day 604800 --days 4
 
-Cuts a log by time: what comes before the share --first of its rows is day 0, then come --days days of --day units of
-time each; what is later is left out. Each day the log so far is prepared with `--vocabulary` of the day before, and
-trained in several ways:
+Cuts a log by time: the share --first of its rows is day 0, then follow --days days of --day units of time each; later
+rows are left out. Each day the log so far is prepared with `--vocabulary` of the day before, and trained in several
+ways:
 
     scratch     the control, on everything so far, with configs/NAME.yaml
-    warm_new    goes on from its run of the day before (`--initial`; on day 1 from scratch's of day 0), on the targets
-                that are new (`--targets new`), with configs/NAME_warm.yaml
+    warm_new    continues from its run of the day before (`--initial`; on day 1 from scratch of day 0), on the new
+                targets (`--targets new`), with configs/NAME_warm.yaml
     warm_all    the same, on all targets so far (`--targets all`)
 
-All are measured on test: the newest interaction of every user so far, which none was trained on. Makes
-OUTPUT/report.md and report.json, brought up to date after each day; the same command goes on where it was stopped.
+All are measured on test: the newest interaction of every user so far, which no run was trained on. Writes
+OUTPUT/report.md and report.json, updated after each day; the same command resumes an interrupted pipeline.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from pipelines import experiment, paper_report  # noqa: E402
 from pipelines.experiment import config_file, from_root  # noqa: E402
 from pipelines.paper_report import METRICS, Row  # noqa: E402
 from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
-from recgpt_torchrec.preparation.engine import quoted  # noqa: E402
+from recgpt_torchrec.preparation.engine import quote_sql  # noqa: E402
 
 WARM, SCRATCH = "warm", "scratch"
 TARGETS = ["new", "all"]
@@ -41,7 +41,7 @@ TARGETS = ["new", "all"]
 
 @dataclass(kw_only=True)
 class Options(experiment.Options):
-    """What the user asked for."""
+    """Options of this pipeline."""
 
     input: str
     """The log."""
@@ -56,14 +56,14 @@ class Options(experiment.Options):
     time_column: str
     min_count: int
     targets: list[str]
-    """As of the stage pretrain: of each way to go on."""
+    """`--targets` of the stage pretrain, of each warm run."""
 
     def runs(self, day: int) -> list[str]:
-        """What is trained on a day, the control first."""
+        """Names of the runs of a day, the control first."""
         return [SCRATCH, *(f"{WARM}_{targets}" for targets in self.targets if day)]
 
     def planned(self) -> list[str]:
-        """The kind of every step."""
+        """The kind of every step, see `RecordedSteps`."""
         a_day = [SCRATCH, "test", *len(self.targets) * [WARM, "test"]]
         return [f"{self.name} {kind}" for kind in (self.days + 1) * ["prepare"]] + [
             f"{self.name} {kind}" for kind in self.seeds * ([SCRATCH, "test"] + self.days * a_day)
@@ -71,24 +71,28 @@ class Options(experiment.Options):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run every step that is not done, and write the report."""
+    """Run every unfinished step, and write the report."""
     options = parse(arguments)
     with pipeline("daily", options.output, options.planned()) as steps:
         Daily(options, steps).run()
 
 
 def parse(arguments: list[str] | None = None) -> Options:
-    """The command line; paths become relative to the project, where commands run."""
+    """Parse the command line; paths become relative to the project, where commands run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", required=True, help="the log: csv, tsv or parquet; dates become seconds")
-    parser.add_argument("--output", default="runs/daily", help="folder for everything (default: runs/daily)")
-    parser.add_argument("--name", default="daily", help="of the configurations NAME.yaml, NAME_warm.yaml (daily)")
+    parser.add_argument("--output", default="runs/daily", help="output folder (default: runs/daily)")
+    parser.add_argument(
+        "--name", default="daily", help="name of the configurations NAME.yaml, NAME_warm.yaml (default: daily)"
+    )
     parser.add_argument("--days", type=int, default=3, help="days after day 0 (default: 3)")
     parser.add_argument("--day", type=float, default=86400, help="length of a day in the log's times (default: 86400)")
     parser.add_argument("--first", type=float, default=0.5, help="share of the rows that is day 0 (default: 0.5)")
-    parser.add_argument("--time_column", default="timestamp", help="as of the stage prepare (default: timestamp)")
-    parser.add_argument("--min_count", type=int, default=5, help="as of the stage prepare (default: 5)")
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS, help="of warm runs (new all)")
+    parser.add_argument("--time_column", default="timestamp", help="as in the stage prepare (default: timestamp)")
+    parser.add_argument("--min_count", type=int, default=5, help="as in the stage prepare (default: 5)")
+    parser.add_argument(
+        "--targets", nargs="+", choices=TARGETS, default=TARGETS, help="targets of warm runs (default: both)"
+    )
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 to SEEDS - 1 (default: 1)")
     parser.add_argument("--ranks", type=int, default=1, help="processes of each stage (default: 1)")
     parser.add_argument("--configs", default="configs", help="folder of the configurations (default: configs)")
@@ -125,9 +129,9 @@ class Daily(experiment.Experiment):
         self.warm_config = config_file(options.configs, self.name, "_warm")
 
     def run(self) -> None:
-        """Day by day, each with every seed; the report is brought up to date after each day."""
+        """Run day by day, each with every seed; updates the report after each day."""
         log = f"{self.folder}/log"
-        cut(ROOT / self.options.input, ROOT / log, self.options)
+        cut_log(ROOT / self.options.input, ROOT / log, self.options)
         for day in range(self.options.days + 1):
             files = [f"{log}/day{number}.parquet" for number in range(day + 1)]
             arguments = [*files, "--time_column", self.options.time_column, "--min_count", str(self.options.min_count)]
@@ -135,42 +139,45 @@ class Daily(experiment.Experiment):
             needs = (f"day{day - 1}/prepare",) if day else ()
             self._prepare(f"day{day}/prepare", [*arguments, *extended], self.data_of(day), needs)
             for seed in range(self.options.seeds):
-                self._day(seed, day)
-            write(self.options, self.steps)
+                self._run_day(seed, day)
+            write_report(self.options, self.steps)
 
-    def _day(self, seed: int, day: int) -> None:
+    def _run_day(self, seed: int, day: int) -> None:
         data, prepared = self.data_of(day), f"day{day}/prepare"
-        place = f"seed{seed}/day{day}"
-        self._train(f"{place}/{SCRATCH}", SCRATCH, "pretrain", self.config, data, (prepared,), seed)
-        self._test(seed, f"day{day}/{SCRATCH}", data, baselines=seed == 0)  # they have no seed
+        folder = f"seed{seed}/day{day}"
+        self._train(f"{folder}/{SCRATCH}", SCRATCH, "pretrain", self.config, data, (prepared,), seed)
+        self._test(seed, f"day{day}/{SCRATCH}", data, baselines=seed == 0)  # baselines have no seed
         for run in self.options.runs(day)[1:]:
             before = f"seed{seed}/day{day - 1}/{run if day > 1 else SCRATCH}"
             more = ["--initial", f"{self.folder}/{before}", "--targets", run.removeprefix(f"{WARM}_")]
             needs = (prepared, before)
-            self._train(f"{place}/{run}", WARM, "pretrain", self.warm_config, data, needs, seed, more)
+            self._train(f"{folder}/{run}", WARM, "pretrain", self.warm_config, data, needs, seed, more)
             self._test(seed, f"day{day}/{run}", data)
 
     def data_of(self, day: int) -> str:
-        """The dataset of a day: the log up to its end."""
+        """Dataset folder of a day: the log up to the end of the day."""
         return f"{self.folder}/day{day}/data"
 
 
-def cut(log: Path, folder: Path, options: Options) -> None:
-    """Write `folder`/day0.parquet, day1.parquet, ...: the rows of each day, in their order; unless they are there.
+def cut_log(log: Path, folder: Path, options: Options) -> None:
+    """Write `folder`/day0.parquet, day1.parquet, ...: the rows of each day, in their order, unless they exist.
 
-    A log that was cut otherwise before ends the pipeline.
+    Ends the pipeline with status 2 where they were cut from another log or with other options.
     """
     settings = {name: getattr(options, name) for name in ("days", "day", "first", "time_column")}
-    made_from = {"log": str(log), "bytes": log.stat().st_size, **settings}
+    sources = {"log": str(log), "bytes": log.stat().st_size, **settings}
     record = folder / "log.json"
     if record.exists():
-        if json.loads(record.read_text()) != made_from:
-            print(f"daily: {folder} was cut from another log or otherwise; choose another --output", file=sys.stderr)
+        if json.loads(record.read_text()) != sources:
+            print(
+                f"daily: {folder} was cut from another log or with other options; choose another --output",
+                file=sys.stderr,
+            )
             raise SystemExit(2)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    source = f"{'read_parquet' if log.suffix == '.parquet' else 'read_csv'}({quoted(str(log))})"
-    moment = '"' + options.time_column.replace('"', '""') + '"'
+    source = f"{'read_parquet' if log.suffix == '.parquet' else 'read_csv'}({quote_sql(str(log))})"
+    time_column = '"' + options.time_column.replace('"', '""') + '"'
     with duckdb.connect() as connection:
         kinds = {row[0]: row[1] for row in connection.sql(f"DESCRIBE SELECT * FROM {source}").fetchall()}
         kind = kinds.get(options.time_column)
@@ -179,50 +186,50 @@ def cut(log: Path, folder: Path, options: Options) -> None:
             print(f"daily: the column {options.time_column} {what}; see --time_column", file=sys.stderr)
             raise SystemExit(2)
         if kind.startswith(("TIMESTAMP", "DATE")):
-            source = f"(SELECT * REPLACE (epoch({moment}) AS {moment}) FROM {source})"
-        (begin,) = connection.sql(f"SELECT quantile_disc({moment}, {options.first}) FROM {source}").fetchall()[0]
+            source = f"(SELECT * REPLACE (epoch({time_column}) AS {time_column}) FROM {source})"
+        (begin,) = connection.sql(f"SELECT quantile_disc({time_column}, {options.first}) FROM {source}").fetchall()[0]
         edges = [float("-inf"), *(float(begin) + day * options.day for day in range(options.days + 1))]
         for day in range(options.days + 1):
-            low = f"{moment} >= {edges[day]!r} AND " if day else ""
-            rows = f"SELECT * FROM {source} WHERE {low}{moment} < {edges[day + 1]!r}"
+            low = f"{time_column} >= {edges[day]!r} AND " if day else ""
+            rows = f"SELECT * FROM {source} WHERE {low}{time_column} < {edges[day + 1]!r}"
             (count,) = connection.sql(f"SELECT count(*) FROM ({rows})").fetchall()[0]
             if not count:
                 print(f"daily: day {day} has no rows; give a longer --day, or fewer --days", file=sys.stderr)
                 raise SystemExit(2)
-            connection.execute(f"COPY ({rows}) TO {quoted(str(folder / f'day{day}.parquet'))} (FORMAT parquet)")
-    record.write_text(json.dumps(made_from))
+            connection.execute(f"COPY ({rows}) TO {quote_sql(str(folder / f'day{day}.parquet'))} (FORMAT parquet)")
+    record.write_text(json.dumps(sources))
 
 
 # --------------------------------------------------------------------------------------------------------- report
 
 
-def write(options: Options, steps: RecordedSteps) -> None:
-    """Bring report.json and report.md up to date with the days that are finished."""
-    report = collect(options, steps)
+def write_report(options: Options, steps: RecordedSteps) -> None:
+    """Write report.json and report.md of the days that are finished."""
+    report = collect_report(options, steps)
     (ROOT / options.output / "report.json").write_text(json.dumps(report, indent=1))
     (ROOT / options.output / "report.md").write_text(markdown(report))
 
 
-def collect(options: Options, steps: RecordedSteps) -> dict[str, Any]:
-    """Everything the report says, as JSON values."""
+def collect_report(options: Options, steps: RecordedSteps) -> dict[str, Any]:
+    """The contents of the report, as JSON values."""
     folder, records = ROOT / options.output / options.name, steps.records()
     days = []
     for day in range(options.days + 1):
-        manifest = paper_report.read(folder / f"day{day}/data/manifest.json")
+        manifest = paper_report.read_json(folder / f"day{day}/data/manifest.json")
         runs: dict[str, Any] = {}
         for run in options.runs(day):
             places = [f"seed{seed}/day{day}/{run}" for seed in range(options.seeds)]
-            tests = [paper_report.read(folder / f"{place}_test.json") for place in places]
+            tests = [paper_report.read_json(folder / f"{place}_test.json") for place in places]
             if not all(tests):
                 continue
-            trained = [paper_report.trained(folder / place) for place in places]
-            for place, each in zip(places, trained, strict=True):
+            training = [paper_report.read_training(folder / place) for place in places]
+            for place, each in zip(places, training, strict=True):
                 each["seconds"] = records[f"{options.name}/{place}"]["seconds"]
             runs[run] = {
                 "users": tests[0]["users"],
                 "test": paper_report.over_seeds([test["results"] for test in tests])["pretrain"],
                 "baselines": {path: tests[0]["results"].get(path) for path in paper_report.BASELINES},
-                "training": trained,
+                "training": training,
             }
         if len(runs) == len(options.runs(day)):
             counts = {name: manifest[name] for name in ("users", "items", "interactions")}
@@ -240,12 +247,12 @@ def collect(options: Options, steps: RecordedSteps) -> dict[str, Any]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report in Markdown."""
     lines = [
-        f"# {report['name']}: going on from the day before, and from scratch",
+        f"# {report['name']}: continuing from the day before, and training from scratch",
         "",
         f"A day is {report['day']:,g} units of the log's time. Seeds: {report['seeds']}; ± is the sample standard "
-        f"deviation over them. Processes of each run: {report['ranks']}. Leave one out over all users so far, ranked "
+        f"deviation over them. Ranks of each run: {report['ranks']}. Leave-one-out over all users so far, ranked "
         "over the whole catalogue, masked. Bold: best of its column.",
         "",
         "| day | users (new) | items (new) | interactions | new targets |",
@@ -258,19 +265,25 @@ def markdown(report: dict[str, Any]) -> str:
         lines.append(f"| {day['day']} | {' | '.join(new)} | {day['interactions']:,} | {targets} |")
     for day in report["days"]:
         rows: list[Row] = []
-        for run, found in day["runs"].items():
-            rows.append((run, [found["test"]["masked"][metric] for metric in METRICS]))
+        for run, results in day["runs"].items():
+            rows.append((run, [results["test"]["masked"][metric] for metric in METRICS]))
         for path, title in paper_report.BASELINES.items():
             if figures := day["runs"][SCRATCH]["baselines"][path]:
                 rows.append((title, [{"mean": figures["masked"][metric], "sd": None} for metric in METRICS]))
         lines += ["", f"## Day {day['day']}, test", "", *paper_report.table("", METRICS, rows)]
-    lines += ["", "## Training", "", "Means over seeds. Seconds of the whole command, and of its training alone.", ""]
+    lines += [
+        "",
+        "## Training",
+        "",
+        "Means over seeds. Seconds are those of the whole command, and of training alone.",
+        "",
+    ]
     lines += ["| day | run | optimizer steps | best epoch | seconds | training alone |", "|---|---|---|---|---|---|"]
     total: dict[str, float] = {}
     for day in report["days"]:
-        for run, found in day["runs"].items():
+        for run, results in day["runs"].items():
             names = ("steps", "best_epoch", "seconds", "train_s")
-            means = [paper_report.mean_and_deviation([t[name] for t in found["training"]])["mean"] for name in names]
+            means = [paper_report.mean_and_deviation([t[name] for t in results["training"]])["mean"] for name in names]
             lines.append(f"| {day['day']} | {run} | " + " | ".join(f"{mean:,.0f}" for mean in means) + " |")
             if day["day"]:
                 total[run] = total.get(run, 0.0) + means[2]

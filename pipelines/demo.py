@@ -1,6 +1,6 @@
-"""The main job in minutes: synthetic log -> dataset -> training on two ranks -> evaluation -> vectors -> lists.
+"""The whole job in minutes: synthetic log -> dataset -> training on two ranks -> evaluation -> vectors -> lists.
 
-A second run starts where the first left off: what is finished is not done again. `--fresh` begins anew.
+A second run resumes: finished stages do no work again. `--fresh` starts over.
 """
 
 import argparse
@@ -15,9 +15,9 @@ from pipelines.steps import ROOT, Steps  # noqa: E402
 
 
 def main() -> None:
-    """Run every stage on a small log, and end with a table and where everything lies."""
+    """Run every stage on a small log, and print a table of results and the output paths."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", default="demo_output", help="folder for everything (default: demo_output)")
+    parser.add_argument("--output", default="demo_output", help="output folder (default: demo_output)")
     parser.add_argument("--ranks", type=int, default=2, help="training processes (default: 2)")
     parser.add_argument("--fresh", action="store_true", help="delete the output folder of an earlier demo first")
     options = parser.parse_args()
@@ -37,22 +37,22 @@ def main() -> None:
     stage = ["--data", data, "--checkpoint", run, "--output"]
     steps.run("Evaluate", ["python", "-m", "recgpt_torchrec.evaluate", *stage, f"{output}/test.json"])
     steps.run("Export", ["python", "-m", "recgpt_torchrec.export", *stage, vectors, "--interests", "2"])
-    found = ["--export", vectors, "--data", data, "--output", lists, "--k", "10"]
-    steps.run("Retrieve", ["python", "-m", "recgpt_torchrec.retrieve", *found])
+    retrieve = ["--export", vectors, "--data", data, "--output", lists, "--k", "10"]
+    steps.run("Retrieve", ["python", "-m", "recgpt_torchrec.retrieve", *retrieve])
 
     results = json.loads((ROOT / output / "test.json").read_text())["results"]
     print(f"\n== Done in {steps.times()}\n\n{table(results)}\n")
-    print(f"dataset       {data}          one row a user, ids dense and random")
+    print(f"dataset       {data}          one row per user, ids dense and random")
     print(f"checkpoint    {run}           curves: tensorboard --logdir {run}/tensorboard")
     print(f"evaluation    {output}/test.json")
-    print(f"vectors       {vectors}       items/*.parquet and users/*.parquet for an ANN index, two interests a user")
+    print(f"vectors       {vectors}       items/*.parquet and users/*.parquet for an ANN index, two interests per user")
     print(f"lists         {lists}         ten new items for every user")
     print("\nTry next      your own log: see 'Your own data' in README.md")
     print("              the paper's loss: add --loss.candidates bce to the pretrain command, with another --output")
 
 
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """The model against the baselines, masked."""
+    """Masked results of the model and of the baselines."""
     names = ["HR@5", "NDCG@5", "HR@10", "NDCG@10"]
     lines = [f"{'test, masked':<16}" + "".join(f"{name:>10}" for name in names)]
     titles = {"pretrain": "this model", "cooccurrence": "co-occurrence", "popularity": "popularity"}

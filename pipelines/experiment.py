@@ -1,4 +1,4 @@
-"""What the pipelines that train and measure have in common: their options, and steps on one data set."""
+"""Common parts of the pipelines that train and measure: options, and steps on one data set."""
 
 import os
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Options:
-    """What the user asked for, of any of them; paths are relative to the project, where commands run."""
+    """Options of every pipeline; paths are relative to the project, where commands run."""
 
     output: str
     seeds: int
@@ -24,7 +24,7 @@ class Options:
 
 
 class Experiment:
-    """Everything about one data set, in a folder of its own; `run` is the pipeline's."""
+    """Steps on one data set, in its own folder; a pipeline's subclass has `run`."""
 
     def __init__(self, name: str, options: Options, steps: RecordedSteps) -> None:
         self.name, self.options, self.steps = name, options, steps
@@ -34,7 +34,7 @@ class Experiment:
         self.tune_config = config_file(options.configs, name, "_tune")
 
     def _prepare(self, title: str, arguments: list[str], output: str, needs: tuple[str, ...] = ()) -> None:
-        """Make a dataset; `arguments` begin with its input."""
+        """Run the stage prepare; `arguments` begin with its input."""
         self.steps.run(
             f"{self.name}/{title}",
             ["python", "-m", "recgpt_torchrec.prepare", "--output", output, "--input", *arguments],
@@ -58,7 +58,7 @@ class Experiment:
         arguments = ["--config", config, "--data", data, "--output", output, "--seed", str(seed), *(more or [])]
         self.steps.run(
             f"{self.name}/{title}",
-            self._stage(stage, arguments),
+            self._command(stage, arguments),
             kind=f"{self.name} {kind}",
             proof=f"{output}/best.json",
             needs=tuple(f"{self.name}/{need}" for need in needs),
@@ -66,23 +66,23 @@ class Experiment:
         )
 
     def _test(self, seed: int, run: str, data: str, *, baselines: bool = False) -> None:
-        """Measure a run on test; m of the two-step list is chosen on validation by the stage."""
+        """Measure a run on test; the stage chooses m of the two-step list on validation."""
         title = f"seed{seed}/{run}_test"
         output = f"{self.folder}/{title}.json"
         arguments = ["--data", data, "--checkpoint", f"{self.folder}/seed{seed}/{run}", "--output", output]
         self.steps.run(
             f"{self.name}/{title}",
-            self._stage("evaluate", [*arguments, "--baselines", str(baselines).lower()]),
+            self._command("evaluate", [*arguments, "--baselines", str(baselines).lower()]),
             kind=f"{self.name} test",
             proof=output,
             needs=(f"{self.name}/seed{seed}/{run}",),
             repeatable=True,
         )
 
-    def _stage(self, name: str, arguments: list[str]) -> list[str]:
+    def _command(self, name: str, arguments: list[str]) -> list[str]:
         if self.options.ranks == 1:
             return ["python", "-m", f"recgpt_torchrec.{name}", *arguments]
-        # torchrun with threads that fit the machine; unlike torchx it needs no installed project and logs no files.
+        # torchrun with threads that fit the machine; unlike torchx it needs no installed project and writes no logs.
         job = [
             "python",
             "-m",
@@ -93,11 +93,11 @@ class Experiment:
         ]
         return [*job, "-m", f"recgpt_torchrec.{name}", *arguments]
 
-    def _tokens(self, data: str, prompts: bool = True) -> int:
-        """Tokens of a batch of `data`, tuned with its prompts or without, that give as many optimizer steps an epoch as
-        batches of the prepared dataset without prompts have.
+    def _equal_step_tokens(self, data: str, prompts: bool = True) -> int:
+        """Tokens per batch of `data`, with or without its prompts, that give as many optimizer steps per epoch as the
+        prepared dataset without prompts.
 
-        About 1 + K times as many with K prompts: less where long histories are cut to `max_len` entries.
+        With K prompts about 1 + K times as many; fewer where long histories are cut to `max_len` entries.
         """
         from recgpt_torchrec import cli
         from recgpt_torchrec.config import Pretrain, PromptTune
@@ -107,15 +107,15 @@ class Experiment:
         model = cli.parse(Pretrain, self.steps.name, ["--config", str(ROOT / self.config), *unused]).model
         unused += ["--checkpoint", ""]
         tune = cli.parse(PromptTune, self.steps.name, ["--config", str(ROOT / self.tune_config), *unused])
-        this, control = (
-            inputs_of(Dataset.open(str(ROOT / where)), tune.batch, model.max_len, read)
-            for where, read in ((data, prompts), (self.data, False))
+        count, control = (
+            inputs_of(Dataset.open(str(ROOT / path)), tune.batch, model.max_len, read)
+            for path, read in ((data, prompts), (self.data, False))
         )
-        return round(tune.batch.tokens * this / max(control, 1))
+        return round(tune.batch.tokens * count / max(control, 1))
 
 
 def inputs_of(dataset: "Dataset", batch: "Batch", max_len: int, prompts: bool) -> int:
-    """Entries that one epoch reads as input, with or without prompts, cut as in training."""
+    """Number of tokens in one epoch, with or without prompts, cut as in training."""
     import numpy as np
 
     from recgpt_torchrec.data.histories import HistoryReader
@@ -130,13 +130,13 @@ def inputs_of(dataset: "Dataset", batch: "Batch", max_len: int, prompts: bool) -
 
 
 def config_file(folder: str, name: str, ending: str = "") -> str:
-    """The configuration of a data set, or the common one."""
-    own = f"{folder}/{name}{ending}.yaml"
-    return own if (ROOT / own).exists() else f"{folder}/paper{ending}.yaml"
+    """Configuration file of a data set, or the common one, `paper`."""
+    file = f"{folder}/{name}{ending}.yaml"
+    return file if (ROOT / file).exists() else f"{folder}/paper{ending}.yaml"
 
 
 def from_root(path: str) -> str:
-    """A path as it is named in the project's folder."""
+    """A path relative to the project's folder; absolute if it is far outside."""
     absolute = os.path.abspath(path)
     relative = os.path.relpath(absolute, ROOT)
     return relative if not relative.startswith("../..") else absolute

@@ -1,14 +1,14 @@
-"""From raw files to the paper's tables: every recall path, several seeds, mean and standard deviation.
+"""From raw files to the paper's tables: every recall path, over several seeds, with mean and standard deviation.
 
     python pipelines/paper.py --dataset beauty=../shared/data/Beauty.txt --output runs/paper --seeds 5 --k 1 2 3
 
-Makes Table 2 (Pre-train, Fine-tuning, RecGPT_1, RecGPT), Table 3 (the ablation) and the sensitivity of K and m_n (Fig.
-4 to 6) of RecGPT (arXiv 2404.08675): OUTPUT/report.md, report.json, figures/*.png, brought up to date after each seed.
-The same command goes on where it was stopped. A data set NAME is trained with configs/NAME.yaml, given prompts with
-configs/NAME_prompts.yaml and tuned with configs/NAME_tune.yaml; where there is none, with those of the name `paper`.
+Writes Table 2 (Pre-train, Fine-tuning, RecGPT_1, RecGPT), Table 3 (the ablation) and the sensitivity of K and m_n (Fig.
+4 to 6) of RecGPT (arXiv 2404.08675): OUTPUT/report.md, report.json, figures/*.png, updated after each seed. The
+same command resumes an interrupted pipeline. A data set NAME is pre-trained with configs/NAME.yaml, gets prompts with
+configs/NAME_prompts.yaml and is tuned with configs/NAME_tune.yaml; a missing file is replaced by that of `paper`.
 
-K is chosen on validation with the first seed, m_n on validation with each seed; test decides nothing. Fine-tuning is
-prompt-tuning without prompts: the same loss, epochs and, as prompted batches are given more tokens, optimizer steps.
+K is chosen on validation with the first seed, m_n on validation with each seed; test chooses nothing. Fine-tuning is
+prompt-tuning without prompts: the same loss, epochs and optimizer steps, for which prompted batches have more tokens.
 """
 
 import argparse
@@ -28,12 +28,12 @@ from recgpt_torchrec.config.command_line import values_of  # noqa: E402
 
 SPLITS = ("validation", "test")
 LONGEST = 10
-"""The longest list that is measured; m + n of the two-step list."""
+"""Length of the longest list that is measured; m + n of the two-step list."""
 
 
 @dataclass(kw_only=True)
 class Options(experiment.Options):
-    """What the user asked for."""
+    """Options of this pipeline."""
 
     datasets: dict[str, str]
     """Raw file by name."""
@@ -42,7 +42,7 @@ class Options(experiment.Options):
     test_grid: bool
 
     def planned(self) -> list[str]:
-        """The kind of every step."""
+        """The kind of every step, see `RecordedSteps`."""
         kinds = []
         for name in self.datasets:
             kinds.append(f"{name} prepare")
@@ -55,7 +55,7 @@ class Options(experiment.Options):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run every step that is not done, and write the report."""
+    """Run every unfinished step, and write the report."""
     options = parse(arguments)
     with pipeline("paper", options.output, options.planned()) as steps:
         for name in options.datasets:
@@ -64,14 +64,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> Options:
-    """The command line; paths become relative to the project, where commands run."""
+    """Parse the command line; paths become relative to the project, where commands run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", nargs="+", required=True, metavar="NAME=FILE", help="raw files and their names")
-    parser.add_argument("--output", default="runs/paper", help="folder for everything (default: runs/paper)")
+    parser.add_argument("--output", default="runs/paper", help="output folder (default: runs/paper)")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to SEEDS - 1 (default: 5)")
     parser.add_argument("--ranks", type=int, default=2, help="processes of each stage (default: 2)")
-    parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 3], help="prompts an interval to try (1 2 3)")
-    parser.add_argument("--input_format", default="auto", help="as of the stage prepare (default: auto)")
+    parser.add_argument(
+        "--k", type=int, nargs="+", default=[1, 2, 3], help="numbers of prompts per interval to try (default: 1 2 3)"
+    )
+    parser.add_argument("--input_format", default="auto", help="as in the stage prepare (default: auto)")
     parser.add_argument("--configs", default="configs", help="folder of the configurations (default: configs)")
     parser.add_argument("--test_grid", action="store_true", help="measure every m_n on test too, with the first seed")
     given = parser.parse_args(arguments)
@@ -89,7 +91,7 @@ def parse(arguments: list[str] | None = None) -> Options:
         parser.error("--seeds and --ranks must be at least 1")
     ks = sorted(set(given.k))
     if not 1 <= ks[0] <= ks[-1] <= 8:
-        parser.error(f"--k {' '.join(map(str, given.k))}: between two items stand 1 to 8 prompts")
+        parser.error(f"--k {' '.join(map(str, given.k))}: K must be 1 to 8 prompts")
     return Options(
         datasets=datasets,
         output=from_root(given.output),
@@ -103,7 +105,7 @@ def parse(arguments: list[str] | None = None) -> Options:
 
 
 class Paper(experiment.Experiment):
-    """Everything about one data set. Example: `Paper("beauty", options, steps).run()`."""
+    """All steps on one data set. Example: `Paper("beauty", options, steps).run()`."""
 
     options: Options
 
@@ -112,7 +114,7 @@ class Paper(experiment.Experiment):
         self.k: int | None = None if len(options.ks) > 1 else options.ks[0]
 
     def run(self) -> None:
-        """Prepare once, then seed by seed; the report is brought up to date after each seed."""
+        """Prepare once, then run seed by seed; updates the report after each seed."""
         prepare = ["--input", self.options.datasets[self.name], "--input_format", self.options.input_format]
         self.steps.run(
             f"{self.name}/prepare",
@@ -121,34 +123,34 @@ class Paper(experiment.Experiment):
             proof=f"{self.data}/manifest.json",
         )
         for seed in range(self.options.seeds):
-            self._seed(seed)
-            paper_report.write(self.options, self.steps)
+            self._run_seed(seed)
+            paper_report.write_report(self.options, self.steps)
         if self.options.test_grid:
             for m in range(1, LONGEST):
                 self._evaluate(0, f"k{self.k}/recgpt", f"test_{m}_{LONGEST - m}", "test", m)
-            paper_report.write(self.options, self.steps)
+            paper_report.write_report(self.options, self.steps)
 
-    def _seed(self, seed: int) -> None:
-        place = f"seed{seed}"
-        self._train(f"{place}/pretrain", "pretrain", "pretrain", self.config, self.data, ("prepare",), seed)
-        self._both_splits(seed, "pretrain")
-        tuned = ["--checkpoint", f"{self.folder}/{place}/pretrain"]
+    def _run_seed(self, seed: int) -> None:
+        folder = f"seed{seed}"
+        self._train(f"{folder}/pretrain", "pretrain", "pretrain", self.config, self.data, ("prepare",), seed)
+        self._measure(seed, "pretrain")
+        tuned = ["--checkpoint", f"{self.folder}/{folder}/pretrain"]
         ks = self.options.ks if seed == 0 else [self.chosen_k()]
         for k in ks:
             self._generate(seed, k, tuned)
         self._train(
-            f"{place}/fine_tuning",
+            f"{folder}/fine_tuning",
             "fine_tuning",
             "prompt_tune",
             self.tune_config,
-            f"{self.folder}/{place}/k{ks[0]}/prompts",  # for the answers in it: prompts are left out
-            (f"{place}/pretrain", f"{place}/k{ks[0]}/prompts"),
+            f"{self.folder}/{folder}/k{ks[0]}/prompts",  # for its answers; prompts are ignored
+            (f"{folder}/pretrain", f"{folder}/k{ks[0]}/prompts"),
             seed,
             [*tuned, "--tuning.prompts", "false"],
         )
-        self._both_splits(seed, "fine_tuning")
+        self._measure(seed, "fine_tuning")
         for k in ks:
-            self._prompted(seed, k, tuned)
+            self._tune(seed, k, tuned)
         if self.k is None:
             self.k = self.chosen_k()
             print(f"\n{self.name}: K = {self.k} is best on validation with the first seed")
@@ -159,23 +161,23 @@ class Paper(experiment.Experiment):
         arguments = ["--config", config, "--data", self.data, *tuned, "--prompts.k", str(k), "--output", prompts]
         self.steps.run(
             f"{self.name}/{place}/prompts",
-            self._stage("generate_prompts", arguments),
+            self._command("generate_prompts", arguments),
             kind=f"{self.name} generate",
             proof=f"{prompts}/manifest.json",
             needs=(f"{self.name}/prepare", f"{self.name}/seed{seed}/pretrain"),
             settings=values_of(ROOT / config),
         )
 
-    def _prompted(self, seed: int, k: int, tuned: list[str]) -> None:
+    def _tune(self, seed: int, k: int, tuned: list[str]) -> None:
         place = f"seed{seed}/k{k}"
         prompts = f"{self.folder}/{place}/prompts"
-        tokens = ["--batch.tokens", str(self._tokens(prompts))]
+        tokens = ["--batch.tokens", str(self._equal_step_tokens(prompts))]
         needs = (f"seed{seed}/pretrain", f"{place}/prompts")
         self._train(f"{place}/recgpt", "tune", "prompt_tune", self.tune_config, prompts, needs, seed, [*tuned, *tokens])
-        self._both_splits(seed, f"k{k}/recgpt")
+        self._measure(seed, f"k{k}/recgpt")
 
-    def _both_splits(self, seed: int, run: str) -> None:
-        """Measure a run on validation, which chooses m, and with that m on test."""
+    def _measure(self, seed: int, run: str) -> None:
+        """Measure a run on validation, which chooses m, then with that m on test."""
         self._evaluate(seed, run, "validation", "validation", 0)
         chosen = json.loads((ROOT / self.folder / f"seed{seed}/{run}_validation.json").read_text())["recall"]["m"]
         self._evaluate(seed, run, "test", "test", chosen)
@@ -184,13 +186,13 @@ class Paper(experiment.Experiment):
         title = f"seed{seed}/{run}_{file}"
         prompted = run.endswith("recgpt")
         data = f"{self.folder}/seed{seed}/{run.removesuffix('recgpt')}prompts" if prompted else self.data
-        baselines = "true" if seed == 0 and run == "pretrain" else "false"  # they have no seed
+        baselines = "true" if seed == 0 and run == "pretrain" else "false"  # baselines have no seed
         output = f"{self.folder}/{title}.json"
         arguments = ["--data", data, "--checkpoint", f"{self.folder}/seed{seed}/{run}", "--output", output]
         arguments += ["--split", split, "--baselines", baselines] + (["--recall.m", str(m)] if m else [])
         self.steps.run(
             f"{self.name}/{title}",
-            self._stage("evaluate", arguments),
+            self._command("evaluate", arguments),
             kind=f"{self.name} {split}",
             proof=output,
             needs=(f"{self.name}/seed{seed}/{run}",),

@@ -1,4 +1,4 @@
-"""What `pipelines/paper.py` measured, as report.json, report.md and figures; reads files only, and runs nothing."""
+"""The report of `pipelines/paper.py`: report.json, report.md and figures. Only reads files; runs nothing."""
 
 import json
 import math
@@ -17,38 +17,37 @@ if TYPE_CHECKING:
     from pipelines.paper import Options
 
 METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
-PROTOCOLS = {"masked": "items of the history cannot be answered", "unmasked": "every item competes"}
+PROTOCOLS = {"masked": "items of the history do not compete", "unmasked": "every item competes"}
 TABLE_2 = {"pretrain": "Pre-train", "fine_tuning": "Fine-tuning", "recgpt_1": "RecGPT_1", "recgpt": "RecGPT"}
 TABLE_3 = {
     "recgpt": "RecGPT: prompt-tuned, two-step recall (`recgpt`)",
     "pretrain_two_step": "Variant_1: without prompt-tuning, two-step recall (`pretrain_two_step`)",
     "recgpt_1": "Variant_2: RecGPT_1, prompt-tuned, one-step recall (`recgpt_1`)",
     "pretrain": "Variant_3: Pre-train, one-step recall (`pretrain`)",
-    "fine_tuning": "not in the paper's table: tuned without prompts, one-step recall (`fine_tuning`)",
+    "fine_tuning": "not in the paper: tuned without prompts, one-step recall (`fine_tuning`)",
 }
-"""The paper's variants of the ablation, and our control."""
+"""The paper's ablation variants, and our control."""
 BASELINES = {"cooccurrence": "co-occurrence (measured here)", "popularity": "popularity (measured here)"}
 STEPS_UP = (("recgpt", "recgpt_1"), ("recgpt_1", "fine_tuning"), ("fine_tuning", "pretrain"))
 Row: TypeAlias = tuple[str, list[dict[str, Any] | None]]
 
 
 def mean_and_deviation(values: list[float]) -> dict[str, Any]:
-    """Mean and sample standard deviation (over n - 1; None of a single value), and the values themselves.
+    """Mean, sample standard deviation (over n - 1; None for one value), and the values.
 
     Example: `mean_and_deviation([1.0, 3.0])` is `{"mean": 2.0, "sd": 1.414..., "values": [1.0, 3.0]}`.
     """
     if not values:
-        raise ValueError("there is no value to take the mean of")
+        raise ValueError("no value to take the mean of")
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "sd": deviation, "values": values}
 
 
 def over_seeds(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """The `results` of several evaluations, seed by seed, as mean and deviation of every figure.
+    """Mean and deviation over seeds of every figure in the `results` of evaluations.
 
     Args:
-        results: of each seed, {PATH: {"masked": {"HR@5": ...}, "unmasked": {...}}}; paths that not all have are left
-            out.
+        results: per seed, {PATH: {"masked": {"HR@5": ...}, "unmasked": {...}}}; paths that a seed lacks are left out.
     """
     paths = [path for path in results[0] if all(path in result for result in results)]
     return {
@@ -64,23 +63,25 @@ def over_seeds(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def k_on_validation(folder: Path, ks: list[int]) -> dict[int, float]:
-    """Masked NDCG@10 of the two-step list on validation with the first seed, by K; those that were measured."""
-    found = {k: read(folder / f"seed0/k{k}/recgpt_validation.json") for k in ks}
-    return {k: answer["results"]["recgpt"]["masked"]["NDCG@10"] for k, answer in found.items() if answer}
+    """Masked NDCG@10 of the two-step list on validation with the first seed, by each K that was measured."""
+    evaluations = {k: read_json(folder / f"seed0/k{k}/recgpt_validation.json") for k in ks}
+    return {
+        k: evaluation["results"]["recgpt"]["masked"]["NDCG@10"] for k, evaluation in evaluations.items() if evaluation
+    }
 
 
-def write(options: "Options", steps: RecordedSteps) -> None:
-    """Bring report.json, report.md and the figures up to date with what is there."""
+def write_report(options: "Options", steps: RecordedSteps) -> None:
+    """Write report.json, report.md and the figures of the seeds that are finished."""
     output = ROOT / options.output
-    report = collect(options, steps)
-    report["figures"] = draw(report, output)
+    report = collect_report(options, steps)
+    report["figures"] = draw_figures(report, output)
     (output / "report.json").write_text(json.dumps(report, indent=1))
     (output / "report.md").write_text(markdown(report))
 
 
-def collect(options: "Options", steps: RecordedSteps) -> dict[str, Any]:
-    """Everything the report says, as JSON values; seeds and data sets that are not measured yet are left out."""
-    datasets = {name: of_dataset(options, name) for name in options.datasets}
+def collect_report(options: "Options", steps: RecordedSteps) -> dict[str, Any]:
+    """The contents of the report, as JSON values, without seeds and data sets that are not measured yet."""
+    datasets = {name: collect_dataset(options, name) for name in options.datasets}
     published = json.loads((Path(__file__).parent / "published.json").read_text())
     return {
         "made": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -88,51 +89,50 @@ def collect(options: "Options", steps: RecordedSteps) -> dict[str, Any]:
         "ranks": options.ranks,
         "ks": options.ks,
         "versions": versions(),
-        "datasets": {name: found for name, found in datasets.items() if found},
+        "datasets": {name: measured for name, measured in datasets.items() if measured},
         "published": published,
         "steps": steps.records(),
     }
 
 
-def of_dataset(options: "Options", name: str) -> dict[str, Any] | None:
-    """What was measured on one data set; None where no seed is finished."""
+def collect_dataset(options: "Options", name: str) -> dict[str, Any] | None:
+    """The results on one data set; None if no seed is finished."""
     folder = ROOT / options.output / name
     by_k = k_on_validation(folder, options.ks)
     if len(by_k) < len(options.ks):
         return None
     k = max(by_k, key=lambda k: (by_k[k], -k))
     runs = ("pretrain", "fine_tuning", f"k{k}/recgpt")
-    seeds, answers, effort = [], [], []
+    seeds, evaluations, trainings = [], [], []
     for seed in range(options.seeds):
-        found = {
-            (run, split): read(folder / f"seed{seed}/{run}_{split}.json")
+        by_run = {
+            (run, split): read_json(folder / f"seed{seed}/{run}_{split}.json")
             for run in runs
             for split in ("validation", "test")
         }
-        if all(found.values()):
+        if all(by_run.values()):
             seeds.append(seed)
-            answers.append(found)
-            effort.append({run: trained(folder / f"seed{seed}/{run}") for run in runs})
+            evaluations.append(by_run)
+            trainings.append({run: read_training(folder / f"seed{seed}/{run}") for run in runs})
     if not seeds:
         return None
     results = {}
     for split in ("test", "validation"):
-        each = []
-        for found in answers:
-            each.append({p: figures for run in runs for p, figures in found[run, split]["results"].items()})
-        results[split] = over_seeds(each)
-    baselines = answers[0]["pretrain", "test"]["results"]
+        by_seed = []
+        for by_run in evaluations:
+            by_seed.append({p: figures for run in runs for p, figures in by_run[run, split]["results"].items()})
+        results[split] = over_seeds(by_seed)
+    baselines = evaluations[0]["pretrain", "test"]["results"]
     manifest = json.loads((folder / "data/manifest.json").read_text())
-    grids = [found[f"k{k}/recgpt", "validation"]["recall"].get("validation", {}) for found in answers]
-    tests = {m: read(folder / f"seed0/k{k}/recgpt_test_{m}.json") for m in grids[0]}
+    recalls = [by_run[f"k{k}/recgpt", "validation"]["recall"] for by_run in evaluations]
+    grids = [recall.get("validation", {}) for recall in recalls]
+    tests = {m: read_json(folder / f"seed0/k{k}/recgpt_test_{m}.json") for m in grids[0]}
     return {
         **{what: manifest[what] for what in ("users", "items", "interactions")},
         "seeds": seeds,
-        "k": {"chosen": k, "validation": by_k, "test": of_each_k(folder, options.ks)},
+        "k": {"chosen": k, "validation": by_k, "test": read_each_k(folder, options.ks)},
         "m_n": {
-            "chosen": [
-                f"{r['m']}_{r['n']}" for r in (found[f"k{k}/recgpt", "validation"]["recall"] for found in answers)
-            ],
+            "chosen": [f"{recall['m']}_{recall['n']}" for recall in recalls],
             "validation": {m: mean_and_deviation([grid[m] for grid in grids]) for m in grids[0]},
             "test_first_seed": {m: a["results"]["recgpt"]["masked"] for m, a in tests.items() if a},
         },
@@ -151,25 +151,25 @@ def of_dataset(options: "Options", name: str) -> dict[str, Any] | None:
             )
             for better, worse in STEPS_UP
         },
-        "training": effort,
+        "training": trainings,
     }
 
 
-def of_each_k(folder: Path, ks: list[int]) -> dict[int, dict[str, dict[str, float]]]:
+def read_each_k(folder: Path, ks: list[int]) -> dict[int, dict[str, dict[str, float]]]:
     """Masked test figures of both prompt-tuned paths with the first seed, by K."""
-    found = {k: read(folder / f"seed0/k{k}/recgpt_test.json") for k in ks}
+    evaluations = {k: read_json(folder / f"seed0/k{k}/recgpt_test.json") for k in ks}
     return {
-        k: {path: answer["results"][path]["masked"] for path in ("recgpt_1", "recgpt")}
-        for k, answer in found.items()
-        if answer
+        k: {path: evaluation["results"][path]["masked"] for path in ("recgpt_1", "recgpt")}
+        for k, evaluation in evaluations.items()
+        if evaluation
     }
 
 
-def trained(run: Path) -> dict[str, Any]:
-    """How long a run was trained: optimizer steps, seconds, and the epoch that was best on validation."""
+def read_training(run: Path) -> dict[str, Any]:
+    """Effort of a run: optimizer steps, epochs, seconds, and the epoch that was best on validation."""
     history = run / "history.jsonl"
     epochs = [json.loads(line) for line in history.read_text().splitlines()] if history.exists() else []
-    best = read(run / "best.json") or {}
+    best = read_json(run / "best.json") or {}
     return {
         "steps": max((epoch["step"] for epoch in epochs), default=0),
         "epochs": max((epoch["epoch"] for epoch in epochs), default=0),
@@ -179,7 +179,7 @@ def trained(run: Path) -> dict[str, Any]:
 
 
 def versions() -> dict[str, Any]:
-    """What the figures were made with."""
+    """Versions of the machine, the commit and the packages."""
     packages = {}
     for name in ("recgpt-torchrec", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchx", "numpy"):
         try:
@@ -199,18 +199,18 @@ def versions() -> dict[str, Any]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report in Markdown."""
     lines = ["# RecGPT (arXiv 2404.08675): the paper's tables, measured", ""]
     if not report["datasets"]:
         return "\n".join([*lines, "No seed is finished yet.", ""])
     lines += [
-        "Leave one out (the last item is test, the one before it validation), ranked over the whole catalogue. "
-        "± is the sample standard deviation over seeds. Bold: best of its column. Everything was chosen on validation.",
+        "Leave-one-out (the last item is test, the one before it validation), ranked over the whole catalogue. "
+        "± is the sample standard deviation over seeds. Bold: best of its column. All choices were made on validation.",
         "",
-        "Fine-tuning and prompt-tuning start from the same pre-trained model and have the same loss and epochs. As "
-        "prompted histories hold more entries, prompted batches have more tokens, so that optimizer steps are equal.",
+        "Fine-tuning and prompt-tuning start from the same pre-trained model and have the same loss and epochs. "
+        "Prompted histories hold more entries, so prompted batches have more tokens: optimizer steps are equal.",
         "",
-        *chosen(report),
+        *choices(report),
         *table_2(report),
         *table_3(report),
         *sensitivity(report),
@@ -220,29 +220,31 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def chosen(report: dict[str, Any]) -> list[str]:
-    """The data sets and what validation chose on each."""
+def choices(report: dict[str, Any]) -> list[str]:
+    """Section: the data sets, and K and m_n chosen on each."""
     lines = [
         "| data set | users | items | interactions | seeds | K | m_n of each seed |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, found in report["datasets"].items():
-        counts = " | ".join(f"{found[what]:,}" for what in ("users", "items", "interactions"))
-        seeds = f"{len(found['seeds'])} of {report['seeds']}"
-        lines.append(f"| {name} | {counts} | {seeds} | {found['k']['chosen']} | {', '.join(found['m_n']['chosen'])} |")
+    for name, measured in report["datasets"].items():
+        counts = " | ".join(f"{measured[what]:,}" for what in ("users", "items", "interactions"))
+        seeds = f"{len(measured['seeds'])} of {report['seeds']}"
+        lines.append(
+            f"| {name} | {counts} | {seeds} | {measured['k']['chosen']} | {', '.join(measured['m_n']['chosen'])} |"
+        )
     tried = ", ".join(map(str, report["ks"]))
     return [*lines, "", f"K was chosen among {tried} with the first seed, by the two-step list's NDCG@10 (masked).", ""]
 
 
 def table_2(report: dict[str, Any]) -> list[str]:
-    """Every path on each data set, masked beside what was published, and unmasked."""
+    """Section: every path on each data set, masked with published figures, and unmasked."""
     lines = ["## Table 2: recall paths", ""]
-    for name, found in report["datasets"].items():
+    for name, measured in report["datasets"].items():
         for how, meaning in PROTOCOLS.items():
             rows: list[Row] = [
-                (title, [found["results"]["test"][path][how][m] for m in METRICS]) for path, title in TABLE_2.items()
+                (title, [measured["results"]["test"][path][how][m] for m in METRICS]) for path, title in TABLE_2.items()
             ]
-            for path, figures in found["baselines"].items():
+            for path, figures in measured["baselines"].items():
                 rows.append((BASELINES[path], [{"mean": figures[how][m], "sd": None} for m in METRICS]))
             if how == "masked":
                 for row in report["published"]["table_2"]:
@@ -255,42 +257,43 @@ def table_2(report: dict[str, Any]) -> list[str]:
 
 
 def table_3(report: dict[str, Any]) -> list[str]:
-    """The ablation, and what each step of the method adds."""
+    """Section: the ablation, and what each step of the method adds."""
     lines = ["## Table 3: ablation", ""]
-    for name, found in report["datasets"].items():
+    for name, measured in report["datasets"].items():
         rows: list[Row] = [
-            (title, [found["results"]["test"][path]["masked"][m] for m in METRICS]) for path, title in TABLE_3.items()
+            (title, [measured["results"]["test"][path]["masked"][m] for m in METRICS])
+            for path, title in TABLE_3.items()
         ]
         lines += [f"### {name}, test, masked", "", *table("", METRICS, rows), ""]
-        theirs = report["published"]["table_3"].get(name.lower())
-        if theirs:
+        published = report["published"]["table_3"].get(name.lower())
+        if published:
             names = {**TABLE_2, "pretrain_two_step": "Pre-train, two-step"}
-            figures = ", ".join(f"{names[path]} {value:.4f}" for path, value in theirs.items())
+            figures = ", ".join(f"{names[path]} {value:.4f}" for path, value in published.items())
             lines += [f"Published ({report['published']['table_3']['source']}): {figures}.", ""]
     lines += ["What each step adds to NDCG@10 (test, masked), seed by seed:", ""]
     pairs = [f"{better} - {worse}" for better, worse in STEPS_UP]
     lines += ["| | " + " | ".join(pairs) + " |", "|---|" + "---|" * len(pairs)]
-    for name, found in report["datasets"].items():
-        lines.append(f"| {name} | " + " | ".join(cell(found["differences"][n], sign="+") for n in pairs) + " |")
+    for name, measured in report["datasets"].items():
+        lines.append(f"| {name} | " + " | ".join(cell(measured["differences"][n], sign="+") for n in pairs) + " |")
     return [*lines, ""]
 
 
 def sensitivity(report: dict[str, Any]) -> list[str]:
-    """K and m_n."""
+    """Section: NDCG@10 by K and by m_n."""
     lines = ["## Sensitivity of K and m_n", ""]
-    for name, found in report["datasets"].items():
-        k = found["k"]
-        lines += [f"### {name}", "", "NDCG@10, masked, first seed; K is prompts between two items.", ""]
+    for name, measured in report["datasets"].items():
+        k = measured["k"]
+        lines += [f"### {name}", "", "NDCG@10, masked, first seed; K is the number of prompts between two items.", ""]
         lines += ["| K | RecGPT, validation | RecGPT, test | RecGPT_1, test |", "|---|---|---|---|"]
         for value, figure in k["validation"].items():
             test = k["test"][value]
             cells = f"{figure:.4f} | {test['recgpt']['NDCG@10']:.4f} | {test['recgpt_1']['NDCG@10']:.4f}"
             lines.append(f"| {value}{' (chosen)' if value == k['chosen'] else ''} | {cells} |")
-        grid, on_test = found["m_n"]["validation"], found["m_n"]["test_first_seed"]
+        grid, on_test = measured["m_n"]["validation"], measured["m_n"]["test_first_seed"]
         if grid:
             lines += ["", f"NDCG@10, masked, K = {k['chosen']}; m items of the first vector, n of the second.", ""]
             lines += ["| m_n | " + " | ".join(grid) + " |", "|---|" + "---|" * len(grid)]
-            lines.append("| validation | " + " | ".join(map(cell, marked(list(grid.values())))) + " |")
+            lines.append("| validation | " + " | ".join(map(cell, mark_best(list(grid.values())))) + " |")
         if on_test:
             tested = (f"{on_test[m]['NDCG@10']:.4f}" if m in on_test else "" for m in grid)
             lines.append("| test, first seed | " + " | ".join(tested) + " |")
@@ -301,22 +304,22 @@ def sensitivity(report: dict[str, Any]) -> list[str]:
 
 
 def effort(report: dict[str, Any]) -> list[str]:
-    """Steps and time of every training run."""
-    lines = ["## Training", "", f"Processes of each run: {report['ranks']}.", ""]
+    """Section: optimizer steps and time of every training run."""
+    lines = ["## Training", "", f"Ranks of each run: {report['ranks']}.", ""]
     lines += ["| data set | run | optimizer steps | best epoch | minutes |", "|---|---|---|---|---|"]
-    for name, found in report["datasets"].items():
-        for run in found["training"][0]:
-            runs = [each[run] for each in found["training"]]
+    for name, measured in report["datasets"].items():
+        for run in measured["training"][0]:
+            runs = [each[run] for each in measured["training"]]
             steps, best = (", ".join(str(each[what]) for each in runs) for what in ("steps", "best_epoch"))
             minutes = ", ".join(f"{each['train_s'] / 60:.1f}" for each in runs)
             lines.append(f"| {name} | {run} | {steps} | {best} | {minutes} |")
-    return [*lines, "", "One figure a seed.", ""]
+    return [*lines, "", "One figure per seed.", ""]
 
 
 def origin(report: dict[str, Any]) -> list[str]:
-    """Versions and the exact commands."""
+    """Section: versions and the exact commands."""
     names = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    lines = ["## How this was made", "", f"{report['made']}; {names}.", "", "```"]
+    lines = ["## How to reproduce", "", f"{report['made']}; {names}.", "", "```"]
     spent = 0.0
     for title, record in report["steps"].items():
         state = clock(record["seconds"]) if record.get("id") else "not finished"
@@ -326,7 +329,7 @@ def origin(report: dict[str, Any]) -> list[str]:
 
 
 def table(corner: str, columns: tuple[str, ...], rows: list[Row]) -> list[str]:
-    """A Markdown table; the best of each column is bold. A row may be short of cells, or have None in some."""
+    """A Markdown table with the best of each column in bold. Rows may be short, or hold None."""
     best = [
         max((row[column]["mean"] for _, row in rows if column < len(row) and row[column]), default=math.nan)  # type: ignore[index]
         for column in range(len(columns))
@@ -341,14 +344,14 @@ def table(corner: str, columns: tuple[str, ...], rows: list[Row]) -> list[str]:
     return lines
 
 
-def marked(figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Figures, the best one marked."""
+def mark_best(figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The figures, with `best` in each."""
     best = max(figure["mean"] for figure in figures)
     return [{**figure, "best": figure["mean"] == best} for figure in figures]
 
 
 def cell(figure: dict[str, Any], sign: str = "") -> str:
-    """A mean, with its deviation where there is one."""
+    """A mean, with its deviation if it has one."""
     text = f"{figure['mean']:{sign}.4f}"
     text = f"**{text}**" if figure.get("best") else text
     return text if figure["sd"] is None else f"{text} ± {figure['sd']:.4f}"
@@ -357,36 +360,36 @@ def cell(figure: dict[str, Any], sign: str = "") -> str:
 # -------------------------------------------------------------------------------------------------------- figures
 
 
-def draw(report: dict[str, Any], output: Path) -> dict[str, list[str]]:
-    """One figure an idea, for each data set; returns their paths in `output`."""
+def draw_figures(report: dict[str, Any], output: Path) -> dict[str, list[str]]:
+    """Draw the figures of each data set; returns their paths in `output`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    made: dict[str, list[str]] = {}
+    paths: dict[str, list[str]] = {}
     (output / "figures").mkdir(exist_ok=True)
 
-    def keep(name: str, what: str, figure: Any) -> None:
-        path = f"figures/{name}_{what}.png"
+    def save(name: str, kind: str, figure: Any) -> None:
+        path = f"figures/{name}_{kind}.png"
         figure.tight_layout()
         figure.savefig(output / path, dpi=150)
         pyplot.close(figure)
-        made.setdefault(name, []).append(path)
+        paths.setdefault(name, []).append(path)
 
-    for name, found in report["datasets"].items():
-        keep(name, "paths", draw_paths(pyplot, name, found, report))
-        if len(found["k"]["validation"]) > 1:
-            keep(name, "k", draw_k(pyplot, name, found))
-        if found["m_n"]["validation"]:
-            keep(name, "m_n", draw_m_n(pyplot, name, found))
-    return made
+    for name, measured in report["datasets"].items():
+        save(name, "paths", draw_paths(pyplot, name, measured, report))
+        if len(measured["k"]["validation"]) > 1:
+            save(name, "k", draw_k(pyplot, name, measured))
+        if measured["m_n"]["validation"]:
+            save(name, "m_n", draw_m_n(pyplot, name, measured))
+    return paths
 
 
-def draw_paths(pyplot: Any, name: str, found: dict[str, Any], report: dict[str, Any]) -> Any:
-    """NDCG@10 of every path on test, beside the best that was published."""
+def draw_paths(pyplot: Any, name: str, measured: dict[str, Any], report: dict[str, Any]) -> Any:
+    """Plot NDCG@10 of every path on test, with the best published."""
     figure, axes = pyplot.subplots(figsize=(6, 4))
-    values = [found["results"]["test"][path]["masked"]["NDCG@10"] for path in TABLE_2]
+    values = [measured["results"]["test"][path]["masked"]["NDCG@10"] for path in TABLE_2]
     means = [value["mean"] for value in values]
     axes.bar(list(TABLE_2.values()), means, yerr=[value["sd"] or 0 for value in values], capsize=4, color="#4c72b0")
     for at, value in enumerate(means):
@@ -395,14 +398,14 @@ def draw_paths(pyplot: Any, name: str, found: dict[str, Any], report: dict[str, 
     if best:
         axes.axhline(best, color="#c44e52", linestyle="--", label=f"highest published, {best:.4f}")
         axes.legend(loc="lower right")
-    axes.set(ylabel="NDCG@10 (test, masked)", title=f"{name}: recall paths, {seeds(found)}")
+    axes.set(ylabel="NDCG@10 (test, masked)", title=f"{name}: recall paths, {describe_seeds(measured)}")
     return figure
 
 
-def draw_k(pyplot: Any, name: str, found: dict[str, Any]) -> Any:
-    """NDCG@10 by K."""
+def draw_k(pyplot: Any, name: str, measured: dict[str, Any]) -> Any:
+    """Plot NDCG@10 by K."""
     figure, axes = pyplot.subplots(figsize=(6, 4))
-    k = found["k"]
+    k = measured["k"]
     values = list(k["validation"])
     axes.plot(values, list(k["validation"].values()), marker="o", label="validation, RecGPT")
     for path, title in (("recgpt", "test, RecGPT"), ("recgpt_1", "test, RecGPT_1")):
@@ -416,31 +419,33 @@ def draw_k(pyplot: Any, name: str, found: dict[str, Any]) -> Any:
     return figure
 
 
-def draw_m_n(pyplot: Any, name: str, found: dict[str, Any]) -> Any:
-    """NDCG@10 by m_n on validation, and on test where that was measured."""
+def draw_m_n(pyplot: Any, name: str, measured: dict[str, Any]) -> Any:
+    """Plot NDCG@10 by m_n on validation, and on test if measured."""
     figure, axes = pyplot.subplots(figsize=(6, 4))
-    grid, on_test = found["m_n"]["validation"], found["m_n"]["test_first_seed"]
+    grid, on_test = measured["m_n"]["validation"], measured["m_n"]["test_first_seed"]
     errors = [value["sd"] or 0 for value in grid.values()]
     means = [value["mean"] for value in grid.values()]
-    axes.errorbar(list(grid), means, yerr=errors, marker="o", capsize=3, label=f"validation, {seeds(found)}")
+    axes.errorbar(
+        list(grid), means, yerr=errors, marker="o", capsize=3, label=f"validation, {describe_seeds(measured)}"
+    )
     if on_test:
         axes.plot(list(on_test), [v["NDCG@10"] for v in on_test.values()], marker="s", label="test, first seed")
     axes.set(
         xlabel="m_n: items of the first and of the second vector",
         ylabel="NDCG@10 (masked)",
-        title=f"{name}: the two-step list, K = {found['k']['chosen']}",
+        title=f"{name}: the two-step list, K = {measured['k']['chosen']}",
     )
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
 
 
-def seeds(found: dict[str, Any]) -> str:
-    """How many, in words."""
-    count = len(found["seeds"])
+def describe_seeds(measured: dict[str, Any]) -> str:
+    """The number of seeds in words."""
+    count = len(measured["seeds"])
     return "one seed" if count == 1 else f"mean of {count} seeds"
 
 
-def read(path: Path) -> Any:
-    """A JSON file; None where there is none."""
+def read_json(path: Path) -> Any:
+    """Contents of a JSON file; None if there is none."""
     return json.loads(path.read_text()) if path.exists() else None

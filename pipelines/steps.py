@@ -1,4 +1,4 @@
-"""Running the commands of a pipeline one after the other, each shown as a user would type it."""
+"""Runs the commands of a pipeline one after the other, each printed as a user would type it."""
 
 import contextlib
 import json
@@ -16,11 +16,11 @@ from typing import IO, Any
 ROOT = Path(__file__).resolve().parent.parent
 
 STOP_SECONDS = 20.0
-"""How long a command may take to end once it was asked to."""
+"""Grace period between SIGTERM and SIGKILL for a command."""
 
 
 class Steps:
-    """Runs commands, and remembers how long each took.
+    """Runs commands and records their times.
 
     Example: `Steps("demo").run("Prepare", ["python", "-m", "recgpt_torchrec.prepare", ...])`
     """
@@ -30,9 +30,9 @@ class Steps:
         self.seconds: dict[str, float] = {}
 
     def run(self, title: str, command: list[str]) -> None:
-        """Show and run a command; end the pipeline with its exit status where that is not 0.
+        """Print and run a command; if it fails, end the pipeline with its exit status.
 
-        `python` and `torchx` stand for those of this environment.
+        `python` and `torchx` are those of this environment.
         """
         print(f"\n== {title}\n$ {shlex.join(command)}", flush=True)
         since = time.perf_counter()
@@ -43,20 +43,19 @@ class Steps:
         self.seconds[title] = time.perf_counter() - since
 
     def times(self) -> str:
-        """The time of each step and of all, in one line."""
+        """Total time and the time of each step, in one line."""
         each = ", ".join(f"{title.lower()} {seconds:.0f} s" for title, seconds in self.seconds.items())
         return f"{sum(self.seconds.values()):.0f} s: {each}"
 
 
 class RecordedSteps:
-    """Steps that are done once: each leaves a record, and a later run passes over what is done.
+    """Steps that run once: each leaves a record, and a later run skips the steps that are done.
 
-        FOLDER/steps/NAME.json   the command, what it was made from, how long it took; `id` once it is done
-        FOLDER/steps/NAME.log    everything the command said
+        FOLDER/steps/NAME.json   command, settings, inputs and seconds; `id` once it is done
+        FOLDER/steps/NAME.log    output of the command
 
-    A step is done when its record says so, its command, settings and inputs are those of the record, and its proof is
-    there. What was begun with other settings or inputs is never taken for the present one: the pipeline ends and says
-    so.
+    A step is done when its record has an id and the same command, settings and inputs, and its proof exists. A record
+    with other settings or inputs ends the pipeline with a message.
 
     Example:
         with RecordedSteps("paper", "runs/paper", planned=["beauty prepare", ...]) as steps:
@@ -64,23 +63,23 @@ class RecordedSteps:
     """
 
     def __init__(self, name: str, folder: str | Path, planned: list[str]) -> None:
-        """Take the folder for this process.
+        """Set the folder and the plan; entering the context locks the folder.
 
         Args:
             name: of the pipeline, for messages.
-            folder: of the pipeline's output; made.
-            planned: the kind of every step to come, in any order, for counting and for the time left. A kind ends in
-                the stage's name: where none of a kind was timed, those that end alike say how long it takes.
+            folder: of the pipeline's output; created if missing.
+            planned: the kind of every step, in any order, to count steps and estimate the time left. A kind ends in the
+                stage's name: a kind that was not timed yet is estimated by those with the same ending.
         """
         self.name, self.folder, self.left = name, Path(folder), list(planned)
         self.total, self.number, self.since = len(planned), 0, time.perf_counter()
         self.executed = 0
-        """Commands run by this process; the others were done before."""
+        """Number of commands that this process ran."""
 
     def __enter__(self) -> "RecordedSteps":
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.folder / ".lock", "w")
-        lock(self._lock, f"{self.name}: another process works in {self.folder}; wait for it, or stop it first")
+        lock(self._lock, f"{self.name}: another process is running in {self.folder}; wait for it, or stop it first")
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -97,34 +96,34 @@ class RecordedSteps:
         settings: Any = None,
         repeatable: bool = False,
     ) -> None:
-        """Run a command, unless it is done; end the pipeline with its exit status where that is not 0.
+        """Run a command unless it is done; if it fails, end the pipeline with its exit status.
 
         Args:
-            title: of the step, unique; also the path of its record, as in `beauty/seed0/pretrain`.
+            title: unique title of the step, and path of its record, such as `beauty/seed0/pretrain`.
             command: as in `Steps.run`.
-            kind: one of those planned.
-            proof: a file that is there once the step is done, relative to the project.
-            needs: titles of the steps whose results it reads.
-            settings: JSON values that the command reads elsewhere, such as its configuration file.
-            repeatable: the command writes over its earlier output, so it may be run again with other inputs.
+            kind: one of `planned`.
+            proof: file that exists once the step is done, relative to the project.
+            needs: titles of the steps whose results the command reads.
+            settings: JSON values that the command reads from files, such as its configuration.
+            repeatable: whether the command overwrites its output, so that it may run again with other inputs.
         """
         self.number += 1
         self.left.remove(kind)
-        made_from = {
+        sources = {
             "command": shlex.join(command),
             "settings": settings,
             "needs": {need: self.record(need).get("id") for need in needs},
         }
         earlier = self.record(title)
-        same = all(earlier.get(name) == value for name, value in made_from.items())
-        where = f"\n== step {self.number} of {self.total}: {title}"
+        same = all(earlier.get(name) == value for name, value in sources.items())
+        heading = f"\n== step {self.number} of {self.total}: {title}"
         if same and earlier.get("id") and (ROOT / proof).exists():
-            print(f"{where}: done before, in {clock(earlier['seconds'])}", flush=True)
+            print(f"{heading}: done before, in {clock(earlier['seconds'])}", flush=True)
             return
         if earlier and not same and not repeatable:
-            self._refuse(title, earlier, made_from)
-        print(f"{where} ({self._progress(kind)})\n$ {shlex.join(command)}", flush=True)
-        record = {"kind": kind, **made_from, "id": None, "seconds": earlier.get("seconds", 0.0) if same else 0.0}
+            self._refuse(title, earlier, sources)
+        print(f"{heading} ({self._progress(kind)})\n$ {shlex.join(command)}", flush=True)
+        record = {"kind": kind, **sources, "id": None, "seconds": earlier.get("seconds", 0.0) if same else 0.0}
         self._write(title, record)
         since, before = time.perf_counter(), record["seconds"]
         try:
@@ -138,21 +137,21 @@ class RecordedSteps:
             print(f"\n{self.name}: the step {title} failed with exit status {status}; see {log}", file=sys.stderr)
             raise SystemExit(status)
         if not (ROOT / proof).exists():
-            print(f"\n{self.name}: the step {title} ended well but left no {proof}; see {log}", file=sys.stderr)
+            print(f"\n{self.name}: the step {title} succeeded but left no {proof}; see {log}", file=sys.stderr)
             raise SystemExit(1)
         self._write(title, {**record, "id": uuid.uuid4().hex[:12], "finished": time.strftime("%Y-%m-%d %H:%M:%S")})
 
     def record(self, title: str) -> dict[str, Any]:
-        """What is known of a step; empty where it was never begun."""
+        """Record of a step; empty if it never ran."""
         with contextlib.suppress(FileNotFoundError):
             return json.loads(self._path(title, "json").read_text())
         return {}
 
     def records(self) -> dict[str, dict[str, Any]]:
-        """Every record in the folder by title, in the order in which they were finished; unfinished ones last."""
+        """Every record of the folder by title, in the order of finishing; unfinished ones last."""
         paths = (self.folder / "steps").rglob("*.json")
-        found = {str(p.relative_to(self.folder / "steps").with_suffix("")): json.loads(p.read_text()) for p in paths}
-        return dict(sorted(found.items(), key=lambda pair: (pair[1].get("finished") or "~", pair[0])))
+        records = {str(p.relative_to(self.folder / "steps").with_suffix("")): json.loads(p.read_text()) for p in paths}
+        return dict(sorted(records.items(), key=lambda pair: (pair[1].get("finished") or "~", pair[0])))
 
     def _path(self, title: str, ending: str) -> Path:
         return self.folder / "steps" / f"{title}.{ending}"
@@ -167,12 +166,12 @@ class RecordedSteps:
     def _refuse(self, title: str, earlier: dict[str, Any], now: dict[str, Any]) -> None:
         lines = []
         for name in ("command", "settings", "needs"):
-            old, new = _flat(name, earlier.get(name)), _flat(name, now[name])
+            old, new = _flatten(name, earlier.get(name)), _flatten(name, now[name])
             for key in sorted(old.keys() | new.keys()):
                 if old.get(key) != new.get(key):
                     lines.append(f"\n  {key}: {old.get(key)} there, {new.get(key)} now")
         print(
-            f"\n{self.name}: the step {title} was made otherwise before:{''.join(lines)}\n"
+            f"\n{self.name}: the step {title} was run with other options or inputs before:{''.join(lines)}\n"
             "Give the same options, choose another --output, or delete the step's result and "
             f"{self._path(title, 'json')}",
             file=sys.stderr,
@@ -184,29 +183,29 @@ class RecordedSteps:
         for record in self.records().values():
             if record.get("id"):
                 timed.setdefault(record["kind"], []).append(record["seconds"])
-        gone = clock(time.perf_counter() - self.since)
+        elapsed = clock(time.perf_counter() - self.since)
         if not timed:
-            return f"{gone} gone"
-        left = sum(_expected(step, timed) for step in [kind, *self.left])
-        return f"{gone} gone, about {clock(left)} left"
+            return f"{elapsed} elapsed"
+        left = sum(_estimate_seconds(step, timed) for step in [kind, *self.left])
+        return f"{elapsed} elapsed, about {clock(left)} left"
 
 
 @contextlib.contextmanager
 def pipeline(name: str, output: str, planned: list[str]) -> Iterator[RecordedSteps]:
-    """The recorded steps of a pipeline's `main`: stopped by Ctrl-C or SIGTERM, it ends the step that runs, too.
+    """Provide the recorded steps of a pipeline; Ctrl-C and SIGTERM also end the running step.
 
     Args:
         name: of the pipeline, for messages.
-        output: its folder, relative to the project, which is to get a report.
+        output: its folder, relative to the project, which gets the report.
         planned: see `RecordedSteps`.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with RecordedSteps(name, ROOT / output, planned) as steps:
             yield steps
-            print(f"\n== Done: {steps.executed} of {steps.total} steps run now, the others before")
+            print(f"\n== Done: {steps.executed} of {steps.total} steps run now, the others earlier")
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"\n{name}: interrupted; the same command resumes here", file=sys.stderr)
         raise SystemExit(130) from None
     print(f"report        {output}/report.md, report.json")
 
@@ -216,7 +215,7 @@ def execute(command: list[str], log: Path | None = None) -> int:
 
     Args:
         command: program and arguments.
-        log: a file to which what it says is added, beside being shown.
+        log: file to which the output is appended, besides being printed.
     """
     programs = {"python": [sys.executable], "torchx": [str(Path(sys.executable).parent / "torchx")]}
     words = programs.get(command[0], [command[0]]) + command[1:]
@@ -224,8 +223,8 @@ def execute(command: list[str], log: Path | None = None) -> int:
         return subprocess.run(words, cwd=ROOT, env=environment()).returncode
     with open(log, "ab") as file:
         file.write(f"$ {shlex.join(command)}\n".encode())
-        # A session of its own: what stops the pipeline is passed on once, by `_stopped`, not by the terminal as well.
-        started = subprocess.Popen(
+        # Its own session: `_end_on_error` ends it once, and the terminal's Ctrl-C does not reach it as well.
+        process = subprocess.Popen(
             words,
             cwd=ROOT,
             env=environment(),
@@ -233,33 +232,33 @@ def execute(command: list[str], log: Path | None = None) -> int:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        with _stopped(started):
-            assert started.stdout is not None
-            while piece := os.read(started.stdout.fileno(), 65536):
+        with _end_on_error(process):
+            assert process.stdout is not None
+            while piece := os.read(process.stdout.fileno(), 65536):
                 file.write(piece)
                 file.flush()
                 sys.stdout.write(piece.decode(errors="replace"))
                 sys.stdout.flush()
-            return started.wait()
+            return process.wait()
 
 
 @contextlib.contextmanager
-def _stopped(started: subprocess.Popen[bytes]) -> Iterator[None]:
-    """End the command where the pipeline is interrupted, so that nothing of it goes on in the background."""
+def _end_on_error(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """End the command if the pipeline is interrupted, so that nothing keeps running in the background."""
     try:
         yield
     except BaseException:
-        started.terminate()
+        process.terminate()
         try:
-            started.wait(STOP_SECONDS)
+            process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            started.kill()
-            started.wait()
+            process.kill()
+            process.wait()
         raise
 
 
 def lock(file: IO[str], message: str) -> None:
-    """Hold a lock on an open file until it is closed; where another process holds it, end with the message."""
+    """Lock an open file until it is closed; exit with the message if another process holds the lock."""
     import fcntl
 
     try:
@@ -270,27 +269,27 @@ def lock(file: IO[str], message: str) -> None:
 
 
 def clock(seconds: float) -> str:
-    """Hours, minutes and seconds: 1:02:03, or 2:03 within the hour."""
+    """Seconds as hours, minutes and seconds: 1:02:03, or 2:03 below one hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, with the programs of its virtual environment first on PATH."""
+    """Environment of this process, with its virtual environment first on PATH."""
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
 
 
-def _expected(kind: str, timed: dict[str, list[float]]) -> float:
-    """Seconds of a step: the mean of its kind, else of those that end alike, else of all."""
+def _estimate_seconds(kind: str, timed: dict[str, list[float]]) -> float:
+    """Mean seconds of the steps of a kind, else of kinds with the same ending, else of all."""
     ending = kind.rpartition(" ")[2]
     alike = [s for other, times in timed.items() if other.rpartition(" ")[2] == ending for s in times]
     times = timed.get(kind) or alike or [s for each in timed.values() for s in each]
     return sum(times) / len(times)
 
 
-def _flat(name: str, value: Any) -> dict[str, Any]:
-    """Nested values by dotted names."""
+def _flatten(name: str, value: Any) -> dict[str, Any]:
+    """Flatten nested values to dotted names."""
     if not isinstance(value, dict):
         return {name: value}
-    return {key: leaf for child, inner in value.items() for key, leaf in _flat(f"{name}.{child}", inner).items()}
+    return {key: leaf for child, inner in value.items() for key, leaf in _flatten(f"{name}.{child}", inner).items()}

@@ -1,6 +1,6 @@
-"""RecGPT (arXiv 2404.08675) on TorchRec: generative sequential retrieval, from interaction log to ANN-ready vectors.
+"""RecGPT (arXiv 2404.08675) on TorchRec: generative sequential retrieval, from an interaction log to lists of items.
 
-Importing the package imports no torch: torchx imports it to list components, and `data` works without torchrec.
+Importing the package does not import torch, because torchx imports it to list components.
 """
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""`recgpt STAGE OPTIONS`, or `python -m recgpt_torchrec STAGE OPTIONS`: every stage by its name."""
+"""The command `recgpt STAGE OPTIONS`, also `python -m recgpt_torchrec STAGE OPTIONS`: runs a stage by its name."""
 
 import importlib
 import sys
@@ -9,8 +9,8 @@ from recgpt_torchrec.config.stages import STAGES, module_of
 
 
 def main() -> None:
-    """Run the stage that the first word names, with the others as its options."""
-    name, *words = sys.argv[1:] or ["--help"]
+    """Run the stage that the first argument names; the other arguments are its options."""
+    name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(usage())
     elif name == "--version":
@@ -18,24 +18,24 @@ def main() -> None:
     elif name not in STAGES:
         cli.refuse("recgpt", f"unknown stage {name}{did_you_mean(name, STAGES)}")
     else:
-        sys.argv = [f"recgpt {name}", *words]
+        sys.argv = [f"recgpt {name}", *arguments]
         cli.run(STAGES[name].config, importlib.import_module(module_of(name)).main, f"recgpt {name}")
 
 
 def usage() -> str:
-    """What `--help` prints: the stages with what each is for."""
+    """The text of `recgpt --help`: the stages and their purposes."""
     width = max(map(len, STAGES))
     lines = [f"  {name:{width}}  {stage.purpose}" for name, stage in STAGES.items()]
     return "\n".join(
         [
             "usage: recgpt STAGE [OPTION VALUE ...]",
             "",
-            "RecGPT (arXiv 2404.08675) on TorchRec: from a log of interactions to lists of items. Stages:",
+            "RecGPT (arXiv 2404.08675) on TorchRec: from an interaction log to lists of items. Stages:",
             "",
             *lines,
             "",
-            "recgpt STAGE --help explains each option. python -m recgpt_torchrec.STAGE is the same, and so is",
-            "torchx run recgpt_torchrec.STAGE -- OPTIONS, which also starts several processes (-j 1x2).",
+            "recgpt STAGE --help explains each option. python -m recgpt_torchrec.STAGE does the same, and so does",
+            "torchx run recgpt_torchrec.STAGE -- OPTIONS, which can also start several processes (-j 1x2).",
         ]
     )
 

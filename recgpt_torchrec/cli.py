@@ -1,7 +1,7 @@
-"""From a command line to a configuration object, and from a user's mistake to one readable message.
+"""Runs a stage program: parses its command line into a configuration object, and prints an error as one message.
 
-Every stage program is `cli.run(ConfigClass, function)`. Options are the fields of the dataclass, nested fields dotted
-(`--model.dim 64`); all of them can also stand in the YAML file of `--config`, and later ones win.
+Every stage program ends in `cli.run(ConfigClass, main, name)`. Options are the fields of the dataclass, nested fields
+dotted (`--model.dim 64`). All of them can also be set in a YAML file given as `--config`; later ones override earlier.
 """
 
 import os
@@ -12,18 +12,18 @@ from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from recgpt_torchrec.config.command_line import Mistake, Words
+from recgpt_torchrec.config.command_line import CommandLine, OptionError
 from recgpt_torchrec.config.fields import options
 from recgpt_torchrec.errors import REFUSED, InputError
 
 Config = TypeVar("Config")
 RANK_0_SECONDS = 3.0
-"""How long another rank waits for rank 0 to say what is wrong with the options."""
+"""Seconds that another rank waits before it exits, so that rank 0 can print what is wrong with the options."""
 
-# Read by OpenMP when torch is imported, later: how often a thread looks whether the others are done before it sleeps.
-# By default it spins for milliseconds, and where other work wants the cores, too, each short operation of a decoder
-# may take the scheduler's whole time slices: beside two other busy processes on two cores an epoch took 2 to 18 s, and
-# 1.1 s so; on idle cores 0.6 s either way.
+# OpenMP reads this when torch is imported: how often a waiting thread checks for the others before it sleeps. By
+# default it spins for milliseconds. On busy cores each short operation of a decoder may then cost whole time slices of
+# the scheduler: next to two other busy processes on two cores an epoch took 2 to 18 s, with this setting 1.1 s. On idle
+# cores it took 0.6 s either way.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -31,58 +31,65 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 class _Parser(ArgumentParser):
-    """A parser that leaves it to `parse` to say what is wrong."""
+    """A parser that raises its errors instead of printing them; `parse` prints them."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise what is wrong with the options."""
-        if not self.exit_on_error:  # one of jsonargparse's own, for a group
+        """Raise an `OptionError` with the message."""
+        if not self.exit_on_error:  # a parser that jsonargparse makes for a group
             super().error(message, ex)
-        raise Mistake(message)
+        raise OptionError(message)
 
 
 def parser_for(config_class: type, prog: str) -> ArgumentParser:
-    """The parser of one stage: one option a field, explained by the docstring under the field."""
+    """The parser of one stage: one option per field, explained by the docstring under the field."""
     parser = _Parser(prog=prog, description=config_class.__doc__, exit_on_error=True, allow_abbrev=False)
     parser.add_argument(
-        "--config", action="config", help="YAML file with any of the options below; options after it override it."
+        "--config",
+        action="config",
+        help="YAML file that sets any of the options below; options given after it override it.",
     )
     parser.add_class_arguments(config_class, as_group=False)
     known = {option.name: option for option in options(config_class)}
-    resumes = any(name.startswith("saving.") for name in known)
+    can_resume = any(name.startswith("saving.") for name in known)
     for action in parser._actions:
         option = known.get(action.dest)
         if option is not None and option.is_list:
-            action.option_strings = [f"--{option.name}"]  # without jsonargparse's own --ks+, which appends
+            action.option_strings = [f"--{option.name}"]  # without jsonargparse's --ks+, which appends
             action.metavar = f"{action.dest.rpartition('.')[2].upper()} ..."
-        if option is not None and option.may_change and resumes:
+        if option is not None and option.may_change and can_resume:
             action.help = f"{(action.help or '').rstrip('.')}. A resumed run may change it."
     return parser
 
 
 def parse(config_class: type[Config], prog: str, arguments: list[str] | None = None) -> Config:
-    """Parse `arguments` (default: the process's own) into a `config_class`.
+    """Parse a command line into a configuration object.
 
-    A list takes one word or several (`--ks 20 50`, `--ks [20,50]`). A mistake ends the process with status 2 and one
-    line on standard error; of the ranks of a job, which all have the same options, rank 0 says it.
+    A list takes one or several arguments (`--ks 20 50`, `--ks [20,50]`). An error ends the process with status 2 and
+    one line on standard error; in a job, whose ranks all have the same options, only rank 0 prints it.
 
     Args:
-        prog: what the line begins with: `recgpt_torchrec.pretrain`.
+        config_class: dataclass of the stage's options.
+        prog: the program's name in messages, for example `recgpt_torchrec.pretrain`.
+        arguments: without the program's name; None: those of this process.
     """
-    line = Words()
+    line = CommandLine()
     try:
-        line = Words.of(config_class, sys.argv[1:] if arguments is None else arguments)
+        line = CommandLine.of(config_class, sys.argv[1:] if arguments is None else arguments)
         parser = parser_for(config_class, f"python -m {prog}" if prog.startswith("recgpt_torchrec.") else prog)
-        values = parser.parse_args(line.words)
+        values = parser.parse_args(line.arguments)
         values.pop("config", None)
         built: Any = parser.instantiate_classes(values)
         return config_class(**(vars(built) if isinstance(built, Namespace) else built))
-    except ValueError as error:  # a Mistake, or what a group's own checks say
+    except ValueError as error:  # an OptionError, or one of a group's range checks
         refuse(prog, line.explain(str(error)))
 
 
 def refuse(prog: str, message: str) -> NoReturn:
-    """End with status 2 and, on rank 0, one line; the others wait a moment, as a launcher ends all once one has ended
-    and rank 0 may not have said it yet."""
+    """Print an error on rank 0 and end every rank with status 2.
+
+    The other ranks wait before they end: a launcher kills all ranks once one has ended, and rank 0 may not have printed
+    the error yet.
+    """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(RANK_0_SECONDS)
     else:
@@ -91,10 +98,14 @@ def refuse(prog: str, message: str) -> NoReturn:
 
 
 def run(config_class: type[Config], function: Callable[[Config], None], prog: str) -> None:
-    """Run a stage: parse, call, and end with exit status 0 only when the whole result is there.
+    """Run a stage program: parse the command line and call the stage; exit status 0 means the result is complete.
 
-    An `InputError` becomes one message on standard error and exit status 2 (from the ranks of a distributed job, only
-    the first rank that meets it prints it in full).
+    An `InputError` becomes one message on standard error and exit status 2, an `OSError` one message and status 1.
+
+    Args:
+        config_class: dataclass of the stage's options.
+        function: the stage.
+        prog: the program's name in messages, for example `recgpt_torchrec.pretrain`.
     """
     config = parse(config_class, prog)
     try:
@@ -103,10 +114,10 @@ def run(config_class: type[Config], function: Callable[[Config], None], prog: st
         rank = os.environ.get("RANK", "0")
         print(f"{prog}: error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(REFUSED) from None
-    except OSError as error:  # a disk, a network, a store: what the operating system says is the reason
+    except OSError as error:  # a disk, a network or a store failed: the operating system's message says why
         where = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         print(f"{prog}: error{where}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted; the same command goes on from what is whole", file=sys.stderr)
+        print(f"{prog}: interrupted; give the same command again to resume", file=sys.stderr)
         raise SystemExit(130) from None

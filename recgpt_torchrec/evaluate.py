@@ -10,7 +10,7 @@ from recgpt_torchrec.storage.finished import check_same, differences
 
 
 def main(config: Evaluate) -> None:
-    """Measure the checkpoint's recall paths and the baselines over all users of a split."""
+    """Measure the checkpoint's recall paths and the baselines on all users of a split."""
     from recgpt_torchrec.checkpoints.folder import find_checkpoint
     from recgpt_torchrec.data.dataset import Dataset
     from recgpt_torchrec.distributed.processes import (
@@ -38,8 +38,8 @@ def main(config: Evaluate) -> None:
         if config.baselines:
             measured = baselines.evaluate_baselines(dataset, config.split, ks=ks, rank=rank(), world_size=world_size())
             for name, protocols in measured.items():
-                results[name] = {how: reduce_metrics(metrics).result() for how, metrics in protocols.items()}
-        answer = {
+                results[name] = {protocol: reduce_metrics(metrics).result() for protocol, metrics in protocols.items()}
+        evaluation = {
             "dataset": config.data,
             "checkpoint": checkpoint,
             "split": config.split,
@@ -47,13 +47,13 @@ def main(config: Evaluate) -> None:
             "results": results,
             "recall": chosen,
         }
-        run_on_first_rank(lambda: storage.write_json(config.output, answer))
+        run_on_first_rank(lambda: storage.write_json(config.output, evaluation))
         print_result(table(results))
         if "m" in chosen:
             print_result(
-                f"Two steps take m = {chosen['m']} items of the first interest and n = {chosen['n']} of the second,"
+                f"Two steps take m = {chosen['m']} items from the first interest and n = {chosen['n']} from the second "
+                f"({chosen['because']})."
             )
-            print_result(f"{chosen['because']}.")
         print_result(f"Written: {config.output}")
         print_result(
             f"Next:    python -m recgpt_torchrec.export --data {config.data} --checkpoint {config.checkpoint} "
@@ -62,15 +62,20 @@ def main(config: Evaluate) -> None:
 
 
 def check_output(config: Evaluate) -> None:
-    """Refuse to write over anything but an earlier evaluation of the same run and split."""
-    if not storage.remote(config.output):  # a store has no folders to be made first
+    """Check that the output file can be written, and that an existing one may be replaced.
+
+    Raises:
+        InputError: its folder does not exist or is not writable; or the file holds something else than an evaluation of
+            this dataset and split, and `--overwrite` is not given.
+    """
+    if not storage.remote(config.output):  # an object store has no folders
         folder = os.path.dirname(os.path.abspath(config.output))
         if not os.path.isdir(folder):
-            raise InputError(f"the folder {folder} of --output does not exist; make it first")
+            raise InputError(f"--output {config.output}: the folder {folder} does not exist; make it first")
         if not os.access(folder, os.W_OK):
-            raise InputError(f"cannot write to the folder {folder} of --output")
+            raise InputError(f"--output {config.output}: the folder {folder} is not writable; choose another one")
     if storage.is_folder(config.output):
-        raise InputError(f"--output {config.output} is a folder; give a file in it, such as {config.output}/test.json")
+        raise InputError(f"--output {config.output} is a folder; name a file, such as {config.output}/test.json")
     if config.overwrite or not storage.exists(config.output):
         return
     remedy = "choose another --output, or give --overwrite true"
@@ -86,13 +91,13 @@ def check_output(config: Evaluate) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as text, a line a recall path, masked and unmasked."""
+    """The results as text: one line per recall path, masked and unmasked."""
     lines = []
-    for how, meaning in (("masked", "items of the history cannot be answered"), ("unmasked", "every item competes")):
-        names = list(next(iter(results.values()))[how])
-        lines.append(f"\n{how} ({meaning})\n{'':<28}" + "".join(f"{name:>9}" for name in names))
+    for protocol, meaning in (("masked", "items of the history are left out"), ("unmasked", "every item is ranked")):
+        names = list(next(iter(results.values()))[protocol])
+        lines.append(f"\n{protocol} ({meaning})\n{'':<28}" + "".join(f"{name:>9}" for name in names))
         for path, figures in results.items():
-            lines.append(f"{path:<28}" + "".join(f"{figures[how][name]:>9.4f}" for name in names))
+            lines.append(f"{path:<28}" + "".join(f"{figures[protocol][name]:>9.4f}" for name in names))
     return "\n".join(lines) + "\n"
 
 

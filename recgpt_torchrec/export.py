@@ -1,4 +1,4 @@
-"""Stage `export`: dataset and checkpoint -> item vectors and user vectors, one or several a user, for an ANN index."""
+"""Stage `export`: dataset and checkpoint -> item vectors and one or several vectors per user, for an ANN index."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def main(config: Export) -> None:
-    """Encode every user's history, and write the vectors beside those of the items."""
+    """Encode every user's history, and write the user vectors and the item vectors."""
     import numpy as np
 
     from recgpt_torchrec.catalogue.catalogue import Catalogue
@@ -31,9 +31,9 @@ def main(config: Export) -> None:
     with process_group() as device:
         dataset, checkpoint = Dataset.open(config.data), find_checkpoint(config.checkpoint)
         settings = {**asdict(config), "checkpoint": checkpoint}
-        mark = checkpoint_fingerprint(checkpoint)
-        manifest = finished(config.output, settings, dataset, mark)
-        already = manifest is not None
+        fingerprint = checkpoint_fingerprint(checkpoint)
+        manifest = finished(config.output, settings, dataset, fingerprint)
+        already_there = manifest is not None
         absent = dataset.manifest.preparation.get("extends", {}).get("absent_users", 0)
         if manifest is None:
             trained = load(checkpoint, dataset, config.tables, batch_size=config.batch.tokens, device=device)
@@ -45,13 +45,13 @@ def main(config: Export) -> None:
 
             def users() -> Iterator[tuple[np.ndarray, np.ndarray]]:
                 total = dataset.manifest.users if rank() == 0 else None
-                with progress_bar(total, "users", active=rank() == 0) as shown:
+                with progress_bar(total, "users", active=rank() == 0) as bar:
                     for histories, vectors in encode(trained.model, stream, device):
                         if steps:
                             vectors = predict_interests(
                                 trained.model, stream.maker, histories, vectors, catalogue, config.interests
                             )
-                        shown.update(histories.users.size * world_size())
+                        bar.update(histories.users.size * world_size())
                         yield histories.users, vectors.cpu().numpy()
 
             manifest = write_export(
@@ -63,28 +63,40 @@ def main(config: Export) -> None:
                 interests=config.interests,
                 everyone=config.history == "all" and not absent,
                 checkpoint=checkpoint,
-                checkpoint_fingerprint=mark,
+                checkpoint_fingerprint=fingerprint,
                 settings=settings,
             )
-        of_each = f", {manifest.interests} vectors each" if manifest.interests > 1 else ""
-        without = dataset.manifest.users - manifest.users
+        vectors_each = f", {manifest.interests} vectors each" if manifest.interests > 1 else ""
+        left_out = dataset.manifest.users - manifest.users
         reason = (
-            "do not occur in this log" if config.history == "all" else "with fewer than three items have none held out"
+            "they have no interactions in this dataset"
+            if config.history == "all"
+            else "they have fewer than three items, so none is held out"
         )
-        few = f"; {without:,} {reason}" if without else ""
+        left_out_note = f"; {left_out:,} users left out: {reason}" if left_out else ""
         print_result(
-            f"{'Already there' if already else 'Written'}: {config.output} ({manifest.items:,} items, "
-            f"{manifest.users:,} users{of_each}{few})",
-            "A user's score of an item is the inner product of their vectors: index items/*.parquet for maximum inner "
-            "product, and query it with users/*.parquet; or let retrieve do it",
+            f"{'Already there' if already_there else 'Written'}: {config.output} ({manifest.items:,} items, "
+            f"{manifest.users:,} users{vectors_each}{left_out_note})",
+            "A user's score for an item is the inner product of their vectors: index items/*.parquet for maximum inner "
+            "product and query it with users/*.parquet, or let retrieve do both",
             f"Next:    python -m recgpt_torchrec.retrieve --export {config.output} --data {config.data} "
             "--output LISTS_FOLDER",
             sep="\n",
         )
 
 
-def finished(path: str, settings: dict[str, Any], dataset: "Dataset", mark: str) -> "ExportManifest | None":
-    """The manifest of the export in `path`, if it is that of the same checkpoint, dataset and options."""
+def finished(path: str, settings: dict[str, Any], dataset: "Dataset", fingerprint: str) -> "ExportManifest | None":
+    """The manifest of the finished export in a folder; None if there is none yet.
+
+    Args:
+        path: folder of the export.
+        settings: options of this export.
+        dataset: the dataset to export from.
+        fingerprint: of the checkpoint.
+
+    Raises:
+        InputError: the folder holds something else, or an export of another checkpoint, dataset or other options.
+    """
     from recgpt_torchrec.data.dataset import histories_fingerprint
     from recgpt_torchrec.retrieval.export_folder import open_export
     from recgpt_torchrec.storage.finished import differences, find_finished
@@ -92,7 +104,7 @@ def finished(path: str, settings: dict[str, Any], dataset: "Dataset", mark: str)
     inputs = {
         "vocabulary": dataset.manifest.vocabulary,
         "dataset_fingerprint": histories_fingerprint(dataset),
-        "checkpoint_fingerprint": mark,
+        "checkpoint_fingerprint": fingerprint,
     }
 
     def compare(manifest: "ExportManifest") -> list[str]:

@@ -1,4 +1,4 @@
-"""Stage `generate_prompts`: dataset and pre-trained checkpoint -> the dataset with prompts between the items."""
+"""Stage `generate_prompts`: dataset and pre-trained checkpoint -> a dataset with prompts between interactions."""
 
 import time
 
@@ -8,7 +8,7 @@ from recgpt_torchrec.errors import InputError
 
 
 def main(config: GeneratePrompts) -> None:
-    """Fill every interval of every history, and write the dataset again."""
+    """Generate the prompts of every history, and write a new dataset with them."""
     from recgpt_torchrec import progress
     from recgpt_torchrec.catalogue.catalogue import Catalogue
     from recgpt_torchrec.checkpoints.folder import checkpoint_fingerprint, find_checkpoint, read_metadata
@@ -31,12 +31,12 @@ def main(config: GeneratePrompts) -> None:
         record = prompt_dataset.record_of(
             dataset, config.prompts, max_len, checkpoint, checkpoint_fingerprint(checkpoint)
         )
-        following = (
+        next_command = (
             f"Next:    python -m recgpt_torchrec.prompt_tune --config CONFIG --data {config.output} "
-            f"--checkpoint {config.checkpoint} --output RUN"
+            f"--checkpoint {config.checkpoint} --output RUN_FOLDER"
         )
         if prompt_dataset.decide_on_first_rank(lambda: prompt_dataset.finished(config.output, record, vocabulary)):
-            print_result(f"Already there: {config.output}", following, sep="\n")
+            print_result(f"Already there: {config.output}", next_command, sep="\n")
             return
         previous = None
         if config.previous is not None:
@@ -48,11 +48,11 @@ def main(config: GeneratePrompts) -> None:
             user_table, dense = model.user_table, getattr(model.dense, "module", model.dense)  # without DDP around it
             catalogue = Catalogue.gather(model.item_table, dataset.manifest.items, device)
             if not catalogue.is_finite():
-                raise InputError(f"{checkpoint} has diverged: its item vectors are not finite; give an earlier one")
+                raise InputError(f"{checkpoint} has diverged: item vectors are not finite; give an earlier checkpoint")
             fill = Prompter(dense, catalogue, config.prompts, max_len, config.batch_users).fill
-        since = time.perf_counter()
+        started = time.perf_counter()
         with progress.progress_bar(dataset.manifest.users, "users", active=rank() == 0) as bar:
-            made = prompt_dataset.write_prompts(
+            written = prompt_dataset.write_prompts(
                 config.output,
                 dataset,
                 groups,
@@ -64,12 +64,13 @@ def main(config: GeneratePrompts) -> None:
                 previous=previous,
                 progress=lambda users: bar.update(min(users * world_size(), bar.total - bar.n)),
             )
-        seconds = time.perf_counter() - since
-        taken = f" ({made.kept:,} intervals taken over from {config.previous})" if config.previous else ""
+        seconds = time.perf_counter() - started
+        reused = f" (those of {written.reused:,} intervals reused from {config.previous})" if config.previous else ""
         print_result(
-            f"Written: {config.output}: {made.users:,} users, {made.generated:,} generated and {made.exposed:,} shown "
-            f"prompts{taken}, {made.bytes:,} bytes, in {seconds:.1f} s ({made.users / seconds:,.0f} users/s)",
-            following,
+            f"Written: {config.output}: {written.users:,} users, {written.generated:,} generated and "
+            f"{written.exposed:,} shown prompts{reused}, {written.bytes:,} bytes, in {seconds:.1f} s "
+            f"({written.users / seconds:,.0f} users/s)",
+            next_command,
             sep="\n",
         )
 

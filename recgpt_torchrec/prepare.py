@@ -1,7 +1,4 @@
-"""Turn a raw interaction log into a dataset.
-
-python -m recgpt_torchrec.prepare --input log.csv --output runs/mine/data
-"""
+"""Stage `prepare`: a raw interaction log -> a dataset of sequence Parquet, id vocabularies and a manifest."""
 
 from recgpt_torchrec import cli
 from recgpt_torchrec.config import Prepare
@@ -9,48 +6,48 @@ from recgpt_torchrec.preparation.pipeline import Result, prepare
 
 
 def main(config: Prepare) -> None:
-    """Prepare, and say what became of the log."""
+    """Prepare the dataset, and print what became of the log."""
     print(summary(config, prepare(config)))
 
 
 def summary(config: Prepare, result: Result) -> str:
     """What was read, what was dropped and why, what was written, and the next command."""
-    manifest, made = result.manifest, result.manifest.preparation
-    files, rejected, rounds, lengths = made["inputs"], made["rejected"], made["rounds"], made["lengths"]
+    manifest, record = result.manifest, result.manifest.preparation
+    files, rejected, rounds, lengths = record["inputs"], record["rejected"], record["rounds"], record["lengths"]
     name = files[0]["path"] if len(files) == 1 else f"{len(files)} files"
-    lines = [f"read        {made['rows']:,} rows of {name} ({size(sum(file['bytes'] for file in files))})"]
+    lines = [f"read        {record['rows']:,} rows of {name} ({size(sum(file['bytes'] for file in files))})"]
     if rejected:
         total = sum(rejected.values())
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejected.items())
         lines.append(
-            f"rejected    {total:,} rows ({total / made['rows']:.2%}): {reasons}; see {config.output}/rejected"
+            f"rejected    {total:,} rows ({total / record['rows']:.2%}): {reasons}; see {config.output}/rejected"
         )
-    if made["duplicates_dropped"]:
-        lines.append(f"duplicates  {made['duplicates_dropped']:,} dropped")
+    if record["duplicates_dropped"]:
+        lines.append(f"duplicates  {record['duplicates_dropped']:,} dropped")
     for number, step in enumerate(rounds, 1):
         removed = ", ".join(f"{step[f'{what}_removed']:,} {what}" for what in ("users", "items", "interactions"))
         lines.append(f"{f'{config.min_count}-core' if number == 1 else '':<11} round {number} removed {removed}")
     if not rounds:
         lines.append(f"{f'{config.min_count}-core':<11} removed nothing")
-    if exposed := made.get("exposed"):
+    if exposed := record.get("exposed"):
         lines.append(
-            f"shown       {exposed['rows']:,} rows were not clicked; {exposed['left']:,} stand between interactions"
+            f"shown       {exposed['rows']:,} rows were not clicked; {exposed['left']:,} kept between interactions"
         )
-        why = {
+        reasons_by_name = {
             "duplicates_dropped": "repeated",
             "unknown": "of users or items that were not kept",
             "outside": "before a user's first interaction or after the last",
         }
-        if dropped := [f"{exposed[name]:,} {reason}" for name, reason in why.items() if exposed[name]]:
+        if dropped := [f"{exposed[name]:,} {reason}" for name, reason in reasons_by_name.items() if exposed[name]]:
             lines.append(f"{'':<11} dropped {', '.join(dropped)}")
-    if extends := made.get("extends"):
+    if extends := record.get("extends"):
         lines.append(
             f"extends     {extends['dataset']}: {extends['users']:,} users and {extends['items']:,} items keep their "
             f"ids; {manifest.users - extends['users']:,} users and {manifest.items - extends['items']:,} items are new"
         )
         if extends["absent_users"] or extends["absent_items"]:
             absent = f"{extends['absent_users']:,} users and {extends['absent_items']:,} items"
-            lines.append(f"{'':<11} {absent} of it do not occur in this log")
+            lines.append(f"{'':<11} {absent} of that dataset do not occur in this log")
         lines.append(f"{'':<11} {extends['new_targets']:,} targets of the training part are new (--targets new)")
     quantiles = ", ".join(f"{key} {value:,}" for key, value in lengths.items())
     lines += [
@@ -58,7 +55,7 @@ def summary(config: Prepare, result: Result) -> str:
         f"lengths     {quantiles}",
     ]
     if result.already_there:
-        lines.append(f"nothing to do: {config.output} was already made from this input with these settings")
+        lines.append(f"nothing to do: {config.output} already holds the dataset of this input and these options")
     else:
         written = f"{size(manifest.size)} in {len(manifest.all_parts)} files"
         lines.append(f"wrote       {config.output} ({written}) in {result.seconds:.1f} s")
@@ -68,7 +65,7 @@ def summary(config: Prepare, result: Result) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for people."""
+    """A number of bytes in readable units, such as `1.5 MB`."""
     if count < 1000:
         return f"{count:.0f} B"
     for unit in ("KB", "MB", "GB"):

@@ -5,7 +5,7 @@ from recgpt_torchrec.config import Pretrain
 
 
 def main(config: Pretrain) -> None:
-    """Train, and leave the best checkpoint in `config.output`."""
+    """Train the model; `config.output` then holds the best and the newest checkpoints."""
     from recgpt_torchrec.checkpoints.growing import find_initial
     from recgpt_torchrec.data.dataset import histories_fingerprint
     from recgpt_torchrec.distributed.processes import log_message, print_result, process_group
@@ -19,11 +19,11 @@ def main(config: Pretrain) -> None:
     limits = config.train
     with process_group(limits.timeout_seconds) as device, Watchdog(config.output, limits.stall_seconds, RUN):
         dataset = open_dataset(config)
-        # What is wrong with the data is found before the output is looked at.
+        # The stream comes first, so that damaged data is reported before the output folder is checked.
         stream = training_stream(config, config.model, dataset, new_targets=config.targets == "new")
         run = Run.find(config, dataset.manifest.vocabulary, histories_fingerprint(dataset), keep=config.saving.keep)
         if run.finished:
-            print_result(f"{config.output} is trained already.", run.summary(), sep="\n")
+            print_result(f"{config.output} is already trained.", run.summary(), sep="\n")
             return
         if config.initial is not None and run.checkpoints.latest() is None:
             run.initial = find_initial(run.initial or config.initial, config, dataset)
@@ -31,7 +31,7 @@ def main(config: Pretrain) -> None:
         def begin(trainer: Trainer) -> None:
             if run.initial is not None:
                 trainer.begin_from(run.initial)
-                log_message(f"Beginning from {run.initial}")
+                log_message(f"Starting from {run.initial}")
 
         validation = validation_of(stream, config.model, config.batch, device)
         train(

@@ -1,8 +1,8 @@
-"""Messages and progress of long work: a bar on a terminal, a plain line now and then where output goes to a file or a
-launcher, and in a job's log file the time and the rank before each line.
+"""Messages and progress bars.
 
-Messages go through the logger `recgpt_torchrec`, to standard output; a program that uses the package may give it other
-handlers.
+Messages go through the logger `recgpt_torchrec` to standard output; a program that uses the package may give it other
+handlers. Progress is a bar on a terminal, and one line every 15 seconds in a file or under a launcher. In a job's log
+file each line starts with the time and the rank.
 """
 
 import logging
@@ -14,23 +14,22 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 EVERY = 15.0
-"""Seconds between lines where there is no terminal."""
+"""Seconds between lines of progress where there is no terminal."""
 
 
 def stamped(text: str, stream: TextIO) -> str:
-    """A message as it is written to a stream: as it is, or in the log file of a job with the time and the rank before
-    each line."""
+    """A message with the time and the rank before each line; unchanged on a terminal and outside a job."""
     if "WORLD_SIZE" not in os.environ or stream.isatty():
         return text
-    before = f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {os.environ.get('RANK', 0)}: "
-    return "\n".join(before + line for line in text.splitlines())
+    stamp = f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {os.environ.get('RANK', 0)}: "
+    return "\n".join(stamp + line for line in text.splitlines())
 
 
 class _Output(logging.Handler):
-    """Writes messages to what is standard output at the time."""
+    """Writes messages to the current `sys.stdout`."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a message; above the bar, where there is one."""
+        """Write a message, above the progress bar if there is one."""
         text = stamped(self.format(record), sys.stdout)
         if sys.stderr.isatty():
             tqdm.write(text, file=sys.stdout)
@@ -42,14 +41,14 @@ LOGGER = logging.getLogger("recgpt_torchrec")
 if not LOGGER.handlers:
     LOGGER.addHandler(_Output())
     LOGGER.setLevel(logging.INFO)
-    LOGGER.propagate = False  # libraries give the root logger handlers of theirs, and lines would come twice
+    LOGGER.propagate = False  # other libraries add handlers to the root logger, which would print each line twice
 
 
 class _Lines(tqdm):
-    """A progress bar that writes whole lines: a launcher that puts a prefix before each line breaks bars."""
+    """A progress bar that writes whole lines, for launchers that put a prefix before each line."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Write the bar's state as one line, once something was done."""
+        """Write the bar's state as one line, once there is progress."""
         if self.n > self.initial and msg != "":
             print(stamped(str(self) if msg is None else msg, sys.stderr), file=sys.stderr, flush=True)
 
@@ -59,16 +58,16 @@ class _Lines(tqdm):
 
 
 def progress_bar(total: float | None, unit: str, *, done: float = 0, active: bool = True, **options: Any) -> tqdm:
-    """A progress bar with rate and time left.
+    """A progress bar with rate and remaining time.
 
     Args:
-        total: of the work, in `unit`; None: not known.
+        total: amount of work, in `unit`; None: unknown.
         unit: what is counted, in the plural.
-        done: what an earlier run did already.
-        active: False shows nothing (every rank but 0).
-        options: of tqdm.
+        done: amount that an earlier run has done.
+        active: whether to show anything; False on every rank but 0.
+        options: other options of tqdm.
 
-    Example: `with bar(len(users), "users") as shown: shown.update(32)`
+    Example: `with progress_bar(len(users), "users") as bar: bar.update(32)`
     """
     common = {"total": total, "initial": done, "unit": f" {unit}", "disable": not active, **options}
     if sys.stderr.isatty():

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def main(config: PromptTune) -> None:
-    """Tune the pre-trained model, and leave the best checkpoint in `config.output`."""
+    """Tune the pre-trained model; `config.output` then holds the best and the newest checkpoints."""
     from recgpt_torchrec.checkpoints.folder import find_checkpoint
     from recgpt_torchrec.data.dataset import histories_fingerprint
     from recgpt_torchrec.distributed.processes import print_result, process_group
@@ -32,7 +32,7 @@ def main(config: PromptTune) -> None:
         stream = training_stream(config, model, dataset, tuning=tuning)
         run = Run.find(config, dataset.manifest.vocabulary, histories_fingerprint(dataset), keep=config.saving.keep)
         if run.finished:
-            print_result(f"{config.output} is trained already.", run.summary(), sep="\n")
+            print_result(f"{config.output} is already trained.", run.summary(), sep="\n")
             return
         train(
             config,
@@ -49,22 +49,29 @@ def main(config: PromptTune) -> None:
 
 
 def check_dataset(config: PromptTune, dataset: "Dataset") -> None:
-    """Raise an `InputError` where the dataset does not hold what the options ask for."""
+    """Check that the dataset has the prompts and answers that the options need.
+
+    Raises:
+        InputError: it lacks them, or the loss cannot use answers.
+    """
     from recgpt_torchrec.training.building import answers_of
 
     tuning = config.tuning
     if tuning.prompts and "prompts" not in dataset.manifest.settings:
         raise InputError(
-            f"{config.data} has no prompts; make some with python -m recgpt_torchrec.generate_prompts, "
-            "or fine-tune without them: --tuning.prompts false"
+            f"{config.data} has no prompts; generate them with python -m recgpt_torchrec.generate_prompts, "
+            "or fine-tune without prompts: --tuning.prompts false"
         )
     if tuning.soft_targets and not answers_of(dataset):
         raise InputError(
-            f"--tuning.soft_targets {tuning.soft_targets}: {config.data} holds no answers of the pre-trained "
-            "model; generate it with --prompts.answers, for example 5, or leave the option out"
+            f"--tuning.soft_targets is {tuning.soft_targets}, but {config.data} holds no answers of the pre-trained "
+            "model; run generate_prompts with --prompts.answers, for example 10, or leave the option out"
         )
     if tuning.soft_targets and config.loss.candidates == "bce":
-        raise InputError("--tuning.soft_targets needs a softmax: --loss.candidates all, sampled or in_batch")
+        raise InputError(
+            f"--tuning.soft_targets is {tuning.soft_targets}, but --loss.candidates bce has no softmax; give "
+            "--loss.candidates all, sampled or in_batch"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Stage `retrieve`: an export -> a list of items for each user, by an exact or an approximate index; needs no model."""
+"""Stage `retrieve`: an export -> a list of items for each user, from an exact or an approximate index."""
 
 import time
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from recgpt_torchrec.retrieval.retriever import Retriever
 
 CANDIDATES = 2**22
-"""Items that all interests of the users searched at once find together, at most."""
+"""Maximum number of items that one search returns, over all its users and their interests."""
 USERS = 4096
-"""Users searched at once, at most."""
+"""Maximum number of users per search."""
 
 
 def main(config: Retrieve) -> None:
-    """Search for every user, and write the lists."""
+    """Search the items for every user, and write the lists."""
     from recgpt_torchrec.data.dataset import Dataset, histories_fingerprint
     from recgpt_torchrec.distributed.processes import print_result, process_group
     from recgpt_torchrec.retrieval.export_folder import open_export
@@ -40,25 +40,30 @@ def main(config: Retrieve) -> None:
             dataset_fingerprint="" if dataset is None else histories_fingerprint(dataset),
             settings=asdict(config),
         )
-        made = finished(config.output, manifest)
-        if made is None:
+        earlier = finished(config.output, manifest)
+        if earlier is None:
             manifest = retrieve(config, export, dataset, rule, interests, manifest)
-        print_result(summary(config, export, made or manifest, rule, interests))
-        print_result(f"{'Already there' if made else 'Written'}: {config.output}")
+        print_result(summary(config, export, earlier or manifest, rule, interests))
+        print_result(f"{'Already there' if earlier else 'Written'}: {config.output}")
         print_result(
             f"Look:    python -c \"import pyarrow.parquet as pq; print(pq.read_table('{config.output}/lists')[:5])\""
         )
 
 
 def check(config: Retrieve, export: "Export", dataset: Any) -> "tuple[MergeRule, int]":
-    """How interests are merged and how many are used, once the options fit the export and the dataset."""
+    """Check the options against the export and the dataset.
+
+    Returns:
+        The rule that merges interests, and the number of interests to use.
+
+    Raises:
+        InputError: the export has fewer items or interests than asked for, or is from another dataset.
+    """
     from recgpt_torchrec.retrieval.merging import merge_rule
 
     manifest = export.manifest
     if config.k > manifest.items:
-        raise InputError(
-            f"--k is {config.k}, but {config.export} has {manifest.items} items; ask for at most that many"
-        )
+        raise InputError(f"--k is {config.k}, but {config.export} has {manifest.items} items; give at most that many")
     name, interests = config.merge, config.interests or manifest.interests
     if name == "auto":
         name = "two_step" if interests > 1 else "score"
@@ -66,22 +71,32 @@ def check(config: Retrieve, export: "Export", dataset: Any) -> "tuple[MergeRule,
     interests = rule.interests or interests
     if interests > manifest.interests:
         raise InputError(
-            f"{'two steps take 2 interests' if rule.interests else f'--interests is {interests}'}, but "
-            f"{config.export} has {manifest.interests} a user; export again with --interests {interests}"
+            f"{'two_step merges 2 interests' if rule.interests else f'--interests is {interests}'}, but "
+            f"{config.export} has {manifest.interests} per user; export again with --interests {interests}"
         )
     if config.m and name != "two_step":
-        raise InputError(f"--m is {config.m}, but {config.export} has one interest a user; export again with more")
+        raise InputError(
+            f"--m is {config.m}, but {config.export} has one interest per user; export again with --interests 2, or "
+            "leave --m out"
+        )
     if dataset is not None and dataset.manifest.vocabulary != manifest.vocabulary:
         raise InputError(
-            f"{config.export} was made from another dataset than {config.data} (vocabulary "
-            f"{manifest.vocabulary[:12]}, the dataset has {dataset.manifest.vocabulary[:12]}): its ids mean other "
-            f"items. It was made from {manifest.dataset}"
+            f"{config.export} was made from another dataset than {config.data}: its ids mean other items (vocabulary "
+            f"{manifest.vocabulary[:12]}, not {dataset.manifest.vocabulary[:12]}). Give --data {manifest.dataset}"
         )
     return rule, interests
 
 
 def finished(path: str, manifest: "ListManifest") -> "ListManifest | None":
-    """The manifest of the lists in `path`, if they are those of the same export, dataset and options."""
+    """The manifest of the finished lists in a folder; None if there are none yet.
+
+    Args:
+        path: folder of the lists.
+        manifest: of the lists that are to be made.
+
+    Raises:
+        InputError: the folder holds something else, or lists of another export, dataset or other options.
+    """
     from recgpt_torchrec.retrieval.list_folder import open_lists
     from recgpt_torchrec.storage.finished import differences, find_finished
 
@@ -93,14 +108,17 @@ def finished(path: str, manifest: "ListManifest") -> "ListManifest | None":
         path,
         manifest.KIND.name,
         lambda path: open_lists(path).manifest,
-        lambda found: differences(values(found), values(manifest)),
+        lambda earlier: differences(values(earlier), values(manifest)),
     )
 
 
 def retrieve(
     config: Retrieve, export: "Export", dataset: Any, rule: "MergeRule", interests: int, manifest: "ListManifest"
 ) -> "ListManifest":
-    """Build the index, search, and write (collective: ranks share the users out, each with the whole index)."""
+    """Build the index, search it for every user, and write the lists.
+
+    Collective: each rank has the whole index and a share of the users.
+    """
     from recgpt_torchrec.distributed.processes import log_message, rank, world_size
     from recgpt_torchrec.evaluation.list_quality import ListQuality
     from recgpt_torchrec.progress import progress_bar
@@ -109,11 +127,11 @@ def retrieve(
     from recgpt_torchrec.retrieval.user_histories import UserHistories
 
     total, count = export.manifest.users, export.manifest.interests
-    each = f"{count} interest{'s' * (count > 1)} each"
-    log_message(f"{config.export}: {export.manifest.items:,} items, {total:,} users, {each}")
-    since = time.perf_counter()
+    interests_each = f"{count} interest{'s' * (count > 1)} each"
+    log_message(f"{config.export}: {export.manifest.items:,} items, {total:,} users, {interests_each}")
+    started = time.perf_counter()
     exact, retriever = retrievers(config, export, rule)
-    built = time.perf_counter() - since
+    index_seconds = time.perf_counter() - started
     split = export.manifest.settings["history"]
     histories = UserHistories(dataset, split) if dataset is not None else None
     quality = ListQuality(
@@ -125,29 +143,29 @@ def retrieve(
 
     def batches() -> Iterator[ListBatch]:
         rows = max(1, min(USERS, CANDIDATES // (interests * config.k)))
-        mine = export.users(rows=rows, rank=rank(), world_size=world_size())
-        with progress_bar(total if rank() == 0 else None, "users", active=rank() == 0) as shown:
-            for batch in mine:
+        user_batches = export.users(rows=rows, rank=rank(), world_size=world_size())
+        with progress_bar(total if rank() == 0 else None, "users", active=rank() == 0) as bar:
+            for batch in user_batches:
                 users = batch["user_id"].to_numpy()
                 queries = to_numpy(batch[export.user_column]).reshape(len(users), -1, export.manifest.dim)
                 queries = queries[:, :interests]
                 history = histories.of(users) if histories is not None else None
                 lists = retriever.lists(queries, None if history is None else history.seen)
                 quality.update(users, queries, history, lists)
-                shown.update(min(len(users) * world_size(), total - shown.n))
+                bar.update(min(len(users) * world_size(), total - bar.n))
                 yield ListBatch(users, batch["key"], lists)
 
-    since = time.perf_counter()
+    started = time.perf_counter()
 
-    def measured() -> dict[str, Any]:
-        seconds = time.perf_counter() - since - quality.seconds
-        return {"index_seconds": built, "users_per_second": total / seconds, **quality.result()}
+    def measurements() -> dict[str, Any]:
+        seconds = time.perf_counter() - started - quality.seconds
+        return {"index_seconds": index_seconds, "users_per_second": total / seconds, **quality.result()}
 
-    return write_lists(config.output, manifest, batches(), export.item_keys(), measured)
+    return write_lists(config.output, manifest, batches(), export.item_keys(), measurements)
 
 
 def retrievers(config: Retrieve, export: "Export", rule: "MergeRule") -> "tuple[Retriever, Retriever]":
-    """What makes the exact lists, and what makes those that were asked for; the same where these are exact."""
+    """The exact retriever and the one for `--index`; both are the same object if the index is exact."""
     import torch
 
     from recgpt_torchrec.catalogue.catalogue import Catalogue
@@ -162,27 +180,27 @@ def retrievers(config: Retrieve, export: "Export", rule: "MergeRule") -> "tuple[
     exact = Retriever(search, config.k, merge)
     if config.index == "exact":
         return exact, exact
-    built = indexes.hnsw(vectors, config.hnsw) if config.index == "hnsw" else indexes.ivf(vectors, config.ivf)
-    return exact, Retriever(ApproximateSearch(indexes.Index(built)), config.k, merge, search)
+    index = indexes.hnsw(vectors, config.hnsw) if config.index == "hnsw" else indexes.ivf(vectors, config.ivf)
+    return exact, Retriever(ApproximateSearch(indexes.Index(index)), config.k, merge, search)
 
 
 def summary(config: Retrieve, export: "Export", manifest: "ListManifest", rule: "MergeRule", interests: int) -> str:
-    """What was made and how good it is."""
-    how = rule.describe(interests, config.k)
+    """What the lists hold, how they were made, and how good they are."""
+    merging = rule.describe(interests, config.k)
     history = export.manifest.settings.get("history", "all")
     measured = manifest.measured
-    items, least = sum(part.items for part in manifest.parts), manifest.users * config.k
+    items, places = sum(part.items for part in manifest.parts), manifest.users * config.k
     lines = [
         f"lists       {manifest.users:,} users, {config.k} items each"
-        + (f" ({least - items:,} places stay empty: no more items are left)" if items < least else ""),
-        f"from        {how if interests > 1 else 'one vector a user'}, "
-        + ("items of the history left out" if config.data else "items of the history among them (no --data)"),
+        + (f" ({places - items:,} places are empty: no items are left)" if items < places else ""),
+        f"from        {merging if interests > 1 else 'one vector per user'}, "
+        + ("items of the history left out" if config.data else "items of the history not left out (no --data)"),
         f"index       {config.index}, built in {measured['index_seconds']:.1f} s; "
         f"{measured['users_per_second']:,.0f} users/s",
     ]
     if "recall" in measured:
-        found = measured["recall"]
-        lines.append(f"recall      {found[f'recall@{config.k}']:.4f} of the exact lists of {found['users']:,} users")
+        recall = measured["recall"]
+        lines.append(f"recall      {recall[f'recall@{config.k}']:.4f} of the exact lists of {recall['users']:,} users")
     if "hits" in measured:
         figures = "  ".join(f"{name} {value:.4f}" for name, value in measured["hits"].items())
         lines.append(f"hits        {figures} (the {history} item of each user, history masked)")

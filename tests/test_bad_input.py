@@ -26,20 +26,19 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
 
-from tests.distributed.launch import run_ranks
-from tests.support import overwrite, rewrite, stage, walks, write_dataset
+from tests.support import SMALL, overwrite, rewrite, stage, walks, write_dataset
+from tools.ranks import run_ranks
 
 USERS, ITEMS, ANSWERS = 40, 20, 2
 PART = "sequences/part-00001.parquet"
 PLACE = f"{PART}, row group 1, row 1"
 OF_PROMPTS = "sequences/part-0000-00000.parquet"
 PROMPTED = f"{OF_PROMPTS}, row group 1, row 1"
-LOSS = {"--loss.candidates": "all", "--batch.tokens": 60}
-SMALL = {"--model.dim": 8, "--model.max_len": 8, "--optimizer.warmup_steps": 2, "--train.epochs": 1, **LOSS}
-TUNE = {"--optimizer.warmup_steps": 2, "--train.epochs": 1, **LOSS}
+TUNE = {"--optimizer.warmup_steps": 2, "--train.epochs": 1, "--loss.candidates": "all", "--batch.tokens": 60}
+TRAINING = {**SMALL, "--model.max_len": 8, **TUNE}
 OPTIONS: dict[str, dict[str, Any]] = {
     "prepare": {"--input": "log.csv", "--output": "new", "--min_count": 1},
-    "pretrain": {"--data": "data", "--output": "new", **SMALL},
+    "pretrain": {"--data": "data", "--output": "new", **TRAINING},
     "generate_prompts": {"--data": "data", "--checkpoint": "run", "--output": "new", "--prompts.k": 1},
     "prompt_tune": {"--data": "prompts", "--checkpoint": "run", "--output": "new", **TUNE},
     "evaluate": {"--data": "data", "--checkpoint": "run", "--output": "new.json"},
@@ -239,12 +238,12 @@ CASES = [
         "c.yaml, line 2", "is not YAML", {"--config": "c.yaml"}),
     Bad("pretrain", "the checkpoint to go on from is cut off",
         unfinished(lambda f: os.truncate(next(f.glob("run/*/*/*.distcp")), 500)), "run/checkpoints/step-",
-        "once this folder is removed", {"--output": "run"}),
+        "remove this folder", {"--output": "run"}),
     Bad("pretrain", "the checkpoint to go on from does not say what is in it",
         unfinished(lambda f: os.truncate(next(f.glob("run/*/*/.metadata")), 300)), "run/checkpoints/step-",
-        "once this folder is removed", {"--output": "run"}),
+        "remove this folder", {"--output": "run"}),
     Bad("pretrain", "one bit of the checkpoint to go on from has changed", unfinished(one_bit_of_a_table),
-        "run/checkpoints/step-", "once this folder is removed", {"--output": "run"}),
+        "run/checkpoints/step-", "remove this folder", {"--output": "run"}),
     Bad("pretrain", "the output is another run's", nothing, "--model.dim: 8 there, 16 now", "choose another --output",
         {"--output": "run", "--model.dim": 16}),
     Bad("pretrain", "the output is a run on another dataset", other_dataset, "holds a run on another dataset",

@@ -97,7 +97,7 @@ def test_all_missing_options_are_named_together(capsys: Any) -> None:
         ("checkpointing: {keep: 3}", "{}: unknown option checkpointing; did you mean saving?"),
         ("checkpoint: {keep: 3}", "{}: unknown option checkpoint; did you mean saving?"),
         ("train: {epochs: few}", "{}: train.epochs is few; it must be a whole number"),
-        ("- 3", "--config {} holds no options; a line of it is like seed: 1"),
+        ("- 3", "--config {} holds no options; write them as lines like seed: 1"),
         ("config: c.yaml", "--config {} names itself as config, directly or through others"),
     ],
 )

@@ -12,17 +12,15 @@ import pytest
 import torch.distributed as dist
 
 from recgpt_torchrec.data.dataset import Dataset
-from tests.distributed.launch import run_ranks
-from tests.support import stage, walks, write_dataset
+from tests.support import SMALL, stage, walks, write_dataset
+from tools.ranks import run_ranks
 
 USERS, ITEMS, MAX_LEN = 60, 30, 8
-SMALL = {
-    "--model.dim": 8,
+TRAINING = {
+    **SMALL,
     "--model.max_len": MAX_LEN,
-    "--batch.tokens": 60,
     "--loss.candidates": "all",
     "--train.epochs": 1,
-    "--train.validate_every": 1,
     "--optimizer.warmup_steps": 2,
 }
 
@@ -47,7 +45,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def run(data) -> Path:
     output = data.parent / "run"
-    assert stage("pretrain", {"--data": data, "--output": output, **SMALL}) == 0
+    assert stage("pretrain", {"--data": data, "--output": output, **TRAINING}) == 0
     return output
 
 
@@ -158,7 +156,7 @@ def test_with_an_earlier_result_the_rest_is_made_as_if_from_scratch(run, tmp_pat
     continued = {"--data": tmp_path / "new", "--output": tmp_path / "continued", "--previous": tmp_path / "old_prompts"}
     assert stage("generate_prompts", {**continued, **common}) == 0
     said = capfd.readouterr().out
-    assert "intervals taken over from" in said and "(0 intervals" not in said
+    assert "intervals reused from" in said and "of 0 intervals" not in said
     assert rows(tmp_path / "continued") == rows(tmp_path / "scratch")
     assert {1, 2} <= {s for row in rows(tmp_path / "scratch")["segment_ids"] for s in row} or source == "generated"
 
@@ -171,7 +169,7 @@ def other_vocabulary(options: dict[str, Any], folder: Path) -> str:
 
 def too_many(options: dict[str, Any], folder: Path) -> str:
     options["--prompts.k"] = 9
-    return "--prompts.k is 9; between two items stand 0 to 8 prompts"
+    return "--prompts.k is 9; it must be from 0 to 8"
 
 
 def negative(options: dict[str, Any], folder: Path) -> str:
@@ -181,13 +179,13 @@ def negative(options: dict[str, Any], folder: Path) -> str:
 
 def nothing_shown(options: dict[str, Any], folder: Path) -> str:
     options["--prompts.source"] = "exposed"
-    return "says nothing of what was shown and not clicked"
+    return "has no items that were shown and not clicked"
 
 
 def only_clicked(options: dict[str, Any], folder: Path) -> str:
     write_dataset(folder / "clicked", histories(), items=ITEMS, segments=[[0] * len(h) for h in histories()])
     options |= {"--prompts.source": "both", "--data": folder / "clicked"}
-    return "says nothing of what was shown and not clicked"
+    return "has no items that were shown and not clicked"
 
 
 def with_prompts_already(options: dict[str, Any], folder: Path) -> str:

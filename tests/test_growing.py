@@ -10,19 +10,10 @@ import torch
 
 from recgpt_torchrec.data.dataset import Dataset
 from tests.preparation.prepare_helpers import make, random_log, write_csv
-from tests.support import stage
+from tests.support import SMALL, stage
 from tests.test_pretrain import checkpoints, tensors
 
-OPTIONS = {
-    "--model.dim": 8,
-    "--model.max_len": 10,
-    "--batch.tokens": 60,
-    "--loss.candidates": "all",
-    "--train.epochs": 2,
-    "--optimizer.warmup_steps": 5,
-    "--saving.every_steps": 4,
-    "--saving.keep": 100,
-}
+OPTIONS = {**SMALL, "--loss.candidates": "all", "--saving.every_steps": 4, "--saving.keep": 100}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +80,7 @@ def test_a_checkpoint_from_before_some_items_is_told_from_another_ones(folder, t
     options = {**options, "--output": tmp_path / options["--output"], "--checkpoint": folder / "run0"}
     assert stage(name, {"--data": folder / "data1", **options}) == 2
     said = capsys.readouterr().err
-    assert "was trained before" in said and f"pretrain --data {folder / 'data1'} --initial" in said
+    assert "has no vectors for" in said and f"pretrain --data {folder / 'data1'} --initial" in said
     assert stage(name, {"--data": folder / "other", **options}) == 2
     said = capsys.readouterr().err
     assert "was trained on another dataset" in said and "--initial" not in said
@@ -99,8 +90,8 @@ def test_a_checkpoint_from_before_some_items_is_told_from_another_ones(folder, t
     "options, message",
     [
         ({"data": "other"}, "whose ids mean other items"),
-        ({"data": "data0"}, "does not say what was trained on before"),
-        ({"data": "data2"}, "what came between would never be trained on"),
+        ({"data": "data0"}, "does not mark which targets are new"),
+        ({"data": "data2"}, "targets added in between would never be trained on"),
         ({"initial": "data0"}, "holds no finished checkpoint"),
         ({"initial": None}, "name it with --initial"),
         ({"model.dim": 16}, "was trained with --model.dim 8; give the same here"),
@@ -135,4 +126,4 @@ def test_users_who_do_not_occur_any_more_have_no_vector_and_the_others_have(fold
     assert own["before"] == of_yesterday["before"] + of_yesterday["step"] > of_yesterday["step"]  # of all days
     export = {"--data": tmp_path / "data", "--checkpoint": tmp_path / "run", "--output": tmp_path / "vectors"}
     assert stage("export", export) == 0
-    assert f"{made.users - absent:,} users; {absent:,} do not occur in this log" in capsys.readouterr().out
+    assert f"{made.users - absent:,} users; {absent:,} users left out: " in capsys.readouterr().out

@@ -18,21 +18,10 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from recgpt_torchrec import pretrain
-from tests.support import stage, walks, write_dataset
+from tests.support import SMALL, stage, walks, write_dataset
 
 USERS, ITEMS = 90, 30
-SMALL = {
-    "--model.dim": 8,
-    "--model.max_len": 10,
-    "--model.layers": 1,
-    "--batch.tokens": 60,
-    "--loss.candidates": "sampled",
-    "--loss.negatives": 10,
-    "--train.epochs": 2,
-    "--optimizer.warmup_steps": 5,
-    "--saving.every_steps": 3,
-    "--saving.keep": 100,
-}
+TRAINING = {**SMALL, "--saving.every_steps": 3, "--saving.keep": 100}
 
 
 def words(options: dict[str, Any]) -> list[str]:
@@ -73,7 +62,7 @@ def data(tmp_path_factory) -> Path:
 def run(data) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A finished run and what the command said."""
     output = data.parent / "run"
-    return output, command(pretrain, {"--data": data, "--output": output, **SMALL})
+    return output, command(pretrain, {"--data": data, "--output": output, **TRAINING})
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -118,15 +107,15 @@ def test_a_header_says_before_the_first_step_what_is_trained_on_what(run):
 def test_the_same_command_again_says_that_the_run_is_trained_already(run, data, capfd):
     output, _ = run
     before = folder_state(output)
-    assert stage("pretrain", {"--data": data, "--output": output, **SMALL}) == 0
-    assert f"{output} is trained already." in capfd.readouterr().out
+    assert stage("pretrain", {"--data": data, "--output": output, **TRAINING}) == 0
+    assert f"{output} is already trained." in capfd.readouterr().out
     assert folder_state(output) == before
 
 
 def test_other_options_in_the_same_folder_are_refused_and_named(run, data, capfd):
     output, _ = run
     before = folder_state(output)
-    options = {"--data": data, "--output": output, **SMALL, "--model.dim": 16, "--seed": 3}
+    options = {"--data": data, "--output": output, **TRAINING, "--model.dim": 16, "--seed": 3}
     assert stage("pretrain", options) == 2
     said = capfd.readouterr().err
     assert "--model.dim: 8 there, 16 now" in said and "--seed: 0 there, 3 now" in said
@@ -136,21 +125,21 @@ def test_other_options_in_the_same_folder_are_refused_and_named(run, data, capfd
 
 def test_options_that_change_nothing_of_the_result_may_differ(run, data, capfd):
     output, _ = run
-    options = {"--data": data, "--output": output, **SMALL, "--stream.prefetch": 2}
+    options = {"--data": data, "--output": output, **TRAINING, "--stream.prefetch": 2}
     assert stage("pretrain", options) == 0
-    assert "trained already" in capfd.readouterr().out
+    assert "already trained" in capfd.readouterr().out
 
 
 def test_another_dataset_in_the_same_folder_is_refused(run, tmp_path, capfd):
     output, _ = run
     write_dataset(tmp_path / "other", walks(USERS, ITEMS), items=ITEMS, vocabulary="another")
-    assert stage("pretrain", {"--data": tmp_path / "other", "--output": output, **SMALL}) == 2
+    assert stage("pretrain", {"--data": tmp_path / "other", "--output": output, **TRAINING}) == 2
     assert "holds a run on another dataset" in capfd.readouterr().err
 
 
 def test_a_folder_that_holds_something_else_is_left_as_it_is(data, tmp_path, capfd):
     (tmp_path / "thesis.txt").write_text("years of work")
-    assert stage("pretrain", {"--data": data, "--output": tmp_path, **SMALL}) == 2
+    assert stage("pretrain", {"--data": data, "--output": tmp_path, **TRAINING}) == 2
     assert "holds something that is not a run" in capfd.readouterr().err
     assert folder_state(tmp_path) == {"thesis.txt": b"years of work"}
 
@@ -177,7 +166,7 @@ def test_a_folder_that_holds_something_else_is_left_as_it_is(data, tmp_path, cap
     ],
 )
 def test_an_unusable_option_is_refused_before_anything_is_written(option, value, said, data, tmp_path, capfd):
-    options = {"--data": data, "--output": tmp_path / "run", **SMALL, option: value}
+    options = {"--data": data, "--output": tmp_path / "run", **TRAINING, option: value}
     assert stage("pretrain", options) == 2
     shown = capfd.readouterr().err
     assert said in shown and "Traceback" not in shown
@@ -187,7 +176,7 @@ def test_an_unusable_option_is_refused_before_anything_is_written(option, value,
 def test_only_a_validation_ends_a_run_early(data, tmp_path):
     run = tmp_path / "run"
     # No rate, no progress: every validation is as good as the first one.
-    options = {**SMALL, "--train.epochs": 7, "--train.patience": 1, "--train.validate_every": 2, "--tables.lr": 0}
+    options = {**TRAINING, "--train.epochs": 7, "--train.patience": 1, "--train.validate_every": 2, "--tables.lr": 0}
     still = {"--tables.user_lr": 0, "--optimizer.lr": 0}
     assert stage("pretrain", {"--data": data, "--output": run, **options, **still}) == 0
     history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
@@ -196,7 +185,7 @@ def test_only_a_validation_ends_a_run_early(data, tmp_path):
 
 def test_an_output_that_cannot_be_written_is_refused(run, data, tmp_path, capfd):
     (tmp_path / "file").write_text("")
-    inside = {"--data": data, "--output": tmp_path / "file/run", **SMALL}
+    inside = {"--data": data, "--output": tmp_path / "file/run", **TRAINING}
     assert stage("pretrain", inside) == 2
     assert "cannot write to --output" in capfd.readouterr().err
     folder = {"--data": data, "--checkpoint": run[0], "--output": tmp_path}
@@ -240,7 +229,7 @@ def no_json(folder: Path) -> None:
 def test_an_unusable_dataset_is_refused_before_anything_is_written(harm, said, data, tmp_path, capfd):
     shutil.copytree(data, tmp_path / "data")
     harm(tmp_path / "data")
-    assert stage("pretrain", {"--data": tmp_path / "data", "--output": tmp_path / "run", **SMALL}) == 2
+    assert stage("pretrain", {"--data": tmp_path / "data", "--output": tmp_path / "run", **TRAINING}) == 2
     shown = capfd.readouterr().err
     assert said in shown and "Traceback" not in shown
     assert not (tmp_path / "run").exists()
@@ -263,9 +252,9 @@ def test_an_interrupted_run_goes_on_to_the_same_result(sharding, run, data, tmp_
     shutil.copytree(half, interrupted / "checkpoints" / f"{half.name}.tmp")
     (interrupted / "checkpoints" / f"{half.name}.tmp" / "checkpoint.json").unlink()
 
-    options = {"--data": data, "--output": interrupted, **SMALL, "--tables.sharding": sharding}
+    options = {"--data": data, "--output": interrupted, **TRAINING, "--tables.sharding": sharding}
     assert stage("pretrain", options) == 0
-    assert f"Going on from {interrupted}/checkpoints/{checkpoints(whole)[stopped].name}" in capfd.readouterr().out
+    assert f"Resuming from {interrupted}/checkpoints/{checkpoints(whole)[stopped].name}" in capfd.readouterr().out
     assert [c.name for c in checkpoints(interrupted)] == [c.name for c in checkpoints(whole)]
     best, other = (json.loads((folder / "best.json").read_text()) for folder in (interrupted, whole))
     assert best == {**other, "value": pytest.approx(other["value"], abs=1e-5)}
@@ -289,7 +278,7 @@ def test_what_was_best_before_an_interruption_stays_the_best(run, data, tmp_path
     shutil.copy(whole / "run.json", tmp_path / "run")
     metadata[first]["progress"]["best_value"] = 9.0
     (kept / "checkpoint.json").write_text(json.dumps({**metadata[first], "best": best}))
-    assert stage("pretrain", {"--data": data, "--output": tmp_path / "run", **SMALL, "--saving.keep": 1}) == 0
+    assert stage("pretrain", {"--data": data, "--output": tmp_path / "run", **TRAINING, "--saving.keep": 1}) == 0
     assert json.loads((tmp_path / "run/best.json").read_text()) == best
     assert checkpoints(tmp_path / "run") == [kept, tmp_path / "run/checkpoints" / checkpoints(whole)[-1].name]
 

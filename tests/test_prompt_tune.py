@@ -9,7 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from recgpt_torchrec.checkpoints.folder import find_checkpoint
-from tests.support import stage, walks, write_dataset
+from tests.support import SMALL, stage, walks, write_dataset
 
 USERS, ITEMS = 60, 30
 LOSS = {"--loss.candidates": "all", "--batch.tokens": 60}
@@ -21,8 +21,8 @@ def made(tmp_path_factory) -> Path:
     """A dataset, a model pre-trained on it, and its prompts."""
     folder = tmp_path_factory.mktemp("tune")
     write_dataset(folder / "data", walks(USERS, ITEMS, shortest=4, longest=14), items=ITEMS)
-    small = {"--model.dim": 8, "--model.max_len": 8, "--train.epochs": 2, "--optimizer.warmup_steps": 2}
-    assert stage("pretrain", {"--data": folder / "data", "--output": folder / "run", **small, **LOSS}) == 0
+    training = {**SMALL, "--model.max_len": 8, **TUNE}
+    assert stage("pretrain", {"--data": folder / "data", "--output": folder / "run", **training}) == 0
     options = {"--data": folder / "data", "--checkpoint": folder / "run", "--output": folder / "prompts"}
     assert stage("generate_prompts", {**options, "--prompts.k": 1}) == 0
     return folder
@@ -126,7 +126,7 @@ def test_answers_become_soft_targets_and_are_the_same_without_prompts(made):
         ({"--data": "other"}, "was trained on another dataset"),
         ({"--tuning.predict_from": "never"}, "tuning.predict_from"),
         ({"--tuning.soft_targets": 0.3}, "holds no answers of the pre-trained model"),
-        ({"--tuning.soft_targets": 1.5}, "is a share, 0 to 1"),
+        ({"--tuning.soft_targets": 1.5}, "it must be from 0 to 1"),
     ],
 )
 def test_refused_before_anything_is_written(made, tuned, capfd, changed, message):
@@ -146,4 +146,4 @@ def test_refused_before_anything_is_written(made, tuned, capfd, changed, message
 def test_an_m_beyond_the_list_is_refused(made, capfd):
     arguments = {"--data": made / "data", "--checkpoint": made / "run", "--output": made / "no.json"}
     assert stage("evaluate", {**arguments, "--recall.m": 11}) == 2
-    assert "--recall.m is 11, more than the longest list" in capfd.readouterr().err
+    assert "--recall.m is 11; it must be at most 10, the longest of --ks" in capfd.readouterr().err

@@ -16,8 +16,8 @@ from recgpt_torchrec import export, retrieve
 from recgpt_torchrec.config import Batch, Export, Retrieve, Sharding
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.retrieval.export_folder import open_export, to_numpy
-from tests.distributed.launch import run_ranks
-from tests.support import stage, walks, write_dataset
+from tests.support import SMALL, stage, walks, write_dataset
+from tools.ranks import run_ranks
 
 USERS, ITEMS, INTERESTS = 60, 30, 4
 WALKS = walks(USERS, ITEMS, shortest=2, longest=14)  # a few have nothing held out
@@ -30,8 +30,8 @@ def made(tmp_path_factory) -> Path:
     """A dataset, a model pre-trained on it, its prompts, and a model tuned on those."""
     folder = tmp_path_factory.mktemp("retrieve")
     write_dataset(folder / "data", WALKS, items=ITEMS)
-    small = {"--model.dim": 8, "--model.max_len": 8}
-    assert stage("pretrain", {"--data": folder / "data", "--output": folder / "run", **small, **LOSS}) == 0
+    training = {**SMALL, "--model.max_len": 8, **LOSS}
+    assert stage("pretrain", {"--data": folder / "data", "--output": folder / "run", **training}) == 0
     options = {"--data": folder / "data", "--checkpoint": folder / "run", "--output": folder / "prompts"}
     assert stage("generate_prompts", {**options, "--prompts.k": 1}) == 0
     options = {"--data": folder / "prompts", "--checkpoint": folder / "run", "--output": folder / "tuned"}
@@ -117,7 +117,7 @@ def encoded(rank: int, world_size: int, checkpoint: str, data: str, k: int) -> d
     device, dataset, batch = torch.device("cpu"), Dataset.open(data), Batch(tokens=60)
     trained = load(find_checkpoint(checkpoint), dataset, Sharding(), batch_size=batch.tokens, device=device)
     paths = RecallPaths(trained, dataset, batch, device)
-    stream = paths._stream("test", grows=INTERESTS - 1)
+    stream = paths._encoding_stream("test", grows=INTERESTS - 1)
     rows: dict[str, list[list[int]]] = {"score": [], "quota": [], "two_step": [], "users": []}
     for histories, first in encode(trained.model, stream, device):
         vectors = predict_interests(trained.model, stream.maker, histories, first, paths.catalogue, INTERESTS)
@@ -239,7 +239,7 @@ def test_lists_are_as_long_as_asked_where_the_catalogue_allows(made, tmp_path, c
         found = lists(exported, tmp_path / index, k=ITEMS, merge="quota", data=made / "data", index=index)
         for user, row in found.items():
             assert sorted(row) == sorted(set(range(ITEMS)) - set(WALKS[user][:-1])), index
-    assert "places stay empty: no more items are left" in capfd.readouterr().out
+    assert "places are empty: no items are left" in capfd.readouterr().out
 
 
 def test_the_same_command_again_does_nothing_and_another_is_refused(made, tmp_path, capfd):
@@ -259,7 +259,7 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(made, tmp_pa
     assert stage("retrieve", given) == 0
     assert "Already there" in capfd.readouterr().out
     assert stage("retrieve", given | {"--k": 6}) == 2
-    assert "lists of other options" in capfd.readouterr().err
+    assert "made with other options" in capfd.readouterr().err
 
 
 def harmed(made: Path, folder: Path, how: str) -> Path:
@@ -282,19 +282,19 @@ def harmed(made: Path, folder: Path, how: str) -> Path:
     [
         ("unfinished", {}, "is not an export: it has no manifest.json"),
         ("damaged", {}, "is damaged"),
-        ("one interest", {"--merge": "two_step"}, "two steps take 2 interests, but"),
+        ("one interest", {"--merge": "two_step"}, "two_step merges 2 interests, but"),
         ("", {"--interests": 5, "--merge": "score"}, "--interests is 5, but"),
-        ("", {"--interests": 33}, "--interests is 33; a user has 1 to 32"),
+        ("", {"--interests": 33}, "--interests is 33; it must be from 0 to 32 (0: all)"),
         ("", {"--k": ITEMS + 1}, f"--k is {ITEMS + 1}, but"),
         ("", {"--k": 0}, "--k is 0"),
         ("", {"--m": 11, "--merge": "two_step"}, "--m is 11"),
-        ("", {"--m": 5, "--merge": "quota"}, "m belongs to two steps"),
-        ("", {"--merge": "two_step", "--interests": 3}, "two steps take 2"),
-        ("", {"--interests": 3}, "two steps take 2"),
+        ("", {"--m": 5, "--merge": "quota"}, "only two_step uses m"),
+        ("", {"--merge": "two_step", "--interests": 3}, "two_step merges 2"),
+        ("", {"--interests": 3}, "two_step merges 2"),
         ("", {"--data": "other"}, "was made from another dataset than"),
         ("", {"--index": "ivf", "--ivf.clusters": ITEMS + 1}, f"--ivf.clusters is {ITEMS + 1}"),
         ("", {"--output": "taken"}, "already holds something that is not a finished set of lists (thesis.tex)"),
-        ("", {"--output": "data"}, "holds something else than a set of lists"),
+        ("", {"--output": "data"}, "holds something other than a set of lists"),
     ],
 )
 def test_refused_before_anything_is_written(made, tmp_path, capfd, how, options, message):
@@ -315,7 +315,7 @@ def test_refused_before_anything_is_written(made, tmp_path, capfd, how, options,
 @pytest.mark.parametrize("interests", [0, 33])
 def test_an_export_of_no_or_too_many_interests_is_refused(made, tmp_path, capfd, interests):
     assert stage("export", options_of(made, "run", tmp_path / "no", interests=interests)) == 2
-    assert f"--interests is {interests}; a user has 1 to 32" in capfd.readouterr().err
+    assert f"--interests is {interests}; it must be from 1 to 32" in capfd.readouterr().err
     assert not (tmp_path / "no").exists()
 
 

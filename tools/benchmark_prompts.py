@@ -1,7 +1,7 @@
-"""Prompt generation with the key/value cache against recomputing the whole forward pass for each generated item.
+"""Benchmarks prompt generation with the key/value cache against a full forward pass for each generated item.
 
-Both in one run, on the same users, with the same batching and the same search of the catalogue; says whether the
-prompts are identical, too.
+Both run on the same users, with the same batching and the same search of the catalogue. Also says whether the prompts
+are identical.
 
 Example:
     python -m tools.benchmark_prompts --data runs/beauty/data --checkpoint runs/beauty/pretrain --users 2000
@@ -32,7 +32,7 @@ from recgpt_torchrec.training.loading import load
 
 
 class Recomputing(Decoding):
-    """Remembers entries instead of keys and values, and decodes all of them again for each output that is scored."""
+    """Stores entries instead of keys and values, and decodes all of them again for each output that is scored."""
 
     def __init__(self, prompter: "RecomputingPrompter", users: int) -> None:
         super().__init__(prompter.dense.decoder, users, capacity=1)
@@ -40,7 +40,7 @@ class Recomputing(Decoding):
         self.fed: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def keep(self, users: int) -> None:
-        """Go on with the first users."""
+        """See `Decoding.keep`."""
         super().keep(users)
         self.fed = [(items[:users], at[:users], segments[:users]) for items, at, segments in self.fed]
 
@@ -49,7 +49,7 @@ class Recomputing(Decoding):
         self, items: Tensor, user_vectors: Tensor, positions: Tensor, segments: Tensor, active: Tensor | None = None
     ) -> Tensor:
         """See `Decoding.step`."""
-        assert active is None, "the benchmark has a prompt in every place"
+        assert active is None, "the benchmark fills every interval with k prompts"
         self.fed.append((items, positions, segments))
         self.steps += 1
         if self.steps % (self.k + 1) == 0:  # after the last prompt of an interval nothing is generated
@@ -66,8 +66,10 @@ class RecomputingPrompter(Prompter):
         return Recomputing(self, users)
 
 
-def synthetic(options: argparse.Namespace, device: torch.device) -> tuple[Dense, Catalogue, Intervals, Tensor, int]:
-    """A random model, and histories with lengths like Beauty's (5 and more, 9 on average)."""
+def make_synthetic(
+    options: argparse.Namespace, device: torch.device
+) -> tuple[Dense, Catalogue, Intervals, Tensor, int]:
+    """Make a random model, and histories with lengths like Beauty's (5 and more, 9 on average)."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     lengths = np.minimum(5 + rng.geometric(0.22, options.users), 50)
@@ -80,8 +82,8 @@ def synthetic(options: argparse.Namespace, device: torch.device) -> tuple[Dense,
     return dense, Catalogue(vectors), histories, users, dense.model.max_len
 
 
-def real(options: argparse.Namespace, device: torch.device) -> tuple[Dense, Catalogue, Intervals, Tensor, int]:
-    """A checkpoint, and the first users of a dataset."""
+def load_real(options: argparse.Namespace, device: torch.device) -> tuple[Dense, Catalogue, Intervals, Tensor, int]:
+    """Load a checkpoint, and the first users of a dataset."""
     dataset = Dataset.open(options.data)
     trained = load(find_checkpoint(options.checkpoint), dataset, Tables(), batch_size=LOOKUP, device=device)
     model = unwrapped(trained.model.eval())
@@ -99,32 +101,34 @@ def real(options: argparse.Namespace, device: torch.device) -> tuple[Dense, Cata
 
 
 def main() -> None:
-    """Measure both ways in turn, and print users/s and their ratio."""
+    """Measure both ways in turn, and print users/s, prompts/s and the ratio of times."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", help="dataset; without it a random model and histories")
     parser.add_argument("--checkpoint", help="run or checkpoint folder of the dataset")
     parser.add_argument("--users", type=int, default=2000)
-    parser.add_argument("--items", type=int, default=12000, help="catalogue of the random model")
+    parser.add_argument("--items", type=int, default=12000, help="items of the random model")
     parser.add_argument("--layers", type=int, default=1, help="decoder blocks of the random model")
-    parser.add_argument("--k", type=int, default=2, help="prompts an interval")
+    parser.add_argument("--k", type=int, default=2, help="prompts per interval")
     parser.add_argument("--batch_users", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=3, help="times each way is measured, in turn; the best counts")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="rounds, which measure each way in turn; the fastest counts"
+    )
     options = parser.parse_args()
     if bool(options.data) != bool(options.checkpoint):
         parser.error("--data and --checkpoint go together")
     with process_group() as device:
-        dense, catalogue, histories, users, max_len = (real if options.data else synthetic)(options, device)
+        dense, catalogue, histories, users, max_len = (load_real if options.data else make_synthetic)(options, device)
         ways = {"cache": Prompter, "recomputing": RecomputingPrompter}
         best: dict[str, float] = {}
-        made = {}
+        filled = {}
         for _ in range(options.rounds):
             for name, way in ways.items():
-                made[name] = copy.deepcopy(histories)
+                filled[name] = copy.deepcopy(histories)
                 since = time.perf_counter()
-                way(dense, catalogue, Prompts(k=options.k), max_len, options.batch_users).fill(made[name], users)
+                way(dense, catalogue, Prompts(k=options.k), max_len, options.batch_users).fill(filled[name], users)
                 best[name] = min(best.get(name, np.inf), time.perf_counter() - since)
-        prompts = int((made["cache"].prompts >= 0).sum())
-        differ = int((made["cache"].prompts != made["recomputing"].prompts).sum())
+        prompts = int((filled["cache"].prompts >= 0).sum())
+        differ = int((filled["cache"].prompts != filled["recomputing"].prompts).sum())
         blocks, threads = len(dense.decoder.blocks), torch.get_num_threads()
         print(
             f"{users.shape[0]:,} users, {histories.items.size:,} items, {prompts:,} prompts (k = {options.k}), "

@@ -1,10 +1,10 @@
-"""What safety costs the step: training bare, with the check for non-finite gradients, and with checkpoints as well.
+"""Benchmarks the overhead of safety per step: the check for non-finite gradients, and checkpoints on top of it.
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 -m tools.benchmark_step --items 1000000
 
-A turn is the same number of steps for each; with checkpoints it has one at its start (and the wait for the one of the
-turn before, which is over long since). A round is a turn of each, every round in another order. Prints the time of all
-turns as a ratio to that of others, with its standard error over the rounds.
+A turn is --steps steps of one kind of training; with checkpoints it starts with one. A round is one turn of each kind,
+in an order that changes from round to round. Prints the ratio of each kind's time to that of the kind it builds on,
+with its standard error over rounds.
 """
 
 import argparse
@@ -35,25 +35,25 @@ from recgpt_torchrec.training.finite import FiniteGuard, GuardedPipeline
 USERS = 1000
 
 
-class Switch(FiniteGuard):
-    """The check, which can be turned off."""
+class SwitchableGuard(FiniteGuard):
+    """A `FiniteGuard` that can be turned off."""
 
     on = True
 
-    def _before(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return super()._before(module, inputs) if self.on else None
+    def _guard_rows(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return super()._guard_rows(module, inputs) if self.on else None
 
 
-def always(candidates: Candidates) -> Callable[[np.ndarray], Candidates]:
-    """The same candidates whatever the targets."""
+def draw_always(candidates: Candidates) -> Callable[[np.ndarray], Candidates]:
+    """A function that draws the same candidates for any targets."""
     return lambda targets: candidates
 
 
-def batches(options: argparse.Namespace) -> Iterator[SequenceBatch]:
-    """Random histories of 32 items for ever, the same few batches again and again."""
+def cycle_batches(options: argparse.Namespace) -> Iterator[SequenceBatch]:
+    """Yield eight batches of random histories of 32 items, in an endless cycle."""
     rng = np.random.default_rng(rank())
     users = options.tokens // 32
-    made = []
+    ready = []
     for _ in range(8):
         histories = Histories(
             users=rng.choice(USERS, users, replace=False),
@@ -66,26 +66,26 @@ def batches(options: argparse.Namespace) -> Iterator[SequenceBatch]:
             row_length=64,
             capacity=Capacity(users, users * 32 + options.negatives),
             predict=True,
-            draw=always(negatives),
+            draw=draw_always(negatives),
         )
         batch.global_targets = torch.tensor(float(batch.target_slot.numel()))
-        made.append(batch)
+        ready.append(batch)
     while True:
-        yield from made
+        yield from ready
 
 
 def main() -> None:
-    """Measure and print."""
+    """Build a model, measure its steps and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=2048, help="positions a step and rank")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens per step and rank")
     parser.add_argument("--negatives", type=int, default=2000)
     parser.add_argument("--sharding", default="row_wise")
     parser.add_argument("--optimizer", default="rowwise_adagrad")
-    parser.add_argument("--steps", type=int, default=100, help="steps of a turn, between two checkpoints")
+    parser.add_argument("--steps", type=int, default=100, help="steps per turn, and between two checkpoints")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--folder", help="where checkpoints are written for the time being; default: a temporary one")
+    parser.add_argument("--folder", help="folder for the temporary checkpoints; default: the system's")
     options = parser.parse_args()
     with process_group() as device, tempfile.TemporaryDirectory(dir=options.folder) as folder:
         shared: list[Any] = [folder]
@@ -101,14 +101,14 @@ def main() -> None:
         model, optimizer = build(
             config, config.model, dataset, batch_size=options.tokens + options.negatives, device=device
         )
-        measure(model, optimizer, device, batches(options), shared[0], options)
+        measure(model, optimizer, device, cycle_batches(options), shared[0], options)
 
 
 def measure(
     model: Any, optimizer: Any, device: torch.device, stream: Iterator[SequenceBatch], folder: str, options: Any
 ) -> None:
-    """Run the turns, and print what came of them on rank 0."""
-    guard = Switch(unwrapped(model).dense)
+    """Run the turns, and print the results on rank 0."""
+    guard = SwitchableGuard(unwrapped(model).dense)
     pipeline = GuardedPipeline(model, optimizer, device, guard)
     model.train()
     savers = {
@@ -123,7 +123,7 @@ def measure(
     stalls: dict[str, list[float]] = {kind: [] for kind in savers}
     written: list[float] = []
     size = 0
-    for number in range(options.rounds + 1):  # the first does not count: it takes the memory of the copy
+    for number in range(options.rounds + 1):  # the first does not count: it allocates the memory of the copy
         first = number % len(savers)
         order = list(savers)[first:] + list(savers)[:first]
         for kind in order:
@@ -133,27 +133,27 @@ def measure(
             if saver is not None:
                 saver.save(number, state_of(model, optimizer), {})
                 stalled = time.perf_counter() - since
-            done = 0.0
+            written_after = 0.0
             for _ in range(options.steps):
                 pipeline.progress(stream)
-                if kind == "asynchronous" and not done and saver is not None and not saver.busy:
-                    done = time.perf_counter() - since
+                if kind == "asynchronous" and not written_after and saver is not None and not saver.is_writing:
+                    written_after = time.perf_counter() - since
             if device.type == "cuda":
                 torch.cuda.synchronize()
             dist.barrier()
-            taken = time.perf_counter() - since
+            seconds = time.perf_counter() - since
             if saver is not None:
                 saver.finish()
                 latest = saver.checkpoints.latest() or ""
                 size = sum(entry.stat().st_size for entry in os.scandir(latest))
             if number:
-                times[kind].append(taken)
+                times[kind].append(seconds)
                 if saver is not None:
                     stalls[kind].append(stalled)
-                written += [done or float("inf")] if kind == "asynchronous" else []
+                written += [written_after or float("inf")] if kind == "asynchronous" else []
     print_result(
         f"{options.items:,} items x {options.dim}, {options.sharding}, {options.optimizer}, {world_size()} ranks: "
-        f"{size / 2**20:,.0f} MiB a checkpoint, one every {options.steps} steps of "
+        f"{size / 2**20:,.0f} MiB per checkpoint, one every {options.steps} steps of "
         f"{np.median(times['checked']) / options.steps * 1e3:.0f} ms; {options.rounds} rounds"
     )
     for kind, base in (("checked", "bare"), ("asynchronous", "checked"), ("synchronous", "checked")):

@@ -1,9 +1,9 @@
-"""Restore checkpoints of every sharding and number of ranks into every other, and say what came out differently.
+"""Checks resharding: restores checkpoints of every sharding and number of ranks into every other.
 
     OMP_NUM_THREADS=1 python -m tools.check_reshard
 
-Prints one row a source and target, largest absolute differences over both tables: of the rows, of the optimizer's
-moments, and of the losses of the next two steps against those of the run that went on uninterrupted.
+Prints one row per source and target: the largest absolute differences of table rows, of the optimizer's moments, of the
+dense part, and of the losses of the next two steps, against the uninterrupted run.
 """
 
 import argparse
@@ -11,18 +11,18 @@ import itertools
 import sys
 import tempfile
 
-from tests.distributed.launch import run_ranks
-from tests.distributed.reshard import Difference, Layout, reshard
+from tools.ranks import run_ranks
+from tools.reshard import Difference, Layout, reshard
 
 SHARDINGS = ("data_parallel", "table_wise", "column_wise", "row_wise")
 OPTIMIZERS = ("rowwise_adagrad", "adagrad", "adam", "sgd")
 TOLERANCE = 1e-5
 
 
-def wrong(difference: Difference) -> bool:
+def is_wrong(difference: Difference) -> bool:
     """Whether anything differs by more than rounding.
 
-    Row-wise Adagrad with other blocks of columns than before goes on from the same loss, and learns on differently.
+    With other column blocks than before, row-wise Adagrad resumes with the same loss, but its updates differ.
     """
     figures = [difference.tables, difference.moments, difference.dense, difference.losses[0]]
     if difference.source.blocks() == difference.target.blocks():
@@ -31,25 +31,26 @@ def wrong(difference: Difference) -> bool:
 
 
 def main() -> int:
-    """Check, print, and return the exit status."""
+    """Check every pair, print the differences, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--optimizers", nargs="+", default=OPTIMIZERS, choices=OPTIMIZERS)
-    parser.add_argument("--timeout", type=float, default=1200, help="seconds for everything")
+    parser.add_argument("--timeout", type=float, default=1200, help="time limit in seconds")
     options = parser.parse_args()
     layouts = [Layout(*cell) for cell in itertools.product(options.ranks, SHARDINGS, options.optimizers)]
     with tempfile.TemporaryDirectory() as folder:
-        found = run_ranks(reshard, max(options.ranks), folder, layouts, layouts, timeout=options.timeout)[0]
+        differences = run_ranks(reshard, max(options.ranks), folder, layouts, layouts, timeout=options.timeout)[0]
     print(f"{'optimizer':16} {'from':16} {'to':16} {'tables':>9} {'moments':>9} {'dense':>9} {'loss':>9} {'next':>9}")
-    for d in sorted(found, key=lambda d: (d.source.optimizer, d.source, d.target)):
+    for d in sorted(differences, key=lambda d: (d.source.optimizer, d.source, d.target)):
         figures = [d.tables, d.moments, d.dense, *d.losses]
-        said = "WRONG" if wrong(d) else "other blocks" if d.source.blocks() != d.target.blocks() else ""
+        verdict = "WRONG" if is_wrong(d) else "other blocks" if d.source.blocks() != d.target.blocks() else ""
         print(
-            f"{d.source.optimizer:16} {d.source!s:16} {d.target!s:16} " + " ".join(f"{x:9.1e}" for x in figures), said
+            f"{d.source.optimizer:16} {d.source!s:16} {d.target!s:16} " + " ".join(f"{x:9.1e}" for x in figures),
+            verdict,
         )
-    bad = sum(map(wrong, found))
-    print(f"{len(found)} restores, {bad} wrong (more than {TOLERANCE})")
-    return bad > 0
+    wrong = sum(map(is_wrong, differences))
+    print(f"{len(differences)} restores, {wrong} wrong (more than {TOLERANCE})")
+    return wrong > 0
 
 
 if __name__ == "__main__":

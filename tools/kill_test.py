@@ -1,14 +1,14 @@
-"""Kill ranks of small trainings with SIGKILL at random moments, and compare what they reach with a run left alone.
+"""Kills ranks of small training runs with SIGKILL at random moments, and compares the results with an unkilled run.
 
     OMP_NUM_THREADS=1 python -m tools.kill_test --kills 50
 
-Each run is started once, on two ranks through the launcher, which starts both again after each kill; nobody does
-anything in between. A kill is aimed at what a run does rarely (restoring, writing a checkpoint, validating) as often as
-at its steps, or at any time from the first line of the stage on; the table shows where it hit. A run must end with the
-same losses, validation figures, tables, moments and decoder as the one left alone, to the last bit.
+Each run is started once, on two ranks through the launcher, which restarts both after each kill. Kills are aimed at
+rare phases (restoring, writing a checkpoint, validating) as often as at training steps, or at any time from the stage's
+first line on; the table shows where they hit. A run must end with the same losses, validation metrics, tables, moments
+and decoder as the unkilled one, to the last bit.
 
-Seen, on two idle cores in 7 minutes: 50 kills in 7 runs (at training steps 22, reading 3, restoring 8, starting 10,
-validating 7; 20 of all beside the writing of a checkpoint), no difference.
+Measured on two idle cores in 7 minutes: 50 kills in 7 runs (at training steps 22, reading 3, restoring 8, starting 10,
+validating 7; 20 of them while a checkpoint was written), no difference.
 """
 
 import argparse
@@ -26,6 +26,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from tools.small_run import SMALL
+
 AIMS = {
     "starting": ("starting", 1, 0.5),
     "restoring": ("restoring", 1, 0.05),
@@ -36,25 +38,15 @@ AIMS = {
     "validating": ("validating", 1, 0.5),
     "any time": ("any", 1, 6.0),
 }
-"""What a kill is aimed at: the phase, which of its first occurrences at most, and the seconds into it at most."""
+"""By aim of a kill: the phase, the maximum number of its occurrences, and the maximum number of seconds into it."""
 PATIENCE_SECONDS = 6.0
-"""After the first step, for what the kill is aimed at to come; then it is done anyway."""
-TRAINING = {
-    "--model.dim": 8,
-    "--model.max_len": 10,
-    "--model.layers": 1,
-    "--batch.tokens": 60,
-    "--loss.negatives": 10,
-    "--optimizer.warmup_steps": 5,
-    "--tables.sharding": "row_wise",
-    "--train.patience": 0,
-    "--saving.every_steps": 4,
-}
+"""Wait for the aimed-at phase after the first step; then the rank is killed anyway."""
+TRAINING = {**SMALL, "--tables.sharding": "row_wise", "--train.patience": 0, "--saving.every_steps": 4}
 RANKS = 2
 
 
-def killer(plan: dict[str, Any], output: str) -> None:
-    """In a rank: end this process by SIGKILL once it is where the plan of this start says, if it is the one."""
+def kill_at_aim(plan: dict[str, Any], output: str) -> None:
+    """Run in a thread of each rank: kill this process at the aim drawn for this start, if this rank is the victim."""
     from recgpt_torchrec.distributed import watchdog
 
     start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -86,9 +78,9 @@ def killer(plan: dict[str, Any], output: str) -> None:
 
 
 def rank_main() -> None:
-    """A rank of a run: the stage `pretrain`, and the thread that kills it."""
+    """Run one rank: the stage `pretrain`, with the thread that kills it."""
     plan, output = json.loads(sys.argv[2]), sys.argv[sys.argv.index("--output") + 1]
-    threading.Thread(target=killer, args=(plan, output), daemon=True).start()
+    threading.Thread(target=kill_at_aim, args=(plan, output), daemon=True).start()
     from recgpt_torchrec import cli, pretrain
     from recgpt_torchrec.config import Pretrain
 
@@ -97,7 +89,7 @@ def rank_main() -> None:
 
 
 def launch(data: Path, output: Path, epochs: int, plan: dict[str, Any]) -> None:
-    """Train through the launcher until the end; raises where that needs anything more."""
+    """Train to the end through the launcher; exit with a message if that fails."""
     options = {"--data": data, "--output": output, "--train.epochs": epochs, **TRAINING}
     words = [str(word) for option in options.items() for word in option]
     launcher = ["--nnodes", "1", "--nproc_per_node", str(RANKS), "--rdzv_backend", "c10d"]
@@ -105,90 +97,90 @@ def launch(data: Path, output: Path, epochs: int, plan: dict[str, Any]) -> None:
     command = [sys.executable, "-m", "recgpt_torchrec.launch.node", *launcher, "-m", "tools.kill_test", "rank"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(f"{output}.log", "w") as log:
-        done = subprocess.run([*command, json.dumps(plan), *words], env=environment, stdout=log, stderr=log)
-    if done.returncode:
-        raise SystemExit(f"{output.name} ended with status {done.returncode}; see {output}.log")
+        finished = subprocess.run([*command, json.dumps(plan), *words], env=environment, stdout=log, stderr=log)
+    if finished.returncode:
+        raise SystemExit(f"{output.name} ended with status {finished.returncode}; see {output}.log")
 
 
-def figures(output: Path) -> list[dict[str, Any]]:
-    """The figures of each epoch, without those of its time."""
+def read_epochs(output: Path) -> list[dict[str, Any]]:
+    """Read the metrics of each epoch, without timings."""
     lines = [json.loads(line) for line in (output / "history.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "data_wait" and not k.endswith("_s")} for line in lines]
 
 
-def tensors(output: Path) -> dict[str, Any]:
-    """Every tensor of the newest checkpoint."""
+def read_tensors(output: Path) -> dict[str, Any]:
+    """Read every tensor of the newest checkpoint."""
     import torch
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     newest = sorted((output / "checkpoints").glob("step-*[0-9]"))[-1]
-    there = dcp.FileSystemReader(newest).read_metadata().state_dict_metadata
-    found = {
+    metadata = dcp.FileSystemReader(newest).read_metadata().state_dict_metadata
+    tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in there.items()
+        for name, entry in metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load(found, checkpoint_id=newest, no_dist=True)
-    return found
+    dcp.load(tensors, checkpoint_id=newest, no_dist=True)
+    return tensors
 
 
-def differences(output: Path, alone: Path) -> list[str]:
-    """What a run reached otherwise than the one left alone."""
+def differences(output: Path, unkilled: Path) -> list[str]:
+    """Differences between the results of a run and those of the unkilled one, one line each."""
     import torch
 
-    mine, others = figures(output), figures(alone)
-    found = [f"epoch {a['epoch']}: {a}, alone {b}" for a, b in zip(mine, others, strict=False) if a != b]
-    if len(mine) != len(others):
-        found.append(f"{len(mine)} epochs, alone {len(others)}")
-    here, there = tensors(output), tensors(alone)
-    if here.keys() != there.keys():
-        found.append("other tensors")
-    return found + [name for name, value in here.items() if name in there and not torch.equal(value, there[name])]
+    epochs, expected = read_epochs(output), read_epochs(unkilled)
+    lines = [f"epoch {a['epoch']}: {a}, unkilled {b}" for a, b in zip(epochs, expected, strict=False) if a != b]
+    if len(epochs) != len(expected):
+        lines.append(f"{len(epochs)} epochs, unkilled {len(expected)}")
+    tensors, others = read_tensors(output), read_tensors(unkilled)
+    if tensors.keys() != others.keys():
+        lines.append("other tensors")
+    return lines + [name for name, value in tensors.items() if name in others and not torch.equal(value, others[name])]
 
 
 def kill_test(folder: Path, kills: int, per_run: int, epochs: int, seed: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """Train until there were enough kills.
+    """Train runs until there were `kills` kills.
 
     Returns:
-        hits: where each kill hit.
-        wrong: what was reached otherwise, one line a difference; empty: nothing.
+        hits: phase, step and rank of each kill.
+        wrong: differences from the unkilled run, one line each.
     """
-    from tests.support import walks, write_dataset
+    from tools.small_run import walks, write_dataset
 
-    data, alone, log = folder / "data", folder / "alone", folder / "kills.jsonl"
+    data, unkilled, log = folder / "data", folder / "alone", folder / "kills.jsonl"
     write_dataset(data, walks(200, 60, shortest=3, longest=14), items=60, rows_per_group=8, groups_per_part=4)
     plan = {"seed": seed, "run": 0, "kills": 0, "log": str(log)}
-    launch(data, alone, epochs, plan)
+    launch(data, unkilled, epochs, plan)
     hits: list[dict[str, Any]] = []
     wrong: list[str] = []
     for run in range(1, kills + 1):
         output = folder / f"run{run}"
         launch(data, output, epochs, {**plan, "run": run, "kills": min(per_run, kills - len(hits))})
         hits = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        found = [f"run {run}: {line}" for line in differences(output, alone)]
-        wrong += found
-        mine = sum(hit["run"] == run for hit in hits)
-        print(f"run {run}: {mine} kills, {'DIFFERS' if found else 'as left alone'}; {len(hits)} of {kills}", flush=True)
+        lines = [f"run {run}: {line}" for line in differences(output, unkilled)]
+        wrong += lines
+        count = sum(hit["run"] == run for hit in hits)
+        print(f"run {run}: {count} kills, {'DIFFERS' if lines else 'identical'}; {len(hits)} of {kills}", flush=True)
         if len(hits) >= kills:
             break
     return hits, wrong
 
 
 def main() -> int:
-    """Kill, compare, print, and return the exit status."""
+    """Run the test, print where kills hit and what differs, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="in all")
-    parser.add_argument("--per_run", type=int, default=10, help="kills of one run at most")
+    parser.add_argument("--kills", type=int, default=50, help="total number of kills")
+    parser.add_argument("--per_run", type=int, default=10, help="maximum number of kills per run")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="where runs and logs stay; must not exist")
+    parser.add_argument("--folder", type=Path, help="folder that keeps runs and logs; must not exist")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         hits, wrong = kill_test(folder, options.kills, options.per_run, options.epochs, options.seed)
     where = Counter((hit["phase"], hit["writing"], hit["rank"]) for hit in hits)
-    print(f"\n{'killed while':22}{'rank 0':>8}{'rank 1':>8}{'of them beside the writing of a checkpoint':>46}")
+    print(f"\n{'killed while':22}{'rank 0':>8}{'rank 1':>8}{'of them while a checkpoint was written':>46}")
     for phase in sorted({hit["phase"] for hit in hits}):
         by_rank = [sum(where[phase, writing, rank] for writing in (False, True)) for rank in range(RANKS)]
         writing = sum(where[phase, True, rank] for rank in range(RANKS))

@@ -1,23 +1,22 @@
-"""Make an interaction log with known structure, of any size, for demos, tests and benchmarks.
+"""Makes an interaction log of known structure and any size, for demos, tests and benchmarks.
 
     python tools/synthetic_log.py --output log.csv --users 5000 --items 2000 --seed 0
 
 Columns: user_id, item_id (raw keys such as `user_00042`), timestamp (unix seconds). Rows come user by user.
 
-What generates the next item, so that the best possible answer is known:
+How the next item is generated, so that the best possible prediction is known:
 
-- Items belong to *series*, communities of equal size each with a cyclic order; series, and items within one, differ in
-  popularity by a Zipf law.
-- A user has a few favourite series, drawn by popularity, and a personal mixture over them (a flat Dirichlet).
-- A user reads `threads` series side by side, in turn: event n belongs to thread n mod `threads`. With probability
-  `follow`
-  it is the successor of that thread's last item; otherwise the thread starts anew, at an item drawn from the user's
-  mixture and then from the popularity in that series.
+- Items belong to *series* of equal size, each with a cyclic order. The popularity of series, and of items within one,
+  follows a Zipf law.
+- A user has a few favourite series, drawn by popularity, and mixture weights over them (a flat Dirichlet).
+- A user reads `threads` series in turn: event n belongs to thread n mod `threads`. With probability `follow`
+  it is the successor of that thread's last item; otherwise the thread restarts at an item drawn from the user's mixture
+  and then by popularity in that series.
 - Events come in visits, days apart; after each event a visit ends with probability `leave`.
 
-So with probability `follow` (0.85 by default) the next item is the successor of the item `threads` places back: a model
-that has learned the order of the series and whose turn it is ranks it first. Popularity knows none of this, and
-item-item co-occurrence, which adds up what each item of the history says, cannot tell whose turn it is.
+So with probability `follow` (0.85 by default) the next item is the successor of the item `threads` positions back. A
+model that has learned the order of the series and of the threads ranks it first. Popularity knows neither, and
+item-item co-occurrence, which sums over the items of the history, does not know which thread is next.
 """
 
 import argparse
@@ -32,24 +31,24 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 BLOCK_USERS = 20_000
-"""Users made and written at once; what is in memory does not grow beyond it."""
+"""Number of users generated and written at once, which bounds memory."""
 START = 1_700_000_000
-"""First session's earliest time, unix seconds."""
+"""Earliest time of a first event, unix seconds."""
 DAY = 86_400
 
 
 @dataclass(kw_only=True)
 class World:
-    """What all users share: which items are in which series, in which order, and how popular they are."""
+    """What all users share: the items of each series, their order and their popularity."""
 
     members: np.ndarray
-    """[series, size] item numbers; row c in the order of popularity."""
+    """[series, size] item numbers; each row by descending popularity."""
     successor: np.ndarray
-    """[items] the item after each item in its series."""
+    """[items] the next item in the series of each item."""
     series_cumulative: np.ndarray
     """[series] cumulative popularity of the series."""
     item_cumulative: np.ndarray
-    """[size] cumulative popularity of a series' items."""
+    """[size] cumulative popularity of the items of a series."""
 
     @classmethod
     def make(cls, items: int, series: int, zipf: float, rng: np.random.Generator) -> "World":
@@ -71,25 +70,25 @@ class World:
 
 @dataclass(kw_only=True)
 class Habits:
-    """How users behave."""
+    """Parameters of the users' behaviour."""
 
     mean_events: float = 20
-    """Events a user, on average; at least 5."""
+    """Mean number of events per user; at least 5."""
     threads: int = 3
-    """Series a user reads in turn."""
+    """Number of series that a user reads in turn."""
     follow: float = 0.85
-    """Probability that an event goes on with its thread's series."""
+    """Probability that an event continues its thread's series."""
     leave: float = 0.1
     """Probability that a visit ends after an event."""
     favourites: int = 4
-    """Series a user draws from (drawn with replacement, so some users have fewer)."""
+    """Number of series that a user draws from (drawn with replacement, so some users have fewer)."""
 
 
-def events(world: World, habits: Habits, users: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """Walk `users` users through their events, all of them a step at a time.
+def walk_users(world: World, habits: Habits, users: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """Generate the events of `users` users, one event of all users at a time.
 
     Returns:
-        user [events] (0 to users - 1, in order), item [events], time [events] (rising for each user).
+        user [events] (0 to users - 1, ascending), item [events], time [events] (increasing per user); int64 each.
     """
     favourites = _draw(world.series_cumulative, (users, habits.favourites), rng)
     mixture = np.cumsum(rng.standard_exponential((users, habits.favourites)), axis=1)
@@ -99,7 +98,7 @@ def events(world: World, habits: Habits, users: int, rng: np.random.Generator) -
     now = START + rng.integers(0, 60 * DAY, size=users)
     current = np.zeros((users, habits.threads), dtype=np.int64)
     fresh = np.ones(users, dtype=bool)
-    made: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    steps: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for step in range(int(lengths.max())):
         active = np.flatnonzero(lengths > step)
         series = favourites[active, (mixture[active] < rng.random(len(active))[:, None]).sum(axis=1)]
@@ -110,25 +109,25 @@ def events(world: World, habits: Habits, users: int, rng: np.random.Generator) -
         current[active, thread] = item
         pause = np.where(fresh[active], rng.exponential(5 * DAY, len(active)), rng.exponential(120, len(active)))
         now[active] += 1 + pause.astype(np.int64)
-        made.append((active, item, now[active].copy()))
+        steps.append((active, item, now[active].copy()))
         fresh[active] = rng.random(len(active)) < habits.leave
-    user, item, time = (np.concatenate(columns) for columns in zip(*made, strict=True))
+    user, item, time = (np.concatenate(columns) for columns in zip(*steps, strict=True))
     order = np.argsort(user, kind="stable")
     return user[order], item[order], time[order]
 
 
 def _draw(cumulative: np.ndarray, shape: int | tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Indices, each with its share of `cumulative`."""
+    """Draw indices with the probabilities that `cumulative` adds up."""
     return np.searchsorted(cumulative, rng.random(shape) * cumulative[-1], side="right")
 
 
-def tables(world: World, habits: Habits, users: int, items: int, seed: int) -> Iterator[pa.Table]:
-    """The log, a block of users at a time; each block has its own random numbers."""
+def generate_tables(world: World, habits: Habits, users: int, items: int, seed: int) -> Iterator[pa.Table]:
+    """Yield the log, one block of users at a time; each block has its own random stream."""
     item_keys = pa.array([f"item_{number:0{len(str(items - 1))}d}" for number in range(items)])
     width = max(len(str(users - 1)), 5)
     for block, first in enumerate(range(0, users, BLOCK_USERS)):
         count = min(BLOCK_USERS, users - first)
-        user, item, time = events(world, habits, count, np.random.default_rng([seed, 1, block]))
+        user, item, time = walk_users(world, habits, count, np.random.default_rng([seed, 1, block]))
         user_keys = pa.array([f"user_{first + number:0{width}d}" for number in range(count)])
         columns = {
             "user_id": user_keys.take(pa.array(user)),
@@ -139,7 +138,7 @@ def tables(world: World, habits: Habits, users: int, items: int, seed: int) -> I
 
 
 def write(path: str, blocks: Iterator[pa.Table]) -> int:
-    """Write blocks to a .csv or .parquet file, through a temporary name. Returns the rows written."""
+    """Write blocks to a .csv or .parquet file, under a temporary name first; returns the number of rows."""
     temporary = Path(f"{path}.incomplete")
     Path(path).resolve().parent.mkdir(parents=True, exist_ok=True)
     rows = 0
@@ -163,28 +162,30 @@ def write(path: str, blocks: Iterator[pa.Table]) -> int:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse, make, write, and say what was made."""
+    """Parse the command line, generate and write the log, and print a summary."""
     habits = Habits()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="file to write, ending in .csv or .parquet")
     parser.add_argument("--users", type=int, default=5000, help="number of users (default: 5000)")
     parser.add_argument("--items", type=int, default=2000, help="number of items (default: 2000)")
-    parser.add_argument("--series", type=int, default=0, help="series of items; 0 makes them of 50 items (default: 0)")
-    parser.add_argument("--threads", type=int, default=habits.threads, help="series a user reads in turn (default: 3)")
-    parser.add_argument("--mean_events", type=float, default=habits.mean_events, help="events a user (default: 20)")
+    parser.add_argument("--series", type=int, default=0, help="number of series; 0: series of 50 items (default: 0)")
+    parser.add_argument(
+        "--threads", type=int, default=habits.threads, help="series each user reads in turn (default: 3)"
+    )
+    parser.add_argument("--mean_events", type=float, default=habits.mean_events, help="events per user (default: 20)")
     parser.add_argument(
         "--zipf", type=float, default=0.8, help="exponent of the popularity skew; 0 is none (default: 0.8)"
     )
     parser.add_argument(
-        "--follow", type=float, default=habits.follow, help="probability to go on with a series (default: 0.85)"
+        "--follow", type=float, default=habits.follow, help="probability to continue a series (default: 0.85)"
     )
     parser.add_argument(
         "--leave", type=float, default=habits.leave, help="probability that a visit ends (default: 0.1)"
     )
     parser.add_argument(
-        "--favourites", type=int, default=habits.favourites, help="series a user draws from (default: 4)"
+        "--favourites", type=int, default=habits.favourites, help="series each user draws from (default: 4)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
     options = parser.parse_args(arguments)
     series = options.series or max(options.items // 50, 1)
     if not options.output.endswith((".csv", ".parquet")):
@@ -205,7 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
         favourites=options.favourites,
     )
     world = World.make(options.items, series, options.zipf, np.random.default_rng([options.seed, 0]))
-    rows = write(options.output, tables(world, habits, options.users, options.items, options.seed))
+    rows = write(options.output, generate_tables(world, habits, options.users, options.items, options.seed))
     print(
         f"wrote {options.output}: {rows:,} events of {options.users:,} users over {options.items:,} items in "
         f"{series:,} series; next: python -m recgpt_torchrec.prepare --input {options.output} --output DIR",

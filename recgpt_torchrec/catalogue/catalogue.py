@@ -1,7 +1,6 @@
 """The catalogue: vectors of all items, exact top-k, and ranks. The only place that scores all items.
 
-Today every rank holds all vectors. Whoever needs scores of all items asks here, so that holding them by id range on
-the ranks is a matter of this package alone.
+Every rank holds all vectors. Sharding them by id range would change this package alone.
 """
 
 from collections.abc import Iterator
@@ -19,17 +18,17 @@ from recgpt_torchrec.data.ragged import Ragged
 LOOKUP = 65536
 """Items looked up at once when the vectors are gathered."""
 SCORES = {"cpu": 2**18, "cuda": 2**26}
-"""Scores held at once: on CPU what its cache holds (blocks of 1 MiB took half the time of 25 MiB), on a GPU 256 MiB."""
+"""Number of scores held at once: on CPU what fits its cache (1 MiB took half the time of 25 MiB), on a GPU 256 MiB."""
 RANKED_SCORES = 2**24
-"""Scores held at once while ranks are counted: 64 MiB; a count costs more calls than a search."""
+"""Number of scores held at once while ranks are counted: 64 MiB; a block takes more calls than in a search."""
 FEWEST_ROWS = 16
-"""Rows scored at once however large the catalogue is, or it would be read from memory for each row."""
+"""Minimum number of rows scored at once, so that a large catalogue is not read from memory for each row."""
 FEW = 10
-"""So many best items are found by a pass over the scores each, which is faster than torch.topk for a few."""
+"""Up to this k, each item is found by an argmax over the scores: faster than torch.topk."""
 
 
 class Best(NamedTuple):
-    """The best items of each query, best first; of equal ones the smaller id comes first."""
+    """The best items of each query, best first; among equal scores the smaller id first."""
 
     items: Tensor
     """[rows, k] int64; -1 where no item is left."""
@@ -38,7 +37,7 @@ class Best(NamedTuple):
 
 
 class Catalogue:
-    """Vectors of all items.
+    """Vectors of all items, with exact top-k and ranks.
 
     Example: `Catalogue.gather(model.scoring_table, items, device).top_k(queries, 50, seen)`
     """
@@ -53,7 +52,7 @@ class Catalogue:
     @classmethod
     @torch.no_grad()
     def gather(cls, table: nn.Module, items: int, device: torch.device) -> "Catalogue":
-        """The vectors of a sharded item table, through its own lookup (collective)."""
+        """Look up the vectors of all `items` ids in a sharded item table (collective)."""
         parts = []
         for first in range(0, items, LOOKUP):
             bags: Any = bags_of(ITEM, np.arange(first, min(first + LOOKUP, items)))
@@ -65,7 +64,7 @@ class Catalogue:
 
     @property
     def device(self) -> torch.device:
-        """Where the vectors are."""
+        """Device of the vectors."""
         return self.vectors.device
 
     def is_finite(self) -> bool:
@@ -77,7 +76,7 @@ class Catalogue:
         return self.vectors[items]
 
     def share(self, rank: int, world_size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """Ids [n] int64 and vectors [n, dim] float32 that a rank writes; the ranks' shares are every item once."""
+        """Ids [n] int64 and vectors [n, dim] float32 that a rank writes; all ranks together write every item once."""
         ids = np.array_split(np.arange(len(self)), world_size)[rank]
         return ids, self.vectors[torch.from_numpy(ids)].cpu().numpy()
 
@@ -87,19 +86,19 @@ class Catalogue:
         Args:
             queries: [rows, dim] float32.
             k: items per query.
-            seen: items of each row that do not compete.
-            forbidden: [rows, any] int64 further items that do not compete.
+            seen: items to leave out, by row.
+            forbidden: [rows, any] int64 further items to leave out, by row.
         """
-        found = []
-        for rows, scores in self._scored(queries, SCORES[queries.device.type]):
+        blocks = []
+        for rows, scores in self._score_blocks(queries, SCORES[queries.device.type]):
             if seen is not None:
                 mask_seen(scores, seen.part(rows.start, rows.stop))
             if forbidden is not None:
                 scores.scatter_(1, forbidden[rows], -torch.inf)
-            found.append(best_items(scores, k))
-        if not found:
+            blocks.append(best_items(scores, k))
+        if not blocks:
             return Best(queries.new_zeros((0, k), dtype=torch.int64), queries.new_zeros((0, k)))
-        return Best(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        return Best(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
 
     def ranks(self, queries: Tensor, targets: Tensor, seen: Ragged) -> tuple[Tensor, Tensor]:
         """The masked and the unmasked rank of each row's target among all items (see `catalogue.ranks`).
@@ -112,17 +111,17 @@ class Catalogue:
         Returns:
             [rows] float32 each; inf where the target is in the history (masked).
         """
-        found = [
+        blocks = [
             both_ranks(scores, targets[rows], seen.part(rows.start, rows.stop))
-            for rows, scores in self._scored(queries, RANKED_SCORES)
+            for rows, scores in self._score_blocks(queries, RANKED_SCORES)
         ]
-        if not found:
+        if not blocks:
             return queries.new_zeros(0), queries.new_zeros(0)
-        masked, unmasked = (torch.cat(parts) for parts in zip(*found, strict=True))
+        masked, unmasked = (torch.cat(parts) for parts in zip(*blocks, strict=True))
         return masked, unmasked
 
-    def _scored(self, queries: Tensor, held: int) -> Iterator[tuple[slice, Tensor]]:
-        """Stretches of the rows, and their scores of all items [rows, items], about `held` at once."""
+    def _score_blocks(self, queries: Tensor, held: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yield blocks of rows with their scores of all items [rows, items], about `held` scores at once."""
         at_once = max(FEWEST_ROWS, held // max(1, len(self)))
         for start in range(0, len(queries), at_once):
             rows = slice(start, min(start + at_once, len(queries)))
@@ -130,47 +129,46 @@ class Catalogue:
 
 
 def mask_seen(scores: Tensor, seen: Ragged) -> Tensor:
-    """`scores` [rows, items] with -inf at the items of each row of `seen`; changed in place."""
+    """Set `scores` [rows, items] to -inf at the items of each row of `seen`, in place."""
     values, owners = (torch.from_numpy(part).to(scores.device) for part in (seen.values, seen.owners))
     scores[owners, values] = -torch.inf
     return scores
 
 
 def best_items(scores: Tensor, k: int) -> Best:
-    """The `k` best items of each row of `scores` [rows, items] that are not -inf; of equal ones the smaller id first.
-
-    `scores` are changed in place.
-    """
+    """The `k` best items of each row of `scores` [rows, items] that are not -inf, as `Best`. Overwrites `scores`."""
     rows, items = scores.shape
     if k <= FEW:
-        found = torch.full((rows, k), -1, dtype=torch.int64, device=scores.device)
-        best = torch.full((rows, k), -torch.inf, dtype=scores.dtype, device=scores.device)
+        ids = torch.full((rows, k), -1, dtype=torch.int64, device=scores.device)
+        values = torch.full((rows, k), -torch.inf, dtype=scores.dtype, device=scores.device)
         for place in range(min(k, items)):
-            answer = _first_argmax(scores)[:, None]
-            found[:, place], best[:, place] = answer[:, 0], scores.gather(1, answer)[:, 0]
+            largest = _first_argmax(scores)[:, None]
+            ids[:, place], values[:, place] = largest[:, 0], scores.gather(1, largest)[:, 0]
             if place + 1 < k:
-                scores.scatter_(1, answer, -torch.inf)
-        return Best(found.masked_fill_(best == -torch.inf, -1), best)
-    taken = min(k, items)
-    best, found = scores.topk(min(k + 1, items), dim=1)
-    if best.shape[1] > taken:  # where an item that was left out equals the last one taken, ids decide
-        (tied,) = torch.nonzero((best[:, taken - 1] == best[:, taken]) & (best[:, taken] != -torch.inf), as_tuple=True)
-        best, found = best[:, :taken].contiguous(), found[:, :taken].contiguous()
+                scores.scatter_(1, largest, -torch.inf)
+        return Best(ids.masked_fill_(values == -torch.inf, -1), values)
+    count = min(k, items)
+    values, ids = scores.topk(min(k + 1, items), dim=1)
+    if values.shape[1] > count:  # ids decide where the last item equals one left out
+        (tied,) = torch.nonzero(
+            (values[:, count - 1] == values[:, count]) & (values[:, count] != -torch.inf), as_tuple=True
+        )
+        values, ids = values[:, :count].contiguous(), ids[:, :count].contiguous()
         if tied.numel():
             ordered = scores[tied].sort(dim=1, descending=True, stable=True)
-            best[tied], found[tied] = ordered.values[:, :taken], ordered.indices[:, :taken]
-    found, order = found.sort(dim=1)
-    best, order = best.gather(1, order).sort(dim=1, descending=True, stable=True)
-    found = found.gather(1, order).masked_fill(best == -torch.inf, -1)
-    short = k - taken
-    if short:
-        found = torch.nn.functional.pad(found, (0, short), value=-1)
-        best = torch.nn.functional.pad(best, (0, short), value=-torch.inf)
-    return Best(found, best)
+            values[tied], ids[tied] = ordered.values[:, :count], ordered.indices[:, :count]
+    ids, order = ids.sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    ids = ids.gather(1, order).masked_fill(values == -torch.inf, -1)
+    missing = k - count
+    if missing:
+        ids = torch.nn.functional.pad(ids, (0, missing), value=-1)
+        values = torch.nn.functional.pad(values, (0, missing), value=-torch.inf)
+    return Best(ids, values)
 
 
 def _first_argmax(scores: Tensor) -> Tensor:
-    """[rows, items] -> [rows] int64, of equal ones the first. On CPU numpy's takes a third of the time of torch's."""
+    """[rows, items] -> [rows] int64, the first of equal ones. On CPU numpy takes a third of torch's time."""
     if scores.device.type == "cpu":
         return torch.from_numpy(scores.numpy().argmax(1))
     return scores.argmax(1)

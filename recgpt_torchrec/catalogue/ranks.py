@@ -1,11 +1,10 @@
 """Ranks of target items among all items, masked and unmasked, from blocks of scores.
 
-A rank counts from 0, in float32, ties shared evenly: (items scored higher) + (other items scored equal) / 2. So a model
-that scores everything alike gets what chance gets, and no order of the ids can help it.
+A rank counts from 0, in float32, and ties are shared evenly: (items scored higher) + (other items scored equal) / 2. So
+a model with equal scores for all items gets the metrics of chance, whatever the order of the ids.
 
-Two protocols, never to be compared with each other. *Unmasked*: every item competes. *Masked*: the items of the user's
-history do not (their score is -inf); a target that is in its own history is then -inf as well and cannot be hit,
-whatever k is: its rank is infinite.
+Two protocols, which must not be compared with each other. *Unmasked*: every item competes. *Masked*: the items of the
+user's history do not compete (score -inf). A target in that history has an infinite rank then: a miss at every k.
 """
 
 import math
@@ -20,28 +19,28 @@ def ranks(scores: torch.Tensor, targets: torch.Tensor, history: Ragged | None = 
     """Rank of each target among all items.
 
     Args:
-        scores: [users, items] float32; float16 and bfloat16 are refused, as their rounding makes ties. Not changed.
+        scores: [users, items] float32; float16 and bfloat16 are refused, as their rounding makes ties. Not modified.
         targets: [users] int64 item ids.
         history: the items of each user that do not compete (masked), in any order, repeats allowed; None: unmasked.
 
     Returns:
-        [users] float32; inf where the target's score is -inf (masked, or given so by a model that did not retrieve it).
+        [users] float32; inf where the target's score is -inf (masked, or not retrieved by the model).
 
     Raises:
-        ValueError: a score is NaN, or shapes do not fit.
+        ValueError: a score is NaN, or shapes do not match.
 
     Example: `ranks(torch.tensor([[0.1, 0.9, 0.9]]), torch.tensor([2]))` is `[0.5]`.
     """
-    return _counted(scores, targets, history).ranks()
+    return _count_scores(scores, targets, history).ranks()
 
 
 def both_ranks(scores: torch.Tensor, targets: torch.Tensor, history: Ragged) -> tuple[torch.Tensor, torch.Tensor]:
     """The masked and the unmasked ranks in one pass over the scores; arguments as in `ranks`."""
-    counter = _counted(scores, targets, history)
+    counter = _count_scores(scores, targets, history)
     return counter.ranks(), counter.unmasked_ranks()
 
 
-def _counted(scores: torch.Tensor, targets: torch.Tensor, history: Ragged | None) -> "RankCounter":
+def _count_scores(scores: torch.Tensor, targets: torch.Tensor, history: Ragged | None) -> "RankCounter":
     if scores.ndim != 2:
         raise ValueError(f"scores must be [users, items], not {list(scores.shape)}")
     targets = targets.to(scores.device)
@@ -54,10 +53,10 @@ def _counted(scores: torch.Tensor, targets: torch.Tensor, history: Ragged | None
 
 
 class RankCounter:
-    """`ranks` for scores that come in blocks of items: a catalogue too large for one matrix, or one in shards.
+    """Ranks from scores in blocks of items: for a catalogue too large for one matrix, or a sharded one.
 
     Blocks may come in any order and in several processes: add up `counts` over the processes (all-reduce) before
-    `ranks`. The targets' scores must come from the same computation as the blocks', or a tie may pass for an order.
+    `ranks`. The targets' scores must come from the same computation as the blocks', or ties are missed.
 
     Example:
         counter = RankCounter(targets, target_scores, history)
@@ -79,11 +78,11 @@ class RankCounter:
         self.scores = target_scores
         self.counts = torch.zeros(4, len(targets), dtype=torch.int64, device=device)
         """[4, users] int64: how many items score higher than the target, how many others equal it, and how many of
-        each stand in the history."""
+        each are in the history."""
         self.history: tuple[torch.Tensor, torch.Tensor] | None = None
         self.in_history = torch.zeros(len(targets), dtype=torch.bool, device=device)
         if history is not None:
-            users, items = _pairs(history, len(targets), device)
+            users, items = _distinct_pairs(history, len(targets), device)
             is_target = items == self.targets[users]
             self.in_history[users[is_target]] = True
             self.history = (users[~is_target], items[~is_target])
@@ -97,18 +96,17 @@ class RankCounter:
         bound = self.scores[:, None]
         (users,) = torch.nonzero((self.targets >= first) & (self.targets < stop), as_tuple=True)
         for row, compared in enumerate((scores > bound, scores == bound)):
-            # The target is no rival of itself, by its id and not by its score: that holds even where its own score
-            # differs in the last bit from the block's.
+            # The target is excluded by its id, not by its score, which may differ in the last bit from the block's.
             compared[users, self.targets[users] - first] = False
             self.counts[row] += _count_rows(compared)
             if self.history is not None:
-                of, items = self.history
-                here = (items >= first) & (items < stop)
-                rivals = compared[of[here], items[here] - first]
-                self.counts[2 + row].index_add_(0, of[here], rivals.long())
+                owners, items = self.history
+                in_block = (items >= first) & (items < stop)
+                counted = compared[owners[in_block], items[in_block] - first]
+                self.counts[2 + row].index_add_(0, owners[in_block], counted.long())
 
     def ranks(self) -> torch.Tensor:
-        """[users] float32, once every item was counted: masked where there is a history."""
+        """[users] float32, after the last block: masked where there is a history."""
         higher, equal = self.counts[:2] - self.counts[2:]
         return self._rank(higher, equal).masked_fill(self.in_history, math.inf)
 
@@ -124,7 +122,7 @@ class RankCounter:
 def _check_scores(scores: torch.Tensor) -> None:
     if scores.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"scores are {scores.dtype}, whose rounding makes ties: rank in float32, computed in float32")
-    # A NaN anywhere is a NaN in the sum; so is +inf - inf, hence the second look. One pass, no [users, items] mask.
+    # Any NaN makes the sum NaN, but so does inf - inf, hence the second check. One pass, no [users, items] mask.
     if torch.isnan(scores.sum()) and torch.isnan(scores).any():
         users = torch.isnan(scores).reshape(len(scores), -1).any(dim=1).sum().item()
         raise ValueError(f"scores of {users} of {len(scores)} users are NaN; the model has diverged")
@@ -144,7 +142,7 @@ def _count_rows(mask: torch.Tensor) -> torch.Tensor:
     return mask.sum(dim=1)
 
 
-def _pairs(history: Ragged, users: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _distinct_pairs(history: Ragged, users: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The distinct pairs (user, item) of a ragged history, [pairs] each."""
     values, offsets = (torch.as_tensor(part).to(device) for part in (history.values, history.offsets))
     if offsets.shape != (users + 1,) or offsets[0] != 0 or offsets[-1] != len(values):

@@ -1,1 +1,1 @@
-"""Checkpoints of a run: their folder and commit, what is in them, saving, restoring and growing."""
+"""Checkpoints of a run: folders and commit, contents, saving, restoring, and tables that grow."""

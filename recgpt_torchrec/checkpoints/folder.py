@@ -1,12 +1,12 @@
-"""Checkpoints of a run on disk: torch.distributed.checkpoint folders that count only once they are committed.
+"""Checkpoint folders of a run: torch.distributed.checkpoint folders that count once they are committed.
 
     OUTPUT/checkpoints/step-00001200/   the distributed checkpoint, and checkpoint.json, written last
     OUTPUT/best.json                    which of them is best on validation
 
-On a local disk a checkpoint is written under a temporary name and renamed when it is whole; where the output is a URI
-it is written where it belongs, and checkpoint.json, written last, is what makes it one. Readers look at nothing else.
-Whatever comes after that (best.json, dropping old ones) follows from the checkpoints, so that it can be made up for
-after a kill. `saving` writes them, `state` says what is in them.
+A folder is a complete checkpoint if it holds checkpoint.json; readers check nothing else. On a local disk a checkpoint
+is written under a temporary name and renamed once complete. On an object store it is written under its final name.
+The rest (best.json, deleting old checkpoints) is derived from the committed checkpoints, so it can be redone after a
+kill. `saving` writes checkpoints, `state` says what they hold.
 """
 
 import hashlib
@@ -39,132 +39,139 @@ class Checkpoints:
 
     output: str
     keep: int
-    """Newest checkpoints kept, beside the best one."""
+    """Number of newest checkpoints to keep, beside the best one."""
 
     @property
     def folder(self) -> str:
-        """Where the checkpoints lie."""
+        """The folder of all checkpoints."""
         return os.path.join(self.output, FOLDER)
 
     def path(self, step: int) -> str:
-        """Where the checkpoint lies that is made after `step` steps."""
+        """The folder of the checkpoint after `step` steps."""
         return os.path.join(self.folder, f"step-{step:08d}")
 
-    def temporary(self, step: int) -> str:
-        """Where it is written before it counts; at once in its place where folders cannot be renamed."""
+    def temporary_path(self, step: int) -> str:
+        """The folder that it is written to before the commit; on an object store, which cannot rename, `path`."""
         return self.path(step) + ("" if storage.remote(self.output) else TEMPORARY)
 
-    def committed(self) -> list[str]:
-        """Paths of the checkpoints that are whole, oldest first."""
-        paths = [path for path in self._all() if not path.endswith(TEMPORARY)]
+    def list_committed(self) -> list[str]:
+        """Paths of the committed checkpoints, oldest first."""
+        paths = [path for path in self._list_folders() if not path.endswith(TEMPORARY)]
         return [path for path in paths if is_complete(path)]
 
-    def _all(self) -> list[str]:
+    def _list_folders(self) -> list[str]:
         return [os.path.join(self.folder, name) for name in storage.names(self.folder) if name.startswith("step-")]
 
     def latest(self) -> str | None:
-        """The newest whole checkpoint."""
-        return next(reversed(self.committed()), None)
+        """Path of the newest committed checkpoint; None: there is none."""
+        return next(reversed(self.list_committed()), None)
 
     def best(self) -> str | None:
-        """The checkpoint that did best on validation."""
-        found = storage.read_json(os.path.join(self.output, BEST))
-        path = found and os.path.join(self.folder, found["checkpoint"])
+        """Path of the checkpoint that is best on validation; None: there is none."""
+        record = storage.read_json(os.path.join(self.output, BEST))
+        path = record and os.path.join(self.folder, record["checkpoint"])
         return path if path and is_complete(path) else None
 
-    def begin(self, step: int) -> None:
-        """Make an empty folder to write a checkpoint into, `temporary` (on one rank)."""
-        storage.remove(self.temporary(step), first=METADATA)
-        storage.make_folder(self.temporary(step))
+    def start(self, step: int) -> None:
+        """Make the empty folder `temporary_path(step)` to write a checkpoint to (call on one rank).
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        storage.remove(self.temporary_path(step), first=METADATA)
+        storage.make_folder(self.temporary_path(step))
 
     def commit(self, step: int, metadata: dict[str, Any]) -> None:
-        """Make what was written after `begin` a checkpoint, and settle what follows from it (on one rank).
+        """Commit what was written since `start`, then `clean_up` (call on one rank).
 
-        Where the step has a checkpoint already only its metadata is written: nothing was trained in between, and at no
-        moment may there be none.
+        If the step already has a committed checkpoint, only its metadata is written: nothing was trained in between,
+        and the run must have a checkpoint at any moment.
 
         Args:
             step: optimizer steps done.
-            metadata: JSON values that readers need before they build a model. `best` among them holds what becomes
-                best.json: its `checkpoint` names the best one so far, or is None.
+            metadata: JSON values that readers need before they build a model. Its `best` becomes best.json; there,
+                `checkpoint` names the best checkpoint so far, or is None.
+
+        Raises:
+            OSError: something cannot be written or deleted.
         """
-        path, temporary = self.path(step), self.temporary(step)
+        path, temporary = self.path(step), self.temporary_path(step)
         if storage.remote(self.output) or is_complete(path):
             storage.write_json(os.path.join(path, METADATA), metadata)
         else:
             storage.write_json(os.path.join(temporary, METADATA), metadata)
-            _sync(temporary)
+            _sync_folder(temporary)
             os.rename(temporary, path)
-            _sync(self.folder)
-        self.settle()
+            _sync_folder(self.folder)
+        self.clean_up()
 
-    def settle(self) -> None:
-        """Bring everything in line with the newest checkpoint: best.json, and no half or dropped ones (on one rank)."""
-        there = self.committed()
-        if there:
-            best = read_metadata(there[-1]).get("best", {})
+    def clean_up(self) -> None:
+        """Update best.json from the newest checkpoint; delete incomplete and old checkpoints (call on one rank)."""
+        committed = self.list_committed()
+        if committed:
+            best = read_metadata(committed[-1]).get("best", {})
             if best.get("checkpoint") and best != storage.read_json(os.path.join(self.output, BEST)):
                 storage.write_json(os.path.join(self.output, BEST), best)
-        kept = [*there[-max(self.keep, 1) :], self.best()]
-        for path in self._all():
+        keep = [*committed[-max(self.keep, 1) :], self.best()]
+        for path in self._list_folders():
             if storage.remote(path):
-                if path not in kept:
+                if path not in keep:
                     storage.remove(path, first=METADATA)
-            elif path.endswith(TEMPORARY) or (path in there and path not in kept):
+            elif path.endswith(TEMPORARY) or (path in committed and path not in keep):
                 shutil.rmtree(path)
 
 
 def is_complete(checkpoint: str) -> bool:
-    """Whether a folder is a finished checkpoint."""
+    """Whether a folder is a committed checkpoint."""
     return storage.exists(os.path.join(checkpoint, METADATA))
 
 
 def make_writer(path: str) -> dcp.FileSystemWriter:
-    """What torch.distributed.checkpoint writes a folder with, wherever it lies."""
-    made = dcp.FileSystemWriter(path, sync_files=False)  # a DirectFile does that itself; a store knows no such thing
+    """A writer of torch.distributed.checkpoint for a local folder or a URI."""
+    writer = dcp.FileSystemWriter(path, sync_files=False)  # DirectFile syncs by itself; object stores have no sync
     if storage.remote(path):
-        made.fs, made.path = cast(Any, storage.Streams(path)), path
+        writer.fs, writer.path = cast(Any, storage.Streams(path)), path
     else:
-        made.fs = DirectFiles()
-    return made
+        writer.fs = DirectFiles()
+    return writer
 
 
 def make_reader(path: str) -> dcp.FileSystemReader:
-    """What torch.distributed.checkpoint reads a folder with, wherever it lies."""
-    made = dcp.FileSystemReader(path)
-    made.transforms = _Checked()
+    """A reader of torch.distributed.checkpoint for a local folder or a URI, which verifies checksums."""
+    reader = dcp.FileSystemReader(path)
+    reader.transforms = _ChecksumVerifier()
     if storage.remote(path):
-        made.fs, made.path = cast(Any, storage.Streams(path)), path
-    return made
+        reader.fs, reader.path = cast(Any, storage.Streams(path)), path
+    return reader
 
 
-class _Checked(_StorageReaderTransforms):
-    """Compares the checksum that torch.save writes with each tensor, and torch.load takes no notice of."""
+class _ChecksumVerifier(_StorageReaderTransforms):
+    """Verifies the checksum that torch.save writes with each tensor, which torch.load ignores."""
 
     def transform_load_stream(self, read_item: Any, transform_descriptors: Any, raw_stream: IO[bytes]) -> IO[bytes]:
-        """The stream of one tensor, from its beginning.
+        """The stream of one tensor, verified, at its beginning.
 
         Raises:
-            BadZipFile: its bytes are not those that were written.
+            BadZipFile: the checksum differs.
         """
-        whole = io.BytesIO(raw_stream.read(-1))  # so that a store is asked for it once
-        with zipfile.ZipFile(whole) as records:
+        content = io.BytesIO(raw_stream.read(-1))  # so that a store is read once
+        with zipfile.ZipFile(content) as records:
             if (damaged := records.testzip()) is not None:
                 raise zipfile.BadZipFile(f"{read_item.storage_index.fqn}: the checksum of {damaged} differs")
-        whole.seek(0)
-        return whole
+        content.seek(0)
+        return content
 
 
 def read_tensor_metadata(checkpoint: str) -> dict[str, Any]:
-    """Shapes and types of a checkpoint's tensors, by name.
+    """Sizes and dtypes of a checkpoint's tensors, by name.
 
     Raises:
-        InputError: it says so no more, for it is damaged.
+        InputError: the checkpoint is damaged.
     """
     try:
         return make_reader(checkpoint).read_metadata().state_dict_metadata
-    except Exception as error:  # there is hardly one that unpickling damaged bytes does not lead to
-        raise _unreadable(checkpoint, [error]) from None
+    except Exception as error:  # unpickling damaged bytes can raise almost anything
+        raise _make_read_error(checkpoint, [error]) from None
 
 
 def read_tensors(state: dict[str, Any], checkpoint: str) -> None:
@@ -176,19 +183,19 @@ def read_tensors(state: dict[str, Any], checkpoint: str) -> None:
     try:
         dcp.load(state, storage_reader=make_reader(checkpoint))
     except CheckpointException as error:
-        raise _unreadable(checkpoint, [failure[0] for failure in error.failures.values()]) from None
+        raise _make_read_error(checkpoint, [failure[0] for failure in error.failures.values()]) from None
 
 
-def _unreadable(checkpoint: str, errors: list[BaseException]) -> InputError:
+def _make_read_error(checkpoint: str, errors: list[BaseException]) -> InputError:
     reasons = sorted({f"{type(error).__name__}: {' '.join(str(error).split())[:300]}" for error in errors})
     return InputError(
         f"the checkpoint {checkpoint} cannot be read ({'; '.join(reasons)}). Restore it, or give another checkpoint of "
-        "the run; a run goes on from the one before once this folder is removed"
+        "the run; to resume the run from the checkpoint before, remove this folder"
     )
 
 
-def _sync(folder: str) -> None:
-    """Make the names in a folder last through a loss of power."""
+def _sync_folder(folder: str) -> None:
+    """Sync a folder's entries to the disk, so that they survive a loss of power."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -197,10 +204,10 @@ def _sync(folder: str) -> None:
 
 
 def read_metadata(checkpoint: str) -> dict[str, Any]:
-    """The metadata of a checkpoint folder.
+    """The JSON metadata (checkpoint.json) of a committed checkpoint.
 
     Raises:
-        InputError: it is not a whole checkpoint.
+        InputError: the checkpoint is not committed, or its metadata is damaged.
     """
     metadata = storage.read_json(os.path.join(checkpoint, METADATA))
     if metadata is None:
@@ -209,28 +216,28 @@ def read_metadata(checkpoint: str) -> dict[str, Any]:
 
 
 def find_checkpoint(path: str) -> str:
-    """The checkpoint folder that `path` means: itself, or the best (else the newest) of a run's output folder.
+    """Find the checkpoint folder for `path`: itself, or the best (else the newest) of a run's output folder.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no committed checkpoint.
     """
     if is_complete(path):
         return path
     checkpoints = Checkpoints(path, keep=0)
-    found = checkpoints.best() or checkpoints.latest()
-    if found is None:
+    checkpoint = checkpoints.best() or checkpoints.latest()
+    if checkpoint is None:
         raise InputError(
             f"{path} holds no finished checkpoint; give a run's output folder or one of its {FOLDER}/step-* folders"
         )
-    return found
+    return checkpoint
 
 
 def checkpoint_fingerprint(checkpoint: str) -> str:
-    """32 hex digits of everything in a checkpoint folder, wherever it lies (collective: ranks share the files out)."""
-    names = storage.names(checkpoint)
-    shares = gather_objects([(name, _crc(os.path.join(checkpoint, name))) for name in names[rank() :: world_size()]])
+    """Hash of all file names and contents of a checkpoint folder, 32 hex digits (collective: ranks share the files)."""
+    names = storage.names(checkpoint)[rank() :: world_size()]
+    shares = gather_objects([(name, _checksum(os.path.join(checkpoint, name))) for name in names])
     return hashlib.sha256(repr(sorted(pair for share in shares for pair in share)).encode()).hexdigest()[:32]
 
 
-def _crc(path: str) -> int:
-    return int(checksum_of(*storage.filesystem(path)), 16)  # the number: fingerprints of earlier exports are made of it
+def _checksum(path: str) -> int:
+    return int(checksum_of(*storage.filesystem(path)), 16)  # a number, so that fingerprints of earlier exports stay

@@ -1,7 +1,7 @@
-"""Tables that grow: a run that begins from another's checkpoint, on a dataset with more users and items.
+"""Tables that grow: starts a run from another run's checkpoint, on a dataset with more users and items.
 
-Nothing is copied and no rank holds more than its shards: of a grown table the checkpoint's rows are read into a view of
-the first rows, so the others keep their initial values, and the optimizer's state of them is still zero.
+The checkpoint's rows are read into a view of a grown table's first rows. The new rows keep their initial values, and
+their optimizer state stays zero. Nothing is copied, and no rank holds more than its shards.
 """
 
 from dataclasses import asdict
@@ -18,31 +18,31 @@ from recgpt_torchrec.errors import InputError
 
 
 def first_rows(state: dict[str, Any], rows: dict[str, int]) -> dict[str, Any]:
-    """A state (see `state.state_of`) with only so many first rows of each table and its moments, in the same memory.
+    """View the first rows of each table and its moments in a state, without copying.
 
     Args:
-        state: of a model and its optimizers.
-        rows: of each table, by name; where it has no more than that, it stays as it is.
+        state: of a model and its optimizers (see `state.state_of`).
+        rows: number of rows to view, by table name; a table that has no more stays as it is.
 
     Returns:
-        the same structure; a table of which this rank holds none of these rows is left out.
+        The same structure, without the tables of which this rank holds none of these rows.
     """
-    parameters, held = dict(state["model"]), dict(state["optimizer"]["state"])
+    parameters, optimizer_state = dict(state["model"]), dict(state["optimizer"]["state"])
     for name, count in rows.items():
         table = parameters[name]
         if count >= table.shape[0]:
             continue
-        moments = held.pop(name, {})
+        moments = optimizer_state.pop(name, {})
         del parameters[name]
-        if (first := _first_rows(table, count)) is not None:
+        if (first := _view_first_rows(table, count)) is not None:
             parameters[name] = first
             if moments:
-                held[name] = {moment: _first_rows(value, count) for moment, value in moments.items()}
-    return {"model": parameters, "optimizer": {"state": held}}
+                optimizer_state[name] = {moment: _view_first_rows(value, count) for moment, value in moments.items()}
+    return {"model": parameters, "optimizer": {"state": optimizer_state}}
 
 
-def _first_rows(value: Any, rows: int) -> Any:
-    """A view of the first rows of a tensor [more rows, ...]; None where this rank has no shard in them."""
+def _view_first_rows(value: Any, rows: int) -> Any:
+    """View the first `rows` rows of a tensor or `ShardedTensor`; None: this rank's shards hold none of them."""
     if not isinstance(value, ShardedTensor):
         return value[:rows]
 
@@ -57,19 +57,25 @@ def _first_rows(value: Any, rows: int) -> Any:
     ]
     if not local:
         return None
-    whole = ShardedTensorMetadata(
+    view = ShardedTensorMetadata(
         [cut(shard) for shard in value.metadata().shards_metadata if shard.shard_offsets[0] < rows],
         torch.Size([rows, value.size(1)]),
         TensorProperties(dtype=local[0].tensor.dtype),
     )
-    return ShardedTensor._init_from_local_shards_and_global_metadata(local, whole, process_group=value._process_group)
+    return ShardedTensor._init_from_local_shards_and_global_metadata(local, view, process_group=value._process_group)
 
 
 def find_initial(path: str, config: Pretrain, dataset: Dataset) -> str:
-    """The checkpoint that `path` means, once it is sure that a run of this configuration can begin from it.
+    """Find the checkpoint for `--initial`, and check that a run of this configuration can start from it.
+
+    Args:
+        path: a checkpoint folder, or a run's output folder.
+        config: of the run to start.
+        dataset: the run's.
 
     Raises:
-        InputError: its vocabulary is neither the dataset's nor the beginning of it, or it is of another shape.
+        InputError: there is no checkpoint; it was prompt-tuned; its vocabulary is neither the dataset's nor one that
+            the dataset extends; it has another shape or table optimizer; or `--targets new` would leave targets out.
     """
     checkpoint = find_checkpoint(path)
     metadata = read_metadata(checkpoint)
@@ -81,9 +87,7 @@ def find_initial(path: str, config: Pretrain, dataset: Dataset) -> str:
             "users and items keep their ids, or leave --initial out"
         )
     if "tuning" in settings:
-        raise InputError(
-            f"--initial {path}: {checkpoint} was prompt-tuned; give the checkpoint of a pre-training run, and tune anew"
-        )
+        raise InputError(f"--initial {path}: {checkpoint} was prompt-tuned; give the checkpoint of a pre-training run")
     saved, given = asdict(Model(**settings["model"])), asdict(config.model)
     differ = [f"--model.{name} {saved[name]}" for name in saved if "dropout" not in name and saved[name] != given[name]]
     if settings["tables"]["optimizer"] != config.tables.optimizer:
@@ -93,23 +97,27 @@ def find_initial(path: str, config: Pretrain, dataset: Dataset) -> str:
     extended = manifest.preparation.get("extends", {})
     if config.targets == "new" and metadata["vocabulary"] != extended.get("vocabulary"):
         raise InputError(
-            f"--targets new: {dataset.path} marks what {extended.get('dataset')} held, and {checkpoint} was trained on "
-            f"{settings['data']}: what came between would never be trained on. Give --targets all, or a run on the "
-            "former"
+            f"--targets new: in {dataset.path} targets are new since {extended.get('dataset')}, but {checkpoint} was "
+            f"trained on {settings['data']}: targets added in between would never be trained on. Give --targets all, "
+            f"or a run on {extended.get('dataset')}"
         )
     return checkpoint
 
 
 def check_new_targets(dataset: Dataset) -> None:
-    """Raise an `InputError` unless the dataset says which targets are new, and there are some."""
+    """Check that the dataset marks new targets, and has some.
+
+    Raises:
+        InputError: it does not mark them, or has none.
+    """
     extended = dataset.manifest.preparation.get("extends")
     if extended is None or "trained" not in dataset.columns:
         raise InputError(
-            f"--targets new: {dataset.path} does not say what was trained on before; prepare it with --vocabulary "
+            f"--targets new: {dataset.path} does not mark which targets are new; prepare it with --vocabulary "
             "EARLIER_DATASET, or give --targets all"
         )
     if not extended["new_targets"]:
         raise InputError(
             f"--targets new: the training part of {dataset.path} has no target that {extended['dataset']} did not have "
-            "(of each user the last two interactions are held out); give --targets all, or wait for more of the log"
+            "(the last two interactions of each user are held out); give --targets all, or a longer log"
         )

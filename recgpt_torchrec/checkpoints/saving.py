@@ -1,11 +1,12 @@
-"""Writing checkpoints beside the training: the state is copied between two steps, and a thread writes the copy.
+"""Saves checkpoints in the background: the state is copied between two steps, and a thread writes the copy.
 
-The thread's collectives run in a process group of its own, so they meet none of a step's. One checkpoint is written at
-a time; the next waits for it. It counts once all ranks have written their part. An error on any rank is raised on all
-of them by the next `save` or `finish`, and `wanted` asks for that at once.
+The thread's collectives run in their own process group, separate from those of a step. One checkpoint is written at a
+time; the next waits for it. It is committed once all ranks have written their part. An error on any rank is raised on
+all ranks by the next `save` or `finish`, and `requests_checkpoint` makes that happen at once.
 
 Measured by tools/benchmark_step.py, 250 MiB from two ranks on two idle cores, one checkpoint every 60 steps of 96 ms:
-1.025 of the time without any (standard error 0.013; 1.055 where training waits); the step waits 23 ms (292).
+1.025 times the training time without checkpoints (standard error 0.013; synchronous saving 1.055); the step waits 23 ms
+(292).
 """
 
 import copy
@@ -29,37 +30,41 @@ from recgpt_torchrec.distributed.processes import rank, run_on_first_rank
 from recgpt_torchrec.errors import InputError
 
 LAST_WAIT_S = 60.0
-"""How long a run that ends with an error waits for its last checkpoint."""
+"""Seconds that a run that ends with an error waits for its last checkpoint."""
 
 
 class Saver:
-    """Writes a run's checkpoints. Every rank makes one and calls all but `wanted` together.
+    """Saves a run's checkpoints in the background; every rank has one.
 
-    Example: `with saver: saver.save(step, state_of(model, optimizer), metadata)`; leaving it waits for the last one.
+    All ranks construct it and call `save` and `finish` together. Leaving the `with` waits for the last checkpoint.
+
+    Example:
+        with Saver(checkpoints, options) as saver:
+            saver.save(step, state_of(model, optimizer), metadata)
     """
 
     def __init__(self, checkpoints: Checkpoints, options: Saving) -> None:
         self.checkpoints, self.options = checkpoints, options
         self.group = dist.new_group(backend="gloo")
-        self.saved: int | None = None
-        """Steps of the newest checkpoint; to be set where a run goes on from one."""
+        self.saved_step: int | None = None
+        """Step of the newest checkpoint; set it when a run resumes from one."""
         self._copies: dict[str, Any] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._since = time.monotonic()
 
-    def is_due(self, step: int, asked: bool) -> bool:
-        """Whether a checkpoint is to be made after `step` steps within an epoch; the same on all ranks.
+    def is_due(self, step: int, requested: bool) -> bool:
+        """Whether to save after `step` steps, within an epoch; the same on all ranks.
 
         Args:
             step: optimizer steps done.
-            asked: whether any rank found it `wanted`.
+            requested: whether `requests_checkpoint` was true on any rank.
         """
         every = self.options.every_steps
-        return asked or bool(every and step % every == 0)
+        return requested or bool(every and step % every == 0)
 
-    def wanted(self) -> bool:
-        """Whether this rank asks for a checkpoint: rank 0 when the minutes are over, any rank after a failure."""
+    def requests_checkpoint(self) -> bool:
+        """Whether this rank requests a checkpoint: rank 0 every `every_minutes`, any rank after a failed write."""
         if self._error is not None:
             return True
         minutes = self.options.every_minutes
@@ -75,36 +80,36 @@ class Saver:
         if kind is None:
             self.finish()
         elif self._thread is not None:
-            # What is under way counts if all ranks came here; if they did not, it fails for want of them.
+            # A checkpoint being written is committed if all ranks get here; otherwise its collectives fail.
             self._thread.join(LAST_WAIT_S)
 
     @property
-    def busy(self) -> bool:
-        """Whether a checkpoint is being written beside the training."""
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written in the background."""
         return self._thread is not None and self._thread.is_alive()
 
     def save(self, step: int, state: dict[str, Any], metadata: dict[str, Any]) -> None:
-        """Write a checkpoint; returns as soon as the state may change again.
+        """Save a checkpoint; returns as soon as the state may change (collective).
 
         Args:
             step: optimizer steps done.
             state: nested dicts of tensors and `ShardedTensor`s, of the same structure at every call.
-            metadata: what the checkpoint says of itself, see `Checkpoints.commit`.
+            metadata: JSON values for checkpoint.json, see `Checkpoints.commit`.
 
         Raises:
-            InputError: this checkpoint, or the one before, could not be written.
+            InputError: the checkpoint before could not be written, or, with synchronous saving, this one.
         """
         self.finish()
         self._since = time.monotonic()
         if not self.options.asynchronous:
             self._write(step, state, metadata)
             return self.finish()
-        # A daemon: a rank that fails in a step must end, though its thread waits for the others.
-        self._thread = threading.Thread(target=self._write, args=(step, self.copy(state), metadata), daemon=True)
+        # A daemon: a rank that fails in a step must end, even while its thread waits for other ranks.
+        self._thread = threading.Thread(target=self._write, args=(step, self.copy_state(state), metadata), daemon=True)
         self._thread.start()
 
     def finish(self) -> None:
-        """Wait until the checkpoint under way is committed.
+        """Wait until the checkpoint being written is committed.
 
         Raises:
             InputError: it could not be written.
@@ -115,40 +120,44 @@ class Saver:
         if self._error is not None:
             raise self._error
 
-    def copy(self, state: dict[str, Any], path: str = "") -> dict[str, Any]:
-        """A copy of a state in host memory, which the next call overwrites.
+    def copy_state(self, state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        """Copy a state to host memory that every call reuses.
 
-        The memory is taken by the first call: a page's first use takes ten times as long as copying it.
+        The first call allocates the memory: first touching a page takes ten times as long as copying it.
+
+        Args:
+            state: nested dicts of tensors and `ShardedTensor`s, of the same structure at every call.
+            prefix: name of the dict in those around it.
         """
         copied: dict[str, Any] = {}
         for name, value in state.items():
-            here = f"{path}.{name}"
+            key = f"{prefix}.{name}"
             if isinstance(value, dict):
-                copied[name] = self.copy(value, here)
+                copied[name] = self.copy_state(value, key)
                 continue
-            if here not in self._copies:
-                self._copies[here] = _room_for(value)
-            copied[name] = self._copies[here]
-            for to, of in zip(_parts(copied[name]), _parts(value), strict=True):
-                to.copy_(of.detach())
+            if key not in self._copies:
+                self._copies[key] = _allocate_copy(value)
+            copied[name] = self._copies[key]
+            for target, source in zip(_local_tensors(copied[name]), _local_tensors(value), strict=True):
+                target.copy_(source.detach())
         return copied
 
     def _write(self, step: int, state: dict[str, Any], metadata: dict[str, Any]) -> None:
-        temporary = self.checkpoints.temporary(step)
+        temporary = self.checkpoints.temporary_path(step)
         try:
-            if step != self.saved:  # else nothing was trained since, and only the metadata is new
-                run_on_first_rank(lambda: self.checkpoints.begin(step), self.group)
+            if step != self.saved_step:  # else nothing was trained since, and only the metadata is new
+                run_on_first_rank(lambda: self.checkpoints.start(step), self.group)
                 dcp.save(state, storage_writer=make_writer(temporary), process_group=self.group)
             run_on_first_rank(lambda: self.checkpoints.commit(step, metadata), self.group)
-            self.saved = step
+            self.saved_step = step
         except (CheckpointException, OSError) as error:
-            if rank() == 0 and not storage.remote(temporary):  # what is left on a store, the next start deletes
+            if rank() == 0 and not storage.remote(temporary):  # on a store, the next start of the run deletes it
                 shutil.rmtree(temporary, ignore_errors=True)
-            self._error = self._said(error)
+            self._error = self._make_error(error)
         except BaseException as error:
             self._error = error
 
-    def _said(self, error: BaseException) -> InputError:
+    def _make_error(self, error: BaseException) -> InputError:
         where, cause = "", error
         if isinstance(error, CheckpointException) and error.failures:
             failed = min(error.failures)
@@ -157,30 +166,29 @@ class Saver:
             free = f"{shutil.disk_usage(self.checkpoints.folder).free / 2**20:,.0f} MiB are free there. "
         except OSError:
             free = ""
-        what = f"cannot write a checkpoint to {self.checkpoints.folder}{where}: {type(cause).__name__}: {cause}. {free}"
+        folder = self.checkpoints.folder
+        problem = f"cannot write a checkpoint to {folder}{where}: {type(cause).__name__}: {cause}. {free}"
         try:
-            kept = self.checkpoints.latest()
+            latest = self.checkpoints.latest()
         except OSError:  # a store that does not answer
-            return InputError(f"{what}The same command goes on from the newest whole one")
-        return InputError(
-            what
-            + (f"{kept} is whole: the same command goes on from there" if kept else "No checkpoint was written before")
-        )
+            return InputError(f"{problem}The same command resumes from the newest complete one")
+        remedy = f"The same command resumes from {latest}" if latest else "No checkpoint was written before"
+        return InputError(problem + remedy)
 
 
-def _parts(value: Any) -> Iterator[Tensor]:
-    """This rank's part of a tensor."""
+def _local_tensors(value: Any) -> Iterator[Tensor]:
+    """This rank's part of a tensor: each local shard of a `ShardedTensor`, or the tensor itself."""
     yield from [shard.tensor for shard in value.local_shards()] if isinstance(value, ShardedTensor) else [value]
 
 
-def _room_for(value: Any) -> Any:
-    """A tensor in host memory with the shape and the sharding of another."""
+def _allocate_copy(value: Any) -> Any:
+    """Allocate a tensor of `value`'s shape, dtype and sharding in host memory, pinned if `value` is on CUDA."""
 
-    def room(tensor: Tensor) -> Tensor:
+    def allocate(tensor: Tensor) -> Tensor:
         return torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
 
     if not isinstance(value, ShardedTensor):
-        return room(value)
-    twin = copy.copy(value)
-    twin._local_shards = [Shard(room(shard.tensor), shard.metadata) for shard in value.local_shards()]
-    return twin
+        return allocate(value)
+    clone = copy.copy(value)
+    clone._local_shards = [Shard(allocate(shard.tensor), shard.metadata) for shard in value.local_shards()]
+    return clone

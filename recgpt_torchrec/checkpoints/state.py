@@ -1,18 +1,17 @@
-"""What a checkpoint holds of a model and its optimizers, in a form in which no sharding shows.
+"""The tensors of a model and its optimizers as a checkpoint holds them: independent of the sharding.
 
     model.NAME                      a parameter; a table has its full width and all its rows
     optimizer.state.NAME.sum        of a table under (row-wise) Adagrad: [rows, dim], or [rows, blocks]
     optimizer.state.NAME.exp_avg, exp_avg_sq    of a table under Adam: [rows, dim]
     optimizer.state.NAME.*          of any other parameter: as torch's AdamW holds it
 
-A table's optimizer keeps that state under other names and in other shapes for each sharding: torch's in a parameter's
-state, fbgemm's in buffers of its own. Here all of them become the same tensors, which share their memory with the
-optimizer's: saving copies nothing more, and loading in place is loading into the optimizer. Each rank reads and writes
-its own shards only.
+A table's optimizer holds this state under names and shapes that depend on the sharding: torch's in a parameter's state,
+fbgemm's in its own buffers. Here they become the same tensors, which share memory with the optimizer: saving makes no
+further copy, and loading in place loads into the optimizer. Each rank reads and writes its own shards only.
 
-*blocks* is 1, except where columns are sharded: fbgemm's row-wise Adagrad then keeps one moment a row and block of
-columns, the mean square of the gradient over that block. Read with other blocks, each new one gets the mean over its
-columns. For whole rows that is what row-wise Adagrad would have kept, given the same gradients.
+*blocks* is 1 unless columns are sharded: fbgemm's row-wise Adagrad then keeps one moment per row and block of columns,
+the mean square of the gradient over that block. If a run has other blocks than the checkpoint, each gets the mean over
+its columns. For unsharded rows that is what row-wise Adagrad would have kept, given the same gradients.
 """
 
 from collections.abc import Callable
@@ -32,131 +31,135 @@ from recgpt_torchrec.distributed.sharding import tables_of
 from recgpt_torchrec.errors import InputError
 
 MOMENTS = {0: (), 1: ("sum",), 2: ("exp_avg", "exp_avg_sq")}
-"""Names of a table's moments, by how many its optimizer keeps."""
+"""Names of a table's moments, by their number."""
 
 
 def state_of(model: nn.Module, optimizer: CombinedOptimizer) -> dict[str, Any]:
-    """A model and its optimizers as nested dicts of tensors that share their memory.
+    """The state of a model and its optimizers, as nested dicts of tensors that share their memory.
 
     Returns:
-        {"model": {name: tensor}, "optimizer": {"state": {name: {moment: tensor}}}}, where tables and their moments are
-        `ShardedTensor`s unless every rank holds a copy. A rank without a shard of a table has no moments of it.
+        {"model": {name: tensor}, "optimizer": {"state": {name: {moment: tensor}}}}. Tables and their moments are
+        `ShardedTensor`s, or tensors where every rank holds a copy. A rank without a shard of a table has no moments of
+        it.
     """
     parameters, state = model.state_dict(), {}
-    for name, held in optimizer.state_dict()["state"].items():
-        kept = moments(parameters[name], held) if "embedding_bags" in name else held
-        if kept:
-            state[name] = kept
+    for name, values in optimizer.state_dict()["state"].items():
+        tensors = moments(parameters[name], values) if "embedding_bags" in name else values
+        if tensors:
+            state[name] = tensors
     return {"model": parameters, "optimizer": {"state": state}}
 
 
-def moments(table: Any, held: dict[str, Any]) -> dict[str, Any]:
-    """The moments of one table, from whatever its optimizer holds: [rows, dim] or [rows, blocks], sharded as the table.
+def moments(table: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """One table's moments by name, from its optimizer's state: [rows, dim] or [rows, blocks], sharded as the table.
 
     Args:
-        table: [rows, dim] a `ShardedTensor`, or a tensor where every rank holds a copy.
-        held: the optimizer's state of it: a `ShardedTensor` or this rank's tensor a moment, and perhaps a step counter.
+        table: [rows, dim], a `ShardedTensor`, or a tensor where every rank holds a copy.
+        state: the optimizer's state of the table: per moment a `ShardedTensor` or this rank's tensor, and perhaps a
+            step counter.
     """
-    values = [value for name, value in held.items() if name != "step"]
-    kept = {}
+    values = [value for name, value in state.items() if name != "step"]
+    by_name = {}
     for name, value in zip(MOMENTS[len(values)], values, strict=True):
         if not isinstance(table, Sharded):
-            kept[name] = value
+            by_name[name] = value
         elif shards := table.local_shards():
             if isinstance(value, Sharded):
                 parts = [shard.tensor for shard in value.local_shards()]
             else:
                 parts = list(value.split([shard.tensor.shape[0] for shard in shards]))
-            kept[name] = _along(table, [part.view(part.shape[0], -1) for part in parts])
-    return kept
+            by_name[name] = _shard_moments(table, [part.view(part.shape[0], -1) for part in parts])
+    return by_name
 
 
-def _along(table: Sharded, parts: list[Tensor]) -> Sharded:
-    """Moments sharded as their table, from one part a shard: of the shard's shape, or [rows of the shard, 1]."""
+def _shard_moments(table: Sharded, parts: list[Tensor]) -> Sharded:
+    """Shard moments as their table, given one part per local shard: of the shard's shape, or [rows of the shard, 1]."""
     starts = sorted({shard.shard_offsets[1] for shard in table.metadata().shards_metadata})
     if parts[0].shape[1] > 1:
-        return _sharded(table, parts, table.size(1), lambda column, columns: (column, columns))
-    return _sharded(table, parts, len(starts), lambda column, columns: (starts.index(column), 1))
+        return _make_sharded(table, parts, table.size(1), lambda column, columns: (column, columns))
+    return _make_sharded(table, parts, len(starts), lambda column, columns: (starts.index(column), 1))
 
 
-def _sharded(table: Sharded, parts: list[Tensor], width: int, place: Callable[[int, int], tuple[int, int]]) -> Sharded:
-    """A `ShardedTensor` [rows, width] of `parts`, one a local shard of the table.
+def _make_sharded(
+    table: Sharded, parts: list[Tensor], width: int, columns_of: Callable[[int, int], tuple[int, int]]
+) -> Sharded:
+    """Make a `ShardedTensor` [rows, width] of `parts`, one per local shard of the table.
 
     Args:
-        place: (first column, number of columns) of a part, from those of the table's shard.
+        columns_of: (first column, number of columns) of a part, from those of the table's shard.
     """
 
     def metadata(shard: ShardMetadata) -> ShardMetadata:
         (row, column), (rows, columns) = shard.shard_offsets, shard.shard_sizes
-        first, number = place(column, columns)
+        first, number = columns_of(column, columns)
         return ShardMetadata([row, first], [rows, number], shard.placement)
 
     local = [Shard(part, metadata(s.metadata)) for part, s in zip(parts, table.local_shards(), strict=True)]
-    whole = ShardedTensorMetadata(
+    full = ShardedTensorMetadata(
         [metadata(shard) for shard in table.metadata().shards_metadata],
         torch.Size([table.size(0), width]),
         TensorProperties(dtype=parts[0].dtype),
     )
-    return Sharded._init_from_local_shards_and_global_metadata(local, whole, process_group=table._process_group)
+    return Sharded._init_from_local_shards_and_global_metadata(local, full, process_group=table._process_group)
 
 
 def restore(model: nn.Module, optimizer: CombinedOptimizer, checkpoint: str, steps: int) -> None:
-    """Give a model and its optimizers the values of a checkpoint, whatever wrote it (collective).
+    """Restore a model and its optimizers from a checkpoint, in place (collective).
 
-    Of tables that have more rows than in the checkpoint these get the first ones; the others, and what the optimizer
-    keeps of them, stay as they are.
+    Where a table has more rows than in the checkpoint, its first rows are restored; the others and their optimizer
+    state stay as they are.
 
     Args:
-        model, optimizer: to be filled in place.
+        model, optimizer: restored in place.
         checkpoint: folder, written on any number of ranks and with any sharding.
-        steps: optimizer steps that were done.
+        steps: optimizer steps done, to which the optimizers' step counters are set.
 
     Raises:
-        InputError: it is damaged, or holds the tables' optimizer state in the form of an earlier version.
+        InputError: the checkpoint is damaged, or an earlier version wrote the tables' optimizer state.
     """
-    whole = state_of(model, optimizer)
-    there = read_tensor_metadata(checkpoint)
-    state = first_rows(whole, {name: there[f"model.{name}"].size[0] for name in tables_of(model)})
+    full_state = state_of(model, optimizer)
+    saved = read_tensor_metadata(checkpoint)
+    state = first_rows(full_state, {name: saved[f"model.{name}"].size[0] for name in tables_of(model)})
     regrouped = []
-    for name, kept in state["optimizer"]["state"].items():
-        for moment, value in kept.items() if "embedding_bags" in name else ():
+    for name, tensors in state["optimizer"]["state"].items():
+        for moment, value in tensors.items() if "embedding_bags" in name else ():
             key = f"optimizer.state.{name}.{moment}"
-            if key not in there:
+            if key not in saved:
                 raise InputError(
-                    f"{checkpoint} has no {key}: an earlier version of this program wrote it, and this one reads its "
-                    "model (evaluate, export, prompt_tune), but cannot go on training it; choose another --output"
+                    f"{checkpoint} has no {key}: an earlier version of this program wrote it, whose training cannot be "
+                    "resumed (evaluate, export and prompt_tune can read it); choose another --output"
                 )
-            blocks = there[key].size[1]
+            blocks = saved[key].size[1]
             if blocks != value.size(1):
-                kept[moment] = _room(state["model"][name], value, blocks)
-                regrouped.append((name, value, kept[moment]))
+                tensors[moment] = _allocate_moments(state["model"][name], value, blocks)
+                regrouped.append((name, value, tensors[moment]))
     read_tensors(state, checkpoint)
     for name, value, read in regrouped:
         log_message(
-            f"{name}: row-wise Adagrad kept {read.size(1)} moments a row in {checkpoint}, one for each block of "
-            f"columns, and keeps {value.size(1)} here; each is set to the mean over its columns"
+            f"{name}: {checkpoint} has {read.size(1)} row-wise Adagrad moments per row, one per block of columns; this "
+            f"run keeps {value.size(1)}, each set to the mean over its columns"
         )
-        _regroup(read, value)
-    model.load_state_dict(whole["model"])
-    optimizer.set_optimizer_step(steps)  # of the fused ones
-    for held in optimizer.state.values():
-        if "step" in held:
-            held["step"].fill_(steps)
+        _regroup_moments(read, value)
+    model.load_state_dict(full_state["model"])
+    optimizer.set_optimizer_step(steps)  # of fused optimizers
+    for parameter_state in optimizer.state.values():
+        if "step" in parameter_state:
+            parameter_state["step"].fill_(steps)
 
 
-def _room(table: Any, value: Any, blocks: int) -> Any:
-    """Where to read moments [rows, blocks] for a rank that will keep `value`: what it needs of them, and no more."""
+def _allocate_moments(table: Any, value: Any, blocks: int) -> Any:
+    """Allocate moments [rows, blocks] to read: only the rows that this rank needs to fill `value`."""
     if not isinstance(value, Sharded) or value.size(1) > 1:
         return torch.empty(value.size(0), blocks)  # a block of columns needs all rows
     parts = [shard.tensor.new_empty(shard.tensor.shape[0], blocks) for shard in value.local_shards()]
-    return _sharded(table, parts, blocks, lambda column, columns: (0, blocks))
+    return _make_sharded(table, parts, blocks, lambda column, columns: (0, blocks))
 
 
-def _regroup(read: Any, value: Any) -> None:
-    """Fill moments of some blocks of columns with the means of those of others."""
+def _regroup_moments(read: Any, value: Any) -> None:
+    """Fill `value` [rows, new blocks] from `read` [rows, old blocks]: each block's mean over its columns, in place."""
     old, new = read.size(1), value.size(1)
     edges = torch.arange(old + 1) / old, torch.arange(new + 1) / new
-    # share[i, j]: how much of the new block j lies in the old block i.
+    # share[i, j]: the share of new block j that is in old block i.
     share = torch.minimum(edges[0][1:, None], edges[1][None, 1:]) - torch.maximum(
         edges[0][:-1, None], edges[1][None, :-1]
     )

@@ -1,7 +1,7 @@
-"""Everything a user can set: one dataclass a stage, built from shared groups; each field with its unit and default.
+"""All options: one dataclass per stage, built from shared groups; each field has a default and a docstring.
 
-The docstring under a field is what `--help` prints. Validation stands in `__post_init__`, with the fix in the message.
-Other modules import from here, not from the files.
+`--help` prints the docstring under a field. `__post_init__` validates the values; its messages say how to fix them.
+Other modules import the dataclasses from here, not from the files.
 """
 
 from recgpt_torchrec.config.model import Loss, Model

@@ -1,13 +1,34 @@
-"""Range checks of options: the message names the option, what it is, and what it may be."""
+"""Range checks of options; the messages name the option, its value and the values it may have."""
 
 
-def at_least(option: str, value: float, least: float) -> None:
-    """Raise a `ValueError` that names the option, unless `value` is a finite number not below `least`."""
-    if not least <= value < float("inf"):
-        raise ValueError(f"{option} is {value}; it must be at least {least}")
+def at_least(option: str, value: float, minimum: float) -> None:
+    """Check that an option is finite and not below a minimum.
+
+    Args:
+        option: its name on the command line.
+        value: its value.
+        minimum: the smallest value allowed.
+
+    Raises:
+        ValueError: "--batch.tokens is 0; it must be at least 1".
+    """
+    if not minimum <= value < float("inf"):
+        finite = " and finite" if value == float("inf") else ""
+        raise ValueError(f"{option} is {value}; it must be at least {minimum}{finite}")
 
 
-def within(option: str, value: float, least: float, most: float, meaning: str) -> None:
-    """Raise a `ValueError` that names the option and says its `meaning`, unless `value` is `least` to `most`."""
-    if not least <= value <= most:
-        raise ValueError(f"{option} is {value}; {meaning}")
+def within(option: str, value: float, minimum: float, maximum: float, note: str = "") -> None:
+    """Check that an option lies in a range.
+
+    Args:
+        option: its name on the command line.
+        value: its value.
+        minimum: the smallest value allowed.
+        maximum: the largest value allowed.
+        note: end of the message, for example what a limit comes from.
+
+    Raises:
+        ValueError: "--interests is 99; it must be from 1 to 32".
+    """
+    if not minimum <= value <= maximum:
+        raise ValueError(f"{option} is {value}; it must be from {minimum} to {maximum}{note}")

@@ -1,7 +1,7 @@
-"""The words of a command line and the values of YAML files, checked against the options of a stage.
+"""Reads a command line and its YAML files, and checks the names and values against the options of a stage.
 
-What is wrong is said in one line, with the nearest name. It knows nothing of ranks, exit statuses and jsonargparse,
-which takes the words from here.
+An error is one line, with the nearest name where a name is unknown. This file knows nothing of ranks, exit statuses or
+jsonargparse, which parses the checked arguments.
 """
 
 import difflib
@@ -16,70 +16,75 @@ import yaml
 from recgpt_torchrec.config.fields import Option, current_name, options
 
 HELP = ("-h", "--help", "--print_config")
-"""What is asked for instead of a run; then no option is required."""
+"""Arguments that print something instead of running the stage; with one of them no option is required."""
 
 
-class Mistake(ValueError):
-    """What is wrong with the options, in one line for the user."""
+class OptionError(ValueError):
+    """The options are wrong; the message is one line for the user."""
 
 
 @dataclass
-class Words:
-    """A command line whose names are all known, with the files of `--config` in place of their names.
+class CommandLine:
+    """A checked command line: all names are known, and the content of each `--config` file replaces its path.
 
-    Example: `Words.of(Pretrain, ["--config", "mine.yaml", "--model.dim", "64"]).words`
+    Example: `CommandLine.of(Pretrain, ["--config", "mine.yaml", "--model.dim", "64"]).arguments`
     """
 
-    words: list[str] = field(default_factory=list)
-    """As jsonargparse reads them: a list is one word, `[20, 50]`."""
+    arguments: list[str] = field(default_factory=list)
+    """For jsonargparse, which reads a list from one argument: `[20, 50]`."""
     values: list[tuple[Option, str, Any]] = field(default_factory=list)
-    """What was given: the option, its name as a message names it, and the value, a string where it is a word."""
+    """The values given: the option, its name for messages, and the value; a string if it is from the command line."""
     asks_for_help: bool = False
+    """Whether one of the arguments prints something instead of running the stage."""
 
     @classmethod
-    def of(cls, config_class: type, given: list[str]) -> "Words":
-        """Read a command line.
+    def of(cls, config_class: type, given: list[str]) -> "CommandLine":
+        """Read and check a command line.
+
+        Args:
+            config_class: dataclass of the stage's options.
+            given: the arguments, without the program's name.
 
         Raises:
-            Mistake: an option does not exist, has no value or too many, or is missing; a file cannot be read.
+            OptionError: an option is unknown, missing, or has no value or too many; a file cannot be read.
         """
         known = {option.name: option for option in options(config_class)}
         groups = groups_of(known)
-        line, left = cls(), list(given)
-        while left:
-            word = left.pop(0)
-            name, equals, text = word.removeprefix("--").partition("=")
-            if word.partition("=")[0] in HELP or name.endswith(".help"):
+        line, remaining = cls(), list(given)
+        while remaining:
+            argument = remaining.pop(0)
+            name, equals, text = argument.removeprefix("--").partition("=")
+            if argument.partition("=")[0] in HELP or name.endswith(".help"):
                 line.asks_for_help = True
-                line.words.append(word)
+                line.arguments.append(argument)
                 continue
-            if not word.startswith("--"):
-                before = f" after {line.words[-2]}" if len(line.words) > 1 else ""
-                raise Mistake(f"unexpected {word!r}{before}; an option begins with -- and takes one value")
+            if not argument.startswith("--"):
+                previous = f" after {line.arguments[-2]}" if len(line.arguments) > 1 else ""
+                raise OptionError(f"unexpected {argument!r}{previous}; an option begins with -- and takes one value")
             option = known.get(name)
             if option is None and name != "config" and name not in groups:
-                raise Mistake(f"unknown option --{name}{did_you_mean(name, known, '--')}")
+                raise OptionError(f"unknown option --{name}{did_you_mean(name, known, '--')}")
             values = [text] if equals else []
-            while not equals and left and not (left[0].startswith("--") or left[0] in HELP):
-                values.append(left.pop(0))
+            while not equals and remaining and not (remaining[0].startswith("--") or remaining[0] in HELP):
+                values.append(remaining.pop(0))
                 if option is None or not option.is_list:
                     break
             if not values:
-                raise Mistake(f"--{name} needs a value")
+                raise OptionError(f"--{name} needs a value")
             if name == "config":
                 line._add_file(values[0], known, groups)
             elif option is not None and option.is_list:
                 entries = _as_list(values)
                 line.values.append((option, f"--{name}", entries))
-                line.words += [f"--{name}", yaml.safe_dump(entries, default_flow_style=True, width=10**9).strip()]
+                line.arguments += [f"--{name}", yaml.safe_dump(entries, default_flow_style=True, width=10**9).strip()]
             else:
                 if option is not None:
                     line.values.append((option, f"--{name}", values[0]))
-                line.words += [f"--{name}", values[0]]
-        there = {option.name for option, *_ in line.values}
-        if missing := [f"--{name}" for name, option in known.items() if option.required and name not in there]:
-            if not line.asks_for_help:
-                raise Mistake(f"{', '.join(missing)} must be given")
+                line.arguments += [f"--{name}", values[0]]
+        given_names = {option.name for option, *_ in line.values}
+        missing = [f"--{name}" for name, option in known.items() if option.required and name not in given_names]
+        if missing and not line.asks_for_help:
+            raise OptionError(f"{', '.join(missing)} must be given")
         return line
 
     def _add_file(self, path: str, known: dict[str, Option], groups: set[str]) -> None:
@@ -90,85 +95,108 @@ class Words:
                     group[key] = [group[key]]
                 self.values.append((known[name], f"{path}: {name}", group[key]))
             elif name not in groups:
-                raise Mistake(f"{path}: unknown option {name}{did_you_mean(name, [*known, *groups])}")
-        self.words += ["--config", yaml.safe_dump(values, sort_keys=False)]
+                raise OptionError(f"{path}: unknown option {name}{did_you_mean(name, [*known, *groups])}")
+        self.arguments += ["--config", yaml.safe_dump(values, sort_keys=False)]
 
     def explain(self, problem: str) -> str:
-        """One line for what was refused: what the options' own checks say (of a group that may be null, among other
-        words), the first value that is not of its option's type, or jsonargparse's words."""
+        """Shorten an error message about the options to one line.
+
+        The line is the first of these that applies: the message of a range check (for a group that may be null,
+        jsonargparse adds text around it), the first value that is not of its option's type, or the whole message.
+
+        Args:
+            problem: message of jsonargparse or of a configuration class.
+        """
         lines = [text.strip().removeprefix("- ") for text in problem.splitlines()]
-        if own := next((text for text in lines if text.startswith("--")), None):
-            return own
+        if range_check := next((text for text in lines if text.startswith("--")), None):
+            return range_check
         for option, name, value in self.values:
             if not fits(option.type, value):
                 shown = " ".join(map(str, value)) if isinstance(value, list) and name.startswith("--") else value
-                return f"{name} is {shown}; it must be {in_words(option.type)}"
+                return f"{name} is {shown}; it must be {describe_type(option.type)}"
         return " ".join(problem.split())
 
 
-def values_of(path: str | os.PathLike[str], within: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The values of a YAML file of options, and of the file that it names as `config` beside it; a group (`model`, ...)
-    that both have is the first one's alone.
+def values_of(path: str | os.PathLike[str], included_from: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The values of a YAML file of options, on top of those of the file that it names as `config`, if any.
+
+    A value of the file replaces the other's of the same name; so does a group (`model`, ...), as a whole.
+
+    Args:
+        path: of the file; `config` in it is relative to its folder.
+        included_from: absolute paths of the files that led to this one.
 
     Raises:
-        Mistake: one of them cannot be read as that.
+        OptionError: a file cannot be read, is not YAML or holds no options, or includes itself.
     """
     path = os.fspath(path)
     try:
         with open(path, encoding="utf-8") as file:
             values = yaml.safe_load(file) or {}
     except FileNotFoundError:
-        raise Mistake(f"--config {path}: no such file") from None
+        raise OptionError(f"--config {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise Mistake(f"--config {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise OptionError(f"--config {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise Mistake(f"--config {path}{line} is not YAML: {error.problem}") from None
+        raise OptionError(f"--config {path}{line} is not YAML: {error.problem}") from None
     except yaml.YAMLError as error:
-        raise Mistake(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+        raise OptionError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise Mistake(f"--config {path} holds no options; a line of it is like seed: 1")
+        raise OptionError(f"--config {path} holds no options; write them as lines like seed: 1")
     base = values.pop("config", None)
     if base is None:
         return values
-    if os.path.abspath(path) in within:
-        raise Mistake(f"--config {path} names itself as config, directly or through others")
-    below = values_of(os.path.join(os.path.dirname(path), str(base)), (*within, os.path.abspath(path)))
-    return {**below, **values}
+    if os.path.abspath(path) in included_from:
+        raise OptionError(f"--config {path} names itself as config, directly or through others")
+    base_values = values_of(os.path.join(os.path.dirname(path), str(base)), (*included_from, os.path.abspath(path)))
+    return {**base_values, **values}
 
 
 def groups_of(names: Iterable[str]) -> set[str]:
-    """Every group that dotted names lie in."""
+    """The groups that dotted names lie in: `a` and `a.b` for `a.b.c`."""
     return {".".join(parts[:end]) for parts in (name.split(".") for name in names) for end in range(1, len(parts))}
 
 
 def did_you_mean(name: str, names: Iterable[str], prefix: str = "") -> str:
-    """The end of a message about an unknown name: the nearest ones of those there are, if any is near."""
-    near = nearest(name, list(names))
-    return f"; did you mean {' or '.join(prefix + each for each in near)}?" if near else "; --help lists all"
+    """The end of a message about an unknown name: the nearest known names, or a hint at `--help`.
+
+    Args:
+        name: the unknown name.
+        names: the known names.
+        prefix: put before each name that is suggested.
+    """
+    suggestions = nearest(name, list(names))
+    if not suggestions:
+        return "; --help lists all"
+    return f"; did you mean {' or '.join(prefix + suggestion for suggestion in suggestions)}?"
 
 
 def nearest(name: str, names: list[str]) -> list[str]:
-    """Names that may have been meant: what a renamed one is now, those with the same last word, else the most alike."""
+    """Known names that an unknown name may stand for, at most three.
+
+    In this order: its current name if it was renamed, a very similar name, names with the same or a similar last part,
+    a similar name.
+    """
     name = name.replace("-", "_")
-    for now in (current_name(name), current_name(f"{name}.").removesuffix(".")):
-        if now != name and now in names:
-            return [now]
-    ends: dict[str, list[str]] = {}
-    for each in names:
-        ends.setdefault(each.rpartition(".")[2], []).append(each)
-    end = name.rpartition(".")[2]
-    if alike := difflib.get_close_matches(name, names, n=1, cutoff=0.8):
-        return alike
-    if end in ends:
-        return ends[end][:3]
-    if alike := difflib.get_close_matches(end, ends, n=1, cutoff=0.75):
-        return ends[alike[0]][:3]
+    for renamed in (current_name(name), current_name(f"{name}.").removesuffix(".")):
+        if renamed != name and renamed in names:
+            return [renamed]
+    by_last_part: dict[str, list[str]] = {}
+    for known in names:
+        by_last_part.setdefault(known.rpartition(".")[2], []).append(known)
+    last_part = name.rpartition(".")[2]
+    if matches := difflib.get_close_matches(name, names, n=1, cutoff=0.8):
+        return matches
+    if last_part in by_last_part:
+        return by_last_part[last_part][:3]
+    if matches := difflib.get_close_matches(last_part, by_last_part, n=1, cutoff=0.75):
+        return by_last_part[matches[0]][:3]
     return difflib.get_close_matches(name, names, n=1, cutoff=0.6)
 
 
 def fits(kind: Any, value: Any) -> bool:
-    """Whether a value, a word of a command line or of YAML, is of the type of an option."""
+    """Whether a value from a command line or a YAML file is of an option's type."""
     origin = get_origin(kind)
     if origin in (Union, UnionType):
         return any(fits(member, value) for member in get_args(kind))
@@ -188,15 +216,20 @@ def fits(kind: Any, value: Any) -> bool:
     return isinstance(value, str)
 
 
-def in_words(kind: Any, several: bool = False) -> str:
-    """What values of a type are, after "it must be"."""
+def describe_type(kind: Any, several: bool = False) -> str:
+    """An option's type in words that follow "it must be": `a whole number`, `one of all, new`.
+
+    Args:
+        kind: the type.
+        several: whether the words are in the plural.
+    """
     origin, s = get_origin(kind), "s" if several else ""
     if origin in (Union, UnionType):
-        return " or ".join(in_words(member) for member in get_args(kind))
+        return " or ".join(describe_type(member) for member in get_args(kind))
     if origin is Literal:
         return f"{'' if several else 'one '}of {', '.join(map(str, get_args(kind)))}"
     if origin is list:
-        return f"one or more {in_words(get_args(kind)[0], several=True)}"
+        return f"one or more {describe_type(get_args(kind)[0], several=True)}"
     names = {int: "whole number", float: "number", str: "string"}
     if kind in names:
         return f"{'' if several else 'a '}{names[kind]}{s}"
@@ -204,18 +237,18 @@ def in_words(kind: Any, several: bool = False) -> str:
 
 
 def _as_list(values: list[str]) -> list[Any]:
-    """Words as the entries of a list, `20 50` or `[20, 50]`."""
+    """The entries of a list that is given as `20 50` or `[20, 50]`."""
     entries: Any = values
     if len(values) == 1 and values[0].startswith("["):
         try:
             entries = yaml.safe_load(values[0])
         except yaml.YAMLError:
-            pass  # a file's name may begin so
+            pass  # the name of a file may begin with [
     return entries if isinstance(entries, list) else values
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Each value of nested ones, groups before what is in them: its dotted name, the group it lies in, its key."""
+    """Dotted name, enclosing group and key of every value and group; a group comes before what is in it."""
     for key, value in list(values.items()):
         yield f"{prefix}{key}", values, key
         if isinstance(value, dict):

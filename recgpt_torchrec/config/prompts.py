@@ -1,4 +1,4 @@
-"""Prompts: the stages generate_prompts and prompt_tune."""
+"""Options of the stages generate_prompts and prompt_tune."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,45 +11,50 @@ from recgpt_torchrec.config.training import Batch, Optimizer, Saving, Sharding, 
 
 @dataclass(kw_only=True)
 class Prompts:
-    """What stands between neighbouring items of a history (paper, Algorithm 1)."""
+    """The prompts between neighbouring interactions of a history (paper, Algorithm 1)."""
 
     k: int = 2
-    """Most prompts between two neighbouring items, 0 to 8."""
+    """Maximum number of prompts between two neighbouring interactions, 0 to 8."""
     source: Literal["generated", "exposed", "both"] = "generated"
-    """generated: the items that the model answers; exposed: those that were shown there and not clicked, the newest k;
-    both: shown ones first, generated ones up to k in all."""
+    """Where prompts come from. generated: items that the pre-trained model generates. exposed: the newest k items that
+    were shown between the two interactions and not clicked. both: exposed items first, then generated ones, up to k."""
     answers: int = 0
-    """Best answers after each interacted item to keep beside it, with their scores: prompt_tune can take them as soft
-    targets; 0 to 64."""
+    """Number of answers (the model's highest-ranked next items) to store with each interaction, with their scores, 0 to
+    64; prompt_tune --tuning.soft_targets uses them."""
     exclude_seen: bool = True
-    """Never generate an item of the user's history so far, or one that stands in the same interval already."""
+    """Never generate an item that is in the user's history so far, or already a prompt between the same two
+    interactions."""
 
     def __post_init__(self) -> None:
-        within("--prompts.k", self.k, 0, 8, "between two items stand 0 to 8 prompts")
-        within("--prompts.answers", self.answers, 0, 64, "0 to 64 are kept beside an item")
+        within("--prompts.k", self.k, 0, 8)
+        within("--prompts.answers", self.answers, 0, 64)
         if self.answers and (not self.k or self.source == "exposed"):
             raise ValueError(
-                "--prompts.answers: nothing is generated with --prompts.k 0 or --prompts.source exposed; leave it out"
+                f"--prompts.answers is {self.answers}, but nothing is generated with --prompts.k 0 or --prompts.source "
+                "exposed; leave it out"
             )
 
 
 @dataclass(kw_only=True)
 class GeneratePrompts:
-    """Put prompts between the items of every history: what a pre-trained model answers there, or what was shown and not
-    clicked (paper, Algorithm 1). Writes a dataset like the one that is read, with segment ids."""
+    """Insert prompts between the interactions of every history: items that a pre-trained model generates, or items that
+    were shown and not clicked (paper, Algorithm 1). Writes a new dataset with segment ids.
+
+    Example: python -m recgpt_torchrec.generate_prompts --data data/mine --checkpoint runs/mine --output data/prompts
+    """
 
     data: str
-    """Folder of the dataset, as prepare wrote it."""
+    """Folder of the dataset, as written by prepare."""
     checkpoint: str
-    """A pre-training run's output folder (its best checkpoint) or one checkpoint folder."""
+    """Output folder of a pre-training run (its best checkpoint is used), or one checkpoint folder."""
     output: str
-    """Folder of the new dataset; must not hold anything else."""
+    """Folder of the new dataset. It must be new or empty, unless it already holds this result; then nothing is done."""
     previous: str | None = None
-    """Folder of an earlier prompt dataset of the same checkpoint and options: histories that only grew since then have
-    only their new prompts generated."""
+    """Folder of an earlier prompt dataset of the same checkpoint and options. Its prompts are reused: of a history that
+    has only grown since, only the new prompts are generated. null: all are generated."""
     prompts: Prompts = field(default_factory=Prompts)
     batch_users: int = 512
-    """Users whose prompts a rank generates at once."""
+    """Number of users per rank whose prompts are generated at once."""
     tables: Sharding = field(default_factory=Sharding)
 
     def __post_init__(self) -> None:
@@ -58,45 +63,51 @@ class GeneratePrompts:
 
 @dataclass(kw_only=True)
 class Tuning:
-    """What prompt-tuning adds to the pre-trained model, and what of it is trained (paper, section 3.3)."""
+    """What prompt-tuning adds to the pre-trained model, and which parts are trained (paper, section 4.3)."""
 
     prompts: bool = True
-    """Read the prompts between the items; false: fine-tune on the same histories without them, the control."""
+    """Train on histories with their prompts; false: fine-tune on the same histories without prompts, as the control."""
     predict_from: Literal["interacted", "last", "every"] = "interacted"
-    """Which entries predict the next item: the interacted one before it, the last entry before it, or all of them."""
+    """Which entries predict the next interacted item. interacted: the interaction before it. last: the last entry
+    before it, prompt or interaction. every: all entries."""
     soft_targets: float = 0.0
-    """Share of each target's weight, 0 to 1, that is spread over the pre-trained model's answers at that place; needs a
-    dataset generated with --prompts.answers."""
+    """Share of each target's weight, 0 to 1, that is spread over the stored answers of the pre-trained model; above 0
+    it needs a dataset generated with --prompts.answers."""
     output_table: bool = True
-    """Score with a table of its own (W_l), which starts as a copy of the item table; false: with the item table."""
+    """Score against a separate output table (W_l), which starts as a copy of the item table; false: against the item
+    table."""
     trained: list[Literal["users", "items", "output", "decoder"]] = field(
         default_factory=lambda: ["users", "items", "output", "decoder"]
     )
-    """What is trained; the rest stays as it was pre-trained."""
+    """Parts of the model to train; the others stay as pre-trained. users, items, output: the tables."""
 
     def __post_init__(self) -> None:
-        within("--tuning.soft_targets", self.soft_targets, 0, 1, "it is a share, 0 to 1")
+        within("--tuning.soft_targets", self.soft_targets, 0, 1)
         if not self.trained:
             raise ValueError(
-                "--tuning.trained is empty: nothing would be trained; name users, items, output or decoder"
+                "--tuning.trained is empty, so nothing would be trained; name users, items, output or decoder"
             )
 
 
 @dataclass(kw_only=True)
 class PromptTune:
-    """Go on training a pre-trained model on histories with prompts (paper, section 3.3), or without, as the control."""
+    """Continue training a pre-trained model on histories with prompts (paper, section 4.3), or without, as the control.
+
+    Example: python -m recgpt_torchrec.prompt_tune --data data/prompts --checkpoint runs/mine --output runs/tuned
+    """
 
     data: str = changeable()
-    """Folder of the prompt dataset, as generate_prompts wrote it."""
+    """Folder of the prompt dataset, as written by generate_prompts."""
     checkpoint: str
-    """A pre-training run's output folder (its best checkpoint) or one checkpoint folder."""
+    """Output folder of a pre-training run (its best checkpoint is used), or one checkpoint folder."""
     output: str = changeable()
-    """Folder of the run; resumes an unfinished run of the same configuration."""
+    """Output folder of the run; an unfinished run with the same options in it is resumed."""
     seed: int = 0
     """Seed of shuffling, negatives and dropout."""
     tuning: Tuning = field(default_factory=Tuning)
     model: Model | None = None
-    """The decoder; null: as in the checkpoint. Where it is given, dropouts may differ, widths may not."""
+    """Options of the decoder; null: those of the checkpoint. If given, only the dropout options may differ from the
+    checkpoint's."""
     loss: Loss = field(default_factory=Loss)
     batch: Batch = field(default_factory=Batch)
     stream: Stream = field(default_factory=Stream)

@@ -1,4 +1,4 @@
-"""The stages: their names, in the order in which data flows through them, their options, and what each is for."""
+"""The stages in the order in which data flows through them: name, options and purpose of each."""
 
 from dataclasses import dataclass
 
@@ -10,25 +10,25 @@ from recgpt_torchrec.config.training import Pretrain
 
 @dataclass(frozen=True)
 class Stage:
-    """A program of its own, `main` of its module; `recgpt NAME` and `python -m recgpt_torchrec.NAME` run it."""
+    """One program: `main` of its module, run by `recgpt NAME` or `python -m recgpt_torchrec.NAME`."""
 
     config: type
-    """Its options."""
+    """Dataclass of its options."""
     purpose: str
-    """In one line."""
+    """What it reads and writes, in one line."""
 
 
 STAGES = {
     "prepare": Stage(Prepare, "a raw interaction log -> a dataset: sequence Parquet, id vocabularies, manifest"),
     "pretrain": Stage(Pretrain, "a dataset -> a checkpoint of decoder and sharded tables, trained autoregressively"),
-    "generate_prompts": Stage(GeneratePrompts, "dataset and checkpoint -> the dataset with prompts between the items"),
+    "generate_prompts": Stage(GeneratePrompts, "dataset and checkpoint -> a dataset with prompts between interactions"),
     "prompt_tune": Stage(PromptTune, "prompt dataset and checkpoint -> a checkpoint tuned on histories with prompts"),
-    "evaluate": Stage(Evaluate, "dataset and checkpoint -> HR and NDCG of every recall path, beside baselines"),
+    "evaluate": Stage(Evaluate, "dataset and checkpoint -> HR and NDCG of every recall path and of the baselines"),
     "export": Stage(Export, "checkpoint and dataset -> item vectors and user vectors as Parquet, for an ANN index"),
-    "retrieve": Stage(Retrieve, "an export -> a list of items for each user, by an exact or an approximate index"),
+    "retrieve": Stage(Retrieve, "an export -> a list of items for each user, from an exact or an approximate index"),
 }
 
 
 def module_of(name: str) -> str:
-    """The module of a stage."""
+    """The full name of a stage's module."""
     return f"recgpt_torchrec.{name}"

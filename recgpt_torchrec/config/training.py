@@ -1,4 +1,4 @@
-"""How it is trained: the stage pretrain, and the groups of options that it shares with other stages."""
+"""Options of the stage pretrain, and the groups of options that it shares with other stages."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,12 +10,13 @@ from recgpt_torchrec.config.model import Loss, Model
 
 @dataclass(kw_only=True)
 class Batch:
-    """How much one rank trains on in one step."""
+    """The batch of one rank."""
 
     tokens: int = 2048
-    """Most positions of a batch, a rank."""
+    """Maximum number of tokens per batch and rank; at least model.max_len."""
     long_histories: Literal["newest", "windows"] = "newest"
-    """Histories longer than model.max_len: train on the newest entries only, or on all, cut in overlapping windows."""
+    """How to train on histories longer than model.max_len. newest: on the newest entries only. windows: on all entries,
+    cut into overlapping windows."""
 
     def __post_init__(self) -> None:
         at_least("--batch.tokens", self.tokens, 1)
@@ -23,26 +24,26 @@ class Batch:
 
 @dataclass(kw_only=True)
 class Stream:
-    """How the Parquet parts are read."""
+    """Reading of the dataset in training."""
 
     window_groups: int = 4
-    """Row groups that are read and shuffled together."""
+    """Number of row groups that are read and shuffled together."""
     workers: int = changeable(0)
-    """Loader processes a rank; 0: a thread of the training process, which is faster for batches of a few thousand
-    tokens."""
+    """Number of loader processes per rank; 0: a thread of the training process, which is faster for batches of a few
+    thousand tokens."""
     prefetch: int = changeable(8)
-    """Batches each worker keeps ready."""
+    """Number of batches that each worker (or the thread) prepares ahead."""
     damaged: Literal["stop", "skip"] = changeable("stop")
-    """What happens where the dataset is damaged (a part that is missing or unreadable, a row with ids outside the
-    vocabulary, nulls, lists that do not fit together). stop: the run ends, with the place. skip: it goes on without
-    these rows, lists them in damaged.jsonl in the output folder, and says how many there are."""
+    """What to do with damaged data: a part that is missing or unreadable, ids outside the vocabulary, nulls, lists of
+    different lengths. stop: end the run and name the place. skip: train without these rows, list them in damaged.jsonl
+    in the output folder and report their number."""
     damaged_limit: int = changeable(1000)
-    """Most damaged rows, in the whole run, that skip goes on without; all rows of a part or row group count where it
-    cannot be read."""
+    """Maximum number of damaged rows that skip leaves out in the whole run; a part or row group that cannot be read
+    counts with all its rows."""
     checksums: bool = changeable(False)
-    """Compare the checksum of every part of the dataset with its manifest before training begins; reads each once."""
+    """Before training, compare the checksum of every part with the manifest; this reads the whole dataset once."""
     time_order: bool = False
-    """Read the times as well, and take histories that are not in time order for damaged."""
+    """Also read the timestamps, and treat a history that is not in time order as damaged."""
 
     def __post_init__(self) -> None:
         for name, least in {"window_groups": 1, "workers": 0, "prefetch": 1, "damaged_limit": 0}.items():
@@ -54,24 +55,28 @@ class Sharding:
     """How the embedding tables are sharded over ranks."""
 
     sharding: Literal["auto", "data_parallel", "table_wise", "column_wise", "row_wise"] = changeable("auto")
-    """auto: a copy on every rank up to data_parallel_mb, blocks of columns beyond."""
+    """How to shard each table. auto: a copy on every rank up to data_parallel_mb, above that blocks of columns (of
+    rows, if dim is not a multiple of the number of ranks). data_parallel: a copy on every rank. table_wise: the whole
+    table on one rank. column_wise, row_wise: a block of columns or rows on each rank."""
     data_parallel_mb: float = changeable(32.0)
-    """Largest table that auto copies to every rank, in MiB."""
+    """Size up to which auto copies a table to every rank, in MiB."""
 
 
 @dataclass(kw_only=True)
 class Tables(Sharding):
-    """The embedding tables: how they are sharded over ranks, and their optimizer."""
+    """The embedding tables: sharding, optimizer and initial values."""
 
     optimizer: Literal["rowwise_adagrad", "adagrad", "adam", "sgd"] = "rowwise_adagrad"
-    """Fused into the backward where a table is sharded, and then only rows of the batch are stepped; adam is so on CUDA
-    only. rowwise_adagrad keeps one moment a row, with column-wise sharding one a row and block of columns."""
+    """Optimizer of the tables. For a sharded table it is fused into the backward and updates only the rows of the batch
+    (adam: on CUDA only). rowwise_adagrad keeps one moment per row; with column-wise sharding, one per row and block of
+    columns."""
     lr: float = 0.05
     """Peak learning rate of the item tables."""
     user_lr: float = 0.005
-    """Peak learning rate of the user table; a user is seen once an epoch, and memorised at the items' rate."""
+    """Peak learning rate of the user table. Keep it well below lr: a user is seen only once per epoch, and at the item
+    tables' rate the model memorises users."""
     weight_decay: float = 0.0
-    """L2 penalty added to the gradient."""
+    """L2 penalty, added to the gradient."""
     init_std: float = 0.02
     """Standard deviation of the item tables' initial values; user vectors start at 0."""
 
@@ -90,46 +95,46 @@ class Tables(Sharding):
 
 @dataclass(kw_only=True)
 class Optimizer:
-    """AdamW of the decoder, and the learning rate's course, which the tables follow too."""
+    """AdamW of the decoder, and the learning-rate schedule of decoder and tables."""
 
     lr: float = 2e-3
     """Peak learning rate of the decoder."""
     beta2: float = 0.98
-    """Decay of Adam's second moment."""
+    """Decay rate of AdamW's second moment."""
     weight_decay: float = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay of the decoder."""
     warmup_steps: int = 100
-    """Steps over which the learning rate rises from 0; no more than a tenth of the run, whatever is given here."""
+    """Number of warm-up steps, in which the learning rate rises linearly from 0; at most a tenth of the run."""
     final_lr: float = 0.01
-    """Learning rate at the end of the last epoch, as a share of the peak (cosine decay)."""
+    """Learning rate at the end of the last epoch, as a share of the peak, 0 to 1 (cosine decay)."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "weight_decay", "warmup_steps"):
             at_least(f"--optimizer.{name}", getattr(self, name), 0)
         if not 0 <= self.beta2 < 1:
             raise ValueError(f"--optimizer.beta2 is {self.beta2}; it must be at least 0 and less than 1")
-        within("--optimizer.final_lr", self.final_lr, 0, 1, "it is a share of the peak, 0 to 1")
+        within("--optimizer.final_lr", self.final_lr, 0, 1)
 
 
 @dataclass(kw_only=True)
 class Train:
-    """How long to train, and what ends a run before that."""
+    """Length of the training, and what ends it early."""
 
     epochs: int = 20
-    """Passes over the training part."""
+    """Number of passes over the training part of the dataset."""
     patience: int = 10
-    """Epochs without a better validation NDCG@10 before training stops; 0 never stops early."""
+    """Number of epochs without a better validation NDCG@10 after which training stops; 0: never stop early."""
     validate_every: int = 1
-    """Epochs between validations."""
+    """Number of epochs between validations."""
     non_finite: Literal["stop", "skip"] = changeable("stop")
-    """What to do where the loss or a gradient of a step is not finite: end the run, or leave the step out. Tables and
-    decoder stay as they were before the step; where tables have weight decay, fused ones decay all the same."""
+    """What to do when the loss or a gradient of a step is not finite. stop: end the run. skip: leave the step out.
+    Tables and decoder stay as they were before the step, except that fused tables with weight decay still decay."""
     non_finite_limit: int = changeable(100)
-    """Steps that are left out at most."""
+    """Maximum number of steps that skip leaves out in the whole run."""
     stall_seconds: float = changeable(600.0)
-    """Seconds without progress after which a rank says who stands where, and the run ends; 0: never."""
+    """Seconds without progress after which a rank reports where each rank is and ends the run; 0: never."""
     timeout_seconds: float = changeable(1800.0)
-    """Seconds that a rank waits for the others in one collective operation before it ends."""
+    """Maximum seconds that a rank waits for the others in one collective operation before it ends."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "validate_every", "timeout_seconds"):
@@ -140,16 +145,16 @@ class Train:
 
 @dataclass(kw_only=True)
 class Saving:
-    """What is saved, and when."""
+    """When checkpoints are written, and how many are kept."""
 
     every_steps: int = changeable(0)
-    """Steps between checkpoints within an epoch, beside the one at its end; 0: none."""
+    """Number of steps between checkpoints within an epoch, in addition to the one at its end; 0: none."""
     every_minutes: float = changeable(0.0)
-    """Minutes between checkpoints within an epoch, by rank 0's clock; 0: none."""
+    """Minutes between checkpoints within an epoch (rank 0's clock), in addition to the one at its end; 0: none."""
     keep: int = changeable(2)
-    """Newest checkpoints kept, beside the best one."""
+    """Number of newest checkpoints to keep, in addition to the best one."""
     asynchronous: bool = changeable(True)
-    """Write beside the training, from a copy of tables and optimizer state in host memory; false: training waits."""
+    """Write in the background, from a copy of the tables and optimizer state in host memory; false: training waits."""
 
     def __post_init__(self) -> None:
         for name, least in {"every_steps": 0, "every_minutes": 0, "keep": 1}.items():
@@ -158,19 +163,23 @@ class Saving:
 
 @dataclass(kw_only=True)
 class Pretrain:
-    """Pre-train the decoder and the tables autoregressively on a dataset's training part (paper, section 3.2)."""
+    """Pre-train the decoder and the tables autoregressively on a dataset's training part (paper, section 4.2).
+
+    Example: python -m recgpt_torchrec.pretrain --data data/mine --output runs/mine
+    """
 
     data: str = changeable()
-    """Folder of the dataset, as prepare wrote it."""
+    """Folder of the dataset, as written by prepare."""
     output: str = changeable()
-    """Folder of the run; resumes an unfinished run of the same configuration."""
+    """Output folder of the run; an unfinished run with the same options in it is resumed."""
     initial: str | None = None
-    """An earlier run's output folder (its best checkpoint) or one checkpoint folder to begin from, trained on this
-    dataset or on one that it extends (prepare --vocabulary): decoder, tables and optimizer state are taken over, new
-    users and items start as in any run, and so does the learning rate's course. Only read when the run begins."""
+    """Output folder of an earlier run (its best checkpoint is used), or one checkpoint folder, to start from. It must
+    be trained on this dataset or on the one that this dataset extends (prepare --vocabulary). Decoder, tables and
+    optimizer state are loaded; new users and items, and the learning-rate schedule, start as in any run. Read only when
+    the run begins. null: start from random values."""
     targets: Literal["all", "new"] = "all"
-    """all: the whole training part is predicted; new: only what the training part of the dataset that this one extends
-    did not hold, from the whole history before it (with initial)."""
+    """Which targets to train on. all: the whole training part. new: only those that were not in the training part of
+    the dataset that this one extends, each with the history before it (requires --initial)."""
     seed: int = 0
     """Seed of initial values, shuffling, negatives and dropout."""
     model: Model = field(default_factory=Model)
@@ -185,4 +194,4 @@ class Pretrain:
     def __post_init__(self) -> None:
         at_least("--seed", self.seed, 0)
         if self.targets == "new" and self.initial is None:
-            raise ValueError("--targets new goes on training an earlier run; name it with --initial")
+            raise ValueError("--targets new continues an earlier run; name it with --initial")

@@ -1,1 +1,1 @@
-"""Raw log -> dataset -> SequenceBatch. Knows nothing of models; imports without torchrec except for the batches."""
+"""From a dataset to batches. Knows nothing of models; only bags and batches need torchrec."""

@@ -1,6 +1,6 @@
-"""Bags: what the embedding tables are asked for. The only place that builds jagged tensors for a lookup.
+"""Bags: the ids that embedding tables look up. The only place that builds jagged tensors for a lookup.
 
-A bag is one entity, a user or an item, and today holds its id alone. Training, evaluation, prompts and export look
+A bag is one entity, a user or an item, and for now holds its id alone. Training, evaluation, prompts and export look
 entities up through this file.
 """
 
@@ -16,14 +16,14 @@ ITEM = "item"
 
 
 def bags_of(key: str, ids: npt.NDArray[np.int64], capacity: int | None = None) -> KeyedJaggedTensor:
-    """A bag for each of `ids` [n] int64, in order; empty bags at the end make up for `capacity` (None: n)."""
+    """One bag per id of `ids` [n] int64, in order, and empty bags up to `capacity` (None: n)."""
     lengths = torch.zeros(ids.size if capacity is None else capacity, dtype=torch.int32)
     lengths[: ids.size] = 1
     return KeyedJaggedTensor(keys=[key], values=torch.from_numpy(ids), lengths=lengths)
 
 
 def distinct_bags(key: str, ids: npt.NDArray[np.int64], capacity: int) -> tuple[KeyedJaggedTensor, Int64]:
-    """A bag for each distinct one of `ids` [n] int64, `capacity` bags in all; and the bag of each of them [n].
+    """One bag per distinct id of `ids` [n] int64, `capacity` bags in all; and the bag of each id [n] int64.
 
     Raises:
         ValueError: there are more distinct ids than bags.

@@ -1,4 +1,4 @@
-"""`SequenceBatch`: what one rank trains on in one step, packed, with every table asked once for distinct ids only."""
+"""`SequenceBatch`: the packed histories that one rank trains on in one step. Each distinct id is looked up once."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -22,7 +22,7 @@ PredictFrom = Literal["interacted", "last", "every"]
 
 @dataclass(frozen=True)
 class Capacity:
-    """Fixed numbers of bags, equal on all ranks (row-wise sharding needs that; what is not used stays empty)."""
+    """Fixed number of bags per table, equal on all ranks (row-wise sharding needs that); unused bags are empty."""
 
     users: int
     items: int
@@ -33,9 +33,9 @@ class SequenceBatch(Pipelineable):
     """A packed batch. Grid tensors are [rows, row_length]; empty slots have `sequence` -1."""
 
     users: KeyedJaggedTensor
-    """One bag a distinct user, `Capacity.users` bags."""
+    """One bag per distinct user, `Capacity.users` bags."""
     items: KeyedJaggedTensor
-    """One bag a distinct item of histories, targets and candidates, `Capacity.items` bags."""
+    """One bag per distinct item of histories, targets, soft targets and candidates, `Capacity.items` bags."""
     item_bag: torch.Tensor
     """[rows, row_length] int64: the bag of each slot's item."""
     user_bag: torch.Tensor
@@ -43,32 +43,31 @@ class SequenceBatch(Pipelineable):
     position: torch.Tensor
     """[rows, row_length] int64: 0 for the first entry of its sequence."""
     sequence: torch.Tensor
-    """[rows, row_length] int64: number of the slot's sequence in the batch; -1: empty."""
+    """[rows, row_length] int64: index of the slot's sequence in the batch; -1: empty."""
     segment: torch.Tensor
     """[rows, row_length] int64 segment ids."""
     target_slot: torch.Tensor
-    """[targets] int64: flat slot whose output predicts the target."""
+    """[targets] int64: flat index of the slot whose output predicts the target."""
     target_bag: torch.Tensor
-    """[targets] int64: bag of the item that came next."""
+    """[targets] int64: bag of the target."""
     candidate_bag: torch.Tensor
     """[candidates] int64: bags that every target is scored against."""
     candidate_log_q: torch.Tensor
-    """[candidates] float32: log of the expected count of the candidate among those drawn (0: it is always there)."""
+    """[candidates] float32: log of the expected count of the candidate among those drawn (0: always a candidate)."""
     soft_bag: torch.Tensor
-    """[targets, answers] int64: bags of the items that share a target's place as soft targets."""
+    """[targets, answers] int64: bags of the answers that share a target's weight, its soft targets."""
     soft_weight: torch.Tensor
-    """[targets, answers] float32: the share of each; the target itself keeps what is left of 1."""
+    """[targets, answers] float32: weight of each; the target itself keeps the rest of 1."""
     target_candidate: torch.Tensor
-    """[targets] int64: index into the candidates of the target itself, which is no negative; -1 where it is not
-    there."""
+    """[targets] int64: index of the target among the candidates, where it is no negative; -1: not among them."""
     last_slot: torch.Tensor
-    """[sequences] int64: flat slot of the newest entry of each sequence."""
+    """[sequences] int64: flat index of the slot of each sequence's newest token."""
     global_targets: torch.Tensor
-    """[] float32: targets of this step on all ranks together; the loss is a mean over them."""
+    """[] float32: number of targets of this step on all ranks; the loss is the mean over them."""
     histories: Histories
-    """What the batch was made from; stays on the host."""
+    """The histories that were packed; they stay on the host."""
     cursor: Cursor = field(default_factory=Cursor)
-    """Where the data stands once this batch is trained; stays on the host."""
+    """How far the queue is read once this batch is trained; it stays on the host."""
 
     def _tensors(self) -> dict[str, Any]:
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
@@ -103,35 +102,38 @@ def make_batch(
     """Pack histories into a batch.
 
     Args:
-        histories: at most `row_length` entries each (one more where `predict`); may be none at all.
+        histories: at most `row_length` entries each (one more where `predict`); may be empty.
         row_length: slots of a grid row.
         capacity: bags of the two jagged tensors.
-        predict: every entry but the last is input, and predicts the next one that was interacted with (segment 0); else
-            all entries are input and nothing is predicted.
-        predict_from: where prompts stand between the two, which entries predict: the `interacted` one before them, the
-            `last` entry before the target, or `every` one.
-        max_position: largest position there is; None: `row_length` - 1.
-        soft_targets: share of a target's weight that goes to the model's answers, where `histories` has some.
-        draw: from the target items [targets] int64 to what they are scored against; None: nothing.
-        cursor: where the data stands after this batch.
+        predict: whether there are targets: every entry but the last is a token that predicts the next interacted entry
+            (segment 0). Otherwise all entries are tokens and nothing is predicted.
+        predict_from: which tokens predict where prompts precede the target: the `interacted` one before them, the
+            `last` one before the target, or `every` one.
+        max_position: largest position, which all later tokens share; None: `row_length` - 1.
+        soft_targets: share of a target's weight that goes to the model's answers, where `histories` has them.
+        draw: returns the candidates for the targets [targets] int64; None: there are none.
+        cursor: how far the queue is read after this batch.
+
+    Raises:
+        ValueError: a history does not fit a row, or there are more distinct ids than bags.
     """
     max_position = row_length - 1 if max_position is None else max_position
-    lengths, items, count = histories.lengths, histories.items, histories.users.size
+    lengths, items, sequences = histories.lengths, histories.items, histories.users.size
     segments = histories.segments if histories.segments is not None else np.zeros(items.size, dtype=np.int8)
     positions = positions_of(segments, histories.offsets)
     is_last = np.zeros(items.size, dtype=bool)
     is_last[histories.offsets[1:][lengths > 0] - 1] = True
     if predict:
-        inputs, entries = ~is_last, np.maximum(lengths - 1, 0)
-        wanted, targets = targets_of(histories, segments, inputs, predict_from)
+        inputs, tokens = ~is_last, np.maximum(lengths - 1, 0)
+        predicts, targets = targets_of(histories, segments, inputs, predict_from)
     else:
-        inputs, entries = np.ones(items.size, dtype=bool), lengths
-        wanted = np.zeros(items.size, dtype=bool)
+        inputs, tokens = np.ones(items.size, dtype=bool), lengths
+        predicts = np.zeros(items.size, dtype=bool)
         targets = np.zeros(0, dtype=np.int64)
-    soft_items, soft_weights = soft_targets_of(histories, inputs, wanted, targets, soft_targets)
+    soft_items, soft_weights = soft_targets_of(histories, inputs, predicts, targets, soft_targets)
     candidates = no_candidates() if draw is None else draw(targets)
 
-    grid = pack_sequences(entries, row_length)
+    grid = pack_sequences(tokens, row_length)
     size = grid.rows * row_length
 
     def on_grid(values: np.ndarray, empty: int = 0) -> torch.Tensor:
@@ -139,38 +141,38 @@ def make_batch(
         out[grid.slots] = values
         return torch.from_numpy(out.reshape(grid.rows, row_length))
 
-    looked_up = entries > 0
-    users, bags = distinct_bags(USER, histories.users[looked_up], capacity.users)
-    user_bags = np.zeros(count, dtype=np.int64)
-    user_bags[looked_up] = bags
-    asked = [items[inputs], targets, candidates.ids, soft_items.ravel()]
+    has_tokens = tokens > 0
+    users, bags = distinct_bags(USER, histories.users[has_tokens], capacity.users)
+    user_bags = np.zeros(sequences, dtype=np.int64)
+    user_bags[has_tokens] = bags
+    lookups = [items[inputs], targets, candidates.ids, soft_items.ravel()]
     if candidates.every_item:  # then an item's bag is its id
         item_bags, target_candidate = bags_of(ITEM, candidates.ids), targets
     else:
-        item_bags, bags = distinct_bags(ITEM, np.concatenate(asked), capacity.items)
-        asked = np.split(bags, np.cumsum([part.size for part in asked])[:-1])
+        item_bags, bags = distinct_bags(ITEM, np.concatenate(lookups), capacity.items)
+        lookups = np.split(bags, np.cumsum([part.size for part in lookups])[:-1])
         index_of = np.full(capacity.items, -1, dtype=np.int64)
-        index_of[asked[2]] = np.arange(asked[2].size)
-        target_candidate = index_of[asked[1]]
-    input_bags, target_bags, candidate_bags, soft_bags = asked
-    ends = np.cumsum(entries)
-    number = np.repeat(np.arange(count), entries)
+        index_of[lookups[2]] = np.arange(lookups[2].size)
+        target_candidate = index_of[lookups[1]]
+    input_bags, target_bags, candidate_bags, soft_bags = lookups
+    ends = np.cumsum(tokens)
+    sequence = np.repeat(np.arange(sequences), tokens)
     return SequenceBatch(
         users=users,
         items=item_bags,
         item_bag=on_grid(input_bags),
-        user_bag=on_grid(user_bags[number]),
+        user_bag=on_grid(user_bags[sequence]),
         position=on_grid(np.minimum(positions[inputs], max_position)),
-        sequence=on_grid(number, empty=-1),
+        sequence=on_grid(sequence, empty=-1),
         segment=on_grid(segments[inputs]),
-        target_slot=torch.from_numpy(grid.slots[wanted]),
+        target_slot=torch.from_numpy(grid.slots[predicts]),
         target_bag=torch.from_numpy(target_bags),
         candidate_bag=torch.from_numpy(candidate_bags),
         candidate_log_q=torch.from_numpy(candidates.log_q),
         soft_bag=torch.from_numpy(soft_bags.reshape(soft_items.shape)),
         soft_weight=torch.from_numpy(soft_weights),
         target_candidate=torch.from_numpy(target_candidate),
-        last_slot=torch.from_numpy(grid.slots[ends[entries > 0] - 1]),
+        last_slot=torch.from_numpy(grid.slots[ends[tokens > 0] - 1]),
         global_targets=torch.tensor(float(targets.size)),
         histories=histories,
         cursor=cursor or Cursor(),
@@ -178,53 +180,59 @@ def make_batch(
 
 
 def positions_of(segments: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """The position of each entry [entries] int64: an interacted one has the number of interacted ones before it.
+    """Positions [entries] int64: for an interacted entry, the number of interacted entries before it.
 
-    The k-th prompt after it has k more, as if it were the k-th item to come: that is how the model generates on.
+    The k-th prompt after it has k more, as if it were the k-th item to come: the model generates at these positions.
     Example: segments 0 1 1 0 0 have the positions 0 1 2 1 2.
+
+    Args:
+        segments: [entries] int8 segment ids.
+        offsets: [sequences + 1] int64.
     """
     entry = ragged_arange(np.diff(offsets))
     first = np.repeat(offsets[:-1], np.diff(offsets))
-    real = segments == INTERACTED
-    before = np.concatenate([[0], np.cumsum(real)])
-    number = before[1:] - before[first]  # interacted entries up to and including this one
-    newest = np.maximum.accumulate(np.where(real, np.arange(real.size), -1)) if real.size else entry
-    since = np.where(newest >= first, np.arange(real.size) - newest, entry + 1)
-    return np.where(real, number - 1, number - 1 + since)
+    interacted = segments == INTERACTED
+    before = np.concatenate([[0], np.cumsum(interacted)])
+    interacted_count = before[1:] - before[first]  # interacted entries up to and including this one
+    last_interacted = (
+        np.maximum.accumulate(np.where(interacted, np.arange(interacted.size), -1)) if interacted.size else entry
+    )
+    since = np.where(last_interacted >= first, np.arange(interacted.size) - last_interacted, entry + 1)
+    return np.where(interacted, interacted_count - 1, interacted_count - 1 + since)
 
 
 def targets_of(
     histories: Histories, segments: np.ndarray, inputs: np.ndarray, predict_from: PredictFrom
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the input entries predict, [inputs] bool, and the next interacted item of each that does."""
-    real = segments == INTERACTED
-    places = np.flatnonzero(real)
+    """Which tokens predict, [tokens] bool, and their targets, [targets] int64: the next interacted items."""
+    interacted = segments == INTERACTED
+    interacted_entries = np.flatnonzero(interacted)
     entry = np.flatnonzero(inputs)
-    after = np.searchsorted(places, entry, side="right")
-    following = np.append(places, -1)[after]
+    next_index = np.searchsorted(interacted_entries, entry, side="right")
+    following = np.append(interacted_entries, -1)[next_index]
     end = np.repeat(histories.offsets[1:], histories.lengths)[entry]
-    wanted = (following >= 0) & (following < end)
+    predicts = (following >= 0) & (following < end)
     if histories.trained is not None:
-        wanted &= ~histories.trained[following]
+        predicts &= ~histories.trained[following]
     if predict_from == "interacted":
-        wanted &= real[entry]
+        predicts &= interacted[entry]
     elif predict_from == "last":
-        wanted &= following == entry + 1
-    return wanted, histories.items[following[wanted]]
+        predicts &= following == entry + 1
+    return predicts, histories.items[following[predicts]]
 
 
 def soft_targets_of(
-    histories: Histories, inputs: np.ndarray, wanted: np.ndarray, targets: np.ndarray, share: float
+    histories: Histories, inputs: np.ndarray, predicts: np.ndarray, targets: np.ndarray, share: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The answers that share a target's place, [targets, answers] int64, and the weight of each, float32.
+    """The answers that share a target's weight, [targets, answers] int64, and the weight of each, float32.
 
-    A `share` of the target's weight is spread over the answers by the softmax of their scores. The target itself is
-    none of them; one that is left out has weight 0 and stands as the target.
+    A `share` of the target's weight is spread over the answers by the softmax of their scores. An answer that is
+    missing or is the target itself has weight 0; the target's id takes its place.
     """
     if not share or histories.answers is None or histories.answer_scores is None:
         return np.zeros((targets.size, 0), dtype=np.int64), np.zeros((targets.size, 0), dtype=np.float32)
-    answers = histories.answers[inputs][wanted]
-    scores = histories.answer_scores[inputs][wanted]
+    answers = histories.answers[inputs][predicts]
+    scores = histories.answer_scores[inputs][predicts]
     valid = (answers >= 0) & (answers != targets[:, None])
     scores = np.where(valid, scores, -np.inf)
     top = scores.max(1, initial=-np.inf, keepdims=True)

@@ -1,8 +1,8 @@
-"""Candidates: which items the targets of a batch are scored against, and how likely each was to be there.
+"""Candidates: the items that the targets of a batch are scored against, with their logQ.
 
-A source is a class in `SOURCES`, under the name that `--loss.candidates` takes; a distribution of sampled negatives one
-in `DISTRIBUTIONS`, under that of `--loss.negatives_by`. Draws depend on the generator that is given alone, which every
-rank seeds alike: each table is asked for one set of ids, and one rank or several train alike.
+`SOURCES` holds a class per value of `--loss.candidates`, `DISTRIBUTIONS` one per value of `--loss.negatives_by`. Draws
+depend only on the generator that is passed in. Every rank seeds it alike, so that the tables look up one set of ids and
+training does not depend on the number of ranks.
 """
 
 from abc import ABC, abstractmethod
@@ -22,46 +22,46 @@ class Candidates:
     """The candidate set of one batch, in item ids."""
 
     ids: Int64
-    """[candidates] int64, all different."""
+    """[candidates] int64, all distinct."""
     log_q: Float32
-    """[candidates] float32: log of the expected count of each; 0 where it is always there."""
+    """[candidates] float32: log of the expected count of each; 0: always a candidate."""
     every_item: bool = False
     """Whether `ids` is the whole catalogue, in order."""
 
 
 def no_candidates() -> Candidates:
-    """Nothing to score against."""
+    """An empty candidate set."""
     return Candidates(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32))
 
 
 @dataclass(frozen=True)
 class ItemStatistics:
-    """What sources know of the items."""
+    """Number of items, and their counts, for candidate sources."""
 
     items: int
     counts: Int64 | None = None
-    """[items] int64 training interactions of each item, for sources that need them."""
+    """[items] int64 training interactions per item; None: the source does not need them."""
 
 
 class CandidateSource(ABC):
     """Where the candidates of a batch come from."""
 
     room: int | None = 0
-    """Maximum number of candidates that are no targets of the batch; None: every item may be asked for."""
+    """Maximum number of candidates that are not targets of the batch; None: the whole catalogue."""
 
     @classmethod
     @abstractmethod
     def make(cls, loss: Loss, statistics: ItemStatistics, tokens: int) -> "CandidateSource":
-        """The source of these options, for batches of at most `tokens` targets."""
+        """Create the source from the options, for batches of at most `tokens` targets."""
 
     @staticmethod
     def needs_counts(loss: Loss) -> bool:
-        """Whether it has to know how popular each item is."""
+        """Whether the source needs `ItemStatistics.counts`."""
         return False
 
     @abstractmethod
     def draw(self, targets: Int64, rng: np.random.Generator) -> Candidates:
-        """The candidates of a batch whose targets are the items `targets` [targets] int64."""
+        """Draw the candidates of a batch whose targets are the items `targets` [targets] int64."""
 
 
 class AllItems(CandidateSource):
@@ -70,7 +70,7 @@ class AllItems(CandidateSource):
     room = None
 
     def __init__(self, items: int) -> None:
-        # Every batch has these very arrays: nobody writes into a batch.
+        # All batches share these arrays: nothing writes into a batch.
         self.candidates = Candidates(np.arange(items), np.zeros(items, dtype=np.float32), every_item=True)
 
     @classmethod
@@ -105,13 +105,13 @@ class Sampled(CandidateSource):
 
 
 class InBatch(CandidateSource):
-    """The distinct targets of the batch, each with the chance that it is among them."""
+    """The distinct targets of the batch, each with the probability that it is among them."""
 
     def __init__(self, counts: Int64, tokens: int) -> None:
         p = np.maximum(counts, 0.5) / max(counts.sum(), 1)
         log_q = np.log(-np.expm1(tokens * np.log1p(-np.minimum(p, 1 - 1e-9))))
         self.log_q = log_q.astype(np.float32)
-        """[items] float32: log of the chance that an item is among the targets of a batch of `tokens` positions."""
+        """[items] float32: log of the probability that an item is among `tokens` targets."""
 
     @classmethod
     def make(cls, loss: Loss, statistics: ItemStatistics, tokens: int) -> "InBatch":
@@ -131,29 +131,29 @@ class InBatch(CandidateSource):
 
 
 SOURCES: dict[str, type[CandidateSource]] = {"all": AllItems, "sampled": Sampled, "in_batch": InBatch, "bce": Sampled}
-"""By the value of `--loss.candidates`; the binary cross-entropy takes each target's negatives from those drawn."""
+"""By the value of `--loss.candidates`; `bce` takes each target's negatives from those drawn for the batch."""
 
 
 class Distribution(ABC):
-    """What sampled negatives are drawn from, without replacement."""
+    """A distribution from which negatives are drawn without replacement."""
 
     count: int
-    """Negatives drawn."""
+    """Number of negatives per batch."""
     needs_counts = False
-    """Whether it has to know how popular each item is."""
+    """Whether the distribution needs `ItemStatistics.counts`."""
 
     @classmethod
     @abstractmethod
     def make(cls, statistics: ItemStatistics, count: int) -> "Distribution":
-        """One that draws `count` negatives, or all items where there are fewer."""
+        """Create one that draws `count` negatives, or all items where there are fewer."""
 
     @abstractmethod
     def draw(self, rng: np.random.Generator) -> tuple[Int64, Float32]:
-        """Ids [count] int64, all different, and log of the expected count of each [count] float32."""
+        """Draw ids [count] int64, all distinct, and log of the expected count of each [count] float32."""
 
 
 class Uniform(Distribution):
-    """Every item equally likely; expected count `count / items`."""
+    """All items are equally likely; the expected count is `count / items`."""
 
     def __init__(self, items: int, count: int) -> None:
         self.items, self.count = items, min(count, items)
@@ -170,10 +170,10 @@ class Uniform(Distribution):
 
 
 class LogUniform(Distribution):
-    """Likely in proportion to log((rank + 2) / (rank + 1)) of the item's popularity rank (Zipf), as word2vec-style
-    trainers do.
+    """The probability is proportional to log((rank + 2) / (rank + 1)) of the item's popularity rank (Zipf), from 0.
 
-    Duplicates are drawn again until `count` ids are different; the expected count is 1 - (1 - p) ** tries.
+    Word2vec-style trainers use it. Duplicates are drawn again until `count` ids are distinct; the expected count is
+    1 - (1 - p) ** tries.
     """
 
     needs_counts = True

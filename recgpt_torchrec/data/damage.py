@@ -1,9 +1,11 @@
-"""Damaged rows of a dataset: where they are, and the list of those that a run leaves out.
+"""Damaged rows of a dataset, and the list of those that a run leaves out: `damaged.jsonl` in its folder.
+
+A line of the list:
 
     {"part": "sequences/part-00003.parquet", "row_group": 2, "row": 17, "rows": 1, "reason": "..."}
 
-is a line of the list, `damaged.jsonl` in the run's folder. `row` counts from 0 in the row group; it is null where the
-whole row group is meant, and `row_group` too where it is the whole part.
+`row` counts from 0 in the row group. It is null where the whole row group is damaged; `row_group` is null too where the
+whole part is.
 """
 
 import fcntl
@@ -23,7 +25,7 @@ LIST = "damaged.jsonl"
 
 
 class Damage(NamedTuple):
-    """A place in a dataset that cannot be used, and why."""
+    """A row, row group or part of a dataset that cannot be used, and why."""
 
     part: str
     row_group: int | None
@@ -33,7 +35,7 @@ class Damage(NamedTuple):
 
     @property
     def place(self) -> tuple[Any, ...]:
-        """What tells it from others."""
+        """(part, row_group, row), which identifies the damage."""
         return self[:3]
 
     def __str__(self) -> str:
@@ -43,18 +45,20 @@ class Damage(NamedTuple):
 
 @dataclass(frozen=True)
 class SetAside:
-    """Where damaged rows are listed, each once, by whichever process, epoch or resumed run meets it; up to a limit.
+    """The list of damaged rows that are left out, up to a limit; all processes, epochs and resumed runs share it.
+
+    Each row is listed once.
 
     Example: `SetAside("runs/mine/damaged.jsonl", limit=1000)`
     """
 
     path: str
-    """JSON lines; made with the first row. On a store, where nothing can be appended, a folder with a file a row."""
+    """JSON lines, created with the first row. On an object store, which cannot append: a folder with a file per row."""
     limit: int
-    """Most rows that a run goes on without."""
+    """Maximum number of rows that may be left out."""
 
     def listed(self) -> list[Damage]:
-        """What is listed so far."""
+        """Read the list."""
         if storage.remote(self.path):
             texts = [storage.read(f"{self.path}/{name}") for name in storage.names(self.path)]
             return [Damage(**json.loads(text)) for text in texts]
@@ -64,31 +68,31 @@ class SetAside:
             return [Damage(**json.loads(line)) for line in file]
 
     def add(self, damages: Iterable[Damage]) -> None:
-        """List those that are not listed yet.
+        """Add the damages that are not listed yet.
 
         Raises:
-            InputError: there are more rows in the list than the limit, or it cannot be written.
+            InputError: the list has more rows than the limit, or cannot be written.
         """
         try:
             with nullcontext() if storage.remote(self.path) else open(self.path, "a") as file:
                 if file is not None:
-                    fcntl.flock(file, fcntl.LOCK_EX)  # ranks and loader workers write one after the other
+                    fcntl.flock(file, fcntl.LOCK_EX)  # ranks and loader workers write in turn
                 listed = self.listed()
-                known = {damage.place for damage in listed}
-                new = [damage for damage in damages if damage.place not in known]
-                for damage in new:
+                listed_places = {damage.place for damage in listed}
+                new_damages = [damage for damage in damages if damage.place not in listed_places]
+                for damage in new_damages:
                     line = json.dumps(damage._asdict()) + "\n"
                     if file is not None:
                         file.write(line)
-                    else:  # by a name that every process that meets this row gives it
+                    else:  # a name that is the same in every process
                         name = hashlib.sha256(repr(damage.place).encode()).hexdigest()[:16]
                         storage.write(f"{self.path}/{name}.json", line.encode())
         except OSError as error:
             raise InputError(f"{self.path}: damaged rows cannot be listed there ({error})") from None
-        self.check(listed + new, f", listed in {self.path}")
+        self.check(listed + new_damages, f", listed in {self.path}")
 
     def check(self, damages: list[Damage], where: str = "") -> None:
-        """Raise an `InputError` if these are more rows than the limit."""
+        """Raise an `InputError` if `damages` are more rows than the limit."""
         rows = sum(damage.rows for damage in damages)
         if rows > self.limit:
             raise InputError(
@@ -97,13 +101,13 @@ class SetAside:
             )
 
     def restore(self, dataset: Dataset) -> None:
-        """Lose the parts that the run has gone on without so far, mended meanwhile or not: windows depend on it."""
+        """Mark the parts that the run left out so far as lost, even if repaired since: windows depend on it."""
         for damage in self.listed():
             if damage.row_group is None:
                 dataset.lost_parts.setdefault(damage.part, damage.reason)
 
     def check_lost(self, dataset: Dataset) -> None:
-        """Raise an `InputError` if lost parts and what is listed are more rows than the limit; nothing is written."""
+        """Raise an `InputError` if lost parts and listed damages are more rows than the limit; writes nothing."""
         rows = {part.path: part.rows for part in dataset.manifest.sequences}
         lost = [
             Damage(path, None, None, rows[path], reason) for path, reason in dataset.lost_parts.items() if path in rows
@@ -111,6 +115,6 @@ class SetAside:
         self.check([damage for damage in self.listed() if damage.row_group is not None] + lost)
 
     def summary(self) -> str:
-        """What was set aside, in a line."""
+        """One line that says how many rows were left out."""
         rows = sum(damage.rows for damage in self.listed())
         return f"Damaged: {rows:,} rows were left out, listed in {self.path}" if rows else "Damaged: no row"

@@ -1,8 +1,8 @@
-"""The dataset folder: its manifest, and opening one with every promise of the manifest checked.
+"""The dataset folder: its manifest, and opening one with its files checked against the manifest.
 
     manifest.json         format version, counts, settings, and per file: rows, items, bytes, checksum
-    sequences/*.parquet   one row a user: user_id int64, item_ids list<int64>, timestamps list<int64>, ...
-    items/*.parquet       item_id int64 (dense, from 0), key, count
+    sequences/*.parquet   one row per user: user_id int64, item_ids list<int64>, timestamps list<int64>, ...
+    items/*.parquet       item_id int64 (dense, from 0), key, count, train_count
     users/*.parquet       user_id int64 (dense, from 0), key
 
 The manifest is written last: a folder without one is not a dataset.
@@ -30,25 +30,25 @@ COLUMNS = {
     "answer_ids": pa.list_(pa.int64()),
     "answer_scores": pa.list_(pa.float32()),
 }
-"""Columns of the sequences that are read, with the type they are read as."""
+"""Columns of the sequences that can be read, and the type they are cast to."""
 REQUIRED = ("user_id", "item_ids")
 ANSWERS = ("answer_ids", "answer_scores")
-"""List columns of a prompt dataset: some answers of the model for each interacted item, and their scores."""
+"""List columns of a prompt dataset: the model's answers per interacted item, and their scores."""
 
 
 @dataclass(kw_only=True)
 class Vocabulary:
-    """The users and items that have ids."""
+    """Fingerprint and size of a vocabulary: the users and items that have ids."""
 
     fingerprint: str
-    """Of their keys, in the order of the ids."""
+    """Hash of the keys, in the order of the ids."""
     users: int
     items: int
 
 
 @dataclass(kw_only=True)
 class Manifest(FolderManifest):
-    """What `manifest.json` holds."""
+    """The contents of a dataset's `manifest.json`."""
 
     KIND = Kind(
         name="dataset",
@@ -66,23 +66,23 @@ class Manifest(FolderManifest):
     vocabulary: str = ""
     """Fingerprint of the item and user vocabularies; a checkpoint fits a dataset when these are equal."""
     lineage: list[Vocabulary] = field(default_factory=list)
-    """The vocabularies that this one extends, oldest first: the users and items of each have the same ids here, and
-    come before all others. So a checkpoint with one of these can be trained on with this dataset."""
+    """The vocabularies that this one extends, oldest first: their users and items have the same ids here, before all
+    others. So a checkpoint with one of these can be trained further on this dataset."""
     sequences: list[Part] = field(default_factory=list)
     item_parts: list[Part] = field(default_factory=list)
     user_parts: list[Part] = field(default_factory=list)
     preparation: dict[str, Any] = field(default_factory=dict)
-    """What `prepare` read and dropped: inputs, rows, rejected, rejected_parts, duplicates_dropped, rounds, lengths,
-    and of a dataset that extends another, extends."""
+    """What `prepare` read and dropped: inputs, rows, rejected, rejected_parts, duplicates_dropped, rounds, lengths;
+    also exposed where shown rows were read, and extends where another dataset is extended."""
 
     def extends(self, vocabulary: str) -> Vocabulary | None:
-        """The vocabulary of this fingerprint, if this dataset's begins with it."""
+        """The vocabulary with this fingerprint, if this dataset has or extends it; else None."""
         own = Vocabulary(fingerprint=self.vocabulary, users=self.users, items=self.items)
         return next((each for each in (own, *self.lineage) if each.fingerprint == vocabulary), None)
 
     @property
     def entries(self) -> int:
-        """Entries of all histories: interactions, and prompts where there are any."""
+        """Number of entries of all histories: interactions, and prompts where there are any."""
         return sum(part.items for part in self.sequences)
 
     def __post_init__(self) -> None:
@@ -97,10 +97,10 @@ class Manifest(FolderManifest):
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """The manifest that `text` holds.
+        """Parse the text of `manifest.json`.
 
         Raises:
-            ValueError: it holds none, or one with values that cannot be.
+            ValueError: it is not JSON, or a field is missing, unknown or invalid.
         """
         manifest = super().from_json(text)
         parts = manifest.all_parts
@@ -110,8 +110,8 @@ class Manifest(FolderManifest):
             if not isinstance(count, int) or count < 0:
                 raise ValueError(f"{name} is {count!r}, it must be a number of at least 0")
         paths = [part.path for part in parts]
-        if twice := [path for path in dict.fromkeys(paths) if paths.count(path) > 1]:
-            raise ValueError(f"it lists {', '.join(twice)} more than once")
+        if duplicates := [path for path in dict.fromkeys(paths) if paths.count(path) > 1]:
+            raise ValueError(f"it lists {', '.join(duplicates)} more than once")
         return manifest
 
 
@@ -125,20 +125,20 @@ class Dataset:
     path: str
     manifest: Manifest
     damaged: Literal["stop", "skip"] | None = None
-    """What the user wants done about damaged sequences; None: the stage does not ask."""
+    """What to do about damaged sequences; None: the stage has no such option."""
     lost_parts: dict[str, str] = field(default_factory=dict)
-    """Parts that are passed over as a whole, and why; only with `skip`."""
+    """Parts that are left out as a whole, by path, with the reason; only with `skip`."""
     columns: frozenset[str] = frozenset()
-    """Those of `COLUMNS` that the sequences have, once their footers were read (`windows.row_groups`)."""
+    """Columns of `COLUMNS` that the sequences have; `windows.row_groups` fills it from their footers."""
 
     @classmethod
     def open(cls, path: str, *, damaged: Literal["stop", "skip"] | None = None, checksums: bool = False) -> "Dataset":
-        """Open and check a dataset: manifest, format version, every part there with the promised size.
+        """Open and check a dataset: manifest, format version, presence and size of every part.
 
         Args:
             path: folder of the dataset.
-            damaged: with `skip` parts of the sequences that cannot be used are noted in `lost`.
-            checksums: read every part and compare its checksum, too.
+            damaged: with `skip`, parts of the sequences that cannot be used are noted in `lost_parts`.
+            checksums: also read every part and compare its checksum.
 
         Raises:
             InputError: names what is missing or differs, and how to repair it.
@@ -150,13 +150,13 @@ class Dataset:
                 "a log with interactions in it"
             )
         dataset = cls(path=path, manifest=manifest, damaged=damaged)
-        manifest.check_parts(path, checksums=checksums, report=dataset.pass_over)
+        manifest.check_parts(path, checksums=checksums, report=dataset.lose_part)
         return dataset
 
     @property
     def remedy(self) -> str:
-        """What a user can do about damaged sequences."""
-        more = ", or go on without the damaged rows: --stream.damaged skip" if self.damaged == "stop" else ""
+        """What the user can do about damaged sequences."""
+        more = ", or leave the damaged rows out: --stream.damaged skip" if self.damaged == "stop" else ""
         return self._repair + more
 
     @property
@@ -164,11 +164,11 @@ class Dataset:
         stage = "generate_prompts" if "prompts" in self.manifest.settings else "prepare"
         return f"restore the file or run {stage} again"
 
-    def pass_over(self, part: Part, reason: str) -> None:
-        """Pass a part over.
+    def lose_part(self, part: Part, reason: str) -> None:
+        """Note a part of the sequences as lost.
 
         Raises:
-            InputError: that is not wanted, or the part holds no sequences.
+            InputError: `damaged` is not `skip`, or the part holds no sequences.
         """
         sequences = part in self.manifest.sequences
         if self.damaged != "skip" or not sequences:
@@ -180,7 +180,7 @@ class Dataset:
         """Open one part for reading row groups.
 
         Raises:
-            InputError: the file is not readable Parquet; names it.
+            InputError: the file cannot be read as Parquet.
         """
         fs, root = filesystem(self.path)
         try:
@@ -192,20 +192,20 @@ class Dataset:
 
 
 def histories_fingerprint(dataset: Dataset) -> str:
-    """32 hex digits of all histories of a dataset, wherever it lies."""
+    """32 hex digits that identify all histories of a dataset, wherever it is stored."""
     parts = json.dumps([asdict(part) for part in dataset.manifest.sequences])
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
-def column_fault(schema: pa.Schema, name: str) -> str | None:
-    """Why a column of `COLUMNS` cannot be read from a part of this schema; None: it can."""
-    if (times := schema.names.count(name)) != 1:
-        return f"has no column {name}, only {schema.names}" if not times else f"has more than one column {name}"
-    found = inside = schema.field(name).type
-    wanted = COLUMNS[name]
-    if pa.types.is_list(wanted) and (pa.types.is_list(found) or pa.types.is_large_list(found)):
-        inside, wanted = found.value_type, wanted.value_type
-    alike = pa.types.is_floating if pa.types.is_floating(wanted) else pa.types.is_integer
-    if pa.types.is_list(wanted) or not alike(inside):
-        return f"has a column {name} of type {found}, it must be {COLUMNS[name]}"
+def find_column_fault(schema: pa.Schema, name: str) -> str | None:
+    """Why a column of `COLUMNS` cannot be read from a part with this schema; None: it can."""
+    if (count := schema.names.count(name)) != 1:
+        return f"has no column {name}, only {schema.names}" if not count else f"has more than one column {name}"
+    kind = value_kind = schema.field(name).type
+    expected = COLUMNS[name]
+    if pa.types.is_list(expected) and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        value_kind, expected = kind.value_type, expected.value_type
+    is_alike = pa.types.is_floating if pa.types.is_floating(expected) else pa.types.is_integer
+    if pa.types.is_list(expected) or not is_alike(value_kind):
+        return f"has a column {name} of type {kind}, it must be {COLUMNS[name]}"
     return None

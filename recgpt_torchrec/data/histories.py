@@ -1,4 +1,4 @@
-"""Histories of users: what a batch is made of, and reading them from a dataset, cut for a split."""
+"""Histories of users as batches hold them, and the reader that cuts them from a dataset for a split."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -30,12 +30,12 @@ def _per_entry() -> Any:
 class Histories:
     """A ragged list of histories as numpy arrays; sequence s holds the entries `offsets[s]:offsets[s + 1]`.
 
-    The metadata of a field says whether it holds a value per entry or per sequence; what takes histories apart and puts
-    them together goes by that, so a new column is a new field and nothing else.
+    The metadata of a field says whether it holds a value per entry or per sequence. Slicing and joining follow it, so a
+    new column needs no more than a new field.
     """
 
     users: Int64 = field(metadata={"per": "sequence"})
-    """[sequences] int64 dense user ids; the same user may come twice."""
+    """[sequences] int64 dense user ids; the same user may occur twice."""
     items: Int64 = field(metadata={"per": "entry"})
     """[entries] int64 dense item ids."""
     offsets: Int64
@@ -43,17 +43,17 @@ class Histories:
     segments: npt.NDArray[np.int8] | None = _per_entry()
     """[entries] int8: 0 interacted, 1 generated, 2 shown but not clicked; None: all interacted."""
     answers: Int64 | None = _per_entry()
-    """[entries, answers] int64 items that the pre-trained model answers after each entry, best first; -1: none."""
+    """[entries, answers] int64: items that the pre-trained model ranks high after each entry, best first; -1: none."""
     answer_scores: npt.NDArray[np.float32] | None = _per_entry()
     """[entries, answers] float32 scores (logits) of the answers."""
     trained: npt.NDArray[np.bool_] | None = _per_entry()
-    """[entries] bool: which were trained on before, so that they are no targets; None: none."""
+    """[entries] bool: whether an entry was trained on before and so is no target; None: none was."""
     read: npt.NDArray[np.float64] | None = _per_sequence()
-    """[sequences] float64: how many of the dataset's entries each accounts for; progress is measured in these."""
+    """[sequences] float64: number of entries of the dataset that each accounts for, the unit of progress."""
     held_out: Int64 | None = _per_sequence()
-    """[sequences] int64: the item to be ranked in evaluation."""
+    """[sequences] int64: the item to rank in evaluation."""
     seen: Ragged | None = _per_sequence()
-    """In evaluation: the items of the whole history, of which `items` may hold only the newest part."""
+    """In evaluation: the items of the whole history, where `items` may hold the newest only."""
 
     @property
     def lengths(self) -> Int64:
@@ -61,49 +61,49 @@ class Histories:
         return np.diff(self.offsets)
 
     def part(self, start: int, stop: int) -> "Histories":
-        """The sequences `start:stop`; nothing is copied."""
+        """The sequences `start:stop`, without a copy."""
         first, last = self.offsets[start], self.offsets[stop]
-        return self._each(
+        return self._map_columns(
             lambda values: values[first:last],
             lambda values: values.part(start, stop) if isinstance(values, Ragged) else values[start:stop],
             self.offsets[start : stop + 1] - first,
         )
 
     def reorder(self, rows: npt.NDArray[np.integer]) -> "Histories":
-        """The sequences with these numbers, in this order; one may come twice."""
+        """The sequences with these numbers, in this order; one may occur twice."""
         start, stop = self.offsets[:-1][rows], self.offsets[1:][rows]
-        return self._each(
+        return self._map_columns(
             lambda values: Ragged(values, self.offsets).cut(start, stop).values,
             lambda values: values.take(rows) if isinstance(values, Ragged) else values[rows],
             ragged.offsets_of(stop - start),
         )
 
-    def _each(
+    def _map_columns(
         self, of_entries: Callable[[Any], Any], of_sequences: Callable[[Any], Any], offsets: Int64
     ) -> "Histories":
-        how = {"entry": of_entries, "sequence": of_sequences}
+        functions = {"entry": of_entries, "sequence": of_sequences}
         columns = {f.name: (getattr(self, f.name), f.metadata["per"]) for f in fields(self) if "per" in f.metadata}
         changed: dict[str, Any] = {
-            name: None if values is None else how[per](values) for name, (values, per) in columns.items()
+            name: None if values is None else functions[per](values) for name, (values, per) in columns.items()
         }
         return Histories(offsets=offsets, **changed)
 
 
 def no_histories() -> Histories:
-    """A list without any sequence: what a rank that has run out of batches goes on with."""
+    """A list without sequences, for a rank that has no batches left."""
     none = np.zeros(0, dtype=np.int64)
     return Histories(users=none, items=none, offsets=np.zeros(1, dtype=np.int64))
 
 
 def join(lists: Sequence[Histories]) -> Histories:
-    """The sequences of several lists, one list after the other; they have the same columns."""
+    """Concatenate lists of histories with the same columns."""
     if not lists:
         return no_histories()
     if len(lists) == 1:
         return lists[0]
 
     def joined(values: list[Any]) -> Any:
-        assert len({each is None for each in values}) == 1, "lists of histories with other columns"
+        assert len({each is None for each in values}) == 1, "lists of histories with different columns"
         if values[0] is None:
             return None
         return ragged.join(values) if isinstance(values[0], Ragged) else np.concatenate(values)
@@ -124,33 +124,33 @@ class HistoryReader:
     max_len: int
     """Maximum number of entries before a target."""
     long_histories: Literal["newest", "windows"] = "newest"
-    """What is trained on of a longer history: its newest part, or all of it, cut into overlapping pieces."""
+    """How a longer history is trained on: its newest part, or all of it, cut into overlapping pieces."""
     prompts: bool = False
-    """Whether entries that were not interacted with (generated, or shown but not clicked) are read; else left out."""
+    """Whether prompts (generated, or shown but not clicked) are read; they are left out otherwise."""
     answers: int = 0
-    """Answers of the pre-trained model to read for each interacted item."""
+    """Number of answers of the pre-trained model to read per interacted item."""
     new_targets: bool = False
-    """Whether histories keep only targets that the dataset's column `trained` does not mark, each with the history
-    before it; a history without such targets is empty."""
+    """Whether entries that the dataset's column `trained` marks are no targets; a history without other targets is
+    empty."""
     set_aside: SetAside | None = None
-    """Where damaged rows go; None: the first one is an error."""
+    """Where damaged rows are listed; None: the first one is an error."""
     time_order: bool = False
-    """Whether a history whose times are not in order is damaged."""
+    """Whether a history with timestamps out of order is damaged."""
 
     @property
     def training(self) -> bool:
-        """Whether histories hold targets to learn from."""
+        """Whether histories hold targets to train on."""
         return self.split == "training"
 
     def read(self, groups: Sequence[RowGroup], order: Callable[[int], Int64] | None = None) -> Histories:
         """The histories of some row groups.
 
         Args:
-            groups: read together.
-            order: from the number of sequences to the order in which they come; None: that of the dataset.
+            groups: row groups, read together.
+            order: returns the order of n sequences, a permutation [n] int64; None: the order of the dataset.
 
         Raises:
-            InputError: names the place that is damaged, unless it is set aside.
+            InputError: a row is damaged, and not set aside; names its place.
         """
         reader = Reader(self.dataset, self.answers, self.time_order, self.set_aside, self.new_targets)
         tables = [reader.read(group) for group in groups]
@@ -159,22 +159,22 @@ class HistoryReader:
         segments = Ragged.from_arrow(table["segment_ids"]).values if "segment_ids" in table.schema.names else None
         trained = Ragged.from_arrow(table["trained"]).values != 0 if self.new_targets else None
         if segments is not None and not self.prompts:
-            kept = segments == INTERACTED
-            items, segments = items.keep(kept), None
-            trained = None if trained is None else trained[kept]
-        real = Interacted.among(items.offsets, segments)
+            is_interacted = segments == INTERACTED
+            items, segments = items.keep(is_interacted), None
+            trained = None if trained is None else trained[is_interacted]
+        interacted = Interacted.among(items.offsets, segments)
 
-        row, begin, end, target = cut(real.offsets, self.split)
+        row, begin, end, target = cut(interacted.offsets, self.split)
         users, first = users[row], items.offsets[:-1][row]
-        last = np.where(end > begin, real.entries(np.maximum(end, 1)) if real.places.size else first, first)
+        last = np.where(end > begin, interacted.entries(np.maximum(end, 1)) if interacted.places.size else first, first)
         if self.training and self.long_histories == "windows":
-            owner, start, stop = overlapping(first, last, self.max_len)
+            owner, start, stop = cut_pieces(first, last, self.max_len)
             users, read = users[owner], (read / np.bincount(owner, minlength=users.size))[owner]
         else:
             start, stop = np.maximum(first, last - self.max_len - self.training), last
         if trained is not None:
             new = ~trained if segments is None else ~trained & (segments == INTERACTED)
-            start, stop = _to_newest_target(start, stop, new)
+            start, stop = _empty_without_target(start, stop, new)
 
         rows = np.arange(users.size) if order is None else order(users.size)
         start, stop = start[rows], stop[rows]
@@ -183,7 +183,7 @@ class HistoryReader:
         def entries(values: npt.NDArray[Any] | None) -> Any:
             return None if values is None else items.with_values(values).cut(start, stop).values
 
-        answers, answer_scores = self._answers(table, items.values.size, real)
+        answers, answer_scores = self._read_answers(table, items.values.size, interacted)
         return Histories(
             users=users[rows].astype(np.int64, copy=False),
             items=inputs.values,
@@ -193,37 +193,39 @@ class HistoryReader:
             answer_scores=entries(answer_scores),
             trained=entries(trained),
             read=read[rows] if self.training else None,
-            held_out=None if target is None else items.values[real.places[target]][rows],
-            seen=None if self.training else Ragged(items.values[real.places], real.offsets).cut(begin[rows], end[rows]),
+            held_out=None if target is None else items.values[interacted.places[target]][rows],
+            seen=None
+            if self.training
+            else Ragged(items.values[interacted.places], interacted.offsets).cut(begin[rows], end[rows]),
         )
 
-    def _answers(
-        self, table: pa.Table, entries: int, real: Interacted
+    def _read_answers(
+        self, table: pa.Table, entries: int, interacted: Interacted
     ) -> tuple[Int64, npt.NDArray[np.float32]] | tuple[None, None]:
-        """Answers and scores by entry; the dataset has them by interacted item."""
+        """Answers and scores per entry; the dataset stores them per interacted item."""
         if not self.answers:
             return None, None
         ids = np.full((entries, self.answers), -1, dtype=np.int64)
         scores = np.zeros((entries, self.answers), dtype=np.float32)
-        ids[real.places] = Ragged.from_arrow(table["answer_ids"]).values.reshape(-1, self.answers)
-        scores[real.places] = Ragged.from_arrow(table["answer_scores"]).values.reshape(-1, self.answers)
+        ids[interacted.places] = Ragged.from_arrow(table["answer_ids"]).values.reshape(-1, self.answers)
+        scores[interacted.places] = Ragged.from_arrow(table["answer_scores"]).values.reshape(-1, self.answers)
         return ids, scores
 
 
-def _to_newest_target(start: Int64, stop: Int64, new: npt.NDArray[np.bool_]) -> tuple[Int64, Int64]:
-    """Empty the ranges `start:stop` in which no entry but the first is a `new` [entries] target."""
+def _empty_without_target(start: Int64, stop: Int64, new: npt.NDArray[np.bool_]) -> tuple[Int64, Int64]:
+    """Empty each range `start:stop` in which no entry after the first is a `new` [entries] target."""
     count = ragged.offsets_of(new)
     return start, np.where(count[stop] > count[np.minimum(start + 1, stop)], stop, start)
 
 
-def overlapping(start: Int64, stop: Int64, max_len: int) -> tuple[Int64, Int64, Int64]:
-    """Cut each range into pieces of `max_len` inputs and one target, from the newest back.
+def cut_pieces(start: Int64, stop: Int64, max_len: int) -> tuple[Int64, Int64, Int64]:
+    """Cut each range into pieces of `max_len` tokens and one more target, starting from the newest.
 
-    Every target is in exactly one piece. Pieces overlap by the one entry that is a target in the earlier and the first
-    input in the later.
+    Every target is in exactly one piece. Pieces overlap by one entry: the last target of the earlier and the first
+    token of the later.
 
     Returns:
-        owner, start, stop: [pieces] which range a piece is of, and where it lies.
+        owner, start, stop: [pieces] int64, the index of the range that a piece is cut from, and the piece `start:stop`.
     """
     pieces = np.maximum(-(-(stop - start - 1) // max_len), 1)
     back = ragged.ragged_arange(pieces)

@@ -1,4 +1,4 @@
-"""Whatever makes batches, run ahead of those who take them: in a thread, or in loader processes of their own."""
+"""Prefetches batches in a thread or in loader processes."""
 
 import contextlib
 import multiprocessing
@@ -22,24 +22,24 @@ T = TypeVar("T")
 
 
 def prefetch(source: Callable[[int], Iterator[T]], settings: Stream) -> Iterator[T]:
-    """What `source` makes, taken from its workers in turn.
+    """The batches of `source`, prefetched and taken from its workers in turn.
 
     Args:
-        source: from the number of a worker to what it makes; it can be pickled.
-        settings: how many workers there are, 0 meaning a thread that is worker 0; and how much each keeps ready.
+        source: returns the batches of a worker, given its number; it is pickled for loader processes.
+        settings: the number of workers, 0 for a thread that is worker 0, and of batches that each keeps ready.
 
     Raises:
-        InputError: as a worker raised it, after everything that this one made before.
+        InputError: raised by a worker, after all batches that it made before; or a loader process was killed.
     """
     if settings.workers == 0:
         yield from prefetch_in_thread(source(0), settings.prefetch)
         return
-    # A fork server imports once and forks a clean process for each epoch: forking this process, with its process
-    # group and thread pools, is not safe, and spawning would import torch again each time.
+    # A fork server imports once and forks clean processes for each epoch. Forking this process, with its process group
+    # and thread pools, is not safe; spawning would import torch again each time.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([source.__module__])
     with block_stop_signals():
-        multiprocessing.resource_tracker.ensure_running()  # which lets SIGTERM in again
+        multiprocessing.resource_tracker.ensure_running()  # it unblocks SIGTERM
     with block_stop_signals():
         multiprocessing.forkserver.ensure_running()
     loader = DataLoader(
@@ -59,13 +59,13 @@ def prefetch(source: Callable[[int], Iterator[T]], settings: Stream) -> Iterator
         if not str(error).startswith("DataLoader worker"):
             raise
         raise InputError(
-            f"a loader process ended before its work was done ({error}); where memory is short give fewer "
+            f"a loader process ended before its work was done ({error}); if memory is short, give fewer "
             "--stream.workers, a smaller --stream.prefetch, or --stream.workers 0"
         ) from None
 
 
 class _Worker(IterableDataset):
-    """What a loader process runs."""
+    """The batches of one loader process, by its worker id."""
 
     def __init__(self, source: Callable[[int], Iterator[Any]]) -> None:
         self.source = source
@@ -81,15 +81,14 @@ class _Worker(IterableDataset):
         try:
             yield from self.source(info.id)
         except InputError as error:
-            yield error  # handed over like a batch: raised here, it would reach the user inside a traceback
+            yield error  # yielded like a batch: raised here, it would reach the user inside a traceback
 
 
 def prefetch_in_thread(source: Iterator[T], prefetch: int) -> Iterator[T]:
-    """Batches of `source`, made ahead by a thread of this process; its errors are raised here.
+    """The batches of `source`, prefetched by a thread of this process; its errors are raised here.
 
-    Making a batch of 2,048 tokens takes 5 ms, most of it in numpy and Arrow without the interpreter lock. A process of
-    its own costs more than that to hand each batch over (20 ms) and a second an epoch to start: it pays with large
-    batches.
+    Making a batch of 2,048 tokens takes 5 ms, most of it in numpy and Arrow without the interpreter lock. A loader
+    process takes longer (20 ms) to hand a batch over, and a second per epoch to start: it pays off with large batches.
     """
     ready: queue.Queue[Any] = queue.Queue(prefetch)
     stopped = threading.Event()
@@ -126,7 +125,7 @@ def prefetch_in_thread(source: Iterator[T], prefetch: int) -> Iterator[T]:
 
 @contextlib.contextmanager
 def block_stop_signals() -> Iterator[None]:
-    """Block the stop signals, and Ctrl-C, for processes that are started within the `with`.
+    """Block the stop signals and Ctrl-C in processes that are started within the `with`.
 
     Loader processes have nothing to save and are needed until their rank ends, so a signal that asks the rank to stop
     must not end them first. They and their children call `end_with_process`.
@@ -139,7 +138,7 @@ def block_stop_signals() -> Iterator[None]:
 
 
 def end_with_process(process: int) -> None:
-    """End this process, started `block_stop_signals`, by the signals of one other process only."""
+    """End this process, started under `block_stop_signals`, on a stop signal that `process` sends, and no other."""
 
     def wait() -> None:
         while signal.sigwaitinfo(STOP_SIGNALS).si_pid != process:

@@ -1,7 +1,7 @@
-"""Packing sequences into a grid: short histories share a row, no sequence straddles two.
+"""Packs sequences into a grid: short sequences share a row, and none is split between two.
 
-The decoder runs on `[rows, row_length]` positions of which nearly all hold a token (first fit, longest first: a few
-percent stay empty), so that nothing is computed for padding; only the attention mask knows where a sequence ends.
+The decoder runs on `[rows, row_length]` slots, of which all but a few percent hold a token (best fit, longest first),
+so that hardly anything is computed for padding. Only the attention mask knows where a sequence ends.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from recgpt_torchrec.data.ragged import ragged_arange
 
 @dataclass(frozen=True)
 class Grid:
-    """Where each token of a ragged list of sequences lies in a grid."""
+    """The slot of each token of a ragged list of sequences."""
 
     rows: int
     row_length: int
@@ -22,13 +22,16 @@ class Grid:
 
 
 def pack_sequences(lengths: np.ndarray, row_length: int) -> Grid:
-    """Place sequences of `lengths` [sequences] into rows of `row_length`: first fit, longest first.
+    """Place sequences of `lengths` [sequences] int64 into rows of `row_length` slots: best fit, longest first.
 
-    Example: `pack_sequences(np.array([3, 2, 1]), 4)` takes two rows: the three and the one share the first.
+    Example: `pack_sequences(np.array([3, 2, 1]), 4)` takes two rows: the lengths 3 and 1 share the first.
+
+    Raises:
+        ValueError: a sequence is longer than a row.
     """
     if lengths.size and int(lengths.max()) > row_length:
         raise ValueError(f"a sequence of {int(lengths.max())} tokens does not fit a row of {row_length}")
-    # Rows by the room they have left: first fit among equals, best fit over all, without scanning the rows.
+    # Rows by the number of empty slots: the best fit is found without scanning the rows.
     with_room: list[list[tuple[int, int]]] = [[] for _ in range(row_length + 1)]
     starts = np.zeros(lengths.size, dtype=np.int64)
     rows = 0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:  # imported where it is needed: packing, and so the dense part of the model, does without Arrow
+if TYPE_CHECKING:  # packing, and so the dense part of the model, does not need Arrow
     import pyarrow as pa
 
 Int64 = npt.NDArray[np.int64]
@@ -28,7 +28,7 @@ class Ragged:
 
     @classmethod
     def from_lengths(cls, values: npt.NDArray[Any], lengths: npt.NDArray[np.integer]) -> "Ragged":
-        """Rows of `lengths` [rows], end to end in `values`."""
+        """Rows of `lengths` [rows], stored end to end in `values`."""
         return cls(values, offsets_of(lengths))
 
     @classmethod
@@ -71,36 +71,36 @@ class Ragged:
         return np.repeat(np.arange(self.rows), self.lengths)
 
     def rows_of(self, entries: npt.NDArray[np.integer]) -> npt.NDArray[np.intp]:
-        """The row of each of these entries, given by their places."""
+        """The row of each entry, given by its index."""
         return np.searchsorted(self.offsets, entries, side="right") - 1
 
     def with_values(self, values: npt.NDArray[Any]) -> "Ragged":
-        """Other values [entries, ...] in the same rows."""
+        """The same rows with other values [entries, ...]."""
         return Ragged(values, self.offsets)
 
-    def keep(self, wanted: npt.NDArray[np.bool_]) -> "Ragged":
-        """The entries that are `wanted` [entries], in the same rows."""
-        return Ragged(self.values[wanted], offsets_of(wanted)[self.offsets])
+    def keep(self, mask: npt.NDArray[np.bool_]) -> "Ragged":
+        """The entries where `mask` [entries] is true, in the same rows."""
+        return Ragged(self.values[mask], offsets_of(mask)[self.offsets])
 
     def part(self, start: int, stop: int) -> "Ragged":
-        """The rows `start:stop`; nothing is copied."""
+        """The rows `start:stop`, without a copy."""
         first, last = self.offsets[start], self.offsets[stop]
         return Ragged(self.values[first:last], self.offsets[start : stop + 1] - first)
 
     def take(self, rows: npt.NDArray[np.integer]) -> "Ragged":
-        """The rows with these numbers, in this order; one may come twice."""
+        """The rows with these numbers, in this order; one may occur twice."""
         return self.cut(self.offsets[:-1][rows], self.offsets[1:][rows])
 
     def cut(self, start: Int64, stop: Int64) -> "Ragged":
-        """The ranges `values[start[i]:stop[i]]` as rows of their own; both are places among all entries."""
+        """The ranges `values[start[i]:stop[i]]` as rows; both are [n] int64 indices of entries."""
         lengths = stop - start
         offsets = offsets_of(lengths)
-        where = np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], lengths)
-        return Ragged(self.values[where], offsets)
+        indices = np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], lengths)
+        return Ragged(self.values[indices], offsets)
 
 
 def join(lists: Sequence[Ragged]) -> Ragged:
-    """The rows of several ragged lists, one list after the other; at least one list."""
+    """Concatenate the rows of one or more ragged lists."""
     if len(lists) == 1:
         return lists[0]
     lengths = np.concatenate([each.lengths for each in lists])
@@ -108,7 +108,7 @@ def join(lists: Sequence[Ragged]) -> Ragged:
 
 
 def offsets_of(lengths: npt.NDArray[Any]) -> Int64:
-    """[rows + 1] int64: 0, and the running sum of `lengths` [rows]."""
+    """[rows + 1] int64: 0, then the running sum of `lengths` [rows]."""
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
@@ -123,12 +123,12 @@ def ragged_arange(lengths: npt.NDArray[np.integer]) -> Int64:
 def read_nullable(
     column: ListColumn,
 ) -> tuple[Ragged, npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """An Arrow list column that may have nulls.
+    """Read an Arrow list column of numbers that may have nulls.
 
     Returns:
-        rows: a null list is an empty row, a null value 0.
-        null_rows: numbers of the rows that are null.
-        null_values: places of the values that are null.
+        rows: a null list is an empty row, a null value is 0.
+        null_rows: indices of the rows that are null.
+        null_values: indices of the entries that are null.
     """
     import pyarrow as pa
     import pyarrow.compute as pc

@@ -1,8 +1,8 @@
-"""Reads row groups with every value checked; what is damaged ends the run, or is set aside, listed and counted.
+"""Reads row groups and checks every value; damaged rows end the run, or are set aside, listed and counted.
 
-A row that is set aside keeps its place as a user without history, and a row group or a part that cannot be read as
-that many such rows. So the windows, and with them the position in the data, are those of the whole dataset: whoever
-reads it, on however many ranks and however often it was resumed, passes the same rows over.
+A row that is set aside stays in its place as a user without history; a row group or part that cannot be read becomes
+that many such rows. So windows, and with them the position in the data, do not depend on the damage: the same rows are
+left out on any number of ranks and after any resume.
 """
 
 from collections.abc import Iterable
@@ -33,45 +33,47 @@ class Reader:
 
     dataset: Dataset
     answers: int = 0
-    """Answers of the pre-trained model to read for each interacted item; 0: leave them."""
+    """Number of answers of the pre-trained model to read per interacted item; 0: none."""
     times: bool = False
-    """Whether timestamps are read, where there are any, and have to be in order."""
+    """Whether timestamps are read, where present, and must be in order."""
     set_aside: SetAside | None = None
-    """Where damaged rows go; None: the first one is an error."""
+    """Where damaged rows are listed; None: the first one is an error."""
     trained: bool = False
-    """Whether the column `trained` is read, where there is one."""
+    """Whether the column `trained` is read, where present."""
 
     def read(self, group: RowGroup) -> "Rows":
         """Read and check one row group.
 
         Raises:
-            InputError: names the part, the row group and the row of what cannot be used, unless it is set aside.
+            InputError: a row is damaged, and not set aside; names the part, the row group and the row.
         """
         part = self.dataset.manifest.sequences[group.part]
         if part.path in self.dataset.lost_parts:
-            return self._without(group, Damage(part.path, None, None, group.rows, self.dataset.lost_parts[part.path]))
+            return self._replace_group(
+                group, Damage(part.path, None, None, group.rows, self.dataset.lost_parts[part.path])
+            )
         try:
             with self.dataset.open_part(part) as file:
                 table = file.read_row_group(group.group, columns=self.columns).select(self.columns)
             table = table.cast(pa.schema([(name, COLUMNS[name]) for name in self.columns]))
         except (InputError, OSError, KeyError, pa.ArrowException) as error:
-            self._reach()
+            self._check_reachable()
             if isinstance(error, InputError) and self.set_aside is None:
                 raise
             reason = f"cannot be read ({' '.join(str(error).split())})"
-            return self._without(group, Damage(part.path, group.group, None, group.rows, reason))
-        if table.num_rows != group.rows:  # a position in the data is one among the rows that there were
-            reason = f"has {table.num_rows} rows, it had {group.rows} when its file was opened first"
-            return self._without(group, Damage(part.path, group.group, None, group.rows, reason))
+            return self._replace_group(group, Damage(part.path, group.group, None, group.rows, reason))
+        if table.num_rows != group.rows:  # a position in the data counts the rows of the first opening
+            reason = f"has {table.num_rows} rows, it had {group.rows} when its file was first opened"
+            return self._replace_group(group, Damage(part.path, group.group, None, group.rows, reason))
         lengths = pc.fill_null(pc.list_value_length(table["item_ids"]), 0).to_numpy().astype(np.float64)
-        wrong = find_faults(table, self.dataset.manifest, self.answers)
-        if wrong:
-            self._report([Damage(part.path, group.group, row, 1, wrong[row]) for row in sorted(wrong)])
-            table = empty_rows(table, wrong)
+        faults = find_faults(table, self.dataset.manifest, self.answers)
+        if faults:
+            self._report_damage([Damage(part.path, group.group, row, 1, faults[row]) for row in sorted(faults)])
+            table = empty_rows(table, faults)
         return Rows(table, lengths)
 
-    def _reach(self) -> None:
-        """Raise an `InputError` if the dataset's store does not answer: then nothing is known to be damaged."""
+    def _check_reachable(self) -> None:
+        """Raise an `InputError` if the dataset's store does not answer, which is no damage."""
         try:
             storage.exists(f"{self.dataset.path}/{MANIFEST}")
         except OSError as error:
@@ -79,20 +81,20 @@ class Reader:
 
     @property
     def columns(self) -> list[str]:
-        """What is read."""
+        """Names of the columns to read."""
         if not self.dataset.columns:
-            row_groups(self.dataset)  # looks into the footers
+            row_groups(self.dataset)  # reads the footers
         unread = {*ANSWERS} if not self.answers else set()
         unread |= set() if self.times else {"timestamps"}
         unread |= set() if self.trained else {"trained"}
         return [name for name in COLUMNS if name in self.dataset.columns - unread]
 
-    def _without(self, group: RowGroup, damage: Damage) -> "Rows":
-        self._report([damage])
+    def _replace_group(self, group: RowGroup, damage: Damage) -> "Rows":
+        self._report_damage([damage])
         table = pa.table({name: pa.nulls(group.rows, COLUMNS[name]) for name in self.columns})
         return Rows(empty_rows(table, range(group.rows)), np.full(group.rows, group.items / max(group.rows, 1)))
 
-    def _report(self, damages: list[Damage]) -> None:
+    def _report_damage(self, damages: list[Damage]) -> None:
         if self.set_aside is not None:
             self.set_aside.add(damages)
             return
@@ -101,84 +103,84 @@ class Reader:
 
 
 class Rows(NamedTuple):
-    """A row group as it was read."""
+    """The checked rows of a row group."""
 
     table: pa.Table
-    """user_id, item_ids and what else was asked for, of the types of `dataset.COLUMNS`; rows that are set aside have
-    empty lists."""
+    """user_id, item_ids and the other columns asked for, with the types of `dataset.COLUMNS`; rows that are set aside
+    have empty lists."""
     lengths: npt.NDArray[np.float64]
-    """[rows] entries in the file; the mean of the row group where they are not known."""
+    """[rows] number of entries in the file; the row group's mean where it is unknown."""
 
 
 def find_faults(table: pa.Table, manifest: Manifest, answers: int) -> dict[int, str]:
-    """What is wrong with which row of a row group; the first thing that was found of each.
+    """The first fault of each damaged row of a row group, by the row's index.
 
-    Whole columns are looked at, at once; what costs more is done only where something is wrong.
+    Whole columns are checked at once; costlier checks run only where something is wrong.
     """
-    found: dict[int, str] = {}
+    faults: dict[int, str] = {}
 
-    def note(rows: npt.NDArray[np.integer], reason: str, *values: npt.NDArray[Any]) -> None:
-        """`reason` of each of `rows`, with its places filled from `values` [rows]."""
+    def add_faults(rows: npt.NDArray[np.integer], reason: str, *values: npt.NDArray[Any]) -> None:
+        """Add a fault to each of `rows`: `reason`, its placeholders filled from `values` [rows]."""
         for number, row in enumerate(rows.tolist()):
-            if row not in found:
-                found[row] = reason.format(*(value[number] for value in values))
+            if row not in faults:
+                faults[row] = reason.format(*(value[number] for value in values))
 
     users = table["user_id"].combine_chunks()
     if users.null_count:
-        note(np.flatnonzero(users.is_null()), "the user id is null")
+        add_faults(np.flatnonzero(users.is_null()), "the user id is null")
         users = users.fill_null(0)
     users = users.to_numpy()
-    wrong = find_outside(users, 0, manifest.users)
-    note(wrong, f"user id {{}} is outside 0 to {manifest.users - 1}", users[wrong])
+    bad = find_outside(users, 0, manifest.users)
+    add_faults(bad, f"user id {{}} is outside 0 to {manifest.users - 1}", users[bad])
 
     columns = {}
     for name in table.schema.names[1:]:
         columns[name], null_rows, null_values = read_nullable(table[name])
-        note(null_rows, f"the list of {name} is null; a user without items has an empty one")
-        note(columns[name].rows_of(null_values), f"a value in {name} is null")
+        add_faults(null_rows, f"the list of {name} is null; a user without items has an empty one")
+        add_faults(columns[name].rows_of(null_values), f"a value in {name} is null")
     items, segments = columns["item_ids"], columns.get("segment_ids")
     vocabulary = f"is outside the vocabulary (0 to {manifest.items - 1})"
-    wrong = find_outside(items.values, 0, manifest.items)
-    note(items.rows_of(wrong), f"item id {{}} {vocabulary}", items.values[wrong])
+    bad = find_outside(items.values, 0, manifest.items)
+    add_faults(items.rows_of(bad), f"item id {{}} {vocabulary}", items.values[bad])
 
     interacted = entries = np.diff(items.offsets)
     if segments is not None:
-        wrong = find_outside(segments.values, 0, SEGMENTS)
+        bad = find_outside(segments.values, 0, SEGMENTS)
         meanings = "0 (interacted), 1 (generated) and 2 (shown and not clicked)"
-        note(segments.rows_of(wrong), f"segment id {{}} is none of {meanings}", segments.values[wrong])
+        add_faults(segments.rows_of(bad), f"segment id {{}} is none of {meanings}", segments.values[bad])
         interacted = np.diff(np.concatenate([[0], np.cumsum(segments.values == INTERACTED)])[segments.offsets])
     for name, column in columns.items():
-        wanted, there = interacted * answers if name in ANSWERS else entries, np.diff(column.offsets)
-        wrong = np.flatnonzero(there != wanted)
-        promise = f"the list of {name} has {{}} values, beside the item_ids there must be {{}}"
-        note(wrong, promise, there[wrong], wanted[wrong])
+        expected, actual = interacted * answers if name in ANSWERS else entries, np.diff(column.offsets)
+        bad = np.flatnonzero(actual != expected)
+        mismatch = f"the list of {name} has {{}} values, its item_ids require {{}}"
+        add_faults(bad, mismatch, actual[bad], expected[bad])
 
     if (times := columns.get("timestamps")) is not None:
-        wrong = np.flatnonzero(np.diff(times.values) < 0) + 1
-        wrong = wrong[~np.isin(wrong, times.offsets)] if wrong.size else wrong
-        later = times.values[wrong - 1]
-        note(times.rows_of(wrong), "its times are not in order: {} comes after {}", times.values[wrong], later)
+        bad = np.flatnonzero(np.diff(times.values) < 0) + 1
+        bad = bad[~np.isin(bad, times.offsets)] if bad.size else bad
+        later = times.values[bad - 1]
+        add_faults(times.rows_of(bad), "its times are not in order: {} comes after {}", times.values[bad], later)
     if (ids := columns.get("answer_ids")) is not None:
-        wrong = find_outside(ids.values, -1, manifest.items)
-        note(ids.rows_of(wrong), f"answer id {{}} {vocabulary}", ids.values[wrong])
+        bad = find_outside(ids.values, -1, manifest.items)
+        add_faults(ids.rows_of(bad), f"answer id {{}} {vocabulary}", ids.values[bad])
     if (scores := columns.get("answer_scores")) is not None:
-        wrong = np.flatnonzero(~np.isfinite(scores.values))
-        note(scores.rows_of(wrong), "answer score {} is not a number", scores.values[wrong])
-    return found
+        bad = np.flatnonzero(~np.isfinite(scores.values))
+        add_faults(scores.rows_of(bad), "answer score {} is not a number", scores.values[bad])
+    return faults
 
 
 def find_outside(values: npt.NDArray[Any], low: int, high: int) -> npt.NDArray[np.intp]:
-    """Where `values` are not in `low` to `high` - 1."""
+    """Indices of `values` outside `low` to `high` - 1."""
     if not values.size or (values.min() >= low and values.max() < high):
         return np.zeros(0, dtype=np.intp)
     return np.flatnonzero((values < low) | (values >= high))
 
 
 def empty_rows(table: pa.Table, rows: Iterable[int]) -> pa.Table:
-    """A table whose `rows` have no user (0) and empty lists."""
-    kept = np.ones(table.num_rows, dtype=bool)
-    kept[np.fromiter(rows, dtype=np.int64)] = False
-    mask = pa.array(kept)
+    """The table with user 0 and empty lists in `rows`."""
+    intact = np.ones(table.num_rows, dtype=bool)
+    intact[np.fromiter(rows, dtype=np.int64)] = False
+    mask = pa.array(intact)
     columns = {}
     for name in table.schema.names:
         kind = table.schema.field(name).type
@@ -187,9 +189,9 @@ def empty_rows(table: pa.Table, rows: Iterable[int]) -> pa.Table:
 
 
 def read_group(dataset: Dataset, group: RowGroup, answers: int = 0, times: bool = False) -> pa.Table:
-    """The rows of one row group, every value checked (see `Reader`): what is damaged is an error.
+    """The rows of one row group, every value checked (see `Reader`).
 
     Raises:
-        InputError: names the part, the row group and the row of what cannot be used.
+        InputError: a row is damaged; names the part, the row group and the row.
     """
     return Reader(dataset, answers, times).read(group).table

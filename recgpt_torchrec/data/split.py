@@ -1,13 +1,13 @@
-"""Leave one out: which of a user's interactions are trained on, and which one is held out.
+"""The leave-one-out split: which of a user's interactions are trained on, and which one is held out.
 
-    training     items[:-2]                             all items of a user with fewer than three
+    training     items[:-2]                             (all items of a user with fewer than three)
     validation   history items[:-2], target items[-2]
     test         history items[:-1], target items[-1]   (the history holds the validation item)
-    all          the whole history, nothing held out    (what export encodes)
+    all          history items                          (what export encodes)
 
-A user with fewer than three items has no validation and no test target. Every part is a prefix of the user's
-interactions, so a split is arithmetic on offsets and holds for every column beside the items. The only place that knows
-a split; it knows nothing of files, batches or models.
+A user with fewer than three items has no validation and no test target. Every history is a prefix of the user's
+interactions, so a split is arithmetic on offsets and holds for every column. Only this file defines the split; it knows
+nothing of files, batches or models.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -22,23 +22,23 @@ SPLITS = ("training", "validation", "test", "all")
 EVALUATION = ("validation", "test")
 """Splits that hold an item out."""
 FROM_END = {"validation": 2, "test": 1}
-"""Where the target is, counted from the end of the history."""
+"""Index of the target, counted from the end of the user's items."""
 HELD_OUT = 2
-"""Interactions at a history's end that are not trained on."""
+"""Number of newest interactions that are not trained on."""
 FEWEST_ITEMS = 3
-"""A user with fewer items is not held out: one item each for history, validation and test."""
+"""Minimum number of items of a user with held-out items: one each for history, validation and test."""
 
 
 class Cut(NamedTuple):
-    """What of some users' interactions a split reads: places among all interactions, nothing copied."""
+    """The interactions that a split reads, as int64 indices into all interactions of some users."""
 
     row: Int64
-    """[rows] number of the user; those whom the split does not read are left out."""
+    """[rows] index of the user; users that the split does not read are left out."""
     start: Int64
-    """[rows] the history is `start:stop`."""
+    """[rows] start of the history, `start:stop`."""
     stop: Int64
     target: Int64 | None
-    """[rows] place of the held-out item; None where the split holds nothing out."""
+    """[rows] index of the held-out item; None: the split holds nothing out."""
 
 
 def cut(offsets: npt.ArrayLike, split: SplitName) -> Cut:
@@ -46,7 +46,10 @@ def cut(offsets: npt.ArrayLike, split: SplitName) -> Cut:
 
     Args:
         offsets: [users + 1] int64 of the ragged list of interactions.
-        split: its name.
+        split: name of the split.
+
+    Raises:
+        ValueError: the split is unknown, or `offsets` is not one-dimensional.
 
     Example: the test targets of `items` are `items.values[cut(items.offsets, "test").target]`.
     """
@@ -67,10 +70,10 @@ def cut(offsets: npt.ArrayLike, split: SplitName) -> Cut:
 
 
 def is_trained_on(from_end: Any, length: Any) -> Any:
-    """Whether an interaction is in the training part: of arrays as of columns of a query.
+    """Whether an interaction is in the training part; for numpy arrays and for Ibis columns.
 
     Args:
-        from_end: interactions of the same user after it.
-        length: interactions of the user.
+        from_end: number of later interactions of the same user.
+        length: number of interactions of the user.
     """
     return (from_end >= HELD_OUT) | (length < FEWEST_ITEMS)

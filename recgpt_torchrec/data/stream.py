@@ -1,4 +1,4 @@
-"""Batches of a dataset for one rank: windows of row groups, shuffled, dealt to the ranks, and packed."""
+"""The batches of a dataset for one rank: shuffled windows of row groups are dealt to ranks, read and packed."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,19 +21,19 @@ from recgpt_torchrec.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class BatchMaker:
-    """Makes the batches of one purpose: training on the training part, or encoding histories for a split."""
+    """Makes batches for one purpose: training, or encoding the histories of a split."""
 
     reader: HistoryReader
     batch: Batch
     source: CandidateSource | None = None
-    """Where the candidates of targets come from; None: nothing is scored (encoding)."""
+    """Where candidates come from; None: nothing is scored (encoding)."""
     seed: int = 0
     predict_from: PredictFrom = "every"
-    """Which entries of an interval with prompts predict the next interacted item (see `make_batch`)."""
+    """Which tokens predict a target that prompts precede (see `make_batch`)."""
     soft_targets: float = 0.0
     """Share of a target's weight that goes to the pre-trained model's answers in the dataset (see `make_batch`)."""
     grows: int = 0
-    """Maximum number of entries that are appended to a history after it was read (see `retrieval.interests`)."""
+    """Maximum number of entries appended to a history after it is read (see `retrieval.interests`)."""
 
     def __post_init__(self) -> None:
         if self.batch.tokens < self.max_len:
@@ -44,7 +44,7 @@ class BatchMaker:
 
     @property
     def dataset(self) -> Dataset:
-        """What is read."""
+        """The dataset that is read."""
         return self.reader.dataset
 
     @property
@@ -54,12 +54,12 @@ class BatchMaker:
 
     @property
     def training(self) -> bool:
-        """Whether batches hold targets to learn from."""
+        """Whether batches hold targets to train on."""
         return self.reader.training
 
     @property
     def row_length(self) -> int:
-        """Slots of a grid row: the longest sequence, but not under 64 so that short ones pack tightly."""
+        """Slots of a grid row: those of the longest sequence, but at least 64, so that short ones pack tightly."""
         return max(64, self.max_len)
 
     @property
@@ -69,18 +69,18 @@ class BatchMaker:
 
     @cached_property
     def capacity(self) -> Capacity:
-        """Bags of the two tables in every batch."""
+        """Number of bags per table, the same in every batch."""
         items = self.dataset.manifest.items
         if not self.training:
             return Capacity(self.max_sequences, min(items, self.batch.tokens + self.grows * self.max_sequences))
         room = 0 if self.source is None else self.source.room
         if room is None:
             return Capacity(self.max_sequences, items)
-        most = self.batch.tokens * (1 + self.reader.answers) + self.max_sequences + room
-        return Capacity(self.max_sequences, min(items, most))
+        max_items = self.batch.tokens * (1 + self.reader.answers) + self.max_sequences + room
+        return Capacity(self.max_sequences, min(items, max_items))
 
     def make(self, histories: Histories, cursor: Cursor | None = None, epoch: int = 0) -> SequenceBatch:
-        """Pack histories, with this purpose's candidates; their negatives depend on (seed, epoch, cursor)."""
+        """Pack histories and draw candidates; negatives depend on (seed, epoch, cursor)."""
         cursor, source = cursor or Cursor(), self.source if self.training else None
         rng = np.random.default_rng((self.seed, epoch, cursor.worker, cursor.batches, 3))
         return make_batch(
@@ -96,49 +96,49 @@ class BatchMaker:
         )
 
     def empty(self) -> SequenceBatch:
-        """A batch without sequences, for a rank that has run out."""
+        """A batch without sequences, for a rank that has no batches left."""
         return self.make(no_histories())
 
     def batches(
-        self, windows: list[Window], todo: Queue, worker: int, epoch: int, shuffle: bool
+        self, windows: list[Window], queue: Queue, worker: int, epoch: int, shuffle: bool
     ) -> Iterator[SequenceBatch]:
-        """The batches of one queue, in order: as many sequences as the budgets hold, never one out of turn."""
+        """The batches of one queue: each takes the next sequences, in order, as long as they fit the budgets."""
         pending: list[Histories] = []
-        tokens = count = 0
-        made = todo.batches
-        for done, (index, offset) in enumerate(todo.windows):
+        tokens = sequences = 0
+        batches = queue.batches
+        for windows_done, (index, offset) in enumerate(queue.windows):
             histories = self.read(windows[index], epoch, shuffle)
-            lengths = histories.lengths - 1 if self.training else histories.lengths
-            total = offsets_of(np.maximum(lengths, 0))
-            # Only training meets lost parts: thousands of rows without an entry, which need no steps of their own.
-            number = offsets_of(histories.lengths > 0 if self.training else np.ones(histories.users.size, dtype=bool))
             size = histories.users.size
+            lengths = histories.lengths - 1 if self.training else histories.lengths
+            token_offsets = offsets_of(np.maximum(lengths, 0))
+            # In training a lost part gives thousands of empty rows, which must not take steps of their own.
+            sequence_offsets = offsets_of(histories.lengths > 0 if self.training else np.ones(size, dtype=bool))
             while offset < size:
-                room, places = total[offset] + self.batch.tokens - tokens, number[offset] + self.max_sequences - count
-                stop = min(
-                    int(np.searchsorted(t, most, side="right")) - 1 for t, most in ((total, room), (number, places))
-                )
+                max_tokens = token_offsets[offset] + self.batch.tokens - tokens
+                max_sequences = sequence_offsets[offset] + self.max_sequences - sequences
+                limits = ((token_offsets, max_tokens), (sequence_offsets, max_sequences))
+                stop = min(int(np.searchsorted(offsets, limit, side="right")) - 1 for offsets, limit in limits)
                 if stop > offset:
                     pending.append(histories.part(offset, stop))
-                    tokens += int(total[stop] - total[offset])
-                    count += int(number[stop] - number[offset])
+                    tokens += int(token_offsets[stop] - token_offsets[offset])
+                    sequences += int(sequence_offsets[stop] - sequence_offsets[offset])
                     offset = stop
                 if offset < size:
-                    made += 1
-                    yield self.make(join(pending), Cursor(worker, done, offset, made), epoch)
-                    pending, tokens, count = [], 0, 0
+                    batches += 1
+                    yield self.make(join(pending), Cursor(worker, windows_done, offset, batches), epoch)
+                    pending, tokens, sequences = [], 0, 0
         if pending:
-            yield self.make(join(pending), Cursor(worker, len(todo.windows), 0, made + 1), epoch)
+            yield self.make(join(pending), Cursor(worker, len(queue.windows), 0, batches + 1), epoch)
 
     def read(self, window: Window, epoch: int, shuffle: bool) -> Histories:
-        """The histories of a window, shuffled within it by (seed, epoch, window)."""
+        """The histories of a window; with `shuffle`, their order is drawn by (seed, epoch, window)."""
         rng = np.random.default_rng((self.seed, epoch, window.index, 2))
         return self.reader.read(window.groups, rng.permutation if shuffle else None)
 
 
 @dataclass(frozen=True)
-class _Queues:
-    """Makes the batches of one of a rank's queues, given its number; travels to loader processes."""
+class _QueueBatches:
+    """Makes the batches of one of a rank's queues, given the worker's number; pickled for loader processes."""
 
     maker: BatchMaker
     windows: list[Window]
@@ -151,12 +151,12 @@ class _Queues:
 
 
 class Share:
-    """One rank's batches of what is left of an epoch, and what is left of it once they are trained.
+    """One rank's batches of the rest of an epoch, and what is left of it as they are trained.
 
     Example: `for batch in share: train(batch); share.done(batch.cursor)`
     """
 
-    def __init__(self, source: _Queues, settings: Stream) -> None:
+    def __init__(self, source: _QueueBatches, settings: Stream) -> None:
         self.source, self.settings = source, settings
         self.left = list(source.queues)
         """What is left of the queue of each worker of this rank."""
@@ -165,19 +165,19 @@ class Share:
         return prefetch(self.source, self.settings)
 
     def done(self, cursor: Cursor) -> None:
-        """Take note that the batch that came with `cursor`, and those before it of the same worker, are trained."""
+        """Record that the batch with this cursor, and those before it of the same worker, are trained."""
         self.left[cursor.worker] = self.source.queues[cursor.worker].after(cursor)
 
     def groups_of(self, cursor: Cursor) -> list[RowGroup]:
-        """The row groups that the next batch, which came with `cursor`, was read from."""
+        """The row groups that the next batch to train, the one with this cursor, was read from."""
         left, queue = self.left[cursor.worker].windows, self.source.queues[cursor.worker]
-        gone = len(queue.windows) - len(left)
-        touched = left[: cursor.windows_done - gone + (cursor.offset > 0)]
+        windows_done = len(queue.windows) - len(left)
+        touched = left[: cursor.windows_done - windows_done + (cursor.offset > 0)]
         return [group for window, _ in touched for group in self.source.windows[window].groups]
 
 
 class SequenceStream:
-    """The batches of a dataset, an epoch and a rank at a time.
+    """The batches of a dataset, for one epoch and one rank at a time.
 
     Example: `for batch in stream.batches(epoch=0, rank=1, world_size=2): ...`
     """
@@ -193,12 +193,12 @@ class SequenceStream:
 
     @property
     def dataset(self) -> Dataset:
-        """What is read."""
+        """The dataset that is read."""
         return self.maker.dataset
 
     @property
     def workers(self) -> int:
-        """Queues a rank reads side by side: one per loader worker, or one where the rank reads for itself."""
+        """Number of queues per rank: one per loader worker, or one where the rank reads in a thread."""
         return max(1, self.settings.workers)
 
     def batches(self, epoch: int = 0, position: Position | None = None, rank: int = 0, world_size: int = 1) -> Share:
@@ -206,17 +206,17 @@ class SequenceStream:
 
         Args:
             epoch: from 0.
-            position: where the run stands in this epoch; None: at its beginning.
-            rank, world_size: whose share it is.
+            position: position in the data within this epoch; None: its beginning.
+            rank, world_size: the rank whose share it is, among how many.
 
         Raises:
-            InputError: the position is one in a dataset of other row groups.
+            InputError: the position belongs to a dataset with other row groups.
         """
         shuffle = self.maker.training
         windows = windows_of(self.groups, self.maker.seed, epoch, self.settings.window_groups, shuffle)
         dealt = deal_windows(windows, world_size * self.workers, position)
-        mine = dealt[rank * self.workers : (rank + 1) * self.workers]
-        return Share(_Queues(self.maker, windows, mine, epoch, shuffle), self.settings)
+        queues = dealt[rank * self.workers : (rank + 1) * self.workers]
+        return Share(_QueueBatches(self.maker, windows, queues, epoch, shuffle), self.settings)
 
 
 def encoding_stream(
@@ -228,20 +228,20 @@ def encoding_stream(
     grows: int = 0,
     set_aside: SetAside | None = None,
 ) -> SequenceStream:
-    """The stream of histories to encode: those before the held-out item of a split, or with `all` the whole."""
+    """The stream of histories to encode: those before the held-out item of a split, or whole ones with `all`."""
     reader = HistoryReader(dataset=dataset, split=split, max_len=model.max_len, prompts=prompts, set_aside=set_aside)
     return SequenceStream(BatchMaker(reader=reader, batch=batch, grows=grows), Stream())
 
 
 def candidate_source(loss: Loss, dataset: Dataset, batch: Batch) -> CandidateSource:
-    """Where the candidates of a loss come from, in training on a dataset."""
+    """The source of candidates for a loss, in training on a dataset."""
     source = SOURCES[loss.candidates]
     counts = training_counts(dataset) if source.needs_counts(loss) else None
     return source.make(loss, ItemStatistics(dataset.manifest.items, counts), batch.tokens)
 
 
 def training_counts(dataset: Dataset) -> np.ndarray:
-    """[items] int64: how often each item is in the training part, from the dataset's `items/` parts."""
+    """[items] int64: number of interactions per item in the training part, from the dataset's `items/` parts."""
     counts = np.zeros(dataset.manifest.items, dtype=np.int64)
     for part in dataset.manifest.item_parts:
         with dataset.open_part(part) as file:

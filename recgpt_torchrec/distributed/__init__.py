@@ -1,1 +1,1 @@
-"""Process group, collectives, ranks in step, signals, watchdog, and the sharding plan."""
+"""Process group, collectives, lockstep over ranks, signals, watchdog, and the sharding plan."""

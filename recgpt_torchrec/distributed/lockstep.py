@@ -1,4 +1,4 @@
-"""Ranks in step: the same number of batches on each, and the number of targets of every step known to all."""
+"""Keeps ranks in lockstep: all take the same number of steps, and each knows every step's global target count."""
 
 import time
 from collections import deque
@@ -18,47 +18,47 @@ from recgpt_torchrec.errors import InputError
 
 
 class Step(NamedTuple):
-    """What all ranks know of one step."""
+    """One step: this rank's batch, and the totals over all ranks."""
 
     cursor: Cursor | None
-    """Where this rank stands in its queue after it; None: it had an empty batch."""
+    """How far this rank's queue is read after the step; None: its batch was empty."""
     targets: float
-    """Positions predicted, on all ranks together."""
-    read: float
-    """Interactions of the dataset accounted for, on all ranks together."""
-    asked: bool = False
-    """Whether a rank asked for a checkpoint when it fetched the batch."""
+    """Targets of the step, summed over ranks."""
+    entries: float
+    """Entries of the dataset that the step accounts for, summed over ranks."""
+    checkpoint_requested: bool = False
+    """Whether any rank requested a checkpoint when it fetched the batch."""
     users: np.ndarray | None = None
-    """[sequences] int64: whose histories this rank's batch was made of; None: it had an empty batch."""
+    """[sequences] int64 user ids of this rank's batch; None: its batch was empty."""
 
 
 class Lockstep:
-    """This rank's batches, going on with empty ones until every rank has run out.
+    """Iterates over this rank's batches, then over empty ones until every rank has run out.
 
-    The agreement is one all-reduce of six numbers a step on the host, started one batch ahead, so that no step waits
-    for it: targets of the step, interactions it read, how many ranks still had a batch, how many ask for a checkpoint,
-    how many failed to make a batch: then all of them end, with the error of the first; and how many were asked to end
-    by a signal: then all of them end with `Stopped`.
+    Ranks agree by one all-reduce of six numbers per step on the host, started one batch ahead so that no step waits for
+    it: the step's targets; its entries; and the number of ranks that still had a batch, that requested a
+    checkpoint, that failed to make a batch, and that received a stop signal. After a failure all ranks raise the first
+    failed rank's error; after a stop signal all raise `Stopped`.
 
-    Example: `for batch in Lockstep(iter(share), maker.empty): ...`
+    Example: `for batch in Lockstep(iter(share), stream.maker.empty): ...`
     """
 
     def __init__(
         self,
         batches: Iterator[SequenceBatch],
-        empty: Callable[[], SequenceBatch],
-        asks: Callable[[], bool] = lambda: False,
+        make_empty: Callable[[], SequenceBatch],
+        requests_checkpoint: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
-            batches: this rank's.
-            empty: makes a batch of nothing.
-            asks: whether this rank wants all of them to make a checkpoint.
+            batches: this rank's batches.
+            make_empty: makes a batch without sequences.
+            requests_checkpoint: whether this rank requests a checkpoint; asked once per batch.
         """
-        self.batches, self.empty, self.asks = batches, empty, asks
+        self.batches, self.make_empty, self.requests_checkpoint = batches, make_empty, requests_checkpoint
         self.handed_out: deque[Step] = deque()
-        """What is known of the batches that were taken; the trainer pops them as it trains them."""
-        self.waited = 0.0
+        """Steps of the batches returned so far; the trainer pops each once it has trained it."""
+        self.waited_s = 0.0
         """Seconds spent waiting for this rank's own batches."""
         self._failure: Exception | None = None
         self._ahead: deque[tuple[SequenceBatch, bool, torch.Tensor, dist.Work]] = deque()
@@ -69,16 +69,17 @@ class Lockstep:
         try:
             with watchdog.phase("reading data"):
                 batch = next(self.batches, None)
-        except Exception as error:  # raised here it would leave the others waiting for this rank
+        except Exception as error:  # raised here, it would leave the other ranks waiting for this one
             self._failure = error
-        self.waited += time.perf_counter() - since
+        self.waited_s += time.perf_counter() - since
         agreed = torch.zeros(6, dtype=torch.float64)
-        agreed[3], agreed[4], agreed[5] = self.asks(), self._failure is not None, signals.received_signal() is not None
+        agreed[3], agreed[4] = self.requests_checkpoint(), self._failure is not None
+        agreed[5] = signals.received_signal() is not None
         if batch is not None:
             read = batch.histories.read
             agreed[0], agreed[1], agreed[2] = batch.target_slot.numel(), 0.0 if read is None else read.sum(), 1.0
         work = dist.all_reduce(agreed, async_op=True)
-        self._ahead.append((batch or self.empty(), batch is not None, agreed, work))
+        self._ahead.append((batch or self.make_empty(), batch is not None, agreed, work))
 
     def __iter__(self) -> Iterator[SequenceBatch]:
         return self
@@ -87,37 +88,48 @@ class Lockstep:
         """The next batch, with `global_targets` set.
 
         Raises:
-            StopIteration: on every rank at the same step, once all have run out.
-            Exception: on every rank at the same step, what kept one of them from making its batch.
-            Stopped: on every rank at the same step, once one of them was asked to end by a signal.
+            StopIteration: all ranks have run out.
+            Exception: a rank failed to make its batch.
+            Stopped: a rank received a stop signal.
+            Each is raised on every rank at the same step.
         """
         while len(self._ahead) < 2:
             self._fetch()
-        batch, real, agreed, work = self._ahead.popleft()
+        batch, has_batch, agreed, work = self._ahead.popleft()
         work.wait()
-        targets, read, ranks, asked, failed, stopped = agreed.tolist()
-        if failed or stopped or not ranks:
-            while self._ahead:  # the other ranks have the same collectives under way
+        targets, entries, ranks_with_batch, requests, failed, stopped = agreed.tolist()
+        if failed or stopped or not ranks_with_batch:
+            while self._ahead:  # the other ranks have started the same collectives
                 self._ahead.popleft()[3].wait()
             if failed:
                 raise_first_error(self._failure)
-            if stopped and ranks:
+            if stopped and ranks_with_batch:
                 raise Stopped
             raise StopIteration
-        # Gradients are averaged over ranks, so each rank divides by the mean number of targets a rank.
+        # Gradients are averaged over ranks, so each rank divides by the mean number of targets per rank.
         batch.global_targets = torch.tensor(targets / dist.get_world_size())
-        mine = (batch.cursor, batch.histories.users) if real else (None, None)
-        self.handed_out.append(Step(mine[0], targets, read, asked > 0, mine[1]))
+        cursor, users = (batch.cursor, batch.histories.users) if has_batch else (None, None)
+        self.handed_out.append(Step(cursor, targets, entries, requests > 0, users))
         return batch
 
 
-def raise_first_error(mine: Exception | None) -> None:
-    """Raise the first failed rank's error on every rank; `mine` is this rank's, None: it has none (collective)."""
-    users = isinstance(mine, InputError)
-    failures = gather_objects(None if mine is None else (users, str(mine) if users else repr(mine)))
-    if mine is not None:
-        raise mine
+def raise_first_error(error: Exception | None) -> None:
+    """Raise an error on every rank if any rank has one (collective).
+
+    Args:
+        error: this rank's error, which it raises itself; None: it raises that of the first rank that has one.
+
+    Raises:
+        InputError: the first failed rank's error is an `InputError`.
+        RuntimeError: it is any other; names the rank.
+    """
+    is_input_error = isinstance(error, InputError)
+    failures = gather_objects(
+        None if error is None else (is_input_error, str(error) if is_input_error else repr(error))
+    )
+    if error is not None:
+        raise error
     for rank, failure in enumerate(failures):
         if failure is not None:
-            users, text = failure
-            raise InputError(text) if users else RuntimeError(f"rank {rank} failed: {text}")
+            is_input_error, text = failure
+            raise InputError(text) if is_input_error else RuntimeError(f"rank {rank} failed: {text}")

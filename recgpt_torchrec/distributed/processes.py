@@ -1,4 +1,4 @@
-"""The process group of a run: one process or many, gloo on CPU or NCCL on CUDA, from the launcher's environment."""
+"""The process group, from the launcher's environment: one process or many, gloo on CPU, NCCL on CUDA."""
 
 import contextlib
 import logging
@@ -18,30 +18,33 @@ from recgpt_torchrec.progress import LOGGER
 
 
 def silence_libraries() -> None:
-    """Silence what torch, torchrec and fbgemm say at every start that no user can act on; warnings of ours stay."""
+    """Silence messages of torch, torchrec and fbgemm that no user can act on; this project's own warnings stay."""
     for name in ("torchrec", "torch.fx", "torch.distributed", "fbgemm_gpu"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # It logs with a stack what it raises as well.
+    # It logs, with a stack, what it also raises.
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.CRITICAL)
-    # The planner's "Sharding spec not found" comes through the root logger: it looks for tables that it did not shard.
+    # "Sharding spec not found" comes through the root logger: the planner looks for tables that it did not shard.
     logging.getLogger().addFilter(lambda record: "Sharding spec not found" not in record.getMessage())
-    # TensorBoard's thread raises what it cannot write in the main thread as well.
-    threading.excepthook = lambda of: None if isinstance(of.exc_value, OSError) else threading.__excepthook__(of)
+    # A failed write of TensorBoard's thread is raised in the main thread as well.
+    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else threading.__excepthook__(args)
     for module in ("torchrec", "torch", "fbgemm_gpu"):
         warnings.filterwarnings("ignore", module=rf"{module}\.")
     warnings.filterwarnings("ignore", message=".*autograd kernel was not registered.*")
-    # It names the line of ours that reads a sharded table's shape; torchrec gives these tables out.
+    # Raised where we read a sharded table's shape; it is torchrec that returns ShardedTensors.
     warnings.filterwarnings("ignore", message=".*deprecating ShardedTensor.*")
 
 
 @contextlib.contextmanager
 def process_group(timeout_s: float = 600.0) -> Iterator[torch.device]:
-    """Join the job's process group for the length of the `with`, and yield this rank's device.
+    """Join the job's process group within the `with`, and yield this rank's device.
 
     Without a launcher (no WORLD_SIZE in the environment) the group is this one process.
 
     Args:
-        timeout_s: seconds that a rank waits for the others in one collective operation.
+        timeout_s: timeout of one collective operation, in seconds.
+
+    Raises:
+        SystemExit: with status `LOST`, the other ranks could not be reached.
     """
     silence_libraries()
     device = torch.device("cpu")
@@ -51,19 +54,19 @@ def process_group(timeout_s: float = 600.0) -> Iterator[torch.device]:
     store = None
     if "WORLD_SIZE" not in os.environ:
         store = dist.HashStore()
-    # gloo beside NCCL carries the host-side agreement on batches.
+    # gloo beside NCCL, for the collectives on the host (see `lockstep`).
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     single: dict[str, Any] = {"store": store, "rank": 0, "world_size": 1} if store is not None else {}
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **single)
-    except RuntimeError as error:  # what else is wrong is a ValueError
-        what = " ".join(str(error).split())
-        print(f"rank {os.environ.get('RANK', 0)} did not find the other ranks: {what}", file=sys.stderr, flush=True)
+    except RuntimeError as error:  # a wrong environment is a ValueError
+        reason = " ".join(str(error).split())
+        print(f"rank {os.environ.get('RANK', 0)} cannot reach the other ranks: {reason}", file=sys.stderr, flush=True)
         raise SystemExit(LOST) from None
     try:
         yield device
     finally:
-        # Without this the process aborts after its work is done.
+        # Without this the process aborts at exit.
         dist.destroy_process_group()
 
 
@@ -78,19 +81,19 @@ def world_size() -> int:
 
 
 def log_message(*words: object, sep: str = " ") -> None:
-    """Say on rank 0 what is done, through the logger `recgpt_torchrec`: with time and rank in a job's log file."""
+    """Log a message on rank 0, through the logger `recgpt_torchrec`: with time and rank in a job's log file."""
     if rank() == 0:
         LOGGER.info(sep.join(map(str, words)))
 
 
 def print_result(*words: object, sep: str = " ") -> None:
-    """Print a result on rank 0, as it is: a table, a summary, what to do next."""
+    """Print a result on rank 0 without time and rank: a table, a summary, what to do next."""
     if rank() == 0:
         print(*words, sep=sep, flush=True)
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The value of every process, by rank (collective); without a process group, the one there is."""
+    """Gather a picklable value from every rank, in order of rank (collective); without a process group, `[value]`."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -99,17 +102,17 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def run_on_first_rank(function: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
-    """Run `function` on rank 0 while the others wait, and raise its error on all ranks (collective, in `group`).
+    """Run `function` on rank 0 while the other ranks wait, and raise its error on all ranks (collective, in `group`).
 
-    Without a process group, just run it.
+    Without a process group it just runs.
     """
-    failed: list[Exception | None] = [None]
+    failure: list[Exception | None] = [None]
     if rank() == 0:
         try:
             function()
         except Exception as error:
-            failed[0] = error
+            failure[0] = error
     if dist.is_initialized():
-        dist.broadcast_object_list(failed, src=0, group=group)
-    if failed[0] is not None:
-        raise failed[0]
+        dist.broadcast_object_list(failure, src=0, group=group)
+    if failure[0] is not None:
+        raise failure[0]

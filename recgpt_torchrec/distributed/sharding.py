@@ -1,4 +1,4 @@
-"""From a model on the meta device to a sharded one: the plan, DistributedModelParallel, initial values of tables."""
+"""Shards a model that is on the meta device: sharding plan, DistributedModelParallel, initial values of tables."""
 
 import os
 from collections.abc import Callable
@@ -18,15 +18,14 @@ from recgpt_torchrec.config import Sharding
 from recgpt_torchrec.errors import InputError
 
 INIT_BLOCK = 4096
-"""Rows drawn from one random stream when a table is initialised."""
+"""Rows of a table whose initial values come from one random stream."""
 
 
 class Sharder(EmbeddingBagCollectionSharder):
-    """The EBC sharder, with row-wise sharding on CPU too (torchrec offers it on CUDA only; on gloo it works as
-    well)."""
+    """The EBC sharder, with row-wise sharding on CPU too: torchrec offers it on CUDA only, but it works on gloo."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        """Sharding types to plan with."""
+        """Sharding types that the planner may choose from."""
         offered = super().sharding_types(compute_device_type)
         return offered if ShardingType.ROW_WISE.value in offered else [*offered, ShardingType.ROW_WISE.value]
 
@@ -34,9 +33,8 @@ class Sharder(EmbeddingBagCollectionSharder):
 def sharding_type(tables: Sharding, rows: int, dim: int, world_size: int) -> str:
     """The sharding type of one table.
 
-    auto: a copy on every rank while the table is small, a block of columns on each beyond that (the traffic of
-    column-wise one-id bags does not grow with the number of ranks, that of row-wise does), whole tables where columns
-    do not divide.
+    auto: data-parallel up to `data_parallel_mb`; beyond that column-wise, whose traffic for one-id bags does not grow
+    with the number of ranks, unlike that of row-wise; row-wise where the ranks do not divide the columns.
     """
     if tables.sharding != "auto":
         return tables.sharding
@@ -46,10 +44,13 @@ def sharding_type(tables: Sharding, rows: int, dim: int, world_size: int) -> str
 
 
 def plan(model: nn.Module, tables: Sharding, batch_size: int, device: torch.device, fused: bool = True) -> ShardingPlan:
-    """A sharding plan for every table of `model`, the same on all ranks (rank 0's planner decides).
+    """Plan the sharding of every table of `model` on rank 0, for all ranks (collective).
+
+    Args:
+        model, tables, batch_size, device, fused: as for `shard`.
 
     Raises:
-        InputError: the tables cannot be sharded that way.
+        InputError: a table cannot be sharded as `tables` says.
     """
     world_size = dist.get_world_size()
     constraints = {}
@@ -57,20 +58,20 @@ def plan(model: nn.Module, tables: Sharding, batch_size: int, device: torch.devi
         if isinstance(module, EmbeddingBagCollection):
             for config in module.embedding_bag_configs():
                 rows, dim = config.num_embeddings, config.embedding_dim
-                chosen = sharding_type(tables, rows, dim, world_size)
-                if chosen == ShardingType.ROW_WISE.value and rows < world_size:
+                kind = sharding_type(tables, rows, dim, world_size)
+                if kind == ShardingType.ROW_WISE.value and rows < world_size:
                     raise InputError(
                         f"the {config.name} table has {rows} rows, fewer than the {world_size} ranks: "
                         "it cannot be sharded row-wise; use --tables.sharding data_parallel, or fewer ranks"
                     )
-                if chosen == ShardingType.COLUMN_WISE.value and (dim % world_size or dim // world_size % 4):
+                if kind == ShardingType.COLUMN_WISE.value and (dim % world_size or dim // world_size % 4):
                     raise InputError(
-                        f"the {config.name} table's {dim} columns do not make {world_size} equal blocks of a multiple "
-                        "of 4: use another --model.dim, number of ranks, or --tables.sharding"
+                        f"the {config.name} table has {dim} columns, not {world_size} equal blocks of a multiple of 4: "
+                        "use another --model.dim, number of ranks, or --tables.sharding"
                     )
-                copied = chosen == ShardingType.DATA_PARALLEL.value
+                copied = kind == ShardingType.DATA_PARALLEL.value
                 constraints[config.name] = ParameterConstraints(
-                    sharding_types=[chosen],
+                    sharding_types=[kind],
                     compute_kernels=["dense" if copied else "fused"],
                     min_partition=max(4, dim // world_size),
                 )
@@ -82,12 +83,13 @@ def plan(model: nn.Module, tables: Sharding, batch_size: int, device: torch.devi
         ddr_cap=2**46,
     )
     planner = EmbeddingShardingPlanner(topology=topology, batch_size=batch_size, constraints=constraints)
-    made = planner.collective_plan(model, [Sharder()], dist.GroupMember.WORLD)
+    sharding_plan = planner.collective_plan(model, [Sharder()], dist.GroupMember.WORLD)
     if not fused:
-        for module in made.plan.values():
+        for module in sharding_plan.plan.values():
             for table in module.values():
-                table.compute_kernel = "dense"  # runs with every sharding, though torchrec's planner offers it for one
-    return made
+                # Works with every sharding type, though torchrec's planner offers it for data-parallel only.
+                table.compute_kernel = "dense"
+    return sharding_plan
 
 
 def _local_world_size(world_size: int) -> int:
@@ -102,9 +104,9 @@ def shard(
     Args:
         model: tables on the meta device, the rest anywhere; optimizers that are to be fused are applied to it already.
         tables: how they are sharded.
-        batch_size: bags of the largest feature a rank looks up in a step, for the planner's estimates.
+        batch_size: number of bags of the largest feature per rank and step, for the planner's estimates.
         device: of this rank.
-        fused: whether sharded tables are updated in the backward; False: by an optimizer of their own, or not at all.
+        fused: whether sharded tables are updated in the backward; False: by a separate optimizer, or not at all.
     """
     return DistributedModelParallel(
         model,
@@ -119,20 +121,25 @@ def shard(
 
 
 def table_name(parameter: str) -> str:
-    """The table a parameter holds: `item` of `item_table.embedding_bags.item.weight`."""
+    """The table's name in a parameter's: `item` of `item_table.embedding_bags.item.weight`."""
     return parameter.split("embedding_bags.")[1].split(".")[0]
 
 
 def tables_of(model: nn.Module) -> dict[str, Any]:
-    """The tables in a model's state: name -> ShardedTensor, or a plain tensor where every rank holds a copy."""
+    """A model's tables by parameter name: each a `ShardedTensor`, or a tensor where every rank holds a copy."""
     return {name: value for name, value in model.state_dict().items() if "embedding_bags" in name}
 
 
 @torch.no_grad()
 def initialise_tables(model: nn.Module, std_of: Callable[[str], float], seed: int) -> None:
-    """Draw every table from N(0, std^2), block by block from streams of (seed, table, block).
+    """Initialise every table from N(0, std^2), with a random stream per (seed, table, block of rows).
 
-    A row's values therefore depend neither on the number of ranks nor on how the table is sharded.
+    A row's values therefore depend neither on the number of ranks nor on the sharding.
+
+    Args:
+        model: sharded; its tables are filled in place.
+        std_of: the standard deviation of a table, by its name.
+        seed: of the run.
     """
     for number, (name, value) in enumerate(sorted(tables_of(model).items())):
         std = std_of(table_name(name))
@@ -144,8 +151,8 @@ def initialise_tables(model: nn.Module, std_of: Callable[[str], float], seed: in
             rows, columns = tensor.shape
             for block in range(row // INIT_BLOCK, -(-(row + rows) // INIT_BLOCK)):
                 rng = np.random.default_rng((seed, number, block, 4))
-                drawn = torch.from_numpy(rng.standard_normal((INIT_BLOCK, width), dtype=np.float32)) * std
+                values = torch.from_numpy(rng.standard_normal((INIT_BLOCK, width), dtype=np.float32)) * std
                 first, last = max(row, block * INIT_BLOCK), min(row + rows, (block + 1) * INIT_BLOCK)
-                tensor[first - row : last - row] = drawn[
+                tensor[first - row : last - row] = values[
                     first - block * INIT_BLOCK : last - block * INIT_BLOCK, column : column + columns
                 ].to(tensor.device)

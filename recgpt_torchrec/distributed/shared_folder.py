@@ -1,4 +1,4 @@
-"""A folder that all processes write their shares into, and that is committed whole."""
+"""An output folder that all ranks write into, committed once all have written."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,14 +11,19 @@ from recgpt_torchrec.storage import filesystem, folders
 
 @contextmanager
 def stage_shared_folder(path: str, name: str) -> Iterator[tuple[pyarrow.fs.FileSystem, str]]:
-    """`folders.stage_folder` for all processes (collective): rank 0 makes the folder, and gives it its name at the end.
+    """Make a folder for all ranks to write into; rank 0 commits it at the end of the `with` (collective).
 
-    `path` must be free; `name` says in messages what is to lie there.
+    Args:
+        path: folder or URI; must not hold anything yet.
+        name: what the folder will hold, for error messages.
 
     Yields:
-        The file system, and the folder on it, the same on every process.
+        The file system and the folder's path on it, the same on every rank (see `folders.stage_folder`).
+
+    Raises:
+        InputError: `path` holds something already.
     """
     run_on_first_rank(lambda: folders.check_free(path, name))
     with folders.stage_folder(path) if rank() == 0 else nullcontext((filesystem(path)[0], "")) as (fs, folder):
         yield fs, gather_objects(folder)[0]
-    gather_objects(None)  # nobody returns before the folder has its name
+    gather_objects(None)  # no rank returns before the folder is committed

@@ -1,8 +1,8 @@
-"""What each rank is doing, told to the others once a second; and an end to runs in which nothing moves any more.
+"""Heartbeats of all ranks: ends a run that makes no progress, and names ranks that are lost.
 
-Whoever does something says so: `with phase("reading data"): ...`. A thread of each rank's `Watchdog` writes that into
-the job's store, where it is when this process is stopped or killed, and reads what the others wrote when there is no
-progress, or when a connection broke: so a rank that is missing is named by those that miss it.
+Code reports its phase: `with phase("reading data"): ...`. A thread of each rank's `Watchdog` writes the phase into the
+job's store once a second, where it stays readable after the process is stopped or killed. When a rank makes no
+progress, or loses a connection, it reads the others' heartbeats and reports which ranks are lost.
 """
 
 import contextlib
@@ -24,21 +24,23 @@ import torch.distributed as dist
 from recgpt_torchrec.distributed.processes import rank, world_size
 from recgpt_torchrec.errors import LOST, STALLED
 
-SHOWN = 16
-"""Ranks listed in a report at most."""
+MAX_LISTED = 16
+"""Maximum number of ranks listed in a report."""
+AFTER_LOSS = "because it lost another rank"
+"""End reason of a rank that ended because another one was lost first."""
 
 _BROKEN = re.compile(r"gloo|NCCL|Connection (closed|reset)|Broken pipe|Timed out waiting|Socket", re.IGNORECASE)
-"""What errors of collective operations say when another rank is gone."""
+"""Found in the errors of collective operations after another rank is lost."""
 
 
 class Status(NamedTuple):
-    """What a rank is doing."""
+    """What a rank is doing, and since when."""
 
     phase: str
     step: int
     """Optimizer steps done."""
     since: float
-    """Of `time.monotonic`."""
+    """Start of the phase by `time.monotonic`, in seconds."""
 
 
 _status = Status("starting", 0, time.monotonic())
@@ -50,153 +52,170 @@ def current_status() -> Status:
 
 
 def report_phase(phase: str, step: int | None = None) -> None:
-    """Say what this rank does from now on; every call counts as progress."""
+    """Report what this rank does from now on; every call counts as progress.
+
+    Args:
+        phase: in words, for reports.
+        step: optimizer steps done; None: as before.
+    """
     global _status
     _status = Status(phase, _status.step if step is None else step, time.monotonic())
 
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Say what this rank does within the `with`. After an error it goes on saying so: that is where it stands."""
-    before = _status
+    """Report the phase `name` within the `with`; after an error it stays, so that reports say where the rank failed."""
+    previous = _status
     report_phase(name)
     yield
-    report_phase(before.phase)
+    report_phase(previous.phase)
 
 
 class Watchdog:
-    """Ends this rank, and so the run, where there was no progress for some time; names ranks that are gone.
+    """Ends this rank, and so the run, after some time without progress; names lost ranks.
 
-    Example: `with Watchdog("runs/mine", stall_seconds=600): ...` inside the process group
+    Example: `with process_group(), Watchdog("runs/mine", stall_seconds=600): ...`
+
+    Raises:
+        SystemExit: with status `LOST`, instead of a `RuntimeError` that the loss of another rank caused.
     """
 
     def __init__(self, output: str, stall_seconds: float, marker: str = "") -> None:
         """
         Args:
-            output: the run's folder; stacks are written to stacks/rank-N.txt in it.
-            stall_seconds: without progress, until it ends; 0: never.
-            marker: name of a file in the folder that says it is this run's; without it no stacks are written there.
+            output: the run's folder, to which a stalled rank writes its stacks (stacks/rank-N.txt).
+            stall_seconds: seconds without progress until the run ends; 0: never.
+            marker: name of a file that the folder must hold before stacks are written to it.
         """
         self.output, self.stall_seconds, self.marker = output, stall_seconds, marker
         self.interval = min(1.0, stall_seconds / 10) if stall_seconds else 1.0
-        self.store: Any = _store_of_its_own() if world_size() > 1 else None
-        self._beats = 0
-        self._ended: str | None = None
-        self._over = threading.Event()
+        self.store: Any = _clone_store() if world_size() > 1 else None
+        self._heartbeats = 0
+        self._end_reason: str | None = None
+        self._finished = threading.Event()
         self._lock = threading.Lock()
 
     def __enter__(self) -> "Watchdog":
         report_phase("starting")
         if not faulthandler.is_enabled():
-            # Ended by SIGABRT it shows where it was: this thread alone, the others may be running.
+            # On SIGABRT it prints the stack of the current thread only: the others may be running.
             faulthandler.enable(sys.__stderr__ or 2, all_threads=False)
-        self._beat()
+        self._write_heartbeat()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *trace: object) -> None:
         lost = isinstance(error, RuntimeError) and world_size() > 1 and _BROKEN.search(str(error)) is not None
-        self._over.set()
-        self._ended = None
+        self._finished.set()
+        self._end_reason = None
         if error is not None:
-            # The others see only that the connection is closed.
-            self._ended = "for want of another rank" if lost else f"with {type(error).__name__}"
+            # The other ranks see only that the connection is closed.
+            self._end_reason = AFTER_LOSS if lost else f"with {type(error).__name__}"
             with contextlib.suppress(Exception):
-                self._beat()
+                self._write_heartbeat()
         if lost:
             assert error is not None
             try:
-                missing = self._missing() if self.store is not None else "the launcher"
-            except Exception as unknown:  # the store may be gone as well
-                missing = f"another rank ({type(unknown).__name__} where the ranks' whereabouts are kept)"
-            what = " ".join(str(error).split())[:200]
-            here = f"rank {rank()} was at: {_status.phase}, after step {_status.step}"
-            print(f"lost {missing}; {here} ({what})", file=sys.stderr, flush=True)
+                lost_ranks = self._describe_lost_ranks() if self.store is not None else "the launcher"
+            except Exception as unknown:  # the store may be lost as well
+                lost_ranks = f"another rank ({type(unknown).__name__} while reading heartbeats)"
+            reason = " ".join(str(error).split())[:200]
+            place = f"rank {rank()} was at: {_status.phase}, after step {_status.step}"
+            print(f"lost {lost_ranks}; {place} ({reason})", file=sys.stderr, flush=True)
             raise SystemExit(LOST) from None
 
     # ------------------------------------------------------------------------------------------------ the thread
 
     def _watch(self) -> None:
         last = time.monotonic()
-        while not self._over.wait(self.interval):
+        while not self._finished.wait(self.interval):
             now = time.monotonic()
             if now - last > 5 * self.interval + 1:
-                report_phase(
-                    _status.phase
-                )  # this process was itself stopped for a while, perhaps all of them: count anew
+                # This process was itself stopped for a while, perhaps with all others: start counting again.
+                report_phase(_status.phase)
             last = now
-            called = False
+            stalled_elsewhere = False
             try:
-                self._beat()
-                called = self.store is not None and self.store.check(["stalled"])
-            except Exception:  # the store is gone, and so is who had it: the launcher, or else rank 0
+                self._write_heartbeat()
+                stalled_elsewhere = self.store is not None and self.store.check(["stalled"])
+            except Exception:  # the store is lost, and so is the process that served it: the launcher, or else rank 0
                 if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
                     return
-                self._orphaned()
-            if called:
-                self._end("another rank found the run stalled")
-            # What follows takes two intervals, and counts to the time that was given.
+                self._stop_without_launcher()
+            if stalled_elsewhere:
+                self._exit_stalled("another rank found the run stalled")
+            # `_confirm_stall` takes two intervals, which count towards stall_seconds.
             if self.stall_seconds and now - _status.since >= self.stall_seconds - 3 * self.interval:
-                self._stalled(_status)
+                self._confirm_stall(_status)
                 last = time.monotonic()
 
-    def _orphaned(self) -> None:
-        """Ask this rank to end, as the launcher would have: who starts the job again must not meet this one."""
+    def _stop_without_launcher(self) -> None:
+        """Request a stop in the lost launcher's place: this rank must have ended before the job is started again."""
         self.store = None
-        if not self._over.wait(3 * self.interval):  # else this rank is ending, and so may be the launcher
-            with contextlib.suppress(OSError):  # what the launcher read may be closed
-                print(f"rank {rank()}: the launcher is gone; the run ends here", file=sys.stderr, flush=True)
+        if not self._finished.wait(3 * self.interval):  # else this rank is ending, and perhaps the launcher with it
+            with contextlib.suppress(OSError):  # the launcher may have held the other end of the pipe
+                print(f"rank {rank()}: the launcher is gone; stopping the run", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def _beat(self) -> None:
+    def _write_heartbeat(self) -> None:
         if self.store is None:
             return
         with self._lock:
-            self._beats += 1
+            self._heartbeats += 1
             phase, step, since = _status
-            beat = {"phase": phase, "step": step, "for": time.monotonic() - since, "time": time.time()}
-            beat |= {"beats": self._beats, "ended": self._ended, "host": socket.gethostname(), "pid": os.getpid()}
-            self.store.set(f"beat/{rank()}", json.dumps(beat | {"born": _born(os.getpid())}))
+            heartbeat = {
+                "number": self._heartbeats,
+                "time": time.time(),
+                "phase": phase,
+                "phase_seconds": time.monotonic() - since,
+                "step": step,
+                "end_reason": self._end_reason,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "process_start": _process_start(os.getpid()),
+            }
+            self.store.set(f"heartbeat/{rank()}", json.dumps(heartbeat))
 
-    def _others(self) -> dict[int, dict[str, Any]]:
-        """What the other ranks wrote last; nothing of those that never came so far."""
-        ranks = [other for other in range(world_size()) if other != rank() and self.store.check([f"beat/{other}"])]
-        return {other: json.loads(self.store.get(f"beat/{other}")) for other in ranks} if ranks else {}
+    def _read_heartbeats(self) -> dict[int, dict[str, Any]]:
+        """The last heartbeat of each other rank, by rank; without those that have not written any."""
+        ranks = [other for other in range(world_size()) if other != rank() and self.store.check([f"heartbeat/{other}"])]
+        return {other: json.loads(self.store.get(f"heartbeat/{other}")) for other in ranks} if ranks else {}
 
-    def _stalled(self, before: Status) -> None:
-        """Look at the others for two intervals, and end if there was no progress here in this time either."""
-        earlier = self._others() if self.store is not None else {}
+    def _confirm_stall(self, status: Status) -> None:
+        """Watch the other ranks for two intervals; if this rank makes no progress meanwhile, report and end."""
+        earlier = self._read_heartbeats() if self.store is not None else {}
         time.sleep(2 * self.interval)
-        if _status != before or self._over.is_set():
+        if _status != status or self._finished.is_set():
             return
-        age = time.monotonic() - before.since
-        lines = [f"rank {rank()}: {before.phase}, since {age:.0f} s, after step {before.step}"]
+        age = time.monotonic() - status.since
+        lines = [f"rank {rank()}: {status.phase} for {age:.0f} s, after step {status.step}"]
         silent = []
         if self.store is not None:
             if self.store.add("stalled", 1) > 1:
-                self._end("another rank found the run stalled")
-            now = self._others()
-            silent = [other for other, beat in earlier.items() if beat["beats"] == now[other]["beats"]]
-            places = Counter((beat["phase"], beat["step"]) for beat in now.values())
-            rare = sorted(now, key=lambda o: (o not in silent, places[now[o]["phase"], now[o]["step"]], o))
-            lines = [_said(other, now[other], other in silent) for other in rare[:SHOWN]] + lines
+                self._exit_stalled("another rank found the run stalled")
+            latest = self._read_heartbeats()
+            silent = [other for other, beat in earlier.items() if beat["number"] == latest[other]["number"]]
+            counts = Counter((beat["phase"], beat["step"]) for beat in latest.values())
+            # Silent ranks first, then those whose place is shared by the fewest.
+            order = sorted(latest, key=lambda o: (o not in silent, counts[latest[o]["phase"], latest[o]["step"]], o))
+            lines = [_describe_rank(other, latest[other], other in silent) for other in order[:MAX_LISTED]] + lines
             for other in range(world_size()):
-                if other != rank() and other not in now:
-                    lines.insert(0, f"rank {other}: never gave a sign of life")
-        text = "\n  ".join([f"no progress for {self.stall_seconds:g} s; the run ends here. Who stands where:", *lines])
+                if other != rank() and other not in latest:
+                    lines.insert(0, f"rank {other}: never sent a heartbeat")
+        text = "\n  ".join([f"no progress for {self.stall_seconds:g} s; ending the run. Phase of each rank:", *lines])
         print(text, file=sys.stderr, flush=True)
-        self._dump()
-        for other in silent:  # a stopped process hears no SIGTERM, and the launcher would wait for it
-            if _lives_here(now[other]):
-                os.kill(now[other]["pid"], signal.SIGABRT)
-                os.kill(now[other]["pid"], signal.SIGCONT)
+        self._dump_stacks()
+        for other in silent:  # a stopped process does not handle SIGTERM, and the launcher would wait for it
+            if _is_running_here(latest[other]):
+                os.kill(latest[other]["pid"], signal.SIGABRT)
+                os.kill(latest[other]["pid"], signal.SIGCONT)
         os._exit(STALLED)
 
-    def _dump(self) -> None:
+    def _dump_stacks(self) -> None:
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
         if not os.path.exists(os.path.join(self.output, self.marker)):
-            return  # the folder is not this run's so far
+            return  # the folder is not this run's yet
         with contextlib.suppress(OSError):
             folder = os.path.join(self.output, "stacks")
             os.makedirs(folder, exist_ok=True)
@@ -205,49 +224,51 @@ class Watchdog:
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
 
-    def _end(self, why: str) -> None:
-        here = f"rank {rank()}: {_status.phase}, after step {_status.step}"
-        print(f"{why}; {here}", file=sys.stderr, flush=True)
-        self._dump()
+    def _exit_stalled(self, reason: str) -> None:
+        place = f"rank {rank()}: {_status.phase}, after step {_status.step}"
+        print(f"{reason}; {place}", file=sys.stderr, flush=True)
+        self._dump_stacks()
         os._exit(STALLED)
 
-    # -------------------------------------------------------------------------------------------- who is missing
+    # ---------------------------------------------------------------------------------------------- lost ranks
 
-    def _missing(self) -> str:
-        """The ranks that are gone, with the reason where one is known."""
-        earlier = self._others()
-        gone = {other: "its process ended" for other, beat in earlier.items() if _died_here(beat)}
-        if not gone:
+    def _describe_lost_ranks(self) -> str:
+        """List the lost ranks in words, each with the reason if it is known."""
+        earlier = self._read_heartbeats()
+        reasons = {other: "its process ended" for other, beat in earlier.items() if _has_ended_here(beat)}
+        if not reasons:
             time.sleep(3 * self.interval)
-            now = self._others()
-            gone = {other: "no sign of life" for other, beat in now.items() if beat["beats"] == earlier[other]["beats"]}
-        for other, beat in self._others().items():
-            if beat["ended"]:
-                gone[other] = f"it ended {beat['ended']}"
-        causes = {other: why for other, why in gone.items() if "want of" not in why} or gone
+            latest = self._read_heartbeats()
+            silent = [other for other, beat in latest.items() if beat["number"] == earlier[other]["number"]]
+            reasons = dict.fromkeys(silent, "no heartbeat")
+        for other, beat in self._read_heartbeats().items():
+            if beat["end_reason"]:
+                reasons[other] = f"it ended {beat['end_reason']}"
+        causes = {other: reason for other, reason in reasons.items() if AFTER_LOSS not in reason} or reasons
         if not causes:
             return "the connection to another rank"
-        listed = [f"rank {other} ({why})" for other, why in sorted(causes.items())[:SHOWN]]
-        return ", ".join(listed) + (f" and {len(causes) - SHOWN} more" if len(causes) > SHOWN else "")
+        listed = [f"rank {other} ({reason})" for other, reason in sorted(causes.items())[:MAX_LISTED]]
+        return ", ".join(listed) + (f" and {len(causes) - MAX_LISTED} more" if len(causes) > MAX_LISTED else "")
 
 
-def _store_of_its_own() -> Any:
-    """A connection to the job's store that no other thread uses: one that waits there would hold this one up."""
+def _clone_store() -> Any:
+    """A separate connection to the job's store: on a shared one, a thread that waits would block this one."""
     store: Any = dist.distributed_c10d._get_default_store()
     return store.clone()
 
 
-def _said(other: int, beat: dict[str, Any], silent: bool) -> str:
+def _describe_rank(other: int, beat: dict[str, Any], silent: bool) -> str:
     place = f"{beat['phase']}, after step {beat['step']}, on {beat['host']}, process {beat['pid']}"
-    if beat["ended"]:
-        return f"rank {other}: ended {beat['ended']}; it was at: {place}"
+    if beat["end_reason"]:
+        return f"rank {other}: ended {beat['end_reason']}; it was at: {place}"
     if silent:
-        return f"rank {other}: no sign of life since {time.time() - beat['time']:.0f} s; it was at: {place}"
-    return f"rank {other}: {beat['phase']}, since {beat['for']:.0f} s, after step {beat['step']}, on {beat['host']}"
+        return f"rank {other}: no heartbeat for {time.time() - beat['time']:.0f} s; it was at: {place}"
+    phase = f"{beat['phase']} for {beat['phase_seconds']:.0f} s"
+    return f"rank {other}: {phase}, after step {beat['step']}, on {beat['host']}"
 
 
-def _born(process: int) -> str | None:
-    """When a process was started, by the system's clock; None: there is none, or it ended."""
+def _process_start(process: int) -> str | None:
+    """When a process was started, in clock ticks since boot; None: it does not exist, or has ended."""
     try:
         with open(f"/proc/{process}/stat") as file:
             fields = file.read().rpartition(")")[2].split()
@@ -256,9 +277,11 @@ def _born(process: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
-def _lives_here(beat: dict[str, Any]) -> bool:
-    return beat["host"] == socket.gethostname() and beat["born"] is not None and _born(beat["pid"]) == beat["born"]
+def _is_running_here(beat: dict[str, Any]) -> bool:
+    start = beat["process_start"]
+    return beat["host"] == socket.gethostname() and start is not None and _process_start(beat["pid"]) == start
 
 
-def _died_here(beat: dict[str, Any]) -> bool:
-    return beat["host"] == socket.gethostname() and beat["born"] is not None and _born(beat["pid"]) != beat["born"]
+def _has_ended_here(beat: dict[str, Any]) -> bool:
+    start = beat["process_start"]
+    return beat["host"] == socket.gethostname() and start is not None and _process_start(beat["pid"]) != start

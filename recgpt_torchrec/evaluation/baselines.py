@@ -1,4 +1,4 @@
-"""Two recommenders that need no training, to stand beside every trained one: popularity and item co-occurrence.
+"""Two baselines without gradient training: popularity and item co-occurrence.
 
 Both are fitted on training items only (`data.split`), one row group at a time, and score batches of histories
 against the whole catalogue. Where a dataset holds generated or shown items (`segment_ids`), only items that were
@@ -23,14 +23,14 @@ from recgpt_torchrec.data.windows import RowGroup, row_groups
 from recgpt_torchrec.evaluation.metrics import RankingMetrics
 
 SCORE_BYTES = 2**27
-"""Memory of one dense [users, items] matrix of scores in `evaluate_baselines`."""
+"""Bytes of one dense [users, items] matrix of scores in `evaluate_baselines`."""
 
 
 class Baseline(Protocol):
-    """What both baselines offer: add the training items, then score."""
+    """A baseline: `add` all training items, then `scores`."""
 
     def add(self, lists: Ragged) -> None:
-        """Learn from the training items of some users; each user is added once."""
+        """Count the training items of some users; each user is added once."""
         ...
 
     def scores(self, history: Ragged) -> torch.Tensor:
@@ -53,19 +53,19 @@ class Popularity:
         self.counts += np.bincount(lists.values, minlength=len(self.counts))
 
     def scores(self, history: Ragged) -> torch.Tensor:
-        """[users, items] float32; one row, shown to every user without a copy."""
+        """[users, items] float32: one row, expanded to all users without a copy."""
         return torch.from_numpy(self.counts.astype(np.float32)).expand(history.rows, -1)
 
 
 class Cooccurrence:
-    """Item-item co-occurrence: what followed the items of a history, the newest counting most.
+    """Item-item co-occurrence: scores what followed the items of a history; the newest count most.
 
-        weight(i -> j) = sum over users, i at place p and j at place q of |p - q|^-0.5 where q > p, a quarter of it
-                         where q < p; at most `window` places apart
+        weight(i -> j) = sum over users, i at position p and j at position q, of |p - q|^-0.5 where q > p, a quarter
+                         of it where q < p; at most `window` positions apart
         score(history, j) = sum over i in the history of 0.7^age(i) weight(i -> j) count(i)^-0.5 count(j)^-0.15
 
-    The window keeps memory linear in the interactions, however long a history is. Age counts items from the newest;
-    an item older than `memory` items no longer counts. An item never seen beside the history scores 0.
+    The window keeps memory linear in interactions, however long histories are. Age counts items from the newest, 0;
+    an item of age `memory` or more does not count. An item that co-occurs with none of the history scores 0.
 
     The constants were chosen on the validation split of Beauty and Toys together (masked NDCG@10 .0682 and .0776).
     The optimum is flat: windows of 10 to 50 and a recency of .7, .8 or 1 / age differ by about .001. Without distance
@@ -92,7 +92,7 @@ class Cooccurrence:
         self.source_power, self.item_power = source_power, item_power
         self.recency, self.memory = recency, memory
         self.counts = np.zeros(items, np.int64)
-        self._forward: list[sp.csr_array] = []  # sums to the matrix of forward pairs; each larger than the next
+        self._forward: list[sp.csr_array] = []  # their sum counts forward pairs; sizes decrease along the list
         self._weights: sp.csr_array | None = None
 
     def add(self, lists: Ragged) -> None:
@@ -103,20 +103,20 @@ class Cooccurrence:
         rows, columns, weights = [], [], []
         longest = int(np.diff(lists.offsets).max(initial=0))
         for distance in range(1, min(self.window, longest - 1) + 1):
-            together = user[:-distance] == user[distance:]
-            rows.append(lists.values[:-distance][together])
-            columns.append(lists.values[distance:][together])
+            same_user = user[:-distance] == user[distance:]
+            rows.append(lists.values[:-distance][same_user])
+            columns.append(lists.values[distance:][same_user])
             weights.append(np.full(len(rows[-1]), distance**-self.distance_power))
         if not rows:
             return
         self._forward.append(self._matrix(np.concatenate(weights), np.concatenate(rows), np.concatenate(columns)))
-        # Adding every batch to one matrix would copy all of it each time; like sizes first costs a logarithm.
+        # Adding each batch to one matrix would copy it each time; merging similar sizes copies it a logarithmic number.
         while len(self._forward) > 1 and self._forward[-2].nnz <= 2 * self._forward[-1].nnz:
             self._forward[-2:] = [self._forward[-2] + self._forward[-1]]
 
     @property
     def weights(self) -> sp.csr_array:
-        """[items, items] float64 sparse: what one item of a history adds to the score of each item."""
+        """[items, items] float64 sparse: what an item of the history (row) adds to the score of each item (column)."""
         if self._weights is None:
             forward = sum(self._forward, sp.csr_array((self.items, self.items)))
             self._forward = [forward]
@@ -124,7 +124,7 @@ class Cooccurrence:
             rows, columns = both.coords
             counts = np.maximum(self.counts, 1.0)
             scale = counts[rows] ** -self.source_power * counts[columns] ** -self.item_power
-            scale[rows == columns] = 0  # an item says nothing about itself, repeats or not
+            scale[rows == columns] = 0  # an item does not predict itself
             self._weights = self._matrix(both.data * scale, rows, columns)
         return self._weights
 
@@ -133,29 +133,29 @@ class Cooccurrence:
         lengths = np.diff(history.offsets)
         user = np.repeat(np.arange(history.rows), lengths)
         age = np.repeat(history.offsets[1:], lengths) - 1 - np.arange(len(history.values))
-        young = age < self.memory
+        counted = age < self.memory
         recency = sp.csr_array(
-            (self.recency ** age[young], (user[young], history.values[young])),
+            (self.recency ** age[counted], (user[counted], history.values[counted])),
             shape=(history.rows, self.items),
         )
-        # Summed in float64 and rounded after, so that scores equal but for the order of their sum do tie.
+        # Summed in float64, then rounded, so that scores that differ only by the order of summation are ties.
         return torch.from_numpy((recency @ self.weights).astype(np.float32).toarray())
 
     def _matrix(
         self, weights: npt.NDArray[np.floating], rows: npt.NDArray[np.integer], columns: npt.NDArray[np.integer]
     ) -> sp.csr_array:
         matrix = sp.coo_array((weights, (rows, columns)), shape=(self.items, self.items))
-        return matrix.tocsr()  # adds up repeated pairs
+        return matrix.tocsr()  # sums repeated pairs
 
 
 def fit_baselines(dataset: Dataset) -> dict[str, Baseline]:
     """Fit `popularity` and `cooccurrence` on the training items of a dataset, in one pass over its row groups."""
-    items = dataset.manifest.items
-    baselines: dict[str, Baseline] = {"popularity": Popularity(items), "cooccurrence": Cooccurrence(items)}
+    count = dataset.manifest.items
+    baselines: dict[str, Baseline] = {"popularity": Popularity(count), "cooccurrence": Cooccurrence(count)}
     for group in row_groups(dataset):
-        real = _interacted(dataset, group)
-        part = cut(real.offsets, "training")
-        lists = real.cut(part.start, part.stop)
+        items = _read_interacted(dataset, group)
+        part = cut(items.offsets, "training")
+        lists = items.cut(part.start, part.stop)
         for baseline in baselines.values():
             baseline.add(lists)
     return baselines
@@ -170,15 +170,15 @@ def evaluate_baselines(
     world_size: int = 1,
     baselines: dict[str, Baseline] | None = None,
 ) -> dict[str, dict[str, RankingMetrics]]:
-    """Rank a split's targets by each baseline, masked and unmasked.
+    """Rank the held-out items of a split by each baseline, masked and unmasked.
 
     Args:
-        dataset: fitted on (its training part) and evaluated on (`split`).
+        dataset: its training part is fitted, its `split` evaluated.
         split: `validation` or `test`.
         ks: list lengths.
-        rank: this process takes every `world_size`-th row group; add the states of all processes up afterwards.
+        rank: this process reads every `world_size`-th row group; sum the metrics' states over processes afterwards.
         world_size: number of processes.
-        baselines: fitted ones, where they are at hand.
+        baselines: fitted baselines; None: fit them here.
 
     Returns:
         {"popularity": {"masked": metrics, "unmasked": metrics}, "cooccurrence": ...}.
@@ -187,13 +187,13 @@ def evaluate_baselines(
     results = {name: {how: RankingMetrics(ks) for how in ("masked", "unmasked")} for name in baselines}
     users_at_once = max(1, SCORE_BYTES // (4 * dataset.manifest.items))
     for group in row_groups(dataset)[rank::world_size]:
-        items = _interacted(dataset, group)
-        held = cut(items.offsets, split)
-        assert held.target is not None, split
-        for first in range(0, len(held.row), users_at_once):
-            some = slice(first, first + users_at_once)
-            history = items.cut(held.start[some], held.stop[some])
-            targets = torch.from_numpy(items.values[held.target[some]])
+        items = _read_interacted(dataset, group)
+        held_out = cut(items.offsets, split)
+        assert held_out.target is not None, split
+        for first in range(0, len(held_out.row), users_at_once):
+            block = slice(first, first + users_at_once)
+            history = items.cut(held_out.start[block], held_out.stop[block])
+            targets = torch.from_numpy(items.values[held_out.target[block]])
             for name, baseline in baselines.items():
                 masked, unmasked = both_ranks(baseline.scores(history), targets, history)
                 results[name]["masked"].update(masked)
@@ -201,8 +201,8 @@ def evaluate_baselines(
     return results
 
 
-def _interacted(dataset: Dataset, group: RowGroup) -> Ragged:
-    """The items of a row group's users that they interacted with."""
+def _read_interacted(dataset: Dataset, group: RowGroup) -> Ragged:
+    """Read a row group's items, those interacted with alone."""
     table = read_group(dataset, group)
     items = Ragged.from_arrow(table["item_ids"])
     if "segment_ids" not in table.schema.names:

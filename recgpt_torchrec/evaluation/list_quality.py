@@ -1,4 +1,4 @@
-"""How good retrieved lists are: hits of held-out items, and how much of the exact lists an approximate search found."""
+"""Quality of retrieved lists: hits of held-out items, and recall of the exact lists by an approximate search."""
 
 import time
 from typing import Any
@@ -17,7 +17,7 @@ from recgpt_torchrec.retrieval.retriever import Retriever
 
 
 class ListQuality:
-    """Measures lists batch by batch, on all ranks together.
+    """Hits and recall of lists, batch by batch, over all ranks.
 
     Example: `quality.update(users, queries, history, lists)` for each batch, then `quality.result()`
     """
@@ -26,46 +26,46 @@ class ListQuality:
         """
         Args:
             k: items of each list.
-            held_out: whether histories come with an item to be hit.
-            exact: makes the lists that those of an approximate search are compared with; None: they are exact.
-            every: lists of each `every`-th user are compared.
+            held_out: whether histories have a held-out item.
+            exact: finds the exact lists to compare with; None: the lists are exact already.
+            every: compare the lists of every `every`-th user.
         """
         self.k, self.held_out, self.exact, self.every = k, held_out, exact, every
         self._hits = RankingMetrics((k,))
         # Users compared, items of their exact lists that were found, items of their exact lists.
-        self._found = torch.zeros(3, dtype=torch.float64)
+        self._counts = torch.zeros(3, dtype=torch.float64)
         self.seconds = 0.0
-        """Spent on exact lists, on this rank."""
+        """Time spent on exact lists, on this rank."""
 
     def update(self, users: Int64, queries: Float32, history: Histories | None, lists: Merged) -> None:
-        """Take the lists of some users in.
+        """Add the lists of some users.
 
         Args:
             users: [users] int64 ids.
-            queries: [users, interests, dim] float32 that the lists were searched with.
-            history: what was left out, and the held-out item; None: nothing.
-            lists: of these users.
+            queries: [users, interests, dim] float32 interest vectors of the lists.
+            history: items left out, and the held-out item; None: nothing was left out or held out.
+            lists: [users, k].
         """
         if history is not None and history.held_out is not None:
             self._hits.update(list_ranks(lists.items, torch.from_numpy(history.held_out)))
-        some = np.flatnonzero(users % self.every == 0)
-        if self.exact is not None and some.size:
-            self._compare(self.exact, queries[some], None if history is None else history.seen, some, lists)
+        sampled = np.flatnonzero(users % self.every == 0)
+        if self.exact is not None and sampled.size:
+            self._compare(self.exact, queries[sampled], None if history is None else history.seen, sampled, lists)
 
-    def _compare(self, exact: Retriever, queries: Float32, seen: Ragged | None, some: Int64, lists: Merged) -> None:
+    def _compare(self, exact: Retriever, queries: Float32, seen: Ragged | None, sampled: Int64, lists: Merged) -> None:
         since = time.perf_counter()
-        best = exact.lists(queries, None if seen is None else seen.take(some)).items
-        found = (best[:, :, None] == lists.items[some][:, None, :]).any(dim=2) & (best >= 0)
-        self._found += torch.tensor([len(some), found.sum(), (best >= 0).sum()])
+        best = exact.lists(queries, None if seen is None else seen.take(sampled)).items
+        in_lists = (best[:, :, None] == lists.items[sampled][:, None, :]).any(dim=2) & (best >= 0)
+        self._counts += torch.tensor([len(sampled), in_lists.sum(), (best >= 0).sum()])
         self.seconds += time.perf_counter() - since
 
     def result(self) -> dict[str, Any]:
-        """`hits` and `recall`, where they were measured (collective)."""
+        """`hits` (HR and NDCG at k) and `recall`, where they were measured (collective)."""
         result: dict[str, Any] = {}
         if self.held_out:
             result["hits"] = reduce_metrics(self._hits).result()
         if self.exact is not None:
-            dist.all_reduce(self._found)
-            users, found, wanted = self._found.tolist()
-            result["recall"] = {"users": int(users), f"recall@{self.k}": found / max(1.0, wanted)}
+            dist.all_reduce(self._counts)
+            users, recalled, wanted = self._counts.tolist()
+            result["recall"] = {"users": int(users), f"recall@{self.k}": recalled / max(1.0, wanted)}
         return result

@@ -1,4 +1,4 @@
-"""HR@k and NDCG@k of ranks (see `catalogue.ranks` for what a rank is). Knows nothing of models, files or processes."""
+"""HR@k and NDCG@k from ranks as `catalogue.ranks` defines them. Knows nothing of models, files or processes."""
 
 import math
 from collections.abc import Sequence
@@ -9,30 +9,30 @@ from recgpt_torchrec.errors import InputError
 
 
 def list_ranks(lists: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Rank of each target in an ordered list of retrieved items, where a recall path gives no score for the others.
+    """Rank of each target in an ordered list of retrieved items, for recall paths that do not score every item.
 
     Args:
         lists: [users, n] int64, best first; -1 fills up short lists.
         targets: [users] int64.
 
     Returns:
-        [users] float32; inf where the target was not retrieved. An item that stands in a list twice counts at its
-        first place, and the second place stays lost.
+        [users] float32; inf where the target was not retrieved. A repeated item counts at its first place, and
+        the repeat still takes a place.
     """
     if lists.ndim != 2 or targets.shape != lists.shape[:1]:
         raise ValueError(
             f"lists must be [users, n] and targets [users], not {list(lists.shape)} and {list(targets.shape)}"
         )
-    found = lists == targets[:, None]
-    place = torch.where(found, torch.arange(lists.shape[1], dtype=torch.float32, device=lists.device), math.inf)
+    hits = lists == targets[:, None]
+    place = torch.where(hits, torch.arange(lists.shape[1], dtype=torch.float32, device=lists.device), math.inf)
     return torch.cat([place, place.new_full((len(place), 1), math.inf)], dim=1).amin(dim=1)
 
 
 class RankingMetrics:
-    """HR@k and NDCG@k of ranks that come batch by batch: sums only, so processes add theirs with one all-reduce.
+    """HR@k and NDCG@k of ranks that come batch by batch. Holds sums, which one all-reduce adds over processes.
 
-    With one target a user, HR@k is the share of users with rank < k, and NDCG@k the mean of 1 / log2(rank + 2) over all
-    users, 0 where rank >= k.
+    With one target per user, HR@k is the share of users with rank < k, and NDCG@k the mean of 1 / log2(rank + 2) over
+    all users, 0 where rank >= k.
 
     Example:
         metrics = RankingMetrics(ks=(5, 10))
@@ -43,7 +43,7 @@ class RankingMetrics:
 
     def __init__(self, ks: Sequence[int] = (5, 10), device: torch.device | str = "cpu") -> None:
         if not ks or min(ks) < 1:
-            raise ValueError(f"ks is {tuple(ks)}; it takes list lengths of at least 1, for example (5, 10)")
+            raise ValueError(f"ks is {tuple(ks)}; give list lengths of at least 1, for example (5, 10)")
         self.ks = tuple(dict.fromkeys(int(k) for k in ks))
         self._sums = torch.zeros(1 + 2 * len(self.ks), dtype=torch.float64, device=device)
 
@@ -53,7 +53,7 @@ class RankingMetrics:
         return int(self._sums[0].item())
 
     def update(self, ranks: torch.Tensor) -> None:
-        """Add a batch of ranks, [users] float32; none at all is fine."""
+        """Add a batch of ranks, [users] float32; may be empty."""
         if ranks.ndim != 1 or torch.isnan(ranks).any():
             raise ValueError(f"ranks must be [users] without NaN, not {list(ranks.shape)}")
         rank = ranks.to(self._sums)
@@ -64,17 +64,17 @@ class RankingMetrics:
         self._sums += torch.stack(parts)
 
     def state(self) -> torch.Tensor:
-        """[1 + 2 x ks] float64: users, then for each k sum of hits, sum of gains. Not a copy: reduce it in place."""
+        """[1 + 2 x ks] float64: users, then hits and gains summed for each k. Not a copy: reduce it in place."""
         return self._sums
 
     def merge(self, other: "RankingMetrics | torch.Tensor") -> "RankingMetrics":
-        """Add what another process or batch counted; returns self."""
+        """Add the counts of another process or batch; returns self."""
         if isinstance(other, RankingMetrics):
             if other.ks != self.ks:
                 raise ValueError(f"cannot merge metrics at {other.ks} into metrics at {self.ks}")
             other = other.state()
         if other.shape != self._sums.shape:
-            raise ValueError(f"a state of {list(other.shape)} does not belong to metrics at {self.ks}")
+            raise ValueError(f"a state of {list(other.shape)} does not match metrics at {self.ks}")
         self._sums += other.to(self._sums)
         return self
 
@@ -85,9 +85,7 @@ class RankingMetrics:
             InputError: no user was counted.
         """
         if not self.users:
-            raise InputError(
-                "no user was ranked: the split holds nobody; leave one out needs users with at least 3 items"
-            )
+            raise InputError("no user was ranked: the split is empty; leave-one-out needs users with at least 3 items")
         means = (self._sums[1:] / self._sums[0]).tolist()
         names = [f"{metric}@{k}" for k in self.ks for metric in ("HR", "NDCG")]
         return dict(zip(names, means, strict=True))

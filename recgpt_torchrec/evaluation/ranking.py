@@ -1,4 +1,4 @@
-"""HR and NDCG of held-out items over the whole catalogue, for every user of a dataset, on all ranks together."""
+"""HR and NDCG of held-out items among the whole catalogue, over the users of all ranks."""
 
 from collections.abc import Iterator
 
@@ -17,31 +17,31 @@ Results = dict[str, dict[str, float]]
 def measure_ranks(
     batches: Iterator[tuple[Histories, Tensor]], catalogue: Catalogue, ks: tuple[int, ...]
 ) -> tuple[int, Results]:
-    """HR and NDCG at `ks`, masked and unmasked, over the users of all ranks (collective at the end).
+    """HR and NDCG at `ks`, masked and unmasked, over the users of all ranks (collective).
 
     Args:
-        batches: histories with held-out items, and their interest vectors [sequences, dim].
-        catalogue: what they are ranked among.
+        batches: histories with held-out items, and their interest vectors [sequences, dim] float32.
+        catalogue: items to rank among.
         ks: list lengths.
 
     Returns:
-        users: how many were ranked.
-        results: the figures.
+        users: number of users ranked, on all ranks.
+        results: see `Results`.
     """
     masked, unmasked = RankingMetrics(ks), RankingMetrics(ks)
     for histories, vectors in batches:
-        if not histories.users.size:  # a rank that has run out takes part with nothing
+        if not histories.users.size:  # this rank has run out and only joins the collectives
             continue
         assert histories.held_out is not None and histories.seen is not None
-        found = catalogue.ranks(vectors, torch.from_numpy(histories.held_out), histories.seen)
-        for metrics, ranks in zip((masked, unmasked), found, strict=True):
+        both = catalogue.ranks(vectors, torch.from_numpy(histories.held_out), histories.seen)
+        for metrics, ranks in zip((masked, unmasked), both, strict=True):
             metrics.update(ranks.cpu())
     results: Results = {"masked": reduce_metrics(masked).result(), "unmasked": reduce_metrics(unmasked).result()}
     return masked.users, results
 
 
 def reduce_metrics(metrics: RankingMetrics) -> RankingMetrics:
-    """The metrics over the users of all ranks (collective)."""
+    """Sum metrics over all ranks, in place, and return them (collective)."""
     if dist.is_initialized():
         dist.all_reduce(metrics.state())
     return metrics

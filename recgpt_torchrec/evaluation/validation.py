@@ -1,4 +1,4 @@
-"""Validation between epochs: the model as it is, its held-out items ranked among the whole catalogue."""
+"""Validation between epochs: ranks held-out items among the whole catalogue."""
 
 from collections.abc import Callable
 
@@ -13,18 +13,18 @@ from recgpt_torchrec.model.recgpt import unwrapped
 from recgpt_torchrec.retrieval.encoding import encode
 
 METRIC = "NDCG@10"
-"""Decides about the best checkpoint and about stopping early."""
+"""The metric that decides which checkpoint is best and when training stops early."""
 
 
 def validation_of(
     training: SequenceStream, model: Model, batch: Batch, device: torch.device
 ) -> Callable[[nn.Module], "Validation"]:
-    """From a model to its validation, on the histories that a training stream reads."""
+    """A function from a model to its `Validation`, on the histories of a training stream."""
     reader = training.maker.reader
     stream = encoding_stream(
         reader.dataset, "validation", model, batch, prompts=reader.prompts, set_aside=reader.set_aside
     )
-    return lambda built: Validation(built, stream, device)
+    return lambda model: Validation(model, stream, device)
 
 
 class Validation:

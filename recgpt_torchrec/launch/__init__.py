@@ -1,1 +1,1 @@
-"""Jobs for torchx, and what runs once on each node."""
+"""Jobs for torchx, and the launcher that runs once on each node."""

@@ -1,8 +1,8 @@
-"""The job that runs one stage under torchrun: what a torchx component hands to a scheduler.
+"""Makes the torchx job that runs one stage under torchrun.
 
 Built on `torchx.components.dist.ddp`, with three differences: memory and CPU defaults that fit training, the Python
-interpreter of the submitting environment wherever it exists, and `recgpt_torchrec.launch.node` around torchrun. It
-knows nothing of what a stage does, and imports no torch: torchx loads it to list components.
+interpreter of the submitting environment where it exists, and `recgpt_torchrec.launch.node` around torchrun. This file
+knows nothing of what a stage does, and does not import torch, because torchx loads it to list components.
 """
 
 import inspect
@@ -17,12 +17,12 @@ from torchx.components import dist
 from torchx.specs.finder import ComponentValidationException
 
 MEMORY_MB_PER_PROCESS = 4096
-"""Asked of the scheduler for each process; importing torch and torchrec alone takes about 330 MB."""
+"""Memory requested per process, in MB; importing torch and torchrec alone takes about 330 MB."""
 CPUS_PER_PROCESS = 2
-"""Asked of the scheduler for each process: one for the step, one for the loader and the pipeline's communication."""
+"""CPU cores requested per process: one for the step, one for the loader and the pipeline's communication."""
 
-# The interpreter of the submitting environment, wherever the job finds it (local, Slurm with a shared file system), or
-# else that of the image. `$$` is torchx's escape for `$`.
+# The interpreter of the submitting environment where the job finds it (local, Slurm with a shared file system), else
+# that of the image. `$$` is torchx's escape for `$`.
 _COMMAND = 'python={python}; [ -x "$$python" ] || python=python3; exec "$$python" -m recgpt_torchrec.launch.node'
 
 
@@ -43,22 +43,22 @@ def make_job(
     mounts: Optional[list[str]] = None,  # noqa: UP045
     debug: bool = False,
 ) -> specs.AppDef:
-    """The job that runs `torchrun -m module args` on nodes x processes.
+    """Make the job that runs `torchrun -m module args` on nodes x processes.
 
     Args:
         module: Python module of the stage
         args: options of the stage, after `--`; `-- --help` lists them
         j: nodes x processes per node, as in 1x2 or 2x8; 2:4x8 runs on two to four nodes
-        cpu: CPU cores per node; 0 asks the scheduler for 2 per process, and locally uses all there are
-        memMB: memory per node in MB; 0 asks for 4096 per process
+        cpu: CPU cores per node; 0 requests 2 per process from a scheduler, and uses all cores in a local job
+        memMB: memory per node in MB; 0 requests 4096 per process
         gpu: GPUs per node
-        h: a named resource of torchx, instead of cpu, memMB and gpu
+        h: named resource of torchx, instead of cpu, memMB and gpu
         image: container image with this project installed; local and Slurm jobs do not use it
         name: name of the job, as in experiment/run
         env: environment variables of the job, as in A=1,B=2
-        max_retries: how often the scheduler starts a failed job again; a stage goes on from its last checkpoint
-        max_restarts: how often torchrun starts the processes of a job again when one failed; so does training go on
-        rdzv_port: port on the first node by which the nodes find each other
+        max_retries: how often the scheduler restarts a failed job; training resumes from its newest checkpoint
+        max_restarts: how often torchrun restarts the processes when one fails; training resumes in the same way
+        rdzv_port: port on the first node where the nodes meet
         mounts: mounts of a container, as in type=bind,src=/data,dst=/data,readonly
         debug: set PyTorch's flags for debugging distributed runs (slow)
     """
@@ -93,15 +93,19 @@ def make_job(
 
 
 def require_one_process(stage_name: str, j: str | None) -> None:
-    """Refuse a stage that would do its whole work once in every process of `-j`."""
+    """Refuse several processes for a stage of which each process would do all the work.
+
+    Raises:
+        ComponentValidationException: `j` is more than one process.
+    """
     if j not in (None, "1", "1x1"):
-        raise ComponentValidationException(f"{stage_name} is one process, but -j is {j}; leave -j out")
+        raise ComponentValidationException(f"-j is {j}, but {stage_name} runs in one process; leave -j out")
 
 
 def with_launch_options(component: Callable[..., specs.AppDef]) -> Callable[..., specs.AppDef]:
-    """Give `component(*args, **options)` the options of `make_job`, in its signature and in its docstring.
+    """Add the options of `make_job` to the signature and the docstring of `component(*args, **options)`.
 
-    torchx makes a component's command line from these two, so that each component would otherwise repeat them all.
+    torchx makes a component's command line from these two; without this each component would repeat all options.
     """
     signature = inspect.signature(make_job)
     options = [option for name, option in signature.parameters.items() if name != "module"]

@@ -1,10 +1,10 @@
-"""What runs once on each node of a job: torchrun, with threads that fit the machine and one line when a rank fails.
+"""The launcher of a job, run once on each node: torchrun with a fitting number of threads and one line for a failure.
 
-`python -m recgpt_torchrec.launch.node <options of torchrun> -m MODULE <options of MODULE>` is `torchrun ...` with three
-differences. Where `OMP_NUM_THREADS` is not set, each process gets its share of the cores (torchrun gives it one).
-Where torchrun ends with its own traceback, which buries what the failed rank said, this ends with one line.
-And a signal that asks the job to end (SIGTERM, SIGUSR1) is passed on to the ranks, which then have the time they need
-to save, as far as the scheduler gives it; the status is 75 then, which tells schedulers to try again.
+`python -m recgpt_torchrec.launch.node <options of torchrun> -m MODULE <options of MODULE>` differs from `torchrun ...`
+in three ways. If `OMP_NUM_THREADS` is not set, each process gets its share of the cores (torchrun gives it one). If a
+rank fails, the last line says how; torchrun's own traceback would bury the messages of that rank. And a signal that
+asks the job to end (SIGTERM, SIGUSR1) is passed on to the ranks, which have time to save, as far as the scheduler
+allows; the exit status is then 75, which tells schedulers to try again.
 """
 
 import logging
@@ -18,23 +18,24 @@ from typing import Any
 from recgpt_torchrec.errors import REFUSED, STOP_SIGNALS, STOPPED
 
 LAST_WORDS_SECONDS = 0.3
-"""torchx's local scheduler copies output every 0.1 s and may lose what came after the last copy before the exit."""
+"""Wait before the exit: torchx's local scheduler copies output every 0.1 s and may lose what is printed at the end."""
 SHUTDOWN_SECONDS = 600
-"""How long ranks that were asked to end may take, unless `--shutdown_timeout` says so: schedulers have their own limit
-and kill what is left, so this one must not be shorter."""
+"""Default of `--shutdown_timeout`: how long ranks may take to end after a signal. It must not be shorter than the
+scheduler's own limit, after which the scheduler kills them."""
 HINTS = {
-    "SIGKILL": " (is there enough memory? the system kills what takes too much)",
-    "SIGABRT": " (by another rank, if that said above that nothing moved any more)",
+    "SIGKILL": " (is there enough memory? the system kills a process that takes too much)",
+    "SIGABRT": " (by another rank, if that rank reported above that the run made no progress)",
 }
+"""What may have sent a signal that killed a rank, by its name."""
 
 
 def main() -> None:
-    """Run torchrun on this process's arguments; exit with the status of the first rank that failed."""
+    """Run torchrun with this process's arguments, and exit with the status of the first rank that failed."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # Its one message, "failed (exitcode: ...)", is what the line below says.
+    # This logger's only message, "failed (exitcode: ...)", would repeat the line printed below.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     renew_store_at_each_start()
     args = run.parse_args(sys.argv[1:])
@@ -50,51 +51,57 @@ def main() -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-        how = "stopped" if status == STOPPED else "failed"
-        print(f"{args.training_script} {how}: {describe(rank, failure.exitcode)}", file=sys.stderr, flush=True)
+        outcome = "stopped" if status == STOPPED else "failed"
+        print(f"{args.training_script} {outcome}: {describe(rank, failure.exitcode)}", file=sys.stderr, flush=True)
     except SignalException as asked:
         status = STOPPED if asked.sigval in STOP_SIGNALS else 128 + asked.sigval
         name = signal.Signals(asked.sigval).name
-        print(f"{args.training_script} ended by {name}; its status is {status}", file=sys.stderr, flush=True)
+        print(f"{args.training_script} was ended by {name}; exit status {status}", file=sys.stderr, flush=True)
     time.sleep(LAST_WORDS_SECONDS)
     sys.exit(status)
 
 
 def renew_store_at_each_start() -> None:
-    """Let torchrun make a new store each time that it starts the processes.
+    """Make torchrun create a new store each time it starts the processes.
 
-    torch 2.13 keeps the first one, and a rank that was started again then finds the address of a process that is gone:
-    "Gloo connectFullMesh failed ... Connection refused", seen after a rank was killed while the group was made.
+    torch 2.13 keeps the first store, where a restarted rank finds the address of a process that is gone: "Gloo
+    connectFullMesh failed ... Connection refused", seen after a rank was killed while the process group was created.
     """
     from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
-    meet = DynamicRendezvousHandler.next_rendezvous
+    original = DynamicRendezvousHandler.next_rendezvous
 
     def next_rendezvous(self: Any) -> Any:
         self._bootstrap_store_info = self._shared_tcp_store_server = None
-        return meet(self)
+        return original(self)
 
     DynamicRendezvousHandler.next_rendezvous = next_rendezvous  # type: ignore[method-assign]
 
 
 def describe(rank: int, exit_code: int) -> str:
-    """How the first failing rank ended, in words; a negative `exit_code` is the signal that killed it."""
+    """How the first failing rank ended, in words.
+
+    Args:
+        rank: its number.
+        exit_code: its exit status; if negative, the signal that killed it.
+    """
     if exit_code == STOPPED:
-        return f"rank {rank} or another was asked to end by a signal; the same command goes on"
+        return f"a signal asked rank {rank} or another rank to end; give the same command again to resume"
     if exit_code >= 0:
-        who = f"[{rank}]" if rank == 0 or exit_code != REFUSED else f"[{rank}] or [0]"  # rank 0 says what options lack
-        return f"rank {rank} ended with exit status {exit_code}; what it said stands above, behind {who}"
+        # Only rank 0 prints what is wrong with the options.
+        prefix = f"[{rank}]" if rank == 0 or exit_code != REFUSED else f"[{rank}] or [0]"
+        return f"rank {rank} ended with exit status {exit_code}; its messages are above, after {prefix}"
     name = signal.Signals(-exit_code).name
     return f"rank {rank} was killed by {name}{HINTS.get(name, '')}"
 
 
 def threads_per_process(cores: int, processes: int) -> int:
-    """The even share of `cores`, at least one."""
+    """Number of threads for each process: an even share of the cores, at least one."""
     return max(1, cores // processes)
 
 
 def available_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Cores this process may use: by its affinity (Slurm, taskset) and by its cgroup's quota (containers)."""
+    """Number of cores this process may use: by its affinity (Slurm, taskset) and its cgroup's quota (containers)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = quota_file.read_text().split()

@@ -1,4 +1,4 @@
-"""The causal decoder, on a packed grid: only the attention mask knows where one sequence ends and the next begins."""
+"""The causal decoder on a packed grid. The attention mask alone separates the sequences of a row."""
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,7 @@ from recgpt_torchrec.model.dropout import dropout
 
 
 class Block(nn.Module):
-    """One decoder block: causal self-attention and a feed-forward layer, each with dropout, residual and norm after
-    it."""
+    """One decoder block: causal self-attention and feed-forward layer, each followed by dropout, residual and norm."""
 
     def __init__(self, config: Model) -> None:
         super().__init__()
@@ -23,7 +22,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(dim, config.feed_forward * dim), nn.Linear(config.feed_forward * dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """[rows, row_length, dim] -> the same; `mask` as of `attention_mask`."""
+        """[rows, row_length, dim] -> the same; `mask` from `attention_mask`."""
         q, k, v = self.project(x)
         return self.finish(x, attention(q, k, v, mask, self.attention_dropout if self.training else 0.0))
 
@@ -33,10 +32,11 @@ class Block(nn.Module):
         q, k, v = self.qkv(x).view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         return q, k, v
 
-    def finish(self, x: Tensor, seen: Tensor) -> Tensor:
-        """What follows attention: `seen` [rows, heads, length, head_dim] joins `x` [rows, length, dim]."""
-        seen = self.out(seen.transpose(1, 2).reshape(x.shape))
-        x = self.norm_attention(x + dropout(seen, self.dropout, self.training))
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Run the block from attention's result on: block input `x` [rows, length, dim] and `attended` [rows, heads,
+        length, head_dim] -> block output [rows, length, dim]."""
+        attended = self.out(attended.transpose(1, 2).reshape(x.shape))
+        x = self.norm_attention(x + dropout(attended, self.dropout, self.training))
         return self.norm_feed(x + dropout(self.down(F.gelu(self.up(x))), self.dropout, self.training))
 
 
@@ -45,7 +45,7 @@ class Decoder(nn.Module):
     history.
 
     Both means are causal low-pass filters of the item vectors, which attention alone learns badly from sparse logs: a
-    linear map of the running mean joins the input, and a mean that forgets by a learned rate joins the output.
+    linear map of the running mean is added to the input, and a mean that decays at a learned rate to the output.
     """
 
     def __init__(self, config: Model, segments: bool = False) -> None:
@@ -58,7 +58,7 @@ class Decoder(nn.Module):
         if config.history_in:
             self.mean_in = nn.Linear(config.dim, config.dim, bias=False)
             nn.init.eye_(self.mean_in.weight)
-        if segments:  # starts at 0, so that prompt-tuning starts from what was pre-trained
+        if segments:  # zeros, so that prompt-tuning starts from the pre-trained model
             self.segment = nn.Embedding(SEGMENTS, config.dim)
             nn.init.zeros_(self.segment.weight)
         if config.history_out:
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
             position, segment, sequence: [rows, row_length] int64, as in `SequenceBatch`.
 
         Returns:
-            [rows, row_length, dim] outputs; what follows an entry is scored by the inner product with item vectors.
+            [rows, row_length, dim] outputs; the next item is scored by the inner product of output and item vector.
         """
         mask = attention_mask(sequence)
         mean = history_weights(mask, 0.0) @ items if self.config.history_in else None

@@ -19,8 +19,8 @@ def table(name: str, feature: str, rows: int, dim: int) -> EmbeddingBagCollectio
 class RecGPT(nn.Module):
     """The whole model, from a batch of distinct ids to a loss (paper, section 4.2).
 
-    Sharded tables are called in `forward` itself, with jagged tensors straight from the batch: that is what lets the
-    train pipeline start their all-to-all a step ahead.
+    `forward` itself calls the sharded tables, with jagged tensors straight from the batch, so that the train pipeline
+    can start their all-to-all one step ahead.
     """
 
     def __init__(self, model: Model, loss: Loss, users: int, items: int, tuning: Tuning | None = None) -> None:
@@ -43,7 +43,7 @@ class RecGPT(nn.Module):
 
     @property
     def scoring_table(self) -> nn.Module:
-        """The table whose vectors outputs are scored against: W_l where there is one, else the item table."""
+        """The table that scores outputs: W_l of the paper (section 4.3) where there is one, else the item table."""
         return self.output_table if self.tuning is not None and self.tuning.output_table else self.item_table
 
 

@@ -1,7 +1,7 @@
-"""Raw files of every format into DuckDB: the part of reading a log that is one engine's own.
+"""Loads raw files of every format into DuckDB: the part of reading a log that depends on the engine.
 
-Fills two tables: `log_rows`, what each row says (as `rows.meaning` has it), in the order of the input; and `malformed`,
-lines that cannot even be split into columns.
+Fills two tables: `log_rows`, the rows as `rows.parse_rows` returns them, in the order of the input; and `malformed`,
+the lines that cannot be split into columns.
 """
 
 import csv
@@ -17,14 +17,14 @@ import pyarrow.parquet as pq
 
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.preparation.engine import DuckDBEngine, quoted
+from recgpt_torchrec.preparation.engine import DuckDBEngine, quote_sql
 from recgpt_torchrec.preparation.inputs import InputFile
-from recgpt_torchrec.preparation.rows import BLANK, meaning
+from recgpt_torchrec.preparation.rows import BLANK, parse_rows
 from recgpt_torchrec.storage import fsspec_filesystem
 
 RECBOLE_TYPES = ("token", "float", "token_seq", "float_seq")
 LONGEST_LINE = 16 * 2**20
-"""Bytes; a longer line of a text file is set aside as malformed."""
+"""Maximum length of a line of a text file, in bytes; a longer one is malformed."""
 
 
 LOG = ibis.table(
@@ -41,13 +41,13 @@ LOG = ibis.table(
     },
     name="log",
 )
-"""What `DuckDBReader` makes of the rows: as `rows.meaning` has them, and `order`, their place in the input."""
+"""The rows that `DuckDBReader` loads, as `rows.parse_rows` returns them; `order` is their index in the input."""
 MALFORMED = ibis.table({"file": "int64", "line": "int64", "reason": "string", "text": "string"}, name="malformed")
-"""Lines that cannot be split into columns: number of the file, line in it from 1."""
+"""Lines that cannot be split into columns: index of the file from 0, number of the line from 1."""
 
 
 class DuckDBReader:
-    """Loads one file after the other into the table `log_rows`, and lines no reader can split into `malformed`."""
+    """Loads files, one after the other, into the tables `log_rows` and `malformed`."""
 
     def __init__(self, engine: DuckDBEngine, config: Prepare, timed: bool) -> None:
         self.engine, self.config, self.timed = engine, config, timed
@@ -65,14 +65,18 @@ class DuckDBReader:
             "CREATE TABLE log_rows (user VARCHAR, item VARCHAR, time BIGINT, fraction DOUBLE, rating DOUBLE, "
             "click DOUBLE, problem VARCHAR, text VARCHAR)"
         )
-        self.run('CREATE VIEW log AS SELECT *, rowid AS "order" FROM log_rows')  # rows keep the order they came in
+        self.run('CREATE VIEW log AS SELECT *, rowid AS "order" FROM log_rows')  # rows keep the order of loading
         self.run("CREATE TABLE malformed (file BIGINT, line BIGINT, reason VARCHAR, text VARCHAR)")
 
     def load(self, index: int, file: InputFile) -> None:
-        """Read one file.
+        """Load one file.
+
+        Args:
+            index: index of the file in the input.
+            file: the file.
 
         Raises:
-            InputError: names the file and what is wrong with it.
+            InputError: the file is not of its format, or lacks a column.
         """
         self.first_rows.append(self._count("log_rows"))
         self.header_lines.append(1 if file.format in ("csv", "tsv", "recbole") else 0)
@@ -104,15 +108,15 @@ class DuckDBReader:
         names = [name.strip() for name in header]
         if self.file.format == "recbole":
             names = self._recbole_names(names)
-        chosen = self._choose(names)
-        columns = [f"c{place}" for place in range(len(names))]
+        chosen = self._find_columns(names)
+        columns = [f"c{index}" for index in range(len(names))]
         text = ", ".join(f"coalesce({column}, '')" for column in columns)
         self._insert(
-            {name: columns[place] for name, place in chosen.items()},
+            {name: columns[index] for name, index in chosen.items()},
             self._text_source(columns, delimiter, quote, header=True),
-            text=f"array_to_string([{text}], {quoted(delimiter)})",
+            text=f"array_to_string([{text}], {quote_sql(delimiter)})",
         )
-        self._keep_malformed()
+        self._move_malformed()
 
     def _load_tsv(self) -> None:
         self._load_csv("\t")
@@ -124,9 +128,9 @@ class DuckDBReader:
         pairs = [name.rpartition(":") for name in header]
         if not all(name and kind in RECBOLE_TYPES for name, _, kind in pairs):
             raise InputError(
-                f"{self.file.path} is not a RecBole file: its first line must be tab separated name:type fields "
+                f"{self.file.path} is not a RecBole file: its first line must be tab-separated name:type fields "
                 f"with types {', '.join(RECBOLE_TYPES)}, for example user_id:token; "
-                f"it is {shortened(chr(9).join(header))!r}"
+                f"it is {shorten(chr(9).join(header))!r}"
             )
         return [name for name, _, _ in pairs]
 
@@ -134,50 +138,52 @@ class DuckDBReader:
         first = self._first_lines()
         if first and not any(_is_object(line) for line in first) and not (len(first) == 1 and first[0].startswith("{")):
             hint = (
-                " (it begins like one JSON array; write one object a line)" if first[0].lstrip().startswith("[") else ""
+                " (it begins like one JSON array; write one object per line)"
+                if first[0].lstrip().startswith("[")
+                else ""
             )
             raise InputError(
-                f"{self.file.path} is not JSON lines: its first line is {shortened(first[0])!r}, not an object{hint}"
+                f"{self.file.path} is not JSON lines: its first line is {shorten(first[0])!r}, not an object{hint}"
             )
         source = (
             "(SELECT line, CASE WHEN json_type(value) = 'OBJECT' THEN value END AS object FROM "
             f"(SELECT line, TRY_CAST(line AS JSON) AS value FROM {self._line_source()}))"
         )
-        members = {name: f"object->>{quoted(_json_path(column))}" for name, column in self.columns.items()}
-        blank = f"WHEN trim(line) = '' OR line IS NULL THEN {quoted(BLANK)}"
+        members = {name: f"object->>{quote_sql(_json_path(column))}" for name, column in self.columns.items()}
+        blank = f"WHEN trim(line) = '' OR line IS NULL THEN {quote_sql(BLANK)}"
         fault = f"CASE {blank} WHEN object IS NULL THEN 'malformed line' END"
         start = self.first_rows[-1]
         self._insert(members, source, text="line", fault=fault)
-        self._keep_malformed()
-        # A key may be absent from some rows; absent from all of them is a wrong name.
+        self._move_malformed()
+        # A key may be absent from some rows; if it is absent from all, its name is wrong.
         usable, rated = self._fetch(
             f"SELECT count(*), count(rating) FROM log_rows WHERE rowid >= {start} AND problem IS NULL"
         )
         if not usable or ("rating" in self.columns and not rated):
             keys = self._fetch(
-                f"SELECT list(DISTINCT key) FROM (SELECT unnest(json_keys(object)) AS key FROM {_lenient(source)})"
+                f"SELECT list(DISTINCT key) FROM (SELECT unnest(json_keys(object)) AS key FROM {_make_lenient(source)})"
             )[0]
             self._drop_faults()
             for name, column in self.columns.items():
                 if keys and column not in keys:
-                    raise self._missing(name, column, sorted(keys))
+                    raise self._explain_missing(name, column, sorted(keys))
 
     def _load_sequences(self) -> None:
         first = self._first_lines()
         if first and all(":" in word and word.rpartition(":")[2] in RECBOLE_TYPES for word in first[0].split()):
             raise InputError(
-                f"{self.file.path} is not of the format sequences but of recbole; pass --input_format recbole"
+                f"{self.file.path} is a RecBole file, not of the format sequences; pass --input_format recbole"
             )
         if first and all(len(line.split()) < 2 for line in first):
             raise InputError(
-                f"{self.file.path} is not of the format sequences (a line a user: user item item ..., separated by "
-                f"blanks): its first line is {shortened(first[0])!r}"
+                f"{self.file.path} is not of the format sequences (one line per user: user item item ..., "
+                f"separated by blanks): its first line is {shorten(first[0])!r}"
             )
         source = self._line_source()
         self._drop_faults()
         words = "regexp_split_to_array(trim(line), '\\s+')"
         self._run_text(f"CREATE TABLE lines AS SELECT trim(line) AS line, {words} AS words FROM {source}")
-        self._keep_malformed()
+        self._move_malformed()
         self.run(
             f"INSERT INTO malformed SELECT {self.index}, rowid + 1, 'no item', line FROM lines "
             "WHERE line <> '' AND len(words) < 2"
@@ -191,20 +197,20 @@ class DuckDBReader:
     def _load_parquet(self) -> None:
         with self.file.open() as stream:
             schema = pq.read_schema(stream)
-        chosen = self._choose(schema.names)
+        chosen = self._find_columns(schema.names)
         for name, place in chosen.items():
             kind = schema.field(place).type
             if pa.types.is_nested(kind):
                 raise InputError(
                     f"{self.file.path}: column {schema.names[place]!r} holds {kind}, and the {name} must be a plain "
-                    f"value; write one row an interaction, or name another column with --{name}_column"
+                    f"value; write one row per interaction, or name another column with --{name}_column"
                 )
         kinds = {name: schema.field(place).type for name, place in chosen.items()}
-        source = f"read_parquet({quoted(self.file.path)}, binary_as_string=true)"
-        columns = {name: _identifier(schema.names[place]) for name, place in chosen.items()}
+        source = f"read_parquet({quote_sql(self.file.path)}, binary_as_string=true)"
+        columns = {name: _quote_identifier(schema.names[place]) for name, place in chosen.items()}
         text = ", ".join(f"{column} := {column}" for column in dict.fromkeys(columns.values()))
-        # The statistics of a Parquet file leave NaN out, and DuckDB 2.0 goes by them: isnan is never true, and what
-        # try_cast should turn into null is an error.
+        # Parquet statistics leave NaN out, and DuckDB 2.0 relies on them: isnan is never true, and try_cast fails where
+        # it should return null.
         self.run("SET disabled_optimizers = 'statistics_propagation'")
         self._insert(columns, source, text=f"CAST(to_json(struct_pack({text})) AS VARCHAR)", kinds=kinds)
         self.run("RESET disabled_optimizers")
@@ -212,7 +218,7 @@ class DuckDBReader:
     # -- shared
 
     def _check_text(self) -> None:
-        """Catch what a text reader would make nonsense of."""
+        """Raise an `InputError` if the file is not text, which a text reader would misread."""
         path = self.file.path
         with self.file.open() as stream:
             start = stream.read(65536)
@@ -224,53 +230,54 @@ class DuckDBReader:
             raise InputError(f"{path} is not {self.file.format}: it is not UTF-8 text (it holds zero bytes)")
 
     def _first_lines(self, count: int = 10) -> list[str]:
-        """The first lines that hold something."""
+        """The first lines that are not blank."""
         with self.file.open() as stream:
             text = stream.read(262_144).decode("utf-8-sig", errors="replace")
         return [line for line in text.splitlines() if line.strip()][:count]
 
-    def _choose(self, names: list[str]) -> dict[str, int]:
-        """Where the wanted columns stand."""
+    def _find_columns(self, names: list[str]) -> dict[str, int]:
+        """The index of each column to read."""
         for name, column in self.columns.items():
             if column not in names:
-                raise self._missing(name, column, names)
+                raise self._explain_missing(name, column, names)
         return {name: names.index(column) for name, column in self.columns.items()}
 
-    def _missing(self, name: str, column: str, there: list[str]) -> InputError:
+    def _explain_missing(self, name: str, column: str, names: list[str]) -> InputError:
         hint = ""
         if name == "time":
             hint = ", or pass --time_column null if rows are already in time order"
-        if len(there) == 1:
-            other = next(
+        if len(names) == 1:
+            separator = next(
                 (
                     word
                     for mark, word in ((";", "semicolons"), ("\t", "tabs (tsv)"), (",", "commas (csv)"))
-                    if mark in there[0]
+                    if mark in names[0]
                 ),
                 "",
             )
-            hint += f". Is it separated by {other}, and not {self.file.format}?" if other else ""
-        if there and there[0].startswith("{"):
+            hint += f". Is it separated by {separator}, and not {self.file.format}?" if separator else ""
+        if names and names[0].startswith("{"):
             hint += ". It looks like JSON lines: pass --input_format jsonl"
-        shown = ", ".join(repr(shortened(entry)) for entry in there[:30]) + (", ..." if len(there) > 30 else "")
+        shown = ", ".join(repr(shorten(entry)) for entry in names[:30]) + (", ..." if len(names) > 30 else "")
         return InputError(
             f"{self.file.path} has no column {column!r} for the {name}; it has {shown or 'none'}. "
             f"Name the right one with --{name}_column{hint}"
         )
 
     def _text_source(self, columns: list[str], delimiter: str, quote: str, *, header: bool) -> str:
-        """A `read_csv` of the file, every column text. `_keep_malformed` must follow its use."""
-        kinds = ", ".join(f"{quoted(column)}: 'VARCHAR'" for column in columns)
+        """SQL that reads the file with every column as text. `_move_malformed` must follow its use."""
+        kinds = ", ".join(f"{quote_sql(column)}: 'VARCHAR'" for column in columns)
         compression = "gzip" if self.file.path.endswith(".gz") else "none"
         return (
-            f"read_csv({quoted(self.file.path)}, auto_detect=false, header={header}, delim={quoted(delimiter)}, "
-            f"quote={quoted(quote)}, escape={quoted(quote)}, columns={{{kinds}}}, compression={quoted(compression)}, "
-            f"max_line_size={LONGEST_LINE}, buffer_size={2 * LONGEST_LINE}, strict_mode=STRICT, "
-            "store_rejects=true, rejects_table='reader_faults', rejects_scan='reader_scans', rejects_limit=0)"
+            f"read_csv({quote_sql(self.file.path)}, auto_detect=false, header={header}, delim={quote_sql(delimiter)}, "
+            f"quote={quote_sql(quote)}, escape={quote_sql(quote)}, columns={{{kinds}}}, "
+            f"compression={quote_sql(compression)}, max_line_size={LONGEST_LINE}, buffer_size={2 * LONGEST_LINE}, "
+            "strict_mode=STRICT, store_rejects=true, rejects_table='reader_faults', rejects_scan='reader_scans', "
+            "rejects_limit=0)"
         )
 
     def _line_source(self) -> str:
-        """The file as one column, `line`: split at a character that no sensible line holds."""
+        """SQL that reads the file as one column, `line`: its delimiter is a character that no sensible line holds."""
         return self._text_source(["line"], chr(31), "", header=False)
 
     def _insert(
@@ -282,32 +289,34 @@ class DuckDBReader:
         fault: str = "NULL",
         kinds: dict[str, pa.DataType] | None = None,
     ) -> None:
-        """Add a source's rows to `log_rows`."""
+        """Add the rows of a source to `log_rows`; `columns`, `source`, `text` and `fault` are SQL."""
         names = ("user", "item", "time", "rating", "click")
         types = {name: _ibis_type((kinds or {}).get(name, pa.string())) for name in names}
-        chosen = ", ".join(f"{columns.get(name, 'NULL::VARCHAR')} AS {_identifier(name)}" for name in types)
+        chosen = ", ".join(f"{columns.get(name, 'NULL::VARCHAR')} AS {_quote_identifier(name)}" for name in types)
         self._drop_faults()
         table = ibis.table({**types, "fault": "string", "text": "string"}, name="source")
-        rows = self.engine.sql(meaning(table, timed=self.timed, rated="rating" in columns, labelled="click" in columns))
+        rows = self.engine.sql(
+            parse_rows(table, timed=self.timed, rated="rating" in columns, labelled="click" in columns)
+        )
         source = f"SELECT {chosen}, ({fault})::VARCHAR AS fault, {text} AS text FROM {source}"
         self._run_text(f"INSERT INTO log_rows WITH source AS ({source}) {rows}")
 
     def _run_text(self, statement: str) -> None:
-        """Run a statement with a text source, by the letter of the format; if line endings are mixed, less strictly."""
+        """Run a statement with a text source in strict mode, or in lenient mode if line endings are mixed."""
         try:
             self.run(statement.replace("strict_mode=STRICT", "strict_mode=true"))
         except duckdb.InvalidInputException as error:
             if "state machine" not in str(error):
                 raise
             self._drop_faults()
-            self.run(_lenient(statement))
+            self.run(_make_lenient(statement))
 
     def _drop_faults(self) -> None:
         self.run("DROP TABLE IF EXISTS reader_faults")
         self.run("DROP TABLE IF EXISTS reader_scans")
 
-    def _keep_malformed(self) -> None:
-        """Move the lines the reader could not split to `malformed`."""
+    def _move_malformed(self) -> None:
+        """Move the lines that the reader could not split to `malformed`."""
         self.run(
             f"INSERT INTO malformed SELECT {self.index}, line, 'malformed line', ltrim(any_value(csv_line), chr(10)) "
             "FROM reader_faults GROUP BY line"
@@ -330,12 +339,12 @@ def _ibis_type(kind: pa.DataType) -> dt.DataType:
     return dt.DataType.from_pyarrow(kind)
 
 
-def _lenient(statement: str) -> str:
-    """`statement` with a text source that takes mixed line endings and stray quotes."""
+def _make_lenient(statement: str) -> str:
+    """The statement in lenient mode, which accepts mixed line endings and stray quotes."""
     return statement.replace("strict_mode=STRICT", "strict_mode=false")
 
 
-def _identifier(name: str) -> str:
+def _quote_identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
@@ -350,7 +359,7 @@ def _json_path(key: str) -> str:
     return '$."' + key.replace('"', '\\"') + '"'
 
 
-def shortened(text: str | None, length: int = 80) -> str:
-    """The beginning of `text`, for a message."""
+def shorten(text: str | None, length: int = 80) -> str:
+    """The first `length` characters of `text`, for a message."""
     text = text or ""
     return text if len(text) <= length else text[:length] + "..."

@@ -1,7 +1,7 @@
-"""What runs the Ibis expressions of `prepare`: an engine that keeps tables, and hands results out in order, in batches.
+"""The engine that runs the Ibis expressions of `prepare`: it stores tables and returns results in order, in batches.
 
-Ibis is used as the language and as the compiler; the engine gets finished SQL. Nothing else of `prepare` knows which
-engine it is, apart from the reading of raw files (`raw.py`), which differs between engines by nature.
+Ibis is the language and the compiler; the engine gets SQL. Beside this file only the reading of raw files
+(`duckdb_reader.py`) depends on the engine.
 """
 
 import shutil
@@ -25,7 +25,7 @@ class DuckDBEngine:
 
     Example:
         with DuckDBEngine("/tmp") as engine:
-            kept = engine.save("kept", table.filter(table.n > 1))
+            active = engine.save("active", table.filter(table.n > 1))
     """
 
     dialect = "duckdb"
@@ -34,9 +34,10 @@ class DuckDBEngine:
         """Open an empty database.
 
         Args:
-            parent: local folder in which a folder is made for the database and what spills; `close` removes it.
-            memory_limit: most memory DuckDB takes before it spills, for example `4GB`; its own default is 80% of
-                the machine's.
+            parent: local folder in which a scratch folder is created for the database and what spills; `close` removes
+                it.
+            memory_limit: maximum memory that DuckDB takes before it spills, for example `4GB`; None: 80% of the
+                machine's, DuckDB's default.
 
         Raises:
             InputError: `memory_limit` is not a size, or `parent` cannot be written to.
@@ -45,16 +46,16 @@ class DuckDBEngine:
             self.scratch = Path(tempfile.mkdtemp(prefix=".prepare-", dir=parent))
         except OSError as error:
             raise InputError(
-                f"cannot write to {parent}, the place for temporary tables: {error}; give --scratch"
+                f"cannot write temporary tables to {parent}: {error}; give another folder with --scratch"
             ) from None
         try:
             self.connection = duckdb.connect(str(self.scratch / "prepare.duckdb"))
             self.connection.execute("SET TimeZone = 'UTC'")  # a date-time without an offset is UTC, on every machine
             self.connection.execute("SET enable_progress_bar = false")
-            self.connection.execute(f"SET temp_directory = {quoted(str(self.scratch / 'spill'))}")
+            self.connection.execute(f"SET temp_directory = {quote_sql(str(self.scratch / 'spill'))}")
             if memory_limit is not None:
                 try:
-                    self.connection.execute(f"SET memory_limit = {quoted(memory_limit)}")
+                    self.connection.execute(f"SET memory_limit = {quote_sql(memory_limit)}")
                 except duckdb.Error:
                     raise InputError(f"--memory_limit {memory_limit} is not a size such as 4GB or 500MB") from None
         except BaseException:
@@ -73,12 +74,12 @@ class DuckDBEngine:
         shutil.rmtree(self.scratch, ignore_errors=True)
 
     def save(self, name: str, expression: ir.Table) -> ir.Table:
-        """Compute `expression` into the table `name` and return that table, for further expressions."""
+        """Store the result of `expression` as the table `name`, and return that table for further expressions."""
         self.connection.execute(f'CREATE TABLE "{name}" AS {self.sql(expression)}')
         return ibis.table(expression.schema(), name=name)
 
     def fill(self, name: str, tables: Iterable[pa.Table], schema: pa.Schema) -> ir.Table:
-        """Put Arrow tables of one schema, one after the other, into the table `name` and return that table."""
+        """Store Arrow tables of one schema, one after the other, as the table `name`, and return that table."""
         self.connection.register("incoming", schema.empty_table())
         self.connection.execute(f'CREATE TABLE "{name}" AS SELECT * FROM incoming')
         for table in tables:
@@ -88,14 +89,14 @@ class DuckDBEngine:
         return ibis.table(ibis.Schema.from_pyarrow(schema), name=name)
 
     def drop(self, *names: str) -> None:
-        """Forget tables, so that their space on disk is used again."""
+        """Drop tables, so that their space on disk is reused."""
         for name in names:
             self.connection.execute(f'DROP TABLE IF EXISTS "{name}"')
 
     def batches(self, expression: ir.Table, rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
-        """The rows of `expression`, in its order, never more than a few batches of them in memory."""
+        """The rows of `expression`, in its order, with only a few batches in memory at a time."""
         schema = expression.schema().to_pyarrow()
-        # A cursor of its own: whoever reads these batches may ask for other things before it comes to the last one.
+        # A cursor of its own: the caller may run other queries before it has read the last batch.
         for batch in self.connection.cursor().sql(self.sql(expression)).to_arrow_reader(rows):
             # DuckDB's own types may be wider: a sum of int64 is a 128-bit integer there.
             yield batch if batch.schema.equals(schema) else batch.cast(schema)
@@ -110,10 +111,10 @@ class DuckDBEngine:
         return row
 
     def sql(self, expression: ir.Table) -> str:
-        """What this engine runs for `expression`."""
+        """`expression` as SQL of this engine."""
         return str(ibis.to_sql(expression, dialect=self.dialect))
 
 
-def quoted(text: str) -> str:
+def quote_sql(text: str) -> str:
     """`text` as a string literal of SQL."""
     return "'" + text.replace("'", "''") + "'"

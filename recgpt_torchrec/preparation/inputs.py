@@ -1,6 +1,6 @@
-"""Which files an `--input` names, and how to open one.
+"""Lists the files that `--input` names, and opens them.
 
-Knows names, sizes and formats by ending; nothing of what is inside.
+Knows their names, sizes and endings, and nothing of their contents.
 """
 
 import glob
@@ -42,18 +42,18 @@ class InputFile:
 
 
 def list_files(patterns: list[str], input_format: str, output: str) -> list[InputFile]:
-    """The files that `--input` names: files, folders (searched to the bottom) and globs, in the order given.
+    """The files that `--input` names: files, folders (searched to the bottom) and globs, in the given order.
 
-    Files in a folder come sorted by path; hidden files, files starting with `_`, and anything under `output` are left
-    out; with `auto`, so are files whose ending says nothing.
+    Files in a folder are sorted by path. Hidden files, files starting with `_` and anything under `output` are left
+    out; with `auto`, so are files with an unknown ending.
 
     Raises:
-        InputError: nothing there, or `auto` cannot tell a file's format.
+        InputError: there is no such file, or `auto` does not know the ending of a file that is named itself.
     """
-    found: dict[str, InputFile] = {}
+    files: dict[str, InputFile] = {}
     for pattern in patterns:
-        some = False
-        for path, size, modified, named in _expand(pattern, output):
+        has_files = False
+        for path, size, modified, named in _find_files(pattern, output):
             plain = path.removesuffix(".gz")
             kind = input_format if input_format != "auto" else ENDINGS.get(os.path.splitext(plain)[1].lower(), "")
             if not kind and not named:
@@ -64,18 +64,18 @@ def list_files(patterns: list[str], input_format: str, output: str) -> list[Inpu
                     f"{path}: its ending does not say what format it is (known: {known}, also with .gz); "
                     "pass --input_format csv, tsv, jsonl, parquet, sequences or recbole"
                 )
-            some = True
-            place = path if "://" in path else os.path.realpath(path)
-            found.setdefault(place, InputFile(path=path, format=kind, bytes=size, modified=modified))
-        if not some:
+            has_files = True
+            key = path if "://" in path else os.path.realpath(path)
+            files.setdefault(key, InputFile(path=path, format=kind, bytes=size, modified=modified))
+        if not has_files:
             raise InputError(
                 f"--input {pattern}: no file there has a known ending ({' '.join(ENDINGS)}); pass --input_format"
             )
-    return list(found.values())
+    return list(files.values())
 
 
-def _expand(pattern: str, output: str) -> Iterator[tuple[str, int, str, bool]]:
-    """Path, bytes and modification time of each file `pattern` stands for; whether it was named itself."""
+def _find_files(pattern: str, output: str) -> Iterator[tuple[str, int, str, bool]]:
+    """Path, bytes and modification time of each file that `pattern` names; whether it is named itself."""
     if "://" in pattern:
         try:
             fs, root = fsspec_filesystem(pattern)
@@ -85,7 +85,7 @@ def _expand(pattern: str, output: str) -> Iterator[tuple[str, int, str, bool]]:
         for match in matches:
             inside = sorted(fs.find(match)) if fs.isdir(match) else [match]
             for path in inside:
-                if path == match or _visible(os.path.relpath(path, match)):
+                if path == match or _is_visible(os.path.relpath(path, match)):
                     info = fs.info(path)
                     changed = str(info.get("mtime") or info.get("LastModified") or info.get("ETag") or "")
                     yield fs.unstrip_protocol(path), info["size"], changed, path == match
@@ -96,7 +96,7 @@ def _expand(pattern: str, output: str) -> Iterator[tuple[str, int, str, bool]]:
             inside = [match]
             if os.path.isdir(match):
                 inside = sorted(os.path.join(folder, name) for folder, _, names in os.walk(match) for name in names)
-                inside = [path for path in inside if _visible(os.path.relpath(path, match))]
+                inside = [path for path in inside if _is_visible(os.path.relpath(path, match))]
             for path in inside:
                 if not os.path.isdir(path) and not os.path.abspath(path).startswith(below):
                     status = os.stat(path)
@@ -105,5 +105,5 @@ def _expand(pattern: str, output: str) -> Iterator[tuple[str, int, str, bool]]:
         raise InputError(f"--input {pattern}: no such file or folder, and no file matches it as a pattern")
 
 
-def _visible(path: str) -> bool:
+def _is_visible(path: str) -> bool:
     return not any(part.startswith((".", "_")) for part in path.split(os.sep))

@@ -1,4 +1,4 @@
-"""k-core filtering: drop users and items with too few interactions, again and again until none is left to drop."""
+"""k-core filtering: drop users and items with too few interactions, repeatedly, until none is left to drop."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from recgpt_torchrec.preparation.engine import DuckDBEngine
 
 @dataclass(kw_only=True)
 class Round:
-    """What was there when a round began, and what it removed."""
+    """Users, items and interactions at the start of a round, and how many it removed."""
 
     users: int
     items: int
@@ -21,14 +21,14 @@ class Round:
 
 @dataclass(kw_only=True)
 class Core:
-    """Result of `k_core`: the kept users (`user`) and items (`item`), and how it came to them."""
+    """Result of `k_core`: the users (`user`) and items (`item`) that are left, and the rounds."""
 
     users: ir.Table
     items: ir.Table
     rounds: list[Round]
-    """One for each round that removed something."""
+    """The rounds that removed something."""
     left: Round
-    """Users, items and interactions that are left."""
+    """Number of users, items and interactions that are left."""
 
 
 def k_core(
@@ -40,22 +40,22 @@ def k_core(
 ) -> Core:
     """The largest part of a log in which every user and every item has at least `min_count` interactions, or is known.
 
-    That part is unique, so it does not matter in which order users and items are dropped. Each round drops both at
-    once, from the pairs that the round before left.
+    That part is unique, whatever the order in which users and items are dropped. Each round drops both at once, from
+    the pairs that the round before left.
 
     Args:
-        pairs: one row an interaction, columns `user` and `item`.
-        known_users, known_items: columns `user` and `item` of those that stay however few interactions they have.
+        pairs: one row per interaction, columns `user` and `item`.
+        known_users, known_items: columns `user` and `item` of those that stay, however few interactions they have.
     """
     rounds: list[Round] = []
     previous: tuple[str, ...] = ()
     while True:
         step = len(rounds)
-        users = engine.save(f"core_users_{step}", _counted(pairs, "user", min_count, known_users))
-        items = engine.save(f"core_items_{step}", _counted(pairs, "item", min_count, known_items))
+        users = engine.save(f"core_users_{step}", _count_interactions(pairs, "user", min_count, known_users))
+        items = engine.save(f"core_items_{step}", _count_interactions(pairs, "item", min_count, known_items))
         engine.drop(*previous)
-        of_users = engine.row(_sizes(users))
-        of_items = engine.row(_sizes(items))
+        of_users = engine.row(_sum_counts(users))
+        of_items = engine.row(_sum_counts(items))
         now = Round(users=of_users["all"], items=of_items["all"], interactions=of_users["interactions"] or 0)
         if rounds:
             before = rounds[-1]
@@ -73,14 +73,14 @@ def k_core(
         )
 
 
-def _counted(pairs: ir.Table, name: str, min_count: int, known: ir.Table | None) -> ir.Table:
-    """Columns `name`, `n` (interactions), and `stays`: whether these are enough, or it is known."""
+def _count_interactions(pairs: ir.Table, name: str, min_count: int, known: ir.Table | None) -> ir.Table:
+    """Columns `name`, `n` (number of interactions) and `stays`: whether `n` is enough, or the user or item is known."""
     counts = pairs.group_by(name).agg(n=pairs.count())
     enough = counts.n >= min_count
     return counts.mutate(stays=enough if known is None else enough | counts[name].isin(known[name]))
 
 
-def _sizes(counts: ir.Table) -> ir.Table:
-    """One row: how many there are, how many stay, and their interactions in all."""
+def _sum_counts(counts: ir.Table) -> ir.Table:
+    """One row: how many there are, how many stay, and the sum of their interactions."""
     kept = counts.stays.cast("int64").sum().fill_null(0)
     return counts.agg(all=counts.count(), kept=kept, interactions=counts.n.sum())

@@ -1,10 +1,9 @@
-"""From a raw log to a dataset folder: k-core, dense ids, order in time, Parquet parts, manifest.
+"""From a raw log to a dataset folder: k-core, dense ids, time order, Parquet parts, manifest.
 
-What was shown and not clicked decides nothing: ids, filtering, counts and the items of the held-out split are those of
-the log without such rows. They only stand where the conversation had them, between two items of the same user.
+Rows that were shown and not clicked decide nothing: ids, filtering, counts and held-out items are those of the log
+without them. They only become entries between two interactions of the same user.
 
-Everything between reading and writing is Ibis expressions over tables that stay in the engine, so the log never has to
-fit in memory.
+Everything between reading and writing is Ibis expressions over tables in the engine, so the log need not fit in memory.
 """
 
 import os
@@ -34,12 +33,12 @@ from recgpt_torchrec.storage.finished import differences, find_finished
 from recgpt_torchrec.storage.parts import Part, regroup, write_parts
 
 NOT_IN_RESULT = ("output", "input", "engine", "scratch", "memory_limit", "vocabulary")
-"""Settings that do not change what is in a dataset; of input and vocabulary it is what lies there that counts."""
+"""Settings that do not change a dataset; of input and vocabulary the contents count, not the path."""
 
 
 @dataclass(kw_only=True)
 class Result:
-    """What `prepare` did."""
+    """The manifest of the dataset that `prepare` wrote or found, and the time it took."""
 
     manifest: Manifest
     seconds: float
@@ -47,7 +46,7 @@ class Result:
 
 
 def prepare(config: Prepare) -> Result:
-    """Make the dataset `config.output`, or find that it is there already.
+    """Write the dataset `config.output`, or find that it is finished already.
 
     Raises:
         InputError: the input cannot be used, or the output folder is not free.
@@ -57,53 +56,55 @@ def prepare(config: Prepare) -> Result:
         raise InputError(f"--engine {config.engine} is not available yet; use --engine duckdb")
     files = list_files(config.input, config.input_format, config.output)
     extended = None if config.vocabulary is None else earlier.open_earlier(config.vocabulary, config.output)
-    finished = _finished(config, files, extended)
+    finished = _find_finished(config, files, extended)
     if finished is not None:
         return Result(manifest=finished, seconds=time.monotonic() - began, already_there=True)
     try:
-        with DuckDBEngine(_scratch(config), config.memory_limit) as engine:
+        with DuckDBEngine(_choose_scratch(config), config.memory_limit) as engine:
             log = raw.read_log(engine, config, files)
-            manifest = _make(engine, config, log, extended)
+            manifest = _write_dataset(engine, config, log, extended)
     except duckdb.OutOfMemoryException as error:
         raise InputError(
             f"the engine ran out of memory or scratch space; give more with --memory_limit or --scratch ({error})"
         ) from None
     except (duckdb.IOException, PermissionError) as error:
-        raise InputError(f"scratch folder {_scratch(config)}: {error}; name another with --scratch") from None
+        raise InputError(f"scratch folder {_choose_scratch(config)}: {error}; name another with --scratch") from None
     return Result(manifest=manifest, seconds=time.monotonic() - began)
 
 
-def _make(engine: DuckDBEngine, config: Prepare, log: raw.RawLog, extended: Dataset | None) -> Manifest:
-    """Filter, number and write what was read."""
+def _write_dataset(engine: DuckDBEngine, config: Prepare, log: raw.RawLog, extended: Dataset | None) -> Manifest:
+    """Filter the log, assign ids, and write the dataset."""
     loaded = None if extended is None else Known.load(engine, extended)
-    users, items = queries.vocabulary(engine, queries.interacted(log.events), config.seed, loaded)
-    known = None if loaded is None else loaded.coded(engine, users, items)
-    events = engine.save("events", queries.encoded(log.events, users, items))
+    users, items = queries.build_codes(engine, queries.select_interacted(log.events), config.seed, loaded)
+    known = None if loaded is None else loaded.join_codes(engine, users, items)
+    events = engine.save("events", queries.encode_keys(log.events, users, items))
     dropped = dropped_shown = 0
     if config.duplicates == "drop":
-        unique = engine.save("unique_events", queries.without_repeats(events))
-        dropped = _count(engine, queries.interacted(events)) - _count(engine, queries.interacted(unique))
-        dropped_shown = _count(engine, queries.shown(events)) - _count(engine, queries.shown(unique))
+        unique = engine.save("unique_events", queries.drop_repeats(events))
+        dropped, dropped_shown = (
+            _count_rows(engine, select(events)) - _count_rows(engine, select(unique))
+            for select in (queries.select_interacted, queries.select_shown)
+        )
         engine.drop("events")
         events = unique
-    core = _core(engine, events, config.min_count, known)
+    core = _filter_core(engine, events, config.min_count, known)
     if core.left.interactions == 0:
-        raise InputError(_nothing_left(engine, config, events, core, known))
+        raise InputError(_explain_nothing_left(engine, config, events, core, known))
     if extended is not None and known is not None:
         _check_keys(engine, config, extended, core, known, items)
     known_users, known_items = (known.users, known.items) if known is not None else (None, None)
-    user_ids = engine.save("user_ids", queries.dense_ids(core.users, "user", "user_id", known_users))
-    item_ids = engine.save("item_ids", queries.dense_ids(core.items, "item", "item_id", known_items))
-    all_users, all_items = _count(engine, user_ids), _count(engine, item_ids)
+    user_ids = engine.save("user_ids", queries.assign_ids(core.users, "user", "user_id", known_users))
+    item_ids = engine.save("item_ids", queries.assign_ids(core.items, "item", "item_id", known_items))
+    all_users, all_items = _count_rows(engine, user_ids), _count_rows(engine, item_ids)
     kept = engine.save(
         "kept_events", events.inner_join(user_ids, "user").inner_join(item_ids, "item").drop("user", "item")
     )
     engine.drop(events.get_name())
-    entries, exposed = queries.interacted(kept), None
+    entries, exposed = queries.select_interacted(kept), None
     if log.exposed:
-        named = _count(engine, queries.shown(kept))
-        entries = engine.save("entries", queries.between(kept))
-        left = _count(engine, queries.shown(entries))
+        named = _count_rows(engine, queries.select_shown(kept))
+        entries = engine.save("entries", queries.drop_outer_shown(kept))
+        left = _count_rows(engine, queries.select_shown(entries))
         exposed = {
             "rows": log.exposed,
             "duplicates_dropped": dropped_shown,
@@ -112,9 +113,9 @@ def _make(engine: DuckDBEngine, config: Prepare, log: raw.RawLog, extended: Data
             "left": left,
         }
         engine.drop(kept.get_name())
-        kept = queries.interacted(entries)
+        kept = queries.select_interacted(entries)
 
-    lengths = _lengths(engine, kept)
+    lengths = _summarize_lengths(engine, kept)
     size = config.rows_per_group or group_size(all_users)
     lists: dict[str, tuple[str, pa.DataType]] = {"item_ids": ("item_id", pa.int64())}
     if log.timed:
@@ -132,7 +133,7 @@ def _make(engine: DuckDBEngine, config: Prepare, log: raw.RawLog, extended: Data
     ordered = entries.order_by("user_id", *queries.IN_TIME).select("user_id", *sources)
     with folders.stage_folder(config.output) as (fs, folder):
         total = core.left.interactions + (exposed["left"] if exposed else 0)
-        events_read = _progress(engine.batches(ordered), "writing sequences", total)
+        events_read = _show_progress(engine.batches(ordered), "writing sequences", total)
         groups = sequence_groups(events_read, size, lists, all_users)
         manifest = Manifest(
             users=all_users,
@@ -146,7 +147,7 @@ def _make(engine: DuckDBEngine, config: Prepare, log: raw.RawLog, extended: Data
         def write(table: ir.Table, name: str) -> list[Part]:
             fingerprint.add(pa.chunked_array([[name]]))
             tables = regroup(engine.batches(table), BATCH_ROWS)
-            return write_parts(fs, folder, name, _hashed(tables, fingerprint), config.groups_per_part)
+            return write_parts(fs, folder, name, _hash_keys(tables, fingerprint), config.groups_per_part)
 
         manifest.item_parts = write(queries.item_table(kept, item_ids, items), "items")
         manifest.user_parts = write(queries.user_table(user_ids, users), "users")
@@ -174,30 +175,31 @@ def _make(engine: DuckDBEngine, config: Prepare, log: raw.RawLog, extended: Data
                 "items": extended.manifest.items,
                 "absent_users": all_users - core.left.users,
                 "absent_items": all_items - core.left.items,
-                "new_targets": _new_targets(engine, entries),
+                "new_targets": _count_new_targets(engine, entries),
             }
         folders.write_manifest(fs, folder, manifest.to_json())
     return manifest
 
 
 def group_size(users: int) -> int:
-    """Users in a row group: 64 groups in a small dataset, if they have 16 users; at most 8,192 users in a large one."""
+    """Number of users per row group: a small dataset has 64 groups, but each at least 16 and at most 8,192 users."""
     return min(max(-(-users // 64), 16), 8192)
 
 
-def _core(engine: DuckDBEngine, events: ir.Table, min_count: int, known: KnownCodes | None) -> Core:
-    pairs = queries.interacted(events).select("user", "item")
+def _filter_core(engine: DuckDBEngine, events: ir.Table, min_count: int, known: KnownCodes | None) -> Core:
+    pairs = queries.select_interacted(events).select("user", "item")
     return k_core(engine, pairs, min_count, *((known.users, known.items) if known else ()))
 
 
 def _check_keys(
     engine: DuckDBEngine, config: Prepare, extended: Dataset, core: Core, known: KnownCodes, items: ir.Table
 ) -> None:
-    """Raise an `InputError` if no item of the log is known: then the keys are not of one kind."""
-    if _count(engine, core.items.semi_join(known.items, "item")):
+    """Raise an `InputError` if no item of the log is known: then their keys are of different kinds."""
+    if _count_rows(engine, core.items.semi_join(known.items, "item")):
         return
     new, old = (
-        engine.row(items.semi_join(some, "item").agg(key=items.key.min()))["key"] for some in (core.items, known.items)
+        engine.row(items.semi_join(codes, "item").agg(key=items.key.min()))["key"]
+        for codes in (core.items, known.items)
     )
     raise InputError(
         f"--vocabulary {extended.path}: none of its {extended.manifest.items:,} items is in the log; its keys are like "
@@ -206,16 +208,16 @@ def _check_keys(
     )
 
 
-def _new_targets(engine: DuckDBEngine, entries: ir.Table) -> int:
-    """Targets of the training part that the dataset that is extended did not have."""
-    placed = queries.placed_from_end(queries.interacted(entries))
+def _count_new_targets(engine: DuckDBEngine, entries: ir.Table) -> int:
+    """Count the targets of the training part that the earlier dataset's training part did not have."""
+    placed = queries.count_from_end(queries.select_interacted(entries))
     trains = is_trained_on(placed.from_end, placed.length)
     first = placed.from_end == placed.length - 1
-    return _count(engine, placed.filter(trains & ~first & (placed.trained == 0)))
+    return _count_rows(engine, placed.filter(trains & ~first & (placed.trained == 0)))
 
 
-def _lengths(engine: DuckDBEngine, kept: ir.Table) -> dict[str, float]:
-    """Mean and quantiles of the users' sequence lengths, from their histogram."""
+def _summarize_lengths(engine: DuckDBEngine, kept: ir.Table) -> dict[str, float]:
+    """Mean and quantiles of the number of interactions per user, from their histogram."""
     sizes = kept.group_by("user_id").agg(length=kept.count())
     histogram = engine.rows(sizes.group_by("length").agg(users=sizes.count()).order_by("length"))
     users = sum(row["users"] for row in histogram)
@@ -230,25 +232,27 @@ def _lengths(engine: DuckDBEngine, kept: ir.Table) -> dict[str, float]:
     return result
 
 
-def _count(engine: DuckDBEngine, table: ir.Table) -> int:
+def _count_rows(engine: DuckDBEngine, table: ir.Table) -> int:
     return int(engine.row(table.agg(n=table.count()))["n"])
 
 
-def _hashed(tables: Iterable[pa.Table], fingerprint: Fingerprint) -> Iterator[pa.Table]:
+def _hash_keys(tables: Iterable[pa.Table], fingerprint: Fingerprint) -> Iterator[pa.Table]:
     for table in tables:
         fingerprint.add(table.column("key"))
         yield table
 
 
-def _progress(batches: Iterable[pa.RecordBatch], name: str, total: int) -> Iterator[pa.RecordBatch]:
+def _show_progress(batches: Iterable[pa.RecordBatch], name: str, total: int) -> Iterator[pa.RecordBatch]:
     with tqdm(total=total, desc=name, unit=" interactions", unit_scale=True, disable=None, leave=False) as bar:
         for batch in batches:
             yield batch
             bar.update(batch.num_rows)
 
 
-def _nothing_left(engine: DuckDBEngine, config: Prepare, events: ir.Table, core: Core, known: KnownCodes | None) -> str:
-    """The message when k-core filtering took everything; it looks for a count that leaves something."""
+def _explain_nothing_left(
+    engine: DuckDBEngine, config: Prepare, events: ir.Table, core: Core, known: KnownCodes | None
+) -> str:
+    """The message where k-core filtering drops everything; it looks for a count that leaves something."""
     first = core.rounds[0]
     text = (
         f"nothing is left after k-core filtering with --min_count {config.min_count}: the log has "
@@ -259,30 +263,30 @@ def _nothing_left(engine: DuckDBEngine, config: Prepare, events: ir.Table, core:
         engine.drop(
             *(f"core_{kind}_{step}" for kind in ("users", "items", "pairs") for step in range(len(core.rounds) + 1))
         )
-        core = _core(engine, events, smaller, known)
+        core = _filter_core(engine, events, smaller, known)
         if core.left.interactions:
             left = f"{core.left.users:,} users, {core.left.items:,} items and {core.left.interactions:,} interactions"
             return f"{text}. --min_count {smaller} would leave {left}"
     return f"{text}. Pass a smaller --min_count; 1 keeps everything"
 
 
-def _scratch(config: Prepare) -> str:
-    """Where the engine keeps its tables: beside the output, if that is on a local disk."""
+def _choose_scratch(config: Prepare) -> str:
+    """The folder for the engine's tables: `scratch`, or the output's parent if that is on a local disk."""
     fs, root = filesystem(config.output)
     if config.scratch is not None:
         parent = os.path.abspath(config.scratch)
     else:
         parent = os.path.dirname(root) if isinstance(fs, pyarrow.fs.LocalFileSystem) else tempfile.gettempdir()
     while not os.path.isdir(parent) and parent != os.path.dirname(parent):
-        parent = os.path.dirname(parent)  # folders that are not there are made only when the dataset is
+        parent = os.path.dirname(parent)  # missing folders are created with the dataset only
     return parent
 
 
-def _finished(config: Prepare, files: list[InputFile], extended: Dataset | None) -> Manifest | None:
-    """The manifest, if the output folder holds the very dataset that would be made; None: the folder is free."""
+def _find_finished(config: Prepare, files: list[InputFile], extended: Dataset | None) -> Manifest | None:
+    """The manifest, if the output folder holds the dataset asked for; None: the folder is free."""
 
     def compare(manifest: Manifest) -> list[str]:
-        # An option that was not there yet had its default.
+        # An option that is younger than the dataset had its default.
         defaults = {field.name: field.default for field in fields(config) if field.default is not MISSING}
         differing = differences({**defaults, **manifest.settings}, asdict(config), NOT_IN_RESULT)
         recorded = {entry["path"]: entry for entry in manifest.preparation.get("inputs", [])}
@@ -292,8 +296,8 @@ def _finished(config: Prepare, files: list[InputFile], extended: Dataset | None)
             more = ", ..." if len(paths) > 3 else ""
             differing.append(f"input files differ: {', '.join(paths[:3]) or 'their order'}{more}")
         extends = manifest.preparation.get("extends", {})
-        wanted = {} if extended is None else earlier.record_of(extended)
-        if {name: extends.get(name) for name in wanted or extends} != wanted:
+        record = {} if extended is None else earlier.record_of(extended)
+        if {name: extends.get(name) for name in record or extends} != record:
             path = extends.get("dataset")
             as_then = " (as it was then)" if path == config.vocabulary else ""
             differing.append(f"vocabulary: {path}{as_then} there, {config.vocabulary} now")

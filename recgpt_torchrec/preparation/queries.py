@@ -1,6 +1,6 @@
-"""What `prepare` asks of its engine between reading and writing: Ibis expressions, for any engine.
+"""The queries of `prepare` between reading and writing: Ibis expressions, for any engine.
 
-Codes number the keys that are in the log; ids number the users and items that are kept.
+Codes number the keys in the log; ids number the users and items that are kept.
 """
 
 import ibis
@@ -12,43 +12,45 @@ from recgpt_torchrec.preparation.earlier import Known
 from recgpt_torchrec.preparation.engine import DuckDBEngine
 
 IN_TIME = ["time", "fraction", "order"]
-"""What orders a user's interactions: time, and place in the input where times are equal."""
+"""Order of a user's interactions: by time, and by their order in the input where times are equal."""
 
 
-def interacted(events: ir.Table) -> ir.Table:
+def select_interacted(events: ir.Table) -> ir.Table:
     """The events that are interactions."""
     return events.filter(events.segment == INTERACTED)
 
 
-def shown(events: ir.Table) -> ir.Table:
+def select_shown(events: ir.Table) -> ir.Table:
     """The events that were shown and not clicked."""
     return events.filter(events.segment == EXPOSED)
 
 
-def vocabulary(engine: DuckDBEngine, log: ir.Table, seed: int, known: Known | None = None) -> tuple[ir.Table, ir.Table]:
+def build_codes(
+    engine: DuckDBEngine, log: ir.Table, seed: int, known: Known | None = None
+) -> tuple[ir.Table, ir.Table]:
     """A code for every user and item of the log, and every known one: columns `key`, and `user` or `item`.
 
-    Codes follow the md5 of seed and key. So their order is random, but the same for the same seed and keys, whatever
-    the order of the log, its split into files, or the engine; and it does not tell when an item first appeared, which
-    would give away held-out items.
+    Codes follow the md5 of seed and key. So their order is random, and depends only on seed and keys: not on the order
+    of the log, its files or the engine. It does not tell when an item first appeared, which would give away held-out
+    items.
     """
     user_keys, item_keys = log.select(key=log.user), log.select(key=log.item)
     if known is not None:
         user_keys, item_keys = user_keys.union(known.users.select("key")), item_keys.union(known.items.select("key"))
-    users = engine.save("user_codes", codes(user_keys.distinct(), "user", seed))
-    items = engine.save("item_codes", codes(item_keys.distinct(), "item", seed))
+    users = engine.save("user_codes", assign_codes(user_keys.distinct(), "user", seed))
+    items = engine.save("item_codes", assign_codes(item_keys.distinct(), "item", seed))
     return users, items
 
 
-def codes(keys: ir.Table, name: str, seed: int) -> ir.Table:
+def assign_codes(keys: ir.Table, name: str, seed: int) -> ir.Table:
     """Number distinct keys (column `key`) from 0 on, in the order of the md5 of seed and key."""
     hashed = keys.mutate(place=(ibis.literal(f"{seed}:") + keys.key).hexdigest("md5"))
     place = ibis.row_number().over(order_by=[hashed.place, hashed.key]).cast("int64")
     return hashed.select("key", **{name: place})
 
 
-def encoded(log: ir.Table, users: ir.Table, items: ir.Table) -> ir.Table:
-    """The log with codes in place of keys; without rows whose user or item has none."""
+def encode_keys(log: ir.Table, users: ir.Table, items: ir.Table) -> ir.Table:
+    """Replace keys in the log by codes, and drop rows whose user or item has none."""
     values = [name for name in log.columns if name not in ("user", "item")]
     coded = users.select(user_key=users.key, user_code=users.user)
     with_users = log.inner_join(coded, log.user == coded.user_key)
@@ -57,18 +59,18 @@ def encoded(log: ir.Table, users: ir.Table, items: ir.Table) -> ir.Table:
     return both.select(*values, user=both.user_code, item=both.item_code)
 
 
-def without_repeats(events: ir.Table) -> ir.Table:
-    """The first of each user, item and time; an interaction, if it is among them."""
+def drop_repeats(events: ir.Table) -> ir.Table:
+    """Keep the first event of each user, item and time, preferring an interaction to an event that was only shown."""
     same = ibis.window(group_by=["user", "item", "time", "fraction"], order_by=["segment", "order"])
     numbered = events.mutate(repeat=ibis.row_number().over(same))
     return numbered.filter(numbered.repeat == 0).drop("repeat")
 
 
-def between(events: ir.Table) -> ir.Table:
-    """Interactions, and what was shown between the first and the last of each user.
+def drop_outer_shown(events: ir.Table) -> ir.Table:
+    """Keep interactions, and what was shown between the first and the last of each user.
 
-    What was shown earlier or later stands between no two items: it is no prompt, and the later is the held-out item's
-    future.
+    What was shown before or after them lies between no two interactions, so it is no prompt; what came after is the
+    future of the held-out item.
     """
     clicks = (events.segment == INTERACTED).cast("int64")
     placed = events.mutate(
@@ -79,11 +81,11 @@ def between(events: ir.Table) -> ir.Table:
     return placed.filter((placed.segment == INTERACTED) | inside).drop("before", "clicks")
 
 
-def dense_ids(kept: ir.Table, code: str, name: str, known: ir.Table | None = None) -> ir.Table:
-    """Ids from 0 on for the kept codes, in their order: columns `code` and `name`.
+def assign_ids(kept: ir.Table, code: str, name: str, known: ir.Table | None = None) -> ir.Table:
+    """Assign ids from 0 on to the kept codes, in their order: columns `code` and `name`.
 
-    Known ones (the same columns) keep their ids, kept or not; the others come after. So ids tell nothing of the time
-    within what is added at once, but that it was added later than what was known.
+    Known codes (the same columns) keep their ids, even if they are not in `kept`; the others come after. So ids tell
+    nothing of time, but that new users and items were added later than known ones.
     """
     if known is None:
         return kept.select(code, **{name: ibis.row_number().over(order_by=kept[code]).cast("int64")})
@@ -92,25 +94,25 @@ def dense_ids(kept: ir.Table, code: str, name: str, known: ir.Table | None = Non
     return known.select(code, name).union(new.select(code, **{name: place.cast("int64")}))
 
 
-def placed_from_end(clicks: ir.Table) -> ir.Table:
-    """Interactions with `from_end`, how many of the same user come after, and `length`, how many the user has."""
+def count_from_end(clicks: ir.Table) -> ir.Table:
+    """Add the numbers of the same user's later interactions, `from_end`, and of all of them, `length`."""
     backwards = ibis.window(group_by="user_id", order_by=[ibis.desc(column) for column in IN_TIME])
     length = clicks.count().over(ibis.window(group_by="user_id"))
     return clicks.mutate(from_end=ibis.row_number().over(backwards), length=length)
 
 
 def item_table(kept: ir.Table, item_ids: ir.Table, items: ir.Table) -> ir.Table:
-    """Rows of `items/`: item_id, key, count, and train_count, that of the training part (`data.split`).
+    """Rows of `items/`: item_id, key, count, and train_count, the count in the training part (`data.split`).
 
-    Known items without interactions count 0.
+    The counts of a known item without interactions are 0.
     """
-    placed = placed_from_end(kept)
+    placed = count_from_end(kept)
     trains = is_trained_on(placed.from_end, placed.length)
     counts = placed.group_by("item_id").agg(count=placed.count(), train_count=trains.cast("int64").sum())
     named = item_ids.inner_join(items, "item").select("item_id", "key")
     counted = named.left_join(counts, "item_id")
-    found = {column: counted[column].fill_null(0) for column in ("count", "train_count")}
-    return counted.select("item_id", "key", **found).order_by("item_id")
+    filled = {column: counted[column].fill_null(0) for column in ("count", "train_count")}
+    return counted.select("item_id", "key", **filled).order_by("item_id")
 
 
 def user_table(user_ids: ir.Table, users: ir.Table) -> ir.Table:

@@ -1,4 +1,4 @@
-"""Raw interaction logs of every format -> one table of events, with the rows that cannot be used set aside.
+"""Reads raw interaction logs of every format into one table of events, and rejects rows that cannot be used.
 
 Knows nothing of filtering, ids or the dataset's format.
 """
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.data.segments import EXPOSED, INTERACTED
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.preparation.duckdb_reader import LOG, MALFORMED, DuckDBReader, shortened
+from recgpt_torchrec.preparation.duckdb_reader import LOG, MALFORMED, DuckDBReader, shorten
 from recgpt_torchrec.preparation.engine import DuckDBEngine
 from recgpt_torchrec.preparation.inputs import InputFile
 from recgpt_torchrec.preparation.rows import BLANK
@@ -24,21 +24,21 @@ from recgpt_torchrec.preparation.rows import BLANK
 
 @dataclass(kw_only=True)
 class RawLog:
-    """A log that was read."""
+    """A log in the engine: its usable rows, and what was rejected."""
 
     events: ir.Table
     """Usable rows: user string, item string, time int64 (null without times), fraction float64 (of a second),
-    order int64 (place in the input), segment int8, and rating float64 where a rating column was asked for."""
+    order int64 (index in the input), segment int8, and rating float64 where a rating column was asked for."""
     exposed: int
-    """Usable rows that were shown and not clicked; the others are interactions."""
+    """Number of usable rows that were shown and not clicked; the others are interactions."""
     timed: bool
     rows: int
-    """Rows read: usable and rejected."""
+    """Number of rows read: usable and rejected."""
     rejected: dict[str, int]
     """Number of rejected rows by reason."""
     files: list[InputFile]
     first_rows: list[int]
-    """For each file, the place of its first row in the input."""
+    """[files] index in the input of each file's first row."""
     header_lines: list[int]
 
 
@@ -46,20 +46,20 @@ def read_log(engine: DuckDBEngine, config: Prepare, files: list[InputFile]) -> R
     """Read every file into the engine.
 
     Raises:
-        InputError: a file is not what its format says, misses a column, or nothing in it can be used; or the column
-            that should tell clicked rows from shown ones tells no difference.
+        InputError: a file is not of its format or lacks a column, no row can be used, or the column that should tell
+            clicked rows from shown ones does not.
     """
-    untold = [file.path for file in files if file.format == "sequences"] if config.click_column else []
-    if untold:
+    unlabelled = [file.path for file in files if file.format == "sequences"] if config.click_column else []
+    if unlabelled:
         raise InputError(
-            f"--click_column {config.click_column}: {untold[0]} is of the format sequences, which has no columns and "
-            "does not say what was shown; leave the option out, or give a log with a row for each event"
+            f"--click_column {config.click_column}: {unlabelled[0]} is of the format sequences, which has no columns "
+            "and does not say what was shown; leave the option out, or give a log with a row for each event"
         )
     timed = config.time_column is not None and any(file.format != "sequences" for file in files)
     if timed and any(file.format == "sequences" for file in files):
         raise InputError(
-            "--input mixes files of the format sequences, which have no times, with others that have; "
-            "prepare them apart"
+            "--input mixes files of the format sequences, which have no times, with others that have them; "
+            "prepare them separately"
         )
     reader = DuckDBReader(engine, config, timed)
     total = sum(file.bytes for file in files)
@@ -80,7 +80,7 @@ def read_log(engine: DuckDBEngine, config: Prepare, files: list[InputFile]) -> R
         rejected[row["reason"]] = rejected.get(row["reason"], 0) + row["n"]
     result = RawLog(
         events=usable.select(*columns, segment=segment),
-        exposed=_exposed(engine, config, rows),
+        exposed=_count_exposed(engine, config, rows),
         timed=timed,
         rows=rows + sum(rejected.values()),
         rejected=dict(sorted(rejected.items())),
@@ -94,39 +94,40 @@ def read_log(engine: DuckDBEngine, config: Prepare, files: list[InputFile]) -> R
     if rows == 0:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in result.rejected.items())
         shown = next((batch.to_pylist()[0] for batch in rejected_rows(engine, result) if batch.num_rows), None)
-        example = f". For example {shown['file']}, row {shown['row']}: {shortened(shown['text'])}" if shown else ""
+        example = f". For example {shown['file']}, row {shown['row']}: {shorten(shown['text'])}" if shown else ""
         raise InputError(f"{names}: none of the {result.rows:,} rows can be used ({reasons}){example}")
     return result
 
 
-def _exposed(engine: DuckDBEngine, config: Prepare, rows: int) -> int:
-    """How many of the usable `rows` were shown and not clicked.
+def _count_exposed(engine: DuckDBEngine, config: Prepare, rows: int) -> int:
+    """Count the usable rows, of `rows`, that were shown and not clicked.
 
     Raises:
-        InputError: all of them, or none, though there is a column that should tell.
+        InputError: these are all rows or none, although there is a click column.
     """
     if not config.click_column or not rows:
         return 0
     usable = LOG.filter(LOG.problem.isnull())
     shown = (usable.click < config.click_from).cast("int64").sum()
-    found = engine.row(usable.agg(shown=shown, least=usable.click.min(), most=usable.click.max()))
-    if 0 < found["shown"] < rows:
-        return int(found["shown"])
-    least, most = (f"{found[name]:g}" for name in ("least", "most"))
-    values = f"always {least}" if least == most else f"from {least} to {most}"
-    told = "every row was only shown" if found["shown"] else "no row was only shown, all were clicked"
+    clicks = engine.row(usable.agg(shown=shown, lowest=usable.click.min(), highest=usable.click.max()))
+    if 0 < clicks["shown"] < rows:
+        return int(clicks["shown"])
+    lowest, highest = (f"{clicks[name]:g}" for name in ("lowest", "highest"))
+    values = f"always {lowest}" if lowest == highest else f"from {lowest} to {highest}"
+    outcome = "every row was only shown" if clicks["shown"] else "no row was only shown, all were clicked"
     raise InputError(
-        f"--click_column {config.click_column} tells no difference: {told}, as its values in {rows:,} usable rows "
-        f"are {values} and a click is at least {config.click_from:g}. Give another --click_from, or another column"
-        + ("" if found["shown"] else "; or leave --click_column out, where the log holds interactions only")
+        f"--click_column {config.click_column} does not tell shown rows from clicked ones: {outcome}, as its values in "
+        f"{rows:,} usable rows are {values} and a click is at least {config.click_from:g}. Give another --click_from "
+        "or another column"
+        + ("" if clicks["shown"] else "; or leave --click_column out, where the log holds interactions only")
     )
 
 
 def rejected_rows(engine: DuckDBEngine, log: RawLog) -> Iterator[pa.RecordBatch]:
-    """The rows that cannot be used: file, row, reason, text.
+    """The rejected rows: file, row, reason, text.
 
-    `row` is the line of a text file, or the row of a Parquet file, both from 1. Behind line breaks inside quotes and
-    blank lines of a CSV file it is that much too small.
+    `row` is the line of a text file or the row of a Parquet file, both from 1. In a CSV file it is too small by the
+    blank lines and the line breaks inside quotes that precede it.
     """
     schema = pa.schema([("file", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("text", pa.string())])
     paths = np.array([file.path for file in log.files], dtype=object)
@@ -142,10 +143,12 @@ def rejected_rows(engine: DuckDBEngine, log: RawLog) -> Iterator[pa.RecordBatch]
         files = np.searchsorted(log.first_rows, order, side="right") - 1
         rows_in_file = order - np.array(log.first_rows)[files] + 1
         for file in np.unique(files):
-            # Malformed lines are not among the rows counted here: step over those that came before.
-            gone = np.array(lines.get(int(file), []), dtype=np.int64) - log.header_lines[file]
-            before = gone - 1 - np.arange(len(gone))
-            mine = files == file
-            rows_in_file[mine] += np.searchsorted(before, rows_in_file[mine] - 1, side="right") + log.header_lines[file]
+            # Malformed lines are not among the rows counted here: add those that came before.
+            malformed = np.array(lines.get(int(file), []), dtype=np.int64) - log.header_lines[file]
+            before = malformed - 1 - np.arange(len(malformed))
+            of_file = files == file
+            rows_in_file[of_file] += (
+                np.searchsorted(before, rows_in_file[of_file] - 1, side="right") + log.header_lines[file]
+            )
         columns = [paths[files].tolist(), rows_in_file, batch.column("problem"), batch.column("text")]
         yield pa.record_batch(columns, schema=schema)

@@ -1,4 +1,4 @@
-"""From interactions in order to rows of a dataset: one row per user, and the fingerprint of the vocabulary."""
+"""Turns ordered interactions into rows of a dataset, one per user, and computes the vocabulary's fingerprint."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -11,13 +11,13 @@ import pyarrow.compute as pc
 def sequence_groups(
     batches: Iterable[pa.RecordBatch], users: int, lists: dict[str, tuple[str, pa.DataType]], total: int = 0
 ) -> Iterator[pa.Table]:
-    """Turn interactions, ordered by user and time, into row groups of one row a user.
+    """Turn interactions, ordered by user and time, into row groups with one row per user.
 
     Args:
-        batches: interactions with a column `user_id`, in its order; users who have none get empty lists.
-        users: rows in each table that comes out (the last may have fewer).
-        lists: for each list column of the result: the column of `batches` it collects, and its value type.
-        total: number of users; 0: up to the last that has an interaction.
+        batches: interactions with a column `user_id`, sorted by it; users without interactions get empty lists.
+        users: number of users, and so rows, per table (the last may have fewer).
+        lists: for each list column of the result, the column of `batches` that it collects, and its value type.
+        total: number of all users; 0: up to the last with an interaction.
 
     Example:
         `sequence_groups(batches, 350, {"item_ids": ("item_id", pa.int64())})`
@@ -32,14 +32,14 @@ def sequence_groups(
         return pa.table(columns)
 
     start = 0
-    held: list[pa.RecordBatch] = []
+    pending: list[pa.RecordBatch] = []
     for batch in batches:
         if batch.num_rows == 0:
             continue
-        held.append(batch)
+        pending.append(batch)
         if batch.column("user_id")[-1].as_py() < start + users:
             continue
-        table = pa.Table.from_batches(held)
+        table = pa.Table.from_batches(pending)
         ids = table.column("user_id").to_numpy()
         last = int(ids[-1])
         done = 0
@@ -47,9 +47,9 @@ def sequence_groups(
             end = int(np.searchsorted(ids, start + users))
             yield cut(start, start + users, table.slice(done, end - done), ids[done:end])
             start, done = start + users, end
-        held = table.slice(done).to_batches()
-    if held:
-        table = pa.Table.from_batches(held)
+        pending = table.slice(done).to_batches()
+    if pending:
+        table = pa.Table.from_batches(pending)
         ids = table.column("user_id").to_numpy()
         last = max(int(ids[-1]) + 1, total)
         for first in range(start, last, users):
@@ -59,17 +59,17 @@ def sequence_groups(
 
 
 class Fingerprint:
-    """A hash over keys in id order, the same however they were split into batches."""
+    """A hash of keys in id order, independent of their split into batches."""
 
     def __init__(self) -> None:
         self.lengths, self.text = hashlib.sha256(), hashlib.sha256()
 
     def add(self, keys: pa.ChunkedArray) -> None:
-        """Take the next keys in."""
+        """Add the next keys."""
         for chunk in keys.cast(pa.large_string()).chunks:
             self.lengths.update(pc.binary_length(chunk).to_numpy(zero_copy_only=False).astype("<i8").tobytes())
             self.text.update("".join(chunk.to_pylist()).encode())
 
     def hex(self) -> str:
-        """32 hex digits."""
+        """The hash as 32 hex digits."""
         return hashlib.sha256(self.lengths.digest() + self.text.digest()).hexdigest()[:32]

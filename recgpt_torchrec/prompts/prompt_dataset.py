@@ -1,7 +1,7 @@
-"""A dataset with prompts between the items of its histories: read, filled and written row group by row group.
+"""Writes a dataset with prompts between the items of its histories, row group by row group.
 
-Every process takes a stretch of the row groups, so the order of the users stays; a pool of a few row groups is held at
-a time. The folder is committed whole, its manifest last, with the record of how the prompts were made in its settings.
+Every process takes consecutive row groups, so the order of users stays; it holds a pool of a few row groups at a time.
+The manifest is written last. Its settings record how the prompts were made.
 """
 
 import hashlib
@@ -38,18 +38,18 @@ from recgpt_torchrec.storage.finished import check_same, differences, find_finis
 from recgpt_torchrec.storage.parts import Part, write_parts
 
 NAME = "prompt dataset"
-"""What is written, for messages."""
+"""Name of the output in messages."""
 RECORD = "prompts"
-"""Where the settings of a manifest say how its prompts were made."""
+"""Key of the manifest's settings that records how the prompts were made."""
 NOT_COMPARED = ("dataset", "checkpoint")
-"""Entries of the record that name places; the fingerprints beside them say what lay there."""
+"""Paths in the record, which may differ; the fingerprints beside them are compared."""
 GROUPS_PER_PART = 16
 LOOKUP = 4096
-"""Users looked up at once; every rank looks up as often as the one with the most."""
+"""Number of users looked up at once; every rank looks up as often as the one with the most users."""
 
 
 def record_of(dataset: Dataset, prompts: Prompts, max_len: int, checkpoint: str, fingerprint: str) -> dict[str, Any]:
-    """How prompts are made, as JSON values: equal (but for paths) where the results are."""
+    """How prompts are made, as JSON values; equal records, paths aside, give equal prompts."""
     parts = repr([part.checksum for part in dataset.manifest.sequences])
     return {
         "k": prompts.k,
@@ -65,22 +65,22 @@ def record_of(dataset: Dataset, prompts: Prompts, max_len: int, checkpoint: str,
 
 
 def check_input(dataset: Dataset, prompts: Prompts, groups: list[RowGroup]) -> None:
-    """Raise an `InputError` where the dataset does not hold what is asked for."""
+    """Raise an `InputError` where the dataset has prompts already, or lacks the shown items that are asked for."""
     if RECORD in dataset.manifest.settings:
         made_from = dataset.manifest.settings[RECORD]["dataset"]
         raise InputError(
-            f"{dataset.path} has prompts already; give the dataset it was made from ({made_from}) as --data, and this "
-            "one as --previous where its histories have grown since"
+            f"{dataset.path} has prompts already; give the dataset it was made from ({made_from}) as --data. If "
+            "its histories have grown since, give this one as --previous"
         )
     if prompts.source != "generated" and not has_exposures(dataset, groups):
         raise InputError(
-            f"--prompts.source {prompts.source}: {dataset.path} says nothing of what was shown and not clicked (no "
-            "segment id 2). Prepare the log with --click_column, which tells them, or use --prompts.source generated"
+            f"--prompts.source {prompts.source}: {dataset.path} has no items that were shown and not clicked (no "
+            "segment id 2). Prepare the log with --click_column, or use --prompts.source generated"
         )
 
 
 def has_exposures(dataset: Dataset, groups: list[RowGroup]) -> bool:
-    """Whether any entry was shown and not clicked: from the Parquet statistics where there are any."""
+    """Whether any entry was shown and not clicked, by Parquet statistics where they exist."""
     for group in groups:
         with dataset.open_part(dataset.manifest.sequences[group.part]) as file:
             meta = file.metadata
@@ -100,10 +100,10 @@ def has_exposures(dataset: Dataset, groups: list[RowGroup]) -> bool:
 
 
 def finished(path: str, record: dict[str, Any], vocabulary: str) -> bool:
-    """Whether `path` holds the very dataset that would be made.
+    """Whether `path` already holds the dataset that this run would make.
 
     Raises:
-        InputError: it holds another one, or something else.
+        InputError: it holds something else.
     """
 
     def compare(dataset: Dataset) -> list[str]:
@@ -117,10 +117,10 @@ def finished(path: str, record: dict[str, Any], vocabulary: str) -> bool:
 
 
 def open_previous(path: str, record: dict[str, Any], vocabulary: str) -> Dataset:
-    """An earlier prompt dataset whose prompts may be taken over.
+    """Open an earlier prompt dataset, whose prompts are reused.
 
     Raises:
-        InputError: it was made otherwise.
+        InputError: it has no prompts, or they were made with other options.
     """
     previous = Dataset.open(path)
     if RECORD not in previous.manifest.settings:
@@ -136,13 +136,13 @@ def _differences(dataset: Dataset, record: dict[str, Any], vocabulary: str, igno
 
 
 def read_rows(dataset: Dataset, group: RowGroup) -> pa.Table:
-    """One row group, every value checked: user_id, item_ids and, where there are any, segment_ids, timestamps and
+    """Read one row group and check every value: user_id, item_ids and, where there are any, segment_ids, timestamps and
     answers."""
     return read_group(dataset, group, dataset.manifest.settings.get(RECORD, {}).get("answers", 0), times=True)
 
 
 def share_of(groups: list[RowGroup], rank: int, world_size: int) -> list[RowGroup]:
-    """The stretch of row groups that is this rank's, about equal in items."""
+    """The consecutive row groups of a rank; ranks have about equal numbers of items."""
     sizes = np.array([group.items for group in groups], dtype=np.float64)
     middles = np.cumsum(sizes) - sizes / 2
     owner = np.minimum(middles * world_size // max(sizes.sum(), 1), world_size - 1)
@@ -150,7 +150,7 @@ def share_of(groups: list[RowGroup], rank: int, world_size: int) -> list[RowGrou
 
 
 def pools_of(groups: list[RowGroup], users: int) -> list[list[RowGroup]]:
-    """Row groups that are read and filled together: as few as hold `users` rows."""
+    """Split row groups into pools that are filled together: as few groups as hold `users` rows."""
     pools: list[list[RowGroup]] = []
     rows = users
     for group in groups:
@@ -163,7 +163,7 @@ def pools_of(groups: list[RowGroup], users: int) -> list[list[RowGroup]]:
 
 
 class Filler(Protocol):
-    """What fills intervals: `Prompter.fill`."""
+    """Signature of `Prompter.fill`."""
 
     def __call__(
         self, histories: Intervals, user_vectors: Tensor, known: Int64 | None, progress: Callable[[int], object]
@@ -172,82 +172,84 @@ class Filler(Protocol):
 
 
 class UserVectors:
-    """Vectors of users from their sharded table; looking up is collective, so ranks do it equally often.
+    """User vectors from the sharded table. Lookups are collective, so every rank makes the same number.
 
     Args:
-        table: one id a bag.
-        counts: by rank, the number of users of each of its pools, in order.
+        table: sharded user table, one id per bag.
+        counts: number of users of each pool, in order, by rank.
         device: of this rank.
     """
 
     def __init__(self, table: nn.Module, counts: list[list[int]], device: torch.device) -> None:
         self.table, self.device = table, device
-        self.left = max(sum(self._lookups(users) for users in pools) for pools in counts)
+        self.lookups_left = max(sum(self._count_lookups(users) for users in pools) for pools in counts)
 
     @staticmethod
-    def _lookups(users: int) -> int:
+    def _count_lookups(users: int) -> int:
         return -(-users // LOOKUP)
 
     def of(self, users: Int64) -> Tensor:
         """[users, dim] float32 vectors of one pool (collective)."""
         starts = range(0, users.size, LOOKUP)
-        found = [self._lookup(users[start : start + LOOKUP]) for start in starts]
-        return torch.cat(found) if found else torch.zeros(0, 1, device=self.device)
+        vectors = [self._lookup(users[start : start + LOOKUP]) for start in starts]
+        return torch.cat(vectors) if vectors else torch.zeros(0, 1, device=self.device)
 
     def finish(self) -> None:
-        """Go on with empty lookups until the rank with the most is done."""
-        while self.left:
+        """Make empty lookups until the rank with the most users is done (collective)."""
+        while self.lookups_left:
             self._lookup(np.zeros(0, dtype=np.int64))
 
     @torch.no_grad()
     def _lookup(self, ids: Int64) -> Tensor:
-        self.left -= 1
-        bags = bags_of(USER, ids, LOOKUP)  # as many on every rank, empty ones at the end
+        self.lookups_left -= 1
+        bags = bags_of(USER, ids, LOOKUP)  # padded with empty bags: the same number on every rank
         return self.table(bags.to(self.device)).wait().values()[: ids.size].float().clone()
 
 
-class Earlier:
-    """Intervals of an earlier prompt dataset, by user; only the row groups that a pool needs are held."""
+class PreviousPrompts:
+    """Prompts of an earlier prompt dataset, by user; only the row groups that a pool needs are held."""
 
     def __init__(self, dataset: Dataset, k: int, max_len: int, answers: int) -> None:
         self.dataset, self.k, self.max_len, self.answers = dataset, k, max_len, answers
         self.groups: list[tuple[int, int, RowGroup]] = []
-        """(smallest, largest user id, row group)."""
+        """(smallest user id, largest user id, row group)."""
         for group in row_groups(dataset):
             with dataset.open_part(dataset.manifest.sequences[group.part]) as file:
                 meta = file.metadata
                 names = [meta.schema.column(c).path for c in range(meta.num_columns)]
                 statistics = meta.row_group(group.group).column(names.index("user_id")).statistics
-            known = statistics is not None and statistics.has_min_max
-            self.groups.append((statistics.min, statistics.max, group) if known else (0, 2**63 - 1, group))
+            has_bounds = statistics is not None and statistics.has_min_max
+            self.groups.append((statistics.min, statistics.max, group) if has_bounds else (0, 2**63 - 1, group))
         self._read: dict[RowGroup, Intervals] = {}
 
     def fill(self, histories: Intervals) -> Int64:
-        """See `known_intervals`."""
+        """Copy known prompts into `histories`; see `known_intervals`."""
         known = np.zeros(histories.users.size, np.int64)
         if not histories.users.size:
             return known
         low, high = histories.users.min(), histories.users.max()
         needed = [group for smallest, largest, group in self.groups if smallest <= high and largest >= low]
-        self._read = {group: self._read[group] if group in self._read else self._histories(group) for group in needed}
+        self._read = {
+            group: self._read[group] if group in self._read else self._read_intervals(group) for group in needed
+        }
         for earlier in self._read.values():
             known = np.maximum(known, known_intervals(histories, earlier, self.max_len))
         return known
 
-    def _histories(self, group: RowGroup) -> Intervals:
+    def _read_intervals(self, group: RowGroup) -> Intervals:
         table = read_rows(self.dataset, group)
         return intervals_of(table, self.k, self.max_len, (GENERATED, EXPOSED), self.answers)
 
 
 @dataclass
-class Made:
-    """What was done, on all ranks together."""
+class PromptCounts:
+    """Counts of a run, for its report."""
 
     users: int = 0
     generated: int = 0
     exposed: int = 0
-    kept: int = 0
-    """Intervals taken over from the earlier dataset."""
+    reused: int = 0
+    """Intervals whose prompts were reused from the earlier dataset."""
     bytes: int = 0
 
 
@@ -263,43 +265,44 @@ def write_prompts(
     pool_users: int,
     previous: Dataset | None = None,
     progress: Callable[[int], object] = lambda users: None,
-) -> Made:
-    """Write the dataset with prompts, and commit it whole (collective).
+) -> PromptCounts:
+    """Write the dataset with prompts (collective).
 
     Args:
-        path: folder of the new dataset, free.
-        dataset: whose histories get prompts, and its row `groups`.
-        record: see `record_of`.
-        fill: makes prompts; None where none are generated.
+        path: folder of the new dataset; must be empty or not exist.
+        dataset: whose histories get prompts.
+        groups: its row groups.
+        record: from `record_of`.
+        fill: generates prompts; None where none are generated.
         user_table: sharded user table, for `fill`.
         device: of this rank.
-        pool_users: users read and filled together, at least.
-        previous: an earlier prompt dataset to take prompts over from.
-        progress: called with numbers of users done on this rank.
+        pool_users: minimum number of users that are read and filled together.
+        previous: an earlier prompt dataset whose prompts are reused.
+        progress: called with the number of users done since the last call, on this rank.
     """
     k, max_len, answers = record["k"], record["max_len"], record["answers"]
-    kept = () if record["source"] == "generated" else (EXPOSED,)
+    prompt_segments = () if record["source"] == "generated" else (EXPOSED,)
     pools = [pools_of(share_of(groups, r, world_size()), pool_users) for r in range(world_size())]
     vectors = None
     if user_table is not None and fill is not None:
-        counts = [[sum(group.rows for group in pool) for pool in of_rank] for of_rank in pools]
-        vectors = UserVectors(user_table, counts, device)
-    earlier = None if previous is None else Earlier(previous, k, max_len, answers)
-    made = Made()
+        pool_sizes = [[sum(group.rows for group in pool) for pool in of_rank] for of_rank in pools]
+        vectors = UserVectors(user_table, pool_sizes, device)
+    earlier = None if previous is None else PreviousPrompts(previous, k, max_len, answers)
+    counted = PromptCounts()
 
-    def filled() -> Iterator[pa.Table]:
+    def fill_pools() -> Iterator[pa.Table]:
         for pool in pools[rank()]:
             tables = [read_rows(dataset, group) for group in pool]
-            histories = intervals_of(pa.concat_tables(tables), k, max_len, kept, answers)
+            histories = intervals_of(pa.concat_tables(tables), k, max_len, prompt_segments, answers)
             known = None if earlier is None else earlier.fill(histories)
             if fill is not None and vectors is not None:
                 fill(histories, vectors.of(histories.users), known, progress)
             else:
                 progress(histories.users.size)
-            made.users += histories.users.size
-            made.generated += int((histories.segments == GENERATED).sum())
-            made.exposed += int((histories.segments == EXPOSED).sum())
-            made.kept += 0 if known is None else int(known.sum())
+            counted.users += histories.users.size
+            counted.generated += int((histories.segments == GENERATED).sum())
+            counted.exposed += int((histories.segments == EXPOSED).sum())
+            counted.reused += 0 if known is None else int(known.sum())
             whole, first = table_of(histories), 0
             for table in tables:
                 if table.num_rows:
@@ -311,18 +314,18 @@ def write_prompts(
     with shared_folder.stage_shared_folder(path, NAME) as (fs, folder):
         parts, failure = [], None
         try:
-            parts = write_parts(fs, folder, "sequences", filled(), GROUPS_PER_PART, prefix=f"part-{rank():04d}")
+            parts = write_parts(fs, folder, "sequences", fill_pools(), GROUPS_PER_PART, prefix=f"part-{rank():04d}")
         except Exception as error:
-            failure = error  # raised here it would leave the others waiting for this rank
+            failure = error  # raised here, it would leave the other ranks waiting
             if vectors is not None:
                 vectors.finish()
         raise_first_error(failure)
-        shares: list[tuple[list[Part], Made]] = gather_objects((parts, made))
-        total = Made(
+        shares: list[tuple[list[Part], PromptCounts]] = gather_objects((parts, counted))
+        total = PromptCounts(
             users=sum(m.users for _, m in shares),
             generated=sum(m.generated for _, m in shares),
             exposed=sum(m.exposed for _, m in shares),
-            kept=sum(m.kept for _, m in shares),
+            reused=sum(m.reused for _, m in shares),
         )
         if rank() == 0:
             sequences = [part for share, _ in shares for part in share]
@@ -339,7 +342,7 @@ def write_prompts(
 
 
 def copy_parts(dataset: Dataset, parts: list[Part], fs: pyarrow.fs.FileSystem, folder: str) -> None:
-    """Copy files of a dataset as they are."""
+    """Copy files of a dataset byte by byte."""
     source, root = filesystem(dataset.path)
     for part in parts:
         fs.create_dir(f"{folder}/{part.path.rpartition('/')[0]}", recursive=True)
@@ -350,7 +353,7 @@ def copy_parts(dataset: Dataset, parts: list[Part], fs: pyarrow.fs.FileSystem, f
 
 
 def decide_on_first_rank(check: Callable[[], bool]) -> bool:
-    """The answer of rank 0, on every rank; its error, too (collective)."""
-    answer = []
-    run_on_first_rank(lambda: answer.append(check()))
-    return gather_objects(answer)[0][0]
+    """The result of `check` on rank 0, returned or raised on every rank (collective)."""
+    results = []
+    run_on_first_rank(lambda: results.append(check()))
+    return gather_objects(results)[0][0]

@@ -1,4 +1,4 @@
-"""From histories to interest vectors: a model run over a stream of histories, in step with the other ranks."""
+"""From histories to interest vectors: runs a model over a stream of histories, in lockstep with the other ranks."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ from recgpt_torchrec.distributed.processes import rank, world_size
 
 @torch.no_grad()
 def encode(model: nn.Module, stream: SequenceStream, device: torch.device) -> Iterator[tuple[Histories, Tensor]]:
-    """Histories and the vectors [sequences, dim] float32 the model makes of them, batch by batch (collective)."""
+    """Yield batches of histories with their interest vectors [sequences, dim] float32 (collective)."""
     was_training = model.training
     model.eval()
     share = stream.batches(rank=rank(), world_size=world_size())

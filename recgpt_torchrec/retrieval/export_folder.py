@@ -1,19 +1,19 @@
-"""The export folder: vectors of items and users in Parquet, for an ANN index or a serving system, and reading it back.
+"""The export folder: writes and reads vectors of items and users in Parquet, for an ANN index or a serving system.
 
     manifest.json      counts, dimensions, fingerprints, and per file: rows, bytes, checksum
     items/*.parquet    item_id int64, key string, vector fixed_size_list<float32>[dim]
     users/*.parquet    user_id int64, key string, vector fixed_size_list<float32>[dim]; with several interests
                        vectors fixed_size_list<fixed_size_list<float32>[dim]>[interests] instead
 
-A score is the inner product of a user's vector and an item's. Every item appears once, and every user whose history is
-encoded; rows are in no particular order (each process writes its share). Of several interests the first is the ordinary
-vector, the next is what the model expects once it has heard the best new item of the one before, and so on:
+A score is the inner product of a user vector and an item vector. Every item appears once, and every user with an
+encoded history; rows are in no particular order (each process writes its share). Of several interests the first is that
+of one-step recall; each further one is the output after the best new item of the one before joins the history:
 
     vectors = pq.read_table("users")["vectors"].combine_chunks()
     vectors.flatten().flatten().to_numpy().reshape(len(vectors), interests, dim)
 
-The manifest is written last: a folder without one is not an export. Knows nothing of models: vectors come in as numpy
-arrays, batch by batch, and only a row group of them is held.
+The manifest is written last: a folder without one is not an export. Knows nothing of models: vectors come as numpy
+arrays, batch by batch, and one row group is held at a time.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ from recgpt_torchrec.storage.manifests import FolderManifest, Kind
 from recgpt_torchrec.storage.parts import Part, regroup, write_parts
 
 GROUP_BYTES = 2**24
-"""Bytes of vectors in a row group."""
+"""Bytes of vectors per row group."""
 GROUPS_PER_PART = 16
 
 VectorBatch: TypeAlias = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
@@ -45,7 +45,7 @@ VectorBatch: TypeAlias = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
 
 @dataclass(kw_only=True)
 class ExportManifest(FolderManifest):
-    """What `manifest.json` holds."""
+    """Contents of `manifest.json`."""
 
     KIND = Kind(
         name="export", stage="export", version_field="export_version", version=1, parts=("item_parts", "user_parts")
@@ -55,13 +55,13 @@ class ExportManifest(FolderManifest):
     users: int = 0
     dim: int = 0
     interests: int = 1
-    """Vectors a user has."""
+    """Number of vectors per user."""
     dataset: str = ""
     """Folder of the dataset."""
     vocabulary: str = ""
     """Fingerprint of the dataset's ids; exports are comparable when these are equal."""
     dataset_fingerprint: str = ""
-    """Of the dataset's histories, which may grow while the ids stay."""
+    """Fingerprint of the dataset's histories, which may grow while its ids stay."""
     checkpoint: str = ""
     """Folder of the checkpoint."""
     checkpoint_fingerprint: str = ""
@@ -72,11 +72,11 @@ class ExportManifest(FolderManifest):
 
 
 class Keys:
-    """The raw keys of dense ids, read from a dataset's `items/` or `users/` parts where they are wanted.
+    """Raw keys of dense ids, read from a dataset's `items/` or `users/` parts on demand.
 
-    Ids there are dense and in order, so an id's row is the id itself; the last few row groups read are kept.
+    Those parts hold ids in order, so an id is its row number. The last few row groups read are cached.
 
-    Example: `Keys(dataset, "items").of(np.array([3, 1]))` is the Arrow string array of two keys.
+    Example: `Keys(dataset, "items").of(np.array([3, 1]))` is an Arrow string array of two keys.
     """
 
     KEPT = 4
@@ -94,7 +94,7 @@ class Keys:
                     self.groups.append((part, group))
                     rows.append(rows[-1] + file.metadata.row_group(group).num_rows)
         self.first = np.array(rows)
-        """[row groups + 1] int64: id in the first row of each row group."""
+        """[row groups + 1] int64: first id of each row group, and the number of ids."""
         self._read: dict[int, pa.ChunkedArray] = {}
 
     def of(self, ids: npt.NDArray[np.int64]) -> pa.Array:
@@ -105,21 +105,21 @@ class Keys:
         """
         if len(ids) and (ids.min() < 0 or ids.max() >= self.first[-1]):
             raise InputError(
-                f"{self.dataset.path} has {self.first[-1]} {self.kind}, there is none with the ids from {ids.min()} to "
-                f"{ids.max()}; give the dataset that the checkpoint was trained on"
+                f"{self.dataset.path} has {self.first[-1]} {self.kind}, but ids run from {ids.min()} to {ids.max()}; "
+                "give the dataset that the checkpoint was trained on"
             )
         group = np.searchsorted(self.first, ids, side="right") - 1
-        found, order = [], []
+        arrays, order = [], []
         for index in np.unique(group).tolist():
-            (where,) = np.nonzero(group == index)
-            found.append(self._group(index).take(pa.array(ids[where] - self.first[index])).cast(pa.string()))
-            order.append(where)
-        if not found:
+            (rows,) = np.nonzero(group == index)
+            arrays.append(self._read_group(index).take(pa.array(ids[rows] - self.first[index])).cast(pa.string()))
+            order.append(rows)
+        if not arrays:
             return pa.array([], pa.string())
-        keys = pa.chunked_array([chunk for array in found for chunk in array.chunks], pa.string())
+        keys = pa.chunked_array([chunk for array in arrays for chunk in array.chunks], pa.string())
         return keys.take(pa.array(np.argsort(np.concatenate(order)))).combine_chunks()
 
-    def _group(self, index: int) -> pa.ChunkedArray:
+    def _read_group(self, index: int) -> pa.ChunkedArray:
         if index not in self._read:
             part, group = self.groups[index]
             with self.dataset.open_part(part) as file:
@@ -149,26 +149,26 @@ def write_export(
     checkpoint_fingerprint: str = "",
     settings: dict[str, Any] | None = None,
 ) -> ExportManifest:
-    """Write an export and commit it whole (collective: every process of the group calls it with its share).
+    """Write an export and commit it whole (collective: each process gives its share).
 
     Args:
-        path: folder or URI of the export; must not exist or be empty.
-        dataset: whose keys go with the ids.
-        items: this process's share of the item vectors, [n, dim]; run to the end before `users` begins.
+        path: folder or URI of the export; must be empty or not exist.
+        dataset: provides the keys of the ids.
+        items: this process's share of the item vectors, [n, dim]; read to the end before `users` begins.
         users: this process's share of the user vectors: [n, dim], or [n, interests, dim] where `interests` > 1.
         dim: length of a vector.
-        interests: vectors a user has.
-        everyone: whether every user of the dataset must come; False: some may be missing, but not all.
-        checkpoint: folder the vectors come from, and its fingerprint, for the manifest.
-        checkpoint_fingerprint: as above.
+        interests: number of vectors per user.
+        everyone: whether every user of the dataset must have vectors; False: at least one.
+        checkpoint: folder the vectors come from, for the manifest.
+        checkpoint_fingerprint: its fingerprint, for the manifest.
         settings: the stage's options, for the manifest.
 
     Returns:
         The manifest, on every process.
 
     Raises:
-        InputError: `path` holds something, or a vector is not finite (on every process). Nothing is left behind then.
-        ValueError: shapes are not as promised, or the shares together are not every id once.
+        InputError: `path` is not empty, or a vector is not finite (on every process). Nothing is written then.
+        ValueError: wrong shapes, or an id is missing or repeated.
     """
     with shared_folder.stage_shared_folder(path, ExportManifest.KIND.name) as (fs, folder):
         item_share = _Share("items", Keys(dataset, "items"), (dim,))
@@ -189,15 +189,15 @@ def write_export(
             item_parts=[part for (of_items, _), _, _ in gathered for part in of_items],
             user_parts=[part for (_, of_users), _, _ in gathered for part in of_users],
         )
-        _check_whole([share for _, share, _ in gathered], dataset.manifest.items)
-        _check_whole([share for _, _, share in gathered], dataset.manifest.users, everyone)
+        _check_complete([share for _, share, _ in gathered], dataset.manifest.items)
+        _check_complete([share for _, _, share in gathered], dataset.manifest.users, everyone)
         if rank() == 0:
             folders.write_manifest(fs, folder, manifest.to_json())
     return manifest
 
 
 class _Share:
-    """What one process writes of items or users."""
+    """Writes one process's share of the items or users, and counts it."""
 
     def __init__(self, kind: str, keys: Keys, shape: tuple[int, ...]) -> None:
         self.kind, self.shape = kind, shape
@@ -210,7 +210,7 @@ class _Share:
         rows_per_group = max(1, GROUP_BYTES // (4 * int(np.prod(self.shape))))
         groups = regroup(self._record_batches(batches), rows_per_group)
         parts = write_parts(fs, folder, self.kind, groups, GROUPS_PER_PART, prefix=f"part-{rank():04d}")
-        self.keys = None  # the share travels to the other processes
+        self.keys = None  # the share is sent to the other processes
         return parts
 
     def _record_batches(self, batches: Iterable[VectorBatch]) -> Iterator[pa.RecordBatch]:
@@ -227,8 +227,8 @@ class _Share:
                 self.not_finite = int(ids[~finite][0])
             self.rows += len(ids)
             self.sum_of_ids += int(ids.sum())
-            # After a bad vector nothing more is written, but the batches are still drawn: making them may be work that
-            # all processes do together, and stopping here alone would leave the others waiting.
+            # After a bad vector nothing more is written, but batches are still drawn: computing them may be collective,
+            # and the other processes would wait for ever.
             if self.not_finite is None and len(ids):
                 column: pa.Array = pa.array(np.ascontiguousarray(vectors).reshape(-1))
                 for length in reversed(self.shape):
@@ -236,8 +236,8 @@ class _Share:
                 yield pa.record_batch([pa.array(ids, pa.int64()), self.keys.of(ids), column], names=names)
 
 
-def _check_whole(shares: list[_Share], expected: int, everyone: bool = True) -> None:
-    """All processes' shares together must be every id once (of some users at least one), with a finite vector."""
+def _check_complete(shares: list[_Share], expected: int, everyone: bool = True) -> None:
+    """Check that all shares together hold every id once (unless `everyone`: at least one), with finite vectors."""
     kind = shares[0].kind
     for share in shares:
         if share.not_finite is not None:
@@ -248,7 +248,9 @@ def _check_whole(shares: list[_Share], expected: int, everyone: bool = True) -> 
     rows, total = sum(share.rows for share in shares), sum(share.sum_of_ids for share in shares)
     if not everyone:
         if not rows:
-            raise InputError(f"no {kind[:-1]} has a held-out item: that takes three items; export --history all")
+            raise InputError(
+                f"no {kind[:-1]} has a held-out item, which takes at least 3 interactions; use --history all"
+            )
         if rows <= expected:
             return
     if rows != expected or total != expected * (expected - 1) // 2:
@@ -266,7 +268,7 @@ class Export:
     manifest: ExportManifest
 
     def item_vectors(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """Ids [items] int64 and vectors [items, dim] float32 of the whole catalogue, row i that of item i."""
+        """Ids [items] int64 and vectors [items, dim] float32 of all items; row i is item i."""
         vectors = np.empty((self.manifest.items, self.manifest.dim), np.float32)
         ids = np.arange(self.manifest.items)
         for batch in self.items(("item_id", "vector")):
@@ -276,37 +278,37 @@ class Export:
     def items(
         self, columns: Iterable[str] = ("item_id", "key", "vector"), rows: int = 65536
     ) -> Iterator[pa.RecordBatch]:
-        """Rows of `items/`, at most `rows` at a time."""
+        """Yield the rows of `items/`, at most `rows` per batch."""
         return self._batches(self.manifest.item_parts, list(columns), rows)
 
     def users(
         self, columns: Iterable[str] | None = None, rows: int = 65536, rank: int = 0, world_size: int = 1
     ) -> Iterator[pa.RecordBatch]:
-        """Rows of `users/`, at most `rows` at a time; of several processes, every `world_size`-th row group."""
+        """Yield the rows of `users/`, at most `rows` per batch; a rank reads every `world_size`-th row group."""
         names = list(columns) if columns is not None else ["user_id", "key", self.user_column]
         return self._batches(self.manifest.user_parts, names, rows, rank, world_size)
 
     @property
     def fingerprint(self) -> str:
-        """32 hex digits of the whole export, wherever it lies."""
+        """Fingerprint of the export's contents, 32 hex digits; moving the folder does not change it."""
         return hashlib.sha256(self.manifest.to_json().encode()).hexdigest()[:32]
 
     def item_keys(self) -> pa.Array:
-        """[items] string keys of the whole catalogue, row i that of item i."""
+        """[items] string keys of all items; row i is item i."""
         batches = list(self.items(("item_id", "key")))
         order = np.argsort(np.concatenate([batch["item_id"].to_numpy() for batch in batches]))
         return pa.concat_arrays([batch["key"] for batch in batches]).take(pa.array(order))
 
     @property
     def user_column(self) -> str:
-        """`vector`, or `vectors` where a user has several."""
+        """Name of the column of user vectors: `vector`, or `vectors` with several interests."""
         return "vector" if self.manifest.interests == 1 else "vectors"
 
     def verify(self) -> None:
         """Read every part and compare its checksum with the manifest's.
 
         Raises:
-            InputError: names the part that is damaged.
+            InputError: names the damaged part.
         """
         self.manifest.check_parts(self.path, checksums=True)
 
@@ -314,12 +316,12 @@ class Export:
         self, parts: list[Part], columns: list[str], rows: int, rank: int = 0, world_size: int = 1
     ) -> Iterator[pa.RecordBatch]:
         fs, root = filesystem(self.path)
-        before = 0
+        groups_before = 0
         for part in parts:
             try:
                 with pq.ParquetFile(fs.open_input_file(f"{root}/{part.path}")) as file:
-                    groups = range((rank - before) % world_size, file.num_row_groups, world_size)
-                    before += file.num_row_groups
+                    groups = range((rank - groups_before) % world_size, file.num_row_groups, world_size)
+                    groups_before += file.num_row_groups
                     if groups:
                         yield from file.iter_batches(batch_size=rows, row_groups=list(groups), columns=columns)
             except (OSError, pa.ArrowException) as error:
@@ -330,7 +332,7 @@ class Export:
 
 
 def to_numpy(vectors: pa.FixedSizeListArray) -> npt.NDArray[np.float32]:
-    """A column of vectors as [rows, dim], or [rows, interests, dim], float32."""
+    """Convert a column of vectors to [rows, dim] or [rows, interests, dim] float32."""
     shape = [len(vectors)]
     while pa.types.is_fixed_size_list(vectors.type):
         shape.append(vectors.type.list_size)
@@ -339,7 +341,7 @@ def to_numpy(vectors: pa.FixedSizeListArray) -> npt.NDArray[np.float32]:
 
 
 def open_export(path: str) -> Export:
-    """Open and check an export: manifest, version, every part there with the promised size.
+    """Open an export and check its manifest, its version, and the presence and size of every part.
 
     Raises:
         InputError: names what is missing or differs, and how to repair it.

@@ -1,7 +1,6 @@
-"""Approximate maximum inner product search over item vectors, with FAISS: by a graph of neighbours, or by clusters.
+"""Approximate maximum inner product search over item vectors, with FAISS: HNSW or IVF.
 
-Knows nothing of users, merging or files; exact search is the catalogue's. FAISS takes as many threads as
-OMP_NUM_THREADS says.
+Knows nothing of users, merging or files; exact search is the catalogue's. OMP_NUM_THREADS sets FAISS's threads.
 """
 
 from typing import Any
@@ -17,11 +16,11 @@ Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 
 CLUSTER = 39
-"""Items that FAISS wants for each cluster it learns, at least."""
+"""Minimum number of items per cluster that FAISS recommends."""
 
 
 class Index:
-    """Item vectors that can be searched; an item's id is its row.
+    """A FAISS index of item vectors; an item's id is its row.
 
     Example: `items, scores = Index(hnsw(vectors, HNSW())).search(queries, 50)`
     """
@@ -35,11 +34,11 @@ class Index:
         return self.index.ntotal
 
     def search(self, queries: Float32, k: int) -> tuple[Int64, Float32]:
-        """The items with the largest inner product.
+        """Find the items with the largest inner product.
 
         Args:
             queries: [queries, dim] float32.
-            k: items of each, 1 to `items`.
+            k: items per query, 1 to `items`.
 
         Returns:
             items: [queries, k] int64, best first; -1 at the end where fewer were found.
@@ -51,10 +50,10 @@ class Index:
 
 
 def hnsw(vectors: Float32, settings: HNSW) -> Any:
-    """A graph of near neighbours.
+    """Build an HNSW graph over `vectors` [items, dim].
 
-    By inner product as it is: on 12,101 item vectors whose norms run from .46 to 1.64 that found .991 of the best 100,
-    while the detour over Euclidean distance (one more dimension, which makes all norms equal) found .970 with the same
+    It uses the inner product directly: on 12,101 item vectors with norms from .46 to 1.64 that found .991 of the best
+    100. The reduction to Euclidean distance (one more dimension, which makes all norms equal) found .970 with the same
     settings.
     """
     index = faiss.IndexHNSWFlat(vectors.shape[1], settings.neighbours, faiss.METRIC_INNER_PRODUCT)
@@ -64,7 +63,7 @@ def hnsw(vectors: Float32, settings: HNSW) -> Any:
 
 
 def ivf(vectors: Float32, settings: IVF) -> Any:
-    """Clusters of items (k-means with a fixed seed, so that it is the same on every process).
+    """Build an IVF index over `vectors` [items, dim]: k-means with a fixed seed, so the same on every process.
 
     Raises:
         InputError: more clusters than items.
@@ -75,7 +74,7 @@ def ivf(vectors: Float32, settings: IVF) -> Any:
         raise InputError(f"--ivf.clusters is {clusters}, but the export has {items} items; give fewer, or 0 to choose")
     quantizer = faiss.IndexFlatIP(dim)
     index = faiss.IndexIVFFlat(quantizer, dim, clusters, faiss.METRIC_INNER_PRODUCT)
-    index.cp.min_points_per_centroid = 1  # it warns on standard error otherwise
+    index.cp.min_points_per_centroid = 1  # else FAISS warns on standard error
     index.nprobe = min(settings.probes, clusters)
     index.train(vectors)
     index.add(vectors)

@@ -1,7 +1,7 @@
-"""Several interests of a user (paper, section 4.4): the model answers, is given its own answer, and answers again.
+"""Several interests per user (paper, section 4.4): autoregressive steps of the model on its own answers.
 
-The first interest is the output at the newest entry of a history. Its best item is appended as a generated entry, the
-output there is the second interest, and so on. Each interest recalls items; `retrieval.merging` makes one list of them.
+The first interest is the output at the newest entry of a history. Its best new item is appended as a generated entry;
+the output at that entry is the second interest, and so on. `retrieval.merging` merges the lists they recall.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ from recgpt_torchrec.retrieval.merging import Lists
 
 
 def append_generated(histories: Histories, items: Int64, max_len: int) -> Histories:
-    """Each history with one generated entry `items` [sequences] at its end, the newest `max_len` entries kept."""
+    """Append one generated entry, `items` [sequences] int64, to each history, and keep its newest `max_len` entries."""
     start, stop = histories.offsets[:-1], histories.offsets[1:]
     start = np.maximum(start, stop - (max_len - 1))
     offsets = offsets_of(stop - start + 1)
@@ -26,9 +26,9 @@ def append_generated(histories: Histories, items: Int64, max_len: int) -> Histor
 
     def with_last(values: np.ndarray, last: Int64 | int) -> np.ndarray:
         out = np.empty(offsets[-1], dtype=values.dtype)
-        old = np.ones(out.size, dtype=bool)
-        old[ends] = False
-        out[old] = Ragged(values, histories.offsets).cut(start, stop).values
+        is_old = np.ones(out.size, dtype=bool)
+        is_old[ends] = False
+        out[is_old] = Ragged(values, histories.offsets).cut(start, stop).values
         out[ends] = last
         return out
 
@@ -45,25 +45,25 @@ def append_generated(histories: Histories, items: Int64, max_len: int) -> Histor
 def predict_interests(
     model: nn.Module, maker: BatchMaker, histories: Histories, first: Tensor, catalogue: Catalogue, count: int
 ) -> Tensor:
-    """`count` interest vectors of each history by autoregressive steps (collective: every rank, also with no history).
+    """Compute `count` interest vectors per history (collective: every rank takes part, even without histories).
 
     Args:
         model: in evaluation mode.
-        maker: makes the batches of the histories that grow.
-        histories: with `seen`: no item of them is appended.
-        first: [sequences, dim] the first interest.
-        catalogue: what interests are scored against.
-        count: interests of each history.
+        maker: packs the growing histories into batches.
+        histories: with `seen`, whose items are never appended.
+        first: [sequences, dim] float32, the first interest.
+        catalogue: all items, to find the best one of an interest.
+        count: number of interests per history.
 
     Returns:
         [sequences, count, dim] float32.
     """
     vectors = [first]
-    answered = torch.zeros(len(first), 0, dtype=torch.int64, device=first.device)
+    appended = torch.zeros(len(first), 0, dtype=torch.int64, device=first.device)
     for _ in range(count - 1):
-        # Where no new item is left, item 0 is appended: the next interest has to follow something.
-        best = catalogue.top_k(vectors[-1], 1, histories.seen, answered).items.clamp(min=0)
-        answered = torch.cat([answered, best], dim=1)
+        # Where no new item is left, item 0 is appended, so that there is a next interest.
+        best = catalogue.top_k(vectors[-1], 1, histories.seen, appended).items.clamp(min=0)
+        appended = torch.cat([appended, best], dim=1)
         histories = append_generated(histories, best[:, 0].cpu().numpy(), maker.max_len)
         _, (_, outputs) = model(maker.make(histories).to(first.device))
         vectors.append(outputs.float())
@@ -75,9 +75,9 @@ def recall_items(vectors: Tensor, catalogue: Catalogue, n: int, seen: Ragged | N
 
     Args:
         vectors: [users, interests, dim] float32.
-        catalogue: what they are scored against.
+        catalogue: all items, with the scores.
         n: length of each list.
-        seen: items of each user that do not compete; None: all compete.
+        seen: items to leave out, by user; None: none.
     """
-    found = [catalogue.top_k(vectors[:, i], n, seen) for i in range(vectors.shape[1])]
-    return Lists(torch.stack([best.items for best in found], 1), torch.stack([best.scores for best in found], 1))
+    lists = [catalogue.top_k(vectors[:, i], n, seen) for i in range(vectors.shape[1])]
+    return Lists(torch.stack([best.items for best in lists], 1), torch.stack([best.scores for best in lists], 1))

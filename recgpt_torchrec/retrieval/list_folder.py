@@ -1,10 +1,10 @@
-"""The folder of retrieved lists: one row a user in Parquet, committed whole, and reading it back.
+"""The folder of retrieved lists: writes and reads Parquet with one row per user.
 
-    manifest.json      counts, settings, fingerprints, what was measured, and per file: rows, items, bytes, checksum
+    manifest.json      counts, settings, fingerprints, measurements, and per file: rows, items, bytes, checksum
     lists/*.parquet    user_id int64, key string (the user's), item_ids list<int64> best first, item_keys list<string>,
                        scores list<float32>, interests list<int8> (which interest found the item, from 0)
 
-Users are in no particular order. The manifest is written last. Only a row group of lists is held while writing.
+Users are in no particular order. The manifest is written last. Writing holds one row group at a time.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +24,7 @@ from recgpt_torchrec.storage.manifests import FolderManifest, Kind
 from recgpt_torchrec.storage.parts import Part, regroup, write_parts
 
 GROUP_ITEMS = 2**20
-"""Items of all lists in a row group."""
+"""Items of all lists per row group."""
 GROUPS_PER_PART = 16
 
 
@@ -40,24 +40,24 @@ class ListBatch(NamedTuple):
 
 @dataclass(kw_only=True)
 class ListManifest(FolderManifest):
-    """What `manifest.json` holds."""
+    """Contents of `manifest.json`."""
 
     KIND = Kind(name="set of lists", stage="retrieve", version_field="lists_version", version=1, parts=("parts",))
     lists_version: int = KIND.version
     users: int = 0
     k: int = 0
-    """Items of each list."""
+    """Maximum number of items per list."""
     export: str = ""
-    """Folder of the export the lists were made from."""
+    """Folder of the export that was searched."""
     export_fingerprint: str = ""
     vocabulary: str = ""
-    """Fingerprint of the ids."""
+    """Fingerprint of the dataset's ids."""
     dataset_fingerprint: str = ""
-    """Of the histories that were left out; empty where none were."""
+    """Fingerprint of the histories that were left out; empty where none were."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The options of the stage that wrote the lists."""
     measured: dict[str, Any] = field(default_factory=dict)
-    """What the stage found on the way: speed, hits, recall."""
+    """Measurements of the stage: speed, hits, recall."""
     parts: list[Part] = field(default_factory=list)
 
 
@@ -68,20 +68,20 @@ def write_lists(
     item_keys: pa.Array,
     measured: Callable[[], dict[str, Any]],
 ) -> ListManifest:
-    """Write lists and commit them whole (collective: every process of the group calls it with its share of users).
+    """Write lists and commit them whole (collective: each process gives its share of users).
 
     Args:
-        path: folder or URI; must not exist or be empty.
+        path: folder or URI; must be empty or not exist.
         manifest: everything but `users`, `measured` and `parts`.
         batches: this process's share.
         item_keys: [items] string keys by item id.
-        measured: called when all batches are drawn; goes into the manifest.
+        measured: called after the last batch; returns what the manifest records as `measured`.
 
     Returns:
         The manifest, on every process.
 
     Raises:
-        InputError: `path` holds something. Nothing is left behind after an error.
+        InputError: `path` is not empty. Nothing is written after an error.
     """
     with shared_folder.stage_shared_folder(path, ListManifest.KIND.name) as (fs, folder):
         groups = regroup(
@@ -98,18 +98,18 @@ def write_lists(
 
 
 def record_batch(batch: ListBatch, item_keys: pa.Array) -> pa.RecordBatch:
-    """Lists as a row a user; the -1 that fill up short lists are dropped."""
+    """Convert lists to one row per user, without the -1 that fill up short lists."""
     items = batch.lists.items.numpy()
-    there = items >= 0
-    offsets = pa.array(np.concatenate([[0], np.cumsum(there.sum(axis=1))]).astype(np.int32))
-    ids = pa.array(items[there], pa.int64())
+    is_item = items >= 0
+    offsets = pa.array(np.concatenate([[0], np.cumsum(is_item.sum(axis=1))]).astype(np.int32))
+    ids = pa.array(items[is_item], pa.int64())
     columns = {
         "user_id": pa.array(batch.users, pa.int64()),
         "key": batch.keys,
         "item_ids": pa.ListArray.from_arrays(offsets, ids),
         "item_keys": pa.ListArray.from_arrays(offsets, item_keys.take(ids)),
-        "scores": pa.ListArray.from_arrays(offsets, pa.array(batch.lists.scores.numpy()[there], pa.float32())),
-        "interests": pa.ListArray.from_arrays(offsets, pa.array(batch.lists.interests.numpy()[there], pa.int8())),
+        "scores": pa.ListArray.from_arrays(offsets, pa.array(batch.lists.scores.numpy()[is_item], pa.float32())),
+        "interests": pa.ListArray.from_arrays(offsets, pa.array(batch.lists.interests.numpy()[is_item], pa.int8())),
     }
     return pa.record_batch(list(columns.values()), names=list(columns))
 
@@ -125,7 +125,7 @@ class RetrievedLists:
     manifest: ListManifest
 
     def rows(self, columns: list[str] | None = None, rows: int = 65536) -> Iterator[pa.RecordBatch]:
-        """All lists, at most `rows` at a time."""
+        """Yield all lists, at most `rows` per batch."""
         fs, root = filesystem(self.path)
         for part in self.manifest.parts:
             with pq.ParquetFile(fs.open_input_file(f"{root}/{part.path}")) as file:
@@ -133,7 +133,7 @@ class RetrievedLists:
 
 
 def open_lists(path: str) -> RetrievedLists:
-    """Open and check a folder of lists: manifest, version, every part there with the promised size.
+    """Open a folder of lists and check its manifest, its version, and the presence and size of every part.
 
     Raises:
         InputError: names what is missing or differs, and how to repair it.

@@ -1,4 +1,4 @@
-"""Histories of users by their ids, read from a dataset where they are wanted; only a few row groups are held."""
+"""Histories of users by id, read from a dataset on demand; only a few row groups are held."""
 
 import numpy as np
 
@@ -10,9 +10,9 @@ from recgpt_torchrec.errors import InputError
 
 
 class UserHistories:
-    """What users have interacted with before the item that a split holds out.
+    """What users interacted with before the held-out item of a split.
 
-    Asking for users in about the dataset's order, as an export has them, reads every row group once.
+    Users in about the dataset's order, as in an export, need each row group once.
 
     Example: `seen = UserHistories(dataset, "test").of(np.array([3, 1])).seen`
 
@@ -22,30 +22,30 @@ class UserHistories:
     """
 
     KEPT = 8
-    """Row groups held beside those that are asked for at the moment."""
+    """Number of row groups held besides those of the current call."""
 
     def __init__(self, dataset: Dataset, split: SplitName) -> None:
         self.dataset = dataset
         self.reader = HistoryReader(dataset=dataset, split=split, max_len=1)
         self.groups = row_groups(dataset)
-        bounds = [self._bounds(group.part, group.group) for group in self.groups]
+        bounds = [self._read_bounds(group.part, group.group) for group in self.groups]
         self.low, self.high = np.array(bounds, dtype=np.int64).reshape(-1, 2).T
         """[row groups] smallest and largest user id of each."""
         self._read: dict[int, Histories] = {}
 
-    def _bounds(self, part: int, group: int) -> tuple[int, int]:
+    def _read_bounds(self, part: int, group: int) -> tuple[int, int]:
         with self.dataset.open_part(self.dataset.manifest.sequences[part]) as file:
             meta = file.metadata
             names = [meta.schema.column(c).path for c in range(meta.num_columns)]
             statistics = meta.row_group(group).column(names.index("user_id")).statistics
-        known = statistics is not None and statistics.has_min_max
-        return (statistics.min, statistics.max) if known else (0, 2**63 - 1)
+        has_bounds = statistics is not None and statistics.has_min_max
+        return (statistics.min, statistics.max) if has_bounds else (0, 2**63 - 1)
 
     def of(self, users: np.ndarray) -> Histories:
-        """The histories of `users` [n] int64, in that order: `seen`, and `held_out` where the split holds out.
+        """The histories of `users` [n] int64, in that order: `seen`, and `held_out` where the split has one.
 
         Raises:
-            InputError: a user has none, or nothing held out.
+            InputError: a user has no history, or no held-out item.
         """
         if not users.size:
             return no_histories()
@@ -54,22 +54,22 @@ class UserHistories:
             for number, (low, high) in enumerate(zip(self.low, self.high, strict=True))
             if low <= users.max() and high >= users.min() and np.any((users >= low) & (users <= high))
         ]
-        found = join([self._group(number) for number in needed])
+        histories = join([self._read_group(number) for number in needed])
         for number in [number for number in self._read if number not in needed][: -self.KEPT]:
             del self._read[number]
-        order = np.argsort(found.users, kind="stable")
+        order = np.argsort(histories.users, kind="stable")
         row = order
         if order.size:
-            row = order[np.minimum(np.searchsorted(found.users[order], users), order.size - 1)]
-        wrong = users[found.users[row] != users] if order.size else users
-        if wrong.size:
+            row = order[np.minimum(np.searchsorted(histories.users[order], users), order.size - 1)]
+        missing = users[histories.users[row] != users] if order.size else users
+        if missing.size:
             raise InputError(
-                f"{self.dataset.path} has no {self.reader.split} history of user {wrong[0]}: the export was made from "
-                "another dataset, or from another state of it"
+                f"{self.dataset.path} has no {self.reader.split} history of user {missing[0]}: the export is of "
+                "another dataset, or this one has changed since; export again"
             )
-        return found.reorder(row)
+        return histories.reorder(row)
 
-    def _group(self, number: int) -> Histories:
+    def _read_group(self, number: int) -> Histories:
         if number not in self._read:
             self._read[number] = self.reader.read([self.groups[number]])
         return self._read[number]

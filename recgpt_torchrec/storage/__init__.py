@@ -1,7 +1,7 @@
 """Files and folders, local or on an object store.
 
-`files` reads and writes, `folders` commits, `parts` holds Parquet, `manifests` says what is in a folder, `finished`
-whether that is what was asked for.
+`files` reads and writes files, `folders` commits folders, `parts` writes Parquet, `manifests` checks them against their
+manifest, `finished` compares an output with what is asked for.
 """
 
 from recgpt_torchrec.storage.files import (

@@ -1,11 +1,11 @@
-"""Where files lie: a local path, or a URI of an object store or another file system, turned into one abstraction.
+"""Files by path or URI: one interface to local disks, object stores and other file systems.
 
 The project's own code uses `pyarrow.fs`: Parquet is read through it anyway, it speaks S3, Google Cloud Storage and HDFS
-without a further package, and it wraps whatever else fsspec knows. Its S3 client obeys the usual environment variables
-(AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION), so that MinIO and others work for all alike.
+without a further package, and it wraps any file system that fsspec knows. Its S3 client obeys the usual environment
+variables (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION), so MinIO and others work too.
 
-An object store has no folders to rename in one step and no files to append to. So small files are written whole there,
-each in one step, and of many files one is written last: whoever reads looks for it first.
+An object store can neither rename a folder in one step nor append to a file. So small files are written whole there,
+each in one step, and of many files the one that readers look for first is written last.
 """
 
 import io
@@ -23,7 +23,7 @@ from fsspec.implementations.arrow import ArrowFSWrapper
 from recgpt_torchrec.errors import InputError
 
 READ_AHEAD = 2**20
-"""Bytes asked of a store at once: PyTorch's readers take a tensor's head in pieces of some bytes."""
+"""Bytes requested from a store at once: PyTorch's readers read a tensor's header a few bytes at a time."""
 
 
 def filesystem(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
@@ -47,7 +47,7 @@ def filesystem(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
 
 
 def fsspec_filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The same as fsspec's interface, for libraries that take no other (DuckDB).
+    """The same file system as fsspec's interface, for libraries that take no other (DuckDB).
 
     Raises:
         InputError: no file system for this URI.
@@ -59,34 +59,34 @@ def fsspec_filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def remote(path: str) -> bool:
-    """Whether this is a URI, and so nothing for `open` and `os`."""
+    """Whether this is a URI, which `open` and `os` cannot handle."""
     return "://" in path
 
 
 def exists(path: str) -> bool:
-    """Whether there is a file or a folder."""
+    """Whether a file or a folder exists."""
     fs, root = filesystem(path)
     return fs.get_file_info(root).type != pyarrow.fs.FileType.NotFound
 
 
 def is_folder(path: str) -> bool:
-    """Whether there is a folder; on an object store: anything below."""
+    """Whether a folder exists; on an object store: whether anything is below the path."""
     fs, root = filesystem(path)
     return fs.get_file_info(root).type == pyarrow.fs.FileType.Directory
 
 
 def names(folder: str) -> list[str]:
-    """Names of what is in a folder, sorted; none where there is no folder."""
+    """Sorted names of the files and folders in a folder; none if it does not exist."""
     fs, root = filesystem(folder)
     selector = pyarrow.fs.FileSelector(root, allow_not_found=True)
     return sorted(info.base_name for info in fs.get_file_info(selector))
 
 
 def read(path: str) -> bytes:
-    """All of a small file.
+    """Read a small file.
 
     Raises:
-        OSError: it is not there, or the store does not answer.
+        OSError: it does not exist, or the store does not answer.
     """
     fs, root = filesystem(path)
     with fs.open_input_stream(root, compression=None) as stream:
@@ -94,7 +94,7 @@ def read(path: str) -> bytes:
 
 
 def write(path: str, data: bytes) -> None:
-    """Write a small file so that readers see the old one or the new one, never a part.
+    """Write a small file in one step: readers see the old one or the new one, never a part.
 
     Raises:
         OSError: it cannot be written.
@@ -112,12 +112,12 @@ def write(path: str, data: bytes) -> None:
 
 
 def write_json(path: str, value: Any) -> None:
-    """Write a JSON file so that readers see the old one or the new one, never a part."""
+    """Write a JSON file in one step: readers see the old one or the new one, never a part."""
     write(path, json.dumps(value, indent=1).encode())
 
 
 def read_json(path: str) -> Any:
-    """Read a JSON object; None where there is no file.
+    """Read a JSON object; None if the file does not exist.
 
     Raises:
         InputError: it is damaged.
@@ -131,12 +131,14 @@ def read_json(path: str) -> Any:
     else:
         reason = "not an object"
     if not isinstance(value, dict):
-        raise InputError(f"{path} is damaged ({reason}); restore it, or remove what it belongs to: an older one counts")
+        raise InputError(
+            f"{path} is damaged ({reason}); restore it, or remove what it belongs to, so that an older one is used"
+        )
     return value
 
 
 def append(path: str, text: str) -> None:
-    """Add lines to a small file, which on a store is written anew; one process at a time may.
+    """Append lines to a small file, which is rewritten on an object store; one process at a time may.
 
     Raises:
         OSError: it cannot be written.
@@ -148,21 +150,21 @@ def append(path: str, text: str) -> None:
 
 
 def make_folder(path: str) -> None:
-    """Make a folder and those above it, where there is none.
+    """Create a folder and its parents, if they do not exist.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
     fs, root = filesystem(path)
     fs.create_dir(root, recursive=True)
 
 
 def remove(folder: str, first: str | None = None) -> None:
-    """Delete a folder and all in it, if there is one.
+    """Delete a folder and everything in it, if it exists.
 
     Args:
         folder: path or URI.
-        first: name of the file in it to be deleted before the others: what says that the folder is whole.
+        first: name of the file to delete before the others: the one that marks the folder as complete.
 
     Raises:
         OSError: it cannot be deleted.
@@ -175,48 +177,48 @@ def remove(folder: str, first: str | None = None) -> None:
 
 
 class Streams:
-    """What torch.distributed.checkpoint needs of a file system, over the one of a URI (its `FileSystemBase`)."""
+    """Implements torch.distributed.checkpoint's `FileSystemBase` on the file system of a URI."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.fs, self.root = filesystem(path)
 
-    def _on(self, path: str | os.PathLike[str]) -> str:
+    def _strip_uri(self, path: str | os.PathLike[str]) -> str:
         return self.root + os.fspath(path).removeprefix(self.path)
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        """A stream of bytes to read (`rb`) or to write (`wb`)."""
+        """Open a stream of bytes to read (`rb`) or to write (`wb`)."""
         if mode == "rb":
-            with io.BufferedReader(self.fs.open_input_file(self._on(path)), READ_AHEAD) as stream:
+            with io.BufferedReader(self.fs.open_input_file(self._strip_uri(path)), READ_AHEAD) as stream:
                 yield stream
         else:
-            with self.fs.open_output_stream(self._on(path), compression=None) as stream:
+            with self.fs.open_output_stream(self._strip_uri(path), compression=None) as stream:
                 yield stream
 
     def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
-        """A file in a folder."""
+        """The path of a file in a folder."""
         return f"{os.fspath(path)}/{suffix}"
 
     def init_path(self, path: str | os.PathLike[str]) -> str:
-        """The path as it is used from then on."""
+        """The path as a string, which the other methods take."""
         return os.fspath(path)
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        """Give a file another name: on an object store a copy, and the old one deleted."""
-        self.fs.move(self._on(path), self._on(new_path))
+        """Rename a file: on an object store it is copied, and the old one is deleted."""
+        self.fs.move(self._strip_uri(path), self._strip_uri(new_path))
 
     def mkdir(self, path: str | os.PathLike[str]) -> None:
-        """Make a folder."""
-        self.fs.create_dir(self._on(path), recursive=True)
+        """Create a folder."""
+        self.fs.create_dir(self._strip_uri(path), recursive=True)
 
     def exists(self, path: str | os.PathLike[str]) -> bool:
-        """Whether there is a file."""
-        return self.fs.get_file_info(self._on(path)).type != pyarrow.fs.FileType.NotFound
+        """Whether a file exists."""
+        return self.fs.get_file_info(self._strip_uri(path)).type != pyarrow.fs.FileType.NotFound
 
     def rm_file(self, path: str | os.PathLike[str]) -> None:
         """Delete a file."""
-        self.fs.delete_file(self._on(path))
+        self.fs.delete_file(self._strip_uri(path))
 
     def ls(self, path: str | os.PathLike[str]) -> list[str]:
         """Paths of the files in a folder."""

@@ -1,6 +1,6 @@
-"""Whether what lies at the output is the very result that was asked for: then nothing is to be done again.
+"""Compares a finished output with what is asked for: the same result is not computed again, another one is kept.
 
-A result says how it was made in values that JSON holds. Where these differ it is another one, never written over.
+A result records its options and inputs as JSON values. Where these differ it is another result, never overwritten.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted names.
+    """Flatten nested values to dotted names.
 
     Example: `flatten({"seed": 0, "model": {"dim": 64}})` is `{"seed": 0, "model.dim": 64}`.
     """
@@ -24,43 +24,43 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:
-    """A line for each value, by its dotted name, that differs; what one side lacks is None there."""
-    there, now = flatten(found), flatten(wanted)
+def differences(stored: Mapping[str, Any], requested: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:
+    """One line per value that differs, by its dotted name; a value that one side lacks is None."""
+    old, new = flatten(stored), flatten(requested)
     return [
-        f"{name}: {there.get(name)} there, {now.get(name)} now"
-        for name in dict.fromkeys([*now, *there])
-        if name not in ignored and there.get(name) != now.get(name)
+        f"{name}: {old.get(name)} there, {new.get(name)} now"
+        for name in dict.fromkeys([*new, *old])
+        if name not in ignored and old.get(name) != new.get(name)
     ]
 
 
 def check_same(place: str, name: str, differing: list[str], remedy: str = "choose another --output") -> None:
     """Raise an `InputError` that lists what differs, if anything does.
 
-    Example: `check_same("--output runs/demo", "export", differences(found, wanted))`.
+    Example: `check_same("--output runs/demo", "export", differences(stored, requested))`.
     """
     if differing:
         lines = "".join(f"\n  {line}" for line in differing)
         raise InputError(
-            f"{place} holds another {name} of other options or inputs:{lines}\nNothing was touched; {remedy}"
+            f"{place} holds another {name}, made with other options or inputs:{lines}\nNothing was touched; {remedy}"
         )
 
 
 def find_finished(path: str, name: str, read: Callable[[str], T], compare: Callable[[T], list[str]]) -> T | None:
-    """What `read` returns for the output `path`, if that is the very result asked for; None: it may be written.
+    """What `read` returns for the output `path`, if it holds the result asked for; None: `path` may be written.
 
     Args:
         path: folder or URI.
-        name: what is to lie there, for example `dataset`.
+        name: kind of the folder, for example `dataset`.
         read: opens and checks a folder that has a manifest.
-        compare: lines of `differences` between what was read and what is asked for.
+        compare: returns the lines of `differences` between what was read and what is asked for.
 
     Raises:
-        InputError: something else lies there, or another result.
+        InputError: `path` holds something else, or another result.
     """
     if not exists(f"{path}/{MANIFEST}"):
         check_free(path, name)
         return None
-    found = read(path)
-    check_same(f"--output {path}", name, compare(found))
-    return found
+    result = read(path)
+    check_same(f"--output {path}", name, compare(result))
+    return result

@@ -1,6 +1,6 @@
-"""Manifests: what a committed folder says of itself, read back and compared with the files that are there.
+"""Manifests of committed folders: reading them, and checking the files in a folder against its manifest.
 
-Knows nothing of what a kind of folder is for. `folders` commits one, `finished` compares it with what is asked for.
+Knows nothing of what a kind of folder is for. `folders` commits folders, `finished` compares them with a request.
 """
 
 import json
@@ -25,31 +25,31 @@ class Kind:
     stage: str
     """Program that writes such folders."""
     version_field: str
-    """Entry of the manifest that holds the version; only this kind has it."""
+    """Field of the manifest that holds the version; each kind has its own."""
     version: int
     parts: tuple[str, ...]
     """Fields of the manifest that list parts."""
 
     @property
     def repair(self) -> str:
-        """What a user can do about a damaged folder."""
+        """What the user can do about a damaged folder."""
         return f"restore the file or run {self.stage} again"
 
 
 @dataclass(kw_only=True)
 class FolderManifest:
-    """What `manifest.json` of one kind of folder holds; subclasses give the fields, in the order of the file."""
+    """The contents of `manifest.json` of one kind of folder; subclasses add the fields, in the order of the file."""
 
     KIND: ClassVar[Kind]
 
     @property
     def all_parts(self) -> list[Part]:
-        """Every part that the manifest promises."""
+        """All parts that the manifest promises."""
         return [part for name in self.KIND.parts for part in getattr(self, name)]
 
     @property
     def size(self) -> int:
-        """Bytes of all parts."""
+        """Total size of all parts, in bytes."""
         return sum(part.bytes for part in self.all_parts)
 
     def to_json(self) -> str:
@@ -58,10 +58,10 @@ class FolderManifest:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """The manifest that `text` holds.
+        """Parse the text of `manifest.json`.
 
         Raises:
-            ValueError: it holds none, or one with values that cannot be.
+            ValueError: it is not JSON, or a field is missing, unknown or invalid.
         """
         values = json.loads(text)
         try:
@@ -74,10 +74,10 @@ class FolderManifest:
 
     @classmethod
     def read(cls, path: str) -> Self:
-        """The manifest in the folder `path`.
+        """Read the manifest in the folder `path`.
 
         Raises:
-            InputError: there is none, or it is damaged, of another kind of folder or of another version.
+            InputError: there is none, or it is damaged or of another kind or version.
         """
         kind, file = cls.KIND, f"{path}/{MANIFEST}"
         article = "an" if kind.name[0] in "aeiou" else "a"
@@ -94,7 +94,7 @@ class FolderManifest:
         except (OSError, ValueError) as error:
             raise InputError(f"{file} is not valid JSON ({error}); run {kind.stage} again into a new folder") from None
         if kind.version_field not in values:
-            raise InputError(f"{path} holds something else than {article} {kind.name}; name another folder")
+            raise InputError(f"{path} holds something other than {article} {kind.name}; name another folder")
         version = values[kind.version_field]
         if version != kind.version:
             newer = isinstance(version, int) and version > kind.version
@@ -111,15 +111,15 @@ class FolderManifest:
     def check_parts(
         self, path: str, *, checksums: bool = False, report: Callable[[Part, str], object] | None = None
     ) -> None:
-        """Compare the files in the folder `path` with the manifest.
+        """Check the files in the folder `path` against the manifest.
 
         Args:
             path: folder of this manifest.
-            checksums: read every part and compare its checksum, too; not only its size.
-            report: called with each part that is missing or differs, and why; None: that is an error.
+            checksums: also read every part and compare its checksum, not only its size.
+            report: called with each part that is missing or differs, and the reason; None: the first is an error.
 
         Raises:
-            InputError: names the first part that is missing or differs, and what to do.
+            InputError: a part is missing or differs, and there is no `report`; names the part.
         """
         fs, root = filesystem(path)
         parts = self.all_parts

@@ -1,4 +1,4 @@
-"""Parquet parts of a folder: written with their checksums, a bounded number of rows at a time."""
+"""Writes the Parquet parts of a folder with their checksums, holding a bounded number of rows in memory."""
 
 import zlib
 from collections.abc import Iterable, Iterator
@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 
 @dataclass(kw_only=True)
 class Part:
-    """One Parquet file of a folder, as its manifest promises it."""
+    """One Parquet file of a folder, as its manifest lists it."""
 
     path: str
     """Relative to the folder, for example `sequences/part-00000.parquet`."""
     rows: int
     items: int
-    """Entries of its `item_ids` lists, where it has that column; else the same as rows."""
+    """Total length of its `item_ids` lists if it has that column, else the same as rows."""
     bytes: int
     checksum: str
     """crc32 of the file's bytes as eight hex digits."""
@@ -32,15 +32,17 @@ def write_parts(
     groups_per_part: int,
     prefix: str = "part",
 ) -> list[Part]:
-    """Write tables as the row groups of `folder/part-00000.parquet`, ...
+    """Write tables as the row groups of `folder`/part-00000.parquet, `folder`/part-00001.parquet, ...
 
     Args:
-        groups: one table a row group; none may be empty.
-        groups_per_part: row groups in a file.
-        prefix: what the files' names begin with; processes that write into one folder need different ones.
+        root: the folder of the manifest, on `fs`.
+        folder: folder below `root` for the files.
+        groups: one table per row group; none may be empty.
+        groups_per_part: row groups per file.
+        prefix: prefix of the files' names; processes that write into one folder need different ones.
 
     Returns:
-        A `Part` for each file; its `items` are the entries of `item_ids` where that column is, rows otherwise.
+        A `Part` per file.
     """
     fs.create_dir(f"{root}/{folder}", recursive=True)
     parts: list[Part] = []
@@ -63,7 +65,7 @@ def write_parts(
 
 
 class _PartWriter:
-    """One Parquet file being written, its checksum taken on the way."""
+    """Writes one Parquet file and computes its checksum on the way."""
 
     def __init__(self, fs: pyarrow.fs.FileSystem, root: str, path: str, schema: pa.Schema) -> None:
         self.path = path
@@ -95,7 +97,7 @@ class _PartWriter:
         )
 
     def abandon(self) -> None:
-        """Close what is open; the file is about to be deleted."""
+        """Close the file, which is about to be deleted, and ignore errors."""
         try:
             self.writer.close()
             self.sink.close()
@@ -104,7 +106,7 @@ class _PartWriter:
 
 
 class _ChecksummedFile:
-    """An output stream that counts its bytes and takes their crc32."""
+    """An output stream that counts its bytes and computes their crc32."""
 
     def __init__(self, stream: pa.NativeFile) -> None:
         self.stream = stream
@@ -133,23 +135,23 @@ class _ChecksummedFile:
 
 
 def regroup(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:
-    """Cut a stream of batches into tables of exactly `rows` rows (the last may have fewer)."""
-    held: list[pa.RecordBatch] = []
+    """Cut a stream of batches into tables of `rows` rows (the last may have fewer)."""
+    pending: list[pa.RecordBatch] = []
     count = 0
     for batch in batches:
-        held.append(batch)
+        pending.append(batch)
         count += batch.num_rows
         while count >= rows:
-            table = pa.Table.from_batches(held)
+            table = pa.Table.from_batches(pending)
             yield table.slice(0, rows).combine_chunks()
-            held = table.slice(rows).to_batches()
+            pending = table.slice(rows).to_batches()
             count -= rows
     if count:
-        yield pa.Table.from_batches(held).combine_chunks()
+        yield pa.Table.from_batches(pending).combine_chunks()
 
 
 def checksum_of(fs: pyarrow.fs.FileSystem, path: str) -> str:
-    """crc32 of a file's bytes, as `Part.checksum` has it."""
+    """crc32 of a file's bytes as eight hex digits."""
     crc = 0
     with fs.open_input_stream(path, compression=None) as stream:
         while block := stream.read(2**22):

@@ -1,1 +1,1 @@
-"""Sharding plan, DMP, optimizers, the loop, checkpoints, run log. Knows nothing of what a batch means."""
+"""Training: a run's folder and log, building and loading models, optimizers, learning-rate schedule, the loop."""

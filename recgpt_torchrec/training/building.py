@@ -1,4 +1,4 @@
-"""From a configuration and a dataset to a stream, a sharded model and its optimizers, for both training stages."""
+"""Builds the stream, the sharded model and its optimizers from a configuration and a dataset, for both stages."""
 
 import os
 
@@ -19,11 +19,15 @@ from recgpt_torchrec.model.recgpt import RecGPT
 from recgpt_torchrec.training.optimizers import DENSE, fuse_optimizers, is_fused, optimizers_of
 
 PARTS = {"users": "user", "items": "item", "output": "output", "decoder": DENSE}
-"""What `--tuning.trained` names, and what it is called in the model."""
+"""Values of `--tuning.trained`, and the model's names for them: a table, or `DENSE`."""
 
 
 def open_dataset(config: Pretrain | PromptTune) -> Dataset:
-    """The dataset to train on, opened as its options about damage say."""
+    """Open the dataset to train on, with the configuration's handling of damaged parts.
+
+    Raises:
+        InputError: there is no dataset, or it is damaged.
+    """
     return Dataset.open(config.data, damaged=config.stream.damaged, checksums=config.stream.checksums)
 
 
@@ -35,14 +39,17 @@ def training_stream(
     tuning: Tuning | None = None,
     new_targets: bool = False,
 ) -> SequenceStream:
-    """The stream of the training part, with the candidates of its loss.
+    """Make the stream of the training part's batches, with the candidates of the loss.
 
     Args:
         config: of the stage.
         model: the decoder's configuration.
-        dataset: what is read.
-        tuning: whether prompts and answers are read, and how; None: pre-training.
-        new_targets: whether only what the dataset marks as new is predicted.
+        dataset: to train on.
+        tuning: which prompts and answers are read, and how; None: pre-training.
+        new_targets: whether only targets that the dataset marks as new are predicted.
+
+    Raises:
+        InputError: the dataset does not fit the options, or is damaged.
     """
     set_aside = None
     if config.stream.damaged == "skip":
@@ -74,7 +81,7 @@ def training_stream(
 
 
 def answers_of(dataset: Dataset) -> int:
-    """How many answers of the pre-trained model a prompt dataset holds beside each item."""
+    """Number of the pre-trained model's answers that a prompt dataset holds per item; 0: none."""
     return int(dataset.manifest.settings.get("prompts", {}).get("answers", 0))
 
 
@@ -87,33 +94,39 @@ def build(
     device: torch.device,
     tuning: Tuning | None = None,
 ) -> tuple[nn.Module, KeyedOptimizer]:
-    """The sharded model of a configuration, freshly initialised, and its optimizer (collective).
+    """Build a configuration's sharded model, with initial values, and its optimizer (collective).
 
     Args:
         config: of the stage: loss, tables, optimizer and seed.
         model: the decoder's configuration.
-        dataset: how many users and items there are.
-        batch_size: bags of the largest feature a rank looks up in a step.
+        dataset: gives the numbers of users and items.
+        batch_size: number of bags of the largest feature per rank and step.
         device: of this rank.
         tuning: what prompt-tuning adds and trains; None: pre-training.
+
+    Raises:
+        InputError: a table cannot be sharded as configured.
     """
     torch.manual_seed(config.seed)
-    whole = RecGPT(model, config.loss, dataset.manifest.users, dataset.manifest.items, tuning)
+    unsharded = RecGPT(model, config.loss, dataset.manifest.users, dataset.manifest.items, tuning)
     frozen = set() if tuning is None else {part for name, part in PARTS.items() if name not in tuning.trained}
-    fuse_optimizers(whole, config.tables, device, frozen)
+    fuse_optimizers(unsharded, config.tables, device, frozen)
     fused = is_fused(config.tables.optimizer, device)
-    sharded = shard(whole, config.tables, batch_size=batch_size, device=device, fused=fused)
+    sharded = shard(unsharded, config.tables, batch_size=batch_size, device=device, fused=fused)
     initialise_tables(sharded, config.tables.init_std_of, config.seed)
     return sharded, optimizers_of(sharded, config.tables, config.optimizer, frozen)
 
 
 def check_lost(dataset: Dataset) -> None:
-    """Raise an `InputError` unless every rank finds the same parts of the dataset (collective): windows depend on
-    it."""
-    found: list[dict[str, str]] = gather_objects(dataset.lost_parts)
-    for rank, lost in enumerate(found):
-        if differ := sorted(lost.keys() ^ found[0].keys()):
+    """Check that every rank finds the same parts of the dataset, which windows are made of (collective).
+
+    Raises:
+        InputError: a rank finds other parts than rank 0.
+    """
+    lost_parts: list[dict[str, str]] = gather_objects(dataset.lost_parts)
+    for rank, lost in enumerate(lost_parts):
+        if differ := sorted(lost.keys() ^ lost_parts[0].keys()):
             raise InputError(
-                f"{dataset.path}: rank 0 and rank {rank} do not find the same parts ({', '.join(differ)}); all nodes "
-                "must read the same files"
+                f"{dataset.path}: rank 0 and rank {rank} find different parts ({', '.join(differ)}); all nodes must "
+                "read the same files"
             )

@@ -1,13 +1,13 @@
-"""Steps whose loss or gradients are not finite: found before any table is updated, and left out on all ranks.
+"""Detects steps whose loss or gradients are not finite before any table is updated, and skips them on all ranks.
 
-Tables with fused optimizers are updated in the backward. So the check stands within it, between the decoder's part and
-the tables': there the loss, the gradients of all looked-up vectors and those of the decoder are known, and no table was
-touched. The ranks agree, by one all-reduce of three numbers; if any of them found something, every table gets a
-gradient of zeros, which changes nothing (but the moments of a fused Adam, and decay where tables have weight decay),
-and no other optimizer steps.
+Tables with fused optimizers are updated in the backward. So the check runs within it, after the decoder's part and
+before the tables': the loss and the gradients of the decoder and of all looked-up rows are known, and no table is
+changed yet. The ranks agree by one all-reduce of three numbers. If any rank found a non-finite value, every table gets
+a zero gradient, which changes nothing (except the moments of a fused Adam, and weight decay of tables), and no other
+optimizer steps.
 
-It costs the step 2 to 3% on two ranks and two idle cores (tools/benchmark_step.py, steps of 100 ms, d = 64): the look
-at the values 0.3 ms, the rest is the ranks' waiting for each other once more.
+It costs the step 2 to 3% on two ranks and two idle cores (tools/benchmark_step.py, steps of 100 ms, d = 64): checking
+the values takes 0.3 ms, the rest is one more synchronisation of the ranks.
 """
 
 import json
@@ -28,62 +28,66 @@ from recgpt_torchrec.data.windows import RowGroup
 from recgpt_torchrec.distributed.processes import gather_objects
 
 DECODER = "a gradient of the decoder"
-"""Found where no rank found anything else, or as a sum that is over the ranks already."""
+"""Reported only if no rank found anything else: it may already be a sum over ranks, so any of them can be the cause."""
 SKIPPED = "skipped.jsonl"
-"""In a run's folder: a line for each step and rank whose loss or gradients were not finite."""
+"""File in a run's folder with one line per step and rank whose loss or gradients were not finite."""
 PARTS = ("the loss", "a gradient of the tables' rows", DECODER)
 
 
 class FiniteGuard:
-    """Watches the part of the model between table rows and loss.
+    """Checks the loss and all gradients in each backward, by hooks on the dense part of the model.
 
-    Example: `guard = FiniteGuard(unwrapped(model).dense)`, then after each step `guard.found`
+    Example: `guard = FiniteGuard(unwrapped(model).dense)`, then after each step `guard.non_finite`
     """
 
     def __init__(self, dense: nn.Module) -> None:
         """
         Args:
-            dense: called with looked-up rows first, [bags, dim], any number of them; returns the loss first.
+            dense: called with looked-up rows, tensors [bags, dim], among its arguments; returns the loss first.
         """
         self.dense = dense
-        self.group = dist.new_group(backend="gloo")  # its own: not behind the gradients that are under way
-        self.found = False
-        """Whether anything in the newest step was not finite, on any rank."""
-        self.here: list[str] = []
-        """What it was on this rank."""
+        self.group = dist.new_group(backend="gloo")  # its own, so that it does not queue behind gradients
+        self.non_finite = False
+        """Whether any rank found a non-finite value in the newest step."""
+        self.local_parts: list[str] = []
+        """Those of `PARTS` that were not finite on this rank."""
         self._loss: Tensor | None = None
-        dense.register_forward_pre_hook(self._before)
-        dense.register_forward_hook(self._after)
+        dense.register_forward_pre_hook(self._guard_rows)
+        dense.register_forward_hook(self._keep_loss)
 
-    def _before(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _guard_rows(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not (module.training and torch.is_grad_enabled()):
             return None
-        rows = {id(value): value for value in inputs if isinstance(value, Tensor)}  # tied tables come twice
+        rows = {id(value): value for value in inputs if isinstance(value, Tensor)}  # tied tables are passed twice
         guarded = dict(zip(rows, _Guard.apply(self, *rows.values()), strict=True))
         return tuple(guarded.get(id(value), value) for value in inputs)
 
-    def _after(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def _keep_loss(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if module.training and torch.is_grad_enabled():
             self._loss = output[0].detach()
 
     def check(self, rows: tuple[Tensor | None, ...]) -> None:
-        """Look at the loss, the rows' gradients and the decoder's; agree with the other ranks (collective)."""
+        """Check the loss, the decoder's gradients and those of rows; agree with the other ranks (collective).
+
+        Args:
+            rows: gradients of looked-up rows, each [bags, dim] or None.
+        """
         assert self._loss is not None
         decoder = [p.grad for p in self.dense.parameters()]
         kinds = [[self._loss], [g for g in rows if g is not None], [g for g in decoder if g is not None]]
         values = [(kind, value) for kind, some in enumerate(kinds) for value in some if value.numel()]
-        # One wait for the device. A NaN is both; of the infinity norms this is a twentieth of the time.
+        # One wait for the device. A NaN is both minimum and maximum; infinity norms take twenty times as long.
         extremes = torch.stack([torch.stack(value.aminmax()) for _, value in values])
         bad = torch.zeros(len(PARTS))
         for (kind, _), finite in zip(values, torch.isfinite(extremes).all(1).tolist(), strict=True):
             bad[kind] = max(float(bad[kind]), not finite)
-        self.here = [part for part, flag in zip(PARTS, bad.tolist(), strict=True) if flag]
+        self.local_parts = [part for part, flag in zip(PARTS, bad.tolist(), strict=True) if flag]
         dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=self.group)
-        self.found = bool(bad.any())
+        self.non_finite = bool(bad.any())
 
 
 class _Guard(torch.autograd.Function):
-    """Rows on their way to the decoder as they are; gradients on their way back as they are, or zeros."""
+    """Identity on rows; its backward runs the check, and returns zero gradients if it finds a non-finite value."""
 
     @staticmethod
     def forward(ctx: Any, guard: FiniteGuard, *rows: Tensor) -> tuple[Tensor, ...]:
@@ -93,26 +97,26 @@ class _Guard(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         ctx.guard.check(gradients)
-        if not ctx.guard.found:
+        if not ctx.guard.non_finite:
             return (None, *gradients)
         return (None, *(torch.zeros_like(value) for value in gradients))
 
 
 class GuardedPipeline(TrainPipelineSparseDist):
-    """The train pipeline, with no step of an optimizer where the guard found something."""
+    """The train pipeline, without the optimizer step if the guard found a non-finite value."""
 
     def __init__(self, model: nn.Module, optimizer: Any, device: torch.device, guard: FiniteGuard) -> None:
         super().__init__(model, optimizer, device)
         self.guard = guard
 
     def _optimizer_step(self) -> None:
-        if not self.guard.found:
+        if not self.guard.non_finite:
             super()._optimizer_step()
 
 
 @dataclass(frozen=True)
 class Place:
-    """Rows of one row group that a batch was made of."""
+    """Rows of one row group that are in a batch."""
 
     file: str
     row_group: int
@@ -124,39 +128,54 @@ class Place:
 
 
 def find_rows(dataset: Dataset, groups: list[RowGroup], users: np.ndarray) -> list[Place]:
-    """Where the histories of `users` [sequences] int64 stand, within the row groups that a batch was read from."""
-    found = []
+    """Find the rows of a batch's users in the row groups that it was read from.
+
+    Args:
+        dataset: that the batch was read from.
+        groups: row groups that the batch was read from.
+        users: [sequences] int64 user ids.
+
+    Returns:
+        One place per row group that holds any of the users.
+    """
+    places = []
     for group in groups:
         part = dataset.manifest.sequences[group.part]
         with dataset.open_part(part) as file:
-            there = file.read_row_group(group.group, columns=["user_id"])["user_id"].to_numpy()
-        rows = np.flatnonzero(np.isin(there, users))
+            user_ids = file.read_row_group(group.group, columns=["user_id"])["user_id"].to_numpy()
+        rows = np.flatnonzero(np.isin(user_ids, users))
         if rows.size:
-            found.append(Place(part.path, group.group, tuple(rows.tolist())))
-    return found
+            places.append(Place(part.path, group.group, tuple(rows.tolist())))
+    return places
 
 
-def describe_step(folder: str, step: int, epoch: int, here: list[str], loss: float, there: list[Place]) -> str:
-    """What was not finite in a step, on which rank, from which rows; lists it in the run's folder (collective).
+def describe_step(folder: str, step: int, epoch: int, parts: list[str], loss: float, places: list[Place]) -> str:
+    """Describe what was not finite in a step, by rank and rows, and add it to `SKIPPED` (collective).
 
     Args:
         folder: the run's.
         step, epoch: counted from 1.
-        here: what it was on this rank.
-        loss: this rank's.
-        there: the rows of this rank's batch.
+        parts: those of `PARTS` that were not finite on this rank.
+        loss: this rank's, in nats.
+        places: the rows of this rank's batch.
+
+    Returns:
+        The description, the same on all ranks.
+
+    Raises:
+        OSError: the file cannot be written (on rank 0).
     """
-    found = gather_objects((here, None if math.isfinite(loss) else str(loss), there))
-    if any(set(parts) - {DECODER} for parts, _, _ in found):  # then the decoder's gradients have it from there
-        found = [(parts if set(parts) - {DECODER} else [], value, rows) for parts, value, rows in found]
-    said, lines = [], ""
-    for rank, (parts, value, rows) in enumerate(found):
+    by_rank = gather_objects((parts, None if math.isfinite(loss) else str(loss), places))
+    if any(set(parts) - {DECODER} for parts, _, _ in by_rank):  # then the decoder's gradients are a consequence
+        by_rank = [(parts if set(parts) - {DECODER} else [], value, places) for parts, value, places in by_rank]
+    descriptions, lines = [], ""
+    for rank, (parts, value, places) in enumerate(by_rank):
         if parts:
-            where = "; ".join(map(str, rows[:3])) + (f" and {len(rows) - 3} row groups more" if rows[3:] else "")
-            said.append(f"{', '.join(parts)} on rank {rank}, whose batch held {where or 'no rows'}")
+            rows = "; ".join(map(str, places[:3])) + (f" and {len(places) - 3} more row groups" if places[3:] else "")
+            descriptions.append(f"{', '.join(parts)} on rank {rank}, whose batch held {rows or 'no rows'}")
             line = {"step": step, "epoch": epoch, "rank": rank, "not_finite": parts, "loss": value}
-            lines += json.dumps({**line, "rows": [asdict(place) for place in rows]}) + "\n"
+            lines += json.dumps({**line, "rows": [asdict(place) for place in places]}) + "\n"
     path = os.path.join(folder, SKIPPED)
     if dist.get_rank() == 0:
         storage.append(path, lines)
-    return f"step {step}: not finite: {'; '.join(said)} (all in {path})"
+    return f"step {step}: not finite: {'; '.join(descriptions)} (all rows in {path})"

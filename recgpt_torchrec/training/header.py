@@ -1,4 +1,4 @@
-"""What is said once before the first step: the ranks, the data, the model's size, and how long an epoch is."""
+"""The header logged before the first step: ranks, data, size of the model, length of an epoch."""
 
 import math
 from typing import Any
@@ -13,14 +13,14 @@ from recgpt_torchrec.model.recgpt import unwrapped
 
 
 def header(model: nn.Module, manifest: Manifest, device: torch.device, *, tokens: int, epochs: int) -> str:
-    """Some lines about a training (collective).
+    """The lines logged before training: ranks, data, decoder, tables, epochs (collective).
 
     Args:
-        model: distributed.
+        model: sharded.
         manifest: of the dataset.
         device: of this rank.
-        tokens: maximum number of positions of a batch, per rank.
-        epochs: maximum number.
+        tokens: maximum number of tokens in a batch, per rank.
+        epochs: maximum number of epochs.
     """
     ranks = dist.get_world_size()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -33,7 +33,7 @@ def header(model: nn.Module, manifest: Manifest, device: torch.device, *, tokens
         rows, dim = value.size()
         tables.append(f"{table_name(key)} {rows:,} x {dim} {types[table_name(key)]}")
         total += rows * dim * value.dtype.itemsize
-    # Of each history the last two entries are held out, and nothing is predicted from the one before them.
+    # The last two entries of each history are held out, and the one before them predicts no training target.
     steps = max(1, math.ceil((manifest.entries - 3 * manifest.users) / (tokens * ranks)))
     return "\n".join(
         [

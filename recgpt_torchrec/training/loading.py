@@ -1,4 +1,4 @@
-"""From a checkpoint to a model: to evaluate or to export it, or to tune it further."""
+"""Loads models from checkpoints: to evaluate, to export, or to prompt-tune."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,27 +16,27 @@ from recgpt_torchrec.model.recgpt import RecGPT
 
 @dataclass
 class Trained:
-    """A model read from a checkpoint, and what it is."""
+    """A model loaded from a checkpoint, with its configuration."""
 
     model: nn.Module
     config: Model
     tuning: Tuning | None
-    """None: a pre-trained model."""
+    """Options it was prompt-tuned with; None: it is a pre-trained model."""
 
     @property
     def prompts(self) -> bool:
-        """Whether it reads the prompts between the items of a history."""
+        """Whether the model reads the prompts of a history."""
         return self.tuning is not None and self.tuning.prompts
 
 
 def load(checkpoint: str, dataset: Dataset, tables: Sharding, *, batch_size: int, device: torch.device) -> Trained:
-    """The model of a checkpoint, on any number of ranks and any sharding, without optimizers (collective).
+    """Load the model of a checkpoint, on any number of ranks and with any sharding, without optimizers (collective).
 
     Args:
         checkpoint: its folder.
-        dataset: with the ids that it was trained on.
-        tables: how they are sharded.
-        batch_size: bags of the largest feature a rank looks up at once.
+        dataset: with the vocabulary that the model was trained with.
+        tables: how to shard the tables.
+        batch_size: number of bags of the largest feature per rank and step.
         device: of this rank.
 
     Raises:
@@ -47,8 +47,8 @@ def load(checkpoint: str, dataset: Dataset, tables: Sharding, *, batch_size: int
     settings = metadata["config"]
     config, loss = Model(**settings["model"]), Loss(**settings["loss"])
     tuning = Tuning(**settings["tuning"]) if "tuning" in settings else None
-    whole = RecGPT(config, loss, dataset.manifest.users, dataset.manifest.items, tuning)
-    model = shard(whole, tables, batch_size=batch_size, device=device, fused=False)
+    unsharded = RecGPT(config, loss, dataset.manifest.users, dataset.manifest.items, tuning)
+    model = shard(unsharded, tables, batch_size=batch_size, device=device, fused=False)
     state = {"model": model.state_dict()}
     read_tensors(state, checkpoint)
     model.load_state_dict(state["model"])
@@ -56,14 +56,18 @@ def load(checkpoint: str, dataset: Dataset, tables: Sharding, *, batch_size: int
 
 
 def load_pretrained(model: nn.Module, checkpoint: str) -> None:
-    """Give a model to be tuned the values of a pre-trained checkpoint (collective).
+    """Initialise a model for prompt-tuning from a pre-trained checkpoint, in place (collective).
 
-    W_l, where the model has one, becomes a copy of the item table; what only tuning has keeps its initial values.
+    W_l, if the model has it, becomes a copy of the item table. Other parameters that only prompt-tuning has keep their
+    initial values.
+
+    Raises:
+        InputError: the checkpoint is damaged.
     """
     state = model.state_dict()
-    there = read_tensor_metadata(checkpoint)
-    known = {name: value for name, value in state.items() if f"model.{name}" in there}
-    read_tensors({"model": known}, checkpoint)
+    saved = read_tensor_metadata(checkpoint)
+    pretrained = {name: value for name, value in state.items() if f"model.{name}" in saved}
+    read_tensors({"model": pretrained}, checkpoint)
     tables = {table_name(name): name for name in tables_of(model)}
     if "output" in tables:
         read_tensors({"model": {tables["item"]: state[tables["output"]]}}, checkpoint)
@@ -71,11 +75,15 @@ def load_pretrained(model: nn.Module, checkpoint: str) -> None:
 
 
 def pretrained_model(checkpoint: str, dataset: Dataset, given: Model | None) -> Model:
-    """The decoder's configuration of a pre-trained checkpoint, with the dropouts that were given.
+    """The decoder's configuration for tuning a pre-trained checkpoint: `given`, which may differ in dropout only.
+
+    Args:
+        checkpoint: its folder.
+        dataset: to tune on.
+        given: the configuration that the user gave; None: the checkpoint's.
 
     Raises:
-        InputError: the checkpoint is not a pre-trained one, belongs to another dataset, or has another shape than
-        given.
+        InputError: the checkpoint was prompt-tuned, belongs to another dataset, or has another shape than `given`.
     """
     metadata = read_metadata(checkpoint)
     check_vocabulary(metadata, checkpoint, dataset)
@@ -94,19 +102,23 @@ def pretrained_model(checkpoint: str, dataset: Dataset, given: Model | None) -> 
 
 
 def check_vocabulary(metadata: dict[str, Any], checkpoint: str, dataset: Dataset) -> None:
-    """Raise an `InputError` unless the checkpoint was trained with the dataset's ids, and with all of them."""
+    """Check that a checkpoint was trained with the dataset's vocabulary.
+
+    Raises:
+        InputError: it was trained with another one, or before users or items were added to it.
+    """
     manifest = dataset.manifest
     if metadata["vocabulary"] == manifest.vocabulary:
         return
     if (earlier := manifest.extends(metadata["vocabulary"])) is not None:
         raise InputError(
-            f"the checkpoint {checkpoint} was trained before {manifest.items - earlier.items:,} items and "
-            f"{manifest.users - earlier.users:,} users of {dataset.path} were known, and has no vectors of them: go on "
-            f"training with python -m recgpt_torchrec.pretrain --data {dataset.path} --initial {checkpoint} --output "
-            f"NEW_RUN, or give the dataset it was trained on ({metadata['config']['data']})"
+            f"the checkpoint {checkpoint} has no vectors for {manifest.items - earlier.items:,} items and "
+            f"{manifest.users - earlier.users:,} users that {dataset.path} added to its vocabulary. Train a new run: "
+            f"python -m recgpt_torchrec.pretrain --data {dataset.path} --initial {checkpoint} --output NEW_RUN; or "
+            f"give the dataset it was trained on, {metadata['config']['data']}"
         )
     raise InputError(
         f"the checkpoint {checkpoint} was trained on another dataset than {dataset.path} (vocabulary "
-        f"{metadata['vocabulary'][:12]}, the dataset has {manifest.vocabulary[:12]}): "
-        f"its ids mean other items. It was trained on {metadata['config']['data']}"
+        f"{metadata['vocabulary'][:12]}, not {manifest.vocabulary[:12]}): its ids mean other items. It was trained on "
+        f"{metadata['config']['data']}"
     )

@@ -1,4 +1,4 @@
-"""A run's output folder: started once, resumed by the same command, never overwritten by another."""
+"""A run's output folder: resumed by the same command, never overwritten by another."""
 
 import fcntl
 import os
@@ -18,15 +18,15 @@ from recgpt_torchrec.storage.finished import check_same, differences, flatten
 
 RUN = "run.json"
 RECORDED = ("config", "vocabulary", "histories", "initial")
-"""What of a run is in it."""
+"""Fields of `Run` that are recorded in run.json."""
 LOCK = "run.lock"
-"""Locked by the job that trains the run, as long as its rank 0 lives."""
+"""File locked by the job that trains the run, until its rank 0 ends."""
 
 
 def defaults(config: Any) -> dict[str, Any]:
-    """What a run was begun with that knew nothing of an option: its default, by dotted name.
+    """Default values of all options, by dotted name: those of a run that started before an option existed.
 
-    So the default of a new option must be what was done before there was one.
+    So the default of a new option must be the behaviour before it.
     """
     values: dict[str, Any] = {}
     for option in fields(config):
@@ -47,30 +47,30 @@ class Run:
     config: dict[str, Any]
     vocabulary: str
     histories: str
-    """Fingerprint of the dataset's: an epoch that was begun on others cannot go on."""
+    """Fingerprint of the dataset's histories: an epoch cannot resume on others."""
     checkpoints: Checkpoints
     initial: str | None = None
-    """Checkpoint that the run began, or is to begin, from."""
+    """Another run's checkpoint that this run starts from; None: it starts from initial values."""
 
     @classmethod
     def find(cls, config: Any, vocabulary: str, histories: str, keep: int) -> "Run":
-        """The run of this configuration in its output folder, begun or not (collective); nothing is written yet.
+        """Find the run of a configuration in its output folder, started or not; writes nothing (collective).
 
         Args:
-            config: dataclass of options, `output` and `data` among them.
-            vocabulary, histories: fingerprints of the dataset's.
-            keep: newest checkpoints kept.
+            config: dataclass of options with `output` and `data`.
+            vocabulary, histories: fingerprints of the dataset's vocabulary and histories.
+            keep: number of newest checkpoints to keep.
 
         Raises:
-            InputError: the folder holds something else.
+            InputError: the folder holds something else, or a run with other options or data.
         """
         output = config.output
 
         def check() -> None:
             earlier = read_json(os.path.join(output, RUN))
             if earlier is None:
-                begun = {LOCK, f"{RUN}.tmp"}  # what a kill leaves of a run that was just claimed
-                if storage.exists(output) and (not storage.is_folder(output) or {*storage.names(output)} - begun):
+                leftovers = {LOCK, f"{RUN}.tmp"}  # of a run that was killed at its start
+                if storage.exists(output) and (not storage.is_folder(output) or {*storage.names(output)} - leftovers):
                     raise InputError(
                         f"{output} holds something that is not a run of this program; choose another --output"
                     )
@@ -85,10 +85,10 @@ class Run:
                     f"{output} holds a run on another dataset ({old['data']}); "
                     f"choose another --output for {new['data']}"
                 )
-            if earlier.get("histories", histories) != histories:  # earlier versions did not note them
+            if earlier.get("histories", histories) != histories:  # earlier versions did not record them
                 raise InputError(
-                    f"{output} holds a run on {old['data']} as it was then; the histories of {new['data']} are others, "
-                    "though of the same users and items. Give the dataset as it was, or choose another --output"
+                    f"{output} holds a run on other histories of the same users and items: {new['data']} is not as "
+                    f"{old['data']} was when the run started. Restore the dataset, or choose another --output"
                 )
 
         run_on_first_rank(check)
@@ -96,42 +96,43 @@ class Run:
         return cls(asdict(config), vocabulary, histories, Checkpoints(output, keep), recorded.get("initial"))
 
     @contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Make the output folder this run's own within the `with`, and clear up after a kill (collective); once
-        everything that can be refused has been looked at.
+    def claim_folder(self) -> Iterator[None]:
+        """Lock and set up the output folder within the `with`, and clean up after a kill (collective).
+
+        Call it after all other checks: it is the first to write to the folder.
 
         Raises:
-            InputError: another job trains the run, or nothing can be written there.
+            InputError: another job trains the run, or the folder cannot be written to.
         """
-        with ExitStack() as held:
+        with ExitStack() as lock:
 
-            def write() -> None:
+            def set_up() -> None:
                 output = self.checkpoints.output
                 try:
                     storage.make_folder(output)
-                    held.enter_context(_locked(output))
+                    lock.enter_context(_lock_folder(output))
                     if read_json(os.path.join(output, RUN)) is None:
                         record = {name: getattr(self, name) for name in RECORDED}
                         write_json(os.path.join(output, RUN), record)
-                    self.checkpoints.settle()
+                    self.checkpoints.clean_up()
                 except OSError as error:
                     raise InputError(f"cannot write to --output {output}: {error}") from None
 
-            run_on_first_rank(write)
+            run_on_first_rank(set_up)
             yield
 
     @property
     def finished(self) -> bool:
-        """Whether the run was trained to its end."""
+        """Whether the run's training is finished."""
         latest = self.checkpoints.latest()
         return latest is not None and read_metadata(latest)["progress"]["finished"]
 
     def metadata(self, plan: str) -> dict[str, Any]:
-        """What each checkpoint says of itself."""
+        """The run's part of each checkpoint's metadata; `plan` describes the sharding."""
         return {"config": self.config, "vocabulary": self.vocabulary, "plan": plan}
 
     def summary(self) -> str:
-        """What was reached, where it lies, and what to do next."""
+        """The best validation figure, its checkpoint, and the next command, as text."""
         output = self.checkpoints.output
         best = read_json(os.path.join(output, "best.json")) or {}
         data = self.config["data"]
@@ -145,9 +146,8 @@ class Run:
 
 
 @contextmanager
-def _locked(output: str) -> Iterator[None]:
-    """Keep other jobs out of a run's folder, if it is on a file system that knows locks; the end of this process,
-    however it comes, lets them in."""
+def _lock_folder(output: str) -> Iterator[None]:
+    """Lock a run's folder against other jobs, where the file system can; the end of the process releases it."""
     if storage.remote(output):
         yield
         return
@@ -159,12 +159,12 @@ def _locked(output: str) -> Iterator[None]:
         except BlockingIOError:
             who = os.read(handle, 200).decode(errors="replace")
             raise InputError(
-                f"{output} is being trained by another job (rank 0 is {who or 'unknown'}); wait until that has ended, "
-                f"end it, or choose another --output. If there is no such process any more, remove {path}"
+                f"{output} is being trained by another job (rank 0 is {who or 'unknown'}); wait until it has "
+                f"ended, end it, or choose another --output. If that process no longer exists, remove {path}"
             ) from None
         except OSError:
             pass
-        with suppress(OSError):  # on a full disk as well, a run may clear up
+        with suppress(OSError):  # the lock holds without this text, and on a full disk cleaning up must still run
             os.ftruncate(handle, 0)
             os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield

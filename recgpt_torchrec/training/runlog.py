@@ -1,4 +1,4 @@
-"""What a run shows and keeps of itself: a progress bar, TensorBoard, and one JSON line an epoch."""
+"""The log of a run: progress bar, TensorBoard, and one JSON line per epoch in history.jsonl."""
 
 import json
 import os
@@ -14,36 +14,39 @@ from recgpt_torchrec.progress import LOGGER, progress_bar
 
 
 class RunLog:
-    """Progress of a run; silent on every rank but 0.
+    """Shows and records the progress of a run on rank 0; does nothing on other ranks.
 
-    A run that goes on from a checkpoint does again what came after it: that is dropped here, so that each epoch has one
+    A resumed run repeats what came after its checkpoint. Those lines and points are dropped, so that each epoch has one
     line and each step one point.
 
-    Where the output is a store, TensorBoard's events are kept on the local disk and brought there after each epoch.
+    If the output is an object store, TensorBoard's events are written to the local disk and uploaded after each epoch.
 
-    Example: `with RunLog(output, total, done) as log: log.step(...)`
+    Example: `with RunLog(output, total, done) as log: log.log_step(...)`
     """
 
     def __init__(self, output: str, total: float, done: float, epochs: int = 0, steps: int = 0) -> None:
         """
         Args:
             output: the run's folder.
-            total: interactions to be trained on, all epochs and ranks together.
-            done: of them trained on before.
-            epochs, steps: done before.
+            total: entries of the run, over all epochs and ranks.
+            done: entries trained on before.
+            epochs, steps: number done before.
+
+        Raises:
+            InputError: the folder cannot be written to.
         """
         self.active, self.output = rank() == 0, output
         if not self.active:
             return
-        from torch.utils.tensorboard import SummaryWriter  # imports slowly, and on one rank is enough
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
-        self.boards = os.path.join(output, "tensorboard")
+        self.tensorboard = os.path.join(output, "tensorboard")
         self.scratch = tempfile.TemporaryDirectory(prefix="tensorboard-") if storage.remote(output) else None
-        folder = self.boards if self.scratch is None else self.scratch.name
+        folder = self.tensorboard if self.scratch is None else self.scratch.name
         self.history = os.path.join(output, "history.jsonl")
-        with self._writing():
-            self.board = SummaryWriter(folder, purge_step=steps + 1 if steps else None)
-            _keep_epochs(self.history, epochs)
+        with self._report_write_errors():
+            self.writer = SummaryWriter(folder, purge_step=steps + 1 if steps else None)
+            _drop_later_epochs(self.history, epochs)
         self.bar = progress_bar(int(total), "interactions", done=int(done), unit_scale=True)
 
     def __enter__(self) -> "RunLog":
@@ -53,83 +56,99 @@ class RunLog:
         if self.active:
             self.bar.close()
             try:
-                with self._writing():
-                    self.board.close()
+                with self._report_write_errors():
+                    self.writer.close()
                     if kind is None or not issubclass(kind, (InputError, OSError)):  # else the store may not answer
                         self._upload()
             except InputError:
-                if kind is None:  # else the error that led here is the one to be said
+                if kind is None:  # else the original error is the one to report
                     raise
             finally:
                 if self.scratch is not None:
                     self.scratch.cleanup()
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Say where it was if something cannot be written."""
+    def _report_write_errors(self) -> Iterator[None]:
+        """Raise an `InputError` that names the folder for an `OSError` within the `with`."""
         try:
             yield
         except OSError as error:
             raise InputError(
-                f"cannot write to {self.output}: {error}. Make room, or see that it can be reached; the same command "
-                "goes on from the newest checkpoint"
+                f"cannot write to {self.output}: {error}. Make room, or make sure that it can be reached; the same "
+                "command resumes from the newest checkpoint"
             ) from None
 
     def _upload(self) -> None:
-        """Bring the events so far, kept on the local disk, to where the run lies, if that is a store."""
+        """Upload TensorBoard's events so far, if the output is an object store."""
         if self.scratch is not None:
-            self.board.flush()
+            self.writer.flush()
             for name in os.listdir(self.scratch.name):
                 with open(os.path.join(self.scratch.name, name), "rb") as file:
-                    storage.write(os.path.join(self.boards, name), file.read())
+                    storage.write(os.path.join(self.tensorboard, name), file.read())
 
-    def read(self, interactions: float, epoch: int) -> None:
-        """Move the progress bar on by interactions trained on, all ranks together, in an epoch (from 0)."""
+    def add_entries(self, entries: float, epoch: int) -> None:
+        """Advance the progress bar.
+
+        Args:
+            entries: trained on since the last call, summed over ranks.
+            epoch: counted from 0.
+        """
         if self.active:
             self.bar.set_description(f"epoch {epoch + 1}", refresh=False)
-            self.bar.update(interactions)
+            self.bar.update(entries)
 
-    def step(self, step: int, *, loss: float, lr: float, rate: float, waited: float) -> None:
-        """Show and keep the figures of the last steps.
+    def log_step(self, step: int, *, loss: float, lr: float, rate: float, waited: float) -> None:
+        """Show and record the figures of the steps since the last call.
 
         Args:
             step: optimizer steps done.
-            loss: mean over the targets since the last call, in nats.
-            lr: share of the peak learning rate.
-            rate: targets trained a second, all ranks together.
+            loss: mean over their targets, in nats.
+            lr: learning rate, as a share of its peak.
+            rate: targets trained per second, summed over ranks.
             waited: share of the time spent waiting for data.
+
+        Raises:
+            InputError: they cannot be written.
         """
         if self.active:
             self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} targets/s, data wait {waited:.0%}", refresh=False)
             figures = {"loss": loss, "lr_share": lr, "targets_per_s": rate, "data_wait": waited}
-            with self._writing():
+            with self._report_write_errors():
                 for name, value in figures.items():
-                    self.board.add_scalar(f"train/{name}", value, step)
+                    self.writer.add_scalar(f"train/{name}", value, step)
 
-    def epoch(self, record: dict[str, Any], step: int) -> None:
-        """Keep and print an epoch's summary."""
+    def log_epoch(self, record: dict[str, Any], step: int) -> None:
+        """Record and log an epoch's figures.
+
+        Args:
+            record: the epoch's line of history.jsonl, with `loss`.
+            step: optimizer steps done.
+
+        Raises:
+            InputError: they cannot be written.
+        """
         if self.active:
-            with self._writing():
+            with self._report_write_errors():
                 storage.append(self.history, json.dumps(record) + "\n")
                 for name, value in record.items():
                     if isinstance(value, float):
-                        self.board.add_scalar(f"epoch/{name}", value, step)
+                        self.writer.add_scalar(f"epoch/{name}", value, step)
                 self._upload()
             figures = ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items())
-            # Where an epoch has few steps, `step` is not called in each.
+            # In an epoch with few steps, `log_step` may not have been called.
             self.bar.set_postfix_str(f"loss {record['loss']:.3f}", refresh=False)
             LOGGER.info(figures)
 
 
-def _keep_epochs(history: str, epochs: int) -> None:
-    """Drop the lines of a history that are of later epochs, or that a kill or a loss of power left unfinished."""
+def _drop_later_epochs(history: str, epochs: int) -> None:
+    """Drop lines of epochs after the first `epochs`, and incomplete ones that a kill or a loss of power left."""
     if storage.exists(history):
         lines = storage.read(history).splitlines(keepends=True)
         storage.write(history, b"".join(line for line in lines if 0 < _epoch_of(line) <= epochs))
 
 
 def _epoch_of(line: bytes) -> int:
-    """The epoch that a line of a history is of; 0: it is not a whole one."""
+    """The epoch of a line of history.jsonl; 0: the line is incomplete."""
     try:
         return int(json.loads(line)["epoch"]) if line.endswith(b"\n") else 0
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""A training session: a run's model trained from where the run is to its end, by whichever stage."""
+"""Trains a run's model, from the start or a checkpoint to the end, for both training stages."""
 
 from collections.abc import Callable
 
@@ -28,31 +28,35 @@ def train(
     metric: str,
     tuning: Tuning | None = None,
 ) -> None:
-    """Train a configuration's model from where its run is to its end (collective).
+    """Build a configuration's model and train it to the end, resuming from the run's newest checkpoint (collective).
 
     Args:
         config: of the stage.
         model: the decoder's configuration.
-        stream: its `training_stream`.
-        run: the output folder; claimed once nothing can be refused any more.
+        stream: made by `training_stream`.
+        run: found by `Run.find`; its folder is first written to once the model is built.
         device: of this rank.
-        begin: gives a run that has not begun what it starts from.
-        validation: from the model to what measures it.
-        metric: the figure of validation that decides about the best checkpoint.
+        begin: initialises the trainer of a run that has no checkpoint yet.
+        validation: makes the validation of a model, see `Trainer.fit`.
+        metric: the validation figure that decides the best checkpoint and early stopping.
         tuning: what is tuned; None: pre-training.
+
+    Raises:
+        Stopped: a rank received a stop signal; everything is saved.
+        InputError: the data or the configuration is refused, a step is not finite, or something cannot be written.
     """
     dataset = stream.dataset
     check_lost(dataset)
     built, optimizer = build(
         config, model, dataset, batch_size=stream.maker.capacity.items, device=device, tuning=tuning
     )
-    with run.claimed():
+    with run.claim_folder():
         trainer = Trainer(
             model=built,
             optimizer=optimizer,
             device=device,
             stream=stream,
-            interactions=dataset.manifest.entries,
+            entries=dataset.manifest.entries,
             train=config.train,
             schedule=config.optimizer,
             saving=config.saving,
@@ -62,7 +66,7 @@ def train(
         )
         if resumed := run.checkpoints.latest():
             trainer.resume(resumed)
-            log_message(f"Going on from {resumed}")
+            log_message(f"Resuming from {resumed}")
         else:
             begin(trainer)
         log_message(header(built, dataset.manifest, device, tokens=config.batch.tokens, epochs=config.train.epochs))

@@ -1,6 +1,7 @@
-"""The training loop: epochs of pipelined steps in step over all ranks, validation, checkpoints, early stopping.
+"""The training loop: pipelined steps in lockstep over ranks, validation, checkpoints, early stopping.
 
-It knows batches only as things with a cursor and a number of targets; what they mean is the model's affair.
+Of batches it knows what `lockstep.Step` holds: cursor, number of targets and entries, and the users, by which a
+non-finite step's rows are found. The rest is the model's.
 """
 
 import os
@@ -32,33 +33,37 @@ from recgpt_torchrec.training.runlog import RunLog
 from recgpt_torchrec.training.schedule import Schedule
 
 LOG_EVERY = 20
-"""Steps between looks at the loss (each is one all-reduce of one number)."""
+"""Steps between logged losses; each costs one all-reduce of one number."""
 
 
 @dataclass
 class Progress:
-    """How far a run is; what a checkpoint holds beside tensors."""
+    """Progress of a run, as checkpoint.json holds it."""
 
     step: int = 0
+    """Optimizer steps done."""
     read: float = 0.0
-    """Interactions of the dataset trained on, all epochs and ranks together."""
+    """Entries trained on, over all epochs and ranks."""
     position: Position = field(default_factory=Position)
+    """The epoch, and what is left of it."""
     best_value: float = float("-inf")
+    """Best validation figure so far."""
     best_epoch: int = -1
+    """Epoch of the best figure, from 0; -1: none yet."""
     best_step: int | None = None
-    """Steps done when the best epoch ended, which name its checkpoint."""
+    """Steps done at the end of the best epoch, which name its checkpoint."""
     finished: bool = False
     before: int = 0
-    """Steps of the runs that this one began from, which the optimizers count as well."""
+    """Steps of the runs that this one started from: the optimizers' step counters include them."""
     loss: float = 0.0
-    """Sum of the losses of the epoch's steps so far, over its targets, in nats."""
+    """Loss summed over the targets of the epoch so far, in nats."""
     targets: float = 0.0
-    """Positions predicted in these steps."""
+    """Targets of the epoch so far."""
     skipped: int = 0
-    """Steps left out because their loss or gradients were not finite."""
+    """Steps skipped in the run because their loss or gradients were not finite."""
 
     def state_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The progress as JSON values."""
         return {**asdict(self), "position": self.position.state_dict()}
 
     @classmethod
@@ -69,23 +74,23 @@ class Progress:
 
 @dataclass
 class Trainer:
-    """Trains a distributed model on a stream.
+    """Trains a sharded model on a stream; every rank has one.
 
-    Example: `Trainer(model=model, optimizer=optimizer, ...).fit(validate)`
+    Example: `Trainer(model=model, optimizer=optimizer, ...).fit(validate, metric="NDCG@10")`
     """
 
     model: nn.Module
     optimizer: KeyedOptimizer
     device: torch.device
     stream: SequenceStream
-    interactions: int
-    """Interactions of the dataset: with the number of epochs the measure of progress, whatever the number of ranks."""
+    entries: int
+    """Entries of the dataset, read once per epoch; progress is counted in entries, which do not depend on the ranks."""
     train: Train
     schedule: Optimizer
     saving: Saving
     checkpoints: Checkpoints
     metadata: dict[str, Any]
-    """What every checkpoint says of itself: configuration, vocabulary, sharding plan."""
+    """JSON values for every checkpoint's metadata: configuration, vocabulary, sharding plan."""
     seed: int
     progress: Progress = field(default_factory=Progress)
 
@@ -98,35 +103,39 @@ class Trainer:
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
 
     def fit(self, validate: Callable[[], dict[str, float]], metric: str) -> Progress:
-        """Train until the last epoch, or until `metric` has not grown for `train.patience` epochs.
+        """Train until the last epoch, or until `metric` has not improved for `train.patience` epochs (collective).
 
         Args:
-            validate: collective; the validation figures, the same on all ranks.
-            metric: the figure that decides about the best checkpoint and early stopping.
+            validate: returns the validation figures by name, the same on all ranks (collective).
+            metric: the figure that decides the best checkpoint and early stopping; higher is better.
+
+        Returns:
+            The final progress.
 
         Raises:
-            Stopped: a rank was asked to end by a signal, and everything is saved.
-            InputError: a loss or a gradient was not finite, and no such step may be left out.
+            Stopped: a rank received a stop signal; everything is saved.
+            InputError: a loss or gradient was not finite and may not be skipped; or something cannot be written.
         """
         progress = self.progress
         if self.saving.asynchronous:
-            self.saver.copy(state_of(self.model, self.optimizer))  # takes the memory before the first step
-        log = RunLog(self.checkpoints.output, self._total(), progress.read, progress.position.epoch, progress.step)
+            self.saver.copy_state(state_of(self.model, self.optimizer))  # allocates the memory before the first step
+        total, epoch = self._total_entries(), progress.position.epoch
+        log = RunLog(self.checkpoints.output, total, progress.read, epoch, progress.step)
         with signals.handle_stop_signals(), self.saver, log:
             try:
                 while not progress.finished:
-                    self._epoch(log, validate, metric)
+                    self._run_epoch(log, validate, metric)
             except Stopped:
                 self._save_within_epoch()
                 self.saver.finish()
                 log_message(
-                    f"Stopped after step {progress.step}: a rank was asked to end by a signal. Everything is saved in "
-                    f"{self.checkpoints.latest()}; the same command goes on from there"
+                    f"Stopped after step {progress.step}: a rank received a stop signal. Everything is saved in "
+                    f"{self.checkpoints.latest()}; the same command resumes from it"
                 )
                 raise
         return progress
 
-    def _epoch(self, log: RunLog, validate: Callable[[], dict[str, float]], metric: str) -> None:
+    def _run_epoch(self, log: RunLog, validate: Callable[[], dict[str, float]], metric: str) -> None:
         progress, epoch, started = self.progress, self.progress.position.epoch, time.perf_counter()
         waited = self._train_epoch(epoch, log)
         loss = progress.loss / max(progress.targets, 1)
@@ -143,112 +152,114 @@ class Trainer:
                 progress.best_value, progress.best_epoch, progress.best_step = figures[metric], epoch, progress.step
             record |= {**figures, "validate_s": time.perf_counter() - started}
         idle = epoch - progress.best_epoch
-        # Only a validation can end a run: patience may be shorter than the time between two.
+        # Stop after a validation only: patience may be shorter than the time between two.
         progress.finished = last or bool(
             validated and self.train.patience and progress.best_epoch >= 0 and idle >= self.train.patience
         )
-        log.epoch(record, progress.step)
+        log.log_epoch(record, progress.step)
         progress.position, progress.loss, progress.targets = Position(epoch + 1), 0.0, 0.0
         self.save()
 
     def _train_epoch(self, epoch: int, log: RunLog) -> float:
-        """Train what is left of an epoch; returns the share of time spent waiting for data."""
+        """Train the rest of an epoch; returns the share of time spent waiting for data."""
         progress, rank, world = self.progress, dist.get_rank(), dist.get_world_size()
         self._share = share = self.stream.batches(epoch, progress.position, rank, world)
-        ahead = Lockstep(iter(share), self.stream.maker.empty, self.saver.wanted)
+        lockstep = Lockstep(iter(share), self.stream.maker.empty, self.saver.requests_checkpoint)
         self.model.train()
-        began = since = time.perf_counter()
-        seen = waited = 0.0
-        before = progress.loss, progress.targets
+        start = logged_at = time.perf_counter()
+        logged_wait = targets = 0.0  # `targets`: since the last logged step
+        logged = progress.loss, progress.targets
         while True:
-            # Dropout depends on where the run stands only: a resumed run goes on as the uninterrupted one would.
+            # Dropout depends on the step only: a resumed run computes what an uninterrupted one would.
             torch.manual_seed((self.seed * 1_000_003 + progress.step) * 4099 + rank)
-            lr_share = self.learning_rate.set(progress.step, progress.read / self._total())
+            lr_share = self.learning_rate.set_rates(progress.step, progress.read / self._total_entries())
             watchdog.report_phase("a training step", progress.step)
             try:
-                loss, _ = self.pipeline.progress(ahead)
+                loss, _ = self.pipeline.progress(lockstep)
             except StopIteration:
                 break
             self._check_pipelined()
-            step = ahead.handed_out.popleft()
-            if self.guard.found:
-                self._not_finite(step, share, epoch, loss)
+            step = lockstep.handed_out.popleft()
+            if self.guard.non_finite:
+                self._handle_non_finite(step, share, epoch, loss)
             else:
                 self._loss += loss * (step.targets / world)
                 progress.targets += step.targets
             if step.cursor is not None:
                 share.done(step.cursor)
-            seen += step.targets
+            targets += step.targets
             progress.step += 1
-            progress.read += step.read
-            log.read(step.read, epoch)
+            progress.read += step.entries
+            log.add_entries(step.entries, epoch)
             if progress.step % LOG_EVERY == 0:
                 self._sum_losses()
                 now = time.perf_counter()
-                mean = (progress.loss - before[0]) / max(progress.targets - before[1], 1)
-                wait = (ahead.waited - waited) / (now - since)
-                log.step(progress.step, loss=mean, lr=lr_share, rate=seen / (now - since), waited=wait)
-                since, waited, seen, before = now, ahead.waited, 0.0, (progress.loss, progress.targets)
-            if self.saver.is_due(progress.step, step.asked):
+                mean = (progress.loss - logged[0]) / max(progress.targets - logged[1], 1)
+                wait = (lockstep.waited_s - logged_wait) / (now - logged_at)
+                log.log_step(progress.step, loss=mean, lr=lr_share, rate=targets / (now - logged_at), waited=wait)
+                logged_at, logged_wait, targets = now, lockstep.waited_s, 0.0
+                logged = progress.loss, progress.targets
+            if self.saver.is_due(progress.step, step.checkpoint_requested):
                 self._save_within_epoch()
         self._sum_losses()
-        return ahead.waited / (time.perf_counter() - began)
+        return lockstep.waited_s / (time.perf_counter() - start)
 
     def _sum_losses(self) -> None:
-        """Add to the epoch's loss what all ranks had since the last call (collective)."""
+        """Add the losses of all ranks since the last call to the epoch's loss (collective)."""
         dist.all_reduce(self._loss)
         self.progress.loss += float(self._loss)
         self._loss.zero_()
 
-    def _not_finite(self, step: Step, share: Share, epoch: int, loss: torch.Tensor) -> None:
-        """Say where a step came from whose loss or gradients were not finite; end, or count it (collective)."""
-        there: list[Place] = []
-        if self.guard.here and step.cursor is not None and step.users is not None:
-            there = find_rows(self.stream.dataset, share.groups_of(step.cursor), step.users)
-        what = describe_step(
-            self.checkpoints.output, self.progress.step + 1, epoch + 1, self.guard.here, float(loss), there
+    def _handle_non_finite(self, step: Step, share: Share, epoch: int, loss: torch.Tensor) -> None:
+        """Describe a step that was not finite; count it as skipped, or end the run (collective)."""
+        places: list[Place] = []
+        if self.guard.local_parts and step.cursor is not None and step.users is not None:
+            places = find_rows(self.stream.dataset, share.groups_of(step.cursor), step.users)
+        description = describe_step(
+            self.checkpoints.output, self.progress.step + 1, epoch + 1, self.guard.local_parts, float(loss), places
         )
         self.progress.skipped += 1
-        if self.train.non_finite == "skip" and self.progress.skipped <= self.train.non_finite_limit:
-            return log_message(f"{what}. Left out, {self.progress.skipped} of at most {self.train.non_finite_limit}")
+        skipped, limit = self.progress.skipped, self.train.non_finite_limit
+        if self.train.non_finite == "skip" and skipped <= limit:
+            return log_message(f"{description}. Step skipped, {skipped} of at most {limit}")
         self.saver.finish()
-        kept = self.checkpoints.latest()
+        latest = self.checkpoints.latest()
         raise InputError(
-            f"{what}. Tables and decoder were left as they were before the step. "
-            + (f"{kept} is whole. " if kept else "No checkpoint was written before. ")
-            + "Look at these rows; begin anew in another --output with a smaller --tables.lr or --optimizer.lr; or go "
-            "on without such steps: --train.non_finite skip"
+            f"{description}. Tables and decoder are as before the step. "
+            + (f"{latest} is complete. " if latest else "No checkpoint was written before. ")
+            + "Check these rows; start again in another --output with a smaller --tables.lr or --optimizer.lr; or skip "
+            "such steps: --train.non_finite skip"
             + (f" --train.non_finite_limit {2 * self.progress.skipped}" if self.train.non_finite == "skip" else "")
         )
 
-    def _total(self) -> float:
-        return max(1, self.interactions) * self.train.epochs
+    def _total_entries(self) -> float:
+        return max(1, self.entries) * self.train.epochs
 
     def _check_pipelined(self) -> None:
-        """Fail loudly where the pipeline passed a sharded table by (torchrec only logs that, and trains on slowly)."""
+        """Fail if the pipeline does not handle every sharded table: torchrec only logs that, and trains slowly."""
         sharded = sum(isinstance(m, ShardedEmbeddingBagCollection) for m in self.model.modules())
-        found = len(self.pipeline._pipelined_modules)
-        if found != sharded:
+        pipelined = len(self.pipeline._pipelined_modules)
+        if pipelined != sharded:
             raise RuntimeError(
-                f"the train pipeline found {found} of the model's {sharded} sharded tables: the others' input was "
+                f"the train pipeline found {pipelined} of the model's {sharded} sharded tables: the others' input was "
                 "changed between batch and table, so their communication would not overlap with the step before"
             )
 
     def _save_within_epoch(self) -> None:
-        """Write a checkpoint that says what is left of the epoch (collective)."""
+        """Save a checkpoint that holds what is left of the epoch (collective)."""
         self._sum_losses()
-        left = [] if self._share is None else self._share.left
-        queues = [queue for of_rank in gather_objects(left) for queue in of_rank]
+        local_queues = [] if self._share is None else self._share.left
+        queues = [queue for rank_queues in gather_objects(local_queues) for queue in rank_queues]
         self.progress.position = Position(self.progress.position.epoch, queues)
         self.save()
 
     def save(self) -> None:
-        """Write a checkpoint of everything a run needs to go on; training may go on at once."""
+        """Save a checkpoint of all that a run needs to resume; training may continue at once (collective)."""
         progress = self.progress
-        best = progress.best_step
+        best_step = progress.best_step
         metadata = {**self.metadata, "progress": progress.state_dict()}
         metadata["best"] = {
-            "checkpoint": None if best is None else os.path.basename(self.checkpoints.path(best)),
+            "checkpoint": None if best_step is None else os.path.basename(self.checkpoints.path(best_step)),
             "epoch": progress.best_epoch + 1,
             "value": progress.best_value,
         }
@@ -256,15 +267,24 @@ class Trainer:
             self.saver.save(progress.step, state_of(self.model, self.optimizer), metadata)
 
     def resume(self, checkpoint: str) -> None:
-        """Go on from a checkpoint, whatever number of ranks and sharding it was written with."""
+        """Resume from a checkpoint, written on any number of ranks and with any sharding (collective).
+
+        Raises:
+            InputError: the checkpoint cannot be read.
+        """
         self.progress = Progress.from_state_dict(read_metadata(checkpoint)["progress"])
         with watchdog.phase("restoring"):
             restore(self.model, self.optimizer, checkpoint, self.progress.before + self.progress.step)
-        self.saver.saved = self.progress.step
+        self.saver.saved_step = self.progress.step
 
     def begin_from(self, checkpoint: str) -> None:
-        """Begin with what another run's checkpoint holds of the model and its optimizers; rows of tables that it does
-        not have stay as they are. Progress and the learning rate's course begin anew."""
+        """Start from the model and optimizer state of another run's checkpoint (collective).
+
+        Table rows that it does not hold stay as they are. Progress and the learning-rate schedule start at 0.
+
+        Raises:
+            InputError: the checkpoint cannot be read.
+        """
         earlier = Progress.from_state_dict(read_metadata(checkpoint)["progress"])
         self.progress.before = earlier.before + earlier.step
         restore(self.model, self.optimizer, checkpoint, self.progress.before)

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.checkpoints.state import restore
 from recgpt_torchrec.distributed.processes import silence_libraries
-from tests.distributed import reshard
-from tests.distributed.launch import run_ranks
-from tests.distributed.reshard import DIM, ITEMS, STEPS, USERS, Layout
+from tools import reshard
+from tools.ranks import run_ranks
+from tools.reshard import DIM, ITEMS, STEPS, USERS, Layout
 
 MORE_USERS, MORE_ITEMS = 3 * USERS + 1, 2 * ITEMS + 13
 """So many that, row-wise on two ranks, the second holds no old row."""

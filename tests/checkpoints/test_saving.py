@@ -22,8 +22,8 @@ from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.checkpoints.saving import Saver
 from recgpt_torchrec.config import Batch, Loss, Model, Pretrain, Saving, Tables, Train
 from recgpt_torchrec.errors import InputError
-from tests.distributed.launch import RankFailed, run_ranks
 from tests.support import walks, write_dataset
+from tools.ranks import RankFailed, run_ranks
 
 # ------------------------------------------------------------------------------------------------ one saver, two ranks
 
@@ -55,7 +55,7 @@ def use_a_saver(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     saving.dcp.save = held_up
     state = values(1)
     saver.save(1, state, {"step": 1})
-    seen["meanwhile"] = saver.busy, checkpoints.committed()
+    seen["meanwhile"] = saver.is_writing, checkpoints.list_committed()
     for tensor in state.values():
         tensor.zero_()
     go.set()
@@ -83,10 +83,10 @@ def use_a_saver(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limit[1]))
     saver.save(5, values(5), {"step": 5})
-    while saver.busy:
+    while saver.is_writing:
         pass
     dist.barrier()
-    seen["asks"] = saver.wanted()
+    seen["asks"] = saver.requests_checkpoint()
     with pytest.raises(InputError) as failure:
         saver.save(6, values(6), {"step": 6})
     dist.barrier()
@@ -103,7 +103,8 @@ def test_what_two_ranks_save_beside_the_training(tmp_path):
         assert seen["kept"] == ["step-00000001", "step-00000003", "step-00000004"]  # the best, and the newest two
         assert seen["asks"]
         assert f"cannot write a checkpoint to {tmp_path}/checkpoints (rank 1): " in seen["said"]
-        assert "MiB are free there" in seen["said"] and "step-00000004 is whole" in seen["said"]
+        assert "MiB are free there" in seen["said"]
+        assert f"resumes from {tmp_path}/checkpoints/step-00000004" in seen["said"]
         assert seen["left"] == seen["kept"]
 
 
@@ -253,7 +254,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(tmp_path):
 
 
 def checkpoint_folder(checkpoints: Checkpoints, step: int, metadata: dict[str, Any]) -> None:
-    checkpoints.begin(step)
+    checkpoints.start(step)
     checkpoints.commit(step, metadata)
 
 
@@ -264,9 +265,9 @@ def test_what_a_kill_left_undone_is_made_up_for(tmp_path):
     (Path(checkpoints.path(2)) / "checkpoint.json").write_text(
         json.dumps({"best": {"checkpoint": "step-00000002", "value": 0.2}})
     )
-    checkpoints.begin(3)
+    checkpoints.start(3)
     assert checkpoints.best() == checkpoints.path(1) and checkpoints.latest() == checkpoints.path(2)
-    checkpoints.settle()
+    checkpoints.clean_up()
     assert checkpoints.best() == checkpoints.path(2)
     assert names(checkpoints) == ["step-00000002"]
     assert json.loads((tmp_path / "best.json").read_text()) == {"checkpoint": "step-00000002", "value": 0.2}
@@ -275,12 +276,12 @@ def test_what_a_kill_left_undone_is_made_up_for(tmp_path):
 def test_a_best_checkpoint_of_an_earlier_version_stays_the_best(tmp_path):
     checkpoints = Checkpoints(str(tmp_path), keep=1)
     for step in (1, 2):
-        checkpoints.begin(step)
+        checkpoints.start(step)
         with contextlib.suppress(FileNotFoundError):
             (tmp_path / "best.json").unlink()
-        os.rename(checkpoints.temporary(step), checkpoints.path(step))
+        os.rename(checkpoints.temporary_path(step), checkpoints.path(step))
         (Path(checkpoints.path(step)) / "checkpoint.json").write_text(json.dumps({"best": {"epoch": 1, "value": 0.1}}))
     (tmp_path / "best.json").write_text(json.dumps({"checkpoint": "step-00000001", "epoch": 1, "value": 0.1}))
-    checkpoints.settle()
+    checkpoints.clean_up()
     assert checkpoints.best() == checkpoints.path(1)
     assert names(checkpoints) == ["step-00000001", "step-00000002"]

@@ -24,23 +24,13 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.export_folder import open_export
 from recgpt_torchrec.storage import folders
 from recgpt_torchrec.storage.parts import _PartWriter
-from tests.distributed.launch import RankFailed, run_ranks
 from tests.object_store import BUCKET, Server, server
-from tests.support import stage, walks, write_dataset
+from tests.support import SMALL, stage, walks, write_dataset
+from tools.ranks import RankFailed, run_ranks
 
 needs_moto = pytest.mark.skipif(find_spec("moto") is None, reason="moto[server] is not installed")
 
-TRAINING = {
-    "--model.dim": 8,
-    "--model.max_len": 10,
-    "--model.layers": 1,
-    "--batch.tokens": 60,
-    "--loss.negatives": 10,
-    "--optimizer.warmup_steps": 5,
-    "--train.epochs": 2,
-    "--saving.every_steps": 4,
-    "--saving.keep": 2,
-}
+TRAINING = {**SMALL, "--saving.every_steps": 4, "--saving.keep": 2}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +79,7 @@ def _watch(name: str, number: int, process: int) -> None:
 
 def steps(output: str) -> list[str]:
     """Names of the whole checkpoints."""
-    return [os.path.basename(path) for path in Checkpoints(output, keep=2).committed()]
+    return [os.path.basename(path) for path in Checkpoints(output, keep=2).list_committed()]
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +194,7 @@ def test_a_store_that_goes_away_ends_the_run_with_what_happened(tmp_path: Path) 
         ((status, said),) = run_ranks(run_stage, 1, "pretrain", options, moment)
     assert status == 2
     assert f"pretrain: error: cannot write a checkpoint to s3://{BUCKET}/run/checkpoints: " in said
-    assert "goes on from the newest whole one" in said and "Traceback" not in said
+    assert "resumes from the newest complete one" in said and "Traceback" not in said
 
 
 def test_a_small_file_that_cannot_be_written_is_as_it_was(tmp_path: Path, monkeypatch: Any) -> None:

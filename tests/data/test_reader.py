@@ -27,8 +27,8 @@ from recgpt_torchrec.data.windows import Position, row_groups
 from recgpt_torchrec.distributed.lockstep import Lockstep
 from recgpt_torchrec.errors import InputError
 from tests.data.stream_helpers import MAX_LEN, expected_pairs, pairs, stopped, stream_of
-from tests.distributed.launch import run_ranks
 from tests.support import overwrite, rewrite, start_forkserver, walks, write_dataset
+from tools.ranks import run_ranks
 
 ITEMS = 9
 HISTORIES = walks(24, ITEMS, shortest=4)
@@ -74,12 +74,12 @@ ROWS = [
     (put("item_ids", 2**40, 1), "item id 1099511627776 is outside"),
     (put("segment_ids", None), "the list of segment_ids is null"),
     (put("segment_ids", None, 0), "a value in segment_ids is null"),
-    (put("segment_ids", [0, 0]), r"the list of segment_ids has 2 values, beside the item_ids there must be \d"),
+    (put("segment_ids", [0, 0]), r"the list of segment_ids has 2 values, its item_ids require \d"),
     (put("segment_ids", 3, 1), "segment id 3 is none of 0"),
     (put("timestamps", []), "the list of timestamps has 0 values"),
     (put("timestamps", None, 1), "a value in timestamps is null"),
     (back_in_time, "its times are not in order: 3 comes after 7"),
-    (put("answer_ids", [1]), r"the list of answer_ids has 1 values, beside the item_ids there must be \d+"),
+    (put("answer_ids", [1]), r"the list of answer_ids has 1 values, its item_ids require \d+"),
     (put("answer_ids", 9, 0), "answer id 9 is outside the vocabulary"),
     (put("answer_scores", []), "the list of answer_scores has 0 values"),
     (put("answer_scores", float("nan"), 1), "answer score nan is not a number"),
@@ -103,7 +103,7 @@ def test_a_damaged_row_is_named_with_part_row_group_and_row(data, change, reason
     reader, groups = Reader(dataset, answers=2, times=True), row_groups(dataset)
     assert sum(reader.read(group).table.num_rows for group in (*groups[:3], *groups[4:])) == 20
     place = f"{data}: {PART}, row group 1, row 1: {reason}"
-    with pytest.raises(InputError, match=place + ".* run prepare again, or go on without .*--stream.damaged skip"):
+    with pytest.raises(InputError, match=place + ".* run prepare again, or leave .*out: --stream.damaged skip"):
         reader.read(groups[3])
 
 
@@ -277,7 +277,7 @@ def test_a_part_that_is_replaced_while_a_run_reads_it_is_named(data):
     dataset = Dataset.open(str(data))
     groups = row_groups(dataset)
     pq.write_table(pq.read_table(data / PART), data / PART, row_group_size=3)
-    with pytest.raises(InputError, match=f"{PART}, row group 0: has 3 rows, it had 4 when its file was opened first"):
+    with pytest.raises(InputError, match=f"{PART}, row group 0: has 3 rows, it had 4 when its file was first opened"):
         Reader(dataset).read(groups[2])
 
 

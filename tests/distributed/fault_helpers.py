@@ -68,11 +68,11 @@ def at_step(number: int, do: Any) -> None:
     """Do something before the step that follows `number` steps."""
     from recgpt_torchrec.training.schedule import Schedule
 
-    course = Schedule.set
+    set_rates = Schedule.set_rates
 
     def watched(self: Schedule, steps: int, progress: float) -> float:
         if steps == number:
             do()
-        return course(self, steps, progress)
+        return set_rates(self, steps, progress)
 
-    Schedule.set = watched  # type: ignore[method-assign]
+    Schedule.set_rates = watched  # type: ignore[method-assign]

@@ -34,8 +34,8 @@ from recgpt_torchrec.training.building import build, training_stream
 from recgpt_torchrec.training.optimizers import fuse_optimizers, is_fused, optimizers_of
 from recgpt_torchrec.training.schedule import Schedule
 from recgpt_torchrec.training.trainer import Trainer
-from tests.distributed.launch import run_ranks
 from tests.support import walks, write_dataset
+from tools.ranks import run_ranks
 
 USERS, ITEMS, DIM, STEPS = 11, 23, 8, 6
 TABLE_LR, LR, BETA2 = 0.05, 2e-3, 0.98
@@ -151,12 +151,12 @@ def train(case: Case, rank: int, world_size: int) -> Trained:
 
     result = Trained(tables(), dense())
     pipeline = TrainPipelineSparseDist(model, optimizer, device)
-    course = Schedule(optimizer, case.config.optimizer)
+    schedule = Schedule(optimizer, case.config.optimizer)
     nothing = Candidates(np.arange(9), np.zeros(9, np.float32))
     ahead = Lockstep(iter(batches(case, rank, world_size)), lambda: packed(case, no_histories(), nothing))
     model.train()
     while True:
-        course.set(len(result.losses), len(result.losses) / STEPS)
+        schedule.set_rates(len(result.losses), len(result.losses) / STEPS)
         try:
             loss, _ = pipeline.progress(ahead)
         except StopIteration:
@@ -276,15 +276,13 @@ class FixedStream:
         return FixedShare(self.given)
 
 
-def trainer(
-    model: Any, optimizer: Any, stream: Any, output: str, interactions: int = 100, minutes: float = 0
-) -> Trainer:
+def trainer(model: Any, optimizer: Any, stream: Any, output: str, entries: int = 100, minutes: float = 0) -> Trainer:
     return Trainer(
         model=model,
         optimizer=optimizer,
         device=torch.device("cpu"),
         stream=stream,
-        interactions=interactions,
+        entries=entries,
         train=Train(epochs=2),
         schedule=Optimizer(warmup_steps=1),
         saving=Saving(every_minutes=minutes),

@@ -11,8 +11,8 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from recgpt_torchrec.errors import InputError
 from tests.distributed.fault_helpers import GROUPS, ROWS, free_port, train, write_data
-from tests.distributed.launch import run_ranks
 from tools import kill_test
+from tools.ranks import run_ranks
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def overflows(rank: int, world_size: int, port: int, data: str, output: str, opt
     def check(self: Trainer) -> None:  # right after each step
         pipelined(self)
         now = whole(self.model)
-        if self.guard.found:
+        if self.guard.non_finite:
             seen["unchanged"].append(all(torch.equal(value, seen["before"][name]) for name, value in now.items()))
         elif seen["before"] is not None:
             assert not all(torch.equal(value, seen["before"][name]) for name, value in now.items())
@@ -90,10 +90,10 @@ def test_steps_that_are_not_finite_change_nothing_and_are_named_with_their_rows(
     for one in seen:
         assert one["unchanged"] == [True, True]
         assert "step 9: not finite: a gradient of the tables' rows" in one["error"] and "on rank 1" in one["error"]
-        assert "row group" in one["error"] and "step-00000008 is whole" in one["error"]
+        assert "row group" in one["error"] and "step-00000008 is complete" in one["error"]
     progress = json.loads((output / "checkpoints/step-00000008/checkpoint.json").read_text())["progress"]
     assert math.isfinite(progress["loss"]) and progress["skipped"] == 1
-    saved = kill_test.tensors(output).values()
+    saved = kill_test.read_tensors(output).values()
     assert all(torch.isfinite(value).all() for value in saved if value.is_floating_point())
 
 

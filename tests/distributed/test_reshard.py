@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.distributed.launch import run_ranks
-from tests.distributed.reshard import Difference, Layout, reshard
-from tools.check_reshard import wrong
+from tools.check_reshard import is_wrong
+from tools.ranks import run_ranks
+from tools.reshard import Difference, Layout, reshard
 
 # Each sharding is left and entered, on more ranks and on fewer, under each kind of optimizer state: a moment a row, a
 # moment a number, two of them stepped by torch (Adam on CPU), none.
@@ -41,7 +41,7 @@ def found(tmp_path_factory) -> list[Difference]:
 def test_tables_optimizer_state_and_next_losses_are_those_that_were_saved(found):
     pairs = {(d.source, d.target) for d in found}
     assert pairs == {(s, t) for s in SOURCES for t in TARGETS if s.optimizer == t.optimizer}
-    assert not [d for d in found if wrong(d)]
+    assert not [d for d in found if is_wrong(d)]
 
 
 def test_row_wise_adagrad_goes_on_a_little_differently_only_where_blocks_of_columns_change(found):

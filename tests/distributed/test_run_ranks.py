@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed.launch import RankFailed, run_ranks
+from tools.ranks import RankFailed, run_ranks
+
+pytestmark = pytest.mark.alone
 
 
 def sum_of_ranks(rank: int, world_size: int, offset: int) -> tuple[int, torch.Tensor]:

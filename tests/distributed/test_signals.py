@@ -28,8 +28,10 @@ from tests.distributed.fault_helpers import (
     train,
     write_data,
 )
-from tests.distributed.launch import run_ranks
 from tools import kill_test
+from tools.ranks import run_ranks
+
+pytestmark = pytest.mark.alone
 
 
 @pytest.fixture

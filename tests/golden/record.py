@@ -7,8 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from tests.distributed.launch import run_ranks
 from tests.golden.stages import all_stages
+from tools.ranks import run_ranks
 
 RECORD = Path(__file__).parent / "record"
 WORLD_SIZES = (1, 2)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.distributed.launch import run_ranks
 from tests.golden.record import RECORD, WORLD_SIZES
 from tests.golden.stages import all_stages
+from tools.ranks import run_ranks
 
 EXACT = os.environ.get("RECGPT_GOLDEN") == "exact"
 TOLERANCE = 0.0 if EXACT else 2e-3

@@ -15,7 +15,7 @@ from recgpt_torchrec.config.stages import STAGES
 from recgpt_torchrec.launch import node
 from tests.support import walks, write_dataset
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TORCHX = Path(sys.executable).with_name("torchx")
 
 

@@ -72,7 +72,7 @@ def test_from_a_log_to_the_report_interrupted_and_done_once(
 def test_days_are_the_log_cut_by_time_in_its_order(tmp_path: Path, words: list[str]) -> None:
     options = daily.parse(words)
     log = pyarrow.csv.read_csv(tmp_path / "log.csv").to_pylist()
-    daily.cut(tmp_path / "log.csv", tmp_path / "cut", options)
+    daily.cut_log(tmp_path / "log.csv", tmp_path / "cut", options)
     first = sorted(row["timestamp"] for row in log)[round(0.6 * len(log)) - 1]
     edges = [0, first, first + WEEK, first + 2 * WEEK]
     for day, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
@@ -86,13 +86,13 @@ def test_dates_of_the_log_become_seconds_and_other_columns_are_refused(
     log = tmp_path / "dates.csv"
     times = [f"2024-01-{day:02d}T00:00:00+00:00" for day in range(1, 29)]
     log.write_text("user_id,item_id,timestamp\n" + "".join(f"u,i{n},{time}\n" for n, time in enumerate(times)))
-    daily.cut(log, tmp_path / "cut", daily.parse([*words, "--input", str(log), "--day", "86400", "--days", "3"]))
+    daily.cut_log(log, tmp_path / "cut", daily.parse([*words, "--input", str(log), "--day", "86400", "--days", "3"]))
     start = datetime(2024, 1, 1, tzinfo=UTC).timestamp()
     whole = [pq.read_table(tmp_path / f"cut/day{day}.parquet")["timestamp"].to_pylist() for day in range(4)]
     assert sum(whole, []) == [start + 86400 * day for day in range(len(sum(whole, [])))]
     for column, said in (("item_id", "holds text"), ("when", "which has user_id, item_id, timestamp")):
         with pytest.raises(SystemExit):
-            daily.cut(log, tmp_path / "other", daily.parse([*words, "--time_column", column]))
+            daily.cut_log(log, tmp_path / "other", daily.parse([*words, "--time_column", column]))
         assert said in capsys.readouterr().err
 
 

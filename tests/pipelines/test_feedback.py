@@ -66,7 +66,7 @@ def test_from_a_log_to_the_report_and_done_once(tmp_path: Path, executor: InProc
     users = {json.loads((out / f"tiny/seed0/{run}_test.json").read_text())["users"] for run in runs}
     assert len(users) == 1
     text = (out / "report.md").read_text()
-    for part in ("less that of the control", "test one step, unmasked", "co-occurrence", "--prompts.source exposed"):
+    for part in ("minus that of the control", "test one step, unmasked", "co-occurrence", "--prompts.source exposed"):
         assert part in text
 
     feedback.main(words)

@@ -89,7 +89,7 @@ def test_from_a_log_to_the_report_interrupted_and_done_once(tmp_path, executor, 
     with pytest.raises(SystemExit) as ended:
         paper.main(words)
     assert ended.value.code == 130
-    assert "the same command goes on from here" in capsys.readouterr().err
+    assert "the same command resumes here" in capsys.readouterr().err
 
     executor.interrupt_at = None
     paper.main(words)

@@ -46,7 +46,7 @@ def test_a_step_made_from_other_inputs_is_refused_or_run_again(tmp_path, capsys)
     (tmp_path / "a").unlink()
     with pytest.raises(SystemExit) as ended:
         run(tmp_path, commands, needs)
-    assert ended.value.code == 2 and "the step b was made otherwise before" in capsys.readouterr().err
+    assert ended.value.code == 2 and "the step b was run with other options or inputs before" in capsys.readouterr().err
 
 
 def test_a_failing_step_ends_the_pipeline_with_its_status(tmp_path, capsys):

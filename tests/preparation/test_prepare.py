@@ -249,8 +249,8 @@ def test_a_dataset_that_another_process_wrote_meanwhile_stays(tmp_path):
 
 HALF = """
 import os, signal, sys
-from recgpt_torchrec.storage.folders import check_free, staged
-with staged(sys.argv[1]) as (fs, folder):
+from recgpt_torchrec.storage.folders import check_free, stage_folder
+with stage_folder(sys.argv[1]) as (fs, folder):
     print(folder, flush=True)
     if sys.argv[2:]:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -280,5 +280,5 @@ def test_an_output_that_is_a_link_stays_one_and_a_mounted_disk_is_refused_before
         assert Path(folder).parent == tmp_path / "disk"
         Path(folder, "manifest.json").write_text("{}")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "disk/data/manifest.json").exists()
-    with pytest.raises(InputError, match="--output /proc is where a disk is mounted"):
+    with pytest.raises(InputError, match="--output /proc is a mount point"):
         check_free("/proc")

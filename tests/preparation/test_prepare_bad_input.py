@@ -46,7 +46,7 @@ def file(folder: Path, name: str, content: str | bytes) -> Path:
         ("log.csv", GOOD.replace(",", ";"), "Is it separated by semicolons"),
         ("log.tsv", GOOD, "Is it separated by commas (csv)"),
         ("log.jsonl", GOOD, "is not JSON lines: its first line is 'user_id,item_id,timestamp'"),
-        ("log.jsonl", '[{"user_id": 1},\n{"user_id": 2}]', "write one object a line"),
+        ("log.jsonl", '[{"user_id": 1},\n{"user_id": 2}]', "write one object per line"),
         ("log.txt", GOOD, "is not of the format sequences"),
         ("log.txt", "user_id:token\titem_id:token\n1\t2\n", "pass --input_format recbole"),
         ("log.inter", GOOD, "is not a RecBole file"),
@@ -80,7 +80,7 @@ def test_a_missing_column_names_those_that_are_there(tmp_path: Path) -> None:
 def test_a_column_of_lists(tmp_path: Path) -> None:
     pq.write_table(pa.table({"user_id": [1], "item_id": [[2, 3]], "timestamp": [4]}), tmp_path / "log.parquet")
     text = message(tmp_path, tmp_path / "log.parquet")
-    assert "column 'item_id' holds list" in text and "one row an interaction" in text
+    assert "column 'item_id' holds list" in text and "one row per interaction" in text
 
 
 def test_missing_input(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_nothing_left_after_k_core_says_what_would_leave_something(tmp_path: Pat
 
 def test_sequences_are_not_mixed_with_timed_files(tmp_path: Path) -> None:
     files = [str(file(tmp_path, "a.txt", "u a b\n")), str(file(tmp_path, "b.csv", GOOD))]
-    assert "prepare them apart" in message(tmp_path, files)
+    assert "prepare them separately" in message(tmp_path, files)
 
 
 def test_an_output_folder_that_holds_something_else(tmp_path: Path) -> None:

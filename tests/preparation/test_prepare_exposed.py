@@ -245,7 +245,7 @@ def test_ratings_below_a_number_in_a_recbole_file(tmp_path: Path) -> None:
     result = make(tmp_path / "log.inter", tmp_path / "data", **options)
     assert entries_of(tmp_path / "data") == {"1": [("a", 0), ("b", 2), ("b", 0)]}
     config = Prepare(input=["log.inter"], output="data", **options)
-    assert "shown       1 rows were not clicked; 1 stand between interactions" in summary(config, result)
+    assert "shown       1 rows were not clicked; 1 kept between interactions" in summary(config, result)
 
 
 def test_what_cannot_be_used_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -272,7 +272,11 @@ def test_the_command_ends_with_status_2_and_one_line(tmp_path: Path) -> None:
     log = write_log(tmp_path / "log.csv", events_of("u a 1 1, u b 2 1"))
     command = [sys.executable, "-m", "recgpt_torchrec.prepare", "--input", str(log), "--output", str(tmp_path / "data")]
     ended = subprocess.run([*command, "--click_column", "click"], capture_output=True, text=True)
-    assert ended.returncode == 2 and "tells no difference" in ended.stderr and "Traceback" not in ended.stderr
+    assert (
+        ended.returncode == 2
+        and "does not tell shown rows from clicked ones" in ended.stderr
+        and "Traceback" not in ended.stderr
+    )
     assert not (tmp_path / "data").exists()
 
 
@@ -303,7 +307,7 @@ def test_a_log_with_shown_rows_larger_than_the_memory_limit(tmp_path: Path) -> N
 def with_prompts(folder: Path, k: int) -> Dataset:
     """The dataset as `generate_prompts --prompts.source exposed` writes it, without its files and processes."""
     table = pq.read_table(folder / "sequences").combine_chunks()
-    made = table_of(intervals_of(table, k, max_len=50, kept=(EXPOSED,))).to_pydict()
+    made = table_of(intervals_of(table, k, max_len=50, prompt_segments=(EXPOSED,))).to_pydict()
     items = Dataset.open(str(folder)).manifest.items
     return write_dataset(folder / f"prompts-{k}", made["item_ids"], items=items, segments=made["segment_ids"])
 

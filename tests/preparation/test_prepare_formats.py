@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recgpt_torchrec.preparation import queries
-from recgpt_torchrec.preparation.rows import meaning
+from recgpt_torchrec.preparation.rows import parse_rows
 from tests.preparation.prepare_helpers import Row, in_time_order, make, random_log, read_sequences, write_csv
 
 ROWS = random_log(80, users=7, items=9)
@@ -253,20 +253,20 @@ def test_the_expressions_compile_for_spark_too(monkeypatch: pytest.MonkeyPatch) 
     keys = dict.fromkeys(names, "string")
     source = ibis.table({**keys, "text": "string"}, name="source")
     typed = ibis.table({**keys, "text": "string", "time": "timestamp(6)", "user": "float64"}, name="typed")
-    log = meaning(source, timed=True, rated=True, labelled=True).mutate(
+    log = parse_rows(source, timed=True, rated=True, labelled=True).mutate(
         order=ibis.literal(0, "int64"), segment=ibis.literal(0, "int8")
     )
     users = ibis.table({"key": "string", "user": "int64"}, name="users")
     items = ibis.table({"key": "string", "item": "int64"}, name="items")
-    events = queries.encoded(log, users, items)
-    user_ids = queries.dense_ids(users, "user", "user_id")
-    item_ids = queries.dense_ids(items, "item", "item_id")
+    events = queries.encode_keys(log, users, items)
+    user_ids = queries.assign_ids(users, "user", "user_id")
+    item_ids = queries.assign_ids(items, "item", "item_id")
     kept = events.inner_join(user_ids, "user").inner_join(item_ids, "item").drop("user", "item")
     for expression in (
-        meaning(typed, timed=True, rated=False, labelled=False),
-        queries.codes(log.select(key=log.user).distinct(), "user", seed=1),
-        queries.without_repeats(events),
-        queries.between(kept),
+        parse_rows(typed, timed=True, rated=False, labelled=False),
+        queries.assign_codes(log.select(key=log.user).distinct(), "user", seed=1),
+        queries.drop_repeats(events),
+        queries.drop_outer_shown(kept),
         queries.item_table(kept, item_ids, items),
         queries.user_table(user_ids, users),
         kept.order_by("user_id", *queries.IN_TIME),

@@ -12,8 +12,8 @@ from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval import export_folder
 from recgpt_torchrec.retrieval.export_folder import Keys, open_export, to_numpy, write_export
-from tests.distributed.launch import run_ranks
 from tests.support import walks, write_dataset
+from tools.ranks import run_ranks
 
 ITEMS, USERS, DIM = 30, 50, 4
 
@@ -179,7 +179,7 @@ def test_a_folder_that_holds_something_else_is_refused_and_not_touched(dataset, 
 def test_opening_names_what_is_wrong(dataset, tmp_path):
     with pytest.raises(InputError, match=r"no manifest\.json"):
         open_export(str(tmp_path / "nowhere"))
-    with pytest.raises(InputError, match="something else"):
+    with pytest.raises(InputError, match="something other than an export"):
         open_export(dataset.path)
     manifest = write(tmp_path / "export", dataset)
     part = tmp_path / "export" / manifest.item_parts[0].path

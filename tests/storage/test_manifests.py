@@ -66,7 +66,7 @@ def test_what_is_no_manifest_is_refused(folder: Path, text: bytes | None, messag
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"archive_version": ..., "format_version": 3}, "holds something else than an archive; name another folder"),
+        ({"archive_version": ..., "format_version": 3}, "holds something other than an archive; name another folder"),
         ({"archive_version": 4}, "has archive format version 4, .* version 3; update the program, or run export again"),
         ({"archive_version": 2}, "has archive format version 2, this program reads version 3; run export again"),
         ({"archive_version": "new"}, "has archive format version new, this program reads version 3; run export again"),
@@ -123,7 +123,8 @@ def test_a_difference_is_refused_with_every_line_and_the_remedy() -> None:
     with pytest.raises(InputError) as raised:
         check_same("--output x", "archive", ["k: 1 there, 2 now", "m: 3 there, 4 now"])
     assert str(raised.value) == (
-        "--output x holds another archive of other options or inputs:\n  k: 1 there, 2 now\n  m: 3 there, 4 now\n"
+        "--output x holds another archive, made with other options or inputs:\n"
+        "  k: 1 there, 2 now\n  m: 3 there, 4 now\n"
         "Nothing was touched; choose another --output"
     )
 
@@ -140,10 +141,10 @@ def test_a_finished_folder_is_found_and_a_free_one_is_none(folder: Path, tmp_pat
 
 
 def test_a_folder_of_something_else_is_refused_and_not_touched(folder: Path) -> None:
-    with pytest.raises(InputError, match="another archive of other options or inputs:\n  k: 1 there, 2 now\n"):
+    with pytest.raises(InputError, match="another archive, made with other options or inputs:\n  k: 1 there, 2 now\n"):
         find(folder, 2)
     change(folder, archive_version=..., format_version=1)
-    with pytest.raises(InputError, match="holds something else than an archive; name another folder"):
+    with pytest.raises(InputError, match="holds something other than an archive; name another folder"):
         find(folder, 1)
     (folder / "manifest.json").rename(folder / "thesis.tex")
     with pytest.raises(InputError, match=r"is not a finished archive \(rows, thesis.tex\); nothing was touched"):

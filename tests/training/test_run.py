@@ -24,7 +24,7 @@ def _one_process() -> Iterator[None]:
 
 def begin(config: Any, change: Callable[[dict[str, Any]], object] = lambda _: None) -> None:
     """Begin a run, and change what it recorded of its options."""
-    with Run.find(config, "vocabulary", "histories", keep=1).claimed():
+    with Run.find(config, "vocabulary", "histories", keep=1).claim_folder():
         pass
     path = Path(config.output) / RUN
     record = json.loads(path.read_text())
@@ -62,7 +62,7 @@ def test_another_value_and_another_dataset_are_refused(tmp_path: Path) -> None:
         Run.find(config, "another", "histories", keep=7)
     config.data = "elsewhere"  # may change as well, but not what is there
     Run.find(config, "vocabulary", "histories", keep=7)
-    with pytest.raises(InputError, match="the histories of elsewhere are others"):
+    with pytest.raises(InputError, match="elsewhere is not as .* was when the run started"):
         Run.find(config, "vocabulary", "others", keep=7)
     config.seed = 1
     with pytest.raises(InputError, match=r"--seed: 0 there, 1 now"):
@@ -90,12 +90,15 @@ def test_an_option_that_is_gone_is_named(tmp_path: Path) -> None:
 
 def test_a_run_that_another_job_trains_is_refused_until_that_has_ended(tmp_path: Path) -> None:
     config = Pretrain(data="data", output=str(tmp_path / "run"))
-    with Run.find(config, "vocabulary", "histories", keep=1).claimed():
+    with Run.find(config, "vocabulary", "histories", keep=1).claim_folder():
         again = Run.find(config, "vocabulary", "histories", keep=1)
-        with pytest.raises(InputError, match=rf"by another job \(rank 0 is process {os.getpid()} on "), again.claimed():
+        with (
+            pytest.raises(InputError, match=rf"by another job \(rank 0 is process {os.getpid()} on "),
+            again.claim_folder(),
+        ):
             pass
     (tmp_path / "run" / RUN).unlink()  # as a kill right after the lock leaves it
-    with Run.find(config, "vocabulary", "histories", keep=1).claimed():
+    with Run.find(config, "vocabulary", "histories", keep=1).claim_folder():
         assert (tmp_path / "run" / RUN).exists()
 
 
@@ -111,7 +114,7 @@ def test_a_full_disk_is_named_when_curves_and_figures_cannot_be_written(tmp_path
             RunLog(str(tmp_path), 10, 0) as log,
         ):
             resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
-            log.epoch({"epoch": 1, "loss": 0.5}, 1)
+            log.log_epoch({"epoch": 1, "loss": 0.5}, 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert "Traceback" not in capfd.readouterr().err

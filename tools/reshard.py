@@ -31,7 +31,7 @@ from recgpt_torchrec.data.histories import Histories, no_histories
 from recgpt_torchrec.distributed.processes import silence_libraries
 from recgpt_torchrec.distributed.sharding import tables_of
 from recgpt_torchrec.training.building import build
-from tests.support import walks
+from tools.small_run import walks
 
 USERS, ITEMS, STEPS = 13, 29, 3
 DIM = 24

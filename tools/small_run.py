@@ -1,0 +1,100 @@
+"""A small dataset with something to learn, and the options of a training run that takes seconds: for checks and tests."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs
+
+from recgpt_torchrec.data.dataset import Dataset, Manifest
+from recgpt_torchrec.storage.folders import write_manifest
+from recgpt_torchrec.storage.parts import write_parts
+
+SMALL: dict[str, Any] = {
+    "--model.dim": 8,
+    "--model.max_len": 10,
+    "--model.layers": 1,
+    "--batch.tokens": 60,
+    "--loss.negatives": 10,
+    "--optimizer.warmup_steps": 5,
+    "--train.epochs": 2,
+}
+"""Options of `pretrain` for a run of some 20 steps."""
+
+
+def write_dataset(
+    folder: Path | str,
+    histories: Sequence[Sequence[int]],
+    *,
+    items: int | None = None,
+    segments: Sequence[Sequence[int]] | None = None,
+    more: dict[str, pa.Array] | None = None,
+    rows_per_group: int = 8,
+    groups_per_part: int = 2,
+    vocabulary: str = "test",
+) -> Dataset:
+    """Write one user a history, with user ids from 0 on, and open what was written.
+
+    Args:
+        folder: of the dataset; made.
+        histories: item ids of each user, oldest first.
+        items: size of the catalogue; None: up to the largest id.
+        segments: segment ids beside the items.
+        more: columns beside these.
+        rows_per_group, groups_per_part: layout of the Parquet parts.
+        vocabulary: fingerprint to put in the manifest.
+    """
+    known = items if items is not None else max((max(h, default=-1) for h in histories), default=-1) + 1
+    columns: dict[str, pa.Array] = {
+        "user_id": pa.array(range(len(histories)), pa.int64()),
+        "item_ids": pa.array([list(h) for h in histories], pa.list_(pa.int64())),
+        "timestamps": pa.array([list(range(len(h))) for h in histories], pa.list_(pa.int64())),
+    }
+    if segments is not None:
+        columns["segment_ids"] = pa.array([list(s) for s in segments], pa.list_(pa.int8()))
+    table = pa.table(columns | (more or {}))
+    groups = [table.slice(start, rows_per_group) for start in range(0, len(histories), rows_per_group)]
+    everything = np.array([i for h in histories for i in h], dtype=np.int64)
+    trained = np.array([i for h in histories for i in training_part(h)], dtype=np.int64)
+    catalogue = pa.table(
+        {
+            "item_id": pa.array(range(known), pa.int64()),
+            "key": [f"item {i}" for i in range(known)],
+            "count": np.bincount(everything, minlength=known)[:known],
+            "train_count": np.bincount(trained, minlength=known)[:known],
+        }
+    )
+    users = pa.table({"user_id": columns["user_id"], "key": [f"user {u}" for u in range(len(histories))]})
+    fs, root = pyarrow.fs.LocalFileSystem(), str(folder)
+    manifest = Manifest(
+        users=len(histories),
+        items=known,
+        interactions=int(everything.size),
+        vocabulary=vocabulary,
+        sequences=write_parts(fs, root, "sequences", groups, groups_per_part),
+        item_parts=write_parts(fs, root, "items", [catalogue], 1),
+        user_parts=write_parts(fs, root, "users", [users], 1),
+    )
+    write_manifest(fs, root, manifest.to_json())
+    return Dataset.open(root)
+
+
+def training_part(history: Sequence[int]) -> Sequence[int]:
+    """What of a history is trained on, said a second time: everything but the last two, if there are three."""
+    return history[:-2] if len(history) >= 3 else history
+
+
+def walks(users: int, items: int, seed: int = 0, shortest: int = 3, longest: int = 12) -> list[list[int]]:
+    """Histories with something to learn: each item is mostly followed by one of the next two on a ring."""
+    rng = np.random.default_rng(seed)
+    histories = []
+    for _ in range(users):
+        at = int(rng.integers(items))
+        history = [at]
+        for _ in range(int(rng.integers(shortest, longest + 1)) - 1):
+            at = (at + int(rng.integers(1, 3))) % items if rng.random() < 0.9 else int(rng.integers(items))
+            history.append(at)
+        histories.append(history)
+    return histories
