@@ -184,6 +184,7 @@ def written(source: Layout, folder: str) -> list[float]:
 
 
 def place(folder: str, source: Layout) -> str:
+    """Where the run of a layout keeps its checkpoints."""
     return f"{folder}/{source.ranks}-{source.sharding}-{source.optimizer}"
 
 

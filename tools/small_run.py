@@ -1,4 +1,4 @@
-"""A small dataset with something to learn, and the options of a training run that takes seconds: for checks and tests."""
+"""A small dataset with something to learn, and the options of a training run of seconds, for checks and tests."""
 
 from collections.abc import Sequence
 from pathlib import Path

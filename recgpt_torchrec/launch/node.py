@@ -86,7 +86,7 @@ def describe(rank: int, exit_code: int) -> str:
         exit_code: its exit status; if negative, the signal that killed it.
     """
     if exit_code == STOPPED:
-        return f"a signal asked rank {rank} or another rank to end; give the same command again to resume"
+        return f"rank {rank} or another received a stop signal; the same command resumes"
     if exit_code >= 0:
         # Only rank 0 prints what is wrong with the options.
         prefix = f"[{rank}]" if rank == 0 or exit_code != REFUSED else f"[{rank}] or [0]"

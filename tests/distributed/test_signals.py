@@ -31,8 +31,6 @@ from tests.distributed.fault_helpers import (
 from tools import kill_test
 from tools.ranks import run_ranks
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.fixture
 def data(tmp_path) -> str:
