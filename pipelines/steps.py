@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from recgpt_torchrec.storage.finished import differences
+
 ROOT = Path(__file__).resolve().parent.parent
 
 STOP_SECONDS = 20.0
@@ -164,12 +166,7 @@ class RecordedSteps:
         temporary.replace(path)
 
     def _refuse(self, title: str, earlier: dict[str, Any], now: dict[str, Any]) -> None:
-        lines = []
-        for name in ("command", "settings", "needs"):
-            old, new = _flatten(name, earlier.get(name)), _flatten(name, now[name])
-            for key in sorted(old.keys() | new.keys()):
-                if old.get(key) != new.get(key):
-                    lines.append(f"\n  {key}: {old.get(key)} there, {new.get(key)} now")
+        lines = [f"\n  {line}" for line in differences({name: earlier.get(name) for name in now}, now)]
         print(
             f"\n{self.name}: the step {title} was run with other options or inputs before:{''.join(lines)}\n"
             "Give the same options, choose another --output, or delete the step's result and "
@@ -286,10 +283,3 @@ def _estimate_seconds(kind: str, timed: dict[str, list[float]]) -> float:
     alike = [s for other, times in timed.items() if other.rpartition(" ")[2] == ending for s in times]
     times = timed.get(kind) or alike or [s for each in timed.values() for s in each]
     return sum(times) / len(times)
-
-
-def _flatten(name: str, value: Any) -> dict[str, Any]:
-    """Flatten nested values to dotted names."""
-    if not isinstance(value, dict):
-        return {name: value}
-    return {key: leaf for child, inner in value.items() for key, leaf in _flatten(f"{name}.{child}", inner).items()}

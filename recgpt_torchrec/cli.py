@@ -78,7 +78,7 @@ def parse(config_class: type[Config], prog: str, arguments: list[str] | None = N
         parser = parser_for(config_class, f"python -m {prog}" if prog.startswith("recgpt_torchrec.") else prog)
         values = parser.parse_args(line.arguments)
         values.pop("config", None)
-        built: Any = parser.instantiate_classes(values)
+        built: Any = parser.instantiate(values)
         return config_class(**(vars(built) if isinstance(built, Namespace) else built))
     except ValueError as error:  # an OptionError, or one of a group's range checks
         refuse(prog, line.explain(str(error)))

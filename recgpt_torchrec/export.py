@@ -19,8 +19,9 @@ def main(config: Export) -> None:
     from recgpt_torchrec.catalogue.catalogue import Catalogue
     from recgpt_torchrec.checkpoints.folder import checkpoint_fingerprint, find_checkpoint
     from recgpt_torchrec.data.dataset import Dataset
+    from recgpt_torchrec.data.split import FEWEST_ITEMS
     from recgpt_torchrec.data.stream import encoding_stream
-    from recgpt_torchrec.distributed.processes import print_result, process_group, rank, world_size
+    from recgpt_torchrec.distributed.processes import print_result, process_group, rank, run_on_first_rank, world_size
     from recgpt_torchrec.model.recgpt import unwrapped
     from recgpt_torchrec.progress import progress_bar
     from recgpt_torchrec.retrieval.encoding import encode
@@ -32,7 +33,7 @@ def main(config: Export) -> None:
         dataset, checkpoint = Dataset.open(config.data), find_checkpoint(config.checkpoint)
         settings = {**asdict(config), "checkpoint": checkpoint}
         fingerprint = checkpoint_fingerprint(checkpoint)
-        manifest = finished(config.output, settings, dataset, fingerprint)
+        manifest = run_on_first_rank(lambda: finished(config, settings, dataset, fingerprint))
         already_there = manifest is not None
         absent = dataset.manifest.preparation.get("extends", {}).get("absent_users", 0)
         if manifest is None:
@@ -71,7 +72,7 @@ def main(config: Export) -> None:
         reason = (
             "they have no interactions in this dataset"
             if config.history == "all"
-            else "they have fewer than three items, so none is held out"
+            else f"they have fewer than {FEWEST_ITEMS} items, so none is held out"
         )
         left_out_note = f"; {left_out:,} users left out: {reason}" if left_out else ""
         print_result(
@@ -85,18 +86,19 @@ def main(config: Export) -> None:
         )
 
 
-def finished(path: str, settings: dict[str, Any], dataset: "Dataset", fingerprint: str) -> "ExportManifest | None":
-    """The manifest of the finished export in a folder; None if there is none yet.
+def finished(config: Export, settings: dict[str, Any], dataset: "Dataset", fingerprint: str) -> "ExportManifest | None":
+    """The manifest of the finished export in the output folder; None if there is none yet.
 
     Args:
-        path: folder of the export.
-        settings: options of this export.
+        config: of this stage.
+        settings: its options, as the manifest records them.
         dataset: the dataset to export from.
         fingerprint: of the checkpoint.
 
     Raises:
         InputError: the folder holds something else, or an export of another checkpoint, dataset or other options.
     """
+    from recgpt_torchrec.config.fields import changeable_names, default_values
     from recgpt_torchrec.data.dataset import histories_fingerprint
     from recgpt_torchrec.retrieval.export_folder import open_export
     from recgpt_torchrec.storage.finished import differences, find_finished
@@ -109,9 +111,10 @@ def finished(path: str, settings: dict[str, Any], dataset: "Dataset", fingerprin
 
     def compare(manifest: "ExportManifest") -> list[str]:
         recorded = {name: getattr(manifest, name) for name in inputs}
-        return differences({**manifest.settings, **recorded}, {**settings, **inputs})
+        found = {**default_values(config), **manifest.settings, **recorded}
+        return differences(found, {**settings, **inputs}, changeable_names(Export))
 
-    return find_finished(path, "export", lambda path: open_export(path).manifest, compare)
+    return find_finished(config.output, "export", lambda path: open_export(path).manifest, compare)
 
 
 if __name__ == "__main__":

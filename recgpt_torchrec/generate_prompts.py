@@ -11,23 +11,20 @@ def main(config: GeneratePrompts) -> None:
     """Generate the prompts of every history, and write a new dataset with them."""
     from recgpt_torchrec import progress
     from recgpt_torchrec.catalogue.catalogue import Catalogue
-    from recgpt_torchrec.checkpoints.folder import checkpoint_fingerprint, find_checkpoint, read_metadata
+    from recgpt_torchrec.checkpoints.folder import checkpoint_fingerprint, find_checkpoint
     from recgpt_torchrec.data.dataset import Dataset
     from recgpt_torchrec.data.windows import row_groups
-    from recgpt_torchrec.distributed.processes import print_result, process_group, rank, world_size
-    from recgpt_torchrec.model.recgpt import unwrapped
+    from recgpt_torchrec.distributed.processes import print_result, process_group, rank, run_on_first_rank, world_size
+    from recgpt_torchrec.model.recgpt import unwrapped, unwrapped_dense
     from recgpt_torchrec.prompts import prompt_dataset
     from recgpt_torchrec.prompts.prompting import Prompter
-    from recgpt_torchrec.training.loading import check_vocabulary, load
+    from recgpt_torchrec.training.loading import load, read_pretrained
 
     with process_group() as device:
         dataset, checkpoint = Dataset.open(config.data), find_checkpoint(config.checkpoint)
-        metadata, vocabulary, groups = read_metadata(checkpoint), dataset.manifest.vocabulary, row_groups(dataset)
-        check_vocabulary(metadata, checkpoint, dataset)
-        if "tuning" in metadata["config"]:
-            raise InputError(f"{checkpoint} was tuned already; give the checkpoint of a pre-training run")
+        vocabulary, groups = dataset.manifest.vocabulary, row_groups(dataset)
+        max_len = read_pretrained(checkpoint, dataset).model.max_len
         prompt_dataset.check_input(dataset, config.prompts, groups)
-        max_len = metadata["config"]["model"]["max_len"]
         record = prompt_dataset.record_of(
             dataset, config.prompts, max_len, checkpoint, checkpoint_fingerprint(checkpoint)
         )
@@ -35,7 +32,7 @@ def main(config: GeneratePrompts) -> None:
             f"Next:    python -m recgpt_torchrec.prompt_tune --config CONFIG --data {config.output} "
             f"--checkpoint {config.checkpoint} --output RUN_FOLDER"
         )
-        if prompt_dataset.decide_on_first_rank(lambda: prompt_dataset.finished(config.output, record, vocabulary)):
+        if run_on_first_rank(lambda: prompt_dataset.finished(config.output, record, vocabulary)):
             print_result(f"Already there: {config.output}", next_command, sep="\n")
             return
         previous = None
@@ -45,7 +42,7 @@ def main(config: GeneratePrompts) -> None:
         if config.prompts.k and config.prompts.source != "exposed":
             trained = load(checkpoint, dataset, config.tables, batch_size=prompt_dataset.LOOKUP, device=device)
             model = unwrapped(trained.model.eval())
-            user_table, dense = model.user_table, getattr(model.dense, "module", model.dense)  # without DDP around it
+            user_table, dense = model.user_table, unwrapped_dense(model)
             catalogue = Catalogue.gather(model.item_table, dataset.manifest.items, device)
             if not catalogue.is_finite():
                 raise InputError(f"{checkpoint} has diverged: item vectors are not finite; give an earlier checkpoint")

@@ -6,12 +6,12 @@ from recgpt_torchrec.config import Pretrain
 
 def main(config: Pretrain) -> None:
     """Train the model; `config.output` then holds the best and the newest checkpoints."""
-    from recgpt_torchrec.checkpoints.growing import find_initial
     from recgpt_torchrec.data.dataset import histories_fingerprint
-    from recgpt_torchrec.distributed.processes import log_message, print_result, process_group
+    from recgpt_torchrec.distributed.processes import log_message, print_result, process_group, run_on_first_rank
     from recgpt_torchrec.distributed.watchdog import Watchdog
     from recgpt_torchrec.evaluation.validation import METRIC, validation_of
     from recgpt_torchrec.training.building import open_dataset, training_stream
+    from recgpt_torchrec.training.loading import find_initial
     from recgpt_torchrec.training.run import RUN, Run
     from recgpt_torchrec.training.session import train
     from recgpt_torchrec.training.trainer import Trainer
@@ -22,10 +22,10 @@ def main(config: Pretrain) -> None:
         # The stream comes first, so that damaged data is reported before the output folder is checked.
         stream = training_stream(config, config.model, dataset, new_targets=config.targets == "new")
         run = Run.find(config, dataset.manifest.vocabulary, histories_fingerprint(dataset), keep=config.saving.keep)
-        if run.finished:
+        if run_on_first_rank(lambda: run.finished):
             print_result(f"{config.output} is already trained.", run.summary(), sep="\n")
             return
-        if config.initial is not None and run.checkpoints.latest() is None:
+        if config.initial is not None and run_on_first_rank(run.checkpoints.latest) is None:
             run.initial = find_initial(run.initial or config.initial, config, dataset)
 
         def begin(trainer: Trainer) -> None:

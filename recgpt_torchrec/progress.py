@@ -44,6 +44,14 @@ if not LOGGER.handlers:
     LOGGER.propagate = False  # other libraries add handlers to the root logger, which would print each line twice
 
 
+def report_failure(text: str) -> None:
+    """Say on standard error why this process ends, with time and rank in a job's log file.
+
+    It takes no lock that another thread may hold: a watchdog has to be heard when nothing else moves.
+    """
+    print(stamped(text, sys.stderr), file=sys.stderr, flush=True)
+
+
 class _Lines(tqdm):
     """A progress bar that writes whole lines, for launchers that put a prefix before each line."""
 
@@ -51,6 +59,10 @@ class _Lines(tqdm):
         """Write the bar's state as one line, once there is progress."""
         if self.n > self.initial and msg != "":
             print(stamped(str(self) if msg is None else msg, sys.stderr), file=sys.stderr, flush=True)
+
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+        """Show `s` from the next line on; a line of its own for each would be too many."""
+        super().set_postfix_str(s, refresh=False)
 
     def close(self) -> None:
         """End without another line."""
@@ -72,5 +84,5 @@ def progress_bar(total: float | None, unit: str, *, done: float = 0, active: boo
     common = {"total": total, "initial": done, "unit": f" {unit}", "disable": not active, **options}
     if sys.stderr.isatty():
         return tqdm(**common, dynamic_ncols=True, mininterval=0.5)
-    line = "{desc}{percentage:3.0f}% of {total_fmt}, {elapsed} gone, {remaining} left, {rate_fmt}{postfix}"
-    return _Lines(**common, mininterval=EVERY, miniters=1, leave=False, bar_format=line if total else None)
+    line = "{desc}{percentage:3.0f}% of {total_fmt}, {elapsed} elapsed, {remaining} left, {rate_fmt}{postfix}"
+    return _Lines(**common, mininterval=EVERY, miniters=1, bar_format=line if total else None)

@@ -15,7 +15,7 @@ def main(config: PromptTune) -> None:
     """Tune the pre-trained model; `config.output` then holds the best and the newest checkpoints."""
     from recgpt_torchrec.checkpoints.folder import find_checkpoint
     from recgpt_torchrec.data.dataset import histories_fingerprint
-    from recgpt_torchrec.distributed.processes import print_result, process_group
+    from recgpt_torchrec.distributed.processes import print_result, process_group, run_on_first_rank
     from recgpt_torchrec.distributed.watchdog import Watchdog
     from recgpt_torchrec.evaluation.validation import METRIC, validation_of
     from recgpt_torchrec.training.building import open_dataset, training_stream
@@ -31,7 +31,7 @@ def main(config: PromptTune) -> None:
         config = replace(config, model=model)
         stream = training_stream(config, model, dataset, tuning=tuning)
         run = Run.find(config, dataset.manifest.vocabulary, histories_fingerprint(dataset), keep=config.saving.keep)
-        if run.finished:
+        if run_on_first_rank(lambda: run.finished):
             print_result(f"{config.output} is already trained.", run.summary(), sep="\n")
             return
         train(

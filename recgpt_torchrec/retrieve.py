@@ -24,7 +24,7 @@ USERS = 4096
 def main(config: Retrieve) -> None:
     """Search the items for every user, and write the lists."""
     from recgpt_torchrec.data.dataset import Dataset, histories_fingerprint
-    from recgpt_torchrec.distributed.processes import print_result, process_group
+    from recgpt_torchrec.distributed.processes import print_result, process_group, run_on_first_rank
     from recgpt_torchrec.retrieval.export_folder import open_export
     from recgpt_torchrec.retrieval.list_folder import ListManifest
 
@@ -40,7 +40,7 @@ def main(config: Retrieve) -> None:
             dataset_fingerprint="" if dataset is None else histories_fingerprint(dataset),
             settings=asdict(config),
         )
-        earlier = finished(config.output, manifest)
+        earlier = run_on_first_rank(lambda: finished(config, manifest))
         if earlier is None:
             manifest = retrieve(config, export, dataset, rule, interests, manifest)
         print_result(summary(config, export, earlier or manifest, rule, interests))
@@ -87,28 +87,29 @@ def check(config: Retrieve, export: "Export", dataset: Any) -> "tuple[MergeRule,
     return rule, interests
 
 
-def finished(path: str, manifest: "ListManifest") -> "ListManifest | None":
-    """The manifest of the finished lists in a folder; None if there are none yet.
+def finished(config: Retrieve, manifest: "ListManifest") -> "ListManifest | None":
+    """The manifest of the finished lists in the output folder; None if there are none yet.
 
     Args:
-        path: folder of the lists.
+        config: of this stage.
         manifest: of the lists that are to be made.
 
     Raises:
         InputError: the folder holds something else, or lists of another export, dataset or other options.
     """
+    from recgpt_torchrec.config.fields import changeable_names, default_values
     from recgpt_torchrec.retrieval.list_folder import open_lists
     from recgpt_torchrec.storage.finished import differences, find_finished
 
     def values(of: "ListManifest") -> dict[str, Any]:
         names = ("export_fingerprint", "dataset_fingerprint")
-        return {**of.settings, **{name: getattr(of, name) for name in names}}
+        return {**default_values(config), **of.settings, **{name: getattr(of, name) for name in names}}
 
     return find_finished(
-        path,
+        config.output,
         manifest.KIND.name,
-        lambda path: open_lists(path).manifest,
-        lambda earlier: differences(values(earlier), values(manifest)),
+        open_lists,
+        lambda earlier: differences(values(earlier), values(manifest), changeable_names(Retrieve)),
     )
 
 

@@ -1,4 +1,4 @@
-"""What tests share: small datasets and options, damage done on purpose, and stages run in this process."""
+"""Shared by tests: small datasets and options, deliberate damage, stages run in this process, and reading results."""
 
 import importlib
 import json
@@ -19,7 +19,18 @@ from recgpt_torchrec.config.stages import STAGES, module_of
 from recgpt_torchrec.data.dataset import Manifest
 from tools.small_run import SMALL, training_part, walks, write_dataset
 
-__all__ = ["SMALL", "overwrite", "rewrite", "stage", "start_forkserver", "training_part", "walks", "write_dataset"]
+__all__ = [
+    "SMALL",
+    "overwrite",
+    "read_epochs",
+    "read_files",
+    "rewrite",
+    "stage",
+    "start_forkserver",
+    "training_part",
+    "walks",
+    "write_dataset",
+]
 
 
 def stage(name: str, options: dict[str, Any]) -> int:
@@ -27,7 +38,7 @@ def stage(name: str, options: dict[str, Any]) -> int:
 
     Args:
         name: of the stage, `pretrain` or another.
-        options: `{"--model.dim": 8}`; None leaves one out, a list takes several words.
+        options: for example `{"--model.dim": 8}`; None omits an option, a list gives several words.
     """
     words = [str(word) for option, value in options.items() for word in _words(option, value)]
     function = importlib.import_module(module_of(name)).main
@@ -55,18 +66,18 @@ def rewrite(
     types: dict[str, pa.DataType | None] | None = None,
     rows_per_group: int | None = None,
 ) -> None:
-    """Write a part of a dataset's sequences again with other rows, and a manifest that promises just this file.
+    """Rewrite a part of a dataset's sequences with changed rows, and update the manifest to match.
 
     Args:
         folder: of the dataset.
-        change: of the rows, in place.
-        part: which part.
-        types: other types of columns; None drops a column.
-        rows_per_group: None: as it was.
+        change: changes the rows in place.
+        part: index of the part.
+        types: new types of columns; None drops a column.
+        rows_per_group: None: as before.
     """
     manifest = Manifest.from_json((folder / "manifest.json").read_text())
-    there = manifest.sequences[part]
-    path = folder / there.path
+    entry = manifest.sequences[part]
+    path = folder / entry.path
     groups = pq.ParquetFile(path).metadata.row_group(0).num_rows
     rows = pq.read_table(path).to_pylist()
     change(rows)
@@ -74,25 +85,35 @@ def rewrite(
     schema = pa.schema([(name, kind) for name, kind in fields.items() if kind is not None])
     rows = [{name: row[name] for name in schema.names} for row in rows]
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, row_group_size=rows_per_group or groups)
-    there.rows, there.bytes = len(rows), path.stat().st_size
-    there.checksum = f"{zlib.crc32(path.read_bytes()):08x}"
+    entry.rows, entry.bytes = len(rows), path.stat().st_size
+    entry.checksum = f"{zlib.crc32(path.read_bytes()):08x}"
     (folder / "manifest.json").write_text(json.dumps(asdict(manifest)))
 
 
 def overwrite(path: Path, where: slice) -> None:
-    """Noise in the middle of a file, which keeps its size."""
+    """Overwrite a slice of a file with noise; the file keeps its size."""
     data = bytearray(path.read_bytes())
     size = len(data[where])
     data[where] = np.random.default_rng(0).bytes(size)
     path.write_bytes(data)
 
 
+def read_epochs(output: Path) -> list[dict[str, Any]]:
+    """Read the records of a run's epochs."""
+    return [json.loads(line) for line in (output / "history.jsonl").read_text().splitlines()]
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Read every file below a folder, by its path in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def start_forkserver() -> None:
-    """Start the one clean process that ranks and loader workers of the tests are forked from, unless it runs already.
+    """Start the process that ranks and loader workers are forked from, unless it already runs.
 
-    Who starts it decides what it has imported, so it has to be the launcher, whichever test comes first.
+    The module that starts it decides which imports it holds, so it must be tools.ranks, whichever test runs first.
     """
-    from tools.ranks import _one_thread
+    from tools.ranks import one_thread_environment
 
-    with _one_thread():
+    with one_thread_environment():
         multiprocessing.forkserver.ensure_running()

@@ -1,4 +1,4 @@
-"""One table of bad input over all stages: what is wrong, the command, how it ends, and what the user is told.
+"""One table of bad input over all stages: what is wrong, the command, how it ends, and the message to the user.
 
 `python -m tests.test_bad_input table.md` writes the table. Each kind must end with a status that is not 0, without a
 traceback, with a message that names the file or option and a way out, and must leave nothing half-written.
@@ -46,10 +46,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 SHOWN = ("--data", "--input", "--output", "--checkpoint")
 """Options that the table shows although every case of the stage has them."""
-BEGUN = re.compile(
+LEFT_BY_TRAINING = re.compile(
     r"new/(run\.json|run\.lock|history\.jsonl|damaged\.jsonl|tensorboard/.*|checkpoints)?$|new$|new/tensorboard$"
 )
-"""What a run that had begun may leave: no checkpoint, whole or half."""
+"""Files that a run may leave if the error ends it during training; no checkpoint, complete or partial."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +61,18 @@ class Bad:
     harm: Callable[[Path], object]
     """Makes the input bad, in a folder that holds `log.csv`, `data`, `run` and `prompts`."""
     names: str
-    """What the message names: a file with its place, or an option."""
+    """File with its place, or option, in the message."""
     remedy: str
-    """What of the way out the message says."""
+    """Words of the remedy in the message."""
     options: dict[str, Any] = field(default_factory=dict)
-    begun: bool = False
-    """Whether it is met only while training, so that the run's folder is there."""
+    in_training: bool = False
+    """Whether the error comes only during training, so that the run's folder exists."""
 
     def __str__(self) -> str:
         return f"{self.stage}: {self.kind}"
 
 
-def nothing(folder: Path) -> None:
+def no_damage(folder: Path) -> None:
     pass
 
 
@@ -115,18 +115,18 @@ def part(change: Callable[[Path], object], path: str = f"data/{PART}") -> Callab
     return lambda folder: change(folder / path)
 
 
-def page_overwritten(path: Path) -> None:
+def overwrite_page(path: Path) -> None:
     chunk = pq.ParquetFile(path).metadata.row_group(1).column(1)
     overwrite(path, slice(chunk.data_page_offset, chunk.data_page_offset + chunk.total_compressed_size))
 
 
-def one_byte(path: Path) -> None:
+def flip_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 3] ^= 1
     path.write_bytes(data)
 
 
-def one_bit_of_a_table(folder: Path) -> None:
+def flip_bit_of_table(folder: Path) -> None:
     (checkpoint,) = folder.glob("run/checkpoints/step-*")
     written = FileSystemReader(checkpoint).read_metadata().storage_data
     place = next(place for index, place in written.items() if index.fqn.startswith("model.item_table"))
@@ -136,24 +136,24 @@ def one_bit_of_a_table(folder: Path) -> None:
     (checkpoint / place.relative_path).write_bytes(data)
 
 
-def unfinished(harm: Callable[[Path], object]) -> Callable[[Path], None]:
-    """Take the run's epoch for one that is still to be trained, so that it goes on from its checkpoint."""
+def reopen_epoch_and(harm: Callable[[Path], object]) -> Callable[[Path], None]:
+    """Mark the run's epoch as unfinished, so that the run resumes from its checkpoint, and damage the checkpoint."""
 
-    def both(folder: Path) -> None:
+    def reopen_and_damage(folder: Path) -> None:
         metadata = next(folder.glob("run/checkpoints/*/checkpoint.json"))
         values = json.loads(metadata.read_text())
         values["progress"] |= {"finished": False, "position": {"epoch": 0, "queues": None}}
         metadata.write_text(json.dumps(values))
         harm(folder)
 
-    return both
+    return reopen_and_damage
 
 
 def other_dataset(folder: Path) -> None:
     write_dataset(folder / "other", walks(USERS, ITEMS), items=ITEMS, vocabulary="another")
 
 
-def thesis(folder: Path) -> None:
+def write_foreign_file(folder: Path) -> None:
     (folder / "new").mkdir()
     (folder / "new/thesis.txt").write_text("years of work")
     log(GOOD)(folder)
@@ -164,7 +164,7 @@ PREPARE_AGAIN = "run prepare again"
 SKIP = "--stream.damaged skip"
 CASES = [
     # ------------------------------------------------------------------------------------------------- prepare
-    Bad("prepare", "no such file", nothing, "--input gone.csv", "no such file", {"--input": "gone.csv"}),
+    Bad("prepare", "no such file", no_damage, "--input gone.csv", "no such file", {"--input": "gone.csv"}),
     Bad("prepare", "a folder without logs", lambda f: (f / "in").mkdir(), "in", "known ending", {"--input": "in"}),
     Bad("prepare", "text that is named parquet", log(GOOD, "log.parquet"), "log.parquet", "cannot be read as parquet",
         {"--input": "log.parquet"}),
@@ -184,7 +184,7 @@ CASES = [
         {"--min_cuont": 5}),
     Bad("prepare", "a word where a number belongs", log(GOOD), "--min_count is few", "whole number",
         {"--min_count": "few"}),
-    Bad("prepare", "the output holds something else", thesis, "thesis.txt",
+    Bad("prepare", "the output holds something else", write_foreign_file, "thesis.txt",
         "Name a folder that does not exist or is empty"),
     # ------------------------------------------------------------------------------------------------ pretrain
     Bad("pretrain", "no dataset", lambda f: shutil.rmtree(f / "data"), "data", "recgpt_torchrec.prepare --output"),
@@ -203,7 +203,7 @@ CASES = [
     Bad("pretrain", "a part is missing", part(Path.unlink), f"{PART} is missing", SKIP),
     Bad("pretrain", "a part is cut off", part(lambda p: os.truncate(p, 900)), f"{PART} is damaged", SKIP),
     Bad("pretrain", "a part is no Parquet", part(lambda p: overwrite(p, slice(None))), f"{PART} cannot be read", SKIP),
-    Bad("pretrain", "one byte of a part has changed", part(one_byte), f"{PART} is damaged: its checksum", SKIP,
+    Bad("pretrain", "one byte of a part has changed", part(flip_bit), f"{PART} is damaged: its checksum", SKIP,
         {"--stream.checksums": "true"}),
     Bad("pretrain", "a part has other rows than promised", manifest(lambda m: m["sequences"][1].update(rows=9)),
         f"{PART} has 8 rows", SKIP),
@@ -212,23 +212,24 @@ CASES = [
     Bad("pretrain", "no lists", column(item_ids=pa.int64()), f"{PART} has a column item_ids of type int64", SKIP),
     Bad("pretrain", "a part of the vocabulary is missing", part(Path.unlink, "data/items/part-00000.parquet"),
         "items/part-00000.parquet is missing", PREPARE_AGAIN, {SKIP.split()[0]: "skip"}),
-    Bad("pretrain", "a row group cannot be read", part(page_overwritten), f"{PART}, row group 1", SKIP, begun=True),
-    Bad("pretrain", "an item id outside the vocabulary", row("item_ids", 77, 0), PLACE, SKIP, begun=True),
-    Bad("pretrain", "a negative item id", row("item_ids", -1, 0), PLACE, SKIP, begun=True),
-    Bad("pretrain", "a null among the item ids", row("item_ids", None, 0), PLACE, SKIP, begun=True),
-    Bad("pretrain", "a null instead of a list", row("item_ids", None), PLACE, SKIP, begun=True),
-    Bad("pretrain", "a user id that is null", row("user_id", None), PLACE, SKIP, begun=True),
-    Bad("pretrain", "a user id outside the vocabulary", row("user_id", USERS), PLACE, SKIP, begun=True),
+    Bad("pretrain", "a row group cannot be read", part(overwrite_page), f"{PART}, row group 1", SKIP, in_training=True),
+    Bad("pretrain", "an item id outside the vocabulary", row("item_ids", 77, 0), PLACE, SKIP, in_training=True),
+    Bad("pretrain", "a negative item id", row("item_ids", -1, 0), PLACE, SKIP, in_training=True),
+    Bad("pretrain", "a null among the item ids", row("item_ids", None, 0), PLACE, SKIP, in_training=True),
+    Bad("pretrain", "a null instead of a list", row("item_ids", None), PLACE, SKIP, in_training=True),
+    Bad("pretrain", "a user id that is null", row("user_id", None), PLACE, SKIP, in_training=True),
+    Bad("pretrain", "a user id outside the vocabulary", row("user_id", USERS), PLACE, SKIP, in_training=True),
     Bad("pretrain", "times that are not in order", row("timestamps", 99, 0), PLACE, SKIP,
-        {"--stream.time_order": "true"}, begun=True),
+        {"--stream.time_order": "true"}, in_training=True),
     Bad("pretrain", "fewer times than items", row("timestamps", [1]), PLACE, SKIP, {"--stream.time_order": "true"},
-        begun=True),
+        in_training=True),
     Bad("pretrain", "more damaged rows than may be left out", row("item_ids", 77, 0), PLACE, "a higher limit",
-        {"--stream.damaged": "skip", "--stream.damaged_limit": 0}, begun=True),
+        {"--stream.damaged": "skip", "--stream.damaged_limit": 0}, in_training=True),
     Bad("pretrain", "a lost part of more rows than may be left out", part(Path.unlink), f"{PART}: is missing",
         "a higher limit", {"--stream.damaged": "skip", "--stream.damaged_limit": 7}),
-    Bad("pretrain", "options that do not go together", nothing, "--model.heads 3", "must divide", {"--model.heads": 3}),
-    Bad("pretrain", "no such configuration file", nothing, "gone.yaml", "no such file", {"--config": "gone.yaml"}),
+    Bad("pretrain", "options that do not go together", no_damage, "--model.heads 3", "must divide",
+        {"--model.heads": 3}),
+    Bad("pretrain", "no such configuration file", no_damage, "gone.yaml", "no such file", {"--config": "gone.yaml"}),
     Bad("pretrain", "a misspelt name in the configuration", lambda f: (f / "c.yaml").write_text("trian: {epochs: 3}"),
         "c.yaml: unknown option trian", "did you mean train?", {"--config": "c.yaml"}),
     Bad("pretrain", "a word where a number belongs, in the configuration",
@@ -236,43 +237,44 @@ CASES = [
         {"--config": "c.yaml"}),
     Bad("pretrain", "a configuration that is not YAML", lambda f: (f / "c.yaml").write_text("seed: 1\ntrain: {ep"),
         "c.yaml, line 2", "is not YAML", {"--config": "c.yaml"}),
-    Bad("pretrain", "the checkpoint to go on from is cut off",
-        unfinished(lambda f: os.truncate(next(f.glob("run/*/*/*.distcp")), 500)), "run/checkpoints/step-",
+    Bad("pretrain", "the checkpoint to resume from is cut off",
+        reopen_epoch_and(lambda f: os.truncate(next(f.glob("run/*/*/*.distcp")), 500)), "run/checkpoints/step-",
         "remove this folder", {"--output": "run"}),
-    Bad("pretrain", "the checkpoint to go on from does not say what is in it",
-        unfinished(lambda f: os.truncate(next(f.glob("run/*/*/.metadata")), 300)), "run/checkpoints/step-",
+    Bad("pretrain", "the checkpoint to resume from does not say what is in it",
+        reopen_epoch_and(lambda f: os.truncate(next(f.glob("run/*/*/.metadata")), 300)), "run/checkpoints/step-",
         "remove this folder", {"--output": "run"}),
-    Bad("pretrain", "one bit of the checkpoint to go on from has changed", unfinished(one_bit_of_a_table),
+    Bad("pretrain", "one bit of the checkpoint to resume from has changed", reopen_epoch_and(flip_bit_of_table),
         "run/checkpoints/step-", "remove this folder", {"--output": "run"}),
-    Bad("pretrain", "the output is another run's", nothing, "--model.dim: 8 there, 16 now", "choose another --output",
+    Bad("pretrain", "the output is another run's", no_damage, "--model.dim: 8 there, 16 now", "choose another --output",
         {"--output": "run", "--model.dim": 16}),
     Bad("pretrain", "the output is a run on another dataset", other_dataset, "holds a run on another dataset",
         "choose another", {"--output": "run", "--data": "other"}),
     # ---------------------------------------------------------------------------------------- generate_prompts
-    Bad("generate_prompts", "the dataset has prompts already", nothing, "prompts has prompts", "as --data",
+    Bad("generate_prompts", "the dataset has prompts already", no_damage, "prompts has prompts", "as --data",
         {"--data": "prompts"}),
     Bad("generate_prompts", "an item id outside the vocabulary", row("item_ids", 77, 0), PLACE, PREPARE_AGAIN),
     Bad("generate_prompts", "fewer times than items", row("timestamps", [1]), PLACE, PREPARE_AGAIN),
     Bad("generate_prompts", "the checkpoint's ids mean other items", other_dataset, "other", "It was trained on",
         {"--data": "other"}),
     # --------------------------------------------------------------------------------------------- prompt_tune
-    Bad("prompt_tune", "a dataset without prompts", nothing, "data has no prompts", "generate_prompts",
+    Bad("prompt_tune", "a dataset without prompts", no_damage, "data has no prompts", "generate_prompts",
         {"--data": "data"}),
     Bad("prompt_tune", "fewer segment ids than items", row("segment_ids", [0], of="prompts"), PROMPTED, SKIP,
-        begun=True),
-    Bad("prompt_tune", "an unknown segment id", row("segment_ids", 7, 1, of="prompts"), PROMPTED, SKIP, begun=True),
+        in_training=True),
+    Bad("prompt_tune", "an unknown segment id", row("segment_ids", 7, 1, of="prompts"), PROMPTED, SKIP,
+        in_training=True),
     Bad("prompt_tune", "no segment ids in one part", column("prompts", segment_ids=None), OF_PROMPTS, SKIP),
     Bad("prompt_tune", "fewer answers than items", row("answer_ids", [1], of="prompts"), PROMPTED, SKIP,
-        {"--tuning.soft_targets": 0.5}, begun=True),
+        {"--tuning.soft_targets": 0.5}, in_training=True),
     Bad("prompt_tune", "an answer outside the vocabulary", row("answer_ids", 77, 0, of="prompts"), PROMPTED, SKIP,
-        {"--tuning.soft_targets": 0.5}, begun=True),
+        {"--tuning.soft_targets": 0.5}, in_training=True),
     Bad("prompt_tune", "a score that is not a number", row("answer_scores", float("nan"), 0, of="prompts"), PROMPTED,
-        SKIP, {"--tuning.soft_targets": 0.5}, begun=True),
+        SKIP, {"--tuning.soft_targets": 0.5}, in_training=True),
     Bad("prompt_tune", "no checkpoint", lambda f: shutil.rmtree(f / "run"), "run holds no finished checkpoint", "give"),
     # ------------------------------------------------------------------------------------------------ evaluate
     Bad("evaluate", "an item id outside the vocabulary", row("item_ids", 77, 0), PLACE, PREPARE_AGAIN),
     Bad("evaluate", "a part is cut off", part(lambda p: os.truncate(p, 900)), f"{PART} is damaged", PREPARE_AGAIN),
-    Bad("evaluate", "no folder for the output", nothing, "nowhere", "make it first", {"--output": "nowhere/x.json"}),
+    Bad("evaluate", "no folder for the output", no_damage, "nowhere", "make it first", {"--output": "nowhere/x.json"}),
     Bad("evaluate", "the output holds something else", lambda f: (f / "new.json").write_text("[]"), "new.json",
         "choose another --output"),
     Bad("evaluate", "the output is of another split",
@@ -284,7 +286,7 @@ CASES = [
         "run/checkpoints/step-", "give another checkpoint"),
     Bad("evaluate", "the checkpoint does not say what is in it", lambda f: next(f.glob("run/*/*/.metadata")).unlink(),
         "run/checkpoints/step-", "give another checkpoint"),
-    Bad("evaluate", "one bit of the checkpoint has changed", one_bit_of_a_table, "checksum", "give another checkpoint"),
+    Bad("evaluate", "one bit of the checkpoint has changed", flip_bit_of_table, "checksum", "give another checkpoint"),
     Bad("evaluate", "best.json is cut off", lambda f: (f / "run/best.json").write_text('{"epoch": 1,'),
         "run/best.json is damaged", "restore it"),
     Bad("evaluate", "a checkpoint's metadata are cut off",
@@ -296,13 +298,13 @@ CASES = [
     Bad("export", "an item id outside the vocabulary", row("item_ids", 77, 0), PLACE, PREPARE_AGAIN),
     Bad("export", "a user id that is null", row("user_id", None), PLACE, PREPARE_AGAIN),
     Bad("export", "a part is missing", part(Path.unlink), f"{PART} is missing", PREPARE_AGAIN),
-    Bad("export", "too many interests", nothing, "--interests is 99", "1 to 32", {"--interests": 99}),
-    Bad("export", "the output holds something else", thesis, "thesis.txt", "Name a folder"),
+    Bad("export", "too many interests", no_damage, "--interests is 99", "1 to 32", {"--interests": 99}),
+    Bad("export", "the output holds something else", write_foreign_file, "thesis.txt", "Name a folder"),
 ]  # fmt: skip
 
 
-def make(folder: Path) -> None:
-    """A dataset, a run on it and a dataset with prompts and answers."""
+def write_inputs(folder: Path) -> None:
+    """Write a dataset, a run on it and a dataset with prompts and answers."""
     write_dataset(folder / "data", walks(USERS, ITEMS, shortest=4), items=ITEMS, rows_per_group=4)
     with contextlib.chdir(folder):
         assert stage("pretrain", OPTIONS["pretrain"] | {"--output": "run"}) == 0
@@ -310,14 +312,14 @@ def make(folder: Path) -> None:
         assert stage("generate_prompts", OPTIONS["generate_prompts"] | more) == 0
 
 
-def tried(bad: Bad, made: Path, folder: Path) -> tuple[str, int, str]:
-    """The command, its exit status and the message of one case, in a `folder` of its own.
+def run_case(bad: Bad, inputs: Path, folder: Path) -> tuple[str, int, str]:
+    """Run one case in its own `folder`; returns the command, its exit status and its message.
 
     Raises:
         AssertionError: the case does not end as it should.
     """
     for name in ("data", "run", "prompts"):
-        shutil.copytree(made / name, folder / name)
+        shutil.copytree(inputs / name, folder / name)
     bad.harm(folder)
     options = OPTIONS[bad.stage] | bad.options
     before = tree(folder)
@@ -331,7 +333,7 @@ def tried(bad: Bad, made: Path, folder: Path) -> tuple[str, int, str]:
     after = tree(folder)
     left = {name for name in after if after[name] != before.get(name)}
     assert before.keys() <= after.keys() and all(
-        name == "run/run.lock" or (bad.begun and BEGUN.match(name)) for name in left
+        name == "run/run.lock" or (bad.in_training and LEFT_BY_TRAINING.match(name)) for name in left
     ), left
     shown = {o: v for o, v in options.items() if o in (*SHOWN, *bad.options)}
     words = " ".join(f"{option} {value}" for option, value in shown.items())
@@ -339,7 +341,7 @@ def tried(bad: Bad, made: Path, folder: Path) -> tuple[str, int, str]:
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """Everything in a folder, with its content."""
+    """Read every path of a folder, with the content of files."""
     paths = sorted(folder.rglob("*"))
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
 
@@ -356,15 +358,15 @@ def table(rows: list[tuple[str, str, int, str]]) -> str:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def inputs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bad")
-    make(folder)
+    write_inputs(folder)
     return folder
 
 
 @pytest.mark.parametrize("bad", CASES, ids=str)
-def test_bad_input_ends_with_a_message_that_says_where_and_what_to_do(bad, made, tmp_path):
-    tried(bad, made, tmp_path)
+def test_bad_input_ends_with_a_message_that_names_the_place_and_the_remedy(bad, inputs, tmp_path):
+    run_case(bad, inputs, tmp_path)
 
 
 def test_the_table_has_every_kind_once():
@@ -375,8 +377,8 @@ def test_the_table_has_every_kind_once():
     assert table([row]).splitlines()[-1] == "| a | b | `pretrain --data x` | 2 | Bad thing |"
 
 
-def test_a_run_goes_on_without_damaged_rows_where_it_may_and_says_how_many_there_were(made, tmp_path, capfd):
-    shutil.copytree(made / "data", tmp_path / "data")
+def test_a_run_continues_without_damaged_rows_if_allowed_and_reports_their_number(inputs, tmp_path, capfd):
+    shutil.copytree(inputs / "data", tmp_path / "data")
     row("item_ids", 77, 0)(tmp_path)
     (tmp_path / "data" / PART.replace("1.parquet", "2.parquet")).unlink()
     options = OPTIONS["pretrain"] | {"--train.epochs": 2, "--stream.damaged": "skip", "--stream.damaged_limit": 9}
@@ -390,7 +392,7 @@ def test_a_run_goes_on_without_damaged_rows_where_it_may_and_says_how_many_there
 
 
 def on_rank(rank: int, world_size: int, ports: tuple[int, ...], folder: str) -> list[tuple[int, str]]:
-    """How pretrain and generate_prompts end, and what they say, on one of several ranks."""
+    """Run pretrain and generate_prompts on one of several ranks; returns the status and message of each."""
     dist.destroy_process_group()  # the stages join their own
     ends = []
     for port, name in zip(ports, ("pretrain", "generate_prompts"), strict=True):
@@ -402,9 +404,9 @@ def on_rank(rank: int, world_size: int, ports: tuple[int, ...], folder: str) -> 
     return ends
 
 
-def test_damage_that_one_rank_meets_ends_every_rank_with_its_place(made, tmp_path):
+def test_damage_found_by_one_rank_ends_every_rank_with_its_place(inputs, tmp_path):
     for name in ("data", "run"):
-        shutil.copytree(made / name, tmp_path / name)
+        shutil.copytree(inputs / name, tmp_path / name)
     row("item_ids", 77, 0)(tmp_path)
     with socket.socket() as first, socket.socket() as second:
         for free in (first, second):
@@ -421,12 +423,12 @@ def main(output: str) -> None:
     """Try every case and write the table."""
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(io.StringIO()):
-            make(Path(folder))
+            write_inputs(Path(folder))
         rows = []
         for number, bad in enumerate(CASES):
             own = Path(folder, str(number))
             own.mkdir()
-            rows.append((str(bad), *tried(bad, Path(folder), own)))
+            rows.append((str(bad), *run_case(bad, Path(folder), own)))
     Path(output).write_text(table(rows))
     print(f"Written: {output}: {len(rows)} kinds of bad input")
 

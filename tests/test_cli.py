@@ -1,8 +1,10 @@
-"""The command line: options as fields, one line for a mistake with the nearest name, lists, and `recgpt STAGE`."""
+"""The command line: options from fields, one-line errors with the nearest name, lists, and `recgpt STAGE`."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +81,42 @@ def refused(capsys: Any, stage: type, words: list[str]) -> str:
         (Pretrain, ["--config", "gone.yaml"], "--config gone.yaml: no such file"),
     ],
 )
-def test_a_mistake_costs_one_line_with_the_nearest_name(
+def test_a_mistake_is_reported_in_one_line_with_the_nearest_name(
     stage: type, words: list[str], message: str, capsys: Any
 ) -> None:
     assert refused(capsys, stage, [*REQUIRED[stage], *words]) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: 3", "model is 3, but it is a group of options; write its options below it, like model.dim"),
+        ("model: null", "model is None, but it is a group"),
+        ("model: [1]", "model is [1], but it is a group"),
+        ("loss: all", "loss is 'all', but it is a group"),
+    ],
+)
+def test_a_group_that_holds_no_options_costs_one_line(text: str, message: str, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(SystemExit) as end:
+        cli.parse(Pretrain, "x", ["--config", str(tmp_path / "mine.yaml"), "--data", "d", "--output", "o"])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and message in said
+    # Where a group may be null, null is a value.
+    arguments = ["--config", str(tmp_path / "mine.yaml"), "--data", "d", "--output", "o", "--checkpoint", "c"]
+    if text == "model: null":
+        assert cli.parse(PromptTune, "x", arguments).model is None
+
+
+def test_the_file_of_one_group_is_checked_like_any_other(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "model.yaml").write_text("layers: 3\n")
+    arguments = ["--model", str(tmp_path / "model.yaml"), "--data", "d", "--output", "o"]
+    assert cli.parse(Pretrain, "x", arguments).model.layers == 3
+    (tmp_path / "model.yaml").write_text("layer: 3\n")
+    with pytest.raises(SystemExit):
+        cli.parse(Pretrain, "x", arguments)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "did you mean model.layers?" in said
 
 
 def test_all_missing_options_are_named_together(capsys: Any) -> None:
@@ -101,14 +135,16 @@ def test_all_missing_options_are_named_together(capsys: Any) -> None:
         ("config: c.yaml", "--config {} names itself as config, directly or through others"),
     ],
 )
-def test_a_mistake_in_a_file_is_said_with_the_files_name(text: str, message: str, tmp_path: Path, capsys: Any) -> None:
+def test_a_mistake_in_a_file_is_reported_with_the_files_name(
+    text: str, message: str, tmp_path: Path, capsys: Any
+) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text)
     said = refused(capsys, PromptTune, [*REQUIRED[PromptTune], "--config", str(path)])
     assert said == message.format(path)
 
 
-def test_only_rank_0_says_a_mistake_and_every_rank_ends_with_status_2(capsys: Any, monkeypatch: Any) -> None:
+def test_only_rank_0_reports_a_mistake_and_every_rank_ends_with_status_2(capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(cli, "RANK_0_SECONDS", 0)
     monkeypatch.setitem(os.environ, "RANK", "0")
     assert refused(capsys, Pretrain, []) != ""
@@ -151,6 +187,16 @@ def recgpt(*words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
+def test_the_installed_command_recgpt_names_a_callable() -> None:
+    """From pyproject.toml where the installed metadata is older than the command, or the package is not installed."""
+    installed = list(importlib.metadata.entry_points(group="console_scripts", name="recgpt"))
+    if not installed:
+        project = tomllib.loads((Path(cli.__file__).parents[1] / "pyproject.toml").read_text())["project"]
+        installed = [importlib.metadata.EntryPoint("recgpt", project["scripts"]["recgpt"], "console_scripts")]
+    for command in installed:
+        assert command.load() is __main__.main
+
+
 def test_recgpt_lists_the_stages_in_order_without_importing_torch() -> None:
     done = recgpt("--help")
     assert done.returncode == 0
@@ -160,7 +206,7 @@ def test_recgpt_lists_the_stages_in_order_without_importing_torch() -> None:
     assert max(map(len, done.stdout.splitlines())) <= 120
 
 
-def test_recgpt_stage_is_the_stage(capsys: Any, monkeypatch: Any) -> None:
+def test_recgpt_stage_runs_the_stage(capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["recgpt", "pretrain", "--model.layer", "3"])
     with pytest.raises(SystemExit) as end:
         __main__.main()
@@ -173,7 +219,7 @@ def test_recgpt_stage_is_the_stage(capsys: Any, monkeypatch: Any) -> None:
     assert called == [Pretrain(data="d", output="o")]
 
 
-def test_an_unknown_stage_costs_one_line_with_the_nearest_name(capsys: Any, monkeypatch: Any) -> None:
+def test_an_unknown_stage_is_reported_in_one_line_with_the_nearest_name(capsys: Any, monkeypatch: Any) -> None:
     for word, end_of_line in (("pre-train", "did you mean pretrain?"), ("unknown", "--help lists all")):
         monkeypatch.setattr(sys, "argv", ["recgpt", word])
         with pytest.raises(SystemExit) as end:

@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from recgpt_torchrec.data.dataset import Dataset
-from tests.support import SMALL, stage, walks, write_dataset
+from tests.support import SMALL, read_files, stage, walks, write_dataset
 from tools.ranks import run_ranks
 
 USERS, ITEMS, MAX_LEN = 60, 30, 8
@@ -50,14 +50,14 @@ def run(data) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(data, run) -> Path:
-    output = data.parent / "made"
+def prompted(data, run) -> Path:
+    output = data.parent / "prompted"
     assert stage("generate_prompts", {"--data": data, "--checkpoint": run, "--output": output, "--batch_users": 7}) == 0
     return output
 
 
-def rows(folder: Path) -> dict[str, list[Any]]:
-    """The sequences of a dataset, in the order of its manifest."""
+def read_sequences(folder: Path) -> dict[str, list[Any]]:
+    """Read the sequences of a dataset as columns, in the order of its manifest."""
     found: dict[str, list[Any]] = {}
     for part in Dataset.open(str(folder)).manifest.sequences:
         for name, values in pq.read_table(folder / part.path).to_pydict().items():
@@ -65,12 +65,8 @@ def rows(folder: Path) -> dict[str, list[Any]]:
     return found
 
 
-def folder_state(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def test_the_result_is_the_dataset_with_two_prompts_between_the_newest_items(made, data, run):
-    result = rows(made)
+def test_the_result_is_the_dataset_with_two_prompts_between_the_newest_items(prompted, data, run):
+    result = read_sequences(prompted)
     assert result["user_id"] == list(range(USERS))
     for history, items, segments, times in zip(
         histories(), result["item_ids"], result["segment_ids"], result["timestamps"], strict=True
@@ -85,40 +81,38 @@ def test_the_result_is_the_dataset_with_two_prompts_between_the_newest_items(mad
         for item, segment in zip(items, segments, strict=True):
             assert segment == 0 or item not in before
             before |= {item} if segment == 0 else set()
-    manifest, source = Dataset.open(str(made)).manifest, Dataset.open(str(data)).manifest
+    manifest, source = Dataset.open(str(prompted)).manifest, Dataset.open(str(data)).manifest
     assert (manifest.users, manifest.items, manifest.interactions) == (source.users, source.items, source.interactions)
     assert manifest.vocabulary == source.vocabulary
     record = manifest.settings["prompts"]
     assert (record["k"], record["source"], record["exclude_seen"], record["max_len"]) == (2, "generated", True, MAX_LEN)
     assert record["checkpoint"].startswith(str(run)) and len(record["checkpoint_fingerprint"]) == 32
     for name in ("items", "users"):
-        assert folder_state(made / name) == folder_state(data / name)
+        assert read_files(prompted / name) == read_files(data / name)
 
 
-def test_the_summary_says_what_was_made_and_what_to_do_next_and_the_second_run_that_it_is_there(
-    data, run, tmp_path, capfd
-):
+def test_the_summary_names_result_and_next_command_and_a_second_run_finds_the_result(data, run, tmp_path, capfd):
     options = {"--data": data, "--checkpoint": run, "--output": tmp_path / "out", "--prompts.k": 1}
     assert stage("generate_prompts", options) == 0
     said = capfd.readouterr().out
-    generated = sum(s.count(1) for s in rows(tmp_path / "out")["segment_ids"])
+    generated = sum(s.count(1) for s in read_sequences(tmp_path / "out")["segment_ids"])
     assert f"{USERS} users, {generated:,} generated and 0 shown prompts" in said and "users/s" in said
     following = (
         f"python -m recgpt_torchrec.prompt_tune --config CONFIG --data {tmp_path}/out --checkpoint {run} --output RUN"
     )
     assert following in said
-    before = folder_state(tmp_path / "out")
+    before = read_files(tmp_path / "out")
     assert stage("generate_prompts", options) == 0
     said = capfd.readouterr().out
     assert f"Already there: {tmp_path}/out" in said and following in said
-    assert folder_state(tmp_path / "out") == before
+    assert read_files(tmp_path / "out") == before
 
 
 def test_no_prompts_returns_the_input(data, run, tmp_path):
     options = {"--data": data, "--checkpoint": run, "--output": tmp_path / "out", "--prompts.k": 0}
     assert stage("generate_prompts", options) == 0
-    result = rows(tmp_path / "out")
-    assert {name: result[name] for name in rows(data)} == rows(data)
+    result = read_sequences(tmp_path / "out")
+    assert {name: result[name] for name in read_sequences(data)} == read_sequences(data)
 
 
 def on_rank(rank: int, world_size: int, port: int, options: dict[str, Any]) -> int:
@@ -128,24 +122,24 @@ def on_rank(rank: int, world_size: int, port: int, options: dict[str, Any]) -> i
 
 
 @pytest.mark.parametrize("sharding", ["data_parallel", "row_wise"])
-def test_two_ranks_make_the_same_prompts(data, run, made, tmp_path, sharding):
+def test_two_ranks_make_the_same_prompts(data, run, prompted, tmp_path, sharding):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = {"--data": data, "--checkpoint": run, "--output": tmp_path / "out", "--batch_users": 2}
     options["--tables.sharding"] = sharding
     assert run_ranks(on_rank, 2, port, options, timeout=120) == [0, 0]
-    assert rows(tmp_path / "out") == rows(made)
-    assert Dataset.open(str(tmp_path / "out")).manifest.settings == Dataset.open(str(made)).manifest.settings
+    assert read_sequences(tmp_path / "out") == read_sequences(prompted)
+    assert Dataset.open(str(tmp_path / "out")).manifest.settings == Dataset.open(str(prompted)).manifest.settings
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
 @pytest.mark.parametrize("source", ["generated", "both"])
-def test_with_an_earlier_result_the_rest_is_made_as_if_from_scratch(run, tmp_path, capfd, source):
+def test_reusing_an_earlier_result_equals_generation_from_scratch(run, tmp_path, capfd, source):
     whole = histories()
     shown = [[2 if n % 4 == 2 else 0 for n in range(len(history))] for history in whole]
-    begun = [max(len(h) - u % 3, 0) for u, h in enumerate(whole)]
-    for name, cut in (("old", begun), ("new", [len(h) for h in whole])):
+    earlier_lengths = [max(len(h) - u % 3, 0) for u, h in enumerate(whole)]
+    for name, cut in (("old", earlier_lengths), ("new", [len(h) for h in whole])):
         items = [h[:n] for h, n in zip(whole, cut, strict=True)]
         segments = [s[:n] for s, n in zip(shown, cut, strict=True)]
         write_dataset(tmp_path / name, items, items=ITEMS, segments=segments, rows_per_group=7 + len(name + source))
@@ -157,8 +151,10 @@ def test_with_an_earlier_result_the_rest_is_made_as_if_from_scratch(run, tmp_pat
     assert stage("generate_prompts", {**continued, **common}) == 0
     said = capfd.readouterr().out
     assert "intervals reused from" in said and "of 0 intervals" not in said
-    assert rows(tmp_path / "continued") == rows(tmp_path / "scratch")
-    assert {1, 2} <= {s for row in rows(tmp_path / "scratch")["segment_ids"] for s in row} or source == "generated"
+    assert read_sequences(tmp_path / "continued") == read_sequences(tmp_path / "scratch")
+    assert {1, 2} <= {
+        s for row in read_sequences(tmp_path / "scratch")["segment_ids"] for s in row
+    } or source == "generated"
 
 
 def other_vocabulary(options: dict[str, Any], folder: Path) -> str:
@@ -189,7 +185,7 @@ def only_clicked(options: dict[str, Any], folder: Path) -> str:
 
 
 def with_prompts_already(options: dict[str, Any], folder: Path) -> str:
-    options["--data"] = options.pop("made")
+    options["--data"] = options.pop("prompted")
     return "has prompts already"
 
 
@@ -201,7 +197,7 @@ def something_else(options: dict[str, Any], folder: Path) -> str:
 
 
 def other_prompts(options: dict[str, Any], folder: Path) -> str:
-    shutil.copytree(options["made"], folder / "out")
+    shutil.copytree(options["prompted"], folder / "out")
     options["--prompts.k"] = 1
     return "k: 2 there, 1 now"
 
@@ -212,7 +208,7 @@ def a_plain_dataset(options: dict[str, Any], folder: Path) -> str:
 
 
 def previous_of_other_options(options: dict[str, Any], folder: Path) -> str:
-    options |= {"--previous": options["made"], "--prompts.exclude_seen": "false"}
+    options |= {"--previous": options["prompted"], "--prompts.exclude_seen": "false"}
     return "exclude_seen: True there, False now"
 
 
@@ -253,13 +249,13 @@ def a_tuned_checkpoint(options: dict[str, Any], folder: Path) -> str:
         a_tuned_checkpoint,
     ],
 )
-def test_what_cannot_be_done_is_refused_with_one_message_before_any_work(wrong, data, run, made, tmp_path, capfd):
-    options = {"--data": data, "--checkpoint": run, "--output": tmp_path / "out", "made": made}
+def test_unusable_input_is_refused_with_one_message_before_any_work(wrong, data, run, prompted, tmp_path, capfd):
+    options = {"--data": data, "--checkpoint": run, "--output": tmp_path / "out", "prompted": prompted}
     expected = wrong(options, tmp_path)
-    options.pop("made", None)
-    before = folder_state(tmp_path)
+    options.pop("prompted", None)
+    before = read_files(tmp_path)
     assert stage("generate_prompts", options) == 2
     said = capfd.readouterr()
     assert expected in said.err and "Traceback" not in said.err and said.out == ""
     assert said.err.count("error:") == 1 and "users/s" not in said.err
-    assert folder_state(tmp_path) == before
+    assert read_files(tmp_path) == before

@@ -1,4 +1,4 @@
-"""Day after day: a dataset that extends another, and a run on it that begins from the run of the day before."""
+"""Day after day: a dataset that extends another, and a run on it that starts from the run of the day before."""
 
 import json
 import shutil
@@ -27,16 +27,16 @@ def folder(tmp_path_factory) -> Path:
         make(log, folder / f"data{day}", min_count=5, **extended)
     make(write_csv(folder / "other.csv", [(f"x{u}", i, t) for u, i, t in rows]), folder / "other", min_count=1)
     assert stage("pretrain", {"--data": folder / "data0", "--output": folder / "run0", **OPTIONS}) == 0
-    assert stage("pretrain", second(folder)) == 0
+    assert stage("pretrain", second_run_options(folder)) == 0
     return folder
 
 
-def second(folder: Path, **more: Any) -> dict[str, Any]:
+def second_run_options(folder: Path, **more: Any) -> dict[str, Any]:
     options = {"--data": folder / "data1", "--output": folder / "run1", "--initial": folder / "run0", **OPTIONS}
     return {**options, "--targets": "new", **{f"--{name}": value for name, value in more.items()}}
 
 
-def test_a_run_says_what_it_began_from_and_its_optimizers_count_on(folder):
+def test_a_run_records_its_initial_checkpoint_and_its_optimizers_keep_counting(folder):
     record = json.loads((folder / "run1/run.json").read_text())
     best = json.loads((folder / "run0/best.json").read_text())["checkpoint"]
     assert record["initial"] == str(folder / "run0/checkpoints" / best)
@@ -45,17 +45,17 @@ def test_a_run_says_what_it_began_from_and_its_optimizers_count_on(folder):
     assert metadata[1]["progress"]["before"] == first
     assert metadata[1]["progress"]["step"] > 0
     entries = Dataset.open(str(folder / "data1")).manifest.entries
-    assert metadata[1]["progress"]["read"] == pytest.approx(2 * entries)  # the course of the learning rate began anew
+    assert metadata[1]["progress"]["read"] == pytest.approx(2 * entries)  # the learning-rate schedule started again
     counted = tensors(checkpoints(folder / "run1")[-1])
     steps = {float(value) for name, value in counted.items() if name.endswith(".step")}
     assert steps == {first + metadata[1]["progress"]["step"]}
 
 
-def test_a_run_that_was_stopped_goes_on_without_the_one_it_began_from(folder, tmp_path):
+def test_a_stopped_run_resumes_without_its_initial_run(folder, tmp_path):
     stopped = checkpoints(folder / "run1")[0]
     shutil.copytree(stopped, tmp_path / "run1/checkpoints" / stopped.name)
     shutil.copy(folder / "run1/run.json", tmp_path / "run1")
-    options = second(folder, output=tmp_path / "run1")
+    options = second_run_options(folder, output=tmp_path / "run1")
     hidden = (folder / "run0").rename(folder / "gone")
     try:
         assert stage("pretrain", options) == 0
@@ -76,7 +76,7 @@ def test_a_run_that_was_stopped_goes_on_without_the_one_it_began_from(folder, tm
         ("prompt_tune", {"--output": "tuned", "--tuning.prompts": "false"}),
     ],
 )
-def test_a_checkpoint_from_before_some_items_is_told_from_another_ones(folder, tmp_path, capsys, name, options):
+def test_a_checkpoint_that_lacks_items_is_told_from_one_of_another_dataset(folder, tmp_path, capsys, name, options):
     options = {**options, "--output": tmp_path / options["--output"], "--checkpoint": folder / "run0"}
     assert stage(name, {"--data": folder / "data1", **options}) == 2
     said = capsys.readouterr().err
@@ -98,10 +98,13 @@ def test_a_checkpoint_from_before_some_items_is_told_from_another_ones(folder, t
         ({"tables.optimizer": "sgd"}, "was trained with --tables.optimizer rowwise_adagrad"),
     ],
 )
-def test_what_a_run_cannot_begin_from_is_refused(folder, tmp_path, capsys, options, message):
+def test_an_unusable_initial_checkpoint_is_refused(folder, tmp_path, capsys, options, message):
     options = {n: folder / v if n in ("data", "initial") and v else v for n, v in options.items()}
     targets = "all" if options.get("data") == folder / "other" else "new"
-    assert stage("pretrain", second(folder, **{"output": tmp_path / "run", "targets": targets, **options})) == 2
+    assert (
+        stage("pretrain", second_run_options(folder, **{"output": tmp_path / "run", "targets": targets, **options}))
+        == 2
+    )
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run").exists()
 
@@ -112,7 +115,7 @@ def test_users_who_do_not_occur_any_more_have_no_vector_and_the_others_have(fold
     absent = made.preparation["extends"]["absent_users"]
     assert absent
     options = {
-        **second(folder),
+        **second_run_options(folder),
         "--data": tmp_path / "data",
         "--output": tmp_path / "run",
         "--initial": folder / "run1",

@@ -1,4 +1,4 @@
-"""`pretrain` and `evaluate` from the command line: results, refusals and going on after an interruption."""
+"""`pretrain` and `evaluate` from the command line: results, refusals and resuming after an interruption."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from recgpt_torchrec import pretrain
-from tests.support import SMALL, stage, walks, write_dataset
+from tests.support import SMALL, read_epochs, read_files, stage, walks, write_dataset
 
 USERS, ITEMS = 90, 30
 TRAINING = {**SMALL, "--saving.every_steps": 3, "--saving.keep": 100}
@@ -47,10 +47,6 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def folder_state(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pretrain") / "data"
@@ -72,14 +68,14 @@ def checkpoints(output: Path) -> list[Path]:
 # ---------------------------------------------------------------------------------------------------- pretrain
 
 
-def test_a_run_from_the_command_line_leaves_checkpoints_and_says_what_to_do_next(run, data):
+def test_a_run_from_the_command_line_leaves_checkpoints_and_prints_the_next_command(run, data):
     output, done = run
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert f"--data {data} --checkpoint {output}" in done.stdout and "recgpt_torchrec.evaluate" in done.stdout
     best = json.loads((output / "best.json").read_text())
     assert (output / "checkpoints" / best["checkpoint"] / "checkpoint.json").exists() and best["epoch"] in (1, 2)
-    lines = [json.loads(line) for line in (output / "history.jsonl").read_text().splitlines()]
+    lines = read_epochs(output)
     assert [line["epoch"] for line in lines] == [1, 2]
     assert lines[1]["loss"] < lines[0]["loss"]
     assert best["value"] == max(line["NDCG@10"] for line in lines)
@@ -90,7 +86,7 @@ def test_a_run_from_the_command_line_leaves_checkpoints_and_says_what_to_do_next
     assert sorted(tuple(value.shape) for value in tables.values()) == [(ITEMS, 8), (USERS, 8)]
 
 
-def test_a_header_says_before_the_first_step_what_is_trained_on_what(run):
+def test_a_header_describes_data_and_model_before_the_first_step(run):
     output, done = run
     first, of_data, decoder, tables, epochs = done.stdout.splitlines()[:5]
     assert first == "Training on 1 rank, CPU" and of_data.startswith(f"  data     {USERS} users, {ITEMS} items, ")
@@ -100,30 +96,30 @@ def test_a_header_says_before_the_first_step_what_is_trained_on_what(run):
     assert f"item {ITEMS} x 8 data_parallel" in tables and f"user {USERS} x 8 data_parallel" in tables
     said = re.fullmatch(r"  epochs   2 at most, of about (\d+) steps of up to 60 tokens per rank", epochs)
     assert said is not None
-    steps = json.loads((output / "history.jsonl").read_text().splitlines()[0])["step"]
+    steps = read_epochs(output)[0]["step"]
     assert abs(int(said[1]) - steps) <= 0.3 * steps
 
 
 def test_the_same_command_again_says_that_the_run_is_trained_already(run, data, capfd):
     output, _ = run
-    before = folder_state(output)
+    before = read_files(output)
     assert stage("pretrain", {"--data": data, "--output": output, **TRAINING}) == 0
     assert f"{output} is already trained." in capfd.readouterr().out
-    assert folder_state(output) == before
+    assert read_files(output) == before
 
 
 def test_other_options_in_the_same_folder_are_refused_and_named(run, data, capfd):
     output, _ = run
-    before = folder_state(output)
+    before = read_files(output)
     options = {"--data": data, "--output": output, **TRAINING, "--model.dim": 16, "--seed": 3}
     assert stage("pretrain", options) == 2
     said = capfd.readouterr().err
     assert "--model.dim: 8 there, 16 now" in said and "--seed: 0 there, 3 now" in said
     assert "--data" not in said and "Traceback" not in said
-    assert folder_state(output) == before
+    assert read_files(output) == before
 
 
-def test_options_that_change_nothing_of_the_result_may_differ(run, data, capfd):
+def test_options_that_do_not_change_the_result_may_differ(run, data, capfd):
     output, _ = run
     options = {"--data": data, "--output": output, **TRAINING, "--stream.prefetch": 2}
     assert stage("pretrain", options) == 0
@@ -141,7 +137,7 @@ def test_a_folder_that_holds_something_else_is_left_as_it_is(data, tmp_path, cap
     (tmp_path / "thesis.txt").write_text("years of work")
     assert stage("pretrain", {"--data": data, "--output": tmp_path, **TRAINING}) == 2
     assert "holds something that is not a run" in capfd.readouterr().err
-    assert folder_state(tmp_path) == {"thesis.txt": b"years of work"}
+    assert read_files(tmp_path) == {"thesis.txt": b"years of work"}
 
 
 @pytest.mark.parametrize(
@@ -179,7 +175,7 @@ def test_only_a_validation_ends_a_run_early(data, tmp_path):
     options = {**TRAINING, "--train.epochs": 7, "--train.patience": 1, "--train.validate_every": 2, "--tables.lr": 0}
     still = {"--tables.user_lr": 0, "--optimizer.lr": 0}
     assert stage("pretrain", {"--data": data, "--output": run, **options, **still}) == 0
-    history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    history = read_epochs(run)
     assert [("NDCG@10" in record) for record in history] == [False, True, False, True]
 
 
@@ -236,7 +232,7 @@ def test_an_unusable_dataset_is_refused_before_anything_is_written(harm, said, d
 
 
 @pytest.mark.parametrize("sharding", ["auto", "row_wise"])
-def test_an_interrupted_run_goes_on_to_the_same_result(sharding, run, data, tmp_path, capfd):
+def test_an_interrupted_run_resumes_to_the_same_result(sharding, run, data, tmp_path, capfd):
     whole, _ = run
     steps = [json.loads((c / "checkpoint.json").read_text())["progress"] for c in checkpoints(whole)]
     inside = [n for n, progress in enumerate(steps) if progress["position"]["queues"] is not None]
@@ -266,7 +262,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(sharding, run, data, tmp_
         torch.testing.assert_close(mine[name], value, rtol=rtol, atol=atol, msg=name)
 
 
-def test_what_was_best_before_an_interruption_stays_the_best(run, data, tmp_path):
+def test_the_best_checkpoint_before_an_interruption_stays_the_best(run, data, tmp_path):
     whole, _ = run
     metadata = [json.loads((checkpoint / "checkpoint.json").read_text()) for checkpoint in checkpoints(whole)]
     (first, *_) = (
@@ -283,7 +279,7 @@ def test_what_was_best_before_an_interruption_stays_the_best(run, data, tmp_path
     assert checkpoints(tmp_path / "run") == [kept, tmp_path / "run/checkpoints" / checkpoints(whole)[-1].name]
 
 
-def test_a_checkpoint_says_what_it_was_trained_with_on_what_and_how_its_tables_were_sharded(run):
+def test_a_checkpoint_records_options_dataset_and_sharding(run):
     metadata = json.loads((checkpoints(run[0])[-1] / "checkpoint.json").read_text())
     assert metadata["config"] == json.loads((run[0] / "run.json").read_text())["config"]
     assert metadata["config"]["model"]["dim"] == 8 and metadata["vocabulary"] == "test"

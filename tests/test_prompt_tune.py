@@ -9,7 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from recgpt_torchrec.checkpoints.folder import find_checkpoint
-from tests.support import SMALL, stage, walks, write_dataset
+from tests.support import SMALL, read_epochs, stage, walks, write_dataset
 
 USERS, ITEMS = 60, 30
 LOSS = {"--loss.candidates": "all", "--batch.tokens": 60}
@@ -17,7 +17,7 @@ TUNE = {**LOSS, "--train.epochs": 2, "--optimizer.warmup_steps": 2}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def inputs(tmp_path_factory) -> Path:
     """A dataset, a model pre-trained on it, and its prompts."""
     folder = tmp_path_factory.mktemp("tune")
     write_dataset(folder / "data", walks(USERS, ITEMS, shortest=4, longest=14), items=ITEMS)
@@ -29,15 +29,15 @@ def made(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tuned(made) -> Path:
-    options = {"--data": made / "prompts", "--checkpoint": made / "run", "--output": made / "tuned", **TUNE}
+def tuned(inputs) -> Path:
+    options = {"--data": inputs / "prompts", "--checkpoint": inputs / "run", "--output": inputs / "tuned", **TUNE}
     assert stage("prompt_tune", options) == 0
-    return made / "tuned"
+    return inputs / "tuned"
 
 
-def figures(made: Path, checkpoint: Path, data: str, name: str, **options: Any) -> dict[str, Any]:
-    output = made / f"{name}.json"
-    arguments = {"--data": made / data, "--checkpoint": checkpoint, "--output": output, "--baselines": "false"}
+def figures(inputs: Path, checkpoint: Path, data: str, name: str, **options: Any) -> dict[str, Any]:
+    output = inputs / f"{name}.json"
+    arguments = {"--data": inputs / data, "--checkpoint": checkpoint, "--output": output, "--baselines": "false"}
     assert stage("evaluate", {**arguments, **options}) == 0
     return json.loads(output.read_text())
 
@@ -48,10 +48,10 @@ def tensor(checkpoint: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return state[name]
 
 
-def test_a_tuned_checkpoint_has_a_table_of_its_own_and_segments(made, tuned):
+def test_a_tuned_checkpoint_has_a_table_of_its_own_and_segments(inputs, tuned):
     output = tensor(tuned, "model.output_table.embedding_bags.output.weight", (ITEMS, 8))
     items = tensor(tuned, "model.item_table.embedding_bags.item.weight", (ITEMS, 8))
-    before = tensor(made / "run", "model.item_table.embedding_bags.item.weight", (ITEMS, 8))
+    before = tensor(inputs / "run", "model.item_table.embedding_bags.item.weight", (ITEMS, 8))
     segments = tensor(tuned, "model.dense.decoder.segment.weight", (3, 8))
     # Both began as the pre-trained table and have each gone a way of their own, not far.
     assert 0 < (output - before).norm() < before.norm() and 0 < (items - before).norm() < before.norm()
@@ -60,57 +60,57 @@ def test_a_tuned_checkpoint_has_a_table_of_its_own_and_segments(made, tuned):
     assert torch.equal(segments[2], torch.zeros(8))  # none were shown
 
 
-def test_every_recall_path_is_measured(made, tuned):
-    prompted = figures(made, tuned, "prompts", "recgpt", **{"--recall.interests": 3})
+def test_every_recall_path_is_measured(inputs, tuned):
+    prompted = figures(inputs, tuned, "prompts", "recgpt", **{"--recall.interests": 3})
     names = {"recgpt_1", "recgpt", "recgpt_1_interests_3_quota", "recgpt_1_interests_3_score"}
     assert set(prompted["results"]) == names
     chosen = prompted["recall"]
     assert chosen["m"] + chosen["n"] == 10
     best = max(chosen["validation"].values())
     assert chosen["validation"][f"{chosen['m']}_{chosen['n']}"] == best
-    plain = figures(made, made / "run", "data", "plain", **{"--recall.m": 10})
+    plain = figures(inputs, inputs / "run", "data", "plain", **{"--recall.m": 10})
     assert set(plain["results"]) == {"pretrain", "pretrain_two_step"}
     # Ten of the first interest and none of the second is the one-step list itself.
     for how in ("masked", "unmasked"):
         assert plain["results"]["pretrain_two_step"][how] == pytest.approx(plain["results"]["pretrain"][how])
 
 
-def test_tuning_begins_from_exactly_what_was_pre_trained(made):
+def test_tuning_starts_from_exactly_the_pre_trained_parameters(inputs):
     """Fine-tuning with learning rates of 0 scores as the pre-trained model does, through W_l as well."""
-    options = {"--data": made / "prompts", "--checkpoint": made / "run", "--output": made / "still", **TUNE}
+    options = {"--data": inputs / "prompts", "--checkpoint": inputs / "run", "--output": inputs / "still", **TUNE}
     still = {"--tables.lr": 0, "--tables.user_lr": 0, "--optimizer.lr": 0, "--tuning.prompts": "false"}
     assert stage("prompt_tune", {**options, **still}) == 0
-    plain = figures(made, made / "run", "data", "before", **{"--recall.m": 5})
-    after = figures(made, made / "still", "prompts", "after", **{"--recall.m": 5})
+    plain = figures(inputs, inputs / "run", "data", "before", **{"--recall.m": 5})
+    after = figures(inputs, inputs / "still", "prompts", "after", **{"--recall.m": 5})
     for how in ("masked", "unmasked"):
         assert after["results"]["fine_tuning"][how] == pytest.approx(plain["results"]["pretrain"][how])
 
 
-def test_only_what_is_named_is_trained(made):
-    options = {"--data": made / "prompts", "--checkpoint": made / "run", "--output": made / "part", **TUNE}
+def test_only_the_named_parameters_are_trained(inputs):
+    options = {"--data": inputs / "prompts", "--checkpoint": inputs / "run", "--output": inputs / "part", **TUNE}
     assert stage("prompt_tune", {**options, "--tuning.trained": "[output]"}) == 0
     for name, shape in {
         "model.item_table.embedding_bags.item.weight": (ITEMS, 8),
         "model.user_table.embedding_bags.user.weight": (USERS, 8),
         "model.dense.decoder.position.weight": (8, 8),
     }.items():
-        assert torch.equal(tensor(made / "part", name, shape), tensor(made / "run", name, shape)), name
-    output = tensor(made / "part", "model.output_table.embedding_bags.output.weight", (ITEMS, 8))
-    assert not torch.equal(output, tensor(made / "run", "model.item_table.embedding_bags.item.weight", (ITEMS, 8)))
+        assert torch.equal(tensor(inputs / "part", name, shape), tensor(inputs / "run", name, shape)), name
+    output = tensor(inputs / "part", "model.output_table.embedding_bags.output.weight", (ITEMS, 8))
+    assert not torch.equal(output, tensor(inputs / "run", "model.item_table.embedding_bags.item.weight", (ITEMS, 8)))
 
 
-def test_answers_become_soft_targets_and_are_the_same_without_prompts(made):
+def test_answers_become_soft_targets_and_are_the_same_without_prompts(inputs):
     """With all weight on the answers the model learns what it was taught, with prompts or without."""
-    options = {"--data": made / "data", "--checkpoint": made / "run", "--output": made / "answers"}
+    options = {"--data": inputs / "data", "--checkpoint": inputs / "run", "--output": inputs / "answers"}
     assert stage("generate_prompts", {**options, "--prompts.k": 1, "--prompts.answers": 3}) == 0
     losses = {}
     for prompts in ("true", "false"):
         for share in (0, 0.5):
-            run = made / f"soft_{prompts}_{share}"
-            options = {"--data": made / "answers", "--checkpoint": made / "run", "--output": run, **TUNE}
+            run = inputs / f"soft_{prompts}_{share}"
+            options = {"--data": inputs / "answers", "--checkpoint": inputs / "run", "--output": run, **TUNE}
             options |= {"--tuning.prompts": prompts, "--tuning.soft_targets": share}
             assert stage("prompt_tune", options) == 0
-            losses[prompts, share] = json.loads((run / "history.jsonl").read_text().splitlines()[0])["loss"]
+            losses[prompts, share] = read_epochs(run)[0]["loss"]
     # The model's own answers are likelier than what came next: the loss falls where they share its place.
     for prompts in ("true", "false"):
         assert losses[prompts, 0.5] < losses[prompts, 0]
@@ -129,21 +129,21 @@ def test_answers_become_soft_targets_and_are_the_same_without_prompts(made):
         ({"--tuning.soft_targets": 1.5}, "it must be from 0 to 1"),
     ],
 )
-def test_refused_before_anything_is_written(made, tuned, capfd, changed, message):
-    if not (made / "other").exists():
-        write_dataset(made / "other", walks(USERS, ITEMS), items=ITEMS, vocabulary="another")
+def test_unusable_input_is_refused_before_anything_is_written(inputs, tuned, capfd, changed, message):
+    if not (inputs / "other").exists():
+        write_dataset(inputs / "other", walks(USERS, ITEMS), items=ITEMS, vocabulary="another")
     arguments: dict[str, Any] = {"--data": "prompts", "--checkpoint": "run"} | changed
     if changed == {"--data": "other"}:
         arguments["--tuning.prompts"] = "false"
     for name in ("--data", "--checkpoint"):
-        arguments[name] = made / arguments[name]
-    assert stage("prompt_tune", {**arguments, "--output": made / "refused", **TUNE}) == 2
+        arguments[name] = inputs / arguments[name]
+    assert stage("prompt_tune", {**arguments, "--output": inputs / "refused", **TUNE}) == 2
     said = capfd.readouterr().err
     assert message in said and "Traceback" not in said
-    assert not (made / "refused").exists()
+    assert not (inputs / "refused").exists()
 
 
-def test_an_m_beyond_the_list_is_refused(made, capfd):
-    arguments = {"--data": made / "data", "--checkpoint": made / "run", "--output": made / "no.json"}
+def test_an_m_beyond_the_list_is_refused(inputs, capfd):
+    arguments = {"--data": inputs / "data", "--checkpoint": inputs / "run", "--output": inputs / "no.json"}
     assert stage("evaluate", {**arguments, "--recall.m": 11}) == 2
     assert "--recall.m is 11; it must be at most 10, the longest of --ks" in capfd.readouterr().err

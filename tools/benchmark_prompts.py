@@ -24,7 +24,7 @@ from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.windows import row_groups
 from recgpt_torchrec.distributed.processes import process_group
 from recgpt_torchrec.model.dense import Dense
-from recgpt_torchrec.model.recgpt import unwrapped
+from recgpt_torchrec.model.recgpt import unwrapped, unwrapped_dense
 from recgpt_torchrec.prompts.decoding import Decoding
 from recgpt_torchrec.prompts.prompt_dataset import LOOKUP, UserVectors, read_rows
 from recgpt_torchrec.prompts.prompting import Intervals, Prompter, intervals_of
@@ -96,7 +96,7 @@ def load_real(options: argparse.Namespace, device: torch.device) -> tuple[Dense,
     histories = intervals_of(table, options.k, trained.config.max_len, ())
     users = UserVectors(model.user_table, [[histories.users.size]], device).of(histories.users)
     catalogue = Catalogue.gather(model.item_table, dataset.manifest.items, device)
-    dense: Dense = getattr(model.dense, "module", model.dense)
+    dense = unwrapped_dense(model)
     return dense, catalogue, histories, users, trained.config.max_len
 
 

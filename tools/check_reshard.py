@@ -1,4 +1,4 @@
-"""Checks resharding: restores checkpoints of every sharding and number of ranks into every other.
+"""Checks resharding: restores checkpoints of every sharding and number of ranks into every other one.
 
     OMP_NUM_THREADS=1 python -m tools.check_reshard
 
@@ -22,35 +22,35 @@ TOLERANCE = 1e-5
 def is_wrong(difference: Difference) -> bool:
     """Whether anything differs by more than rounding.
 
-    With other column blocks than before, row-wise Adagrad resumes with the same loss, but its updates differ.
+    If the number of column blocks changes, the first loss of row-wise Adagrad is the same, but its updates differ.
     """
-    figures = [difference.tables, difference.moments, difference.dense, difference.losses[0]]
+    values = [difference.tables, difference.moments, difference.dense, difference.losses[0]]
     if difference.source.blocks() == difference.target.blocks():
-        figures.append(difference.losses[1])
-    return max(figures) > TOLERANCE
+        values.append(difference.losses[1])
+    return max(values) > TOLERANCE
 
 
 def main() -> int:
-    """Check every pair, print the differences, and return the exit status."""
+    """Restore every pair of layouts, print the differences, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--optimizers", nargs="+", default=OPTIMIZERS, choices=OPTIMIZERS)
     parser.add_argument("--timeout", type=float, default=1200, help="time limit in seconds")
     options = parser.parse_args()
-    layouts = [Layout(*cell) for cell in itertools.product(options.ranks, SHARDINGS, options.optimizers)]
+    layouts = [Layout(*choice) for choice in itertools.product(options.ranks, SHARDINGS, options.optimizers)]
     with tempfile.TemporaryDirectory() as folder:
         differences = run_ranks(reshard, max(options.ranks), folder, layouts, layouts, timeout=options.timeout)[0]
     print(f"{'optimizer':16} {'from':16} {'to':16} {'tables':>9} {'moments':>9} {'dense':>9} {'loss':>9} {'next':>9}")
     for d in sorted(differences, key=lambda d: (d.source.optimizer, d.source, d.target)):
-        figures = [d.tables, d.moments, d.dense, *d.losses]
+        values = [d.tables, d.moments, d.dense, *d.losses]
         verdict = "WRONG" if is_wrong(d) else "other blocks" if d.source.blocks() != d.target.blocks() else ""
         print(
-            f"{d.source.optimizer:16} {d.source!s:16} {d.target!s:16} " + " ".join(f"{x:9.1e}" for x in figures),
+            f"{d.source.optimizer:16} {d.source!s:16} {d.target!s:16} " + " ".join(f"{x:9.1e}" for x in values),
             verdict,
         )
-    wrong = sum(map(is_wrong, differences))
-    print(f"{len(differences)} restores, {wrong} wrong (more than {TOLERANCE})")
-    return wrong > 0
+    wrong_count = sum(map(is_wrong, differences))
+    print(f"{len(differences)} restores, {wrong_count} wrong (more than {TOLERANCE})")
+    return wrong_count > 0
 
 
 if __name__ == "__main__":

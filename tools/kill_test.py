@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python -m tools.kill_test --kills 50
 
 Each run is started once, on two ranks through the launcher, which restarts both after each kill. Kills are aimed at
-rare phases (restoring, writing a checkpoint, validating) as often as at training steps, or at any time from the stage's
-first line on; the table shows where they hit. A run must end with the same losses, validation metrics, tables, moments
-and decoder as the unkilled one, to the last bit.
+rare phases (restoring, writing a checkpoint, validating) as often as at training steps, or at any time after the start
+of the stage; the table shows what they interrupted. A run must end with the same losses, validation metrics, tables,
+moments and decoder as the unkilled one, bit for bit.
 
 Measured on two idle cores in 7 minutes: 50 kills in 7 runs (at training steps 22, reading 3, restoring 8, starting 10,
 validating 7; 20 of them while a checkpoint was written), no difference.
@@ -38,47 +38,47 @@ AIMS = {
     "validating": ("validating", 1, 0.5),
     "any time": ("any", 1, 6.0),
 }
-"""By aim of a kill: the phase, the maximum number of its occurrences, and the maximum number of seconds into it."""
+"""By name of an aim: the phase, the maximum number of its occurrence, and the maximum number of seconds into it."""
 PATIENCE_SECONDS = 6.0
-"""Wait for the aimed-at phase after the first step; then the rank is killed anyway."""
+"""Maximum wait for the phase after the first step; then the rank is killed in any phase."""
 TRAINING = {**SMALL, "--tables.sharding": "row_wise", "--train.patience": 0, "--saving.every_steps": 4}
 RANKS = 2
 
 
 def kill_at_aim(plan: dict[str, Any], output: str) -> None:
-    """Run in a thread of each rank: kill this process at the aim drawn for this start, if this rank is the victim."""
+    """Kill this process at the aim drawn for this start, if this rank is the victim; runs in a thread of each rank."""
     from recgpt_torchrec.distributed import watchdog
 
     start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    chance = random.Random(f"{plan['seed']} {plan['run']} {start}")
-    victim, aim = chance.randrange(RANKS), chance.choice(list(AIMS))
-    wanted, often, longest = AIMS[aim]
-    occurrence, into = chance.randint(1, often), chance.uniform(0, longest)
+    rng = random.Random(f"{plan['seed']} {plan['run']} {start}")
+    victim, aim = rng.randrange(RANKS), rng.choice(list(AIMS))
+    wanted_phase, max_occurrence, max_seconds = AIMS[aim]
+    occurrence, delay = rng.randint(1, max_occurrence), rng.uniform(0, max_seconds)
     if start >= plan["kills"] or victim != int(os.environ["RANK"]):
         return
     writing = os.path.join(output, "checkpoints", "step-*.tmp")
-    first, before, seen = None, None, 0
+    first_step, previous, occurrences = None, None, 0
     while True:
-        now = watchdog.current_status()
-        phase = "writing" if wanted == "writing" and glob.glob(writing) else now.phase
-        if first is None and now.phase == "a training step":
-            first = time.monotonic()
-        entered = (phase, now.since if phase != "writing" else 0.0)
-        seen += entered != before and wanted in (phase, "any")
-        before = entered
-        if seen >= occurrence or (first is not None and time.monotonic() - first > PATIENCE_SECONDS):
+        status = watchdog.current_status()
+        phase = "writing" if wanted_phase == "writing" and glob.glob(writing) else status.phase
+        if first_step is None and status.phase == "a training step":
+            first_step = time.monotonic()
+        current = (phase, status.since if phase != "writing" else 0.0)
+        occurrences += current != previous and wanted_phase in (phase, "any")
+        previous = current
+        if occurrences >= occurrence or (first_step is not None and time.monotonic() - first_step > PATIENCE_SECONDS):
             break
         time.sleep(0.0003)
-    time.sleep(into)
-    now = watchdog.current_status()
-    hit = {"aim": aim, "phase": now.phase, "step": now.step, "writing": bool(glob.glob(writing)), "rank": victim}
+    time.sleep(delay)
+    status = watchdog.current_status()
+    hit = {"aim": aim, "phase": status.phase, "step": status.step, "writing": bool(glob.glob(writing)), "rank": victim}
     with open(plan["log"], "a") as file:
         file.write(json.dumps({"run": plan["run"], "start": start, **hit}) + "\n")
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def rank_main() -> None:
-    """Run one rank: the stage `pretrain`, with the thread that kills it."""
+    """Run the stage `pretrain` as one rank, with the thread that may kill it."""
     plan, output = json.loads(sys.argv[2]), sys.argv[sys.argv.index("--output") + 1]
     threading.Thread(target=kill_at_aim, args=(plan, output), daemon=True).start()
     from recgpt_torchrec import cli, pretrain
@@ -125,8 +125,8 @@ def read_tensors(output: Path) -> dict[str, Any]:
     return tensors
 
 
-def differences(output: Path, unkilled: Path) -> list[str]:
-    """Differences between the results of a run and those of the unkilled one, one line each."""
+def find_differences(output: Path, unkilled: Path) -> list[str]:
+    """Compare the results of a run with those of the unkilled one; returns one line per difference."""
     import torch
 
     epochs, expected = read_epochs(output), read_epochs(unkilled)
@@ -135,16 +135,18 @@ def differences(output: Path, unkilled: Path) -> list[str]:
         lines.append(f"{len(epochs)} epochs, unkilled {len(expected)}")
     tensors, others = read_tensors(output), read_tensors(unkilled)
     if tensors.keys() != others.keys():
-        lines.append("other tensors")
+        lines.append("the names of the tensors differ")
     return lines + [name for name, value in tensors.items() if name in others and not torch.equal(value, others[name])]
 
 
-def kill_test(folder: Path, kills: int, per_run: int, epochs: int, seed: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """Train runs until there were `kills` kills.
+def run_kill_test(
+    folder: Path, kills: int, per_run: int, epochs: int, seed: int
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Train runs until `kills` kills have happened.
 
     Returns:
         hits: phase, step and rank of each kill.
-        wrong: differences from the unkilled run, one line each.
+        differences: from the unkilled run, one line each.
     """
     from tools.small_run import walks, write_dataset
 
@@ -153,22 +155,22 @@ def kill_test(folder: Path, kills: int, per_run: int, epochs: int, seed: int) ->
     plan = {"seed": seed, "run": 0, "kills": 0, "log": str(log)}
     launch(data, unkilled, epochs, plan)
     hits: list[dict[str, Any]] = []
-    wrong: list[str] = []
+    differences: list[str] = []
     for run in range(1, kills + 1):
         output = folder / f"run{run}"
         launch(data, output, epochs, {**plan, "run": run, "kills": min(per_run, kills - len(hits))})
         hits = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        lines = [f"run {run}: {line}" for line in differences(output, unkilled)]
-        wrong += lines
+        lines = [f"run {run}: {line}" for line in find_differences(output, unkilled)]
+        differences += lines
         count = sum(hit["run"] == run for hit in hits)
         print(f"run {run}: {count} kills, {'DIFFERS' if lines else 'identical'}; {len(hits)} of {kills}", flush=True)
         if len(hits) >= kills:
             break
-    return hits, wrong
+    return hits, differences
 
 
 def main() -> int:
-    """Run the test, print where kills hit and what differs, and return the exit status."""
+    """Run the test, print the phases that were killed and the differences, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="total number of kills")
     parser.add_argument("--per_run", type=int, default=10, help="maximum number of kills per run")
@@ -178,16 +180,16 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
-        hits, wrong = kill_test(folder, options.kills, options.per_run, options.epochs, options.seed)
-    where = Counter((hit["phase"], hit["writing"], hit["rank"]) for hit in hits)
+        hits, differences = run_kill_test(folder, options.kills, options.per_run, options.epochs, options.seed)
+    hit_counts = Counter((hit["phase"], hit["writing"], hit["rank"]) for hit in hits)
     print(f"\n{'killed while':22}{'rank 0':>8}{'rank 1':>8}{'of them while a checkpoint was written':>46}")
     for phase in sorted({hit["phase"] for hit in hits}):
-        by_rank = [sum(where[phase, writing, rank] for writing in (False, True)) for rank in range(RANKS)]
-        writing = sum(where[phase, True, rank] for rank in range(RANKS))
+        by_rank = [sum(hit_counts[phase, writing, rank] for writing in (False, True)) for rank in range(RANKS)]
+        writing = sum(hit_counts[phase, True, rank] for rank in range(RANKS))
         print(f"{phase:22}{by_rank[0]:8}{by_rank[1]:8}{writing:46}")
-    print(f"{len(hits)} kills in {len({hit['run'] for hit in hits})} runs, {len(wrong)} differences")
-    print("\n".join(wrong))
-    return bool(wrong) or len(hits) < options.kills
+    print(f"{len(hits)} kills in {len({hit['run'] for hit in hits})} runs, {len(differences)} differences")
+    print("\n".join(differences))
+    return bool(differences) or len(hits) < options.kills
 
 
 if __name__ == "__main__":

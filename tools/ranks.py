@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 SIGNAL_ALLOWANCE_SECONDS = 10
-"""A rank whose parent was killed ends itself this long after the time limit."""
+"""A rank whose parent was killed ends itself this many seconds after the time limit."""
 JOINING = "while the ranks joined: "
-"""How the error of a rank begins whose function was not called yet."""
+"""Prefix of the error of a rank that failed before its function was called."""
 
-# Ranks are forked from one clean process that has already imported these: it costs some 8 s once, not once a rank.
+# Ranks are forked from one process that has imported these modules: their import, about 8 s, is not repeated per rank.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
@@ -34,7 +34,7 @@ _context.set_forkserver_preload(
 )
 
 
-class RankFailed(Exception):  # noqa: N818 (it says which rank failed, not that this helper did)
+class RankFailed(Exception):  # noqa: N818 (names the rank that failed)
     """A rank raised or died. `rank` is the first that did; the message holds its traceback."""
 
     def __init__(self, rank: int, reason: str) -> None:
@@ -43,29 +43,29 @@ class RankFailed(Exception):  # noqa: N818 (it says which rank failed, not that 
 
 
 class NotJoined(RankFailed):
-    """A rank could not join the group; nothing was called yet."""
+    """A rank could not join the process group; its function was not called yet."""
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
     """Call `function(rank, world_size, *args)` in `world_size` processes joined in a gloo process group.
 
-    Each process is a fresh one with one thread, this process's working directory and environment, and torchrun's
-    variables for its rank. Whatever happens, no process is left when this returns.
+    Each process is new, has one thread, this process's working directory and environment, and torchrun's variables for
+    its rank. When this returns or raises, all of them have ended.
 
     Args:
         function: a function at the top level of a module
         world_size: number of ranks
         args: further arguments; like the results, they must be picklable
-        timeout: seconds for everything, the start included
+        timeout: time limit in seconds, the start of the processes included
 
     Returns:
-        What each rank returned, by rank.
+        The return value of each rank, by rank.
 
     Raises:
         RankFailed: a rank raised an exception or died; the other ranks are killed at once.
-        TimeoutError: not all ranks were done in time; the message says where each was standing.
+        TimeoutError: not all ranks finished in time; the message holds each unfinished rank's stack.
     """
-    for _ in range(2):  # gloo now and then closes a connection while ranks join; nothing was called by then
+    for _ in range(2):  # gloo sometimes closes a connection while ranks join, before the function is called
         with contextlib.suppress(NotJoined):
             return _run(function, world_size, args, timeout)
     return _run(function, world_size, args, timeout)
@@ -83,7 +83,7 @@ def _run(function: Callable[..., Any], world_size: int, args: tuple[Any, ...], t
             process = _context.Process(
                 target=_rank_main, args=(call, sender, folder, environment, os.getcwd(), timeout), daemon=True
             )
-            with _one_thread():
+            with one_thread_environment():
                 process.start()
             stack.callback(_end, process)
             sender.close()
@@ -92,7 +92,7 @@ def _run(function: Callable[..., Any], world_size: int, args: tuple[Any, ...], t
 
 
 def _collect(ranks: list[tuple[Any, Connection]], deadline: float, timeout: float, folder: Path) -> list[Any]:
-    """Results by rank, or the error of the first rank that has one."""
+    """Return the results by rank, or raise the error of the rank that failed first."""
     waiting = {receiver: rank for rank, (_, receiver) in enumerate(ranks)}
     results: dict[int, Any] = {}
     while waiting:
@@ -101,7 +101,7 @@ def _collect(ranks: list[tuple[Any, Connection]], deadline: float, timeout: floa
             unfinished = sorted(waiting.values())
             stacks = "".join(_stack(rank, ranks[rank][0], folder) for rank in unfinished)
             raise TimeoutError(f"ranks {unfinished} of {len(ranks)} were not done after {timeout} s\n{stacks}")
-        failures = []  # of those that arrived together, the earliest counts
+        failures = []  # among failures received together, the earliest is reported
         for receiver in ready:
             assert isinstance(receiver, Connection)
             rank = waiting.pop(receiver)
@@ -127,7 +127,7 @@ def _rank_main(
     working_directory: str,
     timeout: float,
 ) -> None:
-    """One rank: join the group, call, send what came of it."""
+    """Run one rank: join the group, call the function, and send its result or error."""
     function, rank, world_size, args = call
     signal.alarm(int(timeout) + SIGNAL_ALLOWANCE_SECONDS)
     stack_file = open(_stack_file(Path(folder), rank), "w")  # noqa: SIM115 (faulthandler writes to it until the end)
@@ -152,7 +152,7 @@ def _rank_main(
         joined = True
         result = function(rank, world_size, *args)
         if dist.is_initialized():
-            dist.barrier()  # no rank closes its connections under another's collective
+            dist.barrier()  # no rank closes its connections during another's collective
             dist.destroy_process_group()
         message = pickle.dumps((time.monotonic(), None, result))
     except BaseException:
@@ -161,7 +161,7 @@ def _rank_main(
     sys.stdout.flush()
     sys.stderr.flush()
     sender.send_bytes(message)
-    os._exit(0 if error is None else 1)  # at once: a group in ruins may hang in its destructors
+    os._exit(0 if error is None else 1)  # at once: the destructors of a broken group may hang
 
 
 def _rank_environment(rank: int, world_size: int) -> dict[str, str]:
@@ -173,13 +173,15 @@ def _rank_environment(rank: int, world_size: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(world_size),
     }
     if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"  # machines whose host name resolves to nothing they listen on
+        environment["GLOO_SOCKET_IFNAME"] = (
+            "lo"  # the host name may resolve to an address the machine does not listen on
+        )
     return environment
 
 
 @contextlib.contextmanager
-def _one_thread() -> Any:
-    """The process that ranks are forked from starts with the first of them; it must never have a pool of threads."""
+def one_thread_environment() -> Any:
+    """Set OMP_NUM_THREADS to 1 while the fork server may start: it must never have a pool of threads."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
@@ -196,7 +198,7 @@ def _stack_file(folder: Path, rank: int) -> Path:
 
 
 def _stack(rank: int, process: Any, folder: Path) -> str:
-    """Where a rank that does not come back is standing."""
+    """Return the stack of an unfinished rank."""
     path = _stack_file(folder, rank)
     if path.exists():
         os.kill(process.pid, signal.SIGUSR1)
@@ -207,6 +209,6 @@ def _stack(rank: int, process: Any, folder: Path) -> str:
 
 
 def _end(process: Any) -> None:
-    """Let a finished process go and kill any other."""
+    """Kill the process if it still runs, and wait for its end."""
     process.kill()
     process.join()

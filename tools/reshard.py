@@ -1,7 +1,7 @@
-"""Checkpoints written on some ranks with some sharding, and read on others with another: what comes out differently?
+"""Restores checkpoints on other numbers of ranks and with other sharding, and measures what differs.
 
-`reshard(rank, world_size, ...)` is to be run by `launch.run_ranks` on as many ranks as the largest of the cases. It
-leaves that group and makes smaller ones, so that a whole matrix costs one start of processes.
+Call `reshard` by `tools.ranks.run_ranks` on as many ranks as the largest layout has. It leaves that process group and
+makes smaller ones, so that all pairs of layouts cost one start of processes.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ DIM = 24
 
 @dataclass(frozen=True, order=True)
 class Layout:
-    """How many ranks hold the tables, and how."""
+    """Number of ranks, sharding of the tables, and their optimizer."""
 
     ranks: int
     sharding: Any
@@ -50,13 +50,13 @@ class Layout:
         return f"{self.ranks} {self.sharding}"
 
     def blocks(self) -> int:
-        """Blocks of columns that row-wise Adagrad keeps a moment for."""
+        """Number of column blocks that row-wise Adagrad keeps a moment for."""
         return self.ranks if (self.sharding, self.optimizer) == ("column_wise", "rowwise_adagrad") else 1
 
 
 @dataclass
 class Difference:
-    """What a restored model has that the saved one had not; the largest absolute difference of any number."""
+    """Largest absolute differences between a restored model and the saved one."""
 
     source: Layout
     target: Layout
@@ -64,41 +64,45 @@ class Difference:
     moments: float
     dense: float
     losses: list[float]
-    """Of the next two steps: the first depends on what was restored only, the second also on the moments."""
+    """Of the next two steps. The first depends only on the restored parameters, the second also on the moments."""
 
 
 def reshard(rank: int, world_size: int, folder: str, sources: list[Layout], targets: list[Layout]) -> list[Difference]:
-    """Train, save and go on with each source; restore each into each target of the same optimizer, and go on there."""
+    """Save a checkpoint of each source layout, and restore it into each target layout of the same optimizer.
+
+    Two more steps are trained after each save and after each restore; their losses are compared.
+    """
     silence_libraries()
     dist.destroy_process_group()
-    # All ranks come first: torchrec agrees with them on something once in a process, for its first model.
+    # The largest group comes first: torchrec agrees with all ranks once per process, with its first model.
     ranks = sorted({layout.ranks for layout in [*sources, *targets]}, reverse=True)
     assert ranks[0] == world_size
     expected: dict[Layout, list[float]] = {}
-    found = []
+    differences: list[Difference] = []
     for count in ranks:
         with group(rank, world_size, count, folder) as member:
             if member:
-                expected |= {source: written(source, folder) for source in sources if source.ranks == count}
+                expected |= {source: train_and_save(source, folder) for source in sources if source.ranks == count}
     for count in ranks:
         with group(rank, world_size, count, folder) as member:
             for target in targets if member else ():
                 if target.ranks == count:
-                    found += read(target, [s for s in sources if s.optimizer == target.optimizer], folder)
+                    differences += restore_sources(
+                        target, [s for s in sources if s.optimizer == target.optimizer], folder
+                    )
     with group(rank, world_size, world_size, folder):
-        everyone: list[Any] = [None] * world_size
-        dist.all_gather_object(everyone, expected)
-    known = everyone[0]  # rank 0 is in every group
-    for difference in found:
-        difference.losses = [
-            abs(mine - theirs) for mine, theirs in zip(difference.losses, known[difference.source], strict=True)
-        ]
-    return found
+        gathered: list[Any] = [None] * world_size
+        dist.all_gather_object(gathered, expected)
+    uninterrupted = gathered[0]  # rank 0 is in every group
+    for difference in differences:
+        losses = uninterrupted[difference.source]
+        difference.losses = [abs(loss - other) for loss, other in zip(difference.losses, losses, strict=True)]
+    return differences
 
 
 @contextlib.contextmanager
 def group(rank: int, world_size: int, count: int, folder: str) -> Iterator[bool]:
-    """A process group of the first `count` ranks; yields whether this one is among them. All leave it together."""
+    """Process group of the first `count` ranks; yields whether this rank is a member. All ranks leave it together."""
     turn = next(_turns)
     before = dict(os.environ)
     os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
@@ -118,8 +122,8 @@ def group(rank: int, world_size: int, count: int, folder: str) -> Iterator[bool]
 _turns = itertools.count()
 
 
-def made(layout: Layout, users: int = USERS, items: int = ITEMS) -> tuple[Any, Any]:
-    """A model and its optimizers, laid out that way."""
+def build_model(layout: Layout, users: int = USERS, items: int = ITEMS) -> tuple[Any, Any]:
+    """Build a model and its optimizers with the given layout."""
     config = Pretrain(
         data="",
         output="",
@@ -133,37 +137,37 @@ def made(layout: Layout, users: int = USERS, items: int = ITEMS) -> tuple[Any, A
     return build(config, config.model, dataset, batch_size=items, device=torch.device("cpu"))
 
 
-def batch(step: int) -> SequenceBatch:
-    """This rank's part of a step's batch, which is the same for every number of ranks."""
-    drawn = walks(7, ITEMS, seed=step, shortest=2, longest=9)
-    mine = range(dist.get_rank(), len(drawn), dist.get_world_size())
+def make_step_batch(step: int) -> SequenceBatch:
+    """Make this rank's part of a step's global batch, which is the same for every number of ranks."""
+    global_batch = walks(7, ITEMS, seed=step, shortest=2, longest=9)
+    own = range(dist.get_rank(), len(global_batch), dist.get_world_size())
     histories = no_histories()
-    if mine:
+    if own:
         histories = Histories(
-            users=np.array([(step + n) % USERS for n in mine]),
-            items=np.concatenate([drawn[n] for n in mine]),
-            offsets=np.concatenate([[0], np.cumsum([len(drawn[n]) for n in mine])]),
+            users=np.array([(step + n) % USERS for n in own]),
+            items=np.concatenate([global_batch[n] for n in own]),
+            offsets=np.concatenate([[0], np.cumsum([len(global_batch[n]) for n in own])]),
         )
-    made = make_batch(
+    batch = make_batch(
         histories,
         row_length=8,
         capacity=Capacity(USERS, ITEMS),
         predict=True,
         draw=lambda targets: AllItems(ITEMS).candidates,
     )
-    targets = torch.tensor(float(made.target_slot.numel()))
+    targets = torch.tensor(float(batch.target_slot.numel()))
     dist.all_reduce(targets)
-    made.global_targets = targets / dist.get_world_size()
-    return made
+    batch.global_targets = targets / dist.get_world_size()
+    return batch
 
 
-def steps(model: Any, optimizer: Any, numbers: range) -> list[float]:
-    """Train some steps; the loss of each, before it."""
+def train_steps(model: Any, optimizer: Any, numbers: range) -> list[float]:
+    """Train these steps, and return the loss of each, taken before its update."""
     losses = []
     model.train()
     for number in numbers:
         optimizer.zero_grad()
-        loss, _ = model(batch(number))
+        loss, _ = model(make_step_batch(number))
         loss.backward()
         optimizer.step()
         loss = loss.detach()
@@ -172,84 +176,84 @@ def steps(model: Any, optimizer: Any, numbers: range) -> list[float]:
     return losses
 
 
-def written(source: Layout, folder: str) -> list[float]:
-    """Train and save; returns the losses of the two steps after."""
-    model, optimizer = made(source)
-    steps(model, optimizer, range(STEPS))
-    saver = Saver(Checkpoints(place(folder, source), keep=1), Saving())
+def train_and_save(source: Layout, folder: str) -> list[float]:
+    """Train and save a checkpoint, and return the losses of the next two steps."""
+    model, optimizer = build_model(source)
+    train_steps(model, optimizer, range(STEPS))
+    saver = Saver(Checkpoints(output_folder(folder, source), keep=1), Saving())
     saver.save(STEPS, state_of(model, optimizer), {})
-    losses = steps(model, optimizer, range(STEPS, STEPS + 2))  # beside the writing
+    losses = train_steps(model, optimizer, range(STEPS, STEPS + 2))  # while the checkpoint is written
     saver.finish()
     return losses
 
 
-def place(folder: str, source: Layout) -> str:
-    """Where the run of a layout keeps its checkpoints."""
+def output_folder(folder: str, source: Layout) -> str:
+    """Folder in which the run of a layout keeps its checkpoints."""
     return f"{folder}/{source.ranks}-{source.sharding}-{source.optimizer}"
 
 
-def saved(folder: str, source: Layout) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint by name, read without the code under test."""
-    path = Checkpoints(place(folder, source), keep=1).latest()
+def load_tensors(folder: str, source: Layout) -> dict[str, torch.Tensor]:
+    """Load every tensor of a checkpoint by name, without the code under test."""
+    path = Checkpoints(output_folder(folder, source), keep=1).latest()
     assert path is not None
-    there = FileSystemReader(path).read_metadata().state_dict_metadata
-    state = {name: torch.empty(e.size) for name, e in there.items() if isinstance(e, TensorStorageMetadata)}
+    metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+    state = {name: torch.empty(e.size) for name, e in metadata.items() if isinstance(e, TensorStorageMetadata)}
     dcp.load(state, checkpoint_id=path, no_dist=True)
     return state
 
 
-def read(target: Layout, sources: list[Layout], folder: str) -> list[Difference]:
-    """Restore each source into one model, laid out as the target; the losses are those of the next steps."""
-    model, optimizer = made(target)
-    found = []
+def restore_sources(target: Layout, sources: list[Layout], folder: str) -> list[Difference]:
+    """Restore each source into one model with the target layout; `losses` are those of the next two steps."""
+    model, optimizer = build_model(target)
+    differences = []
     for source in sources:
-        path = Checkpoints(place(folder, source), keep=1).latest()
+        path = Checkpoints(output_folder(folder, source), keep=1).latest()
         assert path is not None
-        with contextlib.redirect_stdout(io.StringIO()):  # it says where blocks of columns change
+        with contextlib.redirect_stdout(io.StringIO()):  # restore prints which column blocks change
             restore(model, optimizer, path, STEPS)
-        state = saved(folder, source)
-        worst = {"tables": 0.0, "moments": 0.0, "dense": 0.0}
-        for kind, mine, theirs in compared(model, optimizer, state):
-            assert mine.shape == theirs.shape and mine.numel(), (source, target, kind, mine.shape, theirs.shape)
-            worst[kind] = max(worst[kind], float((mine - theirs).abs().max()))
-        over_ranks = torch.tensor(list(worst.values()))
+        state = load_tensors(folder, source)
+        largest = {"tables": 0.0, "moments": 0.0, "dense": 0.0}
+        for kind, value, expected in pairs_to_compare(model, optimizer, state):
+            assert value.shape == expected.shape and value.numel(), (source, target, kind, value.shape, expected.shape)
+            largest[kind] = max(largest[kind], float((value - expected).abs().max()))
+        over_ranks = torch.tensor(list(largest.values()))
         dist.all_reduce(over_ranks, op=dist.ReduceOp.MAX)
-        losses = steps(model, optimizer, range(STEPS, STEPS + 2))
+        losses = train_steps(model, optimizer, range(STEPS, STEPS + 2))
         tables, moments, dense = over_ranks.tolist()
-        found.append(Difference(source, target, tables, moments, dense, losses))
-    return found
+        differences.append(Difference(source, target, tables, moments, dense, losses))
+    return differences
 
 
-def compared(
+def pairs_to_compare(
     model: Any, optimizer: Any, state: dict[str, torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """(kind, what this rank holds, what of the checkpoint it should be), from the optimizers' own state."""
-    tables, held = tables_of(model), optimizer.state_dict()["state"]
+    """Yield (kind, tensor on this rank, expected part of the checkpoint) of parameters and optimizer state."""
+    tables, moments = tables_of(model), optimizer.state_dict()["state"]
     for name, value in model.state_dict().items():
         if name not in tables:
             yield "dense", value, state[f"model.{name}"]
-            for moment, tensor in held[name].items():
+            for moment, tensor in moments[name].items():
                 yield "dense", tensor, state[f"optimizer.state.{name}.{moment}"]
             continue
-        whole = state[f"model.{name}"]
+        table = state[f"model.{name}"]
         shards: list[tuple[torch.Tensor, int, int]] = [(value, 0, 0)]
         if isinstance(value, ShardedTensor):
             offsets = [shard.metadata.shard_offsets for shard in value.local_shards()]
             shards = [(s.tensor, row, column) for s, (row, column) in zip(value.local_shards(), offsets, strict=True)]
         for tensor, row, column in shards:
-            yield "tables", tensor, whole[row : row + tensor.shape[0], column : column + tensor.shape[1]]
-        raw = {moment: tensor for moment, tensor in held.get(name, {}).items() if shards and moment != "step"}
+            yield "tables", tensor, table[row : row + tensor.shape[0], column : column + tensor.shape[1]]
+        local = {moment: tensor for moment, tensor in moments.get(name, {}).items() if shards and moment != "step"}
         keys = sorted(key for key in state if key.startswith(f"optimizer.state.{name}.") and shards)
-        for (moment, tensor), key in zip(raw.items(), keys, strict=True):
+        for (moment, tensor), key in zip(local.items(), keys, strict=True):
             assert moment in key or "momentum1" in moment
-            spread = state[key].repeat_interleave(DIM // state[key].shape[1], dim=1)  # a moment for every number
+            expanded = state[key].repeat_interleave(DIM // state[key].shape[1], dim=1)  # one moment per number
             if isinstance(tensor, ShardedTensor):
                 parts = [shard.tensor for shard in tensor.local_shards()]
             else:
                 parts = list(tensor.split([part.shape[0] for part, _, _ in shards]))
-            for mine, (part, row, column) in zip(parts, shards, strict=True):
-                theirs = spread[row : row + part.shape[0], column : column + part.shape[1]]
-                if mine.numel() == part.shape[0]:
-                    alike = bool((theirs == theirs[:, :1]).all())  # a mean of equal numbers may be rounded
-                    theirs = theirs[:, 0] if alike else theirs.mean(1)
-                yield "moments", mine.reshape(theirs.shape), theirs
+            for value, (part, row, column) in zip(parts, shards, strict=True):
+                expected = expanded[row : row + part.shape[0], column : column + part.shape[1]]
+                if value.numel() == part.shape[0]:
+                    equal = bool((expected == expected[:, :1]).all())  # the mean of equal numbers may be rounded
+                    expected = expected[:, 0] if equal else expected.mean(1)
+                yield "moments", value.reshape(expected.shape), expected

@@ -1,4 +1,4 @@
-"""A small dataset with something to learn, and the options of a training run of seconds, for checks and tests."""
+"""A small learnable dataset, and options of a training run that takes seconds, for checks and tests."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ SMALL: dict[str, Any] = {
     "--optimizer.warmup_steps": 5,
     "--train.epochs": 2,
 }
-"""Options of `pretrain` for a run of some 20 steps."""
+"""Options of `pretrain` for a run of about 20 steps."""
 
 
 def write_dataset(
@@ -35,18 +35,18 @@ def write_dataset(
     groups_per_part: int = 2,
     vocabulary: str = "test",
 ) -> Dataset:
-    """Write one user a history, with user ids from 0 on, and open what was written.
+    """Write a dataset with one user per history, user ids from 0 on, and open it.
 
     Args:
-        folder: of the dataset; made.
-        histories: item ids of each user, oldest first.
-        items: size of the catalogue; None: up to the largest id.
-        segments: segment ids beside the items.
-        more: columns beside these.
+        folder: of the dataset; created if it does not exist.
+        histories: item ids per user, oldest first.
+        items: size of the catalogue; None: the largest id plus 1.
+        segments: segment ids of the items, per user; None: no column of segments.
+        more: further columns of the sequences.
         rows_per_group, groups_per_part: layout of the Parquet parts.
-        vocabulary: fingerprint to put in the manifest.
+        vocabulary: fingerprint of the vocabulary in the manifest.
     """
-    known = items if items is not None else max((max(h, default=-1) for h in histories), default=-1) + 1
+    item_count = items if items is not None else max((max(h, default=-1) for h in histories), default=-1) + 1
     columns: dict[str, pa.Array] = {
         "user_id": pa.array(range(len(histories)), pa.int64()),
         "item_ids": pa.array([list(h) for h in histories], pa.list_(pa.int64())),
@@ -56,22 +56,22 @@ def write_dataset(
         columns["segment_ids"] = pa.array([list(s) for s in segments], pa.list_(pa.int8()))
     table = pa.table(columns | (more or {}))
     groups = [table.slice(start, rows_per_group) for start in range(0, len(histories), rows_per_group)]
-    everything = np.array([i for h in histories for i in h], dtype=np.int64)
-    trained = np.array([i for h in histories for i in training_part(h)], dtype=np.int64)
+    all_ids = np.array([i for h in histories for i in h], dtype=np.int64)
+    training_ids = np.array([i for h in histories for i in training_part(h)], dtype=np.int64)
     catalogue = pa.table(
         {
-            "item_id": pa.array(range(known), pa.int64()),
-            "key": [f"item {i}" for i in range(known)],
-            "count": np.bincount(everything, minlength=known)[:known],
-            "train_count": np.bincount(trained, minlength=known)[:known],
+            "item_id": pa.array(range(item_count), pa.int64()),
+            "key": [f"item {i}" for i in range(item_count)],
+            "count": np.bincount(all_ids, minlength=item_count)[:item_count],
+            "train_count": np.bincount(training_ids, minlength=item_count)[:item_count],
         }
     )
     users = pa.table({"user_id": columns["user_id"], "key": [f"user {u}" for u in range(len(histories))]})
     fs, root = pyarrow.fs.LocalFileSystem(), str(folder)
     manifest = Manifest(
         users=len(histories),
-        items=known,
-        interactions=int(everything.size),
+        items=item_count,
+        interactions=int(all_ids.size),
         vocabulary=vocabulary,
         sequences=write_parts(fs, root, "sequences", groups, groups_per_part),
         item_parts=write_parts(fs, root, "items", [catalogue], 1),
@@ -82,19 +82,19 @@ def write_dataset(
 
 
 def training_part(history: Sequence[int]) -> Sequence[int]:
-    """What of a history is trained on, said a second time: everything but the last two, if there are three."""
+    """Training part of a history, independent of the package's: all but the last two items, or all if fewer than 3."""
     return history[:-2] if len(history) >= 3 else history
 
 
 def walks(users: int, items: int, seed: int = 0, shortest: int = 3, longest: int = 12) -> list[list[int]]:
-    """Histories with something to learn: each item is mostly followed by one of the next two on a ring."""
+    """Draw learnable histories: an item is followed by one of the next two on a ring in about 9 of 10 cases."""
     rng = np.random.default_rng(seed)
     histories = []
     for _ in range(users):
-        at = int(rng.integers(items))
-        history = [at]
+        item = int(rng.integers(items))
+        history = [item]
         for _ in range(int(rng.integers(shortest, longest + 1)) - 1):
-            at = (at + int(rng.integers(1, 3))) % items if rng.random() < 0.9 else int(rng.integers(items))
-            history.append(at)
+            item = (item + int(rng.integers(1, 3))) % items if rng.random() < 0.9 else int(rng.integers(items))
+            history.append(item)
         histories.append(history)
     return histories

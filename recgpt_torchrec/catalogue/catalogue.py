@@ -1,19 +1,20 @@
 """The catalogue: vectors of all items, exact top-k, and ranks. The only place that scores all items.
 
-Every rank holds all vectors. Sharding them by id range would change this package alone.
+Every rank holds all vectors, and only `gather` is collective. Once they are sharded by id range, `top_k` and `ranks`
+will be: validation and the recall paths call them equally often on every rank, with no queries where a rank has run
+out; prompt generation and `retrieve` do not yet.
 """
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from recgpt_torchrec.catalogue.ranks import both_ranks
 from recgpt_torchrec.data.bags import ITEM, bags_of
-from recgpt_torchrec.data.ragged import Ragged
+from recgpt_torchrec.data.ragged import Float32, Int64, Ragged
 
 LOOKUP = 65536
 """Items looked up at once when the vectors are gathered."""
@@ -75,7 +76,7 @@ class Catalogue:
         """[..., dim] float32 vectors of `items` [...] int64."""
         return self.vectors[items]
 
-    def share(self, rank: int, world_size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    def share(self, rank: int, world_size: int) -> tuple[Int64, Float32]:
         """Ids [n] int64 and vectors [n, dim] float32 that a rank writes; all ranks together write every item once."""
         ids = np.array_split(np.arange(len(self)), world_size)[rank]
         return ids, self.vectors[torch.from_numpy(ids)].cpu().numpy()
@@ -128,11 +129,10 @@ class Catalogue:
             yield rows, queries[rows] @ self.vectors.t()
 
 
-def mask_seen(scores: Tensor, seen: Ragged) -> Tensor:
+def mask_seen(scores: Tensor, seen: Ragged) -> None:
     """Set `scores` [rows, items] to -inf at the items of each row of `seen`, in place."""
     values, owners = (torch.from_numpy(part).to(scores.device) for part in (seen.values, seen.owners))
     scores[owners, values] = -torch.inf
-    return scores
 
 
 def best_items(scores: Tensor, k: int) -> Best:

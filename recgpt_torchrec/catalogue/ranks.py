@@ -15,32 +15,23 @@ import torch
 from recgpt_torchrec.data.ragged import Ragged
 
 
-def ranks(scores: torch.Tensor, targets: torch.Tensor, history: Ragged | None = None) -> torch.Tensor:
-    """Rank of each target among all items.
+def both_ranks(scores: torch.Tensor, targets: torch.Tensor, history: Ragged) -> tuple[torch.Tensor, torch.Tensor]:
+    """The masked and the unmasked rank of each target among all items, in one pass over the scores.
 
     Args:
         scores: [users, items] float32; float16 and bfloat16 are refused, as their rounding makes ties. Not modified.
         targets: [users] int64 item ids.
-        history: the items of each user that do not compete (masked), in any order, repeats allowed; None: unmasked.
+        history: the items of each user that do not compete when masked, in any order, repeats allowed.
 
     Returns:
-        [users] float32; inf where the target's score is -inf (masked, or not retrieved by the model).
+        [users] float32 each; inf where the target's score is -inf (masked, or not retrieved by the model).
 
     Raises:
         ValueError: a score is NaN, or shapes do not match.
 
-    Example: `ranks(torch.tensor([[0.1, 0.9, 0.9]]), torch.tensor([2]))` is `[0.5]`.
+    Example: `both_ranks(torch.tensor([[0.1, 0.9, 0.9]]), torch.tensor([2]), Ragged.from_lists([[1]]))` is
+    `([0.0], [0.5])`.
     """
-    return _count_scores(scores, targets, history).ranks()
-
-
-def both_ranks(scores: torch.Tensor, targets: torch.Tensor, history: Ragged) -> tuple[torch.Tensor, torch.Tensor]:
-    """The masked and the unmasked ranks in one pass over the scores; arguments as in `ranks`."""
-    counter = _count_scores(scores, targets, history)
-    return counter.ranks(), counter.unmasked_ranks()
-
-
-def _count_scores(scores: torch.Tensor, targets: torch.Tensor, history: Ragged | None) -> "RankCounter":
     if scores.ndim != 2:
         raise ValueError(f"scores must be [users, items], not {list(scores.shape)}")
     targets = targets.to(scores.device)
@@ -49,7 +40,7 @@ def _count_scores(scores: torch.Tensor, targets: torch.Tensor, history: Ragged |
         raise ValueError(f"{len(targets)} targets for scores of {len(scores)} users")
     counter = RankCounter(targets, scores.gather(1, targets[:, None])[:, 0], history)
     counter.update(scores)
-    return counter
+    return counter.ranks(), counter.unmasked_ranks()
 
 
 class RankCounter:
@@ -65,8 +56,8 @@ class RankCounter:
         counter.ranks()
     """
 
-    def __init__(self, targets: torch.Tensor, target_scores: torch.Tensor, history: Ragged | None = None) -> None:
-        """Args as in `ranks`; target_scores: [users] float32."""
+    def __init__(self, targets: torch.Tensor, target_scores: torch.Tensor, history: Ragged) -> None:
+        """Args as in `both_ranks`; target_scores: [users] float32."""
         device = target_scores.device
         if target_scores.shape != targets.shape or targets.ndim != 1:
             raise ValueError(
@@ -79,13 +70,11 @@ class RankCounter:
         self.counts = torch.zeros(4, len(targets), dtype=torch.int64, device=device)
         """[4, users] int64: how many items score higher than the target, how many others equal it, and how many of
         each are in the history."""
-        self.history: tuple[torch.Tensor, torch.Tensor] | None = None
+        users, items = _distinct_pairs(history, len(targets), device)
+        is_target = items == self.targets[users]
         self.in_history = torch.zeros(len(targets), dtype=torch.bool, device=device)
-        if history is not None:
-            users, items = _distinct_pairs(history, len(targets), device)
-            is_target = items == self.targets[users]
-            self.in_history[users[is_target]] = True
-            self.history = (users[~is_target], items[~is_target])
+        self.in_history[users[is_target]] = True
+        self.history = (users[~is_target], items[~is_target])
 
     def update(self, scores: torch.Tensor, first: int = 0) -> None:
         """Count one block: `scores` [users, block] float32 of the items `first`, `first + 1`, ..."""
@@ -99,19 +88,18 @@ class RankCounter:
             # The target is excluded by its id, not by its score, which may differ in the last bit from the block's.
             compared[users, self.targets[users] - first] = False
             self.counts[row] += _count_rows(compared)
-            if self.history is not None:
-                owners, items = self.history
-                in_block = (items >= first) & (items < stop)
-                counted = compared[owners[in_block], items[in_block] - first]
-                self.counts[2 + row].index_add_(0, owners[in_block], counted.long())
+            owners, items = self.history
+            in_block = (items >= first) & (items < stop)
+            counted = compared[owners[in_block], items[in_block] - first]
+            self.counts[2 + row].index_add_(0, owners[in_block], counted.long())
 
     def ranks(self) -> torch.Tensor:
-        """[users] float32, after the last block: masked where there is a history."""
+        """[users] float32, masked, after the last block."""
         higher, equal = self.counts[:2] - self.counts[2:]
         return self._rank(higher, equal).masked_fill(self.in_history, math.inf)
 
     def unmasked_ranks(self) -> torch.Tensor:
-        """[users] float32, as if there were no history."""
+        """[users] float32, unmasked, after the last block."""
         return self._rank(self.counts[0], self.counts[1])
 
     def _rank(self, higher: torch.Tensor, equal: torch.Tensor) -> torch.Tensor:

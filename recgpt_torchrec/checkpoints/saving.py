@@ -163,7 +163,7 @@ class Saver:
             failed = min(error.failures)
             where, cause = f" (rank {failed})", error.failures[failed][0]
         try:
-            free = f"{shutil.disk_usage(self.checkpoints.folder).free / 2**20:,.0f} MiB are free there. "
+            free = f"{shutil.disk_usage(self.checkpoints.folder).free / 2**20:,.0f} MiB free. "
         except OSError:
             free = ""
         folder = self.checkpoints.folder

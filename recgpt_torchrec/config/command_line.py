@@ -73,6 +73,8 @@ class CommandLine:
                 raise OptionError(f"--{name} needs a value")
             if name == "config":
                 line._add_file(values[0], known, groups)
+            elif name in groups:
+                line._add_file(values[0], known, groups, below=name)
             elif option is not None and option.is_list:
                 entries = _as_list(values)
                 line.values.append((option, f"--{name}", entries))
@@ -87,8 +89,16 @@ class CommandLine:
             raise OptionError(f"{', '.join(missing)} must be given")
         return line
 
-    def _add_file(self, path: str, known: dict[str, Option], groups: set[str]) -> None:
-        values = values_of(path)
+    def _add_file(self, path: str, known: dict[str, Option], groups: set[str], below: str | None = None) -> None:
+        """Add the values of a file: those of all options, or of the group `below`."""
+        values = values_of(path) if below is None else {below: values_of(path)}
+        for given in groups & values.keys():
+            nullable = any(option.in_nullable_group for name, option in known.items() if name.startswith(f"{given}."))
+            if not isinstance(values[given], dict) and not (nullable and values[given] is None):
+                raise OptionError(
+                    f"{path}: {given} is {values[given]!r}, but it is a group of options; write its options below it, "
+                    f"like {next(name for name in known if name.startswith(f'{given}.'))}"
+                )
         for name, group, key in _leaves(values):
             if name in known and not (isinstance(group[key], dict) and current_name(f"{name}.") != f"{name}."):
                 if known[name].is_list and not isinstance(group[key], list):

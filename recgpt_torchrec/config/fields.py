@@ -1,18 +1,20 @@
 """The options of a configuration class: dotted names, former names, and whether a resumed run may change them."""
 
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
-from types import UnionType
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
+from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 RESUME = "resume"
-"""Key in a field's metadata: a resumed run may change the option."""
+"""Key in a field's metadata: the option may change without changing the result."""
 RENAMED = {"checkpoint.": "saving.", "checkpointing.": "saving."}
 """Groups renamed since earlier versions: runs that recorded the old name still resume."""
 
 
 def changeable(default: Any = MISSING) -> Any:
-    """A field that a resumed run may change: it affects where files are or how fast training is, not its result.
+    """A field that may change without changing the result: where files are, or how fast a stage is.
+
+    A resumed run may be given another value, and a finished result is the one that is asked for whatever the value.
 
     Example: `keep: int = changeable(2)`
     """
@@ -28,6 +30,8 @@ class Option:
     type: Any
     """Type of its values; a union with None where the option may be null."""
     field: Field[Any]
+    in_nullable_group: bool = False
+    """Whether its group may be null as a whole."""
 
     @property
     def required(self) -> bool:
@@ -45,12 +49,13 @@ class Option:
         return RESUME in self.field.metadata
 
 
-def options(config_class: type, prefix: str = "") -> Iterator[Option]:
+def options(config_class: type, prefix: str = "", nullable: bool = False) -> Iterator[Option]:
     """Every option of a configuration class, in the order of its fields; groups are expanded in place.
 
     Args:
         config_class: dataclass of a stage or of a group.
         prefix: put before each name.
+        nullable: whether the group of this class may be null as a whole.
     """
     hints = get_type_hints(config_class)
     for each in fields(config_class):
@@ -58,9 +63,31 @@ def options(config_class: type, prefix: str = "") -> Iterator[Option]:
         members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         groups = [member for member in members if is_dataclass(member)]
         if groups:
-            yield from options(groups[0], f"{name}.")  # type: ignore[arg-type]
+            yield from options(groups[0], f"{name}.", NoneType in members)  # type: ignore[arg-type]
         else:
-            yield Option(name, hint, each)
+            yield Option(name, hint, each, nullable)
+
+
+def changeable_names(config_class: type) -> set[str]:
+    """Dotted names of the options that may change without changing the result."""
+    return {option.name for option in options(config_class) if option.may_change}
+
+
+def default_values(config: Any) -> dict[str, Any]:
+    """Default values of all options of a configuration, groups nested: what was done before an option existed.
+
+    So the default of a new option must be the behaviour before it.
+    """
+    values: dict[str, Any] = {}
+    for each in fields(config):
+        given = getattr(config, each.name)
+        default: Any = each.default if each.default_factory is MISSING else each.default_factory()
+        if is_dataclass(given):
+            group: Any = type(given)
+            values[each.name] = asdict(default or group())
+        elif default is not MISSING:
+            values[each.name] = default
+    return values
 
 
 def current_name(name: str) -> str:

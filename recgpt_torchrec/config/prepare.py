@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from recgpt_torchrec.config.checks import at_least
+from recgpt_torchrec.config.fields import changeable
 
 InputFormat = Literal["auto", "csv", "tsv", "jsonl", "parquet", "sequences", "recbole"]
 
@@ -15,9 +16,9 @@ class Prepare:
     Example: python -m recgpt_torchrec.prepare --input log.csv --output data/mine
     """
 
-    input: list[str]
+    input: list[str] = changeable()
     """Raw log: files, folders (searched recursively) or glob patterns; paths or URIs."""
-    output: str
+    output: str = changeable()
     """Folder of the new dataset, a path or a URI (s3://, gs://, hdfs://). It must be new or empty, unless it already
     holds this result; then nothing is done."""
     input_format: InputFormat = "auto"
@@ -42,7 +43,7 @@ class Prepare:
     of which 1 and 2 are dislikes."""
     min_count: int = 5
     """Minimum number of interactions per user and per item (k-core, repeated until it converges); 1: keep all."""
-    vocabulary: str | None = None
+    vocabulary: str | None = changeable(None)
     """Folder of an earlier dataset to extend. Its users and items keep their ids and stay, however few interactions
     they have in the log; new ones that reach min_count get the ids after them. Histories are made of --input alone, so
     give the earlier days of the log as well. Adds the column `trained`, which pretrain --targets new reads. null: a new
@@ -55,12 +56,12 @@ class Prepare:
     """Users per Parquet row group, the unit of reading and shuffling; 0: as many as make 64 groups, from 16 to 8192."""
     groups_per_part: int = 16
     """Row groups per Parquet part file."""
-    engine: Literal["duckdb", "pyspark"] = "duckdb"
+    engine: Literal["duckdb", "pyspark"] = changeable("duckdb")
     """Engine that runs the preparation. duckdb: on this machine. pyspark: for logs too large for one machine; not
     available yet."""
-    scratch: str | None = None
+    scratch: str | None = changeable(None)
     """Local folder for temporary tables, about 50 bytes per interaction; null: next to the output."""
-    memory_limit: str | None = None
+    memory_limit: str | None = changeable(None)
     """Maximum memory the engine uses before it spills to scratch, such as 4GB; null: 80% of the machine's memory."""
 
     def __post_init__(self) -> None:

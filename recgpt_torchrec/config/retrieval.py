@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from recgpt_torchrec.config.checks import at_least, within
+from recgpt_torchrec.config.fields import changeable
 from recgpt_torchrec.config.training import Batch, Sharding
 
 INTERESTS = 32
@@ -66,11 +67,11 @@ class Export:
     Example: python -m recgpt_torchrec.export --data data/mine --checkpoint runs/mine --output vectors/mine
     """
 
-    data: str
+    data: str = changeable()
     """Folder of the dataset."""
-    checkpoint: str
+    checkpoint: str = changeable()
     """Output folder of a run (its best checkpoint is used), or one checkpoint folder."""
-    output: str
+    output: str = changeable()
     """Folder of the export. It must be new or empty, unless it already holds this result; then nothing is done."""
     history: Literal["all", "test", "validation"] = "all"
     """History that user vectors are made of. all: the whole history. test, validation: what comes before the item that
@@ -125,9 +126,9 @@ class Retrieve:
     Example: python -m recgpt_torchrec.retrieve --export vectors/mine --data data/mine --output lists/mine --k 50
     """
 
-    export: str
+    export: str = changeable()
     """Folder of the export."""
-    output: str
+    output: str = changeable()
     """Folder of the lists. It must be new or empty, unless it already holds this result; then nothing is done."""
     k: int = 50
     """Number of items per list, at most as many as the export holds."""
@@ -139,7 +140,7 @@ class Retrieve:
     """Number of items from the first interest (two_step), 1 to k; 0: nine tenths of k."""
     interests: int = 0
     """Number of interests to use, from the first on, 1 to 32; 0: all, or two with two_step."""
-    data: str | None = None
+    data: str | None = changeable(None)
     """Folder of the dataset. Items of the history that a user's vectors were made of are left out of the list. If the
     export was made with --history test or validation, the lists are measured against the held-out items. null: any item
     may be retrieved."""

@@ -5,7 +5,6 @@ entities up through this file.
 """
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -15,14 +14,14 @@ USER = "user"
 ITEM = "item"
 
 
-def bags_of(key: str, ids: npt.NDArray[np.int64], capacity: int | None = None) -> KeyedJaggedTensor:
+def bags_of(key: str, ids: Int64, capacity: int | None = None) -> KeyedJaggedTensor:
     """One bag per id of `ids` [n] int64, in order, and empty bags up to `capacity` (None: n)."""
     lengths = torch.zeros(ids.size if capacity is None else capacity, dtype=torch.int32)
     lengths[: ids.size] = 1
     return KeyedJaggedTensor(keys=[key], values=torch.from_numpy(ids), lengths=lengths)
 
 
-def distinct_bags(key: str, ids: npt.NDArray[np.int64], capacity: int) -> tuple[KeyedJaggedTensor, Int64]:
+def distinct_bags(key: str, ids: Int64, capacity: int) -> tuple[KeyedJaggedTensor, Int64]:
     """One bag per distinct id of `ids` [n] int64, `capacity` bags in all; and the bag of each id [n] int64.
 
     Raises:

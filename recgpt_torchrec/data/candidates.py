@@ -6,15 +6,14 @@ training does not depend on the number of ranks.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from recgpt_torchrec.config import Loss
-from recgpt_torchrec.data.ragged import Int64
-
-Float32 = npt.NDArray[np.float32]
+from recgpt_torchrec.config import Batch, Loss
+from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.ragged import Float32, Int64
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,8 @@ class ItemStatistics:
     """Number of items, and their counts, for candidate sources."""
 
     items: int
-    counts: Int64 | None = None
-    """[items] int64 training interactions per item; None: the source does not need them."""
+    counts: Callable[[], Int64]
+    """Reads [items] int64 training interactions per item; only some sources ask."""
 
 
 class CandidateSource(ABC):
@@ -53,11 +52,6 @@ class CandidateSource(ABC):
     @abstractmethod
     def make(cls, loss: Loss, statistics: ItemStatistics, tokens: int) -> "CandidateSource":
         """Create the source from the options, for batches of at most `tokens` targets."""
-
-    @staticmethod
-    def needs_counts(loss: Loss) -> bool:
-        """Whether the source needs `ItemStatistics.counts`."""
-        return False
 
     @abstractmethod
     def draw(self, targets: Int64, rng: np.random.Generator) -> Candidates:
@@ -94,11 +88,6 @@ class Sampled(CandidateSource):
         """See `CandidateSource`."""
         return cls(DISTRIBUTIONS[loss.negatives_by].make(statistics, loss.negatives))
 
-    @staticmethod
-    def needs_counts(loss: Loss) -> bool:
-        """See `CandidateSource`."""
-        return DISTRIBUTIONS[loss.negatives_by].needs_counts
-
     def draw(self, targets: Int64, rng: np.random.Generator) -> Candidates:
         """See `CandidateSource`."""
         return Candidates(*self.distribution.draw(rng))
@@ -116,13 +105,7 @@ class InBatch(CandidateSource):
     @classmethod
     def make(cls, loss: Loss, statistics: ItemStatistics, tokens: int) -> "InBatch":
         """See `CandidateSource`."""
-        assert statistics.counts is not None
-        return cls(statistics.counts, tokens)
-
-    @staticmethod
-    def needs_counts(loss: Loss) -> bool:
-        """See `CandidateSource`."""
-        return True
+        return cls(statistics.counts(), tokens)
 
     def draw(self, targets: Int64, rng: np.random.Generator) -> Candidates:
         """See `CandidateSource`."""
@@ -139,8 +122,6 @@ class Distribution(ABC):
 
     count: int
     """Number of negatives per batch."""
-    needs_counts = False
-    """Whether the distribution needs `ItemStatistics.counts`."""
 
     @classmethod
     @abstractmethod
@@ -176,8 +157,6 @@ class LogUniform(Distribution):
     1 - (1 - p) ** tries.
     """
 
-    needs_counts = True
-
     def __init__(self, counts: Int64, count: int) -> None:
         self.by_rank = np.argsort(-counts, kind="stable").astype(np.int64)
         self.count = min(count, counts.size)
@@ -185,8 +164,7 @@ class LogUniform(Distribution):
     @classmethod
     def make(cls, statistics: ItemStatistics, count: int) -> "LogUniform":
         """See `Distribution`."""
-        assert statistics.counts is not None
-        return cls(statistics.counts, count)
+        return cls(statistics.counts(), count)
 
     def draw(self, rng: np.random.Generator) -> tuple[Int64, Float32]:
         """See `Distribution`."""
@@ -208,3 +186,19 @@ class LogUniform(Distribution):
 
 DISTRIBUTIONS: dict[str, type[Distribution]] = {"uniform": Uniform, "log_uniform": LogUniform}
 """By the value of `--loss.negatives_by`."""
+
+
+def candidate_source(loss: Loss, dataset: Dataset, batch: Batch) -> CandidateSource:
+    """The source of candidates for a loss, in training on a dataset."""
+    statistics = ItemStatistics(dataset.manifest.items, lambda: training_counts(dataset))
+    return SOURCES[loss.candidates].make(loss, statistics, batch.tokens)
+
+
+def training_counts(dataset: Dataset) -> Int64:
+    """[items] int64: number of interactions per item in the training part, from the dataset's `items/` parts."""
+    counts = np.zeros(dataset.manifest.items, dtype=np.int64)
+    for part in dataset.manifest.item_parts:
+        with dataset.open_part(part) as file:
+            for batch in file.iter_batches(columns=["item_id", "train_count"]):
+                counts[batch["item_id"].to_numpy()] = batch["train_count"].to_numpy()
+    return counts

@@ -92,7 +92,8 @@ class Histories:
 def no_histories() -> Histories:
     """A list without sequences, for a rank that has no batches left."""
     none = np.zeros(0, dtype=np.int64)
-    return Histories(users=none, items=none, offsets=np.zeros(1, dtype=np.int64))
+    offsets = np.zeros(1, dtype=np.int64)
+    return Histories(users=none, items=none, offsets=offsets, held_out=none, seen=Ragged(none, offsets))
 
 
 def join(lists: Sequence[Histories]) -> Histories:

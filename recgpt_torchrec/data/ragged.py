@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # packing, and so the dense part of the model, does not need 
     import pyarrow as pa
 
 Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
 ListColumn: TypeAlias = Union["pa.ListArray", "pa.LargeListArray", "pa.ChunkedArray"]
 
 

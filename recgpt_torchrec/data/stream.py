@@ -6,9 +6,9 @@ from functools import cached_property
 
 import numpy as np
 
-from recgpt_torchrec.config import Batch, Loss, Model, Stream
+from recgpt_torchrec.config import Batch, Model, Stream
 from recgpt_torchrec.data.batch import Capacity, PredictFrom, SequenceBatch, make_batch
-from recgpt_torchrec.data.candidates import SOURCES, CandidateSource, ItemStatistics
+from recgpt_torchrec.data.candidates import CandidateSource
 from recgpt_torchrec.data.damage import SetAside
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.histories import Histories, HistoryReader, join, no_histories
@@ -231,20 +231,3 @@ def encoding_stream(
     """The stream of histories to encode: those before the held-out item of a split, or whole ones with `all`."""
     reader = HistoryReader(dataset=dataset, split=split, max_len=model.max_len, prompts=prompts, set_aside=set_aside)
     return SequenceStream(BatchMaker(reader=reader, batch=batch, grows=grows), Stream())
-
-
-def candidate_source(loss: Loss, dataset: Dataset, batch: Batch) -> CandidateSource:
-    """The source of candidates for a loss, in training on a dataset."""
-    source = SOURCES[loss.candidates]
-    counts = training_counts(dataset) if source.needs_counts(loss) else None
-    return source.make(loss, ItemStatistics(dataset.manifest.items, counts), batch.tokens)
-
-
-def training_counts(dataset: Dataset) -> np.ndarray:
-    """[items] int64: number of interactions per item in the training part, from the dataset's `items/` parts."""
-    counts = np.zeros(dataset.manifest.items, dtype=np.int64)
-    for part in dataset.manifest.item_parts:
-        with dataset.open_part(part) as file:
-            for batch in file.iter_batches(columns=["item_id", "train_count"]):
-                counts[batch["item_id"].to_numpy()] = batch["train_count"].to_numpy()
-    return counts

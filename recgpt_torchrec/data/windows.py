@@ -79,6 +79,35 @@ def promised_columns(manifest: Manifest) -> set[str]:
     return {"segment_ids", *ANSWERS} if prompts.get("answers") else {"segment_ids"}
 
 
+def user_bounds(dataset: Dataset, group: RowGroup) -> tuple[int, int]:
+    """Smallest and largest user id of a row group, from the Parquet statistics; of all ids where there are none."""
+    with dataset.open_part(dataset.manifest.sequences[group.part]) as file:
+        meta = file.metadata
+        names = [meta.schema.column(column).path for column in range(meta.num_columns)]
+        statistics = meta.row_group(group.group).column(names.index("user_id")).statistics
+    has_bounds = statistics is not None and statistics.has_min_max
+    return (statistics.min, statistics.max) if has_bounds else (0, 2**63 - 1)
+
+
+def check_new_targets(dataset: Dataset) -> None:
+    """Check that the dataset marks new targets, and has some.
+
+    Raises:
+        InputError: it does not mark them, or has none.
+    """
+    extended = dataset.manifest.preparation.get("extends")
+    if extended is None or "trained" not in dataset.columns:
+        raise InputError(
+            f"--targets new: {dataset.path} does not mark which targets are new; prepare it with --vocabulary "
+            "EARLIER_DATASET, or give --targets all"
+        )
+    if not extended["new_targets"]:
+        raise InputError(
+            f"--targets new: the training part of {dataset.path} has no target that {extended['dataset']} did not have "
+            "(the last two interactions of each user are held out); give --targets all, or a longer log"
+        )
+
+
 @dataclass(frozen=True)
 class Window:
     """Row groups that are read and shuffled together."""

@@ -3,18 +3,19 @@
 import contextlib
 import logging
 import os
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from recgpt_torchrec.errors import LOST
-from recgpt_torchrec.progress import LOGGER
+from recgpt_torchrec.progress import LOGGER, report_failure
+
+T = TypeVar("T")
 
 
 def silence_libraries() -> None:
@@ -61,7 +62,7 @@ def process_group(timeout_s: float = 600.0) -> Iterator[torch.device]:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **single)
     except RuntimeError as error:  # a wrong environment is a ValueError
         reason = " ".join(str(error).split())
-        print(f"rank {os.environ.get('RANK', 0)} cannot reach the other ranks: {reason}", file=sys.stderr, flush=True)
+        report_failure(f"rank {os.environ.get('RANK', 0)} cannot reach the other ranks: {reason}")
         raise SystemExit(LOST) from None
     try:
         yield device
@@ -101,18 +102,25 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def run_on_first_rank(function: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
-    """Run `function` on rank 0 while the other ranks wait, and raise its error on all ranks (collective, in `group`).
+def run_on_first_rank(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Run `function` on rank 0 while the other ranks wait; its result, or its error, is that of all ranks (collective).
 
-    Without a process group it just runs.
+    So what depends on a folder, of which nodes may see an older state, is decided once. Without a process group it just
+    runs.
+
+    Args:
+        function: its result can be pickled.
+        group: whose collective it is; None: the default group.
     """
-    failure: list[Exception | None] = [None]
+    outcome: list[Any] = [None, None]
     if rank() == 0:
         try:
-            function()
+            outcome[0] = function()
         except Exception as error:
-            failure[0] = error
+            outcome[1] = error
     if dist.is_initialized():
-        dist.broadcast_object_list(failure, src=0, group=group)
-    if failure[0] is not None:
-        raise failure[0]
+        dist.broadcast_object_list(outcome, src=0, group=group)
+    result, failure = outcome
+    if failure is not None:
+        raise failure
+    return result

@@ -8,12 +8,12 @@ the launcher and its processes, and the launcher forwards its own: one request a
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 
 from recgpt_torchrec.errors import STOP_SIGNALS, STOPPED
+from recgpt_torchrec.progress import report_failure
 
 AGAIN_SECONDS = 3.0
 """Signals that arrive sooner after the first belong to the same request."""
@@ -70,6 +70,6 @@ def _listen(reading: int) -> None:
         if _received is None:
             _received, since = signal.Signals(number[0]), time.monotonic()
         elif time.monotonic() - since >= AGAIN_SECONDS:
-            print(f"{signal.Signals(number[0]).name} received again: exiting immediately", file=sys.stderr, flush=True)
+            report_failure(f"{signal.Signals(number[0]).name} received again: exiting immediately")
             os._exit(128 + number[0])
     os.close(reading)

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from recgpt_torchrec.distributed.processes import rank, world_size
 from recgpt_torchrec.errors import LOST, STALLED
+from recgpt_torchrec.progress import report_failure
 
 MAX_LISTED = 16
 """Maximum number of ranks listed in a report."""
@@ -122,7 +123,7 @@ class Watchdog:
                 lost_ranks = f"another rank ({type(unknown).__name__} while reading heartbeats)"
             reason = " ".join(str(error).split())[:200]
             place = f"rank {rank()} was at: {_status.phase}, after step {_status.step}"
-            print(f"lost {lost_ranks}; {place} ({reason})", file=sys.stderr, flush=True)
+            report_failure(f"lost {lost_ranks}; {place} ({reason})")
             raise SystemExit(LOST) from None
 
     # ------------------------------------------------------------------------------------------------ the thread
@@ -155,7 +156,7 @@ class Watchdog:
         self.store = None
         if not self._finished.wait(3 * self.interval):  # else this rank is ending, and perhaps the launcher with it
             with contextlib.suppress(OSError):  # the launcher may have held the other end of the pipe
-                print(f"rank {rank()}: the launcher is gone; stopping the run", file=sys.stderr, flush=True)
+                report_failure(f"rank {rank()}: the launcher is gone; stopping the run")
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _write_heartbeat(self) -> None:
@@ -204,7 +205,7 @@ class Watchdog:
                 if other != rank() and other not in latest:
                     lines.insert(0, f"rank {other}: never sent a heartbeat")
         text = "\n  ".join([f"no progress for {self.stall_seconds:g} s; ending the run. Phase of each rank:", *lines])
-        print(text, file=sys.stderr, flush=True)
+        report_failure(text)
         self._dump_stacks()
         for other in silent:  # a stopped process does not handle SIGTERM, and the launcher would wait for it
             if _is_running_here(latest[other]):
@@ -226,7 +227,7 @@ class Watchdog:
 
     def _exit_stalled(self, reason: str) -> None:
         place = f"rank {rank()}: {_status.phase}, after step {_status.step}"
-        print(f"{reason}; {place}", file=sys.stderr, flush=True)
+        report_failure(f"{reason}; {place}")
         self._dump_stacks()
         os._exit(STALLED)
 

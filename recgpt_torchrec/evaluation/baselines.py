@@ -15,13 +15,14 @@ import torch
 
 from recgpt_torchrec.catalogue.ranks import both_ranks
 from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.histories import HistoryReader
 from recgpt_torchrec.data.ragged import Ragged
-from recgpt_torchrec.data.reader import read_group
-from recgpt_torchrec.data.segments import INTERACTED
-from recgpt_torchrec.data.split import SplitName, cut
-from recgpt_torchrec.data.windows import RowGroup, row_groups
+from recgpt_torchrec.data.split import SplitName
+from recgpt_torchrec.data.windows import row_groups
 from recgpt_torchrec.evaluation.metrics import RankingMetrics
 
+WHOLE = 2**40
+"""Longer than any history: baselines read all of each."""
 SCORE_BYTES = 2**27
 """Bytes of one dense [users, items] matrix of scores in `evaluate_baselines`."""
 
@@ -61,11 +62,11 @@ class Cooccurrence:
     """Item-item co-occurrence: scores what followed the items of a history; the newest count most.
 
         weight(i -> j) = sum over users, i at position p and j at position q, of |p - q|^-0.5 where q > p, a quarter
-                         of it where q < p; at most `window` positions apart
+                         of it where q < p; at most `WINDOW` positions apart
         score(history, j) = sum over i in the history of 0.7^age(i) weight(i -> j) count(i)^-0.5 count(j)^-0.15
 
     The window keeps memory linear in interactions, however long histories are. Age counts items from the newest, 0;
-    an item of age `memory` or more does not count. An item that co-occurs with none of the history scores 0.
+    an item of age `MEMORY` or more does not count. An item that co-occurs with none of the history scores 0.
 
     The constants were chosen on the validation split of Beauty and Toys together (masked NDCG@10 .0682 and .0776).
     The optimum is flat: windows of 10 to 50 and a recency of .7, .8 or 1 / age differ by about .001. Without distance
@@ -75,22 +76,16 @@ class Cooccurrence:
     Example: `baseline = Cooccurrence(items=12101); baseline.add(lists); baseline.scores(history)`.
     """
 
-    def __init__(
-        self,
-        items: int,
-        *,
-        window: int = 20,
-        distance_power: float = 0.5,
-        backward: float = 0.25,
-        source_power: float = 0.5,
-        item_power: float = 0.15,
-        recency: float = 0.7,
-        memory: int = 50,
-    ) -> None:
+    WINDOW = 20
+    DISTANCE_POWER = 0.5
+    BACKWARD = 0.25
+    SOURCE_POWER = 0.5
+    ITEM_POWER = 0.15
+    RECENCY = 0.7
+    MEMORY = 50
+
+    def __init__(self, items: int) -> None:
         self.items = items
-        self.window, self.distance_power, self.backward = window, distance_power, backward
-        self.source_power, self.item_power = source_power, item_power
-        self.recency, self.memory = recency, memory
         self.counts = np.zeros(items, np.int64)
         self._forward: list[sp.csr_array] = []  # their sum counts forward pairs; sizes decrease along the list
         self._weights: sp.csr_array | None = None
@@ -102,11 +97,11 @@ class Cooccurrence:
         user = np.repeat(np.arange(lists.rows), np.diff(lists.offsets))
         rows, columns, weights = [], [], []
         longest = int(np.diff(lists.offsets).max(initial=0))
-        for distance in range(1, min(self.window, longest - 1) + 1):
+        for distance in range(1, min(self.WINDOW, longest - 1) + 1):
             same_user = user[:-distance] == user[distance:]
             rows.append(lists.values[:-distance][same_user])
             columns.append(lists.values[distance:][same_user])
-            weights.append(np.full(len(rows[-1]), distance**-self.distance_power))
+            weights.append(np.full(len(rows[-1]), distance**-self.DISTANCE_POWER))
         if not rows:
             return
         self._forward.append(self._matrix(np.concatenate(weights), np.concatenate(rows), np.concatenate(columns)))
@@ -120,10 +115,10 @@ class Cooccurrence:
         if self._weights is None:
             forward = sum(self._forward, sp.csr_array((self.items, self.items)))
             self._forward = [forward]
-            both = (forward + self.backward * forward.T.tocsr()).tocoo()
+            both = (forward + self.BACKWARD * forward.T.tocsr()).tocoo()
             rows, columns = both.coords
             counts = np.maximum(self.counts, 1.0)
-            scale = counts[rows] ** -self.source_power * counts[columns] ** -self.item_power
+            scale = counts[rows] ** -self.SOURCE_POWER * counts[columns] ** -self.ITEM_POWER
             scale[rows == columns] = 0  # an item does not predict itself
             self._weights = self._matrix(both.data * scale, rows, columns)
         return self._weights
@@ -133,9 +128,9 @@ class Cooccurrence:
         lengths = np.diff(history.offsets)
         user = np.repeat(np.arange(history.rows), lengths)
         age = np.repeat(history.offsets[1:], lengths) - 1 - np.arange(len(history.values))
-        counted = age < self.memory
+        counted = age < self.MEMORY
         recency = sp.csr_array(
-            (self.recency ** age[counted], (user[counted], history.values[counted])),
+            (self.RECENCY ** age[counted], (user[counted], history.values[counted])),
             shape=(history.rows, self.items),
         )
         # Summed in float64, then rounded, so that scores that differ only by the order of summation are ties.
@@ -152,12 +147,11 @@ def fit_baselines(dataset: Dataset) -> dict[str, Baseline]:
     """Fit `popularity` and `cooccurrence` on the training items of a dataset, in one pass over its row groups."""
     count = dataset.manifest.items
     baselines: dict[str, Baseline] = {"popularity": Popularity(count), "cooccurrence": Cooccurrence(count)}
+    reader = HistoryReader(dataset=dataset, split="training", max_len=WHOLE)
     for group in row_groups(dataset):
-        items = _read_interacted(dataset, group)
-        part = cut(items.offsets, "training")
-        lists = items.cut(part.start, part.stop)
+        histories = reader.read([group])
         for baseline in baselines.values():
-            baseline.add(lists)
+            baseline.add(Ragged(histories.items, histories.offsets))
     return baselines
 
 
@@ -168,7 +162,6 @@ def evaluate_baselines(
     ks: Sequence[int] = (5, 10),
     rank: int = 0,
     world_size: int = 1,
-    baselines: dict[str, Baseline] | None = None,
 ) -> dict[str, dict[str, RankingMetrics]]:
     """Rank the held-out items of a split by each baseline, masked and unmasked.
 
@@ -178,33 +171,22 @@ def evaluate_baselines(
         ks: list lengths.
         rank: this process reads every `world_size`-th row group; sum the metrics' states over processes afterwards.
         world_size: number of processes.
-        baselines: fitted baselines; None: fit them here.
 
     Returns:
         {"popularity": {"masked": metrics, "unmasked": metrics}, "cooccurrence": ...}.
     """
-    baselines = baselines if baselines is not None else fit_baselines(dataset)
+    baselines = fit_baselines(dataset)
     results = {name: {how: RankingMetrics(ks) for how in ("masked", "unmasked")} for name in baselines}
     users_at_once = max(1, SCORE_BYTES // (4 * dataset.manifest.items))
+    reader = HistoryReader(dataset=dataset, split=split, max_len=WHOLE)
     for group in row_groups(dataset)[rank::world_size]:
-        items = _read_interacted(dataset, group)
-        held_out = cut(items.offsets, split)
-        assert held_out.target is not None, split
-        for first in range(0, len(held_out.row), users_at_once):
-            block = slice(first, first + users_at_once)
-            history = items.cut(held_out.start[block], held_out.stop[block])
-            targets = torch.from_numpy(items.values[held_out.target[block]])
+        whole = reader.read([group])
+        assert whole.held_out is not None and whole.seen is not None, split
+        for first in range(0, len(whole.held_out), users_at_once):
+            last = min(first + users_at_once, len(whole.held_out))
+            history, targets = whole.seen.part(first, last), torch.from_numpy(whole.held_out[first:last])
             for name, baseline in baselines.items():
                 masked, unmasked = both_ranks(baseline.scores(history), targets, history)
                 results[name]["masked"].update(masked)
                 results[name]["unmasked"].update(unmasked)
     return results
-
-
-def _read_interacted(dataset: Dataset, group: RowGroup) -> Ragged:
-    """Read a row group's items, those interacted with alone."""
-    table = read_group(dataset, group)
-    items = Ragged.from_arrow(table["item_ids"])
-    if "segment_ids" not in table.schema.names:
-        return items
-    return items.keep(Ragged.from_arrow(table["segment_ids"]).values == INTERACTED)

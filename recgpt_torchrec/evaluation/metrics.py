@@ -36,16 +36,16 @@ class RankingMetrics:
 
     Example:
         metrics = RankingMetrics(ks=(5, 10))
-        metrics.update(ranks(scores, targets, history))
+        metrics.update(masked)  # [users] ranks
         torch.distributed.all_reduce(metrics.state())
         metrics.result()  # {"HR@5": ..., "NDCG@5": ..., "HR@10": ..., "NDCG@10": ...}
     """
 
-    def __init__(self, ks: Sequence[int] = (5, 10), device: torch.device | str = "cpu") -> None:
+    def __init__(self, ks: Sequence[int] = (5, 10)) -> None:
         if not ks or min(ks) < 1:
             raise ValueError(f"ks is {tuple(ks)}; give list lengths of at least 1, for example (5, 10)")
         self.ks = tuple(dict.fromkeys(int(k) for k in ks))
-        self._sums = torch.zeros(1 + 2 * len(self.ks), dtype=torch.float64, device=device)
+        self._sums = torch.zeros(1 + 2 * len(self.ks), dtype=torch.float64)
 
     @property
     def users(self) -> int:
@@ -66,17 +66,6 @@ class RankingMetrics:
     def state(self) -> torch.Tensor:
         """[1 + 2 x ks] float64: users, then hits and gains summed for each k. Not a copy: reduce it in place."""
         return self._sums
-
-    def merge(self, other: "RankingMetrics | torch.Tensor") -> "RankingMetrics":
-        """Add the counts of another process or batch; returns self."""
-        if isinstance(other, RankingMetrics):
-            if other.ks != self.ks:
-                raise ValueError(f"cannot merge metrics at {other.ks} into metrics at {self.ks}")
-            other = other.state()
-        if other.shape != self._sums.shape:
-            raise ValueError(f"a state of {list(other.shape)} does not match metrics at {self.ks}")
-        self._sums += other.to(self._sums)
-        return self
 
     def result(self) -> dict[str, float]:
         """Means over all users counted, in the order HR@5, NDCG@5, HR@10, NDCG@10 (that of `ks`).

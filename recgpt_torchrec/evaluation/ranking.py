@@ -30,8 +30,6 @@ def measure_ranks(
     """
     masked, unmasked = RankingMetrics(ks), RankingMetrics(ks)
     for histories, vectors in batches:
-        if not histories.users.size:  # this rank has run out and only joins the collectives
-            continue
         assert histories.held_out is not None and histories.seen is not None
         both = catalogue.ranks(vectors, torch.from_numpy(histories.held_out), histories.seen)
         for metrics, ranks in zip((masked, unmasked), both, strict=True):

@@ -67,7 +67,7 @@ class RecallPaths:
         results: dict[str, Results] = {}
         batches = encode(self.trained.model, self._encoding_stream(split), self.device)
         users, results[one] = measure_ranks(batches, self.catalogue, ks)
-        chosen: dict[str, Any] = {"m": recall.m, "n": longest - recall.m, "because": "as it was asked for"}
+        chosen: dict[str, Any] = {"m": recall.m, "n": longest - recall.m, "because": "given by --recall.m"}
         if not recall.m:
             tried = sorted({max(1, round(longest * share / GRID)) for share in range(1, GRID)})
             grid = self._measure_lists("validation", ks, tried, 1, ("masked",))
@@ -99,8 +99,6 @@ class RecallPaths:
         maker = stream.maker
         for histories, first in encode(self.trained.model, stream, self.device):
             vectors = predict_interests(self.trained.model, maker, histories, first, self.catalogue, max(2, count))
-            if not len(first):
-                continue
             assert histories.held_out is not None and histories.seen is not None
             targets = torch.from_numpy(histories.held_out)
             for how in protocols:

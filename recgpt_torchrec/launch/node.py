@@ -22,6 +22,8 @@ LAST_WORDS_SECONDS = 0.3
 SHUTDOWN_SECONDS = 600
 """Default of `--shutdown_timeout`: how long ranks may take to end after a signal. It must not be shorter than the
 scheduler's own limit, after which the scheduler kills them."""
+QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")
+"""Where a container finds its share of the cores."""
 HINTS = {
     "SIGKILL": " (is there enough memory? the system kills a process that takes too much)",
     "SIGABRT": " (by another rank, if that rank reported above that the run made no progress)",
@@ -100,11 +102,11 @@ def threads_per_process(cores: int, processes: int) -> int:
     return max(1, cores // processes)
 
 
-def available_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+def available_cores() -> int:
     """Number of cores this process may use: by its affinity (Slurm, taskset) and its cgroup's quota (containers)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        quota, period = quota_file.read_text().split()
+        quota, period = QUOTA_FILE.read_text().split()
     except (OSError, ValueError):
         return cores
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))

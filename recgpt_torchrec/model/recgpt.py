@@ -54,3 +54,10 @@ def unwrapped(model: nn.Module) -> RecGPT:
         assert isinstance(inner, nn.Module)
         model = inner
     return model
+
+
+def unwrapped_dense(model: RecGPT) -> Dense:
+    """The dense part of a model, without DDP around it."""
+    dense = getattr(model.dense, "module", model.dense)
+    assert isinstance(dense, Dense)
+    return dense

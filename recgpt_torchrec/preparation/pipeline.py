@@ -10,15 +10,15 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import duckdb
 import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.fs
-from tqdm import tqdm
 
 from recgpt_torchrec.config import Prepare
+from recgpt_torchrec.config.fields import changeable_names, default_values
 from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.split import is_trained_on
 from recgpt_torchrec.errors import InputError
@@ -28,12 +28,10 @@ from recgpt_torchrec.preparation.engine import BATCH_ROWS, DuckDBEngine
 from recgpt_torchrec.preparation.inputs import InputFile, list_files
 from recgpt_torchrec.preparation.kcore import Core, k_core
 from recgpt_torchrec.preparation.writing import Fingerprint, sequence_groups
+from recgpt_torchrec.progress import progress_bar
 from recgpt_torchrec.storage import filesystem, folders
 from recgpt_torchrec.storage.finished import differences, find_finished
 from recgpt_torchrec.storage.parts import Part, regroup, write_parts
-
-NOT_IN_RESULT = ("output", "input", "engine", "scratch", "memory_limit", "vocabulary")
-"""Settings that do not change a dataset; of input and vocabulary the contents count, not the path."""
 
 
 @dataclass(kw_only=True)
@@ -243,7 +241,7 @@ def _hash_keys(tables: Iterable[pa.Table], fingerprint: Fingerprint) -> Iterator
 
 
 def _show_progress(batches: Iterable[pa.RecordBatch], name: str, total: int) -> Iterator[pa.RecordBatch]:
-    with tqdm(total=total, desc=name, unit=" interactions", unit_scale=True, disable=None, leave=False) as bar:
+    with progress_bar(total, "interactions", unit_scale=True, desc=f"{name}: ", leave=False) as bar:
         for batch in batches:
             yield batch
             bar.update(batch.num_rows)
@@ -286,9 +284,8 @@ def _find_finished(config: Prepare, files: list[InputFile], extended: Dataset | 
     """The manifest, if the output folder holds the dataset asked for; None: the folder is free."""
 
     def compare(manifest: Manifest) -> list[str]:
-        # An option that is younger than the dataset had its default.
-        defaults = {field.name: field.default for field in fields(config) if field.default is not MISSING}
-        differing = differences({**defaults, **manifest.settings}, asdict(config), NOT_IN_RESULT)
+        settings = {**default_values(config), **manifest.settings}
+        differing = differences(settings, asdict(config), changeable_names(Prepare))
         recorded = {entry["path"]: entry for entry in manifest.preparation.get("inputs", [])}
         given = {file.path: asdict(file) for file in files}
         if [*given.values()] != [*recorded.values()]:

@@ -11,7 +11,6 @@ import ibis
 import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.data.segments import EXPOSED, INTERACTED
@@ -20,6 +19,7 @@ from recgpt_torchrec.preparation.duckdb_reader import LOG, MALFORMED, DuckDBRead
 from recgpt_torchrec.preparation.engine import DuckDBEngine
 from recgpt_torchrec.preparation.inputs import InputFile
 from recgpt_torchrec.preparation.rows import BLANK
+from recgpt_torchrec.progress import progress_bar
 
 
 @dataclass(kw_only=True)
@@ -63,7 +63,7 @@ def read_log(engine: DuckDBEngine, config: Prepare, files: list[InputFile]) -> R
         )
     reader = DuckDBReader(engine, config, timed)
     total = sum(file.bytes for file in files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=None, leave=False) as bar:
+    with progress_bar(total, "bytes", unit_scale=True, desc="reading: ", leave=False) as bar:
         for index, file in enumerate(files):
             bar.set_postfix_str(os.path.basename(file.path))
             reader.load(index, file)

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 
 def sequence_groups(
-    batches: Iterable[pa.RecordBatch], users: int, lists: dict[str, tuple[str, pa.DataType]], total: int = 0
+    batches: Iterable[pa.RecordBatch], users: int, lists: dict[str, tuple[str, pa.DataType]], total: int
 ) -> Iterator[pa.Table]:
     """Turn interactions, ordered by user and time, into row groups with one row per user.
 
@@ -17,10 +17,10 @@ def sequence_groups(
         batches: interactions with a column `user_id`, sorted by it; users without interactions get empty lists.
         users: number of users, and so rows, per table (the last may have fewer).
         lists: for each list column of the result, the column of `batches` that it collects, and its value type.
-        total: number of all users; 0: up to the last with an interaction.
+        total: number of all users; those after the last with an interaction get empty lists too.
 
     Example:
-        `sequence_groups(batches, 350, {"item_ids": ("item_id", pa.int64())})`
+        `sequence_groups(batches, 350, {"item_ids": ("item_id", pa.int64())}, 22363)`
     """
 
     def cut(start: int, stop: int, events: pa.Table, ids: np.ndarray) -> pa.Table:
@@ -51,9 +51,8 @@ def sequence_groups(
     if pending:
         table = pa.Table.from_batches(pending)
         ids = table.column("user_id").to_numpy()
-        last = max(int(ids[-1]) + 1, total)
-        for first in range(start, last, users):
-            stop = min(first + users, last)
+        for first in range(start, total, users):
+            stop = min(first + users, total)
             inside = slice(*np.searchsorted(ids, [first, stop]).tolist())
             yield cut(first, stop, table.slice(inside.start, inside.stop - inside.start), ids[inside])
 

@@ -18,21 +18,15 @@ from torch import Tensor, nn
 from recgpt_torchrec.config import Prompts
 from recgpt_torchrec.data.bags import USER, bags_of
 from recgpt_torchrec.data.dataset import Dataset
-from recgpt_torchrec.data.ragged import Ragged
+from recgpt_torchrec.data.ragged import Int64, Ragged
 from recgpt_torchrec.data.reader import read_group
 from recgpt_torchrec.data.segments import EXPOSED, GENERATED
-from recgpt_torchrec.data.windows import RowGroup, row_groups
+from recgpt_torchrec.data.windows import RowGroup, row_groups, user_bounds
 from recgpt_torchrec.distributed import shared_folder
 from recgpt_torchrec.distributed.lockstep import raise_first_error
-from recgpt_torchrec.distributed.processes import gather_objects, rank, run_on_first_rank, world_size
+from recgpt_torchrec.distributed.processes import gather_objects, rank, world_size
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.prompts.prompting import (
-    Int64,
-    Intervals,
-    intervals_of,
-    known_intervals,
-    table_of,
-)
+from recgpt_torchrec.prompts.prompting import Intervals, intervals_of, known_intervals, table_of
 from recgpt_torchrec.storage import filesystem, folders
 from recgpt_torchrec.storage.finished import check_same, differences, find_finished
 from recgpt_torchrec.storage.parts import Part, write_parts
@@ -211,15 +205,8 @@ class PreviousPrompts:
 
     def __init__(self, dataset: Dataset, k: int, max_len: int, answers: int) -> None:
         self.dataset, self.k, self.max_len, self.answers = dataset, k, max_len, answers
-        self.groups: list[tuple[int, int, RowGroup]] = []
+        self.groups = [(*user_bounds(dataset, group), group) for group in row_groups(dataset)]
         """(smallest user id, largest user id, row group)."""
-        for group in row_groups(dataset):
-            with dataset.open_part(dataset.manifest.sequences[group.part]) as file:
-                meta = file.metadata
-                names = [meta.schema.column(c).path for c in range(meta.num_columns)]
-                statistics = meta.row_group(group.group).column(names.index("user_id")).statistics
-            has_bounds = statistics is not None and statistics.has_min_max
-            self.groups.append((statistics.min, statistics.max, group) if has_bounds else (0, 2**63 - 1, group))
         self._read: dict[RowGroup, Intervals] = {}
 
     def fill(self, histories: Intervals) -> Int64:
@@ -350,10 +337,3 @@ def copy_parts(dataset: Dataset, parts: list[Part], fs: pyarrow.fs.FileSystem, f
             with fs.open_output_stream(f"{folder}/{part.path}", compression=None) as sink:
                 while block := stream.read(2**22):
                     sink.write(block)
-
-
-def decide_on_first_rank(check: Callable[[], bool]) -> bool:
-    """The result of `check` on rank 0, returned or raised on every rank (collective)."""
-    results = []
-    run_on_first_rank(lambda: results.append(check()))
-    return gather_objects(results)[0][0]

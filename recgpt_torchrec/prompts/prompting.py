@@ -18,12 +18,10 @@ from torch import Tensor
 
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import Prompts
-from recgpt_torchrec.data.ragged import Ragged, offsets_of
+from recgpt_torchrec.data.ragged import Float32, Int64, Ragged, offsets_of
 from recgpt_torchrec.data.segments import EXPOSED, GENERATED, INTERACTED
 from recgpt_torchrec.model.dense import Dense
 from recgpt_torchrec.prompts.decoding import Decoding
-
-Int64 = npt.NDArray[np.int64]
 
 
 @dataclass
@@ -42,7 +40,7 @@ class Intervals:
     """[interactions, k] int8 segment ids of the prompts."""
     answers: Int64
     """[interactions, answers] int64 items that the model ranks highest after the item, best first; -1: none."""
-    answer_scores: npt.NDArray[np.float32]
+    answer_scores: Float32
     """[interactions, answers] float32 scores of the answers (logits); 0 where there is none."""
     times: Int64 | None = None
     """[interactions] int64 timestamps."""

@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
 from recgpt_torchrec.data.dataset import Dataset, histories_fingerprint
+from recgpt_torchrec.data.ragged import Float32, Int64
 from recgpt_torchrec.distributed import shared_folder
 from recgpt_torchrec.distributed.processes import gather_objects, rank
 from recgpt_torchrec.errors import InputError
@@ -39,7 +39,7 @@ GROUP_BYTES = 2**24
 """Bytes of vectors per row group."""
 GROUPS_PER_PART = 16
 
-VectorBatch: TypeAlias = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
+VectorBatch: TypeAlias = tuple[Int64, Float32]
 """(ids [n] int64, vectors [n, dim] or [n, interests, dim] float32)."""
 
 
@@ -97,7 +97,7 @@ class Keys:
         """[row groups + 1] int64: first id of each row group, and the number of ids."""
         self._read: dict[int, pa.ChunkedArray] = {}
 
-    def of(self, ids: npt.NDArray[np.int64]) -> pa.Array:
+    def of(self, ids: Int64) -> pa.Array:
         """[n] string keys of `ids` [n] int64.
 
         Raises:
@@ -143,11 +143,11 @@ def write_export(
     items: Iterable[VectorBatch],
     users: Iterable[VectorBatch],
     dim: int,
-    interests: int = 1,
-    everyone: bool = True,
-    checkpoint: str = "",
-    checkpoint_fingerprint: str = "",
-    settings: dict[str, Any] | None = None,
+    interests: int,
+    everyone: bool,
+    checkpoint: str,
+    checkpoint_fingerprint: str,
+    settings: dict[str, Any],
 ) -> ExportManifest:
     """Write an export and commit it whole (collective: each process gives its share).
 
@@ -185,7 +185,7 @@ def write_export(
             dataset_fingerprint=histories_fingerprint(dataset),
             checkpoint=checkpoint,
             checkpoint_fingerprint=checkpoint_fingerprint,
-            settings=settings or {},
+            settings=settings,
             item_parts=[part for (of_items, _), _, _ in gathered for part in of_items],
             user_parts=[part for (_, of_users), _, _ in gathered for part in of_users],
         )
@@ -267,7 +267,7 @@ class Export:
     path: str
     manifest: ExportManifest
 
-    def item_vectors(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    def item_vectors(self) -> tuple[Int64, Float32]:
         """Ids [items] int64 and vectors [items, dim] float32 of all items; row i is item i."""
         vectors = np.empty((self.manifest.items, self.manifest.dim), np.float32)
         ids = np.arange(self.manifest.items)
@@ -281,12 +281,10 @@ class Export:
         """Yield the rows of `items/`, at most `rows` per batch."""
         return self._batches(self.manifest.item_parts, list(columns), rows)
 
-    def users(
-        self, columns: Iterable[str] | None = None, rows: int = 65536, rank: int = 0, world_size: int = 1
-    ) -> Iterator[pa.RecordBatch]:
+    def users(self, rows: int = 65536, rank: int = 0, world_size: int = 1) -> Iterator[pa.RecordBatch]:
         """Yield the rows of `users/`, at most `rows` per batch; a rank reads every `world_size`-th row group."""
-        names = list(columns) if columns is not None else ["user_id", "key", self.user_column]
-        return self._batches(self.manifest.user_parts, names, rows, rank, world_size)
+        columns = ["user_id", "key", self.user_column]
+        return self._batches(self.manifest.user_parts, columns, rows, rank, world_size)
 
     @property
     def fingerprint(self) -> str:
@@ -303,14 +301,6 @@ class Export:
     def user_column(self) -> str:
         """Name of the column of user vectors: `vector`, or `vectors` with several interests."""
         return "vector" if self.manifest.interests == 1 else "vectors"
-
-    def verify(self) -> None:
-        """Read every part and compare its checksum with the manifest's.
-
-        Raises:
-            InputError: names the damaged part.
-        """
-        self.manifest.check_parts(self.path, checksums=True)
 
     def _batches(
         self, parts: list[Part], columns: list[str], rows: int, rank: int = 0, world_size: int = 1
@@ -331,7 +321,7 @@ class Export:
                 ) from None
 
 
-def to_numpy(vectors: pa.FixedSizeListArray) -> npt.NDArray[np.float32]:
+def to_numpy(vectors: pa.FixedSizeListArray) -> Float32:
     """Convert a column of vectors to [rows, dim] or [rows, interests, dim] float32."""
     shape = [len(vectors)]
     while pa.types.is_fixed_size_list(vectors.type):

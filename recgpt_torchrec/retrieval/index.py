@@ -7,13 +7,10 @@ from typing import Any
 
 import faiss
 import numpy as np
-import numpy.typing as npt
 
 from recgpt_torchrec.config import HNSW, IVF
+from recgpt_torchrec.data.ragged import Float32, Int64
 from recgpt_torchrec.errors import InputError
-
-Int64 = npt.NDArray[np.int64]
-Float32 = npt.NDArray[np.float32]
 
 CLUSTER = 39
 """Minimum number of items per cluster that FAISS recommends."""

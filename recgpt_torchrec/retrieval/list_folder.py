@@ -7,19 +7,18 @@
 Users are in no particular order. The manifest is written last. Writing holds one row group at a time.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs
-import pyarrow.parquet as pq
 
 from recgpt_torchrec.distributed import shared_folder
 from recgpt_torchrec.distributed.processes import gather_objects, rank
 from recgpt_torchrec.retrieval.merging import Merged
-from recgpt_torchrec.storage import filesystem, folders
+from recgpt_torchrec.storage import folders
 from recgpt_torchrec.storage.manifests import FolderManifest, Kind
 from recgpt_torchrec.storage.parts import Part, regroup, write_parts
 
@@ -114,25 +113,7 @@ def record_batch(batch: ListBatch, item_keys: pa.Array) -> pa.RecordBatch:
     return pa.record_batch(list(columns.values()), names=list(columns))
 
 
-@dataclass(kw_only=True)
-class RetrievedLists:
-    """An opened folder of lists.
-
-    Example: `pa.Table.from_batches(open_lists("lists/mine").rows())`
-    """
-
-    path: str
-    manifest: ListManifest
-
-    def rows(self, columns: list[str] | None = None, rows: int = 65536) -> Iterator[pa.RecordBatch]:
-        """Yield all lists, at most `rows` per batch."""
-        fs, root = filesystem(self.path)
-        for part in self.manifest.parts:
-            with pq.ParquetFile(fs.open_input_file(f"{root}/{part.path}")) as file:
-                yield from file.iter_batches(batch_size=rows, columns=columns)
-
-
-def open_lists(path: str) -> RetrievedLists:
+def open_lists(path: str) -> ListManifest:
     """Open a folder of lists and check its manifest, its version, and the presence and size of every part.
 
     Raises:
@@ -140,4 +121,4 @@ def open_lists(path: str) -> RetrievedLists:
     """
     manifest = ListManifest.read(path)
     manifest.check_parts(path)
-    return RetrievedLists(path=path, manifest=manifest)
+    return manifest

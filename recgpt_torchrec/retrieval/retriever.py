@@ -9,8 +9,8 @@ import numpy.typing as npt
 import torch
 
 from recgpt_torchrec.catalogue.catalogue import Catalogue
-from recgpt_torchrec.data.ragged import Ragged
-from recgpt_torchrec.retrieval.index import Float32, Index, Int64
+from recgpt_torchrec.data.ragged import Float32, Int64, Ragged
+from recgpt_torchrec.retrieval.index import Index
 from recgpt_torchrec.retrieval.interests import recall_items
 from recgpt_torchrec.retrieval.merging import Lists, Merged
 

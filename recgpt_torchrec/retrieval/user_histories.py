@@ -5,7 +5,7 @@ import numpy as np
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.histories import Histories, HistoryReader, join, no_histories
 from recgpt_torchrec.data.split import SplitName
-from recgpt_torchrec.data.windows import row_groups
+from recgpt_torchrec.data.windows import row_groups, user_bounds
 from recgpt_torchrec.errors import InputError
 
 
@@ -28,18 +28,10 @@ class UserHistories:
         self.dataset = dataset
         self.reader = HistoryReader(dataset=dataset, split=split, max_len=1)
         self.groups = row_groups(dataset)
-        bounds = [self._read_bounds(group.part, group.group) for group in self.groups]
+        bounds = [user_bounds(dataset, group) for group in self.groups]
         self.low, self.high = np.array(bounds, dtype=np.int64).reshape(-1, 2).T
         """[row groups] smallest and largest user id of each."""
         self._read: dict[int, Histories] = {}
-
-    def _read_bounds(self, part: int, group: int) -> tuple[int, int]:
-        with self.dataset.open_part(self.dataset.manifest.sequences[part]) as file:
-            meta = file.metadata
-            names = [meta.schema.column(c).path for c in range(meta.num_columns)]
-            statistics = meta.row_group(group).column(names.index("user_id")).statistics
-        has_bounds = statistics is not None and statistics.has_min_max
-        return (statistics.min, statistics.max) if has_bounds else (0, 2**63 - 1)
 
     def of(self, users: np.ndarray) -> Histories:
         """The histories of `users` [n] int64, in that order: `seen`, and `held_out` where the split has one.

@@ -50,7 +50,7 @@ def stage_folder(path: str) -> Iterator[tuple[pyarrow.fs.FileSystem, str]]:
             if renames:
                 if fs.get_file_info(final).type == pyarrow.fs.FileType.Directory:
                     if fs.get_file_info(pyarrow.fs.FileSelector(final)):
-                        raise InputError(f"{path} was written by another process meanwhile; give another --output")
+                        raise InputError(f"another process wrote {path} during this run; give another --output")
                     fs.delete_dir(final)
                 fs.move(folder, final)
     except BaseException as error:
@@ -78,7 +78,7 @@ def _hold_lock(parent: str, name: str, folder: str) -> Iterator[None]:
         yield
 
 
-def check_free(path: str, name: str = "dataset") -> None:
+def check_free(path: str, name: str) -> None:
     """Raise an `InputError` unless `path` is missing, an empty folder, or left incomplete by a killed process.
 
     `name` is the kind of folder to be written there, for the message.

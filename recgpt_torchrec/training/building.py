@@ -6,12 +6,13 @@ import torch
 from torch import nn
 from torchrec.optim.keyed import KeyedOptimizer
 
-from recgpt_torchrec.checkpoints.growing import check_new_targets
 from recgpt_torchrec.config import Model, Pretrain, PromptTune, Tuning
+from recgpt_torchrec.data.candidates import candidate_source
 from recgpt_torchrec.data.damage import LIST, SetAside
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.histories import HistoryReader
-from recgpt_torchrec.data.stream import BatchMaker, SequenceStream, candidate_source
+from recgpt_torchrec.data.stream import BatchMaker, SequenceStream
+from recgpt_torchrec.data.windows import check_new_targets
 from recgpt_torchrec.distributed.processes import gather_objects
 from recgpt_torchrec.distributed.sharding import initialise_tables, shard
 from recgpt_torchrec.errors import InputError

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from recgpt_torchrec.data.dataset import Manifest
+from recgpt_torchrec.data.split import HELD_OUT
 from recgpt_torchrec.distributed.sharding import table_name, tables_of
 from recgpt_torchrec.model.recgpt import unwrapped
 
@@ -33,8 +34,9 @@ def header(model: nn.Module, manifest: Manifest, device: torch.device, *, tokens
         rows, dim = value.size()
         tables.append(f"{table_name(key)} {rows:,} x {dim} {types[table_name(key)]}")
         total += rows * dim * value.dtype.itemsize
-    # The last two entries of each history are held out, and the one before them predicts no training target.
-    steps = max(1, math.ceil((manifest.entries - 3 * manifest.users) / (tokens * ranks)))
+    # Of each history some entries are held out, and the first one is no target.
+    targets = manifest.entries - (HELD_OUT + 1) * manifest.users
+    steps = max(1, math.ceil(targets / (tokens * ranks)))
     return "\n".join(
         [
             f"Training on {ranks} rank{'s' * (ranks > 1)}, {name}",

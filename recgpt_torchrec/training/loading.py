@@ -1,13 +1,13 @@
 """Loads models from checkpoints: to evaluate, to export, or to prompt-tune."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from recgpt_torchrec.checkpoints.folder import read_metadata, read_tensor_metadata, read_tensors
-from recgpt_torchrec.config import Loss, Model, Sharding, Tuning
+from recgpt_torchrec.checkpoints.folder import find_checkpoint, read_tensor_metadata, read_tensors
+from recgpt_torchrec.checkpoints.settings import CheckpointSettings
+from recgpt_torchrec.config import Model, Pretrain, Sharding, Tuning
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.distributed.sharding import shard, table_name, tables_of
 from recgpt_torchrec.errors import InputError
@@ -42,17 +42,15 @@ def load(checkpoint: str, dataset: Dataset, tables: Sharding, *, batch_size: int
     Raises:
         InputError: the checkpoint belongs to another dataset, or is damaged.
     """
-    metadata = read_metadata(checkpoint)
-    check_vocabulary(metadata, checkpoint, dataset)
-    settings = metadata["config"]
-    config, loss = Model(**settings["model"]), Loss(**settings["loss"])
-    tuning = Tuning(**settings["tuning"]) if "tuning" in settings else None
-    unsharded = RecGPT(config, loss, dataset.manifest.users, dataset.manifest.items, tuning)
+    settings = CheckpointSettings.read(checkpoint)
+    check_vocabulary(settings, checkpoint, dataset)
+    manifest, tuning = dataset.manifest, settings.tuning
+    unsharded = RecGPT(settings.model, settings.loss, manifest.users, manifest.items, tuning)
     model = shard(unsharded, tables, batch_size=batch_size, device=device, fused=False)
     state = {"model": model.state_dict()}
     read_tensors(state, checkpoint)
     model.load_state_dict(state["model"])
-    return Trained(model, config, tuning)
+    return Trained(model, settings.model, tuning)
 
 
 def load_pretrained(model: nn.Module, checkpoint: str) -> None:
@@ -74,6 +72,19 @@ def load_pretrained(model: nn.Module, checkpoint: str) -> None:
     model.load_state_dict(state)
 
 
+def read_pretrained(checkpoint: str, dataset: Dataset) -> CheckpointSettings:
+    """The settings of a pre-trained checkpoint.
+
+    Raises:
+        InputError: the checkpoint was prompt-tuned, or belongs to another dataset.
+    """
+    settings = CheckpointSettings.read(checkpoint)
+    check_vocabulary(settings, checkpoint, dataset)
+    if settings.tuning is not None:
+        raise InputError(f"{checkpoint} was tuned already; give the checkpoint of a pre-training run")
+    return settings
+
+
 def pretrained_model(checkpoint: str, dataset: Dataset, given: Model | None) -> Model:
     """The decoder's configuration for tuning a pre-trained checkpoint: `given`, which may differ in dropout only.
 
@@ -85,40 +96,72 @@ def pretrained_model(checkpoint: str, dataset: Dataset, given: Model | None) -> 
     Raises:
         InputError: the checkpoint was prompt-tuned, belongs to another dataset, or has another shape than `given`.
     """
-    metadata = read_metadata(checkpoint)
-    check_vocabulary(metadata, checkpoint, dataset)
-    if "tuning" in metadata["config"]:
-        raise InputError(f"{checkpoint} was tuned already; give the checkpoint of a pre-training run")
-    saved = Model(**metadata["config"]["model"])
+    settings = read_pretrained(checkpoint, dataset)
     if given is None:
-        return saved
-    for name, value in asdict(saved).items():
-        if "dropout" not in name and getattr(given, name) != value:
-            raise InputError(
-                f"--model.{name} is {getattr(given, name)}, the checkpoint {checkpoint} has {value}; "
-                "leave the option out, or give a checkpoint of that shape"
-            )
+        return settings.model
+    for name in settings.other_shape(given):
+        raise InputError(
+            f"--model.{name} is {getattr(given, name)}, the checkpoint {checkpoint} has "
+            f"{getattr(settings.model, name)}; leave the option out, or give a checkpoint of that shape"
+        )
     return given
 
 
-def check_vocabulary(metadata: dict[str, Any], checkpoint: str, dataset: Dataset) -> None:
+def find_initial(path: str, config: Pretrain, dataset: Dataset) -> str:
+    """Find the checkpoint for `--initial`, and check that a run of this configuration can start from it.
+
+    Args:
+        path: a checkpoint folder, or a run's output folder.
+        config: of the run to start.
+        dataset: the run's.
+
+    Raises:
+        InputError: there is no checkpoint; it was prompt-tuned; its vocabulary is neither the dataset's nor one that
+            the dataset extends; it has another shape or table optimizer; or `--targets new` would leave targets out.
+    """
+    checkpoint = find_checkpoint(path)
+    settings, manifest = CheckpointSettings.read(checkpoint), dataset.manifest
+    if manifest.extends(settings.vocabulary) is None:
+        raise InputError(
+            f"--initial {path}: the checkpoint {checkpoint} was trained on {settings.data}, whose ids mean other "
+            f"items than those of {dataset.path}. Prepare the log with --vocabulary {settings.data}, so that known "
+            "users and items keep their ids, or leave --initial out"
+        )
+    if settings.tuning is not None:
+        raise InputError(f"--initial {path}: {checkpoint} was prompt-tuned; give the checkpoint of a pre-training run")
+    differ = [f"--model.{name} {getattr(settings.model, name)}" for name in settings.other_shape(config.model)]
+    if settings.table_optimizer != config.tables.optimizer:
+        differ.append(f"--tables.optimizer {settings.table_optimizer}")
+    if differ:
+        raise InputError(f"--initial {path}: {checkpoint} was trained with {' '.join(differ)}; give the same here")
+    extended = manifest.preparation.get("extends", {})
+    if config.targets == "new" and settings.vocabulary != extended.get("vocabulary"):
+        raise InputError(
+            f"--targets new: in {dataset.path} targets are new since {extended.get('dataset')}, but {checkpoint} was "
+            f"trained on {settings.data}: targets added in between would never be trained on. Give --targets all, "
+            f"or a run on {extended.get('dataset')}"
+        )
+    return checkpoint
+
+
+def check_vocabulary(settings: CheckpointSettings, checkpoint: str, dataset: Dataset) -> None:
     """Check that a checkpoint was trained with the dataset's vocabulary.
 
     Raises:
         InputError: it was trained with another one, or before users or items were added to it.
     """
     manifest = dataset.manifest
-    if metadata["vocabulary"] == manifest.vocabulary:
+    if settings.vocabulary == manifest.vocabulary:
         return
-    if (earlier := manifest.extends(metadata["vocabulary"])) is not None:
+    if (earlier := manifest.extends(settings.vocabulary)) is not None:
         raise InputError(
             f"the checkpoint {checkpoint} has no vectors for {manifest.items - earlier.items:,} items and "
             f"{manifest.users - earlier.users:,} users that {dataset.path} added to its vocabulary. Train a new run: "
             f"python -m recgpt_torchrec.pretrain --data {dataset.path} --initial {checkpoint} --output NEW_RUN; or "
-            f"give the dataset it was trained on, {metadata['config']['data']}"
+            f"give the dataset it was trained on, {settings.data}"
         )
     raise InputError(
         f"the checkpoint {checkpoint} was trained on another dataset than {dataset.path} (vocabulary "
-        f"{metadata['vocabulary'][:12]}, not {manifest.vocabulary[:12]}): its ids mean other items. It was trained on "
-        f"{metadata['config']['data']}"
+        f"{settings.vocabulary[:12]}, not {manifest.vocabulary[:12]}): its ids mean other items. It was trained on "
+        f"{settings.data}"
     )

@@ -5,12 +5,12 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from recgpt_torchrec import storage
-from recgpt_torchrec.checkpoints.folder import Checkpoints, read_metadata
-from recgpt_torchrec.config.fields import current_name, options
+from recgpt_torchrec.checkpoints.folder import BEST, Checkpoints, read_metadata
+from recgpt_torchrec.config.fields import changeable_names, current_name, default_values
 from recgpt_torchrec.distributed.processes import run_on_first_rank
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import read_json, write_json
@@ -21,23 +21,6 @@ RECORDED = ("config", "vocabulary", "histories", "initial")
 """Fields of `Run` that are recorded in run.json."""
 LOCK = "run.lock"
 """File locked by the job that trains the run, until its rank 0 ends."""
-
-
-def defaults(config: Any) -> dict[str, Any]:
-    """Default values of all options, by dotted name: those of a run that started before an option existed.
-
-    So the default of a new option must be the behaviour before it.
-    """
-    values: dict[str, Any] = {}
-    for option in fields(config):
-        given = getattr(config, option.name)
-        group: Any = type(given) if is_dataclass(given) else None
-        default: Any = option.default if option.default_factory is MISSING else option.default_factory()
-        if group:
-            values[option.name] = asdict(default or group())
-        elif default is not MISSING:
-            values[option.name] = default
-    return flatten(values)
 
 
 @dataclass
@@ -76,9 +59,8 @@ class Run:
                     )
                 return
             recorded = {current_name(name): value for name, value in flatten(earlier["config"]).items()}
-            old, new = {**defaults(config), **recorded}, asdict(config)
-            may_change = {option.name for option in options(type(config)) if option.may_change}
-            differing = [f"--{line}" for line in differences(old, new, may_change)]
+            old, new = {**flatten(default_values(config)), **recorded}, asdict(config)
+            differing = [f"--{line}" for line in differences(old, new, changeable_names(type(config)))]
             check_same(f"--output {output}", "run", differing, "choose another --output, or the same options")
             if earlier["vocabulary"] != vocabulary:
                 raise InputError(
@@ -134,7 +116,7 @@ class Run:
     def summary(self) -> str:
         """The best validation figure, its checkpoint, and the next command, as text."""
         output = self.checkpoints.output
-        best = read_json(os.path.join(output, "best.json")) or {}
+        best = read_json(os.path.join(output, BEST)) or {}
         data = self.config["data"]
         return (
             f"Trained: validation NDCG@10 {best.get('value', float('nan')):.4f} after epoch {best.get('epoch')}, "

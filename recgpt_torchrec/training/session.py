@@ -7,7 +7,7 @@ from torch import nn
 
 from recgpt_torchrec.config import Model, Pretrain, PromptTune, Tuning
 from recgpt_torchrec.data.stream import SequenceStream
-from recgpt_torchrec.distributed.processes import log_message
+from recgpt_torchrec.distributed.processes import log_message, run_on_first_rank
 from recgpt_torchrec.training.building import build, check_lost
 from recgpt_torchrec.training.header import header
 from recgpt_torchrec.training.run import Run
@@ -64,7 +64,7 @@ def train(
             metadata=run.metadata(str(built.plan)),
             seed=config.seed,
         )
-        if resumed := run.checkpoints.latest():
+        if resumed := run_on_first_rank(run.checkpoints.latest):
             trainer.resume(resumed)
             log_message(f"Resuming from {resumed}")
         else:

@@ -102,15 +102,12 @@ class Trainer:
         self._share: Share | None = None
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
 
-    def fit(self, validate: Callable[[], dict[str, float]], metric: str) -> Progress:
+    def fit(self, validate: Callable[[], dict[str, float]], metric: str) -> None:
         """Train until the last epoch, or until `metric` has not improved for `train.patience` epochs (collective).
 
         Args:
             validate: returns the validation figures by name, the same on all ranks (collective).
             metric: the figure that decides the best checkpoint and early stopping; higher is better.
-
-        Returns:
-            The final progress.
 
         Raises:
             Stopped: a rank received a stop signal; everything is saved.
@@ -133,7 +130,6 @@ class Trainer:
                     f"{self.checkpoints.latest()}; the same command resumes from it"
                 )
                 raise
-        return progress
 
     def _run_epoch(self, log: RunLog, validate: Callable[[], dict[str, float]], metric: str) -> None:
         progress, epoch, started = self.progress, self.progress.position.epoch, time.perf_counter()

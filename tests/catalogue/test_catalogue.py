@@ -88,7 +88,8 @@ def test_ranks_are_those_of_the_whole_matrix_however_many_rows_are_scored_at_onc
 
 @pytest.mark.parametrize("k", [1, 2, 3, FEW, FEW + 1])
 def test_it_is_short_where_scores_run_out(k):
-    scores = mask_seen(torch.tensor([[3.0, 1.0, 2.0]]), Ragged.from_lists([[0]]))
+    scores = torch.tensor([[3.0, 1.0, 2.0]])
+    mask_seen(scores, Ragged.from_lists([[0]]))
     items, values = best_items(scores, k)
     assert items.tolist() == [([2, 1] + [-1] * k)[:k]]
     assert values.tolist() == [([2.0, 1.0] + [-np.inf] * k)[:k]]

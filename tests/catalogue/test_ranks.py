@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recgpt_torchrec.catalogue.ranks import RankCounter, both_ranks, ranks
+from recgpt_torchrec.catalogue.ranks import RankCounter, both_ranks
 from recgpt_torchrec.data.ragged import Ragged
 
 
@@ -40,17 +40,31 @@ def cases(draw: st.DrawFn):
     return torch.tensor(scores).reshape(users, items), torch.tensor(targets, dtype=torch.int64), histories
 
 
-@given(cases(), st.booleans())
-def test_ranks_agree_with_a_plain_loop_ties_and_masks_included(case, masked):
+def equal(some: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(some, other, strict=True))
+
+
+def no_history(users: int) -> Ragged:
+    return Ragged.from_lists([[] for _ in range(users)])
+
+
+def unmasked_ranks(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    masked, unmasked = both_ranks(scores, targets, no_history(len(targets)))
+    assert torch.equal(masked, unmasked)  # no history, nothing to mask
+    return unmasked
+
+
+@given(cases())
+def test_ranks_agree_with_a_plain_loop_ties_and_masks_included(case):
     scores, targets, histories = case
     before = scores.clone()
-    got = ranks(scores, targets, Ragged.from_lists(histories) if masked else None)
-    expected = [
-        plain_rank(row.tolist(), int(target), history if masked else [])
-        for row, target, history in zip(scores, targets, histories, strict=True)
-    ]
-    assert got.dtype == torch.float32
-    assert got.tolist() == expected
+    for got, masked in zip(both_ranks(scores, targets, Ragged.from_lists(histories)), (True, False), strict=True):
+        expected = [
+            plain_rank(row.tolist(), int(target), history if masked else [])
+            for row, target, history in zip(scores, targets, histories, strict=True)
+        ]
+        assert got.dtype == torch.float32
+        assert got.tolist() == expected
     assert torch.equal(scores, before)
 
 
@@ -61,16 +75,7 @@ def test_blocks_of_items_in_any_order_give_the_ranks_of_the_whole_matrix(case, b
     counter = RankCounter(targets, scores.gather(1, targets[:, None])[:, 0], history)
     for first in reversed(range(0, scores.shape[1], block)):
         counter.update(scores[:, first : first + block], first)
-    assert torch.equal(counter.ranks(), ranks(scores, targets, history))
-    assert torch.equal(counter.unmasked_ranks(), ranks(scores, targets))
-
-
-@given(cases())
-def test_both_protocols_in_one_pass_are_the_two_alone(case):
-    scores, targets, histories = case
-    masked, unmasked = both_ranks(scores, targets, Ragged.from_lists(histories))
-    assert torch.equal(masked, ranks(scores, targets, Ragged.from_lists(histories)))
-    assert torch.equal(unmasked, ranks(scores, targets))
+    assert equal((counter.ranks(), counter.unmasked_ranks()), both_ranks(scores, targets, history))
 
 
 @given(cases(), st.randoms(use_true_random=False))
@@ -81,30 +86,31 @@ def test_ranks_do_not_change_under_a_permutation_of_item_ids(case, random):
     moved = torch.empty_like(scores)
     moved[:, new_id] = scores
     renamed = torch.tensor([new_id[t] for t in targets.tolist()], dtype=torch.int64)
-    history = Ragged.from_lists([[new_id[i] for i in items] for items in histories])
-    assert torch.equal(ranks(moved, renamed, history), ranks(scores, targets, Ragged.from_lists(histories)))
+    after = both_ranks(moved, renamed, Ragged.from_lists([[new_id[i] for i in items] for items in histories]))
+    assert equal(after, both_ranks(scores, targets, Ragged.from_lists(histories)))
 
 
 @given(cases())
 def test_ranks_do_not_change_under_a_monotone_transform_of_the_scores(case):
     scores, targets, histories = case
     history = Ragged.from_lists(histories)
-    assert torch.equal(ranks(scores * 3 + 7, targets, history), ranks(scores, targets, history))
-    assert torch.equal(ranks(scores.exp(), targets, history), ranks(scores, targets, history))
+    expected = both_ranks(scores, targets, history)
+    assert equal(both_ranks(scores * 3 + 7, targets, history), expected)
+    assert equal(both_ranks(scores.exp(), targets, history), expected)
 
 
 def test_equal_scores_everywhere_rank_in_the_middle_whatever_the_id():
     scores = torch.zeros(3, 5)
-    assert ranks(scores, torch.tensor([0, 2, 4])).tolist() == [2.0, 2.0, 2.0]
+    assert unmasked_ranks(scores, torch.tensor([0, 2, 4])).tolist() == [2.0, 2.0, 2.0]
 
 
 def test_a_catalogue_of_one_item_ranks_it_first():
-    assert ranks(torch.tensor([[3.0]]), torch.tensor([0])).tolist() == [0.0]
+    assert unmasked_ranks(torch.tensor([[3.0]]), torch.tensor([0])).tolist() == [0.0]
 
 
 def test_a_score_of_minus_infinity_is_not_retrieved_and_plus_infinity_ranks_first():
     scores = torch.tensor([[-math.inf, 0.0, math.inf], [-math.inf, 0.0, math.inf]])
-    assert ranks(scores, torch.tensor([0, 2])).tolist() == [math.inf, 0.0]
+    assert unmasked_ranks(scores, torch.tensor([0, 2])).tolist() == [math.inf, 0.0]
 
 
 @pytest.mark.parametrize("where", [(0, 0), (1, 2)])
@@ -112,22 +118,22 @@ def test_nan_scores_raise(where):
     scores = torch.zeros(2, 3)
     scores[where] = math.nan
     with pytest.raises(ValueError, match="1 of 2 users are NaN"):
-        ranks(scores, torch.tensor([0, 0]))
+        both_ranks(scores, torch.tensor([0, 0]), no_history(2))
 
 
 def test_a_history_outside_the_offsets_it_comes_with_raises():
     with pytest.raises(ValueError, match="offsets do not fit"):
-        ranks(torch.zeros(1, 3), torch.tensor([0]), Ragged(np.array([1, 2]), np.array([0, 1])))
+        both_ranks(torch.zeros(1, 3), torch.tensor([0]), Ragged(np.array([1, 2]), np.array([0, 1])))
 
 
 def test_half_precision_scores_are_refused():
     with pytest.raises(ValueError, match="bfloat16"):
-        ranks(torch.zeros(1, 3, dtype=torch.bfloat16), torch.tensor([0]))
+        both_ranks(torch.zeros(1, 3, dtype=torch.bfloat16), torch.tensor([0]), no_history(1))
 
 
 def test_targets_outside_the_catalogue_raise():
     with pytest.raises(ValueError, match="the scores have 3 items"):
-        ranks(torch.zeros(1, 3), torch.tensor([3]))
+        both_ranks(torch.zeros(1, 3), torch.tensor([3]), no_history(1))
 
 
 def test_ranks_import_without_torchrec():

@@ -37,13 +37,13 @@ def write(path: Path, sizes: list[int]) -> bytes:
 
 @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sizes=st.lists(st.integers(0, 3 * BLOCK) | st.sampled_from([SECTOR, BLOCK, 2 * BLOCK]), max_size=8))
-def test_holds_what_was_written_and_nothing_of_a_longer_file_before(tmp_path: Path, sizes: list[int]) -> None:
+def test_a_file_holds_the_written_bytes_and_no_rest_of_a_longer_earlier_file(tmp_path: Path, sizes: list[int]) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(100 * SECTOR))
     assert write(path, sizes) == path.read_bytes()
 
 
-def test_takes_what_pickle_gives(tmp_path: Path) -> None:
+def test_writes_the_buffers_that_pickle_passes(tmp_path: Path) -> None:
     value = {"many": list(range(10_000)), "long": os.urandom(3 * BLOCK)}
     with DirectFile(tmp_path / "file") as file:
         pickle.dump(value, file)
@@ -78,7 +78,7 @@ def test_where_direct_writes_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(refusals) == 1
 
 
-def test_errors_are_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_errors_are_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 

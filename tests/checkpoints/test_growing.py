@@ -1,4 +1,4 @@
-"""Tables that grow between two runs: old rows and their optimizer state are those of the checkpoint, new ones fresh."""
+"""Tables that grow between two runs: old rows keep their optimizer state, new rows are initial."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ from tools.ranks import run_ranks
 from tools.reshard import DIM, ITEMS, STEPS, USERS, Layout
 
 MORE_USERS, MORE_ITEMS = 3 * USERS + 1, 2 * ITEMS + 13
-"""So many that, row-wise on two ranks, the second holds no old row."""
+"""Enough that, row-wise on two ranks, the second holds no old row."""
 
 SOURCES = [
     Layout(1, "data_parallel", "rowwise_adagrad"),
@@ -38,81 +38,82 @@ TARGETS = [
 ]
 
 
-def fresh(name: str, names: list[str], rows: int) -> torch.Tensor:
-    """Initial values of a whole table, said a second time: users 0, items N(0, 0.02^2) from a stream of their own."""
+def initial_rows(name: str, names: list[str], rows: int) -> torch.Tensor:
+    """Initial values of a whole table, written independently: users 0, items N(0, 0.02^2) from a separate stream."""
     if ".user." in name:
         return torch.zeros(rows, DIM)
     drawn = np.random.default_rng((7, sorted(names).index(name), 0, 4)).standard_normal((4096, DIM), dtype=np.float32)
     return torch.from_numpy(drawn[:rows]) * 0.02
 
 
-def grown(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What a run on more users and items should begin with, from every tensor of the checkpoint."""
+def expected_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Expected initial tensors of a run on more users and items, from all tensors of the checkpoint."""
     names = [key.removeprefix("model.") for key in state if "embedding_bags" in key and key.startswith("model.")]
     expected = dict(state)
     for name in names:
         rows = MORE_USERS if ".user." in name else MORE_ITEMS
         old = state[f"model.{name}"]
-        expected[f"model.{name}"] = torch.cat([old, fresh(name, names, rows)[len(old) :]])
+        expected[f"model.{name}"] = torch.cat([old, initial_rows(name, names, rows)[len(old) :]])
         for key in [key for key in state if key.startswith(f"optimizer.state.{name}.")]:
             moment = state[key]
             expected[key] = torch.cat([moment, torch.zeros(rows - len(moment), moment.shape[1])])
     return expected
 
 
-def grow(rank: int, world_size: int, folder: str) -> list[tuple[Layout, Layout, str]]:
-    """Train and save each source, begin from it with each target of the same optimizer; what was compared."""
+def restore_into_larger_tables(rank: int, world_size: int, folder: str) -> list[tuple[Layout, Layout, str]]:
+    """Train and save each source, and restore it into larger tables of each target layout of the same optimizer."""
     silence_libraries()
     dist.destroy_process_group()
     for count in (2, 1):
         with reshard.group(rank, world_size, count, folder) as member:
             for source in SOURCES if member else ():
                 if source.ranks == count:
-                    reshard.written(source, folder)
-    found = []
+                    reshard.train_and_save(source, folder)
+    restored = []
     for count in (2, 1):
         with reshard.group(rank, world_size, count, folder) as member:
             for target in TARGETS if member else ():
                 for source in SOURCES if target.ranks == count else ():
                     if source.optimizer == target.optimizer:
-                        found += begun(source, target, folder)
-    return found
+                        restored += check_restored(source, target, folder)
+    return restored
 
 
 def fused_steps(optimizer: Any) -> Iterator[torch.Tensor]:
-    """Where fbgemm counts the steps of the tables that this rank updates in the backward: its Adam needs them."""
+    """Step counters in fbgemm of the tables that this rank updates in the backward pass; its Adam needs them."""
     for _, part in getattr(optimizer, "optimizers", []):
         yield from fused_steps(part)
     if hasattr(optimizer, "_emb_module"):
         yield optimizer._emb_module.iter[0]
 
 
-def begun(source: Layout, target: Layout, folder: str) -> list[tuple[Layout, Layout, str]]:
-    model, optimizer = reshard.made(target, MORE_USERS, MORE_ITEMS)
-    path = Checkpoints(reshard.place(folder, source), keep=1).latest()
+def check_restored(source: Layout, target: Layout, folder: str) -> list[tuple[Layout, Layout, str]]:
+    model, optimizer = reshard.build_model(target, MORE_USERS, MORE_ITEMS)
+    path = Checkpoints(reshard.output_folder(folder, source), keep=1).latest()
     assert path is not None
-    with contextlib.redirect_stdout(io.StringIO()):  # it says where blocks of columns change
+    with contextlib.redirect_stdout(io.StringIO()):  # restore prints which column blocks change
         restore(model, optimizer, path, STEPS)
     kinds = set()
-    for kind, mine, theirs in reshard.compared(model, optimizer, grown(reshard.saved(folder, source))):
+    state = expected_state(reshard.load_tensors(folder, source))
+    for kind, value, expected in reshard.pairs_to_compare(model, optimizer, state):
         same = torch.allclose if kind == "moments" and source.blocks() != target.blocks() else torch.equal
-        assert mine.shape == theirs.shape and same(mine, theirs), (source, target, kind)
+        assert value.shape == expected.shape and same(value, expected), (source, target, kind)
         kinds.add(kind)
-    counted: list[Any] = [held["step"] for held in optimizer.state.values() if "step" in held]
+    counted: list[Any] = [state["step"] for state in optimizer.state.values() if "step" in state]
     fused = list(fused_steps(optimizer))
     assert counted and all(float(step) == STEPS for step in (*counted, *fused))
     assert fused or target.sharding in ("data_parallel", "table_wise") or target.optimizer == "adam"
-    assert all(np.isfinite(reshard.steps(model, optimizer, range(STEPS, STEPS + 2))))
+    assert all(np.isfinite(reshard.train_steps(model, optimizer, range(STEPS, STEPS + 2))))
     return [(source, target, kind) for kind in kinds]
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory) -> list[list[tuple[Layout, Layout, str]]]:
-    return run_ranks(grow, 2, str(tmp_path_factory.mktemp("growing")), timeout=150)
+def restored(tmp_path_factory) -> list[list[tuple[Layout, Layout, str]]]:
+    return run_ranks(restore_into_larger_tables, 2, str(tmp_path_factory.mktemp("growing")), timeout=150)
 
 
-def test_old_rows_and_their_optimizer_state_are_bit_equal_and_new_ones_fresh(compared):
+def test_old_rows_and_their_optimizer_state_are_bit_equal_and_new_rows_are_initial(restored):
     pairs = {(s, t) for s in SOURCES for t in TARGETS if s.optimizer == t.optimizer}
     for kind in ("tables", "moments", "dense"):
-        assert {(s, t) for s, t, found in compared[0] if found == kind} == pairs
-    assert {t.ranks for _, t, _ in compared[1]} == {2}
+        assert {(s, t) for s, t, found in restored[0] if found == kind} == pairs
+    assert {t.ranks for _, t, _ in restored[1]} == {2}

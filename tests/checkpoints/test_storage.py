@@ -96,7 +96,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_moto
-def test_all_stages_on_an_object_store_give_what_they_give_on_a_local_disk(local: Path, s3: Server) -> None:
+def test_all_stages_give_the_same_results_on_an_object_store_and_on_a_local_disk(local: Path, s3: Server) -> None:
     place = f"s3://{BUCKET}"
     run = f"{place}/run"
     storage.write(f"{place}/raw/log.csv", (local / "log.csv").read_bytes())
@@ -142,13 +142,13 @@ def results(place: str) -> dict[str, Any]:
 
 
 @needs_moto
-def test_a_dataset_that_a_kill_left_half_written_is_written_over(s3: Server) -> None:
+def test_a_dataset_that_a_kill_left_half_written_is_overwritten(s3: Server) -> None:
     folder = f"s3://{BUCKET}/half"
     storage.write(f"{folder}/sequences/part-00000.parquet", b"half")
     with pytest.raises(InputError, match="already holds something"):
-        folders.check_free(folder)
+        folders.check_free(folder, "dataset")
     storage.write(f"{folder}/{folders.INCOMPLETE}", b"")
-    folders.check_free(folder)
+    folders.check_free(folder, "dataset")
     with folders.stage_folder(folder) as (fs, root):
         assert storage.names(folder) == [folders.INCOMPLETE]
         with fs.open_output_stream(f"{root}/manifest.json") as stream:
@@ -169,7 +169,7 @@ def test_damaged_rows_are_listed_once_on_a_store(tmp_path: Path, s3: Server) -> 
             lists[0].add([Damage("sequences/part-00001.parquet", None, None, 1, "is missing")])
 
 
-def test_a_dataset_whose_store_does_not_answer_is_not_taken_for_damaged(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_dataset_whose_store_does_not_answer_is_not_reported_as_damaged(tmp_path: Path, monkeypatch: Any) -> None:
     dataset = write_dataset(tmp_path / "data", walks(20, 10), items=10)
     groups, there = row_groups(dataset), SetAside(str(tmp_path / "damaged.jsonl"), limit=100)
     (tmp_path / "data" / dataset.manifest.sequences[0].path).unlink()
@@ -184,7 +184,7 @@ def test_a_dataset_whose_store_does_not_answer_is_not_taken_for_damaged(tmp_path
 
 
 @needs_moto
-def test_a_store_that_goes_away_ends_the_run_with_what_happened(tmp_path: Path) -> None:
+def test_a_store_that_goes_away_ends_the_run_with_an_error_that_says_so(tmp_path: Path) -> None:
     write_dataset(tmp_path / "data", walks(60, 30, shortest=1, longest=14), items=30)
     options = {**TRAINING, "--data": tmp_path / "data", "--output": f"s3://{BUCKET}/run"}
     with server() as running, pytest.MonkeyPatch.context() as patch:
@@ -197,7 +197,7 @@ def test_a_store_that_goes_away_ends_the_run_with_what_happened(tmp_path: Path) 
     assert "resumes from the newest complete one" in said and "Traceback" not in said
 
 
-def test_a_small_file_that_cannot_be_written_is_as_it_was(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_small_file_that_cannot_be_written_keeps_its_old_content(tmp_path: Path, monkeypatch: Any) -> None:
     path = str(tmp_path / "best.json")
     storage.write(path, b"old")
 

@@ -1,4 +1,4 @@
-"""Streams with small defaults, and what their batches hold, as Python lists."""
+"""Streams with small defaults, and the content of their batches as Python lists."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -6,10 +6,11 @@ from typing import Any
 
 from recgpt_torchrec.config import Batch, Loss, Stream
 from recgpt_torchrec.data.batch import SequenceBatch
+from recgpt_torchrec.data.candidates import candidate_source
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.histories import HistoryReader
 from recgpt_torchrec.data.split import SplitName
-from recgpt_torchrec.data.stream import BatchMaker, SequenceStream, candidate_source
+from recgpt_torchrec.data.stream import BatchMaker, SequenceStream
 from recgpt_torchrec.data.windows import Position, Queue
 from tests.support import training_part
 
@@ -30,7 +31,7 @@ def stream_of(
     soft_targets: float = 0.0,
     **reads: Any,
 ) -> SequenceStream:
-    """`reads` is what else the `HistoryReader` is told."""
+    """Make a training stream; `reads` are further arguments of the `HistoryReader`."""
     batch = Batch(tokens=tokens)
     source = candidate_source(loss or Loss(candidates="all"), dataset, batch) if split == "training" else None
     maker = BatchMaker(
@@ -45,7 +46,7 @@ def stream_of(
 
 
 def pairs(batch: SequenceBatch) -> Iterator[tuple]:
-    """(user, history up to and including the input, target) of every position that is predicted."""
+    """(user, history up to and including the input, target) of every target."""
     bag_item = dict(enumerate(batch.items.values().tolist()))
     sequence, position = batch.sequence.flatten().tolist(), batch.position.flatten().tolist()
     item_bag = batch.item_bag.flatten().tolist()
@@ -54,14 +55,20 @@ def pairs(batch: SequenceBatch) -> Iterator[tuple]:
         yield int(batch.histories.users[sequence[slot]]), history, bag_item[target]
 
 
-def stopped(stream: SequenceStream, position: Position, stops: list[int], found: Counter) -> list[Queue]:
-    """Go through each rank's share of epoch 1, stop after so many batches, and add their pairs to `found`; what is
-    left."""
+def read_until_stopped(stream: SequenceStream, position: Position, stops: list[int], found: Counter) -> list[Queue]:
+    """Read each rank's share of epoch 1 up to its stop, and add the pairs to `found`.
+
+    Args:
+        stops: number of batches that each rank reads, by rank.
+
+    Returns:
+        The queues that are left.
+    """
     left = []
     for rank, stop in enumerate(stops):
         share = stream.batches(1, position, rank, len(stops))
-        for made, batch in enumerate(share):
-            if made == stop:
+        for count, batch in enumerate(share):
+            if count == stop:
                 break
             found.update(pairs(batch))
             share.done(batch.cursor)
@@ -70,7 +77,7 @@ def stopped(stream: SequenceStream, position: Position, stops: list[int], found:
 
 
 def expected_pairs(histories: list[list[int]], long_histories: str, max_len: int) -> Counter:
-    """The same by a plain loop: each next item of the training part, after the history that its piece holds."""
+    """The pairs by a plain loop: each next item of the training part, after the history in its piece."""
     wanted: Counter = Counter()
     for user, history in enumerate(histories):
         items = list(training_part(history))

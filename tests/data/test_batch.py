@@ -1,4 +1,4 @@
-"""A batch says, slot by slot, what a plain loop over the histories says."""
+"""A batch equals, slot by slot, the result of a plain loop over the histories."""
 
 import numpy as np
 import pytest
@@ -36,10 +36,10 @@ def cases(draw) -> tuple[Histories, bool]:
     return histories, predict
 
 
-def made(
+def build_batch_and_candidates(
     histories: Histories, predict: bool, how: str, predict_from: str = "every"
 ) -> tuple[SequenceBatch, np.ndarray, np.ndarray]:
-    """A batch, and the candidates it must have with their log q."""
+    """Make a batch; returns it with the candidates it must hold and their logQ."""
     capacity = Capacity(users=8, items=ITEMS)
     arguments: dict = {"row_length": ROW, "capacity": capacity, "predict": predict, "predict_from": predict_from}
     ids, log_q = np.zeros(0, np.int64), np.zeros(0, np.float32)
@@ -96,9 +96,9 @@ def ids_of_bags(kjt, key: str, capacity: int) -> list[int | None]:
     st.sampled_from(["none", "all", "sampled", "in_batch"]),
     st.sampled_from(["every", "interacted", "last"]),
 )
-def test_a_batch_holds_what_a_plain_loop_finds(case, how, predict_from):
+def test_a_batch_equals_a_plain_loop(case, how, predict_from):
     histories, predict = case
-    batch, candidates, log_q = made(histories, predict, how, predict_from)
+    batch, candidates, log_q = build_batch_and_candidates(histories, predict, how, predict_from)
     users, items = ids_of_bags(batch.users, USER, 8), ids_of_bags(batch.items, ITEM, ITEMS)
     flat = {
         name: getattr(batch, name).flatten().tolist()
@@ -143,7 +143,7 @@ def test_generated_and_shown_entries_are_inputs_and_never_targets():
         segments=np.array([0, 1, 2, 0], dtype=np.int8),
     )
     for predict_from, slots in {"every": [0, 1, 2], "interacted": [0], "last": [2]}.items():
-        batch, _, _ = made(histories, True, "all", predict_from)
+        batch, _, _ = build_batch_and_candidates(histories, True, "all", predict_from)
         assert batch.segment.flatten()[:3].tolist() == [0, 1, 2]
         assert batch.position.flatten()[:3].tolist() == [0, 1, 2]
         assert (batch.target_slot.tolist(), batch.target_bag.tolist()) == (slots, [8] * len(slots))
@@ -151,11 +151,13 @@ def test_generated_and_shown_entries_are_inputs_and_never_targets():
 
 @pytest.mark.parametrize("how", ["none", "all", "sampled", "in_batch"])
 def test_a_batch_without_sequences_has_the_shape_of_any_other(how):
-    batch, candidates, _ = made(no_histories(), True, how)
+    batch, candidates, _ = build_batch_and_candidates(no_histories(), True, how)
     assert batch.sequence.shape == (1, ROW) and (batch.sequence == -1).all()
     assert batch.target_slot.numel() == batch.last_slot.numel() == 0 and batch.global_targets == 0
     assert batch.candidate_bag.numel() == candidates.size
-    full, _, _ = made(Histories(users=np.array([1]), items=np.array([2, 3]), offsets=np.array([0, 2])), True, how)
+    full, _, _ = build_batch_and_candidates(
+        Histories(users=np.array([1]), items=np.array([2, 3]), offsets=np.array([0, 2])), True, how
+    )
     for name in ("item_bag", "position", "target_slot", "target_bag", "candidate_bag", "target_candidate", "last_slot"):
         assert getattr(batch, name).dtype == getattr(full, name).dtype == torch.int64, name
     for kjt, other in ((batch.users, full.users), (batch.items, full.items)):
@@ -173,7 +175,7 @@ def test_more_distinct_ids_than_the_capacity_is_an_error_that_says_so(capacity, 
 
 
 def test_moving_a_batch_keeps_every_field():
-    batch, _, _ = made(
+    batch, _, _ = build_batch_and_candidates(
         Histories(users=np.array([1]), items=np.array([2, 3]), offsets=np.array([0, 2])), True, "sampled"
     )
     moved = batch.to(torch.device("cpu"))
@@ -182,7 +184,7 @@ def test_moving_a_batch_keeps_every_field():
     assert torch.equal(moved.items.values(), batch.items.values())
 
 
-def test_answers_share_the_place_of_the_targets_they_are_not():
+def test_answers_that_are_not_the_target_become_its_soft_targets():
     """By hand: the share is spread by the softmax of the scores, the target itself and missing answers left out."""
     histories = Histories(
         users=np.array([0, 1]),
@@ -210,5 +212,5 @@ def test_answers_share_the_place_of_the_targets_they_are_not():
 
 def test_without_a_share_there_are_no_soft_targets():
     histories = Histories(users=np.array([0]), items=np.array([1, 2]), offsets=np.array([0, 2]))
-    batch, *_ = made(histories, True, "all")
+    batch, *_ = build_batch_and_candidates(histories, True, "all")
     assert batch.soft_weight.shape == (1, 0) and batch.soft_bag.shape == (1, 0)

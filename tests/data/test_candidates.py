@@ -95,11 +95,10 @@ def test_every_value_of_the_options_has_a_source_and_a_distribution():
 
 @pytest.mark.parametrize("negatives_by", CHOICES["negatives_by"])
 @pytest.mark.parametrize("candidates", CHOICES["candidates"])
-def test_a_source_keeps_to_its_room_and_does_with_the_counts_it_asks_for(candidates, negatives_by):
+def test_a_source_keeps_to_its_room(candidates, negatives_by):
     loss, items = Loss(candidates=candidates, negatives_by=negatives_by, negatives=4), COUNTS.size
     source = SOURCES[candidates]
-    counts = COUNTS if source.needs_counts(loss) else None
-    made = source.make(loss, ItemStatistics(items, counts), 20)
+    made = source.make(loss, ItemStatistics(items, lambda: COUNTS), 20)
     for n, targets in enumerate(([], [3], [7, 7, 0, 9, 7])):
         drawn, again = (made.draw(np.array(targets, dtype=np.int64), np.random.default_rng(n)) for _ in range(2))
         assert np.array_equal(drawn.ids, again.ids) and np.array_equal(drawn.log_q, again.log_q)
@@ -127,17 +126,25 @@ def test_a_source_keeps_to_its_room_and_does_with_the_counts_it_asks_for(candida
     ],
 )
 def test_popularity_is_asked_for_where_it_is_needed_only(candidates, negatives_by, counts):
-    loss = Loss(candidates=candidates, negatives_by=negatives_by)
-    assert SOURCES[candidates].needs_counts(loss) == counts
+    loss, asked = Loss(candidates=candidates, negatives_by=negatives_by), []
+
+    def read() -> np.ndarray:
+        asked.append(True)
+        return COUNTS
+
+    SOURCES[candidates].make(loss, ItemStatistics(COUNTS.size, read), 20)
+    assert bool(asked) == counts
 
 
 @pytest.mark.parametrize("candidates", ["sampled", "bce"])
 @pytest.mark.parametrize(("negatives_by", "kind"), [("uniform", Uniform), ("log_uniform", LogUniform)])
 def test_sampled_sources_draw_from_the_distribution_of_that_name(candidates, negatives_by, kind):
     loss = Loss(candidates=candidates, negatives_by=negatives_by, negatives=4)
-    source = SOURCES[candidates].make(loss, ItemStatistics(COUNTS.size, COUNTS), 20)
+    source = SOURCES[candidates].make(loss, ItemStatistics(COUNTS.size, lambda: COUNTS), 20)
     drawn = source.draw(np.array([1, 2]), np.random.default_rng(3))
-    wanted = DISTRIBUTIONS[negatives_by].make(ItemStatistics(COUNTS.size, COUNTS), 4).draw(np.random.default_rng(3))
+    wanted = (
+        DISTRIBUTIONS[negatives_by].make(ItemStatistics(COUNTS.size, lambda: COUNTS), 4).draw(np.random.default_rng(3))
+    )
     assert DISTRIBUTIONS[negatives_by] is kind
     assert np.array_equal(drawn.ids, wanted[0]) and np.array_equal(drawn.log_q, wanted[1])
     assert source.room == drawn.ids.size == 4 and not drawn.every_item
@@ -176,7 +183,7 @@ def test_in_batch_log_q_of_items_that_always_or_never_came_is_finite(counts):
     assert np.isfinite(drawn.log_q).all() and (drawn.log_q <= 0).all()
 
 
-def test_nothing_to_score_against():
-    nothing = no_candidates()
-    assert (nothing.ids.dtype, nothing.log_q.dtype) == (np.int64, np.float32)
-    assert nothing.ids.shape == nothing.log_q.shape == (0,) and not nothing.every_item
+def test_no_candidates_are_empty_arrays():
+    empty = no_candidates()
+    assert (empty.ids.dtype, empty.log_q.dtype) == (np.int64, np.float32)
+    assert empty.ids.shape == empty.log_q.shape == (0,) and not empty.every_item

@@ -1,4 +1,4 @@
-"""Histories: whatever takes them apart or puts them together keeps every column with its rows."""
+"""Histories: slicing, reordering and joining keep every column with its rows."""
 
 from dataclasses import fields, replace
 from pathlib import Path
@@ -38,7 +38,7 @@ def numbered(lengths: list[int], first: int = 0) -> Histories:
     return Histories(offsets=offsets, **{**columns, "seen": Ragged.from_lists(seen)})
 
 
-def rows(histories: Histories) -> list[dict[str, Any]]:
+def list_sequences(histories: Histories) -> list[dict[str, Any]]:
     """The sequences one by one, as Python lists."""
     found = []
     for s, (start, stop) in enumerate(zip(histories.offsets[:-1], histories.offsets[1:], strict=True)):
@@ -53,18 +53,18 @@ def rows(histories: Histories) -> list[dict[str, Any]]:
     return found
 
 
-def check(made: Histories, wanted: list[dict[str, Any]], like: Histories) -> None:
-    """`made` holds these sequences, in columns of the length and type of those of `like`, and no other column."""
-    assert rows(made) == wanted
-    assert made.offsets[0] == 0 and made.offsets.dtype == np.int64
-    assert made.lengths.tolist() == [len(row["items"]) for row in wanted]
+def assert_histories_equal(result: Histories, wanted: list[dict[str, Any]], like: Histories) -> None:
+    """`result` holds these sequences, in columns of the length and type of those of `like`, and no other column."""
+    assert list_sequences(result) == wanted
+    assert result.offsets[0] == 0 and result.offsets.dtype == np.int64
+    assert result.lengths.tolist() == [len(row["items"]) for row in wanted]
     for name, per in PER.items():
-        values, other = getattr(made, name), getattr(like, name)
+        values, other = getattr(result, name), getattr(like, name)
         assert type(values) is type(other), name
         if isinstance(values, Ragged):
             assert values.rows == len(wanted) and values.offsets[0] == 0, name
         elif values is not None:
-            assert len(values) == (len(wanted) if per == "sequence" else made.offsets[-1]), name
+            assert len(values) == (len(wanted) if per == "sequence" else result.offsets[-1]), name
             assert values.dtype == other.dtype and values.shape[1:] == other.shape[1:], name
 
 
@@ -74,8 +74,8 @@ absent = st.sets(st.sampled_from(OPTIONAL))
 
 
 def without(histories: Histories, names: set[str]) -> Histories:
-    nothing: dict[str, Any] = dict.fromkeys(names)
-    return replace(histories, **nothing)
+    absent_columns: dict[str, Any] = dict.fromkeys(names)
+    return replace(histories, **absent_columns)
 
 
 def test_every_column_says_what_its_values_are_of():
@@ -90,7 +90,7 @@ def test_a_part_is_the_rows_between_two_places_in_every_column(lengths, names, d
     stop = data.draw(st.integers(start, len(lengths)))
     histories = without(numbered(lengths), names)
     part = histories.part(start, stop)
-    check(part, rows(histories)[start:stop], histories)
+    assert_histories_equal(part, list_sequences(histories)[start:stop], histories)
     for name in PER.keys() - names - {"seen"}:  # nothing is copied
         values = getattr(part, name)
         assert np.shares_memory(values, getattr(histories, name)) or not values.size
@@ -100,14 +100,14 @@ def test_a_part_is_the_rows_between_two_places_in_every_column(lengths, names, d
 def test_rows_are_reordered_in_every_column_and_may_come_twice(lengths, names, data):
     order = data.draw(st.lists(st.integers(0, len(lengths) - 1), max_size=9)) if lengths else []
     histories = without(numbered(lengths), names)
-    there = rows(histories)
-    check(histories.reorder(np.array(order, dtype=np.int64)), [there[row] for row in order], histories)
+    there = list_sequences(histories)
+    assert_histories_equal(histories.reorder(np.array(order, dtype=np.int64)), [there[row] for row in order], histories)
 
 
 @given(st.lists(lengths_of, min_size=1, max_size=4), absent)
 def test_lists_are_joined_in_every_column(several, names):
     lists = [without(numbered(lengths, first), names) for first, lengths in enumerate(several)]
-    check(join(lists), [row for each in lists for row in rows(each)], lists[0])
+    assert_histories_equal(join(lists), [row for each in lists for row in list_sequences(each)], lists[0])
 
 
 @given(lengths_of, absent, st.data())
@@ -115,14 +115,21 @@ def test_parts_joined_again_are_the_whole(lengths, names, data):
     histories = without(numbered(lengths), names)
     places = [0, *sorted(data.draw(st.lists(st.integers(0, len(lengths)), max_size=3))), len(lengths)]
     parts = [histories.part(a, b) for a, b in zip(places[:-1], places[1:], strict=True)]
-    check(join(parts), rows(histories), histories)
+    assert_histories_equal(join(parts), list_sequences(histories), histories)
 
 
-def test_nothing_joined_is_a_list_without_a_sequence():
-    for nothing in (join([]), no_histories()):
-        assert nothing.users.size == nothing.items.size == 0 and nothing.offsets.tolist() == [0]
-        assert all(getattr(nothing, name) is None for name in OPTIONAL)
-        assert rows(nothing) == rows(nothing.part(0, 0)) == rows(nothing.reorder(np.zeros(0, np.int64))) == []
+def test_joining_no_histories_gives_no_sequence():
+    for empty in (join([]), no_histories()):
+        assert empty.users.size == empty.items.size == 0 and empty.offsets.tolist() == [0]
+        assert empty.held_out is not None and empty.held_out.size == 0  # so that a rank without users ranks nothing
+        assert empty.seen is not None and empty.seen.rows == 0
+        assert all(getattr(empty, name) is None for name in set(OPTIONAL) - {"held_out", "seen"})
+        assert (
+            list_sequences(empty)
+            == list_sequences(empty.part(0, 0))
+            == list_sequences(empty.reorder(np.zeros(0, np.int64)))
+            == []
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ reading
@@ -144,7 +151,7 @@ def dataset_of(folder: Path) -> Dataset:
 @pytest.mark.parametrize("long_histories", ["newest", "windows"])
 @pytest.mark.parametrize("prompts", [False, True])
 @pytest.mark.parametrize("split", SPLITS)
-def test_an_order_moves_whole_sequences_and_nothing_within_them(tmp_path, split, prompts, long_histories):
+def test_an_order_moves_whole_sequences_and_keeps_their_entries(tmp_path, split, prompts, long_histories):
     dataset = dataset_of(tmp_path / "data")
     reader = HistoryReader(
         dataset=dataset,
@@ -158,14 +165,14 @@ def test_an_order_moves_whole_sequences_and_nothing_within_them(tmp_path, split,
     plain = reader.read(row_groups(dataset)[:4])
     shuffled = reader.read(row_groups(dataset)[:4], np.random.default_rng(1).permutation)
     order = np.random.default_rng(1).permutation(plain.users.size)
-    check(shuffled, rows(plain.reorder(order)), plain)
-    assert plain.users.size > 10 and rows(shuffled) != rows(plain)
+    assert_histories_equal(shuffled, list_sequences(plain.reorder(order)), plain)
+    assert plain.users.size > 10 and list_sequences(shuffled) != list_sequences(plain)
     assert plain.lengths.max() == (6 if split == "training" else 5)
     there = {name for name in PER if getattr(plain, name) is not None}
     assert there == {"users", "items", "answers", "answer_scores"} | ({"segments"} if prompts else set()) | (
         {"trained", "read"} if split == "training" else {"seen"}
     ) | ({"held_out"} if split in ("validation", "test") else set())
-    for row in rows(plain):
+    for row in list_sequences(plain):
         for place, item in enumerate(row["items"]):
             real = not prompts or not row["segments"][place]
             assert row["answers"][place] == ([item, (item + 7) % 30] if real else [-1, -1])

@@ -170,7 +170,7 @@ def test_nulls_are_found_where_they_are(lists, cut, large):
         assert null_values.tolist() == [n for n, v in enumerate(values) if v is None]
 
 
-def test_what_lies_below_a_null_list_is_no_value():
+def test_values_below_a_null_list_are_ignored():
     mask = pa.array([False, True, False])
     column = pa.ListArray.from_arrays(pa.array([0, 1, 3, 5], pa.int32()), pa.array([1, 2, None, 4, 5]), mask=mask)
     for start in (0, 1):

@@ -1,4 +1,4 @@
-"""Damaged datasets: every kind is named with its place, or passed over once, the same rows for all, and counted."""
+"""Damaged datasets: each damage is reported with its place, or skipped, counted and listed once on any ranks."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from recgpt_torchrec.data.stream import SequenceStream
 from recgpt_torchrec.data.windows import Position, row_groups
 from recgpt_torchrec.distributed.lockstep import Lockstep
 from recgpt_torchrec.errors import InputError
-from tests.data.stream_helpers import MAX_LEN, expected_pairs, pairs, stopped, stream_of
+from tests.data.stream_helpers import MAX_LEN, expected_pairs, pairs, read_until_stopped, stream_of
 from tests.support import overwrite, rewrite, start_forkserver, walks, write_dataset
 from tools.ranks import run_ranks
 
@@ -48,7 +48,7 @@ def write(folder: Path) -> Path:
 
 
 def put(column: str, value: Any, at: int | None = None) -> Callable[[list[dict[str, Any]]], None]:
-    """Damage the row 1 of the row group 1: its whole value, or one entry."""
+    """Damage row 1 of row group 1: its whole value, or one entry."""
 
     def change(rows: list[dict[str, Any]]) -> None:
         if at is None:
@@ -87,13 +87,13 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    return write(tmp_path_factory.mktemp("whole") / "data")
+def undamaged(tmp_path_factory) -> Path:
+    return write(tmp_path_factory.mktemp("undamaged") / "data")
 
 
 @pytest.fixture
-def data(whole, tmp_path) -> Path:
-    return shutil.copytree(whole, tmp_path / "data")
+def data(undamaged, tmp_path) -> Path:
+    return shutil.copytree(undamaged, tmp_path / "data")
 
 
 @pytest.mark.parametrize(("change", "reason"), ROWS, ids=[reason for _, reason in ROWS])
@@ -318,7 +318,7 @@ def test_a_manifest_that_cannot_be_used_is_refused_with_what_is_wrong(data, harm
 # --------------------------------------------------------------------------------------- position and the list
 
 
-def spoil(data: Path, users: list[int]) -> None:
+def write_unknown_items(data: Path, users: list[int]) -> None:
     for part in range(3):
 
         def change(rows: list[dict[str, Any]]) -> None:
@@ -331,11 +331,11 @@ def spoil(data: Path, users: list[int]) -> None:
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_a_run_stopped_anywhere_passes_the_same_rows_over_and_lists_each_once(whole, tmp_path, data):
+def test_a_run_stopped_anywhere_skips_the_same_rows_and_lists_each_once(undamaged, tmp_path, data):
     folder = tmp_path / str(len(list(tmp_path.iterdir())))
-    shutil.copytree(whole, folder / "data")
+    shutil.copytree(undamaged, folder / "data")
     users = sorted(data.draw(st.sets(st.integers(0, 23)), "damaged users"))
-    spoil(folder / "data", users)
+    write_unknown_items(folder / "data", users)
     lost = data.draw(st.booleans(), "a part lost")
     if lost:
         os.rename(folder / "data" / PART, folder / "part")
@@ -348,10 +348,12 @@ def test_a_run_stopped_anywhere_passes_the_same_rows_over_and_lists_each_once(wh
         stream = stream_of(Dataset.open(str(folder / "data"), damaged="skip"), set_aside=log)
         world = data.draw(st.integers(1, 4), "ranks")
         stops = [10**6 if last else data.draw(st.integers(0, 4), "batches") for _ in range(world)]
-        left = stopped(stream, position, stops, found)
+        left = read_until_stopped(stream, position, stops, found)
         position = Position.from_state_dict(json.loads(json.dumps(Position(1, left).state_dict())))
         if lost and any(damage.row_group is None for damage in log.listed()) and not (folder / "data" / PART).exists():
-            os.rename(folder / "part", folder / "data" / PART)  # mended while the run stood still: too late for it
+            os.rename(
+                folder / "part", folder / "data" / PART
+            )  # restored while the run was stopped: this epoch ignores it
     assert found == wanted
     places = [(damage.part, damage.row_group, damage.row) for damage in log.listed()]
     assert len(places) == len(set(places))
@@ -369,11 +371,11 @@ def test_a_position_in_other_row_groups_is_refused(data):
     with pytest.raises(InputError, match="stopped within an epoch over 6 row groups, now the dataset has 5"):
         stream.batches(0, position)
     for rank in range(2):
-        assert stream.batches(1, Position(1), rank, 2).left[0].windows  # from the next epoch on it may go on
+        assert stream.batches(1, Position(1), rank, 2).left[0].windows  # the next epoch reads the new row groups
 
 
-def test_beyond_the_limit_it_ends_and_the_list_says_why(data, tmp_path):
-    spoil(data, [1, 2, 9])
+def test_more_damaged_rows_than_the_limit_end_the_run_and_are_listed(data, tmp_path):
+    write_unknown_items(data, [1, 2, 9])
     log = SetAside(str(tmp_path / "damaged.jsonl"), limit=2)
     stream = stream_of(Dataset.open(str(data)), set_aside=log)
     with pytest.raises(InputError, match=rf"3 rows are damaged, listed in {log.path}, more than .*_limit 2; the last"):
@@ -392,7 +394,7 @@ def list_some(path: str, start: int) -> None:
         log.add([Damage("part", 0, row, 1, "x" * 300), Damage("part", 0, row + 1, 1, "x" * 300)])
 
 
-def test_those_who_list_at_the_same_time_list_each_row_once(tmp_path, monkeypatch):
+def test_concurrent_writers_list_each_row_once(tmp_path, monkeypatch):
     listed = SetAside.listed
 
     def slowly(self: SetAside) -> list[Damage]:
@@ -408,7 +410,7 @@ def test_those_who_list_at_the_same_time_list_each_row_once(tmp_path, monkeypatc
 
 
 def test_a_list_that_cannot_be_written_is_an_error(data, tmp_path):
-    spoil(data, [1])
+    write_unknown_items(data, [1])
     with pytest.raises(InputError, match="damaged rows cannot be listed there"):
         everything(stream_of(Dataset.open(str(data)), set_aside=SetAside(str(tmp_path / "no/damaged.jsonl"), limit=9)))
 
@@ -417,7 +419,7 @@ def test_a_list_that_cannot_be_written_is_an_error(data, tmp_path):
 
 
 def test_an_error_in_a_loader_process_reaches_the_caller_as_it_is(data, tmp_path):
-    spoil(data, [9])
+    write_unknown_items(data, [9])
     start_forkserver()
     log = SetAside(str(tmp_path / "damaged.jsonl"), limit=0)
     stream = stream_of(Dataset.open(str(data)), workers=2, set_aside=log)
@@ -435,7 +437,7 @@ class Dies(SetAside):
 
 
 def test_a_loader_process_that_dies_is_an_error_with_what_to_do(data):
-    spoil(data, range(24))  # type: ignore[arg-type]
+    write_unknown_items(data, range(24))  # type: ignore[arg-type]
     start_forkserver()
     stream = stream_of(Dataset.open(str(data)), workers=1, set_aside=Dies("", limit=9))
     with pytest.raises(InputError, match="a loader process ended .*--stream.workers 0"):
@@ -463,7 +465,7 @@ def step_through(rank: int, world_size: int, data: str) -> list[str]:
 
 def test_an_error_of_one_rank_ends_all_of_them_with_that_error(data):
     shutil.copytree(data, data / "intact")
-    spoil(data, [9])
+    write_unknown_items(data, [9])
     first, second = run_ranks(step_through, 2, str(data), timeout=60)
     assert first[0] == second[0]
     assert first[0].startswith(f"InputError: {data}: {PART}, row group 0, row 1: item id 99 is outside")

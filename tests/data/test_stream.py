@@ -1,4 +1,4 @@
-"""Every position of the training part is trained on once an epoch, whatever the layout, and wherever a run stops."""
+"""Every target of the training part is trained on once an epoch, for any layout and wherever a run stops."""
 
 import os
 from collections import Counter
@@ -19,7 +19,7 @@ from recgpt_torchrec.data.loading import prefetch_in_thread
 from recgpt_torchrec.data.stream import SequenceStream
 from recgpt_torchrec.data.windows import Cursor, Position, Queue, RowGroup, deal_windows, windows_of
 from recgpt_torchrec.errors import InputError
-from tests.data.stream_helpers import MAX_LEN, expected_pairs, pairs, stopped, stream_of
+from tests.data.stream_helpers import MAX_LEN, expected_pairs, pairs, read_until_stopped, stream_of
 from tests.support import start_forkserver, walks, write_dataset
 
 layouts = st.fixed_dictionaries(
@@ -57,7 +57,7 @@ def laid_out(folder: Path, layout: dict) -> tuple[SequenceStream, list[list[int]
 
 @few
 @given(layouts, st.integers(0, 2))
-def test_every_training_position_comes_once_an_epoch_on_any_number_of_ranks(tmp_path, layout, epoch):
+def test_every_target_comes_once_an_epoch_on_any_number_of_ranks(tmp_path, layout, epoch):
     stream, histories, wanted = laid_out(tmp_path, layout)
     found: Counter = Counter()
     read = 0.0
@@ -73,7 +73,7 @@ def test_every_training_position_comes_once_an_epoch_on_any_number_of_ranks(tmp_
 
 @few
 @given(layouts, st.data())
-def test_a_run_stopped_anywhere_goes_on_with_each_remaining_position_once(tmp_path, layout, data):
+def test_a_run_stopped_anywhere_resumes_with_each_remaining_target_once(tmp_path, layout, data):
     stream, _, wanted = laid_out(tmp_path, layout)
     for _ in range(2):  # stopped, resumed on as many or another number of ranks, and stopped again
         position = Position(1)
@@ -81,13 +81,13 @@ def test_a_run_stopped_anywhere_goes_on_with_each_remaining_position_once(tmp_pa
         for last in (False, False, True):
             world = data.draw(st.integers(1, 4), "ranks")
             stops = [10**6 if last else data.draw(st.integers(0, 4), "batches") for _ in range(world)]
-            left = stopped(stream, position, stops, found)
+            left = read_until_stopped(stream, position, stops, found)
             position = Position.from_state_dict(Position(1, left).state_dict())
         assert found == wanted
         assert position.queues is not None and not any(queue.windows for queue in position.queues)
 
 
-def test_resumed_on_the_same_ranks_the_very_same_batches_follow(tmp_path):
+def test_a_run_resumed_on_as_many_ranks_reads_the_same_batches(tmp_path):
     dataset = write_dataset(tmp_path / "data", walks(40, 30, longest=20), rows_per_group=4)
     stream = stream_of(dataset, tokens=20, loss=Loss(candidates="sampled", negatives=5))
     share = stream.batches()
@@ -106,11 +106,11 @@ def test_resumed_on_the_same_ranks_the_very_same_batches_follow(tmp_path):
 
 @few
 @given(layouts, st.data())
-def test_a_share_says_what_is_left_and_what_the_next_batch_was_read_from(tmp_path, layout, data):
+def test_a_share_knows_the_windows_left_and_the_row_groups_of_each_batch(tmp_path, layout, data):
     stream, _, _ = laid_out(tmp_path, layout)
     world = layout["world"]
     stops = [data.draw(st.integers(0, 3), "batches") for _ in range(world)]
-    queues = stopped(stream, Position(1), stops, Counter())  # so that a share may begin within a window
+    queues = read_until_stopped(stream, Position(1), stops, Counter())  # so that a share may begin within a window
     owner: dict[int, RowGroup] = {}
     for number, group in enumerate(stream.groups):
         first = sum(before.rows for before in stream.groups[:number])
@@ -317,5 +317,5 @@ def test_only_new_targets_are_predicted_from_the_whole_history_before_them(tmp_p
         for target in range(max(1, trains - 6) if long_histories == "newest" else 1, trains):
             new[user, history[target]] += not row[target]
     assert Counter((pair[0], pair[-1]) for pair in found[0].elements()) == +new
-    # Each stands where it does when everything is predicted.
+    # Each has the position it has when everything is predicted.
     assert found[0] <= found[1] and found[0].total() < found[1].total()

@@ -1,4 +1,4 @@
-"""Windows are the same for every number of ranks, and dealing them loses nothing, whatever was done before."""
+"""Windows are the same for every number of ranks, and dealing them loses no row, however far they were read."""
 
 import json
 
@@ -34,7 +34,7 @@ def test_windows_are_reproducible_and_differ_between_epochs_and_seeds():
 
 
 @given(groups_lists, st.integers(1, 4), st.integers(1, 7))
-def test_every_window_is_dealt_to_one_queue_and_the_loads_differ_by_a_window_at_most(groups, size, queues):
+def test_every_window_is_dealt_to_one_queue_and_the_loads_differ_by_at_most_one_window(groups, size, queues):
     windows = windows_of(groups, 0, 0, size)
     dealt = deal_windows(windows, queues)
     assert len(dealt) == queues
@@ -46,27 +46,27 @@ def test_every_window_is_dealt_to_one_queue_and_the_loads_differ_by_a_window_at_
 
 
 @st.composite
-def part_way(draw) -> tuple[list[Window], Position, int]:
+def partly_read_queues(draw) -> tuple[list[Window], Position, int]:
     windows = windows_of(draw(groups_lists), 0, 3, draw(st.integers(1, 3)))
-    begun = []
+    queues_left = []
     for queue in deal_windows(windows, draw(st.integers(1, 4))):
         finished = draw(st.integers(0, len(queue.windows)))
         batches, offset = draw(st.integers(0, 9)), 0
         if finished < len(queue.windows):
             offset = draw(st.integers(0, windows[queue.windows[finished][0]].rows - 1))
-        begun.append(queue.after(Cursor(0, finished, offset, batches)))
-    return windows, Position(3, begun), draw(st.integers(1, 6))
+        queues_left.append(queue.after(Cursor(0, finished, offset, batches)))
+    return windows, Position(3, queues_left), draw(st.integers(1, 6))
 
 
-@given(part_way())
-def test_the_same_number_of_queues_goes_on_with_the_very_same_queues(case):
+@given(partly_read_queues())
+def test_the_same_number_of_queues_resumes_with_the_same_queues(case):
     windows, position, _ = case
     assert position.queues is not None
     assert deal_windows(windows, len(position.queues), position) == position.queues
 
 
-@given(part_way())
-def test_another_number_of_queues_gets_all_that_was_left_and_nothing_else(case):
+@given(partly_read_queues())
+def test_another_number_of_queues_gets_exactly_what_was_left(case):
     windows, position, queues = case
     assert position.queues is not None
     dealt = deal_windows(windows, queues, position)
@@ -81,7 +81,7 @@ def test_negatives_already_drawn_are_not_drawn_again_after_dealing_anew():
     assert {queue.batches for queue in deal_windows(windows, 3, position)} == {7}
 
 
-def test_a_cursor_leaves_what_it_did_not_reach():
+def test_a_queue_after_a_cursor_holds_what_was_not_read():
     queue = Queue(((4, 3), (5, 0), (6, 0)), 2, 9)
     assert queue.after(Cursor(0, 0, 7, 3)) == Queue(((4, 7), (5, 0), (6, 0)), 3, 9)
     assert queue.after(Cursor(0, 1, 0, 3)) == Queue(((5, 0), (6, 0)), 3, 9)
@@ -89,7 +89,7 @@ def test_a_cursor_leaves_what_it_did_not_reach():
     assert queue.after(Cursor(0, 3, 0, 5)) == Queue((), 5, 9)
 
 
-@given(part_way())
+@given(partly_read_queues())
 def test_a_position_survives_json(case):
     _, position, _ = case
     for value in (position, Position(2), Position(0, [])):

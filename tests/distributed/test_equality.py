@@ -1,6 +1,6 @@
-"""One rank or two, however the tables are sharded: the same global batches make the same losses, tables and decoder.
+"""The same global batches give the same losses, tables and decoder on one and two ranks with any sharding.
 
-The reference is neither: a plain loop in one process over two dense matrices, with Adagrad written out.
+The reference is independent: a plain loop in one process over two dense matrices, with Adagrad written out.
 """
 
 import math
@@ -47,9 +47,9 @@ class Case:
     optimizer: Any
     candidates: Any
     idle: bool = False
-    """All the data is rank 0's, the others never get any."""
+    """Rank 0 has all the data; the other ranks have none."""
     few: bool = False
-    """Fewer positions in a step than there are ranks."""
+    """Fewer targets in a step than ranks."""
 
     def __str__(self) -> str:
         words = [self.sharding, self.optimizer, self.candidates, "idle" * self.idle, "few" * self.few]
@@ -67,9 +67,9 @@ class Case:
             optimizer=Optimizer(lr=LR, beta2=BETA2, warmup_steps=3, final_lr=0.1),
         )
 
-    def share(self, step: int) -> float:
-        """The learning rate as a share of its peak, said again: warm-up over three steps, or a tenth of them all, then
-        cosine down to 0.1."""
+    def learning_rate_share(self, step: int) -> float:
+        """Learning rate as a share of its peak, independent of the package: warm-up over three steps or a tenth of all,
+        then cosine down to 0.1."""
         return min(1.0, max((step + 1) / 3, step / STEPS / 0.1)) * (
             0.1 + 0.9 * (1 + math.cos(math.pi * step / STEPS)) / 2
         )
@@ -82,16 +82,16 @@ CASES = [
 ] + [Case("row_wise", "rowwise_adagrad", "sampled", idle=True), Case("table_wise", "adagrad", "all", few=True)]
 
 
-def batches(case: Case, rank: int, world_size: int) -> list[SequenceBatch]:
-    """What one rank is given: its part of each global batch, which is the same for every number of ranks."""
+def make_batches(case: Case, rank: int, world_size: int) -> list[SequenceBatch]:
+    """Make one rank's part of each global batch, which is the same for every number of ranks."""
     rng = np.random.default_rng(5)
-    made = []
+    rank_batches = []
     for step in range(STEPS):
         count, longest = (1, 2) if case.few else (7, 9)
         drawn = walks(count, ITEMS, seed=step, shortest=2 if case.few else 1, longest=longest)
         users = rng.integers(0, USERS, count)
         negatives = Candidates(rng.permutation(ITEMS)[:9], np.log(rng.uniform(0.2, 1, 9)).astype(np.float32))
-        owner = np.array([0, 0, 1, 0, 1, 1, 0])[:count] % world_size  # unequal numbers of positions
+        owner = np.array([0, 0, 1, 0, 1, 1, 0])[:count] % world_size  # unequal numbers of targets
         if step == 2 or case.idle:
             owner[:] = 0  # and one rank without any, now and then
         mine = [n for n in range(count) if owner[n] == rank]
@@ -101,13 +101,13 @@ def batches(case: Case, rank: int, world_size: int) -> list[SequenceBatch]:
                 items=np.concatenate([drawn[n] for n in mine]),
                 offsets=np.concatenate([[0], np.cumsum([len(drawn[n]) for n in mine])]),
             )
-            made.append(packed(case, histories, negatives))
+            rank_batches.append(pack_batch(case, histories, negatives))
         elif not case.idle:
-            made.append(packed(case, no_histories(), negatives))
-    return made
+            rank_batches.append(pack_batch(case, no_histories(), negatives))
+    return rank_batches
 
 
-def packed(case: Case, histories: Histories, negatives: Candidates) -> SequenceBatch:
+def pack_batch(case: Case, histories: Histories, negatives: Candidates) -> SequenceBatch:
     candidates = AllItems(ITEMS).candidates if case.candidates == "all" else negatives
     return make_batch(
         histories,
@@ -118,8 +118,8 @@ def packed(case: Case, histories: Histories, negatives: Candidates) -> SequenceB
     )
 
 
-def whole(value: Any) -> torch.Tensor | None:
-    """A table from all its shards, on rank 0 (collective)."""
+def gather_table(value: Any) -> torch.Tensor | None:
+    """Gather a table from all its shards on rank 0; collective."""
     if not isinstance(value, ShardedTensor):
         return value.detach().clone()
     out = torch.empty(value.size()) if dist.get_rank() == 0 else None
@@ -143,7 +143,7 @@ def train(case: Case, rank: int, world_size: int) -> Trained:
     model, optimizer = build(case.config, case.config.model, dataset, batch_size=ITEMS, device=device)
 
     def tables() -> dict[str, Any]:
-        return {name.split(".")[0]: whole(value) for name, value in sorted(tables_of(model).items())}
+        return {name.split(".")[0]: gather_table(value) for name, value in sorted(tables_of(model).items())}
 
     def dense() -> dict[str, torch.Tensor]:
         state = {name: value for name, value in model.state_dict().items() if name.startswith("dense.")}
@@ -152,8 +152,8 @@ def train(case: Case, rank: int, world_size: int) -> Trained:
     result = Trained(tables(), dense())
     pipeline = TrainPipelineSparseDist(model, optimizer, device)
     schedule = Schedule(optimizer, case.config.optimizer)
-    nothing = Candidates(np.arange(9), np.zeros(9, np.float32))
-    ahead = Lockstep(iter(batches(case, rank, world_size)), lambda: packed(case, no_histories(), nothing))
+    candidates = Candidates(np.arange(9), np.zeros(9, np.float32))
+    ahead = Lockstep(iter(make_batches(case, rank, world_size)), lambda: pack_batch(case, no_histories(), candidates))
     model.train()
     while True:
         schedule.set_rates(len(result.losses), len(result.losses) / STEPS)
@@ -185,12 +185,12 @@ def train_plainly(case: Case, start: Trained) -> Trained:
         out = torch.zeros(kjt.lengths().numel(), DIM)
         return out.index_put((kjt.lengths().nonzero().flatten(),), weight[kjt.values()])
 
-    for step, batch in enumerate(batches(case, 0, 1)):
+    for step, batch in enumerate(make_batches(case, 0, 1)):
         items = rows(weights["item_table"], batch.items)
         loss, _ = dense(rows(weights["user_table"], batch.users), items, items, batch)
         adamw.zero_grad()
         loss.backward()
-        adamw.param_groups[0]["lr"] = LR * case.share(step)
+        adamw.param_groups[0]["lr"] = LR * case.learning_rate_share(step)
         adamw.step()
         for name, weight in weights.items():
             assert weight.grad is not None
@@ -199,7 +199,7 @@ def train_plainly(case: Case, start: Trained) -> Trained:
                 squared = squared.mean(1, keepdim=True).expand_as(squared)
             moments[name] += squared
             with torch.no_grad():
-                weight -= TABLE_LR * case.share(step) * weight.grad / (moments[name].sqrt() + 1e-8)
+                weight -= TABLE_LR * case.learning_rate_share(step) * weight.grad / (moments[name].sqrt() + 1e-8)
             weight.grad = None
         result.losses.append(float(loss.detach()))
     result.tables = {name: weight.detach() for name, weight in weights.items()}
@@ -223,7 +223,7 @@ def test_training_equals_a_plain_loop_on_one_rank_and_on_two(trained, number, wo
     assert CASES[number].few or reference.losses[-1] < reference.losses[0]
     for name, table in reference.tables.items():
         assert (table - ours.tables_before[name]).abs().max() > 0.02, (
-            "nothing was learned: the comparison proves nothing"
+            "no parameter changed: the comparison proves nothing"
         )
         torch.testing.assert_close(ours.tables[name], table, rtol=1e-3, atol=2e-4, msg=name)
     assert ours.dense.keys() == reference.dense.keys()
@@ -248,7 +248,7 @@ def test_a_run_starts_from_the_same_values_whatever_the_sharding_and_the_number_
 
 @dataclass
 class FixedShare:
-    """Given batches, of which nothing is ever left."""
+    """Yields given batches; its queue is always empty."""
 
     given: list[SequenceBatch]
     left: list[Queue] = field(default_factory=list)
@@ -269,8 +269,8 @@ class FixedStream:
 
     @property
     def maker(self) -> Any:
-        nothing = Candidates(np.arange(9), np.zeros(9, np.float32))
-        return SimpleNamespace(empty=lambda: packed(self.case, no_histories(), nothing))
+        candidates = Candidates(np.arange(9), np.zeros(9, np.float32))
+        return SimpleNamespace(empty=lambda: pack_batch(self.case, no_histories(), candidates))
 
     def batches(self, epoch: int, position: Position, rank: int, world_size: int) -> "FixedShare":
         return FixedShare(self.given)
@@ -312,7 +312,7 @@ def check_the_pipeline(rank: int, world_size: int, folder: str) -> str:
     model = shard(unsharded, config.tables, batch_size=ITEMS, device=device, fused=fused)
     initialise_tables(model, config.tables.init_std_of, seed=0)
     optimizer = optimizers_of(model, config.tables, config.optimizer, frozen=set())
-    stream = FixedStream(batches(case, rank, world_size), case)
+    stream = FixedStream(make_batches(case, rank, world_size), case)
     try:
         trainer(model, optimizer, stream, folder).fit(lambda: {"NDCG@10": 0.0}, metric="NDCG@10")
     except RuntimeError as error:
@@ -320,7 +320,7 @@ def check_the_pipeline(rank: int, world_size: int, folder: str) -> str:
     return "no error"
 
 
-def test_a_table_that_the_pipeline_passes_by_stops_the_run_and_says_so(tmp_path):
+def test_a_table_that_the_pipeline_bypasses_ends_the_run_with_an_error(tmp_path):
     for message in run_ranks(check_the_pipeline, 2, str(tmp_path)):
         assert "found 1 of the model's 2 sharded tables" in message
 
@@ -329,7 +329,7 @@ def save_by_the_clock(rank: int, world_size: int, folder: str) -> list[int]:
     case = Case("row_wise", "rowwise_adagrad", "all")
     dataset = Dataset(path="", manifest=Manifest(users=USERS, items=ITEMS))
     model, optimizer = build(case.config, case.config.model, dataset, batch_size=ITEMS, device=torch.device("cpu"))
-    run = trainer(model, optimizer, FixedStream(batches(case, rank, world_size), case), folder, minutes=1e-9)
+    run = trainer(model, optimizer, FixedStream(make_batches(case, rank, world_size), case), folder, minutes=1e-9)
     saved: list[int] = []
     save = run.saver.save
 
@@ -342,7 +342,7 @@ def save_by_the_clock(rank: int, world_size: int, folder: str) -> list[int]:
     return saved
 
 
-def test_all_ranks_save_at_the_steps_that_the_clock_of_one_of_them_says(tmp_path):
+def test_all_ranks_save_at_the_steps_that_one_ranks_clock_chooses(tmp_path):
     first, second = run_ranks(save_by_the_clock, 2, str(tmp_path))
     assert first == second  # rank 1 never looks at its own
     assert len(first) > 2 and first[-1] == 2 * STEPS
@@ -369,8 +369,8 @@ def train_two_items(rank: int, world_size: int, data: str, output: str) -> dict[
             answers[sharding] = str(error)
             continue
         run = trainer(model, optimizer, stream, f"{output}/{sharding}", dataset.manifest.interactions)
-        progress = run.fit(lambda: {"NDCG@10": 0.0}, metric="NDCG@10")
-        answers[sharding] = progress.finished, progress.step, progress.read
+        run.fit(lambda: {"NDCG@10": 0.0}, metric="NDCG@10")
+        answers[sharding] = run.progress.finished, run.progress.step, run.progress.read
     return answers
 
 

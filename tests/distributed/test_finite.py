@@ -1,4 +1,4 @@
-"""Steps that are not finite change nothing, and are named with their rows."""
+"""Non-finite steps change no parameter, and are listed with their rows."""
 
 import json
 import math
@@ -20,8 +20,8 @@ def data(tmp_path) -> str:
     return write_data(tmp_path / "data")
 
 
-def whole(model: Any) -> dict[str, torch.Tensor]:
-    """This rank's part of every parameter."""
+def copy_local_parts(model: Any) -> dict[str, torch.Tensor]:
+    """Copy this rank's part of every parameter."""
     state: dict[str, torch.Tensor] = {}
     for name, value in model.state_dict().items():
         parts = [s.tensor for s in value.local_shards()] if isinstance(value, ShardedTensor) else [value]
@@ -29,7 +29,7 @@ def whole(model: Any) -> dict[str, torch.Tensor]:
     return state
 
 
-def overflows(rank: int, world_size: int, port: int, data: str, output: str, options: dict[str, Any]) -> Any:
+def train_with_overflows(rank: int, world_size: int, port: int, data: str, output: str, options: dict[str, Any]) -> Any:
     """Rank 1's loss overflows in the sixth step, and its gradients alone in the ninth."""
     from recgpt_torchrec.model.dense import Dense
     from recgpt_torchrec.training.trainer import Trainer
@@ -50,7 +50,7 @@ def overflows(rank: int, world_size: int, port: int, data: str, output: str, opt
 
     def check(self: Trainer) -> None:  # right after each step
         pipelined(self)
-        now = whole(self.model)
+        now = copy_local_parts(self.model)
         if self.guard.non_finite:
             seen["unchanged"].append(all(torch.equal(value, seen["before"][name]) for name, value in now.items()))
         elif seen["before"] is not None:
@@ -76,10 +76,10 @@ def users_at(lines: list[dict[str, Any]]) -> list[list[int]]:
     return [sorted(first(place) + row for place in line["rows"] for row in place["rows"]) for line in lines]
 
 
-def test_steps_that_are_not_finite_change_nothing_and_are_named_with_their_rows(tmp_path, data):
+def test_non_finite_steps_change_no_parameter_and_are_listed_with_their_rows(tmp_path, data):
     output = tmp_path / "run"
     options = {"non_finite": "skip", "non_finite_limit": 1}
-    seen = run_ranks(overflows, 2, free_port(), data, str(output), options)
+    seen = run_ranks(train_with_overflows, 2, free_port(), data, str(output), options)
     lines = [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
     assert [(line["step"], line["rank"], line["not_finite"][0]) for line in lines] == [
         (6, 1, "the loss"),
@@ -97,8 +97,8 @@ def test_steps_that_are_not_finite_change_nothing_and_are_named_with_their_rows(
     assert all(torch.isfinite(value).all() for value in saved if value.is_floating_point())
 
 
-def test_by_default_the_first_step_that_is_not_finite_ends_the_run(tmp_path, data):
-    seen = run_ranks(overflows, 2, free_port(), data, str(tmp_path / "run"), {"sharding": "data_parallel"})
+def test_by_default_the_first_non_finite_step_ends_the_run(tmp_path, data):
+    seen = run_ranks(train_with_overflows, 2, free_port(), data, str(tmp_path / "run"), {"sharding": "data_parallel"})
     for one in seen:
         assert one["unchanged"] == [True]
         assert "step 6: not finite: the loss" in one["error"] and "--train.non_finite skip" in one["error"]

@@ -6,8 +6,8 @@ from tools.check_reshard import is_wrong
 from tools.ranks import run_ranks
 from tools.reshard import Difference, Layout, reshard
 
-# Each sharding is left and entered, on more ranks and on fewer, under each kind of optimizer state: a moment a row, a
-# moment a number, two of them stepped by torch (Adam on CPU), none.
+# Each sharding is a source and a target, on more ranks and on fewer, under each kind of optimizer state: one moment per
+# row, one per number, two of them updated by torch (Adam on CPU), none.
 SOURCES = [
     Layout(2, "data_parallel", "rowwise_adagrad"),
     Layout(2, "table_wise", "rowwise_adagrad"),
@@ -34,19 +34,19 @@ TARGETS = [
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> list[Difference]:
+def differences(tmp_path_factory) -> list[Difference]:
     return run_ranks(reshard, 3, str(tmp_path_factory.mktemp("reshard")), SOURCES, TARGETS, timeout=240)[0]
 
 
-def test_tables_optimizer_state_and_next_losses_are_those_that_were_saved(found):
-    pairs = {(d.source, d.target) for d in found}
+def test_tables_optimizer_state_and_next_losses_are_those_that_were_saved(differences):
+    pairs = {(d.source, d.target) for d in differences}
     assert pairs == {(s, t) for s in SOURCES for t in TARGETS if s.optimizer == t.optimizer}
-    assert not [d for d in found if is_wrong(d)]
+    assert not [d for d in differences if is_wrong(d)]
 
 
-def test_row_wise_adagrad_goes_on_a_little_differently_only_where_blocks_of_columns_change(found):
-    """The state is the mean over the columns of a block; what a block learned by its own mean cannot be had back."""
-    changed = [d for d in found if d.source.blocks() != d.target.blocks()]
+def test_row_wise_adagrad_resumes_slightly_differently_only_where_column_blocks_change(differences):
+    """The state is a mean over the columns of a block; the means of other blocks cannot be recovered from it."""
+    changed = [d for d in differences if d.source.blocks() != d.target.blocks()]
     assert {(d.source.blocks(), d.target.blocks()) for d in changed} >= {(1, 2), (2, 1), (2, 3), (3, 2), (3, 1)}
     for difference in changed:
         assert difference.losses[0] < 1e-5 < difference.losses[1] < 5e-3, difference

@@ -72,18 +72,18 @@ def test_a_failing_rank_shows_its_traceback_at_once_while_the_other_hangs():
     assert time.monotonic() - started < 50
 
 
-def test_a_rank_that_dies_without_a_word_is_named_with_its_exit_code():
+def test_a_rank_that_dies_without_an_exception_is_named_with_its_exit_code():
     with pytest.raises(RankFailed, match="rank 1 failed first:\nit died with exit code 7"):
         run_ranks(rank_1_dies_while_rank_0_waits, 2, timeout=100)
 
 
-def test_a_result_that_cannot_be_sent_is_an_error_and_no_hang():
+def test_a_result_that_cannot_be_pickled_is_an_error_and_no_hang():
     with pytest.raises(RankFailed, match="pickle"):
         run_ranks(unpicklable, 1, timeout=100)
 
 
-def test_the_time_limit_kills_every_rank_and_says_where_each_was(tmp_path):
-    run_ranks(sum_of_ranks, 1, 0)  # whatever starting costs the first time is no part of the limit below
+def test_the_time_limit_kills_every_rank_and_shows_where_each_was(tmp_path):
+    run_ranks(sum_of_ranks, 1, 0)  # starts the fork server, whose time must not count in the limit below
     with pytest.raises(TimeoutError, match=r"(?s)ranks \[0, 1\] of 2.*rank 1:.*rank_1_never_comes"):
         run_ranks(rank_1_never_comes, 2, tmp_path, timeout=8)
     pids = [int((tmp_path / str(rank)).read_text()) for rank in range(2)]

@@ -1,4 +1,4 @@
-"""Runs that are asked to end: they save, say so by their status, and go on to the same end."""
+"""Runs that are asked to end: they save, end with a status that says so, and resume to the same result."""
 
 import contextlib
 import os
@@ -37,7 +37,7 @@ def data(tmp_path) -> str:
     return write_data(tmp_path / "data")
 
 
-def asked_to_end(rank: int, world_size: int, port: int, data: str, output: str, when: str | None) -> Any:
+def train_until_signal(rank: int, world_size: int, port: int, data: str, output: str, when: str | None) -> Any:
     from recgpt_torchrec.evaluation.validation import Validation
 
     if when == "training" and rank == 1:
@@ -53,20 +53,20 @@ def asked_to_end(rank: int, world_size: int, port: int, data: str, output: str, 
     return train(rank, port, data, output)
 
 
-def test_a_signal_on_any_rank_saves_all_of_them_and_the_same_command_goes_on_to_the_same_end(tmp_path, data):
+def test_a_signal_on_any_rank_saves_the_run_and_the_same_command_resumes_to_the_same_result(tmp_path, data):
     alone, stopped = tmp_path / "alone", tmp_path / "stopped"
-    assert run_ranks(asked_to_end, 2, free_port(), data, str(alone), None) == [0, 0]
-    assert run_ranks(asked_to_end, 2, free_port(), data, str(stopped), "training") == [STOPPED] * 2
+    assert run_ranks(train_until_signal, 2, free_port(), data, str(alone), None) == [0, 0]
+    assert run_ranks(train_until_signal, 2, free_port(), data, str(stopped), "training") == [STOPPED] * 2
     first = Checkpoints(str(stopped), 2).latest()
     assert first is not None and 6 <= int(first[-8:]) <= 9
-    assert run_ranks(asked_to_end, 2, free_port(), data, str(stopped), "validating") == [STOPPED] * 2
+    assert run_ranks(train_until_signal, 2, free_port(), data, str(stopped), "validating") == [STOPPED] * 2
     second = Checkpoints(str(stopped), 2).latest()
     assert second is not None and int(second[-8:]) > int(first[-8:])
-    assert run_ranks(asked_to_end, 2, free_port(), data, str(stopped), None) == [0, 0]
-    assert kill_test.differences(stopped, alone) == []
+    assert run_ranks(train_until_signal, 2, free_port(), data, str(stopped), None) == [0, 0]
+    assert kill_test.find_differences(stopped, alone) == []
 
 
-def recorded(
+def train_and_record(
     rank: int, world_size: int, port: int, data: str, output: str, workers: int, stop: int | None
 ) -> tuple[int, Counter, list[int]]:
     """Train; the status, what this rank predicted, and the seed of each of its steps.
@@ -103,11 +103,11 @@ def recorded(
     return train(rank, port, data, output, workers=workers), found, seeds
 
 
-def test_stopped_and_gone_on_with_other_ranks_and_workers_each_position_is_trained_once_an_epoch(tmp_path, data):
+def test_a_run_resumed_with_other_ranks_and_workers_trains_each_target_once_an_epoch(tmp_path, data):
     found: Counter = Counter()
     seeds: list[int] = []
     for ranks, workers, stop in ((2, 2, 3), (1, 3, 9), (3, 1, None)):
-        ends = run_ranks(recorded, ranks, free_port(), data, str(tmp_path / "run"), workers, stop)
+        ends = run_ranks(train_and_record, ranks, free_port(), data, str(tmp_path / "run"), workers, stop)
         assert [status for status, _, _ in ends] == [0 if stop is None else STOPPED] * ranks
         for _, mine, drawn in ends:
             assert mine
@@ -152,15 +152,15 @@ subprocess.run(["kill", "-INT", str(loader.pid)], check=True)
 try:
     loader.wait(0.5)
 except subprocess.TimeoutExpired:
-    print("goes on")
+    print("still running")
 loader.terminate()
 print(loader.wait(10))
 """
 
 
-def test_a_loader_process_ends_by_its_own_rank_and_not_by_who_asks_the_rank_to_end():
+def test_a_loader_process_is_ended_by_its_rank_and_not_by_a_stop_signal():
     done = subprocess.run([sys.executable, "-c", WITHHELD], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "goes on\n0\n", done.stderr
+    assert done.stdout == "still running\n0\n", done.stderr
 
 
 def test_a_signal_to_all_processes_of_a_run_ends_it_as_one_to_its_ranks_does_and_leaves_none(tmp_path, data):
@@ -188,12 +188,12 @@ def test_a_signal_to_all_processes_of_a_run_ends_it_as_one_to_its_ranks_does_and
                 os.killpg(run.pid, signal.SIGKILL)
 
 
-def test_the_launcher_passes_signals_on_waits_and_ends_with_the_status_to_try_again(tmp_path):
+def test_the_launcher_forwards_signals_waits_and_ends_with_the_status_to_try_again(tmp_path):
     (tmp_path / "stand_in.py").write_text(
         "import os, signal, sys, time\n"
         "def end(*_):\n"
         "    time.sleep(1)\n"
-        "    os.write(1, b'saved\\n')\n"  # whole lines, whatever the other rank writes
+        "    os.write(1, b'saved\\n')\n"  # whole lines, also while the other rank writes
         "    sys.exit(75)\n"
         f"signal.signal({int(signal.SIGUSR1)}, end)\n"
         "os.write(1, b'ready\\n')\n"
@@ -238,7 +238,7 @@ def test_the_launcher_ends_with_the_status_of_the_rank_that_failed_and_gives_the
     assert f"some.stage {'stopped' if status == STOPPED else 'failed'}: rank 1 " in capfd.readouterr().err
 
 
-def test_signals_are_taken_for_requests_only_where_someone_listens():
+def test_signals_request_a_stop_only_where_they_are_handled():
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with signals.handle_stop_signals():
         assert [signal.getsignal(number) for number in STOP_SIGNALS] != before
@@ -284,7 +284,7 @@ def test_ranks_whose_launcher_was_killed_are_asked_to_end(tmp_path):
         launcher.kill()
 
 
-def test_a_job_says_how_often_torchrun_starts_its_processes_again():
+def test_a_job_sets_how_often_torchrun_restarts_its_processes():
 
     from recgpt_torchrec.launch import job
 
@@ -293,9 +293,7 @@ def test_a_job_says_how_often_torchrun_starts_its_processes_again():
 
 
 @pytest.mark.parametrize(("status", "before", "again"), [(STOPPED, 0, True), (STOPPED, 2, False), (0, 0, False)])
-def test_slurm_puts_a_job_that_was_asked_to_end_into_the_queue_again_as_often_as_it_may(
-    tmp_path, status, before, again
-):
+def test_slurm_requeues_a_job_that_was_asked_to_end_up_to_its_limit(tmp_path, status, before, again):
     """The script that torchx gives to Slurm, with stand-ins for Slurm's commands."""
     from torchx.schedulers.slurm_scheduler import create_scheduler
 

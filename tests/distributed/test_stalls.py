@@ -1,4 +1,4 @@
-"""Ranks that are stopped, lost or killed: the others end in time and say which, and a run goes on by itself."""
+"""Ranks that are stopped, lost or killed: the others end in time and name the lost rank, and the run resumes."""
 
 import os
 import re
@@ -44,7 +44,7 @@ def stopped_by_the_system(rank: int, world_size: int, port: int, data: str, outp
     return train(rank, port, data, output, stall_seconds=4, asynchronous=False)
 
 
-def test_a_rank_that_is_stopped_is_named_by_the_others_and_the_run_ends_in_the_time_that_was_given(tmp_path, data):
+def test_a_stopped_rank_is_named_by_the_others_and_the_run_ends_within_the_time_limit(tmp_path, data):
     output = tmp_path / "run"
     # Woken by SIGABRT, or by what it reads then; else it would stay.
     with pytest.raises(RankFailed, match=r"rank 1 failed first:\nit died with exit code (-6|70)"):
@@ -111,7 +111,7 @@ def keeps_others_waiting(rank: int, world_size: int, port: int, folder: str) -> 
     return status, time.monotonic() - since
 
 
-def test_one_collective_operation_takes_no_longer_than_the_time_that_was_given(tmp_path):
+def test_one_collective_operation_takes_no_longer_than_its_time_limit(tmp_path):
     ends = run_ranks(keeps_others_waiting, 2, free_port(), str(tmp_path))
     assert ends[0][0] == LOST and 1.5 < ends[0][1] < 8
     assert "lost the connection to another rank; rank 0 was at: starting" in (tmp_path / "rank0").read_text()
@@ -148,7 +148,7 @@ def test_a_rank_that_is_killed_ends_the_other_within_seconds_which_says_so(tmp_p
             rank.communicate()
 
 
-def test_a_run_whose_ranks_are_killed_goes_on_by_itself_to_the_same_end(tmp_path):
-    hits, wrong = kill_test.kill_test(tmp_path, kills=1, per_run=1, epochs=4, seed=2)
-    assert wrong == []
+def test_a_run_whose_ranks_are_killed_restarts_and_resumes_to_the_same_result(tmp_path):
+    hits, differences = kill_test.run_kill_test(tmp_path, kills=1, per_run=1, epochs=4, seed=2)
+    assert differences == []
     assert hits

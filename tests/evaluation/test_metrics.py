@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recgpt_torchrec.catalogue.ranks import ranks
+from recgpt_torchrec.catalogue.ranks import both_ranks
 from recgpt_torchrec.data.ragged import Ragged
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.evaluation.metrics import RankingMetrics, list_ranks
@@ -31,9 +31,10 @@ def plain_metrics(all_ranks: list[float], ks: list[int]) -> dict[str, float]:
 def test_a_target_in_its_own_history_cannot_be_hit_when_masked_and_can_otherwise():
     scores, target, history = torch.tensor([[9.0, 1.0]]), torch.tensor([0]), Ragged.from_lists([[0]])
     metrics = RankingMetrics(ks=(100,))
-    metrics.update(ranks(scores, target, history))
+    masked, unmasked = both_ranks(scores, target, history)
+    metrics.update(masked)
     assert metrics.result() == {"HR@100": 0.0, "NDCG@100": 0.0}
-    assert ranks(scores, target).tolist() == [0.0]
+    assert unmasked.tolist() == [0.0]
 
 
 @given(
@@ -45,7 +46,8 @@ def test_metrics_agree_with_a_plain_loop_however_the_users_are_split_over_proces
     here, there = RankingMetrics(ks), RankingMetrics(ks)
     here.update(torch.tensor(all_ranks[:cut], dtype=torch.float32))
     there.update(torch.tensor(all_ranks[cut:], dtype=torch.float32))
-    got = here.merge(there.state()).result()
+    here.state().add_(there.state())  # as an all-reduce does
+    got = here.result()
     expected = plain_metrics(all_ranks, ks)
     assert list(got) == list(expected)
     assert got == pytest.approx(expected, abs=1e-6)
@@ -60,7 +62,8 @@ def test_result_names_come_in_the_order_of_the_published_tables():
 
 def test_k_larger_than_the_catalogue_hits_every_target():
     metrics = RankingMetrics(ks=(50,))
-    metrics.update(ranks(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([0])))
+    masked, _ = both_ranks(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([0]), Ragged.from_lists([[]]))
+    metrics.update(masked)
     assert metrics.result() == pytest.approx({"HR@50": 1.0, "NDCG@50": 0.5})
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch.distributed as dist
 
-from tests.support import stage
+from tests.support import read_epochs, stage
 
 USERS, ITEMS = 160, 50
 SMALL = {
@@ -45,14 +45,16 @@ def write_log(path: Path) -> None:
     """A log with clicks and impressions: each item is mostly followed by one of the next three on a ring."""
     rng = np.random.default_rng(7)
     with open(path, "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["user_id", "item_id", "timestamp", "clicked"])
+        read_sorted_columns = csv.writer(file)
+        read_sorted_columns.writerow(["user_id", "item_id", "timestamp", "clicked"])
         for user in range(USERS):
             at = int(rng.integers(ITEMS))
             for place in range(int(rng.integers(3, 15))):
-                rows.writerow([f"u{user}", f"i{at}", 1000 * user + 10 * place, 1])
+                read_sorted_columns.writerow([f"u{user}", f"i{at}", 1000 * user + 10 * place, 1])
                 if rng.random() < 0.3:
-                    rows.writerow([f"u{user}", f"i{int(rng.integers(ITEMS))}", 1000 * user + 10 * place + 5, 0])
+                    read_sorted_columns.writerow(
+                        [f"u{user}", f"i{int(rng.integers(ITEMS))}", 1000 * user + 10 * place + 5, 0]
+                    )
                 at = (at + int(rng.integers(1, 4))) % ITEMS if rng.random() < 0.9 else int(rng.integers(ITEMS))
 
 
@@ -63,14 +65,14 @@ def run(name: str, **options: Any) -> None:
         raise SystemExit(f"{name} ended with status {status}")
 
 
-def history(folder: Path) -> list[dict[str, float]]:
-    """What a run kept of each epoch, without the times that it took."""
-    records = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in ("data_wait", "train_s", "validate_s")} for r in records]
+def read_epochs_without_timings(folder: Path) -> list[dict[str, float]]:
+    """Read the metrics of each epoch of a run, without timings."""
+    timings = ("data_wait", "train_s", "validate_s")
+    return [{k: v for k, v in epoch.items() if k not in timings} for epoch in read_epochs(folder)]
 
 
-def rows(folder: Path) -> dict[str, list[Any]]:
-    """A folder of Parquet parts as columns, ordered by the first column."""
+def read_sorted_columns(folder: Path) -> dict[str, list[Any]]:
+    """Read a folder of Parquet parts as columns, ordered by the first column."""
     table = pq.read_table(folder)
     return table.sort_by(table.schema.names[0]).to_pydict()
 
@@ -106,19 +108,21 @@ def all_stages(rank: int, world_size: int, folder: Path) -> None:
         run("retrieve", **{**where, "--k": 10, "--merge": merge})
     if not first:
         return
-    figures: dict[str, Any] = {name: history(folder / name) for name in (*PRETRAIN, "tuned", "control")}
+    figures: dict[str, Any] = {
+        name: read_epochs_without_timings(folder / name) for name in (*PRETRAIN, "tuned", "control")
+    }
     for name in ("all", "tuned", "control"):
         evaluated = json.loads((folder / f"{name}.json").read_text())
         figures[f"evaluate {name}"] = {part: evaluated[part] for part in ("users", "results", "recall")}
     figures["vocabulary"] = json.loads((data / "manifest.json").read_text())["vocabulary"]
     arrays: dict[str, Any] = {}
     for name, part in (("data", data / "sequences"), ("prompts", prompts / "sequences")):
-        for column, lists in rows(part).items():
+        for column, lists in read_sorted_columns(part).items():
             arrays[f"{name} {column}"] = np.concatenate([np.atleast_1d(each) for each in lists])
-    arrays["item vectors"] = np.array(rows(folder / "vectors" / "items")["vector"], np.float32)
-    arrays["user vectors"] = np.array(rows(folder / "vectors" / "users")["vectors"], np.float32)
+    arrays["item vectors"] = np.array(read_sorted_columns(folder / "vectors" / "items")["vector"], np.float32)
+    arrays["user vectors"] = np.array(read_sorted_columns(folder / "vectors" / "users")["vectors"], np.float32)
     for merge in ("two_step", "quota", "score"):
-        merged = rows(folder / merge / "lists")
+        merged = read_sorted_columns(folder / merge / "lists")
         for column in ("item_ids", "scores", "interests"):
             arrays[f"{merge} {column}"] = np.array(merged[column])
     (folder / "figures.json").write_text(json.dumps(figures, indent=1))

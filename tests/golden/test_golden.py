@@ -1,4 +1,4 @@
-"""What all stages compute on a small log is what was recorded: a change of structure changes nothing.
+"""All stages compute the recorded figures on a small log; refactoring must not change them.
 
 On the kind of processor that recorded it, everything is equal to the last bit (`RECGPT_GOLDEN=exact` asks for that).
 On others sums round otherwise: floats then agree within a tolerance, and nearly all prompts and lists are the same.

@@ -1,4 +1,4 @@
-"""Our dropout does what torch's does: rate, scale, gradient, and nothing at all in evaluation."""
+"""Our dropout does what torch's does: rate, scale, gradient, and no change in evaluation."""
 
 import pytest
 import torch

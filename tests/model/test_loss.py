@@ -100,7 +100,7 @@ def test_large_scores_neither_overflow_nor_vanish():
         torch.testing.assert_close(mine, theirs)
 
 
-def test_no_positions_give_zero_and_zero_gradients():
+def test_no_targets_give_zero_loss_and_zero_gradients():
     h, positive, drawn = vectors(0, 4), vectors(0, 4), vectors(6, 4)
     own = torch.zeros(0, dtype=torch.int64)
     for value in (softmax_loss(h, positive, drawn, torch.zeros(6), own), bce_loss(h, positive, drawn, own, 2)):
@@ -109,12 +109,12 @@ def test_no_positions_give_zero_and_zero_gradients():
             assert not gradient.any()
 
 
-def test_no_other_candidate_than_the_target_costs_nothing():
+def test_a_target_without_other_candidates_has_zero_loss():
     h, positive = vectors(3, 4), vectors(1, 4, seed=1)
     value = softmax_loss(h, positive.expand(3, 4), positive, torch.zeros(1), torch.zeros(3, dtype=torch.int64))
     torch.testing.assert_close(value, torch.tensor(0.0))
-    nothing = softmax_loss(h, positive.expand(3, 4), positive[:0], torch.zeros(0), torch.full((3,), -1))
-    torch.testing.assert_close(nothing, torch.tensor(0.0))
+    loss = softmax_loss(h, positive.expand(3, 4), positive[:0], torch.zeros(0), torch.full((3,), -1))
+    torch.testing.assert_close(loss, torch.tensor(0.0))
 
 
 def test_log_q_makes_the_sampled_partition_function_unbiased():

@@ -96,7 +96,7 @@ def test_dates_of_the_log_become_seconds_and_other_columns_are_refused(
         assert said in capsys.readouterr().err
 
 
-def test_each_way_to_go_on_is_a_run_of_its_own(words: list[str]) -> None:
+def test_each_way_to_continue_training_is_a_separate_run(words: list[str]) -> None:
     options = daily.parse([*words, "--targets", "all", "new"])
     assert [options.runs(day) for day in (0, 1)] == [["scratch"], ["scratch", "warm_new", "warm_all"]]
     assert len(options.planned()) == 3 + 2 + 2 * 6
@@ -105,7 +105,7 @@ def test_each_way_to_go_on_is_a_run_of_its_own(words: list[str]) -> None:
 @pytest.mark.parametrize(
     "more", [["--days", "0"], ["--first", "1"], ["--day", "0"], ["--input", "nowhere.csv"], ["--input", "configs"]]
 )
-def test_options_that_cannot_be_are_refused(words: list[str], more: list[str]) -> None:
+def test_impossible_options_are_refused(words: list[str], more: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         daily.parse([*words, *more])
     assert ended.value.code == 2

@@ -241,7 +241,7 @@ def test_ml_100k_with_ratings(shared_data: Path, tmp_path: Path) -> None:
 
 def test_a_dataset_that_another_process_wrote_meanwhile_stays(tmp_path):
     path = tmp_path / "data"
-    with pytest.raises(InputError, match="was written by another process meanwhile"), stage_folder(str(path)):
+    with pytest.raises(InputError, match="another process wrote .* during this run"), stage_folder(str(path)):
         path.mkdir()
         (path / "manifest.json").write_text("{}")
     assert [file.name for file in tmp_path.rglob("*")] == ["data", "manifest.json"]
@@ -249,7 +249,7 @@ def test_a_dataset_that_another_process_wrote_meanwhile_stays(tmp_path):
 
 HALF = """
 import os, signal, sys
-from recgpt_torchrec.storage.folders import check_free, stage_folder
+from recgpt_torchrec.storage.folders import stage_folder
 with stage_folder(sys.argv[1]) as (fs, folder):
     print(folder, flush=True)
     if sys.argv[2:]:
@@ -281,4 +281,4 @@ def test_an_output_that_is_a_link_stays_one_and_a_mounted_disk_is_refused_before
         Path(folder, "manifest.json").write_text("{}")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "disk/data/manifest.json").exists()
     with pytest.raises(InputError, match="--output /proc is a mount point"):
-        check_free("/proc")
+        check_free("/proc", "dataset")

@@ -1,4 +1,4 @@
-"""What prepare says when input, an option or the output folder cannot be used; and that it leaves nothing behind."""
+"""What prepare says when input, an option or the output folder cannot be used; it leaves no file behind."""
 
 import gzip
 import json

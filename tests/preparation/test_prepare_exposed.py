@@ -1,4 +1,4 @@
-"""Rows that were shown and not clicked: where they stand, and that nothing but the prompts depends on them."""
+"""Rows that were shown and not clicked: their place in the history; only the prompts depend on them."""
 
 import csv
 import subprocess
@@ -16,11 +16,12 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from recgpt_torchrec.config import Batch, Loss, Prepare
+from recgpt_torchrec.data.candidates import candidate_source
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.histories import Histories, HistoryReader
 from recgpt_torchrec.data.segments import EXPOSED
 from recgpt_torchrec.data.split import SplitName
-from recgpt_torchrec.data.stream import BatchMaker, candidate_source
+from recgpt_torchrec.data.stream import BatchMaker
 from recgpt_torchrec.data.windows import row_groups, windows_of
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.prepare import summary
@@ -96,7 +97,7 @@ EVENTS = st.lists(
 
 @hypothesis_settings(max_examples=25)
 @given(events=EVENTS, min_count=st.integers(1, 3), duplicates=st.sampled_from(["keep", "drop"]))
-def test_shown_rows_stand_between_interactions_as_a_plain_loop_puts_them(
+def test_shown_rows_are_placed_between_interactions_as_by_a_plain_loop(
     tmp_path_factory: pytest.TempPathFactory, events: list[Event], min_count: int, duplicates: Any
 ) -> None:
     assume(0 < sum(event.click for event in events) < len(events))
@@ -106,10 +107,10 @@ def test_shown_rows_stand_between_interactions_as_a_plain_loop_puts_them(
     options = {"click_column": "click", "min_count": min_count, "duplicates": duplicates}
     manifest = make(write_log(folder / "log.csv", events), folder / "data", **options).manifest
     assert entries_of(folder / "data") == expected
-    made = manifest.preparation["exposed"]
-    assert {name: made[name] for name in counts} == counts
-    assert made["rows"] == made["duplicates_dropped"] + made["unknown"] + made["outside"] + made["left"]
-    assert manifest.interactions + made["left"] == manifest.entries == sum(map(len, expected.values()))
+    logs = manifest.preparation["exposed"]
+    assert {name: logs[name] for name in counts} == counts
+    assert logs["rows"] == logs["duplicates_dropped"] + logs["unknown"] + logs["outside"] + logs["left"]
+    assert manifest.interactions + logs["left"] == manifest.entries == sum(map(len, expected.values()))
 
 
 def test_everything_but_the_shown_entries_is_as_without_them(tmp_path: Path) -> None:
@@ -164,10 +165,10 @@ def test_without_the_option_no_row_is_shown_only(tmp_path: Path) -> None:
     ],
 )
 def test_boundaries(tmp_path: Path, log: str, expected: Any, lost: dict[str, int]) -> None:
-    made = make(write_log(tmp_path / "log.csv", events_of(log)), tmp_path / "data", click_column="click").manifest
+    logs = make(write_log(tmp_path / "log.csv", events_of(log)), tmp_path / "data", click_column="click").manifest
     in_order = {"u": [("a", 0), ("c", 2), ("b", 0), ("d", 2), ("c", 0), ("d", 0)]}
     assert entries_of(tmp_path / "data") == (expected or in_order)
-    made_of = made.preparation["exposed"]
+    made_of = logs.preparation["exposed"]
     assert {name: made_of[name] for name in lost} == lost
 
 
@@ -179,7 +180,7 @@ def test_an_interaction_outlives_the_same_row_that_was_shown(tmp_path: Path) -> 
     assert manifest.preparation["exposed"]["duplicates_dropped"] == 2
 
 
-def test_without_times_rows_stand_as_in_the_log(tmp_path: Path) -> None:
+def test_without_times_rows_keep_the_order_of_the_log(tmp_path: Path) -> None:
     log = write_log(tmp_path / "log.csv", events_of("u a 9 1, u b 1 0, u c 5 0, u c 0 1, u b 9 1"))
     make(log, tmp_path / "data", click_column="click", time_column=None)
     assert entries_of(tmp_path / "data") == {"u": [("a", 0), ("b", 2), ("c", 2), ("c", 0), ("b", 0)]}
@@ -307,9 +308,9 @@ def test_a_log_with_shown_rows_larger_than_the_memory_limit(tmp_path: Path) -> N
 def with_prompts(folder: Path, k: int) -> Dataset:
     """The dataset as `generate_prompts --prompts.source exposed` writes it, without its files and processes."""
     table = pq.read_table(folder / "sequences").combine_chunks()
-    made = table_of(intervals_of(table, k, max_len=50, prompt_segments=(EXPOSED,))).to_pydict()
+    logs = table_of(intervals_of(table, k, max_len=50, prompt_segments=(EXPOSED,))).to_pydict()
     items = Dataset.open(str(folder)).manifest.items
-    return write_dataset(folder / f"prompts-{k}", made["item_ids"], items=items, segments=made["segment_ids"])
+    return write_dataset(folder / f"prompts-{k}", logs["item_ids"], items=items, segments=logs["segment_ids"])
 
 
 SPLITS: tuple[SplitName, ...] = ("training", "validation", "test")
@@ -338,21 +339,21 @@ def conversations(seed: int, users: int = 6) -> dict[str, list[Event]]:
     """Users who click c0 to c9 and are shown s0 to s9, and one who clicks everything, so that all is in the
     vocabulary."""
     source = np.random.default_rng(seed)
-    made: dict[str, list[Event]] = {}
+    logs: dict[str, list[Event]] = {}
     for user in (f"u{number}" for number in range(users)):
         clicks = source.random(int(source.integers(8, 30))) < 0.5
         clicks[source.choice(clicks.size, 4, replace=False)] = True
-        made[user] = [
+        logs[user] = [
             Event(user, f"{'c' if click else 's'}{source.integers(10)}", 10 * place, int(click))
             for place, click in enumerate(clicks)
         ]
-    made["all"] = [Event("all", f"{kind}{number}", number, 1) for kind in "cs" for number in range(10)]
-    return made
+    logs["all"] = [Event("all", f"{kind}{number}", number, 1) for kind in "cs" for number in range(10)]
+    return logs
 
 
-def dataset_of(folder: Path, made: dict[str, list[Event]], k: int) -> Dataset:
+def dataset_of(folder: Path, logs: dict[str, list[Event]], k: int) -> Dataset:
     folder.mkdir()
-    log = write_log(folder / "log.csv", [event for events in made.values() for event in events])
+    log = write_log(folder / "log.csv", [event for events in logs.values() for event in events])
     make(log, folder / "data", click_column="click")
     return with_prompts(folder / "data", k)
 
@@ -385,16 +386,16 @@ def test_no_target_is_an_item_that_was_only_shown(tmp_path: Path, k: int) -> Non
 
 @pytest.mark.parametrize("seed", range(4))
 def test_what_comes_after_a_target_does_not_change_what_comes_before(tmp_path: Path, seed: int) -> None:
-    made = conversations(seed)
+    logs = conversations(seed)
     source = np.random.default_rng(seed)
-    dataset = dataset_of(tmp_path / "now", made, 2)
+    dataset = dataset_of(tmp_path / "now", logs, 2)
     now = {split: lists(read(dataset, split)[1]) for split in SPLITS}
 
     def changed(from_end: int) -> dict[str, list[Event]]:
-        """Another course of events from the target on, with as many clicks in it; time goes slower."""
-        other = {"all": made["all"]}
-        for user in made.keys() - other.keys():
-            events = made[user]
+        """Other events from the target on, with as many clicks; time advances more slowly."""
+        other = {"all": logs["all"]}
+        for user in logs.keys() - other.keys():
+            events = logs[user]
             cut = [place for place, event in enumerate(events) if event.click][-from_end]
             events, time = events[:cut], events[cut].time
             for _ in range(from_end):

@@ -32,9 +32,9 @@ def plain_core(rows: list[Row], k: int, users: list[str], items: list[str]) -> l
         rows = kept
 
 
-def plain_ids(there: set[str], known: list[str], seed: int) -> list[str]:
+def plain_ids(present: set[str], known: list[str], seed: int) -> list[str]:
     """Keys by id: the known ones, and the others in a random order."""
-    return known + sorted(there - set(known), key=lambda key: hashlib.md5(f"{seed}:{key}".encode()).hexdigest())
+    return known + sorted(present - set(known), key=lambda key: hashlib.md5(f"{seed}:{key}".encode()).hexdigest())
 
 
 def plain_histories(rows: list[Row]) -> dict[str, list[Row]]:
@@ -181,7 +181,7 @@ def test_without_the_option_the_manifest_does_not_know_it(tmp_path: Path) -> Non
     assert "extends" not in manifest["preparation"]
 
 
-def test_known_users_and_items_that_do_not_occur_stay_with_nothing(tmp_path: Path) -> None:
+def test_known_users_and_items_that_do_not_occur_keep_their_ids_without_entries(tmp_path: Path) -> None:
     old = [("a", "x", 1), ("b", "y", 2), ("z", "w", 3)]
     make(write_csv(tmp_path / "1.csv", old), tmp_path / "1", min_count=1)
     new = [("b", "y", 4), ("c", "y", 5), ("c", "y", 6), ("d", "y", 7)]

@@ -31,8 +31,8 @@ def sequences(lengths: list[int]) -> tuple[list[Tensor], Tensor, list[Tensor], l
 
 
 @torch.no_grad()
-def whole(decoder: Decoder, items: Tensor, user: Tensor, positions: Tensor, segments: Tensor) -> Tensor:
-    """[length, dim] outputs of the full forward pass of one sequence."""
+def full_forward(decoder: Decoder, items: Tensor, user: Tensor, positions: Tensor, segments: Tensor) -> Tensor:
+    """Compute the [length, dim] outputs of one sequence by the full forward pass."""
     row = torch.zeros(1, len(items), dtype=torch.int64)
     return decoder(items[None], user.expand(1, len(items), -1), positions[None], segments[None], row)[0]
 
@@ -58,7 +58,7 @@ def test_step_by_step_is_the_full_forward_at_every_position(history_in, history_
     state = Decoding(decoder, users=3, capacity=9)
     stepped = [feed(state, t, items, users, positions, segments) for t in range(9)]
     for u in range(3):
-        expected = whole(decoder, items[u], users[u], positions[u], segments[u])
+        expected = full_forward(decoder, items[u], users[u], positions[u], segments[u])
         torch.testing.assert_close(torch.stack(stepped)[:, u], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -78,11 +78,11 @@ def test_users_at_different_numbers_of_entries_do_not_touch_each_other():
             outputs[u].append(out[u])
         done += active
     assert state.entries.tolist() == LENGTHS
-    for u, expected in enumerate(map(whole, [decoder] * 4, items, users, positions, segments)):
+    for u, expected in enumerate(map(full_forward, [decoder] * 4, items, users, positions, segments)):
         torch.testing.assert_close(torch.stack(outputs[u]), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_prefilled_state_goes_on_like_one_that_was_fed_entry_by_entry():
+def test_a_prefilled_state_continues_like_one_that_was_fed_entry_by_entry():
     decoder = random_decoder()
     items, users, positions, segments = sequences(LENGTHS)
     state = Decoding(decoder, users=len(LENGTHS), capacity=max(LENGTHS) + 2)
@@ -90,7 +90,7 @@ def test_a_prefilled_state_goes_on_like_one_that_was_fed_entry_by_entry():
     more, _, more_positions, more_segments = sequences([2] * len(LENGTHS))
     after = [feed(state, t, more, users, more_positions, more_segments) for t in range(2)]
     for u, length in enumerate(LENGTHS):
-        expected = whole(
+        expected = full_forward(
             decoder,
             torch.cat([items[u], more[u]]),
             users[u],
@@ -108,7 +108,7 @@ def test_a_user_without_entries_can_be_prefilled_beside_others():
     grid = [torch.stack(part) for part in (items, positions, segments)]
     state.prefill(grid[0], users, grid[1], grid[2], torch.tensor([0, 3]))
     out = state.step(grid[0][:, 0], users, grid[1][:, 0], grid[2][:, 0])
-    expected = whole(decoder, items[0][:1], users[0], positions[0][:1], segments[0][:1])
+    expected = full_forward(decoder, items[0][:1], users[0], positions[0][:1], segments[0][:1])
     torch.testing.assert_close(out[:1], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -122,7 +122,7 @@ def test_going_on_with_the_first_users_changes_nothing_for_them():
         out = feed(state, t, items, users, positions, segments)
     for u in range(2):
         torch.testing.assert_close(
-            out[u], whole(decoder, items[u], users[u], positions[u], segments[u])[-1], rtol=1e-4, atol=1e-5
+            out[u], full_forward(decoder, items[u], users[u], positions[u], segments[u])[-1], rtol=1e-4, atol=1e-5
         )
 
 

@@ -34,7 +34,7 @@ def catalogue() -> Catalogue:
     return Catalogue(torch.randn(ITEMS, DIM, generator=torch.Generator().manual_seed(1)))
 
 
-def vectors_of(users: int) -> torch.Tensor:
+def random_user_vectors(users: int) -> torch.Tensor:
     return torch.randn(users, DIM, generator=torch.Generator().manual_seed(2))
 
 
@@ -54,7 +54,7 @@ def rows_of(rows: list[list[int]], segments: list[list[int]] | None = None) -> p
 
 def fill(dense, catalogue, histories: Intervals, prompts: Prompts, known=None, batch_users: int = 3) -> pa.Table:
     prompter = Prompter(dense, catalogue, prompts, MAX_LEN, batch_users)
-    prompter.fill(histories, vectors_of(histories.users.size), known)
+    prompter.fill(histories, random_user_vectors(histories.users.size), known)
     return table_of(histories)
 
 
@@ -101,7 +101,7 @@ def from_scratch(dense, catalogue, user, row, k, exclude_seen, shown=None):
 def test_prompts_with_the_cache_are_those_of_recomputing_everything(dense, catalogue, k, exclude_seen):
     rows = random_rows([4, 0, 6, 1, 9, 2, 5, 3, 12])  # none, one, and more than max_len
     made = fill(dense, catalogue, intervals_of(rows_of(rows), k, MAX_LEN, ()), Prompts(k=k, exclude_seen=exclude_seen))
-    users = vectors_of(len(rows))
+    users = random_user_vectors(len(rows))
     for u, row in enumerate(rows):
         items, segments = from_scratch(dense, catalogue, users[u], row, k, exclude_seen)
         assert made["item_ids"][u].as_py() == items
@@ -114,7 +114,7 @@ def test_the_answers_kept_are_the_best_after_each_interacted_item(dense, catalog
     kept = (EXPOSED,) if source == "both" else ()
     histories = intervals_of(rows_of(items, segments), 1, MAX_LEN, kept, answers=4)
     made = fill(dense, catalogue, histories, Prompts(k=1, source=source, answers=4))
-    users = vectors_of(len(items))
+    users = random_user_vectors(len(items))
     for u, row in enumerate([[3, 1, 2, 5], [4, 6], [9]]):
         entries, kinds = made["item_ids"][u].as_py(), made["segment_ids"][u].as_py()
         answers = np.array(made["answer_ids"][u].as_py()).reshape(-1, 4)
@@ -143,7 +143,7 @@ def test_shown_items_stand_first_and_generated_ones_fill_up(dense, catalogue):
     assert histories.items.tolist() == [3, 1, 2, 4, 5, 6, 10]
     assert histories.prompts.tolist()[:3] == [[8, 9], [11, -1], [-1, -1]]
     made = fill(dense, catalogue, histories, Prompts(k=2, source="both"))
-    users = vectors_of(2)
+    users = random_user_vectors(2)
     for u, (row, shown) in enumerate([([3, 1, 2], {0: [7, 8, 9], 1: [11]}), (rows[1], {})]):
         expected = from_scratch(dense, catalogue, users[u], row, 2, True, shown)
         assert (made["item_ids"][u].as_py(), made["segment_ids"][u].as_py()) == expected
@@ -234,13 +234,15 @@ def test_histories_that_grew_have_their_new_prompts_generated_as_if_from_scratch
     segments = [[0] * len(row) for row in rows]
     rows[1], segments[1] = [0, 9, 1, 2, 3, 4], [0, 2, 0, 0, 2, 0]
     more = random_rows([2, 1, 0, 3, 2, 2, 0, 0, 1, 1], seed=5)  # 5 grows beyond max_len, 6 stays there
-    grown = [row + new for row, new in zip(rows, more, strict=True)]
-    grown_segments = [s + [0] * len(new) for s, new in zip(segments, more, strict=True)]
-    grown[9][0] = next(i for i in range(ITEMS) if i not in grown[9])  # not what it was
+    extended_rows = [row + new for row, new in zip(rows, more, strict=True)]
+    extended_segments = [s + [0] * len(new) for s, new in zip(segments, more, strict=True)]
+    extended_rows[9][0] = next(i for i in range(ITEMS) if i not in extended_rows[9])  # not what it was
     old = fill(dense, catalogue, intervals_of(rows_of(rows, segments), 2, MAX_LEN, kept, 3), prompts)
-    scratch = fill(dense, catalogue, intervals_of(rows_of(grown, grown_segments), 2, MAX_LEN, kept, 3), prompts)
+    scratch = fill(
+        dense, catalogue, intervals_of(rows_of(extended_rows, extended_segments), 2, MAX_LEN, kept, 3), prompts
+    )
 
-    histories = intervals_of(rows_of(grown, grown_segments), 2, MAX_LEN, kept, 3)
+    histories = intervals_of(rows_of(extended_rows, extended_segments), 2, MAX_LEN, kept, 3)
     known = known_intervals(histories, intervals_of(old, 2, MAX_LEN, (GENERATED, EXPOSED), 3), MAX_LEN)
     assert known.tolist() == [1, 3, 4, 0, 0, 0, 5, 2, 4, 0]
     made = fill(dense, catalogue, histories, prompts, known)

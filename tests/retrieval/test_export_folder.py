@@ -39,15 +39,16 @@ def batches(count: int, size: int, *shape: int, rank: int = 0, world_size: int =
 
 
 def write(path: Path, dataset: Dataset, **changes):
-    given = {"items": batches(ITEMS, 7, DIM), "users": batches(USERS, 9, DIM), "dim": DIM} | changes
-    return write_export(str(path), dataset, **given)
+    given = {"items": batches(ITEMS, 7, DIM), "users": batches(USERS, 9, DIM), "dim": DIM, "interests": 1}
+    given |= {"everyone": True, "checkpoint": "", "checkpoint_fingerprint": "", "settings": {}}
+    return write_export(str(path), dataset, **given | changes)
 
 
 def test_what_is_written_comes_back_with_its_keys(dataset, tmp_path):
     write(tmp_path / "export", dataset, checkpoint="runs/x", checkpoint_fingerprint="abc", settings={"seed": 1})
     export = open_export(str(tmp_path / "export"))
-    export.verify()
     m = export.manifest
+    m.check_parts(export.path, checksums=True)
     assert (m.items, m.users, m.dim, m.interests, m.vocabulary) == (ITEMS, USERS, DIM, 1, "v")
     assert (m.dataset, m.checkpoint, m.checkpoint_fingerprint, m.settings) == (
         dataset.path,
@@ -186,7 +187,7 @@ def test_opening_names_what_is_wrong(dataset, tmp_path):
     whole = part.read_bytes()
     part.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(InputError, match=rf"{manifest.item_parts[0].path} is damaged: its checksum"):
-        open_export(str(tmp_path / "export")).verify()
+        manifest.check_parts(str(tmp_path / "export"), checksums=True)
     part.write_bytes(whole[:-1])
     with pytest.raises(InputError, match=rf"{manifest.item_parts[0].path} is damaged: it has"):
         open_export(str(tmp_path / "export"))

@@ -68,7 +68,7 @@ def test_popularity_is_skewed(log: tuple[np.ndarray, np.ndarray, np.ndarray]) ->
 def test_the_item_after_a_threads_last_one_follows_with_the_promised_probability(
     log: tuple[np.ndarray, np.ndarray, np.ndarray],
 ) -> None:
-    """Three places back stands the item that decides; one place back says little."""
+    """The item three places back decides the next one; the last item says little."""
 
     def predictable(back: int) -> float:
         following: dict[str, dict[str, int]] = {}

@@ -1,4 +1,4 @@
-"""A run's folder goes on with the same options, whatever the version of the program that began it knew of them."""
+"""A run resumes with the same options, also if an earlier version that lacked some of them started it."""
 
 import json
 import os
@@ -22,8 +22,8 @@ def _one_process() -> Iterator[None]:
         yield
 
 
-def begin(config: Any, change: Callable[[dict[str, Any]], object] = lambda _: None) -> None:
-    """Begin a run, and change what it recorded of its options."""
+def start_run(config: Any, change: Callable[[dict[str, Any]], object] = lambda _: None) -> None:
+    """Start a run, and change its recorded options."""
     with Run.find(config, "vocabulary", "histories", keep=1).claim_folder():
         pass
     path = Path(config.output) / RUN
@@ -32,9 +32,9 @@ def begin(config: Any, change: Callable[[dict[str, Any]], object] = lambda _: No
     path.write_text(json.dumps(record))
 
 
-def test_an_option_that_the_run_did_not_know_had_its_default(tmp_path: Path) -> None:
+def test_an_option_missing_from_the_record_counts_as_its_default(tmp_path: Path) -> None:
     config = Pretrain(data="data", output=str(tmp_path / "run"), model=Model(dim=8), tables=Tables(lr=0.5))
-    begin(config, lambda old: [old.pop("targets"), old["loss"].pop("candidates"), old["tables"].pop("lr")])
+    start_run(config, lambda old: [old.pop("targets"), old["loss"].pop("candidates"), old["tables"].pop("lr")])
     with pytest.raises(InputError, match=r"other options(.|\n)*--tables.lr: 0.05 there, 0.5 now"):
         Run.find(config, "vocabulary", "histories", keep=1)
     config.tables.lr = Tables().lr
@@ -46,7 +46,7 @@ def test_an_option_that_the_run_did_not_know_had_its_default(tmp_path: Path) -> 
 
 def test_defaults_are_those_of_the_stage(tmp_path: Path) -> None:
     config = PromptTune(data="data", checkpoint="base", output=str(tmp_path / "run"), model=Model(dim=8))
-    begin(config, lambda old: [old["tables"].pop("lr"), old["model"].pop("heads")])
+    start_run(config, lambda old: [old["tables"].pop("lr"), old["model"].pop("heads")])
     Run.find(config, "vocabulary", "histories", keep=1)
     config.tables.lr = Tables().lr
     with pytest.raises(InputError, match="--tables.lr: 0.02 there"):
@@ -55,7 +55,7 @@ def test_defaults_are_those_of_the_stage(tmp_path: Path) -> None:
 
 def test_another_value_and_another_dataset_are_refused(tmp_path: Path) -> None:
     config = Pretrain(data="data", output=str(tmp_path / "run"))
-    begin(config)
+    start_run(config)
     config.saving.keep, config.stream.workers = 7, 2  # may change
     Run.find(config, "vocabulary", "histories", keep=7)
     with pytest.raises(InputError, match="run on another dataset"):
@@ -71,19 +71,19 @@ def test_another_value_and_another_dataset_are_refused(tmp_path: Path) -> None:
 
 def test_a_run_that_named_its_groups_as_earlier_versions_did_is_resumed(tmp_path: Path) -> None:
     pretrain = Pretrain(data="data", output=str(tmp_path / "run"))
-    begin(pretrain, lambda old: old.update(checkpoint={**old.pop("saving"), "keep": 5}))
+    start_run(pretrain, lambda old: old.update(checkpoint={**old.pop("saving"), "keep": 5}))
     Run.find(pretrain, "vocabulary", "histories", keep=1)
     tune = PromptTune(data="data", checkpoint="base", output=str(tmp_path / "tuned"), model=Model(dim=8))
-    begin(tune, lambda old: old.update(checkpointing={**old.pop("saving"), "keep": 5}))
+    start_run(tune, lambda old: old.update(checkpointing={**old.pop("saving"), "keep": 5}))
     Run.find(tune, "vocabulary", "histories", keep=1)
     tune.checkpoint = "other"  # a path, not the group
     with pytest.raises(InputError, match="--checkpoint: base there, other now"):
         Run.find(tune, "vocabulary", "histories", keep=1)
 
 
-def test_an_option_that_is_gone_is_named(tmp_path: Path) -> None:
+def test_a_recorded_option_that_no_longer_exists_is_named(tmp_path: Path) -> None:
     config = Pretrain(data="data", output=str(tmp_path / "run"))
-    begin(config, lambda old: old["loss"].update(temper=3))
+    start_run(config, lambda old: old["loss"].update(temper=3))
     with pytest.raises(InputError, match="--loss.temper: 3 there, None now"):
         Run.find(config, "vocabulary", "histories", keep=1)
 
@@ -120,16 +120,16 @@ def test_a_full_disk_is_named_when_curves_and_figures_cannot_be_written(tmp_path
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_lines_of_a_history_that_are_not_whole_are_dropped(tmp_path: Path) -> None:
+def test_incomplete_lines_of_a_history_are_dropped(tmp_path: Path) -> None:
     history = tmp_path / "history.jsonl"
     history.write_bytes(b'{"epoch": 1}\n' + b"\0" * 9 + b'\n\xff\n[]\n{"epoch": 3}\n{"epoch": 2}\n{"epoch": 2}')
     with RunLog(str(tmp_path), 10, 0, epochs=2):
         assert history.read_bytes() == b'{"epoch": 1}\n{"epoch": 2}\n'
 
 
-def test_a_run_of_a_version_that_did_not_note_the_histories_goes_on(tmp_path: Path) -> None:
+def test_a_run_of_a_version_that_did_not_record_the_histories_resumes(tmp_path: Path) -> None:
     config = Pretrain(data="data", output=str(tmp_path / "run"))
-    begin(config)
+    start_run(config)
     path = tmp_path / "run" / RUN
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "histories"}))
     Run.find(config, "vocabulary", "others", keep=1)

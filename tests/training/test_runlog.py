@@ -1,4 +1,4 @@
-"""What a run shows of itself where there is no terminal, and in a job's log file."""
+"""Output of a run without a terminal, and in a job's log file."""
 
 import re
 import sys
@@ -16,7 +16,7 @@ def test_a_line_of_progress_names_its_own_epoch_and_none_comes_before_something_
 ) -> None:
     monkeypatch.setattr(progress, "EVERY", 0.0)
     with RunLog(str(tmp_path), total=100, done=10) as log:
-        assert capsys.readouterr().err == ""  # a run that goes on
+        assert capsys.readouterr().err == ""  # a run that resumes
         log.add_entries(10, epoch=1)
         log.log_epoch({"epoch": 2, "step": 2, "loss": 1.5}, step=2)
         log.add_entries(10, epoch=2)

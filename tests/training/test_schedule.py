@@ -1,4 +1,4 @@
-"""The learning rate's course: warm-up by steps, bounded by the run's length, then a cosine."""
+"""Learning-rate schedule: warm-up by steps, at most a tenth of the run, then a cosine."""
 
 import math
 
