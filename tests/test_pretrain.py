@@ -94,7 +94,7 @@ def test_a_header_describes_data_and_model_before_the_first_step(run):
     count = sum(value.numel() for name, value in trained.items() if "embedding" not in name)
     assert decoder == f"  decoder  {count:,} parameters"
     assert f"item {ITEMS} x 8 data_parallel" in tables and f"user {USERS} x 8 data_parallel" in tables
-    said = re.fullmatch(r"  epochs   2 at most, of about (\d+) steps of up to 60 tokens per rank", epochs)
+    said = re.fullmatch(r"  epochs   at most 2, about (\d+) steps each, at most 60 tokens per step and rank", epochs)
     assert said is not None
     steps = read_epochs(output)[0]["step"]
     assert abs(int(said[1]) - steps) <= 0.3 * steps

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -10,9 +10,11 @@ import torch
 
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.data.ragged import Float32, Int64, Ragged
-from recgpt_torchrec.retrieval.index import Index
 from recgpt_torchrec.retrieval.interests import recall_items
 from recgpt_torchrec.retrieval.merging import Lists, Merged
+
+if TYPE_CHECKING:  # exact lists need no FAISS
+    from recgpt_torchrec.retrieval.index import Index
 
 Bool = npt.NDArray[np.bool_]
 
@@ -40,7 +42,7 @@ class ExactSearch:
 class ApproximateSearch:
     """Searches an index, and doubles the depth until `k` items that were not seen are found."""
 
-    index: Index
+    index: "Index"
 
     def lists(self, vectors: Float32, k: int, seen: Ragged | None) -> Lists:
         """See `Search`."""

@@ -44,6 +44,6 @@ def header(model: nn.Module, manifest: Manifest, device: torch.device, *, tokens
             + (f", {others:,} prompts or shown items" if others > 0 else ""),
             f"  decoder  {parameters:,} parameters",
             f"  tables   {', '.join(tables)}; {total / 2**20:,.1f} MiB of weights",
-            f"  epochs   {epochs} at most, of about {steps:,} steps of up to {tokens:,} tokens per rank",
+            f"  epochs   at most {epochs}, about {steps:,} steps each, at most {tokens:,} tokens per step and rank",
         ]
     )
