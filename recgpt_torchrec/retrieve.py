@@ -1,7 +1,6 @@
 """Stage `retrieve`: an export -> a list of items for each user, from an exact or an approximate index."""
 
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +11,7 @@ from recgpt_torchrec.errors import InputError
 if TYPE_CHECKING:
     from recgpt_torchrec.retrieval.export_folder import Export
     from recgpt_torchrec.retrieval.list_folder import ListManifest
-    from recgpt_torchrec.retrieval.merging import Lists, Merged, MergeRule
-    from recgpt_torchrec.retrieval.retriever import Retriever
-
-CANDIDATES = 2**22
-"""Maximum number of items that one search returns, over all its users and their interests."""
-USERS = 4096
-"""Maximum number of users per search."""
+    from recgpt_torchrec.retrieval.merging import MergeRule
 
 
 def main(config: Retrieve) -> None:
@@ -120,18 +113,17 @@ def retrieve(
 
     Collective: each rank has the whole index and a share of the users.
     """
-    from recgpt_torchrec.distributed.processes import log_message, rank, world_size
+    from recgpt_torchrec.distributed.processes import log_message
     from recgpt_torchrec.evaluation.list_quality import ListQuality
-    from recgpt_torchrec.progress import progress_bar
-    from recgpt_torchrec.retrieval.export_folder import to_numpy
-    from recgpt_torchrec.retrieval.list_folder import ListBatch, write_lists
+    from recgpt_torchrec.retrieval.list_folder import write_lists
+    from recgpt_torchrec.retrieval.searching import build_retrievers, search_users
     from recgpt_torchrec.retrieval.user_histories import UserHistories
 
     total, count = export.manifest.users, export.manifest.interests
     interests_each = f"{count} interest{'s' * (count > 1)} each"
     log_message(f"{config.export}: {export.manifest.items:,} items, {total:,} users, {interests_each}")
     started = time.perf_counter()
-    exact, retriever = retrievers(config, export, rule)
+    exact, retriever = build_retrievers(config, export, rule)
     index_seconds = time.perf_counter() - started
     split = export.manifest.settings["history"]
     histories = UserHistories(dataset, split) if dataset is not None else None
@@ -141,48 +133,14 @@ def retrieve(
         exact=exact if config.sample and retriever is not exact else None,
         every=max(1, total // max(1, config.sample)),
     )
-
-    def batches() -> Iterator[ListBatch]:
-        rows = max(1, min(USERS, CANDIDATES // (interests * config.k)))
-        user_batches = export.users(rows=rows, rank=rank(), world_size=world_size())
-        with progress_bar(total if rank() == 0 else None, "users", active=rank() == 0) as bar:
-            for batch in user_batches:
-                users = batch["user_id"].to_numpy()
-                queries = to_numpy(batch[export.user_column]).reshape(len(users), -1, export.manifest.dim)
-                queries = queries[:, :interests]
-                history = histories.of(users) if histories is not None else None
-                lists = retriever.lists(queries, None if history is None else history.seen)
-                quality.update(users, queries, history, lists)
-                bar.update(min(len(users) * world_size(), total - bar.n))
-                yield ListBatch(users, batch["key"], lists)
-
+    batches = search_users(export, retriever, histories, interests, quality.update)
     started = time.perf_counter()
 
     def measurements() -> dict[str, Any]:
         seconds = time.perf_counter() - started - quality.seconds
         return {"index_seconds": index_seconds, "users_per_second": total / seconds, **quality.result()}
 
-    return write_lists(config.output, manifest, batches(), export.item_keys(), measurements)
-
-
-def retrievers(config: Retrieve, export: "Export", rule: "MergeRule") -> "tuple[Retriever, Retriever]":
-    """The exact retriever and the one for `--index`; both are the same object if the index is exact."""
-    import torch
-
-    from recgpt_torchrec.catalogue.catalogue import Catalogue
-    from recgpt_torchrec.retrieval import index as indexes
-    from recgpt_torchrec.retrieval.retriever import ApproximateSearch, ExactSearch, Retriever
-
-    def merge(lists: "Lists") -> "Merged":
-        return rule.merge(lists, config.k)
-
-    _, vectors = export.item_vectors()
-    search = ExactSearch(Catalogue(torch.from_numpy(vectors)))
-    exact = Retriever(search, config.k, merge)
-    if config.index == "exact":
-        return exact, exact
-    index = indexes.hnsw(vectors, config.hnsw) if config.index == "hnsw" else indexes.ivf(vectors, config.ivf)
-    return exact, Retriever(ApproximateSearch(indexes.Index(index)), config.k, merge, search)
+    return write_lists(config.output, manifest, batches, export.item_keys(), measurements)
 
 
 def summary(config: Retrieve, export: "Export", manifest: "ListManifest", rule: "MergeRule", interests: int) -> str:

@@ -1,0 +1,66 @@
+"""Searches an export: the retrievers that the options ask for, and the lists of a rank's share of the users."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from recgpt_torchrec.catalogue.catalogue import Catalogue
+from recgpt_torchrec.config import Retrieve
+from recgpt_torchrec.data.histories import Histories
+from recgpt_torchrec.data.ragged import Float32, Int64
+from recgpt_torchrec.distributed.processes import rank, world_size
+from recgpt_torchrec.progress import progress_bar
+from recgpt_torchrec.retrieval import index as indexes
+from recgpt_torchrec.retrieval.export_folder import Export, to_numpy
+from recgpt_torchrec.retrieval.list_folder import ListBatch
+from recgpt_torchrec.retrieval.merging import Lists, Merged, MergeRule
+from recgpt_torchrec.retrieval.retriever import ApproximateSearch, ExactSearch, Retriever
+from recgpt_torchrec.retrieval.user_histories import UserHistories
+
+CANDIDATES = 2**22
+"""Maximum number of items that one search returns, over all its users and their interests."""
+USERS = 4096
+"""Maximum number of users per search."""
+
+Measure = Callable[[Int64, Float32, Histories | None, Merged], object]
+"""Called with user ids [users], queries [users, interests, dim], their histories (None: none are known) and lists."""
+
+
+def build_retrievers(config: Retrieve, export: Export, rule: MergeRule) -> tuple[Retriever, Retriever]:
+    """The exact retriever and the one for `--index`; both are the same object if the index is exact."""
+
+    def merge(lists: Lists) -> Merged:
+        return rule.merge(lists, config.k)
+
+    _, vectors = export.item_vectors()
+    search = ExactSearch(Catalogue(torch.from_numpy(vectors)))
+    exact = Retriever(search, config.k, merge)
+    if config.index == "exact":
+        return exact, exact
+    index = indexes.hnsw(vectors, config.hnsw) if config.index == "hnsw" else indexes.ivf(vectors, config.ivf)
+    return exact, Retriever(ApproximateSearch(indexes.Index(index)), config.k, merge, search)
+
+
+def search_users(
+    export: Export, retriever: Retriever, histories: UserHistories | None, interests: int, measure: Measure
+) -> Iterator[ListBatch]:
+    """The lists of this rank's share of an export's users, with progress on rank 0.
+
+    Args:
+        export: whose user vectors are the queries.
+        retriever: makes the lists.
+        histories: whose items are left out; None: nothing is.
+        interests: number of interests to use, from the first on.
+        measure: called with each batch.
+    """
+    total = export.manifest.users
+    rows = max(1, min(USERS, CANDIDATES // (interests * retriever.k)))
+    with progress_bar(total if rank() == 0 else None, "users", active=rank() == 0) as bar:
+        for batch in export.users(rows=rows, rank=rank(), world_size=world_size()):
+            users = batch["user_id"].to_numpy()
+            queries = to_numpy(batch[export.user_column]).reshape(len(users), -1, export.manifest.dim)[:, :interests]
+            history = histories.of(users) if histories is not None else None
+            lists = retriever.lists(queries, None if history is None else history.seen)
+            measure(users, queries, history, lists)
+            bar.update(min(len(users) * world_size(), total - bar.n))
+            yield ListBatch(users, batch["key"], lists)
