@@ -24,8 +24,10 @@ def silence_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # It logs, with a stack, what it also raises.
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.CRITICAL)
-    # "Sharding spec not found" comes through the root logger: the planner looks for tables that it did not shard.
-    logging.getLogger().addFilter(lambda record: "Sharding spec not found" not in record.getMessage())
+    # Through the root logger: the planner looks for tables that it did not shard, and a checkpoint without metadata is
+    # logged with a stack before it is raised.
+    silenced = ("Sharding spec not found", "metadata is not found")
+    logging.getLogger().addFilter(lambda record: not any(text in record.getMessage() for text in silenced))
     # A failed write of TensorBoard's thread is raised in the main thread as well.
     threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else threading.__excepthook__(args)
     for module in ("torchrec", "torch", "fbgemm_gpu"):
