@@ -101,7 +101,7 @@ def finished(config: Export, settings: dict[str, Any], dataset: "Dataset", finge
     from recgpt_torchrec.config.fields import changeable_names, default_values
     from recgpt_torchrec.data.dataset import histories_fingerprint
     from recgpt_torchrec.retrieval.export_folder import open_export
-    from recgpt_torchrec.storage.finished import differences, find_finished
+    from recgpt_torchrec.storage.finished import differences, find_finished, flatten
 
     inputs = {
         "vocabulary": dataset.manifest.vocabulary,
@@ -111,7 +111,7 @@ def finished(config: Export, settings: dict[str, Any], dataset: "Dataset", finge
 
     def compare(manifest: "ExportManifest") -> list[str]:
         recorded = {name: getattr(manifest, name) for name in inputs}
-        found = {**default_values(config), **manifest.settings, **recorded}
+        found = {**flatten(default_values(config)), **flatten(manifest.settings), **recorded}
         return differences(found, {**settings, **inputs}, changeable_names(Export))
 
     return find_finished(config.output, "export", lambda path: open_export(path).manifest, compare)

@@ -92,11 +92,12 @@ def finished(config: Retrieve, manifest: "ListManifest") -> "ListManifest | None
     """
     from recgpt_torchrec.config.fields import changeable_names, default_values
     from recgpt_torchrec.retrieval.list_folder import open_lists
-    from recgpt_torchrec.storage.finished import differences, find_finished
+    from recgpt_torchrec.storage.finished import differences, find_finished, flatten
 
     def values(of: "ListManifest") -> dict[str, Any]:
         names = ("export_fingerprint", "dataset_fingerprint")
-        return {**default_values(config), **of.settings, **{name: getattr(of, name) for name in names}}
+        inputs = {name: getattr(of, name) for name in names}
+        return {**flatten(default_values(config)), **flatten(of.settings), **inputs}
 
     return find_finished(
         config.output,

@@ -261,6 +261,17 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(made, tmp_pa
     assert stage("retrieve", given | {"--k": 6}) == 2
     assert "made with other options" in capfd.readouterr().err
 
+    written = {
+        "retrieve": (given, tmp_path / "lists", "hnsw", "search"),
+        "export": (options, exported, "batch", "tokens"),
+    }
+    for command, (same, folder, group, option) in written.items():
+        manifest = json.loads((folder / "manifest.json").read_text())
+        del manifest["settings"][group][option]  # written before there was this option: its default is what was done
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        assert stage(command, same) == 0
+        assert "Already there" in capfd.readouterr().out
+
 
 def harmed(made: Path, folder: Path, how: str) -> Path:
     """A copy of the export of four interests, harmed."""
