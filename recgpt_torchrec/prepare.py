@@ -16,6 +16,9 @@ def summary(config: Prepare, result: Result) -> str:
     files, rejected, rounds, lengths = record["inputs"], record["rejected"], record["rounds"], record["lengths"]
     name = files[0]["path"] if len(files) == 1 else f"{len(files)} files"
     lines = [f"read        {record['rows']:,} rows of {name} ({size(sum(file['bytes'] for file in files))})"]
+    lines += [line(label, text) for label, text in record.get("page", []) if label != "note"]
+    if filtered := record.get("filtered"):
+        lines.append(f"where       {filtered:,} rows left out ({filtered / record['rows']:.2%}): {config.where}")
     if rejected:
         total = sum(rejected.values())
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejected.items())
@@ -24,6 +27,8 @@ def summary(config: Prepare, result: Result) -> str:
         )
     if record["duplicates_dropped"]:
         lines.append(f"duplicates  {record['duplicates_dropped']:,} dropped")
+    if "repeats_collapsed" in record:
+        lines.append(f"repeats     {record['repeats_collapsed']:,} of the item just before, collapsed")
     for number, step in enumerate(rounds, 1):
         removed = ", ".join(f"{step[f'{what}_removed']:,} {what}" for what in ("users", "items", "interactions"))
         lines.append(f"{f'{config.min_count}-core' if number == 1 else '':<11} round {number} removed {removed}")
@@ -54,6 +59,10 @@ def summary(config: Prepare, result: Result) -> str:
         f"dataset     {manifest.users:,} users, {manifest.items:,} items, {manifest.interactions:,} interactions",
         f"lengths     {quantiles}",
     ]
+    if manifest.users > 10 and lengths["max"] > manifest.interactions / 2:
+        share = lengths["max"] / manifest.interactions
+        lines.append(line("note", f"one user has {share:.0%} of all interactions: a word for `no user`, or a robot?"))
+    lines += [line(label, text) for label, text in record.get("page", []) if label == "note"]
     if result.already_there:
         lines.append(f"nothing to do: {config.output} already holds the dataset of this input and these options")
     else:
@@ -62,6 +71,11 @@ def summary(config: Prepare, result: Result) -> str:
     more = " --initial EARLIER_RUN --targets new" if extends else ""
     lines.append(f"next        python -m recgpt_torchrec.pretrain --data {config.output} --output RUN_FOLDER{more}")
     return "\n".join(lines)
+
+
+def line(label: str, text: str) -> str:
+    """A line of the summary: a label, and a text that may be long."""
+    return f"{label:<11} {text}"
 
 
 def size(count: float) -> str:

@@ -1,11 +1,17 @@
 """Options of the stage prepare."""
 
-from dataclasses import dataclass
+import codecs
+from dataclasses import dataclass, field
 from typing import Literal
 
 from recgpt_torchrec.config.checks import at_least
 from recgpt_torchrec.config.fields import changeable
 
+NULL_WORDS = ("NA", "N/A", "#N/A", "<NA>", "NaN", "nan", "-nan", "NULL", "Null", "null", "None", "none", "\\N", "NaT")
+"""Words that programs write for a value that is missing (pandas, R, Spark, Hive, MySQL, Python, Excel)."""
+SEPARATOR_WORDS = {"tab": "\t", "\\t": "\t", "space": " ", "blank": " ", "comma": ",", "semicolon": ";", "pipe": "|"}
+NONE = "none"
+"""Value of an option that says that there is no such character."""
 InputFormat = Literal["auto", "csv", "tsv", "jsonl", "parquet", "sequences", "recbole"]
 
 
@@ -24,7 +30,32 @@ class Prepare:
     input_format: InputFormat = "auto"
     """Format of the input. csv, tsv, jsonl, parquet: one row (or object) per interaction. sequences: one line per user,
     `user item item ...` in time order. recbole: tab-separated with a header of name:type fields. auto: by the ending of
-    each file name, .csv .tsv .jsonl .ndjson .parquet .txt (sequences) .inter (recbole); text formats also with .gz."""
+    each file name, .csv .tsv .jsonl .ndjson .json (lines of JSON) .parquet .pq .txt (sequences, or a table whose header
+    has the columns) .inter (recbole); text formats also with .gz .bz2 .xz .zst. Files of a folder with other endings
+    are left out, with a line about it."""
+    header: bool = True
+    """Whether the first line of csv and tsv files names the columns. false: columns are named by their place, from 0,
+    for example --user_column 0 --item_column 1 --time_column 4."""
+    separator: str | None = None
+    """Separator of the columns in text: up to four characters, such as `;` or `::`, or one of the words tab, space.
+    null: a comma for csv, a tab for tsv."""
+    quote: str | None = None
+    """Character around values that hold the separator; none: there are no quotes. null: " for csv with a separator of
+    one character, none for tsv, recbole and other separators."""
+    encoding: str = "utf-8"
+    """Encoding of text files, such as latin-1 or utf-16; any that Python knows."""
+    null_words: list[str] = field(default_factory=lambda: [*NULL_WORDS])
+    """Values that mean that there is none, beside the empty one; rows without user, item or time are set aside. []:
+    none."""
+    list_separator: str | None = None
+    """Separator of lists in the text columns of item and time, one row per user; brackets and quotes around are left
+    out. none: these columns hold no lists. null: a column that seems to hold lists is refused. Lists of JSON, Parquet
+    and RecBole (token_seq) are read as such, whatever is given here."""
+    partition_columns: list[str] = field(default_factory=list)
+    """Names of folders NAME=VALUE to read as columns. Without it, names of folders mean nothing."""
+    where: str | None = None
+    """Condition on the columns of the log; other rows are left out. An SQL expression without queries, for example
+    "event in ('cart', 'buy') and price > 0". Text compared with a number is read as one."""
     user_column: str = "user_id"
     """Column with the user key."""
     item_column: str = "item_id"
@@ -32,6 +63,9 @@ class Prepare:
     time_column: str | None = "timestamp"
     """Column with the event time: a number, kept in its own unit, or an ISO date-time, converted to seconds since 1970
     (UTC unless it has an offset). null: rows are already in time order. Not used for sequences."""
+    time_format: str | None = None
+    """Format of times in text that are neither, in strptime's codes, for example "%d/%m/%Y %H:%M". null: numbers and
+    ISO date-times with years of four digits."""
     rating_column: str | None = None
     """Column with a number to store with each interaction, in the list column `ratings`; null: none."""
     click_column: str | None = None
@@ -41,6 +75,9 @@ class Prepare:
     click_from: float = 1
     """Smallest value of click_column that is a click; rows below it were only shown. Example: 3 for ratings from 1 to 5
     of which 1 and 2 are dislikes."""
+    click_values: list[str] = field(default_factory=list)
+    """Words of click_column that are clicks, separated by commas or blanks, for example buy,cart; rows with other words
+    were only shown. To leave those rows out, use --where instead. []: click_column is a number, see click_from."""
     min_count: int = 5
     """Minimum number of interactions per user and per item (k-core, repeated until it converges); 1: keep all."""
     vocabulary: str | None = changeable(None)
@@ -50,6 +87,9 @@ class Prepare:
     vocabulary."""
     duplicates: Literal["keep", "drop"] = "keep"
     """Whether to keep or drop rows that repeat the user, item and time of another row (before min_count is applied)."""
+    repeats: Literal["keep", "collapse"] = "keep"
+    """Whether to keep consecutive interactions of a user with the same item, or collapse them to the first (before
+    min_count is applied)."""
     seed: int = 0
     """Seed of the random order in which users and items are numbered."""
     rows_per_group: int = 0
@@ -75,3 +115,32 @@ class Prepare:
             raise ValueError(f"--click_from is {self.click_from}; it must be a finite number")
         if self.click_column is None and self.click_from != 1:
             raise ValueError(f"--click_from is {self.click_from}, but no column is named; name it with --click_column")
+        self.click_values = [word for value in self.click_values for word in value.split(",") if word]
+        if self.click_values and self.click_column is None:
+            raise ValueError("--click_values says which words are clicks; name their column with --click_column")
+        if self.click_values and self.click_from != 1:
+            raise ValueError("--click_values is for words, --click_from for numbers; give one of them")
+        if self.separator == NONE:
+            raise ValueError("--separator is none; columns in text have one, such as a comma")
+        self.separator = _named_character("--separator", self.separator, 4)
+        self.quote = _named_character("--quote", self.quote, 1)
+        self.list_separator = _named_character("--list_separator", self.list_separator, 4)
+        if self.time_format is not None and (self.time_column is None or "%" not in self.time_format):
+            raise ValueError(f"--time_format is {self.time_format}; give codes such as %d/%m/%Y, with a --time_column")
+        try:
+            codecs.lookup(self.encoding)
+        except LookupError:
+            raise ValueError(
+                f"--encoding is {self.encoding}, which Python does not know; give utf-8, latin-1, utf-16, ..."
+            ) from None
+
+
+def _named_character(option: str, value: str | None, longest: int) -> str | None:
+    """The characters that an option names: a word of `SEPARATOR_WORDS`, `none`, or the characters themselves."""
+    if value is None or value == NONE:
+        return value
+    characters = SEPARATOR_WORDS.get(value, value)
+    if not 1 <= len(characters.encode()) <= longest or "\n" in characters or "\r" in characters:
+        words = " ".join(word for word in SEPARATOR_WORDS if word.isalpha())
+        raise ValueError(f"{option} is {value!r}; it must be 1 to {longest} characters, or one of {words}")
+    return characters

@@ -22,11 +22,12 @@ from recgpt_torchrec.config.fields import changeable_names, default_values
 from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.split import is_trained_on
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.preparation import earlier, queries, raw
+from recgpt_torchrec.preparation import earlier, queries
 from recgpt_torchrec.preparation.earlier import Known, KnownCodes
 from recgpt_torchrec.preparation.engine import BATCH_ROWS, DuckDBEngine
-from recgpt_torchrec.preparation.inputs import InputFile, list_files
 from recgpt_torchrec.preparation.kcore import Core, k_core
+from recgpt_torchrec.preparation.reading.files import InputFile, list_files
+from recgpt_torchrec.preparation.reading.log import RawLog, read_log, rejected_rows
 from recgpt_torchrec.preparation.writing import Fingerprint, sequence_groups
 from recgpt_torchrec.progress import progress_bar
 from recgpt_torchrec.storage import filesystem, folders
@@ -52,14 +53,14 @@ def prepare(config: Prepare) -> Result:
     began = time.monotonic()
     if config.engine != "duckdb":
         raise InputError(f"--engine {config.engine} is not available yet; use --engine duckdb")
-    files = list_files(config.input, config.input_format, config.output)
+    inputs = list_files(config.input, config)
     extended = None if config.vocabulary is None else earlier.open_earlier(config.vocabulary, config.output)
-    finished = _find_finished(config, files, extended)
+    finished = _find_finished(config, inputs.files, extended)
     if finished is not None:
         return Result(manifest=finished, seconds=time.monotonic() - began, already_there=True)
     try:
         with DuckDBEngine(_choose_scratch(config), config.memory_limit) as engine:
-            log = raw.read_log(engine, config, files)
+            log = read_log(engine, config, inputs.files, inputs.left_out)
             manifest = _write_dataset(engine, config, log, extended)
     except duckdb.OutOfMemoryException as error:
         raise InputError(
@@ -70,13 +71,13 @@ def prepare(config: Prepare) -> Result:
     return Result(manifest=manifest, seconds=time.monotonic() - began)
 
 
-def _write_dataset(engine: DuckDBEngine, config: Prepare, log: raw.RawLog, extended: Dataset | None) -> Manifest:
+def _write_dataset(engine: DuckDBEngine, config: Prepare, log: RawLog, extended: Dataset | None) -> Manifest:
     """Filter the log, assign ids, and write the dataset."""
     loaded = None if extended is None else Known.load(engine, extended)
     users, items = queries.build_codes(engine, queries.select_interacted(log.events), config.seed, loaded)
     known = None if loaded is None else loaded.join_codes(engine, users, items)
     events = engine.save("events", queries.encode_keys(log.events, users, items))
-    dropped = dropped_shown = 0
+    dropped = dropped_shown = collapsed = 0
     if config.duplicates == "drop":
         unique = engine.save("unique_events", queries.drop_repeats(events))
         dropped, dropped_shown = (
@@ -85,6 +86,11 @@ def _write_dataset(engine: DuckDBEngine, config: Prepare, log: raw.RawLog, exten
         )
         engine.drop("events")
         events = unique
+    if config.repeats == "collapse":
+        single = engine.save("single_events", queries.collapse_repeats(events))
+        collapsed = _count_rows(engine, events) - _count_rows(engine, single)
+        engine.drop(events.get_name())
+        events = single
     core = _filter_core(engine, events, config.min_count, known)
     if core.left.interactions == 0:
         raise InputError(_explain_nothing_left(engine, config, events, core, known))
@@ -152,17 +158,20 @@ def _write_dataset(engine: DuckDBEngine, config: Prepare, log: raw.RawLog, exten
         manifest.vocabulary = fingerprint.hex()
         rejected_parts: list[Part] = []
         if log.rejected:
-            tables = regroup(raw.rejected_rows(engine, log), BATCH_ROWS)
+            tables = regroup(rejected_rows(engine, log), BATCH_ROWS)
             rejected_parts = write_parts(fs, folder, "rejected", tables, config.groups_per_part)
         manifest.preparation = {
             "inputs": [asdict(file) for file in log.files],
             "rows": log.rows,
+            **({"filtered": log.filtered} if log.filtered else {}),
             "rejected": log.rejected,
             "rejected_parts": [asdict(part) for part in rejected_parts],
             "duplicates_dropped": dropped,
+            **({"repeats_collapsed": collapsed} if config.repeats == "collapse" else {}),
             "rounds": [asdict(round_) for round_ in core.rounds],
             "lengths": lengths,
             **({"exposed": exposed} if exposed else {}),
+            "page": [*log.page, *_describe_keys(engine, users, items)],
         }
         if extended is not None:
             manifest.lineage = earlier.lineage_of(extended, manifest.vocabulary)
@@ -182,6 +191,19 @@ def _write_dataset(engine: DuckDBEngine, config: Prepare, log: raw.RawLog, exten
 def group_size(users: int) -> int:
     """Number of users per row group: a small dataset has 64 groups, but each at least 16 and at most 8,192 users."""
     return min(max(-(-users // 64), 16), 8192)
+
+
+def _describe_keys(engine: DuckDBEngine, users: ir.Table, items: ir.Table) -> list[list[str]]:
+    """Notes on keys that look as if they were read with something that does not belong to them."""
+    notes = []
+    for name, keys in (("users", users), ("items", items)):
+        blank, quoted = keys.key.strip() != keys.key, keys.key.startswith('"')
+        counts = engine.row(keys.agg(blank=blank.cast("int64").sum(), quoted=quoted.cast("int64").sum()))
+        if counts["blank"]:
+            notes.append(f"the keys of {counts['blank']:,} {name} begin or end with a blank, which is kept")
+        if counts["quoted"]:
+            notes.append(f"the keys of {counts['quoted']:,} {name} begin with a quote; if values are quoted, name --quote")
+    return [["note", note] for note in notes]
 
 
 def _filter_core(engine: DuckDBEngine, events: ir.Table, min_count: int, known: KnownCodes | None) -> Core:

@@ -66,6 +66,14 @@ def drop_repeats(events: ir.Table) -> ir.Table:
     return numbered.filter(numbered.repeat == 0).drop("repeat")
 
 
+def collapse_repeats(events: ir.Table) -> ir.Table:
+    """Keep the first of a user's consecutive interactions with the same item; shown events stay, and part none."""
+    place = ibis.window(group_by=["user", "segment"], order_by=IN_TIME)
+    numbered = events.mutate(before=events.item.lag().over(place))
+    repeats = (numbered.segment == INTERACTED) & (numbered.before == numbered.item)
+    return numbered.filter(~repeats.fill_null(False)).drop("before")
+
+
 def drop_outer_shown(events: ir.Table) -> ir.Table:
     """Keep interactions, and what was shown between the first and the last of each user.
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -38,10 +39,10 @@ def file(folder: Path, name: str, content: str | bytes) -> Path:
     [
         ("log.parquet", GOOD, "log.parquet: cannot be read as parquet"),
         ("log.csv", b"PAR1\x15\x04", "is not csv but a Parquet file; pass --input_format parquet"),
-        ("log.csv", gzip.compress(GOOD.encode()), "is not csv but gzip data; name it so that it ends in .gz"),
+        ("log.csv", gzip.compress(GOOD.encode(), mtime=0), "is not csv but gzip data; name it so that it ends in .gz"),
         ("log.csv", GOOD.encode("utf-16"), "is not csv: it is not UTF-8 text"),
         ("log.csv.gz", GOOD, "log.csv.gz: cannot be read as csv"),
-        ("log.csv.gz", gzip.compress(os.urandom(9000))[:5000], "log.csv.gz: cannot be read as csv"),
+        ("log.csv.gz", gzip.compress(random.Random(0).randbytes(9000), mtime=0)[:5000], "log.csv.gz: cannot be read as csv"),
         ("log.csv", '{"user_id": 1, "item_id": 2}\n', "pass --input_format jsonl"),
         ("log.csv", GOOD.replace(",", ";"), "Is it separated by semicolons"),
         ("log.tsv", GOOD, "Is it separated by commas (csv)"),

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recgpt_torchrec.preparation import queries
-from recgpt_torchrec.preparation.rows import parse_rows
+from recgpt_torchrec.preparation.reading.rows import RowOptions, parse_rows
 from tests.preparation.prepare_helpers import Row, in_time_order, make, random_log, read_sequences, write_csv
 
 ROWS = random_log(80, users=7, items=9)
@@ -251,9 +251,10 @@ def test_the_expressions_compile_for_spark_too(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("ibis.backends.sql.compilers.pyspark.options", spark)
     names = ("user", "item", "time", "rating", "click", "fault")
     keys = dict.fromkeys(names, "string")
-    source = ibis.table({**keys, "text": "string"}, name="source")
-    typed = ibis.table({**keys, "text": "string", "time": "timestamp(6)", "user": "float64"}, name="typed")
-    log = parse_rows(source, timed=True, rated=True, labelled=True).mutate(
+    more = {"text": "string", "several_lines": "boolean", "row": "int64"}
+    source = ibis.table({**keys, **more}, name="source")
+    typed = ibis.table({**keys, **more, "time": "timestamp(6)", "user": "float64"}, name="typed")
+    log = parse_rows(source, RowOptions(timed=True, rated=True, labelled=True)).mutate(
         order=ibis.literal(0, "int64"), segment=ibis.literal(0, "int8")
     )
     users = ibis.table({"key": "string", "user": "int64"}, name="users")
@@ -263,7 +264,7 @@ def test_the_expressions_compile_for_spark_too(monkeypatch: pytest.MonkeyPatch) 
     item_ids = queries.assign_ids(items, "item", "item_id")
     kept = events.inner_join(user_ids, "user").inner_join(item_ids, "item").drop("user", "item")
     for expression in (
-        parse_rows(typed, timed=True, rated=False, labelled=False),
+        parse_rows(typed, RowOptions(timed=True, rated=False, labelled=False)),
         queries.assign_codes(log.select(key=log.user).distinct(), "user", seed=1),
         queries.drop_repeats(events),
         queries.drop_outer_shown(kept),

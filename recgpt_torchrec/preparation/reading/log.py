@@ -15,10 +15,12 @@ import pyarrow as pa
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.data.segments import EXPOSED, INTERACTED
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.preparation.duckdb_reader import LOG, MALFORMED, DuckDBReader, shorten
 from recgpt_torchrec.preparation.engine import DuckDBEngine
-from recgpt_torchrec.preparation.inputs import InputFile
-from recgpt_torchrec.preparation.rows import BLANK
+from recgpt_torchrec.preparation.reading import understanding
+from recgpt_torchrec.preparation.reading.dialect import shorten
+from recgpt_torchrec.preparation.reading.duckdb_reader import MALFORMED, DuckDBReader, log_table
+from recgpt_torchrec.preparation.reading.files import InputFile
+from recgpt_torchrec.preparation.reading.rows import FILTERED, SILENT
 from recgpt_torchrec.progress import progress_bar
 
 
@@ -33,93 +35,133 @@ class RawLog:
     """Number of usable rows that were shown and not clicked; the others are interactions."""
     timed: bool
     rows: int
-    """Number of rows read: usable and rejected."""
+    """Number of rows read: usable, left out by --where, and rejected."""
+    filtered: int
+    """Number of rows that --where left out."""
     rejected: dict[str, int]
     """Number of rejected rows by reason."""
     files: list[InputFile]
     first_rows: list[int]
     """[files] index in the input of each file's first row."""
     header_lines: list[int]
+    page: list[list[str]]
+    """What was understood of the log, in lines of a label and a text."""
 
 
-def read_log(engine: DuckDBEngine, config: Prepare, files: list[InputFile]) -> RawLog:
+def read_log(engine: DuckDBEngine, config: Prepare, files: list[InputFile], left_out: list[str]) -> RawLog:
     """Read every file into the engine.
+
+    Args:
+        engine: where the rows are stored.
+        config: options of the stage.
+        files: to read, in this order.
+        left_out: paths of files beside them that are not read.
 
     Raises:
         InputError: a file is not of its format or lacks a column, no row can be used, or the column that should tell
             clicked rows from shown ones does not.
     """
-    unlabelled = [file.path for file in files if file.format == "sequences"] if config.click_column else []
-    if unlabelled:
+    timed = config.time_column is not None
+    reader = DuckDBReader(engine, config)
+    reader.open_all(files)
+    histories = [file.path for file, dialect in zip(files, reader.dialects, strict=True) if dialect.is_histories]
+    if histories and config.click_column:
         raise InputError(
-            f"--click_column {config.click_column}: {unlabelled[0]} is of the format sequences, which has no columns "
+            f"--click_column {config.click_column}: {histories[0]} is of the format sequences, which has no columns "
             "and does not say what was shown; leave the option out, or give a log with a row for each event"
         )
-    timed = config.time_column is not None and any(file.format != "sequences" for file in files)
-    if timed and any(file.format == "sequences" for file in files):
+    if timed and histories and len(histories) < sum(file.bytes > 0 for file in files):
         raise InputError(
             "--input mixes files of the format sequences, which have no times, with others that have them; "
             "prepare them separately"
         )
-    reader = DuckDBReader(engine, config, timed)
+    timed = reader.timed = timed and not histories
     total = sum(file.bytes for file in files)
     with progress_bar(total, "bytes", unit_scale=True, desc="reading: ", leave=False) as bar:
         for index, file in enumerate(files):
             bar.set_postfix_str(os.path.basename(file.path))
             reader.load(index, file)
             bar.update(file.bytes)
-    usable = LOG.filter(LOG.problem.isnull())
+    table = reader.table
+    usable = table.filter(table.problem.isnull())
     segment = ibis.literal(INTERACTED, "int8")
     if config.click_column:
-        segment = ibis.cases((usable.click < config.click_from, EXPOSED), else_=INTERACTED).cast("int8")
+        segment = ibis.cases((_is_shown(usable, config), EXPOSED), else_=INTERACTED).cast("int8")
     columns = ["user", "item", "time", "fraction", "order", *(["rating"] if config.rating_column else [])]
-    rejected = {row["problem"]: row["n"] for row in engine.rows(LOG.group_by("problem").agg(n=LOG.count()))}
-    rows = rejected.pop(None, 0)
-    rejected.pop(BLANK, None)
+    rejected = {row["problem"]: row["n"] for row in engine.rows(table.group_by("problem").agg(n=table.count()))}
+    rows, filtered = rejected.pop(None, 0), rejected.get(FILTERED, 0)
+    for problem in SILENT:
+        rejected.pop(problem, None)
     for row in engine.rows(MALFORMED.group_by("reason").agg(n=MALFORMED.count())):
         rejected[row["reason"]] = rejected.get(row["reason"], 0) + row["n"]
     result = RawLog(
         events=usable.select(*columns, segment=segment),
-        exposed=_count_exposed(engine, config, rows),
+        exposed=_count_exposed(engine, config, usable, rows),
         timed=timed,
-        rows=rows + sum(rejected.values()),
+        rows=rows + filtered + sum(rejected.values()),
+        filtered=filtered,
         rejected=dict(sorted(rejected.items())),
         files=files,
         first_rows=reader.first_rows,
         header_lines=reader.header_lines,
+        page=[],
     )
     names = files[0].path if len(files) == 1 else f"the {len(files)} input files"
     if result.rows == 0:
         raise InputError(f"{names}: empty, there are no rows to prepare")
+    remedies = understanding.remedies(engine, config, reader, result.rejected)
     if rows == 0:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in result.rejected.items())
+        counts = {**result.rejected, **({FILTERED: filtered} if filtered else {})}
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
         shown = next((batch.to_pylist()[0] for batch in rejected_rows(engine, result) if batch.num_rows), None)
         example = f". For example {shown['file']}, row {shown['row']}: {shorten(shown['text'])}" if shown else ""
-        raise InputError(f"{names}: none of the {result.rows:,} rows can be used ({reasons}){example}")
+        advice = "".join(f"; {remedy}" for remedy in remedies)
+        raise InputError(f"{names}: none of the {result.rows:,} rows can be used ({reasons}){example}{advice}")
+    result.page = understanding.page(engine, config, reader, files, left_out, remedies)
     return result
 
 
-def _count_exposed(engine: DuckDBEngine, config: Prepare, rows: int) -> int:
+def _is_shown(usable: ir.Table, config: Prepare) -> ir.BooleanValue:
+    """Whether rows were shown and not clicked."""
+    return ~usable.click.isin(config.click_values) if config.click_values else usable.click < config.click_from
+
+
+def _count_exposed(engine: DuckDBEngine, config: Prepare, usable: ir.Table, rows: int) -> int:
     """Count the usable rows, of `rows`, that were shown and not clicked.
 
     Raises:
-        InputError: these are all rows or none, although there is a click column.
+        InputError: these are all rows or none, although there is a click column; or a word of `click_values` is in
+            none.
     """
     if not config.click_column or not rows:
         return 0
-    usable = LOG.filter(LOG.problem.isnull())
-    shown = (usable.click < config.click_from).cast("int64").sum()
-    clicks = engine.row(usable.agg(shown=shown, lowest=usable.click.min(), highest=usable.click.max()))
-    if 0 < clicks["shown"] < rows:
-        return int(clicks["shown"])
+    by_value = usable.group_by("click").agg(n=usable.count(), shown=_is_shown(usable, config).cast("int64").sum())
+    values = engine.rows(by_value.order_by(ibis.desc("n"), "click").limit(20))
+    shown = int(engine.row(by_value.agg(shown=by_value.shown.sum()))["shown"])
+    counts = ", ".join(f"{row['click']} ({row['n']:,})" for row in values)
+    if config.click_values:
+        known = engine.rows(by_value.filter(by_value.click.isin(config.click_values)).select("click"))
+        missing = [word for word in config.click_values if word not in [row["click"] for row in known]]
+        if missing:
+            raise InputError(
+                f"--click_values {','.join(config.click_values)}: no row has {' or '.join(map(repr, missing))} in "
+                f"{config.click_column}, whose values are {counts}. Give words of that column"
+            )
+    if 0 < shown < rows:
+        return shown
+    if config.click_values:
+        raise InputError(
+            f"--click_values {','.join(config.click_values)} are all values of {config.click_column}: {counts}. Name "
+            "those that are clicks, or leave --click_column out, where the log holds interactions only"
+        )
+    clicks = engine.row(usable.agg(lowest=usable.click.min(), highest=usable.click.max()))
     lowest, highest = (f"{clicks[name]:g}" for name in ("lowest", "highest"))
-    values = f"always {lowest}" if lowest == highest else f"from {lowest} to {highest}"
-    outcome = "every row was only shown" if clicks["shown"] else "no row was only shown, all were clicked"
+    range_ = f"always {lowest}" if lowest == highest else f"from {lowest} to {highest}"
+    outcome = "every row was only shown" if shown else "no row was only shown, all were clicked"
     raise InputError(
         f"--click_column {config.click_column} does not tell shown rows from clicked ones: {outcome}, as its values in "
-        f"{rows:,} usable rows are {values} and a click is at least {config.click_from:g}. Give another --click_from "
-        "or another column"
-        + ("" if clicks["shown"] else "; or leave --click_column out, where the log holds interactions only")
+        f"{rows:,} usable rows are {range_} and a click is at least {config.click_from:g}. Give another --click_from "
+        "or another column" + ("" if shown else "; or leave --click_column out, where the log holds interactions only")
     )
 
 
@@ -137,8 +179,9 @@ def rejected_rows(engine: DuckDBEngine, log: RawLog) -> Iterator[pa.RecordBatch]
         for file, line in zip(rows["file"], rows["line"], strict=True):
             lines.setdefault(file, []).append(line)
         yield pa.record_batch([paths[rows["file"]].tolist(), rows["line"], rows["reason"], rows["text"]], schema=schema)
-    bad = LOG.filter(LOG.problem.notnull(), LOG.problem != BLANK).order_by("order")
-    for batch in engine.batches(bad.select("problem", "text", "order")):
+    table = log_table()
+    bad = table.filter(table.problem.notnull(), ~table.problem.isin(SILENT)).order_by("order")
+    for batch in engine.batches(bad.select("problem", "text", "order", "row")):
         order = batch.column("order").to_numpy()
         files = np.searchsorted(log.first_rows, order, side="right") - 1
         rows_in_file = order - np.array(log.first_rows)[files] + 1
@@ -150,5 +193,7 @@ def rejected_rows(engine: DuckDBEngine, log: RawLog) -> Iterator[pa.RecordBatch]
             rows_in_file[of_file] += (
                 np.searchsorted(before, rows_in_file[of_file] - 1, side="right") + log.header_lines[file]
             )
+        listed = batch.column("row").to_numpy(zero_copy_only=False)  # of rows that hold lists
+        rows_in_file = np.where(np.isnan(listed), rows_in_file, np.nan_to_num(listed)).astype(np.int64)
         columns = [paths[files].tolist(), rows_in_file, batch.column("problem"), batch.column("text")]
         yield pa.record_batch(columns, schema=schema)

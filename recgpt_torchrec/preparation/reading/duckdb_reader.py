@@ -1,0 +1,346 @@
+"""Loads raw files of every format into DuckDB: the part of reading a log that depends on the engine.
+
+Fills two tables: `log_rows`, the rows as `rows.parse_rows` returns them, in the order of the input; and `malformed`,
+the lines that cannot be split into columns.
+"""
+
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import duckdb
+import ibis
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recgpt_torchrec.config import Prepare
+from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.preparation.engine import DuckDBEngine, quote_sql
+from recgpt_torchrec.preparation.reading.copies import engine_copy
+from recgpt_torchrec.preparation.reading.dialect import Dialect, find_dialect
+from recgpt_torchrec.preparation.reading.files import InputFile
+from recgpt_torchrec.preparation.reading.json_lines import JsonLines, usable_keys
+from recgpt_torchrec.preparation.reading.parquet import Parquet
+from recgpt_torchrec.preparation.reading.rows import FILTERED, RowOptions, parse_rows
+from recgpt_torchrec.preparation.reading.separated import Separated
+from recgpt_torchrec.preparation.reading.source import Column, Source, explain_missing, wanted_columns
+from recgpt_torchrec.preparation.reading.where import compile_where
+from recgpt_torchrec.storage import fsspec_filesystem, remote
+
+LONGEST_LINE = 16 * 2**20
+"""Maximum length of a line of a text file, in bytes; a longer one is malformed."""
+FAULTS = {
+    "INVALID ENCODING": "not UTF-8",
+    "LINE SIZE OVER MAXIMUM": "line too long",
+    "UNQUOTED VALUE": "unclosed or stray quote",
+}
+"""Reasons for which the engine cannot split a line, beside `malformed line`."""
+MALFORMED_LINE = "malformed line"
+
+MALFORMED = ibis.table({"file": "int64", "line": "int64", "reason": "string", "text": "string"}, name="malformed")
+"""Lines that cannot be split into columns: index of the file from 0, number of the line from 1."""
+
+
+def log_table(click_type: str = "float64") -> ibis.expr.types.Table:
+    """The rows that `DuckDBReader` loads, as `rows.parse_rows` returns them; `order` is their index in the input."""
+    columns = {"user": "string", "item": "string", "time": "int64", "fraction": "float64", "rating": "float64"}
+    more = {"click": click_type, "problem": "string", "text": "string", "flags": "int8", "row": "int64"}
+    return ibis.table({**columns, **more, "order": "int64"}, name="log")
+
+
+@dataclass
+class FileReport:
+    """How one file was understood."""
+
+    dialect: Dialect
+    first_row: int
+    """Index in the input of the file's first row."""
+    columns: dict[str, Column] = field(default_factory=dict)
+    """The columns that are read, by what they are: user, item, ..."""
+    places: int = 0
+    """Number of columns of a table in text."""
+    notes: list[str] = field(default_factory=list)
+
+
+class DuckDBReader:
+    """Loads files, one after the other, into the tables `log_rows` and `malformed`."""
+
+    def __init__(self, engine: DuckDBEngine, config: Prepare) -> None:
+        self.engine, self.config, self.timed = engine, config, config.time_column is not None
+        self.dialects: list[Dialect] = []
+        self.first_rows: list[int] = []
+        self.header_lines: list[int] = []
+        self.reports: dict[str, FileReport] = {}
+        """How each file that is not empty was understood, by path."""
+        self.run = engine.connection.execute
+        click = "VARCHAR" if config.click_values else "DOUBLE"
+        self.table = log_table("string" if config.click_values else "float64")
+        self.run(
+            "CREATE TABLE log_rows (user VARCHAR, item VARCHAR, time BIGINT, fraction DOUBLE, rating DOUBLE, "
+            f"click {click}, problem VARCHAR, text VARCHAR, flags TINYINT, row BIGINT)"
+        )
+        self.run('CREATE VIEW log AS SELECT *, rowid AS "order" FROM log_rows')  # rows keep the order of loading
+        self.run("CREATE TABLE malformed (file BIGINT, line BIGINT, reason VARCHAR, text VARCHAR)")
+
+    def open_all(self, files: list[InputFile]) -> None:
+        """Decide how each file is to be read, by its first lines.
+
+        Raises:
+            InputError: a file is not of its format, or looks like something else.
+        """
+        for self.file in files:
+            with self._explained():
+                if self.file.format != "parquet" and self.file.bytes:
+                    self._check_text()
+                self.dialects.append(find_dialect(self.file, self.config))
+
+    def load(self, index: int, file: InputFile) -> None:
+        """Load one file, after `open_all`.
+
+        Args:
+            index: index of the file in the input.
+            file: the file.
+
+        Raises:
+            InputError: the file is not of its format, or lacks a column.
+        """
+        self.first_rows.append(self._count("log_rows"))
+        self.index, self.file, self.dialect = index, file, self.dialects[index]
+        self.header_lines.append(int(self.dialect.format == "csv" and self.dialect.header))
+        self.columns = wanted_columns(self.config, self.timed)
+        if file.bytes == 0:
+            return
+        if remote(file.path):
+            protocol = file.path.partition("://")[0]
+            if not self.engine.connection.filesystem_is_registered(protocol):
+                self.engine.connection.register_filesystem(fsspec_filesystem(file.path)[0])
+        self.report = self.reports[file.path] = FileReport(self.dialect, self.first_rows[-1])
+        with self._explained(), engine_copy(file, self.engine.scratch, self.config.encoding) as self.copy:
+            getattr(self, f"_load_{self.dialect.format}")()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Make an `InputError` that names the file of what the engine or a library says of it."""
+        try:
+            yield
+        except (duckdb.OutOfMemoryException, duckdb.InterruptException):
+            raise
+        except (duckdb.Error, OSError, EOFError, pa.ArrowException, lzma.LZMAError, zlib.error) as error:
+            message = str(error).strip().split("\n")[0].replace(f'"{self.engine.scratch}/', '"')
+            raise InputError(f"{self.file.path}: cannot be read as {self.file.format}: {message}") from None
+
+    # -- formats
+
+    def _load_csv(self) -> None:
+        table = Separated(self.file, self.config, self.dialect, self.columns)
+
+        def text_source(names: list[str]) -> str:
+            return self._text_source(names, self.dialect.separator, self.dialect.quote, header=self.dialect.header)
+
+        self.report.places = len(table.names)
+        source = table.source(text_source, bool(self.dialect.quote) and self._holds(self.dialect.quote))
+        self.report.notes += table.notes
+        self._insert(source, table.find)
+        self._move_malformed()
+
+    def _load_jsonl(self) -> None:
+        lines = JsonLines(self.file, self.config, self.columns)
+        source = lines.source(self._line_source())
+        start = self.first_rows[-1]
+        self._insert(source, lines.find)
+        self._move_malformed()
+        # A key may be absent from some rows; if it is absent from all, its name is wrong.
+        usable, rated = self._fetch(
+            f"SELECT count(*), count(rating) FROM log_rows WHERE rowid >= {start} AND problem IS NULL"
+        )
+        if not usable or ("rating" in self.columns and not rated):
+            keys = usable_keys(self._fetch, _make_lenient(source.relation))
+            self._drop_faults()
+            for role, column in self.columns.items():
+                if keys and column.split(".")[0] not in keys and column not in [*keys, *self.config.partition_columns]:
+                    raise explain_missing(self.file, role, column, keys, self.config)
+
+    def _load_sequences(self) -> None:
+        source = self._line_source()
+        self._drop_faults()
+        words = "regexp_split_to_array(trim(line, ' \t\r'), '\\s+')"
+        self._run_text(f"CREATE TABLE lines AS SELECT trim(line, ' \t\r') AS line, {words} AS words FROM {source}")
+        self._move_malformed()
+        self.run(
+            f"INSERT INTO malformed SELECT {self.index}, rowid + 1, 'no item', line FROM lines "
+            "WHERE line <> '' AND len(words) < 2"
+        )
+        self.run(
+            "INSERT INTO log_rows SELECT words[1], unnest(words[2:]), NULL, 0, NULL, NULL, NULL, NULL, 0, NULL "
+            "FROM lines WHERE len(words) >= 2"
+        )
+        self.run("DROP TABLE lines")
+
+    def _load_parquet(self) -> None:
+        if self.file.compression:
+            schema = pq.read_schema(self.copy.path)
+        else:
+            with self.file.open() as stream:
+                schema = pq.read_schema(stream)
+        table = Parquet(self.file, self.config, schema, self.columns)
+        # Parquet statistics leave NaN out, and DuckDB 2.0 relies on them: isnan is never true, and try_cast fails where
+        # it should return null.
+        self.run("SET disabled_optimizers = 'statistics_propagation'")
+        self._insert(table.source(self.copy.path), table.find)
+        self.run("RESET disabled_optimizers")
+
+    # -- shared
+
+    def _check_text(self) -> None:
+        """Raise an `InputError` if the file is not text, which a text reader would misread."""
+        path, format = self.file.path, self.file.format
+        with self.file.open() as stream:
+            start = stream.read(65536)
+        if start[:4] == b"PAR1":
+            raise InputError(f"{path} is not {format} but a Parquet file; pass --input_format parquet")
+        for magic, name, ending in ((b"\x1f\x8b", "gzip", ".gz"), (b"BZh", "bzip2", ".bz2"), (b"PK\3\4", "zip", "")):
+            if start.startswith(magic) and (ending or b"\0" in start[:64]):
+                remedy = f"name it so that it ends in {ending}" if ending else "unpack it first"
+                raise InputError(f"{path} is not {format} but {name} data; {remedy}")
+        if start[:2] in (b"\xff\xfe", b"\xfe\xff") and self.config.encoding == "utf-8":
+            raise InputError(f"{path} is not {format} in UTF-8 text but in UTF-16; pass --encoding utf-16")
+        if b"\0" in start and self.config.encoding == "utf-8":
+            raise InputError(f"{path} is not {format}: it is not UTF-8 text (it holds zero bytes)")
+
+    def _holds(self, character: str) -> bool:
+        """Whether a local, uncompressed file holds a character; true for others, which cost more to look through."""
+        if remote(self.copy.path) or self.copy.compression != "none":
+            return True
+        with open(self.copy.path, "rb") as stream:
+            while chunk := stream.read(2**22):
+                if character.encode() in chunk:
+                    return True
+        return False
+
+    def _text_source(self, columns: list[str], delimiter: str, quote: str, *, header: bool) -> str:
+        """SQL that reads the file with every column as text. `_move_malformed` must follow its use."""
+        kinds = ", ".join(f"{quote_sql(column)}: 'VARCHAR'" for column in columns)
+        return (
+            f"read_csv({quote_sql(self.copy.path)}, auto_detect=false, header={header}, delim={quote_sql(delimiter)}, "
+            f"quote={quote_sql(quote)}, escape={quote_sql(quote)}, columns={{{kinds}}}, hive_partitioning=false, "
+            f"compression={quote_sql(self.copy.compression)}, max_line_size={LONGEST_LINE}, "
+            f"buffer_size={2 * LONGEST_LINE}, strict_mode=STRICT, store_rejects=true, rejects_table='reader_faults', "
+            "rejects_scan='reader_scans', rejects_limit=0)"
+        )
+
+    def _line_source(self) -> str:
+        """SQL that reads the file as one column, `line`: its delimiter is a character that no sensible line holds."""
+        return self._text_source(["line"], chr(31), "", header=False)
+
+    def _insert(self, source: Source, find: Callable[[str], Column]) -> None:
+        """Add the rows of a source to `log_rows`; `find` returns the columns of `--where`."""
+        self.report.columns = source.columns
+        self._drop_faults()
+        where = ""
+        if self.config.where is not None:
+            where = compile_where(self.config.where, find)
+            self._check_where(where, source.relation)
+        chosen, kinds = {}, {}
+        for role in ("user", "item", "time", "rating", "click"):
+            column = source.columns.get(role)
+            chosen[role] = "NULL::VARCHAR" if column is None else column.sql
+            kinds[role] = ibis.dtype("string") if column is None else column.type
+        faults = [column.fault for column in source.columns.values() if column.fault]
+        fault = f"coalesce(({source.fault})::VARCHAR, {', '.join([*faults, 'NULL'])})"
+        if where:  # a row of another kind is left out whatever else is wrong with it, but not a malformed one
+            filtered = f"WHEN ({where}) IS NOT TRUE THEN {quote_sql(FILTERED)}"
+            fault = f"CASE WHEN ({source.fault}) IS NOT NULL THEN ({source.fault})::VARCHAR {filtered} ELSE {fault} END"
+        row = source.row_number if source.has_lists else "NULL::BIGINT"
+        values = ", ".join(f"{sql} AS {role}" for role, sql in chosen.items())
+        select = (
+            f"SELECT {values}, {fault} AS fault, {source.text} AS text, "
+            f"{source.several_lines or 'false'} AS several_lines, {row} AS row FROM {source.relation}"
+        )
+        lists = [role for role, column in source.columns.items() if column.is_list]
+        if lists:
+            select = self._unnest(select, lists)
+        more = {"fault": "string", "text": "string", "several_lines": "boolean", "row": "int64"}
+        table = ibis.table({**kinds, **more}, name="source")
+        options = RowOptions(
+            timed=self.timed,
+            rated="rating" in self.columns,
+            labelled="click" in self.columns,
+            null_words=self.config.null_words,
+            time_format=self.config.time_format,
+            click_values=self.config.click_values,
+        )
+        rows = self.engine.sql(parse_rows(table, options))
+        self._run_text(f"INSERT INTO log_rows WITH source AS ({select}) {rows}")
+        if lists:
+            (count,) = self._fetch(f"SELECT count(DISTINCT row) FROM log_rows WHERE rowid >= {self.first_rows[-1]}")
+            entries = self._count("log_rows") - self.first_rows[-1]
+            self.report.notes.append(f"{self.file.path}: {count:,} rows hold lists, {entries:,} entries in all")
+
+    def _unnest(self, select: str, lists: list[str]) -> str:
+        """One row per element of the lists; a row with a fault or an empty list stays one row.
+
+        Raises:
+            InputError: the items are no lists, but others are.
+        """
+        if "item" not in lists:
+            raise InputError(
+                f"{self.file.path}: the {lists[0]} is a list and the item is not; name a column of lists with "
+                "--item_column, or one of single values for the other"
+            )
+        same = " AND ".join(["true", *(f"len({role}) = len(item)" for role in lists[1:] if role != "item")])
+        fault = f"CASE WHEN fault IS NULL AND len(item) > 0 AND ({same}) IS NOT TRUE THEN 'lists of different lengths' "
+        checked = f"SELECT * REPLACE ({fault} ELSE fault END AS fault) FROM ({select})"
+        whole = "fault IS NULL AND len(item) > 0"
+        each = ", ".join(f"unnest(CASE WHEN {whole} THEN {role} ELSE [NULL] END) AS {role}" for role in lists)
+        return f"SELECT * EXCLUDE ({', '.join(lists)}), {each} FROM ({checked})"
+
+    def _check_where(self, where: str, relation: str) -> None:
+        try:
+            self.run(f"SELECT {where} FROM {relation.replace('strict_mode=STRICT', 'strict_mode=true')} LIMIT 0")
+        except duckdb.Error as error:
+            message = str(error).strip().split("\n")[0]
+            raise InputError(
+                f"--where {self.config.where!r} cannot be computed for {self.file.path}: {message}"
+            ) from None
+        self._drop_faults()
+
+    def _run_text(self, statement: str) -> None:
+        """Run a statement with a text source in strict mode, or in lenient mode if line endings are mixed."""
+        try:
+            self.run(statement.replace("strict_mode=STRICT", "strict_mode=true"))
+        except duckdb.InvalidInputException as error:
+            if "state machine" not in str(error):
+                raise
+            self._drop_faults()
+            self.run(_make_lenient(statement))
+            self.report.notes.append(f"{self.file.path}: line endings are mixed, so stray quotes are taken literally")
+
+    def _drop_faults(self) -> None:
+        self.run("DROP TABLE IF EXISTS reader_faults")
+        self.run("DROP TABLE IF EXISTS reader_scans")
+
+    def _move_malformed(self) -> None:
+        """Move the lines that the reader could not split to `malformed`; one that swallowed others counts with them."""
+        reasons = " ".join(f"WHEN {quote_sql(kind)} THEN {quote_sql(name)}" for kind, name in FAULTS.items())
+        self.run(
+            "INSERT INTO malformed SELECT index, line + unnest(range(len(lines))), reason, unnest(lines) "
+            f"FROM (SELECT {self.index} AS index, line, "
+            f"CASE any_value(error_type::VARCHAR) {reasons} ELSE {quote_sql(MALFORMED_LINE)} END AS reason, "
+            "string_split(trim(any_value(csv_line), chr(10)), chr(10)) AS lines FROM reader_faults GROUP BY line)"
+        )
+        self._drop_faults()
+
+    def _count(self, table: str) -> int:
+        return int(self._fetch(f"SELECT count(*) FROM {table}")[0])
+
+    def _fetch(self, statement: str) -> tuple[Any, ...]:
+        (row,) = self.run(statement).fetchall()
+        return tuple(row)
+
+
+def _make_lenient(statement: str) -> str:
+    """The statement in lenient mode, which accepts mixed line endings and stray quotes."""
+    return statement.replace("strict_mode=STRICT", "strict_mode=false")
