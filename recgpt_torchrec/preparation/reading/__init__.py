@@ -1,0 +1,1 @@
+"""Reads raw interaction logs of every format into the engine."""

@@ -1,0 +1,148 @@
+"""Tables in text: csv, tsv, RecBole's atomic files, and any other separator."""
+
+from collections.abc import Callable
+
+from recgpt_torchrec.config import Prepare
+from recgpt_torchrec.config.prepare import NONE
+from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.preparation.engine import quote_sql
+from recgpt_torchrec.preparation.reading.dialect import (
+    RECBOLE_TYPES,
+    Dialect,
+    cells_of,
+    find_list_separator,
+    first_lines,
+    shorten,
+)
+from recgpt_torchrec.preparation.reading.files import InputFile
+from recgpt_torchrec.preparation.reading.source import Column, Source, explain_missing, partition_column
+
+LISTS = ("item", "time")
+"""Columns of text in which lists are looked for."""
+HEADER_NAMES = {"user_id", "item_id", "timestamp", "user", "item", "time", "userid", "itemid", "rating", "event"}
+
+
+class Separated:
+    """The columns of one table in text."""
+
+    def __init__(self, file: InputFile, config: Prepare, dialect: Dialect, wanted: dict[str, str]) -> None:
+        self.file, self.config, self.dialect, self.wanted = file, config, dialect, wanted
+        self.notes: list[str] = []
+        lines = first_lines(file, config.encoding)
+        cells = cells_of(lines, dialect)
+        first = [cell.strip() for cell in cells[0]] if cells else []
+        self.rows = cells[1:] if dialect.header else cells
+        self.types = [""] * len(first)
+        if dialect.recbole:
+            self.names, self.types = self._recbole_names(first)
+        else:
+            self.names = first if dialect.header else [str(place) for place in range(len(first))]
+
+    def source(self, text_source: Callable[[list[str]], str], has_quotes: bool) -> Source:
+        """The rows of the file.
+
+        Args:
+            text_source: returns SQL that reads the file with these names for its columns, all of them text.
+            has_quotes: whether values may be in quotes, and so hold line breaks.
+
+        Raises:
+            InputError: a column is absent, ambiguous, or seems to hold lists.
+        """
+        columns = {role: self._find(role, name) for role, name in self.wanted.items()}
+        self._note_header(columns)
+        places = [f"c{place}" for place in range(len(self.names))]
+        text = ", ".join(f"coalesce({place}, '')" for place in places)
+        return Source(
+            relation=text_source(places),
+            columns=columns,
+            text=f"array_to_string([{text}], {quote_sql(self.dialect.separator)})",
+            several_lines=" OR ".join(f"contains({place}, chr(10))" for place in places) if has_quotes else "",
+        )
+
+    def find(self, name: str) -> Column:
+        """The column of a name in `--where`.
+
+        Raises:
+            InputError: there is none, or more than one.
+        """
+        if name in self.config.partition_columns:
+            return partition_column(self.file, name, self.names)
+        if not self.dialect.header and name.startswith("column"):
+            name = name.removeprefix("column")  # as a place is no name of SQL
+        if name not in self.names:
+            raise InputError(f"--where: {self.file.path} has no column {name!r}; it has {', '.join(self.names)}")
+        return self._place(name)
+
+    def _find(self, role: str, name: str) -> Column:
+        if name in self.config.partition_columns:
+            return partition_column(self.file, name, self.names)
+        if name not in self.names:
+            raise explain_missing(self.file, role, name, self.names, self.config)
+        column = self._place(name)
+        return self._as_list(role, column) if role in LISTS else column
+
+    def _place(self, name: str) -> Column:
+        if (count := self.names.count(name)) > 1:
+            raise InputError(
+                f"{self.file.path} has {count} columns {name!r}, so it is unclear which one is meant; rename them, or "
+                "skip the header and name columns by place: --header false with --where or one row set aside"
+            )
+        return Column(name=name, sql=f"c{self.names.index(name)}")
+
+    def _as_list(self, role: str, column: Column) -> Column:
+        """The column as one of lists, if it holds them.
+
+        Raises:
+            InputError: it seems to, and no option says how they are separated.
+        """
+        place = self.names.index(column.name)
+        given = self.config.list_separator
+        if self.types[place].endswith("_seq"):
+            separator: str | None = " "
+        elif given == NONE:
+            return column
+        else:
+            values = [row[place] for row in self.rows if len(row) == len(self.names)]
+            separator = given
+            if given is None and (seen := find_list_separator(values)) is not None:
+                shown = next(value for value in values if find_list_separator([value]) is not None)
+                raise InputError(
+                    f"{self.file.path}: column {column.name!r} for the {role} seems to hold lists, such as "
+                    f"{shorten(shown, 40)!r}. Pass --list_separator '{seen}' to read one interaction per element, or "
+                    "--list_separator none if each is one value"
+                )
+        if separator is None or (role == "time" and not self.types[place] and not self._holds(place, separator)):
+            return column
+        brackets, quotes = quote_sql("[](){} "), quote_sql(" \"'")
+        elements = f"string_split(trim({column.sql}, {brackets}), {quote_sql(separator)})"
+        sql = f"list_transform({elements}, lambda element: trim(element, {quotes}))"
+        return Column(name=column.name, sql=sql, kind="list in text", is_list=True)
+
+    def _holds(self, place: int, separator: str) -> bool:
+        """Whether a value of the sample holds the separator."""
+        return any(separator in row[place] for row in self.rows if len(row) == len(self.names))
+
+    def _note_header(self, columns: dict[str, Column]) -> None:
+        """Note what may be wrong about the header."""
+        if self.dialect.header:
+            numbers = [c.name for c in columns.values() if c.name.isdigit() and c.name != c.sql[1:]]
+            if len(numbers) == len(columns):
+                self.notes.append(
+                    f"{self.file.path}: the first line is taken for the names of columns ({', '.join(numbers)}); if it "
+                    "is a row, pass --header false with columns by place, from 0"
+                )
+        elif self.rows and HEADER_NAMES & {cell.strip().lower() for cell in self.rows[0]}:
+            self.notes.append(
+                f"{self.file.path}: the first line looks like names of columns, and is read as a row because of "
+                "--header false"
+            )
+
+    def _recbole_names(self, header: list[str]) -> tuple[list[str], list[str]]:
+        pairs = [name.rpartition(":") for name in header]
+        if not all(name and kind in RECBOLE_TYPES for name, _, kind in pairs):
+            raise InputError(
+                f"{self.file.path} is not a RecBole file: its first line must be tab-separated name:type fields "
+                f"with types {', '.join(RECBOLE_TYPES)}, for example user_id:token; "
+                f"it is {shorten(chr(9).join(header))!r}"
+            )
+        return [name for name, _, _ in pairs], [kind for _, _, kind in pairs]

@@ -1,0 +1,88 @@
+"""What the times of a log are: their range in words, and formats for those that cannot be read."""
+
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+FORMATS = (
+    "%d/%m/%Y",
+    "%m/%d/%Y",
+    "%Y/%m/%d",
+    "%d-%m-%Y",
+    "%m-%d-%Y",
+    "%d.%m.%Y",
+    "%d-%m-%y",
+    "%m-%d-%y",
+    "%y-%m-%d",
+    "%d/%m/%y",
+    "%m/%d/%y",
+    "%d-%b-%Y",
+    "%d-%b-%y",
+    "%d %b %Y",
+    "%b %d, %Y",
+    "%Y-%m-%d",
+)
+"""Dates that logs hold beside ISO's."""
+CLOCKS = (
+    "",
+    " %H:%M",
+    " %H:%M:%S",
+    " %H:%M:%S.%f",
+    " %H:%M:%S,%f",
+    "T%H:%M:%S,%f",
+    " %I:%M %p",
+    " %I:%M:%S %p",
+    " %H:%M:%S %z",
+)
+WHOLE = ("%a %b %d %H:%M:%S %z %Y", "%a, %d %b %Y %H:%M:%S %z", "%d/%b/%Y:%H:%M:%S %z", "%a %b %d %H:%M:%S %Y")
+"""Formats of Twitter, of mail, of web servers, and of C's ctime."""
+UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
+FORMS = "numbers, or date-times such as 2019-10-01, 2019-10-01 08:26:05 or 2019-10-01T08:26:05.123Z"
+
+
+def suggest_formats(texts: Sequence[str]) -> list[str]:
+    """Formats for `--time_format` that read all of some times; several if day and month could be either."""
+    candidates = [*WHOLE, *(date + clock for date in FORMATS for clock in CLOCKS)]
+    return [format for format in candidates if texts and all(_reads(text.strip(), format) for text in texts)]
+
+
+def _reads(text: str, format: str) -> bool:
+    try:
+        return datetime.strptime(text, format).year > 1900
+    except ValueError:
+        return False
+
+
+def explain_unreadable(texts: Sequence[str]) -> str:
+    """What to do about times that cannot be read, given some of them."""
+    formats = suggest_formats(texts)
+    example = repr(texts[0]) if texts else "theirs"
+    if formats:
+        options = " or ".join(f"--time_format '{format}'" for format in formats[:2])
+        either = " (day and month could be either)" if len(formats) > 1 else ""
+        return f"times are {FORMS}; for {example} pass {options}{either}"
+    return f"times are {FORMS}; for others, such as {example}, give their --time_format"
+
+
+def describe_range(low: int, high: int, dated: bool) -> str:
+    """The range of a log's times in words."""
+    if dated:
+        return f"{_date(low, 1)} to {_date(high, 1)} UTC, kept as seconds since 1970"
+    unit = unit_of(low)
+    words = f"numbers from {low:,} to {high:,}"
+    if unit is not None and unit == unit_of(high):
+        scale = UNITS[unit]
+        words += f" (as {unit} since 1970: {_date(low, scale)} to {_date(high, scale)} UTC)"
+    return words
+
+
+def unit_of(number: float) -> str | None:
+    """The unit in which a time since 1970 is likely given: of the years 1973 to 2286, or none."""
+    return next((unit for unit, scale in UNITS.items() if 1e8 <= number / scale < 1e10), None)
+
+
+def _date(time: int, scale: int) -> str:
+    try:
+        return datetime.fromtimestamp(math.floor(time / scale), UTC).strftime("%Y-%m-%d %H:%M:%S")
+    except (ValueError, OverflowError, OSError):
+        return str(time)

@@ -1,0 +1,170 @@
+"""What was understood of a log, for the page that `prepare` prints: formats, columns, times, and what to look at."""
+
+import json
+from collections.abc import Sequence
+
+from recgpt_torchrec.config import Prepare
+from recgpt_torchrec.preparation.engine import DuckDBEngine
+from recgpt_torchrec.preparation.reading.duckdb_reader import FAULTS, MALFORMED_LINE, DuckDBReader, FileReport
+from recgpt_torchrec.preparation.reading.files import InputFile
+from recgpt_torchrec.preparation.reading.rows import (
+    DATE_TIME,
+    INEXACT,
+    RESPELLED,
+    SEVERAL_LINES,
+    UNREAD_RATING,
+)
+from recgpt_torchrec.preparation.reading.times import UNITS, describe_range, explain_unreadable
+
+Line = list[str]
+"""A label and a text."""
+NAMED = 3
+"""Maximum number of files that a line names."""
+
+
+def remedies(engine: DuckDBEngine, config: Prepare, reader: DuckDBReader, rejected: dict[str, int]) -> list[str]:
+    """What to do about rejected rows, by reason."""
+    lines = []
+    if "unreadable time" in rejected:
+        lines.append(explain_unreadable(_unreadable_times(engine, reader)))
+    if FAULTS["INVALID ENCODING"] in rejected:
+        lines.append("if the lines that are not UTF-8 are in another encoding, pass --encoding latin-1 or its name")
+    if FAULTS["UNQUOTED VALUE"] in rejected:
+        lines.append("if quotes are part of the values, pass --quote none")
+    if MALFORMED_LINE in rejected and any(dialect.format == "csv" for dialect in reader.dialects):
+        lines.append("a malformed line has more or fewer values than the first; its separator may be in a value")
+    words = sum(count for reason, count in rejected.items() if reason.startswith("no ") and reason.endswith(")"))
+    if words:
+        lines.append(
+            f"{words:,} rows hold a word for a missing value; if it is a key, give other --null_words, [] for none"
+        )
+    if "bytes that are not UTF-8" in rejected:
+        lines.append("keys in bytes must be UTF-8 text; write others as text, such as hex digits")
+    return lines
+
+
+def page(
+    engine: DuckDBEngine,
+    config: Prepare,
+    reader: DuckDBReader,
+    files: Sequence[InputFile],
+    left_out: Sequence[str],
+    advice: Sequence[str],
+) -> list[Line]:
+    """The lines that say how the files were read and what was noticed."""
+    lines = _formats(reader, files)
+    if left_out:
+        reason = "hidden, or with an unknown ending; name them to read them"
+        lines.append(["left out", f"{_count(len(left_out), 'file')} ({reason}): {_names(left_out)}"])
+    if empty := [file.path for file in files if not file.bytes]:
+        lines.append(["left out", f"{_count(len(empty), 'empty file')}: {_names(empty)}"])
+    table = reader.table
+    usable = table.filter(table.problem.isnull())
+    flags = {
+        name: ((usable.flags & flag) > 0).cast("int64").sum()
+        for name, flag in {
+            "dated": DATE_TIME,
+            "respelled": RESPELLED,
+            "unread": UNREAD_RATING,
+            "inexact": INEXACT,
+            "several": SEVERAL_LINES,
+        }.items()
+    }
+    scales = {
+        unit: ((usable.time >= 10**8 * scale) & (usable.time < 10**10 * scale)).cast("int64").sum()
+        for unit, scale in UNITS.items()
+        if scale < 10**9
+    }
+    scales["nanoseconds"] = (usable.time >= 10**17).cast("int64").sum()
+    found = engine.row(
+        usable.agg(rows=usable.count(), low=usable.time.min(), high=usable.time.max(), **flags, **scales)
+    )
+    if found["low"] is not None:
+        lines.append(["times", describe_range(found["low"], found["high"], found["dated"] == found["rows"])])
+    lines += [["note", note] for note in _notes(config, found)]
+    lines += [["note", note] for report in reader.reports.values() for note in report.notes]
+    return lines + [["note", note] for note in advice]
+
+
+def _notes(config: Prepare, found: dict[str, int]) -> list[str]:
+    notes = []
+    if 0 < found["dated"] < found["rows"]:
+        notes.append(
+            f"{found['dated']:,} times are date-times, kept as seconds since 1970, and "
+            f"{found['rows'] - found['dated']:,} are numbers: their order is right only if these are seconds as well"
+        )
+    units = [unit for unit in UNITS if found[unit] and found[unit] >= found["rows"] / 1000]
+    if len(units) > 1:
+        counts = " and ".join(f"{found[unit]:,} {unit}" for unit in units)
+        notes.append(f"times look like {counts} since 1970: they are ordered as numbers, so give them one unit")
+    if found["respelled"]:
+        notes.append(f"{found['respelled']:,} rows have keys written like 12.0, which were read as 12")
+    if found["inexact"]:
+        notes.append(
+            f"{found['inexact']:,} rows have keys in floating point beyond the whole numbers that it tells apart: "
+            "several keys may have become one; write them as whole numbers or as text"
+        )
+    if found["several"]:
+        notes.append(
+            f"{found['several']:,} rows span several lines, with line breaks inside quotes; if quotes are part of the "
+            "values, they swallow lines: pass --quote none"
+        )
+    if found["unread"]:
+        notes.append(
+            f"{found['unread']:,} ratings are no numbers and were left empty (--rating_column {config.rating_column})"
+        )
+    return notes
+
+
+def _formats(reader: DuckDBReader, files: Sequence[InputFile]) -> list[Line]:
+    """How the files were read: one line per kind of file."""
+    by_kind: dict[tuple[str, str], list[str]] = {}
+    for file in files:
+        if (report := reader.reports.get(file.path)) is not None:
+            columns = ", ".join(f"{role} {c.name!r} ({c.kind})" for role, c in report.columns.items())
+            by_kind.setdefault((report.dialect.words, columns), []).append(file.path)
+    lines = []
+    for (words, columns), paths in by_kind.items():
+        which = f"{_names(paths)}: " if len(by_kind) > 1 else ""
+        lines.append(["read as", f"{which}{words}"])
+        if columns:
+            lines.append(["columns", columns])
+    return lines
+
+
+def _unreadable_times(engine: DuckDBEngine, reader: DuckDBReader, count: int = 20) -> list[str]:
+    """Some times that could not be read, as far as they can be found in the text of their rows."""
+    table = reader.table
+    bad = table.filter(table.problem == "unreadable time").select("text", "order").limit(count)
+    reports = [*reader.reports.values()]
+    times = []
+    for row in engine.rows(bad):
+        report = reports[
+            max(place for place, first in enumerate(report.first_row for report in reports) if first <= row["order"])
+        ]
+        time = _time_in(row["text"] or "", report)
+        if time is not None and time.strip():
+            times.append(time)
+    return times
+
+
+def _time_in(text: str, report: FileReport) -> str | None:
+    """The time in the text of a row; None: it cannot be told."""
+    column = report.columns["time"]
+    if report.dialect.format == "csv":
+        cells = text.split(report.dialect.separator)
+        place = column.sql.removeprefix("c")
+        return cells[int(place)] if place.isdigit() and len(cells) == report.places else None
+    try:
+        value = json.loads(text).get(column.name)
+    except (ValueError, AttributeError):
+        return None
+    return value if isinstance(value, str) else None
+
+
+def _names(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:NAMED]) + (f" and {len(paths) - NAMED:,} more" if len(paths) > NAMED else "")
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number:,} {name}{'s' * (number != 1)}"
