@@ -18,7 +18,9 @@ def summary(config: Prepare, result: Result) -> str:
     lines = [f"read        {record['rows']:,} rows of {name} ({size(sum(file['bytes'] for file in files))})"]
     lines += [line(label, text) for label, text in record.get("page", []) if label != "note"]
     if filtered := record.get("filtered"):
-        lines.append(f"where       {filtered:,} rows left out ({filtered / record['rows']:.2%}): {config.where}")
+        unknown = record["uncomputed"]
+        why = f"; {unknown:,} of them have no value for it, or one of another type" if unknown else ""
+        lines.append(f"where       {filtered:,} rows left out ({filtered / record['rows']:.2%}): {config.where}{why}")
     if rejected:
         total = sum(rejected.values())
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejected.items())

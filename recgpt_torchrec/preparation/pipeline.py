@@ -163,7 +163,7 @@ def _write_dataset(engine: DuckDBEngine, config: Prepare, log: RawLog, extended:
         manifest.preparation = {
             "inputs": [asdict(file) for file in log.files],
             "rows": log.rows,
-            **({"filtered": log.filtered} if log.filtered else {}),
+            **({"filtered": log.filtered, "uncomputed": log.uncomputed} if log.filtered else {}),
             "rejected": log.rejected,
             "rejected_parts": [asdict(part) for part in rejected_parts],
             "duplicates_dropped": dropped,
@@ -202,7 +202,9 @@ def _describe_keys(engine: DuckDBEngine, users: ir.Table, items: ir.Table) -> li
         if counts["blank"]:
             notes.append(f"the keys of {counts['blank']:,} {name} begin or end with a blank, which is kept")
         if counts["quoted"]:
-            notes.append(f"the keys of {counts['quoted']:,} {name} begin with a quote; if values are quoted, name --quote")
+            notes.append(
+                f"the keys of {counts['quoted']:,} {name} begin with a quote; if values are quoted, name --quote"
+            )
     return [["note", note] for note in notes]
 
 

@@ -263,7 +263,7 @@ def test_what_cannot_be_used_is_refused_before_anything_is_written(tmp_path: Pat
     assert "no column 'click' for the click" in message(tmp_path, tmp_path / "log.jsonl", click_column="click")
     (tmp_path / "log.txt").write_text("u a b c\n")
     text = message(tmp_path, tmp_path / "log.txt", click_column="click")
-    assert "log.txt is of the format sequences" in text and "does not say what was shown" in text
+    assert "files of the format sequences have no columns" in text and "a row for each event" in text
     for wrong in ({"click_from": 3}, {"click_column": "click", "click_from": float("nan")}):
         with pytest.raises(ValueError, match="--click_from is"):
             Prepare(input=["x"], output="y", **wrong)

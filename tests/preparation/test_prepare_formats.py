@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recgpt_torchrec.preparation import queries
-from recgpt_torchrec.preparation.reading.rows import RowOptions, parse_rows
+from recgpt_torchrec.preparation.reading.rows import RowOptions, judge_rows, parse_values
 from tests.preparation.prepare_helpers import Row, in_time_order, make, random_log, read_sequences, write_csv
 
 ROWS = random_log(80, users=7, items=9)
@@ -166,7 +166,7 @@ def test_rejected_csv_rows_are_counted_by_reason_and_written_with_their_line(tmp
     ]
     (tmp_path / "log.csv").write_text("\n".join(lines) + "\n")
     result = make(tmp_path / "log.csv", tmp_path / "data")
-    reasons = {"malformed line": 2, "no item": 1, "no time": 1, "no user": 1, "unreadable time": 2}
+    reasons = {"malformed line": 2, "no item": 1, "no time": 2, "no user": 1, "unreadable time": 1}
     assert result.manifest.preparation["rejected"] == reasons
     assert result.manifest.preparation["rows"] == 9
     assert read_sequences(tmp_path / "data") == {"u": ["a", "g"]}
@@ -215,7 +215,7 @@ def test_rejected_rows_name_the_right_one_of_several_files(tmp_path: Path) -> No
 def test_invalid_utf8_is_one_rejected_row(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_bytes(b"user_id,item_id,timestamp\nu,\xff\xfe,1\nu,a,2\n")
     result = make(tmp_path / "log.csv", tmp_path / "data")
-    assert result.manifest.preparation["rejected"] == {"malformed line": 1}
+    assert result.manifest.preparation["rejected"] == {"not UTF-8": 1}
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "inter"])
@@ -254,7 +254,9 @@ def test_the_expressions_compile_for_spark_too(monkeypatch: pytest.MonkeyPatch) 
     more = {"text": "string", "several_lines": "boolean", "row": "int64"}
     source = ibis.table({**keys, **more}, name="source")
     typed = ibis.table({**keys, **more, "time": "timestamp(6)", "user": "float64"}, name="typed")
-    log = parse_rows(source, RowOptions(timed=True, rated=True, labelled=True)).mutate(
+    options = RowOptions(timed=True, rated=True, labelled=True, null_words=("NA", "NULL"))
+    values = parse_values(source, options)
+    log = judge_rows(ibis.table(values.schema(), name="parsed"), options).mutate(
         order=ibis.literal(0, "int64"), segment=ibis.literal(0, "int8")
     )
     users = ibis.table({"key": "string", "user": "int64"}, name="users")
@@ -264,7 +266,8 @@ def test_the_expressions_compile_for_spark_too(monkeypatch: pytest.MonkeyPatch) 
     item_ids = queries.assign_ids(items, "item", "item_id")
     kept = events.inner_join(user_ids, "user").inner_join(item_ids, "item").drop("user", "item")
     for expression in (
-        parse_rows(typed, RowOptions(timed=True, rated=False, labelled=False)),
+        values,
+        parse_values(typed, RowOptions(timed=True, rated=False, labelled=False)),
         queries.assign_codes(log.select(key=log.user).distinct(), "user", seed=1),
         queries.drop_repeats(events),
         queries.drop_outer_shown(kept),

@@ -41,11 +41,6 @@ class Dialect:
     """Whether the header has name:type fields."""
 
     @property
-    def is_histories(self) -> bool:
-        """Whether lines are whole histories, without columns."""
-        return self.format == "sequences"
-
-    @property
     def words(self) -> str:
         """The dialect in words, such as `table with a header, separated by comma`."""
         if self.format != "csv":
@@ -163,16 +158,14 @@ def _check_sequences(file: InputFile, lines: list[str], config: Prepare) -> None
     named = [f"--{name}_column {value}" for name, value in asked.items() if value != f"{name}_id"]
     named += [f"--time_column {config.time_column}"] if config.time_column not in (None, "timestamp") else []
     why = f"{' '.join(named)} cannot be found in histories, which have no columns" if named else ""
-    tabbed = [line.split("\t") for line in lines]
-    cells = tabbed if len(tabbed[0]) > 2 and len({len(row) for row in tabbed}) == 1 else words
     dated = sum(DATE_TIME.search(line) is not None for line in lines)
     if not why and dated > len(lines) / 2:
         why = "its lines hold dates"
     for mark in (",", ";", "|", "::"):
         if not why and all(mark in row[0] for row in words):
             why = f"its lines hold {name_of(mark)} and few blanks"
-    if not why and config.input_format == "auto" and len(lines) > 1 and len({len(row) for row in cells}) == 1:
-        why = _find_table(cells)
+    if not why and config.input_format == "auto":
+        why = find_table(lines)
     separator = next((mark for mark in SEPARATORS[:-1] if all(mark in line for line in lines)), " ")
     if why:
         header = "" if find_separator(lines[:1], _columns(config)) else " --header false"
@@ -189,10 +182,14 @@ def _check_sequences(file: InputFile, lines: list[str], config: Prepare) -> None
         )
 
 
-def _find_table(cells: list[list[str]]) -> str:
-    """Why lines with equally many cells are rather rows of a table than histories; empty: they may be histories."""
+def find_table(lines: list[str]) -> str:
+    """Why lines are rather rows of a table than histories; empty: they may be histories."""
+    tabbed = [line.split("\t") for line in lines]
+    cells = (
+        tabbed if len(tabbed[0]) > 2 and len({len(row) for row in tabbed}) == 1 else [line.split() for line in lines]
+    )
     count = len(cells[0])
-    if count < 3:
+    if count < 3 or len(lines) < 2 or len({len(row) for row in cells}) > 1:
         return ""
     each = f"each has {count} values"
     for place, column in enumerate(list(zip(*cells, strict=True))[1:], 1):

@@ -1,6 +1,6 @@
 """Loads raw files of every format into DuckDB: the part of reading a log that depends on the engine.
 
-Fills two tables: `log_rows`, the rows as `rows.parse_rows` returns them, in the order of the input; and `malformed`,
+Fills two tables: `log_rows`, the rows as `rows.judge_rows` returns them, in the order of the input; and `malformed`,
 the lines that cannot be split into columns.
 """
 
@@ -20,11 +20,11 @@ from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.engine import DuckDBEngine, quote_sql
 from recgpt_torchrec.preparation.reading.copies import engine_copy
-from recgpt_torchrec.preparation.reading.dialect import Dialect, find_dialect
+from recgpt_torchrec.preparation.reading.dialect import Dialect, find_dialect, find_table, first_lines
 from recgpt_torchrec.preparation.reading.files import InputFile
 from recgpt_torchrec.preparation.reading.json_lines import JsonLines, usable_keys
 from recgpt_torchrec.preparation.reading.parquet import Parquet
-from recgpt_torchrec.preparation.reading.rows import FILTERED, RowOptions, parse_rows
+from recgpt_torchrec.preparation.reading.rows import FILTERED, UNKNOWN, RowOptions, judge_rows, parse_values
 from recgpt_torchrec.preparation.reading.separated import Separated
 from recgpt_torchrec.preparation.reading.source import Column, Source, explain_missing, wanted_columns
 from recgpt_torchrec.preparation.reading.where import compile_where
@@ -45,7 +45,7 @@ MALFORMED = ibis.table({"file": "int64", "line": "int64", "reason": "string", "t
 
 
 def log_table(click_type: str = "float64") -> ibis.expr.types.Table:
-    """The rows that `DuckDBReader` loads, as `rows.parse_rows` returns them; `order` is their index in the input."""
+    """The rows that `DuckDBReader` loads, as `rows.judge_rows` returns them; `order` is their index in the input."""
     columns = {"user": "string", "item": "string", "time": "int64", "fraction": "float64", "rating": "float64"}
     more = {"click": click_type, "problem": "string", "text": "string", "flags": "int8", "row": "int64"}
     return ibis.table({**columns, **more, "order": "int64"}, name="log")
@@ -84,6 +84,15 @@ class DuckDBReader:
         )
         self.run('CREATE VIEW log AS SELECT *, rowid AS "order" FROM log_rows')  # rows keep the order of loading
         self.run("CREATE TABLE malformed (file BIGINT, line BIGINT, reason VARCHAR, text VARCHAR)")
+
+    def check_time_format(self) -> None:
+        """Raise an `InputError` unless the engine knows the codes of `--time_format`."""
+        format = self.config.time_format
+        try:
+            self.run(f"SELECT try_strptime('', {quote_sql(format or '%Y')})")
+        except duckdb.Error as error:
+            message = str(error).strip().split("\n")[0].partition(": ")[2]
+            raise InputError(f"--time_format {format!r}: {message}; give strptime's codes, such as %d/%m/%Y") from None
 
     def open_all(self, files: list[InputFile]) -> None:
         """Decide how each file is to be read, by its first lines.
@@ -164,6 +173,9 @@ class DuckDBReader:
                     raise explain_missing(self.file, role, column, keys, self.config)
 
     def _load_sequences(self) -> None:
+        lines = first_lines(self.file, self.config.encoding)
+        if lines and (why := find_table(lines)):
+            self.report.notes.append(f"{self.file.path} looks like a table and is read as histories, as asked: {why}")
         source = self._line_source()
         self._drop_faults()
         words = "regexp_split_to_array(trim(line, ' \t\r'), '\\s+')"
@@ -186,11 +198,7 @@ class DuckDBReader:
             with self.file.open() as stream:
                 schema = pq.read_schema(stream)
         table = Parquet(self.file, self.config, schema, self.columns)
-        # Parquet statistics leave NaN out, and DuckDB 2.0 relies on them: isnan is never true, and try_cast fails where
-        # it should return null.
-        self.run("SET disabled_optimizers = 'statistics_propagation'")
         self._insert(table.source(self.copy.path), table.find)
-        self.run("RESET disabled_optimizers")
 
     # -- shared
 
@@ -251,12 +259,13 @@ class DuckDBReader:
         faults = [column.fault for column in source.columns.values() if column.fault]
         fault = f"coalesce(({source.fault})::VARCHAR, {', '.join([*faults, 'NULL'])})"
         if where:  # a row of another kind is left out whatever else is wrong with it, but not a malformed one
-            filtered = f"WHEN ({where}) IS NOT TRUE THEN {quote_sql(FILTERED)}"
-            fault = f"CASE WHEN ({source.fault}) IS NOT NULL THEN ({source.fault})::VARCHAR {filtered} ELSE {fault} END"
+            filtered = f"WHEN {where} THEN {fault} WHEN {where} IS NULL THEN {quote_sql(UNKNOWN)}"
+            malformed = f"WHEN ({source.fault}) IS NOT NULL THEN ({source.fault})::VARCHAR"
+            fault = f"CASE {malformed} {filtered} ELSE {quote_sql(FILTERED)} END"
         row = source.row_number if source.has_lists else "NULL::BIGINT"
-        values = ", ".join(f"{sql} AS {role}" for role, sql in chosen.items())
+        each = ", ".join(f"{sql} AS {role}" for role, sql in chosen.items())
         select = (
-            f"SELECT {values}, {fault} AS fault, {source.text} AS text, "
+            f"SELECT {each}, {fault} AS fault, {source.text} AS text, "
             f"{source.several_lines or 'false'} AS several_lines, {row} AS row FROM {source.relation}"
         )
         lists = [role for role, column in source.columns.items() if column.is_list]
@@ -264,6 +273,9 @@ class DuckDBReader:
             select = self._unnest(select, lists)
         more = {"fault": "string", "text": "string", "several_lines": "boolean", "row": "int64"}
         table = ibis.table({**kinds, **more}, name="source")
+        time = source.columns.get("time")
+        if self.config.time_format and time is not None and (time.type.is_timestamp() or time.type.is_date()):
+            self.report.notes.append(f"{self.file.path}: its times are date-times, so --time_format is not used")
         options = RowOptions(
             timed=self.timed,
             rated="rating" in self.columns,
@@ -272,8 +284,10 @@ class DuckDBReader:
             time_format=self.config.time_format,
             click_values=self.config.click_values,
         )
-        rows = self.engine.sql(parse_rows(table, options))
-        self._run_text(f"INSERT INTO log_rows WITH source AS ({select}) {rows}")
+        values = parse_values(table, options)
+        rows = judge_rows(ibis.table(values.schema(), name="parsed"), options)
+        steps = f"source AS ({select}), parsed AS ({self.engine.sql(values)})"
+        self._run_text(f"INSERT INTO log_rows BY NAME WITH {steps} {self.engine.sql(rows)}")
         if lists:
             (count,) = self._fetch(f"SELECT count(DISTINCT row) FROM log_rows WHERE rowid >= {self.first_rows[-1]}")
             entries = self._count("log_rows") - self.first_rows[-1]
@@ -309,6 +323,10 @@ class DuckDBReader:
 
     def _run_text(self, statement: str) -> None:
         """Run a statement with a text source in strict mode, or in lenient mode if line endings are mixed."""
+        # Parquet statistics leave NaN out, and DuckDB 2.0 relies on them: isnan is never true, and try_cast fails where
+        # it should return null. A list of words after IN becomes a join of every row with it, which takes twice the
+        # memory and the time.
+        self.run("SET disabled_optimizers = 'statistics_propagation,in_clause'")
         try:
             self.run(statement.replace("strict_mode=STRICT", "strict_mode=true"))
         except duckdb.InvalidInputException as error:
@@ -317,6 +335,8 @@ class DuckDBReader:
             self._drop_faults()
             self.run(_make_lenient(statement))
             self.report.notes.append(f"{self.file.path}: line endings are mixed, so stray quotes are taken literally")
+        finally:
+            self.run("RESET disabled_optimizers")
 
     def _drop_faults(self) -> None:
         self.run("DROP TABLE IF EXISTS reader_faults")

@@ -25,7 +25,8 @@ class JsonLines:
         self.file, self.config, self.wanted = file, config, wanted
         lines = first_lines(file, config.encoding)
         self.objects = [value for value in map(_parse, lines) if isinstance(value, dict)]
-        if lines and not self.objects and not (len(lines) == 1 and lines[0].startswith("{")):
+        is_one_damaged_line = len(lines) == 1 and lines[0].startswith('{"')
+        if lines and not self.objects and not is_one_damaged_line:
             raise InputError(
                 f"{file.path} is not JSON lines: its first line is {shorten(lines[0])!r}, {_explain(lines)}"
             )

@@ -20,8 +20,11 @@ from recgpt_torchrec.preparation.reading import understanding
 from recgpt_torchrec.preparation.reading.dialect import shorten
 from recgpt_torchrec.preparation.reading.duckdb_reader import MALFORMED, DuckDBReader, log_table
 from recgpt_torchrec.preparation.reading.files import InputFile
-from recgpt_torchrec.preparation.reading.rows import FILTERED, SILENT
+from recgpt_torchrec.preparation.reading.rows import FILTERED, SILENT, UNKNOWN
 from recgpt_torchrec.progress import progress_bar
+
+NAMES = {"csv": "a table in text", "jsonl": "lines of JSON", "sequences": "histories"}
+"""Formats in messages."""
 
 
 @dataclass(kw_only=True)
@@ -38,6 +41,8 @@ class RawLog:
     """Number of rows read: usable, left out by --where, and rejected."""
     filtered: int
     """Number of rows that --where left out."""
+    uncomputed: int
+    """Number of these for which the condition could not be computed."""
     rejected: dict[str, int]
     """Number of rejected rows by reason."""
     files: list[InputFile]
@@ -61,21 +66,17 @@ def read_log(engine: DuckDBEngine, config: Prepare, files: list[InputFile], left
         InputError: a file is not of its format or lacks a column, no row can be used, or the column that should tell
             clicked rows from shown ones does not.
     """
-    timed = config.time_column is not None
     reader = DuckDBReader(engine, config)
+    reader.check_time_format()
     reader.open_all(files)
-    histories = [file.path for file, dialect in zip(files, reader.dialects, strict=True) if dialect.is_histories]
-    if histories and config.click_column:
-        raise InputError(
-            f"--click_column {config.click_column}: {histories[0]} is of the format sequences, which has no columns "
-            "and does not say what was shown; leave the option out, or give a log with a row for each event"
-        )
-    if timed and histories and len(histories) < sum(file.bytes > 0 for file in files):
+    formats = {dialect.format for file, dialect in zip(files, reader.dialects, strict=True) if file.bytes}
+    _check_options(config, formats)
+    if config.time_column is not None and "sequences" in formats and len(formats) > 1:
         raise InputError(
             "--input mixes files of the format sequences, which have no times, with others that have them; "
             "prepare them separately"
         )
-    timed = reader.timed = timed and not histories
+    timed = reader.timed = config.time_column is not None and "sequences" not in formats
     total = sum(file.bytes for file in files)
     with progress_bar(total, "bytes", unit_scale=True, desc="reading: ", leave=False) as bar:
         for index, file in enumerate(files):
@@ -89,7 +90,8 @@ def read_log(engine: DuckDBEngine, config: Prepare, files: list[InputFile], left
         segment = ibis.cases((_is_shown(usable, config), EXPOSED), else_=INTERACTED).cast("int8")
     columns = ["user", "item", "time", "fraction", "order", *(["rating"] if config.rating_column else [])]
     rejected = {row["problem"]: row["n"] for row in engine.rows(table.group_by("problem").agg(n=table.count()))}
-    rows, filtered = rejected.pop(None, 0), rejected.get(FILTERED, 0)
+    rows, unknown = rejected.pop(None, 0), rejected.get(UNKNOWN, 0)
+    filtered = rejected.get(FILTERED, 0) + unknown
     for problem in SILENT:
         rejected.pop(problem, None)
     for row in engine.rows(MALFORMED.group_by("reason").agg(n=MALFORMED.count())):
@@ -100,6 +102,7 @@ def read_log(engine: DuckDBEngine, config: Prepare, files: list[InputFile], left
         timed=timed,
         rows=rows + filtered + sum(rejected.values()),
         filtered=filtered,
+        uncomputed=unknown,
         rejected=dict(sorted(rejected.items())),
         files=files,
         first_rows=reader.first_rows,
@@ -111,14 +114,43 @@ def read_log(engine: DuckDBEngine, config: Prepare, files: list[InputFile], left
         raise InputError(f"{names}: empty, there are no rows to prepare")
     remedies = understanding.remedies(engine, config, reader, result.rejected)
     if rows == 0:
-        counts = {**result.rejected, **({FILTERED: filtered} if filtered else {})}
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+        counts = {**result.rejected, FILTERED: filtered - unknown, UNKNOWN: unknown}
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count)
         shown = next((batch.to_pylist()[0] for batch in rejected_rows(engine, result) if batch.num_rows), None)
         example = f". For example {shown['file']}, row {shown['row']}: {shorten(shown['text'])}" if shown else ""
         advice = "".join(f"; {remedy}" for remedy in remedies)
         raise InputError(f"{names}: none of the {result.rows:,} rows can be used ({reasons}){example}{advice}")
     result.page = understanding.page(engine, config, reader, files, left_out, remedies)
     return result
+
+
+def _check_options(config: Prepare, formats: set[str]) -> None:
+    """Raise an `InputError` if an option is given that none of the files' formats can follow."""
+    given = [
+        ("--separator", config.separator is not None, {"csv"}),
+        ("--quote", config.quote is not None, {"csv"}),
+        ("--header false", not config.header, {"csv"}),
+        ("--list_separator", config.list_separator is not None, {"csv"}),
+        ("--encoding", config.encoding != "utf-8", {"csv", "jsonl", "sequences"}),
+    ]
+    columns = {
+        "--click_column": config.click_column,
+        "--rating_column": config.rating_column,
+        "--where": config.where,
+        "--time_format": config.time_format,
+        "--partition_columns": config.partition_columns or None,
+    }
+    for option, is_given, needed in given:
+        if is_given and formats and not formats & needed:
+            raise InputError(
+                f"{option} is given, but no file of --input is {' or '.join(NAMES[f] for f in sorted(needed))}"
+            )
+    for option, value in columns.items():
+        if value is not None and "sequences" in formats:
+            raise InputError(
+                f"{option} {value}: files of the format sequences have no columns; leave the option out, or give a log "
+                "with a row for each event"
+            )
 
 
 def _is_shown(usable: ir.Table, config: Prepare) -> ir.BooleanValue:

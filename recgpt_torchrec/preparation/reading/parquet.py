@@ -36,7 +36,8 @@ def _is_uuid(kind: pa.DataType) -> bool:
 
 
 def _is_key(kind: pa.DataType) -> bool:
-    is_plain = _is_text(kind) or _is_uuid(kind) or types.is_integer(kind) or _is_exact_decimal(kind)
+    is_text = _is_text(kind) and not types.is_fixed_size_binary(kind)  # raw bytes, such as a UUID without its type
+    is_plain = is_text or _is_uuid(kind) or types.is_integer(kind) or _is_exact_decimal(kind)
     return is_plain or (types.is_floating(kind) and not types.is_float16(kind))
 
 

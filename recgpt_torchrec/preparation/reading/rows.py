@@ -16,7 +16,9 @@ BLANK = "blank line"
 """Problem of a line that holds nothing; such lines are neither read nor counted as rejected."""
 FILTERED = "left out by --where"
 """Problem of a row that does not meet `--where`; such rows are counted, but not as rejected."""
-SILENT = (BLANK, FILTERED)
+UNKNOWN = "left out, as --where cannot be computed"
+"""The same of a row whose values are missing, or of another type than the condition takes."""
+SILENT = (BLANK, FILTERED, UNKNOWN)
 """Problems that are no fault of a row."""
 DATE_TIME, RESPELLED, UNREAD_RATING, INEXACT, SEVERAL_LINES = 1, 2, 4, 8, 16
 """Flags of a row: its time is a date-time and not a number; a key was read as a whole number (12.0 as 12); its rating
@@ -46,8 +48,8 @@ def _strptime(text: str, format: str) -> dt.Timestamp(timezone="UTC"):  # type: 
     """The engine's own; null where the text is not of the format."""
 
 
-def parse_rows(source: ir.Table, options: RowOptions) -> ir.Table:
-    """Parse the rows of a source; `problem` says why a row cannot be used, or is null.
+def parse_values(source: ir.Table, options: RowOptions) -> ir.Table:
+    """Parse the values of a source's rows, each by itself; null where there is none or it cannot be read.
 
     Args:
         source: columns `user`, `item`, `time`, `rating` and `click` as they are in the file (any type), `fault`
@@ -56,42 +58,72 @@ def parse_rows(source: ir.Table, options: RowOptions) -> ir.Table:
         options: what is asked for, and how it is read.
 
     Returns:
-        user string, item string, time int64, fraction float64, rating float64, click (float64, or string with
-        `click_values`), problem string, text string (null for usable rows), flags int8, row int64.
+        Columns for `judge_rows`: user string, item string, time int64, fraction float64, rating float64, click
+        (float64, or string with `click_values`), flags int8; fault, text and row as given; `time_empty` and
+        `click_empty`, whether there is no value; `user_word` and `item_word`, the word that stands for none, or null.
     """
     words = options.null_words
-    user, item = _parse_key(source.user, words), _parse_key(source.item, words)
     time, fraction, dated = ibis.null("int64"), ibis.literal(0.0), ibis.literal(0, "int8")
-    problems = [(source.fault.notnull(), source.fault)]
-    problems += [_missing(source.user, user, "user", words), _missing(source.item, item, "item", words)]
     if options.timed:
         time, fraction, dated = _parse_time(source.time, options.time_format)
-        problems += [_missing(source.time, _present(source.time, words), "time", words)]
-        problems += [(time.isnull(), "unreadable time")]
     click: Any = ibis.null("string" if options.click_values else "float64")
     if options.labelled:
         click = _parse_key(source.click, words) if options.click_values else _parse_number(source.click)
-        problems += [_missing(source.click, _present(source.click, words), "click value", words)]
-        problems += [(click.isnull(), "unreadable click value")]
-    problem = ibis.cases(*problems, else_=ibis.null("string"))
     rating, unread = ibis.null("float64"), ibis.literal(0, "int8")
     if options.rated:
         rating = _parse_number(source.rating)
-        unread = _flag(rating.isnull() & _present(source.rating, words).notnull(), UNREAD_RATING)
+        unread = _flag(rating.isnull() & ~_is_empty(source.rating, words), UNREAD_RATING)
     flags = dated + unread + _flag(source.several_lines, SEVERAL_LINES)
     flags += _flag(_is_respelled(source.user) | _is_respelled(source.item), RESPELLED)
     flags += _flag(_is_inexact(source.user) | _is_inexact(source.item), INEXACT)
     return source.select(
-        user=user,
-        item=item,
+        "fault",
+        "text",
+        "row",
+        user=_parse_key(source.user, words),
+        item=_parse_key(source.item, words),
         time=time,
         fraction=fraction.fill_null(0.0),
         rating=rating,
         click=click,
-        problem=problem,
-        text=ibis.cases((problem.notnull() & (problem != FILTERED), source.text), else_=ibis.null("string")),
         flags=flags.cast("int8"),
-        row=source.row,
+        time_empty=_is_empty(source.time, words) if options.timed else ibis.literal(False),
+        click_empty=_is_empty(source.click, words) if options.labelled else ibis.literal(False),
+        user_word=_null_word(source.user, words),
+        item_word=_null_word(source.item, words),
+    )
+
+
+def judge_rows(values: ir.Table, options: RowOptions) -> ir.Table:
+    """Say of each row why it cannot be used, given its values (`parse_values`).
+
+    Returns:
+        user, item, time, fraction, rating, click, flags and row as given; problem string, null for usable rows; text
+        string, null for usable rows.
+    """
+    problems: list[tuple[Any, Any]] = [(values.fault.notnull(), values.fault)]
+    for name in ("user", "item"):
+        word = values[f"{name}_word"]
+        named = ibis.literal(f"no {name} (") + word + ")"
+        problems.append((values[name].isnull(), ibis.cases((word.notnull(), named), else_=f"no {name}")))
+    if options.timed:
+        problems += [(values.time_empty, "no time"), (values.time.isnull(), "unreadable time")]
+    if options.labelled:
+        problems += [(values.click_empty, "no click value"), (values.click.isnull(), "unreadable click value")]
+    problem = ibis.cases(*problems, else_=ibis.null("string"))
+    judged = values.mutate(problem=problem)
+    shown = judged.problem.notnull() & ~judged.problem.isin((FILTERED, UNKNOWN))
+    return judged.select(
+        "user",
+        "item",
+        "time",
+        "fraction",
+        "rating",
+        "click",
+        "problem",
+        "flags",
+        "row",
+        text=ibis.cases((shown, judged.text), else_=ibis.null("string")),
     )
 
 
@@ -107,9 +139,25 @@ def _is_word(text: Any, words: Sequence[str]) -> Any:
     """Whether text is one of the null words; most keys are told by their first character alone."""
     if not words:
         return ibis.literal(False)
-    is_number = (text >= "0") & (text < ":")
-    numeric = [word for word in words if "0" <= word < ":"]
-    return text.isin(words) if numeric else ~is_number & text.isin(words)
+    if any("0" <= word < ":" for word in words):
+        return text.isin(words)
+    return ((text < "0") | (text >= ":")) & text.isin(words)
+
+
+def _null_word(column: Any, words: Sequence[str]) -> Any:
+    """The word that stands for no value; null where none does."""
+    if not column.type().is_string():
+        return ibis.null("string")
+    return ibis.cases((_is_word(column, words), column), else_=ibis.null("string"))
+
+
+def _is_empty(column: Any, words: Sequence[str]) -> Any:
+    """Whether there is no value."""
+    if column.type().is_floating():
+        return column.isnull() | column.isnan()
+    if not column.type().is_string():
+        return column.isnull()
+    return column.isnull() | ((column < "!") & (column.strip() == "")) | _is_word(column, words)
 
 
 def _parse_key(column: Any, words: Sequence[str]) -> Any:
@@ -153,20 +201,6 @@ def _is_inexact(column: Any) -> Any:
     if not kind.is_floating():
         return ibis.literal(False)
     return column.abs() >= float(2 ** (24 if kind.is_float32() else 53))
-
-
-def _present(column: Any, words: Sequence[str]) -> Any:
-    """The value as text; null where there is none."""
-    return _parse_key(column, words) if column.type().is_string() else column
-
-
-def _missing(column: Any, parsed: Any, name: str, words: Sequence[str]) -> tuple[Any, Any]:
-    """The problem of a row without a value; it tells the word that stands for none, if one does."""
-    problem: Any = ibis.literal(f"no {name}")
-    if column.type().is_string() and words:
-        named = ibis.literal(f"no {name} (") + column + ")"
-        problem = ibis.cases((column.isin(words), named), else_=problem)
-    return parsed.isnull(), problem
 
 
 def _parse_number(column: Any) -> Any:

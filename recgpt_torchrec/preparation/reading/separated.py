@@ -29,6 +29,11 @@ class Separated:
         self.file, self.config, self.dialect, self.wanted = file, config, dialect, wanted
         self.notes: list[str] = []
         lines = first_lines(file, config.encoding)
+        with file.open() as stream:
+            if dialect.header and stream.read(8).lstrip(b"\xef\xbb\xbf").startswith((b"\n", b"\r")):
+                raise InputError(
+                    f"{file.path} begins with a blank line, not with the names of columns; remove the line"
+                )
         cells = cells_of(lines, dialect)
         first = [cell.strip() for cell in cells[0]] if cells else []
         self.rows = cells[1:] if dialect.header else cells
@@ -84,8 +89,7 @@ class Separated:
     def _place(self, name: str) -> Column:
         if (count := self.names.count(name)) > 1:
             raise InputError(
-                f"{self.file.path} has {count} columns {name!r}, so it is unclear which one is meant; rename them, or "
-                "skip the header and name columns by place: --header false with --where or one row set aside"
+                f"{self.file.path} has {count} columns {name!r}; rename them, so that it is clear which one is meant"
             )
         return Column(name=name, sql=f"c{self.names.index(name)}")
 

@@ -23,6 +23,8 @@ from recgpt_torchrec.preparation.reading.files import InputFile
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 """Value of a folder NAME=VALUE whose rows have no value."""
 
+HEADERLESS = "--header false with columns by place, for example --user_column 0 --item_column 1 --time_column 4"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
@@ -101,19 +103,19 @@ def explain_missing(file: InputFile, role: str, column: str, names: Sequence[str
         hint = ", or pass --time_column null if rows are already in time order"
     if column in file.partitions:
         hint += f". It is the name of a folder, {column}={file.partitions[column]}: pass --partition_columns {column}"
+    elif names and names[0].startswith("{"):
+        hint += ". It looks like JSON lines: pass --input_format jsonl"
     elif file.format in ("csv", "tsv") and not config.header:
         hint += f". With --header false columns are named by place, from 0 to {len(names) - 1}"
     elif file.format in ("csv", "tsv") and len(names) == 1:
         wanted = [config.user_column, config.item_column]
         separator = find_separator(names, wanted) or next((mark for mark in SEPARATORS if mark in names[0]), None)
-        if names[0].startswith("{"):
-            hint += ". It looks like JSON lines: pass --input_format jsonl"
-        elif separator is not None:
+        if separator is not None:
             hint += f". Is it separated otherwise? Pass --separator {shell_word(separator)}"
             if looks_like_data(names[0].split(separator)):
-                hint += _HEADERLESS
+                hint += f" and, if it has no header, {HEADERLESS}"
     elif file.format in ("csv", "tsv") and looks_like_data(names):
-        hint += ". Its first line looks like a row: if it has no header," + _HEADERLESS.removeprefix(" and,")
+        hint += f". Its first line looks like a row: if it has no header, pass {HEADERLESS}"
     shown = ", ".join(repr(shorten(entry)) for entry in names[:30]) + (", ..." if len(names) > 30 else "")
     alike = [name for name in names if name.strip().lower() == column.strip().lower()]
     named = f" --{role}_column {alike[0]!r}" if alike else f" --{role}_column"
@@ -121,8 +123,3 @@ def explain_missing(file: InputFile, role: str, column: str, names: Sequence[str
         f"{file.path} has no column {column!r} for the {role}; it has {shown or 'none'}. "
         f"Name the right one with{named}{hint}"
     )
-
-
-_HEADERLESS = (
-    " and, if it has no header, --header false with columns by place, for example --user_column 0 --item_column 1"
-)

@@ -53,15 +53,18 @@ def _reads(text: str, format: str) -> bool:
         return False
 
 
-def explain_unreadable(texts: Sequence[str]) -> str:
-    """What to do about times that cannot be read, given some of them."""
+def explain_unreadable(texts: Sequence[str], given: str | None) -> str:
+    """What to do about times that cannot be read, given some of them and `--time_format`."""
+    if given is not None:
+        example = f", such as {texts[0]!r}" if texts else ""
+        return f"times that are not of --time_format '{given}'{example} cannot be read"
     formats = suggest_formats(texts)
-    example = repr(texts[0]) if texts else "theirs"
-    if formats:
-        options = " or ".join(f"--time_format '{format}'" for format in formats[:2])
-        either = " (day and month could be either)" if len(formats) > 1 else ""
-        return f"times are {FORMS}; for {example} pass {options}{either}"
-    return f"times are {FORMS}; for others, such as {example}, give their --time_format"
+    if not formats:
+        others = f"; for others, such as {texts[0]!r}, give their --time_format" if texts else ""
+        return f"times are {FORMS}{others}"
+    options = " or ".join(f"--time_format '{format}'" for format in formats[:2])
+    either = ": the log does not tell which of them is meant" if len(formats) > 1 else ""
+    return f"times are {FORMS}; for {texts[0]!r} pass {options}{either}"
 
 
 def describe_range(low: int, high: int, dated: bool) -> str:

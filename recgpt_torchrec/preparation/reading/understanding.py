@@ -26,7 +26,12 @@ def remedies(engine: DuckDBEngine, config: Prepare, reader: DuckDBReader, reject
     """What to do about rejected rows, by reason."""
     lines = []
     if "unreadable time" in rejected:
-        lines.append(explain_unreadable(_unreadable_times(engine, reader)))
+        lines.append(explain_unreadable(_unreadable_times(engine, reader), config.time_format))
+    if "unreadable click value" in rejected:
+        lines.append(
+            f"clicks are numbers, or true and false; for words in {config.click_column} pass --click_values WORD,WORD, "
+            "or leave other rows out: --where \"COLUMN in ('WORD', 'WORD')\""
+        )
     if FAULTS["INVALID ENCODING"] in rejected:
         lines.append("if the lines that are not UTF-8 are in another encoding, pass --encoding latin-1 or its name")
     if FAULTS["UNQUOTED VALUE"] in rejected:
