@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recgpt_torchrec.preparation import queries
-from recgpt_torchrec.preparation.reading.rows import RowOptions, judge_rows, parse_values
+from recgpt_torchrec.preparation.reading.rows import RowOptions, steps
 from tests.preparation.prepare_helpers import Row, in_time_order, make, random_log, read_sequences, write_csv
 
 ROWS = random_log(80, users=7, items=9)
@@ -255,10 +255,8 @@ def test_the_expressions_compile_for_spark_too(monkeypatch: pytest.MonkeyPatch) 
     source = ibis.table({**keys, **more}, name="source")
     typed = ibis.table({**keys, **more, "time": "timestamp(6)", "user": "float64"}, name="typed")
     options = RowOptions(timed=True, rated=True, labelled=True, null_words=("NA", "NULL"))
-    values = parse_values(source, options)
-    log = judge_rows(ibis.table(values.schema(), name="parsed"), options).mutate(
-        order=ibis.literal(0, "int64"), segment=ibis.literal(0, "int8")
-    )
+    *before, rows = steps(source, options)
+    log = rows.mutate(order=ibis.literal(0, "int64"), segment=ibis.literal(0, "int8"))
     users = ibis.table({"key": "string", "user": "int64"}, name="users")
     items = ibis.table({"key": "string", "item": "int64"}, name="items")
     events = queries.encode_keys(log, users, items)
@@ -266,8 +264,8 @@ def test_the_expressions_compile_for_spark_too(monkeypatch: pytest.MonkeyPatch) 
     item_ids = queries.assign_ids(items, "item", "item_id")
     kept = events.inner_join(user_ids, "user").inner_join(item_ids, "item").drop("user", "item")
     for expression in (
-        values,
-        parse_values(typed, RowOptions(timed=True, rated=False, labelled=False)),
+        *before,
+        *steps(typed, RowOptions(timed=True, rated=False, labelled=False)),
         queries.assign_codes(log.select(key=log.user).distinct(), "user", seed=1),
         queries.drop_repeats(events),
         queries.drop_outer_shown(kept),

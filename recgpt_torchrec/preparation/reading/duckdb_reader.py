@@ -1,6 +1,6 @@
 """Loads raw files of every format into DuckDB: the part of reading a log that depends on the engine.
 
-Fills two tables: `log_rows`, the rows as `rows.judge_rows` returns them, in the order of the input; and `malformed`,
+Fills two tables: `log_rows`, the rows as the last of `rows.steps` has them, in the order of the input; and `malformed`,
 the lines that cannot be split into columns.
 """
 
@@ -24,7 +24,7 @@ from recgpt_torchrec.preparation.reading.dialect import Dialect, find_dialect, f
 from recgpt_torchrec.preparation.reading.files import InputFile
 from recgpt_torchrec.preparation.reading.json_lines import JsonLines, usable_keys
 from recgpt_torchrec.preparation.reading.parquet import Parquet
-from recgpt_torchrec.preparation.reading.rows import FILTERED, UNKNOWN, RowOptions, judge_rows, parse_values
+from recgpt_torchrec.preparation.reading.rows import FILTERED, UNKNOWN, RowOptions, steps
 from recgpt_torchrec.preparation.reading.separated import Separated
 from recgpt_torchrec.preparation.reading.source import Column, Source, explain_missing, wanted_columns
 from recgpt_torchrec.preparation.reading.where import compile_where
@@ -45,7 +45,7 @@ MALFORMED = ibis.table({"file": "int64", "line": "int64", "reason": "string", "t
 
 
 def log_table(click_type: str = "float64") -> ibis.expr.types.Table:
-    """The rows that `DuckDBReader` loads, as `rows.judge_rows` returns them; `order` is their index in the input."""
+    """The rows that `DuckDBReader` loads, as the last of `rows.steps` has them; `order` is their index in the input."""
     columns = {"user": "string", "item": "string", "time": "int64", "fraction": "float64", "rating": "float64"}
     more = {"click": click_type, "problem": "string", "text": "string", "flags": "int8", "row": "int64"}
     return ibis.table({**columns, **more, "order": "int64"}, name="log")
@@ -284,10 +284,9 @@ class DuckDBReader:
             time_format=self.config.time_format,
             click_values=self.config.click_values,
         )
-        values = parse_values(table, options)
-        rows = judge_rows(ibis.table(values.schema(), name="parsed"), options)
-        steps = f"source AS ({select}), parsed AS ({self.engine.sql(values)})"
-        self._run_text(f"INSERT INTO log_rows BY NAME WITH {steps} {self.engine.sql(rows)}")
+        marked, parsed, rows = map(self.engine.sql, steps(table, options))
+        before = f"source AS ({select}), marked AS ({marked}), parsed AS ({parsed})"
+        self._run_text(f"INSERT INTO log_rows BY NAME WITH {before} {rows}")
         if lists:
             (count,) = self._fetch(f"SELECT count(DISTINCT row) FROM log_rows WHERE rowid >= {self.first_rows[-1]}")
             entries = self._count("log_rows") - self.first_rows[-1]
