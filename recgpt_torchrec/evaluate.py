@@ -12,7 +12,9 @@ from recgpt_torchrec.storage.finished import check_same, differences
 def main(config: Evaluate) -> None:
     """Measure the checkpoint's recall paths and the baselines on all users of a split."""
     from recgpt_torchrec.checkpoints.folder import find_checkpoint
+    from recgpt_torchrec.checkpoints.settings import CheckpointSettings
     from recgpt_torchrec.data.dataset import Dataset
+    from recgpt_torchrec.data.held_out import check_has_targets
     from recgpt_torchrec.distributed.processes import (
         log_message,
         print_result,
@@ -29,10 +31,21 @@ def main(config: Evaluate) -> None:
     with process_group() as device:
         dataset, checkpoint = Dataset.open(config.data), find_checkpoint(config.checkpoint)
         run_on_first_rank(lambda: check_output(config))
+        check_has_targets(
+            dataset,
+            config.split,
+            "Measure on a dataset that holds items out (prepare --hold_out last, time or given), with a run trained on it",
+        )
         ks = tuple(config.ks)
         trained = load(checkpoint, dataset, config.tables, batch_size=config.batch.tokens, device=device)
         manifest = dataset.manifest
         log_message(f"{checkpoint}: ranking {manifest.items:,} items for {manifest.users:,} users ({config.split})")
+        trained_on = CheckpointSettings.read(checkpoint)
+        if trained_on.hold_out != manifest.hold_out:
+            log_message(
+                f"Note: {checkpoint} was trained on {trained_on.data}, with --hold_out {trained_on.hold_out}; it may have "
+                f"been trained on items that {config.data} holds out (--hold_out {manifest.hold_out})"
+            )
         paths = RecallPaths(trained, dataset, config.batch, device)
         users, results, chosen = paths.measure(config.split, ks, config.recall)
         if config.baselines:
@@ -43,12 +56,16 @@ def main(config: Evaluate) -> None:
             "dataset": config.data,
             "checkpoint": checkpoint,
             "split": config.split,
+            "hold_out": manifest.hold_out,
             "users": users,
             "results": results,
             "recall": chosen,
         }
         run_on_first_rank(lambda: storage.write_json(config.output, evaluation))
         print_result(table(results))
+        print_result(
+            f"{users:,} of {manifest.users:,} users have a {config.split} item (--hold_out {manifest.hold_out})"
+        )
         if "m" in chosen:
             print_result(
                 f"Two steps take m = {chosen['m']} items from the first interest and n = {chosen['n']} from the second "

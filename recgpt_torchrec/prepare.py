@@ -2,6 +2,8 @@
 
 from recgpt_torchrec import cli
 from recgpt_torchrec.config import Prepare
+from recgpt_torchrec.data.dataset import Manifest
+from recgpt_torchrec.data.split import EVALUATION
 from recgpt_torchrec.preparation.pipeline import Result, prepare
 
 
@@ -53,6 +55,7 @@ def summary(config: Prepare, result: Result) -> str:
     lines += [
         f"dataset     {manifest.users:,} users, {manifest.items:,} items, {manifest.interactions:,} interactions",
         f"lengths     {quantiles}",
+        *describe_split(manifest),
     ]
     if result.already_there:
         lines.append(f"nothing to do: {config.output} already holds the dataset of this input and these options")
@@ -62,6 +65,33 @@ def summary(config: Prepare, result: Result) -> str:
     more = " --initial EARLIER_RUN --targets new" if extends else ""
     lines.append(f"next        python -m recgpt_torchrec.pretrain --data {config.output} --output RUN_FOLDER{more}")
     return "\n".join(lines)
+
+
+def describe_split(manifest: Manifest) -> list[str]:
+    """The lines on what is held out, how many users have held-out items, and which items are never trained on."""
+    record = manifest.preparation.get("split")
+    if record is None:
+        return []
+    hold_out, counts = manifest.hold_out, record["interactions"]
+    lines = [f"held out    nothing (--hold_out none): all {counts['training']:,} interactions are trained on"]
+    if hold_out != "none":
+        begins = [f"{name} from time {record[f'{name}_from']}" for name in EVALUATION if f"{name}_from" in record]
+        parts = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+        lines = [f"held out    --hold_out {hold_out}: {', '.join([*begins, f'interactions {parts}'])}"]
+        with_item = " and ".join(f"{record[f'{name}_users']:,} have a {name} item" for name in EVALUATION)
+        lines.append(f"{'':<11} of {manifest.users:,} users {with_item}")
+    if record["unused"]:
+        lines.append(
+            f"{'':<11} {record['unused']:,} held-out interactions are neither an item to rank nor in a history before one"
+        )
+    if without := record["items_without_target"]:
+        cure = "" if hold_out == "none" else "held out or "
+        lines.append(
+            f"targets     {without:,} of {manifest.items:,} items ({without / manifest.items:.1%}) are never a training "
+            f"target: their interactions are {cure}first in a history"
+            + ("" if hold_out == "none" else "; --hold_out none trains on them")
+        )
+    return lines
 
 
 def size(count: float) -> str:
