@@ -34,17 +34,21 @@ def main(config: Evaluate) -> None:
         check_has_targets(
             dataset,
             config.split,
-            "Measure on a dataset that holds items out (prepare --hold_out last, time or given), with a run trained on it",
+            "Prepare the log with --hold_out last, time or given, and train a run on that",
         )
         ks = tuple(config.ks)
         trained = load(checkpoint, dataset, config.tables, batch_size=config.batch.tokens, device=device)
         manifest = dataset.manifest
-        log_message(f"{checkpoint}: ranking {manifest.items:,} items for {manifest.users:,} users ({config.split})")
+        ranked = manifest.count_targets(config.split)
+        of_all = "" if ranked is None else f"{ranked:,} of "
+        log_message(
+            f"{checkpoint}: ranking {manifest.items:,} items for {of_all}{manifest.users:,} users ({config.split})"
+        )
         trained_on = CheckpointSettings.read(checkpoint)
         if trained_on.hold_out != manifest.hold_out:
             log_message(
-                f"Note: {checkpoint} was trained on {trained_on.data}, with --hold_out {trained_on.hold_out}; it may have "
-                f"been trained on items that {config.data} holds out (--hold_out {manifest.hold_out})"
+                f"Note: {checkpoint} was trained on {trained_on.data} with --hold_out {trained_on.hold_out}; it may "
+                f"have seen items that {config.data} holds out (--hold_out {manifest.hold_out})"
             )
         paths = RecallPaths(trained, dataset, config.batch, device)
         users, results, chosen = paths.measure(config.split, ks, config.recall)
@@ -63,9 +67,7 @@ def main(config: Evaluate) -> None:
         }
         run_on_first_rank(lambda: storage.write_json(config.output, evaluation))
         print_result(table(results))
-        print_result(
-            f"{users:,} of {manifest.users:,} users have a {config.split} item (--hold_out {manifest.hold_out})"
-        )
+        print_result(f"{users:,} of {manifest.users:,} users have a {config.split} item")
         if "m" in chosen:
             print_result(
                 f"Two steps take m = {chosen['m']} items from the first interest and n = {chosen['n']} from the second "

@@ -76,19 +76,21 @@ def describe_split(manifest: Manifest) -> list[str]:
     lines = [f"held out    nothing (--hold_out none): all {counts['training']:,} interactions are trained on"]
     if hold_out != "none":
         begins = [f"{name} from time {record[f'{name}_from']}" for name in EVALUATION if f"{name}_from" in record]
-        parts = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+        parts = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
         lines = [f"held out    --hold_out {hold_out}: {', '.join([*begins, f'interactions {parts}'])}"]
-        with_item = " and ".join(f"{record[f'{name}_users']:,} have a {name} item" for name in EVALUATION)
-        lines.append(f"{'':<11} of {manifest.users:,} users {with_item}")
+        with_item = " and ".join(
+            f"{record[f'{name}_users']:,} have a {name} item" for name in EVALUATION if counts[name]
+        )
+        lines.append(f"{'':<11} of {manifest.users:,} users {with_item or 'none has a held-out item'}")
     if record["unused"]:
         lines.append(
-            f"{'':<11} {record['unused']:,} held-out interactions are neither an item to rank nor in a history before one"
+            f"{'':<11} {record['unused']:,} held-out interactions are neither ranked nor in a history before one"
         )
     if without := record["items_without_target"]:
         cure = "" if hold_out == "none" else "held out or "
         lines.append(
-            f"targets     {without:,} of {manifest.items:,} items ({without / manifest.items:.1%}) are never a training "
-            f"target: their interactions are {cure}first in a history"
+            f"targets     {without:,} of {manifest.items:,} items ({without / manifest.items:.1%}) are never a training"
+            f" target: their interactions are {cure}first in a history"
             + ("" if hold_out == "none" else "; --hold_out none trains on them")
         )
     return lines

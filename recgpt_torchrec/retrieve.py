@@ -80,7 +80,7 @@ def check(config: Retrieve, export: "Export", dataset: Any) -> "tuple[MergeRule,
     made_from = manifest.settings.get("hold_out", "last")
     if dataset is not None and manifest.settings.get("history") != "all" and made_from != dataset.manifest.hold_out:
         raise InputError(
-            f"{config.export} was made of histories of a dataset with --hold_out {made_from}, {config.data} has --hold_out "
+            f"{config.export} was made from a dataset with --hold_out {made_from}, {config.data} has --hold_out "
             f"{dataset.manifest.hold_out}: other items come before the held-out one. Give --data {manifest.dataset}"
         )
     return rule, interests

@@ -61,9 +61,9 @@ class Prepare:
     validation_from: str | None = None
     """Time at which the validation part begins, written like test_from. null: as many interactions before test_from as
     there are after it."""
-    validation_input: list[str] | None = changeable(None)
-    """Raw log of the validation part, like input (--hold_out given); null: no validation."""
-    test_input: list[str] | None = changeable(None)
+    validation_input: list[str] = changeable(default_factory=list)
+    """Raw log of the validation part, like input (--hold_out given); without, nothing is held out for validation."""
+    test_input: list[str] = changeable(default_factory=list)
     """Raw log of the test part, like input (--hold_out given). Then --input is the training part."""
     duplicates: Literal["keep", "drop"] = "keep"
     """Whether to keep or drop rows that repeat the user, item and time of another row (before min_count is applied)."""
@@ -98,7 +98,7 @@ class Prepare:
         """Check that the options of the split fit what is held out."""
         belongs = {"test_from": "time", "validation_from": "time", "validation_input": "given", "test_input": "given"}
         for name, hold_out in belongs.items():
-            if getattr(self, name) is not None and self.hold_out != hold_out:
+            if getattr(self, name) and self.hold_out != hold_out:
                 raise ValueError(
                     f"--{name} belongs to --hold_out {hold_out}, but --hold_out is {self.hold_out}; give --hold_out "
                     f"{hold_out}, or leave --{name} out"
@@ -107,8 +107,6 @@ class Prepare:
             raise ValueError(
                 "--hold_out given needs --test_input, the files of the test part; --input is what to train on"
             )
-        if self.validation_input is not None and not self.validation_input:
-            raise ValueError("--validation_input is empty; name its files, or leave it out")
         if self.hold_out == "time" and self.test_from is None:
             raise ValueError("--hold_out time needs --test_from, the time at which the test part begins, such as 90%")
         if self.hold_out == "time" and self.time_column is None:

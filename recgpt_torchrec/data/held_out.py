@@ -18,9 +18,8 @@ def check_has_targets(dataset: Dataset, split: SplitName, remedy: str) -> None:
     """
     if dataset.manifest.count_targets(split) != 0:
         return
-    raise InputError(
-        f"{dataset.path}: no user has a {split} item, because {_reason(dataset.manifest, split)}. {remedy}"
-    )
+    reason = _reason(dataset.manifest, split)
+    raise InputError(f"{dataset.path}: no user has a {split} item, because {reason}. {remedy}")
 
 
 def explain_left_out(manifest: Manifest, split: SplitName) -> str:

@@ -69,8 +69,12 @@ class RecallPaths:
         users, results[one] = measure_ranks(batches, self.catalogue, ks)
         chosen: dict[str, Any] = {"m": recall.m, "n": longest - recall.m, "because": "given by --recall.m"}
         if not recall.m and self.dataset.manifest.count_targets("validation") == 0:
-            m = TwoStep(0).first_quota(longest)
-            chosen = {"m": m, "n": longest - m, "because": "nine tenths, as no user has a validation item to choose by"}
+            quota = TwoStep(0).first_quota(longest)
+            chosen = {
+                "m": quota,
+                "n": longest - quota,
+                "because": "nine tenths, as no user has a validation item to choose by",
+            }
         elif not recall.m:
             tried = sorted({max(1, round(longest * share / GRID)) for share in range(1, GRID)})
             grid = self._measure_lists("validation", ks, tried, 1, ("masked",))

@@ -12,6 +12,7 @@ import ibis.expr.types as ir
 
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.config.boundaries import Boundary
+from recgpt_torchrec.config.fields import default_values
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation import queries
 from recgpt_torchrec.preparation.engine import DuckDBEngine
@@ -26,10 +27,9 @@ LATER_OPTIONS = ("vocabulary", "hold_out", "test_from", "validation_from", "vali
 
 def settings_of(config: Prepare) -> dict[str, Any]:
     """The options as the manifest records them."""
+    defaults = default_values(config)
     return {
-        name: value
-        for name, value in asdict(config).items()
-        if name not in LATER_OPTIONS or value != getattr(Prepare, name)
+        name: value for name, value in asdict(config).items() if name not in LATER_OPTIONS or value != defaults[name]
     }
 
 

@@ -45,13 +45,9 @@ def header(
             + (f", {others:,} prompts or shown items" if others > 0 else ""),
             f"  decoder  {parameters:,} parameters",
             f"  tables   {', '.join(tables)}; {total / 2**20:,.1f} MiB of weights",
-            f"  epochs   {'at most ' if validates else ''}{epochs}, about {steps:,} steps each, at most {tokens:,} tokens "
-            "per step and rank",
-            *(
-                []
-                if validates
-                else ["  no validation part: all epochs are trained, the newest checkpoint is the result"]
-            ),
+            f"  epochs   {'at most' if validates else 'all'} {epochs}, about {steps:,} steps each, at most {tokens:,} "
+            "tokens per step and rank",
+            *([] if validates else ["  nothing is held out for validation: the newest checkpoint is the result"]),
         ]
     )
 

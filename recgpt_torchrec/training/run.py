@@ -123,11 +123,13 @@ class Run:
     def summary(self, manifest: Manifest) -> str:
         """The best validation figure, its checkpoint, and the next command, as text; `manifest` is the dataset's."""
         output, epochs = self.checkpoints.output, self.config["train"]["epochs"]
-        trained = f"{epochs} epochs, nothing held out for validation, in {self.checkpoints.latest()} (the newest)"
+        trained = (
+            f"{epochs} epoch{'s' * (epochs != 1)}, nothing held out for validation, "
+            f"in {self.checkpoints.latest()} (the newest)"
+        )
         if (best := read_json(os.path.join(output, BEST))) is not None:
-            trained = (
-                f"validation NDCG@10 {best['value']:.4f} after epoch {best['epoch']}, in {self.checkpoints.best()}"
-            )
+            figure = f"validation NDCG@10 {best['value']:.4f} after epoch {best['epoch']}"
+            trained = f"{figure}, in {self.checkpoints.best()}"
         stage, more = "evaluate", f"{output}/test.json --split test"
         if manifest.count_targets("test") == 0:
             stage, more = "export", "EXPORT_FOLDER"

@@ -51,11 +51,11 @@ def test_test_history_holds_the_validation_item_and_training_holds_neither_targe
 
 @given(lists_of_items)
 def test_what_is_trained_on_is_counted_from_the_end_as_it_is_cut(lists):
-    """`is_trained_on`, which queries use, says of each interaction whether it is in the training part."""
+    """`is_held_out`, which queries use, says of each interaction whether it is after the training part."""
     items = Ragged.from_lists(lists)
     length = items.lengths[items.owners]
     from_end = np.array([len(s) - 1 - place for s in lists for place in range(len(s))], dtype=np.int64)
-    assert items.keep(split.is_trained_on(from_end, length)).to_lists() == parts(items, "training")[1]
+    assert items.keep(~split.is_held_out(from_end, length, "validation")).to_lists() == parts(items, "training")[1]
 
 
 @pytest.mark.parametrize("name", ["train", "", None])
