@@ -29,7 +29,7 @@ from recgpt_torchrec.data.ragged import Int64
 
 SplitName = Literal["training", "validation", "test", "all"]
 SPLITS = ("training", "validation", "test", "all")
-EVALUATION = ("validation", "test")
+EVALUATION: tuple[Literal["validation", "test"], ...] = ("validation", "test")
 """Splits that hold an item out."""
 HoldOut = Literal["last", "time", "given", "none"]
 HOLD_OUT = ("last", "time", "given", "none")

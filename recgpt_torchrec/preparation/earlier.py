@@ -131,6 +131,7 @@ def mark_trained(engine: DuckDBEngine, entries: ir.Table, dataset: Dataset, time
         dataset: the earlier one.
         timed: whether the entries have times.
     """
+    row_groups(dataset)  # reads the footers, which name the columns
     by_time = timed and "timestamps" in dataset.columns
     if dataset.manifest.hold_out == "given":
         trained = engine.fill("trained_rows", trained_rows(dataset), TRAINED_ROWS)
