@@ -14,7 +14,6 @@ def main(config: Evaluate) -> None:
     from recgpt_torchrec.checkpoints.folder import find_checkpoint
     from recgpt_torchrec.checkpoints.settings import CheckpointSettings
     from recgpt_torchrec.data.dataset import Dataset
-    from recgpt_torchrec.data.held_out import check_has_targets
     from recgpt_torchrec.distributed.processes import (
         log_message,
         print_result,
@@ -24,6 +23,7 @@ def main(config: Evaluate) -> None:
         world_size,
     )
     from recgpt_torchrec.evaluation import baselines
+    from recgpt_torchrec.evaluation.held_out import check_has_targets
     from recgpt_torchrec.evaluation.ranking import reduce_metrics
     from recgpt_torchrec.evaluation.recall_paths import RecallPaths
     from recgpt_torchrec.training.loading import load

@@ -19,9 +19,9 @@ def main(config: Export) -> None:
     from recgpt_torchrec.catalogue.catalogue import Catalogue
     from recgpt_torchrec.checkpoints.folder import checkpoint_fingerprint, find_checkpoint
     from recgpt_torchrec.data.dataset import Dataset
-    from recgpt_torchrec.data.held_out import check_has_targets, explain_left_out
     from recgpt_torchrec.data.stream import encoding_stream
     from recgpt_torchrec.distributed.processes import print_result, process_group, rank, run_on_first_rank, world_size
+    from recgpt_torchrec.evaluation.held_out import check_has_targets, explain_left_out
     from recgpt_torchrec.model.recgpt import unwrapped
     from recgpt_torchrec.progress import progress_bar
     from recgpt_torchrec.retrieval.encoding import encode

@@ -41,12 +41,13 @@ def prepared(tmp_path_factory) -> Path:
     train = write_log(folder / "train.csv", [row for row in rows if row[2] < edge])
     test = write_log(folder / "test.csv", [row for row in rows if row[2] >= edge])
     common = {"--min_count": 1, "--rows_per_group": 8}
-    for name, options in {
+    datasets: dict[str, dict[str, Any]] = {
         "time": {"--input": log, "--test_from": "80%"},
         "given": {"--input": train, "--test_input": test},
         "none": {"--input": log},
         "last": {"--input": log},
-    }.items():
+    }
+    for name, options in datasets.items():
         assert stage("prepare", {**options, **common, "--hold_out": name, "--output": folder / name}) == 0
     return folder
 

@@ -1,7 +1,8 @@
 """The dataset folder: its manifest, and opening one with its files checked against the manifest.
 
     manifest.json         format version, counts, settings, and per file: rows, items, bytes, checksum
-    sequences/*.parquet   one row per user: user_id int64, item_ids list<int64>, timestamps list<int64>, ...
+    sequences/*.parquet   one row per user: user_id int64, item_ids list<int64>, timestamps list<int64>, ...;
+                          where the split is stored, validation_start and test_start int64
     items/*.parquet       item_id int64 (dense, from 0), key, count, train_count
     users/*.parquet       user_id int64 (dense, from 0), key
 

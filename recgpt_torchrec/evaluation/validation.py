@@ -7,8 +7,8 @@ from torch import nn
 
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import Batch, Model
-from recgpt_torchrec.data.held_out import check_has_targets
 from recgpt_torchrec.data.stream import SequenceStream, encoding_stream
+from recgpt_torchrec.evaluation.held_out import check_has_targets
 from recgpt_torchrec.evaluation.ranking import measure_ranks
 from recgpt_torchrec.model.recgpt import unwrapped
 from recgpt_torchrec.retrieval.encoding import encode
