@@ -60,10 +60,10 @@ def main(config: Evaluate) -> None:
             "dataset": config.data,
             "checkpoint": checkpoint,
             "split": config.split,
-            "hold_out": manifest.hold_out,
             "users": users,
             "results": results,
             "recall": chosen,
+            **({} if manifest.hold_out == "last" else {"hold_out": manifest.hold_out}),
         }
         run_on_first_rank(lambda: storage.write_json(config.output, evaluation))
         print_result(table(results))
