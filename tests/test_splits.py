@@ -268,6 +268,16 @@ def test_where_nobody_has_a_validation_item_training_is_refused_before_it_begins
     assert "nobody has an interaction in the validation part and one before it" in capfd.readouterr().err
 
 
+def test_the_header_says_how_many_items_are_never_a_target(tmp_path, capfd):
+    rows = [(f"u{u}", f"i{(u + n) % 5}", n) for u in range(20) for n in range(6)]
+    rows += [(f"u{u}", "fresh", 10 + n) for u in range(6) for n in range(2)]
+    log = write_log(tmp_path / "log.csv", rows)
+    assert stage("prepare", {"--input": log, "--output": tmp_path / "data", "--min_count": 1}) == 0
+    assert "targets     1 of 6 items (16.7%) are never a training target" in capfd.readouterr().out
+    assert stage("pretrain", {"--data": tmp_path / "data", "--output": tmp_path / "run", **TRAINING}) == 0
+    assert "targets  1 of the items are never one" in capfd.readouterr().out
+
+
 def test_a_finished_run_that_is_asked_for_more_epochs_names_the_way(prepared, runs, tmp_path, capfd):
     options = {"--data": prepared / "time", "--output": runs["time"], **TRAINING, "--train.epochs": 5}
     assert stage("pretrain", options) == 2

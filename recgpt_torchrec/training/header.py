@@ -37,6 +37,7 @@ def header(
         rows, dim = value.size()
         tables.append(f"{table_name(key)} {rows:,} x {dim} {types[table_name(key)]}")
         total += rows * dim * value.dtype.itemsize
+    without = manifest.preparation.get("split", {}).get("items_without_target", 0)
     steps = max(1, math.ceil(_count_tokens(manifest) / (tokens * ranks)))
     return "\n".join(
         [
@@ -47,6 +48,7 @@ def header(
             f"  tables   {', '.join(tables)}; {total / 2**20:,.1f} MiB of weights",
             f"  epochs   {'at most' if validates else 'all'} {epochs}, about {steps:,} steps each, at most {tokens:,} "
             "tokens per step and rank",
+            *([f"  targets  {without:,} of the items are never one, see the summary of prepare"] if without else []),
             *([] if validates else ["  nothing is held out for validation: the newest checkpoint is the result"]),
         ]
     )
