@@ -96,7 +96,13 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 to SEEDS - 1 (default: 1)")
     parser.add_argument("--ranks", type=int, default=1, help="processes of each stage (default: 1)")
     parser.add_argument("--configs", default="configs", help="folder of the configurations (default: configs)")
+    parser.add_argument("--hold_out", default="last", help="as in the stage prepare; only last fits (default: last)")
     given = parser.parse_args(arguments)
+    if given.hold_out != "last":
+        parser.error(
+            f"--hold_out is {given.hold_out}, but every day is measured on the newest interaction of each user so far: "
+            "leave it out, or run the stages by hand"
+        )
     if min(given.seeds, given.ranks, given.days, given.min_count) < 1 or given.day <= 0:
         parser.error("--seeds, --ranks, --days and --min_count must be at least 1, --day more than 0")
     if not 0 < given.first < 1:

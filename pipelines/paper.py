@@ -16,7 +16,7 @@ import json
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -40,6 +40,8 @@ class Options(experiment.Options):
     ks: list[int]
     input_format: str
     test_grid: bool
+    hold_out: list[str] = field(default_factory=list)
+    """Options of the stage prepare on what is held out; empty: the last two items of each user."""
 
     def planned(self) -> list[str]:
         """The kind of every step, see `RecordedSteps`."""
@@ -76,6 +78,11 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument("--input_format", default="auto", help="as in the stage prepare (default: auto)")
     parser.add_argument("--configs", default="configs", help="folder of the configurations (default: configs)")
     parser.add_argument("--test_grid", action="store_true", help="measure every m_n on test too, with the first seed")
+    parser.add_argument(
+        "--hold_out", choices=["last", "time"], default="last", help="as in the stage prepare (default: last)"
+    )
+    parser.add_argument("--test_from", help="as in the stage prepare, with --hold_out time")
+    parser.add_argument("--validation_from", help="as in the stage prepare, with --hold_out time")
     given = parser.parse_args(arguments)
     datasets: dict[str, str] = {}
     for pair in given.dataset:
@@ -89,6 +96,12 @@ def parse(arguments: list[str] | None = None) -> Options:
         datasets[name] = path if "://" in path else from_root(path)
     if given.seeds < 1 or given.ranks < 1:
         parser.error("--seeds and --ranks must be at least 1")
+    hold_out = [] if given.hold_out == "last" else ["--hold_out", given.hold_out]
+    for name in ("test_from", "validation_from"):
+        if (value := getattr(given, name)) is not None:
+            hold_out += [f"--{name}", value]
+    if (given.test_from is None) == (given.hold_out == "time") or (given.validation_from and given.hold_out == "last"):
+        parser.error("--hold_out time takes --test_from, and may take --validation_from; both belong to it")
     ks = sorted(set(given.k))
     if not 1 <= ks[0] <= ks[-1] <= 8:
         parser.error(f"--k {' '.join(map(str, given.k))}: K must be 1 to 8 prompts")
@@ -101,6 +114,7 @@ def parse(arguments: list[str] | None = None) -> Options:
         input_format=given.input_format,
         configs=from_root(given.configs),
         test_grid=given.test_grid,
+        hold_out=hold_out,
     )
 
 
@@ -116,6 +130,7 @@ class Paper(experiment.Experiment):
     def run(self) -> None:
         """Prepare once, then run seed by seed; updates the report after each seed."""
         prepare = ["--input", self.options.datasets[self.name], "--input_format", self.options.input_format]
+        prepare += self.options.hold_out
         self.steps.run(
             f"{self.name}/prepare",
             ["python", "-m", "recgpt_torchrec.prepare", *prepare, "--output", self.data],

@@ -88,6 +88,7 @@ def collect_report(options: "Options", steps: RecordedSteps) -> dict[str, Any]:
         "seeds": options.seeds,
         "ranks": options.ranks,
         "ks": options.ks,
+        "hold_out": options.hold_out,
         "versions": versions(),
         "datasets": {name: measured for name, measured in datasets.items() if measured},
         "published": published,
@@ -198,13 +199,20 @@ def versions() -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------- Markdown
 
 
+def describe_protocol(hold_out: list[str]) -> str:
+    """What was held out, given the options of the stage prepare."""
+    if not hold_out:
+        return "Leave-one-out (the last item is test, the one before it validation)"
+    return f"Split by time (`{' '.join(hold_out)}`: each user's first item after a moment, from the history before it)"
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The report in Markdown."""
     lines = ["# RecGPT (arXiv 2404.08675): the paper's tables, measured", ""]
     if not report["datasets"]:
         return "\n".join([*lines, "No seed is finished yet.", ""])
     lines += [
-        "Leave-one-out (the last item is test, the one before it validation), ranked over the whole catalogue. "
+        f"{describe_protocol(report['hold_out'])}, ranked over the whole catalogue. "
         "± is the sample standard deviation over seeds. Bold: best of its column. All choices were made on validation.",
         "",
         "Fine-tuning and prompt-tuning start from the same pre-trained model and have the same loss and epochs. "

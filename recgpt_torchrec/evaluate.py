@@ -12,6 +12,7 @@ from recgpt_torchrec.storage.finished import check_same, differences
 def main(config: Evaluate) -> None:
     """Measure the checkpoint's recall paths and the baselines on all users of a split."""
     from recgpt_torchrec.checkpoints.folder import find_checkpoint
+    from recgpt_torchrec.checkpoints.settings import CheckpointSettings
     from recgpt_torchrec.data.dataset import Dataset
     from recgpt_torchrec.distributed.processes import (
         log_message,
@@ -22,6 +23,7 @@ def main(config: Evaluate) -> None:
         world_size,
     )
     from recgpt_torchrec.evaluation import baselines
+    from recgpt_torchrec.evaluation.held_out import check_has_targets
     from recgpt_torchrec.evaluation.ranking import reduce_metrics
     from recgpt_torchrec.evaluation.recall_paths import RecallPaths
     from recgpt_torchrec.training.loading import load
@@ -29,10 +31,25 @@ def main(config: Evaluate) -> None:
     with process_group() as device:
         dataset, checkpoint = Dataset.open(config.data), find_checkpoint(config.checkpoint)
         run_on_first_rank(lambda: check_output(config))
+        check_has_targets(
+            dataset,
+            config.split,
+            "Prepare the log with --hold_out last, time or given, and train a run on that",
+        )
         ks = tuple(config.ks)
         trained = load(checkpoint, dataset, config.tables, batch_size=config.batch.tokens, device=device)
         manifest = dataset.manifest
-        log_message(f"{checkpoint}: ranking {manifest.items:,} items for {manifest.users:,} users ({config.split})")
+        ranked = manifest.count_targets(config.split)
+        of_all = "" if ranked is None else f"{ranked:,} of "
+        log_message(
+            f"{checkpoint}: ranking {manifest.items:,} items for {of_all}{manifest.users:,} users ({config.split})"
+        )
+        trained_on = CheckpointSettings.read(checkpoint)
+        if trained_on.hold_out != manifest.hold_out:
+            log_message(
+                f"Note: {checkpoint} was trained on {trained_on.data} with --hold_out {trained_on.hold_out}; it may "
+                f"have seen items that {config.data} holds out (--hold_out {manifest.hold_out})"
+            )
         paths = RecallPaths(trained, dataset, config.batch, device)
         users, results, chosen = paths.measure(config.split, ks, config.recall)
         if config.baselines:
@@ -46,9 +63,11 @@ def main(config: Evaluate) -> None:
             "users": users,
             "results": results,
             "recall": chosen,
+            **({} if manifest.hold_out == "last" else {"hold_out": manifest.hold_out}),
         }
         run_on_first_rank(lambda: storage.write_json(config.output, evaluation))
         print_result(table(results))
+        print_result(f"{users:,} of {manifest.users:,} users have a {config.split} item")
         if "m" in chosen:
             print_result(
                 f"Two steps take m = {chosen['m']} items from the first interest and n = {chosen['n']} from the second "

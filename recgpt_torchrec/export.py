@@ -19,9 +19,9 @@ def main(config: Export) -> None:
     from recgpt_torchrec.catalogue.catalogue import Catalogue
     from recgpt_torchrec.checkpoints.folder import checkpoint_fingerprint, find_checkpoint
     from recgpt_torchrec.data.dataset import Dataset
-    from recgpt_torchrec.data.split import FEWEST_ITEMS
     from recgpt_torchrec.data.stream import encoding_stream
     from recgpt_torchrec.distributed.processes import print_result, process_group, rank, run_on_first_rank, world_size
+    from recgpt_torchrec.evaluation.held_out import check_has_targets, explain_left_out
     from recgpt_torchrec.model.recgpt import unwrapped
     from recgpt_torchrec.progress import progress_bar
     from recgpt_torchrec.retrieval.encoding import encode
@@ -32,6 +32,10 @@ def main(config: Export) -> None:
     with process_group() as device:
         dataset, checkpoint = Dataset.open(config.data), find_checkpoint(config.checkpoint)
         settings = {**asdict(config), "checkpoint": checkpoint}
+        if config.history != "all":
+            check_has_targets(dataset, config.history, "Export whole histories: --history all")
+            if dataset.manifest.hold_out != "last":
+                settings["hold_out"] = dataset.manifest.hold_out
         fingerprint = checkpoint_fingerprint(checkpoint)
         manifest = run_on_first_rank(lambda: finished(config, settings, dataset, fingerprint))
         already_there = manifest is not None
@@ -69,11 +73,7 @@ def main(config: Export) -> None:
             )
         vectors_each = f", {manifest.interests} vectors each" if manifest.interests > 1 else ""
         left_out = dataset.manifest.users - manifest.users
-        reason = (
-            "they have no interactions in this dataset"
-            if config.history == "all"
-            else f"they have fewer than {FEWEST_ITEMS} items, so none is held out"
-        )
+        reason = explain_left_out(dataset.manifest, config.history)
         left_out_note = f"; {left_out:,} users left out: {reason}" if left_out else ""
         print_result(
             f"{'Already there' if already_there else 'Written'}: {config.output} ({manifest.items:,} items, "

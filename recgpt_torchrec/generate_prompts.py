@@ -24,7 +24,7 @@ def main(config: GeneratePrompts) -> None:
         dataset, checkpoint = Dataset.open(config.data), find_checkpoint(config.checkpoint)
         vocabulary, groups = dataset.manifest.vocabulary, row_groups(dataset)
         max_len = read_pretrained(checkpoint, dataset).model.max_len
-        prompt_dataset.check_input(dataset, config.prompts, groups)
+        prompt_dataset.check_input(dataset, config.prompts, groups, config.previous)
         record = prompt_dataset.record_of(
             dataset, config.prompts, max_len, checkpoint, checkpoint_fingerprint(checkpoint)
         )

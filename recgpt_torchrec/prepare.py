@@ -2,6 +2,8 @@
 
 from recgpt_torchrec import cli
 from recgpt_torchrec.config import Prepare
+from recgpt_torchrec.data.dataset import Manifest
+from recgpt_torchrec.data.split import EVALUATION
 from recgpt_torchrec.preparation.pipeline import Result, prepare
 
 
@@ -60,6 +62,7 @@ def summary(config: Prepare, result: Result) -> str:
     lines += [
         f"dataset     {manifest.users:,} users, {manifest.items:,} items, {manifest.interactions:,} interactions",
         f"lengths     {quantiles}",
+        *describe_split(manifest),
     ]
     if manifest.users > 10 and lengths["max"] > manifest.interactions / 2:
         share = lengths["max"] / manifest.interactions
@@ -78,6 +81,35 @@ def summary(config: Prepare, result: Result) -> str:
 def line(label: str, text: str) -> str:
     """A line of the summary: a label, and a text that may be long."""
     return f"{label:<11} {text}"
+
+
+def describe_split(manifest: Manifest) -> list[str]:
+    """The lines on what is held out, how many users have held-out items, and which items are never trained on."""
+    record = manifest.preparation.get("split")
+    if record is None:
+        return []
+    hold_out, counts = manifest.hold_out, record["interactions"]
+    lines = [f"held out    nothing (--hold_out none): all {counts['training']:,} interactions are trained on"]
+    if hold_out != "none":
+        begins = [f"{name} from time {record[f'{name}_from']}" for name in EVALUATION if f"{name}_from" in record]
+        parts = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+        lines = [f"held out    --hold_out {hold_out}: {', '.join([*begins, f'interactions {parts}'])}"]
+        with_item = " and ".join(
+            f"{record[f'{name}_users']:,} have a {name} item" for name in EVALUATION if counts[name]
+        )
+        lines.append(f"{'':<11} of {manifest.users:,} users {with_item or 'none has a held-out item'}")
+    if record["unused"]:
+        lines.append(
+            f"{'':<11} {record['unused']:,} held-out interactions are neither ranked nor in a history before one"
+        )
+    if without := record["items_without_target"]:
+        cure = "" if hold_out == "none" else "held out or "
+        lines.append(
+            f"targets     {without:,} of {manifest.items:,} items ({without / manifest.items:.1%}) are never a training"
+            f" target: their interactions are {cure}first in a history"
+            + ("" if hold_out == "none" else "; --hold_out none trains on them")
+        )
+    return lines
 
 
 def size(count: float) -> str:

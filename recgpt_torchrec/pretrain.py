@@ -23,7 +23,7 @@ def main(config: Pretrain) -> None:
         stream = training_stream(config, config.model, dataset, new_targets=config.targets == "new")
         run = Run.find(config, dataset.manifest.vocabulary, histories_fingerprint(dataset), keep=config.saving.keep)
         if run_on_first_rank(lambda: run.finished):
-            print_result(f"{config.output} is already trained.", run.summary(), sep="\n")
+            print_result(f"{config.output} is already trained.", run.summary(dataset.manifest), sep="\n")
             return
         if config.initial is not None and run_on_first_rank(run.checkpoints.latest) is None:
             run.initial = find_initial(run.initial or config.initial, config, dataset)
@@ -44,7 +44,7 @@ def main(config: Pretrain) -> None:
             validation=validation,
             metric=METRIC,
         )
-        print_result(run.summary())
+        print_result(run.summary(dataset.manifest))
 
 
 if __name__ == "__main__":

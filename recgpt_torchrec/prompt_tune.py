@@ -32,8 +32,9 @@ def main(config: PromptTune) -> None:
         stream = training_stream(config, model, dataset, tuning=tuning)
         run = Run.find(config, dataset.manifest.vocabulary, histories_fingerprint(dataset), keep=config.saving.keep)
         if run_on_first_rank(lambda: run.finished):
-            print_result(f"{config.output} is already trained.", run.summary(), sep="\n")
+            print_result(f"{config.output} is already trained.", run.summary(dataset.manifest), sep="\n")
             return
+        validation = validation_of(stream, model, config.batch, device)
         train(
             config,
             model,
@@ -41,11 +42,11 @@ def main(config: PromptTune) -> None:
             run,
             device,
             begin=lambda trainer: load_pretrained(trainer.model, checkpoint),
-            validation=validation_of(stream, model, config.batch, device),
+            validation=validation,
             metric=METRIC,
             tuning=tuning,
         )
-        print_result(run.summary())
+        print_result(run.summary(dataset.manifest))
 
 
 def check_dataset(config: PromptTune, dataset: "Dataset") -> None:

@@ -77,6 +77,12 @@ def check(config: Retrieve, export: "Export", dataset: Any) -> "tuple[MergeRule,
             f"{config.export} was made from another dataset than {config.data}: its ids mean other items (vocabulary "
             f"{manifest.vocabulary[:12]}, not {dataset.manifest.vocabulary[:12]}). Give --data {manifest.dataset}"
         )
+    made_from = manifest.settings.get("hold_out", "last")
+    if dataset is not None and manifest.settings.get("history") != "all" and made_from != dataset.manifest.hold_out:
+        raise InputError(
+            f"{config.export} was made from a dataset with --hold_out {made_from}, {config.data} has --hold_out "
+            f"{dataset.manifest.hold_out}: other items come before the held-out one. Give --data {manifest.dataset}"
+        )
     return rule, interests
 
 

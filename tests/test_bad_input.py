@@ -153,6 +153,22 @@ def other_dataset(folder: Path) -> None:
     write_dataset(folder / "other", walks(USERS, ITEMS), items=ITEMS, vocabulary="another")
 
 
+def divide_by_time(harm: Callable[[Path], object] = no_damage, of: str = "data") -> Callable[[Path], None]:
+    """Make a dataset one with --hold_out time, and damage it then."""
+
+    def divided(rows: list[dict[str, Any]]) -> None:
+        for values in rows:
+            values |= {"validation_start": 1, "test_start": 2}
+
+    def divide_and_damage(folder: Path) -> None:
+        for number in range(len(json.loads((folder / of / "manifest.json").read_text())["sequences"])):
+            rewrite(folder / of, divided, part=number, types={"validation_start": pa.int64(), "test_start": pa.int64()})
+        manifest(lambda m: m.update(hold_out="time"), of)(folder)
+        harm(folder)
+
+    return divide_and_damage
+
+
 def write_foreign_file(folder: Path) -> None:
     (folder / "new").mkdir()
     (folder / "new/thesis.txt").write_text("years of work")
@@ -184,6 +200,18 @@ CASES = [
         {"--min_cuont": 5}),
     Bad("prepare", "a word where a number belongs", log(GOOD), "--min_count is few", "whole number",
         {"--min_count": "few"}),
+    Bad("prepare", "a boundary that is no time", log(GOOD), "--test_from is soon", "a share of the interactions",
+        {"--hold_out": "time", "--test_from": "soon"}),
+    Bad("prepare", "a boundary in another unit than the log's times", log(GOOD), "--test_from 2024-05-01 (time 17145",
+        "in the unit of the log", {"--hold_out": "time", "--test_from": "2024-05-01"}),
+    Bad("prepare", "a boundary without a hold-out by time", log(GOOD), "--test_from belongs to --hold_out time",
+        "or leave --test_from out", {"--test_from": "90%"}),
+    Bad("prepare", "a hold-out by time without a boundary", log(GOOD), "--hold_out time needs --test_from",
+        "such as 90%", {"--hold_out": "time"}),
+    Bad("prepare", "a file in two parts", log(GOOD), "log.csv is named by --input and by --test_input",
+        "leave it out of the other", {"--hold_out": "given", "--test_input": "log.csv"}),
+    Bad("prepare", "no such test file", log(GOOD), "--test_input gone.csv", "no such file",
+        {"--hold_out": "given", "--test_input": "gone.csv"}),
     Bad("prepare", "the output holds something else", write_foreign_file, "thesis.txt",
         "Name a folder that does not exist or is empty"),
     # ------------------------------------------------------------------------------------------------ pretrain
@@ -227,6 +255,19 @@ CASES = [
         {"--stream.damaged": "skip", "--stream.damaged_limit": 0}, in_training=True),
     Bad("pretrain", "a lost part of more rows than may be left out", part(Path.unlink), f"{PART}: is missing",
         "a higher limit", {"--stream.damaged": "skip", "--stream.damaged_limit": 7}),
+    Bad("pretrain", "parts of a history that are not in order", divide_by_time(row("validation_start", 3)), PLACE, SKIP,
+        in_training=True),
+    Bad("pretrain", "a part that starts after the history", divide_by_time(row("test_start", 99)), PLACE, SKIP,
+        in_training=True),
+    Bad("pretrain", "no start of a part", divide_by_time(row("test_start", None)), PLACE, SKIP, in_training=True),
+    Bad("pretrain", "a dataset by time without the starts of its parts", manifest(lambda m: m.update(hold_out="time")),
+        "has no column test_start, validation_start", SKIP),
+    Bad("pretrain", "manifest: an unknown hold_out", manifest(lambda m: m.update(hold_out="first")),
+        "hold_out is 'first'", PREPARE_AGAIN),
+    Bad("pretrain", "nobody has a validation item", manifest(lambda m: m.update(preparation={"lengths": {"max": 2}})),
+        "the longest history has 2", "--hold_out none"),
+    Bad("pretrain", "more epochs for a run that is there", no_damage, "--train.epochs: 1 there, 9 now",
+        "--initial run --output NEW_RUN", {"--output": "run", "--train.epochs": 9}),
     Bad("pretrain", "options that do not go together", no_damage, "--model.heads 3", "must divide",
         {"--model.heads": 3}),
     Bad("pretrain", "no such configuration file", no_damage, "gone.yaml", "no such file", {"--config": "gone.yaml"}),
@@ -274,6 +315,8 @@ CASES = [
     # ------------------------------------------------------------------------------------------------ evaluate
     Bad("evaluate", "an item id outside the vocabulary", row("item_ids", 77, 0), PLACE, PREPARE_AGAIN),
     Bad("evaluate", "a part is cut off", part(lambda p: os.truncate(p, 900)), f"{PART} is damaged", PREPARE_AGAIN),
+    Bad("evaluate", "a dataset that holds nothing out", manifest(lambda m: m.update(hold_out="none")),
+        "prepared with --hold_out none", "--hold_out last, time or given"),
     Bad("evaluate", "no folder for the output", no_damage, "nowhere", "make it first", {"--output": "nowhere/x.json"}),
     Bad("evaluate", "the output holds something else", lambda f: (f / "new.json").write_text("[]"), "new.json",
         "choose another --output"),
@@ -298,6 +341,8 @@ CASES = [
     Bad("export", "an item id outside the vocabulary", row("item_ids", 77, 0), PLACE, PREPARE_AGAIN),
     Bad("export", "a user id that is null", row("user_id", None), PLACE, PREPARE_AGAIN),
     Bad("export", "a part is missing", part(Path.unlink), f"{PART} is missing", PREPARE_AGAIN),
+    Bad("export", "histories before a part that is not there", manifest(lambda m: m.update(hold_out="none")),
+        "no user has a test item", "--history all", {"--history": "test"}),
     Bad("export", "too many interests", no_damage, "--interests is 99", "1 to 32", {"--interests": 99}),
     Bad("export", "the output holds something else", write_foreign_file, "thesis.txt", "Name a folder"),
 ]  # fmt: skip

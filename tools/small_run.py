@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs
 
-from recgpt_torchrec.data.dataset import Dataset, Manifest
+from recgpt_torchrec.data.dataset import STARTS, Dataset, Manifest
+from recgpt_torchrec.data.split import HoldOut
 from recgpt_torchrec.storage.folders import write_manifest
 from recgpt_torchrec.storage.parts import write_parts
 
@@ -31,6 +32,8 @@ def write_dataset(
     items: int | None = None,
     segments: Sequence[Sequence[int]] | None = None,
     more: dict[str, pa.Array] | None = None,
+    hold_out: HoldOut = "last",
+    starts: Sequence[tuple[int, int]] | None = None,
     rows_per_group: int = 8,
     groups_per_part: int = 2,
     vocabulary: str = "test",
@@ -43,6 +46,8 @@ def write_dataset(
         items: size of the catalogue; None: the largest id plus 1.
         segments: segment ids of the items, per user; None: no column of segments.
         more: further columns of the sequences.
+        hold_out: what is held out.
+        starts: indices of each user's first validation and test interaction, with `time` and `given`.
         rows_per_group, groups_per_part: layout of the Parquet parts.
         vocabulary: fingerprint of the vocabulary in the manifest.
     """
@@ -54,10 +59,13 @@ def write_dataset(
     }
     if segments is not None:
         columns["segment_ids"] = pa.array([list(s) for s in segments], pa.list_(pa.int8()))
+    if starts is not None:
+        columns |= {name: pa.array(column, pa.int64()) for name, column in zip(STARTS, np.array(starts).T, strict=True)}
     table = pa.table(columns | (more or {}))
     groups = [table.slice(start, rows_per_group) for start in range(0, len(histories), rows_per_group)]
     all_ids = np.array([i for h in histories for i in h], dtype=np.int64)
-    training_ids = np.array([i for h in histories for i in training_part(h)], dtype=np.int64)
+    trained = [training_part(h) if starts is None else h[: starts[u][0]] for u, h in enumerate(histories)]
+    training_ids = np.array([i for h in (histories if hold_out == "none" else trained) for i in h], dtype=np.int64)
     catalogue = pa.table(
         {
             "item_id": pa.array(range(item_count), pa.int64()),
@@ -73,6 +81,7 @@ def write_dataset(
         items=item_count,
         interactions=int(all_ids.size),
         vocabulary=vocabulary,
+        hold_out=hold_out,
         sequences=write_parts(fs, root, "sequences", groups, groups_per_part),
         item_parts=write_parts(fs, root, "items", [catalogue], 1),
         user_parts=write_parts(fs, root, "users", [users], 1),

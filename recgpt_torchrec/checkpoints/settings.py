@@ -19,6 +19,8 @@ class CheckpointSettings:
     """Fingerprint of the vocabulary that its ids belong to."""
     data: str
     """Folder of the dataset it was trained on."""
+    hold_out: str = "last"
+    """What that dataset held out of training."""
 
     @classmethod
     def read(cls, checkpoint: str) -> "CheckpointSettings":
@@ -36,6 +38,7 @@ class CheckpointSettings:
             table_optimizer=config["tables"]["optimizer"],
             vocabulary=metadata["vocabulary"],
             data=config["data"],
+            hold_out=metadata.get("hold_out", "last"),
         )
 
     def other_shape(self, given: Model) -> list[str]:

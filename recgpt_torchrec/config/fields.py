@@ -11,14 +11,14 @@ RENAMED = {"checkpoint.": "saving.", "checkpointing.": "saving."}
 """Groups renamed since earlier versions: runs that recorded the old name still resume."""
 
 
-def changeable(default: Any = MISSING) -> Any:
+def changeable(default: Any = MISSING, *, default_factory: Any = MISSING) -> Any:
     """A field that may change without changing the result: where files are, or how fast a stage is.
 
     A resumed run may be given another value, and a finished result is the one that is asked for whatever the value.
 
     Example: `keep: int = changeable(2)`
     """
-    return field(default=default, metadata={RESUME: "may change"})
+    return field(default=default, default_factory=default_factory, metadata={RESUME: "may change"})
 
 
 @dataclass(frozen=True)

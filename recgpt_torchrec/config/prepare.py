@@ -4,6 +4,7 @@ import codecs
 from dataclasses import dataclass, field
 from typing import Literal
 
+from recgpt_torchrec.config.boundaries import Boundary
 from recgpt_torchrec.config.checks import at_least
 from recgpt_torchrec.config.fields import changeable
 
@@ -85,6 +86,22 @@ class Prepare:
     they have in the log; new ones that reach min_count get the ids after them. Histories are made of --input alone, so
     give the earlier days of the log as well. Adds the column `trained`, which pretrain --targets new reads. null: a new
     vocabulary."""
+    hold_out: Literal["last", "time", "given", "none"] = "last"
+    """What is held out of training. last: the last two interactions of each user with at least three, the validation
+    and the test item. time: the interactions from --test_from on, and before them those of validation. given: those of
+    --validation_input and --test_input. none: nothing; train on everything, for a fixed number of epochs. With time and
+    given a user's validation and test item are the first of each part, and histories end before the part."""
+    test_from: str | None = None
+    """Time at which the test part begins (--hold_out time): a number in the log's own unit; an ISO date or date-time,
+    which means seconds since 1970, UTC unless it has an offset; or a share such as 90%, the time before which that
+    share of the interactions lies. Interactions at this very time are in the test part."""
+    validation_from: str | None = None
+    """Time at which the validation part begins, written like test_from. null: as many interactions before test_from as
+    there are after it."""
+    validation_input: list[str] = changeable(default_factory=list)
+    """Raw log of the validation part, like input (--hold_out given); without, nothing is held out for validation."""
+    test_input: list[str] = changeable(default_factory=list)
+    """Raw log of the test part, like input (--hold_out given). Then --input is the training part."""
     duplicates: Literal["keep", "drop"] = "keep"
     """Whether to keep or drop rows that repeat the user, item and time of another row (before min_count is applied)."""
     repeats: Literal["keep", "collapse"] = "keep"
@@ -111,6 +128,7 @@ class Prepare:
         at_least("--min_count", self.min_count, 1)
         at_least("--rows_per_group", self.rows_per_group, 0)
         at_least("--groups_per_part", self.groups_per_part, 1)
+        self._check_hold_out()
         if not abs(self.click_from) < float("inf"):
             raise ValueError(f"--click_from is {self.click_from}; it must be a finite number")
         if self.click_column is None and self.click_from != 1:
@@ -133,6 +151,29 @@ class Prepare:
             raise ValueError(
                 f"--encoding is {self.encoding}, which Python does not know; give utf-8, latin-1, utf-16, ..."
             ) from None
+
+    def _check_hold_out(self) -> None:
+        """Check that the options of the split fit what is held out."""
+        belongs = {"test_from": "time", "validation_from": "time", "validation_input": "given", "test_input": "given"}
+        for name, hold_out in belongs.items():
+            if getattr(self, name) and self.hold_out != hold_out:
+                raise ValueError(
+                    f"--{name} belongs to --hold_out {hold_out}, but --hold_out is {self.hold_out}; give --hold_out "
+                    f"{hold_out}, or leave --{name} out"
+                )
+        if self.hold_out == "given" and not self.test_input:
+            raise ValueError(
+                "--hold_out given needs --test_input, the files of the test part; --input is what to train on"
+            )
+        if self.hold_out == "time" and self.test_from is None:
+            raise ValueError("--hold_out time needs --test_from, the time at which the test part begins, such as 90%")
+        if self.hold_out == "time" and self.time_column is None:
+            raise ValueError(
+                "--hold_out time needs times, but --time_column is null; name the column, or give --hold_out last"
+            )
+        for name in ("validation_from", "test_from"):
+            if (text := getattr(self, name)) is not None:
+                Boundary.parse(f"--{name}", text)
 
 
 def _named_character(option: str, value: str | None, longest: int) -> str | None:

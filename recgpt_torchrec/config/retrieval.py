@@ -17,7 +17,8 @@ class Recall:
 
     m: int = 0
     """Number of items from the first interest in the two-step list of the longest k; the other n items are from the
-    second. 0: chosen on the validation split, by NDCG at the longest k."""
+    second. 0: chosen on the validation split, by NDCG at the longest k; where no user has a validation item, nine
+    tenths, as in retrieve."""
     interests: int = 1
     """Number of interests of the multi-interest paths, 1 to 32; 1: these paths are not measured."""
 
@@ -41,7 +42,8 @@ class Evaluate:
     output: str
     """JSON file to write; its folder must exist."""
     split: Literal["validation", "test"] = "test"
-    """Which held-out item of each user is ranked. validation: the second to last. test: the last."""
+    """Which held-out item of each user is ranked: the one of the validation or of the test part (prepare --hold_out;
+    by default the second to last and the last)."""
     ks: list[int] = field(default_factory=lambda: [5, 10])
     """List lengths k of HR@k and NDCG@k."""
     baselines: bool = True

@@ -123,7 +123,8 @@ class Train:
     epochs: int = 20
     """Number of passes over the training part of the dataset."""
     patience: int = 10
-    """Number of epochs without a better validation NDCG@10 after which training stops; 0: never stop early."""
+    """Number of epochs without a better validation NDCG@10 after which training stops; 0: never stop early. Where
+    nothing is held out for validation, all epochs are trained and the newest checkpoint is the result."""
     validate_every: int = 1
     """Number of epochs between validations."""
     non_finite: Literal["stop", "skip"] = changeable("stop")

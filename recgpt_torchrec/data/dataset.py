@@ -1,7 +1,8 @@
 """The dataset folder: its manifest, and opening one with its files checked against the manifest.
 
     manifest.json         format version, counts, settings, and per file: rows, items, bytes, checksum
-    sequences/*.parquet   one row per user: user_id int64, item_ids list<int64>, timestamps list<int64>, ...
+    sequences/*.parquet   one row per user: user_id int64, item_ids list<int64>, timestamps list<int64>, ...;
+                          where the split is stored, validation_start and test_start int64
     items/*.parquet       item_id int64 (dense, from 0), key, count, train_count
     users/*.parquet       user_id int64 (dense, from 0), key
 
@@ -16,6 +17,7 @@ from typing import Any, Literal, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recgpt_torchrec.data.split import FEWEST_ITEMS, HOLD_OUT, HoldOut, SplitName
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import filesystem
 from recgpt_torchrec.storage.manifests import FolderManifest, Kind
@@ -29,11 +31,15 @@ COLUMNS = {
     "trained": pa.list_(pa.int8()),
     "answer_ids": pa.list_(pa.int64()),
     "answer_scores": pa.list_(pa.float32()),
+    "validation_start": pa.int64(),
+    "test_start": pa.int64(),
 }
 """Columns of the sequences that can be read, and the type they are cast to."""
 REQUIRED = ("user_id", "item_ids")
 ANSWERS = ("answer_ids", "answer_scores")
 """List columns of a prompt dataset: the model's answers per interacted item, and their scores."""
+STARTS = ("validation_start", "test_start")
+"""Columns of a dataset with the hold_out `time` or `given`: where each user's parts start, see `data.split`."""
 
 
 @dataclass(kw_only=True)
@@ -72,8 +78,25 @@ class Manifest(FolderManifest):
     item_parts: list[Part] = field(default_factory=list)
     user_parts: list[Part] = field(default_factory=list)
     preparation: dict[str, Any] = field(default_factory=dict)
-    """What `prepare` read and dropped: inputs, rows, rejected, rejected_parts, duplicates_dropped, rounds, lengths;
-    also exposed where shown rows were read, and extends where another dataset is extended."""
+    """What `prepare` read and dropped: inputs, rows, rejected, rejected_parts, duplicates_dropped, rounds, lengths,
+    split; also exposed where shown rows were read, and extends where another dataset is extended."""
+    hold_out: HoldOut = "last"
+    """What is held out of training, see `data.split`; `last` is not written."""
+
+    def count_targets(self, split: SplitName) -> int | None:
+        """Number of users with a target in `validation` or `test`; None: it was not recorded, but there may be some."""
+        if self.hold_out == "none":
+            return 0
+        if (recorded := self.preparation.get("split")) is not None:
+            return int(recorded[f"{split}_users"])
+        longest = self.preparation.get("lengths", {}).get("max", FEWEST_ITEMS)
+        return 0 if self.hold_out == "last" and longest < FEWEST_ITEMS else None
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether the split has a validation part at all; its users may still all lack a target."""
+        parts = self.preparation.get("split", {}).get("interactions", {})
+        return self.hold_out in ("last", "time") or (self.hold_out == "given" and parts.get("validation", 1) > 0)
 
     def extends(self, vocabulary: str) -> Vocabulary | None:
         """The vocabulary with this fingerprint, if this dataset has or extends it; else None."""
@@ -93,6 +116,8 @@ class Manifest(FolderManifest):
         values = asdict(self)
         if not self.lineage:
             del values["lineage"]
+        if self.hold_out == "last":
+            del values["hold_out"]
         return json.dumps(values, indent=1)
 
     @classmethod
@@ -109,6 +134,8 @@ class Manifest(FolderManifest):
         for name, count in counts.items():
             if not isinstance(count, int) or count < 0:
                 raise ValueError(f"{name} is {count!r}, it must be a number of at least 0")
+        if manifest.hold_out not in HOLD_OUT:
+            raise ValueError(f"hold_out is {manifest.hold_out!r}, it must be one of {', '.join(HOLD_OUT)}")
         paths = [part.path for part in parts]
         if duplicates := [path for path in dict.fromkeys(paths) if paths.count(path) > 1]:
             raise ValueError(f"it lists {', '.join(duplicates)} more than once")
@@ -192,8 +219,10 @@ class Dataset:
 
 
 def histories_fingerprint(dataset: Dataset) -> str:
-    """32 hex digits that identify all histories of a dataset, wherever it is stored."""
+    """32 hex digits that identify all histories of a dataset and what is held out, wherever it is stored."""
     parts = json.dumps([asdict(part) for part in dataset.manifest.sequences])
+    if dataset.manifest.hold_out != "last":  # with `none` the same files mean other training parts
+        parts += dataset.manifest.hold_out
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 

@@ -12,7 +12,7 @@ from recgpt_torchrec.data import ragged
 from recgpt_torchrec.data.damage import SetAside
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.ragged import Int64, Ragged
-from recgpt_torchrec.data.reader import Reader
+from recgpt_torchrec.data.reader import Reader, stored_starts
 from recgpt_torchrec.data.segments import INTERACTED, Interacted
 from recgpt_torchrec.data.split import SplitName, cut
 from recgpt_torchrec.data.windows import RowGroup
@@ -165,7 +165,8 @@ class HistoryReader:
             trained = None if trained is None else trained[is_interacted]
         interacted = Interacted.among(items.offsets, segments)
 
-        row, begin, end, target = cut(interacted.offsets, self.split)
+        hold_out = self.dataset.manifest.hold_out
+        row, begin, end, target = cut(interacted.offsets, self.split, hold_out, stored_starts(table))
         users, first = users[row], items.offsets[:-1][row]
         last = np.where(end > begin, interacted.entries(np.maximum(end, 1)) if interacted.places.size else first, first)
         if self.training and self.long_histories == "windows":

@@ -16,9 +16,10 @@ import pyarrow.compute as pc
 
 from recgpt_torchrec import storage
 from recgpt_torchrec.data.damage import Damage, SetAside
-from recgpt_torchrec.data.dataset import ANSWERS, COLUMNS, Dataset, Manifest
-from recgpt_torchrec.data.ragged import read_nullable
+from recgpt_torchrec.data.dataset import ANSWERS, COLUMNS, STARTS, Dataset, Manifest
+from recgpt_torchrec.data.ragged import offsets_of, read_nullable
 from recgpt_torchrec.data.segments import INTERACTED, SEGMENTS
+from recgpt_torchrec.data.split import STORED, Starts
 from recgpt_torchrec.data.windows import RowGroup, row_groups
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage.folders import MANIFEST
@@ -87,6 +88,7 @@ class Reader:
         unread = {*ANSWERS} if not self.answers else set()
         unread |= set() if self.times else {"timestamps"}
         unread |= set() if self.trained else {"trained"}
+        unread |= set() if self.dataset.manifest.hold_out in STORED else {*STARTS}
         return [name for name in COLUMNS if name in self.dataset.columns - unread]
 
     def _replace_group(self, group: RowGroup, damage: Damage) -> "Rows":
@@ -134,7 +136,7 @@ def find_faults(table: pa.Table, manifest: Manifest, answers: int) -> dict[int, 
     add_faults(bad, f"user id {{}} is outside 0 to {manifest.users - 1}", users[bad])
 
     columns = {}
-    for name in table.schema.names[1:]:
+    for name in [name for name in table.schema.names[1:] if name not in STARTS]:
         columns[name], null_rows, null_values = read_nullable(table[name])
         add_faults(null_rows, f"the list of {name} is null; a user without items has an empty one")
         add_faults(columns[name].rows_of(null_values), f"a value in {name} is null")
@@ -155,9 +157,24 @@ def find_faults(table: pa.Table, manifest: Manifest, answers: int) -> dict[int, 
         mismatch = f"the list of {name} has {{}} values, its item_ids require {{}}"
         add_faults(bad, mismatch, actual[bad], expected[bad])
 
+    starts = {name: table[name].combine_chunks() for name in STARTS if name in table.schema.names}
+    for name, start in starts.items():
+        add_faults(np.flatnonzero(start.is_null()), f"its {name} is null")
+    if starts:
+        validation, test = (start.fill_null(0).to_numpy() for start in starts.values())
+        bad = np.flatnonzero((validation < 0) | (validation > test) | (test > interacted))
+        order = "its parts start at {} and {}, which must be in order and within its {} interactions"
+        add_faults(bad, order, validation[bad], test[bad], interacted[bad])
     if (times := columns.get("timestamps")) is not None:
         bad = np.flatnonzero(np.diff(times.values) < 0) + 1
         bad = bad[~np.isin(bad, times.offsets)] if bad.size else bad
+        if bad.size and starts and manifest.hold_out == "given":
+            # Each part has files of its own, so times may decrease where a part begins, but not within one.
+            rows, entered = times.rows_of(bad), items if segments is None else segments
+            is_interacted = np.ones(items.values.size, bool) if segments is None else segments.values == INTERACTED
+            counts, place = offsets_of(is_interacted), entered.offsets[rows] + bad - times.offsets[rows]
+            before = counts[np.minimum(place, counts.size - 1)] - counts[entered.offsets[rows]]
+            bad = bad[(before != validation[rows]) & (before != test[rows])]
         later = times.values[bad - 1]
         add_faults(times.rows_of(bad), "its times are not in order: {} comes after {}", times.values[bad], later)
     if (ids := columns.get("answer_ids")) is not None:
@@ -167,6 +184,13 @@ def find_faults(table: pa.Table, manifest: Manifest, answers: int) -> dict[int, 
         bad = np.flatnonzero(~np.isfinite(scores.values))
         add_faults(scores.rows_of(bad), "answer score {} is not a number", scores.values[bad])
     return faults
+
+
+def stored_starts(table: pa.Table) -> Starts | None:
+    """Where the parts of each row start, if the table has the columns `STARTS`."""
+    if STARTS[0] not in table.schema.names:
+        return None
+    return Starts(*(table[name].to_numpy().astype(np.int64, copy=False) for name in STARTS))
 
 
 def find_outside(values: npt.NDArray[Any], low: int, high: int) -> npt.NDArray[np.intp]:

@@ -1,15 +1,25 @@
-"""The leave-one-out split: which of a user's interactions are trained on, and which one is held out.
+"""The split of users' interactions: which are trained on, and which are held out as validation and test items.
 
-    training     items[:-2]                             (all items of a user with fewer than three)
-    validation   history items[:-2], target items[-2]
-    test         history items[:-1], target items[-1]   (the history holds the validation item)
-    all          history items                          (what export encodes)
+A user's interactions, in the dataset's order, have three parts. `validation` and `test` are where the second and the
+third start, and `n` is their number (`Starts`):
 
-A user with fewer than three items has no validation and no test target. Every history is a prefix of the user's
-interactions, so a split is arithmetic on offsets and holds for every column. Only this file defines the split; it knows
-nothing of files, batches or models.
+    training     interactions 0:validation
+    validation   history 0:validation, target `validation`, if 0 < validation < test
+    test         history 0:test, target `test`, if 0 < test < n      (the history holds the validation part)
+    all          history 0:n                                          (what export encodes)
+
+`prepare --hold_out` says where the parts start:
+
+    last         validation = n - 2 and test = n - 1 where n is at least 3, else n and n
+    none         n and n
+    time, given  as the dataset stores them (int64 columns `validation_start` and `test_start`)
+
+So a user has at most one target per split: the first interaction of the part, ranked by what was known when the part
+began. Every history is a prefix of the user's interactions, so a split is arithmetic on offsets and holds for every
+column. Only this file defines the split; it knows nothing of files, batches or models.
 """
 
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,14 +29,60 @@ from recgpt_torchrec.data.ragged import Int64
 
 SplitName = Literal["training", "validation", "test", "all"]
 SPLITS = ("training", "validation", "test", "all")
-EVALUATION = ("validation", "test")
+EVALUATION: tuple[Literal["validation", "test"], ...] = ("validation", "test")
 """Splits that hold an item out."""
+HoldOut = Literal["last", "time", "given", "none"]
+HOLD_OUT = ("last", "time", "given", "none")
+STORED = ("time", "given")
+"""Values of `--hold_out` for which the dataset stores where the parts start."""
 FROM_END = {"validation": 2, "test": 1}
-"""Index of the target, counted from the end of the user's items."""
-HELD_OUT = 2
-"""Number of newest interactions that are not trained on."""
+"""With `last`: index of the target, counted from the end of the user's items."""
 FEWEST_ITEMS = 3
-"""Minimum number of items of a user with held-out items: one each for history, validation and test."""
+"""With `last`: minimum number of items of a user with held-out items, one each for history, validation and test."""
+MEANINGS = {
+    "last": f"the last two interactions of each user with at least {FEWEST_ITEMS} are held out",
+    "time": "interactions from a moment on are held out",
+    "given": "the interactions of --validation_input and --test_input are held out",
+    "none": "nothing is held out",
+}
+"""What each value of `--hold_out` means, for messages."""
+
+
+@dataclass(frozen=True)
+class Starts:
+    """Where the parts of users' interactions start: indices among each user's interactions, from 0."""
+
+    validation: Int64
+    """[users] int64: number of interactions in the training part."""
+    test: Int64
+    """[users] int64: index of the first interaction of the test part; at least `validation`."""
+
+    @classmethod
+    def of(cls, lengths: Int64, hold_out: HoldOut, stored: "Starts | None" = None) -> "Starts":
+        """Where the parts start.
+
+        Args:
+            lengths: [users] int64 number of interactions.
+            hold_out: the dataset's.
+            stored: those that the dataset stores, with `time` and `given`.
+
+        Raises:
+            ValueError: `hold_out` is unknown, or `stored` is missing.
+        """
+        if hold_out in STORED and stored is not None:
+            return stored
+        if hold_out == "none":
+            return cls(lengths, lengths)
+        if hold_out != "last":
+            raise ValueError(f"hold_out is {hold_out!r}; it must be last or none, or time or given with stored starts")
+        has_held_out = lengths >= FEWEST_ITEMS
+        validation, test = (lengths - has_held_out * FROM_END[split] for split in EVALUATION)
+        return cls(validation, test)
+
+    def has_target(self, split: SplitName, lengths: Int64) -> npt.NDArray[np.bool_]:
+        """[users] bool: whether users of `lengths` [users] interactions have a target in `validation` or `test`."""
+        start, stop = (self.validation, self.test) if split == "validation" else (self.test, lengths)
+        return (start > 0) & (start < stop)
 
 
 class Cut(NamedTuple):
@@ -41,15 +97,17 @@ class Cut(NamedTuple):
     """[rows] index of the held-out item; None: the split holds nothing out."""
 
 
-def cut(offsets: npt.ArrayLike, split: SplitName) -> Cut:
+def cut(offsets: npt.ArrayLike, split: SplitName, hold_out: HoldOut = "last", stored: Starts | None = None) -> Cut:
     """Cut users' interactions for a split.
 
     Args:
         offsets: [users + 1] int64 of the ragged list of interactions.
         split: name of the split.
+        hold_out: what the dataset holds out.
+        stored: where the parts start, for datasets that store it.
 
     Raises:
-        ValueError: the split is unknown, or `offsets` is not one-dimensional.
+        ValueError: the split is unknown, `offsets` is not one-dimensional, or see `Starts.of`.
 
     Example: the test targets of `items` are `items.values[cut(items.offsets, "test").target]`.
     """
@@ -60,20 +118,23 @@ def cut(offsets: npt.ArrayLike, split: SplitName) -> Cut:
         raise ValueError(f"offsets must be [users + 1], not of shape {list(offsets.shape)}")
     start, stop = offsets[:-1], offsets[1:]
     lengths = stop - start
-    if split == "training":
-        return Cut(np.arange(lengths.size), start, np.where(lengths >= FEWEST_ITEMS, stop - HELD_OUT, stop), None)
-    row = np.flatnonzero(lengths if split == "all" else lengths >= FEWEST_ITEMS)
     if split == "all":
+        row = np.flatnonzero(lengths)
         return Cut(row, start[row], stop[row], None)
-    target = stop[row] - FROM_END[split]
+    starts = Starts.of(lengths, hold_out, stored)
+    if split == "training":
+        return Cut(np.arange(lengths.size), start, start + starts.validation, None)
+    row = np.flatnonzero(starts.has_target(split, lengths))
+    target = (start + (starts.validation if split == "validation" else starts.test))[row]
     return Cut(row, start[row], target, target)
 
 
-def is_trained_on(from_end: Any, length: Any) -> Any:
-    """Whether an interaction is in the training part; for numpy arrays and for Ibis columns.
+def is_held_out(from_end: Any, length: Any, split: str) -> Any:
+    """With `last`: whether an interaction is at or after the target of `split`; for numpy arrays and Ibis columns.
 
     Args:
         from_end: number of later interactions of the same user.
         length: number of interactions of the user.
+        split: `validation` or `test`.
     """
-    return (from_end >= HELD_OUT) | (length < FEWEST_ITEMS)
+    return (from_end < FROM_END[split]) & (length >= FEWEST_ITEMS)

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from recgpt_torchrec.data.dataset import ANSWERS, COLUMNS, REQUIRED, Dataset, Manifest, find_column_fault
+from recgpt_torchrec.data.dataset import ANSWERS, COLUMNS, REQUIRED, STARTS, Dataset, Manifest, find_column_fault
+from recgpt_torchrec.data.split import MEANINGS, STORED
 from recgpt_torchrec.errors import InputError
 
 
@@ -73,10 +74,11 @@ def row_groups(dataset: Dataset) -> list[RowGroup]:
 
 def promised_columns(manifest: Manifest) -> set[str]:
     """Columns that the sequences must have by the options of the stage that wrote them."""
+    starts = {*STARTS} if manifest.hold_out in STORED else set()
     prompts = manifest.settings.get("prompts")
     if not prompts:
-        return {"trained"} if manifest.settings.get("vocabulary") else set()
-    return {"segment_ids", *ANSWERS} if prompts.get("answers") else {"segment_ids"}
+        return starts | ({"trained"} if manifest.settings.get("vocabulary") else set())
+    return starts | ({"segment_ids", *ANSWERS} if prompts.get("answers") else {"segment_ids"})
 
 
 def user_bounds(dataset: Dataset, group: RowGroup) -> tuple[int, int]:
@@ -104,7 +106,7 @@ def check_new_targets(dataset: Dataset) -> None:
     if not extended["new_targets"]:
         raise InputError(
             f"--targets new: the training part of {dataset.path} has no target that {extended['dataset']} did not have "
-            "(the last two interactions of each user are held out); give --targets all, or a longer log"
+            f"({MEANINGS[dataset.manifest.hold_out]}); give --targets all, or a longer log"
         )
 
 

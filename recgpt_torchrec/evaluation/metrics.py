@@ -74,7 +74,7 @@ class RankingMetrics:
             InputError: no user was counted.
         """
         if not self.users:
-            raise InputError("no user was ranked: the split is empty; leave-one-out needs users with at least 3 items")
+            raise InputError("no user was ranked: no user has an item of this split, see prepare --hold_out")
         means = (self._sums[1:] / self._sums[0]).tolist()
         names = [f"{metric}@{k}" for k in self.ks for metric in ("HR", "NDCG")]
         return dict(zip(names, means, strict=True))

@@ -68,7 +68,14 @@ class RecallPaths:
         batches = encode(self.trained.model, self._encoding_stream(split), self.device)
         users, results[one] = measure_ranks(batches, self.catalogue, ks)
         chosen: dict[str, Any] = {"m": recall.m, "n": longest - recall.m, "because": "given by --recall.m"}
-        if not recall.m:
+        if not recall.m and self.dataset.manifest.count_targets("validation") == 0:
+            quota = TwoStep(0).first_quota(longest)
+            chosen = {
+                "m": quota,
+                "n": longest - quota,
+                "because": "nine tenths, as no user has a validation item to choose by",
+            }
+        elif not recall.m:
             tried = sorted({max(1, round(longest * share / GRID)) for share in range(1, GRID)})
             grid = self._measure_lists("validation", ks, tried, 1, ("masked",))
             value = {m: figures["masked"][f"NDCG@{longest}"] for m, figures in grid.items()}

@@ -8,6 +8,7 @@ from torch import nn
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import Batch, Model
 from recgpt_torchrec.data.stream import SequenceStream, encoding_stream
+from recgpt_torchrec.evaluation.held_out import check_has_targets
 from recgpt_torchrec.evaluation.ranking import measure_ranks
 from recgpt_torchrec.model.recgpt import unwrapped
 from recgpt_torchrec.retrieval.encoding import encode
@@ -18,9 +19,22 @@ METRIC = "NDCG@10"
 
 def validation_of(
     training: SequenceStream, model: Model, batch: Batch, device: torch.device
-) -> Callable[[nn.Module], "Validation"]:
-    """A function from a model to its `Validation`, on the histories of a training stream."""
+) -> Callable[[nn.Module], "Validation"] | None:
+    """A function from a model to its `Validation`, on the histories of a training stream.
+
+    None: the dataset has no validation part, so a fixed number of epochs is trained.
+
+    Raises:
+        InputError: it should have one, but no user has a validation item.
+    """
     reader = training.maker.reader
+    if not reader.dataset.manifest.has_validation:
+        return None
+    check_has_targets(
+        reader.dataset,
+        "validation",
+        "To train on everything for a fixed number of epochs, prepare the log with --hold_out none",
+    )
     stream = encoding_stream(
         reader.dataset, "validation", model, batch, prompts=reader.prompts, set_aside=reader.set_aside
     )

@@ -13,18 +13,21 @@ import pyarrow as pa
 
 from recgpt_torchrec.data.dataset import Dataset, Vocabulary, histories_fingerprint
 from recgpt_torchrec.data.ragged import Ragged
-from recgpt_torchrec.data.reader import Reader
+from recgpt_torchrec.data.reader import Reader, stored_starts
 from recgpt_torchrec.data.segments import INTERACTED, Interacted
 from recgpt_torchrec.data.split import cut
 from recgpt_torchrec.data.windows import row_groups
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.engine import DuckDBEngine
+from recgpt_torchrec.preparation.queries import order_of
 from recgpt_torchrec.storage import filesystem
 from recgpt_torchrec.storage.parts import Part
 
 TRAINED = pa.schema([("user_id", pa.int64()), ("trained", pa.int64()), ("until", pa.int64()), ("at_until", pa.int64())])
 """Schema of `trained_parts`: a user, the number of interactions in their training part, the time of the newest of these
 (null without times), and how many of these have that time."""
+TRAINED_ROWS = pa.schema([("user_id", pa.int64()), ("item_id", pa.int64()), ("time", pa.int64())])
+"""Schema of `trained_rows`: an interaction of the training part; its time is 0 without times."""
 
 
 def open_earlier(path: str, output: str) -> Dataset:
@@ -103,7 +106,7 @@ def trained_parts(dataset: Dataset) -> Iterator[pa.Table]:
         items = Ragged.from_arrow(table["item_ids"])
         segments = Ragged.from_arrow(table["segment_ids"]).values if "segment_ids" in table.schema.names else None
         interacted = Interacted.among(items.offsets, segments)
-        _, start, stop, _ = cut(interacted.offsets, "training")
+        _, start, stop, _ = cut(interacted.offsets, "training", dataset.manifest.hold_out, stored_starts(table))
         until = at_until = None
         if "timestamps" in table.schema.names:
             times = Ragged(Ragged.from_arrow(table["timestamps"]).values[interacted.places], interacted.offsets)
@@ -119,19 +122,77 @@ def trained_parts(dataset: Dataset) -> Iterator[pa.Table]:
         yield pa.table([nulls if column is None else pa.array(column) for column in columns], schema=TRAINED)
 
 
-def mark_trained(entries: ir.Table, trained: ir.Table, by_time: bool) -> ir.Table:
+def mark_trained(engine: DuckDBEngine, entries: ir.Table, dataset: Dataset, timed: bool) -> ir.Table:
     """Add a column `trained` int8 to the entries: 1 for interactions of the earlier dataset's training part.
+
+    Args:
+        engine: that holds the entries.
+        entries: `user_id`, `item_id`, `time`, `fraction`, `order` and `segment` beside other columns.
+        dataset: the earlier one.
+        timed: whether the entries have times.
+    """
+    row_groups(dataset)  # reads the footers, which name the columns
+    by_time = timed and "timestamps" in dataset.columns
+    if dataset.manifest.hold_out == "given":
+        trained = engine.fill("trained_rows", trained_rows(dataset), TRAINED_ROWS)
+        return _mark_same_rows(entries, trained, by_time)
+    return _mark_beginnings(entries, engine.fill("trained_parts", trained_parts(dataset), TRAINED), by_time)
+
+
+def trained_rows(dataset: Dataset) -> Iterator[pa.Table]:
+    """Every interaction of the training part: one table per row group, with the schema `TRAINED_ROWS`.
+
+    Needed where the user's own files divide the log: then a training part may hold later interactions than a test part.
+    """
+    groups = row_groups(dataset)
+    reader = Reader(dataset, times=True)
+    for group in groups:
+        table = reader.read(group).table
+        items = Ragged.from_arrow(table["item_ids"])
+        segments = Ragged.from_arrow(table["segment_ids"]).values if "segment_ids" in table.schema.names else None
+        interacted = Interacted.among(items.offsets, segments)
+        _, start, stop, _ = cut(interacted.offsets, "training", dataset.manifest.hold_out, stored_starts(table))
+
+        def trained(values: np.ndarray, of: Interacted, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+            return Ragged(values[of.places], of.offsets).cut(start, stop).values
+
+        timed = "timestamps" in table.schema.names
+        times = Ragged.from_arrow(table["timestamps"]).values if timed else np.zeros(items.values.size, dtype=np.int64)
+        users = np.repeat(table["user_id"].to_numpy(), stop - start)
+        columns = [users, *(trained(values, interacted, start, stop) for values in (items.values, times))]
+        yield pa.table([pa.array(column) for column in columns], schema=TRAINED_ROWS)
+
+
+def _mark_same_rows(entries: ir.Table, trained: ir.Table, by_time: bool) -> ir.Table:
+    """Mark as many interactions of the same user, item and (by time) time as the training part had, the first ones.
+
+    Args:
+        entries: see `mark_trained`.
+        trained: columns of `TRAINED_ROWS`.
+        by_time: whether both datasets have times.
+    """
+    same = ["user_id", "item_id", *(["time"] if by_time else [])]
+    order = order_of(entries)
+    placed = entries.mutate(place=ibis.row_number().over(ibis.window(group_by=[*same, "segment"], order_by=order)))
+    counts = trained.group_by(same).agg(count=trained.count()).rename({f"of_{name}": name for name in same})
+    joined = placed.left_join(counts, [placed[name] == counts[f"of_{name}"] for name in same])
+    known = ((joined.segment == INTERACTED) & (joined.place < joined["count"])).fill_null(False).cast("int8")
+    return joined.select(*entries.columns, trained=known)
+
+
+def _mark_beginnings(entries: ir.Table, trained: ir.Table, by_time: bool) -> ir.Table:
+    """Mark the beginning of each user's interactions that the training part held.
 
     By time, these are a user's interactions up to the newest of that part; of those with just its time, as many as that
     part had. Without times, they are a user's first interactions, as many as that part had.
 
     Args:
-        entries: `user_id`, `time`, `fraction`, `order` and `segment` beside other columns.
+        entries: see `mark_trained`.
         trained: columns of `TRAINED`.
         by_time: whether both datasets have times.
     """
     group = ["user_id", "segment", *(["time"] if by_time else [])]
-    place = ibis.row_number().over(ibis.window(group_by=group, order_by=["time", "fraction", "order"]))
+    place = ibis.row_number().over(ibis.window(group_by=group, order_by=order_of(entries)))
     placed = entries.mutate(place=place)
     ends = trained.rename(of_user="user_id", count="trained")
     joined = placed.left_join(ends, placed.user_id == ends.of_user)

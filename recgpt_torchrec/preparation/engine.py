@@ -110,6 +110,10 @@ class DuckDBEngine:
         (row,) = self.rows(expression)
         return row
 
+    def count(self, expression: ir.Table) -> int:
+        """Number of rows of `expression`."""
+        return int(self.row(expression.agg(n=expression.count()))["n"])
+
     def sql(self, expression: ir.Table) -> str:
         """`expression` as SQL of this engine."""
         return str(ibis.to_sql(expression, dialect=self.dialect))

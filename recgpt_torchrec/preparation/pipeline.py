@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import duckdb
 import ibis.expr.types as ir
@@ -20,13 +21,13 @@ import pyarrow.fs
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.config.fields import changeable_names, default_values
 from recgpt_torchrec.data.dataset import Dataset, Manifest
-from recgpt_torchrec.data.split import is_trained_on
+from recgpt_torchrec.data.split import EVALUATION, STORED
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.preparation import earlier, queries
+from recgpt_torchrec.preparation import earlier, parts, queries
 from recgpt_torchrec.preparation.earlier import Known, KnownCodes
 from recgpt_torchrec.preparation.engine import BATCH_ROWS, DuckDBEngine
 from recgpt_torchrec.preparation.kcore import Core, k_core
-from recgpt_torchrec.preparation.reading.files import InputFile, list_files
+from recgpt_torchrec.preparation.reading.files import InputFile
 from recgpt_torchrec.preparation.reading.log import RawLog, read_log, rejected_rows
 from recgpt_torchrec.preparation.writing import Fingerprint, sequence_groups
 from recgpt_torchrec.progress import progress_bar
@@ -53,15 +54,15 @@ def prepare(config: Prepare) -> Result:
     began = time.monotonic()
     if config.engine != "duckdb":
         raise InputError(f"--engine {config.engine} is not available yet; use --engine duckdb")
-    inputs = list_files(config.input, config)
+    inputs, file_parts = parts.list_input_files(config)
     extended = None if config.vocabulary is None else earlier.open_earlier(config.vocabulary, config.output)
-    finished = _find_finished(config, inputs.files, extended)
+    finished = _find_finished(config, _record_inputs(config, inputs.files, file_parts), extended)
     if finished is not None:
         return Result(manifest=finished, seconds=time.monotonic() - began, already_there=True)
     try:
         with DuckDBEngine(_choose_scratch(config), config.memory_limit) as engine:
-            log = read_log(engine, config, inputs.files, inputs.left_out)
-            manifest = _write_dataset(engine, config, log, extended)
+            log = read_log(engine, config, inputs)
+            manifest = _write_dataset(engine, config, log, file_parts, extended)
     except duckdb.OutOfMemoryException as error:
         raise InputError(
             f"the engine ran out of memory or scratch space; give more with --memory_limit or --scratch ({error})"
@@ -71,7 +72,9 @@ def prepare(config: Prepare) -> Result:
     return Result(manifest=manifest, seconds=time.monotonic() - began)
 
 
-def _write_dataset(engine: DuckDBEngine, config: Prepare, log: RawLog, extended: Dataset | None) -> Manifest:
+def _write_dataset(
+    engine: DuckDBEngine, config: Prepare, log: RawLog, file_parts: list[int], extended: Dataset | None
+) -> Manifest:
     """Filter the log, assign ids, and write the dataset."""
     loaded = None if extended is None else Known.load(engine, extended)
     users, items = queries.build_codes(engine, queries.select_interacted(log.events), config.seed, loaded)
@@ -81,14 +84,14 @@ def _write_dataset(engine: DuckDBEngine, config: Prepare, log: RawLog, extended:
     if config.duplicates == "drop":
         unique = engine.save("unique_events", queries.drop_repeats(events))
         dropped, dropped_shown = (
-            _count_rows(engine, select(events)) - _count_rows(engine, select(unique))
+            engine.count(select(events)) - engine.count(select(unique))
             for select in (queries.select_interacted, queries.select_shown)
         )
         engine.drop("events")
         events = unique
     if config.repeats == "collapse":
         single = engine.save("single_events", queries.collapse_repeats(events))
-        collapsed = _count_rows(engine, events) - _count_rows(engine, single)
+        collapsed = engine.count(events) - engine.count(single)
         engine.drop(events.get_name())
         events = single
     core = _filter_core(engine, events, config.min_count, known)
@@ -99,16 +102,17 @@ def _write_dataset(engine: DuckDBEngine, config: Prepare, log: RawLog, extended:
     known_users, known_items = (known.users, known.items) if known is not None else (None, None)
     user_ids = engine.save("user_ids", queries.assign_ids(core.users, "user", "user_id", known_users))
     item_ids = engine.save("item_ids", queries.assign_ids(core.items, "item", "item_id", known_items))
-    all_users, all_items = _count_rows(engine, user_ids), _count_rows(engine, item_ids)
+    all_users, all_items = engine.count(user_ids), engine.count(item_ids)
     kept = engine.save(
         "kept_events", events.inner_join(user_ids, "user").inner_join(item_ids, "item").drop("user", "item")
     )
     engine.drop(events.get_name())
+    kept, boundaries = parts.mark_parts(engine, config, kept, log.first_rows, file_parts)
     entries, exposed = queries.select_interacted(kept), None
     if log.exposed:
-        named = _count_rows(engine, queries.select_shown(kept))
+        named = engine.count(queries.select_shown(kept))
         entries = engine.save("entries", queries.drop_outer_shown(kept))
-        left = _count_rows(engine, queries.select_shown(entries))
+        left = engine.count(queries.select_shown(entries))
         exposed = {
             "rows": log.exposed,
             "duplicates_dropped": dropped_shown,
@@ -116,7 +120,7 @@ def _write_dataset(engine: DuckDBEngine, config: Prepare, log: RawLog, extended:
             "outside": named - left,
             "left": left,
         }
-        engine.drop(kept.get_name())
+        engine.drop("kept_events")
         kept = queries.select_interacted(entries)
 
     lengths = _summarize_lengths(engine, kept)
@@ -129,21 +133,24 @@ def _write_dataset(engine: DuckDBEngine, config: Prepare, log: RawLog, extended:
     if exposed:
         lists["segment_ids"] = ("segment", pa.int8())
     if extended is not None:
-        trained = engine.fill("trained_parts", earlier.trained_parts(extended), earlier.TRAINED)
-        by_time = log.timed and "timestamps" in extended.columns
-        entries = engine.save("marked_entries", earlier.mark_trained(entries, trained, by_time))
+        entries = engine.save("marked_entries", earlier.mark_trained(engine, entries, extended, log.timed))
         lists["trained"] = ("trained", pa.int8())
-    sources = [source for source, _ in lists.values()]
-    ordered = entries.order_by("user_id", *queries.IN_TIME).select("user_id", *sources)
+    placed = engine.save("placed", queries.place_interactions(queries.select_interacted(entries), config.hold_out))
+    counts = engine.save("item_counts", queries.count_items(placed))
+    starts = {f"{split}_start": f"before_{split}" for split in EVALUATION} if config.hold_out in STORED else {}
+    sources = [*(source for source, _ in lists.values()), *starts.values()]
+    ordered = queries.mark_before(entries, starts).order_by("user_id", *queries.order_of(entries))
+    ordered = ordered.select("user_id", *sources)
     with folders.stage_folder(config.output) as (fs, folder):
         total = core.left.interactions + (exposed["left"] if exposed else 0)
         events_read = _show_progress(engine.batches(ordered), "writing sequences", total)
-        groups = sequence_groups(events_read, size, lists, all_users)
+        groups = sequence_groups(events_read, size, lists, all_users, starts)
         manifest = Manifest(
             users=all_users,
             items=all_items,
             interactions=core.left.interactions,
-            settings={name: value for name, value in asdict(config).items() if (name, value) != ("vocabulary", None)},
+            settings=parts.settings_of(config),
+            hold_out=config.hold_out,
             sequences=write_parts(fs, folder, "sequences", groups, config.groups_per_part),
         )
         fingerprint = Fingerprint()
@@ -153,7 +160,7 @@ def _write_dataset(engine: DuckDBEngine, config: Prepare, log: RawLog, extended:
             tables = regroup(engine.batches(table), BATCH_ROWS)
             return write_parts(fs, folder, name, _hash_keys(tables, fingerprint), config.groups_per_part)
 
-        manifest.item_parts = write(queries.item_table(kept, item_ids, items), "items")
+        manifest.item_parts = write(queries.item_table(item_ids, items, counts), "items")
         manifest.user_parts = write(queries.user_table(user_ids, users), "users")
         manifest.vocabulary = fingerprint.hex()
         rejected_parts: list[Part] = []
@@ -161,7 +168,7 @@ def _write_dataset(engine: DuckDBEngine, config: Prepare, log: RawLog, extended:
             tables = regroup(rejected_rows(engine, log), BATCH_ROWS)
             rejected_parts = write_parts(fs, folder, "rejected", tables, config.groups_per_part)
         manifest.preparation = {
-            "inputs": [asdict(file) for file in log.files],
+            "inputs": _record_inputs(config, log.files, file_parts),
             "rows": log.rows,
             **({"filtered": log.filtered, "uncomputed": log.uncomputed} if log.filtered else {}),
             "rejected": log.rejected,
@@ -170,6 +177,7 @@ def _write_dataset(engine: DuckDBEngine, config: Prepare, log: RawLog, extended:
             **({"repeats_collapsed": collapsed} if config.repeats == "collapse" else {}),
             "rounds": [asdict(round_) for round_ in core.rounds],
             "lengths": lengths,
+            "split": parts.record_of(engine, placed, counts, all_items, boundaries),
             **({"exposed": exposed} if exposed else {}),
             "page": [*log.page, *_describe_keys(engine, users, items)],
         }
@@ -182,7 +190,9 @@ def _write_dataset(engine: DuckDBEngine, config: Prepare, log: RawLog, extended:
                 "items": extended.manifest.items,
                 "absent_users": all_users - core.left.users,
                 "absent_items": all_items - core.left.items,
-                "new_targets": _count_new_targets(engine, entries),
+                "new_targets": engine.count(
+                    placed.filter((placed.part == 0) & ~placed["first"] & (placed.trained == 0))
+                ),
             }
         folders.write_manifest(fs, folder, manifest.to_json())
     return manifest
@@ -217,7 +227,7 @@ def _check_keys(
     engine: DuckDBEngine, config: Prepare, extended: Dataset, core: Core, known: KnownCodes, items: ir.Table
 ) -> None:
     """Raise an `InputError` if no item of the log is known: then their keys are of different kinds."""
-    if _count_rows(engine, core.items.semi_join(known.items, "item")):
+    if engine.count(core.items.semi_join(known.items, "item")):
         return
     new, old = (
         engine.row(items.semi_join(codes, "item").agg(key=items.key.min()))["key"]
@@ -228,14 +238,6 @@ def _check_keys(
         f"{old!r}, those of the log (--item_column {config.item_column}) like {new!r}. Give the column that the "
         "earlier dataset was made with, or leave --vocabulary out"
     )
-
-
-def _count_new_targets(engine: DuckDBEngine, entries: ir.Table) -> int:
-    """Count the targets of the training part that the earlier dataset's training part did not have."""
-    placed = queries.count_from_end(queries.select_interacted(entries))
-    trains = is_trained_on(placed.from_end, placed.length)
-    first = placed.from_end == placed.length - 1
-    return _count_rows(engine, placed.filter(trains & ~first & (placed.trained == 0)))
 
 
 def _summarize_lengths(engine: DuckDBEngine, kept: ir.Table) -> dict[str, float]:
@@ -252,10 +254,6 @@ def _summarize_lengths(engine: DuckDBEngine, kept: ir.Table) -> dict[str, float]
                 result[name] = row["length"]
                 break
     return result
-
-
-def _count_rows(engine: DuckDBEngine, table: ir.Table) -> int:
-    return int(engine.row(table.agg(n=table.count()))["n"])
 
 
 def _hash_keys(tables: Iterable[pa.Table], fingerprint: Fingerprint) -> Iterator[pa.Table]:
@@ -304,14 +302,20 @@ def _choose_scratch(config: Prepare) -> str:
     return parent
 
 
-def _find_finished(config: Prepare, files: list[InputFile], extended: Dataset | None) -> Manifest | None:
+def _record_inputs(config: Prepare, files: list[InputFile], file_parts: list[int]) -> list[dict[str, Any]]:
+    """The input files as the manifest records them, with their part where each part has files of its own."""
+    part = [{"part": parts.NAMES[number]} if config.hold_out == "given" else {} for number in file_parts]
+    return [{**asdict(file), **more} for file, more in zip(files, part, strict=True)]
+
+
+def _find_finished(config: Prepare, files: list[dict[str, Any]], extended: Dataset | None) -> Manifest | None:
     """The manifest, if the output folder holds the dataset asked for; None: the folder is free."""
 
     def compare(manifest: Manifest) -> list[str]:
         settings = {**default_values(config), **manifest.settings}
         differing = differences(settings, asdict(config), changeable_names(Prepare))
         recorded = {entry["path"]: entry for entry in manifest.preparation.get("inputs", [])}
-        given = {file.path: asdict(file) for file in files}
+        given = {file["path"]: file for file in files}
         if [*given.values()] != [*recorded.values()]:
             paths = [path for path in {**given, **recorded} if given.get(path) != recorded.get(path)]
             more = ", ..." if len(paths) > 3 else ""

@@ -3,16 +3,27 @@
 Codes number the keys in the log; ids number the users and items that are kept.
 """
 
+from typing import TYPE_CHECKING
+
 import ibis
 import ibis.expr.types as ir
 
 from recgpt_torchrec.data.segments import EXPOSED, INTERACTED
-from recgpt_torchrec.data.split import is_trained_on
-from recgpt_torchrec.preparation.earlier import Known
+from recgpt_torchrec.data.split import EVALUATION, HoldOut, is_held_out
 from recgpt_torchrec.preparation.engine import DuckDBEngine
+
+if TYPE_CHECKING:
+    from recgpt_torchrec.preparation.earlier import Known
 
 IN_TIME = ["time", "fraction", "order"]
 """Order of a user's interactions: by time, and by their order in the input where times are equal."""
+PART = "part"
+"""Column of events: 0 training, 1 validation, 2 test; where it is there, a user's events are in the order of parts."""
+
+
+def order_of(events: ir.Table) -> list[str]:
+    """The columns that put a user's events in order."""
+    return [PART, *IN_TIME] if PART in events.columns else IN_TIME
 
 
 def select_interacted(events: ir.Table) -> ir.Table:
@@ -26,7 +37,7 @@ def select_shown(events: ir.Table) -> ir.Table:
 
 
 def build_codes(
-    engine: DuckDBEngine, log: ir.Table, seed: int, known: Known | None = None
+    engine: DuckDBEngine, log: ir.Table, seed: int, known: "Known | None" = None
 ) -> tuple[ir.Table, ir.Table]:
     """A code for every user and item of the log, and every known one: columns `key`, and `user` or `item`.
 
@@ -82,7 +93,7 @@ def drop_outer_shown(events: ir.Table) -> ir.Table:
     """
     clicks = (events.segment == INTERACTED).cast("int64")
     placed = events.mutate(
-        before=clicks.sum().over(ibis.cumulative_window(group_by="user_id", order_by=IN_TIME)),
+        before=clicks.sum().over(ibis.cumulative_window(group_by="user_id", order_by=order_of(events))),
         clicks=clicks.sum().over(ibis.window(group_by="user_id")),
     )
     inside = (placed.before > 0) & (placed.before < placed.clicks)
@@ -102,21 +113,81 @@ def assign_ids(kept: ir.Table, code: str, name: str, known: ir.Table | None = No
     return known.select(code, name).union(new.select(code, **{name: place.cast("int64")}))
 
 
-def count_from_end(clicks: ir.Table) -> ir.Table:
-    """Add the numbers of the same user's later interactions, `from_end`, and of all of them, `length`."""
-    backwards = ibis.window(group_by="user_id", order_by=[ibis.desc(column) for column in IN_TIME])
-    length = clicks.count().over(ibis.window(group_by="user_id"))
-    return clicks.mutate(from_end=ibis.row_number().over(backwards), length=length)
+def place_interactions(clicks: ir.Table, hold_out: HoldOut) -> ir.Table:
+    """The place of each interaction in the split.
+
+    Args:
+        clicks: `user_id`, `item_id` and the columns of `order_of`; also `trained` where a dataset is extended.
+        hold_out: with `time` and `given` the column `part` is there already.
+
+    Returns:
+        user_id, item_id, part int8 (0 training, 1 validation, 2 test), first bool (the first of its user), and trained
+        where it is there.
+    """
+    order = order_of(clicks)
+    if hold_out == "last":
+        backwards = ibis.window(group_by="user_id", order_by=[ibis.desc(column) for column in order])
+        from_end = ibis.row_number().over(backwards)
+        length = clicks.count().over(ibis.window(group_by="user_id"))
+        placed = clicks.mutate(from_end=from_end, length=length)
+        held_out = (is_held_out(placed.from_end, placed.length, split).cast("int8") for split in EVALUATION)
+        part, first = sum(held_out), placed.from_end == placed.length - 1
+    else:
+        placed = clicks.mutate(place=ibis.row_number().over(ibis.window(group_by="user_id", order_by=order)))
+        part, first = placed.part if PART in clicks.columns else ibis.literal(0), placed.place == 0
+    kept = ["trained"] if "trained" in clicks.columns else []
+    return placed.select("user_id", "item_id", *kept, part=part.cast("int8"), first=first)
 
 
-def item_table(kept: ir.Table, item_ids: ir.Table, items: ir.Table) -> ir.Table:
+def mark_before(entries: ir.Table, starts: dict[str, str]) -> ir.Table:
+    """Add boolean columns, the values of `starts`: whether an entry is an interaction before a part, in the order of
+    parts. The number of those of a user is where the part starts."""
+    clicked = entries.segment == INTERACTED
+    return entries.mutate(**{name: clicked & (entries.part < number) for number, name in enumerate(starts.values(), 1)})
+
+
+def count_items(placed: ir.Table) -> ir.Table:
+    """Per item: count, train_count (in the training part), and targets (those of them that are not the first of a user,
+    so have a history)."""
+    trains = placed.part == 0
+    targets = trains & ~placed["first"]
+    counts = {"train_count": trains, "targets": targets}
+    sums = {name: condition.cast("int64").sum() for name, condition in counts.items()}
+    return placed.group_by("item_id").agg(count=placed.count(), **sums)
+
+
+def count_parts(placed: ir.Table) -> ir.Table:
+    """Per user: length, validation_start and test_start, see `data.split`."""
+    starts = {
+        f"{split}_start": (placed.part < number).cast("int64").sum() for number, split in enumerate(EVALUATION, 1)
+    }
+    return placed.group_by("user_id").agg(length=placed.count(), **starts)
+
+
+def summarize_parts(users: ir.Table) -> ir.Table:
+    """One row: interactions in each part, users with a target in each held-out part, and interactions in no part.
+
+    In no part are those that are neither trained on nor a target nor in the history of one: later ones of the last part
+    in which a user has a target, or all held-out ones of a user without a target.
+    """
+    v, t, n = users.validation_start, users.test_start, users.length
+    has_validation, has_test = (v > 0) & (v < t), (t > 0) & (t < n)
+    used = ibis.cases((has_test, t + 1), (has_validation, v + 1), else_=v)
+    return users.agg(
+        training=v.sum(),
+        validation=(t - v).sum(),
+        test=(n - t).sum(),
+        validation_users=has_validation.cast("int64").sum(),
+        test_users=has_test.cast("int64").sum(),
+        unused=(n - used).sum(),
+    )
+
+
+def item_table(item_ids: ir.Table, items: ir.Table, counts: ir.Table) -> ir.Table:
     """Rows of `items/`: item_id, key, count, and train_count, the count in the training part (`data.split`).
 
     The counts of a known item without interactions are 0.
     """
-    placed = count_from_end(kept)
-    trains = is_trained_on(placed.from_end, placed.length)
-    counts = placed.group_by("item_id").agg(count=placed.count(), train_count=trains.cast("int64").sum())
     named = item_ids.inner_join(items, "item").select("item_id", "key")
     counted = named.left_join(counts, "item_id")
     filled = {column: counted[column].fill_null(0) for column in ("count", "train_count")}

@@ -7,9 +7,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from recgpt_torchrec.data.ragged import offsets_of
+
 
 def sequence_groups(
-    batches: Iterable[pa.RecordBatch], users: int, lists: dict[str, tuple[str, pa.DataType]], total: int
+    batches: Iterable[pa.RecordBatch],
+    users: int,
+    lists: dict[str, tuple[str, pa.DataType]],
+    total: int,
+    counts: dict[str, str] | None = None,
 ) -> Iterator[pa.Table]:
     """Turn interactions, ordered by user and time, into row groups with one row per user.
 
@@ -18,6 +24,7 @@ def sequence_groups(
         users: number of users, and so rows, per table (the last may have fewer).
         lists: for each list column of the result, the column of `batches` that it collects, and its value type.
         total: number of all users; those after the last with an interaction get empty lists too.
+        counts: for each int64 column of the result, the boolean column of `batches` of which it counts the true values.
 
     Example:
         `sequence_groups(batches, 350, {"item_ids": ("item_id", pa.int64())}, 22363)`
@@ -29,6 +36,9 @@ def sequence_groups(
         for name, (source, kind) in lists.items():
             values = pa.concat_arrays([pa.array([], kind), *events.column(source).cast(kind).chunks])
             columns[name] = pa.ListArray.from_arrays(offsets, values)
+        for name, source in (counts or {}).items():
+            before = offsets_of(events.column(source).to_numpy())
+            columns[name] = pa.array(np.diff(before[offsets.to_numpy()]))
         return pa.table(columns)
 
     start = 0

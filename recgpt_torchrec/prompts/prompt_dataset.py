@@ -21,6 +21,7 @@ from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.ragged import Int64, Ragged
 from recgpt_torchrec.data.reader import read_group
 from recgpt_torchrec.data.segments import EXPOSED, GENERATED
+from recgpt_torchrec.data.split import STORED
 from recgpt_torchrec.data.windows import RowGroup, row_groups, user_bounds
 from recgpt_torchrec.distributed import shared_folder
 from recgpt_torchrec.distributed.lockstep import raise_first_error
@@ -55,11 +56,18 @@ def record_of(dataset: Dataset, prompts: Prompts, max_len: int, checkpoint: str,
         "checkpoint_fingerprint": fingerprint,
         "dataset": dataset.path,
         "dataset_fingerprint": hashlib.sha256(parts.encode()).hexdigest()[:32],
+        **({} if dataset.manifest.hold_out == "last" else {"hold_out": dataset.manifest.hold_out}),
     }
 
 
-def check_input(dataset: Dataset, prompts: Prompts, groups: list[RowGroup]) -> None:
-    """Raise an `InputError` where the dataset has prompts already, or lacks the shown items that are asked for."""
+def check_input(dataset: Dataset, prompts: Prompts, groups: list[RowGroup], previous: str | None = None) -> None:
+    """Raise an `InputError` where the dataset has prompts already, lacks the shown items that are asked for, or has
+    parts before which histories end, so that prompts of the earlier dataset `previous` cannot be reused."""
+    if previous is not None and dataset.manifest.hold_out in STORED:
+        raise InputError(
+            f"--previous {previous}: with --hold_out {dataset.manifest.hold_out} prompts depend on where the parts of "
+            f"{dataset.path} begin, so none can be reused; leave --previous out"
+        )
     if RECORD in dataset.manifest.settings:
         made_from = dataset.manifest.settings[RECORD]["dataset"]
         raise InputError(
@@ -119,7 +127,12 @@ def open_previous(path: str, record: dict[str, Any], vocabulary: str) -> Dataset
     previous = Dataset.open(path)
     if RECORD not in previous.manifest.settings:
         raise InputError(f"--previous {path} has no prompts: give a dataset that generate_prompts wrote")
-    differing = _differences(previous, record, vocabulary, (*NOT_COMPARED, "dataset_fingerprint"))
+    if previous.manifest.hold_out in STORED:
+        raise InputError(
+            f"--previous {path} was made with --hold_out {previous.manifest.hold_out}, so its prompts depend on where "
+            "its parts begin; leave --previous out"
+        )
+    differing = _differences(previous, record, vocabulary, (*NOT_COMPARED, "dataset_fingerprint", "hold_out"))
     check_same(f"--previous {path}", NAME, differing, "leave --previous out, or use the same")
     return previous
 

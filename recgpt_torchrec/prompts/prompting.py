@@ -4,11 +4,13 @@
     with k = 2 prompts   a a1 a2  b b1 b2  c        (position 0 1 2  1 2 3  2; never beyond max_len - 1)
 
 a1 is the model's best item after `a`, a2 after `a a1`, b1 after `a a1 a2 b`, and so on, from all entries before it. In
-a history longer than `max_len` only the newest `max_len` items have prompts between them. Knows nothing of files.
+a history longer than `max_len` only the newest `max_len` items have prompts between them. Where the dataset stores the
+starts of a user's validation and test part, that holds for the histories before each of them too: the prompts of a
+history that a split reads come from this history alone, however much comes after it. Knows nothing of files.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +20,16 @@ from torch import Tensor
 
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import Prompts
+from recgpt_torchrec.data.dataset import STARTS
 from recgpt_torchrec.data.ragged import Float32, Int64, Ragged, offsets_of
+from recgpt_torchrec.data.reader import stored_starts
 from recgpt_torchrec.data.segments import EXPOSED, GENERATED, INTERACTED
+from recgpt_torchrec.data.split import Starts
 from recgpt_torchrec.model.dense import Dense
 from recgpt_torchrec.prompts.decoding import Decoding
+
+FILLED = ("prompts", "segments", "answers", "answer_scores")
+"""Arrays of `Intervals` that the model fills."""
 
 
 @dataclass
@@ -44,6 +52,8 @@ class Intervals:
     """[interactions, answers] float32 scores of the answers (logits); 0 where there is none."""
     times: Int64 | None = None
     """[interactions] int64 timestamps."""
+    starts: Starts | None = None
+    """Where the parts of each user's items start; None: the dataset does not store it."""
 
     @property
     def lengths(self) -> Int64:
@@ -57,6 +67,23 @@ class Intervals:
     def newest_start(self, max_len: int) -> Int64:
         """[users] index in `items` at which the newest `max_len` items of each user begin."""
         return np.maximum(self.offsets[:-1], self.offsets[1:] - max_len)
+
+    def oldest_start(self, max_len: int) -> Int64:
+        """[users] index in `items` of the first item that has prompts after it."""
+        if self.starts is None:
+            return self.newest_start(max_len)
+        return np.maximum(self.offsets[:-1], self.offsets[:-1] + self.starts.validation - max_len)
+
+    def beginning(self, stop: Int64) -> tuple["Intervals", Int64]:
+        """The first `stop` [users] items of each user, and their indices in `items`."""
+        places = Ragged(np.arange(self.items.size), self.offsets).cut(self.offsets[:-1], self.offsets[:-1] + stop)
+        arrays = {name: getattr(self, name)[places.values] for name in ("items", *FILLED)}
+        return Intervals(users=self.users, offsets=places.offsets, **arrays), places.values
+
+    def put(self, part: "Intervals", places: Int64) -> None:
+        """Copy what was filled in `part`, the items at `places`, into these."""
+        for name in FILLED:
+            getattr(self, name)[places] = getattr(part, name)
 
 
 def intervals_of(
@@ -94,12 +121,13 @@ def intervals_of(
         answers=answer_ids,
         answer_scores=answer_scores,
         times=None if times is None else times[interacted],
+        starts=stored_starts(table),
     )
     (entry,) = np.nonzero(np.isin(segments, prompt_segments) & ~interacted)
     row = items.rows_of(entry)
     owner = before[entry] - 1  # the interacted item it follows
     last = histories.offsets[row + 1] - 1
-    between = (owner >= histories.newest_start(max_len)[row]) & (owner < last)
+    between = (owner >= histories.oldest_start(max_len)[row]) & (owner < last)
     entry, owner = entry[between], owner[between]
     if entry.size and k:
         number = np.arange(entry.size)
@@ -135,6 +163,8 @@ def table_of(histories: Intervals) -> pa.Table:
         offsets = pa.array((histories.offsets * number).astype(np.int32))
         columns["answer_ids"] = lists(histories.answers.ravel())
         columns["answer_scores"] = lists(histories.answer_scores.ravel())
+    if histories.starts is not None:
+        columns |= {name: pa.array(each) for name, each in zip(STARTS, astuple(histories.starts), strict=True)}
     return pa.table(columns)
 
 
@@ -201,6 +231,23 @@ class Prompter:
             known: [users] int64: number of complete intervals, from the oldest one with prompts on; None: none.
             progress: called with the number of users done since the last call.
         """
+        if histories.starts is None:
+            return self._fill_newest(histories, user_vectors, known, progress)
+        # One history after the other: what a split reads must not depend on what comes after it.
+        complete = np.zeros(histories.users.size, np.int64)
+        stops = (histories.starts.validation, histories.starts.test, histories.lengths)
+        for number, stop in enumerate(stops, 1):
+            part, places = histories.beginning(stop)
+            skipped = part.newest_start(self.max_len) - part.offsets[:-1]
+            report = progress if number == len(stops) else lambda users: None
+            self._fill_newest(part, user_vectors, np.maximum(complete - skipped, 0), report)
+            histories.put(part, places)
+            complete = np.maximum(stop - 1, 0)
+
+    def _fill_newest(
+        self, histories: Intervals, user_vectors: Tensor, known: Int64 | None, progress: Callable[[int], object]
+    ) -> None:
+        """Fill the intervals between the newest `max_len` items of each user; see `fill`."""
         first = histories.newest_start(self.max_len)
         known = np.zeros(histories.users.size, np.int64) if known is None else known
         todo = np.maximum(histories.offsets[1:] - first - 1, 0) - known

@@ -248,9 +248,7 @@ def _check_complete(shares: list[_Share], expected: int, everyone: bool = True) 
     rows, total = sum(share.rows for share in shares), sum(share.sum_of_ids for share in shares)
     if not everyone:
         if not rows:
-            raise InputError(
-                f"no {kind[:-1]} has a held-out item, which takes at least 3 interactions; use --history all"
-            )
+            raise InputError(f"no {kind[:-1]} has a held-out item of this split; use --history all")
         if rows <= expected:
             return
     if rows != expected or total != expected * (expected - 1) // 2:

@@ -82,15 +82,16 @@ class TwoStep(MergeRule):
 
     def merge(self, lists: Lists, length: int) -> Merged:
         """See `MergeRule`."""
-        m = self._first_quota(length)
+        m = self.first_quota(length)
         return merge_quota(lists, (m, length - m))
 
     def describe(self, interests: int, length: int) -> str:
         """See `MergeRule`."""
-        m = self._first_quota(length)
+        m = self.first_quota(length)
         return f"{m} items of the first interest and {length - m} of the second"
 
-    def _first_quota(self, length: int) -> int:
+    def first_quota(self, length: int) -> int:
+        """Number of items of the first interest in a list of `length`."""
         return self.m or max(1, round(0.9 * length))
 
 

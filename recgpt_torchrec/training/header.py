@@ -8,12 +8,14 @@ import torch.distributed as dist
 from torch import nn
 
 from recgpt_torchrec.data.dataset import Manifest
-from recgpt_torchrec.data.split import HELD_OUT
+from recgpt_torchrec.data.split import EVALUATION
 from recgpt_torchrec.distributed.sharding import table_name, tables_of
 from recgpt_torchrec.model.recgpt import unwrapped
 
 
-def header(model: nn.Module, manifest: Manifest, device: torch.device, *, tokens: int, epochs: int) -> str:
+def header(
+    model: nn.Module, manifest: Manifest, device: torch.device, *, tokens: int, epochs: int, validates: bool = True
+) -> str:
     """The lines logged before training: ranks, data, decoder, tables, epochs (collective).
 
     Args:
@@ -22,6 +24,7 @@ def header(model: nn.Module, manifest: Manifest, device: torch.device, *, tokens
         device: of this rank.
         tokens: maximum number of tokens in a batch, per rank.
         epochs: maximum number of epochs.
+        validates: whether epochs are validated, so that training may stop early.
     """
     ranks = dist.get_world_size()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -34,9 +37,8 @@ def header(model: nn.Module, manifest: Manifest, device: torch.device, *, tokens
         rows, dim = value.size()
         tables.append(f"{table_name(key)} {rows:,} x {dim} {types[table_name(key)]}")
         total += rows * dim * value.dtype.itemsize
-    # Of each history some entries are held out, and the first one is no target.
-    targets = manifest.entries - (HELD_OUT + 1) * manifest.users
-    steps = max(1, math.ceil(targets / (tokens * ranks)))
+    without = manifest.preparation.get("split", {}).get("items_without_target", 0)
+    steps = max(1, math.ceil(_count_tokens(manifest) / (tokens * ranks)))
     return "\n".join(
         [
             f"Training on {ranks} rank{'s' * (ranks > 1)}, {name}",
@@ -44,6 +46,18 @@ def header(model: nn.Module, manifest: Manifest, device: torch.device, *, tokens
             + (f", {others:,} prompts or shown items" if others > 0 else ""),
             f"  decoder  {parameters:,} parameters",
             f"  tables   {', '.join(tables)}; {total / 2**20:,.1f} MiB of weights",
-            f"  epochs   at most {epochs}, about {steps:,} steps each, at most {tokens:,} tokens per step and rank",
+            f"  epochs   {'at most' if validates else 'all'} {epochs}, about {steps:,} steps each, at most {tokens:,} "
+            "tokens per step and rank",
+            *([f"  targets  {without:,} of the items are never one, see the summary of prepare"] if without else []),
+            *([] if validates else ["  nothing is held out for validation: the newest checkpoint is the result"]),
         ]
     )
+
+
+def _count_tokens(manifest: Manifest) -> float:
+    """About the number of tokens of one epoch: one per target, and one per prompt."""
+    recorded = manifest.preparation.get("split", {})
+    if (targets := recorded.get("training_targets")) is not None:
+        return targets * manifest.entries / max(manifest.interactions, 1)
+    # As if of each history one item per split were held out, and the first one is no target.
+    return manifest.entries - (len(EVALUATION) + 1) * manifest.users

@@ -11,6 +11,7 @@ from typing import Any
 from recgpt_torchrec import storage
 from recgpt_torchrec.checkpoints.folder import BEST, Checkpoints, read_metadata
 from recgpt_torchrec.config.fields import changeable_names, current_name, default_values
+from recgpt_torchrec.data.dataset import Manifest
 from recgpt_torchrec.distributed.processes import run_on_first_rank
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import read_json, write_json
@@ -61,7 +62,7 @@ class Run:
             recorded = {current_name(name): value for name, value in flatten(earlier["config"]).items()}
             old, new = {**flatten(default_values(config)), **recorded}, asdict(config)
             differing = [f"--{line}" for line in differences(old, new, changeable_names(type(config)))]
-            check_same(f"--output {output}", "run", differing, "choose another --output, or the same options")
+            check_same(f"--output {output}", "run", differing, _suggest_way(config, old, differing))
             if earlier["vocabulary"] != vocabulary:
                 raise InputError(
                     f"{output} holds a run on another dataset ({old['data']}); "
@@ -109,22 +110,51 @@ class Run:
         latest = self.checkpoints.latest()
         return latest is not None and read_metadata(latest)["progress"]["finished"]
 
-    def metadata(self, plan: str) -> dict[str, Any]:
-        """The run's part of each checkpoint's metadata; `plan` describes the sharding."""
-        return {"config": self.config, "vocabulary": self.vocabulary, "plan": plan}
+    def metadata(self, plan: str, hold_out: str = "last") -> dict[str, Any]:
+        """The run's part of each checkpoint's metadata.
 
-    def summary(self) -> str:
-        """The best validation figure, its checkpoint, and the next command, as text."""
-        output = self.checkpoints.output
-        best = read_json(os.path.join(output, BEST)) or {}
-        data = self.config["data"]
-        return (
-            f"Trained: validation NDCG@10 {best.get('value', float('nan')):.4f} after epoch {best.get('epoch')}, "
-            f"in {self.checkpoints.best()}\n"
-            f"Curves:  tensorboard --logdir {output}/tensorboard\n"
-            f"Next:    python -m recgpt_torchrec.evaluate --data {data} --checkpoint {output} "
-            f"--output {output}/test.json --split test"
+        Args:
+            plan: describes the sharding.
+            hold_out: what the dataset holds out; `last` is not recorded.
+        """
+        more = {} if hold_out == "last" else {"hold_out": hold_out}
+        return {"config": self.config, "vocabulary": self.vocabulary, "plan": plan, **more}
+
+    def summary(self, manifest: Manifest) -> str:
+        """The best validation figure, its checkpoint, and the next command, as text; `manifest` is the dataset's."""
+        output, epochs = self.checkpoints.output, self.config["train"]["epochs"]
+        trained = (
+            f"{epochs} epoch{'s' * (epochs != 1)}, nothing held out for validation, "
+            f"in {self.checkpoints.latest()} (the newest)"
         )
+        if (best := read_json(os.path.join(output, BEST))) is not None:
+            figure = f"validation NDCG@10 {best['value']:.4f} after epoch {best['epoch']}"
+            trained = f"{figure}, in {self.checkpoints.best()}"
+        stage, more = "evaluate", f"{output}/test.json --split test"
+        if manifest.count_targets("test") == 0:
+            stage, more = "export", "EXPORT_FOLDER"
+        return (
+            f"Trained: {trained}\n"
+            f"Curves:  tensorboard --logdir {output}/tensorboard\n"
+            f"Next:    python -m recgpt_torchrec.{stage} --data {self.config['data']} --checkpoint {output} "
+            f"--output {more}"
+        )
+
+
+def _suggest_way(config: Any, recorded: dict[str, Any], differing: list[str]) -> str:
+    """What to do where an output folder holds a run with other options."""
+    longer = len(differing) == 1 and config.train.epochs > recorded["train.epochs"]
+    if not longer or not Checkpoints(config.output, 1).latest():
+        return "choose another --output, or the same options"
+    if hasattr(config, "initial"):
+        return (
+            "its learning-rate schedule ends with its last epoch. To train its model further, start a run from it: "
+            f"--initial {config.output} --output NEW_RUN"
+        )
+    return (
+        "its learning-rate schedule ends with its last epoch. Tune again for more epochs with another --output, from "
+        f"the same --checkpoint {config.checkpoint}"
+    )
 
 
 @contextmanager

@@ -24,7 +24,7 @@ def train(
     device: torch.device,
     *,
     begin: Callable[[Trainer], None],
-    validation: Callable[[nn.Module], Validate],
+    validation: Callable[[nn.Module], Validate] | None,
     metric: str,
     tuning: Tuning | None = None,
 ) -> None:
@@ -37,7 +37,7 @@ def train(
         run: found by `Run.find`; its folder is first written to once the model is built.
         device: of this rank.
         begin: initialises the trainer of a run that has no checkpoint yet.
-        validation: makes the validation of a model, see `Trainer.fit`.
+        validation: makes the validation of a model, see `Trainer.fit`; None: there is nothing to validate on.
         metric: the validation figure that decides the best checkpoint and early stopping.
         tuning: what is tuned; None: pre-training.
 
@@ -61,7 +61,7 @@ def train(
             schedule=config.optimizer,
             saving=config.saving,
             checkpoints=run.checkpoints,
-            metadata=run.metadata(str(built.plan)),
+            metadata=run.metadata(str(built.plan), dataset.manifest.hold_out),
             seed=config.seed,
         )
         if resumed := run_on_first_rank(run.checkpoints.latest):
@@ -69,7 +69,10 @@ def train(
             log_message(f"Resuming from {resumed}")
         else:
             begin(trainer)
-        log_message(header(built, dataset.manifest, device, tokens=config.batch.tokens, epochs=config.train.epochs))
-        trainer.fit(validation(built), metric)
+        epochs, validates = config.train.epochs, validation is not None
+        log_message(
+            header(built, dataset.manifest, device, tokens=config.batch.tokens, epochs=epochs, validates=validates)
+        )
+        trainer.fit(None if validation is None else validation(built), metric)
         if (set_aside := stream.maker.reader.set_aside) is not None:
             log_message(set_aside.summary())

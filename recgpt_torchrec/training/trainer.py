@@ -102,11 +102,12 @@ class Trainer:
         self._share: Share | None = None
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
 
-    def fit(self, validate: Callable[[], dict[str, float]], metric: str) -> None:
+    def fit(self, validate: Callable[[], dict[str, float]] | None, metric: str) -> None:
         """Train until the last epoch, or until `metric` has not improved for `train.patience` epochs (collective).
 
         Args:
-            validate: returns the validation figures by name, the same on all ranks (collective).
+            validate: returns the validation figures by name, the same on all ranks (collective); None: every epoch is
+                trained, and none is best.
             metric: the figure that decides the best checkpoint and early stopping; higher is better.
 
         Raises:
@@ -131,7 +132,7 @@ class Trainer:
                 )
                 raise
 
-    def _run_epoch(self, log: RunLog, validate: Callable[[], dict[str, float]], metric: str) -> None:
+    def _run_epoch(self, log: RunLog, validate: Callable[[], dict[str, float]] | None, metric: str) -> None:
         progress, epoch, started = self.progress, self.progress.position.epoch, time.perf_counter()
         waited = self._train_epoch(epoch, log)
         loss = progress.loss / max(progress.targets, 1)
@@ -139,7 +140,7 @@ class Trainer:
         record = {"epoch": epoch + 1, "step": progress.step, "loss": loss, "data_wait": waited}
         record["train_s"] = time.perf_counter() - started
         validated = last or (epoch + 1) % self.train.validate_every == 0
-        if validated:
+        if validate is not None and validated:
             started = time.perf_counter()
             self.pipeline.detach()
             with watchdog.phase("validating"):

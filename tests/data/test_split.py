@@ -1,4 +1,4 @@
-"""The leave-one-out split against a plain loop over Python lists."""
+"""Splits against a plain loop over Python lists."""
 
 import numpy as np
 import pytest
@@ -51,11 +51,11 @@ def test_test_history_holds_the_validation_item_and_training_holds_neither_targe
 
 @given(lists_of_items)
 def test_what_is_trained_on_is_counted_from_the_end_as_it_is_cut(lists):
-    """`is_trained_on`, which queries use, says of each interaction whether it is in the training part."""
+    """`is_held_out`, which queries use, says of each interaction whether it is after the training part."""
     items = Ragged.from_lists(lists)
     length = items.lengths[items.owners]
     from_end = np.array([len(s) - 1 - place for s in lists for place in range(len(s))], dtype=np.int64)
-    assert items.keep(split.is_trained_on(from_end, length)).to_lists() == parts(items, "training")[1]
+    assert items.keep(~split.is_held_out(from_end, length, "validation")).to_lists() == parts(items, "training")[1]
 
 
 @pytest.mark.parametrize("name", ["train", "", None])
@@ -68,3 +68,49 @@ def test_unknown_split_is_refused(name):
 def test_offsets_of_another_shape_are_refused(offsets):
     with pytest.raises(ValueError, match="offsets must be"):
         split.cut(offsets, "training")
+
+
+@st.composite
+def divided(draw: st.DrawFn) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """Lists of items, and where the validation and the test part of each starts."""
+    lists = draw(lists_of_items)
+    starts = [sorted((draw(st.integers(0, len(s))), draw(st.integers(0, len(s))))) for s in lists]
+    return lists, [(v, t) for v, t in starts]
+
+
+@given(divided(), st.sampled_from(["time", "given"]))
+def test_stored_starts_cut_each_user_at_the_beginning_of_the_parts(case, hold_out):
+    lists, starts = case
+    stored = split.Starts(*(np.array([pair[i] for pair in starts], dtype=np.int64) for i in (0, 1)))
+    items = Ragged.from_lists(lists)
+
+    def cut(name: split.SplitName) -> list[tuple[int, list[int], int | None]]:
+        made = split.cut(items.offsets, name, hold_out, stored)
+        targets = [None] * len(made.row) if made.target is None else items.values[made.target].tolist()
+        return list(zip(made.row.tolist(), items.cut(made.start, made.stop).to_lists(), targets, strict=True))
+
+    assert cut("training") == [(u, s[:v], None) for u, (s, (v, _)) in enumerate(zip(lists, starts, strict=True))]
+    assert cut("all") == [(u, s, None) for u, s in enumerate(lists) if s]
+    validation, test = [], []
+    for user, (history, (v, t)) in enumerate(zip(lists, starts, strict=True)):
+        if history[:v] and history[v:t]:
+            validation.append((user, history[:v], history[v:t][0]))
+        if history[:t] and history[t:]:
+            test.append((user, history[:t], history[t:][0]))
+    assert cut("validation") == validation
+    assert cut("test") == test
+
+
+@given(lists_of_items)
+def test_with_none_everything_is_trained_on_and_nothing_is_held_out(lists):
+    items = Ragged.from_lists(lists)
+    training = split.cut(items.offsets, "training", "none")
+    assert items.cut(training.start, training.stop).to_lists() == lists
+    for name in split.EVALUATION:
+        assert split.cut(items.offsets, name, "none").row.size == 0
+
+
+@pytest.mark.parametrize("hold_out", ["time", "given", "first"])
+def test_starts_that_nothing_gives_are_refused(hold_out):
+    with pytest.raises(ValueError, match=f"hold_out is {hold_out!r}"):
+        split.cut(np.array([0, 3]), "training", hold_out)

@@ -109,3 +109,10 @@ def test_impossible_options_are_refused(words: list[str], more: list[str]) -> No
     with pytest.raises(SystemExit) as ended:
         daily.parse([*words, *more])
     assert ended.value.code == 2
+
+
+def test_only_the_newest_interaction_can_be_held_out(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        daily.parse([*words, "--hold_out", "time"])
+    assert "measured on the newest interaction of each user" in capsys.readouterr().err
+    assert daily.parse([*words, "--hold_out", "last"]) == daily.parse(words)

@@ -129,9 +129,28 @@ def test_from_a_log_to_the_report_interrupted_and_done_once(tmp_path, executor, 
     assert "settings.train.epochs: 1 there, 2 now" in capsys.readouterr().err
 
 
+def test_the_split_by_time_is_passed_on_and_the_report_says_it(tmp_path, executor):
+    log, configs = tmp_path / "log.csv", tmp_path / "configs"
+    synthetic_log.main(["--output", str(log), "--users", "120", "--items", "60", "--mean_events", "10"])
+    configs.mkdir()
+    for name, text in (("paper", CONFIG), ("paper_prompts", PROMPTS), ("paper_tune", TUNE)):
+        (configs / f"{name}.yaml").write_text(text)
+    words = ["--dataset", f"tiny={log}", "--output", str(tmp_path / "out"), "--configs", str(configs)]
+    paper.main([*words, "--seeds", "1", "--ranks", "1", "--k", "1", "--hold_out", "time", "--test_from", "85%"])
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["hold_out"] == ["--hold_out", "time", "--test_from", "85%"]
+    assert report["datasets"]["tiny"]["baselines"].keys() == paper_report.BASELINES.keys()
+    assert "Split by time (`--hold_out time --test_from 85%`" in (tmp_path / "out/report.md").read_text()
+    prompted = json.loads((tmp_path / "out/tiny/seed0/k1/prompts/manifest.json").read_text())
+    assert prompted["hold_out"] == "time"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--dataset", f"x={__file__}", "--hold_out", "time"], "takes --test_from"),
+        (["--dataset", f"x={__file__}", "--test_from", "90%"], "both belong to it"),
+        (["--dataset", f"x={__file__}", "--hold_out", "time", "--validation_from", "8"], "takes --test_from"),
         (["--dataset", "no-equals"], "is not NAME=FILE"),
         (["--dataset", "x=/no/such/file"], "there is no /no/such/file"),
         (["--dataset", f"x={__file__}", f"x={__file__}"], "choose another name"),

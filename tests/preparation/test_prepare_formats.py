@@ -269,7 +269,8 @@ def test_the_expressions_compile_for_spark_too(monkeypatch: pytest.MonkeyPatch) 
         queries.assign_codes(log.select(key=log.user).distinct(), "user", seed=1),
         queries.drop_repeats(events),
         queries.drop_outer_shown(kept),
-        queries.item_table(kept, item_ids, items),
+        queries.item_table(item_ids, items, queries.count_items(queries.place_interactions(kept, "last"))),
+        queries.summarize_parts(queries.count_parts(queries.place_interactions(kept.mutate(part=1), "time"))),
         queries.user_table(user_ids, users),
         kept.order_by("user_id", *queries.IN_TIME),
     ):

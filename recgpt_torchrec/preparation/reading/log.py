@@ -19,7 +19,7 @@ from recgpt_torchrec.preparation.engine import DuckDBEngine
 from recgpt_torchrec.preparation.reading import understanding
 from recgpt_torchrec.preparation.reading.dialect import shorten
 from recgpt_torchrec.preparation.reading.duckdb_reader import MALFORMED, DuckDBReader, log_table
-from recgpt_torchrec.preparation.reading.files import InputFile
+from recgpt_torchrec.preparation.reading.files import InputFile, InputFiles
 from recgpt_torchrec.preparation.reading.rows import FILTERED, SILENT, UNKNOWN
 from recgpt_torchrec.progress import progress_bar
 
@@ -53,19 +53,19 @@ class RawLog:
     """What was understood of the log, in lines of a label and a text."""
 
 
-def read_log(engine: DuckDBEngine, config: Prepare, files: list[InputFile], left_out: list[str]) -> RawLog:
+def read_log(engine: DuckDBEngine, config: Prepare, inputs: InputFiles) -> RawLog:
     """Read every file into the engine.
 
     Args:
         engine: where the rows are stored.
         config: options of the stage.
-        files: to read, in this order.
-        left_out: paths of files beside them that are not read.
+        inputs: the files, in the order in which they are read.
 
     Raises:
         InputError: a file is not of its format or lacks a column, no row can be used, or the column that should tell
             clicked rows from shown ones does not.
     """
+    files = inputs.files
     reader = DuckDBReader(engine, config)
     reader.check_time_format()
     reader.open_all(files)
@@ -77,6 +77,11 @@ def read_log(engine: DuckDBEngine, config: Prepare, files: list[InputFile], left
             "prepare them separately"
         )
     timed = reader.timed = config.time_column is not None and "sequences" not in formats
+    if config.hold_out == "time" and not timed:
+        raise InputError(
+            f"--hold_out time: {files[0].path} is of the format sequences, which has no times; give --hold_out last, "
+            "or a log with a time in each row"
+        )
     total = sum(file.bytes for file in files)
     with progress_bar(total, "bytes", unit_scale=True, desc="reading: ", leave=False) as bar:
         for index, file in enumerate(files):
@@ -120,7 +125,7 @@ def read_log(engine: DuckDBEngine, config: Prepare, files: list[InputFile], left
         example = f". For example {shown['file']}, row {shown['row']}: {shorten(shown['text'])}" if shown else ""
         advice = "".join(f"; {remedy}" for remedy in remedies)
         raise InputError(f"{names}: none of the {result.rows:,} rows can be used ({reasons}){example}{advice}")
-    result.page = understanding.page(engine, config, reader, files, left_out, remedies)
+    result.page = understanding.page(engine, config, reader, inputs, remedies)
     return result
 
 

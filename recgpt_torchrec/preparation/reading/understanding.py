@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.preparation.engine import DuckDBEngine
 from recgpt_torchrec.preparation.reading.duckdb_reader import FAULTS, MALFORMED_LINE, DuckDBReader, FileReport
-from recgpt_torchrec.preparation.reading.files import InputFile
+from recgpt_torchrec.preparation.reading.files import InputFile, InputFiles
 from recgpt_torchrec.preparation.reading.rows import (
     DATE_TIME,
     INEXACT,
@@ -52,11 +52,11 @@ def page(
     engine: DuckDBEngine,
     config: Prepare,
     reader: DuckDBReader,
-    files: Sequence[InputFile],
-    left_out: Sequence[str],
+    inputs: InputFiles,
     advice: Sequence[str],
 ) -> list[Line]:
     """The lines that say how the files were read and what was noticed."""
+    files, left_out = inputs.files, inputs.left_out
     lines = _formats(reader, files)
     if left_out:
         reason = "hidden, or with an unknown ending; name them to read them"

@@ -1,0 +1,191 @@
+"""What `prepare --hold_out` holds out: the part of each event, training, validation or test, by time or by file.
+
+What becomes of the parts, and `last` and `none`, which need nothing of the log, is in `data.split`.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import ibis.expr.types as ir
+
+from recgpt_torchrec.config import Prepare
+from recgpt_torchrec.config.boundaries import Boundary
+from recgpt_torchrec.config.fields import default_values
+from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.preparation import queries
+from recgpt_torchrec.preparation.engine import DuckDBEngine
+from recgpt_torchrec.preparation.reading.files import InputFiles, list_files
+
+INPUTS = ("input", "validation_input", "test_input")
+"""Options that name the files of the training, the validation and the test part."""
+NAMES = ("training", "validation", "test")
+FIRST_OPTIONS = (
+    *("input", "output", "input_format", "user_column", "item_column", "time_column", "rating_column", "click_column"),
+    *("click_from", "min_count", "duplicates", "seed", "rows_per_group", "groups_per_part", "engine", "scratch"),
+    "memory_limit",
+)
+"""Options that the manifest's settings always have; they leave later ones out where these have their default."""
+
+
+def settings_of(config: Prepare) -> dict[str, Any]:
+    """The options as the manifest records them."""
+    defaults = default_values(config)
+    return {name: value for name, value in asdict(config).items() if name in FIRST_OPTIONS or value != defaults[name]}
+
+
+def list_input_files(config: Prepare) -> tuple[InputFiles, list[int]]:
+    """The files of all parts, in the order of parts, and the number of the part of each.
+
+    Raises:
+        InputError: a file is missing or not known (see `list_files`), or is in two parts.
+    """
+    inputs = InputFiles()
+    parts: list[int] = []
+    part_of: dict[str, int] = {}
+    for part, name in enumerate(INPUTS):
+        if not (patterns := getattr(config, name)):
+            continue
+        listed = list_files(patterns, config, f"--{name}")
+        for file in listed.files:
+            place = file.path if "://" in file.path else os.path.realpath(file.path)
+            if part_of.setdefault(place, part) != part:
+                raise InputError(
+                    f"{file.path} is named by --{INPUTS[part_of[place]]} and by --{name}; each file is in one part: "
+                    "leave it out of the other, or divide a single log with --hold_out time"
+                )
+        inputs.files += listed.files
+        inputs.left_out += listed.left_out
+        parts += [part] * len(listed.files)
+    return inputs, parts
+
+
+def mark_parts(
+    engine: DuckDBEngine, config: Prepare, events: ir.Table, first_rows: list[int], file_parts: list[int]
+) -> tuple[ir.Table, dict[str, Any]]:
+    """Add the column `part` to the kept events, where `hold_out` is `time` or `given`.
+
+    Args:
+        engine: that holds the events.
+        config: of the stage.
+        events: with `time`, `fraction`, `order` and `segment`; interactions decide where the parts begin.
+        first_rows: [files] value of `order` of each file's first row.
+        file_parts: [files] number of the part of each file.
+
+    Returns:
+        The events, and the boundaries for the manifest, by the name of their option.
+
+    Raises:
+        InputError: a part has no interaction, or a boundary is outside the log's times.
+    """
+    if config.hold_out == "given":
+        starts = [next(row for row, of in zip(first_rows, file_parts, strict=True) if of >= part) for part in (1, 2)]
+        marked = _number_parts(events, lambda part: events.order >= starts[part - 1])
+        _check_parts_are_there(engine, config, marked, file_parts)
+        return marked, {}
+    if config.hold_out == "time":
+        return _divide_by_time(engine, config, events)
+    return events, {}
+
+
+def _number_parts(events: ir.Table, is_at_least: Callable[[int], Any]) -> ir.Table:
+    """Add the column `part`: the number of the last part that an event is at the beginning of or after."""
+    return events.mutate(part=is_at_least(1).cast("int8") + is_at_least(2).cast("int8"))
+
+
+def _check_parts_are_there(engine: DuckDBEngine, config: Prepare, marked: ir.Table, file_parts: list[int]) -> None:
+    """Raise an `InputError` if no interaction of a part that has files is left."""
+    clicks = queries.select_interacted(marked)
+    counts = {row["part"]: row["n"] for row in engine.rows(clicks.group_by("part").agg(n=clicks.count()))}
+    for part in sorted(set(file_parts)):
+        if not counts.get(part):
+            raise InputError(
+                f"--{INPUTS[part]}: no interaction of its files is left in the {NAMES[part]} part after filtering with "
+                f"--min_count {config.min_count}; give other files, or a smaller --min_count"
+            )
+
+
+def _divide_by_time(engine: DuckDBEngine, config: Prepare, events: ir.Table) -> tuple[ir.Table, dict[str, Any]]:
+    """Divide the events at the boundaries."""
+    clicks = queries.select_interacted(events)
+    count = engine.count(clicks)
+
+    def moment_at(place: int) -> Boundary:
+        """The time of the interaction with this number, in the order of time."""
+        times = clicks.select(whole="time", fraction="fraction").order_by("whole", "fraction")
+        return Boundary(**engine.row(times.limit(1, offset=place)))
+
+    def resolve(option: str, text: str) -> Boundary:
+        boundary = Boundary.parse(f"--{option}", text)
+        return boundary if boundary.share is None else moment_at(int(boundary.share * count))
+
+    oldest, newest = moment_at(0), moment_at(count - 1)
+    span = f"the interactions have times from {oldest.value} to {newest.value}"
+
+    def check_within(option: str, text: str, boundary: Boundary) -> None:
+        shown = text if text == str(boundary.value) else f"{text} (time {boundary.value})"
+        if not oldest < boundary <= newest:
+            beyond = "after all interactions" if newest < boundary else "before all interactions or at the first"
+            raise InputError(
+                f"--{option} {shown} is {beyond}: {span}. Give a time between them in the unit of the log, or a share "
+                "such as 90%"
+            )
+
+    assert config.test_from is not None
+    test = resolve("test_from", config.test_from)
+    check_within("test_from", config.test_from, test)
+    if config.validation_from is not None:
+        validation = resolve("validation_from", config.validation_from)
+        check_within("validation_from", config.validation_from, validation)
+    else:
+        in_test = engine.count(clicks.filter(_is_from(clicks, test)))
+        validation = moment_at(max(count - 2 * in_test, 0))
+        if not oldest < validation:
+            raise InputError(
+                f"--test_from {config.test_from}: {in_test:,} of {count:,} interactions are in the test part, so "
+                "nothing is left to train on before a validation part of that size; give a later --test_from, or "
+                "--validation_from"
+            )
+    if not validation < test:
+        raise InputError(
+            f"--validation_from {config.validation_from} (time {validation.value}) is not before --test_from "
+            f"{config.test_from} (time {test.value}); {span}"
+        )
+    moments = (validation, test)
+    marked = _number_parts(events, lambda part: _is_from(events, moments[part - 1]))
+    between = clicks.filter(_is_from(clicks, validation) & ~_is_from(clicks, test))
+    if not engine.count(between):
+        raise InputError(
+            f"--validation_from {config.validation_from} (time {validation.value}): no interaction lies between it and "
+            f"--test_from {config.test_from} (time {test.value}), so the validation part is empty; {span}"
+        )
+    return marked, {"validation_from": validation.value, "test_from": test.value}
+
+
+def _is_from(events: ir.Table, moment: Boundary) -> Any:
+    """Whether events are at the moment or after it."""
+    return (events.time > moment.whole) | ((events.time == moment.whole) & (events.fraction >= moment.fraction))
+
+
+def record_of(
+    engine: DuckDBEngine, placed: ir.Table, counts: ir.Table, all_items: int, boundaries: dict[str, Any]
+) -> dict[str, Any]:
+    """What the manifest records of the split.
+
+    Args:
+        engine: that holds the tables.
+        placed: from `queries.place_interactions`.
+        counts: from `queries.count_items`.
+        all_items: number of items of the dataset.
+        boundaries: from `mark_parts`.
+    """
+    row = engine.row(queries.summarize_parts(queries.count_parts(placed)))
+    items = engine.row(counts.agg(targets=counts.targets.sum(), trained=(counts.targets > 0).cast("int64").sum()))
+    return {
+        **boundaries,
+        "interactions": {name: row.pop(name) for name in NAMES},
+        **row,
+        "training_targets": items["targets"],
+        "items_without_target": all_items - items["trained"],
+    }
