@@ -107,7 +107,7 @@ def describe_split(manifest: Manifest) -> list[str]:
         lines.append(
             f"targets     {without:,} of {manifest.items:,} items ({without / manifest.items:.1%}) are never a training"
             f" target: their interactions are {cure}first in a history"
-            + ("" if hold_out == "none" else "; --hold_out none trains on them")
+            + ("" if hold_out == "none" else "; --hold_out none trains on the held-out ones")
         )
     return lines
 
