@@ -25,15 +25,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import duckdb
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipelines import experiment, paper_report  # noqa: E402
 from pipelines.experiment import config_file, from_root  # noqa: E402
 from pipelines.paper_report import METRICS, Row  # noqa: E402
 from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
-from recgpt_torchrec.preparation.engine import quote_sql  # noqa: E402
+from recgpt_torchrec.config import Prepare  # noqa: E402
+from recgpt_torchrec.errors import InputError  # noqa: E402
+from recgpt_torchrec.preparation.engine import DuckDBEngine, quote_sql  # noqa: E402
+from recgpt_torchrec.preparation.reading.files import list_files  # noqa: E402
+from recgpt_torchrec.preparation.reading.log import read_log  # noqa: E402
 
 WARM, SCRATCH = "warm", "scratch"
 TARGETS = ["new", "all"]
@@ -168,6 +170,8 @@ class Daily(experiment.Experiment):
 def cut_log(log: Path, folder: Path, options: Options) -> None:
     """Write `folder`/day0.parquet, day1.parquet, ...: the rows of each day, in their order, unless they exist.
 
+    The log is read as the stage `prepare` reads it.
+
     Ends the pipeline with status 2 where they were cut from another log or with other options.
     """
     settings = {name: getattr(options, name) for name in ("days", "day", "first", "time_column")}
@@ -182,27 +186,28 @@ def cut_log(log: Path, folder: Path, options: Options) -> None:
             raise SystemExit(2)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    source = f"{'read_parquet' if log.suffix == '.parquet' else 'read_csv'}({quote_sql(str(log))})"
     time_column = '"' + options.time_column.replace('"', '""') + '"'
-    with duckdb.connect() as connection:
-        kinds = {row[0]: row[1] for row in connection.sql(f"DESCRIBE SELECT * FROM {source}").fetchall()}
-        kind = kinds.get(options.time_column)
-        if kind is None or kind == "VARCHAR":
-            what = "holds text, not times" if kind else f"is not in {log}, which has {', '.join(kinds)}"
-            print(f"daily: the column {options.time_column} {what}; see --time_column", file=sys.stderr)
-            raise SystemExit(2)
-        if kind.startswith(("TIMESTAMP", "DATE")):
-            source = f"(SELECT * REPLACE (epoch({time_column}) AS {time_column}) FROM {source})"
-        (begin,) = connection.sql(f"SELECT quantile_disc({time_column}, {options.first}) FROM {source}").fetchall()[0]
-        edges = [float("-inf"), *(float(begin) + day * options.day for day in range(options.days + 1))]
-        for day in range(options.days + 1):
-            low = f"{time_column} >= {edges[day]!r} AND " if day else ""
-            rows = f"SELECT * FROM {source} WHERE {low}{time_column} < {edges[day + 1]!r}"
-            (count,) = connection.sql(f"SELECT count(*) FROM ({rows})").fetchall()[0]
-            if not count:
-                print(f"daily: day {day} has no rows; give a longer --day, or fewer --days", file=sys.stderr)
-                raise SystemExit(2)
-            connection.execute(f"COPY ({rows}) TO {quote_sql(str(folder / f'day{day}.parquet'))} (FORMAT parquet)")
+    try:
+        config = Prepare(input=[str(log)], output=str(folder), time_column=options.time_column)
+        with DuckDBEngine(str(folder)) as engine:
+            events = read_log(engine, config, list_files(config.input, config)).events
+            time = f"time + {'fraction' if engine.row(events.agg(any=(events.fraction > 0).any()))['any'] else 0}"
+            rows = f'SELECT user, item, {time} AS time, "order" FROM ({engine.sql(events)})'
+            run = engine.connection.execute
+            ((begin,),) = run(f"SELECT quantile_disc(time, {options.first}) FROM ({rows})").fetchall()
+            edges = [float("-inf"), *(float(begin) + day * options.day for day in range(options.days + 1))]
+            for day in range(options.days + 1):
+                low = f"time >= {edges[day]!r} AND " if day else ""
+                of_day = f"FROM ({rows}) WHERE {low}time < {edges[day + 1]!r}"
+                ((count,),) = run(f"SELECT count(*) {of_day}").fetchall()
+                if not count:
+                    raise InputError(f"day {day} has no rows; give a longer --day, or fewer --days")
+                columns = f"SELECT user AS user_id, item AS item_id, time AS {time_column}"
+                file = quote_sql(str(folder / f"day{day}.parquet"))
+                run(f'COPY ({columns} {of_day} ORDER BY "order") TO {file} (FORMAT parquet)')
+    except InputError as error:
+        print(f"daily: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     record.write_text(json.dumps(sources))
 
 
