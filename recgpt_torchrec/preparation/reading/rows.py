@@ -76,13 +76,25 @@ def steps(source: ir.Table, options: RowOptions) -> list[ir.Table]:
 
 
 def mark_values(source: ir.Table, options: RowOptions) -> ir.Table:
-    """Add `whole`, the time as int64 if it is written as a plain whole number; and whether keys are respelled."""
+    """Add what several values need.
+
+    Returns:
+        The source with `whole`, the time as int64 if it is written as a plain whole number, else null; `time_text`, the
+        time without blanks around it if it is text and not such a number, else null; `user_respelled` and
+        `item_respelled`, whether keys are whole numbers written like 12.0.
+    """
     whole: Any = ibis.null("int64")
-    if options.timed and options.time_format is None and source.time.type().is_string():
-        number = source.time.try_cast("int64")
-        whole = ibis.cases((number.cast("string") == source.time, number), else_=whole)
+    time_text: Any = ibis.null("string")
+    if options.timed and source.time.type().is_string():
+        if options.time_format is None:
+            number = ibis.cases((~source.time.contains("-"), source.time.try_cast("int64")), else_=whole)
+            whole = ibis.cases((number.cast("string") == source.time, number), else_=whole)
+        time_text = ibis.cases((whole.isnull(), source.time.strip()), else_=time_text)
     return source.mutate(
-        whole=whole, user_respelled=_is_respelled(source.user), item_respelled=_is_respelled(source.item)
+        whole=whole,
+        time_text=time_text,
+        user_respelled=_is_respelled(source.user),
+        item_respelled=_is_respelled(source.item),
     )
 
 
@@ -91,7 +103,8 @@ def parse_values(marked: ir.Table, options: RowOptions) -> ir.Table:
     words = options.null_words
     time, fraction, dated = ibis.null("int64"), ibis.literal(0.0), ibis.literal(0, "int8")
     if options.timed:
-        time, fraction, dated = _parse_time(marked.time, options.time_format)
+        is_text = marked.time.type().is_string()
+        time, fraction, dated = _parse_time(marked.time_text if is_text else marked.time, options.time_format)
         time = ibis.cases((marked.whole.notnull(), marked.whole), else_=time)
         fraction = ibis.cases((marked.whole.notnull(), 0.0), else_=fraction.fill_null(0.0))
         dated = ibis.cases((marked.whole.notnull(), ibis.literal(0, "int8")), else_=dated)
@@ -228,12 +241,13 @@ def _parse_number(column: Any) -> Any:
 def _parse_time(column: Any, format: str | None) -> tuple[Any, Any, Any]:
     """Times as whole units int64 and the fraction of a unit float64, both null where they cannot be read; the flag.
 
-    Numbers keep their unit. Date-times become seconds since 1970 (UTC where no offset is given).
+    Numbers keep their unit. Date-times become seconds since 1970 (UTC where no offset is given). Text has no blanks
+    around it.
     """
     kind = column.type()
     none, no_flag = ibis.null("int64"), ibis.literal(0, "int8")
     if format is not None and not (kind.is_timestamp() or kind.is_date()):
-        moment = _strptime(_as_text(column).strip(), format)
+        moment = _strptime(_as_text(column), format)
         seconds = moment.epoch_seconds().cast("int64")
         micros = moment.strftime("%f").try_cast("float64") / 1e6
         return seconds, micros, ibis.literal(DATE_TIME, "int8")
@@ -243,27 +257,27 @@ def _parse_time(column: Any, format: str | None) -> tuple[Any, Any, Any]:
         number = column.cast("float64")
         floor = _floor(number)
         return floor.try_cast("int64"), number - floor, no_flag
-    if kind.is_string():
-        text = column.strip()
-        integer = text.re_search(r"^[+-]?[0-9]+$").ifelse(text.try_cast("int64"), none)
-        number = text.re_search(r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$").ifelse(
-            text.try_cast("float64"), ibis.null("float64")
-        )
-        # Years have four digits: 31-12-18 is no day of the year 31.
-        is_moment = text.re_search(r"^[0-9]{4}-")
-        moment = is_moment.ifelse(text, ibis.null("string")).try_cast(dt.Timestamp("UTC"))
-        dated = _flag(is_moment, DATE_TIME)
-    else:
-        text, integer, number = column.cast("string"), none, ibis.null("float64")
+    if not kind.is_string():
         moment = column.try_cast(dt.Timestamp("UTC"))
-        dated = ibis.literal(DATE_TIME, "int8")
-    seconds = moment.truncate("s").epoch_seconds().cast("int64")
-    digits = text.re_extract(r":[0-9][0-9]\.([0-9]+)", 1)
-    whole_number = _floor(number)
-    whole = ibis.coalesce(integer, whole_number.try_cast("int64"), seconds)
-    fraction = ibis.cases(
-        (integer.notnull(), 0.0),
-        (number.notnull(), number - whole_number),
-        else_=(ibis.literal("0.") + digits).try_cast("float64"),
+        return _seconds(moment), _fraction_of(column.cast("string")), ibis.literal(DATE_TIME, "int8")
+    integer = column.re_search(r"^[+-]?[0-9]+$").ifelse(column.try_cast("int64"), none)
+    number = column.re_search(r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$").ifelse(
+        column.try_cast("float64"), ibis.null("float64")
     )
-    return whole, fraction, dated
+    floor = _floor(number)
+    # Years have four digits: 31-12-18 is no day of the year 31.
+    is_moment = column.re_search(r"^[0-9]{4}-")
+    moment = column.try_cast(dt.Timestamp("UTC"))
+    time = ibis.cases((is_moment, _seconds(moment)), else_=ibis.coalesce(integer, floor.try_cast("int64")))
+    fraction = ibis.cases((is_moment, _fraction_of(column)), (integer.notnull(), 0.0), else_=number - floor)
+    return time, fraction, _flag(is_moment, DATE_TIME)
+
+
+def _seconds(moment: Any) -> Any:
+    return moment.truncate("s").epoch_seconds().cast("int64")
+
+
+def _fraction_of(text: Any) -> Any:
+    """The fraction of a second of a date-time in text."""
+    digits = text.re_extract(r":[0-9][0-9]\.([0-9]+)", 1)
+    return ibis.cases((text.contains("."), (ibis.literal("0.") + digits).try_cast("float64")), else_=0.0)
