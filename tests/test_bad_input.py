@@ -208,7 +208,7 @@ CASES = [
         {"--input": "log.jsonl"}),
     Bad("prepare", "a condition with a query", log(GOOD), "--where", "Give an SQL condition",
         {"--where": "timestamp > (select 1)"}),
-    Bad("prepare", "a condition on no column", log(GOOD), "--where: log.csv has no column 'price'", "it has user_id",
+    Bad("prepare", "a condition on no column", log(GOOD), "--where: log.csv has no column 'price'", "it has 'user_id'",
         {"--where": "price > 1"}),
     Bad("prepare", "words for clicks that are not there", log(GOOD), "--click_values buy", "Give words of that column",
         {"--click_column": "item_id", "--click_values": "buy"}),

@@ -1,6 +1,5 @@
 """Options of the stage prepare."""
 
-import codecs
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -8,7 +7,10 @@ from recgpt_torchrec.config.boundaries import Boundary
 from recgpt_torchrec.config.checks import at_least
 from recgpt_torchrec.config.fields import changeable
 
-NULL_WORDS = ("NA", "N/A", "#N/A", "<NA>", "NaN", "nan", "-nan", "NULL", "Null", "null", "None", "none", "\\N", "NaT")
+NULL_WORDS = (
+    *("NA", "N/A", "#N/A", "<NA>", "NaN", "NAN", "nan", "-nan", "NaT", "NULL", "Null", "null", "(null)", "\\N"),
+    *("None", "none", "undefined"),
+)
 """Words that programs write for a value that is missing (pandas, R, Spark, Hive, MySQL, Python, Excel)."""
 SEPARATOR_WORDS = {"tab": "\t", "\\t": "\t", "space": " ", "blank": " ", "comma": ",", "semicolon": ";", "pipe": "|"}
 NONE = "none"
@@ -43,6 +45,8 @@ class Prepare:
     quote: str | None = None
     """Character around values that hold the separator; none: there are no quotes. null: " for csv with a separator of
     one character, none for tsv, recbole and other separators."""
+    escape: str | None = None
+    """Character before a quote inside quotes, such as \\ in files of Spark and MySQL. null: the quote is doubled."""
     encoding: str = "utf-8"
     """Encoding of text files, such as latin-1 or utf-16; any that Python knows."""
     null_words: list[str] = field(default_factory=lambda: [*NULL_WORDS])
@@ -133,7 +137,7 @@ class Prepare:
             raise ValueError(f"--click_from is {self.click_from}; it must be a finite number")
         if self.click_column is None and self.click_from != 1:
             raise ValueError(f"--click_from is {self.click_from}, but no column is named; name it with --click_column")
-        self.click_values = [word for value in self.click_values for word in value.split(",") if word]
+        self.click_values = [word.strip() for value in self.click_values for word in value.split(",") if word.strip()]
         if self.click_values and self.click_column is None:
             raise ValueError("--click_values says which words are clicks; name their column with --click_column")
         if self.click_values and self.click_from != 1:
@@ -142,12 +146,13 @@ class Prepare:
             raise ValueError("--separator is none; columns in text have one, such as a comma")
         self.separator = _named_character("--separator", self.separator, 4)
         self.quote = _named_character("--quote", self.quote, 1)
+        self.escape = _named_character("--escape", self.escape, 1)
         self.list_separator = _named_character("--list_separator", self.list_separator, 4)
         if self.time_format is not None and (self.time_column is None or "%" not in self.time_format):
             raise ValueError(f"--time_format is {self.time_format}; give codes such as %d/%m/%Y, with a --time_column")
         try:
-            codecs.lookup(self.encoding)
-        except LookupError:
+            "text".encode(self.encoding)
+        except (LookupError, UnicodeError):
             raise ValueError(
                 f"--encoding is {self.encoding}, which Python does not know; give utf-8, latin-1, utf-16, ..."
             ) from None

@@ -57,6 +57,7 @@ def list_input_files(config: Prepare) -> tuple[InputFiles, list[int]]:
                 )
         inputs.files += listed.files
         inputs.left_out += listed.left_out
+        inputs.repeated += listed.repeated
         parts += [part] * len(listed.files)
     return inputs, parts
 

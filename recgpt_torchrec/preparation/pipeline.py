@@ -29,6 +29,7 @@ from recgpt_torchrec.preparation.engine import BATCH_ROWS, DuckDBEngine
 from recgpt_torchrec.preparation.kcore import Core, k_core
 from recgpt_torchrec.preparation.reading.files import InputFile
 from recgpt_torchrec.preparation.reading.log import RawLog, read_log, rejected_rows
+from recgpt_torchrec.preparation.reading.understanding import describe_keys
 from recgpt_torchrec.preparation.writing import Fingerprint, sequence_groups
 from recgpt_torchrec.progress import progress_bar
 from recgpt_torchrec.storage import filesystem, folders
@@ -179,7 +180,7 @@ def _write_dataset(
             "lengths": lengths,
             "split": parts.record_of(engine, placed, counts, all_items, boundaries),
             **({"exposed": exposed} if exposed else {}),
-            "page": [*log.page, *_describe_keys(engine, users, items)],
+            "page": [*log.page, *describe_keys(engine, config, users, items)],
         }
         if extended is not None:
             manifest.lineage = earlier.lineage_of(extended, manifest.vocabulary)
@@ -201,21 +202,6 @@ def _write_dataset(
 def group_size(users: int) -> int:
     """Number of users per row group: a small dataset has 64 groups, but each at least 16 and at most 8,192 users."""
     return min(max(-(-users // 64), 16), 8192)
-
-
-def _describe_keys(engine: DuckDBEngine, users: ir.Table, items: ir.Table) -> list[list[str]]:
-    """Notes on keys that look as if they were read with something that does not belong to them."""
-    notes = []
-    for name, keys in (("users", users), ("items", items)):
-        blank, quoted = keys.key.strip() != keys.key, keys.key.startswith('"')
-        counts = engine.row(keys.agg(blank=blank.cast("int64").sum(), quoted=quoted.cast("int64").sum()))
-        if counts["blank"]:
-            notes.append(f"the keys of {counts['blank']:,} {name} begin or end with a blank, which is kept")
-        if counts["quoted"]:
-            notes.append(
-                f"the keys of {counts['quoted']:,} {name} begin with a quote; if values are quoted, name --quote"
-            )
-    return [["note", note] for note in notes]
 
 
 def _filter_core(engine: DuckDBEngine, events: ir.Table, min_count: int, known: KnownCodes | None) -> Core:

@@ -138,12 +138,18 @@ def test_a_table_whose_files_hold_old_rows_is_refused(tmp_path: Path, path: str,
 def test_an_option_that_no_file_can_follow_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"user_id": ["u"], "item_id": ["a"], "timestamp": [1]}), tmp_path / "log.parquet")
     log = put(tmp_path / "log.jsonl", '{"user_id": 1, "item_id": 2, "timestamp": 3}\n')
-    for options in ({"separator": ";"}, {"quote": "'"}, {"header": False}, {"list_separator": ","}):
+    for options in ({"separator": ";"}, {"quote": "'"}, {"header": False}, {"escape": "/"}):
         with pytest.raises(InputError, match="is given, but no file of --input is a table in text"):
             make(log, tmp_path / "data", **options)
     with pytest.raises(InputError, match="--encoding is given, but"):
         make(tmp_path / "log.parquet", tmp_path / "data", encoding="latin-1")
     histories = put(tmp_path / "log.txt", "u a b c\nv b c\n")
-    for name, value in {"where": "a > 1", "rating_column": "r", "click_column": "c", "time_format": "%Y"}.items():
+    for name, value in {
+        "where": "a > 1",
+        "rating_column": "r",
+        "click_column": "c",
+        "time_format": "%Y",
+        "list_separator": ",",
+    }.items():
         with pytest.raises(InputError, match=f"--{name} .*: files of the format sequences have no columns"):
             make(histories, tmp_path / "data", **{name: value})

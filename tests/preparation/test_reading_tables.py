@@ -72,7 +72,7 @@ def test_quotes_in_a_tsv_are_characters_unless_asked_for(tmp_path: Path) -> None
     log = put(tmp_path / "log.tsv", "user_id\titem_id\ttimestamp\n" + "\n".join(rows) + "\n")
     text = page(log, tmp_path / "a")
     assert read_sequences(tmp_path / "a") == {"u": ['"weird al" yankovic', '"heroes"'], "v": ['remix 12"', '"x']}
-    assert "the keys of 3 items begin with a quote; if values are quoted, name --quote" in text
+    assert "3 keys of items begin with a quote; if values are quoted, name --quote" in text
     log = put(tmp_path / "quoted.tsv", 'user_id\titem_id\ttimestamp\nu\t"a\tb"\t1\n')
     make(log, tmp_path / "b", quote='"')
     assert read_sequences(tmp_path / "b") == {"u": ["a\tb"]}

@@ -93,7 +93,7 @@ def test_readings_that_are_lenient_are_said(tmp_path: Path) -> None:
     text = page(log, tmp_path / "data", rating_column="stars")
     assert "1 rows have keys written like 12.0" in text
     assert "1 ratings are no numbers and were left empty (--rating_column stars)" in text
-    assert "the keys of 1 items begin or end with a blank" in text
+    assert "1 keys of items begin or end with a blank" in text
     assert read_sequences(tmp_path / "data") == {"12": ["a", " b"], "13": ["c"]}
     big = parquet(tmp_path / "log.parquet", user_id=[1e19, 1.0], item_id=["a", "b"], timestamp=[1, 2])
     assert "1 rows have keys in floating point beyond the whole numbers" in page(big, tmp_path / "big")

@@ -70,7 +70,8 @@ def _copy(file: InputFile, path: Path, encoding: str | None) -> None:
         done = 0
         try:
             while chunk := source.read(CHUNK):
-                target.write(decoder.decode(chunk).encode())
+                text = decoder.decode(chunk)
+                target.write((text if done else text.removeprefix("\ufeff")).encode())
                 done += len(chunk)
             target.write(decoder.decode(b"", final=True).encode())
         except UnicodeError as error:

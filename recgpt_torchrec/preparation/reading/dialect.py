@@ -6,8 +6,10 @@ Looks at the first lines only. What could be read in two ways is refused, with t
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.config.prepare import NONE, SEPARATOR_WORDS
@@ -21,10 +23,23 @@ SEPARATORS = ("\t", ",", ";", "|", "::", " ")
 """Separators that are looked for, in this order."""
 DATE_TIME = re.compile(r"\b[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}([T ][0-9]{1,2}:|\b)")
 EPOCH = re.compile(r"[0-9]{9,19}(\.[0-9]+)?$")
+DAY = re.compile(r"(19|20)[0-9]{2}(0[1-9]|1[0-2])[0-3][0-9]$")
 DECIMAL = re.compile(r"[+-]?[0-9]+\.[0-9]+$")
+USUAL_SHARE = 0.9
+"""Share of lines with the same number of values above which they may be rows of a table."""
+MAGIC = {
+    b"\x1f\x8b": ("gzip data", ".gz"),
+    b"BZh": ("bzip2 data", ".bz2"),
+    b"\xfd7zXZ": ("xz data", ".xz"),
+    b"\x28\xb5\x2f\xfd": ("zstd data", ".zst"),
+    b"PK\3\4": ("a zip archive or an Excel sheet", ""),
+    b"ORC": ("an ORC file", ""),
+    b"Obj\1": ("an Avro file", ""),
+    b"ARROW1": ("an Arrow file", ""),
+    b"SQLite format 3": ("an SQLite database", ""),
+}
+"""First bytes of files that are no text, their names, and endings that make them readable."""
 WORDS = {"jsonl": "lines of JSON", "parquet": "Parquet", "sequences": "lines `user item item ...`"}
-LIST_SHARE = 0.1
-"""Share of a column's values that look like lists above which the column is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +51,8 @@ class Dialect:
     separator: str = ""
     quote: str = ""
     """Character around values; empty: there are no quotes."""
+    escape: str = ""
+    """Character before a quote inside quotes."""
     header: bool = True
     recbole: bool = False
     """Whether the header has name:type fields."""
@@ -52,7 +69,25 @@ class Dialect:
 
 def name_of(separator: str) -> str:
     """A separator as `--separator` takes it in a shell: a word, or quoted."""
-    return next((word for word, mark in SEPARATOR_WORDS.items() if mark == separator and word.isalpha()), separator)
+    word = next((word for word, mark in SEPARATOR_WORDS.items() if mark == separator and word.isalpha()), separator)
+    return word if word.isprintable() else repr(word)
+
+
+def check_text(file: InputFile, encoding: str) -> None:
+    """Raise an `InputError` if a file is not text, which a text reader would misread."""
+    path, format = file.path, file.format
+    with file.open() as stream:
+        start = stream.read(65536)
+    if start[:4] == b"PAR1":
+        raise InputError(f"{path} is not {format} but a Parquet file; pass --input_format parquet")
+    for magic, (name, ending) in MAGIC.items():
+        if start.startswith(magic) and file.compression == "":
+            remedy = f"name it so that it ends in {ending}" if ending else "write it as Parquet, CSV or JSON lines"
+            raise InputError(f"{path} is not {format} but {name}; {remedy}")
+    if encoding == "utf-8" and start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise InputError(f"{path} is not {format} in UTF-8 text but in UTF-16; pass --encoding utf-16")
+    if encoding == "utf-8" and b"\0" in start:
+        raise InputError(f"{path} is not {format}: it is not UTF-8 text (it holds zero bytes)")
 
 
 def find_dialect(file: InputFile, config: Prepare) -> Dialect:
@@ -84,7 +119,8 @@ def _table(config: Prepare, separator: str) -> Dialect:
     separator = config.separator or separator
     quotes = separator not in ("\t", " ") and len(separator) == 1
     quote = ('"' if quotes else "") if config.quote is None else config.quote.replace(NONE, "")
-    return Dialect(format="csv", separator=separator, quote=quote, header=config.header)
+    escape = quote if config.escape is None else config.escape
+    return Dialect(format="csv", separator=separator, quote=quote, escape=escape, header=config.header)
 
 
 def _columns(config: Prepare) -> list[str]:
@@ -98,7 +134,7 @@ def first_lines(file: InputFile, encoding: str = "utf-8", count: int = 1000) -> 
     with file.open() as stream:
         start = stream.read(SAMPLE)
     text = start.decode("utf-8-sig" if encoding == "utf-8" else encoding, errors="replace")
-    lines = text.splitlines()
+    lines = re.split(r"\r\n|\n|\r", text.removeprefix("\ufeff"))  # str.splitlines also splits inside JSON's strings
     if len(start) == SAMPLE and len(lines) > 1:
         lines.pop()
     return [line for line in lines if line.strip()][:count]
@@ -120,7 +156,9 @@ def cells_of(lines: Sequence[str], dialect: Dialect) -> list[list[str]]:
         return [line.split(dialect.separator) for line in lines]
     text = io.StringIO("\n".join(lines), newline="")
     try:
-        return [row for row in csv.reader(text, delimiter=dialect.separator, quotechar=dialect.quote) if row]
+        doubled = dialect.escape in ("", dialect.quote)
+        escape: Any = {} if doubled else {"escapechar": dialect.escape, "doublequote": False}
+        return [row for row in csv.reader(text, delimiter=dialect.separator, quotechar=dialect.quote, **escape) if row]
     except csv.Error:
         return [line.split(dialect.separator) for line in lines]
 
@@ -130,21 +168,6 @@ def looks_like_data(cells: Sequence[str]) -> bool:
     return any(re.fullmatch(r"[+-]?[0-9]+(\.[0-9]+)?", cell.strip()) or DATE_TIME.search(cell) for cell in cells)
 
 
-def find_list_separator(values: Sequence[str]) -> str | None:
-    """The separator of the lists that a column seems to hold; None: its values are single ones."""
-    filled = [value.strip() for value in values if value.strip()]
-    patterns = {
-        ",": r"\[.*\]|\(.*\)|[^,\s]+(,[^,\s]+)+|[0-9]+(, ?[0-9]+)+",
-        "|": r"[^|]+(\|[^|]+)+",
-        ";": r"[^;]+(;[^;]+)+",
-        " ": r"[0-9]+( [0-9]+)+",
-    }
-    for separator, pattern in patterns.items():
-        if sum(re.fullmatch(pattern, value) is not None for value in filled) > LIST_SHARE * len(filled):
-            return separator
-    return None
-
-
 def _check_sequences(file: InputFile, lines: list[str], config: Prepare) -> None:
     """Raise an `InputError` unless the lines can be histories, `user item item ...`."""
     if not lines:
@@ -152,6 +175,11 @@ def _check_sequences(file: InputFile, lines: list[str], config: Prepare) -> None
     path, words = file.path, [line.split() for line in lines]
     if all(":" in word and word.rpartition(":")[2] in RECBOLE_TYPES for word in words[0]):
         raise InputError(f"{path} is a RecBole file, not of the format sequences; pass --input_format recbole")
+    if lines[0].startswith(("#", "%", "//")):
+        raise InputError(
+            f"{path}: its first line, {shorten(lines[0])!r}, looks like a comment and not like a history; remove such "
+            "lines"
+        )
     if lines[0].lstrip().startswith("{"):
         raise InputError(f"{path} holds lines of JSON, not histories; pass --input_format jsonl")
     asked = {"user": config.user_column, "item": config.item_column}
@@ -185,15 +213,14 @@ def _check_sequences(file: InputFile, lines: list[str], config: Prepare) -> None
 def find_table(lines: list[str]) -> str:
     """Why lines are rather rows of a table than histories; empty: they may be histories."""
     tabbed = [line.split("\t") for line in lines]
-    cells = (
-        tabbed if len(tabbed[0]) > 2 and len({len(row) for row in tabbed}) == 1 else [line.split() for line in lines]
-    )
-    count = len(cells[0])
-    if count < 3 or len(lines) < 2 or len({len(row) for row in cells}) > 1:
+    rows = tabbed if sum(len(row) > 2 for row in tabbed) > len(lines) / 2 else [line.split() for line in lines]
+    count, usual = Counter(map(len, rows)).most_common(1)[0]
+    if count < 3 or len(lines) < 2 or usual < USUAL_SHARE * len(lines):
         return ""
-    each = f"each has {count} values"
+    cells = [row for row in rows if len(row) == count]
+    each = f"{'each' if usual == len(lines) else f'{usual} of {len(lines)}'} has {count} values"
     for place, column in enumerate(list(zip(*cells, strict=True))[1:], 1):
-        if all(EPOCH.match(value) for value in column):
+        if all(EPOCH.match(value) or DAY.match(value) for value in column):
             return f"{each}, and value {place} (from 0) is a time in all of them"
         if all(DECIMAL.match(value) for value in column):
             return f"{each}, and value {place} (from 0) is a decimal number in all of them"

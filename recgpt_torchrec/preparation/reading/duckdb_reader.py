@@ -5,6 +5,7 @@ the lines that cannot be split into columns.
 """
 
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,11 +21,11 @@ from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.engine import DuckDBEngine, quote_sql
 from recgpt_torchrec.preparation.reading.copies import engine_copy
-from recgpt_torchrec.preparation.reading.dialect import Dialect, find_dialect, find_table, first_lines
+from recgpt_torchrec.preparation.reading.dialect import Dialect, check_text, find_dialect, find_table, first_lines
 from recgpt_torchrec.preparation.reading.files import InputFile
 from recgpt_torchrec.preparation.reading.json_lines import JsonLines, usable_keys
 from recgpt_torchrec.preparation.reading.parquet import Parquet
-from recgpt_torchrec.preparation.reading.rows import FILTERED, UNKNOWN, RowOptions, steps
+from recgpt_torchrec.preparation.reading.rows import BLANK, FILTERED, UNKNOWN, RowOptions, steps
 from recgpt_torchrec.preparation.reading.separated import Separated
 from recgpt_torchrec.preparation.reading.source import Column, Source, explain_missing, wanted_columns
 from recgpt_torchrec.preparation.reading.where import compile_where
@@ -103,7 +104,7 @@ class DuckDBReader:
         for self.file in files:
             with self._explained():
                 if self.file.format != "parquet" and self.file.bytes:
-                    self._check_text()
+                    check_text(self.file, self.config.encoding)
                 self.dialects.append(find_dialect(self.file, self.config))
 
     def load(self, index: int, file: InputFile) -> None:
@@ -137,9 +138,10 @@ class DuckDBReader:
             yield
         except (duckdb.OutOfMemoryException, duckdb.InterruptException):
             raise
-        except (duckdb.Error, OSError, EOFError, pa.ArrowException, lzma.LZMAError, zlib.error) as error:
+        except (duckdb.Error, OSError, EOFError, pa.ArrowException, lzma.LZMAError, zlib.error, UnicodeError) as error:
             message = str(error).strip().split("\n")[0].replace(f'"{self.engine.scratch}/', '"')
-            raise InputError(f"{self.file.path}: cannot be read as {self.file.format}: {message}") from None
+            packed = f"; is it compressed as its ending {self.file.compression} says?" if self.file.compression else ""
+            raise InputError(f"{self.file.path}: cannot be read as {self.file.format}: {message}{packed}") from None
 
     # -- formats
 
@@ -181,14 +183,14 @@ class DuckDBReader:
         words = "regexp_split_to_array(trim(line, ' \t\r'), '\\s+')"
         self._run_text(f"CREATE TABLE lines AS SELECT trim(line, ' \t\r') AS line, {words} AS words FROM {source}")
         self._move_malformed()
-        self.run(
-            f"INSERT INTO malformed SELECT {self.index}, rowid + 1, 'no item', line FROM lines "
-            "WHERE line <> '' AND len(words) < 2"
-        )
-        self.run(
-            "INSERT INTO log_rows SELECT words[1], unnest(words[2:]), NULL, 0, NULL, NULL, NULL, NULL, 0, NULL "
-            "FROM lines WHERE len(words) >= 2"
-        )
+        columns = {
+            "user": Column(name="first word", sql="words[1]"),
+            "item": Column(name="other words", sql="words[2:]", is_list=True),
+        }
+        blank = f"CASE WHEN line IS NULL OR line = '' THEN {quote_sql(BLANK)} END"
+        source_of_lines = Source(relation="lines", columns=columns, text="line", fault=blank, row_number="rowid + 1")
+        self._insert(source_of_lines, lambda name: columns[name])
+        self.report.columns = {}
         self.run("DROP TABLE lines")
 
     def _load_parquet(self) -> None:
@@ -198,25 +200,17 @@ class DuckDBReader:
             with self.file.open() as stream:
                 schema = pq.read_schema(stream)
         table = Parquet(self.file, self.config, schema, self.columns)
-        self._insert(table.source(self.copy.path), table.find)
+        path = os.path.realpath(self.copy.path) if not remote(self.copy.path) else None
+        try:
+            self._insert(table.source(self.copy.path), table.find)
+        except duckdb.ConversionException:
+            clipped = self.engine.scratch / "clipped.parquet"
+            if path is None or not (count := table.clip_timestamps(path, clipped)):
+                raise
+            self.report.notes.append(f"{self.file.path}: {count:,} times beyond the year 9999 were taken for none")
+            self._insert(table.source(str(clipped)), table.find)
 
     # -- shared
-
-    def _check_text(self) -> None:
-        """Raise an `InputError` if the file is not text, which a text reader would misread."""
-        path, format = self.file.path, self.file.format
-        with self.file.open() as stream:
-            start = stream.read(65536)
-        if start[:4] == b"PAR1":
-            raise InputError(f"{path} is not {format} but a Parquet file; pass --input_format parquet")
-        for magic, name, ending in ((b"\x1f\x8b", "gzip", ".gz"), (b"BZh", "bzip2", ".bz2"), (b"PK\3\4", "zip", "")):
-            if start.startswith(magic) and (ending or b"\0" in start[:64]):
-                remedy = f"name it so that it ends in {ending}" if ending else "unpack it first"
-                raise InputError(f"{path} is not {format} but {name} data; {remedy}")
-        if start[:2] in (b"\xff\xfe", b"\xfe\xff") and self.config.encoding == "utf-8":
-            raise InputError(f"{path} is not {format} in UTF-8 text but in UTF-16; pass --encoding utf-16")
-        if b"\0" in start and self.config.encoding == "utf-8":
-            raise InputError(f"{path} is not {format}: it is not UTF-8 text (it holds zero bytes)")
 
     def _holds(self, character: str) -> bool:
         """Whether a local, uncompressed file holds a character; true for others, which cost more to look through."""
@@ -231,9 +225,10 @@ class DuckDBReader:
     def _text_source(self, columns: list[str], delimiter: str, quote: str, *, header: bool) -> str:
         """SQL that reads the file with every column as text. `_move_malformed` must follow its use."""
         kinds = ", ".join(f"{quote_sql(column)}: 'VARCHAR'" for column in columns)
+        escape = self.dialect.escape if quote else ""
         return (
             f"read_csv({quote_sql(self.copy.path)}, auto_detect=false, header={header}, delim={quote_sql(delimiter)}, "
-            f"quote={quote_sql(quote)}, escape={quote_sql(quote)}, columns={{{kinds}}}, hive_partitioning=false, "
+            f"quote={quote_sql(quote)}, escape={quote_sql(escape)}, columns={{{kinds}}}, hive_partitioning=false, "
             f"compression={quote_sql(self.copy.compression)}, max_line_size={LONGEST_LINE}, "
             f"buffer_size={2 * LONGEST_LINE}, strict_mode=STRICT, store_rejects=true, rejects_table='reader_faults', "
             "rejects_scan='reader_scans', rejects_limit=0)"
@@ -262,7 +257,7 @@ class DuckDBReader:
             filtered = f"WHEN {where} THEN {fault} WHEN {where} IS NULL THEN {quote_sql(UNKNOWN)}"
             malformed = f"WHEN ({source.fault}) IS NOT NULL THEN ({source.fault})::VARCHAR"
             fault = f"CASE {malformed} {filtered} ELSE {quote_sql(FILTERED)} END"
-        row = source.row_number if source.has_lists else "NULL::BIGINT"
+        row = f"{source.row_number} + {self.header_lines[-1]}" if source.has_lists else "NULL::BIGINT"
         each = ", ".join(f"{sql} AS {role}" for role, sql in chosen.items())
         select = (
             f"SELECT {each}, {fault} AS fault, {source.text} AS text, "
@@ -287,7 +282,7 @@ class DuckDBReader:
         marked, parsed, rows = map(self.engine.sql, steps(table, options))
         before = f"source AS ({select}), marked AS ({marked}), parsed AS ({parsed})"
         self._run_text(f"INSERT INTO log_rows BY NAME WITH {before} {rows}")
-        if lists:
+        if lists and self.dialect.format != "sequences":
             (count,) = self._fetch(f"SELECT count(DISTINCT row) FROM log_rows WHERE rowid >= {self.first_rows[-1]}")
             entries = self._count("log_rows") - self.first_rows[-1]
             self.report.notes.append(f"{self.file.path}: {count:,} rows hold lists, {entries:,} entries in all")

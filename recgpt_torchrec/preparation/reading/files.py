@@ -80,6 +80,8 @@ class InputFiles:
     files: list[InputFile] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     """Paths of files with unknown endings, and of hidden files with known ones."""
+    repeated: list[str] = field(default_factory=list)
+    """Paths of files that were named before, and are read once."""
 
 
 def list_files(patterns: list[str], config: Prepare, option: str = "--input") -> InputFiles:
@@ -103,7 +105,10 @@ def list_files(patterns: list[str], config: Prepare, option: str = "--input") ->
                     result.left_out.append(path)
                 continue
             has_files = True
-            found.setdefault(path if remote(path) else os.path.realpath(path), file)
+            key = path if remote(path) else os.path.realpath(path)
+            if key in found:
+                result.repeated.append(path)
+            found.setdefault(key, file)
         if not has_files:
             raise InputError(
                 f"{option} {pattern}: no file there has a known ending ({' '.join(ENDINGS)}); pass --input_format"
@@ -166,15 +171,26 @@ def _find_files(pattern: str, output: str, option: str) -> Iterator[tuple[str, i
         for match in matches:
             inside = [match]
             if os.path.isdir(match):
-                inside = sorted(os.path.join(folder, name) for folder, _, names in os.walk(match) for name in names)
+                inside = sorted(_walk(match))
                 _check_no_table(match, inside)
             for path in inside:
+                named = path == match
+                if os.path.islink(path) and not os.path.exists(path):
+                    raise InputError(f"{option} {path}: this link leads nowhere; mend it, or remove it from the folder")
                 if not os.path.isdir(path) and not os.path.abspath(path).startswith(below):
                     status = os.stat(path)
-                    named = path == match
                     yield path, status.st_size, str(status.st_mtime_ns), named, _is_visible(path, match)
     if not matches:
         raise InputError(f"{option} {pattern}: no such file or folder, and no file matches it as a pattern")
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """Every file below a folder; links to folders are followed once."""
+    visited = set()
+    for current, folders, names in os.walk(folder, followlinks=True):
+        visited.add(os.path.realpath(current))
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(current, name)) not in visited]
+        yield from (os.path.join(current, name) for name in names)
 
 
 def _is_visible(path: str, match: str) -> bool:

@@ -9,6 +9,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.engine import quote_sql
 from recgpt_torchrec.preparation.reading.dialect import first_lines, shorten
 from recgpt_torchrec.preparation.reading.files import InputFile
+from recgpt_torchrec.preparation.reading.lists import read_lists, repeat
 from recgpt_torchrec.preparation.reading.rows import BLANK
 from recgpt_torchrec.preparation.reading.source import Column, Source, partition_column
 
@@ -43,12 +44,14 @@ class JsonLines:
             "(SELECT line, CASE WHEN json_type(value) = 'OBJECT' THEN value END AS object FROM "
             f"(SELECT line, TRY_CAST(line AS JSON) AS value FROM {line_source})))"
         )
-        columns = {}
+        columns: dict[str, Column] = {}
         for number, (role, name) in enumerate(self.wanted.items(), 1):
             if name in self.config.partition_columns:
                 columns[role] = partition_column(self.file, name, [*self.keys()])
             else:
-                columns[role] = self._column(role, name, f"members[{number}]")
+                columns[role] = self._column(role, name, f"members[{number}]", columns.get("item"))
+        items = [value for value in self._values(self.wanted["item"]) if isinstance(value, str)]
+        columns = read_lists(self.file, self.config, columns, items)
         blank = f"WHEN trim(line) = '' OR line IS NULL THEN {quote_sql(BLANK)}"
         fault = f"CASE {blank} WHEN object IS NULL THEN 'malformed line' END"
         return Source(relation=relation, columns=columns, text="line", fault=fault)
@@ -63,9 +66,12 @@ class JsonLines:
         """Keys of the first objects, in the order in which they occur."""
         return {key: None for value in self.objects for key in value}
 
-    def _column(self, role: str, name: str, member: str) -> Column:
-        pointer = quote_sql(self._pointer(name))
-        values = [value for value in (_get(each, self._pointer(name)) for each in self.objects) if value is not None]
+    def _column(self, role: str, name: str, member: str, item: Column | None) -> Column:
+        """A column; `item` is that of the items, for lists of the other columns."""
+        if (parts := self._inside_list(name)) is not None and role in LISTS:
+            path = ".".join(f'"{part}"' + "[*]" * (place == 0) for place, part in enumerate(parts))
+            return Column(name=name, sql=f"object->>{quote_sql('$.' + path)}", kind="list", is_list=True)
+        pointer, values = quote_sql(self._pointer(name)), self._values(name)
         inside = [element for value in values if isinstance(value, list) for element in value]
         if any(isinstance(value, dict) for value in values + inside):
             value = next(value for value in values + inside if isinstance(value, dict))
@@ -74,23 +80,41 @@ class JsonLines:
                 f"{self.file.path}: {name!r} for the {role} is an object, such as {shorten(json.dumps(value), 60)}. "
                 f"Name a value in it: --{role}_column '{name}.{key}'"
             )
+        if any(isinstance(element, list) for element in inside):
+            raise InputError(
+                f"{self.file.path}: {name!r} for the {role} is a list of lists; write one list of values per user, or "
+                "one object per interaction"
+            )
         begins = f"{member}[1:1]"
-        if inside and role in LISTS:
+        if role in LISTS and (inside or (item is not None and item.is_list)):
             array = f"TRY_CAST(object->{pointer} AS VARCHAR[])"
-            sql = f"CASE WHEN {begins} = '[' THEN coalesce({array}, [{member}]) ELSE [{member}] END"
-            return Column(name=name, sql=sql, kind="list", is_list=True)
+            single = f"[{member}]" if item is None else repeat(Column(name=name, sql=member), item)
+            sql = f"CASE WHEN {begins} = '[' THEN coalesce({array}, [{member}]) ELSE {single} END"
+            nested = f"len(list_filter({array}, lambda element: element[1:1] IN ('[', '{{'))) > 0"
+            fault = f"CASE WHEN {nested} THEN 'list or object in the list for the {role}' END"
+            return Column(name=name, sql=sql, kind="list", is_list=True, fault=fault)
         is_nested = f"{begins} IN ('[', '{{') AND json_type(object, {pointer}) IN ('ARRAY', 'OBJECT')"
         fault = f"CASE WHEN {is_nested} THEN 'list or object for the {role}' END"
         return Column(name=name, sql=member, kind=_kind(values), fault=fault)
 
+    def _values(self, name: str) -> list[Any]:
+        """The values of a column in the first objects, as far as there are any."""
+        pointer = self._pointer(name)
+        return [value for value in (_get(each, pointer) for each in self.objects) if value is not None]
+
+    def _inside_list(self, name: str) -> list[str] | None:
+        """The parts of a name `a.b` whose `a` is a list of objects; None: it is no such name."""
+        parts = name.split(".")
+        if len(parts) < 2 or any(name in each for each in self.objects):
+            return None
+        lists = [each[parts[0]] for each in self.objects if isinstance(each.get(parts[0]), list)]
+        return parts if any(isinstance(element, dict) for elements in lists for element in elements) else None
+
     def _pointer(self, name: str) -> str:
         """The JSON pointer of a name."""
-        parts = [name]
-        if "." in name and not any(name in each for each in self.objects):
-            nested = name.split(".")
-            if any(_get(each, _join(nested)) is not None for each in self.objects):
-                parts = nested
-        return _join(parts)
+        nested = name.split(".")
+        is_nested = len(nested) > 1 and not any(name in each for each in self.objects)
+        return _join(nested if is_nested and any(nested[0] in each for each in self.objects) else [name])
 
 
 def _join(parts: list[str]) -> str:

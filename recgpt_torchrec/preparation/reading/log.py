@@ -135,7 +135,7 @@ def _check_options(config: Prepare, formats: set[str]) -> None:
         ("--separator", config.separator is not None, {"csv"}),
         ("--quote", config.quote is not None, {"csv"}),
         ("--header false", not config.header, {"csv"}),
-        ("--list_separator", config.list_separator is not None, {"csv"}),
+        ("--escape", config.escape is not None, {"csv"}),
         ("--encoding", config.encoding != "utf-8", {"csv", "jsonl", "sequences"}),
     ]
     columns = {
@@ -144,6 +144,7 @@ def _check_options(config: Prepare, formats: set[str]) -> None:
         "--where": config.where,
         "--time_format": config.time_format,
         "--partition_columns": config.partition_columns or None,
+        "--list_separator": config.list_separator,
     }
     for option, is_given, needed in given:
         if is_given and formats and not formats & needed:

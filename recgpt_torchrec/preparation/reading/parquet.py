@@ -1,17 +1,29 @@
 """Parquet files: columns by their exact name and place, whatever their type."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import ibis.expr.datatypes as dt
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.engine import quote_sql
 from recgpt_torchrec.preparation.reading.files import InputFile
-from recgpt_torchrec.preparation.reading.source import Column, Source, explain_missing, partition_column
+from recgpt_torchrec.preparation.reading.lists import read_lists
+from recgpt_torchrec.preparation.reading.source import (
+    Column,
+    Source,
+    explain_missing,
+    explain_unknown,
+    partition_column,
+)
 
 types = pa.types
+LATEST = 253_402_300_799
+"""Latest time that is read from a timestamp, in seconds since 1970: the end of the year 9999."""
 LISTS = ("item", "time", "rating", "click")
 
 
@@ -69,19 +81,18 @@ class Parquet:
             InputError: a column is absent, ambiguous, or of a type that cannot be used.
         """
         columns = {role: self._find(role, name) for role, name in self.wanted.items()}
+        columns = read_lists(self.file, self.config, columns, self._first_values(columns["item"]))
         members = {column.name: f"{quote_sql(column.name)}, {column.sql}" for column in columns.values()}
         return Source(
             relation=self.relation(path),
             columns=columns,
             text=f"CAST(json_object({', '.join(members.values())}) AS VARCHAR)",
-            row_number="file_row_number + 1",
         )
 
     def relation(self, path: str) -> str:
         """SQL that reads the file, its columns named by place: the engine ignores the case of names."""
         places = ", ".join(f"c{place}" for place in range(len(self.schema.names)))
-        options = "hive_partitioning=false, file_row_number=true"
-        return f"read_parquet({quote_sql(path)}, {options}) AS parquet({places}, file_row_number)"
+        return f"read_parquet({quote_sql(path)}, hive_partitioning=false) AS parquet({places})"
 
     def find(self, name: str) -> Column:
         """The column of a name in `--where`.
@@ -92,7 +103,7 @@ class Parquet:
         if name in self.config.partition_columns:
             return partition_column(self.file, name, self.schema.names)
         if name not in self.schema.names:
-            raise InputError(f"--where: {self.file.path} has no column {name!r}; it has {', '.join(self.schema.names)}")
+            raise explain_unknown(self.file, name, self.schema.names)
         return self._place(name, "")
 
     def _find(self, role: str, name: str) -> Column:
@@ -134,3 +145,39 @@ class Parquet:
         if types.is_large_string(value) or types.is_string_view(value):
             value = pa.string()
         return Column(name=name, sql=sql, type=dt.DataType.from_pyarrow(value), kind=words, is_list=is_list)
+
+    def _first_values(self, column: Column, count: int = 1000) -> list[str]:
+        """The first values of a column of text; none of another, or of the names of folders."""
+        if column.is_list or not column.type.is_string() or column.name not in self.schema.names:
+            return []
+        with self.file.open() as stream, pq.ParquetFile(stream) as file:
+            batch = next(file.iter_batches(count, columns=[column.name]), None)
+        values = [] if batch is None else batch.column(0).to_pylist()
+        return [value for value in values if isinstance(value, str)]
+
+    def clip_timestamps(self, path: str, target: Path) -> int:
+        """Write a copy of the file in which timestamps beyond the engine's range are null.
+
+        Args:
+            path: the file on a local disk.
+            target: the copy.
+
+        Returns:
+            The number of such timestamps; 0: there are none, and no copy was written.
+        """
+        wide = {field.name: field.type for field in self.schema if types.is_timestamp(field.type)}
+        latest = {name: LATEST * {"s": 1, "ms": 1000}.get(kind.unit, 0) for name, kind in wide.items()}
+        latest = {name: limit for name, limit in latest.items() if limit}
+        if not latest:
+            return 0
+        count = 0
+        with pq.ParquetFile(path) as file, pq.ParquetWriter(target, self.schema) as writer:
+            for batch in file.iter_batches():
+                for name, limit in latest.items():
+                    place = batch.schema.names.index(name)
+                    raw = batch.column(place).cast(pa.int64())
+                    kept = pc.if_else(pc.less_equal(pc.abs(raw), limit), raw, None)
+                    count += kept.null_count - raw.null_count
+                    batch = batch.set_column(place, batch.schema.field(place), kept.cast(wide[name]))
+                writer.write_batch(batch)
+        return count

@@ -1,24 +1,28 @@
 """Tables in text: csv, tsv, RecBole's atomic files, and any other separator."""
 
+import re
 from collections.abc import Callable
 
 from recgpt_torchrec.config import Prepare
-from recgpt_torchrec.config.prepare import NONE
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.engine import quote_sql
 from recgpt_torchrec.preparation.reading.dialect import (
     RECBOLE_TYPES,
     Dialect,
     cells_of,
-    find_list_separator,
     first_lines,
     shorten,
 )
 from recgpt_torchrec.preparation.reading.files import InputFile
-from recgpt_torchrec.preparation.reading.source import Column, Source, explain_missing, partition_column
+from recgpt_torchrec.preparation.reading.lists import read_lists, split_columns
+from recgpt_torchrec.preparation.reading.source import (
+    Column,
+    Source,
+    explain_missing,
+    explain_unknown,
+    partition_column,
+)
 
-LISTS = ("item", "time")
-"""Columns of text in which lists are looked for."""
 HEADER_NAMES = {"user_id", "item_id", "timestamp", "user", "item", "time", "userid", "itemid", "rating", "event"}
 
 
@@ -34,8 +38,12 @@ class Separated:
                 raise InputError(
                     f"{file.path} begins with a blank line, not with the names of columns; remove the line"
                 )
-        cells = cells_of(lines, dialect)
+        self.lines, cells = lines, cells_of(lines, dialect)
         first = [cell.strip() for cell in cells[0]] if cells else []
+        if lines and dialect.header and re.match(r"(?i)sep=|#|%|//", lines[0]):
+            raise InputError(
+                f"{file.path}: its first line is {shorten(lines[0])!r} and does not name the columns; remove that line"
+            )
         self.rows = cells[1:] if dialect.header else cells
         self.types = [""] * len(first)
         if dialect.recbole:
@@ -55,8 +63,21 @@ class Separated:
         """
         columns = {role: self._find(role, name) for role, name in self.wanted.items()}
         self._note_header(columns)
+        self._check_widths()
+        item = self.wanted["item"]
+        if item in self.names:
+            place = self.names.index(item)
+            if self.types[place].endswith("_seq"):
+                columns = split_columns(columns, " ")
+            else:
+                values = [row[place] for row in self.rows if len(row) == len(self.names)]
+                columns = read_lists(self.file, self.config, columns, values)
         places = [f"c{place}" for place in range(len(self.names))]
-        text = ", ".join(f"coalesce({place}, '')" for place in places)
+        shown = [f"coalesce({place}, '')" for place in places]
+        if quote := self.dialect.quote:
+            mark, separator = quote_sql(quote), quote_sql(self.dialect.separator)
+            shown = [f"CASE WHEN contains({s}, {separator}) THEN {mark} || {s} || {mark} ELSE {s} END" for s in shown]
+        text = ", ".join(shown)
         return Source(
             relation=text_source(places),
             columns=columns,
@@ -75,7 +96,7 @@ class Separated:
         if not self.dialect.header and name.startswith("column"):
             name = name.removeprefix("column")  # as a place is no name of SQL
         if name not in self.names:
-            raise InputError(f"--where: {self.file.path} has no column {name!r}; it has {', '.join(self.names)}")
+            raise explain_unknown(self.file, name, self.names)
         return self._place(name)
 
     def _find(self, role: str, name: str) -> Column:
@@ -83,8 +104,7 @@ class Separated:
             return partition_column(self.file, name, self.names)
         if name not in self.names:
             raise explain_missing(self.file, role, name, self.names, self.config)
-        column = self._place(name)
-        return self._as_list(role, column) if role in LISTS else column
+        return self._place(name)
 
     def _place(self, name: str) -> Column:
         if (count := self.names.count(name)) > 1:
@@ -93,38 +113,16 @@ class Separated:
             )
         return Column(name=name, sql=f"c{self.names.index(name)}")
 
-    def _as_list(self, role: str, column: Column) -> Column:
-        """The column as one of lists, if it holds them.
-
-        Raises:
-            InputError: it seems to, and no option says how they are separated.
-        """
-        place = self.names.index(column.name)
-        given = self.config.list_separator
-        if self.types[place].endswith("_seq"):
-            separator: str | None = " "
-        elif given == NONE:
-            return column
-        else:
-            values = [row[place] for row in self.rows if len(row) == len(self.names)]
-            separator = given
-            if given is None and (seen := find_list_separator(values)) is not None:
-                shown = next(value for value in values if find_list_separator([value]) is not None)
-                raise InputError(
-                    f"{self.file.path}: column {column.name!r} for the {role} seems to hold lists, such as "
-                    f"{shorten(shown, 40)!r}. Pass --list_separator '{seen}' to read one interaction per element, or "
-                    "--list_separator none if each is one value"
-                )
-        if separator is None or (role == "time" and not self.types[place] and not self._holds(place, separator)):
-            return column
-        brackets, quotes = quote_sql("[](){} "), quote_sql(" \"'")
-        elements = f"string_split(trim({column.sql}, {brackets}), {quote_sql(separator)})"
-        sql = f"list_transform({elements}, lambda element: trim(element, {quotes}))"
-        return Column(name=column.name, sql=sql, kind="list in text", is_list=True)
-
-    def _holds(self, place: int, separator: str) -> bool:
-        """Whether a value of the sample holds the separator."""
-        return any(separator in row[place] for row in self.rows if len(row) == len(self.names))
+    def _check_widths(self) -> None:
+        """Raise an `InputError` if all rows have one value more than the header: row names, as R writes them."""
+        is_plain = not any(self.dialect.quote in line for line in self.lines) if self.dialect.quote else True
+        wider = {len(row) for row in self.rows} == {len(self.names) + 1}
+        if self.dialect.header and is_plain and wider:
+            raise InputError(
+                f"{self.file.path}: its rows have {len(self.names) + 1} values and its header {len(self.names)} names, "
+                f"{shorten(', '.join(self.names))}; add the missing name to the first line, or write the file without "
+                "row names"
+            )
 
     def _note_header(self, columns: dict[str, Column]) -> None:
         """Note what may be wrong about the header."""

@@ -96,6 +96,17 @@ def partition_column(file: InputFile, name: str, names: Sequence[str]) -> Column
     return Column(name=name, sql=sql, kind="name of the folder")
 
 
+def explain_unknown(file: InputFile, name: str, names: Sequence[str]) -> InputError:
+    """The error for a column of `--where` that a file lacks."""
+    hint = ""
+    if name in file.partitions:
+        hint = f". It is the name of a folder, {name}={file.partitions[name]}: pass --partition_columns {name}"
+    elif alike := [each for each in names if each.lower() == name.lower()]:
+        hint = f". Do you mean {alike[0]}?"
+    shown = ", ".join(map(repr, names[:30])) + (", ..." if len(names) > 30 else "")
+    return InputError(f"--where: {file.path} has no column {name!r}; it has {shown}{hint}")
+
+
 def explain_missing(file: InputFile, role: str, column: str, names: Sequence[str], config: Prepare) -> InputError:
     """The error for a column that a file lacks, with what may be meant instead."""
     hint = ""
@@ -103,6 +114,8 @@ def explain_missing(file: InputFile, role: str, column: str, names: Sequence[str
         hint = ", or pass --time_column null if rows are already in time order"
     if column in file.partitions:
         hint += f". It is the name of a folder, {column}={file.partitions[column]}: pass --partition_columns {column}"
+    elif any(name.startswith('"') and name.strip('"') == column for name in names):
+        hint += ". Its values are in quotes: pass --quote '\"'"
     elif names and names[0].startswith("{"):
         hint += ". It looks like JSON lines: pass --input_format jsonl"
     elif file.format in ("csv", "tsv") and not config.header:

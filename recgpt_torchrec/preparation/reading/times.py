@@ -20,6 +20,9 @@ FORMATS = (
     "%d-%b-%y",
     "%d %b %Y",
     "%b %d, %Y",
+    "%B %d, %Y",
+    "%m %d, %Y",
+    "%d.%m.%y",
     "%Y-%m-%d",
 )
 """Dates that logs hold beside ISO's."""
@@ -34,8 +37,11 @@ CLOCKS = (
     " %I:%M:%S %p",
     " %H:%M:%S %z",
 )
-WHOLE = ("%a %b %d %H:%M:%S %z %Y", "%a, %d %b %Y %H:%M:%S %z", "%d/%b/%Y:%H:%M:%S %z", "%a %b %d %H:%M:%S %Y")
-"""Formats of Twitter, of mail, of web servers, and of C's ctime."""
+WHOLE = (
+    *("%a %b %d %H:%M:%S %z %Y", "%a, %d %b %Y %H:%M:%S %z", "%d/%b/%Y:%H:%M:%S %z", "[%d/%b/%Y:%H:%M:%S %z]"),
+    *("%a %b %d %H:%M:%S %Y", "%Y%m%dT%H%M%SZ"),
+)
+"""Formats of Twitter, of mail, of web servers, of C's ctime, and ISO's without marks."""
 UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
 FORMS = "numbers, or date-times such as 2019-10-01, 2019-10-01 08:26:05 or 2019-10-01T08:26:05.123Z"
 

@@ -3,10 +3,14 @@
 import json
 from collections.abc import Sequence
 
+import ibis.expr.types as ir
+
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.preparation.engine import DuckDBEngine
+from recgpt_torchrec.preparation.reading.dialect import cells_of
 from recgpt_torchrec.preparation.reading.duckdb_reader import FAULTS, MALFORMED_LINE, DuckDBReader, FileReport
 from recgpt_torchrec.preparation.reading.files import InputFile, InputFiles
+from recgpt_torchrec.preparation.reading.lists import LOOKS_LIKE_LIST
 from recgpt_torchrec.preparation.reading.rows import (
     DATE_TIME,
     INEXACT,
@@ -35,7 +39,10 @@ def remedies(engine: DuckDBEngine, config: Prepare, reader: DuckDBReader, reject
     if FAULTS["INVALID ENCODING"] in rejected:
         lines.append("if the lines that are not UTF-8 are in another encoding, pass --encoding latin-1 or its name")
     if FAULTS["UNQUOTED VALUE"] in rejected:
-        lines.append("if quotes are part of the values, pass --quote none")
+        lines.append(
+            "if quotes are part of the values, pass --quote none; if a backslash stands before a quote inside, pass "
+            "--escape '\\'"
+        )
     if MALFORMED_LINE in rejected and any(dialect.format == "csv" for dialect in reader.dialects):
         lines.append("a malformed line has more or fewer values than the first; its separator may be in a value")
     words = sum(count for reason, count in rejected.items() if reason.startswith("no ") and reason.endswith(")"))
@@ -61,6 +68,8 @@ def page(
     if left_out:
         reason = "hidden, or with an unknown ending; name them to read them"
         lines.append(["left out", f"{_count(len(left_out), 'file')} ({reason}): {_names(left_out)}"])
+    if inputs.repeated:
+        lines.append(["left out", f"{_count(len(inputs.repeated), 'file')} named twice: {_names(inputs.repeated)}"])
     if empty := [file.path for file in files if not file.bytes]:
         lines.append(["left out", f"{_count(len(empty), 'empty file')}: {_names(empty)}"])
     table = reader.table
@@ -91,6 +100,30 @@ def page(
     return lines + [["note", note] for note in advice]
 
 
+def describe_keys(engine: DuckDBEngine, config: Prepare, users: ir.Table, items: ir.Table) -> list[Line]:
+    """Notes on keys that look as if they were read with something that does not belong to them.
+
+    Args:
+        engine: that holds the tables.
+        config: options of the stage.
+        users, items: each key of the log once, in a column `key`.
+    """
+    notes = []
+    for name, keys in (("user", users), ("item", items)):
+        odd = {
+            "begin or end with a blank, which is kept": keys.key.strip() != keys.key,
+            "begin with a quote; if values are quoted, name --quote": keys.key.startswith('"'),
+            "look like lists; if they are, name --list_separator": keys.key.re_search(LOOKS_LIKE_LIST),
+            "hold a zero byte": keys.key.contains("\0"),
+            "are the name of their column; is its header repeated?": keys.key == getattr(config, f"{name}_column"),
+        }
+        counts = engine.row(keys.agg(**{f"n{n}": each.cast("int64").sum() for n, each in enumerate(odd.values())}))
+        for count, what in zip(counts.values(), odd, strict=True):
+            if count:
+                notes.append(f"{count:,} keys of {name}s {what}")
+    return [["note", note] for note in notes]
+
+
 def _notes(config: Prepare, found: dict[str, int]) -> list[str]:
     notes = []
     if 0 < found["dated"] < found["rows"]:
@@ -98,7 +131,7 @@ def _notes(config: Prepare, found: dict[str, int]) -> list[str]:
             f"{found['dated']:,} times are date-times, kept as seconds since 1970, and "
             f"{found['rows'] - found['dated']:,} are numbers: their order is right only if these are seconds as well"
         )
-    units = [unit for unit in UNITS if found[unit] and found[unit] >= found["rows"] / 1000]
+    units = [unit for unit in UNITS if found[unit]]
     if len(units) > 1:
         counts = " and ".join(f"{found[unit]:,} {unit}" for unit in units)
         notes.append(f"times look like {counts} since 1970: they are ordered as numbers, so give them one unit")
@@ -137,7 +170,7 @@ def _formats(reader: DuckDBReader, files: Sequence[InputFile]) -> list[Line]:
     return lines
 
 
-def _unreadable_times(engine: DuckDBEngine, reader: DuckDBReader, count: int = 20) -> list[str]:
+def _unreadable_times(engine: DuckDBEngine, reader: DuckDBReader, count: int = 200) -> list[str]:
     """Some times that could not be read, as far as they can be found in the text of their rows."""
     table = reader.table
     bad = table.filter(table.problem == "unreadable time").select("text", "order").limit(count)
@@ -157,7 +190,7 @@ def _time_in(text: str, report: FileReport) -> str | None:
     """The time in the text of a row; None: it cannot be told."""
     column = report.columns["time"]
     if report.dialect.format == "csv":
-        cells = text.split(report.dialect.separator)
+        (cells,) = cells_of([text], report.dialect) or [[]]
         place = column.sql.removeprefix("c")
         return cells[int(place)] if place.isdigit() and len(cells) == report.places else None
     try:
