@@ -16,10 +16,12 @@ from typing import Any, Literal, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recgpt_torchrec.data.records import check_records
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import filesystem
 from recgpt_torchrec.storage.manifests import FolderManifest, Kind
 from recgpt_torchrec.storage.parts import Part
+from recgpt_torchrec.storage.typed import check_counts
 
 COLUMNS = {
     "user_id": pa.int64(),
@@ -85,9 +87,6 @@ class Manifest(FolderManifest):
         """Number of entries of all histories: interactions, and prompts where there are any."""
         return sum(part.items for part in self.sequences)
 
-    def __post_init__(self) -> None:
-        self.lineage = [each if isinstance(each, Vocabulary) else Vocabulary(**each) for each in self.lineage]
-
     def to_json(self) -> str:
         """The text of `manifest.json`."""
         values = asdict(self)
@@ -96,22 +95,21 @@ class Manifest(FolderManifest):
         return json.dumps(values, indent=1)
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Self:
-        """Parse the text of `manifest.json`.
+    def from_values(cls, values: dict[str, Any]) -> Self:
+        """Make a manifest of the values of `manifest.json`, and check what it promises.
 
         Raises:
-            ValueError: it is not JSON, or a field is missing, unknown or invalid.
+            ValueError: a field is missing, unknown or invalid.
         """
-        manifest = super().from_json(text)
-        parts = manifest.all_parts
-        counts = {name: getattr(manifest, name) for name in ("users", "items", "interactions")}
-        counts |= {f"{name} of {part.path}": getattr(part, name) for part in parts for name in ("rows", "bytes")}
-        for name, count in counts.items():
-            if not isinstance(count, int) or count < 0:
-                raise ValueError(f"{name} is {count!r}, it must be a number of at least 0")
-        paths = [part.path for part in parts]
-        if duplicates := [path for path in dict.fromkeys(paths) if paths.count(path) > 1]:
-            raise ValueError(f"it lists {', '.join(duplicates)} more than once")
+        manifest = super().from_values(values)
+        check_counts({name: getattr(manifest, name) for name in ("users", "items", "interactions")})
+        for each in manifest.lineage:
+            check_counts({f"{name} of the lineage": getattr(each, name) for name in ("users", "items")})
+        for name, parts in (("users", manifest.user_parts), ("items", manifest.item_parts)):
+            count, rows = getattr(manifest, name), sum(part.rows for part in parts)
+            if count and count != rows:
+                raise ValueError(f"it promises {count:,} {name}, but {rows:,} rows in {name}/")
+        check_records(manifest.settings, manifest.preparation)
         return manifest
 
 

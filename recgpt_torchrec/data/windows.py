@@ -9,11 +9,13 @@ remaining row is read exactly once.
 
 import heapq
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
 from recgpt_torchrec.data.dataset import ANSWERS, COLUMNS, REQUIRED, Dataset, Manifest, find_column_fault
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.storage.typed import check_counts, make_typed
 
 
 @dataclass(frozen=True)
@@ -187,12 +189,37 @@ class Position:
         return {"epoch": self.epoch, "queues": queues}
 
     @classmethod
-    def from_state_dict(cls, state: dict) -> "Position":
-        """The inverse of `state_dict`."""
-        queues = state["queues"]
-        if queues is not None:
-            queues = [Queue(**{**q, "windows": tuple((w, done) for w, done in q["windows"])}) for q in queues]
-        return cls(state["epoch"], queues)
+    def from_state_dict(cls, state: Any) -> "Position":
+        """The inverse of `state_dict`.
+
+        Raises:
+            ValueError: it is no position.
+        """
+        stored = make_typed(_StoredPosition, state, "position.")
+        queues = []
+        for queue in stored.queues or []:
+            numbers = [number for window in queue.windows for number in window]
+            check_counts({f"number {place} of position.queues": number for place, number in enumerate(numbers)})
+            check_counts({"batches of a queue": queue.batches, "groups of a queue": queue.groups})
+            if any(len(window) != 2 for window in queue.windows):
+                raise ValueError("a window in position.queues is no pair")
+            windows = tuple((index, done) for index, done in queue.windows)
+            queues.append(Queue(windows, queue.batches, queue.groups))
+        check_counts({"position.epoch": stored.epoch})
+        return cls(stored.epoch, None if stored.queues is None else queues)
+
+
+@dataclass
+class _StoredQueue:
+    windows: list[list[int]]
+    batches: int = 0
+    groups: int = 0
+
+
+@dataclass
+class _StoredPosition:
+    epoch: int
+    queues: list[_StoredQueue] | None
 
 
 def deal_windows(windows: list[Window], queues: int, position: Position | None = None) -> list[Queue]:
@@ -214,6 +241,12 @@ def deal_windows(windows: list[Window], queues: int, position: Position | None =
                 f"the run stopped within an epoch over {before} row groups, now the dataset has {groups}, so "
                 "what is left of the epoch is unknown. Restore the dataset, or start a new run with another --output"
             )
+        for index, done in (entry for queue in position.queues for entry in queue.windows):
+            if index >= len(windows) or done > windows[index].rows + windows[index].items:  # pieces
+                raise InputError(
+                    f"the run stopped at row {done} of window {index} of an epoch, and the dataset has no such row. "
+                    "Restore the dataset and the run, or start a new run with another --output"
+                )
         if len(position.queues) == queues:
             return position.queues
         left = [entry for queue in position.queues for entry in queue.windows]

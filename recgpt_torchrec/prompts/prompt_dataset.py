@@ -61,7 +61,7 @@ def record_of(dataset: Dataset, prompts: Prompts, max_len: int, checkpoint: str,
 def check_input(dataset: Dataset, prompts: Prompts, groups: list[RowGroup]) -> None:
     """Raise an `InputError` where the dataset has prompts already, or lacks the shown items that are asked for."""
     if RECORD in dataset.manifest.settings:
-        made_from = dataset.manifest.settings[RECORD]["dataset"]
+        made_from = dataset.manifest.settings[RECORD].get("dataset")
         raise InputError(
             f"{dataset.path} has prompts already; give the dataset it was made from ({made_from}) as --data. If "
             "its histories have grown since, give this one as --previous"

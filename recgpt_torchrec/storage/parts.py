@@ -9,6 +9,13 @@ import pyarrow.compute as pc
 import pyarrow.fs
 import pyarrow.parquet as pq
 
+from recgpt_torchrec.storage.typed import SHOWN, check_counts
+
+ROWS_PER_BYTE = 16
+"""Maximum number of rows per byte of a part. Each row has an id of its own: three million rows of nothing else, ids in
+order, have 0.98 rows per byte; with keys, histories or vectors it is 0.2 to 0.6. So memory that is allocated by the
+number of rows is bounded by the size of the files."""
+
 
 @dataclass(kw_only=True)
 class Part:
@@ -22,6 +29,20 @@ class Part:
     bytes: int
     checksum: str
     """crc32 of the file's bytes as eight hex digits."""
+
+    def check(self) -> None:
+        """Check a part that a manifest promises, before its file is looked for.
+
+        Raises:
+            ValueError: its path does not stay below the folder, or a number is impossible.
+        """
+        shown = self.path[:SHOWN]
+        steps = self.path.split("/")
+        if "\\" in self.path or ":" in self.path or {"", ".", ".."} & {*steps}:
+            raise ValueError(f"it lists a part {shown!r}, which is not a path below the folder")
+        check_counts({f"{name} of {shown}": getattr(self, name) for name in ("rows", "items", "bytes")})
+        if self.rows > ROWS_PER_BYTE * self.bytes:
+            raise ValueError(f"it promises {self.rows:,} rows in the {self.bytes:,} bytes of {shown}")
 
 
 def write_parts(
