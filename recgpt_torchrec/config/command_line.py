@@ -15,12 +15,38 @@ import yaml
 
 from recgpt_torchrec.config.fields import Option, current_name, options
 
+YAML_CHARACTERS = 2**20
+"""Maximum length of a file of options."""
 HELP = ("-h", "--help", "--print_config")
 """Arguments that print something instead of running the stage; with one of them no option is required."""
 
 
 class OptionError(ValueError):
     """The options are wrong; the message is one line for the user."""
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Loads plain values only: `SafeLoader` makes no objects, and here no value stands for another.
+
+    With aliases, a short file can stand for more values than any memory holds.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Compose the next value, which must be written out."""
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not read; write the value out", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Make a dict of a group of options, each of which must be named once."""
+        names: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key.value, str) and key.value in names:
+                problem = f"{key.value} is given twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            names |= {key.value} if isinstance(key.value, str) else set()
+        return super().construct_mapping(node, deep)
 
 
 @dataclass
@@ -142,7 +168,10 @@ def values_of(path: str | os.PathLike[str], included_from: tuple[str, ...] = ())
     path = os.fspath(path)
     try:
         with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file) or {}
+            text = file.read(YAML_CHARACTERS + 1)
+        if len(text) > YAML_CHARACTERS:
+            raise OptionError(f"--config {path} has more than {YAML_CHARACTERS:,} characters; no file of options has")
+        values = yaml.load(text, _PlainLoader) or {}
     except FileNotFoundError:
         raise OptionError(f"--config {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -152,6 +181,12 @@ def values_of(path: str | os.PathLike[str], included_from: tuple[str, ...] = ())
         raise OptionError(f"--config {path}{line} is not YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise OptionError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise OptionError(f"--config {path} is nested too deeply") from None
+    except ValueError as error:  # a number or a date that is none
+        if isinstance(error, OptionError):
+            raise
+        raise OptionError(f"--config {path} holds a value that cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise OptionError(f"--config {path} holds no options; write them as lines like seed: 1")
     base = values.pop("config", None)

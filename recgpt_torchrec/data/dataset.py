@@ -10,6 +10,8 @@ The manifest is written last: a folder without one is not a dataset.
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
@@ -20,7 +22,7 @@ from recgpt_torchrec.data.records import check_records
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import filesystem
 from recgpt_torchrec.storage.manifests import FolderManifest, Kind
-from recgpt_torchrec.storage.parts import Part
+from recgpt_torchrec.storage.parts import Part, open_parquet
 from recgpt_torchrec.storage.typed import check_counts
 
 COLUMNS = {
@@ -182,11 +184,33 @@ class Dataset:
         """
         fs, root = filesystem(self.path)
         try:
-            return pq.ParquetFile(fs.open_input_file(f"{root}/{part.path}"))
+            return open_parquet(fs, f"{root}/{part.path}")
         except Exception as error:
             raise InputError(
                 f"{self.path}: the part {part.path} cannot be read as Parquet ({error}); {self.remedy}"
             ) from None
+
+    @contextmanager
+    def read_part(self, part: Part) -> Iterator[pq.ParquetFile]:
+        """Open one part, and read it within the `with`.
+
+        Raises:
+            InputError: the file cannot be read, or has other rows than the manifest promises.
+        """
+        with self.open_part(part) as file:
+            rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            if file.metadata.num_rows != part.rows or sum(rows) != part.rows or min(rows, default=0) < 0:
+                raise InputError(
+                    f"{self.path}: the part {part.path} has {sum(rows):,} rows, the manifest promises {part.rows:,}; "
+                    + self.remedy
+                )
+            try:
+                yield file
+            except (OSError, KeyError, pa.ArrowException) as error:
+                reason = " ".join(str(error).split())
+                raise InputError(
+                    f"{self.path}: the part {part.path} cannot be read ({reason}); {self.remedy}"
+                ) from None
 
 
 def histories_fingerprint(dataset: Dataset) -> str:

@@ -58,10 +58,18 @@ def row_groups(dataset: Dataset) -> list[RowGroup]:
         else:
             names = [meta.schema.column(c).path.split(".")[0] for c in range(meta.num_columns)]
             infos = (meta.row_group(group) for group in range(meta.num_row_groups))
-            of_part[index] = [
+            groups = [
                 RowGroup(index, group, info.num_rows, info.column(names.index("item_ids")).num_values)
                 for group, info in enumerate(infos)
             ]
+            # An empty list counts as a value.
+            rows, values = sum(group.rows for group in groups), sum(group.items for group in groups)
+            low = min((min(group.rows, group.items) for group in groups), default=0)
+            if low < 0 or rows != part.rows or values > part.items + rows:
+                promised = f"{part.rows} rows and {part.items}"
+                dataset.lose_part(part, f"has {rows} rows and {values} item ids, the manifest promises {promised}")
+            else:
+                of_part[index] = groups
     part_columns = [columns[index] for index in of_part]
     dataset.columns = frozenset(set(REQUIRED).union(*part_columns, promised_columns(dataset.manifest)))
     for index in list(of_part):
@@ -83,7 +91,7 @@ def promised_columns(manifest: Manifest) -> set[str]:
 
 def user_bounds(dataset: Dataset, group: RowGroup) -> tuple[int, int]:
     """Smallest and largest user id of a row group, from the Parquet statistics; of all ids where there are none."""
-    with dataset.open_part(dataset.manifest.sequences[group.part]) as file:
+    with dataset.read_part(dataset.manifest.sequences[group.part]) as file:
         meta = file.metadata
         names = [meta.schema.column(column).path for column in range(meta.num_columns)]
         statistics = meta.row_group(group.group).column(names.index("user_id")).statistics
