@@ -47,7 +47,7 @@ def main(config: Evaluate) -> None:
             "results": results,
             "recall": chosen,
         }
-        run_on_first_rank(lambda: storage.write_json(config.output, evaluation))
+        run_on_first_rank(lambda: storage.write_json(config.output, evaluation, sealed=False))
         print_result(table(results))
         if "m" in chosen:
             print_result(

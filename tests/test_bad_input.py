@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
 
-from tests.support import SMALL, overwrite, rewrite, stage, walks, write_dataset
+from tests.support import SMALL, change_json, overwrite, rewrite, stage, walks, write_dataset
 from tools.ranks import run_ranks
 
 USERS, ITEMS, ANSWERS = 40, 20, 2
@@ -103,12 +103,7 @@ def column(of: str = "data", **types: pa.DataType | None) -> Callable[[Path], No
 
 
 def manifest(change: Callable[[dict[str, Any]], object], of: str = "data") -> Callable[[Path], None]:
-    def harm(folder: Path) -> None:
-        values = json.loads((folder / of / "manifest.json").read_text())
-        change(values)
-        (folder / of / "manifest.json").write_text(json.dumps(values))
-
-    return harm
+    return lambda folder: change_json(folder / of / "manifest.json", change)
 
 
 def part(change: Callable[[Path], object], path: str = f"data/{PART}") -> Callable[[Path], object]:
@@ -140,10 +135,9 @@ def reopen_epoch_and(harm: Callable[[Path], object]) -> Callable[[Path], None]:
     """Mark the run's epoch as unfinished, so that the run resumes from its checkpoint, and damage the checkpoint."""
 
     def reopen_and_damage(folder: Path) -> None:
+        unfinished = {"finished": False, "position": {"epoch": 0, "queues": None}}
         metadata = next(folder.glob("run/checkpoints/*/checkpoint.json"))
-        values = json.loads(metadata.read_text())
-        values["progress"] |= {"finished": False, "position": {"epoch": 0, "queues": None}}
-        metadata.write_text(json.dumps(values))
+        change_json(metadata, lambda values: values["progress"].update(unfinished))
         harm(folder)
 
     return reopen_and_damage

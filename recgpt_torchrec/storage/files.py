@@ -21,7 +21,7 @@ import pyarrow.fs
 from fsspec.implementations.arrow import ArrowFSWrapper
 
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.storage.typed import JSON_BYTES, parse_object
+from recgpt_torchrec.storage.typed import JSON_BYTES, parse_object, seal
 
 READ_AHEAD = 2**20
 """Bytes requested from a store at once: PyTorch's readers read a tensor's header a few bytes at a time."""
@@ -115,9 +115,15 @@ def write(path: str, data: bytes) -> None:
     os.replace(path + ".tmp", path)
 
 
-def write_json(path: str, value: Any) -> None:
-    """Write a JSON file in one step: readers see the old one or the new one, never a part."""
-    write(path, json.dumps(value, indent=1).encode())
+def write_json(path: str, value: dict[str, Any], sealed: bool = True) -> None:
+    """Write a JSON file in one step: readers see the old one or the new one, never a part.
+
+    Args:
+        path: of the file.
+        value: a JSON object.
+        sealed: whether it gets a checksum, which `read_json` checks.
+    """
+    write(path, json.dumps(seal(value) if sealed else value, indent=1).encode())
 
 
 def read_json(path: str) -> dict[str, Any] | None:

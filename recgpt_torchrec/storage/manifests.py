@@ -15,7 +15,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage.files import exists, filesystem, read
 from recgpt_torchrec.storage.folders import MANIFEST
 from recgpt_torchrec.storage.parts import Part, checksum_of
-from recgpt_torchrec.storage.typed import JSON_BYTES, SHOWN, make_typed, parse_object
+from recgpt_torchrec.storage.typed import JSON_BYTES, SHOWN, check_seal, make_typed, parse_object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ class FolderManifest:
                 f"Make one with: python -m recgpt_torchrec.{kind.stage} --output {path} ..."
             )
         try:
-            values = parse_object(read(file, JSON_BYTES))
+            values = parse_object(read(file, JSON_BYTES), sealed=False)
         except (OSError, ValueError) as error:
             raise InputError(f"{file} is not valid JSON ({error}); run {kind.stage} again into a new folder") from None
         if kind.version_field not in values:
@@ -115,7 +115,7 @@ class FolderManifest:
                 "into a new folder"
             )
         try:
-            return cls.from_values(values)
+            return cls.from_values(check_seal(values))
         except ValueError as error:
             raise InputError(f"{file} is damaged: {error}; restore it or run {kind.stage} again") from None
 

@@ -6,6 +6,7 @@ errors of many kinds. And a number may be true, a list null, a count -1 or 10^30
 
 import json
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
@@ -19,15 +20,22 @@ DEPTH = 32
 """Maximum nesting of lists and objects."""
 COUNT = 2**53
 """Maximum number of anything: beyond it, floating-point numbers do not hold every whole number."""
+SEAL = "checksum"
+"""Name of a JSON object's checksum in it: crc32 of the rest, with sorted names, as eight hex digits."""
 SHOWN = 60
 """Maximum number of characters of a wrong value in a message."""
 
 
-def parse_object(text: bytes | str) -> dict[str, Any]:
+def parse_object(text: bytes | str, sealed: bool = True) -> dict[str, Any]:
     """Parse a JSON object.
 
+    Args:
+        text: UTF-8.
+        sealed: whether its checksum, if it has one (see `seal`), is checked and removed.
+
     Raises:
-        ValueError: it is not UTF-8 or JSON, is nested too deeply, has a name twice, or is another value.
+        ValueError: it is not UTF-8 or JSON, is nested too deeply, has a name twice or another checksum than it says, or
+            is another value.
     """
     try:
         value = json.loads(text if isinstance(text, str) else text.decode(), object_pairs_hook=_make_object)
@@ -47,7 +55,7 @@ def parse_object(text: bytes | str) -> dict[str, Any]:
         level = inner
     if level:
         raise ValueError("it is nested too deeply")
-    return value
+    return check_seal(value) if sealed else value
 
 
 def _is_encodable(text: str) -> bool:
@@ -57,6 +65,28 @@ def _is_encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def seal(values: dict[str, Any]) -> dict[str, Any]:
+    """Add the checksum of a JSON object's content, so that a changed digit is noticed when it is read."""
+    return {**values, SEAL: _checksum(json.loads(json.dumps(values)))}  # of what is read back: all names are texts
+
+
+def check_seal(values: dict[str, Any]) -> dict[str, Any]:
+    """Check and remove the checksum of a JSON object; files of earlier versions have none.
+
+    Raises:
+        ValueError: it is not that of the content.
+    """
+    values = dict(values)
+    recorded = values.pop(SEAL, None)
+    if recorded is not None and recorded != (checksum := _checksum(values)):
+        raise ValueError(f"its checksum is {checksum}, it promises {_show(recorded)}")
+    return values
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
