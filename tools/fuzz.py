@@ -140,7 +140,7 @@ def chosen_for(kind: Kind, canary: str) -> dict[str, Mutation]:
     """The chosen content for a kind of file, by name."""
 
     def fixed(contents: dict[str, bytes]) -> dict[str, Mutation]:
-        return {name: lambda data, rng, content=content: content for name, content in contents.items()}
+        return {name: mutations.replace_by(content) for name, content in contents.items()}
 
     formats: dict[str, Callable[[], dict[str, Mutation]]] = {
         "text": lambda: mutations.TEXT,
@@ -238,6 +238,7 @@ def run_in_process(folder: Path, function: Callable[[], int], result: str, secon
             handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(handle, 1)
             os.dup2(handle, 2)
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # a test may have replaced them
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

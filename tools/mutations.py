@@ -89,23 +89,24 @@ RANDOM: list[Mutation] = [flip_bits, change_byte, change_digit, insert, delete, 
 # ------------------------------------------------------------------------------------------------------------- text
 
 
-def _fixed(content: bytes) -> Mutation:
+def replace_by(content: bytes) -> Mutation:
+    """The mutation after which a file holds `content`."""
     return lambda data, rng: content
 
 
 TEXT: dict[str, Mutation] = {
-    "empty": _fixed(b""),
+    "empty": replace_by(b""),
     "byte order mark": lambda data, rng: b"\xef\xbb\xbf" + data,
     "UTF-16": lambda data, rng: data.decode(errors="replace").encode("utf-16"),
     "invalid UTF-8": lambda data, rng: data[: len(data) // 2] + b"\xff\xc0\xaf" + data[len(data) // 2 :],
     "NUL bytes": lambda data, rng: data + b"\0" * 64,
     "one line of a million bytes": lambda data, rng: data + b"x" * 10**6,
-    "a ZIP archive": _fixed(b"PK\x05\x06" + bytes(18)),
+    "a ZIP archive": replace_by(b"PK\x05\x06" + bytes(18)),
 }
 
 # ------------------------------------------------------------------------------------------------------------- JSON
 
-VALUES = [
+VALUES: list[Any] = [
     True,
     None,
     -1,
@@ -190,9 +191,9 @@ JSON: dict[str, Mutation] = {
     "nested objects": _in_place_of_a_number('{"a":' * 5000 + "1" + "}" * 5000),
     "nested 500 deep": _in_place_of_a_number("[" * 500 + "]" * 500),
     "a name twice": lambda data, rng: re.sub(rb"^(\{\s*)(\"[^\"]+\": [^,{\[]+,)", rb"\1\2\2", data),
-    "a list": _fixed(b"[]"),
-    "a string": _fixed(b'"x"'),
-    "only {}": _fixed(b"{}"),
+    "a list": replace_by(b"[]"),
+    "a string": replace_by(b'"x"'),
+    "only {}": replace_by(b"{}"),
     "all twice": lambda data, rng: data + data,
 }
 
@@ -220,7 +221,6 @@ def hostile_pickles(canary: str) -> dict[str, bytes]:
     text = b"X" + len(command).to_bytes(4, "little") + command
     size = b"ctorch\nSize\n"
     index = b"ctorch.distributed.checkpoint.metadata\nMetadataIndex\n"
-    nested = b"\x80\x04)" + b"".join(b"\x940h%c h%c \x86"[:0] for _ in range(0))
     nested = b"\x80\x04)\x94" + b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86\x94" for i in range(60))
     return {
         **{f"reduce, protocol {protocol}": pickle.dumps(_Command(command.decode()), protocol) for protocol in range(6)},
@@ -241,7 +241,7 @@ def hostile_pickles(canary: str) -> dict[str, bytes]:
         "size of 10^6 dimensions": b"\x80\x02" + size + b"(" + b"K\x01" * 10**6 + b"t\x85R.",
         "size of texts": b"\x80\x02" + size + b"(" + text + b"t\x85R.",
         "tuples nested 60 times as a key": nested + b"}" + b"h\x3cNs.",
-        "tuples nested 60 times in an index": nested + b"0" * 0 + index + b")\x81}X\x03\x00\x00\x00fqnh\x3csb}h\x3dNs.",
+        "tuples nested 60 times in an index": nested + index + b")\x81}X\x03\x00\x00\x00fqnh\x3csb.",
         "100,000 lists in each other": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
         "no opcode": b"\x80\x04\xff.",
         "nothing": b"\x80\x04.",
@@ -259,7 +259,7 @@ def _deflate(data: bytes, size: int) -> bytes:
 
 
 RECORDS: dict[str, Mutation] = {
-    "empty": _fixed(b""),
+    "empty": replace_by(b""),
     "a deflate bomb": lambda data, rng: _deflate(data, 2**26),
     "zeros": lambda data, rng: bytes(len(data)),
     "noise": lambda data, rng: rng.bytes(len(data)),
@@ -361,8 +361,8 @@ def damage_footer(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 PARQUET: dict[str, Mutation] = {
-    "empty": _fixed(b""),
-    "magic bytes only": _fixed(b"PAR1PAR1"),
+    "empty": replace_by(b""),
+    "magic bytes only": replace_by(b"PAR1PAR1"),
     "a footer of gigabytes": lambda data, rng: data[:-8] + b"\xff\xff\xff\x7fPAR1",
     **{f"2^60 in the footer {number}": promise_rows for number in range(40)},
     **{f"a byte of the footer {number}": damage_footer for number in range(20)},

@@ -38,6 +38,12 @@ class _PlainLoader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem="aliases (*name) are not read; write the value out", problem_mark=mark)
         return super().compose_node(parent, index)
 
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        """Make a value, in which no character may be written that no file name and no terminal takes."""
+        if isinstance(node.value, str) and _is_broken(node.value):
+            raise yaml.MarkedYAMLError(problem="a value has a character that is none", problem_mark=node.start_mark)
+        return super().construct_scalar(node)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Make a dict of a group of options, each of which must be named once."""
         names: set[str] = set()
@@ -47,6 +53,11 @@ class _PlainLoader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             names |= {key.value} if isinstance(key.value, str) else set()
         return super().construct_mapping(node, deep)
+
+
+def _is_broken(text: str) -> bool:
+    """Whether a text has a NUL or half a character, which an escape can write."""
+    return any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text)
 
 
 @dataclass

@@ -72,8 +72,8 @@ def plan(model: nn.Module, tables: Sharding, batch_size: int, device: torch.devi
                 copied = kind == ShardingType.DATA_PARALLEL.value
                 if fused and not copied and dim % 4:  # fbgemm's kernels read four numbers at a time
                     raise InputError(
-                        f"the {config.name} table has {dim} columns, not a multiple of 4: it can be trained with a copy "
-                        "on every rank only; use another --model.dim, or --tables.sharding data_parallel"
+                        f"the {config.name} table has {dim} columns, not a multiple of 4, so it cannot be trained in "
+                        "shards; use another --model.dim, or --tables.sharding data_parallel"
                     )
                 constraints[config.name] = ParameterConstraints(
                     sharding_types=[kind],

@@ -1,4 +1,4 @@
-"""Checkpoints are read without running code and without believing their sizes; those of plain torch are read as ever."""
+"""Checkpoints are read without running code or believing their sizes; those of plain torch are read as ever."""
 
 import io
 import os
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -28,7 +29,10 @@ from recgpt_torchrec.errors import InputError
 from tools.mutations import hostile_pickles
 from tools.ranks import run_ranks
 
-STATE = {"model": {"table": torch.arange(12.0).view(4, 3), "step": torch.tensor(7)}, "half": torch.ones(5).half()}
+STATE: dict[str, Any] = {
+    "model": {"table": torch.arange(12.0).view(4, 3), "step": torch.tensor(7)},
+    "half": torch.ones(5).half(),
+}
 NAME = "model.table"
 
 
@@ -113,7 +117,7 @@ def test_an_entry_that_is_no_tensor_is_never_unpickled(tmp_path: Path, monkeypat
         if keep:
             monkeypatch.setattr(safe_reading, "check_metadata", lambda metadata, files: metadata)
         reader, planner = safe_reading.SafeReader(str(tmp_path / "hostile")), safe_reading.TensorPlanner()
-        with pytest.raises(Exception, match=r"model\.b is no tensor" if keep else r"Missing key.*model\.b"):
+        with pytest.raises(CheckpointException, match=r"model\.b is no tensor" if keep else r"Missing key.*model\.b"):
             dcp.load({"model": {"b": torch.zeros(1)}}, storage_reader=reader, planner=planner, no_dist=True)
         assert not (tmp_path / "canary").exists()
     dcp.load({"model": {"b": torch.zeros(1)}}, checkpoint_id=tmp_path / "hostile", no_dist=True)
@@ -152,10 +156,6 @@ WRONG: dict[str, tuple[Callable[[Metadata], object], str]] = {
     "another number of dimensions": (lambda m: set_size(m, [12]), "is no part of it"),
     "no parts": (lambda m: vars(m.state_dict_metadata[NAME]).update(chunks=[]), "12 numbers, its parts 0"),
     "a part twice": (split_in_two, "has two parts at [0, 0]"),
-    "numbers of another width": (
-        lambda m: vars(m.state_dict_metadata[NAME].properties).update(dtype=torch.complex128),  # type: ignore
-        "",
-    ),
     "a file in the folder above": (lambda m: set_place(m, relative_path="../x"), "'../x', which is not a file of the"),
     "a file anywhere": (lambda m: set_place(m, relative_path="/etc/passwd"), "which is not a file of the folder"),
     "a path of Windows": (lambda m: set_place(m, relative_path="..\\x"), "which is not a file of the folder"),
@@ -173,7 +173,7 @@ WRONG: dict[str, tuple[Callable[[Metadata], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", set(WRONG) - {"numbers of another width"})
+@pytest.mark.parametrize("name", WRONG)
 def test_metadata_that_do_not_fit_the_files_are_refused(checkpoint: Path, name: str) -> None:
     change, message = WRONG[name]
     metadata = plain_metadata(checkpoint)
@@ -250,7 +250,7 @@ def overlapping(count: int) -> bytes:
         (b"\x80\x02" + archive({"a/data.pkl": b""}), "is not a record of torch.save"),
         (
             archive({"a/data.pkl": hostile_pickles("/nowhere/x")["global"], "a/version": b"3"}),
-            "Weights only|weights_only",
+            "[Ww]eights.only",
         ),
         (archive({"a/data.pkl": b"N.", "a/constants.pkl": b"N.", "a/version": b"3"}), "TorchScript"),
     ],
@@ -262,6 +262,6 @@ def test_a_record_that_torch_does_not_write_is_refused(record: bytes, message: s
     place = _StorageInfo("__0_0.distcp", 0, len(record))
     kept = Metadata({"half": tensor}, storage_data={MetadataIndex("half", [0]): place})
     (checkpoint / ".metadata").write_bytes(pickle.dumps(kept))
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(CheckpointException, match=message):
         reader, planner = safe_reading.SafeReader(str(checkpoint)), safe_reading.TensorPlanner()
         dcp.load({"half": torch.zeros(5).half()}, storage_reader=reader, planner=planner, no_dist=True)

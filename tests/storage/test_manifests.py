@@ -26,6 +26,10 @@ class Boxes(FolderManifest):
     rows: list[Part] = field(default_factory=list)
 
 
+def part_with(**values: Any) -> dict[str, Any]:
+    return {"path": PART, "rows": 3, "items": 3, "bytes": 100, "checksum": "0" * 8, **values}
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     with stage_folder(str(tmp_path / "boxes")) as (fs, root):
@@ -74,6 +78,22 @@ def test_what_is_no_manifest_is_refused(folder: Path, text: bytes | None, messag
         ({"rows": ...}, "manifest.json is damaged: it has no 'rows'; restore it or run export again"),
         ({"rows": 3}, "manifest.json is damaged: .*; restore it or run export again"),
         ({"rows": [{"path": PART}]}, "manifest.json is damaged: .*'checksum'"),
+        ({"rows": [part_with(path="../x")]}, "damaged: it lists a part '../x', which is not a path below the folder"),
+        ({"rows": [part_with(path="/etc/passwd")]}, "'/etc/passwd', which is not a path below the folder"),
+        ({"rows": [part_with(path="rows/../../x")]}, "'rows/../../x', which is not a path below the folder"),
+        ({"rows": [part_with(path="rows\\\\x")]}, "which is not a path below the folder"),
+        ({"rows": [part_with(path="s3://bucket/x")]}, "'s3://bucket/x', which is not a path below the folder"),
+        ({"rows": [part_with(path="")]}, "'', which is not a path below the folder"),
+        ({"rows": [part_with(path="rows/x\0")]}, "a text in it has a character that is none"),
+        ({"rows": [part_with(rows=2**60)]}, r"rows\[0\].rows is 1152921504606846976, it must be a whole number"),
+        ({"rows": [part_with(rows=-1)]}, "rows of rows/part-00000.parquet is -1, it must be a number of at least 0"),
+        ({"rows": [part_with(rows=True)]}, r"rows\[0\].rows is True, it must be a whole number"),
+        ({"rows": [part_with(rows=3.0)]}, r"rows\[0\].rows is 3.0, it must be a whole number"),
+        ({"rows": [part_with(bytes=float("nan"))]}, r"rows\[0\].bytes is nan, it must be a whole number"),
+        ({"rows": [part_with(rows=1601)]}, "it promises 1,601 rows in the 100 bytes of rows/part-00000.parquet"),
+        ({"rows": [part_with(items=102_401)]}, "it promises 102,401 items in the 100 bytes of rows/part-00000.parquet"),
+        ({"rows": [part_with(), part_with()]}, "it lists rows/part-00000.parquet more than once"),
+        ({"checksum": "00000000"}, "damaged: its checksum is [0-9a-f]{8}, it promises '00000000'"),
         ({"colour": "red"}, "manifest.json is damaged: .*'colour'"),
     ],
 )
