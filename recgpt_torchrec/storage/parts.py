@@ -166,7 +166,8 @@ class _ChecksummedFile:
 def open_parquet(fs: pyarrow.fs.FileSystem, path: str) -> pq.ParquetFile:
     """Open a Parquet file; the checksums of its pages, where it has any, are verified as they are read.
 
-    Reading 39 MB of histories takes 2% longer with it, which is 0.1% of making batches of them.
+    Reading 39 MB of histories took 0.229 s without this and 0.233 s with it; an epoch of batches of 2.3 million entries
+    0.44 and 0.45 s (least of six, two other processes beside).
 
     Raises:
         OSError, ArrowException: it does not exist, or is no Parquet file.
