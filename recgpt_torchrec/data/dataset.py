@@ -18,12 +18,11 @@ from typing import Any, Literal, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recgpt_torchrec.data.records import check_records
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import filesystem
 from recgpt_torchrec.storage.manifests import FolderManifest, Kind
 from recgpt_torchrec.storage.parts import Part, open_parquet
-from recgpt_torchrec.storage.typed import check_counts
+from recgpt_torchrec.storage.typed import check_counts, make_typed
 
 COLUMNS = {
     "user_id": pa.int64(),
@@ -113,6 +112,56 @@ class Manifest(FolderManifest):
                 raise ValueError(f"it promises {count:,} {name}, but {rows:,} rows in {name}/")
         check_records(manifest.settings, manifest.preparation)
         return manifest
+
+
+@dataclass(kw_only=True)
+class PromptsRecord:
+    """`settings.prompts`: how the prompts of a prompt dataset were made."""
+
+    dataset: str = ""
+    answers: int = 0
+    k: int = 0
+
+
+@dataclass(kw_only=True)
+class ExtendsRecord:
+    """`preparation.extends`: the dataset that this one extends, and what is new."""
+
+    dataset: str = ""
+    vocabulary: str = ""
+    histories: str = ""
+    users: int = 0
+    items: int = 0
+    absent_users: int = 0
+    absent_items: int = 0
+    new_targets: int = 0
+
+
+@dataclass(kw_only=True)
+class PreparationRecord:
+    """`preparation`: what `prepare` read and dropped."""
+
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    rows: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)
+    duplicates_dropped: int = 0
+    rounds: list[dict[str, int]] = field(default_factory=list)
+    lengths: dict[str, float] = field(default_factory=dict)
+    exposed: dict[str, int] = field(default_factory=dict)
+    extends: ExtendsRecord = field(default_factory=ExtendsRecord)
+
+
+def check_records(settings: dict[str, Any], preparation: dict[str, Any]) -> None:
+    """Check the types of what is recorded; what nothing reads may be anything.
+
+    Raises:
+        ValueError: names the first that differs.
+    """
+    if (prompts := settings.get("prompts")) is not None:
+        make_typed(PromptsRecord, prompts, "settings.prompts.", others=True)
+    make_typed(PreparationRecord, preparation, "preparation.", others=True)
+    if any(type(each.get("path")) is not str for each in preparation.get("inputs", [])):
+        raise ValueError("preparation.inputs has an input without a path")
 
 
 @dataclass(kw_only=True)

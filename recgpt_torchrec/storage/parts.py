@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 
 from recgpt_torchrec.storage.typed import SHOWN, check_counts
 
+PATH_LENGTH = 200
+"""Maximum length of a part's path."""
 ROWS_PER_BYTE = 16
 """Maximum number of rows per byte of a part. Each row has an id of its own: three million rows of nothing else, ids in
 order, have 0.98 rows per byte; with keys, histories or vectors it is 0.2 to 0.6. So memory that is allocated by the
@@ -41,7 +43,7 @@ class Part:
         """
         shown = self.path[:SHOWN]
         steps = self.path.split("/")
-        if "\\" in self.path or ":" in self.path or {"", ".", ".."} & {*steps}:
+        if "\\" in self.path or ":" in self.path or {"", ".", ".."} & {*steps} or len(self.path) > PATH_LENGTH:
             raise ValueError(f"it lists a part {shown!r}, which is not a path below the folder")
         check_counts({f"{name} of {shown}": getattr(self, name) for name in ("rows", "items", "bytes")})
         for name, limit in {"rows": ROWS_PER_BYTE, "items": VALUES_PER_BYTE}.items():

@@ -21,6 +21,8 @@ from recgpt_torchrec.training.progress import Progress
 RUN = "run.json"
 RECORDED = ("config", "vocabulary", "histories", "initial")
 """Fields of `Run` that are recorded in run.json."""
+PATH_LENGTH = 4000
+"""Maximum length of a path, in Linux."""
 LOCK = "run.lock"
 """File locked by the job that trains the run, until its rank 0 ends."""
 
@@ -44,7 +46,10 @@ def read_record(output: str) -> Record | None:
     path = os.path.join(output, RUN)
     values = read_json(path)
     try:
-        return None if values is None else make_typed(Record, values, others=True)
+        record = None if values is None else make_typed(Record, values, others=True)
+        if record is not None and len(record.initial or "") > PATH_LENGTH:
+            raise ValueError(f"initial is {record.initial!r:.60}..., it must be a path")
+        return record
     except ValueError as error:
         raise storage.damaged(path, error) from None
 

@@ -13,7 +13,8 @@ import pytest
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval import export_folder
-from recgpt_torchrec.retrieval.export_folder import Keys, open_export, to_numpy, write_export
+from recgpt_torchrec.retrieval.export_folder import open_export, to_numpy, write_export
+from recgpt_torchrec.retrieval.keys import Keys
 from tests.support import change_json, walks, write_dataset
 from tools.ranks import run_ranks
 
