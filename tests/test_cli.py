@@ -133,6 +133,8 @@ def test_all_missing_options_are_named_together(capsys: Any) -> None:
         ("checkpoint: {keep: 3}", "{}: unknown option checkpoint; did you mean saving?"),
         ("train: {epochs: few}", "{}: train.epochs is few; it must be a whole number"),
         ("- 3", "--config {} holds no options; write them as lines like seed: 1"),
+        ("saving: {keep: null}", "{}: saving.keep is null; it must be a whole number"),
+        ("saving: {asynchronous: }", "{}: saving.asynchronous is null; it must be true or false"),
         ("seed: 1\nseed: 2", "--config {}, line 2 is not YAML: seed is given twice"),
         ("seed: 2001-99-99", "--config {} holds a value that cannot be read: month must be in 1..12"),
         ("a: " + "[" * 9999, "--config {} is nested too deeply"),

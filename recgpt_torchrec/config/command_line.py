@@ -140,6 +140,8 @@ class CommandLine:
             if name in known and not (isinstance(group[key], dict) and current_name(f"{name}.") != f"{name}."):
                 if known[name].is_list and not isinstance(group[key], list):
                     group[key] = [group[key]]
+                if group[key] is None and not fits(known[name].type, None):  # which jsonargparse takes for any type
+                    raise OptionError(f"{path}: {name} is null; it must be {describe_type(known[name].type)}")
                 self.values.append((known[name], f"{path}: {name}", group[key]))
             elif name not in groups:
                 raise OptionError(f"{path}: unknown option {name}{did_you_mean(name, [*known, *groups])}")

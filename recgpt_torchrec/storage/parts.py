@@ -174,7 +174,12 @@ def open_parquet(fs: pyarrow.fs.FileSystem, path: str) -> pq.ParquetFile:
     Raises:
         OSError, ArrowException: it does not exist, or is no Parquet file.
     """
-    return pq.ParquetFile(fs.open_input_file(path), page_checksum_verification=True)
+    try:
+        file = pq.ParquetFile(fs.open_input_file(path), page_checksum_verification=True)
+        str(file.schema_arrow)  # decodes all names
+    except UnicodeDecodeError:
+        raise OSError("a name in its footer is not UTF-8") from None
+    return file
 
 
 def regroup(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:

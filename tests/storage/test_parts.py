@@ -44,6 +44,13 @@ def test_a_file_without_page_checksums_is_read(tmp_path: Path) -> None:
         assert file.read().equals(TABLE)
 
 
+def test_a_name_that_is_not_utf_8_is_an_error_like_any_other(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"user_id": [1], "nnn": [2]}), tmp_path / "x.parquet", store_schema=False)
+    (tmp_path / "x.parquet").write_bytes((tmp_path / "x.parquet").read_bytes().replace(b"nnn", b"n\xffn"))
+    with pytest.raises(OSError, match="a name in its footer is not UTF-8"):
+        open_parquet(LOCAL, str(tmp_path / "x.parquet"))
+
+
 def test_a_type_that_is_named_in_a_pickle_is_not_unpickled(tmp_path: Path) -> None:
     """Before version 14 Arrow unpickled such types; it must stay switched off."""
     hostile = hostile_pickles(f"{tmp_path}/canary")["global"]
