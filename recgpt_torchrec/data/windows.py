@@ -259,7 +259,7 @@ def deal_windows(windows: list[Window], queues: int, position: Position | None =
             return position.queues
         left = [entry for queue in position.queues for entry in queue.windows]
         batches = max(queue.batches for queue in position.queues)
-    size = {w: windows[w].items * (1 - done / windows[w].rows) for w, done in left}
+    size = {w: windows[w].items * (1 - done / max(windows[w].rows, 1)) for w, done in left}
     shares: list[tuple[float, int]] = [(0.0, q) for q in range(queues)]
     dealt: list[list[tuple[int, int]]] = [[] for _ in range(queues)]
     for entry in sorted(left, key=lambda e: (-size[e[0]], e[0])):
