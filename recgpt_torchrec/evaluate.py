@@ -65,7 +65,7 @@ def main(config: Evaluate) -> None:
             "recall": chosen,
             **({} if manifest.hold_out == "last" else {"hold_out": manifest.hold_out}),
         }
-        run_on_first_rank(lambda: storage.write_json(config.output, evaluation))
+        run_on_first_rank(lambda: storage.write_json(config.output, evaluation, sealed=False))
         print_result(table(results))
         print_result(f"{users:,} of {manifest.users:,} users have a {config.split} item")
         if "m" in chosen:

@@ -132,7 +132,7 @@ def retrieve(
     started = time.perf_counter()
     exact, retriever = build_retrievers(config, export, rule)
     index_seconds = time.perf_counter() - started
-    split = export.manifest.settings["history"]
+    split = export.manifest.settings.get("history", "all")
     histories = UserHistories(dataset, split) if dataset is not None else None
     quality = ListQuality(
         config.k,

@@ -21,6 +21,7 @@ from tools.small_run import SMALL, training_part, walks, write_dataset
 
 __all__ = [
     "SMALL",
+    "change_json",
     "overwrite",
     "read_epochs",
     "read_files",
@@ -88,6 +89,14 @@ def rewrite(
     entry.rows, entry.bytes = len(rows), path.stat().st_size
     entry.checksum = f"{zlib.crc32(path.read_bytes()):08x}"
     (folder / "manifest.json").write_text(json.dumps(asdict(manifest)))
+
+
+def change_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a JSON file of a stage in place; it loses its checksum, like one of an earlier version."""
+    values = json.loads(path.read_text())
+    values.pop("checksum", None)
+    change(values)
+    path.write_text(json.dumps(values))
 
 
 def overwrite(path: Path, where: slice) -> None:

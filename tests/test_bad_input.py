@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
 
-from tests.support import SMALL, overwrite, rewrite, stage, walks, write_dataset
+from tests.support import SMALL, change_json, overwrite, rewrite, stage, walks, write_dataset
+from tools.mutations import hostile_pickles
 from tools.ranks import run_ranks
 
 USERS, ITEMS, ANSWERS = 40, 20, 2
@@ -103,12 +104,7 @@ def column(of: str = "data", **types: pa.DataType | None) -> Callable[[Path], No
 
 
 def manifest(change: Callable[[dict[str, Any]], object], of: str = "data") -> Callable[[Path], None]:
-    def harm(folder: Path) -> None:
-        values = json.loads((folder / of / "manifest.json").read_text())
-        change(values)
-        (folder / of / "manifest.json").write_text(json.dumps(values))
-
-    return harm
+    return lambda folder: change_json(folder / of / "manifest.json", change)
 
 
 def part(change: Callable[[Path], object], path: str = f"data/{PART}") -> Callable[[Path], object]:
@@ -136,14 +132,27 @@ def flip_bit_of_table(folder: Path) -> None:
     (checkpoint / place.relative_path).write_bytes(data)
 
 
+def change_digit(path: str, name: str) -> Callable[[Path], None]:
+    """Change the first digit of a number in a JSON file, and nothing else."""
+
+    def change(folder: Path) -> None:
+        text = (folder / path).read_text()
+        at = text.index(f'"{name}": ') + len(f'"{name}": ')
+        (folder / path).write_text(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :])
+
+    return change
+
+
+def metadata_of(folder: Path) -> Path:
+    return next(folder.glob("run/checkpoints/*/checkpoint.json"))
+
+
 def reopen_epoch_and(harm: Callable[[Path], object]) -> Callable[[Path], None]:
     """Mark the run's epoch as unfinished, so that the run resumes from its checkpoint, and damage the checkpoint."""
 
     def reopen_and_damage(folder: Path) -> None:
-        metadata = next(folder.glob("run/checkpoints/*/checkpoint.json"))
-        values = json.loads(metadata.read_text())
-        values["progress"] |= {"finished": False, "position": {"epoch": 0, "queues": None}}
-        metadata.write_text(json.dumps(values))
+        unfinished = {"finished": False, "position": {"epoch": 0, "queues": None}}
+        change_json(metadata_of(folder), lambda values: values["progress"].update(unfinished))
         harm(folder)
 
     return reopen_and_damage
@@ -296,6 +305,35 @@ CASES = [
         "--initial run --output NEW_RUN", {"--output": "run", "--train.epochs": 9}),
     Bad("pretrain", "options that do not go together", no_damage, "--model.heads 3", "must divide",
         {"--model.heads": 3}),
+    Bad("pretrain", "a width that no kernel takes", no_damage, "user table has 10 columns", "another --model.dim",
+        {"--model.dim": 10, "--tables.sharding": "table_wise"}),
+    Bad("pretrain", "the same width, rows over ranks", no_damage, "user table has 10 columns",
+        "--tables.sharding data_parallel", {"--model.dim": 10, "--tables.sharding": "row_wise"}),
+    Bad("pretrain", "manifest: a part outside the folder",
+        manifest(lambda m: m["sequences"][0].update(path="../elsewhere.parquet")), "'../elsewhere.parquet'",
+        PREPARE_AGAIN),
+    Bad("pretrain", "manifest: rows beyond any file", manifest(lambda m: m["sequences"][0].update(rows=2**60)),
+        "rows is 1152921504606846976", PREPARE_AGAIN),
+    Bad("pretrain", "manifest: more rows than bytes", manifest(lambda m: m["user_parts"][0].update(rows=10**12)),
+        "promises 1,000,000,000,000 rows", PREPARE_AGAIN),
+    Bad("pretrain", "manifest: users without a row", manifest(lambda m: m.update(users=10**9)),
+        "promises 1,000,000,000 users, but 40 rows", PREPARE_AGAIN),
+    Bad("pretrain", "manifest: true as a number", manifest(lambda m: m.update(items=True)), "items is True",
+        PREPARE_AGAIN),
+    Bad("pretrain", "manifest: a digit has changed", change_digit("data/manifest.json", "interactions"),
+        "its checksum is", PREPARE_AGAIN),
+    Bad("pretrain", "an alias in the configuration",
+        lambda f: (f / "c.yaml").write_text("model: &m {dim: 8}\nloss: *m\n"), "c.yaml, line 2", "write the value out",
+        {"--config": "c.yaml"}),
+    Bad("pretrain", "a class in the configuration",
+        lambda f: (f / "c.yaml").write_text("model: {class_path: subprocess.Popen, init_args: {args: [ls]}}"),
+        "c.yaml: unknown option model.class_path", "did you mean", {"--config": "c.yaml"}),
+    Bad("pretrain", "a Python object in the configuration",
+        lambda f: (f / "c.yaml").write_text("seed: !!python/object/apply:os.system [ls]"), "c.yaml, line 1",
+        "is not YAML", {"--config": "c.yaml"}),
+    Bad("pretrain", "the checkpoint to resume from has another number of steps",
+        reopen_epoch_and(lambda f: change_json(metadata_of(f), lambda m: m["progress"].update(step=-1))),
+        "progress.step is -1", "restore it", {"--output": "run"}),
     Bad("pretrain", "no such configuration file", no_damage, "gone.yaml", "no such file", {"--config": "gone.yaml"}),
     Bad("pretrain", "a misspelt name in the configuration", lambda f: (f / "c.yaml").write_text("trian: {epochs: 3}"),
         "c.yaml: unknown option trian", "did you mean train?", {"--config": "c.yaml"}),
@@ -356,10 +394,24 @@ CASES = [
     Bad("evaluate", "the checkpoint does not say what is in it", lambda f: next(f.glob("run/*/*/.metadata")).unlink(),
         "run/checkpoints/step-", "give another checkpoint"),
     Bad("evaluate", "one bit of the checkpoint has changed", flip_bit_of_table, "checksum", "give another checkpoint"),
+    Bad("evaluate", "the checkpoint's metadata is a pickle that runs a command",
+        lambda f: next(f.glob("run/*/*/.metadata")).write_bytes(hostile_pickles("canary")["reduce, protocol 4"]),
+        "posix.system", "give another checkpoint"),
+    Bad("evaluate", "a digit of the checkpoint's metadata has changed",
+        lambda f: change_digit(str(metadata_of(f)), "read")(Path()), "its checksum is", "restore it"),
+    Bad("evaluate", "the checkpoint's configuration is of another model",
+        lambda f: change_json(metadata_of(f), lambda m: m["config"]["model"].update(dim=2**20)),
+        "decoder.position.weight has size [8, 1048576], but its tensors have (8, 8)", "restore it"),
+    Bad("evaluate", "the checkpoint's configuration has more layers",
+        lambda f: change_json(metadata_of(f), lambda m: m["config"]["model"].update(layers=10**9)),
+        "layers is 1000000000", "restore it"),
+    Bad("evaluate", "best.json names a folder elsewhere",
+        lambda f: change_json(f / "run/best.json", lambda m: m.update(checkpoint="../../data")), "'../../data' is not",
+        "restore it"),
     Bad("evaluate", "best.json is cut off", lambda f: (f / "run/best.json").write_text('{"epoch": 1,'),
         "run/best.json is damaged", "restore it"),
     Bad("evaluate", "a checkpoint's metadata are cut off",
-        lambda f: next(f.glob("run/checkpoints/*/checkpoint.json")).write_text("{"), "checkpoint.json is damaged",
+        lambda f: metadata_of(f).write_text("{"), "checkpoint.json is damaged",
         "restore it", {"--checkpoint": "run"}),
     # -------------------------------------------------------------------------------------------------- export
     Bad("export", "a file of the checkpoint is cut off", lambda f: os.truncate(next(f.glob("run/*/*/*.distcp")), 500),

@@ -15,6 +15,7 @@ from recgpt_torchrec import __main__, cli
 from recgpt_torchrec.config import Evaluate, Prepare, Pretrain, PromptTune
 from recgpt_torchrec.config.fields import options
 from recgpt_torchrec.config.stages import STAGES
+from tools.mutations import hostile_yaml
 
 WHERE_AND_HOW_FAST = """
     data output stream.workers stream.prefetch stream.damaged stream.damaged_limit stream.checksums tables.sharding
@@ -73,7 +74,7 @@ def refused(capsys: Any, stage: type, words: list[str]) -> str:
         (Pretrain, ["--optimizer.lr", "fast"], "--optimizer.lr is fast; it must be a number"),
         (Pretrain, ["--saving.asynchronous", "no!"], "--saving.asynchronous is no!; it must be true or false"),
         (Pretrain, ["--targets", "old"], "--targets is old; it must be one of all, new"),
-        (Pretrain, ["--seed", "-1"], "--seed is -1; it must be at least 0"),
+        (Pretrain, ["--seed", "-1"], "--seed is -1; it must be from 0 to 4294967295"),
         (Pretrain, ["--seed"], "--seed needs a value"),
         (Pretrain, ["--seed", "1", "2"], "unexpected '2' after --seed; an option begins with -- and takes one value"),
         (Evaluate, ["--ks", "5", "x"], "--ks is 5 x; it must be one or more whole numbers"),
@@ -132,6 +133,12 @@ def test_all_missing_options_are_named_together(capsys: Any) -> None:
         ("checkpoint: {keep: 3}", "{}: unknown option checkpoint; did you mean saving?"),
         ("train: {epochs: few}", "{}: train.epochs is few; it must be a whole number"),
         ("- 3", "--config {} holds no options; write them as lines like seed: 1"),
+        ("saving: {keep: null}", "{}: saving.keep is null; it must be a whole number"),
+        ("saving: {asynchronous: }", "{}: saving.asynchronous is null; it must be true or false"),
+        ("seed: 1\nseed: 2", "--config {}, line 2 is not YAML: seed is given twice"),
+        ("seed: 2001-99-99", "--config {} holds a value that cannot be read: month must be in 1..12"),
+        ("a: " + "[" * 9999, "--config {} is nested too deeply"),
+        ("#" * 2**20 + "\nseed: 1", "--config {} has more than 1,048,576 characters; no file of options has"),
         ("config: c.yaml", "--config {} names itself as config, directly or through others"),
     ],
 )
@@ -142,6 +149,18 @@ def test_a_mistake_in_a_file_is_reported_with_the_files_name(
     path.write_text(text)
     said = refused(capsys, PromptTune, [*REQUIRED[PromptTune], "--config", str(path)])
     assert said == message.format(path)
+
+
+@pytest.mark.parametrize("name", hostile_yaml(""))
+@pytest.mark.timeout(20)
+def test_a_file_of_options_makes_no_objects_and_grows_no_larger(name: str, tmp_path: Path, capsys: Any) -> None:
+    """A file that names commands and classes, or stands for more than it is, costs one line."""
+    content = hostile_yaml(f"{tmp_path}/canary")[name]
+    (tmp_path / "config.yaml").write_bytes(content)
+    for stage in (Pretrain, PromptTune):
+        said = refused(capsys, stage, [*REQUIRED[stage], "--config", str(tmp_path / "config.yaml")])
+        assert len(said) < 1000
+    assert not (tmp_path / "canary").exists()
 
 
 def test_only_rank_0_reports_a_mistake_and_every_rank_ends_with_status_2(capsys: Any, monkeypatch: Any) -> None:

@@ -1,6 +1,5 @@
 """`generate_prompts` from the command line: what it writes, on one rank and on two, and what it refuses."""
 
-import json
 import os
 import shutil
 import socket
@@ -12,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from recgpt_torchrec.data.dataset import Dataset
-from tests.support import SMALL, read_files, stage, walks, write_dataset
+from tests.support import SMALL, change_json, read_files, stage, walks, write_dataset
 from tools.ranks import run_ranks
 
 USERS, ITEMS, MAX_LEN = 60, 30, 8
@@ -223,10 +222,9 @@ def no_checkpoint(options: dict[str, Any], folder: Path) -> str:
 
 
 def a_tuned_checkpoint(options: dict[str, Any], folder: Path) -> str:
-    metadata = json.loads(next(Path(options["--checkpoint"]).glob("checkpoints/*/checkpoint.json")).read_text())
-    metadata["config"]["tuning"] = {}
-    (folder / "tuned").mkdir()
-    (folder / "tuned/checkpoint.json").write_text(json.dumps(metadata))
+    source = next(Path(options["--checkpoint"]).glob("checkpoints/*/checkpoint.json"))
+    shutil.copytree(source.parent, folder / "tuned")
+    change_json(folder / "tuned/checkpoint.json", lambda metadata: metadata["config"].update(tuning={"prompts": False}))
     options["--checkpoint"] = folder / "tuned"
     return "was tuned already"
 

@@ -18,7 +18,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from recgpt_torchrec import pretrain
-from tests.support import SMALL, read_epochs, read_files, stage, walks, write_dataset
+from recgpt_torchrec.storage import read_json
+from tests.support import SMALL, change_json, read_epochs, read_files, stage, walks, write_dataset
 
 USERS, ITEMS = 90, 30
 TRAINING = {**SMALL, "--saving.every_steps": 3, "--saving.keep": 100}
@@ -252,7 +253,8 @@ def test_an_interrupted_run_resumes_to_the_same_result(sharding, run, data, tmp_
     assert stage("pretrain", options) == 0
     assert f"Resuming from {interrupted}/checkpoints/{checkpoints(whole)[stopped].name}" in capfd.readouterr().out
     assert [c.name for c in checkpoints(interrupted)] == [c.name for c in checkpoints(whole)]
-    best, other = (json.loads((folder / "best.json").read_text()) for folder in (interrupted, whole))
+    best, other = (read_json(str(folder / "best.json")) for folder in (interrupted, whole))
+    assert best is not None and other is not None
     assert best == {**other, "value": pytest.approx(other["value"], abs=1e-5)}
     mine, theirs = (tensors(checkpoints(folder)[-1]) for folder in (interrupted, whole))
     assert mine.keys() == theirs.keys() and len(mine) > 10
@@ -272,10 +274,13 @@ def test_the_best_checkpoint_before_an_interruption_stays_the_best(run, data, tm
     kept = tmp_path / "run/checkpoints" / best["checkpoint"]
     shutil.copytree(checkpoints(whole)[first], kept)
     shutil.copy(whole / "run.json", tmp_path / "run")
-    metadata[first]["progress"]["best_value"] = 9.0
-    (kept / "checkpoint.json").write_text(json.dumps({**metadata[first], "best": best}))
+
+    def set_best(known: dict[str, Any]) -> None:
+        known["progress"]["best_value"], known["best"] = 9.0, best
+
+    change_json(kept / "checkpoint.json", set_best)
     assert stage("pretrain", {"--data": data, "--output": tmp_path / "run", **TRAINING, "--saving.keep": 1}) == 0
-    assert json.loads((tmp_path / "run/best.json").read_text()) == best
+    assert read_json(str(tmp_path / "run/best.json")) == best
     assert checkpoints(tmp_path / "run") == [kept, tmp_path / "run/checkpoints" / checkpoints(whole)[-1].name]
 
 

@@ -16,7 +16,7 @@ from recgpt_torchrec import export, retrieve
 from recgpt_torchrec.config import Batch, Export, Retrieve, Sharding
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.retrieval.export_folder import open_export, to_numpy
-from tests.support import SMALL, stage, walks, write_dataset
+from tests.support import SMALL, change_json, stage, walks, write_dataset
 from tools.ranks import run_ranks
 
 USERS, ITEMS, INTERESTS = 60, 30, 4
@@ -266,9 +266,11 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(made, tmp_pa
         "export": (options, exported, "batch", "tokens"),
     }
     for command, (same, folder, group, option) in written.items():
-        manifest = json.loads((folder / "manifest.json").read_text())
-        del manifest["settings"][group][option]  # written before there was this option: its default is what was done
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+        def drop(manifest: dict[str, Any], group: str = group, option: str = option) -> None:
+            del manifest["settings"][group][option]  # written before there was this option: its default was done
+
+        change_json(folder / "manifest.json", drop)
         assert stage(command, same) == 0
         assert "Already there" in capfd.readouterr().out
 

@@ -10,27 +10,53 @@ kill. `saving` writes checkpoints, `state` says what they hold.
 """
 
 import hashlib
-import io
 import os
+import re
 import shutil
-import zipfile
 from dataclasses import dataclass
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.filesystem import _StorageReaderTransforms
 
 from recgpt_torchrec import storage
 from recgpt_torchrec.checkpoints.direct_io import DirectFiles
+from recgpt_torchrec.checkpoints.safe_reading import SafeReader, TensorPlanner, UnsafeCheckpoint
 from recgpt_torchrec.distributed.processes import gather_objects, rank, world_size
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage.parts import checksum_of
+from recgpt_torchrec.storage.typed import SHOWN, make_typed
 
 METADATA = "checkpoint.json"
 BEST = "best.json"
 FOLDER = "checkpoints"
 TEMPORARY = ".tmp"
+NO_METADATA = "metadata is None; global metadata read failed: "
+"""What torch puts before the reason for which `.metadata` could not be read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """The contents of best.json."""
+
+    checkpoint: str | None = None
+    """Name of a checkpoint's folder; None: there is none yet."""
+    epoch: int = 0
+    """Counted from 1."""
+    value: float = float("nan")
+    """The validation figure."""
+
+    @classmethod
+    def of(cls, values: Any) -> "Best":
+        """Make it of JSON values.
+
+        Raises:
+            ValueError: a field is missing, unknown or of another type, or the checkpoint's name is none.
+        """
+        best = make_typed(cls, values)
+        if best.checkpoint is not None and not re.fullmatch(r"step-[0-9]{8,16}", best.checkpoint):
+            raise ValueError(f"{best.checkpoint[:SHOWN]!r} is not the name of a checkpoint's folder")
+        return best
 
 
 @dataclass
@@ -68,9 +94,24 @@ class Checkpoints:
 
     def best(self) -> str | None:
         """Path of the checkpoint that is best on validation; None: there is none."""
-        record = storage.read_json(os.path.join(self.output, BEST))
-        path = record and os.path.join(self.folder, record["checkpoint"])
-        return path if path and is_complete(path) else None
+        best = self.read_best()
+        if best is None or best.checkpoint is None:
+            return None
+        path = os.path.join(self.folder, best.checkpoint)
+        return path if is_complete(path) else None
+
+    def read_best(self) -> Best | None:
+        """Read best.json; None: there is none.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        path = os.path.join(self.output, BEST)
+        values = storage.read_json(path)
+        try:
+            return None if values is None else Best.of(values)
+        except ValueError as error:
+            raise storage.damaged(path, error) from None
 
     def start(self, step: int) -> None:
         """Make the empty folder `temporary_path(step)` to write a checkpoint to (call on one rank).
@@ -136,32 +177,6 @@ def make_writer(path: str) -> dcp.FileSystemWriter:
     return writer
 
 
-def make_reader(path: str) -> dcp.FileSystemReader:
-    """A reader of torch.distributed.checkpoint for a local folder or a URI, which verifies checksums."""
-    reader = dcp.FileSystemReader(path)
-    reader.transforms = _ChecksumVerifier()
-    if storage.remote(path):
-        reader.fs, reader.path = cast(Any, storage.Streams(path)), path
-    return reader
-
-
-class _ChecksumVerifier(_StorageReaderTransforms):
-    """Verifies the checksum that torch.save writes with each tensor, which torch.load ignores."""
-
-    def transform_load_stream(self, read_item: Any, transform_descriptors: Any, raw_stream: IO[bytes]) -> IO[bytes]:
-        """The stream of one tensor, verified, at its beginning.
-
-        Raises:
-            BadZipFile: the checksum differs.
-        """
-        content = io.BytesIO(raw_stream.read(-1))  # so that a store is read once
-        with zipfile.ZipFile(content) as records:
-            if (damaged := records.testzip()) is not None:
-                raise zipfile.BadZipFile(f"{read_item.storage_index.fqn}: the checksum of {damaged} differs")
-        content.seek(0)
-        return content
-
-
 def read_tensor_metadata(checkpoint: str) -> dict[str, Any]:
     """Sizes and dtypes of a checkpoint's tensors, by name.
 
@@ -169,8 +184,8 @@ def read_tensor_metadata(checkpoint: str) -> dict[str, Any]:
         InputError: the checkpoint is damaged.
     """
     try:
-        return make_reader(checkpoint).read_metadata().state_dict_metadata
-    except Exception as error:  # unpickling damaged bytes can raise almost anything
+        return SafeReader(checkpoint).read_metadata().state_dict_metadata
+    except (UnsafeCheckpoint, OSError) as error:
         raise _make_read_error(checkpoint, [error]) from None
 
 
@@ -181,13 +196,17 @@ def read_tensors(state: dict[str, Any], checkpoint: str) -> None:
         InputError: files of the checkpoint are missing or damaged.
     """
     try:
-        dcp.load(state, storage_reader=make_reader(checkpoint))
+        dcp.load(state, storage_reader=SafeReader(checkpoint), planner=TensorPlanner())
     except CheckpointException as error:
         raise _make_read_error(checkpoint, [failure[0] for failure in error.failures.values()]) from None
 
 
 def _make_read_error(checkpoint: str, errors: list[BaseException]) -> InputError:
-    reasons = sorted({f"{type(error).__name__}: {' '.join(str(error).split())[:300]}" for error in errors})
+    texts = {" ".join(str(error).removeprefix(NO_METADATA).split())[:300]: error for error in errors}
+    reasons = sorted(
+        text if isinstance(error, (UnsafeCheckpoint, AssertionError)) else f"{type(error).__name__}: {text}"
+        for text, error in texts.items()
+    )
     return InputError(
         f"the checkpoint {checkpoint} cannot be read ({'; '.join(reasons)}). Restore it, or give another checkpoint of "
         "the run; to resume the run from the checkpoint before, remove this folder"
@@ -209,9 +228,15 @@ def read_metadata(checkpoint: str) -> dict[str, Any]:
     Raises:
         InputError: the checkpoint is not committed, or its metadata is damaged.
     """
-    metadata = storage.read_json(os.path.join(checkpoint, METADATA))
+    path = os.path.join(checkpoint, METADATA)
+    metadata = storage.read_json(path)
     if metadata is None:
         raise InputError(f"{checkpoint} is not a finished checkpoint: it has no {METADATA}")
+    try:
+        if metadata.get("best", {}) != {}:
+            Best.of(metadata["best"])
+    except ValueError as error:
+        raise storage.damaged(path, error) from None
     return metadata
 
 

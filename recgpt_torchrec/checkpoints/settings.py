@@ -1,9 +1,43 @@
 """What a checkpoint says of the model in it: its configuration, and the vocabulary it was trained with."""
 
+import os
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from recgpt_torchrec.checkpoints.folder import read_metadata
+import torch
+
+from recgpt_torchrec import storage
+from recgpt_torchrec.checkpoints.folder import METADATA, read_metadata, read_tensor_metadata
 from recgpt_torchrec.config import Loss, Model, Tuning
+from recgpt_torchrec.data.split import HoldOut
+from recgpt_torchrec.model.dense import Dense
+from recgpt_torchrec.storage.typed import make_typed
+
+DENSE = "model.dense."
+"""Prefix of the names of the decoder's parameters in a checkpoint."""
+
+
+@dataclass(kw_only=True)
+class _StoredTables:
+    optimizer: str
+
+
+@dataclass(kw_only=True)
+class _StoredConfig:
+    model: dict[str, Any]
+    loss: dict[str, Any]
+    tables: _StoredTables
+    data: str
+    tuning: dict[str, Any] | None = None
+
+
+@dataclass(kw_only=True)
+class _Stored:
+    """What is read of checkpoint.json here."""
+
+    config: _StoredConfig
+    vocabulary: str
+    hold_out: HoldOut = "last"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,27 +53,51 @@ class CheckpointSettings:
     """Fingerprint of the vocabulary that its ids belong to."""
     data: str
     """Folder of the dataset it was trained on."""
-    hold_out: str = "last"
+    hold_out: HoldOut = "last"
     """What that dataset held out of training."""
 
     @classmethod
     def read(cls, checkpoint: str) -> "CheckpointSettings":
-        """Those of a checkpoint folder.
+        """Those of a checkpoint folder, which agree with its tensors: a model of these sizes may be built.
 
         Raises:
-            InputError: it is not a complete checkpoint.
+            InputError: it is not a complete checkpoint, or damaged.
         """
-        metadata = read_metadata(checkpoint)
-        config = metadata["config"]
-        return cls(
-            model=Model(**config["model"]),
-            loss=Loss(**config["loss"]),
-            tuning=Tuning(**config["tuning"]) if "tuning" in config else None,
-            table_optimizer=config["tables"]["optimizer"],
-            vocabulary=metadata["vocabulary"],
-            data=config["data"],
-            hold_out=metadata.get("hold_out", "last"),
-        )
+        metadata, sizes = read_metadata(checkpoint), read_tensor_metadata(checkpoint)
+        try:
+            stored = make_typed(_Stored, metadata, others=True)
+            settings = cls(
+                model=make_typed(Model, stored.config.model, "config.model."),
+                loss=make_typed(Loss, stored.config.loss, "config.loss."),
+                tuning=None if stored.config.tuning is None else make_typed(Tuning, stored.config.tuning),
+                table_optimizer=stored.config.tables.optimizer,
+                vocabulary=stored.vocabulary,
+                data=stored.config.data,
+                hold_out=stored.hold_out,
+            )
+            settings._check_sizes({name: tuple(tensor.size) for name, tensor in sizes.items()})
+        except ValueError as error:
+            raise storage.damaged(os.path.join(checkpoint, METADATA), error) from None
+        return settings
+
+    def _check_sizes(self, sizes: dict[str, tuple[int, ...]]) -> None:
+        """Raise a `ValueError` where a parameter of this model has another size than in the checkpoint.
+
+        The model is made without memory for its parameters, and only once its layers are found to be that many.
+        """
+        layers = {
+            name.split("blocks.")[1].split(".")[0] for name in sizes if name.startswith(f"{DENSE}decoder.blocks.")
+        }
+        if len(layers) != self.model.layers:
+            raise ValueError(f"config.model.layers is {self.model.layers}, its tensors are of {len(layers)} layers")
+        try:
+            with torch.device("meta"):
+                dense = Dense(self.model, self.loss, self.tuning is not None and self.tuning.prompts)
+        except RuntimeError:  # an overflow
+            raise ValueError("config.model has sizes that are too large for any tensor") from None
+        for name, parameter in dense.state_dict().items():
+            if (size := sizes.get(f"{DENSE}{name}")) != tuple(parameter.shape):
+                raise ValueError(f"by its config, {name} has size {list(parameter.shape)}, but its tensors have {size}")
 
     def other_shape(self, given: Model) -> list[str]:
         """Names of the model's options in which `given` differs; dropout may, it changes no parameter."""

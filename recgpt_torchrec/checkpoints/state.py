@@ -119,6 +119,9 @@ def restore(model: nn.Module, optimizer: CombinedOptimizer, checkpoint: str, ste
     """
     full_state = state_of(model, optimizer)
     saved = read_tensor_metadata(checkpoint)
+    for name in tables_of(model):
+        if (key := f"model.{name}") not in saved or len(saved[key].size) != 2:
+            raise InputError(f"{checkpoint} has no table {key}; restore it, or choose another --output")
     state = first_rows(full_state, {name: saved[f"model.{name}"].size[0] for name in tables_of(model)})
     regrouped = []
     for name, tensors in state["optimizer"]["state"].items():
@@ -129,6 +132,8 @@ def restore(model: nn.Module, optimizer: CombinedOptimizer, checkpoint: str, ste
                     f"{checkpoint} has no {key}: an earlier version of this program wrote it, whose training cannot be "
                     "resumed (evaluate, export and prompt_tune can read it); choose another --output"
                 )
+            if len(saved[key].size) != 2:
+                raise InputError(f"{checkpoint} has a damaged {key}; restore it, or choose another --output")
             blocks = saved[key].size[1]
             if blocks != value.size(1):
                 tensors[moment] = _allocate_moments(state["model"][name], value, blocks)

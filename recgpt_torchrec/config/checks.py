@@ -1,5 +1,8 @@
 """Range checks of options; the messages name the option, its value and the values it may have."""
 
+MAX_SEED = 2**32 - 1
+"""Largest seed: each step makes seeds of 64 bits of it."""
+
 
 def at_least(option: str, value: float, minimum: float) -> None:
     """Check that an option is finite and not below a minimum.

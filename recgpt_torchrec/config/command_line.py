@@ -15,12 +15,49 @@ import yaml
 
 from recgpt_torchrec.config.fields import Option, current_name, options
 
+YAML_CHARACTERS = 2**20
+"""Maximum length of a file of options."""
 HELP = ("-h", "--help", "--print_config")
 """Arguments that print something instead of running the stage; with one of them no option is required."""
 
 
 class OptionError(ValueError):
     """The options are wrong; the message is one line for the user."""
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Loads plain values only: `SafeLoader` makes no objects, and here no value stands for another.
+
+    With aliases, a short file can stand for more values than any memory holds.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Compose the next value, which must be written out."""
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not read; write the value out", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        """Make a value, in which no character may be written that no file name and no terminal takes."""
+        if isinstance(node.value, str) and _is_broken(node.value):
+            raise yaml.MarkedYAMLError(problem="a value has a character that is none", problem_mark=node.start_mark)
+        return super().construct_scalar(node)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Make a dict of a group of options, each of which must be named once."""
+        names: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key.value, str) and key.value in names:
+                problem = f"{key.value} is given twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            names |= {key.value} if isinstance(key.value, str) else set()
+        return super().construct_mapping(node, deep)
+
+
+def _is_broken(text: str) -> bool:
+    """Whether a text has a NUL or half a character, which an escape can write."""
+    return any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text)
 
 
 @dataclass
@@ -103,6 +140,8 @@ class CommandLine:
             if name in known and not (isinstance(group[key], dict) and current_name(f"{name}.") != f"{name}."):
                 if known[name].is_list and not isinstance(group[key], list):
                     group[key] = [group[key]]
+                if group[key] is None and not fits(known[name].type, None):  # which jsonargparse takes for any type
+                    raise OptionError(f"{path}: {name} is null; it must be {describe_type(known[name].type)}")
                 self.values.append((known[name], f"{path}: {name}", group[key]))
             elif name not in groups:
                 raise OptionError(f"{path}: unknown option {name}{did_you_mean(name, [*known, *groups])}")
@@ -142,7 +181,10 @@ def values_of(path: str | os.PathLike[str], included_from: tuple[str, ...] = ())
     path = os.fspath(path)
     try:
         with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file) or {}
+            text = file.read(YAML_CHARACTERS + 1)
+        if len(text) > YAML_CHARACTERS:
+            raise OptionError(f"--config {path} has more than {YAML_CHARACTERS:,} characters; no file of options has")
+        values = yaml.load(text, _PlainLoader) or {}
     except FileNotFoundError:
         raise OptionError(f"--config {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -152,6 +194,12 @@ def values_of(path: str | os.PathLike[str], included_from: tuple[str, ...] = ())
         raise OptionError(f"--config {path}{line} is not YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise OptionError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise OptionError(f"--config {path} is nested too deeply") from None
+    except ValueError as error:  # a number or a date that is none
+        if isinstance(error, OptionError):
+            raise
+        raise OptionError(f"--config {path} holds a value that cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise OptionError(f"--config {path} holds no options; write them as lines like seed: 1")
     base = values.pop("config", None)

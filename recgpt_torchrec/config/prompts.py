@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from recgpt_torchrec.config.checks import at_least, within
+from recgpt_torchrec.config.checks import MAX_SEED, at_least, within
 from recgpt_torchrec.config.fields import changeable
 from recgpt_torchrec.config.model import Loss, Model
 from recgpt_torchrec.config.training import Batch, Optimizer, Saving, Sharding, Stream, Tables, Train
@@ -117,4 +117,4 @@ class PromptTune:
     saving: Saving = field(default_factory=Saving)
 
     def __post_init__(self) -> None:
-        at_least("--seed", self.seed, 0)
+        within("--seed", self.seed, 0, MAX_SEED)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from recgpt_torchrec.config.checks import at_least, within
+from recgpt_torchrec.config.checks import MAX_SEED, at_least, within
 from recgpt_torchrec.config.fields import changeable
 from recgpt_torchrec.config.model import Loss, Model
 
@@ -193,6 +193,6 @@ class Pretrain:
     saving: Saving = field(default_factory=Saving)
 
     def __post_init__(self) -> None:
-        at_least("--seed", self.seed, 0)
+        within("--seed", self.seed, 0, MAX_SEED)
         if self.targets == "new" and self.initial is None:
             raise ValueError("--targets new continues an earlier run; name it with --initial")

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from recgpt_torchrec.config import Batch, Loss
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.ragged import Float32, Int64
+from recgpt_torchrec.data.reader import find_outside
+from recgpt_torchrec.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,13 @@ def training_counts(dataset: Dataset) -> Int64:
     """[items] int64: number of interactions per item in the training part, from the dataset's `items/` parts."""
     counts = np.zeros(dataset.manifest.items, dtype=np.int64)
     for part in dataset.manifest.item_parts:
-        with dataset.open_part(part) as file:
+        with dataset.read_part(part) as file:
             for batch in file.iter_batches(columns=["item_id", "train_count"]):
-                counts[batch["item_id"].to_numpy()] = batch["train_count"].to_numpy()
+                ids, values = (batch[name].cast(pa.int64()) for name in ("item_id", "train_count"))
+                if ids.null_count or values.null_count or find_outside(ids.to_numpy(), 0, counts.size).size:
+                    raise InputError(
+                        f"{dataset.path}: {part.path}: an item has no count, or an id outside 0 to {counts.size - 1}; "
+                        + dataset.remedy
+                    )
+                counts[ids.to_numpy()] = np.maximum(values.to_numpy(), 0)
     return counts

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from recgpt_torchrec import storage
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.storage.typed import check_counts, make_typed, parse_object
 
 LIST = "damaged.jsonl"
 
@@ -43,6 +44,17 @@ class Damage(NamedTuple):
         return f"{self.part}{group}{'' if self.row is None else f', row {self.row}'}: {self.reason}"
 
 
+@dataclass
+class _Stored:
+    """A line of the list, as it is read."""
+
+    part: str
+    row_group: int | None
+    row: int | None
+    rows: int
+    reason: str
+
+
 @dataclass(frozen=True)
 class SetAside:
     """The list of damaged rows that are left out, up to a limit; all processes, epochs and resumed runs share it.
@@ -58,14 +70,27 @@ class SetAside:
     """Maximum number of rows that may be left out."""
 
     def listed(self) -> list[Damage]:
-        """Read the list."""
+        """Read the list.
+
+        Raises:
+            InputError: it is damaged.
+        """
         if storage.remote(self.path):
             texts = [storage.read(f"{self.path}/{name}") for name in storage.names(self.path)]
-            return [Damage(**json.loads(text)) for text in texts]
-        if not os.path.exists(self.path):
+        elif os.path.exists(self.path):
+            with open(self.path, "rb") as file:
+                texts = file.readlines()
+        else:
             return []
-        with open(self.path) as file:
-            return [Damage(**json.loads(line)) for line in file]
+        damages = []
+        for number, text in enumerate(texts, 1):
+            try:
+                stored = make_typed(_Stored, parse_object(text))
+                check_counts({name: value for name, value in vars(stored).items() if isinstance(value, int)})
+            except ValueError as error:
+                raise storage.damaged(f"{self.path}, line {number},", error) from None
+            damages.append(Damage(**vars(stored)))
+        return damages
 
     def add(self, damages: Iterable[Damage]) -> None:
         """Add the damages that are not listed yet.

@@ -11,17 +11,20 @@ The manifest is written last: a folder without one is not a dataset.
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recgpt_torchrec.data.split import FEWEST_ITEMS, HOLD_OUT, HoldOut, SplitName
+from recgpt_torchrec.data.split import FEWEST_ITEMS, HoldOut, SplitName
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import filesystem
 from recgpt_torchrec.storage.manifests import FolderManifest, Kind
-from recgpt_torchrec.storage.parts import Part
+from recgpt_torchrec.storage.parts import Part, open_parquet
+from recgpt_torchrec.storage.typed import check_counts, make_typed
 
 COLUMNS = {
     "user_id": pa.int64(),
@@ -108,9 +111,6 @@ class Manifest(FolderManifest):
         """Number of entries of all histories: interactions, and prompts where there are any."""
         return sum(part.items for part in self.sequences)
 
-    def __post_init__(self) -> None:
-        self.lineage = [each if isinstance(each, Vocabulary) else Vocabulary(**each) for each in self.lineage]
-
     def to_json(self) -> str:
         """The text of `manifest.json`."""
         values = asdict(self)
@@ -121,25 +121,90 @@ class Manifest(FolderManifest):
         return json.dumps(values, indent=1)
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Self:
-        """Parse the text of `manifest.json`.
+    def from_values(cls, values: dict[str, Any]) -> Self:
+        """Make a manifest of the values of `manifest.json`, and check what it promises.
 
         Raises:
-            ValueError: it is not JSON, or a field is missing, unknown or invalid.
+            ValueError: a field is missing, unknown or invalid.
         """
-        manifest = super().from_json(text)
-        parts = manifest.all_parts
-        counts = {name: getattr(manifest, name) for name in ("users", "items", "interactions")}
-        counts |= {f"{name} of {part.path}": getattr(part, name) for part in parts for name in ("rows", "bytes")}
-        for name, count in counts.items():
-            if not isinstance(count, int) or count < 0:
-                raise ValueError(f"{name} is {count!r}, it must be a number of at least 0")
-        if manifest.hold_out not in HOLD_OUT:
-            raise ValueError(f"hold_out is {manifest.hold_out!r}, it must be one of {', '.join(HOLD_OUT)}")
-        paths = [part.path for part in parts]
-        if duplicates := [path for path in dict.fromkeys(paths) if paths.count(path) > 1]:
-            raise ValueError(f"it lists {', '.join(duplicates)} more than once")
+        manifest = super().from_values(values)
+        check_counts({name: getattr(manifest, name) for name in ("users", "items", "interactions")})
+        for each in manifest.lineage:
+            check_counts({f"{name} of the lineage": getattr(each, name) for name in ("users", "items")})
+        for name, parts in (("users", manifest.user_parts), ("items", manifest.item_parts)):
+            count, rows = getattr(manifest, name), sum(part.rows for part in parts)
+            if count and count != rows:
+                raise ValueError(f"it promises {count:,} {name}, but {rows:,} rows in {name}/")
+        check_records(manifest.settings, manifest.preparation)
         return manifest
+
+
+@dataclass(kw_only=True)
+class PromptsRecord:
+    """`settings.prompts`: how the prompts of a prompt dataset were made."""
+
+    dataset: str = ""
+    answers: int = 0
+    k: int = 0
+
+
+@dataclass(kw_only=True)
+class ExtendsRecord:
+    """`preparation.extends`: the dataset that this one extends, and what is new."""
+
+    dataset: str = ""
+    vocabulary: str = ""
+    histories: str = ""
+    users: int = 0
+    items: int = 0
+    absent_users: int = 0
+    absent_items: int = 0
+    new_targets: int = 0
+
+
+@dataclass(kw_only=True)
+class SplitRecord:
+    """`preparation.split`: what is held out."""
+
+    interactions: dict[str, int]
+    """Number of interactions of the training, validation and test part."""
+    validation_users: int
+    test_users: int
+    unused: int
+    training_targets: int
+    items_without_target: int
+
+
+@dataclass(kw_only=True)
+class PreparationRecord:
+    """`preparation`: what `prepare` read and dropped."""
+
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    rows: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)
+    duplicates_dropped: int = 0
+    rounds: list[dict[str, int]] = field(default_factory=list)
+    lengths: dict[str, float] = field(default_factory=dict)
+    split: SplitRecord | None = None
+    page: list[list[str]] = field(default_factory=list)
+    filtered: int = 0
+    uncomputed: int = 0
+    repeats_collapsed: int = 0
+    exposed: dict[str, int] = field(default_factory=dict)
+    extends: ExtendsRecord = field(default_factory=ExtendsRecord)
+
+
+def check_records(settings: dict[str, Any], preparation: dict[str, Any]) -> None:
+    """Check the types of what is recorded; what nothing reads may be anything.
+
+    Raises:
+        ValueError: names the first that differs.
+    """
+    if (prompts := settings.get("prompts")) is not None:
+        make_typed(PromptsRecord, prompts, "settings.prompts.", others=True)
+    make_typed(PreparationRecord, preparation, "preparation.", others=True)
+    if any(type(each.get("path")) is not str for each in preparation.get("inputs", [])):
+        raise ValueError("preparation.inputs has an input without a path")
 
 
 @dataclass(kw_only=True)
@@ -211,11 +276,33 @@ class Dataset:
         """
         fs, root = filesystem(self.path)
         try:
-            return pq.ParquetFile(fs.open_input_file(f"{root}/{part.path}"))
+            return open_parquet(fs, f"{root}/{part.path}")
         except Exception as error:
             raise InputError(
                 f"{self.path}: the part {part.path} cannot be read as Parquet ({error}); {self.remedy}"
             ) from None
+
+    @contextmanager
+    def read_part(self, part: Part) -> Iterator[pq.ParquetFile]:
+        """Open one part, and read it within the `with`.
+
+        Raises:
+            InputError: the file cannot be read, or has other rows than the manifest promises.
+        """
+        with self.open_part(part) as file:
+            rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            if file.metadata.num_rows != part.rows or sum(rows) != part.rows or min(rows, default=0) < 0:
+                raise InputError(
+                    f"{self.path}: the part {part.path} has {sum(rows):,} rows, the manifest promises {part.rows:,}; "
+                    + self.remedy
+                )
+            try:
+                yield file
+            except (OSError, KeyError, pa.ArrowException) as error:
+                reason = " ".join(str(error).split())
+                raise InputError(
+                    f"{self.path}: the part {part.path} cannot be read ({reason}); {self.remedy}"
+                ) from None
 
 
 def histories_fingerprint(dataset: Dataset) -> str:

@@ -9,12 +9,14 @@ remaining row is read exactly once.
 
 import heapq
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
 from recgpt_torchrec.data.dataset import ANSWERS, COLUMNS, REQUIRED, STARTS, Dataset, Manifest, find_column_fault
 from recgpt_torchrec.data.split import MEANINGS, STORED
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.storage.typed import check_counts, make_typed
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,18 @@ def row_groups(dataset: Dataset) -> list[RowGroup]:
         else:
             names = [meta.schema.column(c).path.split(".")[0] for c in range(meta.num_columns)]
             infos = (meta.row_group(group) for group in range(meta.num_row_groups))
-            of_part[index] = [
+            groups = [
                 RowGroup(index, group, info.num_rows, info.column(names.index("item_ids")).num_values)
                 for group, info in enumerate(infos)
             ]
+            # An empty list counts as a value.
+            rows, values = sum(group.rows for group in groups), sum(group.items for group in groups)
+            low = min((min(group.rows, group.items) for group in groups), default=0)
+            if low < 0 or rows != part.rows or values > part.items + rows:
+                promised = f"{part.rows} rows and {part.items}"
+                dataset.lose_part(part, f"has {rows} rows and {values} item ids, the manifest promises {promised}")
+            else:
+                of_part[index] = groups
     part_columns = [columns[index] for index in of_part]
     dataset.columns = frozenset(set(REQUIRED).union(*part_columns, promised_columns(dataset.manifest)))
     for index in list(of_part):
@@ -83,7 +93,7 @@ def promised_columns(manifest: Manifest) -> set[str]:
 
 def user_bounds(dataset: Dataset, group: RowGroup) -> tuple[int, int]:
     """Smallest and largest user id of a row group, from the Parquet statistics; of all ids where there are none."""
-    with dataset.open_part(dataset.manifest.sequences[group.part]) as file:
+    with dataset.read_part(dataset.manifest.sequences[group.part]) as file:
         meta = file.metadata
         names = [meta.schema.column(column).path for column in range(meta.num_columns)]
         statistics = meta.row_group(group.group).column(names.index("user_id")).statistics
@@ -189,12 +199,37 @@ class Position:
         return {"epoch": self.epoch, "queues": queues}
 
     @classmethod
-    def from_state_dict(cls, state: dict) -> "Position":
-        """The inverse of `state_dict`."""
-        queues = state["queues"]
-        if queues is not None:
-            queues = [Queue(**{**q, "windows": tuple((w, done) for w, done in q["windows"])}) for q in queues]
-        return cls(state["epoch"], queues)
+    def from_state_dict(cls, state: Any) -> "Position":
+        """The inverse of `state_dict`.
+
+        Raises:
+            ValueError: it is no position.
+        """
+        stored = make_typed(_StoredPosition, state, "position.")
+        queues = []
+        for queue in stored.queues or []:
+            numbers = [number for window in queue.windows for number in window]
+            check_counts({f"number {place} of position.queues": number for place, number in enumerate(numbers)})
+            check_counts({"batches of a queue": queue.batches, "groups of a queue": queue.groups})
+            if any(len(window) != 2 for window in queue.windows):
+                raise ValueError("a window in position.queues is no pair")
+            windows = tuple((index, done) for index, done in queue.windows)
+            queues.append(Queue(windows, queue.batches, queue.groups))
+        check_counts({"position.epoch": stored.epoch})
+        return cls(stored.epoch, None if stored.queues is None else queues)
+
+
+@dataclass
+class _StoredQueue:
+    windows: list[list[int]]
+    batches: int = 0
+    groups: int = 0
+
+
+@dataclass
+class _StoredPosition:
+    epoch: int
+    queues: list[_StoredQueue] | None
 
 
 def deal_windows(windows: list[Window], queues: int, position: Position | None = None) -> list[Queue]:
@@ -216,11 +251,17 @@ def deal_windows(windows: list[Window], queues: int, position: Position | None =
                 f"the run stopped within an epoch over {before} row groups, now the dataset has {groups}, so "
                 "what is left of the epoch is unknown. Restore the dataset, or start a new run with another --output"
             )
+        for index, done in (entry for queue in position.queues for entry in queue.windows):
+            if index >= len(windows) or done > windows[index].rows + windows[index].items:  # pieces
+                raise InputError(
+                    f"the run stopped at row {done} of window {index} of an epoch, and the dataset has no such row. "
+                    "Restore the dataset and the run, or start a new run with another --output"
+                )
         if len(position.queues) == queues:
             return position.queues
         left = [entry for queue in position.queues for entry in queue.windows]
         batches = max(queue.batches for queue in position.queues)
-    size = {w: windows[w].items * (1 - done / windows[w].rows) for w, done in left}
+    size = {w: windows[w].items * (1 - done / max(windows[w].rows, 1)) for w, done in left}
     shares: list[tuple[float, int]] = [(0.0, q) for q in range(queues)]
     dealt: list[list[tuple[int, int]]] = [[] for _ in range(queues)]
     for entry in sorted(left, key=lambda e: (-size[e[0]], e[0])):

@@ -70,6 +70,11 @@ def plan(model: nn.Module, tables: Sharding, batch_size: int, device: torch.devi
                         "use another --model.dim, number of ranks, or --tables.sharding"
                     )
                 copied = kind == ShardingType.DATA_PARALLEL.value
+                if fused and not copied and dim % 4:  # fbgemm's kernels read four numbers at a time
+                    raise InputError(
+                        f"the {config.name} table has {dim} columns, not a multiple of 4, so it cannot be trained in "
+                        "shards; use another --model.dim, or --tables.sharding data_parallel"
+                    )
                 constraints[config.name] = ParameterConstraints(
                     sharding_types=[kind],
                     compute_kernels=["dense" if copied else "fused"],

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from recgpt_torchrec.config import Prompts
 from recgpt_torchrec.data.bags import USER, bags_of
 from recgpt_torchrec.data.dataset import Dataset
-from recgpt_torchrec.data.ragged import Int64, Ragged
+from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.data.reader import read_group
 from recgpt_torchrec.data.segments import EXPOSED, GENERATED
 from recgpt_torchrec.data.split import STORED
@@ -69,7 +70,7 @@ def check_input(dataset: Dataset, prompts: Prompts, groups: list[RowGroup], prev
             f"{dataset.path} begin, so none can be reused; leave --previous out"
         )
     if RECORD in dataset.manifest.settings:
-        made_from = dataset.manifest.settings[RECORD]["dataset"]
+        made_from = dataset.manifest.settings[RECORD].get("dataset")
         raise InputError(
             f"{dataset.path} has prompts already; give the dataset it was made from ({made_from}) as --data. If "
             "its histories have grown since, give this one as --previous"
@@ -84,7 +85,7 @@ def check_input(dataset: Dataset, prompts: Prompts, groups: list[RowGroup], prev
 def has_exposures(dataset: Dataset, groups: list[RowGroup]) -> bool:
     """Whether any entry was shown and not clicked, by Parquet statistics where they exist."""
     for group in groups:
-        with dataset.open_part(dataset.manifest.sequences[group.part]) as file:
+        with dataset.read_part(dataset.manifest.sequences[group.part]) as file:
             meta = file.metadata
             names = [meta.schema.column(c).path.split(".")[0] for c in range(meta.num_columns)]
             if "segment_ids" not in names:
@@ -94,8 +95,7 @@ def has_exposures(dataset: Dataset, groups: list[RowGroup]) -> bool:
                 largest = statistics.max
             else:
                 column = file.read_row_group(group.group, columns=["segment_ids"])["segment_ids"]
-                values = Ragged.from_arrow(column).values
-                largest = values.max(initial=0)
+                largest = pc.max(pc.list_flatten(column)).as_py() or 0
             if largest >= EXPOSED:
                 return True
     return False

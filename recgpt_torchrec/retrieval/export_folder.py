@@ -19,25 +19,33 @@ arrays, batch by batch, and one row group is held at a time.
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
+from recgpt_torchrec.config.retrieval import INTERESTS
 from recgpt_torchrec.data.dataset import Dataset, histories_fingerprint
 from recgpt_torchrec.data.ragged import Float32, Int64
+from recgpt_torchrec.data.split import EVALUATION
 from recgpt_torchrec.distributed import shared_folder
 from recgpt_torchrec.distributed.processes import gather_objects, rank
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.retrieval.keys import Keys
 from recgpt_torchrec.storage import filesystem, folders
 from recgpt_torchrec.storage.manifests import FolderManifest, Kind
-from recgpt_torchrec.storage.parts import Part, regroup, write_parts
+from recgpt_torchrec.storage.parts import VALUES_PER_BYTE, Part, open_parquet, regroup, write_parts
+from recgpt_torchrec.storage.typed import COUNT, SHOWN, check_counts
 
 GROUP_BYTES = 2**24
 """Bytes of vectors per row group."""
 GROUPS_PER_PART = 16
+MAX_DIM = 2**16
+"""Maximum length of a vector."""
+HISTORIES = ("all", *EVALUATION)
+"""Values of `--history`."""
 
 VectorBatch: TypeAlias = tuple[Int64, Float32]
 """(ids [n] int64, vectors [n, dim] or [n, interests, dim] float32)."""
@@ -70,70 +78,26 @@ class ExportManifest(FolderManifest):
     item_parts: list[Part] = field(default_factory=list)
     user_parts: list[Part] = field(default_factory=list)
 
-
-class Keys:
-    """Raw keys of dense ids, read from a dataset's `items/` or `users/` parts on demand.
-
-    Those parts hold ids in order, so an id is its row number. The last few row groups read are cached.
-
-    Example: `Keys(dataset, "items").of(np.array([3, 1]))` is an Arrow string array of two keys.
-    """
-
-    KEPT = 4
-
-    def __init__(self, dataset: Dataset, kind: str) -> None:
-        if kind not in ("items", "users"):
-            raise ValueError(f"kind is {kind!r}; it must be 'items' or 'users'")
-        self.dataset, self.kind = dataset, kind
-        self.parts = dataset.manifest.item_parts if kind == "items" else dataset.manifest.user_parts
-        self.groups: list[tuple[Part, int]] = []
-        rows = [0]
-        for part in self.parts:
-            with dataset.open_part(part) as file:
-                for group in range(file.num_row_groups):
-                    self.groups.append((part, group))
-                    rows.append(rows[-1] + file.metadata.row_group(group).num_rows)
-        self.first = np.array(rows)
-        """[row groups + 1] int64: first id of each row group, and the number of ids."""
-        self._read: dict[int, pa.ChunkedArray] = {}
-
-    def of(self, ids: Int64) -> pa.Array:
-        """[n] string keys of `ids` [n] int64.
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> Self:
+        """Make a manifest of the values of `manifest.json`, and check what it promises.
 
         Raises:
-            InputError: the dataset has no such id.
+            ValueError: a field is missing, unknown or invalid.
         """
-        if len(ids) and (ids.min() < 0 or ids.max() >= self.first[-1]):
-            raise InputError(
-                f"{self.dataset.path} has {self.first[-1]} {self.kind}, but ids run from {ids.min()} to {ids.max()}; "
-                "give the dataset that the checkpoint was trained on"
-            )
-        group = np.searchsorted(self.first, ids, side="right") - 1
-        arrays, order = [], []
-        for index in np.unique(group).tolist():
-            (rows,) = np.nonzero(group == index)
-            arrays.append(self._read_group(index).take(pa.array(ids[rows] - self.first[index])).cast(pa.string()))
-            order.append(rows)
-        if not arrays:
-            return pa.array([], pa.string())
-        keys = pa.chunked_array([chunk for array in arrays for chunk in array.chunks], pa.string())
-        return keys.take(pa.array(np.argsort(np.concatenate(order)))).combine_chunks()
-
-    def _read_group(self, index: int) -> pa.ChunkedArray:
-        if index not in self._read:
-            part, group = self.groups[index]
-            with self.dataset.open_part(part) as file:
-                table = file.read_row_group(group, columns=[f"{self.kind[:-1]}_id", "key"])
-            expected = np.arange(self.first[index], self.first[index + 1])
-            if not np.array_equal(table.column(0).to_numpy(), expected):
-                raise InputError(
-                    f"{self.dataset.path}: {part.path}, row group {group}: ids are not the dense ids from "
-                    f"{expected[0]} to {expected[-1]} in order; restore the file or run prepare again"
-                )
-            self._read[index] = table.column(1)
-            while len(self._read) > self.KEPT:
-                del self._read[next(iter(self._read))]
-        return self._read[index]
+        manifest = super().from_values(values)
+        check_counts({name: getattr(manifest, name) for name in ("items", "users", "dim", "interests")})
+        for name, parts in (("items", manifest.item_parts), ("users", manifest.user_parts)):
+            count, rows = getattr(manifest, name), sum(part.rows for part in parts)
+            if not count or count != rows:
+                raise ValueError(f"it promises {count:,} {name}, but {rows:,} rows in {name}/")
+        if not (0 < manifest.dim <= MAX_DIM and 0 < manifest.interests <= INTERESTS):
+            raise ValueError(f"it promises {manifest.interests:,} vectors of {manifest.dim:,} numbers per user")
+        if manifest.items * manifest.dim > VALUES_PER_BYTE * sum(part.bytes for part in manifest.item_parts):
+            raise ValueError(f"it promises {manifest.items:,} vectors of {manifest.dim:,} numbers in too few bytes")
+        if (history := manifest.settings.get("history", "all")) not in HISTORIES:
+            raise ValueError(f"settings.history is {str(history)[:SHOWN]!r}, it must be one of {', '.join(HISTORIES)}")
+        return manifest
 
 
 def write_export(
@@ -266,12 +230,20 @@ class Export:
     manifest: ExportManifest
 
     def item_vectors(self) -> tuple[Int64, Float32]:
-        """Ids [items] int64 and vectors [items, dim] float32 of all items; row i is item i."""
-        vectors = np.empty((self.manifest.items, self.manifest.dim), np.float32)
-        ids = np.arange(self.manifest.items)
+        """Ids [items] int64 and vectors [items, dim] float32 of all items; row i is item i.
+
+        Raises:
+            InputError: a file cannot be read, an item is missing, or a vector is not finite.
+        """
+        count = self.manifest.items
+        vectors = np.empty((count, self.manifest.dim), np.float32)
+        is_known = np.zeros(count, bool)
         for batch in self.items(("item_id", "vector")):
-            vectors[batch["item_id"].to_numpy()] = to_numpy(batch["vector"])
-        return ids, vectors
+            ids = batch["item_id"].to_numpy()
+            vectors[ids], is_known[ids] = to_numpy(batch["vector"]), True
+        if not is_known.all():
+            raise self._error("items/", f"item {int(np.argmin(is_known))} is missing, and another one is there twice")
+        return np.arange(count), vectors
 
     def items(
         self, columns: Iterable[str] = ("item_id", "key", "vector"), rows: int = 65536
@@ -307,16 +279,60 @@ class Export:
         groups_before = 0
         for part in parts:
             try:
-                with pq.ParquetFile(fs.open_input_file(f"{root}/{part.path}")) as file:
+                with open_parquet(fs, f"{root}/{part.path}") as file:
+                    self._check_part(part, file, columns)
                     groups = range((rank - groups_before) % world_size, file.num_row_groups, world_size)
                     groups_before += file.num_row_groups
                     if groups:
-                        yield from file.iter_batches(batch_size=rows, row_groups=list(groups), columns=columns)
+                        for batch in file.iter_batches(batch_size=rows, row_groups=list(groups), columns=columns):
+                            self._check_batch(part, batch)
+                            yield batch
             except (OSError, pa.ArrowException) as error:
-                raise InputError(
-                    f"{self.path}: the part {part.path} cannot be read as Parquet ({error}); "
-                    f"{self.manifest.KIND.repair}"
-                ) from None
+                raise self._error(part.path, f"cannot be read as Parquet ({' '.join(str(error).split())})") from None
+
+    def _check_part(self, part: Part, file: pq.ParquetFile, columns: list[str]) -> None:
+        """Check a part's footer against the manifest, before memory is allocated by what it says."""
+        manifest, schema = self.manifest, file.schema_arrow
+        groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+        rows = [group.num_rows for group in groups]
+        if file.metadata.num_rows != part.rows or sum(rows) != part.rows or min(rows, default=0) < 0:
+            raise self._error(part.path, f"has {sum(rows):,} rows, the manifest promises {part.rows:,}")
+        vector = pa.list_(pa.float32(), manifest.dim)
+        expected = {
+            "item_id": pa.int64(),
+            "user_id": pa.int64(),
+            "key": pa.string(),
+            "vector": vector,
+            "vectors": pa.list_(vector, manifest.interests),
+        }
+        for name in columns:
+            if schema.names.count(name) != 1 or not _is_like(schema.field(name).type, expected[name]):
+                found = [str(schema.field(place).type) for place in schema.get_all_field_indices(name)]
+                raise self._error(part.path, f"has a column {name} of type {found}, it must be {expected[name]}")
+
+    def _check_batch(self, part: Part, batch: pa.RecordBatch) -> None:
+        """Check the values of some rows."""
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            if column.null_count:
+                raise self._error(part.path, f"has a null in {name}")
+            if name.endswith("_id"):
+                ids = column.to_numpy()
+                limit = self.manifest.items if name == "item_id" else COUNT
+                if ids.size and (ids.min() < 0 or ids.max() >= limit):
+                    raise self._error(part.path, f"has a {name} outside 0 to {limit - 1}")
+            elif name.startswith("vector") and not np.isfinite(to_numpy(column)).all():
+                raise self._error(part.path, "has a vector that is not finite")
+
+    def _error(self, part: str, reason: str) -> InputError:
+        return InputError(f"{self.path}: the part {part} {reason}; {self.manifest.KIND.repair}")
+
+
+def _is_like(found: pa.DataType, expected: pa.DataType) -> bool:
+    """Whether types are equal; the names of fields in lists do not matter."""
+    if pa.types.is_fixed_size_list(expected):
+        is_list = pa.types.is_fixed_size_list(found) and found.list_size == expected.list_size
+        return is_list and _is_like(found.value_type, expected.value_type)
+    return found == expected
 
 
 def to_numpy(vectors: pa.FixedSizeListArray) -> Float32:

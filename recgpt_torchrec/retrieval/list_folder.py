@@ -9,7 +9,7 @@ Users are in no particular order. The manifest is written last. Writing holds on
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,7 @@ from recgpt_torchrec.retrieval.merging import Merged
 from recgpt_torchrec.storage import folders
 from recgpt_torchrec.storage.manifests import FolderManifest, Kind
 from recgpt_torchrec.storage.parts import Part, regroup, write_parts
+from recgpt_torchrec.storage.typed import check_counts, make_typed
 
 GROUP_ITEMS = 2**20
 """Items of all lists per row group."""
@@ -58,6 +59,33 @@ class ListManifest(FolderManifest):
     measured: dict[str, Any] = field(default_factory=dict)
     """Measurements of the stage: speed, hits, recall."""
     parts: list[Part] = field(default_factory=list)
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> Self:
+        """Make a manifest of the values of `manifest.json`, and check what it promises.
+
+        Raises:
+            ValueError: a field is missing, unknown or invalid.
+        """
+        manifest = super().from_values(values)
+        check_counts({name: getattr(manifest, name) for name in ("users", "k")})
+        if (rows := sum(part.rows for part in manifest.parts)) != manifest.users:
+            raise ValueError(f"it promises {manifest.users:,} users, but {rows:,} rows in lists/")
+        measured = make_typed(Measured, manifest.measured, "measured.", others=True)
+        if (name := f"recall@{manifest.k}") not in (measured.recall or {name: 0, "users": 0}):
+            raise ValueError(f"measured.recall has no {name!r}")
+        return manifest
+
+
+@dataclass(kw_only=True)
+class Measured:
+    """What `ListManifest.measured` holds."""
+
+    index_seconds: float
+    users_per_second: float
+    recall: dict[str, float] | None = None
+    """Share of the exact lists that an approximate index found; `recall@K`, and the number of `users` looked at."""
+    hits: dict[str, float] | None = None
 
 
 def write_lists(

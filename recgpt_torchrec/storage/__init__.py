@@ -1,12 +1,13 @@
 """Files and folders, local or on an object store.
 
 `files` reads and writes files, `folders` commits folders, `parts` writes Parquet, `manifests` checks them against their
-manifest, `finished` compares an output with what is asked for.
+manifest, `finished` compares an output with what is asked for, `typed` checks the types of what JSON files hold.
 """
 
 from recgpt_torchrec.storage.files import (
     Streams,
     append,
+    damaged,
     exists,
     filesystem,
     fsspec_filesystem,
@@ -24,6 +25,7 @@ from recgpt_torchrec.storage.files import (
 __all__ = [
     "Streams",
     "append",
+    "damaged",
     "exists",
     "filesystem",
     "fsspec_filesystem",

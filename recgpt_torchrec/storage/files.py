@@ -21,6 +21,7 @@ import pyarrow.fs
 from fsspec.implementations.arrow import ArrowFSWrapper
 
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.storage.typed import JSON_BYTES, parse_object, seal
 
 READ_AHEAD = 2**20
 """Bytes requested from a store at once: PyTorch's readers read a tensor's header a few bytes at a time."""
@@ -82,13 +83,16 @@ def names(folder: str) -> list[str]:
     return sorted(info.base_name for info in fs.get_file_info(selector))
 
 
-def read(path: str) -> bytes:
+def read(path: str, limit: int | None = None) -> bytes:
     """Read a small file.
 
     Raises:
         OSError: it does not exist, or the store does not answer.
+        ValueError: it has more bytes than `limit`.
     """
     fs, root = filesystem(path)
+    if limit is not None and (size := fs.get_file_info(root).size or 0) > limit:
+        raise ValueError(f"it has {size:,} bytes, more than {limit:,}")
     with fs.open_input_stream(root, compression=None) as stream:
         return stream.read()
 
@@ -111,12 +115,18 @@ def write(path: str, data: bytes) -> None:
     os.replace(path + ".tmp", path)
 
 
-def write_json(path: str, value: Any) -> None:
-    """Write a JSON file in one step: readers see the old one or the new one, never a part."""
-    write(path, json.dumps(value, indent=1).encode())
+def write_json(path: str, value: dict[str, Any], sealed: bool = True) -> None:
+    """Write a JSON file in one step: readers see the old one or the new one, never a part.
+
+    Args:
+        path: of the file.
+        value: a JSON object.
+        sealed: whether it gets a checksum, which `read_json` checks.
+    """
+    write(path, json.dumps(seal(value) if sealed else value, indent=1).encode())
 
 
-def read_json(path: str) -> Any:
+def read_json(path: str) -> dict[str, Any] | None:
     """Read a JSON object; None if the file does not exist.
 
     Raises:
@@ -125,16 +135,16 @@ def read_json(path: str) -> Any:
     if not exists(path):
         return None
     try:
-        value = json.loads(read(path))
+        return parse_object(read(path, JSON_BYTES))
     except ValueError as error:
-        value, reason = None, str(error)
-    else:
-        reason = "not an object"
-    if not isinstance(value, dict):
-        raise InputError(
-            f"{path} is damaged ({reason}); restore it, or remove what it belongs to, so that an older one is used"
-        )
-    return value
+        raise damaged(path, error) from None
+
+
+def damaged(path: str, reason: object) -> InputError:
+    """The error for a small file whose content cannot be used."""
+    return InputError(
+        f"{path} is damaged ({reason}); restore it, or remove what it belongs to, so that an older one is used"
+    )
 
 
 def append(path: str, text: str) -> None:

@@ -2,6 +2,7 @@
 
 import fcntl
 import glob
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pyarrow.fs
 
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage.files import filesystem
+from recgpt_torchrec.storage.typed import seal
 
 MANIFEST = "manifest.json"
 """Lists what is in a folder; it is written last, so a folder without one is incomplete."""
@@ -100,6 +102,6 @@ def check_free(path: str, name: str) -> None:
 
 
 def write_manifest(fs: pyarrow.fs.FileSystem, folder: str, manifest: str) -> None:
-    """Write `manifest.json`, given as text; all files that it promises must be written already."""
+    """Write `manifest.json`, given as text, with a checksum; all files that it promises must be written already."""
     with fs.open_output_stream(f"{folder}/{MANIFEST}", compression=None) as stream:
-        stream.write(manifest.encode())
+        stream.write(json.dumps(seal(json.loads(manifest)), indent=1).encode())

@@ -4,9 +4,10 @@ Knows nothing of what a kind of folder is for. `folders` commits folders, `finis
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import pyarrow.fs
 
@@ -14,6 +15,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage.files import exists, filesystem, read
 from recgpt_torchrec.storage.folders import MANIFEST
 from recgpt_torchrec.storage.parts import Part, checksum_of
+from recgpt_torchrec.storage.typed import JSON_BYTES, SHOWN, check_seal, make_typed, parse_object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +65,26 @@ class FolderManifest:
         Raises:
             ValueError: it is not JSON, or a field is missing, unknown or invalid.
         """
-        values = json.loads(text)
-        try:
-            lists = {name: [Part(**part) for part in values[name]] for name in cls.KIND.parts}
-            return cls(**{**values, **lists})
-        except KeyError as error:
-            raise ValueError(f"it has no {error}") from None
-        except (TypeError, AttributeError) as error:
-            raise ValueError(str(error).replace(".__init__()", "")) from None
+        return cls.from_values(parse_object(text))
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> Self:
+        """Make a manifest of the values of `manifest.json`, and check what it promises.
+
+        Raises:
+            ValueError: a field is missing, unknown or invalid.
+        """
+        for name in cls.KIND.parts:  # they have a default, but a folder without parts says so
+            if name not in values:
+                raise ValueError(f"it has no '{name}'")
+        manifest = make_typed(cls, values)
+        parts = manifest.all_parts
+        for part in parts:
+            part.check()
+        counts = Counter(part.path for part in parts)
+        if repeated := [path for path, count in counts.items() if count > 1]:
+            raise ValueError(f"it lists {', '.join(repeated[:3])} more than once")
+        return manifest
 
     @classmethod
     def read(cls, path: str) -> Self:
@@ -87,24 +101,21 @@ class FolderManifest:
                 f"Make one with: python -m recgpt_torchrec.{kind.stage} --output {path} ..."
             )
         try:
-            text = read(file)
-            values = json.loads(text)
-            if not isinstance(values, dict):
-                raise ValueError("not an object")
+            values = parse_object(read(file, JSON_BYTES), sealed=False)
         except (OSError, ValueError) as error:
             raise InputError(f"{file} is not valid JSON ({error}); run {kind.stage} again into a new folder") from None
         if kind.version_field not in values:
             raise InputError(f"{path} holds something other than {article} {kind.name}; name another folder")
         version = values[kind.version_field]
-        if version != kind.version:
+        if version != kind.version or isinstance(version, bool):
             newer = isinstance(version, int) and version > kind.version
             raise InputError(
-                f"{path} has {kind.name} format version {version}, this program reads version {kind.version}; "
-                f"{'update the program, or ' if newer else ''}run {kind.stage} again with this version into a new "
-                "folder"
+                f"{path} has {kind.name} format version {str(version)[:SHOWN]}, this program reads version "
+                f"{kind.version}; {'update the program, or ' if newer else ''}run {kind.stage} again with this version "
+                "into a new folder"
             )
         try:
-            return cls.from_json(text)
+            return cls.from_values(check_seal(values))
         except ValueError as error:
             raise InputError(f"{file} is damaged: {error}; restore it or run {kind.stage} again") from None
 

@@ -9,6 +9,18 @@ import pyarrow.compute as pc
 import pyarrow.fs
 import pyarrow.parquet as pq
 
+from recgpt_torchrec.storage.typed import SHOWN, check_counts
+
+PATH_LENGTH = 200
+"""Maximum length of a part's path."""
+ROWS_PER_BYTE = 16
+"""Maximum number of rows per byte of a part. Each row has an id of its own: three million rows of nothing else, ids in
+order, have 0.98 rows per byte; with keys, histories or vectors it is 0.2 to 0.6. So memory that is allocated by the
+number of rows is bounded by the size of the files."""
+VALUES_PER_BYTE = 1024
+"""Maximum number of entries of lists per byte of a part. Random ids take 1 to 3 bytes each; only lists of one repeated
+id come near it."""
+
 
 @dataclass(kw_only=True)
 class Part:
@@ -22,6 +34,21 @@ class Part:
     bytes: int
     checksum: str
     """crc32 of the file's bytes as eight hex digits."""
+
+    def check(self) -> None:
+        """Check a part that a manifest promises, before its file is looked for.
+
+        Raises:
+            ValueError: its path does not stay below the folder, or a number is impossible.
+        """
+        shown = self.path[:SHOWN]
+        steps = self.path.split("/")
+        if "\\" in self.path or ":" in self.path or {"", ".", ".."} & {*steps} or len(self.path) > PATH_LENGTH:
+            raise ValueError(f"it lists a part {shown!r}, which is not a path below the folder")
+        check_counts({f"{name} of {shown}": getattr(self, name) for name in ("rows", "items", "bytes")})
+        for name, limit in {"rows": ROWS_PER_BYTE, "items": VALUES_PER_BYTE}.items():
+            if getattr(self, name) > limit * self.bytes:
+                raise ValueError(f"it promises {getattr(self, name):,} {name} in the {self.bytes:,} bytes of {shown}")
 
 
 def write_parts(
@@ -75,7 +102,11 @@ class _PartWriter:
         plain = [field.name for field in schema if field.type == pa.int64()]
         dictionaries = [field.name for field in schema if field.name not in plain and not pa.types.is_list(field.type)]
         self.writer = pq.ParquetWriter(
-            pa.PythonFile(self.sink, mode="w"), schema, compression="zstd", use_dictionary=dictionaries
+            pa.PythonFile(self.sink, mode="w"),
+            schema,
+            compression="zstd",
+            use_dictionary=dictionaries,
+            write_page_checksum=True,  # verified by `open_parquet`: a flipped bit is an error, not another number
         )
 
     def write(self, group: pa.Table) -> None:
@@ -132,6 +163,23 @@ class _ChecksummedFile:
 
     def close(self) -> None:
         self.stream.close()
+
+
+def open_parquet(fs: pyarrow.fs.FileSystem, path: str) -> pq.ParquetFile:
+    """Open a Parquet file; the checksums of its pages, where it has any, are verified as they are read.
+
+    Reading 39 MB of histories took 0.229 s without this and 0.233 s with it; an epoch of batches of 2.3 million entries
+    0.44 and 0.45 s (least of six, two other processes beside).
+
+    Raises:
+        OSError, ArrowException: it does not exist, or is no Parquet file.
+    """
+    try:
+        file = pq.ParquetFile(fs.open_input_file(path), page_checksum_verification=True)
+        str(file.schema_arrow)  # decodes all names
+    except UnicodeDecodeError:
+        raise OSError("a name in its footer is not UTF-8") from None
+    return file
 
 
 def regroup(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:

@@ -46,11 +46,28 @@ def load(checkpoint: str, dataset: Dataset, tables: Sharding, *, batch_size: int
     check_vocabulary(settings, checkpoint, dataset)
     manifest, tuning = dataset.manifest, settings.tuning
     unsharded = RecGPT(settings.model, settings.loss, manifest.users, manifest.items, tuning)
+    check_tables(unsharded, checkpoint, dataset)
     model = shard(unsharded, tables, batch_size=batch_size, device=device, fused=False)
     state = {"model": model.state_dict()}
     read_tensors(state, checkpoint)
     model.load_state_dict(state["model"])
     return Trained(model, settings.model, tuning)
+
+
+def check_tables(model: nn.Module, checkpoint: str, dataset: Dataset) -> None:
+    """Check that a checkpoint has the tables of a model that was made for a dataset, before they get memory.
+
+    Raises:
+        InputError: a table is missing, or has another size.
+    """
+    saved = read_tensor_metadata(checkpoint)
+    for name, table in tables_of(model).items():
+        size = list(saved[f"model.{name}"].size) if f"model.{name}" in saved else None
+        if size != list(table.shape):
+            raise InputError(
+                f"the {table_name(name)} table of {checkpoint} has size {size}, for {dataset.path} it must be "
+                f"{list(table.shape)}: the checkpoint or the dataset is damaged. Restore it, or give another one"
+            )
 
 
 def load_pretrained(model: nn.Module, checkpoint: str) -> None:

@@ -9,19 +9,50 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from recgpt_torchrec import storage
-from recgpt_torchrec.checkpoints.folder import BEST, Checkpoints, read_metadata
+from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.config.fields import changeable_names, current_name, default_values
 from recgpt_torchrec.data.dataset import Manifest
 from recgpt_torchrec.distributed.processes import run_on_first_rank
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import read_json, write_json
 from recgpt_torchrec.storage.finished import check_same, differences, flatten
+from recgpt_torchrec.storage.typed import make_typed
+from recgpt_torchrec.training.progress import Progress
 
 RUN = "run.json"
 RECORDED = ("config", "vocabulary", "histories", "initial")
 """Fields of `Run` that are recorded in run.json."""
+PATH_LENGTH = 4000
+"""Maximum length of a path, in Linux."""
 LOCK = "run.lock"
 """File locked by the job that trains the run, until its rank 0 ends."""
+
+
+@dataclass
+class Record:
+    """The contents of run.json."""
+
+    config: dict[str, Any]
+    vocabulary: str
+    histories: str | None = None
+    initial: str | None = None
+
+
+def read_record(output: str) -> Record | None:
+    """Read the run.json of a run's folder; None: there is none.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    path = os.path.join(output, RUN)
+    values = read_json(path)
+    try:
+        record = None if values is None else make_typed(Record, values, others=True)
+        if record is not None and len(record.initial or "") > PATH_LENGTH:
+            raise ValueError(f"initial is {record.initial!r:.60}..., it must be a path")
+        return record
+    except ValueError as error:
+        raise storage.damaged(path, error) from None
 
 
 @dataclass
@@ -51,7 +82,7 @@ class Run:
         output = config.output
 
         def check() -> None:
-            earlier = read_json(os.path.join(output, RUN))
+            earlier = read_record(output)
             if earlier is None:
                 leftovers = {LOCK, f"{RUN}.tmp"}  # of a run that was killed at its start
                 if storage.exists(output) and (not storage.is_folder(output) or {*storage.names(output)} - leftovers):
@@ -59,24 +90,25 @@ class Run:
                         f"{output} holds something that is not a run of this program; choose another --output"
                     )
                 return
-            recorded = {current_name(name): value for name, value in flatten(earlier["config"]).items()}
+            recorded = {current_name(name): value for name, value in flatten(earlier.config).items()}
             old, new = {**flatten(default_values(config)), **recorded}, asdict(config)
             differing = [f"--{line}" for line in differences(old, new, changeable_names(type(config)))]
             check_same(f"--output {output}", "run", differing, _suggest_way(config, old, differing))
-            if earlier["vocabulary"] != vocabulary:
+            if earlier.vocabulary != vocabulary:
                 raise InputError(
-                    f"{output} holds a run on another dataset ({old['data']}); "
+                    f"{output} holds a run on another dataset ({old.get('data')}); "
                     f"choose another --output for {new['data']}"
                 )
-            if earlier.get("histories", histories) != histories:  # earlier versions did not record them
+            if earlier.histories not in (None, histories):  # earlier versions did not record them
                 raise InputError(
                     f"{output} holds a run on other histories of the same users and items: {new['data']} is not as "
-                    f"{old['data']} was when the run started. Restore the dataset, or choose another --output"
+                    f"{old.get('data')} was when the run started. Restore the dataset, or choose another --output"
                 )
 
         run_on_first_rank(check)
-        recorded = read_json(os.path.join(output, RUN)) or {}
-        return cls(asdict(config), vocabulary, histories, Checkpoints(output, keep), recorded.get("initial"))
+        recorded = read_record(output)
+        initial = None if recorded is None else recorded.initial
+        return cls(asdict(config), vocabulary, histories, Checkpoints(output, keep), initial)
 
     @contextmanager
     def claim_folder(self) -> Iterator[None]:
@@ -94,7 +126,7 @@ class Run:
                 try:
                     storage.make_folder(output)
                     lock.enter_context(_lock_folder(output))
-                    if read_json(os.path.join(output, RUN)) is None:
+                    if read_record(output) is None:
                         record = {name: getattr(self, name) for name in RECORDED}
                         write_json(os.path.join(output, RUN), record)
                     self.checkpoints.clean_up()
@@ -108,7 +140,7 @@ class Run:
     def finished(self) -> bool:
         """Whether the run's training is finished."""
         latest = self.checkpoints.latest()
-        return latest is not None and read_metadata(latest)["progress"]["finished"]
+        return latest is not None and Progress.of_checkpoint(latest).finished
 
     def metadata(self, plan: str, hold_out: str = "last") -> dict[str, Any]:
         """The run's part of each checkpoint's metadata.
@@ -127,8 +159,8 @@ class Run:
             f"{epochs} epoch{'s' * (epochs != 1)}, nothing held out for validation, "
             f"in {self.checkpoints.latest()} (the newest)"
         )
-        if (best := read_json(os.path.join(output, BEST))) is not None:
-            figure = f"validation NDCG@10 {best['value']:.4f} after epoch {best['epoch']}"
+        if (best := self.checkpoints.read_best()) is not None:
+            figure = f"validation NDCG@10 {best.value:.4f} after epoch {best.epoch}"
             trained = f"{figure}, in {self.checkpoints.best()}"
         stage, more = "evaluate", f"{output}/test.json --split test"
         if manifest.count_targets("test") == 0:

@@ -151,5 +151,5 @@ def _epoch_of(line: bytes) -> int:
     """The epoch of a line of history.jsonl; 0: the line is incomplete."""
     try:
         return int(json.loads(line)["epoch"]) if line.endswith(b"\n") else 0
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return 0

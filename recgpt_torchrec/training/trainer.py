@@ -7,7 +7,7 @@ non-finite step's rows are found. The rest is the model's.
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.optim.keyed import KeyedOptimizer
 
-from recgpt_torchrec.checkpoints.folder import Checkpoints, read_metadata
+from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.checkpoints.saving import Saver
 from recgpt_torchrec.checkpoints.state import restore, state_of
 from recgpt_torchrec.config import Optimizer, Saving, Train
@@ -29,47 +29,12 @@ from recgpt_torchrec.distributed.signals import Stopped
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import unwrapped
 from recgpt_torchrec.training.finite import FiniteGuard, GuardedPipeline, Place, describe_step, find_rows
+from recgpt_torchrec.training.progress import Progress
 from recgpt_torchrec.training.runlog import RunLog
 from recgpt_torchrec.training.schedule import Schedule
 
 LOG_EVERY = 20
 """Steps between logged losses; each costs one all-reduce of one number."""
-
-
-@dataclass
-class Progress:
-    """Progress of a run, as checkpoint.json holds it."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    read: float = 0.0
-    """Entries trained on, over all epochs and ranks."""
-    position: Position = field(default_factory=Position)
-    """The epoch, and what is left of it."""
-    best_value: float = float("-inf")
-    """Best validation figure so far."""
-    best_epoch: int = -1
-    """Epoch of the best figure, from 0; -1: none yet."""
-    best_step: int | None = None
-    """Steps done at the end of the best epoch, which name its checkpoint."""
-    finished: bool = False
-    before: int = 0
-    """Steps of the runs that this one started from: the optimizers' step counters include them."""
-    loss: float = 0.0
-    """Loss summed over the targets of the epoch so far, in nats."""
-    targets: float = 0.0
-    """Targets of the epoch so far."""
-    skipped: int = 0
-    """Steps skipped in the run because their loss or gradients were not finite."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The progress as JSON values."""
-        return {**asdict(self), "position": self.position.state_dict()}
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> "Progress":
-        """The inverse of `state_dict`."""
-        return cls(**{**state, "position": Position.from_state_dict(state["position"])})
 
 
 @dataclass
@@ -269,7 +234,7 @@ class Trainer:
         Raises:
             InputError: the checkpoint cannot be read.
         """
-        self.progress = Progress.from_state_dict(read_metadata(checkpoint)["progress"])
+        self.progress = Progress.of_checkpoint(checkpoint)
         with watchdog.phase("restoring"):
             restore(self.model, self.optimizer, checkpoint, self.progress.before + self.progress.step)
         self.saver.saved_step = self.progress.step
@@ -282,6 +247,6 @@ class Trainer:
         Raises:
             InputError: the checkpoint cannot be read.
         """
-        earlier = Progress.from_state_dict(read_metadata(checkpoint)["progress"])
+        earlier = Progress.of_checkpoint(checkpoint)
         self.progress.before = earlier.before + earlier.step
         restore(self.model, self.optimizer, checkpoint, self.progress.before)

@@ -241,7 +241,8 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_result(tmp_path):
     ]
     for mine, theirs in zip(read_epochs(killed), read_epochs(whole), strict=True):
         assert mine["NDCG@10"] == pytest.approx(theirs["NDCG@10"], abs=1e-5)
-    best, other = (json.loads((folder / "best.json").read_text()) for folder in (killed, whole))
+    best, other = (storage.read_json(str(folder / "best.json")) for folder in (killed, whole))
+    assert best is not None and other is not None
     assert best == {**other, "value": pytest.approx(other["value"], abs=1e-5)}
     assert names(Checkpoints(str(killed), 2)) == names(Checkpoints(str(whole), 2))
 
@@ -266,7 +267,7 @@ def test_what_a_kill_left_undone_is_made_up_for(tmp_path):
     checkpoints.clean_up()
     assert checkpoints.best() == checkpoints.path(2)
     assert names(checkpoints) == ["step-00000002"]
-    assert json.loads((tmp_path / "best.json").read_text()) == {"checkpoint": "step-00000002", "value": 0.2}
+    assert storage.read_json(str(tmp_path / "best.json")) == {"checkpoint": "step-00000002", "value": 0.2}
 
 
 def test_a_best_checkpoint_of_an_earlier_version_stays_the_best(tmp_path):

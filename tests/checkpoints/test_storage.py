@@ -66,7 +66,7 @@ def run_stage(
 def _watch(name: str, number: int, process: int) -> None:
     write, times = storage.write_json, iter(range(1, 10_000))
 
-    def watched(path: str, value: Any) -> None:
+    def watched(path: str, value: Any, sealed: bool = True) -> None:
         now = os.path.basename(path) == name and next(times) == number
         if now and not process:
             os._exit(1)
@@ -132,7 +132,7 @@ def results(place: str) -> dict[str, Any]:
     assert storage.names(f"{run}/tensorboard")
     assert not [name for folder in (data, vectors) for name in storage.names(folder) if name.startswith(".")]
     return {
-        "best": json.loads(storage.read(f"{run}/best.json")),
+        "best": storage.read_json(f"{run}/best.json"),
         "checkpoints": storage.names(f"{run}/checkpoints"),
         "epochs": [json.loads(line)["epoch"] for line in storage.read(f"{run}/history.jsonl").splitlines()],
         "recall": json.loads(storage.read(out))["results"],

@@ -1,9 +1,12 @@
 """Negatives are distinct, and the log probabilities they come with are those they are really drawn with."""
 
 import math
-from typing import get_args, get_type_hints
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +21,10 @@ from recgpt_torchrec.data.candidates import (
     LogUniform,
     Uniform,
     no_candidates,
+    training_counts,
 )
+from recgpt_torchrec.errors import InputError
+from tests.support import write_dataset
 
 COUNTS = np.array([3, 50, 0, 12, 7, 1, 30, 5, 2, 9])
 
@@ -187,3 +193,22 @@ def test_no_candidates_are_empty_arrays():
     empty = no_candidates()
     assert (empty.ids.dtype, empty.log_q.dtype) == (np.int64, np.float32)
     assert empty.ids.shape == empty.log_q.shape == (0,) and not empty.every_item
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"item_id": [0, 1, 2, 3, 9]}, "an item has no count, or an id outside 0 to 4"),
+        ({"item_id": [0, 1, 2, 3, -1]}, "an item has no count, or an id outside 0 to 4"),
+        ({"train_count": [1, None, 1, 1, 1]}, "an item has no count"),
+        ({"train_count": ["x"] * 5}, "cannot be read"),
+        ({"train_count": None}, "cannot be read"),
+    ],
+)
+def test_item_counts_that_are_damaged_are_refused(changes: dict[str, list[Any] | None], message: str, tmp_path: Path):
+    dataset = write_dataset(tmp_path / "data", [[0, 1, 2, 3, 4]] * 3, items=5)
+    path = tmp_path / "data" / dataset.manifest.item_parts[0].path
+    columns = {**pq.read_table(path).to_pydict(), **changes}
+    pq.write_table(pa.table({name: values for name, values in columns.items() if values is not None}), path)
+    with pytest.raises(InputError, match=f"items/part-00000.parquet.*{message}"):
+        training_counts(dataset)

@@ -27,7 +27,7 @@ from recgpt_torchrec.data.windows import Position, row_groups
 from recgpt_torchrec.distributed.lockstep import Lockstep
 from recgpt_torchrec.errors import InputError
 from tests.data.stream_helpers import MAX_LEN, expected_pairs, pairs, read_until_stopped, stream_of
-from tests.support import overwrite, rewrite, start_forkserver, walks, write_dataset
+from tests.support import change_json, overwrite, rewrite, start_forkserver, walks, write_dataset
 from tools.ranks import run_ranks
 
 ITEMS = 9
@@ -172,9 +172,10 @@ def without_footer(data: Path) -> None:
 
 
 def of_other_rows(data: Path) -> None:
-    manifest = json.loads((data / "manifest.json").read_text())
-    manifest["sequences"][1]["rows"] += 1
-    (data / "manifest.json").write_text(json.dumps(manifest))
+    def add_row(manifest: dict[str, Any]) -> None:
+        manifest["sequences"][1]["rows"] += 1
+
+    change_json(data / "manifest.json", add_row)
 
 
 def with_types(**types: pa.DataType | None) -> Callable[[Path], None]:
@@ -282,12 +283,7 @@ def test_a_part_that_is_replaced_while_a_run_reads_it_is_named(data):
 
 
 def manifest_with(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    def harm(data: Path) -> None:
-        values = json.loads((data / "manifest.json").read_text())
-        change(values)
-        (data / "manifest.json").write_text(json.dumps(values))
-
-    return harm
+    return lambda data: change_json(data / "manifest.json", change)
 
 
 MANIFESTS = [

@@ -121,3 +121,34 @@ def test_a_part_with_other_rows_or_columns_than_promised_is_named(tmp_path):
 def test_windows_count_their_interactions_and_users():
     window = Window(0, (RowGroup(0, 0, 3, 20), RowGroup(1, 4, 5, 30)))
     assert (window.items, window.rows) == (50, 8)
+
+
+def test_a_window_without_rows_is_dealt_like_any_other():
+    windows = [Window(0, (RowGroup(0, 0, 0, 0),)), Window(1, (RowGroup(1, 0, 3, 9),))]
+    assert sorted(window for queue in deal_windows(windows, 2) for window, _ in queue.windows) == [0, 1]
+
+
+@pytest.mark.parametrize("left", [((2, 0),), ((0, 13),)])
+def test_a_position_that_no_window_has_is_refused(left):
+    windows = [Window(0, (RowGroup(0, 0, 3, 9),)), Window(1, (RowGroup(1, 0, 3, 9),))]
+    with pytest.raises(InputError, match="of an epoch, and the dataset has no such row"):
+        deal_windows(windows, 1, Position(0, [Queue(left)]))
+    assert deal_windows(windows, 1, Position(0, [Queue(((0, 12), (1, 0)))])) == [Queue(((0, 12), (1, 0)))]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epoch": -1}, "position.epoch is -1"),
+        ({"epoch": True}, "position.epoch is True"),
+        ({"queues": [{"windows": [[0]]}]}, "a window in position.queues is no pair"),
+        ({"queues": [{"windows": [[0, -1]]}]}, "number 1 of position.queues is -1"),
+        ({"queues": [{"windows": [[0, 0.5]]}]}, r"windows\[0\]\[1\] is 0.5, it must be a whole number"),
+        ({"queues": {}}, "position.queues is {}, it must be a list"),
+        ({"queues": [{"windows": [], "batches": -2}]}, "batches of a queue is -2"),
+        ({"other": 1}, "position has an unknown field 'other'"),
+    ],
+)
+def test_what_is_no_position_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Position.from_state_dict({"epoch": 0, "queues": None, **change})

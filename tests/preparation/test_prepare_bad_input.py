@@ -1,7 +1,6 @@
 """What prepare says when input, an option or the output folder cannot be used; it leaves no file behind."""
 
 import gzip
-import json
 import random
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import folders
 from tests.preparation.prepare_helpers import make, random_log, read_sequences, write_csv
+from tests.support import change_json
 
 GOOD = "user_id,item_id,timestamp\nu,a,1\n"
 
@@ -149,10 +149,7 @@ def test_an_output_folder_that_holds_another_dataset(tmp_path: Path) -> None:
 def test_a_dataset_with_prompts_is_not_taken_for_the_one_it_was_made_from(tmp_path: Path) -> None:
     log = write_csv(tmp_path / "log.csv", random_log(100, 5, 5))
     make(log, tmp_path / "data")
-    path = tmp_path / "data" / "manifest.json"
-    values = json.loads(path.read_text())
-    values["settings"]["prompts"] = {"k": 2}
-    path.write_text(json.dumps(values))
+    change_json(tmp_path / "data/manifest.json", lambda values: values["settings"].update(prompts={"k": 2}))
     assert "prompts.k: 2 there, None now" in message(tmp_path, log)
 
 

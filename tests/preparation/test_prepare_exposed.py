@@ -28,7 +28,7 @@ from recgpt_torchrec.prepare import summary
 from recgpt_torchrec.prompts.prompting import intervals_of, table_of
 from tests.preparation.prepare_helpers import make, random_log, read_keys, read_sequences, write_csv
 from tests.preparation.test_prepare_bad_input import message
-from tests.support import write_dataset
+from tests.support import change_json, write_dataset
 
 
 class Event(NamedTuple):
@@ -284,12 +284,11 @@ def test_the_command_ends_with_status_2_and_one_line(tmp_path: Path) -> None:
 def test_a_dataset_made_before_the_option_was_there_is_the_same_dataset(tmp_path: Path) -> None:
     log = write_log(tmp_path / "log.csv", events_of("u a 1 1, u b 2 0, u a 3 1"))
     make(log, tmp_path / "data")
-    manifest = tmp_path / "data" / "manifest.json"
-    text = manifest.read_text()
-    for line in ('  "click_column": null,\n', '  "click_from": 1,\n'):
-        assert line in text
-        text = text.replace(line, "")
-    manifest.write_text(text)
+
+    def drop_options(manifest: dict[str, Any]) -> None:
+        assert (manifest["settings"].pop("click_column"), manifest["settings"].pop("click_from")) == (None, 1)
+
+    change_json(tmp_path / "data/manifest.json", drop_options)
     assert make(log, tmp_path / "data").already_there
     with pytest.raises(InputError, match="click_column: None there, click now"):
         make(log, tmp_path / "data", click_column="click")

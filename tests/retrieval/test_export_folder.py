@@ -1,7 +1,9 @@
 """Writing an export and reading it back; what is refused, and that nothing half-written stays."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +13,9 @@ import pytest
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval import export_folder
-from recgpt_torchrec.retrieval.export_folder import Keys, open_export, to_numpy, write_export
-from tests.support import walks, write_dataset
+from recgpt_torchrec.retrieval.export_folder import open_export, to_numpy, write_export
+from recgpt_torchrec.retrieval.keys import Keys
+from tests.support import change_json, walks, write_dataset
 from tools.ranks import run_ranks
 
 ITEMS, USERS, DIM = 30, 50, 4
@@ -198,3 +201,84 @@ def test_opening_names_what_is_wrong(dataset, tmp_path):
     (tmp_path / "export" / "manifest.json").write_text(text.replace('"export_version": 1', '"export_version": 9'))
     with pytest.raises(InputError, match="export format version 9, this program reads version 1"):
         open_export(str(tmp_path / "export"))
+
+
+# ------------------------------------------------------------------------------- what an export says is not believed
+
+
+def rewrite_items(folder: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    """Change the items of an export, and let its manifest promise the file as it is then."""
+
+    def correct(manifest: dict[str, Any]) -> None:
+        (part,) = manifest["item_parts"]
+        pq.write_table(change(pq.read_table(folder / part["path"])), folder / part["path"])
+        part["bytes"] = (folder / part["path"]).stat().st_size
+
+    change_json(folder / "manifest.json", correct)
+
+
+def with_column(name: str, values: Any) -> Callable[[pa.Table], pa.Table]:
+    return lambda table: table.set_column(table.schema.get_field_index(name), name, values)
+
+
+def vectors_column(width: int, value: float = 0.5) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.full(ITEMS * width, value, np.float32)), width)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table.drop_columns("vector"), r"has a column vector of type \[\], it must be fixed_size_list"),
+        (lambda table: table.append_column("item_id", table["item_id"]), r"item_id of type \['int64', 'int64'\]"),
+        (with_column("vector", vectors_column(DIM + 1)), r"has a column vector of type \['fixed_size_list<.*>\[5\]'\]"),
+        (with_column("item_id", pa.array(["x"] * ITEMS)), r"has a column item_id of type \['string'\]"),
+        (with_column("item_id", pa.array(range(1, ITEMS + 1))), "has a item_id outside 0 to 29"),
+        (with_column("item_id", pa.array([-1, *range(1, ITEMS)])), "has a item_id outside 0 to 29"),
+        (with_column("item_id", pa.array([1, *range(1, ITEMS)])), "item 0 is missing, and another one is there twice"),
+        (with_column("item_id", pa.array([None, *range(1, ITEMS)])), "has a null in item_id"),
+        (with_column("vector", vectors_column(DIM, np.nan)), "has a vector that is not finite"),
+        (lambda table: table.slice(1), "has 29 rows, the manifest promises 30"),
+    ],
+)
+def test_items_that_are_not_as_promised_are_refused(dataset, tmp_path, change, message):
+    write(tmp_path / "export", dataset)
+    rewrite_items(tmp_path / "export", change)
+    with pytest.raises(InputError, match=f"export: the part items/.*{message}.*; restore the file or run export again"):
+        open_export(str(tmp_path / "export")).item_vectors()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dim": 2**40}, "it promises 1 vectors of 1,099,511,627,776 numbers per user"),
+        ({"dim": 2**16}, "it promises 30 vectors of 65,536 numbers in too few bytes"),
+        ({"interests": 0}, "it promises 0 vectors of 4 numbers per user"),
+        ({"interests": 33}, "it promises 33 vectors of 4 numbers per user"),
+        ({"items": 31}, "it promises 31 items, but 30 rows in items/"),
+        ({"users": 2**40}, "it promises 1,099,511,627,776 users, but 50 rows in users/"),
+        (
+            {"settings": {"history": "tomorrow"}},
+            "settings.history is 'tomorrow', it must be one of all, validation, test",
+        ),
+    ],
+)
+def test_a_manifest_that_promises_too_much_is_refused(dataset, tmp_path, values, message):
+    write(tmp_path / "export", dataset)
+    change_json(tmp_path / "export/manifest.json", lambda manifest: manifest.update(values))
+    with pytest.raises(InputError, match=f"manifest.json is damaged: {message}; restore it or run export again"):
+        open_export(str(tmp_path / "export"))
+
+
+def test_keys_that_are_null_or_of_other_rows_are_refused(dataset, tmp_path):
+    part = dataset.manifest.item_parts[0]
+    path = tmp_path / "data" / part.path
+    table = pq.read_table(path)
+    for change, message in (
+        (with_column("key", pa.array([None, *["x"] * (ITEMS - 1)])), "row group 0: a key is null"),
+        (with_column("item_id", pa.array(range(ITEMS))[::-1]), "ids are not the dense ids from 0 to 29 in order"),
+        (lambda table: table.drop_columns("key"), "cannot be read"),
+        (lambda table: table.slice(1), "has 29 rows, the manifest promises 30"),
+    ):
+        pq.write_table(change(table), path)
+        with pytest.raises(InputError, match=message):
+            Keys(dataset, "items").of(np.array([1]))

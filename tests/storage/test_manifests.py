@@ -13,6 +13,7 @@ from recgpt_torchrec.storage.finished import check_same, differences, find_finis
 from recgpt_torchrec.storage.folders import stage_folder, write_manifest
 from recgpt_torchrec.storage.manifests import FolderManifest, Kind
 from recgpt_torchrec.storage.parts import Part, write_parts
+from recgpt_torchrec.storage.typed import parse_object
 
 PART = "rows/part-00000.parquet"
 
@@ -25,6 +26,10 @@ class Boxes(FolderManifest):
     rows: list[Part] = field(default_factory=list)
 
 
+def part_with(**values: Any) -> dict[str, Any]:
+    return {"path": PART, "rows": 3, "items": 3, "bytes": 100, "checksum": "0" * 8, **values}
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     with stage_folder(str(tmp_path / "boxes")) as (fs, root):
@@ -35,15 +40,15 @@ def folder(tmp_path: Path) -> Path:
 
 def change(folder: Path, **values: Any) -> None:
     path = folder / "manifest.json"
-    kept = {name: value for name, value in {**json.loads(path.read_text()), **values}.items() if value is not ...}
-    path.write_text(json.dumps(kept))
+    kept = {**json.loads(path.read_text()), "checksum": ..., **values}
+    path.write_text(json.dumps({name: value for name, value in kept.items() if value is not ...}))
 
 
 def test_a_manifest_is_read_back_as_it_was_written(folder: Path) -> None:
     manifest = Boxes.read(str(folder))
     assert [(part.path, part.rows) for part in manifest.all_parts] == [(PART, 3)]
     assert manifest.size == (folder / PART).stat().st_size
-    assert json.loads((folder / "manifest.json").read_text()) == json.loads(manifest.to_json())
+    assert parse_object((folder / "manifest.json").read_text()) == json.loads(manifest.to_json())
     assert Boxes.from_json(manifest.to_json()) == manifest
     manifest.check_parts(str(folder), checksums=True)
 
@@ -73,6 +78,22 @@ def test_what_is_no_manifest_is_refused(folder: Path, text: bytes | None, messag
         ({"rows": ...}, "manifest.json is damaged: it has no 'rows'; restore it or run export again"),
         ({"rows": 3}, "manifest.json is damaged: .*; restore it or run export again"),
         ({"rows": [{"path": PART}]}, "manifest.json is damaged: .*'checksum'"),
+        ({"rows": [part_with(path="../x")]}, "damaged: it lists a part '../x', which is not a path below the folder"),
+        ({"rows": [part_with(path="/etc/passwd")]}, "'/etc/passwd', which is not a path below the folder"),
+        ({"rows": [part_with(path="rows/../../x")]}, "'rows/../../x', which is not a path below the folder"),
+        ({"rows": [part_with(path="rows\\\\x")]}, "which is not a path below the folder"),
+        ({"rows": [part_with(path="s3://bucket/x")]}, "'s3://bucket/x', which is not a path below the folder"),
+        ({"rows": [part_with(path="")]}, "'', which is not a path below the folder"),
+        ({"rows": [part_with(path="rows/x\0")]}, "a text in it has a character that is none"),
+        ({"rows": [part_with(rows=2**60)]}, r"rows\[0\].rows is 1152921504606846976, it must be a whole number"),
+        ({"rows": [part_with(rows=-1)]}, "rows of rows/part-00000.parquet is -1, it must be a number of at least 0"),
+        ({"rows": [part_with(rows=True)]}, r"rows\[0\].rows is True, it must be a whole number"),
+        ({"rows": [part_with(rows=3.0)]}, r"rows\[0\].rows is 3.0, it must be a whole number"),
+        ({"rows": [part_with(bytes=float("nan"))]}, r"rows\[0\].bytes is nan, it must be a whole number"),
+        ({"rows": [part_with(rows=1601)]}, "it promises 1,601 rows in the 100 bytes of rows/part-00000.parquet"),
+        ({"rows": [part_with(items=102_401)]}, "it promises 102,401 items in the 100 bytes of rows/part-00000.parquet"),
+        ({"rows": [part_with(), part_with()]}, "it lists rows/part-00000.parquet more than once"),
+        ({"checksum": "00000000"}, "damaged: its checksum is [0-9a-f]{8}, it promises '00000000'"),
         ({"colour": "red"}, "manifest.json is damaged: .*'colour'"),
     ],
 )

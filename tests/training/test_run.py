@@ -1,6 +1,5 @@
 """A run resumes with the same options, also if an earlier version that lacked some of them started it."""
 
-import json
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from recgpt_torchrec.distributed.processes import process_group
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.training.run import RUN, Run
 from recgpt_torchrec.training.runlog import RunLog
+from tests.support import change_json
 
 
 @pytest.fixture(autouse=True)
@@ -26,10 +26,7 @@ def start_run(config: Any, change: Callable[[dict[str, Any]], object] = lambda _
     """Start a run, and change its recorded options."""
     with Run.find(config, "vocabulary", "histories", keep=1).claim_folder():
         pass
-    path = Path(config.output) / RUN
-    record = json.loads(path.read_text())
-    change(record["config"])
-    path.write_text(json.dumps(record))
+    change_json(Path(config.output) / RUN, lambda record: change(record["config"]))
 
 
 def test_an_option_missing_from_the_record_counts_as_its_default(tmp_path: Path) -> None:
@@ -131,5 +128,5 @@ def test_a_run_of_a_version_that_did_not_record_the_histories_resumes(tmp_path: 
     config = Pretrain(data="data", output=str(tmp_path / "run"))
     start_run(config)
     path = tmp_path / "run" / RUN
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "histories"}))
+    change_json(path, lambda record: record.pop("histories"))
     Run.find(config, "vocabulary", "others", keep=1)

@@ -1,0 +1,81 @@
+"""Raw keys of dense ids, read from a dataset's vocabulary on demand."""
+
+import numpy as np
+import pyarrow as pa
+
+from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.ragged import Int64
+from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.storage.parts import Part
+
+
+class Keys:
+    """Raw keys of dense ids, read from a dataset's `items/` or `users/` parts on demand.
+
+    Those parts hold ids in order, so an id is its row number. The last few row groups read are cached.
+
+    Example: `Keys(dataset, "items").of(np.array([3, 1]))` is an Arrow string array of two keys.
+    """
+
+    KEPT = 4
+
+    def __init__(self, dataset: Dataset, kind: str) -> None:
+        if kind not in ("items", "users"):
+            raise ValueError(f"kind is {kind!r}; it must be 'items' or 'users'")
+        self.dataset, self.kind = dataset, kind
+        self.parts = dataset.manifest.item_parts if kind == "items" else dataset.manifest.user_parts
+        self.groups: list[tuple[Part, int]] = []
+        rows = [0]
+        for part in self.parts:
+            with dataset.read_part(part) as file:
+                for group in range(file.num_row_groups):
+                    self.groups.append((part, group))
+                    rows.append(rows[-1] + file.metadata.row_group(group).num_rows)
+        self.first = np.array(rows)
+        """[row groups + 1] int64: first id of each row group, and the number of ids."""
+        self._read: dict[int, pa.ChunkedArray] = {}
+
+    def of(self, ids: Int64) -> pa.Array:
+        """[n] string keys of `ids` [n] int64.
+
+        Raises:
+            InputError: the dataset has no such id.
+        """
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.first[-1]):
+            raise InputError(
+                f"{self.dataset.path} has {self.first[-1]} {self.kind}, but ids run from {ids.min()} to {ids.max()}; "
+                "give the dataset that the checkpoint was trained on"
+            )
+        group = np.searchsorted(self.first, ids, side="right") - 1
+        arrays, order = [], []
+        for index in np.unique(group).tolist():
+            (rows,) = np.nonzero(group == index)
+            arrays.append(self._read_group(index).take(pa.array(ids[rows] - self.first[index])))
+            order.append(rows)
+        if not arrays:
+            return pa.array([], pa.string())
+        keys = pa.chunked_array([chunk for array in arrays for chunk in array.chunks], pa.string())
+        return keys.take(pa.array(np.argsort(np.concatenate(order)))).combine_chunks()
+
+    def _read_group(self, index: int) -> pa.ChunkedArray:
+        if index not in self._read:
+            part, group = self.groups[index]
+            with self.dataset.read_part(part) as file:
+                table = file.read_row_group(group, columns=[f"{self.kind[:-1]}_id", "key"])
+                table = table.select([f"{self.kind[:-1]}_id", "key"])
+                table = table.set_column(1, "key", table["key"].cast(pa.string()))
+            expected = np.arange(self.first[index], self.first[index + 1])
+            if not np.array_equal(table.column(0).to_numpy(), expected):
+                raise InputError(
+                    f"{self.dataset.path}: {part.path}, row group {group}: ids are not the dense ids from "
+                    f"{expected[0]} to {expected[-1]} in order; restore the file or run prepare again"
+                )
+            if table.column(1).null_count:
+                raise InputError(
+                    f"{self.dataset.path}: {part.path}, row group {group}: a key is null; restore the file or run "
+                    "prepare again"
+                )
+            self._read[index] = table.column(1)
+            while len(self._read) > self.KEPT:
+                del self._read[next(iter(self._read))]
+        return self._read[index]

@@ -1,0 +1,76 @@
+"""Progress of a run: what checkpoint.json holds of it, and what a resumed run starts from."""
+
+import os
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from recgpt_torchrec import storage
+from recgpt_torchrec.checkpoints.folder import METADATA, read_metadata
+from recgpt_torchrec.data.windows import Position
+from recgpt_torchrec.storage.typed import check_counts, check_finite, make_typed
+
+MAX_STEPS = 2**40
+"""Maximum number of steps of a run; seeds, which are made of it, must stay below 2^63."""
+
+
+@dataclass
+class Progress:
+    """Progress of a run, as checkpoint.json holds it."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    read: float = 0.0
+    """Entries trained on, over all epochs and ranks."""
+    position: Position = field(default_factory=Position)
+    """The epoch, and what is left of it."""
+    best_value: float = float("-inf")
+    """Best validation figure so far."""
+    best_epoch: int = -1
+    """Epoch of the best figure, from 0; -1: none yet."""
+    best_step: int | None = None
+    """Steps done at the end of the best epoch, which name its checkpoint."""
+    finished: bool = False
+    before: int = 0
+    """Steps of the runs that this one started from: the optimizers' step counters include them."""
+    loss: float = 0.0
+    """Loss summed over the targets of the epoch so far, in nats."""
+    targets: float = 0.0
+    """Targets of the epoch so far."""
+    skipped: int = 0
+    """Steps skipped in the run because their loss or gradients were not finite."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The progress as JSON values."""
+        return {**asdict(self), "position": self.position.state_dict()}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "Progress":
+        """The inverse of `state_dict`.
+
+        Raises:
+            ValueError: a value is missing, unknown, or none that a run can have.
+        """
+        values = {name: value for name, value in state.items() if name != "position"}
+        progress = make_typed(cls, values, "progress.")
+        if "position" in state:
+            progress.position = Position.from_state_dict(state["position"])
+        check_counts({f"progress.{name}": getattr(progress, name) for name in ("step", "before", "skipped")})
+        check_finite({f"progress.{name}": getattr(progress, name) for name in ("read", "targets")})
+        if max(progress.step, progress.before) > MAX_STEPS:
+            raise ValueError(f"progress.step and progress.before must be at most {MAX_STEPS:,}")
+        return progress
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: str) -> "Progress":
+        """Read that of a checkpoint folder.
+
+        Raises:
+            InputError: it is not a complete checkpoint, or damaged.
+        """
+        state = read_metadata(checkpoint).get("progress")
+        try:
+            if not isinstance(state, dict):
+                raise ValueError("it has no object 'progress'")
+            return cls.from_state_dict(state)
+        except ValueError as error:
+            raise storage.damaged(os.path.join(checkpoint, METADATA), error) from None

@@ -1,0 +1,496 @@
+"""Reads every kind of file with bytes changed: each case must be refused with one message, or give the right result.
+
+    OMP_NUM_THREADS=1 python -m tools.fuzz --cases 300
+
+Inputs are made once: raw logs, a dataset, runs, prompts, an export, lists. Each case changes one file, by random bytes
+or by chosen content (`tools.mutations`), and runs the stage that reads it in a process of its own, with a limit of time
+and memory. The outcomes:
+
+    refused     status 2 and one message
+    right       status 0 and the result of the unchanged file; for a raw log and a configuration, any result
+    left out    status 0, and a line that says how many damaged rows were left out
+    another     status 0 and another result, of content that was chosen and is valid
+    wrong       status 0 and another result, although bytes were changed at random
+    traceback, hang, killed, canary (a command ran), outside (a path left the folder), status N
+
+Exits with 1 if any of the last two lines occurred. `--keep DIR` keeps the inputs of these cases.
+"""
+
+import argparse
+import contextlib
+import glob
+import gzip
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tools import mutations
+from tools.mutations import Mutation
+
+USERS, ITEMS, ANSWERS = 40, 20, 2
+SECONDS = 60.0
+"""Time limit of one case."""
+MEMORY = 6 * 2**30
+"""Bytes of address space that a case may use beyond what its process starts with."""
+GOOD = ("refused", "right", "left out", "another")
+TRAINING: dict[str, Any] = {
+    "--model.dim": 8,
+    "--model.max_len": 8,
+    "--model.layers": 1,
+    "--batch.tokens": 60,
+    "--loss.candidates": "all",
+    "--optimizer.warmup_steps": 2,
+    "--train.epochs": 2,
+    "--saving.every_steps": 2,
+    "--saving.keep": 20,
+}
+SKIP = {"--stream.damaged": "skip", "--stream.damaged_limit": 9}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "prepare": {"--min_count": 1, "--output": "new"},
+    "pretrain": {"--data": "data", **TRAINING},
+    "prompt_tune": {"--data": "prompts", "--checkpoint": "run", "--output": "new", "--batch.tokens": 60}
+    | {"--train.epochs": 1, "--tuning.soft_targets": 0.3, "--loss.candidates": "all"},
+    "evaluate": {"--data": "data", "--checkpoint": "run", "--output": "new.json"},
+    "export": {"--data": "data", "--checkpoint": "run", "--output": "new", "--interests": 2},
+    "retrieve": {"--export": "vectors", "--data": "data", "--output": "new", "--k": 5},
+    "parse": {"--data": "data", "--output": "new", "--config": "config.yaml"},
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file, and the stage that reads it."""
+
+    name: str
+    file: str
+    """Pattern of its path; where several files match, a case changes one of them."""
+    stage: str
+    format: str
+    """Key of `CHOSEN`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    result: str = "new"
+    """File or folder that the stage writes."""
+    any_result: bool = False
+    """Whether changed content is content like any other."""
+    is_part: bool = False
+    """Whether a manifest holds the file's size, which then is corrected in half of the cases."""
+
+
+LOGS = {"csv": "text", "csv.gz": "text", "tsv": "text", "inter": "text", "txt": "text", "jsonl": "json"}
+LOGS |= {"parquet": "parquet"}
+KINDS = [
+    *(
+        Kind(f"log: {ending}", f"log.{ending}", "prepare", form, {"--input": f"log.{ending}"}, any_result=True)
+        for ending, form in LOGS.items()
+    ),
+    Kind("dataset: manifest", "data/manifest.json", "evaluate", "json", result="new.json"),
+    Kind("dataset: manifest, damaged rows left out", "data/manifest.json", "pretrain", "json",
+         SKIP | {"--output": "new"}),
+    Kind("dataset: manifest, prepared again", "prepared/manifest.json", "prepare", "json",
+         {"--input": "log.csv", "--output": "prepared"}, "prepared"),
+    Kind("dataset: sequences", "data/sequences/*.parquet", "evaluate", "parquet", result="new.json", is_part=True),
+    Kind("dataset: sequences, damaged rows left out", "data/sequences/*.parquet", "pretrain", "parquet",
+         SKIP | {"--output": "new"}, is_part=True),
+    Kind("dataset: items", "data/items/*.parquet", "export", "parquet", is_part=True),
+    Kind("dataset: item counts", "data/items/*.parquet", "pretrain", "parquet",
+         {"--output": "new", "--loss.candidates": "in_batch", "--train.epochs": 1}, is_part=True),
+    Kind("dataset: users", "data/users/*.parquet", "export", "parquet", is_part=True),
+    Kind("prompts: manifest", "prompts/manifest.json", "prompt_tune", "json"),
+    Kind("prompts: sequences", "prompts/sequences/*.parquet", "prompt_tune", "parquet", is_part=True),
+    Kind("run: checkpoint.json", "run/checkpoints/*/checkpoint.json", "evaluate", "json", result="new.json"),
+    Kind("run: checkpoint.json, resumed", "half/checkpoints/*/checkpoint.json", "pretrain", "json",
+         {"--output": "half"}, "half"),
+    Kind("run: .metadata", "run/checkpoints/*/.metadata", "evaluate", "pickle", result="new.json"),
+    Kind("run: .metadata, resumed", "half/checkpoints/*/.metadata", "pretrain", "pickle", {"--output": "half"}, "half"),
+    Kind("run: tensors", "run/checkpoints/*/*.distcp", "evaluate", "records", result="new.json"),
+    Kind("run: tensors, resumed", "half/checkpoints/*/*.distcp", "pretrain", "records", {"--output": "half"}, "half"),
+    Kind("run: best.json", "run/best.json", "evaluate", "json", result="new.json"),
+    Kind("run: run.json", "half/run.json", "pretrain", "json", {"--output": "half"}, "half"),
+    Kind("run: history.jsonl", "half/history.jsonl", "pretrain", "json", {"--output": "half"}, "half"),
+    Kind("run: damaged.jsonl", "skipped/damaged.jsonl", "pretrain", "json",
+         SKIP | {"--data": "damaged", "--output": "skipped"}, "skipped"),
+    Kind("export: manifest", "vectors/manifest.json", "retrieve", "json"),
+    Kind("export: manifest, exported again", "vectors/manifest.json", "export", "json", {"--output": "vectors"},
+         "vectors"),
+    Kind("export: items", "vectors/items/*.parquet", "retrieve", "parquet", is_part=True),
+    Kind("export: users", "vectors/users/*.parquet", "retrieve", "parquet", is_part=True),
+    Kind("lists: manifest, retrieved again", "lists/manifest.json", "retrieve", "json", {"--output": "lists"}, "lists"),
+    Kind("evaluation, written again", "test.json", "evaluate", "json", {"--output": "test.json"}, "test.json"),
+    Kind("configuration", "config.yaml", "parse", "yaml", any_result=True),
+]  # fmt: skip
+
+
+def chosen_for(kind: Kind, canary: str) -> dict[str, Mutation]:
+    """The chosen content for a kind of file, by name."""
+
+    def fixed(contents: dict[str, bytes]) -> dict[str, Mutation]:
+        return {name: mutations.replace_by(content) for name, content in contents.items()}
+
+    formats: dict[str, Callable[[], dict[str, Mutation]]] = {
+        "text": lambda: mutations.TEXT,
+        "json": lambda: mutations.TEXT | mutations.JSON,
+        "parquet": lambda: mutations.PARQUET,
+        "pickle": lambda: fixed(mutations.hostile_pickles(canary)),
+        "records": lambda: mutations.RECORDS | fixed(mutations.hostile_pickles(canary)),
+        "yaml": lambda: mutations.TEXT | fixed(mutations.hostile_yaml(canary)),
+    }
+    return formats[kind.format]()
+
+
+# ------------------------------------------------------------------------------------------------ a stage in a process
+
+
+def preload() -> None:
+    """Import what stages import, so that processes forked from this one need not; no thread may be started."""
+    for name in (
+        "ibis.backends.sql.compilers",
+        "jsonargparse",
+        "pyarrow.dataset",
+        "recgpt_torchrec.cli",
+        "recgpt_torchrec.preparation.pipeline",
+        "recgpt_torchrec.evaluation.baselines",
+        "recgpt_torchrec.evaluation.list_quality",
+        "recgpt_torchrec.evaluation.recall_paths",
+        "recgpt_torchrec.evaluation.validation",
+        "recgpt_torchrec.prompts.prompting",
+        "recgpt_torchrec.retrieval.searching",
+        "recgpt_torchrec.training.session",
+        "torch.utils.tensorboard",
+        "torchrec.distributed.train_pipeline",
+        "tools.small_run",
+    ):
+        importlib.import_module(name)
+    if importlib.util.find_spec("pandas"):  # which Arrow imports when an array becomes numpy's, if it is installed
+        importlib.import_module("pandas")
+
+
+def run_stage(stage: str, options: dict[str, Any]) -> int:
+    """Run a stage in this process as its command line would; returns its exit status."""
+    from recgpt_torchrec import cli
+    from recgpt_torchrec.config import Pretrain
+    from recgpt_torchrec.config.stages import STAGES, module_of
+
+    sys.argv = [stage, *(str(word) for option in options.items() for word in option)]
+    try:
+        if stage == "parse":
+            cli.parse(Pretrain, "recgpt_torchrec.pretrain")
+        else:
+            cli.run(STAGES[stage].config, importlib.import_module(module_of(stage)).main, module_of(stage))
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    return 0
+
+
+def digest(path: str) -> str:
+    """A hash of a stage's result: what a user would take from it, without times and paths."""
+    import pyarrow.parquet as pq
+
+    if not os.path.exists(path):
+        return "none"
+    if path.endswith(".json"):
+        values: Any = json.loads(Path(path).read_text())["results"]
+    elif os.path.exists(f"{path}/checkpoints"):
+        newest = sorted(glob.glob(f"{path}/checkpoints/step-*"))[-1]
+        names = sorted(glob.glob(f"{newest}/*.distcp"))
+        values = [hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in names]
+        values.append([os.path.basename(newest), json.loads(Path(path, "best.json").read_text())])
+    else:
+        files = sorted(glob.glob(f"{path}/*/*.parquet"))
+        values = [[name, pq.read_table(name, use_threads=False).to_pylist()] for name in files]
+    return hashlib.sha256(repr(values).encode()).hexdigest()
+
+
+@dataclass
+class End:
+    """How a process ended."""
+
+    status: int | None
+    """None: it was killed at the time limit; negative: by a signal."""
+    text: str
+    """What it said."""
+    digest: str = ""
+
+
+def run_in_process(folder: Path, function: Callable[[], int], result: str, seconds: float = SECONDS) -> End:
+    """Run a function in a forked process with limits of time and memory, in `folder`."""
+    said, found = folder.with_suffix(".text"), folder.with_suffix(".digest")
+    process = os.fork()
+    if not process:
+        try:
+            os.setsid()
+            os.chdir(folder)
+            handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(handle, 1)
+            os.dup2(handle, 2)
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # a test may have replaced them
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            status = function()
+            if status == 0:
+                found.write_text(digest(result))
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    deadline = time.monotonic() + seconds
+    ended = 0
+    while not ended and time.monotonic() < deadline:
+        ended, code = os.waitpid(process, os.WNOHANG)
+        if not ended:
+            time.sleep(0.005)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process, signal.SIGKILL)  # also what it may have started
+    if not ended:
+        os.waitpid(process, 0)
+    text = said.read_text(errors="replace") if said.exists() else ""
+    return End(os.waitstatus_to_exitcode(code) if ended else None, text, found.read_text() if found.exists() else "")
+
+
+def make_inputs(folder: Path) -> None:
+    """Make every kind of file, in a process of its own."""
+
+    def make() -> int:
+        write_inputs(folder)
+        return 0
+
+    folder.mkdir()
+    end = run_in_process(folder, make, "none", seconds=600)
+    if end.status != 0:
+        raise SystemExit(f"the inputs cannot be made:\n{end.text}")
+
+
+def write_inputs(folder: Path) -> None:
+    """Write logs, a dataset, runs, prompts, an export, lists, an evaluation and a configuration."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from tools.small_run import walks, write_dataset
+
+    histories = walks(USERS, ITEMS, shortest=4)
+    rows = [
+        (f"u{user}", f"i{item}", 10**9 + time) for user, each in enumerate(histories) for time, item in enumerate(each)
+    ]
+    names = ("user_id", "item_id", "timestamp")
+    for ending, separator in {"csv": ",", "tsv": "\t"}.items():
+        lines = [separator.join(map(str, row)) for row in (names, *rows)]
+        (folder / f"log.{ending}").write_text("\n".join([*lines, ""]))
+    (folder / "log.csv.gz").write_bytes(gzip.compress((folder / "log.csv").read_bytes()))
+    lines = [json.dumps(dict(zip(names, row, strict=True))) for row in rows]
+    (folder / "log.jsonl").write_text("\n".join([*lines, ""]))
+    pq.write_table(pa.table(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))), folder / "log.parquet")
+    header = "user_id:token\titem_id:token\ttimestamp:float"
+    (folder / "log.inter").write_text("\n".join([header, *("\t".join(map(str, row)) for row in rows), ""]))
+    (folder / "log.txt").write_text("".join(f"{u} {' '.join(map(str, each))}\n" for u, each in enumerate(histories, 1)))
+    write_dataset(folder / "data", histories, items=ITEMS, rows_per_group=4)
+    shutil.copytree(folder / "data", folder / "damaged")
+    (folder / "damaged/sequences/part-00002.parquet").unlink()
+
+    def run(stage: str, **more: Any) -> None:
+        options = OPTIONS[stage] | {f"--{name.replace('__', '.')}": value for name, value in more.items()}
+        if status := run_stage(stage, options):
+            raise SystemExit(f"{stage} ended with status {status}")
+
+    run("prepare", input="log.csv", output="prepared")
+    run("pretrain", output="run", train__epochs=1)
+    run("pretrain", output="half")
+    run("pretrain", output="skipped", data="damaged", stream__damaged="skip", stream__damaged_limit=9)
+    for name in ("half", "skipped"):  # as if it had been stopped within its second epoch
+        checkpoints = sorted((folder / name / "checkpoints").iterdir())
+        keep = next(
+            path
+            for path in reversed(checkpoints)
+            if json.loads((path / "checkpoint.json").read_text())["progress"]["position"]["queues"]
+        )
+        for path in checkpoints:
+            if path != keep:
+                shutil.rmtree(path)
+        (folder / name / "best.json").unlink()
+    best = [path for path in sorted((folder / "run/checkpoints").iterdir())]
+    for path in best[:-1]:
+        shutil.rmtree(path)
+    run_stage("generate_prompts", {"--data": "data", "--checkpoint": "run", "--output": "prompts", "--prompts.k": 1}
+              | {"--prompts.answers": ANSWERS})  # fmt: skip
+    run("export", output="vectors")
+    run("retrieve", output="lists")
+    run("evaluate", output="test.json")
+    groups: dict[str, dict[str, Any]] = {}
+    for option, value in TRAINING.items():
+        group, _, name = option.removeprefix("--").partition(".")
+        groups.setdefault(group, {})[name] = value
+    lines = [f"{g}:\n" + "".join(f"  {name}: {value}\n" for name, value in of.items()) for g, of in groups.items()]
+    (folder / "config.yaml").write_text("seed: 3\n" + "".join(lines))
+
+
+# ------------------------------------------------------------------------------------------------------------- cases
+
+
+def folders_of(kind: Kind) -> set[str]:
+    """Names of the inputs that a case of this kind needs, in the folder of inputs."""
+    options = OPTIONS[kind.stage] | kind.options
+    words = {str(value).split("/")[0] for value in options.values()} | {kind.file.split("/")[0]}
+    return words
+
+
+def copy_inputs(kind: Kind, inputs: Path, folder: Path) -> None:
+    """Copy what a case of this kind needs."""
+    folder.mkdir(parents=True)
+    for name in folders_of(kind):
+        source = inputs / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name)
+        elif source.exists():
+            shutil.copy2(source, folder / name)  # with its time, which prepare compares
+
+
+def correct_manifest(path: Path, folder: Path) -> None:
+    """Let the manifest promise the size and checksum that a changed part has."""
+    root = folder / path.relative_to(folder).parts[0]
+    manifest = json.loads((root / "manifest.json").read_text())
+    manifest.pop("checksum", None)
+    name = str(path.relative_to(root))
+    for parts in manifest.values():
+        for part in parts if isinstance(parts, list) else ():
+            if isinstance(part, dict) and part.get("path") == name:
+                data = path.read_bytes()
+                part.update(bytes=len(data), checksum=f"{zlib.crc32(data):08x}")
+    (root / "manifest.json").write_text(json.dumps(manifest))
+
+
+def judge(kind: Kind, end: End, expected: str, is_chosen: bool, folder: Path, canary: str) -> str:
+    """The outcome of a case."""
+    if os.path.exists(canary):
+        os.remove(canary)
+        return "canary"
+    known = {folder.name, folder.with_suffix(".text").name, folder.with_suffix(".digest").name}
+    if {path.name for path in folder.parent.iterdir()} - known:
+        return "outside"
+    if end.status is None:
+        return "hang"
+    if end.status < 0:
+        return "killed"
+    if "Traceback" in end.text:
+        return "traceback"
+    if end.status == 2:
+        return "refused" if len(re.findall(r"^recgpt\S*: error", end.text, re.MULTILINE)) == 1 else "messages"
+    if end.status:
+        return f"status {end.status}"
+    if kind.any_result or end.digest == expected:
+        return "right"
+    if re.search(r"^Damaged: \d+ rows were left out", end.text, re.MULTILINE):
+        return "left out"
+    return "another" if is_chosen else "wrong"
+
+
+def cases_of(kind: Kind, count: int, seed: int, canary: str) -> Iterator[tuple[str, bool, Mutation]]:
+    """`count` cases: the chosen ones first, each once, at most half of all; then random ones."""
+    rng = np.random.default_rng((seed, zlib.crc32(kind.name.encode())))
+    chosen = list(chosen_for(kind, canary).items())
+    picked = sorted(rng.permutation(len(chosen))[: max(1, count // 2)].tolist())
+    for number in picked:
+        yield chosen[number][0], True, chosen[number][1]
+    for _ in range(count - len(picked)):
+        first = mutations.RANDOM[int(rng.integers(len(mutations.RANDOM)))]
+        yield first.__name__, False, first
+
+
+def fuzz(
+    kinds: list[Kind], count: int, seed: int, keep: Path | None = None, report: Callable[[str], object] = print
+) -> dict[str, Counter[str]]:
+    """Try `count` cases of each kind; returns the outcomes by kind.
+
+    Args:
+        kinds: of files.
+        count: cases of each.
+        seed: of the changes.
+        keep: folder for the inputs of cases that are not as they should be; None: they are deleted.
+        report: called with a line of progress from time to time, and for each such case.
+    """
+    preload()
+    outcomes = {kind.name: Counter[str]() for kind in kinds}
+    started = told = time.monotonic()
+    done, total = 0, count * len(kinds)
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as temporary:
+        root, canary = Path(temporary), f"{temporary}/canary"
+        make_inputs(root / "inputs")
+        for kind in kinds:
+            options = OPTIONS[kind.stage] | kind.options
+            copy_inputs(kind, root / "inputs", root / "unchanged" / "case")
+            end = run_in_process(root / "unchanged/case", lambda: run_stage(kind.stage, options), kind.result)  # noqa: B023
+            if end.status != 0:
+                raise SystemExit(f"{kind.name}: the unchanged file ends with status {end.status}:\n{end.text}")
+            shutil.rmtree(root / "unchanged")
+            for number, (name, is_chosen, mutation) in enumerate(cases_of(kind, count, seed, canary)):
+                rng = np.random.default_rng((seed, number, zlib.crc32(kind.name.encode()), 1))
+                place = root / "cases" / "case"
+                copy_inputs(kind, root / "inputs", place)
+                paths = sorted(place.glob(kind.file))
+                path = paths[int(rng.integers(len(paths)))]
+                before = path.read_bytes()
+                path.write_bytes(mutation(before, rng))
+                if kind.is_part and (is_chosen or rng.random() < 0.5):
+                    correct_manifest(path, place)
+                ended = run_in_process(place, lambda: run_stage(kind.stage, options), kind.result)  # noqa: B023
+                outcome = judge(kind, ended, end.digest, is_chosen, place, canary)
+                if path.exists() and path.read_bytes() == before and outcome == "wrong":
+                    outcome = "right"
+                outcomes[kind.name][outcome] += 1
+                if outcome not in GOOD:
+                    last = ended.text.strip().splitlines()[-1:] or [""]
+                    report(f"{outcome}: {kind.name}, case {number} ({name}): {last[0][:200]}")
+                    if keep is not None:
+                        shutil.copytree(root / "cases", keep / f"{re.sub('[^a-z]+', '_', kind.name)}-{number}")
+                shutil.rmtree(root / "cases")
+                done += 1
+                if time.monotonic() - told > 10:
+                    told = time.monotonic()
+                    rate = done / (told - started)
+                    report(f"{done:,} of {total:,} cases, {rate:.1f}/s, {(total - done) / rate / 60:.0f} min left")
+    return outcomes
+
+
+def table(outcomes: dict[str, Counter[str]]) -> str:
+    """The outcomes as text, one line per kind."""
+    names = [*GOOD, *sorted({name for counts in outcomes.values() for name in counts} - {*GOOD})]
+    lines = [f"{'kind of file':44}{'cases':>7}" + "".join(f"{name:>11}" for name in names)]
+    for kind, counts in [*outcomes.items(), ("all", sum(outcomes.values(), Counter[str]()))]:
+        lines.append(f"{kind:44}{counts.total():7,}" + "".join(f"{counts[name]:11,}" for name in names))
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Try the cases, print the table, and return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=100, help="cases of each kind (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="of the changes (default: 0)")
+    parser.add_argument("--kinds", nargs="+", help="parts of the names of the kinds to try; all, if not given")
+    parser.add_argument("--keep", type=Path, help="folder for the inputs of cases that are not as they should be")
+    options = parser.parse_args()
+    kinds = [kind for kind in KINDS if not options.kinds or any(part in kind.name for part in options.kinds)]
+    outcomes = fuzz(kinds, options.cases, options.seed, options.keep, lambda line: print(line, flush=True))
+    print(table(outcomes))
+    return int(bool({name for counts in outcomes.values() for name in counts} - {*GOOD}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
