@@ -153,3 +153,31 @@ def test_an_option_that_no_file_can_follow_is_refused(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(InputError, match=f"--{name} .*: files of the format sequences have no columns"):
             make(histories, tmp_path / "data", **{name: value})
+
+
+def test_links_are_followed_once_and_a_broken_one_is_refused(tmp_path: Path) -> None:
+    put(tmp_path / "elsewhere" / "b.csv", LOG.replace("u,", "w,"))
+    put(tmp_path / "log" / "a.csv", LOG)
+    (tmp_path / "log" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "log" / "loop").symlink_to(tmp_path / "log")
+    make(tmp_path / "log", tmp_path / "data")
+    assert read_sequences(tmp_path / "data") == {"u": ["a", "b"], "v": ["c", "c"], "w": ["a", "b"]}
+    text = page(tmp_path / "log" / "a.csv", tmp_path / "other")
+    assert "named twice" not in text
+    (tmp_path / "log" / "gone.csv").symlink_to(tmp_path / "nowhere.csv")
+    with pytest.raises(InputError, match="gone.csv: this link leads nowhere"):
+        make(tmp_path / "log", tmp_path / "third")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (lzma.compress(LOG.encode()), "xz data; name it so that it ends in .xz"),
+        (b"PK\3\4" + b"\0" * 60, "a zip archive or an Excel sheet; write it as"),
+        (b"SQLite format 3\0" + b"\0" * 60, "an SQLite database; write it as"),
+    ],
+)
+def test_a_file_that_is_no_text_is_named_for_what_it_is(tmp_path: Path, content: bytes, expected: str) -> None:
+    with pytest.raises(InputError) as caught:
+        make(put(tmp_path / "log.csv", content), tmp_path / "data")
+    assert expected in str(caught.value)

@@ -48,6 +48,9 @@ def test_files_without_a_header_with_columns_by_place(tmp_path: Path, name: str,
         ("User_ID,item_id,timestamp\nu,a,1\n", "--user_column 'User_ID'"),
         ("user_id,item_id,item_id,timestamp\nu,a,b,1\n", "has 2 columns 'item_id'"),
         ("\nuser_id,item_id,timestamp\nu,a,1\n", "begins with a blank line"),
+        ("sep=;\nuser_id;item_id;timestamp\nu;a;1\n", "its first line is 'sep=;' and does not name the columns"),
+        ("user_id,item_id,timestamp\n1,u,a,1\n2,u,b,2\n", "its rows have 4 values and its header 3 names"),
+        ("user_id;item_id\nu;a\n", "Pass --separator semicolon"),
     ],
 )
 def test_another_table_than_expected_is_refused_with_the_option(tmp_path: Path, content: str, expected: str) -> None:
@@ -93,6 +96,13 @@ def test_lines_inside_quotes_are_said_and_lost_lines_are_counted(tmp_path: Path)
     assert [row["row"] for row in rejected] == [3, 4, 5, 6, 7, 8] and rejected[1]["text"] == "v,c0,0"
 
 
+def test_a_backslash_before_quotes(tmp_path: Path) -> None:
+    log = put(tmp_path / "log.csv", HEADER + 'u,"he said \\"hi, x\\" y",1\nu,b,2\n')
+    assert "pass --escape '\\'" in page(log, tmp_path / "a")
+    make(log, tmp_path / "b", escape="\\")
+    assert read_sequences(tmp_path / "b") == {"u": ['he said "hi, x" y', "b"]}
+
+
 @pytest.mark.parametrize("separator", ["\t", ",", ";", "|", " "])
 def test_a_txt_whose_header_has_the_columns_is_a_table(tmp_path: Path, separator: str) -> None:
     lines = [("who", "what", "when"), ("u", "b", "2"), ("u", "a", "1")]
@@ -108,6 +118,9 @@ def test_a_txt_whose_header_has_the_columns_is_a_table(tmp_path: Path, separator
         ("1 13 5 978300860\n2 14 1 978300861\n", "value 3 (from 0) is a time in all of them"),
         ("1 30.25 7\n2 31.5 8\n", "value 1 (from 0) is a decimal number"),
         ("1 5 6\n1 7 8\n2 5 9\n", "several begin with the same user"),
+        ("".join(f"{n} 5 3 97830076{n % 10}\n" for n in range(30)) + "7 8 9\n", "30 of 31 has 4 values"),
+        ("1 5 20190101\n2 6 20190102\n", "value 2 (from 0) is a time"),
+        ("% bip weighted\n1 1 4\n1 2 4\n", "looks like a comment"),
         ("1,2,3\n2,3,4\n", "its lines hold comma"),
         ('{"user_id": 1}\n', "pass --input_format jsonl"),
     ],
@@ -184,6 +197,49 @@ def test_where_against_plain_python(
     result = make(log, folder / "data", where=f"price > {threshold}")
     assert read_sequences(folder / "data") == {"u": expected}
     assert result.manifest.preparation.get("uncomputed", 0) == prices.count("x")
+
+
+@pytest.mark.parametrize("format", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("where", "kept"),
+    [
+        ("number = 9007199254740993", [1]),
+        ("number in (9007199254740993, 5)", [1]),
+        ("number <> 9007199254740993", [0, 2]),
+        ("number > 9007199254740992", [1, 2]),
+    ],
+)
+def test_conditions_tell_whole_numbers_beyond_2_to_the_53_apart(
+    tmp_path: Path, format: str, where: str, kept: list[int]
+) -> None:
+    numbers = [2**53 + n for n in range(3)]
+    rows = [{"user_id": "u", "item_id": f"i{n}", "timestamp": n, "number": number} for n, number in enumerate(numbers)]
+    path = tmp_path / f"log.{format}"
+    if format == "csv":
+        put(path, HEADER.replace("\n", ",number\n") + "".join(",".join(map(str, row.values())) + "\n" for row in rows))
+    elif format == "jsonl":
+        put(path, "".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    make(path, tmp_path / "data", where=where)
+    assert read_sequences(tmp_path / "data") == {"u": [f"i{n}" for n in kept]}
+
+
+def test_two_columns_of_text_are_compared_as_numbers_where_both_are(tmp_path: Path) -> None:
+    lines = [
+        "u,a,1,9,10,2019-01-02,2019-01-01",
+        "u,b,2,10.4,9,2018-01-02,2019-01-01",
+        "u,c,3,100,20,2019-01-02,2020-01-01",
+    ]
+    log = put(tmp_path / "log.csv", "user_id,item_id,timestamp,price,cost,since,until\n" + "\n".join(lines) + "\n")
+    for where, kept in (
+        ("price > cost", "bc"),
+        ("price <= cost", "a"),
+        ("since > until", "a"),
+        ("not price > cost", "a"),
+    ):
+        make(log, tmp_path / where.replace(" ", ""), where=where)
+        assert read_sequences(tmp_path / where.replace(" ", "")) == {"u": [*kept]}
 
 
 @pytest.mark.parametrize(

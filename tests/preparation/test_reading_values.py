@@ -100,6 +100,30 @@ def test_readings_that_are_lenient_are_said(tmp_path: Path) -> None:
     assert read_sequences(tmp_path / "big") == {"1e+19": ["a"], "1": ["b"]}
 
 
+@pytest.mark.parametrize("format", ["csv", "jsonl", "parquet"])
+def test_null_words_that_are_numbers_hold_for_every_type(tmp_path: Path, format: str) -> None:
+    users, items, times = [0, 5, 5, 5], [1, -1, 2, 3], [1, 2, -1, 4]
+    path = tmp_path / f"log.{format}"
+    if format == "csv":
+        put(path, HEADER + "".join(f"{u},{i},{t}\n" for u, i, t in zip(users, items, times, strict=True)))
+    elif format == "jsonl":
+        rows = zip(users, items, times, strict=True)
+        put(path, "".join(json.dumps({"user_id": u, "item_id": i, "timestamp": t}) + "\n" for u, i, t in rows))
+    else:
+        parquet(path, user_id=pa.array(users, pa.float64()), item_id=items, timestamp=times)
+    result = make(path, tmp_path / "data", null_words=["0", "-1"])
+    assert read_sequences(tmp_path / "data") == {"5": ["3"]}
+    reasons = {reason.partition(" (")[0]: n for reason, n in result.manifest.preparation["rejected"].items()}
+    assert reasons == {"no user": 1, "no item": 1, "no time": 1}
+
+
+def test_keys_of_histories_follow_the_same_rules(tmp_path: Path) -> None:
+    log = put(tmp_path / "log.txt", "12.0 5.0 6 7 NaN\n12 5 6\nNULL 1 2\n\nx\n")
+    result = make(log, tmp_path / "data")
+    assert read_sequences(tmp_path / "data") == {"12": ["5", "6", "7", "5", "6"]}
+    assert result.manifest.preparation["rejected"] == {"no item": 1, "no item (NaN)": 1, "no user (NULL)": 2}
+
+
 # --------------------------------------------------------------------------------------------------------------- types
 
 UUID = uuid.UUID(int=2**127 + 5)
@@ -233,74 +257,26 @@ def test_the_range_of_times_and_mixtures_are_said(tmp_path: Path) -> None:
     assert "(as milliseconds since 1970: 2019-10-01 00:00:00 to 2019-10-01 00:00:01 UTC)" in page(log, tmp_path / "d")
 
 
-# --------------------------------------------------------------------------------------------------------------- lists
-
-HISTORIES = {"u": (["b", "a", "c"], [20, 10, 30]), "v": (["d"], [5]), "w": (["a", "e"], [1, 2])}
-SORTED = {"u": ["a", "b", "c"], "v": ["d"], "w": ["a", "e"]}
-
-
-def write_lists(folder: Path, format: str) -> Path:
-    rows = [{"user_id": user, "item_id": items, "timestamp": times} for user, (items, times) in HISTORIES.items()]
-    path = folder / f"lists.{format}"
-    if format == "parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-        return path
-    if format == "jsonl":
-        return put(path, "".join(json.dumps(row) + "\n" for row in rows))
-    joined = [(row["user_id"], *(",".join(map(str, row[name])) for name in ("item_id", "timestamp"))) for row in rows]
-    if format == "csv":
-        return put(path, HEADER + "".join(f'{user},"{items}","{times}"\n' for user, items, times in joined))
-    lines = "".join(f"{user}\t{items}\t{times}\n".replace(",", " ") for user, items, times in joined)
-    return put(path, "user_id:token\titem_id:token_seq\ttimestamp:float_seq\n" + lines)
+def test_a_format_with_a_year_of_four_digits_takes_no_other(tmp_path: Path) -> None:
+    log = put(tmp_path / "log.csv", HEADER + "u,a,1/2/19\nu,b,1/3/2019\n")
+    result = make(log, tmp_path / "data", time_format="%m/%d/%Y")
+    assert result.manifest.preparation["rejected"] == {"unreadable time": 1}
+    assert read_sequences(tmp_path / "data") == {"u": ["b"]}
 
 
-@pytest.mark.parametrize("format", ["parquet", "jsonl", "csv", "inter"])
-@pytest.mark.parametrize("timed", [True, False])
-def test_lists_in_a_column_are_histories(tmp_path: Path, format: str, timed: bool) -> None:
-    options: dict[str, Any] = {"list_separator": ","} if format == "csv" else {}
-    options |= {} if timed else {"time_column": None}
-    text = page(write_lists(tmp_path, format), tmp_path / "data", **options)
-    assert read_sequences(tmp_path / "data") == (
-        SORTED if timed else {user: items for user, (items, _) in HISTORIES.items()}
-    )
-    assert "3 rows hold lists, 6 entries in all" in text
+def test_a_few_times_of_another_unit_are_said(tmp_path: Path) -> None:
+    lines = "".join(f"u,i{n},{1569888000 + n}\n" for n in range(3000))
+    log = put(tmp_path / "log.csv", HEADER + lines + "u,z,1569888000000\n")
+    assert "times look like 3,000 seconds and 1 milliseconds" in page(log, tmp_path / "data")
 
 
-def test_what_seems_to_be_a_list_is_never_taken_for_one_item(tmp_path: Path) -> None:
-    log = write_lists(tmp_path, "csv")
-    with pytest.raises(InputError, match="column 'item_id' for the item seems to hold lists, such as 'b,a,c'"):
-        make(log, tmp_path / "data", time_column=None)
-    make(log, tmp_path / "kept", time_column=None, list_separator="none")
-    assert read_sequences(tmp_path / "kept") == {"u": ["b,a,c"], "v": ["d"], "w": ["a,e"]}
-    brackets = put(tmp_path / "brackets.csv", "user_id,item_id,timestamp\nu,\"['a', 'b']\",\"[2, 1]\"\nv,[],[]\n")
-    result = make(brackets, tmp_path / "brackets", list_separator=",")
-    assert read_sequences(tmp_path / "brackets") == {"u": ["b", "a"]}
-    assert result.manifest.preparation["rejected"] == {"no item": 1}
-
-
-def test_lists_that_do_not_fit_are_set_aside_with_their_row(tmp_path: Path) -> None:
-    rows = [
-        {"user_id": "u", "item_id": ["a", "b"], "timestamp": [1, 2]},
-        {"user_id": "u", "item_id": ["c", "d"], "timestamp": [3]},
-        {"user_id": "u", "item_id": [], "timestamp": []},
-        {"user_id": "u", "item_id": ["e", None], "timestamp": [4, 5]},
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "log.parquet")
-    result = make(tmp_path / "log.parquet", tmp_path / "data")
-    assert read_sequences(tmp_path / "data") == {"u": ["a", "b", "e"]}
-    assert result.manifest.preparation["rejected"] == {"lists of different lengths": 1, "no item": 2}
-    rejected = pq.read_table(tmp_path / "data" / "rejected").to_pylist()
-    assert [(row["row"], row["reason"]) for row in rejected] == [
-        (2, "lists of different lengths"),
-        (3, "no item"),
-        (4, "no item"),
-    ]
-    one_time = parquet(tmp_path / "one.parquet", user_id=["u", "u"], item_id=[["a", "b"], ["c"]], timestamp=[2, 1])
-    make(one_time, tmp_path / "one")
-    assert read_sequences(tmp_path / "one") == {"u": ["c", "a", "b"]}
-    wrong = parquet(tmp_path / "wrong.parquet", user_id=["u"], item_id=["a"], timestamp=[[1, 2]])
-    with pytest.raises(InputError, match="the time is a list and the item is not"):
-        make(wrong, tmp_path / "wrong")
+@pytest.mark.parametrize("unit", ["s", "ms"])
+def test_a_timestamp_beyond_all_years_costs_one_row(tmp_path: Path, unit: str) -> None:
+    times = pa.array([2**60, 1_000_000, 2_000_000], pa.timestamp(unit))
+    log = parquet(tmp_path / "log.parquet", user_id=["u"] * 3, item_id=["a", "b", "c"], timestamp=times)
+    text = page(log, tmp_path / "data")
+    assert "1 times beyond the year 9999 were taken for none" in text
+    assert read_sequences(tmp_path / "data") == {"u": ["b", "c"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------- JSON
