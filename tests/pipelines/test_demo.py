@@ -1,5 +1,6 @@
 """`pipelines/demo.py` on a log of one's own: the options of prepare come after `--`."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -18,7 +19,8 @@ class WithoutTorchx(InProcess):
     def __call__(self, command: list[str], log: Path | None = None) -> int:
         if command[0] == "torchx":
             command = ["python", "-m", "recgpt_torchrec.pretrain", *command[command.index("--") + 1 :]]
-        return super().__call__(command, log)
+        with contextlib.chdir(steps.ROOT):  # where a step runs
+            return super().__call__(command, log)
 
 
 @pytest.fixture
