@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from pipelines.paper_figures import TABLE_2, draw_figures
 from pipelines.steps import ROOT, RecordedSteps, clock
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 PROTOCOLS = {"masked": "items of the history do not compete", "unmasked": "every item competes"}
-TABLE_2 = {"pretrain": "Pre-train", "fine_tuning": "Fine-tuning", "recgpt_1": "RecGPT_1", "recgpt": "RecGPT"}
 TABLE_3 = {
     "recgpt": "RecGPT: prompt-tuned, two-step recall (`recgpt`)",
     "pretrain_two_step": "Variant_1: without prompt-tuning, two-step recall (`pretrain_two_step`)",
@@ -363,95 +363,6 @@ def cell(figure: dict[str, Any], sign: str = "") -> str:
     text = f"{figure['mean']:{sign}.4f}"
     text = f"**{text}**" if figure.get("best") else text
     return text if figure["sd"] is None else f"{text} ± {figure['sd']:.4f}"
-
-
-# -------------------------------------------------------------------------------------------------------- figures
-
-
-def draw_figures(report: dict[str, Any], output: Path) -> dict[str, list[str]]:
-    """Draw the figures of each data set; returns their paths in `output`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    paths: dict[str, list[str]] = {}
-    (output / "figures").mkdir(exist_ok=True)
-
-    def save(name: str, kind: str, figure: Any) -> None:
-        path = f"figures/{name}_{kind}.png"
-        figure.tight_layout()
-        figure.savefig(output / path, dpi=150)
-        pyplot.close(figure)
-        paths.setdefault(name, []).append(path)
-
-    for name, measured in report["datasets"].items():
-        save(name, "paths", draw_paths(pyplot, name, measured, report))
-        if len(measured["k"]["validation"]) > 1:
-            save(name, "k", draw_k(pyplot, name, measured))
-        if measured["m_n"]["validation"]:
-            save(name, "m_n", draw_m_n(pyplot, name, measured))
-    return paths
-
-
-def draw_paths(pyplot: Any, name: str, measured: dict[str, Any], report: dict[str, Any]) -> Any:
-    """Plot NDCG@10 of every path on test, with the best published."""
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    values = [measured["results"]["test"][path]["masked"]["NDCG@10"] for path in TABLE_2]
-    means = [value["mean"] for value in values]
-    axes.bar(list(TABLE_2.values()), means, yerr=[value["sd"] or 0 for value in values], capsize=4, color="#4c72b0")
-    for at, value in enumerate(means):
-        axes.annotate(f"{value:.4f}", (at, value / 2), ha="center", color="white")
-    best = next((r[name.lower()][3] for r in report["published"]["table_2"][::-1] if name.lower() in r), None)
-    if best:
-        axes.axhline(best, color="#c44e52", linestyle="--", label=f"highest published, {best:.4f}")
-        axes.legend(loc="lower right")
-    axes.set(ylabel="NDCG@10 (test, masked)", title=f"{name}: recall paths, {describe_seeds(measured)}")
-    return figure
-
-
-def draw_k(pyplot: Any, name: str, measured: dict[str, Any]) -> Any:
-    """Plot NDCG@10 by K."""
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    k = measured["k"]
-    values = list(k["validation"])
-    axes.plot(values, list(k["validation"].values()), marker="o", label="validation, RecGPT")
-    for path, title in (("recgpt", "test, RecGPT"), ("recgpt_1", "test, RecGPT_1")):
-        axes.plot(values, [k["test"][value][path]["NDCG@10"] for value in values], marker="s", label=title)
-    axes.set(
-        xlabel="K, prompts between two items", ylabel="NDCG@10 (masked)", title=f"{name}: number of prompts, one seed"
-    )
-    axes.set_xticks(values)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return figure
-
-
-def draw_m_n(pyplot: Any, name: str, measured: dict[str, Any]) -> Any:
-    """Plot NDCG@10 by m_n on validation, and on test if measured."""
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    grid, on_test = measured["m_n"]["validation"], measured["m_n"]["test_first_seed"]
-    errors = [value["sd"] or 0 for value in grid.values()]
-    means = [value["mean"] for value in grid.values()]
-    axes.errorbar(
-        list(grid), means, yerr=errors, marker="o", capsize=3, label=f"validation, {describe_seeds(measured)}"
-    )
-    if on_test:
-        axes.plot(list(on_test), [v["NDCG@10"] for v in on_test.values()], marker="s", label="test, first seed")
-    axes.set(
-        xlabel="m_n: items of the first and of the second vector",
-        ylabel="NDCG@10 (masked)",
-        title=f"{name}: the two-step list, K = {measured['k']['chosen']}",
-    )
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return figure
-
-
-def describe_seeds(measured: dict[str, Any]) -> str:
-    """The number of seeds in words."""
-    count = len(measured["seeds"])
-    return "one seed" if count == 1 else f"mean of {count} seeds"
 
 
 def read_json(path: Path) -> Any:

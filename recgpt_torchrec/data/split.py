@@ -32,7 +32,6 @@ SPLITS = ("training", "validation", "test", "all")
 EVALUATION: tuple[Literal["validation", "test"], ...] = ("validation", "test")
 """Splits that hold an item out."""
 HoldOut = Literal["last", "time", "given", "none"]
-HOLD_OUT = ("last", "time", "given", "none")
 STORED = ("time", "given")
 """Values of `--hold_out` for which the dataset stores where the parts start."""
 FROM_END = {"validation": 2, "test": 1}

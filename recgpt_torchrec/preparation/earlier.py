@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from recgpt_torchrec.data.dataset import Dataset, Vocabulary, histories_fingerprint
-from recgpt_torchrec.data.ragged import Ragged
+from recgpt_torchrec.data.ragged import Int64, Ragged
 from recgpt_torchrec.data.reader import Reader, stored_starts
 from recgpt_torchrec.data.segments import INTERACTED, Interacted
 from recgpt_torchrec.data.split import cut
@@ -97,8 +97,8 @@ class KnownCodes:
     items: ir.Table
 
 
-def trained_parts(dataset: Dataset) -> Iterator[pa.Table]:
-    """How far each user's history is trained on: one table per row group, with the schema `TRAINED`."""
+def _training_parts(dataset: Dataset) -> Iterator[tuple[pa.Table, Interacted, Int64, Int64]]:
+    """Each row group, its interactions, and where each user's training part starts and stops among these."""
     groups = row_groups(dataset)
     reader = Reader(dataset, times=True)
     for group in groups:
@@ -107,18 +107,24 @@ def trained_parts(dataset: Dataset) -> Iterator[pa.Table]:
         segments = Ragged.from_arrow(table["segment_ids"]).values if "segment_ids" in table.schema.names else None
         interacted = Interacted.among(items.offsets, segments)
         _, start, stop, _ = cut(interacted.offsets, "training", dataset.manifest.hold_out, stored_starts(table))
+        yield table, interacted, start, stop
+
+
+def trained_parts(dataset: Dataset) -> Iterator[pa.Table]:
+    """How far each user's history is trained on: one table per row group, with the schema `TRAINED`."""
+    for table, interacted, start, stop in _training_parts(dataset):
         until = at_until = None
         if "timestamps" in table.schema.names:
             times = Ragged(Ragged.from_arrow(table["timestamps"]).values[interacted.places], interacted.offsets)
             has_trained = stop > start
-            newest = np.zeros(items.rows, dtype=np.int64)
+            newest = np.zeros(table.num_rows, dtype=np.int64)
             newest[has_trained] = times.values[stop[has_trained] - 1]
             trained = times.cut(start, stop)
             is_newest = trained.values == np.repeat(newest, stop - start)
             at_until = trained.keep(is_newest).lengths
             until = pa.array(newest, mask=~has_trained)
         columns = [table["user_id"].combine_chunks(), pa.array(stop - start), until, at_until]
-        nulls = pa.nulls(items.rows, pa.int64())
+        nulls = pa.nulls(table.num_rows, pa.int64())
         yield pa.table([nulls if column is None else pa.array(column) for column in columns], schema=TRAINED)
 
 
@@ -144,22 +150,14 @@ def trained_rows(dataset: Dataset) -> Iterator[pa.Table]:
 
     Needed where the user's own files divide the log: then a training part may hold later interactions than a test part.
     """
-    groups = row_groups(dataset)
-    reader = Reader(dataset, times=True)
-    for group in groups:
-        table = reader.read(group).table
-        items = Ragged.from_arrow(table["item_ids"])
-        segments = Ragged.from_arrow(table["segment_ids"]).values if "segment_ids" in table.schema.names else None
-        interacted = Interacted.among(items.offsets, segments)
-        _, start, stop, _ = cut(interacted.offsets, "training", dataset.manifest.hold_out, stored_starts(table))
-
-        def trained(values: np.ndarray, of: Interacted, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
-            return Ragged(values[of.places], of.offsets).cut(start, stop).values
-
-        timed = "timestamps" in table.schema.names
-        times = Ragged.from_arrow(table["timestamps"]).values if timed else np.zeros(items.values.size, dtype=np.int64)
-        users = np.repeat(table["user_id"].to_numpy(), stop - start)
-        columns = [users, *(trained(values, interacted, start, stop) for values in (items.values, times))]
+    for table, interacted, start, stop in _training_parts(dataset):
+        columns: list[np.ndarray] = [np.repeat(table["user_id"].to_numpy(), stop - start)]
+        for name in ("item_ids", "timestamps"):
+            if name in table.schema.names:
+                values = Ragged.from_arrow(table[name]).values[interacted.places]
+                columns.append(Ragged(values, interacted.offsets).cut(start, stop).values)
+            else:
+                columns.append(np.zeros(columns[0].size, dtype=np.int64))
         yield pa.table([pa.array(column) for column in columns], schema=TRAINED_ROWS)
 
 

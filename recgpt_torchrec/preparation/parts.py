@@ -5,14 +5,12 @@ What becomes of the parts, and `last` and `none`, which need nothing of the log,
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import ibis.expr.types as ir
 
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.config.boundaries import Boundary
-from recgpt_torchrec.config.fields import default_values
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation import queries
 from recgpt_torchrec.preparation.engine import DuckDBEngine
@@ -21,18 +19,6 @@ from recgpt_torchrec.preparation.reading.files import InputFiles, list_files
 INPUTS = ("input", "validation_input", "test_input")
 """Options that name the files of the training, the validation and the test part."""
 NAMES = ("training", "validation", "test")
-FIRST_OPTIONS = (
-    *("input", "output", "input_format", "user_column", "item_column", "time_column", "rating_column", "click_column"),
-    *("click_from", "min_count", "duplicates", "seed", "rows_per_group", "groups_per_part", "engine", "scratch"),
-    "memory_limit",
-)
-"""Options that the manifest's settings always have; they leave later ones out where these have their default."""
-
-
-def settings_of(config: Prepare) -> dict[str, Any]:
-    """The options as the manifest records them."""
-    defaults = default_values(config)
-    return {name: value for name, value in asdict(config).items() if name in FIRST_OPTIONS or value != defaults[name]}
 
 
 def list_input_files(config: Prepare) -> tuple[InputFiles, list[int]]:

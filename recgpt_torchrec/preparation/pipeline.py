@@ -150,7 +150,7 @@ def _write_dataset(
             users=all_users,
             items=all_items,
             interactions=core.left.interactions,
-            settings=parts.settings_of(config),
+            settings=asdict(config),
             hold_out=config.hold_out,
             sequences=write_parts(fs, folder, "sequences", groups, config.groups_per_part),
         )

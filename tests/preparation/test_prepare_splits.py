@@ -145,7 +145,7 @@ def test_none_and_last_are_the_same_sequences_that_mean_other_training_parts(tmp
     assert counts["train_count"] == counts["count"]
     assert none.preparation["split"]["interactions"] == {"training": 200, "validation": 0, "test": 0}
     assert "hold_out" not in json.loads((tmp_path / "last/manifest.json").read_text())
-    assert not {"hold_out", "test_from", "test_input"} & last.settings.keys()
+    assert last.settings["hold_out"] == "last"
     assert json.loads((tmp_path / "none/manifest.json").read_text())["hold_out"] == "none"
     with pytest.raises(InputError, match="hold_out: last there, none now"):
         make(log, tmp_path / "last", hold_out="none")

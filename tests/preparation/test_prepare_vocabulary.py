@@ -177,7 +177,7 @@ def test_the_manifest_says_what_is_extended_over_several_days(tmp_path: Path) ->
 def test_without_the_option_the_manifest_does_not_know_it(tmp_path: Path) -> None:
     make(write_csv(tmp_path / "log.csv", random_log(200, users=8, items=10)), tmp_path / "data")
     manifest = json.loads((tmp_path / "data/manifest.json").read_text())
-    assert "lineage" not in manifest and "vocabulary" not in manifest["settings"]
+    assert "lineage" not in manifest and manifest["settings"]["vocabulary"] is None
     assert "extends" not in manifest["preparation"]
 
 

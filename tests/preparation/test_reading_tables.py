@@ -118,7 +118,7 @@ def test_a_txt_whose_header_has_the_columns_is_a_table(tmp_path: Path, separator
         ("1 13 5 978300860\n2 14 1 978300861\n", "value 3 (from 0) is a time in all of them"),
         ("1 30.25 7\n2 31.5 8\n", "value 1 (from 0) is a decimal number"),
         ("1 5 6\n1 7 8\n2 5 9\n", "several begin with the same user"),
-        ("".join(f"{n} 5 3 97830076{n % 10}\n" for n in range(30)) + "7 8 9\n", "30 of 31 has 4 values"),
+        ("".join(f"{n} 5 3 97830076{n % 10}\n" for n in range(30)) + "7 8 9\n", "30 of 31 lines have 4 values"),
         ("1 5 20190101\n2 6 20190102\n", "value 2 (from 0) is a time"),
         ("% bip weighted\n1 1 4\n1 2 4\n", "looks like a comment"),
         ("1,2,3\n2,3,4\n", "its lines hold comma"),

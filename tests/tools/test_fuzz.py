@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from tools import fuzz
-from tools.fuzz import End, Kind, judge, run_in_process
+from tools.fuzz import Kind, judge
+from tools.stage_process import MEMORY, End, run_in_process
 
 ROOT = Path(__file__).parents[2]
 KIND = Kind("a file", "a.json", "evaluate", "json")
@@ -82,7 +83,7 @@ def sleep() -> int:
 
 
 def allocate() -> int:
-    bytearray(2 * fuzz.MEMORY)
+    bytearray(2 * MEMORY)
     return 0
 
 

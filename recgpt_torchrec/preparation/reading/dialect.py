@@ -58,6 +58,11 @@ class Dialect:
     """Whether the header has name:type fields."""
 
     @property
+    def header_lines(self) -> int:
+        """Number of lines before the first row."""
+        return int(self.format == "csv" and self.header)
+
+    @property
     def words(self) -> str:
         """The dialect in words, such as `table with a header, separated by comma`."""
         if self.format != "csv":
@@ -103,7 +108,7 @@ def find_dialect(file: InputFile, config: Prepare) -> Dialect:
         if config.input_format == "auto":
             if config.separator is not None or not config.header:
                 return _table(config, ",")
-            separator = find_separator(lines[:1], _columns(config))
+            separator = find_separator(lines[0], _columns(config)) if lines else None
             if separator is not None:
                 return _table(config, separator)
         _check_sequences(file, lines, config)
@@ -129,24 +134,23 @@ def _columns(config: Prepare) -> list[str]:
     return [column for column in columns if column is not None and column not in config.partition_columns]
 
 
-def first_lines(file: InputFile, encoding: str = "utf-8", count: int = 1000) -> list[str]:
-    """The first lines that are not blank, without the last if it may be cut."""
+def first_lines(file: InputFile, encoding: str, count: int = 1000, blank: bool = False) -> list[str]:
+    """The first lines, without the last if it may be cut; with `blank`, those that hold nothing as well."""
     with file.open() as stream:
         start = stream.read(SAMPLE)
     text = start.decode("utf-8-sig" if encoding == "utf-8" else encoding, errors="replace")
     lines = re.split(r"\r\n|\n|\r", text.removeprefix("\ufeff"))  # str.splitlines also splits inside JSON's strings
     if len(start) == SAMPLE and len(lines) > 1:
         lines.pop()
-    return [line for line in lines if line.strip()][:count]
+    return [line for line in lines if blank or line.strip()][:count]
 
 
-def find_separator(lines: Sequence[str], columns: Sequence[str]) -> str | None:
-    """The separator with which the first line names all columns; None: there is none."""
+def find_separator(line: str, columns: Sequence[str]) -> str | None:
+    """The separator with which a line names all columns; None: there is none."""
     for separator in SEPARATORS:
-        for line in lines[:1]:
-            names = [name.strip().strip('"') for name in line.split(separator)]
-            if all(column in names for column in columns):
-                return separator
+        names = [name.strip().strip('"') for name in line.split(separator)]
+        if all(column in names for column in columns):
+            return separator
     return None
 
 
@@ -196,7 +200,7 @@ def _check_sequences(file: InputFile, lines: list[str], config: Prepare) -> None
         why = find_table(lines)
     separator = next((mark for mark in SEPARATORS[:-1] if all(mark in line for line in lines)), " ")
     if why:
-        header = "" if find_separator(lines[:1], _columns(config)) else " --header false"
+        header = "" if find_separator(lines[0], _columns(config)) else " --header false"
         places = "" if not header else ", columns by place (--user_column 0 --item_column 1 ...)"
         keep = "" if dated or config.input_format != "auto" else ", or --input_format sequences if they are histories"
         raise InputError(
@@ -218,7 +222,7 @@ def find_table(lines: list[str]) -> str:
     if count < 3 or len(lines) < 2 or usual < USUAL_SHARE * len(lines):
         return ""
     cells = [row for row in rows if len(row) == count]
-    each = f"{'each' if usual == len(lines) else f'{usual} of {len(lines)}'} has {count} values"
+    each = f"{'all' if usual == len(lines) else f'{usual} of {len(lines)}'} lines have {count} values"
     for place, column in enumerate(list(zip(*cells, strict=True))[1:], 1):
         if all(EPOCH.match(value) or DAY.match(value) for value in column):
             return f"{each}, and value {place} (from 0) is a time in all of them"

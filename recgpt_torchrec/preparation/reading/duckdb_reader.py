@@ -57,8 +57,6 @@ class FileReport:
     """How one file was understood."""
 
     dialect: Dialect
-    first_row: int
-    """Index in the input of the file's first row."""
     columns: dict[str, Column] = field(default_factory=dict)
     """The columns that are read, by what they are: user, item, ..."""
     places: int = 0
@@ -73,9 +71,9 @@ class DuckDBReader:
         self.engine, self.config, self.timed = engine, config, config.time_column is not None
         self.dialects: list[Dialect] = []
         self.first_rows: list[int] = []
-        self.header_lines: list[int] = []
-        self.reports: dict[str, FileReport] = {}
-        """How each file that is not empty was understood, by path."""
+        """Index in the input of each file's first row."""
+        self.reports: list[FileReport] = []
+        """How each file was understood."""
         self.run = engine.connection.execute
         click = "VARCHAR" if config.click_values else "DOUBLE"
         self.table = log_table("string" if config.click_values else "float64")
@@ -88,9 +86,10 @@ class DuckDBReader:
 
     def check_time_format(self) -> None:
         """Raise an `InputError` unless the engine knows the codes of `--time_format`."""
-        format = self.config.time_format
+        if (format := self.config.time_format) is None:
+            return
         try:
-            self.run(f"SELECT try_strptime('', {quote_sql(format or '%Y')})")
+            self.run(f"SELECT try_strptime('', {quote_sql(format)})")
         except duckdb.Error as error:
             message = str(error).strip().split("\n")[0].partition(": ")[2]
             raise InputError(f"--time_format {format!r}: {message}; give strptime's codes, such as %d/%m/%Y") from None
@@ -119,7 +118,8 @@ class DuckDBReader:
         """
         self.first_rows.append(self._count("log_rows"))
         self.index, self.file, self.dialect = index, file, self.dialects[index]
-        self.header_lines.append(int(self.dialect.format == "csv" and self.dialect.header))
+        self.report = FileReport(self.dialect)
+        self.reports.append(self.report)
         self.columns = wanted_columns(self.config, self.timed)
         if file.bytes == 0:
             return
@@ -127,7 +127,6 @@ class DuckDBReader:
             protocol = file.path.partition("://")[0]
             if not self.engine.connection.filesystem_is_registered(protocol):
                 self.engine.connection.register_filesystem(fsspec_filesystem(file.path)[0])
-        self.report = self.reports[file.path] = FileReport(self.dialect, self.first_rows[-1])
         with self._explained(), engine_copy(file, self.engine.scratch, self.config.encoding) as self.copy:
             getattr(self, f"_load_{self.dialect.format}")()
 
@@ -257,13 +256,13 @@ class DuckDBReader:
             filtered = f"WHEN {where} THEN {fault} WHEN {where} IS NULL THEN {quote_sql(UNKNOWN)}"
             malformed = f"WHEN ({source.fault}) IS NOT NULL THEN ({source.fault})::VARCHAR"
             fault = f"CASE {malformed} {filtered} ELSE {quote_sql(FILTERED)} END"
-        row = f"{source.row_number} + {self.header_lines[-1]}" if source.has_lists else "NULL::BIGINT"
+        lists = [role for role, column in source.columns.items() if column.is_list]
+        row = f"{source.row_number} + {self.dialect.header_lines}" if lists else "NULL::BIGINT"
         each = ", ".join(f"{sql} AS {role}" for role, sql in chosen.items())
         select = (
             f"SELECT {each}, {fault} AS fault, {source.text} AS text, "
             f"{source.several_lines or 'false'} AS several_lines, {row} AS row FROM {source.relation}"
         )
-        lists = [role for role, column in source.columns.items() if column.is_list]
         if lists:
             select = self._unnest(select, lists)
         more = {"fault": "string", "text": "string", "several_lines": "boolean", "row": "int64"}

@@ -125,8 +125,9 @@ def _choose_format(file: InputFile, config: Prepare, named: bool) -> str:
     """
     if config.input_format != "auto":
         return config.input_format
-    known = ENDINGS.get(os.path.splitext(file.path[: len(file.path) - len(file.compression)])[1].lower(), "")
-    if known == "jsonl" and file.path.removesuffix(file.compression).endswith(".json") and not named:
+    ending = os.path.splitext(file.path[: len(file.path) - len(file.compression)])[1].lower()
+    known = ENDINGS.get(ending, "")
+    if ending == ".json" and not named:
         return known if _starts_with(file, b"{") else ""  # settings and results are JSON too
     if known or not named:
         return known

@@ -111,7 +111,7 @@ def read_log(engine: DuckDBEngine, config: Prepare, inputs: InputFiles) -> RawLo
         rejected=dict(sorted(rejected.items())),
         files=files,
         first_rows=reader.first_rows,
-        header_lines=reader.header_lines,
+        header_lines=[dialect.header_lines for dialect in reader.dialects],
         page=[],
     )
     names = files[0].path if len(files) == 1 else f"the {len(files)} input files"

@@ -32,12 +32,10 @@ class Separated:
     def __init__(self, file: InputFile, config: Prepare, dialect: Dialect, wanted: dict[str, str]) -> None:
         self.file, self.config, self.dialect, self.wanted = file, config, dialect, wanted
         self.notes: list[str] = []
-        lines = first_lines(file, config.encoding)
-        with file.open() as stream:
-            if dialect.header and stream.read(8).lstrip(b"\xef\xbb\xbf").startswith((b"\n", b"\r")):
-                raise InputError(
-                    f"{file.path} begins with a blank line, not with the names of columns; remove the line"
-                )
+        lines = first_lines(file, config.encoding, blank=True)
+        if dialect.header and lines[0] == "" and any(lines):
+            raise InputError(f"{file.path} begins with a blank line, not with the names of columns; remove the line")
+        lines = [line for line in lines if line.strip()]
         self.lines, cells = lines, cells_of(lines, dialect)
         first = [cell.strip() for cell in cells[0]] if cells else []
         if lines and dialect.header and re.match(r"(?i)sep=|#|%|//", lines[0]):

@@ -58,11 +58,6 @@ class Source:
     row_number: str = "row_number() OVER ()"
     """SQL of the number of a row, from 1."""
 
-    @property
-    def has_lists(self) -> bool:
-        """Whether a row holds a list of interactions."""
-        return self.columns["item"].is_list
-
 
 def wanted_columns(config: Prepare, timed: bool) -> dict[str, str]:
     """Names of the columns to read: user, item, time, rating, click, as far as they are asked for."""
@@ -122,7 +117,7 @@ def explain_missing(file: InputFile, role: str, column: str, names: Sequence[str
         hint += f". With --header false columns are named by place, from 0 to {len(names) - 1}"
     elif file.format in ("csv", "tsv") and len(names) == 1:
         wanted = [config.user_column, config.item_column]
-        separator = find_separator(names, wanted) or next((mark for mark in SEPARATORS if mark in names[0]), None)
+        separator = find_separator(names[0], wanted) or next((mark for mark in SEPARATORS if mark in names[0]), None)
         if separator is not None:
             hint += f". Is it separated otherwise? Pass --separator {shell_word(separator)}"
             if looks_like_data(names[0].split(separator)):

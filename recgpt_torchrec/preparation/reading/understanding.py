@@ -1,6 +1,7 @@
 """What was understood of a log, for the page that `prepare` prints: formats, columns, times, and what to look at."""
 
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import ibis.expr.types as ir
@@ -96,7 +97,7 @@ def page(
     if found["low"] is not None:
         lines.append(["times", describe_range(found["low"], found["high"], found["dated"] == found["rows"])])
     lines += [["note", note] for note in _notes(config, found)]
-    lines += [["note", note] for report in reader.reports.values() for note in report.notes]
+    lines += [["note", note] for report in reader.reports for note in report.notes]
     return lines + [["note", note] for note in advice]
 
 
@@ -157,8 +158,8 @@ def _notes(config: Prepare, found: dict[str, int]) -> list[str]:
 def _formats(reader: DuckDBReader, files: Sequence[InputFile]) -> list[Line]:
     """How the files were read: one line per kind of file."""
     by_kind: dict[tuple[str, str], list[str]] = {}
-    for file in files:
-        if (report := reader.reports.get(file.path)) is not None:
+    for file, report in zip(files, reader.reports, strict=True):
+        if file.bytes:
             columns = ", ".join(f"{role} {c.name!r} ({c.kind})" for role, c in report.columns.items())
             by_kind.setdefault((report.dialect.words, columns), []).append(file.path)
     lines = []
@@ -174,13 +175,9 @@ def _unreadable_times(engine: DuckDBEngine, reader: DuckDBReader, count: int = 2
     """Some times that could not be read, as far as they can be found in the text of their rows."""
     table = reader.table
     bad = table.filter(table.problem == "unreadable time").select("text", "order").limit(count)
-    reports = [*reader.reports.values()]
     times = []
     for row in engine.rows(bad):
-        report = reports[
-            max(place for place, first in enumerate(report.first_row for report in reports) if first <= row["order"])
-        ]
-        time = _time_in(row["text"] or "", report)
+        time = _time_in(row["text"] or "", reader.reports[bisect_right(reader.first_rows, row["order"]) - 1])
         if time is not None and time.strip():
             times.append(time)
     return times
