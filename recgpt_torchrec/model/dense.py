@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from recgpt_torchrec.config import Loss, Model
+from recgpt_torchrec.model.attention import DenseAttention
 from recgpt_torchrec.model.decoder import Decoder
 from recgpt_torchrec.model.loss import bce_loss, softmax_loss
 
@@ -47,16 +48,21 @@ class Dense(nn.Module):
         """
         users = self.user_vectors(users)
         hidden = self.decoder(
-            items[batch.item_bag], users[batch.user_bag], batch.position, batch.segment, batch.sequence
+            take_rows(items, batch.item_bag),
+            take_rows(users, batch.user_bag),
+            batch.position,
+            batch.segment,
+            DenseAttention(batch.sequence),
         )
         flat = hidden.flatten(0, 1)
         # Clamped for steps without targets, far below 1: one target on 4 ranks is 0.25 per rank.
-        loss = self.sum_of_losses(flat[batch.target_slot], outputs, batch) / batch.global_targets.clamp(min=1e-6)
+        loss = self.sum_of_losses(take_rows(flat, batch.target_slot), outputs, batch)
+        loss = loss / batch.global_targets.clamp(min=1e-6)
         return loss, (loss.detach(), flat[batch.last_slot])
 
     def sum_of_losses(self, h: Tensor, outputs: Tensor, batch: "SequenceBatch") -> Tensor:
         """Sum of the losses of all targets, []; `h` [targets, dim] are the outputs of their tokens."""
-        positive, candidates = outputs[batch.target_bag], outputs[batch.candidate_bag]
+        positive, candidates = take_rows(outputs, batch.target_bag), take_rows(outputs, batch.candidate_bag)
         if self.loss.candidates == "bce":
             return bce_loss(h, positive, candidates, batch.target_candidate, self.loss.bce_negatives)
         hard = softmax_loss(h, positive, candidates, batch.candidate_log_q, batch.target_candidate)
@@ -64,5 +70,16 @@ class Dense(nn.Module):
             return hard
         # Cross-entropy is linear in the target distribution, so part of the target's weight moves to its answers.
         weight = batch.soft_weight
-        shift = torch.einsum("ta,tad->td", weight, outputs[batch.soft_bag]) - weight.sum(1, keepdim=True) * positive
+        shift = (
+            torch.einsum("ta,tad->td", weight, take_rows(outputs, batch.soft_bag))
+            - weight.sum(1, keepdim=True) * positive
+        )
         return hard - (h * shift).sum()
+
+
+def take_rows(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of `table` [rows, dim] by `index` [...] int64 -> [..., dim].
+
+    The backward of `table[index]` sorts the indices; that of `index_select` adds row by row.
+    """
+    return table.index_select(0, index.flatten()).view(*index.shape, table.shape[1])

@@ -95,7 +95,9 @@ def _partition(
     terms, minus_s = _terms(-log_q.clamp(max=NEVER), dtype), _terms(-s, dtype)
     one = h.new_ones(1, dtype=dtype)
     left = torch.cat([h.to(dtype), *[one.expand(targets, 1)] * len(terms), *(term[:, None] for term in minus_s)], 1)
-    right = torch.cat([candidates.t().to(dtype), *(term[None] for term in terms), *[one.expand(1, count)] * len(minus_s)])
+    right = torch.cat(
+        [candidates.t().to(dtype), *(term[None] for term in terms), *[one.expand(1, count)] * len(minus_s)]
+    )
     vectors, rows = candidates.to(dtype), target_index.clamp(min=0)[:, None]
     in_float = dtype == torch.float32
     chunk = CHUNK_CUDA if h.device.type != "cpu" else CHUNK if in_float else CHUNK_BFLOAT16
