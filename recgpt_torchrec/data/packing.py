@@ -59,34 +59,37 @@ def pack_sequences(lengths: np.ndarray, row_length: int) -> Grid:
     # Rows by their number of empty slots; of each its first empty slot. Best fit treats sequences of one length alike,
     # and rows of one room, so they are placed together: 4,600 sequences take 1 ms, one by one they took 4 to 8.
     with_room: list[list[int]] = [[] for _ in range(row_length + 1)]
-    rooms = 0  # bit r: a row with r empty slots
-    rows, starts = 0, []
+    rooms = 0  # bit r: a row has r empty slots
+    rows = 0
+    starts: list[int] = []  # of the sequences, longest first
     counts = np.bincount(lengths, minlength=1)
     for length in (np.flatnonzero(counts[1:])[::-1] + 1).tolist():
         left = int(counts[length])
         while left:
             fitting = rooms >> length
-            room = length + (fitting & -fitting).bit_length() - 1 if fitting else row_length
-            fit = room // length
             if fitting:
-                open_rows = with_room[room]
+                room = length + (fitting & -fitting).bit_length() - 1
+                fit = room // length
             else:
-                new = -(-left // fit)
-                open_rows = list(range(rows * row_length, (rows + new) * row_length, row_length))
-                rows += new
-            full = min(len(open_rows), left // fit)
-            if not full:  # one row takes what is left
-                full, fit = 1, left
-            taken = open_rows[-full:]
-            del open_rows[-full:]
-            for number in range(fit):
-                starts += [slot + number * length for slot in taken] if number else taken
-            left -= full * fit
-            if not fitting:
-                with_room[room] += open_rows
-            with_room[room - fit * length] += [slot + fit * length for slot in taken]
-            for changed in (room, room - fit * length):
-                rooms = rooms | (1 << changed) if with_room[changed] else rooms & ~(1 << changed)
+                room, fit = row_length, row_length // length
+                opened = -(-left // fit)
+                with_room[room] = list(range(rows * row_length, (rows + opened) * row_length, row_length))
+                rows += opened
+                rooms |= 1 << room
+            fit = min(fit, left)
+            same_room = with_room[room]
+            filled = same_room[: left // fit]
+            del same_room[: len(filled)]
+            if not same_room:
+                rooms ^= 1 << room
+            left -= fit * len(filled)
+            starts += filled
+            for _ in range(fit - 1):
+                filled = [slot + length for slot in filled]
+                starts += filled
+            if rest := room - fit * length:
+                with_room[rest] += [slot + length for slot in filled]
+                rooms |= 1 << rest
     in_order = np.zeros(lengths.size, dtype=np.int64)
     # numpy sorts 16-bit integers by counting, six times as fast.
     longest_first = np.argsort(-lengths.astype(np.int16 if row_length < 2**15 else np.int64), kind="stable")
