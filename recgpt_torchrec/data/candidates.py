@@ -8,15 +8,16 @@ training does not depend on the number of ranks.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 
 from recgpt_torchrec.config import Batch, Loss
-from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.ragged import Float32, Int64
-from recgpt_torchrec.data.reader import find_outside
 from recgpt_torchrec.errors import InputError
+
+if TYPE_CHECKING:  # packing, and so the dense part of the model, does not need Arrow
+    from recgpt_torchrec.data.dataset import Dataset
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class CandidateSource(ABC):
 
     room: int | None = 0
     """Maximum number of candidates that are not targets of the batch; None: the whole catalogue."""
+    count: int
+    """Maximum number of candidates of a batch."""
 
     @classmethod
     @abstractmethod
@@ -68,6 +71,7 @@ class AllItems(CandidateSource):
 
     def __init__(self, items: int) -> None:
         # All batches share these arrays: nothing writes into a batch.
+        self.count = items
         self.candidates = Candidates(np.arange(items), np.zeros(items, dtype=np.float32), every_item=True)
 
     @classmethod
@@ -84,7 +88,8 @@ class Sampled(CandidateSource):
     """Negatives drawn for the whole batch, without replacement."""
 
     def __init__(self, distribution: "Distribution") -> None:
-        self.distribution, self.room = distribution, distribution.count
+        self.distribution = distribution
+        self.room = self.count = distribution.count
 
     @classmethod
     def make(cls, loss: Loss, statistics: ItemStatistics, tokens: int) -> "Sampled":
@@ -100,6 +105,7 @@ class InBatch(CandidateSource):
     """The distinct targets of the batch, each with the probability that it is among them."""
 
     def __init__(self, counts: Int64, tokens: int) -> None:
+        self.count = min(tokens, counts.size)
         p = np.maximum(counts, 0.5) / max(counts.sum(), 1)
         log_q = np.log(-np.expm1(tokens * np.log1p(-np.minimum(p, 1 - 1e-9))))
         self.log_q = log_q.astype(np.float32)
@@ -149,6 +155,7 @@ class Uniform(Distribution):
 
     def draw(self, rng: np.random.Generator) -> tuple[Int64, Float32]:
         """See `Distribution`."""
+        # O(count): where 50 times as many items are left, numpy runs Floyd's algorithm, which does not list them.
         ids = rng.choice(self.items, self.count, replace=False, shuffle=False).astype(np.int64)
         return ids, np.full(self.count, np.log(self.count / self.items), dtype=np.float32)
 
@@ -172,33 +179,44 @@ class LogUniform(Distribution):
     def draw(self, rng: np.random.Generator) -> tuple[Int64, Float32]:
         """See `Distribution`."""
         items = self.by_rank.size
-        seen: dict[int, None] = {}
-        tries = 0
-        while len(seen) < self.count:
+        ranks, tries = np.zeros(0, dtype=np.int64), 0
+        while ranks.size < self.count:
             draws = np.exp(rng.random(max(self.count, 16)) * np.log(items + 1)).astype(np.int64) - 1
-            for rank in draws.clip(0, items - 1).tolist():
-                tries += 1
-                seen[rank] = None
-                if len(seen) == self.count:
-                    break
-        ranks = np.fromiter(seen, dtype=np.int64, count=self.count)
+            drawn = np.concatenate([ranks, draws.clip(0, items - 1)])
+            firsts = first_places(drawn)[: self.count]
+            # Only the tries up to the one that completes the ids count.
+            tries += (firsts[-1] + 1 if firsts.size == self.count else drawn.size) - ranks.size
+            ranks = drawn.take(firsts)
         p = np.log((ranks + 2) / (ranks + 1)) / np.log(items + 1)
         expected = -np.expm1(tries * np.log1p(-np.minimum(p, 1 - 1e-12)))
         return self.by_rank[ranks], np.log(expected).astype(np.float32)
+
+
+def first_places(values: Int64) -> Int64:
+    """Where each distinct value of `values` [n] int64 comes first, ascending; values are below 2^63 / 2n."""
+    bits = max(values.size - 1, 1).bit_length()
+    ordered = np.sort(values << bits | np.arange(values.size))  # by value, then by place
+    is_first = np.ones(values.size, dtype=bool)
+    np.not_equal(ordered[1:] >> bits, ordered[:-1] >> bits, out=is_first[1:])
+    return np.sort(ordered[is_first] & ((1 << bits) - 1))
 
 
 DISTRIBUTIONS: dict[str, type[Distribution]] = {"uniform": Uniform, "log_uniform": LogUniform}
 """By the value of `--loss.negatives_by`."""
 
 
-def candidate_source(loss: Loss, dataset: Dataset, batch: Batch) -> CandidateSource:
+def candidate_source(loss: Loss, dataset: "Dataset", batch: Batch) -> CandidateSource:
     """The source of candidates for a loss, in training on a dataset."""
     statistics = ItemStatistics(dataset.manifest.items, lambda: training_counts(dataset))
     return SOURCES[loss.candidates].make(loss, statistics, batch.tokens)
 
 
-def training_counts(dataset: Dataset) -> Int64:
+def training_counts(dataset: "Dataset") -> Int64:
     """[items] int64: number of interactions per item in the training part, from the dataset's `items/` parts."""
+    import pyarrow as pa
+
+    from recgpt_torchrec.data.reading.reader import find_outside
+
     counts = np.zeros(dataset.manifest.items, dtype=np.int64)
     for part in dataset.manifest.item_parts:
         with dataset.read_part(part) as file:

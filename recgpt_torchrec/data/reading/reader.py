@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recgpt_torchrec import storage
-from recgpt_torchrec.data.damage import Damage, SetAside
 from recgpt_torchrec.data.dataset import ANSWERS, COLUMNS, STARTS, Dataset, Manifest
 from recgpt_torchrec.data.ragged import offsets_of, read_nullable
+from recgpt_torchrec.data.reading.damage import Damage, SetAside
 from recgpt_torchrec.data.segments import INTERACTED, SEGMENTS
 from recgpt_torchrec.data.split import STORED, Starts
 from recgpt_torchrec.data.windows import RowGroup, row_groups
@@ -55,7 +55,8 @@ class Reader:
             )
         try:
             with self.dataset.open_part(part) as file:
-                table = file.read_row_group(group.group, columns=self.columns).select(self.columns)
+                # One thread: the others are for the model, and small row groups take half the time.
+                table = file.read_row_group(group.group, columns=self.columns, use_threads=False).select(self.columns)
             table = table.cast(pa.schema([(name, COLUMNS[name]) for name in self.columns]))
         except (InputError, OSError, KeyError, pa.ArrowException) as error:
             self._check_reachable()
