@@ -121,7 +121,7 @@ def inputs_of(dataset: "Dataset", long_histories: Literal["newest", "windows"], 
     """Number of tokens in one epoch, with or without prompts, cut as in training."""
     import numpy as np
 
-    from recgpt_torchrec.data.histories import HistoryReader
+    from recgpt_torchrec.data.reading.histories import HistoryReader
     from recgpt_torchrec.data.windows import row_groups, windows_of
 
     reader = HistoryReader(
