@@ -19,7 +19,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recgpt_torchrec.checkpoints.folder import Checkpoints
-from recgpt_torchrec.config import Batch, Loss, Model, Optimizer, Pretrain, Saving, Tables, Train
+from recgpt_torchrec.config import Loss, Model, Optimizer, Pretrain, Saving, Tables, Train, TrainingBatch
 from recgpt_torchrec.data.batch import SequenceBatch, make_batch
 from recgpt_torchrec.data.candidates import AllItems, Candidates
 from recgpt_torchrec.data.dataset import Dataset, Manifest
@@ -32,6 +32,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.dense import Dense
 from recgpt_torchrec.model.recgpt import RecGPT
 from recgpt_torchrec.training.building import build, training_stream
+from recgpt_torchrec.training.execution import Execution
 from recgpt_torchrec.training.optimizers import fuse_optimizers, is_fused, optimizers_of
 from recgpt_torchrec.training.schedule import Schedule
 from recgpt_torchrec.training.trainer import Trainer
@@ -282,6 +283,7 @@ def trainer(model: Any, optimizer: Any, stream: Any, output: str, entries: int =
         model=model,
         optimizer=optimizer,
         device=torch.device("cpu"),
+        execution=Execution("cpu"),
         stream=stream,
         entries=entries,
         train=Train(epochs=2),
@@ -358,10 +360,10 @@ def train_two_items(rank: int, world_size: int, data: str, output: str) -> dict[
             output=output,
             model=Model(dim=8, max_len=6),
             loss=Loss(candidates="sampled", negatives=5),
-            batch=Batch(tokens=12),
+            batch=TrainingBatch(tokens=12),
             tables=Tables(sharding=sharding),
         )
-        stream = training_stream(config, config.model, dataset)
+        stream = training_stream(config, config.model, dataset, 12)
         try:
             model, optimizer = build(
                 config, config.model, dataset, batch_size=stream.maker.capacity.items, device=torch.device("cpu")
