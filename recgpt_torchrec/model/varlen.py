@@ -39,6 +39,7 @@ def slot_position(cu_seqlens: Tensor, slots: int) -> Tensor:
     return slot - cu_seqlens[sequence]
 
 
+@torch.compiler.assume_constant_result
 def kernel_runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the flash kernel computes `varlen_attention` for tensors of this device, dtype and head dimension."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim > MAX_HEAD_DIM:
