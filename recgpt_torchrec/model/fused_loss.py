@@ -264,4 +264,3 @@ def prefers_fused(dim: int, candidates: int, device: torch.device, chunk: int = 
         return False
     fused, chunked = picoseconds_per_logit(dim, candidates, chunk)
     return fused < chunked
-

@@ -35,7 +35,9 @@ def cover_slots(cu_seqlens: Tensor, slots: int, max_seqlen: int) -> Tensor:
 def slot_position(cu_seqlens: Tensor, slots: int) -> Tensor:
     """[slots] int32: number of slots before each one in its sequence. `cu_seqlens` ends in `slots`, see `cover_slots`."""
     slot = torch.arange(slots, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    sequence = torch.searchsorted(cu_seqlens[1:], slot, right=True)  # an empty sequence ends where it starts: passed over
+    sequence = torch.searchsorted(
+        cu_seqlens[1:], slot, right=True
+    )  # an empty sequence ends where it starts: passed over
     return slot - cu_seqlens[sequence]
 
 

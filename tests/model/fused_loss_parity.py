@@ -90,7 +90,9 @@ def fused(made: Case, precision: str = "ieee") -> Tensor:
     return fused_softmax_loss(*made[:5], made.weight, precision)
 
 
-def assert_equal_losses_and_gradients(ours: Tensor, mine: Case, theirs: Tensor, reference: Case, rounding: float) -> None:
+def assert_equal_losses_and_gradients(
+    ours: Tensor, mine: Case, theirs: Tensor, reference: Case, rounding: float
+) -> None:
     """`rounding` is relative: to the loss, and to the largest element of each gradient."""
     torch.testing.assert_close(ours.double(), theirs.double(), rtol=rounding, atol=rounding)
     gradients = zip(
@@ -185,7 +187,9 @@ def test_without_gradients_the_loss_is_the_same():
 def test_torch_accepts_the_operations_and_compiles_through_them():
     made = case(20, 30, 16)
     arguments = (*made, "ieee", True)
-    torch.library.opcheck(torch.ops.recgpt.fused_softmax.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.recgpt.fused_softmax.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     other = made.to(torch.float32)
     assert_equal_losses_and_gradients(compiled(made), made, fused(other), other, 1e-6)

@@ -30,7 +30,9 @@ def test_the_kernels_compute_the_loss_on_this_machine():
 
 @NO_TRITON
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
-@pytest.mark.parametrize("capability, dim, dtype", [(90, 64, "bf16"), (90, 512, "bf16"), (80, 256, "bf16"), (80, 512, "fp32")])
+@pytest.mark.parametrize(
+    "capability, dim, dtype", [(90, 64, "bf16"), (90, 512, "bf16"), (80, 256, "bf16"), (80, 512, "fp32")]
+)
 def test_the_kernels_compile_for_gpus_and_fit_their_shared_memory(capability, dim, dtype):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -95,5 +97,7 @@ def test_importing_the_loss_imports_no_triton_and_no_torchrec():
         "import sys; import recgpt_torchrec.model.fused_loss, recgpt_torchrec.model.varlen, recgpt_torchrec.model.segmented;"
         "sys.exit(' '.join({'triton', 'torchrec', 'pyarrow'} & set(sys.modules)) or 0)"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
