@@ -29,8 +29,10 @@ class Block(nn.Module):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[rows, length, dim] -> queries, keys and values, [rows, heads, length, head_dim] each."""
         rows, length, _ = x.shape
-        # One copy here instead of one per operand of every product.
-        q, k, v = self.qkv(x).view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).contiguous().unbind()
+        packed = self.qkv(x).view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if x.device.type == "cpu":  # one copy here instead of one per operand of every product
+            packed = packed.contiguous()
+        q, k, v = packed
         return q, k, v
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:

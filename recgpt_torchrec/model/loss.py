@@ -160,14 +160,23 @@ def softmax_loss(
     return _SoftmaxLoss.apply(h.float(), positive.float(), candidates.float(), log_q, target_index, weight, dtype)
 
 
-def bce_loss(h: Tensor, positive: Tensor, candidates: Tensor, target_index: Tensor, negatives: int) -> Tensor:
+def bce_loss(
+    h: Tensor,
+    positive: Tensor,
+    candidates: Tensor,
+    target_index: Tensor,
+    negatives: int,
+    weight: Tensor | None = None,
+) -> Tensor:
     """Sum over targets of the paper's binary cross-entropy (equation 4), with `negatives` negatives each (O^-).
 
     Target number t takes the `negatives` candidates from number t * negatives on, wrapping around; they come in random
     order. A candidate that is the target does not count. Shapes and dtypes as in `softmax_loss`.
     """
+    h, positive, candidates = h.float(), positive.float(), candidates.float()
     targets, count = h.shape[0], candidates.shape[0]
     index = torch.arange(targets * negatives, device=h.device).reshape(targets, negatives) % max(count, 1)
     scores = (h[:, None] * candidates[index]).sum(-1)
     is_negative = (index != target_index[:, None]).float()
-    return -(F.logsigmoid((h * positive).sum(1)).sum() + (F.logsigmoid(-scores) * is_negative).sum())
+    losses = F.logsigmoid((h * positive).sum(1)) + (F.logsigmoid(-scores) * is_negative).sum(1)
+    return -(losses if weight is None else losses * weight).sum()

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from recgpt_torchrec.model.segmented import history_mean
+
 MAX_HEAD_DIM = 256
 """What torch's flash kernels take; their head dimension is also a multiple of 8, to which narrower ones are padded."""
 
@@ -96,3 +98,28 @@ def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor, position: Tensor, max_s
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
     return out.transpose(1, 2).reshape(-1, heads, head_dim)[:tokens]
+
+
+class VarlenAttention:
+    """Attention of sequences that lie end to end in one row, see `attention.Attention`; it has no dropout.
+
+    Args:
+        cu_seqlens: [sequences + 1] int32, start of each sequence and end of the last.
+        slots: number of slots of the row.
+        max_seqlen: maximum number of slots per sequence.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, slots: int, max_seqlen: int) -> None:
+        self.cu_seqlens, self.max_seqlen = cover_slots(cu_seqlens, slots, max_seqlen), max_seqlen
+        self.position = slot_position(self.cu_seqlens, slots)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
+        """See `Attention`; [1, heads, slots, head_dim]."""
+        if dropout_p:
+            raise ValueError(f"varlen attention has no dropout of weights, and it is {dropout_p}")
+        q, k, v = (part[0].transpose(0, 1) for part in (q, k, v))
+        return varlen_attention(q, k, v, self.cu_seqlens, self.max_seqlen).transpose(0, 1)[None]
+
+    def mean(self, values: Tensor, decay: Tensor | None = None) -> Tensor:
+        """See `Attention`; [1, slots, dim]."""
+        return history_mean(values[0], self.position, 0.0 if decay is None else decay, self.max_seqlen)[None]

@@ -27,7 +27,7 @@ from recgpt_torchrec.distributed.lockstep import Lockstep, Step
 from recgpt_torchrec.distributed.processes import gather_objects, log_message
 from recgpt_torchrec.distributed.signals import Stopped
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.model.recgpt import unwrapped
+from recgpt_torchrec.model.recgpt import unwrapped, unwrapped_dense
 from recgpt_torchrec.training.execution import Execution
 from recgpt_torchrec.training.finite import FiniteGuard, GuardedPipeline, Place, describe_step, find_rows
 from recgpt_torchrec.training.meter import LOG_EVERY, StepMeter
@@ -73,6 +73,7 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
+        unwrapped_dense(unwrapped(self.model)).set_compute(self.execution.compute)
         self.learning_rate = Schedule(self.optimizer, self.schedule)
         self.guard = FiniteGuard(unwrapped(self.model).dense, self.device, hold=self.train.non_finite == "stop")
         self.pipeline = GuardedPipeline(self.model, self.optimizer, self.device, self.guard)

@@ -139,7 +139,7 @@ def test_a_share_knows_the_windows_left_and_the_row_groups_of_each_batch(tmp_pat
         share = stream.batches(1, Position(1, queues), rank, world)
         assert share.left == share.source.queues == queues[rank : rank + 1]
         for batch in share:
-            read = share.groups_of(batch.cursor)
+            read = share.groups_of(batch.cursor, share.left[0])
             touched = {owner[user] for user in batch.histories.users.tolist()}
             assert touched <= set(read) and len(set(read)) == len(read)
             windows = [window for window in share.source.windows if touched & set(window.groups)]

@@ -64,11 +64,11 @@ def train_with_overflows(
         count_step(self, *step)
 
     def make(self: FiniteGuard, *arguments: Any, **more: Any) -> None:
-        make_guard(self, *arguments, **more, on_host=on_host)
+        make_guard(self, *arguments, **{**more, "on_host": on_host})
 
     FiniteGuard.__init__ = make  # type: ignore[method-assign]
     Dense.sum_of_losses = loss  # type: ignore[method-assign]
-    Trainer._count = check  # type: ignore[method-assign]
+    Trainer._count = check  # type: ignore[method-assign, assignment]
     try:
         train(rank, port, data, output, **options)
     except InputError as error:
