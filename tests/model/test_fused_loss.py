@@ -30,7 +30,9 @@ def test_the_kernels_compute_the_loss_on_this_machine():
 
 @NO_TRITON
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
-@pytest.mark.parametrize("capability, dim, dtype", [(90, 64, "bf16"), (90, 512, "bf16"), (80, 256, "bf16"), (80, 512, "fp32")])
+@pytest.mark.parametrize(
+    "capability, dim, dtype", [(90, 64, "bf16"), (90, 512, "bf16"), (80, 256, "bf16"), (80, 512, "fp32")]
+)
 def test_the_kernels_compile_for_gpus_and_fit_their_shared_memory(capability, dim, dtype):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -78,22 +80,27 @@ def test_it_is_taken_for_narrow_vectors_on_gpus_that_can(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100)
     monkeypatch.setattr("recgpt_torchrec.model.fused_loss.find_spec", lambda name: object())
     cuda = torch.device("cuda")
-    assert prefers_fused(64, 32768, cuda) and prefers_fused(128, 3000, cuda)
+    assert prefers_fused(64, 32768, cuda) and prefers_fused(128, 3000, cuda) and prefers_fused(64, 32768, cuda, "tf32")
     assert not prefers_fused(512, 32768, cuda), "the loss in chunks is estimated to be faster"
+    assert not prefers_fused(64, 32768, cuda, "fp32"), "no tensor cores"
     assert not prefers_fused(64, 32768, torch.device("cpu"))
-    H100.major = 7
+    H100.shared_memory_per_block_optin = 48 * 1024
+    assert not prefers_fused(128, 32768, cuda)
+    H100.major, H100.shared_memory_per_block_optin = 7, 227 * 1024
     assert not prefers_fused(64, 32768, cuda)
-    H100.major, H100.shared_memory_per_block_optin = 8, 48 * 1024
-    assert not prefers_fused(64, 32768, cuda)
+    H100.major = 9
     monkeypatch.setattr("recgpt_torchrec.model.fused_loss.find_spec", lambda name: None)
-    H100.shared_memory_per_block_optin = 227 * 1024
     assert not prefers_fused(64, 32768, cuda)
 
 
-def test_importing_the_loss_imports_no_triton_and_no_torchrec():
+def test_a_machine_without_triton_imports_all_but_the_kernels():
     program = (
-        "import sys; import recgpt_torchrec.model.fused_loss, recgpt_torchrec.model.varlen, recgpt_torchrec.model.segmented;"
-        "sys.exit(' '.join({'triton', 'torchrec', 'pyarrow'} & set(sys.modules)) or 0)"
+        "import sys; sys.modules |= dict.fromkeys(('triton', 'torchrec', 'pyarrow'))\n"
+        "from recgpt_torchrec.model import fused_loss, segmented, varlen\n"
+        "try: from recgpt_torchrec.model import fused_loss_kernels\n"
+        "except ImportError: print('without')"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
+    assert done.stdout == "without\n", done.stderr
