@@ -20,7 +20,7 @@ are 1.07e9 logits, and a unit is .137 TFLOP or .14 ms at dim 64, 1.10 TFLOP or 1
   stays in L2. The products hide their part of it at dim 512 (6.0 ms in all), not at dim 64 (3.2 ms).
 
 So this pays where dim is small, and where logits in chunks would not fit. `prefers_fused` is this arithmetic. float32
-without TF32 runs outside the tensor cores and spills registers: right, and of no use but to compare with.
+without TF32 runs outside the tensor cores, at less than 67 TFLOP/s: to compare with, not to train with.
 """
 
 from functools import lru_cache
@@ -39,11 +39,12 @@ JOIN_ROWS = 16
 class Tiles(NamedTuple):
     """What a program works on: a block of `rows` vectors stays, blocks of `columns` vectors pass by.
 
-    Shared memory holds rows x width elements for the block that stays, columns x width per stage of the others.
-    KB by width, in bf16: 64: 16 + 3 x 8; 128: 32 + 3 x 16; 256: 64 + 2 x 32; 512: 64 + 2 x 64. In float32: 64:
-    32 + 2 x 16; 128: 32 + 2 x 32; 256: 64 + 2 x 32; 512: 64 + 2 x 32. Triton 3.7.1 reports 42, 82, 129, 193 and 65, 97,
-    129, 129 for an H100 (227 usable), at most 137 for an A100 (163), where a stage less is held. Sums and scores, rows
-    x (width + columns) float32, take 64 to 160 of a thread's 255 registers; ptxas spills at most 108 bytes a thread.
+    Shared memory holds rows x width elements for the block that stays, columns x width per stage of the others. KB by
+    width, in bf16: 64: 16 + 3 x 8; 128: 32 + 3 x 16; 256: 64 + 2 x 32; 512: 64 + 2 x 64. In TF32: 64: 32 + 2 x 16;
+    128: 32 + 2 x 32; 256: 64 + 2 x 32; 512: 64 + 2 x 32. Triton 3.7.1 reports 42, 82, 129, 193 and 65, 97, 129, 129
+    for an H100 (227 usable), at most 137 for an A100 (163), where a stage less is held. Sums and scores, rows x (width
+    + columns) float32, take 64 to 160 of a thread's 255 registers; ptxas spills at most 108 bytes a thread. Outside the
+    tensor cores (ieee) blocks of that size spill kilobytes, so they are smaller.
     """
 
     width: int
@@ -54,23 +55,23 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def tiles(dim: int, itemsize: int) -> Tiles:
-    """Sizes of the blocks for vectors of `dim` elements of `itemsize` bytes."""
+TILES = {
+    "half": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2), 512: (64, 64, 8, 2)},
+    "tf32": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2), 512: (32, 16, 8, 2)},
+    "ieee": {64: (64, 32, 8, 2), 128: (32, 16, 8, 2), 256: (32, 16, 8, 2), 512: (16, 16, 8, 2)},
+}
+"""Rows, columns, warps and stages by what multiplies and by width; narrower vectors take those of 64."""
+
+
+def tiles(dim: int, itemsize: int, precision: str = "tf32") -> Tiles:
+    """Sizes of the blocks for vectors of `dim` elements of `itemsize` bytes; `precision` as in `fused_softmax_loss`."""
     width = max(16, 1 << (dim - 1).bit_length())
-    if itemsize == 2:
-        rows, columns, warps, stages = {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)}.get(
-            max(width, 64), (64, 64, 8, 2)
-        )
-    else:
-        rows, columns, warps, stages = {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)}.get(
-            max(width, 64), (32, 16, 8, 2)
-        )
-    return Tiles(width, rows, columns, warps, stages)
+    return Tiles(width, *TILES["half" if itemsize == 2 else precision][max(width, 64)])
 
 
-def shared_bytes(dim: int, itemsize: int) -> int:
-    """Upper bound of the shared memory of a program, in bytes."""
-    width, rows, columns, _, stages = tiles(dim, itemsize)
+def shared_bytes(dim: int, itemsize: int, precision: str = "tf32") -> int:
+    """Upper bound of the shared memory of a program, in bytes; arguments as of `tiles`."""
+    width, rows, columns, _, stages = tiles(dim, itemsize, precision)
     return (rows + stages * columns) * width * itemsize + 2048
 
 
@@ -103,7 +104,7 @@ def _forward(
     from recgpt_torchrec.model import fused_loss_kernels as kernels
 
     (targets, dim), count = h.shape, len(candidates)
-    width, rows, columns, warps, stages = tiles(dim, h.itemsize)
+    width, rows, columns, warps, stages = tiles(dim, h.itemsize, precision)
     row_blocks = -(-targets // rows)
     splits, per_split = _split(row_blocks, count, columns, h.device)
     sums = h.new_empty(splits if gradient else 0, targets, dim, dtype=torch.float32)
@@ -155,7 +156,7 @@ def _candidates_gradient(
     from recgpt_torchrec.model import fused_loss_kernels as kernels
 
     (targets, dim), count = h.shape, len(candidates)
-    width, rows, columns, warps, stages = tiles(dim, h.itemsize)
+    width, rows, columns, warps, stages = tiles(dim, h.itemsize, precision)
     row_blocks = -(-count // rows)
     splits, per_split = _split(row_blocks, targets, columns, h.device)
     sums = h.new_empty(splits, count, dim, dtype=torch.float32)
@@ -250,10 +251,9 @@ def picoseconds_per_logit(dim: int, candidates: int, chunk: int, itemsize: int =
     return fused, products + 2 * itemsize / bandwidth + launches
 
 
-@torch.compiler.assume_constant_result
 def prefers_fused(dim: int, candidates: int, device: torch.device, precision: str = "bf16", chunk: int = 4096) -> bool:
     """Whether `auto` takes the fused loss: Triton is there, the device has the tensor cores and the shared memory, and
-    the estimate is below that of the loss in chunks of `chunk` targets.
+    the estimate is below that of the loss in chunks of `chunk` targets. To be asked once, outside of compiled code.
 
     Args:
         dim: of the vectors.

@@ -39,12 +39,13 @@ def slot_position(cu_seqlens: Tensor, slots: int) -> Tensor:
     return slot - cu_seqlens[sequence]
 
 
-@torch.compiler.assume_constant_result
 def kernel_runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the flash kernel computes `varlen_attention` for tensors of this device, dtype and head dimension."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim > MAX_HEAD_DIM:
-        return False
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether the flash kernel computes `varlen_attention` for tensors of this device, dtype and head dimension.
+
+    The device is taken to have compute capability 8.0 or more, as those with bf16 have; torch says so of others.
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    return device.type == "cuda" and torch.version.hip is None and half and head_dim <= MAX_HEAD_DIM
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:

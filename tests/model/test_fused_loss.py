@@ -31,17 +31,18 @@ def test_the_kernels_compute_the_loss_on_this_machine():
 @NO_TRITON
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 @pytest.mark.parametrize(
-    "capability, dim, dtype", [(90, 64, "bf16"), (90, 512, "bf16"), (80, 256, "bf16"), (80, 512, "fp32")]
+    "capability, dim, kind", [(90, 64, "half"), (90, 512, "half"), (80, 512, "tf32"), (90, 64, "ieee")]
 )
-def test_the_kernels_compile_for_gpus_and_fit_their_shared_memory(capability, dim, dtype):
+def test_the_kernels_compile_for_gpus_and_fit_their_shared_memory(capability, dim, kind):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     from recgpt_torchrec.model import fused_loss_kernels as kernels
 
-    itemsize = 2 if dtype == "bf16" else 4
-    width, rows, columns, warps, stages = tiles(dim, itemsize)
-    constants: dict[str, Any] = {"ROWS": rows, "COLUMNS": columns, "DIM": width, "PRECISION": "tf32", "GRADIENT": True}
+    precision, itemsize, dtype = ("tf32", 2, "bf16") if kind == "half" else (kind, 4, "fp32")
+    width, rows, columns, warps, stages = tiles(dim, itemsize, precision)
+    constants: dict[str, Any] = {"ROWS": rows, "COLUMNS": columns, "DIM": width, "PRECISION": precision}
+    constants["GRADIENT"] = True
     types = {"h": f"*{dtype}", "candidates": f"*{dtype}", "target_index": "*i64"}
     types |= dict.fromkeys(("targets", "count", "dim", "per_split"), "i32") | dict.fromkeys(constants, "constexpr")
     for kernel in (kernels.attend, kernels.gather):
@@ -53,16 +54,17 @@ def test_the_kernels_compile_for_gpus_and_fit_their_shared_memory(capability, di
             {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name) != "constexpr"},
         )
         made = compile(source, GPUTarget("cuda", capability, 32), {"num_warps": warps, "num_stages": stages})
-        assert "mma" in made.asm["ptx"], "no tensor cores"
-        assert made.metadata.shared <= shared_bytes(dim, itemsize) <= LIMITS[capability] * 1024
+        assert ("mma" in made.asm["ptx"]) == (kind != "ieee"), "tensor cores"
+        assert made.metadata.shared <= shared_bytes(dim, itemsize, precision), kernel
+        assert made.metadata.shared <= LIMITS[capability] * 1024
 
 
-@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("itemsize, precision", [(2, "tf32"), (2, "ieee"), (4, "tf32"), (4, "ieee")])
 @pytest.mark.parametrize("dim", [1, 16, 17, 48, 64, 65, 128, 192, 256, 320, 512])
-def test_blocks_hold_the_vectors_and_fit_an_h100(dim, itemsize):
-    width, rows, columns, *_ = tiles(dim, itemsize)
+def test_blocks_hold_the_vectors_and_fit_an_h100(dim, itemsize, precision):
+    width, rows, columns, *_ = tiles(dim, itemsize, precision)
     assert dim <= width < max(2 * dim, 17) and width & (width - 1) == 0
-    assert min(rows, columns) >= 16 and shared_bytes(dim, itemsize) <= LIMITS[90] * 1024
+    assert min(rows, columns) >= 16 and shared_bytes(dim, itemsize, precision) <= LIMITS[90] * 1024
 
 
 def test_the_estimate_is_the_docstrings():
