@@ -1,8 +1,8 @@
 """Triton kernels of the fused softmax loss; imported only where they run, since Triton may be absent.
 
-`attend` and `gather` hold one block of vectors and stream another past it, as flash attention does: scores exist for one
-pair of blocks, in registers. `join` puts the parts of `attend` together. Scores, maxima and norms are in base 2:
-exp(x) = exp2(x log2 e), which the hardware has. No sum crosses programs, so the order in which they run changes nothing.
+`attend` and `gather` hold one block of vectors and stream another past it, as flash attention does: scores exist for
+one pair of blocks, in registers. `join` puts the parts of `attend` together. Scores, maxima and norms are in base 2:
+exp(x) = exp2(x log2 e), which the hardware has. No sum crosses programs, so their order changes nothing.
 """
 
 import triton

@@ -1,5 +1,5 @@
-"""Causal means of each sequence's tokens where sequences lie end to end: the twin of `attention.history_weights` without
-its grid.
+"""Causal means of each sequence's tokens where sequences lie end to end: the twin of `attention.history_weights`, which
+needs a grid.
 
 With a = exp(-decay) and u running over the tokens of t's sequence up to t,
 
@@ -9,6 +9,9 @@ A first-order recurrence, computed in blocks of slots: inside a block by a small
 from the left is one vector, the sum up to the last slot of the block before. Those vectors are joined by doubling
 (Hillis and Steele), which sequences of at most one block do not need. Blocks of one slot would be doubling over all
 slots: ceil(log2(max_seqlen)) passes over [tokens, dim], six for histories of 50 items, where this makes three.
+
+On one core of a CPU with AVX-512, 1,536 tokens x 64, forward and backward: .57 ms on the grid, .97 here, 2.8 by
+doubling for the plain mean; 1.13, 1.8 and 6.3 with a learned decay. So the CPU keeps the grid.
 """
 
 import torch

@@ -15,19 +15,19 @@ from torch.nn import functional as F
 from recgpt_torchrec.model.segmented import history_mean
 
 MAX_HEAD_DIM = 256
-"""What torch's flash kernels take; their head dimension is also a multiple of 8, to which narrower ones are padded."""
+"""What torch's flash kernels take. They also want a multiple of 8, to which narrower heads are padded."""
 
 
 def cover_slots(cu_seqlens: Tensor, slots: int, max_seqlen: int) -> Tensor:
-    """Add sequences of at most `max_seqlen` slots for the slots behind the last sequence; empty ones where none are left.
+    """Add sequences of at most `max_seqlen` slots for the slots behind the last one; empty ones where none are left.
 
     Args:
-        cu_seqlens: [sequences + 1] int32, start of each sequence and end of the last; empty sequences may be among them.
+        cu_seqlens: [sequences + 1] int32, start of each sequence and end of the last; some may be empty.
         slots: number of slots in all.
         max_seqlen: maximum number of slots per sequence.
 
     Returns:
-        [sequences + 1 + ceil(slots / max_seqlen)] int32 ending in `slots`; the number depends on no value on the device.
+        [sequences + 1 + ceil(slots / max_seqlen)] int32 ending in `slots`; the size depends on no value on the device.
     """
     more = -(-slots // max_seqlen)
     steps = torch.arange(1, more + 1, device=cu_seqlens.device, dtype=cu_seqlens.dtype) * max_seqlen
@@ -35,20 +35,19 @@ def cover_slots(cu_seqlens: Tensor, slots: int, max_seqlen: int) -> Tensor:
 
 
 def slot_position(cu_seqlens: Tensor, slots: int) -> Tensor:
-    """[slots] int32: number of slots before each one in its sequence. `cu_seqlens` ends in `slots`, see `cover_slots`."""
+    """[slots] int32: number of slots before each one in its sequence. `cu_seqlens` as from `cover_slots`."""
     slot = torch.arange(slots, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    sequence = torch.searchsorted(
-        cu_seqlens[1:], slot, right=True
-    )  # an empty sequence ends where it starts: passed over
+    sequence = torch.searchsorted(cu_seqlens[1:], slot, right=True)  # passes over empty sequences
     return slot - cu_seqlens[sequence]
 
 
-@torch.compiler.assume_constant_result
 def kernel_runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the flash kernel computes `varlen_attention` for tensors of this device, dtype and head dimension."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim > MAX_HEAD_DIM:
-        return False
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether the flash kernel computes `varlen_attention` for tensors of this device, dtype and head dimension.
+
+    The device is taken to have compute capability 8.0 or more, as those with bf16 have; torch says so of others.
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    return device.type == "cuda" and torch.version.hip is None and half and head_dim <= MAX_HEAD_DIM
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
@@ -78,8 +77,8 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
 
 
 def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor, position: Tensor, max_seqlen: int) -> Tensor:
-    """The twin of the kernel, with memory for [tokens, 2 x max_seqlen]: a block of at least `max_seqlen` slots attends to
-    itself and to the block before, where any sequence begins.
+    """The twin of the kernel, with memory for [tokens, 2 x max_seqlen]: a block of at least `max_seqlen` slots attends
+    to itself and to the block before it, so to the whole of any sequence that ends in it.
 
     Args:
         q, k, v, max_seqlen: as in `varlen_attention`.

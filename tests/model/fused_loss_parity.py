@@ -1,6 +1,6 @@
 """The Triton kernels against a dense float64 loss and against `model.loss`; run by test_fused_loss.py.
 
-On CPU they run in Triton's interpreter, which has to be asked for before Triton is imported: so in a process of their own.
+On CPU they run in Triton's interpreter, which has to be asked for before Triton is imported: in a process of their own.
 """
 
 import math
@@ -28,7 +28,7 @@ if INTERPRETED:
     interpreted_dot = InterpreterBuilder.create_dot
 
     def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        """The interpreter keeps bfloat16 as integers and (3.7) multiplies those; float32 holds each of their products."""
+        """The interpreter of Triton 3.7 multiplies the integers that it keeps for bfloat16; float32 is exact."""
         a, b = (
             TensorHandle((each.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
             if each.dtype.scalar == tl.bfloat16
@@ -56,12 +56,12 @@ class Case(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> "Case":
         """The same with vectors of another dtype, leaves of a graph of their own."""
-        vectors = (leaf.detach().to(dtype).requires_grad_() for leaf in self.leaves)
-        return Case(*vectors, *self[3:])
+        h, positive, candidates = (leaf.detach().to(dtype).requires_grad_() for leaf in self.leaves)
+        return self._replace(h=h, positive=positive, candidates=candidates)
 
 
 def case(targets: int, candidates: int, dim: int, scale: float = 1.0, seed: int = 0) -> Case:
-    """Vectors of scores about `scale` squared; some targets among the candidates, some candidates and targets padding."""
+    """Scores of about `scale` squared; some targets are candidates, some candidates and targets are padding."""
     generator = torch.Generator().manual_seed(seed)
 
     def vectors(count: int) -> Tensor:

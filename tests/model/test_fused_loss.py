@@ -31,17 +31,18 @@ def test_the_kernels_compute_the_loss_on_this_machine():
 @NO_TRITON
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 @pytest.mark.parametrize(
-    "capability, dim, dtype", [(90, 64, "bf16"), (90, 512, "bf16"), (80, 256, "bf16"), (80, 512, "fp32")]
+    "capability, dim, kind", [(90, 64, "half"), (90, 512, "half"), (80, 512, "tf32"), (90, 64, "ieee")]
 )
-def test_the_kernels_compile_for_gpus_and_fit_their_shared_memory(capability, dim, dtype):
+def test_the_kernels_compile_for_gpus_and_fit_their_shared_memory(capability, dim, kind):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     from recgpt_torchrec.model import fused_loss_kernels as kernels
 
-    itemsize = 2 if dtype == "bf16" else 4
-    width, rows, columns, warps, stages = tiles(dim, itemsize)
-    constants: dict[str, Any] = {"ROWS": rows, "COLUMNS": columns, "DIM": width, "PRECISION": "tf32", "GRADIENT": True}
+    precision, itemsize, dtype = ("tf32", 2, "bf16") if kind == "half" else (kind, 4, "fp32")
+    width, rows, columns, warps, stages = tiles(dim, itemsize, precision)
+    constants: dict[str, Any] = {"ROWS": rows, "COLUMNS": columns, "DIM": width, "PRECISION": precision}
+    constants["GRADIENT"] = True
     types = {"h": f"*{dtype}", "candidates": f"*{dtype}", "target_index": "*i64"}
     types |= dict.fromkeys(("targets", "count", "dim", "per_split"), "i32") | dict.fromkeys(constants, "constexpr")
     for kernel in (kernels.attend, kernels.gather):
@@ -53,16 +54,17 @@ def test_the_kernels_compile_for_gpus_and_fit_their_shared_memory(capability, di
             {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name) != "constexpr"},
         )
         made = compile(source, GPUTarget("cuda", capability, 32), {"num_warps": warps, "num_stages": stages})
-        assert "mma" in made.asm["ptx"], "no tensor cores"
-        assert made.metadata.shared <= shared_bytes(dim, itemsize) <= LIMITS[capability] * 1024
+        assert ("mma" in made.asm["ptx"]) == (kind != "ieee"), "tensor cores"
+        assert made.metadata.shared <= shared_bytes(dim, itemsize, precision), kernel
+        assert made.metadata.shared <= LIMITS[capability] * 1024
 
 
-@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("itemsize, precision", [(2, "tf32"), (2, "ieee"), (4, "tf32"), (4, "ieee")])
 @pytest.mark.parametrize("dim", [1, 16, 17, 48, 64, 65, 128, 192, 256, 320, 512])
-def test_blocks_hold_the_vectors_and_fit_an_h100(dim, itemsize):
-    width, rows, columns, *_ = tiles(dim, itemsize)
+def test_blocks_hold_the_vectors_and_fit_an_h100(dim, itemsize, precision):
+    width, rows, columns, *_ = tiles(dim, itemsize, precision)
     assert dim <= width < max(2 * dim, 17) and width & (width - 1) == 0
-    assert min(rows, columns) >= 16 and shared_bytes(dim, itemsize) <= LIMITS[90] * 1024
+    assert min(rows, columns) >= 16 and shared_bytes(dim, itemsize, precision) <= LIMITS[90] * 1024
 
 
 def test_the_estimate_is_the_docstrings():
@@ -80,24 +82,27 @@ def test_it_is_taken_for_narrow_vectors_on_gpus_that_can(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100)
     monkeypatch.setattr("recgpt_torchrec.model.fused_loss.find_spec", lambda name: object())
     cuda = torch.device("cuda")
-    assert prefers_fused(64, 32768, cuda) and prefers_fused(128, 3000, cuda)
+    assert prefers_fused(64, 32768, cuda) and prefers_fused(128, 3000, cuda) and prefers_fused(64, 32768, cuda, "tf32")
     assert not prefers_fused(512, 32768, cuda), "the loss in chunks is estimated to be faster"
+    assert not prefers_fused(64, 32768, cuda, "fp32"), "no tensor cores"
     assert not prefers_fused(64, 32768, torch.device("cpu"))
-    H100.major = 7
+    H100.shared_memory_per_block_optin = 48 * 1024
+    assert not prefers_fused(128, 32768, cuda)
+    H100.major, H100.shared_memory_per_block_optin = 7, 227 * 1024
     assert not prefers_fused(64, 32768, cuda)
-    H100.major, H100.shared_memory_per_block_optin = 8, 48 * 1024
-    assert not prefers_fused(64, 32768, cuda)
+    H100.major = 9
     monkeypatch.setattr("recgpt_torchrec.model.fused_loss.find_spec", lambda name: None)
-    H100.shared_memory_per_block_optin = 227 * 1024
     assert not prefers_fused(64, 32768, cuda)
 
 
-def test_importing_the_loss_imports_no_triton_and_no_torchrec():
+def test_a_machine_without_triton_imports_all_but_the_kernels():
     program = (
-        "import sys; import recgpt_torchrec.model.fused_loss, recgpt_torchrec.model.varlen, recgpt_torchrec.model.segmented;"
-        "sys.exit(' '.join({'triton', 'torchrec', 'pyarrow'} & set(sys.modules)) or 0)"
+        "import sys; sys.modules |= dict.fromkeys(('triton', 'torchrec', 'pyarrow'))\n"
+        "from recgpt_torchrec.model import fused_loss, segmented, varlen\n"
+        "try: from recgpt_torchrec.model import fused_loss_kernels\n"
+        "except ImportError: print('without')"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
+    assert done.stdout == "without\n", done.stderr

@@ -28,16 +28,21 @@ def inputs(tokens: int, heads: int, head_dim: int, device: str = "cpu", dtype: t
 
 def one_by_one(qkv: Tensor, lengths: list[int]) -> Tensor:
     """Each sequence alone through torch's attention; [tokens, heads, head_dim]."""
-    outputs = [
-        F.scaled_dot_product_attention(*part.permute(1, 2, 0, 3), is_causal=True).transpose(0, 1)
-        for part in qkv.split([n for n in lengths if n])
-    ]
+    outputs = []
+    for part in qkv.split([n for n in lengths if n]):
+        q, k, v = part.permute(1, 2, 0, 3)
+        outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1))
     return torch.cat(outputs) if outputs else qkv[:, 0]
+
+
+def attend(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    q, k, v = qkv.unbind(1)
+    return varlen_attention(q, k, v, cu_seqlens, max_seqlen)
 
 
 def compare(qkv: Tensor, lengths: list[int], reference_qkv: Tensor, rtol: float, atol: float) -> None:
     """Outputs and gradients of `varlen_attention` against those of `one_by_one`."""
-    ours = varlen_attention(*qkv.unbind(1), boundaries(lengths, str(qkv.device)), max(*lengths, 1))
+    ours = attend(qkv, boundaries(lengths, str(qkv.device)), max(*lengths, 1))
     reference = one_by_one(reference_qkv, lengths)
     assert ours.shape == reference.shape and ours.dtype == qkv.dtype
     torch.testing.assert_close(ours.to(reference.dtype), reference, rtol=rtol, atol=atol)
@@ -63,9 +68,9 @@ def test_the_row_gives_what_the_grid_gives():
     lengths, width = [5, 3, 7, 1, 8], 8  # rows of 8 slots: 5 + 3, 7 + 1, 8
     qkv = inputs(24, 2, 8)
     sequence = torch.repeat_interleave(torch.arange(5), torch.tensor(lengths)).view(-1, width)
-    on_grid = (part.view(3, width, 2, 8).transpose(1, 2) for part in qkv.unbind(1))
-    grid = attention(*on_grid, attention_mask(sequence), 0.0).transpose(1, 2).reshape(24, 2, 8)
-    row = varlen_attention(*qkv.unbind(1), boundaries(lengths), width)
+    q, k, v = (part.view(3, width, 2, 8).transpose(1, 2) for part in qkv.unbind(1))
+    grid = attention(q, k, v, attention_mask(sequence), 0.0).transpose(1, 2).reshape(24, 2, 8)
+    row = attend(qkv, boundaries(lengths), width)
     torch.testing.assert_close(row, grid, rtol=1e-4, atol=1e-6)
 
 
@@ -93,7 +98,7 @@ def test_slots_behind_the_sequences_change_nothing_and_stay_finite():
     lengths = [4, 9, 2]
     qkv = inputs(31, 2, 8)
     covered = cover_slots(boundaries([*lengths, 0, 0]), 31, 9)
-    out = varlen_attention(*qkv.unbind(1), covered, 9)
+    out = attend(qkv, covered, 9)
     torch.testing.assert_close(out[:15], one_by_one(qkv[:15], lengths), rtol=1e-4, atol=1e-6)
     (gradient,) = torch.autograd.grad(out[:15].square().sum(), qkv)
     assert torch.isfinite(out).all() and not gradient[15:].any()
@@ -102,9 +107,8 @@ def test_slots_behind_the_sequences_change_nothing_and_stay_finite():
 def test_the_twin_compiles_without_a_break():
     lengths = [4, 9, 2]
     qkv = inputs(15, 2, 8)
-    compiled = torch.compile(varlen_attention, fullgraph=True, backend="aot_eager")
-    arguments = (*qkv.unbind(1), boundaries(lengths), 9)
-    torch.testing.assert_close(compiled(*arguments), varlen_attention(*arguments))
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(qkv, boundaries(lengths), 9), attend(qkv, boundaries(lengths), 9))
 
 
 def test_the_kernel_is_for_half_precision_on_cuda():
@@ -127,6 +131,6 @@ def test_the_kernel_is_torchs_attention_of_each_sequence_with_its_gradients(leng
 def test_the_kernel_leaves_nothing_undefined_behind_the_sequences():
     half = inputs(300, 2, 64, "cuda", torch.bfloat16)
     covered = cover_slots(boundaries([40, 50, 3, 0, 0], "cuda"), 300, 50)
-    out = varlen_attention(*half.unbind(1), covered, 50)
+    out = attend(half, covered, 50)
     (gradient,) = torch.autograd.grad(out[:93].float().square().sum(), half)
     assert torch.isfinite(out).all() and torch.isfinite(gradient).all() and not gradient[93:].any()
