@@ -69,7 +69,8 @@ class Dense(nn.Module):
         Returns:
             loss: [] sum over this rank's targets, divided by `batch.global_targets`.
             (loss, vectors): the loss without its graph, and the output at the newest entry of each sequence, the user's
-            interest vector [sequences, dim], none in training. (The train pipeline uses the first of a pair and returns the second.)
+            interest vector [sequences, dim], none in training. (The train pipeline uses the first of a pair and returns
+            the second.)
         """
         decode = self._compiled if self._compiled is not None and self.training else self.decode
         half = self.training and self.compute.dtype != torch.float32

@@ -1,4 +1,4 @@
-"""Causal means of each sequence's tokens where sequences lie end to end: the twin of `attention.history_weights`, which
+"""Causal means of each sequence's tokens where sequences lie end to end: the twin of `DenseAttention.mean`, which
 needs a grid.
 
 With a = exp(-decay) and u running over the tokens of t's sequence up to t,

@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from recgpt_torchrec.model.attention import attention_mask, history_weights
+from recgpt_torchrec.model.attention import DenseAttention
 from recgpt_torchrec.model.segmented import BLOCK, history_mean
 
 
@@ -54,7 +54,7 @@ def test_a_plain_number_gives_what_the_grid_gives(decay):
     lengths, width = [40, 24, 64, 1, 63], 64
     x = values(192)
     sequence = torch.repeat_interleave(torch.arange(5), torch.tensor(lengths)).view(-1, width)
-    grid = (history_weights(attention_mask(sequence), decay) @ x.view(3, width, -1)).view(192, -1)
+    grid = DenseAttention(sequence).mean(x.view(3, width, -1), torch.as_tensor(decay)).view(192, -1)
     ours = history_mean(x, positions(lengths), decay, 64)
     torch.testing.assert_close(ours, grid, rtol=1e-5, atol=1e-6)
     weights = torch.randn(grid.shape, generator=torch.Generator().manual_seed(1))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from recgpt_torchrec.model.attention import attention, attention_mask
+from recgpt_torchrec.model.attention import DenseAttention
 from recgpt_torchrec.model.varlen import cover_slots, kernel_runs, slot_position, varlen_attention
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=12)
@@ -69,7 +69,7 @@ def test_the_row_gives_what_the_grid_gives():
     qkv = inputs(24, 2, 8)
     sequence = torch.repeat_interleave(torch.arange(5), torch.tensor(lengths)).view(-1, width)
     q, k, v = (part.view(3, width, 2, 8).transpose(1, 2) for part in qkv.unbind(1))
-    grid = attention(q, k, v, attention_mask(sequence), 0.0).transpose(1, 2).reshape(24, 2, 8)
+    grid = DenseAttention(sequence).attend(q, k, v, 0.0).transpose(1, 2).reshape(24, 2, 8)
     row = attend(qkv, boundaries(lengths), width)
     torch.testing.assert_close(row, grid, rtol=1e-4, atol=1e-6)
 

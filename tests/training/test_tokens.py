@@ -15,6 +15,7 @@ from recgpt_torchrec.data.windows import row_groups
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.training import building
 from recgpt_torchrec.training.building import choose_tokens
+from recgpt_torchrec.training.execution import Execution
 from recgpt_torchrec.training.run import RUN
 from tests.support import SMALL, change_json, read_epochs, stage, walks, write_dataset
 
@@ -129,4 +130,4 @@ def test_a_number_that_is_given_stays_one_per_rank(tmp_path: Path, monkeypatch: 
         TrainingBatch(tokens=0)
     with pytest.raises(InputError, match="--batch.tokens 60 is less than --model.max_len 61"):
         long = config_of(tmp_path, tokens=60, max_len=61)
-        building.training_stream(long, long.model, dataset, 60)
+        building.training_stream(long, long.model, dataset, 60, Execution("cpu"))
