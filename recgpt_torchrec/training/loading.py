@@ -47,7 +47,7 @@ def load(checkpoint: str, dataset: Dataset, tables: Sharding, *, batch_size: int
     manifest, tuning = dataset.manifest, settings.tuning
     unsharded = RecGPT(settings.model, settings.loss, manifest.users, manifest.items, tuning)
     check_tables(unsharded, checkpoint, dataset)
-    model = shard(unsharded, tables, batch_size=batch_size, device=device, fused=False)
+    model = shard(unsharded, tables, batch_size=batch_size, device=device, fused=False, trained=False)
     state = {"model": model.state_dict()}
     read_tensors(state, checkpoint)
     model.load_state_dict(state["model"])
