@@ -23,7 +23,7 @@ def main(config: Pretrain) -> None:
         Watchdog(config.output, limits.stall_seconds, RUN),
     ):
         dataset = open_dataset(config)
-        execution = Execution.choose(limits, config.model, device)
+        execution = Execution.choose(limits, config.model, config.loss, device)
         tokens = choose_tokens(config, config.model, dataset, device)
         # The stream comes first, so that damaged data is reported before the output folder is checked.
         new_targets = config.targets == "new"

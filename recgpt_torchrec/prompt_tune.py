@@ -33,7 +33,7 @@ def main(config: PromptTune) -> None:
         check_dataset(config, dataset)
         model = pretrained_model(checkpoint, dataset, config.model)
         config = replace(config, model=model)
-        execution = Execution.choose(limits, model, device)
+        execution = Execution.choose(limits, model, config.loss, device)
         tokens = choose_tokens(config, model, dataset, device, tuning)
         stream = training_stream(config, model, dataset, tokens.rank, execution, tuning=tuning)
         histories = histories_fingerprint(dataset)

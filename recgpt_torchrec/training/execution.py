@@ -16,16 +16,19 @@ from typing import Literal
 
 import torch
 
-from recgpt_torchrec.config import Model, Train
+from recgpt_torchrec.config import Loss, Model, Train
 from recgpt_torchrec.distributed.processes import run_on_first_rank
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.dense import Compute
+from recgpt_torchrec.model.fused_loss import MAX_DIM, prefers_fused
 from recgpt_torchrec.model.peaks import Precision
 
 BF16_FLAGS = ("avx512_bf16", "amx_bf16")
 """Instructions of a CPU that multiply bfloat16; without them it is 30 times slower than float32."""
 SPEEDUP = 1.3
 """How much faster bf16 must be on a CPU for `auto` to choose it: less is lost again in conversions."""
+MANY = 2**20
+"""Candidates that a loss may have whose number is not an option."""
 AMPERE = (8, 0)
 """Compute capability of the first GPUs with TF32 and with flash attention."""
 HEAD_DIMS = 8, 256
@@ -53,12 +56,13 @@ class Execution:
     """Why `auto` chose dense attention on CUDA."""
 
     @classmethod
-    def choose(cls, train: Train, model: Model, device: torch.device) -> "Execution":
+    def choose(cls, train: Train, model: Model, loss: Loss, device: torch.device) -> "Execution":
         """Choose how to compute the steps of a run (collective: all ranks take rank 0's measurement).
 
         Args:
             train: options of the run.
             model: options of the decoder.
+            loss: options of the loss.
             device: of this rank.
 
         Raises:
@@ -77,7 +81,14 @@ class Execution:
         if train.compile:
             _check_compiler(device)
         why_dense = f"varlen {obstacle[0]}" if train.attention == "auto" and cuda and obstacle else ""
-        fused = can_fuse if train.fused_loss == "auto" else train.fused_loss
+        if train.fused_loss is True and model.dim > MAX_DIM:
+            raise InputError(
+                f"--train.fused_loss true takes --model.dim up to {MAX_DIM}, and it is {model.dim}; give --train.fused_loss auto"
+            )
+        fused = train.fused_loss
+        if fused == "auto":
+            candidates = loss.negatives if loss.candidates == "sampled" else MANY
+            fused = can_fuse and loss.candidates != "bce" and prefers_fused(model.dim, candidates, device, precision)
         return cls(device.type, precision, attention, fused, train.compile, why_precision, why_dense)
 
     @property

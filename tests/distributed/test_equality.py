@@ -253,7 +253,7 @@ class FixedShare:
     """Yields given batches; its queue is always empty."""
 
     given: list[SequenceBatch]
-    left: list[Queue] = field(default_factory=list)
+    left: list[Queue] = field(default_factory=lambda: [Queue(())])
 
     def __iter__(self) -> Iterator[SequenceBatch]:
         return iter(self.given)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from recgpt_torchrec.config import Model, Train
+from recgpt_torchrec.config import Loss, Model, Train
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.training import execution
 from recgpt_torchrec.training.execution import Execution
@@ -35,6 +35,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(execution, "supports_bf16", lambda: bf16)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA X1")
+        monkeypatch.setattr(
+            execution, "prefers_fused", lambda dim, n, device, precision: precision == "bf16" and dim < 200
+        )
         monkeypatch.setattr(execution, "cpu_flags", lambda: set(flags))
         monkeypatch.setattr(execution, "measure_bf16_speedup", lambda: speedup)
 
@@ -43,7 +46,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def choose(device: torch.device, model: Model = NO_DROPOUT, **train: Any) -> Execution:
-    return Execution.choose(Train(**train), model, device)
+    return Execution.choose(Train(**train), model, Loss(), device)
 
 
 def test_auto_on_a_gpu_is_everything_that_it_can_do(machine: Any) -> None:
@@ -54,10 +57,13 @@ def test_auto_on_a_gpu_is_everything_that_it_can_do(machine: Any) -> None:
     assert "dense attention (auto: varlen has no dropout, and it is 0.5)" in str(with_dropout)
     assert choose(CUDA, precision="fp32").attention == choose(CUDA, precision="tf32").attention == "dense"
     assert choose(CUDA, Model(dim=12, heads=3, attention_dropout=0)).attention == "dense"  # heads of 4
+    assert not choose(CUDA, Model(dim=256, attention_dropout=0)).fused_loss  # chunks are faster
+    assert choose(CUDA, Model(dim=256, attention_dropout=0), fused_loss=True).fused_loss
+    assert not Execution.choose(Train(), Model(), Loss(candidates="bce"), CUDA).fused_loss
     machine(varlen=False, triton=False)
     assert choose(CUDA) == Execution("cuda", "bf16", "dense", False)
     machine(bf16=False, capability=(7, 0))
-    assert choose(CUDA) == Execution("cuda", "fp32", "dense", True)
+    assert choose(CUDA) == Execution("cuda", "fp32", "dense", False)
 
 
 def test_what_is_given_is_taken(machine: Any) -> None:
@@ -96,6 +102,12 @@ def test_this_cpu_has_flags_and_its_speedup_is_a_number() -> None:
         (CUDA, {"attention": "varlen", "precision": "fp32"}, NO_DROPOUT, "needs bf16, .*--train.precision bf16"),
         (CUDA, {"attention": "varlen"}, Model(), "has no dropout, and it is 0.5; give --model.attention_dropout 0"),
         (CUDA, {"attention": "varlen"}, Model(dim=12, heads=3, attention_dropout=0), "dim / heads is 4"),
+        (
+            CUDA,
+            {"fused_loss": True},
+            Model(dim=1024, attention_dropout=0),
+            "takes --model.dim up to 512, and it is 1024",
+        ),
         (CPU, {"fused_loss": True}, NO_DROPOUT, "--train.fused_loss true needs CUDA"),
         (CPU, {"precision": "tf32"}, NO_DROPOUT, "--train.precision tf32 needs CUDA"),
     ],
@@ -148,7 +160,7 @@ def test_settings_of_the_process_hold_within_training_alone(before: bool) -> Non
 def choose_on_a_rank(rank: int, world_size: int) -> tuple[str, str]:
     execution.cpu_flags = lambda: {"amx_bf16"} if rank == 0 else set()
     execution.measure_bf16_speedup = lambda: 2.0 if rank == 0 else 0.1
-    chosen = Execution.choose(Train(), Model(), CPU)
+    chosen = Execution.choose(Train(), Model(), Loss(), CPU)
     return chosen.precision, chosen.precision_reason
 
 
