@@ -29,7 +29,7 @@ class TrainingBatch:
 
     tokens: int | Literal["auto"] = "auto"
     """Maximum number of tokens per batch and rank; at least model.max_len. auto: as many as give about 100 steps per
-    epoch, at least 256 over all ranks, at most 2,048 per rank on CPU and 16,384 on CUDA; a resumed run keeps the number
+    epoch, at least 128 over all ranks, at most 2,048 per rank on CPU and 16,384 on CUDA; a resumed run keeps the number
     over all ranks."""
     long_histories: Literal["newest", "windows"] = "newest"
     """How to train on histories longer than model.max_len. newest: on the newest entries only. windows: on all entries,

@@ -32,13 +32,14 @@ def test_a_step_has_as_many_tokens_as_give_the_steps_within_its_bounds(epoch: in
         if FEWEST < step < MOST[device] * ranks:
             assert STEPS - 1 <= epoch / step <= STEPS
             assert step == tokens_of_step(epoch, 1, device) or step > MOST[device]  # one rank cannot hold that many
-        rank = tokens_of_rank(step, ranks, max_len=50)
+        rank = tokens_of_rank(step, ranks, max_len=10)
         assert rank % MULTIPLE == 0 and step <= rank * ranks < step + MULTIPLE * ranks
 
 
 def test_a_rank_holds_the_longest_history_at_least() -> None:
     assert tokens_of_rank(256, 2, max_len=50) == 128
-    assert tokens_of_rank(256, 8, max_len=50) == 64
+    assert tokens_of_rank(256, 8, max_len=10) == 32
+    assert tokens_of_rank(256, 8, max_len=50) == 50
     assert tokens_of_rank(256, 2, max_len=200) == 200
 
 
@@ -78,18 +79,18 @@ def test_a_run_keeps_the_tokens_of_a_step_on_any_number_of_ranks(
     dataset = write_dataset(tmp_path / "data", walks(users=60, items=20), items=20)
     options = {"--data": tmp_path / "data", "--output": tmp_path / "run", **AUTO}
     assert stage("pretrain", options) == 0
-    assert "tokens 256 per rank (auto: 2 steps an epoch)" in " ".join(capsys.readouterr().out.split())
-    assert read_epochs(tmp_path / "run")[0]["step"] == 2
+    assert "tokens 128 per rank (auto: 3 steps an epoch)" in " ".join(capsys.readouterr().out.split())
+    assert read_epochs(tmp_path / "run")[0]["step"] == 3
     config = config_of(tmp_path)
     monkeypatch.setattr(building, "tokens_of_step", lambda *_: 1024)  # a later version may choose otherwise
-    for ranks, wanted in ((1, 256), (2, 128), (8, 64)):
+    for ranks, wanted in ((1, 128), (2, 64), (8, 32)):
         monkeypatch.setattr(building, "world_size", lambda ranks=ranks: ranks)
         chosen = choose_tokens(config, config.model, dataset, CPU)
-        assert (chosen.rank, chosen.step) == (wanted, 256)
+        assert (chosen.rank, chosen.step) == (wanted, 128)
     monkeypatch.setattr(building, "world_size", lambda: 1)
     assert stage("pretrain", options) == 0  # finished
-    assert stage("pretrain", {**options, "--batch.tokens": 256}) == 2
-    assert "--batch.tokens: auto there, 256 now" in capsys.readouterr().err
+    assert stage("pretrain", {**options, "--batch.tokens": 128}) == 2
+    assert "--batch.tokens: auto there, 128 now" in capsys.readouterr().err
 
 
 def test_auto_resumes_a_run_that_was_given_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
