@@ -17,4 +17,7 @@ def bags_of(key: str, ids: Int64, capacity: int | None = None) -> KeyedJaggedTen
     """One bag per id of `ids` [n] int64, in order, and empty bags up to `capacity` (None: n)."""
     lengths = torch.zeros(ids.size if capacity is None else capacity, dtype=torch.int32)
     lengths[: ids.size] = 1
-    return KeyedJaggedTensor(keys=[key], values=torch.from_numpy(ids), lengths=lengths)
+    values = torch.from_numpy(ids)
+    # Given here, where they are known: torchrec would read them from the device, a wait for each exchange.
+    known = {"stride": lengths.numel(), "length_per_key": [ids.size], "offset_per_key": [0, ids.size]}
+    return KeyedJaggedTensor(keys=[key], values=values, lengths=lengths, **known)

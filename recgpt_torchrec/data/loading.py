@@ -108,7 +108,7 @@ class Block:
 
     def unpack(self) -> Any:
         """The value; its tensors and arrays are views of the memory."""
-        view = memoryview(self.memory.numpy())
+        view: memoryview = self.memory.numpy().data
         return _Unpickler(self.memory, self.rest, [view[start:stop] for start, stop in self.arrays]).load()
 
 
@@ -155,7 +155,7 @@ class _Unpickler(pickle.Unpickler):
 
 def _shared_memory(size: int) -> torch.Tensor:
     storage = torch.UntypedStorage._new_shared(max(size, 1))
-    return torch.empty(0, dtype=torch.uint8).set_(storage)[:size]  # type: ignore[call-overload]
+    return torch.empty(0, dtype=torch.uint8).set_(storage)[:size]
 
 
 def _pinned_memory(size: int) -> torch.Tensor:

@@ -92,7 +92,8 @@ def pack_sequences(lengths: np.ndarray, row_length: int) -> Grid:
                 rooms |= 1 << rest
     in_order = np.zeros(lengths.size, dtype=np.int64)
     # numpy sorts 16-bit integers by counting, six times as fast.
-    longest_first = np.argsort(-lengths.astype(np.int16 if row_length < 2**15 else np.int64), kind="stable")
+    keys = (row_length - lengths).astype(np.int16 if row_length < 2**15 else np.int64)
+    longest_first = np.argsort(keys, kind="stable")
     in_order[longest_first[: len(starts)]] = starts
     tokens = np.cumsum(lengths)
     first = in_order - (tokens - lengths)

@@ -123,26 +123,30 @@ class BatchMaker:
         pending: list[Histories] = []
         tokens = sequences = 0
         batches = queue.batches
-        for windows_done, (index, offset) in enumerate(queue.windows):
-            histories = self.read(windows[index], epoch, shuffle)
+        for windows_done, piece in enumerate(queue.windows):
+            histories = self.read(windows[piece.window], epoch, shuffle)
             size = histories.users.size
+            first, last = piece.rows(size)
+            offset = first
             lengths = histories.lengths - 1 if self.training else histories.lengths
             token_offsets = offsets_of(np.maximum(lengths, 0))
             # In training a lost part gives thousands of empty rows, which must not take steps of their own.
             sequence_offsets = offsets_of(histories.lengths > 0 if self.training else np.ones(size, dtype=bool))
-            while offset < size:
+            while offset < last:
                 max_tokens = token_offsets[offset] + self.batch.tokens - tokens
                 max_sequences = sequence_offsets[offset] + self.max_sequences - sequences
                 limits = ((token_offsets, max_tokens), (sequence_offsets, max_sequences))
                 stop = min(int(np.searchsorted(offsets, limit, side="right")) - 1 for offsets, limit in limits)
+                stop = min(stop, last)
                 if stop > offset:
                     pending.append(histories.part(offset, stop))
                     tokens += int(token_offsets[stop] - token_offsets[offset])
                     sequences += int(sequence_offsets[stop] - sequence_offsets[offset])
                     offset = stop
-                if offset < size:
+                if offset < last:
                     batches += 1
-                    yield self.make(join(pending), Cursor(worker, windows_done, offset, batches), epoch)
+                    rows_done = offset if offset > first else 0
+                    yield self.make(join(pending), Cursor(worker, windows_done, rows_done, batches), epoch)
                     pending, tokens, sequences = [], 0, 0
         if pending:
             yield self.make(join(pending), Cursor(worker, len(queue.windows), 0, batches + 1), epoch)
@@ -189,7 +193,7 @@ class Share:
         """The row groups that the batch with this cursor was read from, if `left` was left of its queue before."""
         windows_done = len(self.source.queues[cursor.worker].windows) - len(left.windows)
         touched = left.windows[: cursor.windows_done - windows_done + (cursor.offset > 0)]
-        return [group for window, _ in touched for group in self.source.windows[window].groups]
+        return [group for piece in touched for group in self.source.windows[piece.window].groups]
 
 
 class SequenceStream:

@@ -2,14 +2,16 @@
 
 A *window* is a few Parquet row groups chosen by a permutation of (seed, epoch); the same seed shuffles its rows.
 Windows do not depend on the number of ranks. They are dealt to queues (one per loader worker per rank) by their number
-of items, read from the Parquet footers. What is left of every queue is the position in the data: a run that resumes
-with the same number of queues reads the same batches, with another number it deals what is left anew. Either way every
-remaining row is read exactly once.
+of items, read from the Parquet footers, and cut between queues where whole windows would give some queues more than
+others. What is left of every queue is the position in the data: a run that resumes with the same number of queues reads
+the same batches, with another number it deals what is left anew. Either way every remaining row is read exactly once.
 """
 
 import heapq
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -152,12 +154,46 @@ def windows_of(
     ]
 
 
+PARTS = 2**20
+"""Windows are cut between parts of this number, since how many rows they have is known only once they are read."""
+TOLERANCE = 0.01
+"""Share by which the largest queue may exceed the mean before windows are cut; who reads a part reads all of it."""
+
+
+class Piece(NamedTuple):
+    """A window, or the parts of it that one queue reads."""
+
+    window: int
+    """Index of the window."""
+    done: int = 0
+    """Rows done, counted from the first of the window; 0 where it was not begun."""
+    start: int = 0
+    stop: int = PARTS
+    """Its first part, and the one after its last."""
+
+    def rows(self, size: int) -> tuple[int, int]:
+        """The first row that is left, and the one after the last, in a window of `size` rows."""
+        return max(self.done, size * self.start // PARTS), size * self.stop // PARTS
+
+    def share_left(self, size: int) -> float:
+        """Share of a window of `size` rows that is left to read, from 0 to 1."""
+        return max(0.0, self.stop / PARTS - max(self.start / PARTS, self.done / max(size, 1)))
+
+    def cut(self, share: float, size: int) -> tuple["Piece", "Piece"]:
+        """Two pieces, of which the second has about `share` of the rows of a window of `size` rows; either may have
+        none."""
+        first, last = self.rows(size)
+        row = last - math.ceil(share * size - 1e-6)
+        place = self.start if row <= first else min(-(-row * PARTS // size), self.stop)
+        return self._replace(stop=place), self._replace(start=place)
+
+
 @dataclass(frozen=True)
 class Queue:
     """The windows that one loader worker has left to read."""
 
-    windows: tuple[tuple[int, int], ...]
-    """(window index, rows done), in reading order; only a window that was begun has rows done."""
+    windows: tuple[Piece, ...]
+    """In reading order; only one that was begun has rows done."""
     batches: int = 0
     """Number of batches made from this queue in the epoch; part of the seed of the negatives."""
     groups: int = 0
@@ -167,7 +203,7 @@ class Queue:
         """What is left once the batch with this cursor is trained."""
         left = list(self.windows[cursor.windows_done :])
         if cursor.offset:
-            left[0] = (left[0][0], cursor.offset)
+            left[0] = left[0]._replace(done=cursor.offset)
         return Queue(tuple(left), cursor.batches, self.groups)
 
 
@@ -195,7 +231,9 @@ class Position:
         """The position as plain lists and numbers, for a checkpoint."""
         queues = None
         if self.queues is not None:
-            queues = [{**asdict(q), "windows": [list(w) for w in q.windows]} for q in self.queues]
+            # A whole window is stored as versions that never cut one stored it.
+            windows = [[list(w[:2] if w[2:] == (0, PARTS) else w) for w in q.windows] for q in self.queues]
+            queues = [{**asdict(q), "windows": w} for q, w in zip(self.queues, windows, strict=True)]
         return {"epoch": self.epoch, "queues": queues}
 
     @classmethod
@@ -211,9 +249,11 @@ class Position:
             numbers = [number for window in queue.windows for number in window]
             check_counts({f"number {place} of position.queues": number for place, number in enumerate(numbers)})
             check_counts({"batches of a queue": queue.batches, "groups of a queue": queue.groups})
-            if any(len(window) != 2 for window in queue.windows):
-                raise ValueError("a window in position.queues is no pair")
-            windows = tuple((index, done) for index, done in queue.windows)
+            if any(len(window) not in (2, 4) for window in queue.windows):
+                raise ValueError("a window in position.queues is no pair, and no part of a window")
+            windows = tuple(Piece(*window) for window in queue.windows)
+            if any(not window.start <= window.stop <= PARTS for window in windows):
+                raise ValueError("a window in position.queues has parts out of order")
             queues.append(Queue(windows, queue.batches, queue.groups))
         check_counts({"position.epoch": stored.epoch})
         return cls(stored.epoch, None if stored.queues is None else queues)
@@ -235,6 +275,7 @@ class _StoredPosition:
 def deal_windows(windows: list[Window], queues: int, position: Position | None = None) -> list[Queue]:
     """Deal an epoch's windows to `queues` queues: longest first, each to the queue with the fewest items so far.
 
+    Then the longest queues give what they have above the mean to the shortest ones, for which windows are cut.
     With a position inside the epoch only what is left is dealt: as it was if the number of queues is the same (the run
     resumes with the same batches), anew otherwise.
 
@@ -242,7 +283,7 @@ def deal_windows(windows: list[Window], queues: int, position: Position | None =
         InputError: the position belongs to a dataset with other row groups.
     """
     groups = sum(len(window.groups) for window in windows)
-    left = [(window.index, 0) for window in windows]
+    left = [Piece(window.index) for window in windows]
     batches = 0
     if position is not None and position.queues is not None:
         before = max((queue.groups for queue in position.queues), default=0)
@@ -251,7 +292,7 @@ def deal_windows(windows: list[Window], queues: int, position: Position | None =
                 f"the run stopped within an epoch over {before} row groups, now the dataset has {groups}, so "
                 "what is left of the epoch is unknown. Restore the dataset, or start a new run with another --output"
             )
-        for index, done in (entry for queue in position.queues for entry in queue.windows):
+        for index, done, *_ in (piece for queue in position.queues for piece in queue.windows):
             if index >= len(windows) or done > windows[index].rows + windows[index].items:  # pieces
                 raise InputError(
                     f"the run stopped at row {done} of window {index} of an epoch, and the dataset has no such row. "
@@ -259,13 +300,42 @@ def deal_windows(windows: list[Window], queues: int, position: Position | None =
                 )
         if len(position.queues) == queues:
             return position.queues
-        left = [entry for queue in position.queues for entry in queue.windows]
+        left = [piece for queue in position.queues for piece in queue.windows]
         batches = max(queue.batches for queue in position.queues)
-    size = {w: windows[w].items * (1 - done / max(windows[w].rows, 1)) for w, done in left}
+
+    def size_of(piece: Piece) -> float:
+        return windows[piece.window].items * piece.share_left(windows[piece.window].rows)
+
     shares: list[tuple[float, int]] = [(0.0, q) for q in range(queues)]
-    dealt: list[list[tuple[int, int]]] = [[] for _ in range(queues)]
-    for entry in sorted(left, key=lambda e: (-size[e[0]], e[0])):
+    dealt: list[list[Piece]] = [[] for _ in range(queues)]
+    for piece in sorted(left, key=lambda piece: (-size_of(piece), piece)):
         items, queue = heapq.heappop(shares)
-        dealt[queue].append(entry)
-        heapq.heappush(shares, (items + size[entry[0]], queue))
-    return [Queue(tuple(sorted(entries)), batches, groups) for entries in dealt]
+        dealt[queue].append(piece)
+        heapq.heappush(shares, (items + size_of(piece), queue))
+    _level(dealt, windows, size_of)
+    return [Queue(tuple(sorted(pieces)), batches, groups) for pieces in dealt]
+
+
+def _level(dealt: list[list[Piece]], windows: list[Window], size_of: Callable[[Piece], float]) -> None:
+    """Move pieces, and parts of them, from the longest queues to the shortest, until the longest is near the mean."""
+    sizes = [sum(map(size_of, pieces)) for pieces in dealt]
+    mean = sum(sizes) / len(sizes)
+    for _ in range(2 * len(dealt)):  # each cut leaves one of two queues at the mean
+        longest = max(range(len(dealt)), key=lambda q: (sizes[q], -q))
+        shortest = min(range(len(dealt)), key=lambda q: (sizes[q], q))
+        excess = min(sizes[longest] - mean, mean - sizes[shortest])
+        if sizes[longest] <= (1 + TOLERANCE) * mean or excess <= 0:
+            return
+        for piece in sorted(dealt[longest], key=lambda piece: (size_of(piece), piece)):
+            if excess <= 0:
+                break
+            window = windows[piece.window]
+            kept, given = piece.cut(min(excess / max(window.items, 1), 1.0), window.rows)
+            if not size_of(given):
+                continue
+            dealt[longest].remove(piece)
+            dealt[longest] += [kept] if kept.start < kept.stop else []
+            dealt[shortest].append(given)
+            sizes[longest] -= size_of(given)
+            sizes[shortest] += size_of(given)
+            excess -= size_of(given)

@@ -22,6 +22,8 @@ CHUNK_BFLOAT16 = 512
 """The same in bfloat16 on CPU, where each chunk's gradient of the candidates is added in a pass of its own."""
 CHUNK_CUDA = 4096
 """Targets scored at once on CUDA: large products, with bounded memory for logits."""
+WITHOUT_WAITING = ("cpu",)
+"""Types of devices on which a value can be looked at without a wait."""
 NEVER = 1e4
 """A larger log q means that the candidate does not count: exp(-1e4) is 0."""
 
@@ -43,7 +45,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         s = (h * positive).sum(1)
         # Scores relative to the target's own need no pass for their maximum. They overflow only 88 above it; on CPU
         # that is looked at, on CUDA looking would stop the device.
-        exact = h.device.type != "cpu"
+        exact = h.device.type not in WITHOUT_WAITING
         sums = _partition(h, s, candidates, log_q, target_index, weight, dtype, exact)
         if not exact and not sums[0].isfinite().all():
             sums = _partition(h, s, candidates, log_q, target_index, weight, dtype, True)

@@ -83,7 +83,8 @@ class Execution:
         why_dense = f"varlen {obstacle[0]}" if train.attention == "auto" and cuda and obstacle else ""
         if train.fused_loss is True and model.dim > MAX_DIM:
             raise InputError(
-                f"--train.fused_loss true takes --model.dim up to {MAX_DIM}, and it is {model.dim}; give --train.fused_loss auto"
+                f"--train.fused_loss true takes --model.dim up to {MAX_DIM}, and it is {model.dim}; give "
+                "--train.fused_loss auto"
             )
         fused = train.fused_loss
         if fused == "auto":

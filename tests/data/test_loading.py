@@ -66,7 +66,11 @@ def test_a_batch_in_one_piece_of_memory_is_the_same_batch(stream):
 
 
 def test_a_tensor_that_is_a_view_with_gaps_is_copied_as_it_is_seen():
-    value = {"a": torch.arange(12).reshape(3, 4).t(), "b": np.arange(6).reshape(2, 3)[:, ::2], "c": torch.tensor(3.5)}
+    value: dict[str, Any] = {
+        "a": torch.arange(12).reshape(3, 4).t(),
+        "b": np.arange(6).reshape(2, 3)[:, ::2],
+        "c": torch.tensor(3.5),
+    }
     unpacked = Block.pack(value, lambda size: torch.empty(size, dtype=torch.uint8)).unpack()
     assert torch.equal(unpacked["a"], value["a"]) and np.array_equal(unpacked["b"], value["b"])
     assert unpacked["c"] == 3.5 and unpacked["c"].shape == ()
