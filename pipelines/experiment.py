@@ -118,7 +118,7 @@ def inputs_of(dataset: "Dataset", batch: "Batch", max_len: int, prompts: bool) -
     """Number of tokens in one epoch, with or without prompts, cut as in training."""
     import numpy as np
 
-    from recgpt_torchrec.data.histories import HistoryReader
+    from recgpt_torchrec.data.reading.histories import HistoryReader
     from recgpt_torchrec.data.windows import row_groups, windows_of
 
     reader = HistoryReader(

@@ -23,10 +23,11 @@ from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.checkpoints.saving import Saver
 from recgpt_torchrec.checkpoints.state import state_of
 from recgpt_torchrec.config import Loss, Model, Pretrain, Saving, Tables
-from recgpt_torchrec.data.batch import Capacity, SequenceBatch, make_batch
+from recgpt_torchrec.data.batch import SequenceBatch, make_batch
 from recgpt_torchrec.data.candidates import Candidates
 from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.histories import Histories
+from recgpt_torchrec.data.packed import Capacity
 from recgpt_torchrec.distributed.processes import print_result, process_group, rank, world_size
 from recgpt_torchrec.model.recgpt import unwrapped
 from recgpt_torchrec.training.building import build

@@ -24,10 +24,11 @@ from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.checkpoints.saving import Saver
 from recgpt_torchrec.checkpoints.state import restore, state_of
 from recgpt_torchrec.config import Loss, Model, Optimizer, Pretrain, Saving, Tables
-from recgpt_torchrec.data.batch import Capacity, SequenceBatch, make_batch
+from recgpt_torchrec.data.batch import SequenceBatch, make_batch
 from recgpt_torchrec.data.candidates import AllItems
 from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.histories import Histories, no_histories
+from recgpt_torchrec.data.packed import Capacity
 from recgpt_torchrec.distributed.processes import silence_libraries
 from recgpt_torchrec.distributed.sharding import tables_of
 from recgpt_torchrec.training.building import build

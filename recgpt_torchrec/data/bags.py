@@ -4,7 +4,6 @@ A bag is one entity, a user or an item, and for now holds its id alone. Training
 entities up through this file.
 """
 
-import numpy as np
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -19,15 +18,3 @@ def bags_of(key: str, ids: Int64, capacity: int | None = None) -> KeyedJaggedTen
     lengths = torch.zeros(ids.size if capacity is None else capacity, dtype=torch.int32)
     lengths[: ids.size] = 1
     return KeyedJaggedTensor(keys=[key], values=torch.from_numpy(ids), lengths=lengths)
-
-
-def distinct_bags(key: str, ids: Int64, capacity: int) -> tuple[KeyedJaggedTensor, Int64]:
-    """One bag per distinct id of `ids` [n] int64, `capacity` bags in all; and the bag of each id [n] int64.
-
-    Raises:
-        ValueError: there are more distinct ids than bags.
-    """
-    unique, bags = np.unique(ids, return_inverse=True)
-    if unique.size > capacity:
-        raise ValueError(f"{unique.size} distinct {key} ids in a batch with room for {capacity}")
-    return bags_of(key, unique, capacity), bags.astype(np.int64)

@@ -8,15 +8,16 @@ training does not depend on the number of ranks.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 
 from recgpt_torchrec.config import Batch, Loss
-from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.ragged import Float32, Int64
-from recgpt_torchrec.data.reader import find_outside
 from recgpt_torchrec.errors import InputError
+
+if TYPE_CHECKING:  # packing, and so the dense part of the model, does not need Arrow
+    from recgpt_torchrec.data.dataset import Dataset
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class CandidateSource(ABC):
 
     room: int | None = 0
     """Maximum number of candidates that are not targets of the batch; None: the whole catalogue."""
+    count: int
+    """Maximum number of candidates of a batch."""
 
     @classmethod
     @abstractmethod
@@ -68,6 +71,7 @@ class AllItems(CandidateSource):
 
     def __init__(self, items: int) -> None:
         # All batches share these arrays: nothing writes into a batch.
+        self.count = items
         self.candidates = Candidates(np.arange(items), np.zeros(items, dtype=np.float32), every_item=True)
 
     @classmethod
@@ -84,7 +88,8 @@ class Sampled(CandidateSource):
     """Negatives drawn for the whole batch, without replacement."""
 
     def __init__(self, distribution: "Distribution") -> None:
-        self.distribution, self.room = distribution, distribution.count
+        self.distribution = distribution
+        self.room = self.count = distribution.count
 
     @classmethod
     def make(cls, loss: Loss, statistics: ItemStatistics, tokens: int) -> "Sampled":
@@ -100,6 +105,7 @@ class InBatch(CandidateSource):
     """The distinct targets of the batch, each with the probability that it is among them."""
 
     def __init__(self, counts: Int64, tokens: int) -> None:
+        self.count = min(tokens, counts.size)
         p = np.maximum(counts, 0.5) / max(counts.sum(), 1)
         log_q = np.log(-np.expm1(tokens * np.log1p(-np.minimum(p, 1 - 1e-9))))
         self.log_q = log_q.astype(np.float32)
@@ -191,14 +197,18 @@ DISTRIBUTIONS: dict[str, type[Distribution]] = {"uniform": Uniform, "log_uniform
 """By the value of `--loss.negatives_by`."""
 
 
-def candidate_source(loss: Loss, dataset: Dataset, batch: Batch) -> CandidateSource:
+def candidate_source(loss: Loss, dataset: "Dataset", batch: Batch) -> CandidateSource:
     """The source of candidates for a loss, in training on a dataset."""
     statistics = ItemStatistics(dataset.manifest.items, lambda: training_counts(dataset))
     return SOURCES[loss.candidates].make(loss, statistics, batch.tokens)
 
 
-def training_counts(dataset: Dataset) -> Int64:
+def training_counts(dataset: "Dataset") -> Int64:
     """[items] int64: number of interactions per item in the training part, from the dataset's `items/` parts."""
+    import pyarrow as pa
+
+    from recgpt_torchrec.data.reading.reader import find_outside
+
     counts = np.zeros(dataset.manifest.items, dtype=np.int64)
     for part in dataset.manifest.item_parts:
         with dataset.read_part(part) as file:

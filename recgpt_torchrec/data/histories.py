@@ -1,21 +1,14 @@
-"""Histories of users as batches hold them, and the reader that cuts them from a dataset for a split."""
+"""Histories of users as batches hold them. Needs numpy alone."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from recgpt_torchrec.data import ragged
-from recgpt_torchrec.data.damage import SetAside
-from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.ragged import Int64, Ragged
-from recgpt_torchrec.data.reader import Reader, stored_starts
-from recgpt_torchrec.data.segments import INTERACTED, Interacted
-from recgpt_torchrec.data.split import SplitName, cut
-from recgpt_torchrec.data.windows import RowGroup
 
 
 def _per_sequence() -> Any:
@@ -111,126 +104,3 @@ def join(lists: Sequence[Histories]) -> Histories:
 
     columns = {f.name: joined([getattr(each, f.name) for each in lists]) for f in fields(Histories) if f.metadata}
     return Histories(offsets=ragged.offsets_of(np.concatenate([each.lengths for each in lists])), **columns)
-
-
-@dataclass(frozen=True, kw_only=True)
-class HistoryReader:
-    """Reads the histories of row groups, cut for a split and to the newest `max_len` entries.
-
-    Example: `HistoryReader(dataset=dataset, split="test", max_len=50).read(row_groups(dataset)[:4])`
-    """
-
-    dataset: Dataset
-    split: SplitName
-    max_len: int
-    """Maximum number of entries before a target."""
-    long_histories: Literal["newest", "windows"] = "newest"
-    """How a longer history is trained on: its newest part, or all of it, cut into overlapping pieces."""
-    prompts: bool = False
-    """Whether prompts (generated, or shown but not clicked) are read; they are left out otherwise."""
-    answers: int = 0
-    """Number of answers of the pre-trained model to read per interacted item."""
-    new_targets: bool = False
-    """Whether entries that the dataset's column `trained` marks are no targets; a history without other targets is
-    empty."""
-    set_aside: SetAside | None = None
-    """Where damaged rows are listed; None: the first one is an error."""
-    time_order: bool = False
-    """Whether a history with timestamps out of order is damaged."""
-
-    @property
-    def training(self) -> bool:
-        """Whether histories hold targets to train on."""
-        return self.split == "training"
-
-    def read(self, groups: Sequence[RowGroup], order: Callable[[int], Int64] | None = None) -> Histories:
-        """The histories of some row groups.
-
-        Args:
-            groups: row groups, read together.
-            order: returns the order of n sequences, a permutation [n] int64; None: the order of the dataset.
-
-        Raises:
-            InputError: a row is damaged, and not set aside; names its place.
-        """
-        reader = Reader(self.dataset, self.answers, self.time_order, self.set_aside, self.new_targets)
-        tables = [reader.read(group) for group in groups]
-        table, read = pa.concat_tables([r.table for r in tables]), np.concatenate([r.lengths for r in tables])
-        users, items = table["user_id"].to_numpy(), Ragged.from_arrow(table["item_ids"])
-        segments = Ragged.from_arrow(table["segment_ids"]).values if "segment_ids" in table.schema.names else None
-        trained = Ragged.from_arrow(table["trained"]).values != 0 if self.new_targets else None
-        if segments is not None and not self.prompts:
-            is_interacted = segments == INTERACTED
-            items, segments = items.keep(is_interacted), None
-            trained = None if trained is None else trained[is_interacted]
-        interacted = Interacted.among(items.offsets, segments)
-
-        hold_out = self.dataset.manifest.hold_out
-        row, begin, end, target = cut(interacted.offsets, self.split, hold_out, stored_starts(table))
-        users, first = users[row], items.offsets[:-1][row]
-        last = np.where(end > begin, interacted.entries(np.maximum(end, 1)) if interacted.places.size else first, first)
-        if self.training and self.long_histories == "windows":
-            owner, start, stop = cut_pieces(first, last, self.max_len)
-            users, read = users[owner], (read / np.bincount(owner, minlength=users.size))[owner]
-        else:
-            start, stop = np.maximum(first, last - self.max_len - self.training), last
-        if trained is not None:
-            new = ~trained if segments is None else ~trained & (segments == INTERACTED)
-            start, stop = _empty_without_target(start, stop, new)
-
-        rows = np.arange(users.size) if order is None else order(users.size)
-        start, stop = start[rows], stop[rows]
-        inputs = items.cut(start, stop)
-
-        def entries(values: npt.NDArray[Any] | None) -> Any:
-            return None if values is None else items.with_values(values).cut(start, stop).values
-
-        answers, answer_scores = self._read_answers(table, items.values.size, interacted)
-        return Histories(
-            users=users[rows].astype(np.int64, copy=False),
-            items=inputs.values,
-            offsets=inputs.offsets,
-            segments=entries(segments),
-            answers=entries(answers),
-            answer_scores=entries(answer_scores),
-            trained=entries(trained),
-            read=read[rows] if self.training else None,
-            held_out=None if target is None else items.values[interacted.places[target]][rows],
-            seen=None
-            if self.training
-            else Ragged(items.values[interacted.places], interacted.offsets).cut(begin[rows], end[rows]),
-        )
-
-    def _read_answers(
-        self, table: pa.Table, entries: int, interacted: Interacted
-    ) -> tuple[Int64, npt.NDArray[np.float32]] | tuple[None, None]:
-        """Answers and scores per entry; the dataset stores them per interacted item."""
-        if not self.answers:
-            return None, None
-        ids = np.full((entries, self.answers), -1, dtype=np.int64)
-        scores = np.zeros((entries, self.answers), dtype=np.float32)
-        ids[interacted.places] = Ragged.from_arrow(table["answer_ids"]).values.reshape(-1, self.answers)
-        scores[interacted.places] = Ragged.from_arrow(table["answer_scores"]).values.reshape(-1, self.answers)
-        return ids, scores
-
-
-def _empty_without_target(start: Int64, stop: Int64, new: npt.NDArray[np.bool_]) -> tuple[Int64, Int64]:
-    """Empty each range `start:stop` in which no entry after the first is a `new` [entries] target."""
-    count = ragged.offsets_of(new)
-    return start, np.where(count[stop] > count[np.minimum(start + 1, stop)], stop, start)
-
-
-def cut_pieces(start: Int64, stop: Int64, max_len: int) -> tuple[Int64, Int64, Int64]:
-    """Cut each range into pieces of `max_len` tokens and one more target, starting from the newest.
-
-    Every target is in exactly one piece. Pieces overlap by one entry: the last target of the earlier and the first
-    token of the later.
-
-    Returns:
-        owner, start, stop: [pieces] int64, the index of the range that a piece is cut from, and the piece `start:stop`.
-    """
-    pieces = np.maximum(-(-(stop - start - 1) // max_len), 1)
-    back = ragged.ragged_arange(pieces)
-    owner = np.repeat(np.arange(start.size), pieces)
-    ends = stop[owner] - back * max_len
-    return owner, np.maximum(start[owner], ends - max_len - 1), ends

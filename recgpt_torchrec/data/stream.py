@@ -7,14 +7,17 @@ from functools import cached_property
 import numpy as np
 
 from recgpt_torchrec.config import Batch, Model, Stream
-from recgpt_torchrec.data.batch import Capacity, PredictFrom, SequenceBatch, make_batch
+from recgpt_torchrec.data.batch import SequenceBatch, make_batch
 from recgpt_torchrec.data.candidates import CandidateSource
-from recgpt_torchrec.data.damage import SetAside
 from recgpt_torchrec.data.dataset import Dataset
-from recgpt_torchrec.data.histories import Histories, HistoryReader, join, no_histories
+from recgpt_torchrec.data.histories import Histories, join, no_histories
 from recgpt_torchrec.data.loading import prefetch
+from recgpt_torchrec.data.packed import Capacity, FixedShape, Layout
 from recgpt_torchrec.data.ragged import offsets_of
+from recgpt_torchrec.data.reading.damage import SetAside
+from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.split import SplitName
+from recgpt_torchrec.data.targets import PredictFrom
 from recgpt_torchrec.data.windows import Cursor, Position, Queue, RowGroup, Window, deal_windows, row_groups, windows_of
 from recgpt_torchrec.errors import InputError
 
@@ -34,6 +37,10 @@ class BatchMaker:
     """Share of a target's weight that goes to the pre-trained model's answers in the dataset (see `make_batch`)."""
     grows: int = 0
     """Maximum number of entries appended to a history after it is read (see `retrieval.interests`)."""
+    layout: Layout = "grid"
+    """How tokens lie in slots."""
+    pad: bool = False
+    """Whether all batches have the same shapes, in the layout `row`: as many slots as `batch.tokens`."""
 
     def __post_init__(self) -> None:
         if self.batch.tokens < self.max_len:
@@ -60,7 +67,7 @@ class BatchMaker:
     @property
     def row_length(self) -> int:
         """Slots of a grid row: those of the longest sequence, but at least 64, so that short ones pack tightly."""
-        return max(64, self.max_len)
+        return self.max_len if self.layout == "row" else max(64, self.max_len)
 
     @property
     def max_sequences(self) -> int:
@@ -79,6 +86,14 @@ class BatchMaker:
         max_items = self.batch.tokens * (1 + self.reader.answers) + self.max_sequences + room
         return Capacity(self.max_sequences, min(items, max_items))
 
+    @cached_property
+    def fixed_shape(self) -> FixedShape | None:
+        """Sizes that batches are padded to; None: they are as large as needed."""
+        if not self.pad:
+            return None
+        candidates = 0 if self.source is None or not self.training else self.source.count
+        return FixedShape(self.batch.tokens, self.max_sequences, candidates)
+
     def make(self, histories: Histories, cursor: Cursor | None = None, epoch: int = 0) -> SequenceBatch:
         """Pack histories and draw candidates; negatives depend on (seed, epoch, cursor)."""
         cursor, source = cursor or Cursor(), self.source if self.training else None
@@ -93,6 +108,8 @@ class BatchMaker:
             soft_targets=self.soft_targets,
             draw=None if source is None else lambda targets: source.draw(targets, rng),
             cursor=cursor,
+            layout=self.layout,
+            pad=self.fixed_shape,
         )
 
     def empty(self) -> SequenceBatch:

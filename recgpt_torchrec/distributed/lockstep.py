@@ -77,7 +77,7 @@ class Lockstep:
         agreed[5] = signals.received_signal() is not None
         if batch is not None:
             read = batch.histories.read
-            agreed[0], agreed[1], agreed[2] = batch.target_slot.numel(), 0.0 if read is None else read.sum(), 1.0
+            agreed[0], agreed[1], agreed[2] = batch.targets, 0.0 if read is None else read.sum(), 1.0
         work = dist.all_reduce(agreed, async_op=True)
         self._ahead.append((batch or self.make_empty(), batch is not None, agreed, work))
 

@@ -15,8 +15,8 @@ import torch
 
 from recgpt_torchrec.catalogue.ranks import both_ranks
 from recgpt_torchrec.data.dataset import Dataset
-from recgpt_torchrec.data.histories import HistoryReader
 from recgpt_torchrec.data.ragged import Ragged
+from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.split import SplitName
 from recgpt_torchrec.data.windows import row_groups
 from recgpt_torchrec.evaluation.metrics import RankingMetrics

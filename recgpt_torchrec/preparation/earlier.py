@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from recgpt_torchrec.data.dataset import Dataset, Vocabulary, histories_fingerprint
 from recgpt_torchrec.data.ragged import Int64, Ragged
-from recgpt_torchrec.data.reader import Reader, stored_starts
+from recgpt_torchrec.data.reading.reader import Reader, stored_starts
 from recgpt_torchrec.data.segments import INTERACTED, Interacted
 from recgpt_torchrec.data.split import cut
 from recgpt_torchrec.data.windows import row_groups

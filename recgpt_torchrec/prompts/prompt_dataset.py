@@ -20,7 +20,7 @@ from recgpt_torchrec.config import Prompts
 from recgpt_torchrec.data.bags import USER, bags_of
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.ragged import Int64
-from recgpt_torchrec.data.reader import read_group
+from recgpt_torchrec.data.reading.reader import read_group
 from recgpt_torchrec.data.segments import EXPOSED, GENERATED
 from recgpt_torchrec.data.split import STORED
 from recgpt_torchrec.data.windows import RowGroup, row_groups, user_bounds

@@ -22,7 +22,7 @@ from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import Prompts
 from recgpt_torchrec.data.dataset import STARTS
 from recgpt_torchrec.data.ragged import Float32, Int64, Ragged, offsets_of
-from recgpt_torchrec.data.reader import stored_starts
+from recgpt_torchrec.data.reading.reader import stored_starts
 from recgpt_torchrec.data.segments import EXPOSED, GENERATED, INTERACTED
 from recgpt_torchrec.data.split import Starts
 from recgpt_torchrec.model.dense import Dense

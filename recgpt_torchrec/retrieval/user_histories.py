@@ -3,7 +3,8 @@
 import numpy as np
 
 from recgpt_torchrec.data.dataset import Dataset
-from recgpt_torchrec.data.histories import Histories, HistoryReader, join, no_histories
+from recgpt_torchrec.data.histories import Histories, join, no_histories
+from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.split import SplitName
 from recgpt_torchrec.data.windows import row_groups, user_bounds
 from recgpt_torchrec.errors import InputError

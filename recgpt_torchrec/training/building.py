@@ -8,9 +8,9 @@ from torchrec.optim.keyed import KeyedOptimizer
 
 from recgpt_torchrec.config import Model, Pretrain, PromptTune, Tuning
 from recgpt_torchrec.data.candidates import candidate_source
-from recgpt_torchrec.data.damage import LIST, SetAside
 from recgpt_torchrec.data.dataset import Dataset
-from recgpt_torchrec.data.histories import HistoryReader
+from recgpt_torchrec.data.reading.damage import LIST, SetAside
+from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.stream import BatchMaker, SequenceStream
 from recgpt_torchrec.data.windows import check_new_targets
 from recgpt_torchrec.distributed.processes import gather_objects

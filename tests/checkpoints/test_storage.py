@@ -18,7 +18,7 @@ import torch.distributed as dist
 from recgpt_torchrec import storage
 from recgpt_torchrec.checkpoints.folder import METADATA, Checkpoints, find_checkpoint
 from recgpt_torchrec.data.dataset import Dataset
-from recgpt_torchrec.data.reader import Damage, Reader, SetAside
+from recgpt_torchrec.data.reading.reader import Damage, Reader, SetAside
 from recgpt_torchrec.data.windows import row_groups
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.export_folder import open_export

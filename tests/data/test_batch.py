@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recgpt_torchrec.data.bags import ITEM, USER
-from recgpt_torchrec.data.batch import Capacity, SequenceBatch, make_batch
+from recgpt_torchrec.data.batch import SequenceBatch, make_batch
 from recgpt_torchrec.data.candidates import AllItems, Candidates, InBatch
 from recgpt_torchrec.data.histories import Histories, no_histories
+from recgpt_torchrec.data.packed import Capacity
 
 ROW = 8
 ITEMS = 12

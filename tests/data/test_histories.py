@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recgpt_torchrec.data.dataset import Dataset
-from recgpt_torchrec.data.histories import Histories, HistoryReader, join, no_histories
+from recgpt_torchrec.data.histories import Histories, join, no_histories
 from recgpt_torchrec.data.ragged import Ragged, offsets_of
+from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.split import SPLITS
 from recgpt_torchrec.data.windows import row_groups
 from tests.support import walks, write_dataset

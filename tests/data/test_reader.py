@@ -19,9 +19,9 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recgpt_torchrec.data.damage import Damage, SetAside
 from recgpt_torchrec.data.dataset import Dataset
-from recgpt_torchrec.data.reader import Reader
+from recgpt_torchrec.data.reading.damage import Damage, SetAside
+from recgpt_torchrec.data.reading.reader import Reader
 from recgpt_torchrec.data.stream import SequenceStream
 from recgpt_torchrec.data.windows import Position, row_groups
 from recgpt_torchrec.distributed.lockstep import Lockstep

@@ -20,10 +20,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.config import Batch, Loss, Model, Optimizer, Pretrain, Saving, Tables, Train
-from recgpt_torchrec.data.batch import Capacity, SequenceBatch, make_batch
+from recgpt_torchrec.data.batch import SequenceBatch, make_batch
 from recgpt_torchrec.data.candidates import AllItems, Candidates
 from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.histories import Histories, no_histories
+from recgpt_torchrec.data.packed import Capacity
 from recgpt_torchrec.data.windows import Cursor, Position, Queue
 from recgpt_torchrec.distributed.lockstep import Lockstep
 from recgpt_torchrec.distributed.sharding import initialise_tables, shard, tables_of

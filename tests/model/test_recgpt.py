@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from recgpt_torchrec.config import Loss, Model
-from recgpt_torchrec.data.batch import Capacity, make_batch
+from recgpt_torchrec.data.batch import make_batch
 from recgpt_torchrec.data.candidates import AllItems
 from recgpt_torchrec.data.histories import Histories
+from recgpt_torchrec.data.packed import Capacity
 from recgpt_torchrec.model.dense import Dense
 
 

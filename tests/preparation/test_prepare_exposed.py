@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from recgpt_torchrec.config import Batch, Loss, Prepare
 from recgpt_torchrec.data.candidates import candidate_source
 from recgpt_torchrec.data.dataset import Dataset
-from recgpt_torchrec.data.histories import Histories, HistoryReader
+from recgpt_torchrec.data.histories import Histories
+from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.segments import EXPOSED
 from recgpt_torchrec.data.split import SplitName
 from recgpt_torchrec.data.stream import BatchMaker

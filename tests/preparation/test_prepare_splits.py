@@ -17,7 +17,7 @@ from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.config.boundaries import Boundary
 from recgpt_torchrec.data.candidates import training_counts
 from recgpt_torchrec.data.dataset import Dataset, Manifest, histories_fingerprint
-from recgpt_torchrec.data.histories import HistoryReader
+from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.windows import row_groups
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.prepare import summary

@@ -8,8 +8,9 @@ from recgpt_torchrec.catalogue import catalogue as catalogue_module
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import Batch
 from recgpt_torchrec.data.dataset import Dataset, Manifest
-from recgpt_torchrec.data.histories import Histories, HistoryReader, no_histories
+from recgpt_torchrec.data.histories import Histories, no_histories
 from recgpt_torchrec.data.ragged import Ragged
+from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.stream import BatchMaker
 from recgpt_torchrec.retrieval.interests import append_generated, predict_interests, recall_items
 from recgpt_torchrec.retrieval.merging import merge_quota

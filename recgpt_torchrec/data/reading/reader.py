@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recgpt_torchrec import storage
-from recgpt_torchrec.data.damage import Damage, SetAside
 from recgpt_torchrec.data.dataset import ANSWERS, COLUMNS, STARTS, Dataset, Manifest
 from recgpt_torchrec.data.ragged import offsets_of, read_nullable
+from recgpt_torchrec.data.reading.damage import Damage, SetAside
 from recgpt_torchrec.data.segments import INTERACTED, SEGMENTS
 from recgpt_torchrec.data.split import STORED, Starts
 from recgpt_torchrec.data.windows import RowGroup, row_groups

@@ -1,0 +1,244 @@
+"""`PackedBatch`: packed histories as the dense part of the model reads them. Each distinct id is one bag.
+
+Needs torch and numpy, neither torchrec nor Arrow: `data/batch.py` adds what the tables look up.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+
+from recgpt_torchrec.data.candidates import Candidates, no_candidates
+from recgpt_torchrec.data.histories import Histories
+from recgpt_torchrec.data.packing import lay_end_to_end, pack_sequences
+from recgpt_torchrec.data.ragged import Int64
+from recgpt_torchrec.data.targets import PredictFrom, positions_of, soft_targets_of, targets_of
+
+Layout = Literal["grid", "row"]
+"""grid: rows of equal length, several sequences in each, for dense attention. row: one row that holds all sequences end
+to end, for attention that is given where each begins."""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Fixed number of bags per table, equal on all ranks (row-wise sharding needs that); unused bags are empty."""
+
+    users: int
+    items: int
+
+
+@dataclass(frozen=True)
+class FixedShape:
+    """Sizes that every batch is padded to, so that a compiled model meets one shape."""
+
+    tokens: int
+    """Slots, and targets."""
+    sequences: int
+    candidates: int
+
+
+class DistinctIds(NamedTuple):
+    """The ids to look up, in the order of their bags."""
+
+    users: Int64
+    """[distinct users] int64."""
+    items: Int64
+    """[distinct items] int64 of histories, targets, soft targets and candidates."""
+
+
+@dataclass(kw_only=True)
+class PackedBatch:
+    """A packed batch. Slots are [rows, row_length], one row in the layout `row`; empty slots have `sequence` -1."""
+
+    item_bag: torch.Tensor
+    """[rows, row_length] int64: the bag of each slot's item."""
+    user_bag: torch.Tensor
+    """[rows, row_length] int64: the bag of each slot's user."""
+    position: torch.Tensor
+    """[rows, row_length] int64: 0 for the first entry of its sequence."""
+    sequence: torch.Tensor
+    """[rows, row_length] int64: index of the slot's sequence in the batch; -1: empty."""
+    segment: torch.Tensor
+    """[rows, row_length] int64 segment ids."""
+    target_slot: torch.Tensor
+    """[targets] int64: flat index of the slot whose output predicts the target; 0 in padding."""
+    target_bag: torch.Tensor
+    """[targets] int64: bag of the target; 0 in padding."""
+    candidate_bag: torch.Tensor
+    """[candidates] int64: bags that every target is scored against; 0 in padding."""
+    candidate_log_q: torch.Tensor
+    """[candidates] float32: log of the expected count of the candidate among those drawn (0: always a candidate); inf
+    in padding, so that nothing is scored against it."""
+    soft_bag: torch.Tensor
+    """[targets, answers] int64: bags of the answers that share a target's weight, its soft targets."""
+    soft_weight: torch.Tensor
+    """[targets, answers] float32: weight of each; the target itself keeps the rest of 1."""
+    target_candidate: torch.Tensor
+    """[targets] int64: index of the target among the candidates, where it is no negative; -1: not among them."""
+    target_weight: torch.Tensor | None
+    """[targets] float32: 1 for a target, 0 for padding; None: nothing is padded."""
+    last_slot: torch.Tensor
+    """[sequences] int64: flat index of the slot of each sequence's newest token; 0 in padding. Sequences without tokens
+    are left out, here and in `cu_seqlens`."""
+    cu_seqlens: torch.Tensor | None
+    """[sequences + 1] int32, layout `row`: the first slot of each sequence, and the end of the last, which padding
+    repeats; slots from there on belong to no sequence. A batch without sequences has one without slots. None: grid."""
+    max_seqlen: int
+    """Number of tokens of the longest sequence, or of the longest that any batch may hold where shapes are fixed."""
+    targets: int
+    """Number of targets, without padding."""
+    global_targets: torch.Tensor
+    """[] float32: number of targets of this step on all ranks; the loss is the mean over them."""
+
+    def _tensors(self) -> dict[str, Any]:
+        """What is moved with the batch, by field name."""
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return {name: value for name, value in values if isinstance(value, torch.Tensor)}
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Self:
+        """A copy on `device`."""
+        return replace(self, **{n: v.to(device=device, non_blocking=non_blocking) for n, v in self._tensors().items()})
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tell the allocator that `stream` uses the tensors."""
+        for value in self._tensors().values():
+            value.record_stream(stream)
+
+    def pin_memory(self) -> Self:
+        """A copy in page-locked host memory."""
+        return replace(self, **{name: value.pin_memory() for name, value in self._tensors().items()})
+
+
+def pack_histories(
+    histories: Histories,
+    *,
+    row_length: int,
+    capacity: Capacity,
+    predict: bool,
+    predict_from: PredictFrom = "every",
+    max_position: int | None = None,
+    soft_targets: float = 0.0,
+    draw: Callable[[Int64], Candidates] | None = None,
+    layout: Layout = "grid",
+    pad: FixedShape | None = None,
+) -> tuple[PackedBatch, DistinctIds]:
+    """Pack histories into slots, and number the distinct ids that they, their targets and the candidates hold.
+
+    Args:
+        histories: at most `row_length` entries each (one more where `predict`); may be empty.
+        row_length: slots of a grid row; in the layout `row` only the length of the longest sequence.
+        capacity: maximum number of distinct ids.
+        predict: whether there are targets: every entry but the last is a token that predicts the next interacted entry
+            (segment 0). Otherwise all entries are tokens and nothing is predicted.
+        predict_from: which tokens predict where prompts precede the target: the `interacted` one before them, the
+            `last` one before the target, or `every` one.
+        max_position: largest position, which all later tokens share; None: `row_length` - 1.
+        soft_targets: share of a target's weight that goes to the model's answers, where `histories` has them.
+        draw: returns the candidates for the targets [targets] int64; None: there are none.
+        layout: how tokens lie in slots.
+        pad: sizes that the tensors are padded to, in the layout `row`; None: they are as large as needed.
+
+    Raises:
+        ValueError: a history does not fit a row, or there are more distinct ids, tokens, sequences or candidates than
+            there is room for.
+    """
+    max_position = row_length - 1 if max_position is None else max_position
+    lengths, items = histories.lengths, histories.items
+    if predict:
+        is_token = np.ones(items.size, dtype=bool)
+        is_token[histories.offsets[1:][lengths > 0] - 1] = False
+        token_entries, tokens = np.flatnonzero(is_token), np.maximum(lengths - 1, 0)
+        predicting, target_entries = targets_of(histories, token_entries, predict_from)
+    else:
+        token_entries, tokens = np.arange(items.size), lengths
+        predicting = target_entries = np.zeros(0, dtype=np.int64)
+    targets = items[target_entries]
+    soft_items, soft_weights = soft_targets_of(histories, token_entries[predicting], targets, soft_targets)
+    candidates = no_candidates() if draw is None else draw(targets)
+
+    if layout == "grid":
+        grid = pack_sequences(tokens, row_length)
+    else:
+        grid = lay_end_to_end(tokens, row_length, slots=None if pad is None else pad.tokens)
+    has_tokens = tokens > 0
+    sequence = np.repeat(np.arange(lengths.size), tokens)
+    users, bags = number_distinct("user", histories.users[has_tokens], capacity.users)
+    user_bags = np.zeros(lengths.size, dtype=np.int64)
+    user_bags[has_tokens] = bags
+
+    if candidates.every_item:  # then an item's bag is its id
+        ids, entry_bags, candidate_bags, soft_bags = candidates.ids, items, candidates.ids, soft_items
+        target_bags = target_candidate = targets
+    else:
+        used = np.zeros(items.size, dtype=bool)
+        used[token_entries] = used[target_entries] = True
+        parts = [items[used], candidates.ids, soft_items.ravel()]
+        ids, bags = number_distinct("item", np.concatenate(parts), capacity.items)
+        used_bags, candidate_bags, soft_bags = np.split(bags, np.cumsum([part.size for part in parts])[:-1])
+        entry_bags = np.zeros(items.size, dtype=np.int64)
+        entry_bags[used] = used_bags
+        target_bags = entry_bags[target_entries]
+        index_of = np.full(ids.size, -1, dtype=np.int64)
+        index_of[candidate_bags] = np.arange(candidate_bags.size)
+        target_candidate = index_of[target_bags]
+
+    segments = (
+        np.zeros(tokens.sum(), dtype=np.int8) if histories.segments is None else histories.segments[token_entries]
+    )
+    seqlens = tokens[has_tokens]
+    ends = np.cumsum(seqlens)
+    # Padded to these sizes, or as they are.
+    pad_targets, pad_sequences, pad_candidates = (
+        (None,) * 3 if pad is None else (pad.tokens * predict, pad.sequences, pad.candidates)
+    )
+    target_weight = None if pad_targets is None else _tensor(np.ones(targets.size, np.float32), pad_targets)
+    cu_seqlens = None
+    if layout == "row":
+        bounds = np.concatenate([[0], ends if ends.size else [0]]).astype(np.int32)
+        cu_seqlens = _tensor(bounds, None if pad_sequences is None else pad_sequences + 1, bounds[-1])
+    batch = PackedBatch(
+        item_bag=grid.put(entry_bags[token_entries]),
+        user_bag=grid.put(user_bags[sequence]),
+        position=grid.put(np.minimum(positions_of(histories)[token_entries], max_position)),
+        sequence=grid.put(sequence, empty=-1),
+        segment=grid.put(segments),
+        target_slot=_tensor(grid.slots[predicting], pad_targets),
+        target_bag=_tensor(target_bags, pad_targets),
+        candidate_bag=_tensor(candidate_bags, pad_candidates),
+        candidate_log_q=_tensor(candidates.log_q, pad_candidates, np.inf),
+        soft_bag=_tensor(soft_bags.reshape(soft_items.shape), pad_targets),
+        soft_weight=_tensor(soft_weights, pad_targets),
+        target_candidate=_tensor(target_candidate, pad_targets, -1),
+        target_weight=target_weight,
+        last_slot=_tensor(grid.slots[ends - 1], pad_sequences),
+        cu_seqlens=cu_seqlens,
+        max_seqlen=row_length if pad is not None else int(seqlens.max(initial=0)),
+        targets=targets.size,
+        global_targets=torch.tensor(float(targets.size)),
+    )
+    return batch, DistinctIds(users, ids)
+
+
+def number_distinct(name: str, ids: Int64, capacity: int) -> tuple[Int64, Int64]:
+    """The distinct ids of `ids` [n] int64, and the index of each among them [n] int64.
+
+    Raises:
+        ValueError: there are more than `capacity`.
+    """
+    distinct, index = np.unique(ids, return_inverse=True)
+    if distinct.size > capacity:
+        raise ValueError(f"{distinct.size} distinct {name} ids in a batch with room for {capacity}")
+    return distinct, index.astype(np.int64)
+
+
+def _tensor(values: np.ndarray, size: int | None = None, empty: float = 0) -> torch.Tensor:
+    """The values [n, ...] as a tensor, padded with `empty` to [size, ...]; None: n."""
+    if size is None or size == len(values):
+        return torch.from_numpy(values)
+    if len(values) > size:
+        raise ValueError(f"{len(values)} values do not fit a tensor that is padded to {size}")
+    padded = np.full((size, *values.shape[1:]), empty, dtype=values.dtype)
+    padded[: len(values)] = values
+    return torch.from_numpy(padded)

@@ -1,0 +1,89 @@
+"""Positions of the entries of a history, which of them predict, and what they are to predict."""
+
+from typing import Literal
+
+import numpy as np
+
+from recgpt_torchrec.data.histories import Histories
+from recgpt_torchrec.data.ragged import Float32, Int64, ragged_arange
+from recgpt_torchrec.data.segments import INTERACTED
+
+PredictFrom = Literal["interacted", "last", "every"]
+
+
+def positions_of(histories: Histories) -> Int64:
+    """Positions [entries] int64: for an interacted entry, the number of interacted entries before it.
+
+    The k-th prompt after it has k more, as if it were the k-th item to come: the model generates at these positions.
+    Example: segments 0 1 1 0 0 have the positions 0 1 2 1 2.
+    """
+    segments, offsets, lengths = histories.segments, histories.offsets, histories.lengths
+    entry = ragged_arange(lengths)
+    if segments is None or not segments.size:
+        return entry
+    first = np.repeat(offsets[:-1], lengths)
+    interacted = segments == INTERACTED
+    before = np.concatenate([[0], np.cumsum(interacted)])
+    interacted_count = before[1:] - before[first]  # interacted entries up to and including this one
+    last_interacted = np.maximum.accumulate(np.where(interacted, np.arange(interacted.size), -1))
+    since = np.where(last_interacted >= first, np.arange(interacted.size) - last_interacted, entry + 1)
+    return np.where(interacted, interacted_count - 1, interacted_count - 1 + since)
+
+
+def targets_of(histories: Histories, tokens: Int64, predict_from: PredictFrom) -> tuple[Int64, Int64]:
+    """Which tokens predict, and the entries that are their targets: the next interacted ones.
+
+    Args:
+        histories: their columns `segments` and `trained` decide.
+        tokens: [tokens] int64: entry of each token; every entry but the last of its history.
+        predict_from: which tokens predict where prompts precede the target (see `pack_histories`).
+
+    Returns:
+        predicting: [targets] int64, index of each predicting token among the tokens, ascending.
+        targets: [targets] int64, the entry that it predicts.
+    """
+    segments = histories.segments
+    if segments is None:
+        following = tokens + 1
+        predicts = None if histories.trained is None else ~histories.trained[following]
+    else:
+        interacted = segments == INTERACTED
+        interacted_entries = np.flatnonzero(interacted)
+        next_index = np.searchsorted(interacted_entries, tokens, side="right")
+        following = np.append(interacted_entries, -1)[next_index]
+        end = np.repeat(histories.offsets[1:], histories.lengths)[tokens]
+        predicts = (following >= 0) & (following < end)
+        if histories.trained is not None:
+            predicts &= ~histories.trained[following]
+        if predict_from == "interacted":
+            predicts &= interacted[tokens]
+        elif predict_from == "last":
+            predicts &= following == tokens + 1
+    if predicts is None:
+        return np.arange(tokens.size), following
+    predicting = np.flatnonzero(predicts)
+    return predicting, following[predicting]
+
+
+def soft_targets_of(histories: Histories, entries: Int64, targets: Int64, share: float) -> tuple[Int64, Float32]:
+    """The answers that share a target's weight, [targets, answers] int64, and the weight of each, float32.
+
+    A `share` of the target's weight is spread over the answers by the softmax of their scores. An answer that is
+    missing or is the target itself has weight 0; the target's id takes its place.
+
+    Args:
+        histories: with or without answers.
+        entries: [targets] int64: the entry that predicts each target.
+        targets: [targets] int64: item ids of the targets.
+        share: from 0 to 1.
+    """
+    if not share or histories.answers is None or histories.answer_scores is None:
+        return np.zeros((targets.size, 0), dtype=np.int64), np.zeros((targets.size, 0), dtype=np.float32)
+    answers = histories.answers[entries]
+    scores = histories.answer_scores[entries]
+    valid = (answers >= 0) & (answers != targets[:, None])
+    scores = np.where(valid, scores, -np.inf)
+    top = scores.max(1, initial=-np.inf, keepdims=True)
+    weights = np.exp(scores - np.where(np.isfinite(top), top, 0.0))
+    weights *= share / np.maximum(weights.sum(1, keepdims=True), 1e-30)
+    return np.where(valid, answers, targets[:, None]), weights.astype(np.float32)
