@@ -35,11 +35,8 @@ def pack(lengths: list[int]) -> tuple[int, list[int]]:
     room: list[int] = []
     starts = []
     for length in lengths:
-        for row, free in enumerate(room):
-            if free >= length:
-                break
-        else:
-            row = len(room)
+        row = next((row for row, free in enumerate(room) if free >= length), len(room))
+        if row == len(room):
             room.append(SLOTS)
         starts.append(row * SLOTS + SLOTS - room[row])
         room[row] -= length
