@@ -2,13 +2,12 @@
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pipelines.steps import ROOT, RecordedSteps
 from recgpt_torchrec.config.command_line import values_of
 
 if TYPE_CHECKING:
-    from recgpt_torchrec.config import Batch
     from recgpt_torchrec.data.dataset import Dataset
 
 
@@ -108,13 +107,17 @@ class Experiment:
         unused += ["--checkpoint", ""]
         tune = cli.parse(PromptTune, self.steps.name, ["--config", str(ROOT / self.tune_config), *unused])
         count, control = (
-            inputs_of(Dataset.open(str(ROOT / path)), tune.batch, model.max_len, read)
+            inputs_of(Dataset.open(str(ROOT / path)), tune.batch.long_histories, model.max_len, read)
             for path, read in ((data, prompts), (self.data, False))
         )
+        if tune.batch.tokens == "auto":
+            raise SystemExit(
+                f"{self.tune_config}: batch.tokens must be a number, so that both tunings have equal steps"
+            )
         return round(tune.batch.tokens * count / max(control, 1))
 
 
-def inputs_of(dataset: "Dataset", batch: "Batch", max_len: int, prompts: bool) -> int:
+def inputs_of(dataset: "Dataset", long_histories: Literal["newest", "windows"], max_len: int, prompts: bool) -> int:
     """Number of tokens in one epoch, with or without prompts, cut as in training."""
     import numpy as np
 
@@ -122,7 +125,7 @@ def inputs_of(dataset: "Dataset", batch: "Batch", max_len: int, prompts: bool) -
     from recgpt_torchrec.data.windows import row_groups, windows_of
 
     reader = HistoryReader(
-        dataset=dataset, split="training", max_len=max_len, long_histories=batch.long_histories, prompts=prompts
+        dataset=dataset, split="training", max_len=max_len, long_histories=long_histories, prompts=prompts
     )
     windows = windows_of(row_groups(dataset), 0, 0, 4, shuffle=False)
     lengths = (reader.read(window.groups).lengths for window in windows)

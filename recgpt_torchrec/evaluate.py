@@ -28,7 +28,7 @@ def main(config: Evaluate) -> None:
     from recgpt_torchrec.evaluation.recall_paths import RecallPaths
     from recgpt_torchrec.training.loading import load
 
-    with process_group() as device:
+    with process_group(device=config.device) as device:
         dataset, checkpoint = Dataset.open(config.data), find_checkpoint(config.checkpoint)
         run_on_first_rank(lambda: check_output(config))
         check_has_targets(

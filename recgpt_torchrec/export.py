@@ -29,7 +29,7 @@ def main(config: Export) -> None:
     from recgpt_torchrec.retrieval.interests import predict_interests
     from recgpt_torchrec.training.loading import load
 
-    with process_group() as device:
+    with process_group(device=config.device) as device:
         dataset, checkpoint = Dataset.open(config.data), find_checkpoint(config.checkpoint)
         settings = {**asdict(config), "checkpoint": checkpoint}
         if config.history != "all":

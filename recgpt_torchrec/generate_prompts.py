@@ -20,7 +20,7 @@ def main(config: GeneratePrompts) -> None:
     from recgpt_torchrec.prompts.prompting import Prompter
     from recgpt_torchrec.training.loading import load, read_pretrained
 
-    with process_group() as device:
+    with process_group(device=config.device) as device:
         dataset, checkpoint = Dataset.open(config.data), find_checkpoint(config.checkpoint)
         vocabulary, groups = dataset.manifest.vocabulary, row_groups(dataset)
         max_len = read_pretrained(checkpoint, dataset).model.max_len

@@ -10,18 +10,23 @@ def main(config: Pretrain) -> None:
     from recgpt_torchrec.distributed.processes import log_message, print_result, process_group, run_on_first_rank
     from recgpt_torchrec.distributed.watchdog import Watchdog
     from recgpt_torchrec.evaluation.validation import METRIC, validation_of
-    from recgpt_torchrec.training.building import open_dataset, training_stream
+    from recgpt_torchrec.training.building import choose_tokens, open_dataset, training_stream
     from recgpt_torchrec.training.loading import find_initial
     from recgpt_torchrec.training.run import RUN, Run
     from recgpt_torchrec.training.session import train
     from recgpt_torchrec.training.trainer import Trainer
 
     limits = config.train
-    with process_group(limits.timeout_seconds) as device, Watchdog(config.output, limits.stall_seconds, RUN):
+    with (
+        process_group(limits.timeout_seconds, config.device) as device,
+        Watchdog(config.output, limits.stall_seconds, RUN),
+    ):
         dataset = open_dataset(config)
+        tokens = choose_tokens(config, config.model, dataset, device)
         # The stream comes first, so that damaged data is reported before the output folder is checked.
-        stream = training_stream(config, config.model, dataset, new_targets=config.targets == "new")
-        run = Run.find(config, dataset.manifest.vocabulary, histories_fingerprint(dataset), keep=config.saving.keep)
+        stream = training_stream(config, config.model, dataset, tokens.rank, new_targets=config.targets == "new")
+        histories = histories_fingerprint(dataset)
+        run = Run.find(config, dataset.manifest.vocabulary, histories, config.saving.keep, tokens.step)
         if run_on_first_rank(lambda: run.finished):
             print_result(f"{config.output} is already trained.", run.summary(dataset.manifest), sep="\n")
             return
@@ -33,13 +38,14 @@ def main(config: Pretrain) -> None:
                 trainer.begin_from(run.initial)
                 log_message(f"Starting from {run.initial}")
 
-        validation = validation_of(stream, config.model, config.batch, device)
+        validation = validation_of(stream, config.model, stream.maker.batch, device)
         train(
             config,
             config.model,
             stream,
             run,
             device,
+            tokens,
             begin=begin,
             validation=validation,
             metric=METRIC,

@@ -18,29 +18,35 @@ def main(config: PromptTune) -> None:
     from recgpt_torchrec.distributed.processes import print_result, process_group, run_on_first_rank
     from recgpt_torchrec.distributed.watchdog import Watchdog
     from recgpt_torchrec.evaluation.validation import METRIC, validation_of
-    from recgpt_torchrec.training.building import open_dataset, training_stream
+    from recgpt_torchrec.training.building import choose_tokens, open_dataset, training_stream
     from recgpt_torchrec.training.loading import load_pretrained, pretrained_model
     from recgpt_torchrec.training.run import RUN, Run
     from recgpt_torchrec.training.session import train
 
     limits, tuning = config.train, config.tuning
-    with process_group(limits.timeout_seconds) as device, Watchdog(config.output, limits.stall_seconds, RUN):
+    with (
+        process_group(limits.timeout_seconds, config.device) as device,
+        Watchdog(config.output, limits.stall_seconds, RUN),
+    ):
         dataset, checkpoint = open_dataset(config), find_checkpoint(config.checkpoint)
         check_dataset(config, dataset)
         model = pretrained_model(checkpoint, dataset, config.model)
         config = replace(config, model=model)
-        stream = training_stream(config, model, dataset, tuning=tuning)
-        run = Run.find(config, dataset.manifest.vocabulary, histories_fingerprint(dataset), keep=config.saving.keep)
+        tokens = choose_tokens(config, model, dataset, device, tuning)
+        stream = training_stream(config, model, dataset, tokens.rank, tuning=tuning)
+        histories = histories_fingerprint(dataset)
+        run = Run.find(config, dataset.manifest.vocabulary, histories, config.saving.keep, tokens.step)
         if run_on_first_rank(lambda: run.finished):
             print_result(f"{config.output} is already trained.", run.summary(dataset.manifest), sep="\n")
             return
-        validation = validation_of(stream, model, config.batch, device)
+        validation = validation_of(stream, model, stream.maker.batch, device)
         train(
             config,
             model,
             stream,
             run,
             device,
+            tokens,
             begin=lambda trainer: load_pretrained(trainer.model, checkpoint),
             validation=validation,
             metric=METRIC,

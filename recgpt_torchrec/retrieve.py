@@ -21,7 +21,7 @@ def main(config: Retrieve) -> None:
     from recgpt_torchrec.retrieval.export_folder import open_export
     from recgpt_torchrec.retrieval.list_folder import ListManifest
 
-    with process_group():
+    with process_group(device="cpu"):  # no search runs on a GPU
         export = open_export(config.export)
         dataset = Dataset.open(config.data) if config.data is not None else None
         rule, interests = check(config, export, dataset)

@@ -186,7 +186,7 @@ def one_rank(rank: int, world_size: int, made: str, output: str) -> str:
     return ""
 
 
-def group_that_is_there(timeout_s: float = 600.0) -> Any:
+def group_that_is_there(*_: Any, **__: Any) -> Any:
     import contextlib
 
     return contextlib.nullcontext(torch.device("cpu"))

@@ -17,6 +17,7 @@ from recgpt_torchrec.config.training import (
     Stream,
     Tables,
     Train,
+    TrainingBatch,
 )
 
 __all__ = [
@@ -40,5 +41,6 @@ __all__ = [
     "Stream",
     "Tables",
     "Train",
+    "TrainingBatch",
     "Tuning",
 ]

@@ -284,6 +284,8 @@ def describe_type(kind: Any, several: bool = False) -> str:
     origin, s = get_origin(kind), "s" if several else ""
     if origin in (Union, UnionType):
         return " or ".join(describe_type(member) for member in get_args(kind))
+    if origin is Literal and len(get_args(kind)) == 1:
+        return str(get_args(kind)[0])
     if origin is Literal:
         return f"{'' if several else 'one '}of {', '.join(map(str, get_args(kind)))}"
     if origin is list:

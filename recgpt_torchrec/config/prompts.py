@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from recgpt_torchrec.config.checks import MAX_SEED, at_least, within
+from recgpt_torchrec.config.device import Computing
 from recgpt_torchrec.config.fields import changeable
 from recgpt_torchrec.config.model import Loss, Model
-from recgpt_torchrec.config.training import Batch, Optimizer, Saving, Sharding, Stream, Tables, Train
+from recgpt_torchrec.config.training import Optimizer, Saving, Sharding, Stream, Tables, Train, TrainingBatch
 
 
 @dataclass(kw_only=True)
@@ -36,7 +37,7 @@ class Prompts:
 
 
 @dataclass(kw_only=True)
-class GeneratePrompts:
+class GeneratePrompts(Computing):
     """Insert prompts between the interactions of every history: items that a pre-trained model generates, or items that
     were shown and not clicked (paper, Algorithm 1). Writes a new dataset with segment ids.
 
@@ -90,7 +91,7 @@ class Tuning:
 
 
 @dataclass(kw_only=True)
-class PromptTune:
+class PromptTune(Computing):
     """Continue training a pre-trained model on histories with prompts (paper, section 4.3), or without, as the control.
 
     Example: python -m recgpt_torchrec.prompt_tune --data data/prompts --checkpoint runs/mine --output runs/tuned
@@ -109,7 +110,7 @@ class PromptTune:
     """Options of the decoder; null: those of the checkpoint. If given, only the dropout options may differ from the
     checkpoint's."""
     loss: Loss = field(default_factory=Loss)
-    batch: Batch = field(default_factory=Batch)
+    batch: TrainingBatch = field(default_factory=TrainingBatch)
     stream: Stream = field(default_factory=Stream)
     tables: Tables = field(default_factory=lambda: Tables(lr=0.02, user_lr=0.002))
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-3))

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from recgpt_torchrec.config.checks import at_least, within
+from recgpt_torchrec.config.device import Computing
 from recgpt_torchrec.config.fields import changeable
 from recgpt_torchrec.config.training import Batch, Sharding
 
@@ -28,7 +29,7 @@ class Recall:
 
 
 @dataclass(kw_only=True)
-class Evaluate:
+class Evaluate(Computing):
     """Rank the whole catalogue for every user: HR@k and NDCG@k of a checkpoint, next to baselines that need no
     training.
 
@@ -62,7 +63,7 @@ class Evaluate:
 
 
 @dataclass(kw_only=True)
-class Export:
+class Export(Computing):
     """Write the item vectors and user vectors of a checkpoint as Parquet, for an ANN index: one vector per user, or
     several from autoregressive steps (paper, section 4.4).
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from recgpt_torchrec.config.checks import MAX_SEED, at_least, within
+from recgpt_torchrec.config.device import Computing
 from recgpt_torchrec.config.fields import changeable
 from recgpt_torchrec.config.model import Loss, Model
 
@@ -20,6 +21,27 @@ class Batch:
 
     def __post_init__(self) -> None:
         at_least("--batch.tokens", self.tokens, 1)
+
+
+@dataclass(kw_only=True)
+class TrainingBatch:
+    """The batch of one rank in training."""
+
+    tokens: int | Literal["auto"] = "auto"
+    """Maximum number of tokens per batch and rank; at least model.max_len. auto: as many as give about 100 steps per
+    epoch, at least 256 over all ranks, at most 2,048 per rank on CPU and 16,384 on CUDA; a resumed run keeps the number
+    over all ranks."""
+    long_histories: Literal["newest", "windows"] = "newest"
+    """How to train on histories longer than model.max_len. newest: on the newest entries only. windows: on all entries,
+    cut into overlapping windows."""
+
+    def __post_init__(self) -> None:
+        if self.tokens != "auto":
+            at_least("--batch.tokens", self.tokens, 1)
+
+    def of(self, tokens: int) -> Batch:
+        """The batch with a number of tokens."""
+        return Batch(tokens=tokens, long_histories=self.long_histories)
 
 
 @dataclass(kw_only=True)
@@ -136,11 +158,26 @@ class Train:
     """Seconds without progress after which a rank reports where each rank is and ends the run; 0: never."""
     timeout_seconds: float = changeable(1800.0)
     """Maximum seconds that a rank waits for the others in one collective operation before it ends."""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = changeable("auto")
+    """Precision of the matrix products in training; weights, validation and rankings are always float32. tf32: on GPUs
+    since Ampere. bf16: the decoder and the loss in bfloat16, their sums in float32. auto: bf16 on GPUs that have it; on
+    a CPU with AVX512-BF16 or AMX if a product takes less time in it at the start of the run; else fp32."""
+    attention: Literal["auto", "dense", "varlen"] = changeable("auto")
+    """How attention is computed. dense: on a padded grid, with a mask. varlen: flash attention on the tokens alone, on
+    CUDA in bf16, without attention dropout. auto: varlen where it is possible, else dense."""
+    fused_loss: bool | Literal["auto"] = changeable("auto")
+    """Compute the softmax loss on CUDA in one kernel that never writes the scores to memory (needs Triton). auto: where
+    it is possible."""
+    compile: bool = changeable(False)
+    """Compile the decoder and the loss with torch.compile; the first steps then take a minute or more."""
+    profile: int = changeable(0)
+    """Number of steps to trace, from the 10th of the run on, on rank 0; the trace and a table of the largest operations
+    are in profile/ in the output folder. 0: none."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "validate_every", "timeout_seconds"):
             at_least(f"--train.{name}", getattr(self, name), 1)
-        for name in ("patience", "non_finite_limit", "stall_seconds"):
+        for name in ("patience", "non_finite_limit", "stall_seconds", "profile"):
             at_least(f"--train.{name}", getattr(self, name), 0)
 
 
@@ -163,7 +200,7 @@ class Saving:
 
 
 @dataclass(kw_only=True)
-class Pretrain:
+class Pretrain(Computing):
     """Pre-train the decoder and the tables autoregressively on a dataset's training part (paper, section 4.2).
 
     Example: python -m recgpt_torchrec.pretrain --data data/mine --output runs/mine
@@ -185,7 +222,7 @@ class Pretrain:
     """Seed of initial values, shuffling, negatives and dropout."""
     model: Model = field(default_factory=Model)
     loss: Loss = field(default_factory=Loss)
-    batch: Batch = field(default_factory=Batch)
+    batch: TrainingBatch = field(default_factory=TrainingBatch)
     stream: Stream = field(default_factory=Stream)
     tables: Tables = field(default_factory=Tables)
     optimizer: Optimizer = field(default_factory=Optimizer)

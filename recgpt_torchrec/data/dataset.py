@@ -11,6 +11,7 @@ The manifest is written last: a folder without one is not a dataset.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -19,7 +20,7 @@ from typing import Any, Literal, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recgpt_torchrec.data.split import FEWEST_ITEMS, HoldOut, SplitName
+from recgpt_torchrec.data.split import EVALUATION, FEWEST_ITEMS, HoldOut, SplitName
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import filesystem
 from recgpt_torchrec.storage.manifests import FolderManifest, Kind
@@ -110,6 +111,20 @@ class Manifest(FolderManifest):
     def entries(self) -> int:
         """Number of entries of all histories: interactions, and prompts where there are any."""
         return sum(part.items for part in self.sequences)
+
+    def count_training_tokens(self, max_len: int | None, prompts: bool) -> float:
+        """About the number of tokens of one epoch: one per target, and one per prompt.
+
+        Args:
+            max_len: maximum number of entries of a history that are trained on; None: all of it.
+            prompts: whether the prompts of the histories are read.
+        """
+        recorded = self.preparation.get("split", {})
+        if (targets := recorded.get("training_targets")) is None:
+            # As if of each history one item per split were held out, and the first one is no target.
+            targets = self.interactions - (len(EVALUATION) + 1) * self.users
+        entries = targets * self.entries / max(self.interactions, 1) if prompts else targets
+        return max(0.0, min(entries, math.inf if max_len is None else self.users * max_len))
 
     def to_json(self) -> str:
         """The text of `manifest.json`."""

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from recgpt_torchrec.config.device import Device
+from recgpt_torchrec.distributed.devices import choose_device
 from recgpt_torchrec.errors import LOST
 from recgpt_torchrec.progress import LOGGER, report_failure
 
@@ -38,27 +40,28 @@ def silence_libraries() -> None:
 
 
 @contextlib.contextmanager
-def process_group(timeout_s: float = 600.0) -> Iterator[torch.device]:
+def process_group(timeout_s: float = 600.0, device: Device = "auto") -> Iterator[torch.device]:
     """Join the job's process group within the `with`, and yield this rank's device.
 
     Without a launcher (no WORLD_SIZE in the environment) the group is this one process.
 
     Args:
         timeout_s: timeout of one collective operation, in seconds.
+        device: to compute on, see `choose_device`.
 
     Raises:
+        InputError: there is no such device, or too few for the processes.
         SystemExit: with status `LOST`, the other ranks could not be reached.
     """
     silence_libraries()
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     store = None
     if "WORLD_SIZE" not in os.environ:
         store = dist.HashStore()
     # gloo beside NCCL, for the collectives on the host (see `lockstep`).
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     single: dict[str, Any] = {"store": store, "rank": 0, "world_size": 1} if store is not None else {}
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **single)
@@ -67,7 +70,7 @@ def process_group(timeout_s: float = 600.0) -> Iterator[torch.device]:
         report_failure(f"rank {os.environ.get('RANK', 0)} cannot reach the other ranks: {reason}")
         raise SystemExit(LOST) from None
     try:
-        yield device
+        yield chosen
     finally:
         # Without this the process aborts at exit.
         dist.destroy_process_group()

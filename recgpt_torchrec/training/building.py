@@ -1,23 +1,26 @@
 """Builds the stream, the sharded model and its optimizers from a configuration and a dataset, for both stages."""
 
 import os
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torchrec.optim.keyed import KeyedOptimizer
 
 from recgpt_torchrec.config import Model, Pretrain, PromptTune, Tuning
+from recgpt_torchrec.config.defaults import tokens_of_rank, tokens_of_step
 from recgpt_torchrec.data.candidates import candidate_source
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.reading.damage import LIST, SetAside
 from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.stream import BatchMaker, SequenceStream
 from recgpt_torchrec.data.windows import check_new_targets
-from recgpt_torchrec.distributed.processes import gather_objects
+from recgpt_torchrec.distributed.processes import gather_objects, run_on_first_rank, world_size
 from recgpt_torchrec.distributed.sharding import initialise_tables, shard
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import RecGPT
 from recgpt_torchrec.training.optimizers import DENSE, fuse_optimizers, is_fused, optimizers_of
+from recgpt_torchrec.training.run import read_record
 
 PARTS = {"users": "user", "items": "item", "output": "output", "decoder": DENSE}
 """Values of `--tuning.trained`, and the model's names for them: a table, or `DENSE`."""
@@ -32,10 +35,51 @@ def open_dataset(config: Pretrain | PromptTune) -> Dataset:
     return Dataset.open(config.data, damaged=config.stream.damaged, checksums=config.stream.checksums)
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """The number of tokens of a batch, and what it follows from."""
+
+    rank: int
+    """Maximum number of tokens of a batch, per rank."""
+    step: int | None
+    """Maximum number over all ranks that `auto` chose, which a resumed run keeps; None: `rank` was given."""
+    epoch: float
+    """About the number of tokens of one epoch, over all ranks."""
+
+
+def choose_tokens(
+    config: Pretrain | PromptTune, model: Model, dataset: Dataset, device: torch.device, tuning: Tuning | None = None
+) -> Tokens:
+    """Choose the number of tokens of a batch: the one given, that of the run to resume, or the default (collective).
+
+    Args:
+        config: of the stage.
+        model: the decoder's configuration.
+        dataset: to train on.
+        device: of this rank.
+        tuning: which prompts are read; None: pre-training.
+
+    Raises:
+        InputError: the record of the run to resume is damaged.
+    """
+    max_len = model.max_len if config.batch.long_histories == "newest" else None
+    epoch = dataset.manifest.count_training_tokens(max_len, prompts=tuning is not None and tuning.prompts)
+    given = config.batch.tokens
+    if given != "auto":
+        return Tokens(given, None, epoch)
+    record, ranks = run_on_first_rank(lambda: read_record(config.output)), world_size()
+    if record is not None and record.rank_tokens is not None:
+        return Tokens(record.rank_tokens, None, epoch)
+    step = None if record is None else record.step_tokens
+    step = step or tokens_of_step(epoch, ranks, device.type)
+    return Tokens(tokens_of_rank(step, ranks, model.max_len), step, epoch)
+
+
 def training_stream(
     config: Pretrain | PromptTune,
     model: Model,
     dataset: Dataset,
+    tokens: int,
     *,
     tuning: Tuning | None = None,
     new_targets: bool = False,
@@ -46,13 +90,14 @@ def training_stream(
         config: of the stage.
         model: the decoder's configuration.
         dataset: to train on.
+        tokens: maximum number of tokens per batch and rank.
         tuning: which prompts and answers are read, and how; None: pre-training.
         new_targets: whether only targets that the dataset marks as new are predicted.
 
     Raises:
         InputError: the dataset does not fit the options, or is damaged.
     """
-    set_aside = None
+    set_aside, batch = None, config.batch.of(tokens)
     if config.stream.damaged == "skip":
         set_aside = SetAside(os.path.join(config.output, LIST), config.stream.damaged_limit)
     soft_targets = 0.0 if tuning is None else tuning.soft_targets
@@ -69,8 +114,8 @@ def training_stream(
     )
     maker = BatchMaker(
         reader=reader,
-        batch=config.batch,
-        source=candidate_source(config.loss, dataset, config.batch),
+        batch=batch,
+        source=candidate_source(config.loss, dataset, batch),
         seed=config.seed,
         predict_from="every" if tuning is None else tuning.predict_from,
         soft_targets=soft_targets,

@@ -8,13 +8,22 @@ import torch.distributed as dist
 from torch import nn
 
 from recgpt_torchrec.data.dataset import Manifest
-from recgpt_torchrec.data.split import EVALUATION
 from recgpt_torchrec.distributed.sharding import table_name, tables_of
 from recgpt_torchrec.model.recgpt import unwrapped
+from recgpt_torchrec.training.execution import Execution
 
 
 def header(
-    model: nn.Module, manifest: Manifest, device: torch.device, *, tokens: int, epochs: int, validates: bool = True
+    model: nn.Module,
+    manifest: Manifest,
+    device: torch.device,
+    execution: Execution,
+    *,
+    tokens: int,
+    chosen: bool,
+    epoch_tokens: float,
+    epochs: int,
+    validates: bool = True,
 ) -> str:
     """The lines logged before training: ranks, data, decoder, tables, epochs (collective).
 
@@ -22,7 +31,10 @@ def header(
         model: sharded.
         manifest: of the dataset.
         device: of this rank.
+        execution: how steps are computed.
         tokens: maximum number of tokens in a batch, per rank.
+        chosen: whether `auto` chose that number.
+        epoch_tokens: about the number of tokens of one epoch, over all ranks.
         epochs: maximum number of epochs.
         validates: whether epochs are validated, so that training may stop early.
     """
@@ -38,7 +50,8 @@ def header(
         tables.append(f"{table_name(key)} {rows:,} x {dim} {types[table_name(key)]}")
         total += rows * dim * value.dtype.itemsize
     without = manifest.preparation.get("split", {}).get("items_without_target", 0)
-    steps = max(1, math.ceil(_count_tokens(manifest) / (tokens * ranks)))
+    steps = max(1, math.ceil(epoch_tokens / (tokens * ranks)))
+    auto = f" (auto: {steps:,} steps an epoch)" if chosen else ""
     return "\n".join(
         [
             f"Training on {ranks} rank{'s' * (ranks > 1)}, {name}",
@@ -46,18 +59,10 @@ def header(
             + (f", {others:,} prompts or shown items" if others > 0 else ""),
             f"  decoder  {parameters:,} parameters",
             f"  tables   {', '.join(tables)}; {total / 2**20:,.1f} MiB of weights",
-            f"  epochs   {'at most' if validates else 'all'} {epochs}, about {steps:,} steps each, at most {tokens:,} "
-            "tokens per step and rank",
+            f"  compute  {execution}",
+            f"  tokens   {tokens:,} per rank{auto}",
+            f"  epochs   {'at most' if validates else 'all'} {epochs}, about {steps:,} steps each",
             *([f"  targets  {without:,} of the items are never one, see the summary of prepare"] if without else []),
             *([] if validates else ["  nothing is held out for validation: the newest checkpoint is the result"]),
         ]
     )
-
-
-def _count_tokens(manifest: Manifest) -> float:
-    """About the number of tokens of one epoch: one per target, and one per prompt."""
-    recorded = manifest.preparation.get("split", {})
-    if (targets := recorded.get("training_targets")) is not None:
-        return targets * manifest.entries / max(manifest.interactions, 1)
-    # As if of each history one item per split were held out, and the first one is no target.
-    return manifest.entries - (len(EVALUATION) + 1) * manifest.users

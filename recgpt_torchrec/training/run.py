@@ -20,10 +20,12 @@ from recgpt_torchrec.storage.typed import make_typed
 from recgpt_torchrec.training.progress import Progress
 
 RUN = "run.json"
-RECORDED = ("config", "vocabulary", "histories", "initial")
+RECORDED = ("config", "vocabulary", "histories", "initial", "step_tokens")
 """Fields of `Run` that are recorded in run.json."""
 PATH_LENGTH = 4000
 """Maximum length of a path, in Linux."""
+MAX_TOKENS = 2**30
+"""Maximum number of tokens of a step that is read from a file."""
 LOCK = "run.lock"
 """File locked by the job that trains the run, until its rank 0 ends."""
 
@@ -36,6 +38,14 @@ class Record:
     vocabulary: str
     histories: str | None = None
     initial: str | None = None
+    step_tokens: int | None = None
+
+    @property
+    def rank_tokens(self) -> int | None:
+        """What the run was given as the number of tokens per rank; None: it was chosen, or is no number."""
+        batch = self.config.get("batch")
+        tokens = batch.get("tokens") if isinstance(batch, dict) else None
+        return tokens if type(tokens) is int and 0 < tokens <= MAX_TOKENS else None
 
 
 def read_record(output: str) -> Record | None:
@@ -50,6 +60,8 @@ def read_record(output: str) -> Record | None:
         record = None if values is None else make_typed(Record, values, others=True)
         if record is not None and len(record.initial or "") > PATH_LENGTH:
             raise ValueError(f"initial is {record.initial!r:.60}..., it must be a path")
+        if record is not None and not 0 < (record.step_tokens or 1) <= MAX_TOKENS:
+            raise ValueError(f"step_tokens is {record.step_tokens}, it must be from 1 to {MAX_TOKENS:,}")
         return record
     except ValueError as error:
         raise storage.damaged(path, error) from None
@@ -66,15 +78,19 @@ class Run:
     checkpoints: Checkpoints
     initial: str | None = None
     """Another run's checkpoint that this run starts from; None: it starts from initial values."""
+    step_tokens: int | None = None
+    """Maximum number of tokens of a step over all ranks that `--batch.tokens auto` chose when the run began, see
+    `building.choose_tokens`; None: it was given."""
 
     @classmethod
-    def find(cls, config: Any, vocabulary: str, histories: str, keep: int) -> "Run":
+    def find(cls, config: Any, vocabulary: str, histories: str, keep: int, step_tokens: int | None = None) -> "Run":
         """Find the run of a configuration in its output folder, started or not; writes nothing (collective).
 
         Args:
             config: dataclass of options with `output` and `data`.
             vocabulary, histories: fingerprints of the dataset's vocabulary and histories.
             keep: number of newest checkpoints to keep.
+            step_tokens: see the field.
 
         Raises:
             InputError: the folder holds something else, or a run with other options or data.
@@ -92,6 +108,8 @@ class Run:
                 return
             recorded = {current_name(name): value for name, value in flatten(earlier.config).items()}
             old, new = {**flatten(default_values(config)), **recorded}, asdict(config)
+            if config.batch.tokens == "auto" and earlier.rank_tokens is not None:
+                new["batch"]["tokens"] = earlier.rank_tokens  # `auto` keeps what the run was given
             differing = [f"--{line}" for line in differences(old, new, changeable_names(type(config)))]
             check_same(f"--output {output}", "run", differing, _suggest_way(config, old, differing))
             if earlier.vocabulary != vocabulary:
@@ -108,7 +126,7 @@ class Run:
         run_on_first_rank(check)
         recorded = read_record(output)
         initial = None if recorded is None else recorded.initial
-        return cls(asdict(config), vocabulary, histories, Checkpoints(output, keep), initial)
+        return cls(asdict(config), vocabulary, histories, Checkpoints(output, keep), initial, step_tokens)
 
     @contextmanager
     def claim_folder(self) -> Iterator[None]:

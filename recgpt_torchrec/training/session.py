@@ -8,7 +8,8 @@ from torch import nn
 from recgpt_torchrec.config import Model, Pretrain, PromptTune, Tuning
 from recgpt_torchrec.data.stream import SequenceStream
 from recgpt_torchrec.distributed.processes import log_message, run_on_first_rank
-from recgpt_torchrec.training.building import build, check_lost
+from recgpt_torchrec.training.building import Tokens, build, check_lost
+from recgpt_torchrec.training.execution import Execution
 from recgpt_torchrec.training.header import header
 from recgpt_torchrec.training.run import Run
 from recgpt_torchrec.training.trainer import Trainer
@@ -22,6 +23,7 @@ def train(
     stream: SequenceStream,
     run: Run,
     device: torch.device,
+    tokens: Tokens,
     *,
     begin: Callable[[Trainer], None],
     validation: Callable[[nn.Module], Validate] | None,
@@ -36,6 +38,7 @@ def train(
         stream: made by `training_stream`.
         run: found by `Run.find`; its folder is first written to once the model is built.
         device: of this rank.
+        tokens: of the stream's batches.
         begin: initialises the trainer of a run that has no checkpoint yet.
         validation: makes the validation of a model, see `Trainer.fit`; None: there is nothing to validate on.
         metric: the validation figure that decides the best checkpoint and early stopping.
@@ -45,6 +48,7 @@ def train(
         Stopped: a rank received a stop signal; everything is saved.
         InputError: the data or the configuration is refused, a step is not finite, or something cannot be written.
     """
+    execution = Execution.choose(config.train, model, device)
     dataset = stream.dataset
     check_lost(dataset)
     built, optimizer = build(
@@ -71,7 +75,17 @@ def train(
             begin(trainer)
         epochs, validates = config.train.epochs, validation is not None
         log_message(
-            header(built, dataset.manifest, device, tokens=config.batch.tokens, epochs=epochs, validates=validates)
+            header(
+                built,
+                dataset.manifest,
+                device,
+                execution,
+                tokens=tokens.rank,
+                chosen=tokens.step is not None,
+                epoch_tokens=tokens.epoch,
+                epochs=epochs,
+                validates=validates,
+            )
         )
         trainer.fit(None if validation is None else validation(built), metric)
         if (set_aside := stream.maker.reader.set_aside) is not None:

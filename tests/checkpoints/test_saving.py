@@ -20,7 +20,7 @@ from recgpt_torchrec import storage
 from recgpt_torchrec.checkpoints import folder, saving
 from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.checkpoints.saving import Saver
-from recgpt_torchrec.config import Batch, Loss, Model, Pretrain, Saving, Tables, Train
+from recgpt_torchrec.config import Loss, Model, Pretrain, Saving, Tables, Train, TrainingBatch
 from recgpt_torchrec.errors import InputError
 from tests.support import read_epochs, walks, write_dataset
 from tools.ranks import RankFailed, run_ranks
@@ -165,7 +165,7 @@ def pretrain(rank: int, world_size: int, data: str, output: str, kill: str | Non
             output=output,
             model=Model(dim=8, max_len=10, layers=1),
             loss=Loss(negatives=10),
-            batch=Batch(tokens=60),
+            batch=TrainingBatch(tokens=60),
             tables=Tables(lr=0.01),  # slow, so that each epoch is better than the one before
             train=Train(epochs=3),
             **options,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from recgpt_torchrec.config import Batch, Loss, Model, Optimizer, Pretrain, Saving, Stream, Tables, Train
+from recgpt_torchrec.config import Loss, Model, Optimizer, Pretrain, Saving, Stream, Tables, Train, TrainingBatch
 from tests.support import walks, write_dataset
 
 ROWS, GROUPS = 8, 2
@@ -47,7 +47,7 @@ def train(rank: int, port: int, data: str, output: str, **options: Any) -> Any:
         output=output,
         model=Model(dim=8, max_len=MAX_LEN, layers=1),
         loss=Loss(negatives=10),
-        batch=Batch(tokens=60),
+        batch=TrainingBatch(tokens=60),
         stream=Stream(workers=options.pop("workers", 0)),
         tables=Tables(sharding=options.pop("sharding", "row_wise")),
         optimizer=Optimizer(warmup_steps=5),

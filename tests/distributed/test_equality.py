@@ -19,7 +19,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recgpt_torchrec.checkpoints.folder import Checkpoints
-from recgpt_torchrec.config import Batch, Loss, Model, Optimizer, Pretrain, Saving, Tables, Train
+from recgpt_torchrec.config import Loss, Model, Optimizer, Pretrain, Saving, Tables, Train, TrainingBatch
 from recgpt_torchrec.data.batch import SequenceBatch, make_batch
 from recgpt_torchrec.data.candidates import AllItems, Candidates
 from recgpt_torchrec.data.dataset import Dataset, Manifest
@@ -358,10 +358,10 @@ def train_two_items(rank: int, world_size: int, data: str, output: str) -> dict[
             output=output,
             model=Model(dim=8, max_len=6),
             loss=Loss(candidates="sampled", negatives=5),
-            batch=Batch(tokens=12),
+            batch=TrainingBatch(tokens=12),
             tables=Tables(sharding=sharding),
         )
-        stream = training_stream(config, config.model, dataset)
+        stream = training_stream(config, config.model, dataset, 12)
         try:
             model, optimizer = build(
                 config, config.model, dataset, batch_size=stream.maker.capacity.items, device=torch.device("cpu")

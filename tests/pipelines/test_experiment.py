@@ -14,10 +14,10 @@ def test_inputs_are_the_entries_that_training_reads(tmp_path: Path) -> None:
     segments = [[0, 2, 0, 2, 0, 2, 0, 2, 0], [0, 0, 0, 0]]
     dataset = write_dataset(tmp_path / "data", histories, items=10, segments=segments)
     # trained on: 1 9 2 9 3 (four of them are input; without prompts 1 and 2) and 1 2 (one is)
-    assert inputs_of(dataset, config.Batch(tokens=9), 9, prompts=True) == 5
-    assert inputs_of(dataset, config.Batch(tokens=9), 9, prompts=False) == 3
-    assert inputs_of(dataset, config.Batch(tokens=9), 3, prompts=True) == 4
-    assert inputs_of(dataset, config.Batch(tokens=9, long_histories="windows"), 3, prompts=True) == 5
+    assert inputs_of(dataset, "newest", 9, prompts=True) == 5
+    assert inputs_of(dataset, "newest", 9, prompts=False) == 3
+    assert inputs_of(dataset, "newest", 3, prompts=True) == 4
+    assert inputs_of(dataset, "windows", 3, prompts=True) == 5
 
 
 def test_a_configuration_may_name_another_whose_groups_it_replaces(tmp_path: Path) -> None:
