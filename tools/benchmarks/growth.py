@@ -12,7 +12,7 @@ STEPS = 15
 
 def candidates(settings: Settings) -> Kind:
     """512 to 16,384 sampled candidates, as far as the catalogue has them, and all items, on the dataset."""
-    counts = [512, 1024, 2048, 4096, 8192, 16384]
+    counts = (32, 128) if settings.quick else (512, 1024, 2048, 4096, 8192, 16384)
     choices: dict[str, dict[str, Any]] = {f"{count:,} candidates": {"loss.negatives": count} for count in counts}
     choices["all items"] = {"loss.candidates": "all"}
     items = settings.training(steps=1).dataset.manifest.items

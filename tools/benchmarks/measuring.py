@@ -20,6 +20,10 @@ Figures = dict[str, float]
 """What one turn of one way gives, by name: rates end in `_s`, seconds in `seconds`, milliseconds in `ms`."""
 
 
+CONTEXT = ("seconds", "cores", "calls")
+"""Figures of a turn that the table leaves out."""
+
+
 class Ratio(NamedTuple):
     """A ratio of two figures of one round."""
 
@@ -39,8 +43,8 @@ class Kind:
     """One turn of each way, by name."""
     ratios: dict[str, Ratio] = field(default_factory=dict)
     """By the words that the table shows."""
-    notes: dict[str, Any] = field(default_factory=dict)
-    """Values for the JSON file that do not change from turn to turn."""
+    shown: tuple[str, ...] = ()
+    """Figures that the table shows; the JSON file has all. None named: all but the context of a turn."""
 
 
 @dataclass
@@ -67,7 +71,7 @@ class Measured:
             for name, ratio in self.kind.ratios.items()
             if self.ratio(ratio)
         }
-        return {"ways": ways, "ratios": ratios, **({"notes": self.kind.notes} if self.kind.notes else {})}
+        return {"ways": ways, "ratios": ratios}
 
 
 def summary(values: list[float]) -> dict[str, Any]:
@@ -123,9 +127,11 @@ def table(measured: dict[str, Measured]) -> str:
     for name, of_kind in measured.items():
         lines.append(f"\n{name}")
         values = of_kind.to_json()
+        width = max(map(len, values["ways"]), default=0)
         for way, figures in values["ways"].items():
-            shown = ", ".join(f"{figure} {_shown(value)}" for figure, value in figures.items())
-            lines.append(f"  {way:<24} {shown}")
+            names = of_kind.kind.shown or [figure for figure in figures if figure not in CONTEXT]
+            shown = ", ".join(f"{figure} {_shown(figures[figure])}" for figure in names if figure in figures)
+            lines.append(f"  {way:<{width}}  {shown}")
         for ratio, value in values["ratios"].items():
             goal = "" if value["goal"] is None else f"; goal {value['goal']:g}"
             lines.append(f"  = {ratio}: {value['median']:.2f} ({value['min']:.2f}-{value['max']:.2f}{goal})")

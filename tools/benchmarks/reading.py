@@ -40,7 +40,8 @@ def stream(settings: Settings) -> Kind:
 
 
 def _reads(dataset: Dataset, config: Pretrain, seconds: float) -> Callable[[], Figures]:
-    stream, epochs = training_stream(config, config.model, dataset), itertools.count()
+    assert isinstance(config.batch.tokens, int)
+    stream, epochs = training_stream(config, config.model, dataset, config.batch.tokens), itertools.count()
     return lambda: _rated(repeat(lambda: _read(stream, next(epochs)), seconds))
 
 

@@ -22,9 +22,8 @@ def evaluate(settings: Settings) -> Kind:
     and sum HR and NDCG at 5 and 10. The plain loop has the histories in memory.
     """
     training = settings.training(steps=settings.pick(40, 2))
-    make_validation = validation_of(
-        training.whole_stream, training.config.model, training.config.batch, training.trainer.device
-    )
+    stream = training.whole_stream
+    make_validation = validation_of(stream, training.config.model, stream.maker.batch, training.trainer.device)
     if make_validation is None:
         raise SystemExit("evaluate: nothing is held out in the dataset; leave this kind out with --only")
     validation = make_validation(training.model)

@@ -52,20 +52,13 @@ def floor(settings: Settings) -> Kind:
     ratios = {}
     for name, options in kinds.items():
         training = settings.training(options, steps=settings.pick(STEPS if name == "sampled" else 15, 2))
-        precision = precision_of(training)
+        precision = training.execution.precision
         peak = f"peak in {precision}"
         ways[peak] = lambda precision=precision: _peak(settings, precision)  # type: ignore[misc]
         ways[name] = lambda training=training: _achieved(training)  # type: ignore[misc]
         ways[f"{name}, split"] = training.split
         ratios[f"{name}: share of the floor"] = Ratio((name, "flops_s"), (peak, "flops_s"), 0.6)
     return Kind(ways, ratios)
-
-
-def precision_of(training: Training) -> Precision:
-    """The precision that a trainer multiplies in."""
-    execution = getattr(training.trainer, "execution", None)
-    precision: Precision = getattr(execution, "precision", "fp32")
-    return precision
 
 
 def _peak(settings: Settings, precision: Precision) -> Figures:
@@ -85,4 +78,4 @@ def epoch(settings: Settings) -> Kind:
     # A toy epoch ends after some steps.
     steps = 2 if settings.quick else None
     ways = {name: settings.training({"loss.candidates": name}, steps=steps).turn for name in ("all", "sampled")}
-    return Kind(dict(ways))
+    return Kind(dict(ways), shown=("seconds", "targets_s", "step_ms", "data_wait"))

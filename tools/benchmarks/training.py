@@ -13,7 +13,6 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -23,9 +22,11 @@ from recgpt_torchrec.config import Pretrain
 from recgpt_torchrec.data.batch import SequenceBatch
 from recgpt_torchrec.data.stream import BatchMaker, SequenceStream
 from recgpt_torchrec.data.windows import Position, Queue, Window
+from recgpt_torchrec.distributed.devices import choose_device
 from recgpt_torchrec.model.flops import Flops, attended_pairs, step_flops
 from recgpt_torchrec.model.recgpt import unwrapped, unwrapped_dense
-from recgpt_torchrec.training.building import build, open_dataset, training_stream
+from recgpt_torchrec.training.building import build, choose_tokens, open_dataset, training_stream
+from recgpt_torchrec.training.execution import Execution
 from recgpt_torchrec.training.runlog import RunLog
 from recgpt_torchrec.training.trainer import Trainer
 from tools.benchmarks.measuring import Figures, stopwatch
@@ -72,10 +73,11 @@ class Training:
         """
         self.folder = tempfile.TemporaryDirectory(prefix="benchmark-")
         self.config = config = parse(data, self.folder.name, options)
-        self.dataset = open_dataset(config)
-        self.whole_stream = training_stream(config, config.model, self.dataset)
+        self.dataset, device = open_dataset(config), choose_device(config.device)
+        tokens = choose_tokens(config, config.model, self.dataset, device)
+        self.whole_stream = training_stream(config, config.model, self.dataset, tokens.rank)
         self.stream = self._first(steps) if steps is not None else self.whole_stream
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self.execution = Execution.choose(config.train, config.model, device)
         self.model, optimizer = build(
             config, config.model, self.dataset, batch_size=self.stream.maker.capacity.items, device=device
         )
@@ -115,7 +117,11 @@ class Training:
         """
         trainer, progress = self.trainer, self.trainer.progress
         progress.position, progress.targets, progress.loss, step = Position(self.epoch), 0.0, 0.0, progress.step
-        with RunLog(self.folder.name, 1.0, 0.0, self.epoch, step) as log, stopwatch() as figures:
+        with (
+            self.execution.applied(),
+            RunLog(self.folder.name, 1.0, 0.0, self.epoch, step) as log,
+            stopwatch() as figures,
+        ):
             waited = trainer._train_epoch(self.epoch, log)
         self.epoch += 1
         return {
