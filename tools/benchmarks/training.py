@@ -119,7 +119,7 @@ class Training:
         progress.position, progress.targets, progress.loss, step = Position(self.epoch), 0.0, 0.0, progress.step
         with (
             self.execution.applied(),
-            RunLog(self.folder.name, 1.0, 0.0, self.epoch, step) as log,
+            self._log() as log,
             stopwatch() as figures,
         ):
             waited = trainer._train_epoch(self.epoch, log)
@@ -130,6 +130,9 @@ class Training:
             "data_wait": waited,
             **figures,
         }
+
+    def _log(self) -> RunLog:
+        return RunLog(self.folder.name, self.dataset.manifest.entries, 0.0, self.epoch, self.trainer.progress.step)
 
     def flops(self, epoch: int) -> Flops:
         """Operations of a turn: those of this rank's batches of an epoch."""
