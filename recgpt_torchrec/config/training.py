@@ -171,8 +171,8 @@ class Train:
     compile: bool = changeable(False)
     """Compile the decoder and the loss with torch.compile; the first steps then take a minute or more."""
     profile: int = changeable(0)
-    """Number of steps to trace, from the 10th of the run on, on rank 0; the trace and a table of the largest operations
-    are in profile/ in the output folder. 0: none."""
+    """Number of steps to trace, after the first 10 of the run, on rank 0; the trace and a table of the largest
+    operations are in profile/ in the output folder. 0: none."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "validate_every", "timeout_seconds"):

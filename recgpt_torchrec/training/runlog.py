@@ -11,6 +11,8 @@ from recgpt_torchrec import storage
 from recgpt_torchrec.distributed.processes import rank
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.progress import LOGGER, progress_bar
+from recgpt_torchrec.storage.finished import flatten
+from recgpt_torchrec.training.meter import Speed
 
 
 class RunLog:
@@ -97,31 +99,36 @@ class RunLog:
             self.bar.set_description(f"epoch {epoch + 1}", refresh=False)
             self.bar.update(entries)
 
-    def log_step(self, step: int, *, loss: float, lr: float, rate: float, waited: float) -> None:
+    def log_step(self, step: int, *, loss: float, lr: float, waited: float, speed: Speed) -> None:
         """Show and record the figures of the steps since the last call.
 
         Args:
             step: optimizer steps done.
             loss: mean over their targets, in nats.
             lr: learning rate, as a share of its peak.
-            rate: targets trained per second, summed over ranks.
             waited: share of the time spent waiting for data.
+            speed: what was measured.
 
         Raises:
             InputError: they cannot be written.
         """
         if self.active:
-            self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} targets/s, data wait {waited:.0%}", refresh=False)
-            figures = {"loss": loss, "lr_share": lr, "targets_per_s": rate, "data_wait": waited}
+            self.bar.set_postfix_str(
+                f"loss {loss:.3f}, {speed.targets_per_s:,.0f} targets/s, {speed.share_of_peak:.0%} of peak, "
+                f"data wait {waited:.0%}",
+                refresh=False,
+            )
+            figures = {"loss": loss, "lr_share": lr, "data_wait": waited, **speed.record()}
             with self._report_write_errors():
-                for name, value in figures.items():
-                    self.writer.add_scalar(f"train/{name}", value, step)
+                for name, value in flatten(figures).items():
+                    self.writer.add_scalar(f"train/{name.replace(' ', '_')}", value, step)
 
-    def log_epoch(self, record: dict[str, Any], step: int) -> None:
+    def log_epoch(self, record: dict[str, Any], speed: Speed, step: int) -> None:
         """Record and log an epoch's figures.
 
         Args:
-            record: the epoch's line of history.jsonl, with `loss`.
+            record: the epoch's line of history.jsonl, with `loss` and what `speed` records.
+            speed: what was measured, for a line of its own in the log.
             step: optimizer steps done.
 
         Raises:
@@ -134,10 +141,12 @@ class RunLog:
                     if isinstance(value, float):
                         self.writer.add_scalar(f"epoch/{name}", value, step)
                 self._upload()
-            figures = ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items())
+            shown = {name: value for name, value in record.items() if name not in speed.record()}
+            figures = ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
             # In an epoch with few steps, `log_step` may not have been called.
             self.bar.set_postfix_str(f"loss {record['loss']:.3f}", refresh=False)
             LOGGER.info(figures)
+            LOGGER.info("  %s", speed)
 
 
 def _drop_later_epochs(history: str, epochs: int) -> None:

@@ -59,6 +59,7 @@ def train(
             model=built,
             optimizer=optimizer,
             device=device,
+            execution=execution,
             stream=stream,
             entries=dataset.manifest.entries,
             train=config.train,

@@ -28,13 +28,13 @@ from recgpt_torchrec.distributed.processes import gather_objects, log_message
 from recgpt_torchrec.distributed.signals import Stopped
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import unwrapped
+from recgpt_torchrec.training.execution import Execution
 from recgpt_torchrec.training.finite import FiniteGuard, GuardedPipeline, Place, describe_step, find_rows
+from recgpt_torchrec.training.meter import LOG_EVERY, StepMeter
 from recgpt_torchrec.training.progress import Progress
 from recgpt_torchrec.training.runlog import RunLog
 from recgpt_torchrec.training.schedule import Schedule
-
-LOG_EVERY = 20
-"""Steps between logged losses; each costs one all-reduce of one number."""
+from recgpt_torchrec.training.trace import StepTrace
 
 
 @dataclass
@@ -47,6 +47,7 @@ class Trainer:
     model: nn.Module
     optimizer: KeyedOptimizer
     device: torch.device
+    execution: Execution
     stream: SequenceStream
     entries: int
     """Entries of the dataset, read once per epoch; progress is counted in entries, which do not depend on the ranks."""
@@ -63,6 +64,8 @@ class Trainer:
         self.learning_rate = Schedule(self.optimizer, self.schedule)
         self.guard = FiniteGuard(unwrapped(self.model).dense)
         self.pipeline = GuardedPipeline(self.model, self.optimizer, self.device, self.guard)
+        self.meter = StepMeter(self.model, self.pipeline, self.device, self.execution)
+        self.trace = StepTrace(self.checkpoints.output, self.train.profile, self.device)
         self.saver = Saver(self.checkpoints, self.saving)
         self._share: Share | None = None
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -84,7 +87,7 @@ class Trainer:
             self.saver.copy_state(state_of(self.model, self.optimizer))  # allocates the memory before the first step
         total, epoch = self._total_entries(), progress.position.epoch
         log = RunLog(self.checkpoints.output, total, progress.read, epoch, progress.step)
-        with signals.handle_stop_signals(), self.saver, log:
+        with signals.handle_stop_signals(), self.saver, log, self.trace:
             try:
                 while not progress.finished:
                     self._run_epoch(log, validate, metric)
@@ -99,11 +102,13 @@ class Trainer:
 
     def _run_epoch(self, log: RunLog, validate: Callable[[], dict[str, float]] | None, metric: str) -> None:
         progress, epoch, started = self.progress, self.progress.position.epoch, time.perf_counter()
-        waited = self._train_epoch(epoch, log)
+        with self.execution.applied():
+            waited = self._train_epoch(epoch, log)
+        speed = self.meter.epoch()
         loss = progress.loss / max(progress.targets, 1)
         last = epoch + 1 >= self.train.epochs
         record = {"epoch": epoch + 1, "step": progress.step, "loss": loss, "data_wait": waited}
-        record["train_s"] = time.perf_counter() - started
+        record |= {"train_s": time.perf_counter() - started, **speed.record()}
         validated = last or (epoch + 1) % self.train.validate_every == 0
         if validate is not None and validated:
             started = time.perf_counter()
@@ -118,7 +123,7 @@ class Trainer:
         progress.finished = last or bool(
             validated and self.train.patience and progress.best_epoch >= 0 and idle >= self.train.patience
         )
-        log.log_epoch(record, progress.step)
+        log.log_epoch(record, speed, progress.step)
         progress.position, progress.loss, progress.targets = Position(epoch + 1), 0.0, 0.0
         self.save()
 
@@ -126,16 +131,19 @@ class Trainer:
         """Train the rest of an epoch; returns the share of time spent waiting for data."""
         progress, rank, world = self.progress, dist.get_rank(), dist.get_world_size()
         self._share = share = self.stream.batches(epoch, progress.position, rank, world)
-        lockstep = Lockstep(iter(share), self.stream.maker.empty, self.saver.requests_checkpoint)
+        lockstep = Lockstep(self.meter.watch(iter(share)), self.stream.maker.empty, self.saver.requests_checkpoint)
         self.model.train()
         start = logged_at = time.perf_counter()
-        logged_wait = targets = 0.0  # `targets`: since the last logged step
+        logged_wait = 0.0
         logged = progress.loss, progress.targets
+        self.meter.start_epoch()
         while True:
             # Dropout depends on the step only: a resumed run computes what an uninterrupted one would.
             torch.manual_seed((self.seed * 1_000_003 + progress.step) * 4099 + rank)
             lr_share = self.learning_rate.set_rates(progress.step, progress.read / self._total_entries())
             watchdog.report_phase("a training step", progress.step)
+            self.trace.begin(progress.step + 1)
+            self.meter.begin(progress.step)
             try:
                 loss, _ = self.pipeline.progress(lockstep)
             except StopIteration:
@@ -149,7 +157,7 @@ class Trainer:
                 progress.targets += step.targets
             if step.cursor is not None:
                 share.done(step.cursor)
-            targets += step.targets
+            self.meter.end(step.targets)
             progress.step += 1
             progress.read += step.entries
             log.add_entries(step.entries, epoch)
@@ -158,11 +166,12 @@ class Trainer:
                 now = time.perf_counter()
                 mean = (progress.loss - logged[0]) / max(progress.targets - logged[1], 1)
                 wait = (lockstep.waited_s - logged_wait) / (now - logged_at)
-                log.log_step(progress.step, loss=mean, lr=lr_share, rate=targets / (now - logged_at), waited=wait)
-                logged_at, logged_wait, targets = now, lockstep.waited_s, 0.0
+                log.log_step(progress.step, loss=mean, lr=lr_share, waited=wait, speed=self.meter.newest())
+                logged_at, logged_wait = now, lockstep.waited_s
                 logged = progress.loss, progress.targets
             if self.saver.is_due(progress.step, step.checkpoint_requested):
                 self._save_within_epoch()
+        self.trace.end_epoch()
         self._sum_losses()
         return lockstep.waited_s / (time.perf_counter() - start)
 

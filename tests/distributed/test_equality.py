@@ -32,6 +32,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.dense import Dense
 from recgpt_torchrec.model.recgpt import RecGPT
 from recgpt_torchrec.training.building import build, training_stream
+from recgpt_torchrec.training.execution import Execution
 from recgpt_torchrec.training.optimizers import fuse_optimizers, is_fused, optimizers_of
 from recgpt_torchrec.training.schedule import Schedule
 from recgpt_torchrec.training.trainer import Trainer
@@ -282,6 +283,7 @@ def trainer(model: Any, optimizer: Any, stream: Any, output: str, entries: int =
         model=model,
         optimizer=optimizer,
         device=torch.device("cpu"),
+        execution=Execution("cpu"),
         stream=stream,
         entries=entries,
         train=Train(epochs=2),

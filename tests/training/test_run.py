@@ -14,6 +14,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.training.run import RUN, Run
 from recgpt_torchrec.training.runlog import RunLog
 from tests.support import change_json
+from tests.training.test_runlog import SPEED
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +112,7 @@ def test_a_full_disk_is_named_when_curves_and_figures_cannot_be_written(tmp_path
             RunLog(str(tmp_path), 10, 0) as log,
         ):
             resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
-            log.log_epoch({"epoch": 1, "loss": 0.5}, 1)
+            log.log_epoch({"epoch": 1, "loss": 0.5}, SPEED, 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert "Traceback" not in capfd.readouterr().err

@@ -8,7 +8,18 @@ import pytest
 
 from recgpt_torchrec import progress
 from recgpt_torchrec.distributed.processes import log_message, print_result
+from recgpt_torchrec.training.meter import Speed
 from recgpt_torchrec.training.runlog import RunLog
+
+SPEED = Speed(
+    targets_per_s=1000.0,
+    tokens_per_s=1500.0,
+    flops_per_s=2e9,
+    peak=8e9,
+    memory_mib=300.0,
+    host_memory_mib=300.0,
+    split={"lookup": 0.25, "data wait": 0.75},
+)
 
 
 def test_a_line_of_progress_names_its_own_epoch_and_none_comes_before_something_was_done(
@@ -18,7 +29,7 @@ def test_a_line_of_progress_names_its_own_epoch_and_none_comes_before_something_
     with RunLog(str(tmp_path), total=100, done=10) as log:
         assert capsys.readouterr().err == ""  # a run that resumes
         log.add_entries(10, epoch=1)
-        log.log_epoch({"epoch": 2, "step": 2, "loss": 1.5}, step=2)
+        log.log_epoch({"epoch": 2, "step": 2, "loss": 1.5}, SPEED, step=2)
         log.add_entries(10, epoch=2)
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("epoch 2:  20%")
