@@ -3,12 +3,13 @@
     python -m tools.check_gpu --output gpu.json
     python -m tools.check_gpu --device cpu --toy --output toy.json
 
-A. A ladder fp32, tf32, bf16, varlen, fused loss, compile at the presets configs/gpu_small.yaml and gpu_large.yaml: targets
-   per second, operations per second, share of the device's peak, memory, and the error against fp32. Needs torch alone.
+A. A ladder fp32, tf32, bf16, varlen, fused loss, compile at the presets configs/gpu_small.yaml and gpu_large.yaml:
+   targets per second, operations per second, share of the device's peak, memory, and the error against fp32. Needs
+   torch alone.
 B. Where torchrec and fbgemm run on the device: training, killed and resumed, evaluation and export, equal to CPU.
 
-Prints each result as it comes, ends after --time_limit seconds with what it has by then, and always writes the JSON file.
-Exit status 1: a result differs by more than its tolerance, or a rung or a stage failed.
+Prints each result as it comes, ends after --time_limit seconds with what it has by then, and always writes the JSON
+file. Exit status 1: a result differs by more than its tolerance, or a rung or a stage failed.
 """
 
 import argparse
@@ -155,9 +156,10 @@ def describe(result: dict[str, Any]) -> str:
     rated = "" if result["share_of_rated"] is None else f"{result['share_of_rated']:6.1%} of rated peak "
     memory = "" if result["memory_gib"] is None else f"{result['memory_gib']:6.1f} GiB "
     return (
-        f"{place} {result['targets_s']:>12,.0f} targets/s {result['step_ms']:>9.2f} ms {result['tflops_s']:>8.3f} TFLOP/s "
-        f"{rated}{result['share_of_measured']:6.1%} of measured {memory}error {parity['gradient_error']:.1e} "
-        f"{'within' if parity['ok'] else 'ABOVE'} {parity['tolerance']:g}; {result['execution']}"
+        f"{place} {result['targets_s']:>12,.0f} targets/s {result['step_ms']:>9.2f} ms "
+        f"{result['tflops_s']:>8.3f} TFLOP/s {rated}{result['share_of_measured']:6.1%} of measured {memory}"
+        f"error {parity['gradient_error']:.1e} {'within' if parity['ok'] else 'ABOVE'} {parity['tolerance']:g}; "
+        f"{result['execution']}"
     )
 
 

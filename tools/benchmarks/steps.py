@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from recgpt_torchrec.model.peaks import Precision, measured_peak
+from recgpt_torchrec.training import meter
 from tools.benchmarks.measuring import Figures, Kind, Ratio, stopwatch
 from tools.benchmarks.settings import Settings
-from tools.benchmarks.training import Training
 from tools.plain_packed import PackedLoop
 from tools.plain_padded import PaddedLoop, TrainingData
 
@@ -38,7 +38,9 @@ def _against(settings: Settings, name: str, make_loop: Callable[[TrainingData], 
         return {"targets_s": targets / figures["seconds"], **figures}
 
     ratio = Ratio(("trainer", "targets_s"), (name, "targets_s"), goal)
-    return Kind({"trainer": training.turn, name: plain}, {f"trainer over {name}": ratio})
+    return Kind(
+        {"trainer": training.turn, name: plain}, {f"trainer over {name}": ratio}, shown=("targets_s", "step_ms")
+    )
 
 
 def floor(settings: Settings) -> Kind:
@@ -52,25 +54,19 @@ def floor(settings: Settings) -> Kind:
     ratios = {}
     for name, options in kinds.items():
         training = settings.training(options, steps=settings.pick(STEPS if name == "sampled" else 15, 2))
-        precision = training.execution.precision
+        precision = training.trainer.execution.precision
         peak = f"peak in {precision}"
         ways[peak] = lambda precision=precision: _peak(settings, precision)  # type: ignore[misc]
-        ways[name] = lambda training=training: _achieved(training)  # type: ignore[misc]
+        ways[name] = training.turn
         ways[f"{name}, split"] = training.split
         ratios[f"{name}: share of the floor"] = Ratio((name, "flops_s"), (peak, "flops_s"), 0.6)
-    return Kind(ways, ratios)
+    return Kind(ways, ratios, shown=("flops_s", *meter.PARTS))
 
 
 def _peak(settings: Settings, precision: Precision) -> Figures:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = 128 if settings.quick else None
     return {"flops_s": measured_peak(device, precision, size=size, seconds=0.01 if settings.quick else 1.0)}
-
-
-def _achieved(training: Training) -> Figures:
-    flops = training.flops(training.epoch)  # before the clock starts
-    figures = training.turn()
-    return {"flops_s": flops.total / figures["seconds"], "loss_share_of_flops": flops.loss / flops.total, **figures}
 
 
 def epoch(settings: Settings) -> Kind:

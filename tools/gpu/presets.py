@@ -41,9 +41,14 @@ class Preset:
         return cls(name, Model(**values["model"]), Loss(**values["loss"]), values["batch"]["tokens"])
 
     def toy(self) -> "Preset":
-        """The same at a size that a CPU computes in no time; heads stay of a width that flash attention takes."""
-        model = replace(self.model, dim=32, heads=2, layers=min(self.model.layers, 2), max_len=20)
-        return replace(self, model=model, loss=replace(self.loss, negatives=64), tokens=256, items=5000)
+        """The same at a size that a CPU computes in no time; heads stay of a width that flash attention takes.
+
+        One block and no dropout, so that all toys are one model: a compiler for the CPU takes half a minute for it, and
+        keeps what it made.
+        """
+        model = replace(self.model, dim=32, heads=2, layers=1, max_len=20)
+        toy = replace(self, model=model, loss=replace(self.loss, negatives=64), tokens=256, items=5000)
+        return toy.small(256)
 
     def small(self, tokens: int) -> "Preset":
         """The same without dropout and with fewer tokens: for comparing ways of computing it."""
@@ -116,8 +121,8 @@ def make_inputs(preset: Preset, execution: Execution, device: torch.device, seed
         attended=attended_pairs(lengths),
     )
     generator = torch.Generator().manual_seed(seed)
-    rows = [
+    users, items = (
         torch.randn(size, preset.model.dim, generator=generator).mul_(0.1).to(device)
         for size in (preset.capacity.users, preset.capacity.items)
-    ]
-    return Inputs(batch.to(device), *rows, flops)
+    )
+    return Inputs(batch.to(device), users, items, flops)

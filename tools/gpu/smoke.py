@@ -1,7 +1,7 @@
 """Every stage once on a device, with a kill in between, and the same on CPU: results must agree. Needs torchrec.
 
-log -> dataset -> training (killed at its first checkpoint, then resumed) -> evaluation -> export. Without dropout and in
-float32, so that what remains between devices is rounding.
+log -> dataset -> training (killed at its first checkpoint, then resumed) -> evaluation -> export. Without dropout
+and in float32, so that what remains between devices is rounding.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def smoke(device: str, folder: Path) -> Iterator[dict[str, Any]]:
     log, data = folder / "log.csv", folder / "data"
     synthetic_log.main(["--output", str(log), "--users", "400", "--items", "200", "--seed", "1"])
     yield _checked("prepare", run_forked("prepare", {"--input": log, "--output": data}, folder))
-    results = {}
+    results: dict[str, tuple[Path, Path]] = {}
     for name in ("cpu",) if device == "cpu" else ("cpu", device):
         run = folder / f"run-{name}"
         yield _checked(f"pretrain on {name}, not disturbed", _pretrain(name, data, run, folder))
@@ -81,7 +81,7 @@ def _pretrain(device: str, data: Path, run: Path, folder: Path, kill: bool = Fal
     return run_forked("pretrain", options, folder, kill_at=run / "checkpoints" if kill else None)
 
 
-def _finish(device: str, data: Path, run: Path, folder: Path) -> Iterator[Any]:
+def _finish(device: str, data: Path, run: Path, folder: Path) -> Generator[dict[str, Any], None, tuple[Path, Path]]:
     """Evaluate and export a run; returns its metrics and vectors."""
     metrics, vectors = folder / f"{run.name}.json", folder / f"{run.name}-vectors"
     common = {"--data": data, "--checkpoint": run, "--device": device}
