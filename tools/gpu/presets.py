@@ -18,7 +18,6 @@ from recgpt_torchrec.model.flops import Flops, attended_pairs, step_flops
 from recgpt_torchrec.training.execution import Execution
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-NAMES = ("gpu_small", "gpu_large")
 ITEMS = 1_000_000
 """Catalogue that histories and candidates are drawn from."""
 
