@@ -68,7 +68,7 @@ def prompts(settings: Settings) -> Kind:
     training = settings.training(steps=settings.pick(40, 2))
     dataset, max_len = training.dataset, training.config.model.max_len
     model, device = unwrapped(training.model), training.trainer.device
-    wanted = settings.pick(1000, 16)
+    wanted = settings.pick(200, 16)
     parts: list[pa.Table] = []
     for group in row_groups(dataset):
         parts.append(read_rows(dataset, group))

@@ -39,6 +39,10 @@ PARTS = 5
 """Timed parts of a rung; their median counts."""
 
 
+DENSE_EXECUTES = "execution" in inspect.signature(Dense).parameters
+"""Whether `Dense` takes an `Execution`; if not, precision and compilation are set from outside, and it has no more."""
+
+
 @dataclass(frozen=True)
 class Rung:
     """A way to compute the step, or why the device cannot."""
@@ -67,7 +71,7 @@ def ladder(preset: Preset, device: torch.device) -> list[Rung]:
 
 def _unknown_to_dense(execution: Execution) -> str | None:
     """What `Dense` cannot compute yet; None: it computes all of it."""
-    if "execution" in inspect.signature(Dense).parameters:
+    if DENSE_EXECUTES:
         return None
     if execution.attention == "varlen":
         return "Dense computes attention on a grid only"
@@ -77,10 +81,10 @@ def _unknown_to_dense(execution: Execution) -> str | None:
 def make_dense(preset: Preset, execution: Execution, device: torch.device) -> Callable[..., Any]:
     """The dense part with the same initial values for every rung, in training mode.
 
-    The only place that sets a rung.
+    This and `forward` are the only places that set a rung.
     """
     torch.manual_seed(0)
-    if "execution" in inspect.signature(Dense).parameters:
+    if DENSE_EXECUTES:
         options: dict[str, Any] = {"execution": execution}
         return Dense(preset.model, preset.loss, **options).to(device).train()
     dense: Any = Dense(preset.model, preset.loss).to(device).train()
@@ -89,8 +93,8 @@ def make_dense(preset: Preset, execution: Execution, device: torch.device) -> Ca
 
 def forward(dense: Callable[..., Any], inputs: Inputs, execution: Execution) -> Tensor:
     """The loss of a batch, [], in the precision of a rung."""
-    device_type = inputs.items.device.type
-    with torch.autocast(device_type, torch.bfloat16, enabled=execution.precision == "bf16"):
+    device_type, half = inputs.items.device.type, execution.precision == "bf16" and not DENSE_EXECUTES
+    with torch.autocast(device_type, torch.bfloat16, enabled=half):
         loss, _ = dense(inputs.users, inputs.items, inputs.items, inputs.batch)
     assert isinstance(loss, Tensor)
     return loss
