@@ -37,14 +37,20 @@ def run(arguments: list[str], folder: Path, timeout: float = 280) -> subprocess.
     )
 
 
-@pytest.mark.timeout(290)
-def test_all_of_it_runs_on_cpu_at_toy_size(tmp_path: Path) -> None:
-    output = tmp_path / "gpu.json"
-    limit = ["--time_limit", "270"]
-    done = run(["-m", "tools.check_gpu", "--device", "cpu", "--toy", "--output", str(output), *limit], tmp_path)
+def check(part: str, folder: Path) -> dict[str, Any]:
+    """Run one part on CPU, and read what it found."""
+    output = folder / "gpu.json"
+    command = ["-m", "tools.check_gpu", "--device", "cpu", "--toy", "--only", part, "--output", str(output)]
+    done = run([*command, "--time_limit", "270"], folder)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(output.read_text())
     assert not found["cut_at_time_limit"]
+    return found
+
+
+@pytest.mark.timeout(290)
+def test_every_rung_runs_on_cpu_at_toy_size_or_says_why_it_cannot(tmp_path: Path) -> None:
+    found = check("ladder", tmp_path)
     for name in check_gpu.PRESETS:
         rungs = {rung["rung"]: rung for rung in found["ladder"] if rung["preset"] == name}
         assert list(rungs) == list(ladder.LADDER)
@@ -53,8 +59,13 @@ def test_all_of_it_runs_on_cpu_at_toy_size(tmp_path: Path) -> None:
             assert rungs[rung]["parity"]["ok"]
         for rung in ("tf32", "varlen", "fused loss"):
             assert "CUDA" in rungs[rung]["reason"]
-    assert all(check["ok"] for check in found["smoke"])
-    checks = " ".join(check["check"] for check in found["smoke"])
+
+
+@pytest.mark.timeout(290)
+def test_stages_run_on_cpu_and_a_killed_run_resumes_to_the_same_result(tmp_path: Path) -> None:
+    found = check("stages", tmp_path)
+    assert found["smoke"] and all(done["ok"] for done in found["smoke"])
+    checks = " ".join(done["check"] for done in found["smoke"])
     for word in ("prepare", "killed", "resumed", "evaluate", "export", "as not disturbed"):
         assert word in checks
 
