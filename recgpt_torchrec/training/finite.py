@@ -6,7 +6,7 @@ changed yet. The ranks agree by one all-reduce of three numbers. If any rank fou
 a zero gradient, which changes nothing (except the moments of a fused Adam, and weight decay of tables), and no other
 optimizer steps.
 
-It costs the step 2 to 3% on two ranks and two idle cores (tools.benchmarks.safety, steps of 100 ms, d = 64): checking
+It costs the step 2 to 3% on two ranks and two idle cores (tools/benchmark_step.py, steps of 100 ms, d = 64): checking
 the values takes 0.3 ms, the rest is one more synchronisation of the ranks.
 """
 
