@@ -11,6 +11,7 @@ def main(config: Pretrain) -> None:
     from recgpt_torchrec.distributed.watchdog import Watchdog
     from recgpt_torchrec.evaluation.validation import METRIC, validation_of
     from recgpt_torchrec.training.building import choose_tokens, open_dataset, training_stream
+    from recgpt_torchrec.training.execution import Execution
     from recgpt_torchrec.training.loading import find_initial
     from recgpt_torchrec.training.run import RUN, Run
     from recgpt_torchrec.training.session import train
@@ -22,9 +23,11 @@ def main(config: Pretrain) -> None:
         Watchdog(config.output, limits.stall_seconds, RUN),
     ):
         dataset = open_dataset(config)
+        execution = Execution.choose(limits, config.model, device)
         tokens = choose_tokens(config, config.model, dataset, device)
         # The stream comes first, so that damaged data is reported before the output folder is checked.
-        stream = training_stream(config, config.model, dataset, tokens.rank, new_targets=config.targets == "new")
+        new_targets = config.targets == "new"
+        stream = training_stream(config, config.model, dataset, tokens.rank, execution, new_targets=new_targets)
         histories = histories_fingerprint(dataset)
         run = Run.find(config, dataset.manifest.vocabulary, histories, config.saving.keep, tokens.step)
         if run_on_first_rank(lambda: run.finished):
@@ -46,6 +49,7 @@ def main(config: Pretrain) -> None:
             run,
             device,
             tokens,
+            execution,
             begin=begin,
             validation=validation,
             metric=METRIC,

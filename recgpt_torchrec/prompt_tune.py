@@ -19,6 +19,7 @@ def main(config: PromptTune) -> None:
     from recgpt_torchrec.distributed.watchdog import Watchdog
     from recgpt_torchrec.evaluation.validation import METRIC, validation_of
     from recgpt_torchrec.training.building import choose_tokens, open_dataset, training_stream
+    from recgpt_torchrec.training.execution import Execution
     from recgpt_torchrec.training.loading import load_pretrained, pretrained_model
     from recgpt_torchrec.training.run import RUN, Run
     from recgpt_torchrec.training.session import train
@@ -32,8 +33,9 @@ def main(config: PromptTune) -> None:
         check_dataset(config, dataset)
         model = pretrained_model(checkpoint, dataset, config.model)
         config = replace(config, model=model)
+        execution = Execution.choose(limits, model, device)
         tokens = choose_tokens(config, model, dataset, device, tuning)
-        stream = training_stream(config, model, dataset, tokens.rank, tuning=tuning)
+        stream = training_stream(config, model, dataset, tokens.rank, execution, tuning=tuning)
         histories = histories_fingerprint(dataset)
         run = Run.find(config, dataset.manifest.vocabulary, histories, config.saving.keep, tokens.step)
         if run_on_first_rank(lambda: run.finished):
@@ -47,6 +49,7 @@ def main(config: PromptTune) -> None:
             run,
             device,
             tokens,
+            execution,
             begin=lambda trainer: load_pretrained(trainer.model, checkpoint),
             validation=validation,
             metric=METRIC,

@@ -89,13 +89,15 @@ def test_a_run_from_the_command_line_leaves_checkpoints_and_prints_the_next_comm
 
 def test_a_header_describes_data_and_model_before_the_first_step(run):
     output, done = run
-    first, of_data, decoder, tables, epochs = done.stdout.splitlines()[:5]
+    first, of_data, decoder, tables, compute, tokens, epochs = done.stdout.splitlines()[:7]
     assert first == "Training on 1 rank, CPU" and of_data.startswith(f"  data     {USERS} users, {ITEMS} items, ")
     trained = {n: v for n, v in tensors(checkpoints(output)[-1]).items() if n.startswith("model.")}
     count = sum(value.numel() for name, value in trained.items() if "embedding" not in name)
     assert decoder == f"  decoder  {count:,} parameters"
     assert f"item {ITEMS} x 8 data_parallel" in tables and f"user {USERS} x 8 data_parallel" in tables
-    said = re.fullmatch(r"  epochs   at most 2, about (\d+) steps each, at most 60 tokens per step and rank", epochs)
+    assert re.fullmatch(r"  compute  (fp32|bf16) \(auto: .*\), dense attention, chunked loss", compute)
+    assert tokens == "  tokens   60 per rank"
+    said = re.fullmatch(r"  epochs   at most 2, about (\d+) steps each", epochs)
     assert said is not None
     steps = read_epochs(output)[0]["step"]
     assert abs(int(said[1]) - steps) <= 0.3 * steps

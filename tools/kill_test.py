@@ -104,8 +104,10 @@ def launch(data: Path, output: Path, epochs: int, plan: dict[str, Any]) -> None:
 
 def read_epochs(output: Path) -> list[dict[str, Any]]:
     """Read the metrics of each epoch, without timings."""
+    from recgpt_torchrec.training.runlog import TIMINGS
+
     lines = [json.loads(line) for line in (output / "history.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "data_wait" and not k.endswith("_s")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
 
 
 def read_tensors(output: Path) -> dict[str, Any]:

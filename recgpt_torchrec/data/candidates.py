@@ -155,6 +155,7 @@ class Uniform(Distribution):
 
     def draw(self, rng: np.random.Generator) -> tuple[Int64, Float32]:
         """See `Distribution`."""
+        # O(count): where 50 times as many items are left, numpy runs Floyd's algorithm, which does not list them.
         ids = rng.choice(self.items, self.count, replace=False, shuffle=False).astype(np.int64)
         return ids, np.full(self.count, np.log(self.count / self.items), dtype=np.float32)
 
@@ -178,19 +179,26 @@ class LogUniform(Distribution):
     def draw(self, rng: np.random.Generator) -> tuple[Int64, Float32]:
         """See `Distribution`."""
         items = self.by_rank.size
-        seen: dict[int, None] = {}
-        tries = 0
-        while len(seen) < self.count:
+        ranks, tries = np.zeros(0, dtype=np.int64), 0
+        while ranks.size < self.count:
             draws = np.exp(rng.random(max(self.count, 16)) * np.log(items + 1)).astype(np.int64) - 1
-            for rank in draws.clip(0, items - 1).tolist():
-                tries += 1
-                seen[rank] = None
-                if len(seen) == self.count:
-                    break
-        ranks = np.fromiter(seen, dtype=np.int64, count=self.count)
+            drawn = np.concatenate([ranks, draws.clip(0, items - 1)])
+            firsts = first_places(drawn)[: self.count]
+            # Only the tries up to the one that completes the ids count.
+            tries += (firsts[-1] + 1 if firsts.size == self.count else drawn.size) - ranks.size
+            ranks = drawn.take(firsts)
         p = np.log((ranks + 2) / (ranks + 1)) / np.log(items + 1)
         expected = -np.expm1(tries * np.log1p(-np.minimum(p, 1 - 1e-12)))
         return self.by_rank[ranks], np.log(expected).astype(np.float32)
+
+
+def first_places(values: Int64) -> Int64:
+    """Where each distinct value of `values` [n] int64 comes first, ascending; values are below 2^63 / 2n."""
+    bits = max(values.size - 1, 1).bit_length()
+    ordered = np.sort(values << bits | np.arange(values.size))  # by value, then by place
+    is_first = np.ones(values.size, dtype=bool)
+    np.not_equal(ordered[1:] >> bits, ordered[:-1] >> bits, out=is_first[1:])
+    return np.sort(ordered[is_first] & ((1 << bits) - 1))
 
 
 DISTRIBUTIONS: dict[str, type[Distribution]] = {"uniform": Uniform, "log_uniform": LogUniform}

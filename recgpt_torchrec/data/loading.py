@@ -1,16 +1,20 @@
-"""Prefetches batches in a thread or in loader processes."""
+"""Prefetches batches in a thread or in loader processes, which hand each over as one block of shared memory."""
 
 import contextlib
+import io
 import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
+import pickle
 import queue
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -31,8 +35,10 @@ def prefetch(source: Callable[[int], Iterator[T]], settings: Stream) -> Iterator
     Raises:
         InputError: raised by a worker, after all batches that it made before; or a loader process was killed.
     """
+    pins = torch.cuda.is_available()
     if settings.workers == 0:
-        yield from prefetch_in_thread(source(0), settings.prefetch)
+        batches = source(0)
+        yield from prefetch_in_thread(map(pin, batches) if pins else batches, settings.prefetch)
         return
     # A fork server imports once and forks clean processes for each epoch. Forking this process, with its process group
     # and thread pools, is not safe; spawning would import torch again each time.
@@ -48,13 +54,10 @@ def prefetch(source: Callable[[int], Iterator[T]], settings: Stream) -> Iterator
         num_workers=settings.workers,
         prefetch_factor=settings.prefetch,
         multiprocessing_context=context,
-        pin_memory=torch.cuda.is_available(),
     )
+    received = _receive(loader, pins)
     try:
-        for value in loader:
-            if isinstance(value, InputError):
-                raise value
-            yield value
+        yield from prefetch_in_thread(received, 1) if pins else received
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
@@ -62,6 +65,106 @@ def prefetch(source: Callable[[int], Iterator[T]], settings: Stream) -> Iterator
             f"a loader process ended before its work was done ({error}); if memory is short, give fewer "
             "--stream.workers, a smaller --stream.prefetch, or --stream.workers 0"
         ) from None
+
+
+def _receive(messages: Iterable["Block | InputError"], pins: bool) -> Iterator[Any]:
+    """The values that loader processes sent; an error is raised."""
+    for message in messages:
+        if isinstance(message, InputError):
+            raise message
+        yield (message.copy(_pinned_memory) if pins else message).unpack()
+
+
+@dataclass(frozen=True)
+class Block:
+    """A value whose tensors and arrays lie in one tensor, so that it moves to another process by one file descriptor,
+    and to page-locked memory by one copy.
+
+    Handing over a batch of 2,048 tokens takes 3.5 ms; with a file descriptor for each of its 17 tensors it took 20.
+    """
+
+    memory: torch.Tensor
+    """[bytes] uint8."""
+    arrays: list[tuple[int, int]]
+    """Where the content of each array starts and stops."""
+    rest: bytes
+    """The value without the content of tensors and arrays, pickled."""
+
+    @classmethod
+    def pack(cls, value: Any, allocate: Callable[[int], torch.Tensor]) -> "Block":
+        """Copy a value into the memory that `allocate` returns for a number of bytes, [bytes] uint8."""
+        file = io.BytesIO()
+        pickler = _Pickler(file)
+        pickler.dump(value)
+        memory = allocate(pickler.size)
+        bytes_ = memory.numpy()
+        for start, content in pickler.contents:
+            bytes_[start : start + content.size] = content
+        return cls(memory, pickler.arrays, file.getvalue())
+
+    def copy(self, allocate: Callable[[int], torch.Tensor]) -> "Block":
+        """The same in other memory."""
+        return replace(self, memory=allocate(self.memory.numel()).copy_(self.memory))
+
+    def unpack(self) -> Any:
+        """The value; its tensors and arrays are views of the memory."""
+        view = memoryview(self.memory.numpy())
+        return _Unpickler(self.memory, self.rest, [view[start:stop] for start, stop in self.arrays]).load()
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles a value without the content of its tensors and arrays, and gives each a place in memory."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=5, buffer_callback=self._add_array)
+        self.contents: list[tuple[int, np.ndarray]] = []
+        """Place and bytes of each tensor and array."""
+        self.arrays: list[tuple[int, int]] = []
+        self.size = 0
+
+    def _add(self, content: np.ndarray) -> tuple[int, int]:
+        start = -(-self.size // 64) * 64  # of a cache line
+        self.size = start + content.size
+        self.contents.append((start, content))
+        return start, self.size
+
+    def _add_array(self, buffer: pickle.PickleBuffer) -> None:
+        self.arrays.append(self._add(np.asarray(buffer.raw())))
+
+    def persistent_id(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return None
+        return *self._add(value.contiguous().numpy().reshape(-1).view(np.uint8)), value.dtype, value.shape
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads what `_Pickler` wrote in this program's own process, never a file.
+
+    Tensors share the memory's storage: with that the allocator of page-locked memory knows how long a copy to the GPU
+    still reads it.
+    """
+
+    def __init__(self, memory: torch.Tensor, rest: bytes, arrays: list[memoryview]) -> None:
+        super().__init__(io.BytesIO(rest), buffers=arrays)
+        self.memory = memory
+
+    def persistent_load(self, place: Any) -> torch.Tensor:
+        start, stop, dtype, shape = place
+        return self.memory[start:stop].view(dtype).view(shape)
+
+
+def _shared_memory(size: int) -> torch.Tensor:
+    storage = torch.UntypedStorage._new_shared(max(size, 1))
+    return torch.empty(0, dtype=torch.uint8).set_(storage)[:size]  # type: ignore[call-overload]
+
+
+def _pinned_memory(size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def pin(value: T) -> T:
+    """A copy whose tensors lie in one piece of page-locked memory, from which a GPU copies while the host runs on."""
+    return Block.pack(value, _pinned_memory).unpack()
 
 
 class _Worker(IterableDataset):
@@ -79,7 +182,8 @@ class _Worker(IterableDataset):
         pa.set_cpu_count(1)
         pa.set_io_thread_count(2)
         try:
-            yield from self.source(info.id)
+            for value in self.source(info.id):
+                yield Block.pack(value, _shared_memory)
         except InputError as error:
             yield error  # yielded like a batch: raised here, it would reach the user inside a traceback
 
@@ -87,8 +191,8 @@ class _Worker(IterableDataset):
 def prefetch_in_thread(source: Iterator[T], prefetch: int) -> Iterator[T]:
     """The batches of `source`, prefetched by a thread of this process; its errors are raised here.
 
-    Making a batch of 2,048 tokens takes 5 ms, most of it in numpy and Arrow without the interpreter lock. A loader
-    process takes longer (20 ms) to hand a batch over, and a second per epoch to start: it pays off with large batches.
+    Making a batch of 2,048 tokens takes 1 ms, one of 32,768 tokens 5 to 8. A loader process takes 3.5 and 7 ms to hand
+    one over, though little of the rank's own time (1.5 and 2 ms), and a second per epoch to start.
     """
     ready: queue.Queue[Any] = queue.Queue(prefetch)
     stopped = threading.Event()

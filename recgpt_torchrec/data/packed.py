@@ -13,7 +13,7 @@ import torch
 from recgpt_torchrec.data.candidates import Candidates, no_candidates
 from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.packing import lay_end_to_end, pack_sequences
-from recgpt_torchrec.data.ragged import Int64
+from recgpt_torchrec.data.ragged import Int64, ragged_arange
 from recgpt_torchrec.data.targets import PredictFrom, positions_of, soft_targets_of, targets_of
 
 Layout = Literal["grid", "row"]
@@ -154,17 +154,17 @@ def pack_histories(
     else:
         token_entries, tokens = np.arange(items.size), lengths
         predicting = target_entries = np.zeros(0, dtype=np.int64)
-    targets = items[target_entries]
-    soft_items, soft_weights = soft_targets_of(histories, token_entries[predicting], targets, soft_targets)
+    targets = items.take(target_entries)
+    soft_items, soft_weights = soft_targets_of(histories, token_entries, predicting, targets, soft_targets)
     candidates = no_candidates() if draw is None else draw(targets)
 
     if layout == "grid":
         grid = pack_sequences(tokens, row_length)
     else:
         grid = lay_end_to_end(tokens, row_length, slots=None if pad is None else pad.tokens)
-    has_tokens = tokens > 0
+    has_tokens = np.flatnonzero(tokens)
     sequence = np.repeat(np.arange(lengths.size), tokens)
-    users, bags = number_distinct("user", histories.users[has_tokens], capacity.users)
+    users, bags = number_distinct("user", histories.users.take(has_tokens), capacity.users)
     user_bags = np.zeros(lengths.size, dtype=np.int64)
     user_bags[has_tokens] = bags
 
@@ -174,19 +174,22 @@ def pack_histories(
     else:
         used = np.zeros(items.size, dtype=bool)
         used[token_entries] = used[target_entries] = True
-        parts = [items[used], candidates.ids, soft_items.ravel()]
+        used_entries = np.flatnonzero(used)
+        parts = [items.take(used_entries), candidates.ids, soft_items.ravel()]
         ids, bags = number_distinct("item", np.concatenate(parts), capacity.items)
-        used_bags, candidate_bags, soft_bags = np.split(bags, np.cumsum([part.size for part in parts])[:-1])
-        entry_bags = np.zeros(items.size, dtype=np.int64)
-        entry_bags[used] = used_bags
-        target_bags = entry_bags[target_entries]
+        entry_bags, candidate_bags, soft_bags = np.split(bags, np.cumsum([part.size for part in parts])[:-1])
+        if entry_bags.size < items.size:
+            used_bags, entry_bags = entry_bags, np.zeros(items.size, dtype=np.int64)
+            entry_bags[used_entries] = used_bags
+        target_bags = entry_bags.take(target_entries)
         index_of = np.full(ids.size, -1, dtype=np.int64)
         index_of[candidate_bags] = np.arange(candidate_bags.size)
-        target_candidate = index_of[target_bags]
+        target_candidate = index_of.take(target_bags)
 
-    segments = (
-        np.zeros(tokens.sum(), dtype=np.int8) if histories.segments is None else histories.segments[token_entries]
-    )
+    if histories.segments is None:
+        position, segments = ragged_arange(tokens), None
+    else:
+        position, segments = positions_of(histories).take(token_entries), histories.segments.take(token_entries)
     seqlens = tokens[has_tokens]
     ends = np.cumsum(seqlens)
     # Padded to these sizes, or as they are.
@@ -199,12 +202,12 @@ def pack_histories(
         bounds = np.concatenate([[0], ends if ends.size else [0]]).astype(np.int32)
         cu_seqlens = _tensor(bounds, None if pad_sequences is None else pad_sequences + 1, bounds[-1])
     batch = PackedBatch(
-        item_bag=grid.put(entry_bags[token_entries]),
-        user_bag=grid.put(user_bags[sequence]),
-        position=grid.put(np.minimum(positions_of(histories)[token_entries], max_position)),
+        item_bag=grid.put(entry_bags.take(token_entries)),
+        user_bag=grid.put(user_bags.take(sequence)),
+        position=grid.put(np.minimum(position, max_position)),
         sequence=grid.put(sequence, empty=-1),
         segment=grid.put(segments),
-        target_slot=_tensor(grid.slots[predicting], pad_targets),
+        target_slot=_tensor(grid.slots.take(predicting), pad_targets),
         target_bag=_tensor(target_bags, pad_targets),
         candidate_bag=_tensor(candidate_bags, pad_candidates),
         candidate_log_q=_tensor(candidates.log_q, pad_candidates, np.inf),
@@ -214,7 +217,7 @@ def pack_histories(
         target_weight=target_weight,
         last_slot=_tensor(grid.slots[ends - 1], pad_sequences),
         cu_seqlens=cu_seqlens,
-        max_seqlen=row_length if pad is not None else int(seqlens.max(initial=0)),
+        max_seqlen=row_length if pad is not None else int(seqlens.max(initial=1)),
         targets=targets.size,
         global_targets=torch.tensor(float(targets.size)),
     )
@@ -222,15 +225,54 @@ def pack_histories(
 
 
 def number_distinct(name: str, ids: Int64, capacity: int) -> tuple[Int64, Int64]:
-    """The distinct ids of `ids` [n] int64, and the index of each among them [n] int64.
+    """The distinct ids of `ids` [n] int64, in an order that depends on nothing else, and each one's index [n] int64.
 
     Raises:
         ValueError: there are more than `capacity`.
     """
-    distinct, index = np.unique(ids, return_inverse=True)
+    distinct, index = _sort(ids) if ids.size < SORTED else _hash(ids)
     if distinct.size > capacity:
         raise ValueError(f"{distinct.size} distinct {name} ids in a batch with room for {capacity}")
-    return distinct, index.astype(np.int64)
+    return distinct, index
+
+
+SORTED = 4096
+"""From this number of ids on hashing is faster than sorting: of 39,000 ids .5 against 1.4 ms (AVX-512), 3 without."""
+
+
+def _sort(ids: Int64) -> tuple[Int64, Int64]:
+    distinct, index = np.unique(ids, return_inverse=True)
+    return distinct, index.astype(np.int64, copy=False)
+
+
+def _hash(ids: Int64) -> tuple[Int64, Int64]:
+    """Each id names a slot of a table by its hash, and the last of those with the same slot writes its number there.
+
+    Ids that find another id's number take part in the next round, with another hash; every round settles at least one
+    id per slot, all its occurrences at once.
+    """
+    numbers = np.arange(ids.size)
+    owners = np.empty(ids.size, dtype=np.int64)  # for each id the number of one that is equal, the same for all equal
+    left, factor = numbers, 0x9E3779B97F4A7C15
+    while left.size:
+        values = ids if left is numbers else ids.take(left)
+        bits = max((2 * left.size - 1).bit_length(), 4)
+        hashes = values.view(np.uint64) * np.uint64(factor)
+        hashes >>= np.uint64(64 - bits)
+        slots = hashes.view(np.int64)
+        table = np.empty(1 << bits, dtype=np.int64)
+        table[slots] = left
+        found = table.take(slots)
+        if left is numbers:
+            owners = found
+        else:
+            owners[left] = found
+        left = left.take(np.flatnonzero(ids.take(found) != values))
+        factor = (factor * 0xD1342543DE82EF95 + 2) % 2**64 | 1
+    firsts = np.flatnonzero(owners == numbers)
+    index = np.empty(ids.size, dtype=np.int64)
+    index[firsts] = numbers[: firsts.size]
+    return ids.take(firsts), index.take(owners)
 
 
 def _tensor(values: np.ndarray, size: int | None = None, empty: float = 0) -> torch.Tensor:

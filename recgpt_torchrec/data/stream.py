@@ -185,11 +185,10 @@ class Share:
         """Record that the batch with this cursor, and those before it of the same worker, are trained."""
         self.left[cursor.worker] = self.source.queues[cursor.worker].after(cursor)
 
-    def groups_of(self, cursor: Cursor) -> list[RowGroup]:
-        """The row groups that the next batch to train, the one with this cursor, was read from."""
-        left, queue = self.left[cursor.worker].windows, self.source.queues[cursor.worker]
-        windows_done = len(queue.windows) - len(left)
-        touched = left[: cursor.windows_done - windows_done + (cursor.offset > 0)]
+    def groups_of(self, cursor: Cursor, left: Queue) -> list[RowGroup]:
+        """The row groups that the batch with this cursor was read from, if `left` was left of its queue before."""
+        windows_done = len(self.source.queues[cursor.worker].windows) - len(left.windows)
+        touched = left.windows[: cursor.windows_done - windows_done + (cursor.offset > 0)]
         return [group for window, _ in touched for group in self.source.windows[window].groups]
 
 

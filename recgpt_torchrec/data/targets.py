@@ -65,7 +65,9 @@ def targets_of(histories: Histories, tokens: Int64, predict_from: PredictFrom) -
     return predicting, following[predicting]
 
 
-def soft_targets_of(histories: Histories, entries: Int64, targets: Int64, share: float) -> tuple[Int64, Float32]:
+def soft_targets_of(
+    histories: Histories, tokens: Int64, predicting: Int64, targets: Int64, share: float
+) -> tuple[Int64, Float32]:
     """The answers that share a target's weight, [targets, answers] int64, and the weight of each, float32.
 
     A `share` of the target's weight is spread over the answers by the softmax of their scores. An answer that is
@@ -73,12 +75,13 @@ def soft_targets_of(histories: Histories, entries: Int64, targets: Int64, share:
 
     Args:
         histories: with or without answers.
-        entries: [targets] int64: the entry that predicts each target.
+        tokens, predicting: see `targets_of`.
         targets: [targets] int64: item ids of the targets.
         share: from 0 to 1.
     """
     if not share or histories.answers is None or histories.answer_scores is None:
         return np.zeros((targets.size, 0), dtype=np.int64), np.zeros((targets.size, 0), dtype=np.float32)
+    entries = tokens[predicting]
     answers = histories.answers[entries]
     scores = histories.answer_scores[entries]
     valid = (answers >= 0) & (answers != targets[:, None])

@@ -1,4 +1,4 @@
-"""The causal decoder on a packed grid. The attention mask alone separates the sequences of a row."""
+"""The causal decoder on packed sequences. How slots see the earlier slots of their sequence is handed in."""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from recgpt_torchrec.config import Model
 from recgpt_torchrec.data.segments import SEGMENTS
-from recgpt_torchrec.model.attention import attention, attention_mask, history_weights
+from recgpt_torchrec.model.attention import Attention
 from recgpt_torchrec.model.dropout import dropout
 
 
@@ -21,15 +21,18 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.up, self.down = nn.Linear(dim, config.feed_forward * dim), nn.Linear(config.feed_forward * dim, dim)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """[rows, row_length, dim] -> the same; `mask` from `attention_mask`."""
+    def forward(self, x: Tensor, attention: Attention) -> Tensor:
+        """[rows, row_length, dim] -> the same."""
         q, k, v = self.project(x)
-        return self.finish(x, attention(q, k, v, mask, self.attention_dropout if self.training else 0.0))
+        return self.finish(x, attention.attend(q, k, v, self.attention_dropout if self.training else 0.0))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[rows, length, dim] -> queries, keys and values, [rows, heads, length, head_dim] each."""
         rows, length, _ = x.shape
-        q, k, v = self.qkv(x).view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        packed = self.qkv(x).view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if x.device.type == "cpu":  # one copy here instead of one per operand of every product
+            packed = packed.contiguous()
+        q, k, v = packed
         return q, k, v
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -71,24 +74,24 @@ class Decoder(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
-    def forward(self, items: Tensor, users: Tensor, position: Tensor, segment: Tensor, sequence: Tensor) -> Tensor:
+    def forward(self, items: Tensor, users: Tensor, position: Tensor, segment: Tensor, attention: Attention) -> Tensor:
         """Run the decoder.
 
         Args:
             items: [rows, row_length, dim] item vectors of the slots.
             users: [rows, row_length, dim] user vectors, already regularised.
-            position, segment, sequence: [rows, row_length] int64, as in `SequenceBatch`.
+            position, segment: [rows, row_length] int64, as in `SequenceBatch`.
+            attention: of the batch's sequences.
 
         Returns:
             [rows, row_length, dim] outputs; the next item is scored by the inner product of output and item vector.
         """
-        mask = attention_mask(sequence)
-        mean = history_weights(mask, 0.0) @ items if self.config.history_in else None
+        mean = attention.mean(items) if self.config.history_in else None
         x = self.embed(items, users, position, segment, mean)
         for block in self.blocks:
-            x = block(x, mask)
+            x = block(x, attention)
         if self.config.history_out:
-            x = x + self.mean_out * (history_weights(mask, self.forgetting.abs()) @ items)
+            x = x + self.mean_out * attention.mean(items, self.forgetting.abs())
         return x
 
     def embed(self, items: Tensor, users: Tensor, position: Tensor, segment: Tensor, mean: Tensor | None) -> Tensor:

@@ -1,16 +1,35 @@
 """The model without its tables: user module, decoder and loss. Needs torch alone."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from recgpt_torchrec.config import Loss, Model
+from recgpt_torchrec.model.attention import Attention, DenseAttention
 from recgpt_torchrec.model.decoder import Decoder
+from recgpt_torchrec.model.fused_loss import fused_softmax_loss
 from recgpt_torchrec.model.loss import bce_loss, softmax_loss
+from recgpt_torchrec.model.varlen import VarlenAttention
 
 if TYPE_CHECKING:
-    from recgpt_torchrec.data.batch import SequenceBatch
+    from recgpt_torchrec.data.packed import PackedBatch
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a training step is computed. Evaluation is always in float32, and not compiled."""
+
+    dtype: torch.dtype = torch.float32
+    """Of the operands of matrix products, float32 or bfloat16; parameters, norms, sums and losses are float32."""
+    fused_loss: bool = False
+    """Whether the softmax loss runs in the kernels of `fused_loss`."""
+    compile: bool = False
+    """Whether lookups and decoder are compiled."""
+    tf32: bool = False
+    """Whether float32 products outside of torch's own, those of `fused_loss`, may round their operands to TF32."""
 
 
 class Dense(nn.Module):
@@ -20,6 +39,13 @@ class Dense(nn.Module):
         super().__init__()
         self.model, self.loss = model, loss
         self.decoder = Decoder(model, segments)
+        self.compute = Compute()
+        self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
+
+    def set_compute(self, compute: Compute) -> None:
+        """Set how training steps are computed from now on."""
+        self.compute = compute
+        self._compiled = torch.compile(self.decode) if compute.compile else None
 
     def user_vectors(self, users: Tensor) -> Tensor:
         """The user module, [user bags, dim] -> the same: in training it drops whole user vectors at random, so that
@@ -30,7 +56,7 @@ class Dense(nn.Module):
         return users
 
     def forward(
-        self, users: Tensor, items: Tensor, outputs: Tensor, batch: "SequenceBatch"
+        self, users: Tensor, items: Tensor, outputs: Tensor, batch: "PackedBatch"
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Loss and vectors of a batch.
 
@@ -43,26 +69,84 @@ class Dense(nn.Module):
         Returns:
             loss: [] sum over this rank's targets, divided by `batch.global_targets`.
             (loss, vectors): the loss without its graph, and the output at the newest entry of each sequence, the user's
-            interest vector [sequences, dim]. (The train pipeline uses the first of a pair and returns the second.)
+            interest vector [sequences, dim], none in training. (The train pipeline uses the first of a pair and returns
+            the second.)
         """
-        users = self.user_vectors(users)
+        decode = self._compiled if self._compiled is not None and self.training else self.decode
+        half = self.training and self.compute.dtype != torch.float32
+        with torch.autocast(users.device.type, torch.bfloat16, enabled=half):
+            h, vectors = decode(
+                users,
+                items,
+                batch.item_bag,
+                batch.user_bag,
+                batch.position,
+                batch.segment,
+                batch.sequence,
+                batch.target_slot,
+                batch.last_slot,
+                batch.cu_seqlens,
+                batch.max_seqlen,
+            )
+        # Clamped for steps without targets, far below 1: one target on 4 ranks is 0.25 per rank.
+        loss = self.sum_of_losses(h, outputs, batch) / batch.global_targets.clamp(min=1e-6)
+        return loss, (loss.detach(), vectors)
+
+    def decode(
+        self,
+        users: Tensor,
+        items: Tensor,
+        item_bag: Tensor,
+        user_bag: Tensor,
+        position: Tensor,
+        segment: Tensor,
+        sequence: Tensor,
+        target_slot: Tensor,
+        last_slot: Tensor,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs at the targets' slots [targets, dim], and, not in training, at the newest entries [sequences, dim].
+
+        Its arguments are plain tensors, those of `forward` and `PackedBatch`, so that it compiles.
+        """
+        attention: Attention
+        if cu_seqlens is None:
+            attention = DenseAttention(sequence)
+        else:
+            attention = VarlenAttention(cu_seqlens, sequence.shape[1], max_seqlen)
         hidden = self.decoder(
-            items[batch.item_bag], users[batch.user_bag], batch.position, batch.segment, batch.sequence
+            take_rows(items, item_bag), take_rows(self.user_vectors(users), user_bag), position, segment, attention
         )
         flat = hidden.flatten(0, 1)
-        # Clamped for steps without targets, far below 1: one target on 4 ranks is 0.25 per rank.
-        loss = self.sum_of_losses(flat[batch.target_slot], outputs, batch) / batch.global_targets.clamp(min=1e-6)
-        return loss, (loss.detach(), flat[batch.last_slot])
+        return take_rows(flat, target_slot), flat[:0] if self.training else take_rows(flat, last_slot)
 
-    def sum_of_losses(self, h: Tensor, outputs: Tensor, batch: "SequenceBatch") -> Tensor:
+    def sum_of_losses(self, h: Tensor, outputs: Tensor, batch: "PackedBatch") -> Tensor:
         """Sum of the losses of all targets, []; `h` [targets, dim] are the outputs of their tokens."""
-        positive, candidates = outputs[batch.target_bag], outputs[batch.candidate_bag]
+        positive, candidates = take_rows(outputs, batch.target_bag), take_rows(outputs, batch.candidate_bag)
+        index, target_weight = batch.target_candidate, batch.target_weight
         if self.loss.candidates == "bce":
-            return bce_loss(h, positive, candidates, batch.target_candidate, self.loss.bce_negatives)
-        hard = softmax_loss(h, positive, candidates, batch.candidate_log_q, batch.target_candidate)
+            return bce_loss(h, positive, candidates, index, self.loss.bce_negatives, target_weight)
+        compute = self.compute if self.training else Compute()
+        if compute.fused_loss:
+            precision = "tf32" if compute.tf32 else "ieee"
+            hard = fused_softmax_loss(
+                h.to(compute.dtype), positive, candidates, batch.candidate_log_q, index, target_weight, precision
+            )
+        else:
+            hard = softmax_loss(h, positive, candidates, batch.candidate_log_q, index, target_weight, compute.dtype)
         if not batch.soft_weight.shape[1]:
             return hard
         # Cross-entropy is linear in the target distribution, so part of the target's weight moves to its answers.
         weight = batch.soft_weight
-        shift = torch.einsum("ta,tad->td", weight, outputs[batch.soft_bag]) - weight.sum(1, keepdim=True) * positive
+        answers = torch.einsum("ta,tad->td", weight, take_rows(outputs, batch.soft_bag))
+        shift = answers - weight.sum(1, keepdim=True) * positive
         return hard - (h * shift).sum()
+
+
+def take_rows(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of `table` [rows, dim] by `index` [...] int64 -> [..., dim].
+
+    The backward of `table[index]` sorts the indices; that of `index_select` adds row by row.
+    """
+    return table.index_select(0, index.flatten()).view(*index.shape, table.shape[1])

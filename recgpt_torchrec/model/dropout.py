@@ -4,12 +4,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+STEPS = 256
+"""On CPU probabilities are multiples of 1/256."""
+
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Inverted dropout, as in torch; on CPU p is rounded to 1/256 and drawn from random bytes.
 
-    On CPU torch draws one double per element: 15% of a step with 2,048 tokens (9.8 ms per [32, 2, 64, 64]). One 64-bit
-    draw for eight elements makes that 1%. On CUDA torch's fused kernel is used.
+    On CPU torch draws one double per element: 15% of a step with 2,048 tokens (2.8 ms per [24, 2, 64, 64], here 0.2).
+    On CUDA torch's fused kernel is used.
 
     Args:
         x: any shape, floating point.
@@ -20,9 +23,16 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
         return x
     if x.device.type != "cpu":
         return F.dropout(x, p, training)
-    threshold = round(p * 256)
-    if threshold >= 256:
-        return x * 0.0
-    draws = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
-    keep_mask = draws.view(torch.uint8)[: x.numel()].view(x.shape) >= threshold
-    return x * (keep_mask.to(x.dtype) * (256 / (256 - threshold)))
+    return x * draw_scales(x, p)
+
+
+def draw_scales(like: Tensor, p: float) -> Tensor:
+    """Draw dropout's factors on CPU, in the shape and dtype of `like`: 0 with probability p, else 1 / (1 - p)."""
+    threshold = round(p * STEPS)
+    if threshold >= STEPS:
+        return torch.zeros_like(like)
+    # One 64-bit draw for eight elements; compared in floating point, since torch does not vectorise comparisons of
+    # bytes.
+    draws = torch.empty(-(-like.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
+    scales = draws.view(torch.uint8)[: like.numel()].view(like.shape).to(like.dtype)
+    return scales.ge_(threshold).mul_(STEPS / (STEPS - threshold))

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recgpt_torchrec.model.attention import history_weights
 from recgpt_torchrec.model.decoder import Decoder
 
 
@@ -137,8 +136,7 @@ class Decoding:
         all_users, place = torch.arange(self.users, device=items.device), torch.arange(length, device=items.device)
         valid = place < lengths[:, None]
         newest = (lengths - 1).clamp(min=0)
-        mask = (place[:, None] >= place)[None, None]
-        mean = history_weights(mask, 0.0) @ items if config.history_in else None
+        mean = items.cumsum(1) / (place + 1)[:, None] if config.history_in else None
         x = self.decoder.embed(items, user_vectors[:, None], positions, segments, mean)
         for block, keys, values in zip(self.blocks, self.keys, self.values, strict=True):
             q, k, v = block.project(x)

@@ -19,6 +19,7 @@ from recgpt_torchrec.distributed.processes import gather_objects, run_on_first_r
 from recgpt_torchrec.distributed.sharding import initialise_tables, shard
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import RecGPT
+from recgpt_torchrec.training.execution import Execution
 from recgpt_torchrec.training.optimizers import DENSE, fuse_optimizers, is_fused, optimizers_of
 from recgpt_torchrec.training.run import read_record
 
@@ -80,6 +81,7 @@ def training_stream(
     model: Model,
     dataset: Dataset,
     tokens: int,
+    execution: Execution,
     *,
     tuning: Tuning | None = None,
     new_targets: bool = False,
@@ -91,6 +93,7 @@ def training_stream(
         model: the decoder's configuration.
         dataset: to train on.
         tokens: maximum number of tokens per batch and rank.
+        execution: how steps are computed, which decides how tokens lie in a batch.
         tuning: which prompts and answers are read, and how; None: pre-training.
         new_targets: whether only targets that the dataset marks as new are predicted.
 
@@ -119,6 +122,8 @@ def training_stream(
         seed=config.seed,
         predict_from="every" if tuning is None else tuning.predict_from,
         soft_targets=soft_targets,
+        layout="row" if execution.attention == "varlen" else "grid",
+        pad=execution.compile and execution.attention == "varlen",
     )
     stream = SequenceStream(maker, config.stream)
     if new_targets:

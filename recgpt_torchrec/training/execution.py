@@ -19,6 +19,7 @@ import torch
 from recgpt_torchrec.config import Model, Train
 from recgpt_torchrec.distributed.processes import run_on_first_rank
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.model.dense import Compute
 from recgpt_torchrec.model.peaks import Precision
 
 BF16_FLAGS = ("avx512_bf16", "amx_bf16")
@@ -78,6 +79,12 @@ class Execution:
         why_dense = f"varlen {obstacle[0]}" if train.attention == "auto" and cuda and obstacle else ""
         fused = can_fuse if train.fused_loss == "auto" else train.fused_loss
         return cls(device.type, precision, attention, fused, train.compile, why_precision, why_dense)
+
+    @property
+    def compute(self) -> Compute:
+        """The part that the model needs to know."""
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return Compute(dtype, self.fused_loss, self.compile, self.precision == "tf32")
 
     @contextmanager
     def applied(self) -> Iterator[None]:

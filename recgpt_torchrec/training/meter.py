@@ -35,6 +35,8 @@ loss: forward; one part, `decoder`, where they are compiled. communication: exch
 device, waits for other ranks outside of the other parts."""
 PIPELINE = {"_backward": BACKWARD, "_optimizer_step": OPTIMIZER}
 """Methods of the train pipeline that are parts."""
+RECORDED = ("targets_per_s", "tokens_per_s", "share_of_peak", "memory_mib", "host_memory_mib", "split")
+"""Names of `Speed` in history.jsonl."""
 PEAK_SECONDS = 0.05
 """Time for measuring the peak of a device whose rating is not known."""
 
@@ -64,14 +66,7 @@ class Speed:
 
     def record(self) -> dict[str, Any]:
         """The values for a line of history.jsonl."""
-        return {
-            "targets_per_s": self.targets_per_s,
-            "tokens_per_s": self.tokens_per_s,
-            "share_of_peak": self.share_of_peak,
-            "memory_mib": self.memory_mib,
-            "host_memory_mib": self.host_memory_mib,
-            "split": self.split,
-        }
+        return {name: getattr(self, name) for name in RECORDED}
 
     def __str__(self) -> str:
         """One line for the log."""

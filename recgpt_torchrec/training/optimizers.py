@@ -1,6 +1,6 @@
 """Optimizers of the tables, fused into the backward where fbgemm can, and of the dense parameters."""
 
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from typing import Any
 
 import torch
@@ -25,6 +25,13 @@ FUSED: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 """Table optimizers that fbgemm fuses into the backward on CPU and CUDA; it fuses Adam on CUDA only."""
 ADAM: tuple[Any, dict[str, Any]] = (torch.optim.Adam, {"betas": (0.9, 0.98)})
+
+
+def torch_optimizers(optimizer: CombinedOptimizer) -> Iterator[torch.optim.Optimizer]:
+    """The optimizers that update parameters after the backward; those of tables updated in it are left out."""
+    for _, part in optimizer.optimizers:
+        if isinstance(part, KeyedOptimizerWrapper):
+            yield part._optimizer
 
 
 def is_fused(optimizer: str, device: torch.device) -> bool:
@@ -68,6 +75,8 @@ def optimizers_of(
     parts: list[tuple[str, KeyedOptimizer]] = [("", model.fused_optimizer)]
     for name, parameter in unfused.items():
         kind, settings = _table_optimizer(table_name(name), tables, frozen)
+        if kind is torch.optim.Adam and parameter.is_cuda:  # then the finite guard can leave out a step on the device
+            settings = {**settings, "fused": True}
 
         def make(params: Any, kind: Any = kind, settings: dict[str, Any] = settings) -> torch.optim.Optimizer:
             return with_moments(kind(params, **settings))

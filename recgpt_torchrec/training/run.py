@@ -60,8 +60,9 @@ def read_record(output: str) -> Record | None:
         record = None if values is None else make_typed(Record, values, others=True)
         if record is not None and len(record.initial or "") > PATH_LENGTH:
             raise ValueError(f"initial is {record.initial!r:.60}..., it must be a path")
-        if record is not None and not 0 < (record.step_tokens or 1) <= MAX_TOKENS:
-            raise ValueError(f"step_tokens is {record.step_tokens}, it must be from 1 to {MAX_TOKENS:,}")
+        step_tokens = None if record is None else record.step_tokens
+        if step_tokens is not None and not 0 < step_tokens <= MAX_TOKENS:
+            raise ValueError(f"step_tokens is {step_tokens}, it must be from 1 to {MAX_TOKENS:,}")
         return record
     except ValueError as error:
         raise storage.damaged(path, error) from None

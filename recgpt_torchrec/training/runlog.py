@@ -12,7 +12,10 @@ from recgpt_torchrec.distributed.processes import rank
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.progress import LOGGER, progress_bar
 from recgpt_torchrec.storage.finished import flatten
-from recgpt_torchrec.training.meter import Speed
+from recgpt_torchrec.training.meter import RECORDED, Speed
+
+TIMINGS = ("data_wait", "train_s", "validate_s", *RECORDED)
+"""Names in history.jsonl of what differs from run to run of the same training."""
 
 
 class RunLog:
@@ -141,7 +144,7 @@ class RunLog:
                     if isinstance(value, float):
                         self.writer.add_scalar(f"epoch/{name}", value, step)
                 self._upload()
-            shown = {name: value for name, value in record.items() if name not in speed.record()}
+            shown = {name: value for name, value in record.items() if name not in RECORDED}
             figures = ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
             # In an epoch with few steps, `log_step` may not have been called.
             self.bar.set_postfix_str(f"loss {record['loss']:.3f}", refresh=False)

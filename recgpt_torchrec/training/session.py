@@ -24,6 +24,7 @@ def train(
     run: Run,
     device: torch.device,
     tokens: Tokens,
+    execution: Execution,
     *,
     begin: Callable[[Trainer], None],
     validation: Callable[[nn.Module], Validate] | None,
@@ -39,6 +40,7 @@ def train(
         run: found by `Run.find`; its folder is first written to once the model is built.
         device: of this rank.
         tokens: of the stream's batches.
+        execution: how steps are computed.
         begin: initialises the trainer of a run that has no checkpoint yet.
         validation: makes the validation of a model, see `Trainer.fit`; None: there is nothing to validate on.
         metric: the validation figure that decides the best checkpoint and early stopping.
@@ -48,7 +50,6 @@ def train(
         Stopped: a rank received a stop signal; everything is saved.
         InputError: the data or the configuration is refused, a step is not finite, or something cannot be written.
     """
-    execution = Execution.choose(config.train, model, device)
     dataset = stream.dataset
     check_lost(dataset)
     built, optimizer = build(

@@ -63,6 +63,7 @@ class StepTrace:
             activities = [torch.profiler.ProfilerActivity.CPU]
             if self.device.type == "cuda":
                 activities.append(torch.profiler.ProfilerActivity.CUDA)
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it prints its own steps on standard error
             self._profiler, self._first = torch.profiler.profile(activities=activities), step
             self._profiler.start()
 

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,13 +21,13 @@ from recgpt_torchrec.checkpoints.saving import Saver
 from recgpt_torchrec.checkpoints.state import restore, state_of
 from recgpt_torchrec.config import Optimizer, Saving, Train
 from recgpt_torchrec.data.stream import SequenceStream, Share
-from recgpt_torchrec.data.windows import Position
+from recgpt_torchrec.data.windows import Position, Queue
 from recgpt_torchrec.distributed import signals, watchdog
 from recgpt_torchrec.distributed.lockstep import Lockstep, Step
 from recgpt_torchrec.distributed.processes import gather_objects, log_message
 from recgpt_torchrec.distributed.signals import Stopped
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.model.recgpt import unwrapped
+from recgpt_torchrec.model.recgpt import unwrapped, unwrapped_dense
 from recgpt_torchrec.training.execution import Execution
 from recgpt_torchrec.training.finite import FiniteGuard, GuardedPipeline, Place, describe_step, find_rows
 from recgpt_torchrec.training.meter import LOG_EVERY, StepMeter
@@ -35,6 +35,18 @@ from recgpt_torchrec.training.progress import Progress
 from recgpt_torchrec.training.runlog import RunLog
 from recgpt_torchrec.training.schedule import Schedule
 from recgpt_torchrec.training.trace import StepTrace
+
+
+class _Trained(NamedTuple):
+    """A step whose flags are not read yet."""
+
+    number: int
+    """Counted from 1."""
+    step: Step
+    queue: Queue | None
+    """What was left of the batch's queue before it; None: the batch was empty."""
+    loss: torch.Tensor
+    """[] this rank's loss, on the device."""
 
 
 @dataclass
@@ -61,13 +73,15 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
+        unwrapped_dense(unwrapped(self.model)).set_compute(self.execution.compute)
         self.learning_rate = Schedule(self.optimizer, self.schedule)
-        self.guard = FiniteGuard(unwrapped(self.model).dense)
+        self.guard = FiniteGuard(unwrapped(self.model).dense, self.device, hold=self.train.non_finite == "stop")
         self.pipeline = GuardedPipeline(self.model, self.optimizer, self.device, self.guard)
         self.meter = StepMeter(self.model, self.pipeline, self.device, self.execution)
         self.trace = StepTrace(self.checkpoints.output, self.train.profile, self.device)
         self.saver = Saver(self.checkpoints, self.saving)
         self._share: Share | None = None
+        self._unread: list[_Trained] = []
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
 
     def fit(self, validate: Callable[[], dict[str, float]] | None, metric: str) -> None:
@@ -135,7 +149,7 @@ class Trainer:
         self.model.train()
         start = logged_at = time.perf_counter()
         logged_wait = 0.0
-        logged = progress.loss, progress.targets
+        logged, first = (progress.loss, progress.targets), progress.step
         self.meter.start_epoch()
         while True:
             # Dropout depends on the step only: a resumed run computes what an uninterrupted one would.
@@ -148,18 +162,11 @@ class Trainer:
                 loss, _ = self.pipeline.progress(lockstep)
             except StopIteration:
                 break
-            self._check_pipelined()
+            if progress.step == first:
+                self._check_pipelined()
             step = lockstep.handed_out.popleft()
-            if self.guard.non_finite:
-                self._handle_non_finite(step, share, epoch, loss)
-            else:
-                self._loss += loss * (step.targets / world)
-                progress.targets += step.targets
-            if step.cursor is not None:
-                share.done(step.cursor)
+            self._count(step, share, loss)
             self.meter.end(step.targets)
-            progress.step += 1
-            progress.read += step.entries
             log.add_entries(step.entries, epoch)
             if progress.step % LOG_EVERY == 0:
                 self._sum_losses()
@@ -175,20 +182,51 @@ class Trainer:
         self._sum_losses()
         return lockstep.waited_s / (time.perf_counter() - start)
 
+    def _count(self, step: Step, share: Share, loss: torch.Tensor) -> None:
+        """Count a step as done; whether it was finite may be read later."""
+        progress, queue = self.progress, None
+        if step.cursor is not None:
+            queue = share.left[step.cursor.worker]
+            share.done(step.cursor)
+        # Without looking: the flag and the loss stay on the device.
+        self._loss += torch.where(self.guard.bad, 0.0, loss) * (step.targets / dist.get_world_size())
+        progress.targets += step.targets
+        progress.step += 1
+        progress.read += step.entries
+        self._unread.append(_Trained(progress.step, step, queue, loss))
+        if self.guard.on_host:
+            self._read_flags()
+
     def _sum_losses(self) -> None:
         """Add the losses of all ranks since the last call to the epoch's loss (collective)."""
+        self._read_flags()
         dist.all_reduce(self._loss)
         self.progress.loss += float(self._loss)
         self._loss.zero_()
 
-    def _handle_non_finite(self, step: Step, share: Share, epoch: int, loss: torch.Tensor) -> None:
-        """Describe a step that was not finite; count it as skipped, or end the run (collective)."""
+    def _read_flags(self) -> None:
+        """Read which of the steps done were not finite, and handle them (collective)."""
+        done, self._unread = self._unread, []
+        for trained, parts in zip(done, self.guard.read(), strict=True):
+            if parts is not None:
+                self._handle_non_finite(trained, parts)
+
+    def _handle_non_finite(self, trained: "_Trained", parts: list[str]) -> None:
+        """Describe a step that was not finite; count it as skipped, or end the run (collective).
+
+        Args:
+            trained: the step.
+            parts: those of `finite.PARTS` that were not finite on this rank.
+        """
         places: list[Place] = []
-        if self.guard.local_parts and step.cursor is not None and step.users is not None:
-            places = find_rows(self.stream.dataset, share.groups_of(step.cursor), step.users)
-        description = describe_step(
-            self.checkpoints.output, self.progress.step + 1, epoch + 1, self.guard.local_parts, float(loss), places
-        )
+        step = trained.step
+        if parts and self._share is not None and trained.queue is not None:
+            assert step.cursor is not None and step.users is not None
+            groups = self._share.groups_of(step.cursor, trained.queue)
+            places = find_rows(self.stream.dataset, groups, step.users)
+        epoch, loss = self.progress.position.epoch + 1, float(trained.loss)
+        description = describe_step(self.checkpoints.output, trained.number, epoch, parts, loss, places)
+        self.progress.targets -= step.targets
         self.progress.skipped += 1
         skipped, limit = self.progress.skipped, self.train.non_finite_limit
         if self.train.non_finite == "skip" and skipped <= limit:
@@ -196,7 +234,7 @@ class Trainer:
         self.saver.finish()
         latest = self.checkpoints.latest()
         raise InputError(
-            f"{description}. Tables and decoder are as before the step. "
+            f"{description}. Nothing of the step reached tables or decoder. "
             + (f"{latest} is complete. " if latest else "No checkpoint was written before. ")
             + "Check these rows; start again in another --output with a smaller --tables.lr or --optimizer.lr; or skip "
             "such steps: --train.non_finite skip"

@@ -8,6 +8,7 @@ from recgpt_torchrec.config import Batch, Loss, Stream
 from recgpt_torchrec.data.batch import SequenceBatch
 from recgpt_torchrec.data.candidates import candidate_source
 from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.packed import Layout
 from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.split import SplitName
 from recgpt_torchrec.data.stream import BatchMaker, SequenceStream
@@ -29,6 +30,8 @@ def stream_of(
     seed: int = 0,
     predict_from: Any = "every",
     soft_targets: float = 0.0,
+    layout: Layout = "grid",
+    pad: bool = False,
     **reads: Any,
 ) -> SequenceStream:
     """Make a training stream; `reads` are further arguments of the `HistoryReader`."""
@@ -41,6 +44,8 @@ def stream_of(
         seed=seed,
         predict_from=predict_from,
         soft_targets=soft_targets,
+        layout=layout,
+        pad=pad,
     )
     return SequenceStream(maker, Stream(window_groups=window_groups, workers=workers))
 
@@ -50,7 +55,8 @@ def pairs(batch: SequenceBatch) -> Iterator[tuple]:
     bag_item = dict(enumerate(batch.items.values().tolist()))
     sequence, position = batch.sequence.flatten().tolist(), batch.position.flatten().tolist()
     item_bag = batch.item_bag.flatten().tolist()
-    for slot, target in zip(batch.target_slot.tolist(), batch.target_bag.tolist(), strict=True):
+    count = batch.targets  # the others are padding
+    for slot, target in zip(batch.target_slot[:count].tolist(), batch.target_bag[:count].tolist(), strict=True):
         history = tuple(bag_item[item_bag[s]] for s in range(slot - position[slot], slot + 1))
         yield int(batch.histories.users[sequence[slot]]), history, bag_item[target]
 

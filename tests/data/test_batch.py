@@ -1,5 +1,7 @@
 """A batch equals, slot by slot, the result of a plain loop over the histories."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from recgpt_torchrec.data.bags import ITEM, USER
 from recgpt_torchrec.data.batch import SequenceBatch, make_batch
 from recgpt_torchrec.data.candidates import AllItems, Candidates, InBatch
 from recgpt_torchrec.data.histories import Histories, no_histories
-from recgpt_torchrec.data.packed import Capacity
+from recgpt_torchrec.data.packed import Capacity, FixedShape
 
 ROW = 8
 ITEMS = 12
@@ -37,12 +39,17 @@ def cases(draw) -> tuple[Histories, bool]:
     return histories, predict
 
 
+PAD = FixedShape(tokens=6 * ROW, sequences=7, candidates=ITEMS)
+LAYOUTS: dict[str, dict] = {"grid": {}, "row": {"layout": "row"}, "padded row": {"layout": "row", "pad": PAD}}
+
+
 def build_batch_and_candidates(
-    histories: Histories, predict: bool, how: str, predict_from: str = "every"
+    histories: Histories, predict: bool, how: str, predict_from: str = "every", layout: str = "grid"
 ) -> tuple[SequenceBatch, np.ndarray, np.ndarray]:
     """Make a batch; returns it with the candidates it must hold and their logQ."""
     capacity = Capacity(users=8, items=ITEMS)
     arguments: dict = {"row_length": ROW, "capacity": capacity, "predict": predict, "predict_from": predict_from}
+    arguments |= LAYOUTS[layout]
     ids, log_q = np.zeros(0, np.int64), np.zeros(0, np.float32)
     rng = np.random.default_rng(0)
     if how == "all":
@@ -96,16 +103,18 @@ def ids_of_bags(kjt, key: str, capacity: int) -> list[int | None]:
     cases(),
     st.sampled_from(["none", "all", "sampled", "in_batch"]),
     st.sampled_from(["every", "interacted", "last"]),
+    st.sampled_from(list(LAYOUTS)),
 )
-def test_a_batch_equals_a_plain_loop(case, how, predict_from):
+def test_a_batch_equals_a_plain_loop(case, how, predict_from, layout):
     histories, predict = case
-    batch, candidates, log_q = build_batch_and_candidates(histories, predict, how, predict_from)
+    batch, candidates, log_q = build_batch_and_candidates(histories, predict, how, predict_from, layout)
     users, items = ids_of_bags(batch.users, USER, 8), ids_of_bags(batch.items, ITEM, ITEMS)
     flat = {
         name: getattr(batch, name).flatten().tolist()
         for name in ("sequence", "position", "user_bag", "item_bag", "segment")
     }
-    targets = dict(zip(batch.target_slot.tolist(), batch.target_bag.tolist(), strict=True))
+    count = batch.targets
+    targets = dict(zip(batch.target_slot[:count].tolist(), batch.target_bag[:count].tolist(), strict=True))
     found = [
         (
             sequence,
@@ -121,19 +130,58 @@ def test_a_batch_equals_a_plain_loop(case, how, predict_from):
     found = sorted(found, key=str)
     wanted = expected(histories, predict, predict_from)
     assert found == wanted
-    assert len(targets) == batch.target_slot.numel() == float(batch.global_targets)
+    assert len(targets) == count == float(batch.global_targets)
     assert all(flat["sequence"][slot] >= 0 for slot in targets)
 
-    assert [items[bag] for bag in batch.candidate_bag.tolist()] == candidates.tolist()
-    assert np.array_equal(batch.candidate_log_q.numpy(), log_q)
-    for bag, own in zip(batch.target_bag.tolist(), batch.target_candidate.tolist(), strict=True):
+    size = candidates.size
+    assert [items[bag] for bag in batch.candidate_bag[:size].tolist()] == candidates.tolist()
+    assert np.array_equal(batch.candidate_log_q[:size].numpy(), log_q)
+    for bag, own in zip(batch.target_bag[:count].tolist(), batch.target_candidate.tolist(), strict=False):
         where = np.flatnonzero(candidates == items[bag])
         assert own == (where[0] if where.size else -1)
 
     # The newest entry of a sequence is the one in the last slot that is its own.
-    for slot in batch.last_slot.tolist():
+    sequences = sorted({s for s, *_ in wanted})
+    last_slots = batch.last_slot[: len(sequences)].tolist()
+    for slot in last_slots:
         assert slot == max(other for other, s in enumerate(flat["sequence"]) if s == flat["sequence"][slot])
-    assert [flat["sequence"][slot] for slot in batch.last_slot.tolist()] == sorted({s for s, *_ in wanted})
+    assert [flat["sequence"][slot] for slot in last_slots] == sequences
+
+    lengths = [sum(s == number for s, *_ in wanted) for number in sequences]
+    if layout == "grid":
+        assert batch.cu_seqlens is None
+    else:
+        assert batch.cu_seqlens is not None and batch.cu_seqlens.dtype == torch.int32
+        starts = [0, *itertools.accumulate(lengths)]
+        assert batch.cu_seqlens[: len(starts)].tolist() == starts
+        assert set(batch.cu_seqlens[len(starts) :].tolist()) <= {starts[-1]}
+        for number, start, stop in zip(sequences, starts, starts[1:], strict=False):
+            assert flat["sequence"][start:stop] == [number] * (stop - start)
+    if layout == "padded row":
+        check_padding(batch, predict, size)
+        assert batch.max_seqlen == ROW
+    else:
+        assert batch.target_weight is None
+        assert batch.target_bag.numel() == count and batch.candidate_bag.numel() == size
+        assert batch.last_slot.numel() == len(sequences)
+        assert batch.max_seqlen == max(lengths, default=0)
+
+
+def check_padding(batch: SequenceBatch, predict: bool, candidates: int) -> None:
+    """All sizes are those of `PAD`, and what is not filled counts for nothing."""
+    targets = PAD.tokens if predict else 0
+    assert batch.sequence.shape == batch.item_bag.shape == (1, PAD.tokens)
+    assert batch.cu_seqlens is not None and batch.cu_seqlens.numel() == PAD.sequences + 1
+    assert batch.last_slot.numel() == PAD.sequences
+    assert batch.target_slot.numel() == batch.target_bag.numel() == batch.target_candidate.numel() == targets
+    assert batch.soft_bag.shape == batch.soft_weight.shape == (targets, 0)
+    assert batch.target_weight is not None and batch.target_weight.dtype == torch.float32
+    assert batch.target_weight.tolist() == [1.0] * batch.targets + [0.0] * (targets - batch.targets)
+    assert (batch.target_candidate[batch.targets :] == -1).all()
+    assert batch.candidate_bag.numel() == batch.candidate_log_q.numel() == PAD.candidates
+    assert (batch.candidate_log_q[candidates:] == torch.inf).all() and batch.candidate_log_q[
+        :candidates
+    ].isfinite().all()
 
 
 def test_generated_and_shown_entries_are_inputs_and_never_targets():
@@ -150,14 +198,22 @@ def test_generated_and_shown_entries_are_inputs_and_never_targets():
         assert (batch.target_slot.tolist(), batch.target_bag.tolist()) == (slots, [8] * len(slots))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("how", ["none", "all", "sampled", "in_batch"])
-def test_a_batch_without_sequences_has_the_shape_of_any_other(how):
-    batch, candidates, _ = build_batch_and_candidates(no_histories(), True, how)
-    assert batch.sequence.shape == (1, ROW) and (batch.sequence == -1).all()
-    assert batch.target_slot.numel() == batch.last_slot.numel() == 0 and batch.global_targets == 0
-    assert batch.candidate_bag.numel() == candidates.size
+def test_a_batch_without_sequences_has_the_shape_of_any_other(how, layout):
+    batch, candidates, _ = build_batch_and_candidates(no_histories(), True, how, layout=layout)
+    assert batch.sequence.shape == (1, {"grid": ROW, "row": 1, "padded row": PAD.tokens}[layout])
+    assert (batch.sequence == -1).all()
+    assert batch.targets == batch.global_targets == 0
+    if layout == "padded row":
+        check_padding(batch, True, candidates.size)
+    else:
+        assert batch.target_slot.numel() == batch.last_slot.numel() == 0
+        assert batch.candidate_bag.numel() == candidates.size
+    if layout == "row":
+        assert batch.cu_seqlens is not None and batch.cu_seqlens.tolist() == [0, 0]
     full, _, _ = build_batch_and_candidates(
-        Histories(users=np.array([1]), items=np.array([2, 3]), offsets=np.array([0, 2])), True, how
+        Histories(users=np.array([1]), items=np.array([2, 3]), offsets=np.array([0, 2])), True, how, layout=layout
     )
     for name in ("item_bag", "position", "target_slot", "target_bag", "candidate_bag", "target_candidate", "last_slot"):
         assert getattr(batch, name).dtype == getattr(full, name).dtype == torch.int64, name
@@ -173,6 +229,30 @@ def test_more_distinct_ids_than_the_capacity_is_an_error_that_says_so(capacity, 
     histories = Histories(users=np.array([0, 1]), items=np.array([1, 2, 3, 4]), offsets=np.array([0, 2, 4]))
     with pytest.raises(ValueError, match=f"{what} ids in a batch with room for [13]"):
         make_batch(histories, row_length=ROW, capacity=capacity, predict=True)
+
+
+@pytest.mark.parametrize(
+    ("pad", "what"),
+    [
+        (FixedShape(tokens=3, sequences=9, candidates=ITEMS), "4 tokens do not fit a row of 3"),
+        (FixedShape(tokens=9, sequences=1, candidates=ITEMS), "3 values do not fit a tensor that is padded to 2"),
+        (FixedShape(tokens=9, sequences=9, candidates=3), "4 values do not fit a tensor that is padded to 3"),
+    ],
+    ids=["tokens", "sequences", "candidates"],
+)
+def test_more_than_a_fixed_shape_holds_is_an_error(pad, what):
+    histories = Histories(users=np.array([0, 1]), items=np.array([1, 2, 3, 4, 5, 6]), offsets=np.array([0, 3, 6]))
+    candidates = Candidates(np.arange(4), np.zeros(4, np.float32))
+    packing: dict = {"row_length": ROW, "predict": True, "layout": "row", "draw": lambda targets: candidates}
+    make_batch(histories, capacity=Capacity(9, 9), pad=FixedShape(4, 2, 4), **packing)
+    with pytest.raises(ValueError, match=what):
+        make_batch(histories, capacity=Capacity(9, 9), pad=pad, **packing)
+
+
+def test_a_row_takes_no_sequence_that_is_longer_than_it_may_be():
+    histories = Histories(users=np.array([0]), items=np.arange(ROW + 1), offsets=np.array([0, ROW + 1]))
+    with pytest.raises(ValueError, match="9 tokens does not fit a row of 8"):
+        make_batch(histories, row_length=ROW, capacity=Capacity(9, 9), predict=False, layout="row")
 
 
 def test_moving_a_batch_keeps_every_field():

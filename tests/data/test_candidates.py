@@ -1,6 +1,8 @@
 """Negatives are distinct, and the log probabilities they come with are those they are really drawn with."""
 
+import itertools
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -56,6 +58,42 @@ def test_log_uniform_draws_each_item_as_often_as_its_log_probability_says(count)
     assert seen.sum() >= 10
     # The number of tries is itself random, so for many negatives the promise is an approximation, good to some percent.
     np.testing.assert_allclose(share[seen], promised[seen], atol=0.05)
+
+
+@pytest.mark.parametrize(("items", "count"), [(1, 1), (5, 5), (60, 16), (1000, 1000), (20000, 3000)])
+def test_log_uniform_draws_what_a_plain_loop_over_the_tries_draws(items, count):
+    counts = np.random.default_rng(1).permutation(items)
+    ids, log_q = LogUniform(counts, count).draw(np.random.default_rng(7))
+    rng, by_rank = np.random.default_rng(7), np.argsort(-counts, kind="stable")
+    seen: list[int] = []
+    among = set()
+    tries = 0
+    while len(seen) < count:
+        for u in rng.random(max(count, 16)).tolist():
+            rank = min(int(np.exp(u * np.log(items + 1))) - 1, items - 1)
+            tries += 1
+            if rank not in among:
+                among.add(rank)
+                seen.append(rank)
+            if len(seen) == count:
+                break
+    assert ids.tolist() == by_rank[seen].tolist()
+    for rank, found in zip(seen, log_q.tolist(), strict=True):
+        p = min(math.log((rank + 2) / (rank + 1)) / math.log(items + 1), 1 - 1e-12)
+        assert math.exp(found) == pytest.approx(1 - (1 - p) ** tries, rel=1e-5)
+
+
+@pytest.mark.parametrize("items", [7, 400])  # numpy draws in another way from 50 times as many items on
+def test_every_set_of_uniform_negatives_is_as_likely_as_any_other(items):
+    draws, count, classes = 8000, 2, 7
+    sampler = Uniform(items, count)
+    drawn = [np.sort(sampler.draw(np.random.default_rng((9, n)))[0] % classes) for n in range(draws)]
+    found = Counter(map(tuple, np.array(drawn).tolist()))
+    of_class = np.bincount(np.arange(items) % classes).tolist()
+    for a, b in itertools.combinations_with_replacement(range(classes), 2):
+        ways = of_class[a] * of_class[b] if a != b else math.comb(of_class[a], 2)
+        share = ways / math.comb(items, 2)
+        assert found[a, b] / draws == pytest.approx(share, abs=4 * math.sqrt(share / draws))
 
 
 def test_popular_items_are_drawn_more_often_by_log_uniform_and_alike_by_uniform():

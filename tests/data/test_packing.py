@@ -39,6 +39,33 @@ def test_two_rows_are_never_both_half_empty(case):
     assert grid.rows == 1 or np.sort(used)[:2].sum() > row_length  # else the two would have shared a row
 
 
+def best_fit_rows(lengths: list[int], row_length: int) -> int:
+    """Number of rows that best fit takes, one sequence at a time, longest first."""
+    rooms: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [room for room in rooms if room >= length]
+        if fitting:
+            rooms[rooms.index(min(fitting))] -= length
+        elif length:
+            rooms.append(row_length - length)
+    return max(len(rooms), 1)
+
+
+@given(cases())
+def test_as_many_rows_as_best_fit_one_by_one(case):
+    lengths, row_length = case
+    assert pack_sequences(lengths, row_length).rows == best_fit_rows(lengths.tolist(), row_length)
+
+
+@pytest.mark.parametrize(("longest", "row_length"), [(50, 64), (1000, 1000), (40_000, 40_000)])
+def test_as_many_rows_as_best_fit_for_lognormal_lengths(longest, row_length):
+    rng = np.random.default_rng(0)
+    lengths = np.clip(np.exp(rng.normal(np.log(longest / 8), 1, 500)).astype(np.int64), 1, longest)
+    grid = pack_sequences(lengths, row_length)
+    assert grid.rows == best_fit_rows(lengths.tolist(), row_length)
+    assert np.unique(grid.slots).size == lengths.sum()
+
+
 def test_long_sequences_leave_room_that_short_ones_fill():
     grid = pack_sequences(np.array([1, 3, 2, 4, 2]), 4)
     assert grid.rows == 3

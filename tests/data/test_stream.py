@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -87,6 +88,25 @@ def test_a_run_stopped_anywhere_resumes_with_each_remaining_target_once(tmp_path
         assert position.queues is not None and not any(queue.windows for queue in position.queues)
 
 
+@few
+@given(layouts, st.booleans(), st.sampled_from(["all", "sampled", "in_batch"]))
+def test_a_row_holds_the_same_targets_as_a_grid_batch_by_batch(tmp_path, layout, pad, candidates):
+    dataset, _ = dataset_of(tmp_path, layout)
+    arguments = {name: layout[name] for name in ("seed", "tokens", "window_groups", "long_histories")}
+    arguments["loss"] = Loss(candidates=candidates, negatives=4)
+    in_grid, in_row = stream_of(dataset, **arguments), stream_of(dataset, layout="row", pad=pad, **arguments)
+    shapes = set()
+    for grid, row in zip(in_grid.batches(1), in_row.batches(1), strict=True):
+        assert Counter(pairs(grid)) == Counter(pairs(row)) and grid.targets == row.targets
+        assert grid.cursor == row.cursor
+        drawn = row.items.values()[row.candidate_bag[: grid.candidate_bag.numel()]]
+        assert torch.equal(grid.items.values()[grid.candidate_bag], drawn)
+        shapes.add(tuple(tuple(value.shape) for value in vars(row).values() if isinstance(value, torch.Tensor)))
+    empty = in_row.maker.empty()
+    shapes.add(tuple(tuple(value.shape) for value in vars(empty).values() if isinstance(value, torch.Tensor)))
+    assert not pad or len(shapes) == 1
+
+
 def test_a_run_resumed_on_as_many_ranks_reads_the_same_batches(tmp_path):
     dataset = write_dataset(tmp_path / "data", walks(40, 30, longest=20), rows_per_group=4)
     stream = stream_of(dataset, tokens=20, loss=Loss(candidates="sampled", negatives=5))
@@ -119,7 +139,7 @@ def test_a_share_knows_the_windows_left_and_the_row_groups_of_each_batch(tmp_pat
         share = stream.batches(1, Position(1, queues), rank, world)
         assert share.left == share.source.queues == queues[rank : rank + 1]
         for batch in share:
-            read = share.groups_of(batch.cursor)
+            read = share.groups_of(batch.cursor, share.left[0])
             touched = {owner[user] for user in batch.histories.users.tolist()}
             assert touched <= set(read) and len(set(read)) == len(read)
             windows = [window for window in share.source.windows if touched & set(window.groups)]

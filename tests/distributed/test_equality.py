@@ -363,7 +363,7 @@ def train_two_items(rank: int, world_size: int, data: str, output: str) -> dict[
             batch=TrainingBatch(tokens=12),
             tables=Tables(sharding=sharding),
         )
-        stream = training_stream(config, config.model, dataset, 12)
+        stream = training_stream(config, config.model, dataset, 12, Execution("cpu"))
         try:
             model, optimizer = build(
                 config, config.model, dataset, batch_size=stream.maker.capacity.items, device=torch.device("cpu")

@@ -29,13 +29,19 @@ def copy_local_parts(model: Any) -> dict[str, torch.Tensor]:
     return state
 
 
-def train_with_overflows(rank: int, world_size: int, port: int, data: str, output: str, options: dict[str, Any]) -> Any:
-    """Rank 1's loss overflows in the sixth step, and its gradients alone in the ninth."""
+def train_with_overflows(
+    rank: int, world_size: int, port: int, data: str, output: str, on_host: bool, options: dict[str, Any]
+) -> Any:
+    """Rank 1's loss overflows in the sixth step, and its gradients alone in the ninth.
+
+    Without `on_host` flags are read as on CUDA: where a loss is logged or a checkpoint is written.
+    """
     from recgpt_torchrec.model.dense import Dense
+    from recgpt_torchrec.training.finite import FiniteGuard
     from recgpt_torchrec.training.trainer import Trainer
 
-    loss_of, pipelined = Dense.sum_of_losses, Trainer._check_pipelined
-    calls = iter(range(1, 10_000))
+    loss_of, count_step = Dense.sum_of_losses, Trainer._count
+    calls, make_guard = iter(range(1, 10_000)), FiniteGuard.__init__
     seen: dict[str, Any] = {"unchanged": [], "users": [], "before": None}
 
     def loss(self: Dense, h: torch.Tensor, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
@@ -48,17 +54,21 @@ def train_with_overflows(rank: int, world_size: int, port: int, data: str, outpu
             h.register_hook(lambda gradient: gradient * float("inf"))
         return loss_of(self, h, outputs, batch) * (float("inf") if rank == 1 and number == 6 else 1.0)
 
-    def check(self: Trainer) -> None:  # right after each step
-        pipelined(self)
+    def check(self: Trainer, *step: Any) -> None:  # right after each step
         now = copy_local_parts(self.model)
-        if self.guard.non_finite:
+        if self.guard.bad:
             seen["unchanged"].append(all(torch.equal(value, seen["before"][name]) for name, value in now.items()))
         elif seen["before"] is not None:
             assert not all(torch.equal(value, seen["before"][name]) for name, value in now.items())
         seen["before"] = now
+        count_step(self, *step)
 
+    def make(self: FiniteGuard, *arguments: Any, **more: Any) -> None:
+        make_guard(self, *arguments, **{**more, "on_host": on_host})
+
+    FiniteGuard.__init__ = make  # type: ignore[method-assign]
     Dense.sum_of_losses = loss  # type: ignore[method-assign]
-    Trainer._check_pipelined = check  # type: ignore[method-assign]
+    Trainer._count = check  # type: ignore[method-assign, assignment]
     try:
         train(rank, port, data, output, **options)
     except InputError as error:
@@ -76,10 +86,11 @@ def users_at(lines: list[dict[str, Any]]) -> list[list[int]]:
     return [sorted(first(place) + row for place in line["rows"] for row in place["rows"]) for line in lines]
 
 
-def test_non_finite_steps_change_no_parameter_and_are_listed_with_their_rows(tmp_path, data):
+@pytest.mark.parametrize("on_host", [True, False])
+def test_non_finite_steps_change_no_parameter_and_are_listed_with_their_rows(tmp_path, data, on_host):
     output = tmp_path / "run"
     options = {"non_finite": "skip", "non_finite_limit": 1}
-    seen = run_ranks(train_with_overflows, 2, free_port(), data, str(output), options)
+    seen = run_ranks(train_with_overflows, 2, free_port(), data, str(output), on_host, options)
     lines = [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
     assert [(line["step"], line["rank"], line["not_finite"][0]) for line in lines] == [
         (6, 1, "the loss"),
@@ -97,8 +108,11 @@ def test_non_finite_steps_change_no_parameter_and_are_listed_with_their_rows(tmp
     assert all(torch.isfinite(value).all() for value in saved if value.is_floating_point())
 
 
-def test_by_default_the_first_non_finite_step_ends_the_run(tmp_path, data):
-    seen = run_ranks(train_with_overflows, 2, free_port(), data, str(tmp_path / "run"), {"sharding": "data_parallel"})
+@pytest.mark.parametrize("on_host", [True, False])
+def test_by_default_the_first_non_finite_step_ends_the_run(tmp_path, data, on_host):
+    options = {"sharding": "data_parallel"}
+    seen = run_ranks(train_with_overflows, 2, free_port(), data, str(tmp_path / "run"), on_host, options)
     for one in seen:
-        assert one["unchanged"] == [True]
+        # Where flags are read later, at the checkpoint after step 8, the steps up to there change nothing either.
+        assert one["unchanged"] == [True] * (1 if on_host else 3)
         assert "step 6: not finite: the loss" in one["error"] and "--train.non_finite skip" in one["error"]

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch.distributed as dist
 
+from recgpt_torchrec.training.runlog import TIMINGS
 from tests.support import read_epochs, stage
 
 USERS, ITEMS = 160, 50
@@ -67,8 +68,7 @@ def run(name: str, **options: Any) -> None:
 
 def read_epochs_without_timings(folder: Path) -> list[dict[str, float]]:
     """Read the metrics of each epoch of a run, without timings."""
-    timings = ("data_wait", "train_s", "validate_s")
-    return [{k: v for k, v in epoch.items() if k not in timings} for epoch in read_epochs(folder)]
+    return [{k: v for k, v in epoch.items() if k not in TIMINGS} for epoch in read_epochs(folder)]
 
 
 def read_sorted_columns(folder: Path) -> dict[str, list[Any]]:

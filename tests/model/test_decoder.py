@@ -1,16 +1,17 @@
 """What every decoder of packed sequences must hold to, however it is built: no look ahead, no look aside."""
 
 import inspect
+import math
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from recgpt_torchrec.config import Model
 from recgpt_torchrec.data.packing import pack_sequences
 from recgpt_torchrec.data.ragged import ragged_arange
-from recgpt_torchrec.model.attention import attention, attention_mask
+from recgpt_torchrec.model.attention import DenseAttention
 from recgpt_torchrec.model.decoder import Decoder
+from recgpt_torchrec.model.dropout import draw_scales
 
 LENGTHS = [5, 2, 7, 1, 3]
 DIM = 8
@@ -51,7 +52,7 @@ def run(
         on_grid(torch.cat([user.expand(len(items), -1) for items, user in sequences]), 0.7),
         on_grid(torch.from_numpy(ragged_arange(lengths.numpy())), 0),
         on_grid(torch.zeros(int(lengths.sum()), dtype=torch.int64), 0),
-        on_grid(torch.repeat_interleave(torch.arange(len(lengths)), lengths), -1),
+        DenseAttention(on_grid(torch.repeat_interleave(torch.arange(len(lengths)), lengths), -1)),
     )
     assert torch.isfinite(out).all()
     return list(out.flatten(0, 1)[slots].split(lengths.tolist()))
@@ -89,22 +90,33 @@ def test_user_and_order_matter(decoder):
     assert (other_order[-1] - before[-1]).abs().max() > 1e-4
 
 
-def test_the_mask_is_causal_and_keeps_sequences_apart():
+def test_a_slot_sees_the_slots_of_its_sequence_up_to_itself():
     sequence = torch.tensor([[0, 0, 1, 1, 1, -1], [2, -1, -1, -1, -1, -1]])
-    mask = attention_mask(sequence)[:, 0]
+    dense = DenseAttention(sequence)
     for row in range(2):
         for q in range(6):
             for k in range(6):
-                assert mask[row, q, k] == (k <= q and sequence[row, q] == sequence[row, k])
-    assert mask.any(-1).all(), "a row without any key makes NaN"
+                sees = k <= q and bool(sequence[row, q] == sequence[row, k])
+                assert dense.visible[row, q, k] == sees
+                assert (dense.bias[row, 0, q, k] == 0) == sees
+    assert dense.visible.any(-1).all(), "a row without any key makes NaN"
 
 
-def test_attention_with_dropout_that_drops_nothing_is_torchs():
+def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sees: torch.Tensor, scales: torch.Tensor):
+    scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(~sees, -torch.inf)
+    return (scores.softmax(-1) * scales) @ v
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 1e-4, 0.4])  # 1e-4 is under the smallest step of 1/256: drops nothing
+def test_attention_is_the_plain_formula_in_value_and_gradients(dropout_p):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 6, 4, generator=generator).requires_grad_() for _ in range(3))
-    mask = attention_mask(torch.tensor([[0, 0, 1, 1, 1, -1], [2, 2, 2, -1, -1, -1]]))
-    ours = attention(q, k, v, mask, 1e-4)  # under the smallest step of 1/256: the CPU path, and nothing dropped
-    reference = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    dense = DenseAttention(torch.tensor([[0, 0, 1, 1, 1, -1], [2, 2, 2, -1, -1, -1]]))
+    torch.manual_seed(5)
+    ours = dense.attend(q, k, v, dropout_p)
+    torch.manual_seed(5)
+    scales = draw_scales(torch.ones(2, 3, 6, 6), dropout_p)
+    reference = plain_attention(q, k, v, dense.visible[:, None] > 0, scales)
     torch.testing.assert_close(ours, reference)
     weights = torch.randn(ours.shape, generator=generator)
     for mine, theirs in zip(
@@ -113,7 +125,19 @@ def test_attention_with_dropout_that_drops_nothing_is_torchs():
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs)
-    torch.testing.assert_close(attention(q, k, v, mask, 0.0), reference)
+
+
+@pytest.mark.parametrize("decay", [None, 0.0, 0.7])
+def test_the_mean_of_a_history_is_that_of_a_loop(decay):
+    sequence = torch.tensor([[0, 0, 1, 1, 1, -1], [2, 2, 2, 2, -1, -1]])
+    values = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    means = DenseAttention(sequence).mean(values, None if decay is None else torch.tensor(decay))
+    for row in range(2):
+        for slot in range(6):
+            earlier = [k for k in range(slot + 1) if sequence[row, k] == sequence[row, slot]]
+            weights = torch.tensor([math.exp(-(decay or 0.0) * (slot - k)) for k in earlier])
+            expected = (weights[:, None] * values[row, earlier]).sum(0) / weights.sum()
+            torch.testing.assert_close(means[row, slot], expected)
 
 
 def test_dropout_works_in_training_only(decoder):
@@ -130,4 +154,4 @@ def test_dropout_works_in_training_only(decoder):
 
 def test_the_decoder_is_called_as_the_model_calls_it():
     names = list(inspect.signature(Decoder.forward).parameters)
-    assert names[1:6] == ["items", "users", "position", "segment", "sequence"]
+    assert names[1:6] == ["items", "users", "position", "segment", "attention"]

@@ -69,6 +69,7 @@ def test_soft_targets_are_torchs_cross_entropy_with_probabilities():
         candidate_bag=torch.arange(12),
         candidate_log_q=torch.zeros(12),
         target_candidate=targets,
+        target_weight=None,
         soft_bag=answers,
         soft_weight=weights,
     )

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from recgpt_torchrec.config import Model
+from recgpt_torchrec.model.attention import DenseAttention
 from recgpt_torchrec.model.decoder import Decoder
 from recgpt_torchrec.prompts.decoding import Decoding
 
@@ -34,7 +35,7 @@ def sequences(lengths: list[int]) -> tuple[list[Tensor], Tensor, list[Tensor], l
 def full_forward(decoder: Decoder, items: Tensor, user: Tensor, positions: Tensor, segments: Tensor) -> Tensor:
     """Compute the [length, dim] outputs of one sequence by the full forward pass."""
     row = torch.zeros(1, len(items), dtype=torch.int64)
-    return decoder(items[None], user.expand(1, len(items), -1), positions[None], segments[None], row)[0]
+    return decoder(items[None], user.expand(1, len(items), -1), positions[None], segments[None], DenseAttention(row))[0]
 
 
 def feed(

@@ -8,6 +8,7 @@ import torch
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import Loss, Model, Prompts
 from recgpt_torchrec.data.segments import EXPOSED, GENERATED
+from recgpt_torchrec.model.attention import DenseAttention
 from recgpt_torchrec.model.dense import Dense
 from recgpt_torchrec.prompts.prompting import (
     Intervals,
@@ -63,7 +64,9 @@ def score(dense: Dense, catalogue: Catalogue, user: torch.Tensor, items: list[in
     """[items] scores of what follows: the decoder's whole forward pass, nothing remembered."""
     n = len(items)
     zeros = torch.zeros(1, n, dtype=torch.int64)
-    out = dense.decoder(catalogue.vectors[items][None], user.expand(1, n, -1), torch.tensor([positions]), zeros, zeros)
+    out = dense.decoder(
+        catalogue.vectors[items][None], user.expand(1, n, -1), torch.tensor([positions]), zeros, DenseAttention(zeros)
+    )
     return catalogue.vectors @ out[0, -1]
 
 

@@ -11,6 +11,7 @@ from recgpt_torchrec.config import Model, Train
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.training import execution
 from recgpt_torchrec.training.execution import Execution
+from tools.ranks import run_ranks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 NO_DROPOUT = Model(attention_dropout=0)
@@ -142,3 +143,14 @@ def test_settings_of_the_process_hold_within_training_alone(before: bool) -> Non
             raise KeyError
         assert matmul.allow_tf32 is before
     matmul.allow_tf32 = at_first
+
+
+def choose_on_a_rank(rank: int, world_size: int) -> tuple[str, str]:
+    execution.cpu_flags = lambda: {"amx_bf16"} if rank == 0 else set()
+    execution.measure_bf16_speedup = lambda: 2.0 if rank == 0 else 0.1
+    chosen = Execution.choose(Train(), Model(), CPU)
+    return chosen.precision, chosen.precision_reason
+
+
+def test_all_ranks_take_the_first_ones_measurement() -> None:
+    assert run_ranks(choose_on_a_rank, 2) == [("bf16", "with amx_bf16 bf16 is 2.0 times as fast as fp32")] * 2

@@ -25,12 +25,14 @@ def steps_in(trace: Path) -> int:
     )
 
 
-def test_the_steps_asked_for_are_traced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_steps_asked_for_are_traced(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = train(tmp_path, 3)
     trace = run / "profile" / f"steps-{FIRST + 1}-{FIRST + 3}.json"
     assert sorted(path.name for path in (run / "profile").iterdir()) == [trace.name, "summary.txt"]
     assert steps_in(trace) == 3
-    said = " ".join(capsys.readouterr().out.split())
+    shown = capfd.readouterr()
+    said = " ".join(shown.out.split())
+    assert "profiler_start" not in shown.err
     assert f"Traced steps {FIRST + 1} to {FIRST + 3}: open {trace} at ui.perfetto.dev" in said
     rows = (run / "profile" / "summary.txt").read_text().split("---  \n")[2].splitlines()
     assert 5 < len([row for row in rows if not row.startswith("-")]) <= LARGEST

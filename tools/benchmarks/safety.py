@@ -109,7 +109,7 @@ def measure(
     model: Any, optimizer: Any, device: torch.device, stream: Iterator[SequenceBatch], folder: str, options: Any
 ) -> None:
     """Run the turns, and print the results on rank 0."""
-    guard = SwitchableGuard(unwrapped(model).dense)
+    guard = SwitchableGuard(unwrapped(model).dense, device)
     pipeline = GuardedPipeline(model, optimizer, device, guard)
     model.train()
     savers = {

@@ -1,0 +1,116 @@
+"""A batch that lies in one piece of memory is the batch it was made from; with CUDA that memory is page-locked."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from recgpt_torchrec.config import Loss, Stream
+from recgpt_torchrec.data import loading
+from recgpt_torchrec.data.batch import SequenceBatch
+from recgpt_torchrec.data.loading import Block, prefetch
+from recgpt_torchrec.data.ragged import Ragged
+from tests.data.stream_helpers import pairs, stream_of
+from tests.support import start_forkserver, walks, write_dataset
+
+
+def leaves(batch: SequenceBatch) -> dict[str, torch.Tensor]:
+    """Every tensor of a batch, those of the jagged ones too."""
+    found = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    for name in ("users", "items"):
+        jagged = getattr(batch, name)
+        found |= {f"{name}.values": jagged.values(), f"{name}.lengths": jagged.lengths()}
+    return found
+
+
+def storages(batch: SequenceBatch) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in leaves(batch).values() if tensor.numel()}
+
+
+def assert_same(batch: SequenceBatch, other: SequenceBatch) -> None:
+    found, wanted = leaves(batch), leaves(other)
+    assert found.keys() == wanted.keys() and len(found) > 15
+    for name, tensor in found.items():
+        assert tensor.dtype == wanted[name].dtype and torch.equal(tensor, wanted[name]), name
+    for name, value in vars(other).items():
+        if not isinstance(value, torch.Tensor | KeyedJaggedTensor) and name != "histories":
+            assert getattr(batch, name) == value
+    for name, value in vars(other.histories).items():
+        mine: Any = getattr(batch.histories, name)
+        if isinstance(value, Ragged):
+            assert mine.to_lists() == value.to_lists()
+        else:
+            assert mine is None if value is None else np.array_equal(mine, value) and mine.dtype == value.dtype
+
+
+@pytest.fixture
+def stream(tmp_path):
+    dataset = write_dataset(tmp_path / "data", walks(30, 20, longest=12), rows_per_group=4)
+    return stream_of(dataset, tokens=30, loss=Loss(candidates="sampled", negatives=5), layout="row", pad=True)
+
+
+def test_a_batch_in_one_piece_of_memory_is_the_same_batch(stream):
+    batches = [*stream.batches(), stream.maker.empty()]
+    for batch in batches:
+        block = Block.pack(batch, lambda size: torch.full((size,), 77, dtype=torch.uint8))
+        assert len(block.rest) < 4000, "content was pickled instead of copied"
+        moved = block.copy(lambda size: torch.empty(size, dtype=torch.uint8)).unpack()
+        for other in (block.unpack(), moved):
+            assert_same(other, batch)
+            assert len(storages(other)) == 1
+        block.memory.fill_(0)  # `moved` has memory of its own
+        assert_same(moved, batch)
+
+
+def test_a_tensor_that_is_a_view_with_gaps_is_copied_as_it_is_seen():
+    value = {"a": torch.arange(12).reshape(3, 4).t(), "b": np.arange(6).reshape(2, 3)[:, ::2], "c": torch.tensor(3.5)}
+    unpacked = Block.pack(value, lambda size: torch.empty(size, dtype=torch.uint8)).unpack()
+    assert torch.equal(unpacked["a"], value["a"]) and np.array_equal(unpacked["b"], value["b"])
+    assert unpacked["c"] == 3.5 and unpacked["c"].shape == ()
+
+
+def test_a_value_without_tensors_takes_no_memory():
+    block = Block.pack(("a", 1), lambda size: torch.empty(size, dtype=torch.uint8))
+    assert block.memory.numel() == 0 and block.unpack() == ("a", 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_where_there_is_a_gpu_every_batch_is_pinned_by_one_copy(stream, workers, monkeypatch):
+    """Page-locked memory needs a driver, so ordinary memory takes its place, and is recognised by its address."""
+    pinned: list[torch.Tensor] = []
+
+    def allocate(size: int) -> torch.Tensor:
+        pinned.append(torch.empty(size, dtype=torch.uint8))
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(loading, "_pinned_memory", allocate)
+    if workers:
+        start_forkserver()
+    share = stream.batches()
+    wanted = list(share.source(0))
+    settings = Stream(workers=workers, window_groups=stream.settings.window_groups)
+    read = list(prefetch(share.source if not workers else _Twice(share.source), settings))
+    assert len(read) == len(wanted) * max(workers, 1) == len(pinned)
+    for batch in read:
+        assert storages(batch) <= {memory.untyped_storage().data_ptr() for memory in pinned}
+    counted: Counter = Counter()
+    for batch in read:
+        counted.update(pairs(batch))
+    expected: Counter = Counter()
+    for batch in wanted * max(workers, 1):
+        expected.update(pairs(batch))
+    assert counted == expected
+
+
+class _Twice:
+    """Every worker's batches are those of the first; pickled for loader processes."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def __call__(self, worker: int) -> Any:
+        return self.source(0)
