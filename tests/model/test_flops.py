@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from recgpt_torchrec.config import Loss, Model
+from recgpt_torchrec.model.attention import DenseAttention
 from recgpt_torchrec.model.decoder import Decoder
 from recgpt_torchrec.model.flops import attended_pairs, step_flops
 from recgpt_torchrec.model.peaks import measured_peak, rated_peak
@@ -20,7 +21,7 @@ def test_decoder_and_attention_are_what_torch_counts_where_every_pair_is_compute
     items, users = (torch.randn(rows, length, dim, requires_grad=True) for _ in range(2))
     position, zeros = torch.arange(length).expand(rows, length), torch.zeros(rows, length, dtype=torch.int64)
     with FlopCounterMode(display=False) as counted:
-        decoder(items, users, position, zeros, zeros).sum().backward()
+        decoder(items, users, position, zeros, DenseAttention(zeros)).sum().backward()
     flops = step_flops(model, Loss(), tokens=rows * length, targets=0, candidates=0, attended=rows * length**2)
     assert flops.loss == 0
     assert flops.decoder + flops.attention == flops.total == counted.get_total_flops()

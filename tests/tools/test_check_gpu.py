@@ -91,7 +91,7 @@ def test_a_wrong_gradient_is_not_within_tolerance(monkeypatch: pytest.MonkeyPatc
     assert ladder.compare(preset, execution, CPU)["ok"]
     calls: list[Any] = []
 
-    def wrong(dense: Any, inputs: Any, execution: Any) -> torch.Tensor:
+    def wrong(dense: Any, inputs: Any) -> torch.Tensor:
         calls.append(None)
         loss, _ = dense(inputs.users, inputs.items, inputs.items, inputs.batch)
         return loss if len(calls) == 1 else loss + 1e-3 * inputs.items.square().sum()

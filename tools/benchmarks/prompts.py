@@ -13,6 +13,7 @@ from torch import Tensor
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import Prompts
 from recgpt_torchrec.data.windows import row_groups
+from recgpt_torchrec.model.attention import DenseAttention
 from recgpt_torchrec.model.recgpt import unwrapped, unwrapped_dense
 from recgpt_torchrec.prompts.decoding import Decoding
 from recgpt_torchrec.prompts.prompt_dataset import UserVectors, read_rows
@@ -49,7 +50,8 @@ class Recomputing(Decoding):
         if self.steps % (self.k + 1) == 0:  # after the last prompt of an interval nothing is generated
             return items
         x, at, kinds = (torch.stack(column, dim=1) for column in zip(*self.fed, strict=True))
-        return self.decoder(x, user_vectors[:, None].expand_as(x), at, kinds, torch.zeros_like(at))[:, -1]
+        attention = DenseAttention(torch.zeros_like(at))
+        return self.decoder(x, user_vectors[:, None].expand_as(x), at, kinds, attention)[:, -1]
 
 
 class RecomputingPrompter(Prompter):

@@ -5,12 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import torch
 
 from recgpt_torchrec.config import Pretrain
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.stream import SequenceStream
 from recgpt_torchrec.data.windows import row_groups
-from recgpt_torchrec.training.building import training_stream
+from recgpt_torchrec.training.building import choose_tokens, training_stream
+from recgpt_torchrec.training.execution import Execution
 from tools.benchmarks.measuring import Figures, Kind, Ratio, repeat
 from tools.benchmarks.settings import Settings
 from tools.benchmarks.training import parse
@@ -40,8 +42,9 @@ def stream(settings: Settings) -> Kind:
 
 
 def _reads(dataset: Dataset, config: Pretrain, seconds: float) -> Callable[[], Figures]:
-    assert isinstance(config.batch.tokens, int)
-    stream, epochs = training_stream(config, config.model, dataset, config.batch.tokens), itertools.count()
+    tokens = choose_tokens(config, config.model, dataset, torch.device("cpu")).rank
+    execution = Execution.choose(config.train, config.model, torch.device("cpu"))
+    stream, epochs = training_stream(config, config.model, dataset, tokens, execution), itertools.count()
     return lambda: _rated(repeat(lambda: _read(stream, next(epochs)), seconds))
 
 

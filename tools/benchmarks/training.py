@@ -66,8 +66,9 @@ class Training:
         self.folder = tempfile.TemporaryDirectory(prefix="benchmark-")
         self.config = config = parse(data, self.folder.name, options)
         self.dataset, device = open_dataset(config), choose_device(config.device)
+        execution = Execution.choose(config.train, config.model, device)
         tokens = choose_tokens(config, config.model, self.dataset, device)
-        self.whole_stream = training_stream(config, config.model, self.dataset, tokens.rank)
+        self.whole_stream = training_stream(config, config.model, self.dataset, tokens.rank, execution)
         self.stream = self._first(steps) if steps is not None else self.whole_stream
         self.model, optimizer = build(
             config, config.model, self.dataset, batch_size=self.stream.maker.capacity.items, device=device
@@ -76,7 +77,7 @@ class Training:
             model=self.model,
             optimizer=optimizer,
             device=device,
-            execution=Execution.choose(config.train, config.model, device),
+            execution=execution,
             stream=self.stream,
             entries=self.dataset.manifest.entries,
             # So many epochs that the learning rate hardly falls.

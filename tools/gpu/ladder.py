@@ -4,10 +4,9 @@ Part of the step: forward, loss, backward to the rows of the tables, and AdamW o
 and update are not in it.
 """
 
-import inspect
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,10 +38,6 @@ PARTS = 5
 """Timed parts of a rung; their median counts."""
 
 
-DENSE_EXECUTES = "execution" in inspect.signature(Dense).parameters
-"""Whether `Dense` takes an `Execution`; if not, precision and compilation are set from outside, and it has no more."""
-
-
 @dataclass(frozen=True)
 class Rung:
     """A way to compute the step, or why the device cannot."""
@@ -59,8 +54,6 @@ def ladder(preset: Preset, device: torch.device) -> list[Rung]:
     for name, change in LADDER.items():
         try:
             execution = Execution.choose(Train(**(options | change)), preset.model, device)
-            if obstacle := _unknown_to_dense(execution):
-                raise InputError(obstacle)
         except InputError as error:
             rungs.append(Rung(name, None, str(error)))
             continue
@@ -69,33 +62,17 @@ def ladder(preset: Preset, device: torch.device) -> list[Rung]:
     return rungs
 
 
-def _unknown_to_dense(execution: Execution) -> str | None:
-    """What `Dense` cannot compute yet; None: it computes all of it."""
-    if DENSE_EXECUTES:
-        return None
-    if execution.attention == "varlen":
-        return "Dense computes attention on a grid only"
-    return "Dense has no fused loss" if execution.fused_loss else None
-
-
-def make_dense(preset: Preset, execution: Execution, device: torch.device) -> Callable[..., Any]:
-    """The dense part with the same initial values for every rung, in training mode.
-
-    This and `forward` are the only places that set a rung.
-    """
+def make_dense(preset: Preset, execution: Execution, device: torch.device) -> Dense:
+    """The dense part with the same initial values for every rung, in training mode. The only place that sets a rung."""
     torch.manual_seed(0)
-    if DENSE_EXECUTES:
-        options: dict[str, Any] = {"execution": execution}
-        return Dense(preset.model, preset.loss, **options).to(device).train()
-    dense: Any = Dense(preset.model, preset.loss).to(device).train()
-    return torch.compile(dense, dynamic=False) if execution.compile else dense
+    dense = Dense(preset.model, preset.loss).to(device).train()
+    dense.set_compute(execution.compute)
+    return dense
 
 
-def forward(dense: Callable[..., Any], inputs: Inputs, execution: Execution) -> Tensor:
-    """The loss of a batch, [], in the precision of a rung."""
-    device_type, half = inputs.items.device.type, execution.precision == "bf16" and not DENSE_EXECUTES
-    with torch.autocast(device_type, torch.bfloat16, enabled=half):
-        loss, _ = dense(inputs.users, inputs.items, inputs.items, inputs.batch)
+def forward(dense: Dense, inputs: Inputs) -> Tensor:
+    """The loss of a batch, []."""
+    loss, _ = dense(inputs.users, inputs.items, inputs.items, inputs.batch)
     assert isinstance(loss, Tensor)
     return loss
 
@@ -133,7 +110,7 @@ def measure(preset: Preset, execution: Execution, device: torch.device, seconds:
     if not execution.compile or batches[0].batch.target_weight is not None:  # else each batch has its own shapes
         batches += [make_inputs(preset, execution, device, seed) for seed in range(1, BATCHES)]
     dense = make_dense(preset, execution, device)
-    optimizer = torch.optim.AdamW(dense.parameters(), lr=1e-3, fused=cuda)  # type: ignore[attr-defined]
+    optimizer = torch.optim.AdamW(dense.parameters(), lr=1e-3, fused=cuda)
     rows = [(inputs.users.requires_grad_(), inputs.items.requires_grad_()) for inputs in batches]
 
     def wait() -> float:
@@ -145,7 +122,7 @@ def measure(preset: Preset, execution: Execution, device: torch.device, seconds:
         since = wait()
         for step in range(steps):
             inputs = batches[step % len(batches)]
-            forward(dense, inputs, execution).backward()
+            forward(dense, inputs).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             for row in rows[step % len(batches)]:
@@ -204,12 +181,12 @@ def compare(preset: Preset, execution: Execution, device: torch.device) -> dict[
 def _gradients(preset: Preset, execution: Execution, device: torch.device) -> dict[str, Tensor]:
     """The loss and all gradients of one batch, by name, float64."""
     inputs = make_inputs(preset, execution, device)
-    dense: Any = make_dense(preset, execution, device)
+    dense = make_dense(preset, execution, device)
     rows = {"users": inputs.users.requires_grad_(), "items": inputs.items.requires_grad_()}
     with execution.applied():
-        loss = forward(dense, inputs, execution)
+        loss = forward(dense, inputs)
         loss.backward()
-    gradients = {name.removeprefix("_orig_mod."): value.grad for name, value in dense.named_parameters()}
+    gradients = {name: value.grad for name, value in dense.named_parameters()}
     gradients |= {name: value.grad for name, value in rows.items()}
     return {"loss": loss.detach().double()} | {
         name: value.double() for name, value in gradients.items() if value is not None
