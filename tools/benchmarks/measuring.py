@@ -20,7 +20,7 @@ Figures = dict[str, float]
 """What one turn of one way gives, by name: rates end in `_s`, seconds in `seconds`, milliseconds in `ms`."""
 
 
-CONTEXT = ("seconds", "cores", "calls")
+CONTEXT = ("seconds", "cores", "calls", "flops_s")
 """Figures of a turn that the table leaves out."""
 
 
