@@ -1,7 +1,7 @@
 """Writes local checkpoint files with direct I/O, past the page cache: they are large, and read once if ever.
 
 Through the page cache they cost more CPU time than the disk does: pages are found, filled, written and evicted on the
-cores that train. Measured by tools/benchmark_step.py, 250 MiB from two ranks on two idle cores: 0.05 s of CPU time per
+cores that train. Measured by tools.benchmarks.safety, 250 MiB from two ranks on two idle cores: 0.05 s of CPU time per
 rank instead of 0.30; with a checkpoint every 2.9 s, training takes 1.06 times as long as without any, instead of 1.19.
 """
 

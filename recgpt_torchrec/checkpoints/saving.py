@@ -4,7 +4,7 @@ The thread's collectives run in their own process group, separate from those of 
 time; the next waits for it. It is committed once all ranks have written their part. An error on any rank is raised on
 all ranks by the next `save` or `finish`, and `requests_checkpoint` makes that happen at once.
 
-Measured by tools/benchmark_step.py, 250 MiB from two ranks on two idle cores, one checkpoint every 60 steps of 96 ms:
+Measured by tools.benchmarks.safety, 250 MiB from two ranks on two idle cores, one checkpoint every 60 steps of 96 ms:
 1.025 times the training time without checkpoints (standard error 0.013; synchronous saving 1.055); the step waits 23 ms
 (292).
 """

@@ -8,7 +8,7 @@ optimizer steps.
 
 On CUDA nothing of this stops the host: flags stay on X On CPU they are read at once, which costs nothing there.
 
-It costs the step 2 to 3% on two ranks and two idle cores (tools/benchmark_step.py, steps of 100 ms, d = 64): checking
+It costs the step 2 to 3% on two ranks and two idle cores (tools.benchmarks.safety, steps of 100 ms, d = 64): checking
 the values takes 0.3 ms, the rest is one more synchronisation of the ranks.
 """
 

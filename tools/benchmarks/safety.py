@@ -1,6 +1,6 @@
 """Benchmarks the overhead of safety per step: the check for non-finite gradients, and checkpoints on top of it.
 
-    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 -m tools.benchmark_step --items 1000000
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 -m tools.benchmarks.safety --items 1000000
 
 A turn is --steps steps of one kind of training; with checkpoints it starts with one. A round is one turn of each kind,
 in an order that changes from round to round. Prints the ratio of each kind's time to that of the kind it builds on,
