@@ -217,7 +217,7 @@ def pack_histories(
         target_weight=target_weight,
         last_slot=_tensor(grid.slots[ends - 1], pad_sequences),
         cu_seqlens=cu_seqlens,
-        max_seqlen=row_length if pad is not None else int(seqlens.max(initial=1)),
+        max_seqlen=row_length if pad is not None else int(seqlens.max(initial=0)),
         targets=targets.size,
         global_targets=torch.tensor(float(targets.size)),
     )

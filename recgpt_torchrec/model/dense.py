@@ -114,7 +114,7 @@ class Dense(nn.Module):
         if cu_seqlens is None:
             attention = DenseAttention(sequence)
         else:
-            attention = VarlenAttention(cu_seqlens, sequence.shape[1], max_seqlen)
+            attention = VarlenAttention(cu_seqlens, sequence.shape[1], max(max_seqlen, 1))
         hidden = self.decoder(
             take_rows(items, item_bag), take_rows(self.user_vectors(users), user_bag), position, segment, attention
         )

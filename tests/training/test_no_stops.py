@@ -114,4 +114,5 @@ def test_a_steady_step_waits_for_nothing_but_torchrecs_splits(
     ours = {place: count for place, count in waits.asked.items() if " in torchrec/" not in place}
     assert not ours
     per_step = sum(waits.asked.values()) / (LAST - FIRST)
-    assert 0 < per_step <= 8, waits.asked  # lengths and sizes of two collections' splits
+    # Per collection: the lengths of row-wise buckets, the splits of lengths and of values, what arrives of both.
+    assert 0 < per_step <= 10, waits.asked
