@@ -1,6 +1,8 @@
 """Every target of the training part is trained on once an epoch, for any layout and wherever a run stops."""
 
 import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -235,6 +237,26 @@ def test_a_window_is_shared_by_ranks_and_those_without_a_row_get_no_batch_and_an
     assert sorted(counts) == [0, 1, 1, 1]
     empty = stream.maker.empty()
     assert empty.histories.users.size == no_histories().users.size == 0 and empty.candidate_bag.numel() == 5
+
+
+FIRST_BATCH = """
+import sys
+from recgpt_torchrec.data.dataset import Dataset
+from tests.data.stream_helpers import stream_of
+batch = next(iter(stream_of(Dataset.open(sys.argv[1]), tokens=20).batches()))
+print(batch.targets, "pandas" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("hold_out", ["last", "time"])
+def test_the_first_batch_does_not_wait_for_an_import_of_pandas(tmp_path, hold_out):
+    starts = {"starts": [(2, 3)] * 8} if hold_out == "time" else {}
+    write_dataset(tmp_path / "data", walks(8, 9, shortest=4), hold_out=hold_out, **starts)
+    command = [sys.executable, "-c", FIRST_BATCH, str(tmp_path / "data")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    targets, imported = done.stdout.split()
+    assert int(targets) > 0 and imported == "False"
 
 
 def test_loader_processes_make_the_same_batches_as_the_thread(tmp_path):
