@@ -263,7 +263,7 @@ def imbalance(stream: SequenceStream, world: int, attention: float) -> tuple[flo
 
 @pytest.mark.parametrize("world", [2, 3, 5, 8, 12])
 def test_ranks_end_an_epoch_together_though_their_number_does_not_divide_that_of_the_windows(tmp_path, world):
-    """10 windows of 160 users: dealt whole, 3 ranks took 1.19 times as long as if equal, 8 ranks 1.53, 12 ranks 1.46."""
+    """10 windows of 160 users: dealt whole, 3 ranks took 1.19 times as long as if equal, 8 took 1.53, 12 took 1.46."""
     rng = np.random.default_rng(0)
     lengths = np.clip(np.exp(rng.normal(2.2, 0.6, 1600)).astype(int), 3, 40)
     histories = [rng.integers(50, size=length).tolist() for length in lengths]
