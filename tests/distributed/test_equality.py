@@ -29,8 +29,9 @@ from recgpt_torchrec.data.windows import Cursor, Position, Queue
 from recgpt_torchrec.distributed.lockstep import Lockstep
 from recgpt_torchrec.distributed.sharding import initialise_tables, shard, table_name, tables_of
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.model import recgpt
 from recgpt_torchrec.model.dense import Dense
-from recgpt_torchrec.model.recgpt import RecGPT, vectors_of
+from recgpt_torchrec.model.recgpt import RecGPT
 from recgpt_torchrec.training.building import build, training_stream
 from recgpt_torchrec.training.execution import Execution
 from recgpt_torchrec.training.optimizers import fuse_optimizers, is_fused, optimizers_of
@@ -302,7 +303,7 @@ class ModifiesItsInput(RecGPT):
     def forward(self, batch: SequenceBatch) -> Any:
         values, lengths = batch.bags.values() + 0, batch.bags.lengths().clone()
         bags = KeyedJaggedTensor(keys=batch.bags.keys(), values=values, lengths=lengths)
-        vectors = vectors_of(self.tables(bags))
+        vectors = recgpt.vectors_of(self.tables(bags))
         return self.dense(vectors[0], vectors[1], vectors[2], batch)
 
 
