@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from recgpt_torchrec.config import Batch, Loss
-from recgpt_torchrec.data.ragged import Float32, Int64
+from recgpt_torchrec.data.ragged import Float32, Int64, to_numpy
 from recgpt_torchrec.errors import InputError
 
 if TYPE_CHECKING:  # packing, and so the dense part of the model, does not need Arrow
@@ -222,10 +222,10 @@ def training_counts(dataset: "Dataset") -> Int64:
         with dataset.read_part(part) as file:
             for batch in file.iter_batches(columns=["item_id", "train_count"]):
                 ids, values = (batch[name].cast(pa.int64()) for name in ("item_id", "train_count"))
-                if ids.null_count or values.null_count or find_outside(ids.to_numpy(), 0, counts.size).size:
+                if ids.null_count or values.null_count or find_outside(to_numpy(ids), 0, counts.size).size:
                     raise InputError(
                         f"{dataset.path}: {part.path}: an item has no count, or an id outside 0 to {counts.size - 1}; "
                         + dataset.remedy
                     )
-                counts[ids.to_numpy()] = np.maximum(values.to_numpy(), 0)
+                counts[to_numpy(ids)] = np.maximum(to_numpy(values), 0)
     return counts

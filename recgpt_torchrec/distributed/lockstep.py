@@ -61,7 +61,7 @@ class Lockstep:
         self.waited_s = 0.0
         """Seconds spent waiting for this rank's own batches."""
         self._failure: Exception | None = None
-        self._ahead: deque[tuple[SequenceBatch, bool, torch.Tensor, dist.Work]] = deque()
+        self._ahead: deque[tuple[SequenceBatch, bool, torch.Tensor, dist.Work | None]] = deque()
 
     def _fetch(self) -> None:
         since = time.perf_counter()
@@ -78,7 +78,7 @@ class Lockstep:
         if batch is not None:
             read = batch.histories.read
             agreed[0], agreed[1], agreed[2] = batch.targets, 0.0 if read is None else read.sum(), 1.0
-        work = dist.all_reduce(agreed, async_op=True)
+        work = dist.all_reduce(agreed, async_op=True) if dist.get_world_size() > 1 else None
         self._ahead.append((batch or self.make_empty(), batch is not None, agreed, work))
 
     def __iter__(self) -> Iterator[SequenceBatch]:
@@ -96,11 +96,14 @@ class Lockstep:
         while len(self._ahead) < 2:
             self._fetch()
         batch, has_batch, agreed, work = self._ahead.popleft()
-        work.wait()
+        if work is not None:
+            work.wait()
         targets, entries, ranks_with_batch, requests, failed, stopped = agreed.tolist()
         if failed or stopped or not ranks_with_batch:
-            while self._ahead:  # the other ranks have started the same collectives
-                self._ahead.popleft()[3].wait()
+            for *_, started in self._ahead:  # the other ranks have started the same collectives
+                if started is not None:
+                    started.wait()
+            self._ahead.clear()
             if failed:
                 raise_first_error(self._failure)
             if stopped and ranks_with_batch:

@@ -27,6 +27,7 @@ from recgpt_torchrec.distributed.lockstep import Lockstep, Step
 from recgpt_torchrec.distributed.processes import gather_objects, log_message
 from recgpt_torchrec.distributed.signals import Stopped
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.model.dropout import seed_device
 from recgpt_torchrec.model.recgpt import unwrapped, unwrapped_dense
 from recgpt_torchrec.training.execution import Execution
 from recgpt_torchrec.training.finite import FiniteGuard, GuardedPipeline, Place, describe_step, find_rows
@@ -153,7 +154,7 @@ class Trainer:
         self.meter.start_epoch()
         while True:
             # Dropout depends on the step only: a resumed run computes what an uninterrupted one would.
-            torch.manual_seed((self.seed * 1_000_003 + progress.step) * 4099 + rank)
+            seed_device((self.seed * 1_000_003 + progress.step) * 4099 + rank, self.device)
             lr_share = self.learning_rate.set_rates(progress.step, progress.read / self._total_entries())
             watchdog.report_phase("a training step", progress.step)
             self.trace.begin(progress.step + 1)

@@ -43,7 +43,7 @@ def stream(settings: Settings) -> Kind:
 
 def _reads(dataset: Dataset, config: Pretrain, seconds: float) -> Callable[[], Figures]:
     tokens = choose_tokens(config, config.model, dataset, torch.device("cpu")).rank
-    execution = Execution.choose(config.train, config.model, torch.device("cpu"))
+    execution = Execution.choose(config.train, config.model, config.loss, torch.device("cpu"))
     stream, epochs = training_stream(config, config.model, dataset, tokens, execution), itertools.count()
     return lambda: _rated(repeat(lambda: _read(stream, next(epochs)), seconds))
 

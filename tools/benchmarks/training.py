@@ -66,7 +66,7 @@ class Training:
         self.folder = tempfile.TemporaryDirectory(prefix="benchmark-")
         self.config = config = parse(data, self.folder.name, options)
         self.dataset, device = open_dataset(config), choose_device(config.device)
-        execution = Execution.choose(config.train, config.model, device)
+        execution = Execution.choose(config.train, config.model, config.loss, device)
         tokens = choose_tokens(config, config.model, self.dataset, device)
         self.whole_stream = training_stream(config, config.model, self.dataset, tokens.rank, execution)
         self.stream = self._first(steps) if steps is not None else self.whole_stream

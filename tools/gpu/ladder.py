@@ -53,7 +53,7 @@ def ladder(preset: Preset, device: torch.device) -> list[Rung]:
     options: dict[str, Any] = {}
     for name, change in LADDER.items():
         try:
-            execution = Execution.choose(Train(**(options | change)), preset.model, device)
+            execution = Execution.choose(Train(**(options | change)), preset.model, preset.loss, device)
         except InputError as error:
             rungs.append(Rung(name, None, str(error)))
             continue

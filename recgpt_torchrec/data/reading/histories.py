@@ -62,7 +62,7 @@ class HistoryReader:
         reader = Reader(self.dataset, self.answers, self.time_order, self.set_aside, self.new_targets)
         tables = [reader.read(group) for group in groups]
         table, read = pa.concat_tables([r.table for r in tables]), np.concatenate([r.lengths for r in tables])
-        users, items = table["user_id"].to_numpy(), Ragged.from_arrow(table["item_ids"])
+        users, items = ragged.to_numpy(table["user_id"]), Ragged.from_arrow(table["item_ids"])
         segments = Ragged.from_arrow(table["segment_ids"]).values if "segment_ids" in table.schema.names else None
         trained = Ragged.from_arrow(table["trained"]).values != 0 if self.new_targets else None
         if segments is not None and not self.prompts:

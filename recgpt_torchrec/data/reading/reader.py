@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from recgpt_torchrec import storage
 from recgpt_torchrec.data.dataset import ANSWERS, COLUMNS, STARTS, Dataset, Manifest
-from recgpt_torchrec.data.ragged import offsets_of, read_nullable
+from recgpt_torchrec.data.ragged import offsets_of, read_nullable, to_numpy
 from recgpt_torchrec.data.reading.damage import Damage, SetAside
 from recgpt_torchrec.data.segments import INTERACTED, SEGMENTS
 from recgpt_torchrec.data.split import STORED, Starts
@@ -67,7 +67,7 @@ class Reader:
         if table.num_rows != group.rows:  # a position in the data counts the rows of the first opening
             reason = f"has {table.num_rows} rows, it had {group.rows} when its file was first opened"
             return self._replace_group(group, Damage(part.path, group.group, None, group.rows, reason))
-        lengths = pc.fill_null(pc.list_value_length(table["item_ids"]), 0).to_numpy().astype(np.float64)
+        lengths = read_nullable(table["item_ids"])[0].lengths.astype(np.float64)
         faults = find_faults(table, self.dataset.manifest, self.answers)
         if faults:
             self._report_damage([Damage(part.path, group.group, row, 1, faults[row]) for row in sorted(faults)])
@@ -132,7 +132,7 @@ def find_faults(table: pa.Table, manifest: Manifest, answers: int) -> dict[int, 
     if users.null_count:
         add_faults(np.flatnonzero(users.is_null()), "the user id is null")
         users = users.fill_null(0)
-    users = users.to_numpy()
+    users = to_numpy(users)
     bad = find_outside(users, 0, manifest.users)
     add_faults(bad, f"user id {{}} is outside 0 to {manifest.users - 1}", users[bad])
 
@@ -160,9 +160,11 @@ def find_faults(table: pa.Table, manifest: Manifest, answers: int) -> dict[int, 
 
     starts = {name: table[name].combine_chunks() for name in STARTS if name in table.schema.names}
     for name, start in starts.items():
-        add_faults(np.flatnonzero(start.is_null()), f"its {name} is null")
+        if start.null_count:  # asked first: what follows imports pandas (see `to_numpy`)
+            add_faults(np.flatnonzero(start.is_null()), f"its {name} is null")
+            starts[name] = start.fill_null(0)
     if starts:
-        validation, test = (start.fill_null(0).to_numpy() for start in starts.values())
+        validation, test = map(to_numpy, starts.values())
         bad = np.flatnonzero((validation < 0) | (validation > test) | (test > interacted))
         order = "its parts start at {} and {}, which must be in order and within its {} interactions"
         add_faults(bad, order, validation[bad], test[bad], interacted[bad])
@@ -191,7 +193,7 @@ def stored_starts(table: pa.Table) -> Starts | None:
     """Where the parts of each row start, if the table has the columns `STARTS`."""
     if STARTS[0] not in table.schema.names:
         return None
-    return Starts(*(table[name].to_numpy().astype(np.int64, copy=False) for name in STARTS))
+    return Starts(*(to_numpy(table[name]).astype(np.int64, copy=False) for name in STARTS))
 
 
 def find_outside(values: npt.NDArray[Any], low: int, high: int) -> npt.NDArray[np.intp]:
