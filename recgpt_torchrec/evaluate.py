@@ -37,7 +37,7 @@ def main(config: Evaluate) -> None:
             "Prepare the log with --hold_out last, time or given, and train a run on that",
         )
         ks = tuple(config.ks)
-        trained = load(checkpoint, dataset, config.tables, batch_size=config.batch.tokens, device=device)
+        trained = load(checkpoint, dataset, config.tables, bags=config.batch.tokens, device=device)
         manifest = dataset.manifest
         ranked = manifest.count_targets(config.split)
         of_all = "" if ranked is None else f"{ranked:,} of "

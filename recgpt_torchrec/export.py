@@ -41,12 +41,19 @@ def main(config: Export) -> None:
         already_there = manifest is not None
         absent = dataset.manifest.preparation.get("extends", {}).get("absent_users", 0)
         if manifest is None:
-            trained = load(checkpoint, dataset, config.tables, batch_size=config.batch.tokens, device=device)
+            trained = load(checkpoint, dataset, config.tables, bags=config.batch.tokens, device=device)
+            model = unwrapped(trained.model)
             steps = config.interests - 1
             stream = encoding_stream(
-                dataset, config.history, trained.config, config.batch, trained.prompts, grows=steps
+                dataset,
+                config.history,
+                trained.config,
+                config.batch,
+                trained.prompts,
+                grows=steps,
+                item_keys=model.item_keys,
             )
-            catalogue = Catalogue.gather(unwrapped(trained.model).scoring_table, dataset.manifest.items, device)
+            catalogue = Catalogue.gather(model, dataset.manifest.items, device)
 
             def users() -> Iterator[tuple[np.ndarray, np.ndarray]]:
                 total = dataset.manifest.users if rank() == 0 else None

@@ -38,12 +38,13 @@ def main(config: GeneratePrompts) -> None:
         previous = None
         if config.previous is not None:
             previous = prompt_dataset.open_previous(config.previous, record, vocabulary)
-        fill = user_table = None
+        fill = model = None
         if config.prompts.k and config.prompts.source != "exposed":
-            trained = load(checkpoint, dataset, config.tables, batch_size=prompt_dataset.LOOKUP, device=device)
+            size = prompt_dataset.LOOKUP
+            trained = load(checkpoint, dataset, config.tables, bags=size, device=device, item_keys=1)
             model = unwrapped(trained.model.eval())
-            user_table, dense = model.user_table, unwrapped_dense(model)
-            catalogue = Catalogue.gather(model.item_table, dataset.manifest.items, device)
+            dense = unwrapped_dense(model)
+            catalogue = Catalogue.gather(model, dataset.manifest.items, device)
             if not catalogue.is_finite():
                 raise InputError(f"{checkpoint} has diverged: item vectors are not finite; give an earlier checkpoint")
             fill = Prompter(dense, catalogue, config.prompts, max_len, config.batch_users).fill
@@ -55,7 +56,7 @@ def main(config: GeneratePrompts) -> None:
                 groups,
                 record,
                 fill=fill,
-                user_table=user_table,
+                model=model,
                 device=device,
                 pool_users=4 * config.batch_users,
                 previous=previous,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from recgpt_torchrec import cli
 from recgpt_torchrec.config.stages import STAGES, module_of
@@ -22,6 +23,8 @@ from tools.small_run import SMALL, training_part, walks, write_dataset
 __all__ = [
     "SMALL",
     "change_json",
+    "ids_by_bag",
+    "items_of",
     "overwrite",
     "read_epochs",
     "read_files",
@@ -32,6 +35,21 @@ __all__ = [
     "walks",
     "write_dataset",
 ]
+
+
+def ids_by_bag(bags: Any) -> tuple[list[int | None], list[int | None]]:
+    """The id in each user's and in each item's bag of a jagged tensor; None: the bag is empty."""
+    keys = bags.keys()
+    assert keys == ["user", *(f"item_{number}" for number in range(len(keys) - 1))]
+    lengths, values = bags.lengths().view(len(keys), bags.stride()).tolist(), iter(bags.values().tolist())
+    users, *items = [[next(values) if length else None for length in key_lengths] for key_lengths in lengths]
+    assert next(values, None) is None and {length for each in lengths for length in each} <= {0, 1}
+    return users, [key_items[place] for place in range(bags.stride()) for key_items in items]
+
+
+def items_of(batch: Any) -> torch.Tensor:
+    """[distinct items] int64 of a batch, by bag."""
+    return torch.tensor([item for item in ids_by_bag(batch.bags)[1] if item is not None], dtype=torch.int64)
 
 
 def stage(name: str, options: dict[str, Any]) -> int:

@@ -125,7 +125,7 @@ def flip_bit(path: Path) -> None:
 def flip_bit_of_table(folder: Path) -> None:
     (checkpoint,) = folder.glob("run/checkpoints/step-*")
     written = FileSystemReader(checkpoint).read_metadata().storage_data
-    place = next(place for index, place in written.items() if index.fqn.startswith("model.item_table"))
+    place = next(place for index, place in written.items() if index.fqn.startswith("model.tables.embedding_bags.item"))
     data = bytearray((checkpoint / place.relative_path).read_bytes())
     table = torch.load(io.BytesIO(data[place.offset : place.offset + place.length]))
     data[data.index(table.numpy().tobytes(), place.offset)] ^= 1

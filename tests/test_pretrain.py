@@ -333,7 +333,7 @@ def test_metrics_do_not_change_when_the_items_are_numbered_otherwise(run, data, 
     write_dataset(tmp_path / "data", histories, items=ITEMS, rows_per_group=8, groups_per_part=4)
     source, copy = Path(before["checkpoint"]), tmp_path / "step-00000001"
     state = tensors(source)
-    (name,) = [n for n in state if n.startswith("model.") and "item_table" in n]
+    (name,) = [n for n in state if n.startswith("model.") and "embedding_bags.item" in n]
     state[name][torch.from_numpy(new_id)] = state[name].clone()
     dcp.save(state, checkpoint_id=copy, no_dist=True)
     shutil.copy(source / "checkpoint.json", copy)

@@ -49,9 +49,9 @@ def tensor(checkpoint: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def test_a_tuned_checkpoint_has_a_table_of_its_own_and_segments(inputs, tuned):
-    output = tensor(tuned, "model.output_table.embedding_bags.output.weight", (ITEMS, 8))
-    items = tensor(tuned, "model.item_table.embedding_bags.item.weight", (ITEMS, 8))
-    before = tensor(inputs / "run", "model.item_table.embedding_bags.item.weight", (ITEMS, 8))
+    output = tensor(tuned, "model.tables.embedding_bags.output.weight", (ITEMS, 8))
+    items = tensor(tuned, "model.tables.embedding_bags.item.weight", (ITEMS, 8))
+    before = tensor(inputs / "run", "model.tables.embedding_bags.item.weight", (ITEMS, 8))
     segments = tensor(tuned, "model.dense.decoder.segment.weight", (3, 8))
     # Both began as the pre-trained table and have each gone a way of their own, not far.
     assert 0 < (output - before).norm() < before.norm() and 0 < (items - before).norm() < before.norm()
@@ -90,13 +90,13 @@ def test_only_the_named_parameters_are_trained(inputs):
     options = {"--data": inputs / "prompts", "--checkpoint": inputs / "run", "--output": inputs / "part", **TUNE}
     assert stage("prompt_tune", {**options, "--tuning.trained": "[output]"}) == 0
     for name, shape in {
-        "model.item_table.embedding_bags.item.weight": (ITEMS, 8),
-        "model.user_table.embedding_bags.user.weight": (USERS, 8),
+        "model.tables.embedding_bags.item.weight": (ITEMS, 8),
+        "model.tables.embedding_bags.user.weight": (USERS, 8),
         "model.dense.decoder.position.weight": (8, 8),
     }.items():
         assert torch.equal(tensor(inputs / "part", name, shape), tensor(inputs / "run", name, shape)), name
-    output = tensor(inputs / "part", "model.output_table.embedding_bags.output.weight", (ITEMS, 8))
-    assert not torch.equal(output, tensor(inputs / "run", "model.item_table.embedding_bags.item.weight", (ITEMS, 8)))
+    output = tensor(inputs / "part", "model.tables.embedding_bags.output.weight", (ITEMS, 8))
+    assert not torch.equal(output, tensor(inputs / "run", "model.tables.embedding_bags.item.weight", (ITEMS, 8)))
 
 
 def test_answers_become_soft_targets_and_are_the_same_without_prompts(inputs):

@@ -115,7 +115,7 @@ def encoded(rank: int, world_size: int, checkpoint: str, data: str, k: int) -> d
     from recgpt_torchrec.training.loading import load
 
     device, dataset, batch = torch.device("cpu"), Dataset.open(data), Batch(tokens=60)
-    trained = load(find_checkpoint(checkpoint), dataset, Sharding(), batch_size=batch.tokens, device=device)
+    trained = load(find_checkpoint(checkpoint), dataset, Sharding(), bags=batch.tokens, device=device)
     paths = RecallPaths(trained, dataset, batch, device)
     stream = paths._encoding_stream("test", grows=INTERESTS - 1)
     rows: dict[str, list[list[int]]] = {"score": [], "quota": [], "two_step": [], "users": []}

@@ -35,6 +35,8 @@ from recgpt_torchrec.training.building import build
 from tools.small_run import walks
 
 USERS, ITEMS, STEPS = 13, 29, 3
+KEYS = 2
+"""Number of keys that item bags are dealt to."""
 DIM = 24
 """Columns: blocks of a multiple of 4 on one, two and three ranks."""
 
@@ -135,7 +137,7 @@ def build_model(layout: Layout, users: int = USERS, items: int = ITEMS) -> tuple
         optimizer=Optimizer(lr=2e-3),
     )
     dataset = Dataset(path="", manifest=Manifest(users=users, items=items))
-    return build(config, config.model, dataset, batch_size=items, device=torch.device("cpu"))
+    return build(config, config.model, dataset, capacity=Capacity(USERS, ITEMS, KEYS), device=torch.device("cpu"))
 
 
 def make_step_batch(step: int) -> SequenceBatch:
@@ -152,7 +154,7 @@ def make_step_batch(step: int) -> SequenceBatch:
     batch = make_batch(
         histories,
         row_length=8,
-        capacity=Capacity(USERS, ITEMS),
+        capacity=Capacity(USERS, ITEMS, KEYS),
         predict=True,
         draw=lambda targets: AllItems(ITEMS).candidates,
     )

@@ -6,15 +6,15 @@ out; prompt generation and `retrieve` do not yet.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recgpt_torchrec.catalogue.ranks import both_ranks
-from recgpt_torchrec.data.bags import ITEM, bags_of
 from recgpt_torchrec.data.ragged import Float32, Int64, Ragged
+from recgpt_torchrec.model.recgpt import RecGPT
 
 LOOKUP = 65536
 """Items looked up at once when the vectors are gathered."""
@@ -40,7 +40,7 @@ class Best(NamedTuple):
 class Catalogue:
     """Vectors of all items, with exact top-k and ranks.
 
-    Example: `Catalogue.gather(model.scoring_table, items, device).top_k(queries, 50, seen)`
+    Example: `Catalogue.gather(unwrapped(model), items, device).top_k(queries, 50, seen)`
     """
 
     def __init__(self, vectors: Tensor) -> None:
@@ -52,13 +52,10 @@ class Catalogue:
 
     @classmethod
     @torch.no_grad()
-    def gather(cls, table: nn.Module, items: int, device: torch.device) -> "Catalogue":
-        """Look up the vectors of all `items` ids in a sharded item table (collective)."""
-        parts = []
-        for first in range(0, items, LOOKUP):
-            bags: Any = bags_of(ITEM, np.arange(first, min(first + LOOKUP, items)))
-            parts.append(table(bags.to(device)).wait().values().float().clone())
-        return cls(torch.cat(parts))
+    def gather(cls, model: RecGPT, items: int, device: torch.device) -> "Catalogue":
+        """Look up the vectors of all `items` ids that score outputs, in a sharded model (collective)."""
+        blocks = (np.arange(first, min(first + LOOKUP, items)) for first in range(0, items, LOOKUP))
+        return cls(torch.cat([model.look_up(device, items=block).outputs for block in blocks]))
 
     def __len__(self) -> int:
         return len(self.vectors)

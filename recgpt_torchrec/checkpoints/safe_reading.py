@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 
 from recgpt_torchrec import storage
+from recgpt_torchrec.checkpoints.names import current_name
 
 METADATA_BYTES = 2**26
 """Maximum size of `.metadata`. An entry takes 100 to 400 bytes: enough for the shards of some thousand ranks."""
@@ -198,7 +199,8 @@ def unpickle_metadata(data: bytes) -> Metadata:
 def check_metadata(metadata: Metadata, files: Mapping[str, int]) -> Metadata:
     """Check what `.metadata` says against the files of its folder, and keep what reading tensors needs.
 
-    Entries that are no tensors are dropped: torch would unpickle them, and this program writes none.
+    Entries that are no tensors are dropped: torch would unpickle them, and this program writes none. Tensors get the
+    names that they have now.
 
     Args:
         metadata: as unpickled; its fields may hold anything.
@@ -224,18 +226,18 @@ def check_metadata(metadata: Metadata, files: Mapping[str, int]) -> Metadata:
         numbers = 0
         for chunk in chunks:
             offsets, sizes = _check_chunk(name, size, chunk)
-            index = MetadataIndex(name, offsets)
+            index = MetadataIndex(current_name(name), offsets)
             if index in kept:
                 raise UnsafeCheckpoint(f"{name} has two parts at {list(offsets)}")
             numbers += math.prod(sizes)
-            kept[index] = place = _check_place(name, places.get(index), files)
+            kept[index] = place = _check_place(name, places.get(MetadataIndex(name, offsets)), files)
             width = math.prod(sizes) * properties.dtype.itemsize
             if not width <= place.length <= width + RECORD_OVERHEAD:
                 raise UnsafeCheckpoint(f"{name} has {width:,} bytes at {list(offsets)}, its file {place.length:,}")
             promised += place.length
         if numbers != math.prod(size):
             raise UnsafeCheckpoint(f"{name} has {math.prod(size):,} numbers, its parts {numbers:,}")
-        known[name] = tensor
+        known[current_name(name)] = tensor
     if promised > sum(files.values()):
         raise UnsafeCheckpoint(f"its tensors have {promised:,} bytes, the files {sum(files.values()):,}")
     return Metadata(known, storage_data=kept, storage_meta=StorageMeta())

@@ -6,7 +6,7 @@ from typing import Any
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from recgpt_torchrec.data.bags import ITEM, USER, bags_of
+from recgpt_torchrec.data.bags import bags_of
 from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.packed import Capacity, PackedBatch, pack_histories
 from recgpt_torchrec.data.windows import Cursor
@@ -16,17 +16,15 @@ from recgpt_torchrec.data.windows import Cursor
 class SequenceBatch(PackedBatch, Pipelineable):
     """A packed batch with its lookups; see `PackedBatch` for the rest."""
 
-    users: KeyedJaggedTensor
-    """One bag per distinct user, `Capacity.users` bags."""
-    items: KeyedJaggedTensor
-    """One bag per distinct item of histories, targets, soft targets and candidates, `Capacity.items` bags."""
+    bags: KeyedJaggedTensor
+    """One bag per distinct user, and one per distinct item of histories, targets, soft targets and candidates."""
     histories: Histories
     """The histories that were packed; they stay on the host."""
     cursor: Cursor = field(default_factory=Cursor)
     """How far the queue is read once this batch is trained; it stays on the host."""
 
     def _tensors(self) -> dict[str, Any]:
-        return {**super()._tensors(), "users": self.users, "items": self.items}
+        return {**super()._tensors(), "bags": self.bags}
 
 
 def make_batch(
@@ -36,7 +34,7 @@ def make_batch(
 
     Args:
         histories: they may be none.
-        capacity: bags of the two jagged tensors.
+        capacity: number of bags.
         cursor: how far the queue is read after this batch.
         packing: see `pack_histories`.
 
@@ -46,8 +44,7 @@ def make_batch(
     packed, ids = pack_histories(histories, capacity=capacity, **packing)
     return SequenceBatch(
         **{f.name: getattr(packed, f.name) for f in fields(packed)},
-        users=bags_of(USER, ids.users, capacity.users),
-        items=bags_of(ITEM, ids.items, capacity.items),
+        bags=bags_of(ids.users, ids.items, capacity),
         histories=histories,
         cursor=cursor or Cursor(),
     )

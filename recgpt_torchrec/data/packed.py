@@ -21,12 +21,30 @@ Layout = Literal["grid", "row"]
 to end, for attention that is given where each begins."""
 
 
+MOST_ITEM_KEYS = 64
+"""Maximum number of keys that a batch's item bags are dealt to."""
+
+
 @dataclass(frozen=True)
 class Capacity:
-    """Fixed number of bags per table, equal on all ranks (row-wise sharding needs that); unused bags are empty."""
+    """Number of bags that a batch has room for, equal on all ranks (row-wise sharding needs that); see `data.bags`."""
 
     users: int
     items: int
+    item_keys: int = 1
+    """Number of keys that the item bags are dealt to; that of the model that looks them up."""
+
+    @classmethod
+    def of(cls, users: int, items: int, item_keys: int | None = None) -> "Capacity":
+        """Room for users and items, dealt to `item_keys` keys; None: so many that few bags are empty."""
+        if item_keys is None:
+            item_keys = -(-items // max(users, -(-items // MOST_ITEM_KEYS)))
+        return cls(users, items, item_keys)
+
+    @property
+    def stride(self) -> int:
+        """Number of bags per key."""
+        return max(self.users, -(-self.items // self.item_keys))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,9 @@ from recgpt_torchrec.data.targets import PredictFrom
 from recgpt_torchrec.data.windows import Cursor, Position, Queue, RowGroup, Window, deal_windows, row_groups, windows_of
 from recgpt_torchrec.errors import InputError
 
+TOKENS_PER_SEQUENCE = 4
+"""A batch has room for one sequence per so many tokens."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchMaker:
@@ -37,6 +40,9 @@ class BatchMaker:
     """Share of a target's weight that goes to the pre-trained model's answers in the dataset (see `make_batch`)."""
     grows: int = 0
     """Maximum number of entries appended to a history after it is read (see `retrieval.interests`)."""
+    item_keys: int | None = None
+    """Number of keys that the model which reads the batches looks items up by (see `data.bags`); None: as many as
+    leave few bags empty, which the model then is built for."""
     layout: Layout = "grid"
     """How tokens lie in slots."""
     pad: bool = False
@@ -72,19 +78,20 @@ class BatchMaker:
     @property
     def max_sequences(self) -> int:
         """Maximum number of sequences in a batch."""
-        return max(1, self.batch.tokens // 4)
+        return max(1, self.batch.tokens // TOKENS_PER_SEQUENCE)
 
     @cached_property
     def capacity(self) -> Capacity:
         """Number of bags per table, the same in every batch."""
-        items = self.dataset.manifest.items
-        if not self.training:
-            return Capacity(self.max_sequences, min(items, self.batch.tokens + self.grows * self.max_sequences))
+        users, items = self.max_sequences, self.dataset.manifest.items
         room = 0 if self.source is None else self.source.room
-        if room is None:
-            return Capacity(self.max_sequences, items)
-        max_items = self.batch.tokens * (1 + self.reader.answers) + self.max_sequences + room
-        return Capacity(self.max_sequences, min(items, max_items))
+        if not self.training:
+            max_items = self.batch.tokens + self.grows * users
+        elif room is None:
+            max_items = items
+        else:
+            max_items = self.batch.tokens * (1 + self.reader.answers) + users + room
+        return Capacity.of(users, min(items, max_items), self.item_keys)
 
     @cached_property
     def fixed_shape(self) -> FixedShape | None:
@@ -247,7 +254,12 @@ def encoding_stream(
     prompts: bool = False,
     grows: int = 0,
     set_aside: SetAside | None = None,
+    *,
+    item_keys: int,
 ) -> SequenceStream:
-    """The stream of histories to encode: those before the held-out item of a split, or whole ones with `all`."""
+    """The stream of histories to encode: those before the held-out item of a split, or whole ones with `all`.
+
+    `item_keys` is that of the model that encodes them.
+    """
     reader = HistoryReader(dataset=dataset, split=split, max_len=model.max_len, prompts=prompts, set_aside=set_aside)
-    return SequenceStream(BatchMaker(reader=reader, batch=batch, grows=grows), Stream())
+    return SequenceStream(BatchMaker(reader=reader, batch=batch, grows=grows, item_keys=item_keys), Stream())

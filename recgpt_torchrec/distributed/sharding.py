@@ -64,7 +64,7 @@ def sharding_type(tables: Sharding, rows: int, dim: int, world_size: int, bags: 
 def plan(
     model: nn.Module,
     tables: Sharding,
-    batch_size: int,
+    bags: int,
     device: torch.device,
     fused: bool = True,
     trained: bool = True,
@@ -72,18 +72,18 @@ def plan(
     """Plan the sharding of every table of `model` on rank 0, for all ranks (collective).
 
     Args:
-        model, tables, batch_size, device, fused, trained: as for `shard`.
+        model, tables, bags, device, fused, trained: as for `shard`.
 
     Raises:
         InputError: a table cannot be sharded as `tables` says.
     """
     world_size = dist.get_world_size()
-    constraints = {}
+    constraints, keys = {}, 1
     for module in model.modules():
         if isinstance(module, EmbeddingBagCollection):
             for config in module.embedding_bag_configs():
-                rows, dim = config.num_embeddings, config.embedding_dim
-                kind = sharding_type(tables, rows, dim, world_size, batch_size if trained else None)
+                rows, dim, keys = config.num_embeddings, config.embedding_dim, max(keys, len(config.feature_names))
+                kind = sharding_type(tables, rows, dim, world_size, bags if trained else None)
                 if kind == ShardingType.ROW_WISE.value and rows < world_size:
                     raise InputError(
                         f"the {config.name} table has {rows} rows, fewer than the {world_size} ranks: "
@@ -112,6 +112,7 @@ def plan(
         hbm_cap=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
         ddr_cap=2**46,
     )
+    batch_size = -(-bags // keys)  # of each feature, for the planner's estimates
     planner = EmbeddingShardingPlanner(topology=topology, batch_size=batch_size, constraints=constraints)
     sharding_plan = planner.collective_plan(model, [Sharder()], dist.GroupMember.WORLD)
     if not fused:
@@ -130,7 +131,7 @@ def shard(
     model: nn.Module,
     tables: Sharding,
     *,
-    batch_size: int,
+    bags: int,
     device: torch.device,
     fused: bool,
     trained: bool = True,
@@ -140,7 +141,7 @@ def shard(
     Args:
         model: tables on the meta device, the rest anywhere; optimizers that are to be fused are applied to it already.
         tables: how they are sharded.
-        batch_size: number of bags of the largest feature per rank and step, for the planner's estimates.
+        bags: number of bags of the largest table per rank and step.
         device: of this rank.
         fused: whether sharded tables are updated in the backward; False: by a separate optimizer, or not at all.
         trained: whether they are trained, which decides what `auto` copies.
@@ -149,7 +150,7 @@ def shard(
         model,
         env=ShardingEnv.from_process_group(dist.GroupMember.WORLD),
         device=device,
-        plan=plan(model, tables, batch_size, device, fused, trained),
+        plan=plan(model, tables, bags, device, fused, trained),
         sharders=[Sharder()],
         init_parameters=True,
         # static_graph, DMP's default, would freeze the first step's graph, and a rank may start with an empty batch.
@@ -158,7 +159,7 @@ def shard(
 
 
 def table_name(parameter: str) -> str:
-    """The table's name in a parameter's: `item` of `item_table.embedding_bags.item.weight`."""
+    """The table's name in a parameter's: `item` of `tables.embedding_bags.item.weight`."""
     return parameter.split("embedding_bags.")[1].split(".")[0]
 
 

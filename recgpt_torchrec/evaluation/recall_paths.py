@@ -44,8 +44,8 @@ class RecallPaths:
 
     def __init__(self, trained: Trained, dataset: Dataset, batch: Batch, device: torch.device) -> None:
         self.trained, self.dataset, self.batch, self.device = trained, dataset, batch, device
-        scoring = unwrapped(trained.model).scoring_table
-        self.catalogue = Catalogue.gather(scoring, dataset.manifest.items, device)
+        self.item_keys = unwrapped(trained.model).item_keys
+        self.catalogue = Catalogue.gather(unwrapped(trained.model), dataset.manifest.items, device)
 
     def measure(
         self, split: SplitName, ks: tuple[int, ...], recall: Recall
@@ -93,7 +93,8 @@ class RecallPaths:
         return users, results, chosen
 
     def _encoding_stream(self, split: SplitName, grows: int = 0) -> SequenceStream:
-        return encoding_stream(self.dataset, split, self.trained.config, self.batch, self.trained.prompts, grows)
+        trained, keys = self.trained, self.item_keys
+        return encoding_stream(self.dataset, split, trained.config, self.batch, trained.prompts, grows, item_keys=keys)
 
     @torch.no_grad()
     def _measure_lists(

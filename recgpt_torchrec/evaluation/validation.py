@@ -36,7 +36,13 @@ def validation_of(
         "To train on everything for a fixed number of epochs, prepare the log with --hold_out none",
     )
     stream = encoding_stream(
-        reader.dataset, "validation", model, batch, prompts=reader.prompts, set_aside=reader.set_aside
+        reader.dataset,
+        "validation",
+        model,
+        batch,
+        prompts=reader.prompts,
+        set_aside=reader.set_aside,
+        item_keys=training.maker.capacity.item_keys,
     )
     return lambda model: Validation(model, stream, device)
 
@@ -54,6 +60,6 @@ class Validation:
         """Masked HR and NDCG at 5 and 10 over all users with a validation item."""
         self.model.eval()
         items = self.stream.dataset.manifest.items
-        catalogue = Catalogue.gather(unwrapped(self.model).scoring_table, items, self.device)
+        catalogue = Catalogue.gather(unwrapped(self.model), items, self.device)
         _, results = measure_ranks(encode(self.model, self.stream, self.device), catalogue, (5, 10))
         return results["masked"]

@@ -14,10 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recgpt_torchrec.config import Prompts
-from recgpt_torchrec.data.bags import USER, bags_of
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.data.reading.reader import read_group
@@ -28,6 +27,7 @@ from recgpt_torchrec.distributed import shared_folder
 from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import gather_objects, rank, world_size
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.model.recgpt import RecGPT
 from recgpt_torchrec.prompts.prompting import Intervals, intervals_of, known_intervals, table_of
 from recgpt_torchrec.storage import filesystem, folders
 from recgpt_torchrec.storage.finished import check_same, differences, find_finished
@@ -179,16 +179,16 @@ class Filler(Protocol):
 
 
 class UserVectors:
-    """User vectors from the sharded table. Lookups are collective, so every rank makes the same number.
+    """User vectors from the sharded tables. Lookups are collective, so every rank makes the same number.
 
     Args:
-        table: sharded user table, one id per bag.
+        model: sharded.
         counts: number of users of each pool, in order, by rank.
         device: of this rank.
     """
 
-    def __init__(self, table: nn.Module, counts: list[list[int]], device: torch.device) -> None:
-        self.table, self.device = table, device
+    def __init__(self, model: RecGPT, counts: list[list[int]], device: torch.device) -> None:
+        self.model, self.device = model, device
         self.lookups_left = max(sum(self._count_lookups(users) for users in pools) for pools in counts)
 
     @staticmethod
@@ -209,8 +209,7 @@ class UserVectors:
     @torch.no_grad()
     def _lookup(self, ids: Int64) -> Tensor:
         self.lookups_left -= 1
-        bags = bags_of(USER, ids, LOOKUP)  # padded with empty bags: the same number on every rank
-        return self.table(bags.to(self.device)).wait().values()[: ids.size].float().clone()
+        return self.model.look_up(self.device, users=ids, room=(LOOKUP, 0)).users
 
 
 class PreviousPrompts:
@@ -260,7 +259,7 @@ def write_prompts(
     record: dict[str, Any],
     *,
     fill: Filler | None,
-    user_table: nn.Module | None,
+    model: RecGPT | None,
     device: torch.device,
     pool_users: int,
     previous: Dataset | None = None,
@@ -274,7 +273,7 @@ def write_prompts(
         groups: its row groups.
         record: from `record_of`.
         fill: generates prompts; None where none are generated.
-        user_table: sharded user table, for `fill`.
+        model: sharded, whose user vectors `fill` gets.
         device: of this rank.
         pool_users: minimum number of users that are read and filled together.
         previous: an earlier prompt dataset whose prompts are reused.
@@ -284,9 +283,9 @@ def write_prompts(
     prompt_segments = () if record["source"] == "generated" else (EXPOSED,)
     pools = [pools_of(share_of(groups, r, world_size()), pool_users) for r in range(world_size())]
     vectors = None
-    if user_table is not None and fill is not None:
+    if model is not None and fill is not None:
         pool_sizes = [[sum(group.rows for group in pool) for pool in of_rank] for of_rank in pools]
-        vectors = UserVectors(user_table, pool_sizes, device)
+        vectors = UserVectors(model, pool_sizes, device)
     earlier = None if previous is None else PreviousPrompts(previous, k, max_len, answers)
     counted = PromptCounts()
 

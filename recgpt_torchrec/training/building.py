@@ -11,6 +11,7 @@ from recgpt_torchrec.config import Model, Pretrain, PromptTune, Tuning
 from recgpt_torchrec.config.defaults import tokens_of_rank, tokens_of_step
 from recgpt_torchrec.data.candidates import candidate_source
 from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.packed import Capacity
 from recgpt_torchrec.data.reading.damage import LIST, SetAside
 from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.stream import BatchMaker, SequenceStream
@@ -141,7 +142,7 @@ def build(
     model: Model,
     dataset: Dataset,
     *,
-    batch_size: int,
+    capacity: Capacity,
     device: torch.device,
     tuning: Tuning | None = None,
 ) -> tuple[nn.Module, KeyedOptimizer]:
@@ -151,7 +152,7 @@ def build(
         config: of the stage: loss, tables, optimizer and seed.
         model: the decoder's configuration.
         dataset: gives the numbers of users and items.
-        batch_size: number of bags of the largest feature per rank and step.
+        capacity: number of bags of a batch.
         device: of this rank.
         tuning: what prompt-tuning adds and trains; None: pre-training.
 
@@ -159,11 +160,11 @@ def build(
         InputError: a table cannot be sharded as configured.
     """
     torch.manual_seed(config.seed)
-    unsharded = RecGPT(model, config.loss, dataset.manifest.users, dataset.manifest.items, tuning)
+    unsharded = RecGPT(model, config.loss, dataset.manifest.users, dataset.manifest.items, tuning, capacity.item_keys)
     frozen = set() if tuning is None else {part for name, part in PARTS.items() if name not in tuning.trained}
     fuse_optimizers(unsharded, config.tables, device, frozen)
     fused = is_fused(config.tables.optimizer, device)
-    sharded = shard(unsharded, config.tables, batch_size=batch_size, device=device, fused=fused)
+    sharded = shard(unsharded, config.tables, bags=capacity.items, device=device, fused=fused)
     initialise_tables(sharded, config.tables.init_std_of, config.seed)
     return sharded, optimizers_of(sharded, config.tables, config.optimizer, frozen)
 

@@ -9,6 +9,7 @@ from recgpt_torchrec.checkpoints.folder import find_checkpoint, read_tensor_meta
 from recgpt_torchrec.checkpoints.settings import CheckpointSettings
 from recgpt_torchrec.config import Model, Pretrain, Sharding, Tuning
 from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.stream import TOKENS_PER_SEQUENCE
 from recgpt_torchrec.distributed.sharding import shard, table_name, tables_of
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import RecGPT
@@ -29,15 +30,25 @@ class Trained:
         return self.tuning is not None and self.tuning.prompts
 
 
-def load(checkpoint: str, dataset: Dataset, tables: Sharding, *, batch_size: int, device: torch.device) -> Trained:
+def load(
+    checkpoint: str,
+    dataset: Dataset,
+    tables: Sharding,
+    *,
+    bags: int,
+    device: torch.device,
+    item_keys: int = TOKENS_PER_SEQUENCE,
+) -> Trained:
     """Load the model of a checkpoint, on any number of ranks and with any sharding, without optimizers (collective).
 
     Args:
         checkpoint: its folder.
         dataset: with the vocabulary that the model was trained with.
         tables: how to shard the tables.
-        batch_size: number of bags of the largest feature per rank and step.
+        bags: number of items looked up at once, per rank.
         device: of this rank.
+        item_keys: number of keys that they are dealt to; by default, so that batches of histories to encode have few
+            empty bags.
 
     Raises:
         InputError: the checkpoint belongs to another dataset, or is damaged.
@@ -45,9 +56,9 @@ def load(checkpoint: str, dataset: Dataset, tables: Sharding, *, batch_size: int
     settings = CheckpointSettings.read(checkpoint)
     check_vocabulary(settings, checkpoint, dataset)
     manifest, tuning = dataset.manifest, settings.tuning
-    unsharded = RecGPT(settings.model, settings.loss, manifest.users, manifest.items, tuning)
+    unsharded = RecGPT(settings.model, settings.loss, manifest.users, manifest.items, tuning, item_keys)
     check_tables(unsharded, checkpoint, dataset)
-    model = shard(unsharded, tables, batch_size=batch_size, device=device, fused=False, trained=False)
+    model = shard(unsharded, tables, bags=bags, device=device, fused=False, trained=False)
     state = {"model": model.state_dict()}
     read_tensors(state, checkpoint)
     model.load_state_dict(state["model"])

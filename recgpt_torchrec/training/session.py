@@ -52,9 +52,8 @@ def train(
     """
     dataset = stream.dataset
     check_lost(dataset)
-    built, optimizer = build(
-        config, model, dataset, batch_size=stream.maker.capacity.items, device=device, tuning=tuning
-    )
+    capacity = stream.maker.capacity
+    built, optimizer = build(config, model, dataset, capacity=capacity, device=device, tuning=tuning)
     with run.claim_folder():
         trainer = Trainer(
             model=built,

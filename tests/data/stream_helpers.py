@@ -13,7 +13,7 @@ from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.split import SplitName
 from recgpt_torchrec.data.stream import BatchMaker, SequenceStream
 from recgpt_torchrec.data.windows import Position, Queue
-from tests.support import training_part
+from tests.support import items_of, training_part
 
 MAX_LEN = 6
 
@@ -52,7 +52,7 @@ def stream_of(
 
 def pairs(batch: SequenceBatch) -> Iterator[tuple]:
     """(user, history up to and including the input, target) of every target."""
-    bag_item = dict(enumerate(batch.items.values().tolist()))
+    bag_item = dict(enumerate(items_of(batch).tolist()))
     sequence, position = batch.sequence.flatten().tolist(), batch.position.flatten().tolist()
     item_bag = batch.item_bag.flatten().tolist()
     count = batch.targets  # the others are padding

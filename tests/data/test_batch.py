@@ -7,12 +7,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from recgpt_torchrec.data.bags import ITEM, USER
+from recgpt_torchrec.data.bags import bags_of
 from recgpt_torchrec.data.batch import SequenceBatch, make_batch
 from recgpt_torchrec.data.candidates import AllItems, Candidates, InBatch
 from recgpt_torchrec.data.histories import Histories, no_histories
-from recgpt_torchrec.data.packed import Capacity, FixedShape
+from recgpt_torchrec.data.packed import MOST_ITEM_KEYS, Capacity, FixedShape
+from tests.support import ids_by_bag, items_of
 
 ROW = 8
 ITEMS = 12
@@ -47,7 +49,7 @@ def build_batch_and_candidates(
     histories: Histories, predict: bool, how: str, predict_from: str = "every", layout: str = "grid"
 ) -> tuple[SequenceBatch, np.ndarray, np.ndarray]:
     """Make a batch; returns it with the candidates it must hold and their logQ."""
-    capacity = Capacity(users=8, items=ITEMS)
+    capacity = Capacity(users=8, items=ITEMS, item_keys=3)
     arguments: dict = {"row_length": ROW, "capacity": capacity, "predict": predict, "predict_from": predict_from}
     arguments |= LAYOUTS[layout]
     ids, log_q = np.zeros(0, np.int64), np.zeros(0, np.float32)
@@ -87,18 +89,6 @@ def expected(histories: Histories, predict: bool, predict_from: str = "every") -
     return sorted(entries, key=str)
 
 
-def ids_of_bags(kjt, key: str, capacity: int) -> list[int | None]:
-    """The one id of each bag; None: an empty bag."""
-    assert kjt.keys() == [key]
-    lengths = kjt.lengths().tolist()
-    assert len(lengths) == capacity and set(lengths) <= {0, 1}
-    values = iter(kjt.values().tolist())
-    bags = [next(values) if length else None for length in lengths]
-    filled = [value for value in bags if value is not None]
-    assert len(set(filled)) == len(filled), "an id is looked up twice"
-    return bags
-
-
 @given(
     cases(),
     st.sampled_from(["none", "all", "sampled", "in_batch"]),
@@ -108,7 +98,10 @@ def ids_of_bags(kjt, key: str, capacity: int) -> list[int | None]:
 def test_a_batch_equals_a_plain_loop(case, how, predict_from, layout):
     histories, predict = case
     batch, candidates, log_q = build_batch_and_candidates(histories, predict, how, predict_from, layout)
-    users, items = ids_of_bags(batch.users, USER, 8), ids_of_bags(batch.items, ITEM, ITEMS)
+    users, items = ids_by_bag(batch.bags)
+    assert len(users) >= 8 and len(items) >= ITEMS
+    for filled in ([id for id in ids if id is not None] for ids in (users, items)):
+        assert len(set(filled)) == len(filled), "an id is looked up twice"
     flat = {
         name: getattr(batch, name).flatten().tolist()
         for name in ("sequence", "position", "user_bag", "item_bag", "segment")
@@ -217,9 +210,29 @@ def test_a_batch_without_sequences_has_the_shape_of_any_other(how, layout):
     )
     for name in ("item_bag", "position", "target_slot", "target_bag", "candidate_bag", "target_candidate", "last_slot"):
         assert getattr(batch, name).dtype == getattr(full, name).dtype == torch.int64, name
-    for kjt, other in ((batch.users, full.users), (batch.items, full.items)):
-        assert kjt.lengths().shape == other.lengths().shape
-        assert (kjt.values().dtype, kjt.lengths().dtype) == (other.values().dtype, other.lengths().dtype)
+    bags, other = batch.bags, full.bags
+    assert bags.lengths().shape == other.lengths().shape
+    assert (bags.values().dtype, bags.lengths().dtype) == (other.values().dtype, other.lengths().dtype)
+
+
+@given(st.integers(1, 300), st.integers(1, 20_000), st.none() | st.integers(1, 9), st.data())
+def test_bags_lie_where_they_are_looked_for_and_few_are_empty(users, items, item_keys, data):
+    capacity = Capacity.of(users, items, item_keys)
+    assert capacity.item_keys == item_keys or item_keys is None and 1 <= capacity.item_keys <= MOST_ITEM_KEYS
+    if item_keys is None:
+        room = capacity.stride * (1 + capacity.item_keys)
+        assert room < users + items + capacity.stride + max(users, items // MOST_ITEM_KEYS)
+    user_ids, item_ids = (
+        np.random.default_rng(0).integers(0, 2**60, data.draw(st.integers(0, room))) for room in (users, items)
+    )
+    bags = bags_of(user_ids, item_ids, capacity)
+    in_users, in_items = ids_by_bag(bags)
+    assert len(in_users) >= users and len(in_items) >= items
+    assert in_users[: user_ids.size] == user_ids.tolist() and set(in_users[user_ids.size :]) <= {None}
+    assert in_items[: item_ids.size] == item_ids.tolist() and set(in_items[item_ids.size :]) <= {None}
+    plain = KeyedJaggedTensor(keys=bags.keys(), values=bags.values(), lengths=bags.lengths())
+    assert (bags.stride(), bags.length_per_key()) == (plain.stride(), plain.length_per_key())
+    assert bags.offset_per_key() == plain.offset_per_key()
 
 
 @pytest.mark.parametrize(
@@ -262,7 +275,7 @@ def test_moving_a_batch_keeps_every_field():
     moved = batch.to(torch.device("cpu"))
     assert moved.histories is batch.histories and moved.cursor == batch.cursor
     assert torch.equal(moved.item_bag, batch.item_bag)
-    assert torch.equal(moved.items.values(), batch.items.values())
+    assert torch.equal(moved.bags.values(), batch.bags.values())
 
 
 def test_answers_that_are_not_the_target_become_its_soft_targets():
@@ -283,7 +296,7 @@ def test_answers_that_are_not_the_target_become_its_soft_targets():
         predict_from="interacted",
         soft_targets=0.4,
     )
-    items = batch.items.values()
+    items = items_of(batch)
     assert items[batch.target_bag].tolist() == [2, 3, 5]
     # Item 3 answered after 2 is the target, and so is 5 after 4: nothing is left to share with.
     assert items[batch.soft_bag].tolist() == [[7, 8], [9, 3], [5, 5]]

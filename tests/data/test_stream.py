@@ -23,7 +23,7 @@ from recgpt_torchrec.data.stream import SequenceStream
 from recgpt_torchrec.data.windows import Cursor, Position, Queue, RowGroup, deal_windows, windows_of
 from recgpt_torchrec.errors import InputError
 from tests.data.stream_helpers import MAX_LEN, expected_pairs, pairs, read_until_stopped, stream_of
-from tests.support import start_forkserver, walks, write_dataset
+from tests.support import items_of, start_forkserver, walks, write_dataset
 
 layouts = st.fixed_dictionaries(
     {
@@ -101,8 +101,8 @@ def test_a_row_holds_the_same_targets_as_a_grid_batch_by_batch(tmp_path, layout,
     for grid, row in zip(in_grid.batches(1), in_row.batches(1), strict=True):
         assert Counter(pairs(grid)) == Counter(pairs(row)) and grid.targets == row.targets
         assert grid.cursor == row.cursor
-        drawn = row.items.values()[row.candidate_bag[: grid.candidate_bag.numel()]]
-        assert torch.equal(grid.items.values()[grid.candidate_bag], drawn)
+        drawn = items_of(row)[row.candidate_bag[: grid.candidate_bag.numel()]]
+        assert torch.equal(items_of(grid)[grid.candidate_bag], drawn)
         shapes.add(tuple(tuple(value.shape) for value in vars(row).values() if isinstance(value, torch.Tensor)))
     empty = in_row.maker.empty()
     shapes.add(tuple(tuple(value.shape) for value in vars(empty).values() if isinstance(value, torch.Tensor)))
@@ -122,7 +122,7 @@ def test_a_run_resumed_on_as_many_ranks_reads_the_same_batches(tmp_path):
         assert len(rest) == len(whole) - stop
         for batch, other in zip(rest, whole[stop:], strict=True):
             assert list(pairs(batch)) == list(pairs(other))
-            assert batch.items.values().tolist() == other.items.values().tolist()  # the negatives too
+            assert items_of(batch).tolist() == items_of(other).tolist()  # the negatives too
             assert batch.candidate_log_q.tolist() == other.candidate_log_q.tolist()
 
 
@@ -190,7 +190,7 @@ def test_evaluation_encodes_each_history_once_with_its_held_out_item(tmp_path, s
     for rank in range(3):
         for batch in stream.batches(rank=rank, world_size=3):
             assert batch.target_slot.numel() == 0
-            encoded, items = batch.histories, batch.items.values()
+            encoded, items = batch.histories, items_of(batch)
             for s, user in enumerate(encoded.users.tolist()):
                 own = batch.sequence == s
                 order = batch.position[own].argsort()
@@ -361,7 +361,7 @@ def test_answers_stay_beside_their_items_whatever_is_cut_and_shuffled(tmp_path, 
     )
     seen = 0
     for batch in stream.batches(0, Position(0)):
-        items, inputs = batch.items.values(), batch.item_bag.flatten()
+        items, inputs = items_of(batch), batch.item_bag.flatten()
         for slot, target, soft, weight in zip(
             batch.target_slot.tolist(), batch.target_bag, batch.soft_bag, batch.soft_weight, strict=True
         ):

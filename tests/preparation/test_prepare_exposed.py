@@ -29,7 +29,7 @@ from recgpt_torchrec.prepare import summary
 from recgpt_torchrec.prompts.prompting import intervals_of, table_of
 from tests.preparation.prepare_helpers import make, random_log, read_keys, read_sequences, write_csv
 from tests.preparation.test_prepare_bad_input import message
-from tests.support import change_json, write_dataset
+from tests.support import change_json, items_of, write_dataset
 
 
 class Event(NamedTuple):
@@ -369,7 +369,7 @@ def test_no_target_is_an_item_that_was_only_shown(tmp_path: Path, k: int) -> Non
         if split == "training":
             batch = maker.make(histories)
             owner = batch.histories.users[batch.sequence.flatten()[batch.target_slot].numpy()]
-            targets = batch.items.values()[batch.target_bag].numpy()
+            targets = items_of(batch)[batch.target_bag].numpy()
         else:
             assert histories.held_out is not None
             owner, targets = histories.users, histories.held_out

@@ -14,6 +14,7 @@ from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.stream import BatchMaker
 from recgpt_torchrec.retrieval.interests import append_generated, predict_interests, recall_items
 from recgpt_torchrec.retrieval.merging import merge_quota
+from tests.support import items_of
 
 
 def test_what_is_found_does_not_depend_on_how_many_users_are_scored_at_once(monkeypatch):
@@ -54,7 +55,7 @@ class Repeats(torch.nn.Module):
         self.catalogue = catalogue
 
     def forward(self, batch):
-        newest = batch.items.values()[batch.item_bag.flatten()[batch.last_slot]]
+        newest = items_of(batch)[batch.item_bag.flatten()[batch.last_slot]]
         vectors = self.catalogue.vectors_of(newest)
         return None, (None, vectors)
 

@@ -45,6 +45,11 @@ class SwitchableGuard(FiniteGuard):
         return super()._guard_rows(module, inputs) if self.on else None
 
 
+def capacity_of(options: argparse.Namespace) -> Capacity:
+    """Room for the ids of a batch."""
+    return Capacity.of(options.tokens // 32, options.tokens + options.negatives)
+
+
 def draw_always(candidates: Candidates) -> Callable[[np.ndarray], Candidates]:
     """A function that draws the same candidates for any targets."""
     return lambda targets: candidates
@@ -65,7 +70,7 @@ def cycle_batches(options: argparse.Namespace) -> Iterator[SequenceBatch]:
         batch = make_batch(
             histories,
             row_length=64,
-            capacity=Capacity(users, users * 32 + options.negatives),
+            capacity=capacity_of(options),
             predict=True,
             draw=draw_always(negatives),
         )
@@ -99,9 +104,7 @@ def main() -> None:
             tables=Tables(sharding=options.sharding, optimizer=options.optimizer),
         )
         dataset = Dataset(path="", manifest=Manifest(users=USERS, items=options.items))
-        model, optimizer = build(
-            config, config.model, dataset, batch_size=options.tokens + options.negatives, device=device
-        )
+        model, optimizer = build(config, config.model, dataset, capacity=capacity_of(options), device=device)
         measure(model, optimizer, device, cycle_batches(options), shared[0], options)
 
 

@@ -71,7 +71,7 @@ class Training:
         self.whole_stream = training_stream(config, config.model, self.dataset, tokens.rank, execution)
         self.stream = self._first(steps) if steps is not None else self.whole_stream
         self.model, optimizer = build(
-            config, config.model, self.dataset, batch_size=self.stream.maker.capacity.items, device=device
+            config, config.model, self.dataset, capacity=self.stream.maker.capacity, device=device
         )
         self.trainer = Trainer(
             model=self.model,
