@@ -200,7 +200,8 @@ class Share:
         """The row groups that the batch with this cursor was read from, if `left` was left of its queue before."""
         windows_done = len(self.source.queues[cursor.worker].windows) - len(left.windows)
         touched = left.windows[: cursor.windows_done - windows_done + (cursor.offset > 0)]
-        return [group for piece in touched for group in self.source.windows[piece.window].groups]
+        # A queue may hold several pieces of a window.
+        return list(dict.fromkeys(group for piece in touched for group in self.source.windows[piece.window].groups))
 
 
 class SequenceStream:

@@ -18,12 +18,9 @@ from tests.support import start_forkserver, walks, write_dataset
 
 
 def leaves(batch: SequenceBatch) -> dict[str, torch.Tensor]:
-    """Every tensor of a batch, those of the jagged ones too."""
+    """Every tensor of a batch, those of the jagged one too."""
     found = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-    for name in ("users", "items"):
-        jagged = getattr(batch, name)
-        found |= {f"{name}.values": jagged.values(), f"{name}.lengths": jagged.lengths()}
-    return found
+    return found | {"bags.values": batch.bags.values(), "bags.lengths": batch.bags.lengths()}
 
 
 def storages(batch: SequenceBatch) -> set[int]:
