@@ -77,10 +77,10 @@ class Sharding:
     """How the embedding tables are sharded over ranks."""
 
     sharding: Literal["auto", "data_parallel", "table_wise", "column_wise", "row_wise"] = changeable("auto")
-    """How to shard each table. auto: a copy on every rank if the table has at most data_parallel_mb and a training step
-    looks up about as many rows as it has, otherwise blocks of columns (of rows, if the columns are not equal blocks of
-    a multiple of 4). data_parallel: a copy on every rank. table_wise: the whole table on one rank. column_wise,
-    row_wise: a block of columns or rows on each rank."""
+    """How to shard each table. auto: up to data_parallel_mb a copy on every rank, or the whole table on one of at most
+    four ranks if a training step looks up a part of it; above that blocks of columns (of rows, if the columns are not
+    equal blocks of a multiple of 4). data_parallel: a copy on every rank. table_wise: the whole table on one rank.
+    column_wise, row_wise: a block of columns or rows on each rank."""
     data_parallel_mb: float = changeable(32.0)
     """Size up to which auto copies a table to every rank, in MiB."""
 

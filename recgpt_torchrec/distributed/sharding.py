@@ -32,17 +32,20 @@ class Sharder(EmbeddingBagCollectionSharder):
 
 COPIED_BYTES = 2**20
 """Size up to which `auto` copies a trained table, whatever a step looks up of it."""
+FEW_RANKS = 4
+"""Number of ranks up to which one of them can look up a whole table for all."""
 
 
 def sharding_type(tables: Sharding, rows: int, dim: int, world_size: int, bags: int | None = None) -> str:
     """The sharding type of one table.
 
-    auto: data-parallel up to `data_parallel_mb`, if a step looks up as many rows as the table has; beyond that
-    column-wise, whose traffic for one-id bags does not grow with the number of ranks, unlike that of row-wise; row-wise
-    where the columns are not equal blocks of a multiple of 4.
+    auto, up to `data_parallel_mb`: a copy on every rank; but for a table of which a step looks up a part, the whole
+    table on one of a few ranks: a copy's gradient is exchanged whole, and its optimizer visits every row. A step with
+    768 tokens per rank, tables of 12,101 and 22,363 x 64 and 3,000 negatives took 66 ms on two ranks with copies and 40
+    so. (Blocks of columns take as long, but keep a moment of row-wise Adagrad each: results would depend on the ranks.)
 
-    A copy's gradient is exchanged whole, and its optimizer visits every row. A step with 768 tokens a rank, tables of
-    12,101 and 22,363 x 64 and 3,000 negatives took 66 ms on two ranks with copies and 44 with blocks of columns.
+    auto, beyond that: column-wise, whose traffic for one-id bags does not grow with the number of ranks, unlike that of
+    row-wise; row-wise where the columns are not equal blocks of a multiple of 4.
 
     Args:
         tables: the options.
@@ -52,11 +55,11 @@ def sharding_type(tables: Sharding, rows: int, dim: int, world_size: int, bags: 
     """
     if tables.sharding != "auto":
         return tables.sharding
-    size = rows * dim * 4
-    # Fused kernels read four numbers at a time, so other widths are trained in copies only.
-    copied = bags is None or rows <= bags or size <= COPIED_BYTES or dim % 4
-    if copied and size <= tables.data_parallel_mb * 2**20:
-        return ShardingType.DATA_PARALLEL.value
+    if rows * dim * 4 <= tables.data_parallel_mb * 2**20:
+        # Fused kernels read four numbers at a time, so other widths are trained in copies only.
+        looks_up_part = bags is not None and rows > bags and rows * dim * 4 > COPIED_BYTES and dim % 4 == 0
+        whole = looks_up_part and world_size <= FEW_RANKS
+        return (ShardingType.TABLE_WISE if whole else ShardingType.DATA_PARALLEL).value
     blocks_fit = dim % (4 * world_size) == 0
     return (ShardingType.COLUMN_WISE if blocks_fit or rows < world_size else ShardingType.ROW_WISE).value
 
