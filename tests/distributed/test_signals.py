@@ -58,7 +58,8 @@ def test_a_signal_on_any_rank_saves_the_run_and_the_same_command_resumes_to_the_
     assert run_ranks(train_until_signal, 2, free_port(), data, str(alone), None) == [0, 0]
     assert run_ranks(train_until_signal, 2, free_port(), data, str(stopped), "training") == [STOPPED] * 2
     first = Checkpoints(str(stopped), 2).latest()
-    assert first is not None and 6 <= int(first[-8:]) <= 9
+    # Sent after step 5; a busy machine may hand it over a few steps of 10 ms later.
+    assert first is not None and 6 <= int(first[-8:]) <= 14
     assert run_ranks(train_until_signal, 2, free_port(), data, str(stopped), "validating") == [STOPPED] * 2
     second = Checkpoints(str(stopped), 2).latest()
     assert second is not None and int(second[-8:]) > int(first[-8:])
