@@ -167,10 +167,10 @@ class Train:
     """How attention is computed. dense: on a padded grid, with a mask. varlen: flash attention on the tokens alone, on
     CUDA in bf16, without attention dropout. auto: varlen where it is possible, else dense."""
     fused_loss: bool | Literal["auto"] = changeable("auto")
-    """Compute the softmax loss on CUDA in one kernel that never writes the scores to memory (needs Triton). auto: where
-    it is possible."""
+    """Compute the softmax loss on CUDA in kernels that never write the scores to memory (needs Triton). auto: where it
+    is possible and estimated to be faster, for vectors up to about 128 wide."""
     compile: bool = changeable(False)
-    """Compile the decoder and the loss with torch.compile; the first steps then take a minute or more."""
+    """Compile the decoder with torch.compile; the first steps then take a minute or more."""
     profile: int = changeable(0)
     """Number of steps to trace, after the first 10 of the run, on rank 0; the trace and a table of the largest
     operations are in profile/ in the output folder. 0: none."""

@@ -10,6 +10,7 @@ b % keys. In a row of the looked-up vectors, [stride, user and items], those of 
 """
 
 import re
+from functools import cache
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ def names_of_keys(number: int) -> list[str]:
     return [f"{ITEM}_{index}" for index in range(number)]
 
 
+@cache
 def table_of(key: str) -> str:
     """The table whose vectors a key of looked-up vectors holds: `item_3`, or `item_3@output` if tables share keys."""
     return re.sub(r"^.*@|_\d+$", "", key)

@@ -35,7 +35,7 @@ def prefetch(source: Callable[[int], Iterator[T]], settings: Stream) -> Iterator
     Raises:
         InputError: raised by a worker, after all batches that it made before; or a loader process was killed.
     """
-    pins = torch.cuda.is_available()
+    pins = torch.cuda.is_initialized()  # a process that computes on CPU does not begin to use a GPU for this
     if settings.workers == 0:
         batches = source(0)
         yield from prefetch_in_thread(map(pin, batches) if pins else batches, settings.prefetch)

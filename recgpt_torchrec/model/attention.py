@@ -46,7 +46,7 @@ class DenseAttention:
 
     def __init__(self, sequence: Tensor) -> None:
         number = sequence.float()
-        # In floating point, and without boolean masks, which torch does not vectorise on CPU: 0.1 ms instead of 0.4
+        # In floating point, and without boolean masks, which torch does not vectorise on CPU: 0.11 ms instead of 0.21
         # for [24, 64, 64].
         differs = (number[:, :, None] - number[:, None, :]).abs_().clamp_(max=1)
         self.visible = differs.neg_().add_(1).tril_()
@@ -73,7 +73,8 @@ class DenseAttention:
 class _DroppedAttention(torch.autograd.Function):
     """Attention with dropout on CPU, where torch falls back to more passes over the scores.
 
-    Forward and backward of [24, 2, 64, 64] scores: 1.3 ms, composed of torch's operations 2.6.
+    Forward and backward of [24, 2, 64, 64] scores on one core: 1.9 ms, composed of torch's operations 2.4, by torch's
+    own function 5.1.
     """
 
     @staticmethod

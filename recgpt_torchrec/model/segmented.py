@@ -22,21 +22,20 @@ BLOCK = 64
 """Slots per block."""
 
 
-def history_mean(x: Tensor, position: Tensor, decay: Tensor | float, max_seqlen: int, block: int = BLOCK) -> Tensor:
-    """Causal means with weights exp(-decay x age), the age counted in slots; decay 0 gives the plain mean.
+def history_mean(x: Tensor, position: Tensor, decay: Tensor | None, max_seqlen: int) -> Tensor:
+    """Causal means with weights exp(-decay x age), the age counted in slots.
 
     Args:
         x: [tokens, dim] floating point; sequences end to end. Computed in float32, whatever the dtype.
         position: [tokens] int, number of slots before this one in its sequence: `varlen.slot_position`. This is not the
             position of the embedding, which prompts repeat.
-        decay: [] float32, at least 0, with or without a gradient; or a number.
+        decay: [] float32, at least 0, with or without a gradient; None: all weigh the same.
         max_seqlen: maximum number of slots per sequence; `position` is below it.
-        block: slots per block.
 
     Returns:
         [tokens, dim] float32.
     """
-    tokens, dim = x.shape
+    (tokens, dim), block = x.shape, BLOCK
     fill = -tokens % block
     with torch.autocast(x.device.type, enabled=False):
         blocks = F.pad(x.float(), (0, 0, 0, fill)).view(-1, block, dim)
@@ -45,31 +44,29 @@ def history_mean(x: Tensor, position: Tensor, decay: Tensor | float, max_seqlen:
         age = slot[:, None] - slot[None, :]
         within = place >= torch.where(age >= 0, age, torch.inf)  # a slot of the same block and sequence, not later
         last_place = place[:, -1]
-        if not isinstance(decay, Tensor) and decay:
-            decay = torch.full((), decay, device=x.device)
-        if isinstance(decay, Tensor):
+        if decay is not None:
             weights = torch.where(within, torch.exp(-decay * age.clamp(min=0)), 0.0)
             entering = torch.where(place > slot[:, None], torch.exp(-decay * (slot + 1))[:, None], 0.0)
             norm = weights.sum(-1, keepdim=True)
-            norm = torch.addcmul(norm, entering, _left_sums(norm[:, -1], last_place, decay, max_seqlen, block))
+            norm = torch.addcmul(norm, entering, _left_sums(norm[:, -1], last_place, decay, max_seqlen))
         else:
             weights, entering, norm = within.float(), (place > slot[:, None]).float(), place + 1
         mean = torch.bmm(weights / norm, blocks)
-        left = _left_sums(mean[:, -1] * norm[:, -1], last_place, decay, max_seqlen, block)
+        left = _left_sums(mean[:, -1] * norm[:, -1], last_place, decay, max_seqlen)
         return torch.addcmul(mean, entering / norm, left).view(-1, dim)[:tokens]
 
 
-def _left_sums(last: Tensor, place: Tensor, decay: Tensor | float, max_seqlen: int, block: int) -> Tensor:
+def _left_sums(last: Tensor, place: Tensor, decay: Tensor | None, max_seqlen: int) -> Tensor:
     """Sums up to the last slot of the block before each block, [blocks, 1, width]; zeros before the first.
 
     Args:
         last: [blocks, width] sums up to each block's last slot, over that slot's sequence in this block alone.
         place: [blocks, 1] float32 positions of the last slots.
-        decay, max_seqlen, block: as in `history_mean`.
+        decay, max_seqlen: as in `history_mean`.
     """
-    shift = 1
+    shift, block = 1, BLOCK
     while shift * block < max_seqlen:
-        factor = torch.exp(-decay * (shift * block)) if isinstance(decay, Tensor) else 1.0
+        factor = 1.0 if decay is None else torch.exp(-decay * (shift * block))
         reaches = torch.where(place >= shift * block, factor, 0.0)
         last = torch.addcmul(last, reaches, F.pad(last, (0, 0, shift, 0))[: len(last)])
         shift *= 2

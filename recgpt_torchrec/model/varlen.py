@@ -121,4 +121,4 @@ class VarlenAttention:
 
     def mean(self, values: Tensor, decay: Tensor | None = None) -> Tensor:
         """See `Attention`; [1, slots, dim]."""
-        return history_mean(values[0], self.position, 0.0 if decay is None else decay, self.max_seqlen)[None]
+        return history_mean(values[0], self.position, decay, self.max_seqlen)[None]

@@ -29,6 +29,7 @@ from recgpt_torchrec import storage
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.windows import RowGroup
 from recgpt_torchrec.distributed.processes import gather_objects
+from recgpt_torchrec.model.waiting import waits
 from recgpt_torchrec.training.optimizers import torch_optimizers
 
 DECODER = "a gradient of the decoder"
@@ -47,16 +48,16 @@ class FiniteGuard:
     `guard.read()` returns the parts of the steps since the last call that were not finite
     """
 
-    def __init__(self, dense: nn.Module, device: torch.device, hold: bool = False, on_host: bool | None = None) -> None:
+    def __init__(self, dense: nn.Module, device: torch.device, hold: bool = False) -> None:
         """
         Args:
             dense: called with looked-up rows, tensors [bags, dim], among its arguments; returns the loss first.
             device: of this rank.
             hold: whether all steps after one that is not finite change nothing either, until the flags are read.
-            on_host: whether flags are read in the backward; None: on CPU.
         """
         self.dense, self.hold = dense, hold
-        self.on_host = device.type == "cpu" if on_host is None else on_host
+        self.on_host = not waits(device)
+        """Whether flags are read in the backward."""
         self.group = dist.new_group()  # its own, so that it does not queue behind gradients
         self.bad = torch.zeros((), dtype=torch.bool, device=device)
         """[] bool: whether any rank found a non-finite value in the newest step, or (with `hold`) in one before."""
@@ -85,7 +86,7 @@ class FiniteGuard:
         assert self._loss is not None
         decoder = [p.grad for p in self.dense.parameters()]
         kinds = [[self._loss], [g for g in rows if g is not None], [g for g in decoder if g is not None]]
-        local = torch.stack([_any_not_finite([value for value in some if value.numel()]) for some in kinds])
+        local = torch.stack([_any_not_finite([value for value in some if value.numel()], self.bad) for some in kinds])
         agreed = local.float()
         if dist.get_world_size() > 1:
             dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.group)
@@ -118,10 +119,10 @@ class FiniteGuard:
         ]
 
 
-def _any_not_finite(values: list[Tensor]) -> Tensor:
-    """[] bool: whether any value of some tensors, at least one, is infinite or NaN."""
+def _any_not_finite(values: list[Tensor], like: Tensor) -> Tensor:
+    """[] bool, on the device of `like` [] bool: whether any value of some tensors is infinite or NaN."""
     if not values:
-        return torch.zeros((), dtype=torch.bool)
+        return torch.zeros_like(like)
     if values[0].device.type == "cuda":  # one kernel for all
         return ~torch.stack(torch._foreach_norm(values, ord=math.inf)).isfinite().all()
     if sum(value.numel() for value in values) < SMALL:  # one pass over a copy instead of one for each of 30 tensors

@@ -10,6 +10,7 @@ from torch import nn
 from recgpt_torchrec.data.dataset import Manifest
 from recgpt_torchrec.distributed.sharding import table_name, tables_of
 from recgpt_torchrec.model.recgpt import unwrapped
+from recgpt_torchrec.training.building import Tokens
 from recgpt_torchrec.training.execution import Execution
 
 
@@ -19,9 +20,7 @@ def header(
     device: torch.device,
     execution: Execution,
     *,
-    tokens: int,
-    chosen: bool,
-    epoch_tokens: float,
+    tokens: Tokens,
     epochs: int,
     validates: bool = True,
 ) -> str:
@@ -32,9 +31,7 @@ def header(
         manifest: of the dataset.
         device: of this rank.
         execution: how steps are computed.
-        tokens: maximum number of tokens in a batch, per rank.
-        chosen: whether `auto` chose that number.
-        epoch_tokens: about the number of tokens of one epoch, over all ranks.
+        tokens: of a batch.
         epochs: maximum number of epochs.
         validates: whether epochs are validated, so that training may stop early.
     """
@@ -50,8 +47,8 @@ def header(
         tables.append(f"{table_name(key)} {rows:,} x {dim} {types[table_name(key)]}")
         total += rows * dim * value.dtype.itemsize
     without = manifest.preparation.get("split", {}).get("items_without_target", 0)
-    steps = max(1, math.ceil(epoch_tokens / (tokens * ranks)))
-    auto = f" (auto: {steps:,} steps an epoch)" if chosen else ""
+    steps = max(1, math.ceil(tokens.epoch / (tokens.rank * ranks)))
+    auto = f" (auto: {steps:,} steps an epoch)" if tokens.step is not None else ""
     return "\n".join(
         [
             f"Training on {ranks} rank{'s' * (ranks > 1)}, {name}",
@@ -60,7 +57,7 @@ def header(
             f"  decoder  {parameters:,} parameters",
             f"  tables   {', '.join(tables)}; {total / 2**20:,.1f} MiB of weights",
             f"  compute  {execution}",
-            f"  tokens   {tokens:,} per rank{auto}",
+            f"  tokens   {tokens.rank:,} per rank{auto}",
             f"  epochs   {'at most' if validates else 'all'} {epochs}, about {steps:,} steps each",
             *([f"  targets  {without:,} of the items are never one, see the summary of prepare"] if without else []),
             *([] if validates else ["  nothing is held out for validation: the newest checkpoint is the result"]),

@@ -31,8 +31,8 @@ DATA, LOOKUP, DECODER, LOSS = "data wait", "lookup", "decoder", "loss"
 BACKWARD, OPTIMIZER, COMMUNICATION = "backward", "optimizer", "communication"
 PARTS = (DATA, LOOKUP, DECODER, LOSS, BACKWARD, OPTIMIZER, COMMUNICATION)
 """Parts of a step. data wait: for this rank's own batches. lookup: rows of the tables, with their exchange. decoder,
-loss: forward; one part, `decoder`, where they are compiled. communication: exchange of ids and counts, copies to the
-device, waits for other ranks outside of the other parts."""
+loss: forward; both are `decoder` where it is compiled. communication: exchange of ids and counts, copies to the device,
+waits for other ranks outside of the other parts."""
 PIPELINE = {"_backward": BACKWARD, "_optimizer_step": OPTIMIZER}
 """Methods of the train pipeline that are parts."""
 RECORDED = ("targets_per_s", "tokens_per_s", "share_of_peak", "memory_mib", "host_memory_mib", "split")

@@ -76,17 +76,7 @@ def train(
             begin(trainer)
         epochs, validates = config.train.epochs, validation is not None
         log_message(
-            header(
-                built,
-                dataset.manifest,
-                device,
-                execution,
-                tokens=tokens.rank,
-                chosen=tokens.step is not None,
-                epoch_tokens=tokens.epoch,
-                epochs=epochs,
-                validates=validates,
-            )
+            header(built, dataset.manifest, device, execution, tokens=tokens, epochs=epochs, validates=validates)
         )
         trainer.fit(None if validation is None else validation(built), metric)
         if (set_aside := stream.maker.reader.set_aside) is not None:

@@ -87,7 +87,7 @@ def test_where_there_is_a_gpu_every_batch_is_pinned_by_one_copy(stream, workers,
         pinned.append(torch.empty(size, dtype=torch.uint8))
         return pinned[-1]
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(loading, "_pinned_memory", allocate)
     if workers:
         start_forkserver()

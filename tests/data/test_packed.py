@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from recgpt_torchrec.data.packed import SORTED, number_distinct
+from recgpt_torchrec.data.packed import number_distinct
 
 PACK_WITHOUT = """
 import sys
@@ -31,22 +31,11 @@ def test_histories_are_packed_where_neither_torchrec_nor_arrow_is_installed():
     assert done.stdout.strip() == "[7, 3, 5] [3, 7, 7] 3"
 
 
-@pytest.mark.parametrize("items", [1, 50, 10**4, 2**62], ids=["one item", "few", "many", "ids of any size"])
-@pytest.mark.parametrize("count", [0, 1, SORTED - 1, SORTED, 30_000])
-def test_distinct_ids_are_numbered_as_by_sorting(count, items):
-    ids = np.random.default_rng(0).integers(items, size=count)
-    distinct, index = number_distinct("item", ids, 30_000)
-    assert np.array_equal(np.sort(distinct), np.unique(ids))
-    assert np.array_equal(distinct[index], ids) and (distinct.dtype, index.dtype) == (np.int64, np.int64)
-    assert np.array_equal(number_distinct("item", ids.copy(), 30_000)[0], distinct)
-
-
-@pytest.mark.parametrize("count", [100, 2 * SORTED])
-def test_consecutive_ids_and_multiples_of_powers_of_two_are_numbered_in_few_rounds(count):
-    """Hashes of such ids are the likeliest to collide."""
-    for ids in (np.arange(count), np.arange(count) << 32, np.arange(count) * 2**12, np.repeat(np.arange(count), 3)):
-        distinct, index = number_distinct("item", ids, count)
-        assert np.array_equal(np.sort(distinct), np.unique(ids)) and np.array_equal(distinct[index], ids)
+@pytest.mark.parametrize("ids", [[], [7], [5, 2**62, 5, 0, 2**62]])
+def test_distinct_ids_are_numbered_by_order(ids):
+    distinct, index = number_distinct("item", np.array(ids, dtype=np.int64), 3)
+    assert distinct.tolist() == sorted(set(ids)) and (distinct.dtype, index.dtype) == (np.int64, np.int64)
+    assert distinct[index].tolist() == ids
 
 
 def test_more_distinct_ids_than_there_is_room_for_are_refused():

@@ -6,6 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from recgpt_torchrec.model import segmented
 from recgpt_torchrec.model.attention import DenseAttention
 from recgpt_torchrec.model.segmented import BLOCK, history_mean
 
@@ -39,7 +40,9 @@ def by_loop(x: Tensor, position: Tensor, decay: Tensor) -> Tensor:
 def test_it_is_the_formula_with_the_gradients_of_values_and_decay(lengths, decay, block):
     x, position = values(sum(lengths)), positions(lengths)
     rate = torch.tensor(decay, requires_grad=True)
-    ours, reference = history_mean(x, position, rate, max(lengths), block), by_loop(x, position, rate)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segmented, "BLOCK", block)
+        ours, reference = history_mean(x, position, rate, max(lengths)), by_loop(x, position, rate)
     torch.testing.assert_close(ours.double(), reference, rtol=1e-5, atol=1e-5)
     weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
     mine = torch.autograd.grad((ours * weights).sum(), (x, rate))
@@ -49,12 +52,12 @@ def test_it_is_the_formula_with_the_gradients_of_values_and_decay(lengths, decay
     torch.testing.assert_close(mine[1], theirs[1], rtol=1e-4, atol=1e-6 * scale)
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.3])
-def test_a_plain_number_gives_what_the_grid_gives(decay):
+@pytest.mark.parametrize("decay", [None, torch.tensor(0.3)])
+def test_it_gives_what_the_grid_gives(decay):
     lengths, width = [40, 24, 64, 1, 63], 64
     x = values(192)
     sequence = torch.repeat_interleave(torch.arange(5), torch.tensor(lengths)).view(-1, width)
-    grid = DenseAttention(sequence).mean(x.view(3, width, -1), torch.as_tensor(decay)).view(192, -1)
+    grid = DenseAttention(sequence).mean(x.view(3, width, -1), decay).view(192, -1)
     ours = history_mean(x, positions(lengths), decay, 64)
     torch.testing.assert_close(ours, grid, rtol=1e-5, atol=1e-6)
     weights = torch.randn(grid.shape, generator=torch.Generator().manual_seed(1))

@@ -16,8 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from recgpt_torchrec import pretrain
 from recgpt_torchrec.config import Loss, Model, Pretrain, Tables, Train, TrainingBatch
-from recgpt_torchrec.model import loss as losses
-from recgpt_torchrec.training.finite import FiniteGuard
+from recgpt_torchrec.model import waiting
 from recgpt_torchrec.training.meter import LOG_EVERY
 from recgpt_torchrec.training.schedule import Schedule
 from tests.support import walks, write_dataset
@@ -62,8 +61,8 @@ class Waits(TorchDispatchMode):
 
 
 def watch_steps(monkeypatch: pytest.MonkeyPatch) -> Waits:
-    """Count what steps `FIRST` to `LAST` of the next run ask for, with flags kept on the device as on CUDA."""
-    waits, set_rates, make_guard = Waits(), Schedule.set_rates, FiniteGuard.__init__
+    """Count what steps `FIRST` to `LAST` of the next run ask for, with everything kept on the device as on CUDA."""
+    waits, set_rates = Waits(), Schedule.set_rates
     for name in WAITING_METHODS:
         plain = getattr(torch.Tensor, name)
 
@@ -84,11 +83,8 @@ def watch_steps(monkeypatch: pytest.MonkeyPatch) -> Waits:
             waits.__exit__(None, None, None)
         return set_rates(self, steps, progress)
 
-    def make(self: FiniteGuard, *args: Any, **more: Any) -> None:
-        make_guard(self, *args, **{**more, "on_host": False})
-
     monkeypatch.setattr(Schedule, "set_rates", watched)
-    monkeypatch.setattr(FiniteGuard, "__init__", make)
+    monkeypatch.setattr(waiting, "WITHOUT_WAITING", ())
     return waits
 
 
@@ -98,7 +94,6 @@ def test_a_steady_step_waits_for_nothing_but_torchrecs_splits(
 ) -> None:
     write_dataset(tmp_path / "data", walks(400, 30, longest=14), items=30)
     waits = watch_steps(monkeypatch)
-    monkeypatch.setattr(losses, "WITHOUT_WAITING", ())
     pretrain.main(
         Pretrain(
             data=str(tmp_path / "data"),
