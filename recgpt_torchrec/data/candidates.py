@@ -32,6 +32,14 @@ class Candidates:
     """Whether `ids` is the whole catalogue, in order."""
 
 
+def id_range(count: int, rank: int, ranks: int) -> tuple[int, int]:
+    """The first and the one past the last of the ids 0 to `count` - 1 that a rank scores, of `ranks` ranks.
+
+    Example: `id_range(10, 1, 3)` is `(3, 6)`
+    """
+    return count * rank // ranks, count * (rank + 1) // ranks
+
+
 def no_candidates() -> Candidates:
     """An empty candidate set."""
     return Candidates(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32))

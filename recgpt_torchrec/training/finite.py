@@ -6,7 +6,8 @@ changed yet. The ranks agree by one all-reduce of three numbers. If any rank fou
 a zero gradient, which changes nothing (except the moments of a fused Adam, and weight decay of tables), and no other
 optimizer steps.
 
-On CUDA nothing of this stops the host: flags stay on X On CPU they are read at once, which costs nothing there.
+On CUDA nothing of this stops the host: flags stay on the device, and are read where the loss is logged. On CPU they are
+read at once, which costs nothing there.
 
 It costs the step 2 to 3% on two ranks and two idle cores (tools.benchmarks.safety, steps of 100 ms, d = 64): checking
 the values takes 0.3 ms, the rest is one more synchronisation of the ranks.

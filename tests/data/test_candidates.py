@@ -22,6 +22,7 @@ from recgpt_torchrec.data.candidates import (
     ItemStatistics,
     LogUniform,
     Uniform,
+    id_range,
     no_candidates,
     training_counts,
 )
@@ -250,3 +251,10 @@ def test_item_counts_that_are_damaged_are_refused(changes: dict[str, list[Any] |
     pq.write_table(pa.table({name: values for name, values in columns.items() if values is not None}), path)
     with pytest.raises(InputError, match=f"items/part-00000.parquet.*{message}"):
         training_counts(dataset)
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(10, 3), (1, 4), (12_101, 2), (7, 7)])
+def test_id_ranges_cover_every_id_once_and_differ_by_one_at_most(count, ranks):
+    ranges = [id_range(count, rank, ranks) for rank in range(ranks)]
+    assert [i for first, stop in ranges for i in range(first, stop)] == list(range(count))
+    assert max(stop - first for first, stop in ranges) - min(stop - first for first, stop in ranges) <= 1
