@@ -191,6 +191,21 @@ def test_a_list_is_words_or_one_word_or_yaml(tmp_path: Path) -> None:
     assert parsed(PromptTune, "--config", str(path)).tuning.trained == ["users"]
 
 
+def test_whole_numbers_may_be_written_as_1e8(tmp_path: Path, capsys: Any) -> None:
+    assert parsed(Pretrain, "--loss.negatives", "1e4", "--batch.tokens", "4.096e3").loss.negatives == 10_000
+    assert parsed(Pretrain, "--batch.tokens=4.096e3").batch.tokens == 4096
+    assert parsed(Pretrain, "--batch.tokens", "auto").batch.tokens == "auto"
+    assert parsed(Evaluate, "--ks", "1e1", "50").ks == [10, 50]
+    path = tmp_path / "c.yaml"
+    path.write_text("{loss: {negatives: 1e4}, batch: {tokens: 4.096e+3}, optimizer: {lr: 1e-3}}")
+    config = parsed(Pretrain, "--config", str(path))
+    assert (config.loss.negatives, config.batch.tokens, config.optimizer.lr) == (10_000, 4096, 1e-3)
+    assert parsed(Pretrain, "--data", "1e4").data == "1e4"  # text stays text
+    for value in ("1.5", "1e-1", "1e400", "nan", "inf"):
+        said = refused(capsys, Pretrain, [*REQUIRED[Pretrain], "--loss.negatives", value])
+        assert said == f"--loss.negatives is {value}; it must be a whole number"
+
+
 def test_later_options_win_over_files_and_a_files_group_over_that_of_the_file_below_it(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("{seed: 3, model: {layers: 3, dim: 32}, optimizer: {lr: 1e-4}}")
     (tmp_path / "mine.yaml").write_text("config: base.yaml\nmodel: {layers: 2}\ninitial: null\n")
