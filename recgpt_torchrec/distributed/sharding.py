@@ -15,8 +15,11 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterCons
 from torchrec.distributed.types import ShardedTensor, ShardingEnv, ShardingPlan, ShardingType
 
 from recgpt_torchrec.config import Sharding
+from recgpt_torchrec.distributed.processes import run_on_first_rank
 from recgpt_torchrec.errors import InputError
 
+UNLIMITED = 2**46
+"""Bytes of memory that hold any table."""
 INIT_BLOCK = 4096
 """Rows of a table whose initial values come from one random stream."""
 
@@ -64,23 +67,31 @@ def sharding_type(tables: Sharding, rows: int, dim: int, world_size: int, bags: 
     return (ShardingType.COLUMN_WISE if blocks_fit or rows < world_size else ShardingType.ROW_WISE).value
 
 
-def plan(
+def make_plan(
     model: nn.Module,
     tables: Sharding,
     bags: int,
-    device: torch.device,
+    *,
+    world_size: int,
+    local_world_size: int,
+    device_type: str,
+    hbm_bytes: int | None = None,
     fused: bool = True,
     trained: bool = True,
 ) -> ShardingPlan:
-    """Plan the sharding of every table of `model` on rank 0, for all ranks (collective).
+    """Plan the sharding of every table of `model`; needs neither a process group nor a device.
 
     Args:
-        model, tables, bags, device, fused, trained: as for `shard`.
+        model: its tables may be on the meta device.
+        tables, bags, fused, trained: as for `shard`.
+        world_size: number of ranks.
+        local_world_size: number of ranks per node.
+        device_type: of the ranks, `cpu` or `cuda`.
+        hbm_bytes: memory of each GPU; None: enough for any table.
 
     Raises:
         InputError: a table cannot be sharded as `tables` says.
     """
-    world_size = dist.get_world_size()
     constraints, keys = {}, 1
     for module in model.modules():
         if isinstance(module, EmbeddingBagCollection):
@@ -110,14 +121,14 @@ def plan(
                 )
     topology = Topology(
         world_size=world_size,
-        local_world_size=_local_world_size(world_size),
-        compute_device=device.type,
-        hbm_cap=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
-        ddr_cap=2**46,
+        local_world_size=local_world_size,
+        compute_device=device_type,
+        hbm_cap=(hbm_bytes or UNLIMITED) if device_type == "cuda" else None,
+        ddr_cap=UNLIMITED,
     )
     batch_size = -(-bags // keys)  # of each feature, for the planner's estimates
     planner = EmbeddingShardingPlanner(topology=topology, batch_size=batch_size, constraints=constraints)
-    sharding_plan = planner.collective_plan(model, [Sharder()], dist.GroupMember.WORLD)
+    sharding_plan = planner.plan(model, [Sharder()])
     if not fused:
         for module in sharding_plan.plan.values():
             for table in module.values():
@@ -126,8 +137,37 @@ def plan(
     return sharding_plan
 
 
-def _local_world_size(world_size: int) -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+def plan(
+    model: nn.Module,
+    tables: Sharding,
+    bags: int,
+    device: torch.device,
+    fused: bool = True,
+    trained: bool = True,
+) -> ShardingPlan:
+    """Plan the sharding of every table of `model` on rank 0, for all ranks (collective).
+
+    Args:
+        model, tables, bags, device, fused, trained: as for `shard`.
+
+    Raises:
+        InputError: a table cannot be sharded as `tables` says.
+    """
+    world_size = dist.get_world_size()
+    hbm = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    return run_on_first_rank(
+        lambda: make_plan(
+            model,
+            tables,
+            bags,
+            world_size=world_size,
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+            device_type=device.type,
+            hbm_bytes=hbm,
+            fused=fused,
+            trained=trained,
+        )
+    )
 
 
 def shard(

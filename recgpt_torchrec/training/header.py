@@ -1,14 +1,13 @@
 """The header logged before the first step: ranks, data, size of the model, length of an epoch."""
 
 import math
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from recgpt_torchrec.data.dataset import Manifest
-from recgpt_torchrec.distributed.sharding import table_name, tables_of
+from recgpt_torchrec.distributed.placements import Placement, table_text
 from recgpt_torchrec.model.recgpt import unwrapped
 from recgpt_torchrec.training.building import Tokens
 from recgpt_torchrec.training.execution import Execution
@@ -20,17 +19,19 @@ def header(
     device: torch.device,
     execution: Execution,
     *,
+    placed: list[Placement],
     tokens: Tokens,
     epochs: int,
     validates: bool = True,
 ) -> str:
-    """The lines logged before training: ranks, data, decoder, tables, epochs (collective).
+    """The lines logged before training: ranks, data, decoder, tables, epochs.
 
     Args:
         model: sharded.
         manifest: of the dataset.
         device: of this rank.
         execution: how steps are computed.
+        placed: where the tables are.
         tokens: of a batch.
         epochs: maximum number of epochs.
         validates: whether epochs are validated, so that training may stop early.
@@ -38,14 +39,7 @@ def header(
     ranks = dist.get_world_size()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     others = manifest.entries - manifest.interactions
-    plan: Any = model.plan
-    types = {table: shard.sharding_type for module in plan.plan.values() for table, shard in module.items()}
     parameters = sum(parameter.numel() for parameter in unwrapped(model).dense.parameters())
-    tables, total = [], 0
-    for key, value in tables_of(model).items():
-        rows, dim = value.size()
-        tables.append(f"{table_name(key)} {rows:,} x {dim} {types[table_name(key)]}")
-        total += rows * dim * value.dtype.itemsize
     without = manifest.preparation.get("split", {}).get("items_without_target", 0)
     steps = max(1, math.ceil(tokens.epoch / (tokens.rank * ranks)))
     auto = f" (auto: {steps:,} steps an epoch)" if tokens.step is not None else ""
@@ -55,7 +49,7 @@ def header(
             f"  data     {manifest.users:,} users, {manifest.items:,} items, {manifest.interactions:,} interactions"
             + (f", {others:,} prompts or shown items" if others > 0 else ""),
             f"  decoder  {parameters:,} parameters",
-            f"  tables   {', '.join(tables)}; {total / 2**20:,.1f} MiB of weights",
+            "  tables   " + table_text(placed).replace("\n", "\n" + " " * len("  tables   ")),
             f"  compute  {execution}",
             f"  tokens   {tokens.rank:,} per rank{auto}",
             f"  epochs   {'at most' if validates else 'all'} {epochs}, about {steps:,} steps each",
