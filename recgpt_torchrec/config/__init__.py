@@ -5,6 +5,7 @@ Other modules import the dataclasses from here, not from the files.
 """
 
 from recgpt_torchrec.config.model import Loss, Model
+from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.prepare import Prepare
 from recgpt_torchrec.config.prompts import GeneratePrompts, Prompts, PromptTune, Tuning
 from recgpt_torchrec.config.retrieval import HNSW, IVF, Evaluate, Export, Recall, Retrieve
@@ -29,6 +30,7 @@ __all__ = [
     "Loss",
     "Model",
     "Optimizer",
+    "Plan",
     "Prepare",
     "Pretrain",
     "PromptTune",

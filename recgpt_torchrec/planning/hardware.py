@@ -5,7 +5,7 @@ reaches of a rated bandwidth is assumed (`MEMORY_SHARE`, `LINK_SHARE`), and prin
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -91,7 +91,7 @@ class Hardware:
         return (
             f"{self.kind} {memory}, {self.precision} {self.peak / 1e12:,.3g} TFLOP/s x {self.efficiency:.0%}, memory "
             f"{self.bandwidth / 1e9:,.4g} GB/s x {self.memory_rate / self.bandwidth:.0%}, links "
-            f"{self.within / 1e9:,.3g} GB/s within a node and {self.between / 1e9:,.3g} between nodes x {LINK_SHARE:.0%}"
+            f"{self.within / 1e9:,.3g} GB/s within a node and {self.between / 1e9:,.3g} between x {LINK_SHARE:.0%}"
         )
 
 
@@ -125,6 +125,11 @@ def hardware_of(plan: Plan) -> Hardware:
         within=(plan.nvlink or within) * 1e9,
         between=plan.interconnect * 1e9,
     )
+
+
+def of_cluster(hardware: Hardware, ranks_per_node: int) -> Hardware:
+    """The same hardware with another number of ranks per node, which share a node's memory on CPU."""
+    return replace(hardware, hbm=hardware.host / ranks_per_node) if hardware.device_type == "cpu" else hardware
 
 
 def precision_of(plan: Plan) -> Precision:

@@ -176,7 +176,9 @@ def _step(workload: Workload, sharded: Sharded, hardware: Hardware) -> list[Item
     return [
         Item("lookups", 2 * sent + 4 * received, phase="step", note="vectors sent, received, regrouped; gradients"),
         Item("activations", kept + scores, phase="step", note=f"{model.layers} layers, {workload.tokens:,} tokens"),
-        Item("loss", vectors + logits, phase="step", note=f"{candidates:,} candidates, logits {logits / 2**20:,.0f} MiB"),
+        Item(
+            "loss", vectors + logits, phase="step", note=f"{candidates:,} candidates, logits {logits / 2**20:,.0f} MiB"
+        ),
     ]
 
 

@@ -53,9 +53,7 @@ class StepTime:
         return max(sum(part.seconds for part in self.parts), *(part.seconds for part in self.beside))
 
 
-def estimate_step_time(
-    workload: Workload, sharded: Sharded, traffic: list[Traffic], hardware: Hardware
-) -> StepTime:
+def estimate_step_time(workload: Workload, sharded: Sharded, traffic: list[Traffic], hardware: Hardware) -> StepTime:
     """Estimate the time of one training step."""
     parts = [
         _lookup(workload, sharded, hardware),
@@ -71,7 +69,9 @@ def estimate_step_time(
     beside = [_exchange(ids, hardware)] if ids.total else []
     if hardware.device_type == "cuda":
         beside.append(
-            TimePart("launches", operations * LAUNCH_SECONDS, f"{operations:,} operations x {LAUNCH_SECONDS * 1e6:.0f} us")
+            TimePart(
+                "launches", operations * LAUNCH_SECONDS, f"{operations:,} operations x {LAUNCH_SECONDS * 1e6:.0f} us"
+            )
         )
     loading = LOADER_SECONDS * workload.tokens / workers
     beside.append(
@@ -85,8 +85,8 @@ def _roofline(name: str, hardware: Hardware, flops: float, size: float) -> TimeP
     computing, moving = flops / hardware.flop_rate, size / hardware.memory_rate
     counts = f"{_si(flops)}FLOP at {_si(hardware.flop_rate)}FLOP/s" if flops else ""
     bytes_ = f"{_si(size)}B at {_si(hardware.memory_rate)}B/s" if size else ""
-    longer = f"{counts} (or {bytes_})" if computing >= moving else f"{bytes_}" + (f" (or {counts})" if counts else "")
-    return TimePart(name, max(computing, moving), longer)
+    first, second = (counts, bytes_) if computing >= moving else (bytes_, counts)
+    return TimePart(name, max(computing, moving), f"{first} (longer than {second})" if second else first)
 
 
 def _lookup(workload: Workload, sharded: Sharded, hardware: Hardware) -> TimePart:
@@ -96,7 +96,7 @@ def _lookup(workload: Workload, sharded: Sharded, hardware: Hardware) -> TimePar
         bags = bags_of_table(workload, placement.table)
         used = workload.sequences if placement.table == "user" else workload.distinct_items
         sent = exchanged_rows(placement, bags, workload.plan.ranks)
-        # Forward: read used rows, write and read what is sent, write, regroup; backward alike, then read and write rows.
+        # Forward: read used rows, write and read what is sent, write, regroup. Backward: alike, then update the rows.
         size += 4.0 * placement.dim * (4 * used + 4 * sent + 6 * bags)
     return _roofline("lookup", hardware, 0.0, size)
 
@@ -105,7 +105,9 @@ def _decoder(workload: Workload, hardware: Hardware) -> TimePart:
     model, flops = workload.plan.model, workload.flops
     itemsize = 3 if hardware.precision == "bf16" else 4  # of the passes about half are in float32
     passes = 3 * model.layers * (PASSES + FEED_FORWARD_PASSES * model.feed_forward) + 3 * 16
-    return _roofline("decoder", hardware, flops.decoder + flops.attention, passes * workload.tokens * model.dim * itemsize)
+    return _roofline(
+        "decoder", hardware, flops.decoder + flops.attention, passes * workload.tokens * model.dim * itemsize
+    )
 
 
 def _loss(workload: Workload, hardware: Hardware) -> TimePart:

@@ -68,7 +68,7 @@ def _ids_sent(placement: Placement, used: int, bags: int, ranks: int) -> float:
 
 
 def _rows_sent(placement: Placement, bags: int, ranks: int) -> float:
-    """Rows [dim] that the busiest rank sends to the others for one table, in the forward; the backward sends as many."""
+    """Rows [dim] that the busiest rank sends to the others for one table, in the forward; as many in the backward."""
     if placement.sharding == "table_wise":  # the rank that has it sends to all others
         return bags * (ranks - 1.0)
     return exchanged_rows(placement, bags, ranks) * (ranks - 1) / ranks

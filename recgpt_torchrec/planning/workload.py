@@ -105,9 +105,7 @@ class Workload:
     def meta_model(self) -> RecGPT:
         """The model on the meta device."""
         with torch.device("meta"):
-            return RecGPT(
-                self.plan.model, self.plan.loss, self.users, self.items, item_keys=self.capacity.item_keys
-            )
+            return RecGPT(self.plan.model, self.plan.loss, self.users, self.items, item_keys=self.capacity.item_keys)
 
     @cached_property
     def dense_parameters(self) -> int:
