@@ -74,9 +74,9 @@ def train(
             log_message(f"Resuming from {resumed}")
         else:
             begin(trainer)
-        epochs, validates = config.train.epochs, validation is not None
+        validates = validation is not None
         log_message(
-            header(built, dataset.manifest, device, execution, tokens=tokens, epochs=epochs, validates=validates)
+            header(built, dataset.manifest, device, execution, tokens=tokens, train=config.train, validates=validates)
         )
         trainer.fit(None if validation is None else validation(built), metric)
         if (set_aside := stream.maker.reader.set_aside) is not None:
