@@ -127,7 +127,7 @@ class Trainer:
     def _run_epoch(self, log: RunLog, validate: Callable[[], dict[str, float]] | None, metric: str) -> None:
         """Train the rest of an epoch, or as much of it as the run has; validate within it and at its end, and save."""
         progress, train = self.progress, self.train
-        epoch, first, started = progress.position.epoch, progress.step, time.perf_counter()
+        epoch, started = progress.position.epoch, time.perf_counter()
         lockstep, validate_s = self._open_epoch(), 0.0
         while True:
             with self.execution.applied():
@@ -143,11 +143,6 @@ class Trainer:
                 self._save_within_epoch()
         partial = lockstep.has_next()
         lockstep.close()
-        if not partial and progress.step == first and self.length.steps and progress.position.queues is None:
-            raise InputError(
-                f"{self.stream.dataset.path}: an epoch has no step, because nobody has an interaction in the training "
-                "part. Train on a dataset with some, or give --train.epochs instead of --train.steps"
-            )
         speed, train_s = self.meter.epoch(), time.perf_counter() - started - validate_s
         last = self.length.has_all_steps(progress) or self.length.is_last_epoch(epoch)
         record = {"epoch": epoch + 1, "step": progress.step, **({PARTIAL: True} if partial else {})}

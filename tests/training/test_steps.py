@@ -225,11 +225,3 @@ def test_the_header_tells_steps_and_epochs(data: Path, tmp_path: Path, capfd: An
     said = capfd.readouterr().out
     assert "  steps    at most 15, about " in said and "epochs\n" in said
     assert "  validation on all users, every 4 steps\n" in said
-
-
-def test_a_dataset_without_a_training_part_does_not_run_for_ever(tmp_path: Path, capfd: Any) -> None:
-    write_dataset(tmp_path / "data", [[0, 1, 2]] * 9, hold_out="time", starts=[(0, 1)] * 9)
-    options = {"--data": tmp_path / "data", "--output": tmp_path / "run", **PLAIN, "--train.steps": 5}
-    assert stage("pretrain", options) == 2
-    said = capfd.readouterr().err
-    assert "an epoch has no step" in said and "--train.epochs" in said
