@@ -101,12 +101,22 @@ class Train:
     """Length of the training, and what ends it early."""
 
     epochs: int = 20
-    """Number of passes over the training part of the dataset."""
+    """Number of passes over the training part of the dataset; no limit where train.steps is given."""
+    steps: int = 0
+    """Number of optimizer steps after which the run ends, wherever in an epoch that is; the learning-rate schedule
+    spans them. For logs too large to be read several times. 0: the run ends after train.epochs epochs."""
     patience: int = 10
-    """Number of epochs without a better validation NDCG@10 after which training stops; 0: never stop early. Where
-    nothing is held out for validation, all epochs are trained and the newest checkpoint is the result."""
+    """Number of epochs without a better validation NDCG@10 after which training stops, at the end of an epoch; 0: never
+    stop early. Epochs are counted also where train.validate_steps validates within them. Where nothing is held out for
+    validation, the whole run is trained and the newest checkpoint is the result."""
     validate_every: int = 1
-    """Number of epochs between validations."""
+    """Number of epochs between validations at the end of an epoch."""
+    validate_steps: int = 0
+    """Number of optimizer steps between validations within an epoch, in addition to those at the ends of epochs. Each
+    saves a checkpoint, which may become the best. 0: none."""
+    validate_users: int = 0
+    """Number of users to validate on: a sample of those with a validation item, drawn by the seed, the same in every
+    validation and on any number of ranks. 0: all of them."""
     non_finite: Literal["stop", "skip"] = changeable("stop")
     """What to do when the loss or a gradient of a step is not finite. stop: end the run. skip: leave the step out.
     Tables and decoder stay as they were before the step, except that fused tables with weight decay still decay."""
@@ -135,7 +145,15 @@ class Train:
     def __post_init__(self) -> None:
         for name in ("epochs", "validate_every", "timeout_seconds"):
             at_least(f"--train.{name}", getattr(self, name), 1)
-        for name in ("patience", "non_finite_limit", "stall_seconds", "profile"):
+        for name in (
+            "steps",
+            "validate_steps",
+            "validate_users",
+            "patience",
+            "non_finite_limit",
+            "stall_seconds",
+            "profile",
+        ):
             at_least(f"--train.{name}", getattr(self, name), 0)
 
 

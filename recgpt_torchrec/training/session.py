@@ -76,7 +76,7 @@ def train(
             log_message(f"Resuming from {resumed}")
         else:
             begin(trainer)
-        epochs, validates = config.train.epochs, validation is not None
+        validates = validation is not None
         log_message(
             header(
                 built,
@@ -85,7 +85,7 @@ def train(
                 execution,
                 placed=placed,
                 tokens=tokens,
-                epochs=epochs,
+                train=config.train,
                 validates=validates,
             )
         )
