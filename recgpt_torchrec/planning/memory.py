@@ -27,6 +27,7 @@ PROCESS = {"cuda": 3.0 * GIB, "cpu": 0.6 * GIB}
 RECORD = 256 * 2**20
 """Largest piece of a table that is written at once where a checkpoint is saved without a copy."""
 Phase = Literal["always", "step", "validation"]
+Place = Literal["device", "host"]
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,14 @@ class Memory:
     hardware: Hardware
     ranks_per_node: int
 
-    def total(self, place: Literal["device", "host"], phase: Phase | None = None) -> float:
+    def total(self, place: Place, phase: Phase | None = None) -> float:
         """Bytes at the peak, or in one phase: what is always there, and what the phase adds."""
         sums = dict.fromkeys(("always", "step", "validation"), 0.0)
         for item in self.items:
             sums[item.phase] += getattr(item, place)
-        more = {None: max(sums["step"], sums["validation"]), "always": 0.0}
-        return sums["always"] + (more[phase] if phase in more else sums[phase])
+        if phase is None:
+            return sums["always"] + max(sums["step"], sums["validation"])
+        return sums["always"] + (0.0 if phase == "always" else sums[phase])
 
     @property
     def device_limit(self) -> float:
@@ -66,7 +68,7 @@ class Memory:
     @property
     def host_total(self) -> float:
         """Bytes of host memory on one node, if all its ranks are as full."""
-        place: Literal["device", "host"] = "device" if self.hardware.device_type == "cpu" else "host"
+        place: Place = "device" if self.hardware.device_type == "cpu" else "host"
         return self.total(place) * self.ranks_per_node
 
     @property
@@ -89,7 +91,9 @@ def estimate_memory(workload: Workload, sharded: Sharded, hardware: Hardware) ->
     plan, cuda = workload.plan, hardware.device_type == "cuda"
     parameters = 4.0 * workload.dense_parameters
     items = [
-        Item("process", **_on(cuda, CUDA_CONTEXT + FRAGMENTATION * hardware.hbm * GIB, PROCESS["cuda"])),
+        Item("process", CUDA_CONTEXT + FRAGMENTATION * hardware.hbm * GIB, PROCESS["cuda"])
+        if cuda
+        else Item("process", PROCESS["cpu"]),
         *_tables(sharded, plan.tables.optimizer),
         Item("decoder weights", parameters),
         Item("decoder gradients", parameters, note="DDP's buckets, which are the gradients"),
@@ -97,16 +101,10 @@ def estimate_memory(workload: Workload, sharded: Sharded, hardware: Hardware) ->
         *_batches(workload, cuda),
         *_step(workload, sharded, hardware),
     ]
-    if not cuda:
-        items[0] = Item("process", PROCESS["cpu"])
     state = sum(item.device + item.host for item in items if item.name.startswith(("table ", "decoder w", "decoder A")))
     items.append(_checkpoint(plan.saving.asynchronous, state, Memory(items, hardware, plan.gpus), cuda))
     items += _validation(workload, sharded, Memory(items, hardware, plan.gpus))
     return Memory(items, hardware, plan.gpus)
-
-
-def _on(cuda: bool, device: float, host: float) -> dict[str, float]:
-    return {"device": device, "host": host} if cuda else {"device": host}
 
 
 def _tables(sharded: Sharded, optimizer: str) -> list[Item]:
@@ -140,7 +138,7 @@ def _batches(workload: Workload, cuda: bool) -> list[Item]:
     window = 6 * 8 * groups * (workload.history + 3)  # ids, times, and copies while it is shuffled
     note = f"{ahead} batches read ahead, 2 windows of {groups:,} users"
     read = ahead * one + 2 * window
-    return [Item("batches", **_on(cuda, 3 * one, read), note=note)]
+    return [Item("batches", 3 * one, read, note=note) if cuda else Item("batches", read, note=note)]
 
 
 def exchanged_rows(placement: Placement, bags: int, ranks: int) -> float:
@@ -202,13 +200,14 @@ def _varlen(workload: Workload, hardware: Hardware) -> bool:
 
 def _checkpoint(asynchronous: bool, state: float, so_far: Memory, cuda: bool) -> Item:
     """The copy that a checkpoint is written from, or, where it does not fit, what is written at once."""
-    place = "host" if cuda else "device"
+    place: Place = "host" if cuda else "device"
     limit = so_far.host_limit if cuda else so_far.device_limit * so_far.ranks_per_node
     fits = (so_far.total(place) + state) * so_far.ranks_per_node <= limit
-    if asynchronous and fits:
-        return Item("checkpoint copy", **{place: state}, note="asynchronous saving")
-    why = "asynchronous saving does not fit" if asynchronous else "--saving.asynchronous false"
-    return Item("checkpoint copy", **{place: min(state, RECORD)}, note=f"{why}: a record at a time")
+    size, note = state, "asynchronous saving"
+    if not (asynchronous and fits):
+        why = "asynchronous saving does not fit" if asynchronous else "--saving.asynchronous false"
+        size, note = min(state, RECORD), f"{why}: a record at a time"
+    return Item("checkpoint copy", *((0.0, size) if cuda else (size, 0.0)), note=note)
 
 
 def _validation(workload: Workload, sharded: Sharded, so_far: Memory) -> list[Item]:
