@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.types import PlannerError
@@ -231,12 +232,16 @@ def shard(
         fused: whether sharded tables are updated in the backward; False: by a separate optimizer, or not at all.
         trained: whether they are trained, which decides what `auto` copies.
     """
+    if tables.communication == "bf16" and device.type != "cuda":
+        raise InputError("--tables.communication bf16 needs CUDA: gloo sends fp32 and fp16; give fp16")
+    precision = CommType[tables.communication.upper()]
+    codecs = get_qcomm_codecs_registry(QCommsConfig(precision, precision), device=device)
     return DistributedModelParallel(
         model,
         env=ShardingEnv.from_process_group(dist.GroupMember.WORLD),
         device=device,
         plan=plan(model, tables, bags, device, fused, trained),
-        sharders=[Sharder()],
+        sharders=[Sharder(qcomm_codecs_registry=codecs)],
         init_parameters=True,
         # static_graph, DMP's default, would freeze the first step's graph, and a rank may start with an empty batch.
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
