@@ -41,6 +41,8 @@ DENSE = "dense"
 """torchrec's kernel for copies, and for tables that are not updated in the backward."""
 UNLIMITED = 2**46
 """Bytes of memory that hold any table."""
+GRADIENT_SCALE = 1024.0
+"""Factor of gradients sent as float16: those of a mean over 32,768 targets are below 1e-6, where it has few digits."""
 INIT_BLOCK = 4096
 """Rows of a table whose initial values come from one random stream."""
 
@@ -232,20 +234,30 @@ def shard(
         fused: whether sharded tables are updated in the backward; False: by a separate optimizer, or not at all.
         trained: whether they are trained, which decides what `auto` copies.
     """
-    if tables.communication == "bf16" and device.type != "cuda":
-        raise InputError("--tables.communication bf16 needs CUDA: gloo sends fp32 and fp16; give fp16")
-    precision = CommType[tables.communication.upper()]
-    codecs = get_qcomm_codecs_registry(QCommsConfig(precision, precision), device=device)
     return DistributedModelParallel(
         model,
         env=ShardingEnv.from_process_group(dist.GroupMember.WORLD),
         device=device,
         plan=plan(model, tables, bags, device, fused, trained),
-        sharders=[Sharder(qcomm_codecs_registry=codecs)],
+        sharders=[Sharder(qcomm_codecs_registry=_codecs(tables.communication, device))],
         init_parameters=True,
         # static_graph, DMP's default, would freeze the first step's graph, and a rank may start with an empty batch.
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
     )
+
+
+def _codecs(communication: str, device: torch.device) -> Any:
+    """What encodes vectors and gradients on their way between ranks; None: nothing.
+
+    Raises:
+        InputError: the device cannot send them so.
+    """
+    if communication == "bf16" and device.type != "cuda":
+        raise InputError("--tables.communication bf16 needs CUDA: gloo sends fp32 and fp16. Give fp16")
+    precision = CommType[communication.upper()]
+    scale = GRADIENT_SCALE if communication == "fp16" else None
+    config = QCommsConfig(forward_precision=precision, backward_precision=precision, backward_loss_scale=scale)
+    return get_qcomm_codecs_registry(config, device=device)
 
 
 def table_name(parameter: str) -> str:
