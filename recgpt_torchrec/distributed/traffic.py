@@ -1,4 +1,4 @@
-"""Bytes that ranks send to each other per training step, by formula: lookups of each table, and the decoder's gradients.
+"""Bytes that ranks send each other per training step, by formula: lookups of each table, and gradients of the decoder.
 
 Knows placements and numbers alone; `tools/benchmarks/traffic.py` holds the formulas against what runs send.
 
