@@ -68,6 +68,11 @@ class Size(NamedTuple):
         """Of the weights."""
         return self.rows * self.dim * self.itemsize
 
+    @property
+    def half(self) -> bool:
+        """Whether its weights are float16."""
+        return self.itemsize == 2
+
 
 class Choice(NamedTuple):
     """How one table is sharded."""
@@ -98,8 +103,15 @@ def choose(
     chosen = {}
     for table, size in sizes.items():
         kind = options.sharding_of(table)
+        if size.half and bags is not None and not fused:
+            raise InputError(
+                "--tables.precision fp16 needs a --tables.optimizer that is fused into the backward: rowwise_adagrad, "
+                "adagrad or sgd; adam is on CUDA only"
+            )
         if kind == "auto":
             chosen[table] = choose_automatically(size, ranks, bags=bags, fused=fused, copied=copied, big=big)
+            if reason := why_not(chosen[table].kind, size, ranks, fused):
+                _refuse(table, kind, reason, size, ranks, fused)
         elif kind == PLANNER:
             if fused and size.dim % NARROWEST:
                 _refuse(table, PLANNER, _narrow(size), size, ranks, fused)
@@ -118,7 +130,8 @@ def choose_automatically(size: Size, ranks: Ranks, *, bags: int | None, fused: b
     Up to `copied` bytes: a copy on every rank; but for a table of which a step looks up a part, the whole table on one
     of a few ranks: a copy's gradient is exchanged whole, and its optimizer visits every row. A step with 768 tokens per
     rank, tables of 12,101 and 22,363 x 64 and 3,000 negatives took 66 ms on two ranks with copies and 40 so. (Blocks of
-    columns take as long, but keep a moment of row-wise Adagrad each: results would depend on the ranks.)
+    columns take as long, but keep a moment of row-wise Adagrad each: results would depend on the ranks.) float16 is
+    never copied in training, since torch's optimizers would keep float16 moments.
 
     Beyond that, on one node: column-wise, whose vectors for one-id bags do not grow with the number of ranks, unlike
     row-wise, where each rank sends the sums of its rows for the bags of all ranks, [ranks x bags, dim].
@@ -135,7 +148,10 @@ def choose_automatically(size: Size, ranks: Ranks, *, bags: int | None, fused: b
         copied: size up to which a table may be copied to every rank, in bytes.
         big: bytes of all tables beyond that size.
     """
-    if size.bytes <= copied:
+    if size.bytes <= copied and size.half and fused:
+        if ranks.world_size <= FEW_RANKS:
+            return Choice(TABLE)
+    elif size.bytes <= copied:
         part = bags is not None and size.rows > bags and size.bytes > COPIED_BYTES and size.dim % NARROWEST == 0
         return Choice(TABLE if part and ranks.world_size <= FEW_RANKS else COPY)
     if fused and size.dim % NARROWEST:
@@ -168,7 +184,7 @@ def block_numbers(dim: int, most: int) -> list[int]:
 def why_not(kind: str, size: Size, ranks: Ranks, fused: bool) -> str | None:
     """The reason why a table cannot be sharded with a type; None: it can."""
     if kind == COPY:
-        return None
+        return "the moments of a trained copy would be fp16, as --tables.precision is" if fused and size.half else None
     if fused and size.dim % NARROWEST:
         return _narrow(size)
     if kind == COLUMNS and size.dim % (ranks.world_size * NARROWEST):
@@ -195,8 +211,6 @@ def _blocks(kind: str, size: Size, ranks: Ranks) -> int:
 
 def _refuse(table: str, kind: str, reason: str, size: Size, ranks: Ranks, fused: bool) -> NoReturn:
     others = (ROWS, NODE_ROWS, COLUMNS, TABLE, COPY)
-    would = next(other for other in others if why_not(other, size, ranks, fused) is None)
-    raise InputError(
-        f"the {table} table cannot be sharded {OPTION_NAMES.get(kind, kind)}: {reason}. "
-        f"--tables.{table}.sharding {would} would fit"
-    )
+    would = next((other for other in others if why_not(other, size, ranks, fused) is None), None)
+    remedy = f"--tables.{table}.sharding {would} would fit" if would else "Use another --model.dim"
+    raise InputError(f"the {table} table cannot be sharded {OPTION_NAMES.get(kind, kind)}: {reason}. {remedy}")
