@@ -12,6 +12,7 @@ from typing import Literal
 
 from recgpt_torchrec.catalogue.catalogue import LOOKUP, RANKED_SCORES
 from recgpt_torchrec.distributed.placements import Placement
+from recgpt_torchrec.distributed.sharding_types import COPY
 from recgpt_torchrec.model.fused_loss import picoseconds_per_logit
 from recgpt_torchrec.model.loss import CHUNK, CHUNK_BFLOAT16, CHUNK_CUDA
 from recgpt_torchrec.planning.hardware import GIB, Hardware
@@ -122,7 +123,7 @@ def _tables(sharded: Sharded, optimizer: str) -> list[Item]:
         )
         if placement.kernel == "dense":
             weights = 4.0 * placement.rows * placement.dim
-            if placement.sharding != "data_parallel":
+            if placement.sharding != COPY:
                 weights *= size / max(placement.total_bytes, 1)
             items.append(Item(f"gradient of {placement.table}", weights, note="dense: of every row"))
     return items
@@ -142,10 +143,8 @@ def _batches(workload: Workload, cuda: bool) -> list[Item]:
 
 
 def exchanged_rows(placement: Placement, bags: int, ranks: int) -> float:
-    """Rows [dim] that a rank holds to send at once: for row-wise sharding one partial sum per bag of every rank."""
-    if placement.sharding == "data_parallel":
-        return 0.0
-    return bags * (ranks if placement.sharding == "row_wise" else 1.0)
+    """Rows [dim] that a holder of a table makes for all ranks: with rows in shards a partial sum per bag of each."""
+    return 0.0 if placement.sharding == COPY else bags * ranks / placement.blocks
 
 
 def bags_of_table(workload: Workload, table: str) -> int:

@@ -10,7 +10,7 @@ from recgpt_torchrec.planning.hardware import GIB, Hardware, hardware_of
 from recgpt_torchrec.planning.memory import Memory, estimate_memory
 from recgpt_torchrec.planning.sharded import Sharded, shard_workload
 from recgpt_torchrec.planning.step_time import StepTime, estimate_step_time
-from recgpt_torchrec.planning.traffic import Traffic, step_traffic
+from recgpt_torchrec.planning.traffic import Cause, step_traffic
 from recgpt_torchrec.planning.workload import Workload
 
 
@@ -25,7 +25,7 @@ class Estimate:
     hardware: Hardware
     sharded: Sharded
     memory: Memory
-    traffic: list[Traffic]
+    traffic: list[Cause]
     time: StepTime
 
     @classmethod
@@ -106,11 +106,11 @@ def _gib(size: float) -> str:
     return f"{size / GIB:,.1f}" if size >= 100 * GIB else f"{size / GIB:,.3f}"
 
 
-def _traffic_text(traffic: list[Traffic], workload: Workload) -> str:
+def _traffic_text(traffic: list[Cause], workload: Workload) -> str:
     if workload.plan.ranks == 1:
         return "Sent per step: nothing, on one rank"
-    rows = [[t.cause, f"{t.within / 1e6:,.2f}", f"{t.between / 1e6:,.2f}", t.note] for t in traffic]
-    within, between = (sum(getattr(t, name) for t in traffic) / 1e6 for name in ("within", "between"))
+    rows = [[t.name, f"{t.sent.within / 1e6:,.2f}", f"{t.sent.between / 1e6:,.2f}", t.note] for t in traffic]
+    within, between = (sum(getattr(t.sent, name) for t in traffic) / 1e6 for name in ("within", "between"))
     rows.append(["total", f"{within:,.2f}", f"{between:,.2f}", ""])
     heading = ["MB", "within a node", "between nodes", ""]
     return f"Sent per step by the busiest rank\n{_indent(_table(heading, rows, numbers=2))}"

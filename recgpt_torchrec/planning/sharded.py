@@ -7,7 +7,7 @@ from torchrec.distributed.types import EnumerableShardingSpec, ShardingPlan
 
 from recgpt_torchrec.distributed.placements import Placement, placements
 from recgpt_torchrec.distributed.sharding import make_plan
-from recgpt_torchrec.planning.hardware import Hardware
+from recgpt_torchrec.planning.hardware import GIB, Hardware
 from recgpt_torchrec.planning.workload import Workload
 from recgpt_torchrec.training.optimizers import FUSED
 
@@ -44,6 +44,7 @@ def shard_workload(workload: Workload, hardware: Hardware) -> Sharded:
         world_size=plan.ranks,
         local_world_size=plan.gpus,
         device_type=hardware.device_type,
+        hbm_bytes=int(hardware.hbm * GIB),
         fused=plan.tables.optimizer in FUSED or hardware.device_type == "cuda",
     )
     placed = placements(sharding_plan, workload.meta_model, plan.tables.optimizer)

@@ -13,7 +13,7 @@ from recgpt_torchrec.model.peaks import rated_peak
 from recgpt_torchrec.planning.hardware import LINK_SHARE, Hardware
 from recgpt_torchrec.planning.memory import bags_of_table, exchanged_rows, fuses_loss
 from recgpt_torchrec.planning.sharded import Sharded
-from recgpt_torchrec.planning.traffic import Traffic
+from recgpt_torchrec.planning.traffic import Cause
 from recgpt_torchrec.planning.workload import Workload
 
 PASSES = 30
@@ -53,20 +53,20 @@ class StepTime:
         return max(sum(part.seconds for part in self.parts), *(part.seconds for part in self.beside))
 
 
-def estimate_step_time(workload: Workload, sharded: Sharded, traffic: list[Traffic], hardware: Hardware) -> StepTime:
+def estimate_step_time(workload: Workload, sharded: Sharded, traffic: list[Cause], hardware: Hardware) -> StepTime:
     """Estimate the time of one training step."""
     parts = [
         _lookup(workload, sharded, hardware),
         _decoder(workload, hardware),
         _loss(workload, hardware),
         _optimizers(workload, sharded, hardware),
-        *(_exchange(cause, hardware) for cause in traffic if cause.cause != "ids" and cause.total),
+        *(_exchange(cause, hardware) for cause in traffic if cause.name != "ids" and cause.sent.total),
     ]
-    ids = next(cause for cause in traffic if cause.cause == "ids")
+    ids = next(cause for cause in traffic if cause.name == "ids")
     layers = workload.plan.model.layers
     operations = OPERATIONS[0] + OPERATIONS[1] * layers
     workers = max(1, workload.plan.stream.workers)
-    beside = [_exchange(ids, hardware)] if ids.total else []
+    beside = [_exchange(ids, hardware)] if ids.sent.total else []
     if hardware.device_type == "cuda":
         beside.append(
             TimePart(
@@ -134,18 +134,18 @@ def _optimizers(workload: Workload, sharded: Sharded, hardware: Hardware) -> Tim
     return _roofline("optimizers", hardware, 0.0, size)
 
 
-def _exchange(cause: Traffic, hardware: Hardware) -> TimePart:
+def _exchange(cause: Cause, hardware: Hardware) -> TimePart:
     """Both kinds of links work at the same time."""
-    seconds = [cause.within / hardware.within / LINK_SHARE, cause.between / hardware.between / LINK_SHARE]
+    seconds = [cause.sent.within / hardware.within / LINK_SHARE, cause.sent.between / hardware.between / LINK_SHARE]
     sizes = [
         f"{_si(size)}B at {_si(rate * LINK_SHARE)}B/s {where}"
         for size, rate, where in (
-            (cause.within, hardware.within, "within"),
-            (cause.between, hardware.between, "between nodes"),
+            (cause.sent.within, hardware.within, "within"),
+            (cause.sent.between, hardware.between, "between nodes"),
         )
         if size
     ]
-    return TimePart(f"exchange of {cause.cause}", max(seconds), " beside ".join(sizes))
+    return TimePart(f"exchange of {cause.name}", max(seconds), " beside ".join(sizes))
 
 
 def _si(value: float) -> str:

@@ -87,6 +87,11 @@ class Workload:
         return min(self.items, self.targets if kind == "in_batch" else self.plan.loss.negatives)
 
     @property
+    def scores_all_ranks(self) -> bool:
+        """Whether targets are scored against candidates that other ranks hold."""
+        return self.plan.ranks > 1 and self.plan.loss.candidates == "all"
+
+    @property
     def distinct_items(self) -> int:
         """Items that a rank looks up in a step, all taken to be distinct: histories, targets, candidates."""
         room = room_of(self.plan.loss, self.items)
