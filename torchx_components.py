@@ -53,3 +53,10 @@ def export(*args: str, **options: Any) -> specs.AppDef:
 def retrieve(*args: str, **options: Any) -> specs.AppDef:
     """Turn an export into a list of items for each user, with an exact or an approximate index."""
     return job.make_job("recgpt_torchrec.retrieve", *args, **options)
+
+
+@job.with_launch_options
+def plan(*args: str, **options: Any) -> specs.AppDef:
+    """Estimate sharding, memory, traffic and time of a pretrain run on a cluster. Runs in one process, without GPUs."""
+    job.require_one_process("plan", options.get("j"))
+    return job.make_job("recgpt_torchrec.plan", *args, **options)

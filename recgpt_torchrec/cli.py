@@ -28,6 +28,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+NAMESPACE_MARK = "\u200b"
 
 
 class _Parser(ArgumentParser):
@@ -79,7 +80,9 @@ def parse(config_class: type[Config], prog: str, arguments: list[str] | None = N
         values = parser.parse_args(line.arguments)
         values.pop("config", None)
         built: Any = parser.instantiate(values)
-        return config_class(**(vars(built) if isinstance(built, Namespace) else built))
+        fields = vars(built) if isinstance(built, Namespace) else built
+        # jsonargparse puts a mark before a name that is also a method of its namespaces, such as `items`.
+        return config_class(**{name.lstrip(NAMESPACE_MARK): value for name, value in fields.items()})
     except ValueError as error:  # an OptionError, or one of a group's range checks
         refuse(prog, line.explain(str(error)))
 

@@ -19,7 +19,9 @@ from tools.mutations import hostile_yaml
 
 WHERE_AND_HOW_FAST = """
     data output stream.workers stream.prefetch stream.damaged stream.damaged_limit stream.checksums tables.sharding
-    tables.data_parallel_mb train.non_finite train.non_finite_limit train.stall_seconds train.timeout_seconds
+    tables.data_parallel_mb tables.kernel tables.cache_ratio tables.user.sharding tables.user.kernel
+    tables.item.sharding tables.item.kernel tables.output.sharding tables.output.kernel
+    train.non_finite train.non_finite_limit train.stall_seconds train.timeout_seconds
     train.precision train.attention train.fused_loss train.compile train.profile device
 """.split()
 
@@ -31,7 +33,7 @@ def test_a_resumed_run_may_change_where_and_how_fast_it_trains_and_nothing_else(
 
 
 def test_help_says_what_a_resumed_run_may_change(capsys: Any) -> None:
-    for stage, times in ((Pretrain, 23), (Evaluate, 0)):
+    for stage, times in ((Pretrain, 31), (Evaluate, 0)):
         with pytest.raises(SystemExit) as end:
             cli.parse(stage, "stage", ["--help"])
         assert end.value.code == 0
@@ -189,6 +191,21 @@ def test_a_list_is_words_or_one_word_or_yaml(tmp_path: Path) -> None:
         assert parsed(Evaluate, "--config", str(path)).ks == [20, 50][: 1 + isinstance(given["ks"], list)]
     path.write_text("tuning: {trained: users}")
     assert parsed(PromptTune, "--config", str(path)).tuning.trained == ["users"]
+
+
+def test_whole_numbers_may_be_written_as_1e8(tmp_path: Path, capsys: Any) -> None:
+    assert parsed(Pretrain, "--loss.negatives", "1e4", "--batch.tokens", "4.096e3").loss.negatives == 10_000
+    assert parsed(Pretrain, "--batch.tokens=4.096e3").batch.tokens == 4096
+    assert parsed(Pretrain, "--batch.tokens", "auto").batch.tokens == "auto"
+    assert parsed(Evaluate, "--ks", "1e1", "50").ks == [10, 50]
+    path = tmp_path / "c.yaml"
+    path.write_text("{loss: {negatives: 1e4}, batch: {tokens: 4.096e+3}, optimizer: {lr: 1e-3}}")
+    config = parsed(Pretrain, "--config", str(path))
+    assert (config.loss.negatives, config.batch.tokens, config.optimizer.lr) == (10_000, 4096, 1e-3)
+    assert parsed(Pretrain, "--data", "1e4").data == "1e4"  # text stays text
+    for value in ("1.5", "1e-1", "1e400", "nan", "inf"):
+        said = refused(capsys, Pretrain, [*REQUIRED[Pretrain], "--loss.negatives", value])
+        assert said == f"--loss.negatives is {value}; it must be a whole number"
 
 
 def test_later_options_win_over_files_and_a_files_group_over_that_of_the_file_below_it(tmp_path: Path) -> None:

@@ -291,6 +291,9 @@ def test_a_checkpoint_records_options_dataset_and_sharding(run):
     assert metadata["config"] == json.loads((run[0] / "run.json").read_text())["config"]
     assert metadata["config"]["model"]["dim"] == 8 and metadata["vocabulary"] == "test"
     assert metadata["plan"].count("data_parallel") >= 2  # the user and the item table
+    assert {each["table"]: each["sharding"] for each in metadata["placements"]} == dict.fromkeys(
+        ("user", "item"), "data_parallel"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- evaluate

@@ -19,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torchrec.distributed import comm
 
 from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.checkpoints.saving import Saver
@@ -43,18 +44,21 @@ DIM = 24
 
 @dataclass(frozen=True, order=True)
 class Layout:
-    """Number of ranks, sharding of the tables, and their optimizer."""
+    """Number of ranks, sharding of the tables, their optimizer, number of nodes, and precision of the tables."""
 
     ranks: int
     sharding: Any
     optimizer: Any
+    nodes: int = 1
+    precision: Any = "fp32"
 
     def __str__(self) -> str:
-        return f"{self.ranks} {self.sharding}"
+        return f"{self.ranks} {self.sharding} {self.precision}".removesuffix(" fp32")
 
     def blocks(self) -> int:
         """Number of column blocks that row-wise Adagrad keeps a moment for."""
-        return self.ranks if (self.sharding, self.optimizer) == ("column_wise", "rowwise_adagrad") else 1
+        numbers = {"column_wise": self.ranks, "grid": self.nodes}
+        return numbers.get(self.sharding, 1) if self.optimizer == "rowwise_adagrad" else 1
 
 
 @dataclass
@@ -78,18 +82,19 @@ def reshard(rank: int, world_size: int, folder: str, sources: list[Layout], targ
     silence_libraries()
     dist.destroy_process_group()
     # The largest group comes first: torchrec agrees with all ranks once per process, with its first model.
-    ranks = sorted({layout.ranks for layout in [*sources, *targets]}, reverse=True)
-    assert ranks[0] == world_size
+    groups = sorted({(layout.ranks, layout.nodes) for layout in [*sources, *targets]}, reverse=True)
+    assert groups[0][0] == world_size
     expected: dict[Layout, list[float]] = {}
     differences: list[Difference] = []
-    for count in ranks:
-        with group(rank, world_size, count, folder) as member:
-            if member:
-                expected |= {source: train_and_save(source, folder) for source in sources if source.ranks == count}
-    for count in ranks:
-        with group(rank, world_size, count, folder) as member:
+    for count, nodes in groups:
+        with group(rank, world_size, count, folder, nodes) as member:
+            for source in sources if member else ():
+                if (source.ranks, source.nodes) == (count, nodes):
+                    expected[source] = train_and_save(source, folder)
+    for count, nodes in groups:
+        with group(rank, world_size, count, folder, nodes) as member:
             for target in targets if member else ():
-                if target.ranks == count:
+                if (target.ranks, target.nodes) == (count, nodes):
                     differences += restore_sources(
                         target, [s for s in sources if s.optimizer == target.optimizer], folder
                     )
@@ -104,11 +109,15 @@ def reshard(rank: int, world_size: int, folder: str, sources: list[Layout], targ
 
 
 @contextlib.contextmanager
-def group(rank: int, world_size: int, count: int, folder: str) -> Iterator[bool]:
-    """Process group of the first `count` ranks; yields whether this rank is a member. All ranks leave it together."""
+def group(rank: int, world_size: int, count: int, folder: str, nodes: int = 1) -> Iterator[bool]:
+    """Process group of the first `count` ranks on so many nodes; yields whether this rank is a member.
+
+    All ranks leave it together.
+    """
     turn = next(_turns)
     before = dict(os.environ)
-    os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count // nodes)}
+    comm._INTRA_PG = comm._CROSS_PG = None  # torchrec keeps the groups within and between nodes for ever
     join = f"file://{folder}/group-{turn}"
     if rank < count:
         dist.init_process_group("gloo", init_method=join, rank=rank, world_size=count)
@@ -133,7 +142,9 @@ def build_model(layout: Layout, users: int = USERS, items: int = ITEMS) -> tuple
         seed=7,
         model=Model(dim=DIM, heads=2, layers=1, max_len=8, dropout=0, attention_dropout=0, user_dropout=0),
         loss=Loss(candidates="all"),
-        tables=Tables(sharding=layout.sharding, optimizer=layout.optimizer, lr=0.02, user_lr=0.02),
+        tables=Tables(
+            sharding=layout.sharding, optimizer=layout.optimizer, lr=0.02, user_lr=0.02, precision=layout.precision
+        ),
         optimizer=Optimizer(lr=2e-3),
     )
     dataset = Dataset(path="", manifest=Manifest(users=users, items=items))
@@ -192,7 +203,7 @@ def train_and_save(source: Layout, folder: str) -> list[float]:
 
 def output_folder(folder: str, source: Layout) -> str:
     """Folder in which the run of a layout keeps its checkpoints."""
-    return f"{folder}/{source.ranks}-{source.sharding}-{source.optimizer}"
+    return f"{folder}/{source.ranks}-{source.sharding}-{source.optimizer}-{source.precision}"
 
 
 def load_tensors(folder: str, source: Layout) -> dict[str, torch.Tensor]:
@@ -244,7 +255,9 @@ def pairs_to_compare(
             offsets = [shard.metadata.shard_offsets for shard in value.local_shards()]
             shards = [(s.tensor, row, column) for s, (row, column) in zip(value.local_shards(), offsets, strict=True)]
         for tensor, row, column in shards:
-            yield "tables", tensor, table[row : row + tensor.shape[0], column : column + tensor.shape[1]]
+            part = table[row : row + tensor.shape[0], column : column + tensor.shape[1]]
+            yield "tables", tensor.float(), part.to(tensor.dtype).float()  # as this run's precision rounds it
+        assert not shards or all(moment.dtype == torch.float32 for moment in moments.get(name, {}).values())
         local = {moment: tensor for moment, tensor in moments.get(name, {}).items() if shards and moment != "step"}
         keys = sorted(key for key in state if key.startswith(f"optimizer.state.{name}.") and shards)
         for (moment, tensor), key in zip(local.items(), keys, strict=True):

@@ -24,6 +24,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -58,14 +59,20 @@ class World:
         order = rng.permuted(members, axis=1)
         successor = np.zeros(items, dtype=np.int64)
         successor[order] = np.roll(order, -1, axis=1)
-        shares = 1 / np.arange(1, series + 1) ** zipf
-        popularity = 1 / np.arange(1, size + 1) ** zipf
         return cls(
             members=members,
             successor=successor,
-            series_cumulative=np.cumsum(shares / shares.sum()),
-            item_cumulative=np.cumsum(popularity / popularity.sum()),
+            series_cumulative=cumulative_zipf(series, zipf),
+            item_cumulative=cumulative_zipf(size, zipf),
         )
+
+    def item_at(self, series: np.ndarray, place: np.ndarray) -> np.ndarray:
+        """Item numbers at places of series, by descending popularity; int64, [n] each."""
+        return self.members[series, place]
+
+    def next_of(self, items: np.ndarray) -> np.ndarray:
+        """The next item in the series of each item; int64 [n]."""
+        return self.successor[items]
 
 
 @dataclass(kw_only=True)
@@ -84,7 +91,26 @@ class Habits:
     """Number of series that a user draws from (drawn with replacement, so some users have fewer)."""
 
 
-def walk_users(world: World, habits: Habits, users: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+def cumulative_zipf(count: int, exponent: float) -> np.ndarray:
+    """[count] float64: cumulative shares of a Zipf law."""
+    shares = 1 / np.arange(1, count + 1) ** exponent
+    return np.cumsum(shares / shares.sum())
+
+
+class SharedWorld(Protocol):
+    """What all users share: `World`, or one that holds nothing per item (`tools.write_dataset`)."""
+
+    series_cumulative: np.ndarray
+    item_cumulative: np.ndarray
+
+    def item_at(self, series: np.ndarray, place: np.ndarray) -> np.ndarray:
+        """See `World`."""
+
+    def next_of(self, items: np.ndarray) -> np.ndarray:
+        """See `World`."""
+
+
+def walk_users(world: SharedWorld, habits: Habits, users: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
     """Generate the events of `users` users, one event of all users at a time.
 
     Returns:
@@ -102,10 +128,10 @@ def walk_users(world: World, habits: Habits, users: int, rng: np.random.Generato
     for step in range(int(lengths.max())):
         active = np.flatnonzero(lengths > step)
         series = favourites[active, (mixture[active] < rng.random(len(active))[:, None]).sum(axis=1)]
-        drawn = world.members[series, _draw(world.item_cumulative, len(active), rng)]
+        drawn = world.item_at(series, _draw(world.item_cumulative, len(active), rng))
         thread = step % habits.threads
         follows = (rng.random(len(active)) < habits.follow) & (step >= habits.threads)
-        item = np.where(follows, world.successor[current[active, thread]], drawn)
+        item = np.where(follows, world.next_of(current[active, thread]), drawn)
         current[active, thread] = item
         pause = np.where(fresh[active], rng.exponential(5 * DAY, len(active)), rng.exponential(120, len(active)))
         now[active] += 1 + pause.astype(np.int64)

@@ -169,9 +169,12 @@ def _regroup_moments(read: Any, value: Any) -> None:
         edges[0][:-1, None], edges[1][None, :-1]
     )
     share = share.clamp(min=0) * new
-    parts = [(value, 0)]
+    parts: list[Any] = [(value, 0, 0)]
     if isinstance(value, Sharded):
-        parts = [(shard.tensor, shard.metadata.shard_offsets[1]) for shard in value.local_shards()]
-    sources = [shard.tensor for shard in read.local_shards()] if isinstance(read, Sharded) else [read] * len(parts)
-    for source, (part, block) in zip(sources, parts, strict=True):
+        parts = [(shard.tensor, *shard.metadata.shard_offsets) for shard in value.local_shards()]
+    if isinstance(read, Sharded):
+        sources = [shard.tensor for shard in read.local_shards()]
+    else:
+        sources = [read[row : row + part.shape[0]] for part, row, _ in parts]
+    for source, (part, _, block) in zip(sources, parts, strict=True):
         part.copy_(source @ share[:, block : block + part.shape[1]].to(source.device))

@@ -5,17 +5,17 @@ Other modules import the dataclasses from here, not from the files.
 """
 
 from recgpt_torchrec.config.model import Loss, Model
+from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.prepare import Prepare
 from recgpt_torchrec.config.prompts import GeneratePrompts, Prompts, PromptTune, Tuning
 from recgpt_torchrec.config.retrieval import HNSW, IVF, Evaluate, Export, Recall, Retrieve
+from recgpt_torchrec.config.tables import Sharding, Tables
 from recgpt_torchrec.config.training import (
     Batch,
     Optimizer,
     Pretrain,
     Saving,
-    Sharding,
     Stream,
-    Tables,
     Train,
     TrainingBatch,
 )
@@ -30,6 +30,7 @@ __all__ = [
     "Loss",
     "Model",
     "Optimizer",
+    "Plan",
     "Prepare",
     "Pretrain",
     "PromptTune",

@@ -8,6 +8,7 @@ import difflib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -113,13 +114,15 @@ class CommandLine:
             elif name in groups:
                 line._add_file(values[0], known, groups, below=name)
             elif option is not None and option.is_list:
-                entries = _as_list(values)
+                entries = [whole_number(option.type, entry) for entry in _as_list(values)]
                 line.values.append((option, f"--{name}", entries))
                 line.arguments += [f"--{name}", yaml.safe_dump(entries, default_flow_style=True, width=10**9).strip()]
             else:
+                value = values[0]
                 if option is not None:
-                    line.values.append((option, f"--{name}", values[0]))
-                line.arguments += [f"--{name}", values[0]]
+                    value = str(whole_number(option.type, value))
+                    line.values.append((option, f"--{name}", value))
+                line.arguments += [f"--{name}", value]
         given_names = {option.name for option, *_ in line.values}
         missing = [f"--{name}" for name, option in known.items() if option.required and name not in given_names]
         if missing and not line.asks_for_help:
@@ -140,6 +143,11 @@ class CommandLine:
             if name in known and not (isinstance(group[key], dict) and current_name(f"{name}.") != f"{name}."):
                 if known[name].is_list and not isinstance(group[key], list):
                     group[key] = [group[key]]
+                each = group[key]
+                if isinstance(each, list):
+                    group[key] = [whole_number(known[name].type, entry) for entry in each]
+                else:
+                    group[key] = whole_number(known[name].type, each)
                 if group[key] is None and not fits(known[name].type, None):  # which jsonargparse takes for any type
                     raise OptionError(f"{path}: {name} is null; it must be {describe_type(known[name].type)}")
                 self.values.append((known[name], f"{path}: {name}", group[key]))
@@ -272,6 +280,23 @@ def fits(kind: Any, value: Any) -> bool:
         except ValueError:
             return False
     return isinstance(value, str)
+
+
+def whole_number(kind: Any, value: Any) -> Any:
+    """A value of an option that takes whole numbers, written out: 100000000 for `1e8`; other values as they are.
+
+    Args:
+        kind: the option's type; only whole numbers, alone, in a list or beside other types, are written out.
+        value: text of a command line, or a value of a YAML file, which reads 1.0e+8 as a fraction.
+    """
+    members = get_args(kind) if get_origin(kind) in (list, Union, UnionType) else (kind,)
+    if int not in members or float in members or not isinstance(value, str | float):
+        return value
+    try:
+        number = Decimal(str(value).strip())
+        return int(number) if abs(number) < 2**63 and number == number.to_integral_value() else value
+    except InvalidOperation:  # no number, or none that is finite
+        return value
 
 
 def describe_type(kind: Any, several: bool = False) -> str:

@@ -6,7 +6,8 @@ from typing import Literal
 from recgpt_torchrec.config.checks import at_least, within
 from recgpt_torchrec.config.device import Computing
 from recgpt_torchrec.config.fields import changeable
-from recgpt_torchrec.config.training import Batch, Sharding
+from recgpt_torchrec.config.tables import Sharding
+from recgpt_torchrec.config.training import Batch
 
 INTERESTS = 32
 """Maximum number of interests per user."""

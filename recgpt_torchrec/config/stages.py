@@ -1,7 +1,8 @@
-"""The stages in the order in which data flows through them: name, options and purpose of each."""
+"""The stages in the order in which data flows through them, and the program plan: name, options, purpose of each."""
 
 from dataclasses import dataclass
 
+from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.prepare import Prepare
 from recgpt_torchrec.config.prompts import GeneratePrompts, PromptTune
 from recgpt_torchrec.config.retrieval import Evaluate, Export, Retrieve
@@ -26,6 +27,7 @@ STAGES = {
     "evaluate": Stage(Evaluate, "dataset and checkpoint -> HR and NDCG of every recall path and of the baselines"),
     "export": Stage(Export, "checkpoint and dataset -> item vectors and user vectors as Parquet, for an ANN index"),
     "retrieve": Stage(Retrieve, "an export -> a list of items for each user, from an exact or an approximate index"),
+    "plan": Stage(Plan, "sizes and a cluster -> sharding, memory, traffic and time of pretrain, without a GPU"),
 }
 
 

@@ -7,6 +7,7 @@ from recgpt_torchrec.config.checks import MAX_SEED, at_least, within
 from recgpt_torchrec.config.device import Computing
 from recgpt_torchrec.config.fields import changeable
 from recgpt_torchrec.config.model import Loss, Model
+from recgpt_torchrec.config.tables import Tables
 
 
 @dataclass(kw_only=True)
@@ -73,50 +74,6 @@ class Stream:
 
 
 @dataclass(kw_only=True)
-class Sharding:
-    """How the embedding tables are sharded over ranks."""
-
-    sharding: Literal["auto", "data_parallel", "table_wise", "column_wise", "row_wise"] = changeable("auto")
-    """How to shard each table. auto: up to data_parallel_mb a copy on every rank, or the whole table on one of at most
-    four ranks if a training step looks up a part of it; above that blocks of columns (of rows, if the columns are not
-    equal blocks of a multiple of 4). data_parallel: a copy on every rank. table_wise: the whole table on one rank.
-    column_wise, row_wise: a block of columns or rows on each rank."""
-    data_parallel_mb: float = changeable(32.0)
-    """Size up to which auto copies a table to every rank, in MiB."""
-
-
-@dataclass(kw_only=True)
-class Tables(Sharding):
-    """The embedding tables: sharding, optimizer and initial values."""
-
-    optimizer: Literal["rowwise_adagrad", "adagrad", "adam", "sgd"] = "rowwise_adagrad"
-    """Optimizer of the tables. For a sharded table it is fused into the backward and updates only the rows of the batch
-    (adam: on CUDA only). rowwise_adagrad keeps one moment per row; with column-wise sharding, one per row and block of
-    columns."""
-    lr: float = 0.05
-    """Peak learning rate of the item tables."""
-    user_lr: float = 0.005
-    """Peak learning rate of the user table. Keep it well below lr: a user is seen only once per epoch, and at the item
-    tables' rate the model memorises users."""
-    weight_decay: float = 0.0
-    """L2 penalty, added to the gradient."""
-    init_std: float = 0.02
-    """Standard deviation of the item tables' initial values; user vectors start at 0."""
-
-    def __post_init__(self) -> None:
-        for name in ("data_parallel_mb", "lr", "user_lr", "weight_decay", "init_std"):
-            at_least(f"--tables.{name}", getattr(self, name), 0)
-
-    def lr_of(self, table: str) -> float:
-        """The peak learning rate of a table."""
-        return self.user_lr if table == "user" else self.lr
-
-    def init_std_of(self, table: str) -> float:
-        """The standard deviation of a table's initial values."""
-        return 0.0 if table == "user" else self.init_std
-
-
-@dataclass(kw_only=True)
 class Optimizer:
     """AdamW of the decoder, and the learning-rate schedule of decoder and tables."""
 
@@ -144,12 +101,22 @@ class Train:
     """Length of the training, and what ends it early."""
 
     epochs: int = 20
-    """Number of passes over the training part of the dataset."""
+    """Number of passes over the training part of the dataset; no limit where train.steps is given."""
+    steps: int = 0
+    """Number of optimizer steps after which the run ends, wherever in an epoch that is; the learning-rate schedule
+    spans them. For logs too large to be read several times. 0: the run ends after train.epochs epochs."""
     patience: int = 10
-    """Number of epochs without a better validation NDCG@10 after which training stops; 0: never stop early. Where
-    nothing is held out for validation, all epochs are trained and the newest checkpoint is the result."""
+    """Number of epochs without a better validation NDCG@10 after which training stops, at the end of an epoch; 0: never
+    stop early. Epochs are counted also where train.validate_steps validates within them. Where nothing is held out for
+    validation, the whole run is trained and the newest checkpoint is the result."""
     validate_every: int = 1
-    """Number of epochs between validations."""
+    """Number of epochs between validations at the end of an epoch."""
+    validate_steps: int = 0
+    """Number of optimizer steps between validations within an epoch, in addition to those at the ends of epochs. Each
+    saves a checkpoint, which may become the best. 0: none."""
+    validate_users: int = 0
+    """Number of users to validate on: a sample of those with a validation item, drawn by the seed, the same in every
+    validation and on any number of ranks. 0: all of them."""
     non_finite: Literal["stop", "skip"] = changeable("stop")
     """What to do when the loss or a gradient of a step is not finite. stop: end the run. skip: leave the step out.
     Tables and decoder stay as they were before the step, except that fused tables with weight decay still decay."""
@@ -178,7 +145,15 @@ class Train:
     def __post_init__(self) -> None:
         for name in ("epochs", "validate_every", "timeout_seconds"):
             at_least(f"--train.{name}", getattr(self, name), 1)
-        for name in ("patience", "non_finite_limit", "stall_seconds", "profile"):
+        for name in (
+            "steps",
+            "validate_steps",
+            "validate_users",
+            "patience",
+            "non_finite_limit",
+            "stall_seconds",
+            "profile",
+        ):
             at_least(f"--train.{name}", getattr(self, name), 0)
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -61,6 +61,7 @@ class Lockstep:
         self.waited_s = 0.0
         """Seconds spent waiting for this rank's own batches."""
         self._failure: Exception | None = None
+        self._ended = False
         self._ahead: deque[tuple[SequenceBatch, bool, torch.Tensor, dist.Work | None]] = deque()
 
     def _fetch(self) -> None:
@@ -84,6 +85,36 @@ class Lockstep:
     def __iter__(self) -> Iterator[SequenceBatch]:
         return self
 
+    def has_next(self) -> bool:
+        """Whether `next` returns a batch or raises an error, not `StopIteration`; takes no batch (collective)."""
+        if self._ended:
+            return False
+        self._fill()
+        batch, has_batch, agreed, work = self._ahead[0]
+        if work is not None:
+            work.wait()
+            self._ahead[0] = (batch, has_batch, agreed, None)
+        _, _, ranks_with_batch, _, failed, _ = agreed.tolist()
+        return bool(ranks_with_batch or failed)
+
+    def close(self) -> None:
+        """End the iteration before its last batch, and wait for what was started with the other ranks (collective)."""
+        self._ended = True
+        self._wait_for_ahead()
+        if isinstance(self.batches, Generator):
+            self.batches.close()
+
+    def _fill(self) -> None:
+        while len(self._ahead) < 2:
+            self._fetch()
+
+    def _wait_for_ahead(self) -> None:
+        """Wait for the collectives that the other ranks have started too."""
+        for *_, started in self._ahead:
+            if started is not None:
+                started.wait()
+        self._ahead.clear()
+
     def __next__(self) -> SequenceBatch:
         """The next batch, with `global_targets` set.
 
@@ -93,21 +124,20 @@ class Lockstep:
             Stopped: a rank received a stop signal.
             Each is raised on every rank at the same step.
         """
-        while len(self._ahead) < 2:
-            self._fetch()
+        if self._ended:
+            raise StopIteration
+        self._fill()
         batch, has_batch, agreed, work = self._ahead.popleft()
         if work is not None:
             work.wait()
         targets, entries, ranks_with_batch, requests, failed, stopped = agreed.tolist()
         if failed or stopped or not ranks_with_batch:
-            for *_, started in self._ahead:  # the other ranks have started the same collectives
-                if started is not None:
-                    started.wait()
-            self._ahead.clear()
+            self._wait_for_ahead()
             if failed:
                 raise_first_error(self._failure)
             if stopped and ranks_with_batch:
                 raise Stopped
+            self._ended = True
             raise StopIteration
         # Gradients are averaged over ranks, so each rank divides by the mean number of targets per rank.
         batch.global_targets = torch.tensor(targets / dist.get_world_size())

@@ -10,58 +10,176 @@ import torch.distributed as dist
 from torch import nn
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.types import ShardedTensor, ShardingEnv, ShardingPlan, ShardingType
+from torchrec.distributed.planner.types import PlannerError
+from torchrec.distributed.types import CacheParams, ShardedTensor, ShardingEnv, ShardingPlan
+from torchrec.modules.embedding_configs import DataType, data_type_to_dtype
 
 from recgpt_torchrec.config import Sharding
+from recgpt_torchrec.distributed.processes import run_on_first_rank
+from recgpt_torchrec.distributed.sharding_types import (
+    COLUMNS,
+    COPY,
+    GRID,
+    NARROWEST,
+    NODE_ROWS,
+    PLANNER,
+    ROWS,
+    TABLE,
+    WIDE,
+    Choice,
+    Ranks,
+    Size,
+    choose,
+    why_not,
+)
 from recgpt_torchrec.errors import InputError
 
+DENSE = "dense"
+"""torchrec's kernel for copies, and for tables that are not updated in the backward."""
+UNLIMITED = 2**46
+"""Bytes of memory that hold any table."""
+GRADIENT_SCALE = 1024.0
+"""Factor of gradients sent as float16: those of a mean over 32,768 targets are below 1e-6, where it has few digits."""
 INIT_BLOCK = 4096
 """Rows of a table whose initial values come from one random stream."""
 
 
+KERNELS = {"fused": "fused", "uvm": "fused_uvm", "uvm_caching": "fused_uvm_caching"}
+"""Values of --tables.kernel, and torchrec's names for them."""
+
+
 class Sharder(EmbeddingBagCollectionSharder):
-    """The EBC sharder, with row-wise sharding on CPU too: torchrec offers it on CUDA only, but it works on gloo."""
+    """The EBC sharder, with every type on CPU too: torchrec offers those by rows on CUDA only; they work on gloo."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         """Sharding types that the planner may choose from."""
         offered = super().sharding_types(compute_device_type)
-        return offered if ShardingType.ROW_WISE.value in offered else [*offered, ShardingType.ROW_WISE.value]
+        return offered + [kind for kind in (ROWS, NODE_ROWS, GRID) if kind not in offered]
 
 
-COPIED_BYTES = 2**20
-"""Size up to which `auto` copies a trained table, whatever a step looks up of it."""
-FEW_RANKS = 4
-"""Number of ranks up to which one of them can look up a whole table for all."""
-
-
-def sharding_type(tables: Sharding, rows: int, dim: int, world_size: int, bags: int | None = None) -> str:
-    """The sharding type of one table.
-
-    auto, up to `data_parallel_mb`: a copy on every rank; but for a table of which a step looks up a part, the whole
-    table on one of a few ranks: a copy's gradient is exchanged whole, and its optimizer visits every row. A step with
-    768 tokens per rank, tables of 12,101 and 22,363 x 64 and 3,000 negatives took 66 ms on two ranks with copies and 40
-    so. (Blocks of columns take as long, but keep a moment of row-wise Adagrad each: results would depend on the ranks.)
-
-    auto, beyond that: column-wise, whose traffic for one-id bags does not grow with the number of ranks, unlike that of
-    row-wise; row-wise where the columns are not equal blocks of a multiple of 4.
+def make_plan(
+    model: nn.Module,
+    tables: Sharding,
+    bags: int,
+    *,
+    world_size: int,
+    local_world_size: int,
+    device_type: str,
+    hbm_bytes: int | None = None,
+    fused: bool = True,
+    trained: bool = True,
+) -> ShardingPlan:
+    """Plan the sharding of every table of `model`; needs neither a process group nor a device.
 
     Args:
-        tables: the options.
-        rows, dim: of the table.
+        model: its tables may be on the meta device.
+        tables, bags, fused, trained: as for `shard`.
         world_size: number of ranks.
-        bags: number of rows that a training step looks up per rank; None: the table is not trained.
+        local_world_size: number of ranks per node.
+        device_type: of the ranks, `cpu` or `cuda`.
+        hbm_bytes: memory of each GPU; None: enough for any table.
+
+    Raises:
+        InputError: a table cannot be sharded as `tables` says.
     """
-    if tables.sharding != "auto":
-        return tables.sharding
-    if rows * dim * 4 <= tables.data_parallel_mb * 2**20:
-        # Fused kernels read four numbers at a time, so other widths are trained in copies only.
-        looks_up_part = bags is not None and rows > bags and rows * dim * 4 > COPIED_BYTES and dim % 4 == 0
-        whole = looks_up_part and world_size <= FEW_RANKS
-        return (ShardingType.TABLE_WISE if whole else ShardingType.DATA_PARALLEL).value
-    blocks_fit = dim % (4 * world_size) == 0
-    return (ShardingType.COLUMN_WISE if blocks_fit or rows < world_size else ShardingType.ROW_WISE).value
+    configs = [
+        config
+        for module in model.modules()
+        if isinstance(module, EmbeddingBagCollection)
+        for config in module.embedding_bag_configs()
+    ]
+    sizes = {each.name: Size(each.num_embeddings, each.embedding_dim, _itemsize(each.data_type)) for each in configs}
+    ranks = Ranks(world_size, local_world_size)
+    choices = choose(tables, sizes, ranks, bags=bags if trained else None, fused=fused)
+    topology = Topology(
+        world_size=world_size,
+        local_world_size=ranks.local_world_size,
+        compute_device=device_type,
+        hbm_cap=(hbm_bytes or UNLIMITED) if device_type == "cuda" else None,
+        ddr_cap=UNLIMITED,
+    )
+    keys = max(len(config.feature_names) for config in configs)
+    batch_size = -(-bags // keys)  # of each feature, for the planner's estimates
+
+    def planned(beyond_device: bool) -> ShardingPlan:
+        constraints = {
+            name: _constraints(tables, name, choice, sizes[name], ranks, device_type, fused, beyond_device)
+            for name, choice in choices.items()
+        }
+        planner = EmbeddingShardingPlanner(topology=topology, batch_size=batch_size, constraints=constraints)
+        return planner.plan(model, [Sharder()])
+
+    try:
+        sharding_plan = planned(beyond_device=False)
+    except PlannerError as error:
+        if device_type != "cuda":
+            raise
+        try:
+            sharding_plan = planned(beyond_device=True)
+        except PlannerError:
+            total = sum(size.bytes for size in sizes.values())
+            raise InputError(
+                f"the tables have {total / 2**30:,.1f} GiB of weights, which {world_size} GPUs of "
+                f"{(hbm_bytes or UNLIMITED) / 2**30:,.1f} GiB cannot hold as the options of --tables say. "
+                "Use more GPUs, auto for --tables.sharding and --tables.kernel, or a smaller --model.dim"
+            ) from error
+    if not fused:
+        for module in sharding_plan.plan.values():
+            for table in module.values():
+                if table.compute_kernel == KERNELS["fused"]:
+                    # Works with every sharding type, though torchrec's planner offers it for data-parallel only.
+                    table.compute_kernel = DENSE
+    return sharding_plan
+
+
+def _constraints(
+    tables: Sharding,
+    name: str,
+    choice: Choice,
+    size: Size,
+    ranks: Ranks,
+    device_type: str,
+    fused: bool,
+    beyond_device: bool,
+) -> ParameterConstraints:
+    """What the planner may do with one table.
+
+    Args:
+        beyond_device: whether `auto` may put the rows into the host's memory.
+    """
+    kernel = tables.kernel_of(name)
+    if kernel in ("uvm", "uvm_caching") and device_type != "cuda":
+        raise InputError(f"--tables.kernel {kernel} of the {name} table needs CUDA; on {device_type} use fused")
+    kernels = ["fused"] if kernel == "auto" else [kernel]
+    if kernel == "auto" and beyond_device:
+        kernels.append("uvm_caching")
+    cached = device_type == "cuda" and (kernel == "uvm_caching" or (kernel == "auto" and beyond_device))
+    compute_kernels: list[str] | None = [DENSE] if choice.kind == COPY else [KERNELS[each] for each in kernels]
+    kinds, narrowest = [choice.kind], size.dim // choice.blocks
+    if choice.kind == PLANNER:
+        kinds = [kind for kind in (COPY, TABLE, COLUMNS, ROWS, NODE_ROWS, GRID) if _may_plan(kind, size, ranks, fused)]
+        narrowest = min(size.dim, WIDE)
+        compute_kernels = None if kernel == "auto" else [DENSE, KERNELS[kernel]]
+    return ParameterConstraints(
+        sharding_types=kinds,
+        compute_kernels=compute_kernels,
+        min_partition=narrowest,
+        cache_params=CacheParams(load_factor=tables.cache_ratio) if cached else None,
+    )
+
+
+def _may_plan(kind: str, size: Size, ranks: Ranks, fused: bool) -> bool:
+    """Whether the planner may choose a type; its blocks of columns need not be as many as ranks."""
+    if kind == COLUMNS:
+        return size.dim % NARROWEST == 0
+    return why_not(kind, size, ranks, fused) is None
+
+
+def _itemsize(data_type: DataType) -> int:
+    return data_type_to_dtype(data_type).itemsize
 
 
 def plan(
@@ -81,53 +199,20 @@ def plan(
         InputError: a table cannot be sharded as `tables` says.
     """
     world_size = dist.get_world_size()
-    constraints, keys = {}, 1
-    for module in model.modules():
-        if isinstance(module, EmbeddingBagCollection):
-            for config in module.embedding_bag_configs():
-                rows, dim, keys = config.num_embeddings, config.embedding_dim, max(keys, len(config.feature_names))
-                kind = sharding_type(tables, rows, dim, world_size, bags if trained else None)
-                if kind == ShardingType.ROW_WISE.value and rows < world_size:
-                    raise InputError(
-                        f"the {config.name} table has {rows} rows, fewer than the {world_size} ranks: "
-                        "it cannot be sharded row-wise; use --tables.sharding data_parallel, or fewer ranks"
-                    )
-                if kind == ShardingType.COLUMN_WISE.value and (dim % world_size or dim // world_size % 4):
-                    raise InputError(
-                        f"the {config.name} table has {dim} columns, not {world_size} equal blocks of a multiple of 4: "
-                        "use another --model.dim, number of ranks, or --tables.sharding"
-                    )
-                copied = kind == ShardingType.DATA_PARALLEL.value
-                if fused and not copied and dim % 4:  # fbgemm's kernels read four numbers at a time
-                    raise InputError(
-                        f"the {config.name} table has {dim} columns, not a multiple of 4, so it cannot be trained in "
-                        "shards; use another --model.dim, or --tables.sharding data_parallel"
-                    )
-                constraints[config.name] = ParameterConstraints(
-                    sharding_types=[kind],
-                    compute_kernels=["dense" if copied else "fused"],
-                    min_partition=max(4, dim // world_size),
-                )
-    topology = Topology(
-        world_size=world_size,
-        local_world_size=_local_world_size(world_size),
-        compute_device=device.type,
-        hbm_cap=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
-        ddr_cap=2**46,
+    hbm = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    return run_on_first_rank(
+        lambda: make_plan(
+            model,
+            tables,
+            bags,
+            world_size=world_size,
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+            device_type=device.type,
+            hbm_bytes=hbm,
+            fused=fused,
+            trained=trained,
+        )
     )
-    batch_size = -(-bags // keys)  # of each feature, for the planner's estimates
-    planner = EmbeddingShardingPlanner(topology=topology, batch_size=batch_size, constraints=constraints)
-    sharding_plan = planner.collective_plan(model, [Sharder()], dist.GroupMember.WORLD)
-    if not fused:
-        for module in sharding_plan.plan.values():
-            for table in module.values():
-                # Works with every sharding type, though torchrec's planner offers it for data-parallel only.
-                table.compute_kernel = "dense"
-    return sharding_plan
-
-
-def _local_world_size(world_size: int) -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
 def shard(
@@ -154,11 +239,25 @@ def shard(
         env=ShardingEnv.from_process_group(dist.GroupMember.WORLD),
         device=device,
         plan=plan(model, tables, bags, device, fused, trained),
-        sharders=[Sharder()],
+        sharders=[Sharder(qcomm_codecs_registry=_codecs(tables.communication, device))],
         init_parameters=True,
         # static_graph, DMP's default, would freeze the first step's graph, and a rank may start with an empty batch.
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
     )
+
+
+def _codecs(communication: str, device: torch.device) -> Any:
+    """What encodes vectors and gradients on their way between ranks; None: nothing.
+
+    Raises:
+        InputError: the device cannot send them so.
+    """
+    if communication == "bf16" and device.type != "cuda":
+        raise InputError("--tables.communication bf16 needs CUDA: gloo sends fp32 and fp16. Give fp16")
+    precision = CommType[communication.upper()]
+    scale = GRADIENT_SCALE if communication == "fp16" else None
+    config = QCommsConfig(forward_precision=precision, backward_precision=precision, backward_loss_scale=scale)
+    return get_qcomm_codecs_registry(config, device=device)
 
 
 def table_name(parameter: str) -> str:

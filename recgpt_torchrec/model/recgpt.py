@@ -8,6 +8,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedTensor
+from torchrec.modules.embedding_configs import DataType
 
 from recgpt_torchrec.config import Loss, Model, Tuning
 from recgpt_torchrec.data.bags import ITEM, OUTPUT, USER, bags_of, names_of_keys, table_of
@@ -50,7 +51,14 @@ class RecGPT(nn.Module):
     """
 
     def __init__(
-        self, model: Model, loss: Loss, users: int, items: int, tuning: Tuning | None = None, item_keys: int = 1
+        self,
+        model: Model,
+        loss: Loss,
+        users: int,
+        items: int,
+        tuning: Tuning | None = None,
+        item_keys: int = 1,
+        precision: str = "fp32",
     ) -> None:
         """
         Args:
@@ -58,6 +66,7 @@ class RecGPT(nn.Module):
             users, items: rows of the tables, on the meta device until they are sharded.
             tuning: what prompt-tuning adds; None: pre-training.
             item_keys: number of keys that item bags are dealt to (see `data.bags`); no parameter depends on it.
+            precision: of the tables' weights, `fp32` or `fp16`; looked-up vectors are float32.
         """
         super().__init__()
         self.item_keys = item_keys
@@ -70,6 +79,7 @@ class RecGPT(nn.Module):
                 embedding_dim=model.dim,
                 num_embeddings=number,
                 feature_names=[USER] if table == USER else names_of_keys(item_keys),
+                data_type=DataType[precision.upper()],
             )
             for table, number in rows.items()
         ]

@@ -160,7 +160,8 @@ def build(
         InputError: a table cannot be sharded as configured.
     """
     torch.manual_seed(config.seed)
-    unsharded = RecGPT(model, config.loss, dataset.manifest.users, dataset.manifest.items, tuning, capacity.item_keys)
+    users, items = dataset.manifest.users, dataset.manifest.items
+    unsharded = RecGPT(model, config.loss, users, items, tuning, capacity.item_keys, config.tables.precision)
     frozen = set() if tuning is None else {part for name, part in PARTS.items() if name not in tuning.trained}
     fuse_optimizers(unsharded, config.tables, device, frozen)
     fused = is_fused(config.tables.optimizer, device)

@@ -1,17 +1,18 @@
 """The header logged before the first step: ranks, data, size of the model, length of an epoch."""
 
 import math
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from recgpt_torchrec.config import Train
 from recgpt_torchrec.data.dataset import Manifest
-from recgpt_torchrec.distributed.sharding import table_name, tables_of
+from recgpt_torchrec.distributed.placements import Placement, table_text
 from recgpt_torchrec.model.recgpt import unwrapped
 from recgpt_torchrec.training.building import Tokens
 from recgpt_torchrec.training.execution import Execution
+from recgpt_torchrec.training.run import describe_users
 
 
 def header(
@@ -20,32 +21,27 @@ def header(
     device: torch.device,
     execution: Execution,
     *,
+    placed: list[Placement],
     tokens: Tokens,
-    epochs: int,
+    train: Train,
     validates: bool = True,
 ) -> str:
-    """The lines logged before training: ranks, data, decoder, tables, epochs (collective).
+    """The lines logged before training: ranks, data, decoder, tables, length, validation.
 
     Args:
         model: sharded.
         manifest: of the dataset.
         device: of this rank.
         execution: how steps are computed.
+        placed: where the tables are.
         tokens: of a batch.
-        epochs: maximum number of epochs.
-        validates: whether epochs are validated, so that training may stop early.
+        train: length of the training, and validations.
+        validates: whether something is held out for validation, so that training may stop early.
     """
     ranks = dist.get_world_size()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     others = manifest.entries - manifest.interactions
-    plan: Any = model.plan
-    types = {table: shard.sharding_type for module in plan.plan.values() for table, shard in module.items()}
     parameters = sum(parameter.numel() for parameter in unwrapped(model).dense.parameters())
-    tables, total = [], 0
-    for key, value in tables_of(model).items():
-        rows, dim = value.size()
-        tables.append(f"{table_name(key)} {rows:,} x {dim} {types[table_name(key)]}")
-        total += rows * dim * value.dtype.itemsize
     without = manifest.preparation.get("split", {}).get("items_without_target", 0)
     steps = max(1, math.ceil(tokens.epoch / (tokens.rank * ranks)))
     auto = f" (auto: {steps:,} steps an epoch)" if tokens.step is not None else ""
@@ -55,11 +51,28 @@ def header(
             f"  data     {manifest.users:,} users, {manifest.items:,} items, {manifest.interactions:,} interactions"
             + (f", {others:,} prompts or shown items" if others > 0 else ""),
             f"  decoder  {parameters:,} parameters",
-            f"  tables   {', '.join(tables)}; {total / 2**20:,.1f} MiB of weights",
+            "  tables   " + table_text(placed).replace("\n", "\n" + " " * len("  tables   ")),
             f"  compute  {execution}",
             f"  tokens   {tokens.rank:,} per rank{auto}",
-            f"  epochs   {'at most' if validates else 'all'} {epochs}, about {steps:,} steps each",
+            _length(train, steps, "at most" if validates else "all"),
             *([f"  targets  {without:,} of the items are never one, see the summary of prepare"] if without else []),
-            *([] if validates else ["  nothing is held out for validation: the newest checkpoint is the result"]),
+            *_validation(train, manifest, validates),
         ]
     )
+
+
+def _length(train: Train, steps: int, how: str) -> str:
+    """The line about the length of a run, given the steps of an epoch."""
+    if train.steps:
+        return f"  steps    {how} {train.steps:,}, about {train.steps / steps:,.1f} epochs"
+    return f"  epochs   {how} {train.epochs}, about {steps:,} steps each"
+
+
+def _validation(train: Train, manifest: Manifest, validates: bool) -> list[str]:
+    """The line about validation, where it is not that on all users at the ends of epochs."""
+    if not validates:
+        return ["  nothing is held out for validation: the newest checkpoint is the result"]
+    if not (train.validate_users or train.validate_steps):
+        return []
+    often = f", every {train.validate_steps:,} steps" if train.validate_steps else ""
+    return [f"  validation on {describe_users(manifest, train.validate_users)}{often}"]

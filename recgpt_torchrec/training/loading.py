@@ -56,7 +56,8 @@ def load(
     settings = CheckpointSettings.read(checkpoint)
     check_vocabulary(settings, checkpoint, dataset)
     manifest, tuning = dataset.manifest, settings.tuning
-    unsharded = RecGPT(settings.model, settings.loss, manifest.users, manifest.items, tuning, item_keys)
+    users, items = manifest.users, manifest.items
+    unsharded = RecGPT(settings.model, settings.loss, users, items, tuning, item_keys, tables.precision)
     check_tables(unsharded, checkpoint, dataset)
     model = shard(unsharded, tables, bags=bags, device=device, fused=False, trained=False)
     state = {"model": model.state_dict()}

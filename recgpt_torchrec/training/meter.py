@@ -151,6 +151,16 @@ class StepMeter:
             for counts in (self.epoch_counts, self.newest_counts):
                 counts.targets += targets
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time within the `with` out; it comes between two steps."""
+        self._in_step = self._splitting = False  # the pipeline was asked for one step too many, to empty it
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        for counts in (self.epoch_counts, self.newest_counts):
+            counts.since += seconds
+
     def watch(self, batches: Iterator[SequenceBatch]) -> Iterator[SequenceBatch]:
         """The same batches; the time that each is waited for counts as `data wait`."""
         while True:

@@ -11,6 +11,7 @@ from recgpt_torchrec.storage.typed import check_counts, check_finite, make_typed
 
 MAX_STEPS = 2**40
 """Maximum number of steps of a run; seeds, which are made of it, must stay below 2^63."""
+COUNTS = ("step", "before", "skipped", "validated")
 
 
 @dataclass
@@ -28,7 +29,9 @@ class Progress:
     best_epoch: int = -1
     """Epoch of the best figure, from 0; -1: none yet."""
     best_step: int | None = None
-    """Steps done at the end of the best epoch, which name its checkpoint."""
+    """Steps done at the validation of the best figure, which name its checkpoint."""
+    validated: int = 0
+    """Steps done at the newest validation; 0: none yet."""
     finished: bool = False
     before: int = 0
     """Steps of the runs that this one started from: the optimizers' step counters include them."""
@@ -38,6 +41,11 @@ class Progress:
     """Targets of the epoch so far."""
     skipped: int = 0
     """Steps skipped in the run because their loss or gradients were not finite."""
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss over the targets of the epoch so far, in nats."""
+        return self.loss / max(self.targets, 1)
 
     def state_dict(self) -> dict[str, Any]:
         """The progress as JSON values."""
@@ -54,7 +62,7 @@ class Progress:
         progress = make_typed(cls, values, "progress.")
         if "position" in state:
             progress.position = Position.from_state_dict(state["position"])
-        check_counts({f"progress.{name}": getattr(progress, name) for name in ("step", "before", "skipped")})
+        check_counts({f"progress.{name}": getattr(progress, name) for name in COUNTS})
         check_finite({f"progress.{name}": getattr(progress, name) for name in ("read", "targets")})
         if max(progress.step, progress.before) > MAX_STEPS:
             raise ValueError(f"progress.step and progress.before must be at most {MAX_STEPS:,}")

@@ -12,6 +12,7 @@ from recgpt_torchrec import storage
 from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.config.fields import changeable_names, current_name, default_values
 from recgpt_torchrec.data.dataset import Manifest
+from recgpt_torchrec.distributed.placements import Placement
 from recgpt_torchrec.distributed.processes import run_on_first_rank
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import read_json, write_json
@@ -161,26 +162,34 @@ class Run:
         latest = self.checkpoints.latest()
         return latest is not None and Progress.of_checkpoint(latest).finished
 
-    def metadata(self, plan: str, hold_out: str = "last") -> dict[str, Any]:
+    def metadata(self, plan: str, placed: list[Placement], hold_out: str = "last") -> dict[str, Any]:
         """The run's part of each checkpoint's metadata.
 
         Args:
             plan: describes the sharding.
+            placed: where the tables are.
             hold_out: what the dataset holds out; `last` is not recorded.
         """
         more = {} if hold_out == "last" else {"hold_out": hold_out}
-        return {"config": self.config, "vocabulary": self.vocabulary, "plan": plan, **more}
+        tables = [asdict(each) for each in placed]
+        return {"config": self.config, "vocabulary": self.vocabulary, "plan": plan, "placements": tables, **more}
 
     def summary(self, manifest: Manifest) -> str:
         """The best validation figure, its checkpoint, and the next command, as text; `manifest` is the dataset's."""
-        output, epochs = self.checkpoints.output, self.config["train"]["epochs"]
+        output, train = self.checkpoints.output, self.config["train"]
+        unit = "step" if train["steps"] else "epoch"
+        count = train[f"{unit}s"]
         trained = (
-            f"{epochs} epoch{'s' * (epochs != 1)}, nothing held out for validation, "
+            f"{count:,} {unit}{'s' * (count != 1)}, nothing held out for validation, "
             f"in {self.checkpoints.latest()} (the newest)"
         )
         if (best := self.checkpoints.read_best()) is not None:
-            figure = f"validation NDCG@10 {best.value:.4f} after epoch {best.epoch}"
-            trained = f"{figure}, in {self.checkpoints.best()}"
+            moment, sample = f"epoch {best.epoch}", ""
+            if best.checkpoint is not None and (train["steps"] or train["validate_steps"]):
+                moment = f"step {int(best.checkpoint.removeprefix('step-')):,} (epoch {best.epoch})"
+            if train["validate_users"]:
+                sample = f" on {describe_users(manifest, train['validate_users'])}"
+            trained = f"validation NDCG@10 {best.value:.4f}{sample} after {moment}, in {self.checkpoints.best()}"
         stage, more = "evaluate", f"{output}/test.json --split test"
         if manifest.count_targets("test") == 0:
             stage, more = "export", "EXPORT_FOLDER"
@@ -192,19 +201,32 @@ class Run:
         )
 
 
+def describe_users(manifest: Manifest, sample: int) -> str:
+    """The users that are validated on, in words; `sample`: number of users, 0: all."""
+    users = manifest.count_targets("validation")
+    if not sample:
+        return "all users" if users is None else f"all {users:,} users"
+    return f"a sample of {sample:,} users" if users is None else f"{sample:,} of {users:,} users (sample)"
+
+
 def _suggest_way(config: Any, recorded: dict[str, Any], differing: list[str]) -> str:
     """What to do where an output folder holds a run with other options."""
-    longer = len(differing) == 1 and config.train.epochs > recorded["train.epochs"]
+    ends = [recorded[f"train.{name}"] for name in ("epochs", "steps")]
+    longer = len(differing) == 1 and any(
+        type(end) is int and given > end
+        for end, given in zip(ends, (config.train.epochs, config.train.steps), strict=True)
+    )
     if not longer or not Checkpoints(config.output, 1).latest():
         return "choose another --output, or the same options"
+    unit = "step" if ends[1] else "epoch"
     if hasattr(config, "initial"):
         return (
-            "its learning-rate schedule ends with its last epoch. To train its model further, start a run from it: "
+            f"its learning-rate schedule ends with its last {unit}. To train its model further, start a run from it: "
             f"--initial {config.output} --output NEW_RUN"
         )
     return (
-        "its learning-rate schedule ends with its last epoch. Tune again for more epochs with another --output, from "
-        f"the same --checkpoint {config.checkpoint}"
+        f"its learning-rate schedule ends with its last {unit}. Tune again for more {unit}s with another --output, "
+        f"from the same --checkpoint {config.checkpoint}"
     )
 
 

@@ -1,4 +1,8 @@
-"""The log of a run: progress bar, TensorBoard, and one JSON line per epoch in history.jsonl."""
+"""The log of a run: progress bar, TensorBoard, and one JSON line per epoch in history.jsonl.
+
+Validations within an epoch have lines of their own, and so has the last epoch of a run of steps if it is not over: they
+have `"partial": true`.
+"""
 
 import json
 import os
@@ -16,6 +20,8 @@ from recgpt_torchrec.training.meter import RECORDED, Speed
 
 TIMINGS = ("data_wait", "train_s", "validate_s", *RECORDED)
 """Names in history.jsonl of what differs from run to run of the same training."""
+PARTIAL = "partial"
+"""Name in history.jsonl that marks a line written before its epoch was over."""
 
 
 class RunLog:
@@ -29,13 +35,25 @@ class RunLog:
     Example: `with RunLog(output, total, done) as log: log.log_step(...)`
     """
 
-    def __init__(self, output: str, total: float, done: float, epochs: int = 0, steps: int = 0) -> None:
+    def __init__(
+        self,
+        output: str,
+        total: float,
+        done: float,
+        epochs: int = 0,
+        steps: int = 0,
+        validated: int = 0,
+        *,
+        unit: str = "interactions",
+    ) -> None:
         """
         Args:
             output: the run's folder.
-            total: entries of the run, over all epochs and ranks.
-            done: entries trained on before.
+            total: length of the run in `unit`: steps, or entries over all epochs and ranks.
+            done: what was done before.
             epochs, steps: number done before.
+            validated: steps done at the newest validation before.
+            unit: what the progress bar counts.
 
         Raises:
             InputError: the folder cannot be written to.
@@ -51,8 +69,8 @@ class RunLog:
         self.history = os.path.join(output, "history.jsonl")
         with self._report_write_errors():
             self.writer = SummaryWriter(folder, purge_step=steps + 1 if steps else None)
-            _drop_later_epochs(self.history, epochs)
-        self.bar = progress_bar(int(total), "interactions", done=int(done), unit_scale=True)
+            _drop_later_lines(self.history, epochs, validated)
+        self.bar = progress_bar(int(total), unit, done=int(done), unit_scale=True)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -91,16 +109,16 @@ class RunLog:
                 with open(os.path.join(self.scratch.name, name), "rb") as file:
                     storage.write(os.path.join(self.tensorboard, name), file.read())
 
-    def add_entries(self, entries: float, epoch: int) -> None:
+    def advance(self, done: float, epoch: int) -> None:
         """Advance the progress bar.
 
         Args:
-            entries: trained on since the last call, summed over ranks.
+            done: since the last call, over all ranks, in the bar's unit.
             epoch: counted from 0.
         """
         if self.active:
             self.bar.set_description(f"epoch {epoch + 1}", refresh=False)
-            self.bar.update(entries)
+            self.bar.update(done)
 
     def log_step(self, step: int, *, loss: float, lr: float, waited: float, speed: Speed) -> None:
         """Show and record the figures of the steps since the last call.
@@ -126,12 +144,12 @@ class RunLog:
                 for name, value in flatten(figures).items():
                     self.writer.add_scalar(f"train/{name.replace(' ', '_')}", value, step)
 
-    def log_epoch(self, record: dict[str, Any], speed: Speed, step: int) -> None:
-        """Record and log an epoch's figures.
+    def log_epoch(self, record: dict[str, Any], speed: Speed | None, step: int) -> None:
+        """Record and log an epoch's figures, or those of a validation within it.
 
         Args:
-            record: the epoch's line of history.jsonl, with `loss` and what `speed` records.
-            speed: what was measured, for a line of its own in the log.
+            record: the line of history.jsonl, with `loss` and what `speed` records.
+            speed: what was measured, for a line of its own in the log; None: nothing was.
             step: optimizer steps done.
 
         Raises:
@@ -144,24 +162,33 @@ class RunLog:
                     if isinstance(value, float):
                         self.writer.add_scalar(f"epoch/{name}", value, step)
                 self._upload()
-            shown = {name: value for name, value in record.items() if name not in RECORDED}
+            shown = {name: value for name, value in record.items() if name not in (*RECORDED, PARTIAL)}
             figures = ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
             # In an epoch with few steps, `log_step` may not have been called.
             self.bar.set_postfix_str(f"loss {record['loss']:.3f}", refresh=False)
             LOGGER.info(figures)
-            LOGGER.info("  %s", speed)
+            if speed is not None:
+                LOGGER.info("  %s", speed)
 
 
-def _drop_later_epochs(history: str, epochs: int) -> None:
-    """Drop lines of epochs after the first `epochs`, and incomplete ones that a kill or a loss of power left."""
+def _drop_later_lines(history: str, epochs: int, validated: int) -> None:
+    """Drop what a resumed run writes again, and incomplete lines that a kill or a loss of power left.
+
+    What stays are lines of the first `epochs` epochs, and those of validations within the next one, up to the one after
+    `validated` steps.
+    """
     if storage.exists(history):
         lines = storage.read(history).splitlines(keepends=True)
-        storage.write(history, b"".join(line for line in lines if 0 < _epoch_of(line) <= epochs))
+        storage.write(history, b"".join(line for line in lines if _is_before(line, epochs, validated)))
 
 
-def _epoch_of(line: bytes) -> int:
-    """The epoch of a line of history.jsonl; 0: the line is incomplete."""
+def _is_before(line: bytes, epochs: int, validated: int) -> bool:
+    """Whether a line of history.jsonl is complete, and was written before a checkpoint of this progress."""
     try:
-        return int(json.loads(line)["epoch"]) if line.endswith(b"\n") else 0
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return 0
+        values = json.loads(line)
+        epoch, partial = int(values["epoch"]), values.get(PARTIAL) is True
+        if not line.endswith(b"\n") or epoch < 1:
+            return False
+        return epoch <= epochs or (partial and epoch == epochs + 1 and int(values["step"]) <= validated)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, AttributeError):
+        return False

@@ -7,6 +7,7 @@ from torch import nn
 
 from recgpt_torchrec.config import Model, Pretrain, PromptTune, Tuning
 from recgpt_torchrec.data.stream import SequenceStream
+from recgpt_torchrec.distributed.placements import placements
 from recgpt_torchrec.distributed.processes import log_message, run_on_first_rank
 from recgpt_torchrec.training.building import Tokens, build, check_lost
 from recgpt_torchrec.training.execution import Execution
@@ -54,6 +55,7 @@ def train(
     check_lost(dataset)
     capacity = stream.maker.capacity
     built, optimizer = build(config, model, dataset, capacity=capacity, device=device, tuning=tuning)
+    placed = placements(built.plan, built, config.tables.optimizer)
     with run.claim_folder():
         trainer = Trainer(
             model=built,
@@ -66,7 +68,7 @@ def train(
             schedule=config.optimizer,
             saving=config.saving,
             checkpoints=run.checkpoints,
-            metadata=run.metadata(str(built.plan), dataset.manifest.hold_out),
+            metadata=run.metadata(str(built.plan), placed, dataset.manifest.hold_out),
             seed=config.seed,
         )
         if resumed := run_on_first_rank(run.checkpoints.latest):
@@ -74,9 +76,18 @@ def train(
             log_message(f"Resuming from {resumed}")
         else:
             begin(trainer)
-        epochs, validates = config.train.epochs, validation is not None
+        validates = validation is not None
         log_message(
-            header(built, dataset.manifest, device, execution, tokens=tokens, epochs=epochs, validates=validates)
+            header(
+                built,
+                dataset.manifest,
+                device,
+                execution,
+                placed=placed,
+                tokens=tokens,
+                train=config.train,
+                validates=validates,
+            )
         )
         trainer.fit(None if validation is None else validation(built), metric)
         if (set_aside := stream.maker.reader.set_aside) is not None:

@@ -4,6 +4,7 @@ Of batches it knows what `lockstep.Step` holds: cursor, number of targets and en
 non-finite step's rows are found. The rest is the model's.
 """
 
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -33,8 +34,8 @@ from recgpt_torchrec.training.execution import Execution
 from recgpt_torchrec.training.finite import FiniteGuard, GuardedPipeline, Place, describe_step, find_rows
 from recgpt_torchrec.training.meter import LOG_EVERY, StepMeter
 from recgpt_torchrec.training.progress import Progress
-from recgpt_torchrec.training.runlog import RunLog
-from recgpt_torchrec.training.schedule import Schedule
+from recgpt_torchrec.training.runlog import PARTIAL, RunLog
+from recgpt_torchrec.training.schedule import Length, Schedule
 from recgpt_torchrec.training.trace import StepTrace
 
 
@@ -76,6 +77,7 @@ class Trainer:
     def __post_init__(self) -> None:
         unwrapped_dense(unwrapped(self.model)).set_compute(self.execution.compute)
         self.learning_rate = Schedule(self.optimizer, self.schedule)
+        self.length = Length.of(self.train, self.entries)
         self.guard = FiniteGuard(unwrapped(self.model).dense, self.device, hold=self.train.non_finite == "stop")
         self.pipeline = GuardedPipeline(self.model, self.optimizer, self.device, self.guard)
         self.meter = StepMeter(self.model, self.pipeline, self.device, self.execution)
@@ -86,22 +88,29 @@ class Trainer:
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
 
     def fit(self, validate: Callable[[], dict[str, float]] | None, metric: str) -> None:
-        """Train until the last epoch, or until `metric` has not improved for `train.patience` epochs (collective).
+        """Train to the run's last step, or until `metric` has not improved for `train.patience` epochs (collective).
 
         Args:
-            validate: returns the validation figures by name, the same on all ranks (collective); None: every epoch is
-                trained, and none is best.
+            validate: returns the validation figures by name, the same on all ranks (collective); None: the whole run is
+                trained, and no checkpoint is best.
             metric: the figure that decides the best checkpoint and early stopping; higher is better.
 
         Raises:
             Stopped: a rank received a stop signal; everything is saved.
             InputError: a loss or gradient was not finite and may not be skipped; or something cannot be written.
         """
-        progress = self.progress
+        progress, length = self.progress, self.length
         if self.saving.asynchronous:
             self.saver.copy_state(state_of(self.model, self.optimizer))  # allocates the memory before the first step
-        total, epoch = self._total_entries(), progress.position.epoch
-        log = RunLog(self.checkpoints.output, total, progress.read, epoch, progress.step)
+        log = RunLog(
+            self.checkpoints.output,
+            length.total,
+            length.done(progress),
+            progress.position.epoch,
+            progress.step,
+            progress.validated,
+            unit=length.unit,
+        )
         with signals.handle_stop_signals(), self.saver, log, self.trace:
             try:
                 while not progress.finished:
@@ -116,59 +125,103 @@ class Trainer:
                 raise
 
     def _run_epoch(self, log: RunLog, validate: Callable[[], dict[str, float]] | None, metric: str) -> None:
-        progress, epoch, started = self.progress, self.progress.position.epoch, time.perf_counter()
-        with self.execution.applied():
-            waited = self._train_epoch(epoch, log)
-        speed = self.meter.epoch()
-        loss = progress.loss / max(progress.targets, 1)
-        last = epoch + 1 >= self.train.epochs
-        record = {"epoch": epoch + 1, "step": progress.step, "loss": loss, "data_wait": waited}
-        record |= {"train_s": time.perf_counter() - started, **speed.record()}
-        validated = last or (epoch + 1) % self.train.validate_every == 0
+        """Train the rest of an epoch, or as much of it as the run has; validate within it and at its end, and save."""
+        progress, train = self.progress, self.train
+        epoch, started = progress.position.epoch, time.perf_counter()
+        lockstep, validate_s = self._open_epoch(), 0.0
+        while True:
+            with self.execution.applied():
+                self._train_steps(lockstep, self._steps_ahead(validate is not None), log)
+            if self.length.has_all_steps(progress) or not lockstep.has_next():
+                break
+            assert validate is not None
+            with self.meter.paused():
+                record = {"epoch": epoch + 1, "step": progress.step, PARTIAL: True, "loss": progress.mean_loss}
+                record |= self._validate(validate, metric)
+                validate_s += record["validate_s"]
+                log.log_epoch(record, None, progress.step)
+                self._save_within_epoch()
+        partial = lockstep.has_next()
+        lockstep.close()
+        speed, train_s = self.meter.epoch(), time.perf_counter() - started - validate_s
+        last = self.length.has_all_steps(progress) or self.length.is_last_epoch(epoch)
+        record = {"epoch": epoch + 1, "step": progress.step, **({PARTIAL: True} if partial else {})}
+        record |= {"loss": progress.mean_loss, "data_wait": lockstep.waited_s / train_s, "train_s": train_s}
+        record |= speed.record()
+        on_step = train.validate_steps > 0 and progress.step % train.validate_steps == 0
+        validated = last or on_step or (epoch + 1) % train.validate_every == 0
         if validate is not None and validated:
-            started = time.perf_counter()
-            self.pipeline.detach()
-            with watchdog.phase("validating"):
-                figures = validate()
-            if figures[metric] > progress.best_value:
-                progress.best_value, progress.best_epoch, progress.best_step = figures[metric], epoch, progress.step
-            record |= {**figures, "validate_s": time.perf_counter() - started}
+            record |= self._validate(validate, metric)
         idle = epoch - progress.best_epoch
         # Stop after a validation only: patience may be shorter than the time between two.
         progress.finished = last or bool(
-            validated and self.train.patience and progress.best_epoch >= 0 and idle >= self.train.patience
+            validated and train.patience and progress.best_epoch >= 0 and idle >= train.patience
         )
         log.log_epoch(record, speed, progress.step)
+        if partial:
+            return self._save_within_epoch()
         progress.position, progress.loss, progress.targets = Position(epoch + 1), 0.0, 0.0
         self.save()
 
-    def _train_epoch(self, epoch: int, log: RunLog) -> float:
-        """Train the rest of an epoch; returns the share of time spent waiting for data."""
-        progress, rank, world = self.progress, dist.get_rank(), dist.get_world_size()
-        self._share = share = self.stream.batches(epoch, progress.position, rank, world)
-        lockstep = Lockstep(self.meter.watch(iter(share)), self.stream.maker.empty, self.saver.requests_checkpoint)
-        self.model.train()
-        start = logged_at = time.perf_counter()
-        logged_wait = 0.0
-        logged, first = (progress.loss, progress.targets), progress.step
+    def _open_epoch(self) -> Lockstep:
+        """The batches of the rest of the epoch."""
+        position = self.progress.position
+        self._share = share = self.stream.batches(position.epoch, position, dist.get_rank(), dist.get_world_size())
         self.meter.start_epoch()
+        return Lockstep(self.meter.watch(iter(share)), self.stream.maker.empty, self.saver.requests_checkpoint)
+
+    def _steps_ahead(self, validates: bool) -> int | None:
+        """Steps until a validation within the epoch is due, or the run ends; None: neither comes before its end."""
+        progress, every, ahead = self.progress, self.train.validate_steps, []
+        if validates and every:
+            since = progress.step % every
+            # A run that was stopped within a validation resumes with it.
+            is_due = since == 0 and progress.step > 0 and progress.validated != progress.step
+            ahead.append(0 if is_due else every - since)
+        if self.length.steps:
+            ahead.append(max(0, self.length.steps - progress.step))
+        return min(ahead, default=None)
+
+    def _validate(self, validate: Callable[[], dict[str, float]], metric: str) -> dict[str, Any]:
+        """Validate, and note it if the figure is the best so far; returns what history.jsonl records (collective)."""
+        progress, started = self.progress, time.perf_counter()
+        self.pipeline.detach()  # `_train_steps` left it empty
+        with watchdog.phase("validating"):
+            figures = validate()
+        progress.validated = progress.step
+        if figures[metric] > progress.best_value:
+            progress.best_value, progress.best_step = figures[metric], progress.step
+            progress.best_epoch = progress.position.epoch
+        return {**figures, "validate_s": time.perf_counter() - started}
+
+    def _train_steps(self, lockstep: Lockstep, steps: int | None, log: RunLog) -> None:
+        """Train `steps` steps, or the rest of the epoch if it is shorter (None: it).
+
+        The pipeline, which takes batches two steps ahead, gets no batch beyond and so ends empty: each batch is trained
+        once, wherever validations come between.
+        """
+        progress, epoch, rank = self.progress, self.progress.position.epoch, dist.get_rank()
+        batches = lockstep if steps is None else itertools.islice(lockstep, steps)
+        self.model.train()
+        logged_at, logged_wait = time.perf_counter(), lockstep.waited_s
+        logged, first = (progress.loss, progress.targets), progress.step
         while True:
             # Dropout depends on the step only: a resumed run computes what an uninterrupted one would.
             seed_device((self.seed * 1_000_003 + progress.step) * 4099 + rank, self.device)
-            lr_share = self.learning_rate.set_rates(progress.step, progress.read / self._total_entries())
+            lr_share = self.learning_rate.set_rates(progress.step, self.length.share(progress))
             watchdog.report_phase("a training step", progress.step)
             self.trace.begin(progress.step + 1)
             self.meter.begin(progress.step)
             try:
-                loss, _ = self.pipeline.progress(lockstep)
+                loss, _ = self.pipeline.progress(batches)
             except StopIteration:
                 break
             if progress.step == first:
                 self._check_pipelined()
             step = lockstep.handed_out.popleft()
-            self._count(step, share, loss)
+            self._count(step, self._share, loss)
             self.meter.end(step.targets)
-            log.add_entries(step.entries, epoch)
+            log.advance(1 if self.length.steps else step.entries, epoch)
             if progress.step % LOG_EVERY == 0:
                 self._sum_losses()
                 now = time.perf_counter()
@@ -177,16 +230,17 @@ class Trainer:
                 log.log_step(progress.step, loss=mean, lr=lr_share, waited=wait, speed=self.meter.newest())
                 logged_at, logged_wait = now, lockstep.waited_s
                 logged = progress.loss, progress.targets
-            if self.saver.is_due(progress.step, step.checkpoint_requested):
+            at_end = progress.step - first == steps  # where a validation comes, or the run ends, and then a checkpoint
+            if not at_end and self.saver.is_due(progress.step, step.checkpoint_requested):
                 self._save_within_epoch()
         self.trace.end_epoch()
         self._sum_losses()
-        return lockstep.waited_s / (time.perf_counter() - start)
 
-    def _count(self, step: Step, share: Share, loss: torch.Tensor) -> None:
+    def _count(self, step: Step, share: Share | None, loss: torch.Tensor) -> None:
         """Count a step as done; whether it was finite may be read later."""
         progress, queue = self.progress, None
         if step.cursor is not None:
+            assert share is not None
             queue = share.left[step.cursor.worker]
             share.done(step.cursor)
         # Without looking: the flag and the loss stay on the device.
@@ -241,9 +295,6 @@ class Trainer:
             "such steps: --train.non_finite skip"
             + (f" --train.non_finite_limit {2 * self.progress.skipped}" if self.train.non_finite == "skip" else "")
         )
-
-    def _total_entries(self) -> float:
-        return max(1, self.entries) * self.train.epochs
 
     def _check_pipelined(self) -> None:
         """Fail if the pipeline does not handle every sharded table: torchrec only logs that, and trains slowly."""

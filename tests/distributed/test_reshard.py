@@ -18,6 +18,12 @@ SOURCES = [
     Layout(2, "data_parallel", "adam"),
     Layout(3, "row_wise", "adam"),
     Layout(2, "data_parallel", "sgd"),
+    Layout(4, "table_row_wise", "rowwise_adagrad", nodes=2),
+    Layout(4, "grid", "rowwise_adagrad", nodes=2),
+    Layout(4, "grid", "adagrad", nodes=2),
+    Layout(4, "grid", "adam", nodes=2),
+    Layout(2, "row_wise", "rowwise_adagrad", precision="fp16"),
+    Layout(2, "column_wise", "adagrad", precision="fp16"),
 ]
 TARGETS = [
     Layout(1, "row_wise", "rowwise_adagrad"),
@@ -30,12 +36,19 @@ TARGETS = [
     Layout(2, "column_wise", "adam"),
     Layout(2, "table_wise", "adam"),
     Layout(2, "row_wise", "sgd"),
+    Layout(4, "table_row_wise", "rowwise_adagrad", nodes=2),
+    Layout(4, "table_row_wise", "adam", nodes=2),
+    Layout(4, "grid", "rowwise_adagrad", nodes=2),
+    Layout(4, "grid", "adagrad", nodes=2),
+    Layout(3, "row_wise", "rowwise_adagrad", precision="fp16"),
+    Layout(2, "table_wise", "adagrad", precision="fp16"),
+    Layout(2, "table_wise", "sgd", precision="fp16"),
 ]
 
 
 @pytest.fixture(scope="module")
 def differences(tmp_path_factory) -> list[Difference]:
-    return run_ranks(reshard, 3, str(tmp_path_factory.mktemp("reshard")), SOURCES, TARGETS, timeout=240)[0]
+    return run_ranks(reshard, 4, str(tmp_path_factory.mktemp("reshard")), SOURCES, TARGETS, timeout=240)[0]
 
 
 def test_tables_optimizer_state_and_next_losses_are_those_that_were_saved(differences):

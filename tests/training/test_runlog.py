@@ -28,9 +28,9 @@ def test_a_line_of_progress_names_its_own_epoch_and_none_comes_before_something_
     monkeypatch.setattr(progress, "EVERY", 0.0)
     with RunLog(str(tmp_path), total=100, done=10) as log:
         assert capsys.readouterr().err == ""  # a run that resumes
-        log.add_entries(10, epoch=1)
+        log.advance(10, epoch=1)
         log.log_epoch({"epoch": 2, "step": 2, "loss": 1.5}, SPEED, step=2)
-        log.add_entries(10, epoch=2)
+        log.advance(10, epoch=2)
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("epoch 2:  20%")
     assert second.startswith("epoch 3:  30%") and second.endswith("loss 1.500")

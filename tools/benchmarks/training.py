@@ -116,13 +116,14 @@ class Training:
             self._log() as log,
             stopwatch() as figures,
         ):
-            waited = trainer._train_epoch(self.epoch, log)
+            lockstep = trainer._open_epoch()
+            trainer._train_steps(lockstep, None, log)
             flops_s = self.trainer.meter.epoch().flops_per_s
         self.epoch += 1
         return {
             "targets_s": progress.targets / figures["seconds"],
             "step_ms": 1e3 * figures["seconds"] / max(1, progress.step - step),
-            "data_wait": waited,
+            "data_wait": lockstep.waited_s / figures["seconds"],
             "flops_s": flops_s,
             **figures,
         }

@@ -1,0 +1,102 @@
+"""Where a sharding plan puts each table: type, kernel, ranks and bytes, as values and as a table of text.
+
+Knows nothing of devices and process groups: a plan and a model on the meta device are enough.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+from torchrec.distributed.types import EnumerableShardingSpec, ParameterSharding, ShardingPlan
+
+from recgpt_torchrec.distributed.sharding import table_name, tables_of
+
+MOMENT_BYTES = 4
+"""Moments are float32 whatever the table is."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one table is."""
+
+    table: str
+    rows: int
+    dim: int
+    dtype: str
+    """Of the weights: `float32`, `float16`."""
+    sharding: str
+    """As in torchrec: data_parallel, table_wise, column_wise, row_wise, table_row_wise, grid_shard, ..."""
+    kernel: str
+    """As in torchrec: dense, fused, fused_uvm, fused_uvm_caching."""
+    ranks: int
+    """Number of ranks that hold a part of it, or a copy."""
+    blocks: int
+    """Number of blocks of columns."""
+    bytes_per_rank: int
+    """Weights and moments on the rank that holds most of the table."""
+    total_bytes: int
+    """Weights and moments on all ranks."""
+
+
+def placements(plan: ShardingPlan, model: nn.Module, optimizer: str | None = None) -> list[Placement]:
+    """The placement of every table of a model, in the model's order.
+
+    Args:
+        plan: of the model.
+        model: sharded or not; it may be on the meta device.
+        optimizer: of the tables, as in `--tables.optimizer`; None: they are not trained, and have no moments.
+    """
+    by_table = {name: table for module in plan.plan.values() for name, table in module.items()}
+    return [
+        _place(table_name(key), value, by_table[table_name(key)], optimizer) for key, value in tables_of(model).items()
+    ]
+
+
+def _place(name: str, value: object, sharding: ParameterSharding, optimizer: str | None) -> Placement:
+    rows, dim = value.size()  # type: ignore[attr-defined]
+    dtype = value.dtype  # type: ignore[attr-defined]
+    spec = sharding.sharding_spec
+    # Each part of the table: the rank that holds it, its rows, its columns.
+    parts = [(rank, rows, dim) for rank in sharding.ranks or []]
+    blocks = 1
+    if isinstance(spec, EnumerableShardingSpec):
+        parts = [(shard.placement.rank(), *shard.shard_sizes) for shard in spec.shards]
+        blocks = len({shard.shard_offsets[1] for shard in spec.shards})
+    by_rank: Counter[int] = Counter()
+    for rank, height, width in parts:
+        by_rank[rank] += height * width * dtype.itemsize + moment_bytes(optimizer, height, width)
+    return Placement(
+        table=name,
+        rows=rows,
+        dim=dim,
+        dtype=str(dtype).removeprefix("torch."),
+        sharding=sharding.sharding_type,
+        kernel=sharding.compute_kernel,
+        ranks=sum(size > 0 for size in by_rank.values()),
+        blocks=blocks,
+        bytes_per_rank=max(by_rank.values()),
+        total_bytes=by_rank.total(),
+    )
+
+
+def moment_bytes(optimizer: str | None, rows: int, columns: int) -> int:
+    """Bytes of the moments that a table's optimizer keeps for a part of the table, [rows, columns]."""
+    numbers = {"rowwise_adagrad": rows, "adagrad": rows * columns, "adam": 2 * rows * columns}
+    return MOMENT_BYTES * numbers.get(optimizer or "", 0)
+
+
+def table_text(placed: list[Placement]) -> str:
+    """Placements as an aligned table of text: a heading, a line per table, and their sum."""
+    heading = ("table", "rows x dim", "dtype", "sharding", "kernel", "ranks", "MiB per rank")
+    rows = [
+        (each.table, f"{each.rows:,} x {each.dim}", each.dtype, each.sharding, each.kernel, f"{each.ranks:,}")
+        + (f"{each.bytes_per_rank / 2**20:,.1f}",)
+        for each in placed
+    ]
+    widths = [max(map(len, column)) for column in zip(heading, *rows, strict=True)]
+    lines = []
+    for row in (heading, *rows):
+        left = [cell.ljust(width) for cell, width in zip(row[:5], widths[:5], strict=True)]
+        right = [cell.rjust(width) for cell, width in zip(row[5:], widths[5:], strict=True)]
+        lines.append("  ".join(left + right))
+    return "\n".join(lines)

@@ -1,0 +1,17 @@
+"""Program `plan`: a catalogue and a cluster -> sharding, memory, traffic and time of a pretrain run, estimated."""
+
+from recgpt_torchrec import cli
+from recgpt_torchrec.config.plan import Plan
+
+
+def main(config: Plan) -> None:
+    """Print the estimate; nothing is read but the manifest of `config.data`, and nothing is written."""
+    from recgpt_torchrec.distributed.processes import silence_libraries
+    from recgpt_torchrec.planning.report import Estimate
+
+    silence_libraries()
+    print(Estimate.of(config).text())
+
+
+if __name__ == "__main__":
+    cli.run(Plan, main, "recgpt_torchrec.plan")

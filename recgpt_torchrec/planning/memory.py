@@ -1,0 +1,229 @@
+"""Memory of the fullest rank, by what it is for.
+
+What is always there adds up. Of what is there in one phase alone (a step, a validation) the largest phase counts. A
+CUDA rank has two memories, the device's and its share of the node's; a CPU rank one.
+
+What cannot be known from the options is assumed: `CUDA_CONTEXT`, `FRAGMENTATION`, `PROCESS`. Activations are those that
+autograd keeps, counted in the decoder's source.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from recgpt_torchrec.catalogue.catalogue import LOOKUP, RANKED_SCORES
+from recgpt_torchrec.distributed.placements import Placement
+from recgpt_torchrec.distributed.sharding_types import COPY
+from recgpt_torchrec.model.fused_loss import picoseconds_per_logit
+from recgpt_torchrec.model.loss import CHUNK, CHUNK_BFLOAT16, CHUNK_CUDA
+from recgpt_torchrec.planning.hardware import GIB, Hardware
+from recgpt_torchrec.planning.sharded import HOST_KERNELS, Sharded
+from recgpt_torchrec.planning.workload import Workload
+
+CUDA_CONTEXT = 1.5 * GIB
+"""Device memory of CUDA's context, the libraries' kernels and NCCL's buffers (assumed)."""
+FRAGMENTATION = 0.04
+"""Share of a GPU's memory that its allocator cannot give out in the sizes asked for (assumed)."""
+PROCESS = {"cuda": 3.0 * GIB, "cpu": 0.6 * GIB}
+"""Host memory of one rank's process after its imports (assumed; of CPU ranks `tools.check_plan` measures it)."""
+RECORD = 256 * 2**20
+"""Largest piece of a table that is written at once where a checkpoint is saved without a copy."""
+Phase = Literal["always", "step", "validation"]
+Place = Literal["device", "host"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One use of memory on the fullest rank, in bytes."""
+
+    name: str
+    device: float = 0.0
+    """On the GPU; on CPU in the rank's own memory."""
+    host: float = 0.0
+    """In host memory, of CUDA ranks."""
+    phase: Phase = "always"
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The memory of the fullest rank."""
+
+    items: list[Item]
+    hardware: Hardware
+    ranks_per_node: int
+
+    def total(self, place: Place, phase: Phase | None = None) -> float:
+        """Bytes at the peak, or in one phase: what is always there, and what the phase adds."""
+        sums = dict.fromkeys(("always", "step", "validation"), 0.0)
+        for item in self.items:
+            sums[item.phase] += getattr(item, place)
+        if phase is None:
+            return sums["always"] + max(sums["step"], sums["validation"])
+        return sums["always"] + (0.0 if phase == "always" else sums[phase])
+
+    @property
+    def device_limit(self) -> float:
+        """Bytes of the device; of a CPU rank its share of the node's memory."""
+        return self.hardware.hbm * GIB
+
+    @property
+    def host_total(self) -> float:
+        """Bytes of host memory on one node, if all its ranks are as full."""
+        place: Place = "device" if self.hardware.device_type == "cpu" else "host"
+        return self.total(place) * self.ranks_per_node
+
+    @property
+    def host_limit(self) -> float:
+        """Bytes of host memory of a node."""
+        return self.hardware.host * GIB
+
+    @property
+    def fits(self) -> bool:
+        """Whether the fullest rank has room on its device and on its node."""
+        return self.total("device") <= self.device_limit and self.host_total <= self.host_limit
+
+
+def estimate_memory(workload: Workload, sharded: Sharded, hardware: Hardware) -> Memory:
+    """Estimate the memory of the fullest rank.
+
+    A checkpoint is saved from a copy where the copy fits the host's memory, and else without one, as a run chooses; the
+    catalogue of a validation is held where it fits, and else streamed.
+    """
+    plan, cuda = workload.plan, hardware.device_type == "cuda"
+    parameters = 4.0 * workload.dense_parameters
+    items = [
+        Item("process", CUDA_CONTEXT + FRAGMENTATION * hardware.hbm * GIB, PROCESS["cuda"])
+        if cuda
+        else Item("process", PROCESS["cpu"]),
+        *_tables(sharded, plan.tables.optimizer),
+        Item("decoder weights", parameters),
+        Item("decoder gradients", parameters, note="DDP's buckets, which are the gradients"),
+        Item("decoder AdamW", 2 * parameters),
+        *_batches(workload, cuda),
+        *_step(workload, sharded, hardware),
+    ]
+    state = sum(item.device + item.host for item in items if item.name.startswith(("table ", "decoder w", "decoder A")))
+    items.append(_checkpoint(plan.saving.asynchronous, state, Memory(items, hardware, plan.gpus), cuda))
+    items += _validation(workload, sharded, Memory(items, hardware, plan.gpus))
+    return Memory(items, hardware, plan.gpus)
+
+
+def _tables(sharded: Sharded, optimizer: str) -> list[Item]:
+    items = []
+    for placement in sharded.placements:
+        size = sharded.bytes_of(placement)
+        host = placement.kernel in HOST_KERNELS
+        items.append(
+            Item(
+                f"table {placement.table}",
+                device=0 if host else size,
+                host=size if host else 0,
+                note=f"weights and moments ({optimizer}), {placement.sharding}",
+            )
+        )
+        if placement.kernel == "dense":
+            weights = 4.0 * placement.rows * placement.dim
+            if placement.sharding != COPY:
+                weights *= size / max(placement.total_bytes, 1)
+            items.append(Item(f"gradient of {placement.table}", weights, note="dense: of every row"))
+    return items
+
+
+def _batches(workload: Workload, cuda: bool) -> list[Item]:
+    """Batches that are read ahead, and those on the device, in 8-byte integers."""
+    slots, bags = workload.tokens / (1.0 if cuda else 0.9), workload.capacity.stride * (workload.capacity.item_keys + 1)
+    ids = workload.sequences + workload.distinct_items
+    one = 8 * (5 * slots + 3 * workload.targets + ids + 2 * workload.candidates) + 4 * bags
+    ahead = workload.plan.stream.prefetch * max(1, workload.plan.stream.workers) + 2
+    groups = workload.plan.stream.window_groups * min(8192, max(16, workload.users // 64))
+    window = 6 * 8 * groups * (workload.history + 3)  # ids, times, and copies while it is shuffled
+    note = f"{ahead} batches read ahead, 2 windows of {groups:,} users"
+    read = ahead * one + 2 * window
+    return [Item("batches", 3 * one, read, note=note) if cuda else Item("batches", read, note=note)]
+
+
+def exchanged_rows(placement: Placement, bags: int, ranks: int) -> float:
+    """Rows [dim] that a holder of a table makes for all ranks: with rows in shards a partial sum per bag of each."""
+    return 0.0 if placement.sharding == COPY else bags * ranks / placement.blocks
+
+
+def bags_of_table(workload: Workload, table: str) -> int:
+    """Bags per rank that a table is asked for in a step, empty ones included."""
+    return workload.capacity.stride * (1 if table == "user" else workload.capacity.item_keys)
+
+
+def _step(workload: Workload, sharded: Sharded, hardware: Hardware) -> list[Item]:
+    """Lookups, activations and logits of one training step."""
+    model, cuda, ranks = workload.plan.model, hardware.device_type == "cuda", workload.plan.ranks
+    dim, itemsize = model.dim, 2 if hardware.precision == "bf16" else 4
+    sent = received = 0.0
+    for placement in sharded.placements:
+        bags = bags_of_table(workload, placement.table)
+        sent += 4 * dim * exchanged_rows(placement, bags, ranks)
+        received += 4 * dim * bags
+    slots = workload.tokens if cuda and _varlen(workload, hardware) else workload.tokens / 0.9
+    kept = model.layers * slots * dim * (8 + 2 * model.feed_forward) * itemsize + 8 * 4 * slots * dim
+    scores = 0.0
+    if not _varlen(workload, hardware):
+        scores = 3 * model.layers * slots * model.heads * max(64, model.max_len) * itemsize
+    candidates = workload.candidates
+    vectors = 4 * dim * (6 * workload.targets + 5 * candidates)
+    chunk = CHUNK_CUDA if cuda else CHUNK if itemsize == 4 else CHUNK_BFLOAT16
+    logits = 0.0 if fuses_loss(workload, hardware) else itemsize * min(chunk, workload.targets) * candidates
+    return [
+        Item("lookups", 2 * sent + 4 * received, phase="step", note="vectors sent, received, regrouped; gradients"),
+        Item("activations", kept + scores, phase="step", note=f"{model.layers} layers, {workload.tokens:,} tokens"),
+        Item(
+            "loss", vectors + logits, phase="step", note=f"{candidates:,} candidates, logits {logits / 2**20:,.0f} MiB"
+        ),
+    ]
+
+
+def fuses_loss(workload: Workload, hardware: Hardware) -> bool:
+    """Whether the softmax loss runs in kernels that never write the logits, as `auto` would choose on the GPU."""
+    train, loss, dim = workload.plan.train, workload.plan.loss, workload.plan.model.dim
+    if hardware.device_type == "cpu" or loss.candidates == "bce" or hardware.precision == "fp32":
+        return False
+    if train.fused_loss != "auto":
+        return bool(train.fused_loss)
+    itemsize = 2 if hardware.precision == "bf16" else 4
+    fused, chunked = picoseconds_per_logit(dim, workload.candidates, CHUNK_CUDA, itemsize)
+    return fused < chunked
+
+
+def _varlen(workload: Workload, hardware: Hardware) -> bool:
+    """Whether attention keeps no scores: flash attention, on CUDA in bf16 without attention dropout."""
+    possible = hardware.precision == "bf16" and hardware.device_type == "cuda"
+    return possible and workload.plan.model.attention_dropout == 0 and workload.plan.train.attention != "dense"
+
+
+def _checkpoint(asynchronous: bool, state: float, so_far: Memory, cuda: bool) -> Item:
+    """The copy that a checkpoint is written from, or, where it does not fit, what is written at once."""
+    place: Place = "host" if cuda else "device"
+    limit = so_far.host_limit if cuda else so_far.device_limit * so_far.ranks_per_node
+    fits = (so_far.total(place) + state) * so_far.ranks_per_node <= limit
+    size, note = state, "asynchronous saving"
+    if not (asynchronous and fits):
+        why = "asynchronous saving does not fit" if asynchronous else "--saving.asynchronous false"
+        size, note = min(state, RECORD), f"{why}: a record at a time"
+    return Item("checkpoint copy", *((0.0, size) if cuda else (size, 0.0)), note=note)
+
+
+def _validation(workload: Workload, sharded: Sharded, so_far: Memory) -> list[Item]:
+    """The catalogue's vectors of this rank, and the scores of a block of users."""
+    dim, ranks = workload.plan.model.dim, workload.plan.ranks
+    whole = 4.0 * dim * -(-workload.items // ranks)
+    scores = 2 * 4.0 * RANKED_SCORES
+    lookups = sum(
+        4 * dim * (exchanged_rows(placement, LOOKUP, ranks) + 3 * LOOKUP)
+        for placement in sharded.placements
+        if placement.table != "user"
+    )
+    left = so_far.device_limit - so_far.total("device", "always") - scores - lookups
+    held = whole <= left
+    size = whole if held else max(0.0, min(whole, left / 2))
+    how = "held" if held else "streamed: computed and scored in chunks"
+    return [
+        Item("catalogue", size, phase="validation", note=f"{-(-workload.items // ranks):,} items, {how}"),
+        Item("scores", scores + lookups, phase="validation", note="of a block of users; lookups of the catalogue"),
+    ]

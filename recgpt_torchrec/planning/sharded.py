@@ -1,0 +1,69 @@
+"""The sharding plan of a workload, and what each rank holds of every table. Needs neither processes nor a device."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torchrec.distributed.types import EnumerableShardingSpec, ShardingPlan
+
+from recgpt_torchrec.distributed.placements import Placement, placements
+from recgpt_torchrec.distributed.sharding import make_plan
+from recgpt_torchrec.planning.hardware import GIB, Hardware
+from recgpt_torchrec.planning.workload import Workload
+from recgpt_torchrec.training.optimizers import FUSED
+
+HOST_KERNELS = ("fused_uvm", "fused_uvm_caching")
+"""Kernels that keep a table in host memory."""
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """Where the tables of a workload are."""
+
+    placements: list[Placement]
+    by_rank: dict[str, dict[int, int]]
+    """Bytes of weights and moments of each table, by rank."""
+    fullest: int
+    """Rank that holds most bytes."""
+
+    def bytes_of(self, placement: Placement) -> int:
+        """Bytes of a table on the fullest rank."""
+        return self.by_rank[placement.table].get(self.fullest, 0)
+
+
+def shard_workload(workload: Workload, hardware: Hardware) -> Sharded:
+    """Plan the sharding of a workload's tables, as a run would.
+
+    Raises:
+        InputError: a table cannot be sharded as the options say; names the table, and what would fit.
+    """
+    plan = workload.plan
+    sharding_plan = make_plan(
+        workload.meta_model,
+        plan.tables,
+        workload.capacity.items,
+        world_size=plan.ranks,
+        local_world_size=plan.gpus,
+        device_type=hardware.device_type,
+        hbm_bytes=int(hardware.hbm * GIB),
+        fused=plan.tables.optimizer in FUSED or hardware.device_type == "cuda",
+    )
+    placed = placements(sharding_plan, workload.meta_model, plan.tables.optimizer)
+    by_rank = {each.table: _bytes_by_rank(sharding_plan, each, plan.ranks) for each in placed}
+    totals: Counter[int] = Counter()
+    for of_table in by_rank.values():
+        totals.update(of_table)
+    return Sharded(placed, by_rank, max(totals, key=lambda rank: (totals[rank], -rank)))
+
+
+def _bytes_by_rank(sharding_plan: ShardingPlan, placement: Placement, ranks: int) -> dict[int, int]:
+    """Bytes of one table on each rank that holds some of it, in the proportion of its elements."""
+    (table,) = (module[placement.table] for module in sharding_plan.plan.values() if placement.table in module)
+    spec = table.sharding_spec
+    if not isinstance(spec, EnumerableShardingSpec):
+        return dict.fromkeys(table.ranks or range(ranks), placement.bytes_per_rank)
+    elements: Counter[int] = Counter()
+    for shard in spec.shards:
+        assert shard.placement is not None
+        elements[shard.placement.rank()] += shard.shard_sizes[0] * shard.shard_sizes[1]
+    most = max(elements.values())
+    return {rank: round(placement.bytes_per_rank * number / most) for rank, number in elements.items()}

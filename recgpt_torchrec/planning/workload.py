@@ -1,0 +1,167 @@
+"""What one rank works on in one training step: tokens, targets, candidates, bags, operations. Sizes in, sizes out."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from recgpt_torchrec.config import Loss
+from recgpt_torchrec.config.defaults import MOST, tokens_of_rank, tokens_of_step
+from recgpt_torchrec.config.plan import Plan
+from recgpt_torchrec.data.dataset import Dataset, Manifest
+from recgpt_torchrec.data.packed import Capacity
+from recgpt_torchrec.data.reading.histories import HistoryReader
+from recgpt_torchrec.data.stream import BatchMaker
+from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.model.flops import Flops, step_flops
+from recgpt_torchrec.model.recgpt import RecGPT
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The sizes of a run, and of one step of one rank."""
+
+    plan: Plan
+    """With items, users and history filled in."""
+    tokens: int
+    """Maximum number of tokens of a batch, per rank; batches are taken to be full."""
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Workload":
+        """The workload of the options; with `--data` the dataset's manifest is read.
+
+        Raises:
+            InputError: the dataset is missing or damaged, or a batch does not hold the longest history.
+        """
+        plan = with_sizes_of_data(plan)
+        assert plan.users is not None
+        tokens, device = plan.batch.tokens, "cpu" if plan.gpu == "cpu" else "cuda"
+        if tokens == "auto":
+            epoch = plan.interactions or MOST[device] * plan.ranks * 10**6
+            tokens = tokens_of_rank(tokens_of_step(epoch, plan.ranks, device), plan.ranks, plan.model.max_len)
+        return cls(plan, tokens)
+
+    def on(self, nodes: int, gpus: int) -> "Workload":
+        """The same batch per rank on another cluster."""
+        return Workload(replace(self.plan, nodes=nodes, gpus=gpus), self.tokens)
+
+    @property
+    def items(self) -> int:
+        """Number of items."""
+        assert self.plan.items is not None
+        return self.plan.items
+
+    @property
+    def users(self) -> int:
+        """Number of users."""
+        assert self.plan.users is not None
+        return self.plan.users
+
+    @property
+    def history(self) -> float:
+        """Mean number of tokens per sequence, from 1 to max_len."""
+        plan = self.plan
+        given = plan.history
+        if given is None:
+            given = plan.model.max_len / 2 if plan.interactions is None else plan.interactions / self.users - 1
+        return min(max(given, 1.0), plan.model.max_len)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of a batch, and so distinct users."""
+        return min(self.users, max(1, min(round(self.tokens / self.history), self.capacity.users)))
+
+    @property
+    def targets(self) -> int:
+        """Targets of a batch: each token predicts one."""
+        return self.tokens
+
+    @property
+    def candidates(self) -> int:
+        """Candidates that each target of a batch is scored against."""
+        kind = self.plan.loss.candidates
+        if kind == "all":
+            return self.items
+        return min(self.items, self.targets if kind == "in_batch" else self.plan.loss.negatives)
+
+    @property
+    def scores_all_ranks(self) -> bool:
+        """Whether targets are scored against candidates that other ranks hold."""
+        return self.plan.ranks > 1 and self.plan.loss.candidates == "all"
+
+    @property
+    def distinct_items(self) -> int:
+        """Items that a rank looks up in a step, all taken to be distinct: histories, targets, candidates."""
+        room = room_of(self.plan.loss, self.items)
+        return self.items if room is None else min(self.items, self.tokens + self.sequences + room)
+
+    @cached_property
+    def capacity(self) -> Capacity:
+        """Number of bags per table, which is exchanged whatever a batch holds."""
+        dataset = Dataset(path="", manifest=Manifest(users=self.users, items=self.items))
+        model, loss = self.plan.model, self.plan.loss
+        reader = HistoryReader(dataset=dataset, split="training", max_len=model.max_len)
+        source: Any = SimpleNamespace(room=room_of(loss, self.items))
+        return BatchMaker(reader=reader, batch=self.plan.batch.of(self.tokens), source=source).capacity
+
+    @cached_property
+    def meta_model(self) -> RecGPT:
+        """The model on the meta device."""
+        with torch.device("meta"):
+            return RecGPT(self.plan.model, self.plan.loss, self.users, self.items, item_keys=self.capacity.item_keys)
+
+    @cached_property
+    def dense_parameters(self) -> int:
+        """Number of the decoder's parameters."""
+        return sum(parameter.numel() for parameter in self.meta_model.dense.parameters())
+
+    @property
+    def flops(self) -> Flops:
+        """Operations of one step of one rank."""
+        attended = self.tokens * (self.history + 1) / 2
+        return step_flops(
+            self.plan.model,
+            self.plan.loss,
+            tokens=self.tokens,
+            targets=self.targets,
+            candidates=self.candidates,
+            attended=attended,
+        )
+
+    @property
+    def steps(self) -> float | None:
+        """Steps of an epoch; None: the number of interactions is not known."""
+        if self.plan.interactions is None:
+            return None
+        return max(1.0, (self.plan.interactions - self.users) / (self.tokens * self.plan.ranks))
+
+
+def room_of(loss: Loss, items: int) -> int | None:
+    """Bags that a batch has room for beyond those of its histories, as `CandidateSource.room`; None: all items."""
+    if loss.candidates == "all":
+        return None
+    return 0 if loss.candidates == "in_batch" else min(loss.negatives, items)
+
+
+def with_sizes_of_data(plan: Plan) -> Plan:
+    """The options with the sizes of the dataset `--data`, where there is one and they are not given.
+
+    Raises:
+        InputError: the dataset is missing or damaged, or holds nothing.
+    """
+    if plan.data is None:
+        return plan
+    manifest = Manifest.read(plan.data)
+    if not (manifest.users and manifest.items):
+        raise InputError(f"{plan.data} has no users or no items; prepare a log with interactions in it")
+    targets = manifest.count_training_tokens(plan.model.max_len, prompts=False)
+    own = plan.items is None and plan.users is None
+    return replace(
+        plan,
+        items=plan.items or manifest.items,
+        users=plan.users or manifest.users,
+        interactions=plan.interactions or (manifest.interactions if own else None),
+        history=plan.history or max(1.0, targets / max(sum(part.rows for part in manifest.sequences), 1)),
+    )

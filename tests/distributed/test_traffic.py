@@ -1,0 +1,39 @@
+"""The formulas of what ranks send in a step are what a step of training sends."""
+
+import pytest
+
+from recgpt_torchrec.distributed.placements import Placement
+from recgpt_torchrec.distributed.traffic import bytes_sent
+from tools.benchmarks.traffic import PARTS, compare
+
+
+def test_what_two_nodes_of_two_ranks_send_is_what_the_formulas_say():
+    rows = compare(4, 2)
+    assert {row["sharding"] for row in rows} == {
+        "data_parallel", "table_wise", "column_wise", "row_wise", "table_row_wise", "grid"
+    }  # fmt: skip
+    assert {row["part"] for row in rows} == set(PARTS)
+    for row in rows:
+        for way in ("within", "between"):
+            counted, formula = row["counted"][way], row["formula"][way]
+            # Ids are as many as each batch happens to have, and lie on the ranks as they happen to.
+            assert counted == pytest.approx(formula, rel=0.05 if row["part"] == "ids" else 1e-6), row
+            assert formula > 0 or row["sharding"] == "data_parallel", row
+
+
+def place(sharding: str, blocks: int = 1) -> Placement:
+    return Placement("item", 10**8, 64, "float32", sharding, "fused", 1, blocks, 0, 0)
+
+
+def test_row_wise_grows_with_the_ranks_and_a_grid_stays_within_the_node():
+    def vectors(sharding: str, world: int, blocks: int = 1) -> tuple[float, float]:
+        sent = bytes_sent(place(sharding, blocks), 1000, world, 8).vectors
+        return sent.within, sent.between
+
+    whole = 1000 * 64 * 4
+    assert vectors("row_wise", 8) == (7 * whole, 0)
+    assert vectors("row_wise", 64) == (63 * whole * 7 / 8, 63 * whole / 8)
+    assert vectors("grid_shard", 64, 4) == vectors("table_row_wise", 64) == (7 * whole, 7 / 8 * whole)
+    assert sum(vectors("column_wise", 64, 64)) == sum(vectors("table_wise", 64)) == 63 / 64 * whole
+    half = bytes_sent(place("row_wise"), 1000, 64, 8, number_bytes=2).vectors
+    assert half.total == sum(vectors("row_wise", 64)) / 2
