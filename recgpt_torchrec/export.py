@@ -53,7 +53,7 @@ def main(config: Export) -> None:
                 grows=steps,
                 item_keys=model.item_keys,
             )
-            catalogue = Catalogue.gather(model, dataset.manifest.items, device)
+            catalogue = Catalogue.of_model(model, dataset.manifest.items, device)
 
             def users() -> Iterator[tuple[np.ndarray, np.ndarray]]:
                 total = dataset.manifest.users if rank() == 0 else None
@@ -69,7 +69,7 @@ def main(config: Export) -> None:
             manifest = write_export(
                 config.output,
                 dataset,
-                items=[catalogue.share(rank(), world_size())],
+                items=catalogue.share(),
                 users=users(),
                 dim=trained.config.dim,
                 interests=config.interests,

@@ -45,7 +45,7 @@ class RecallPaths:
     def __init__(self, trained: Trained, dataset: Dataset, batch: Batch, device: torch.device) -> None:
         self.trained, self.dataset, self.batch, self.device = trained, dataset, batch, device
         self.item_keys = unwrapped(trained.model).item_keys
-        self.catalogue = Catalogue.gather(unwrapped(trained.model), dataset.manifest.items, device)
+        self.catalogue = Catalogue.of_model(unwrapped(trained.model), dataset.manifest.items, device)
 
     def measure(
         self, split: SplitName, ks: tuple[int, ...], recall: Recall

@@ -71,7 +71,7 @@ def predict_interests(
 
 
 def recall_items(vectors: Tensor, catalogue: Catalogue, n: int, seen: Ragged | None) -> Lists:
-    """The `n` best items of every interest, by exact search.
+    """The `n` best items of every interest, by exact search (collective).
 
     Args:
         vectors: [users, interests, dim] float32.
@@ -79,5 +79,8 @@ def recall_items(vectors: Tensor, catalogue: Catalogue, n: int, seen: Ragged | N
         n: length of each list.
         seen: items to leave out, by user; None: none.
     """
-    lists = [catalogue.top_k(vectors[:, i], n, seen) for i in range(vectors.shape[1])]
-    return Lists(torch.stack([best.items for best in lists], 1), torch.stack([best.scores for best in lists], 1))
+    users, interests, dim = vectors.shape
+    # All interests at once: where item vectors are looked up anew, a call is a pass over all of them.
+    by_query = None if seen is None else seen.take(np.repeat(np.arange(users), interests))
+    best = catalogue.top_k(vectors.reshape(users * interests, dim), n, by_query)
+    return Lists(best.items.view(users, interests, n), best.scores.view(users, interests, n))
