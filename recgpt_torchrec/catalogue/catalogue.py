@@ -192,8 +192,9 @@ class Catalogue:
             if world_size() == 1:
                 answers.append(Best(items[0], scores[0]))
             else:
-                candidates = (values.permute(1, 0, 2).flatten(1).contiguous() for values in (items, scores))
-                answers.append(merge_best(*candidates, own_k))
+                # By row, in order of rank: of equal scores the smaller id comes first.
+                items, scores = (values.transpose(0, 1).flatten(1) for values in (items, scores))
+                answers.append(merge_best(items, scores, own_k))
         if not answers:
             none = question.queries
             return Best(none.new_zeros((0, own_k), dtype=torch.int64), none.new_zeros((0, own_k)))

@@ -42,7 +42,7 @@ def measure_ranks(
 
 
 def targets_of(lists: Sequence[Histories]) -> tuple[Tensor, Ragged]:
-    """The held-out items [sequences] int64 and the items that do not compete, of lists of histories one after another."""
+    """The held-out items [sequences] int64 and the items that do not compete, of lists of histories end to end."""
     held_out = [histories.held_out for histories in lists if histories.held_out is not None]
     seen = [histories.seen for histories in lists if histories.seen is not None]
     assert len(held_out) == len(seen) == len(lists), "histories without a held-out item or without the whole history"

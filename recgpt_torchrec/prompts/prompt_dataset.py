@@ -180,7 +180,7 @@ class Filler(Protocol):
 
 
 class UserVectors:
-    """User vectors from the sharded tables. Lookups are collective, so they are rounds, like the catalogue's operations.
+    """User vectors from the sharded tables. Lookups are collective: they are rounds, like the catalogue's operations.
 
     Args:
         model: sharded.
