@@ -73,16 +73,16 @@ def heard_item_0(seen: list[int]) -> Histories:
 def test_two_steps_of_a_two_item_catalogue_by_hand():
     catalogue, maker = Catalogue.of_vectors(torch.eye(2)), maker_of_two_items()
     first = torch.tensor([[1.0, 0.5]])  # expects item 0, then item 1
-    vectors = predict_interests(Repeats(catalogue), maker, heard_item_0(seen=[]), first, catalogue, 2)
+    vectors = predict_interests(Repeats(catalogue), maker, [(heard_item_0(seen=[]), first)], catalogue, 2)
     # Its best item, 0, is appended; the output there is item 0's vector again.
     assert vectors.tolist() == [[[1.0, 0.5], [1.0, 0.0]]]
     lists = recall_items(vectors, catalogue, 2, None)
     assert merge_quota(lists, (1, 1)).items.tolist() == [[0, 1]]  # 0 from the first, the best new one from the second
     # With item 0 seen, item 1 is the best that may be answered, and is what the second step hears.
-    found = predict_interests(Repeats(catalogue), maker, heard_item_0(seen=[0]), first, catalogue, 2)
+    found = predict_interests(Repeats(catalogue), maker, [(heard_item_0(seen=[0]), first)], catalogue, 2)
     assert found.tolist() == [[[1.0, 0.5], [0.0, 1.0]]]
     # What was answered once is not answered again; where nothing new is left, item 0 is heard.
-    found = predict_interests(Repeats(catalogue), maker, heard_item_0(seen=[]), first, catalogue, 4)
+    found = predict_interests(Repeats(catalogue), maker, [(heard_item_0(seen=[]), first)], catalogue, 4)
     assert found.tolist() == [[[1.0, 0.5], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]]
 
 
@@ -90,6 +90,6 @@ def test_two_steps_of_a_two_item_catalogue_by_hand():
 def test_no_history_at_all_takes_part_with_nothing(count):
     catalogue = Catalogue.of_vectors(torch.eye(2))
     vectors = predict_interests(
-        Repeats(catalogue), maker_of_two_items(), no_histories(), torch.zeros(0, 2), catalogue, count
+        Repeats(catalogue), maker_of_two_items(), [(no_histories(), torch.zeros(0, 2))], catalogue, count
     )
     assert vectors.shape == (0, count, 2)
