@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 def main(config: Export) -> None:
     """Encode every user's history, and write the user vectors and the item vectors."""
     import numpy as np
+    import torch
 
     from recgpt_torchrec.catalogue.catalogue import Catalogue
     from recgpt_torchrec.checkpoints.folder import checkpoint_fingerprint, find_checkpoint
@@ -24,7 +25,7 @@ def main(config: Export) -> None:
     from recgpt_torchrec.evaluation.held_out import check_has_targets, explain_left_out
     from recgpt_torchrec.model.recgpt import unwrapped
     from recgpt_torchrec.progress import progress_bar
-    from recgpt_torchrec.retrieval.encoding import encode
+    from recgpt_torchrec.retrieval.encoding import collect_batches, encode
     from recgpt_torchrec.retrieval.export_folder import write_export
     from recgpt_torchrec.retrieval.interests import predict_interests
     from recgpt_torchrec.training.loading import load
@@ -53,23 +54,26 @@ def main(config: Export) -> None:
                 grows=steps,
                 item_keys=model.item_keys,
             )
-            catalogue = Catalogue.gather(model, dataset.manifest.items, device)
+            catalogue = Catalogue.of_model(model, dataset.manifest.items, device)
 
             def users() -> Iterator[tuple[np.ndarray, np.ndarray]]:
                 total = dataset.manifest.users if rank() == 0 else None
                 with progress_bar(total, "users", active=rank() == 0) as bar:
-                    for histories, vectors in encode(trained.model, stream, device):
+                    batches = encode(trained.model, stream, device)
+                    for collected in collect_batches(batches, catalogue.rows_per_pass if steps else None):
+                        ids = np.concatenate([histories.users for histories, _ in collected])
+                        vectors = torch.cat([vectors for _, vectors in collected])
                         if steps:
                             vectors = predict_interests(
-                                trained.model, stream.maker, histories, vectors, catalogue, config.interests
+                                trained.model, stream.maker, collected, catalogue, config.interests
                             )
-                        bar.update(histories.users.size * world_size())
-                        yield histories.users, vectors.cpu().numpy()
+                        bar.update(ids.size * world_size())
+                        yield ids, vectors.cpu().numpy()
 
             manifest = write_export(
                 config.output,
                 dataset,
-                items=[catalogue.share(rank(), world_size())],
+                items=catalogue.share(),
                 users=users(),
                 dim=trained.config.dim,
                 interests=config.interests,

@@ -38,16 +38,17 @@ def main(config: GeneratePrompts) -> None:
         previous = None
         if config.previous is not None:
             previous = prompt_dataset.open_previous(config.previous, record, vocabulary)
-        fill = model = None
+        fill = vectors = None
         if config.prompts.k and config.prompts.source != "exposed":
             size = prompt_dataset.LOOKUP
             trained = load(checkpoint, dataset, config.tables, bags=size, device=device, item_keys=1)
             model = unwrapped(trained.model.eval())
             dense = unwrapped_dense(model)
-            catalogue = Catalogue.gather(model, dataset.manifest.items, device)
+            catalogue = Catalogue.of_model(model, dataset.manifest.items, device)
             if not catalogue.is_finite():
                 raise InputError(f"{checkpoint} has diverged: item vectors are not finite; give an earlier checkpoint")
             fill = Prompter(dense, catalogue, config.prompts, max_len, config.batch_users).fill
+            vectors = prompt_dataset.UserVectors(model, catalogue.rounds, device)
         started = time.perf_counter()
         with progress.progress_bar(dataset.manifest.users, "users", active=rank() == 0) as bar:
             written = prompt_dataset.write_prompts(
@@ -56,8 +57,7 @@ def main(config: GeneratePrompts) -> None:
                 groups,
                 record,
                 fill=fill,
-                model=model,
-                device=device,
+                vectors=vectors,
                 pool_users=4 * config.batch_users,
                 previous=previous,
                 progress=lambda users: bar.update(min(users * world_size(), bar.total - bar.n)),

@@ -120,7 +120,7 @@ def encoded(rank: int, world_size: int, checkpoint: str, data: str, k: int) -> d
     stream = paths._encoding_stream("test", grows=INTERESTS - 1)
     rows: dict[str, list[list[int]]] = {"score": [], "quota": [], "two_step": [], "users": []}
     for histories, first in encode(trained.model, stream, device):
-        vectors = predict_interests(trained.model, stream.maker, histories, first, paths.catalogue, INTERESTS)
+        vectors = predict_interests(trained.model, stream.maker, [(histories, first)], paths.catalogue, INTERESTS)
         found = recall_items(vectors, paths.catalogue, k, histories.seen)
         rows["users"] += [[int(u)] for u in histories.users]
         rows["score"] += merge_by_score(found, k).items.tolist()

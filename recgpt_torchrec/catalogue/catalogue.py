@@ -1,171 +1,314 @@
-"""The catalogue: vectors of all items, exact top-k, and ranks. The only place that scores all items.
+"""The catalogue: vectors of all items by id range, exact top-k, and ranks. The only place that scores all items.
 
-Every rank holds all vectors, and only `gather` is collective. Once they are sharded by id range, `top_k` and `ranks`
-will be: validation and the recall paths call them equally often on every rank, with no queries where a rank has run
-out; prompt generation and `retrieve` do not yet.
+Rank r of W holds, or makes anew for each pass, the vectors of the items `id_range(items, r, W)`. Queries travel to all
+ranks; each scores its own range and masks the items of a history that lie in it; its k best items, or counts of better
+and equal scores, return to the rank that asked, and merge. So no rank holds all vectors unless it is alone, and then
+nothing is exchanged.
+
+Operations are rounds (see `rounds`): ranks may ask different numbers of times, if all of them `finish` at the end.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from recgpt_torchrec.catalogue.ranks import both_ranks
+from recgpt_torchrec.catalogue.best import Best, BestFinder, merge_best
+from recgpt_torchrec.catalogue.counting import CountFinder
+from recgpt_torchrec.catalogue.exchange import gather_rows, return_rows, send, sort_by_rank
+from recgpt_torchrec.catalogue.pairs import Pairs, pairs_of
+from recgpt_torchrec.catalogue.ranks import check_ids, ranks_of
+from recgpt_torchrec.catalogue.rounds import Rounds
+from recgpt_torchrec.catalogue.vectors import BLOCK_BYTES, HeldVectors, StreamedVectors
+from recgpt_torchrec.data.candidates import id_range
 from recgpt_torchrec.data.ragged import Float32, Int64, Ragged
-from recgpt_torchrec.model.recgpt import RecGPT
+from recgpt_torchrec.distributed.memory import available_bytes
+from recgpt_torchrec.distributed.processes import log_message, rank, world_size
 
-LOOKUP = 65536
-"""Items looked up at once when the vectors are gathered."""
-SCORES = {"cpu": 2**18, "cuda": 2**26}
-"""Number of scores held at once: on CPU what fits its cache (1 MiB took half the time of 25 MiB), on a GPU 256 MiB."""
-RANKED_SCORES = 2**24
-"""Number of scores held at once while ranks are counted: 64 MiB; a block takes more calls than in a search."""
-FEWEST_ROWS = 16
-"""Minimum number of rows scored at once, so that a large catalogue is not read from memory for each row."""
-FEW = 10
-"""Up to this k, each item is found by an argmax over the scores: faster than torch.topk."""
+if TYPE_CHECKING:  # scoring needs no torchrec
+    from recgpt_torchrec.model.recgpt import RecGPT
+
+HELD_SHARE = 0.5
+"""Vectors are held where they take at most this share of the memory that is left."""
+PASS_BYTES = 2**26
+"""Bytes of the queries of all ranks, and of the answers to them, that one pass over the vectors serves."""
 
 
-class Best(NamedTuple):
-    """The best items of each query, best first; among equal scores the smaller id first."""
+class _Question(NamedTuple):
+    """Queries of one rank."""
 
-    items: Tensor
-    """[rows, k] int64; -1 where no item is left."""
-    scores: Tensor
-    """[rows, k] float32; -inf beside -1."""
+    queries: Tensor
+    """[rows, dim] float32."""
+    pairs: Pairs
+    """Items that do not compete."""
+    targets: Tensor | None = None
+    """[rows] int64 items whose ranks are asked for."""
 
 
 class Catalogue:
-    """Vectors of all items, with exact top-k and ranks.
+    """Vectors of all items by id range, with exact top-k and ranks (all methods are collective).
 
-    Example: `Catalogue.gather(unwrapped(model), items, device).top_k(queries, 50, seen)`
+    Example: `Catalogue.of_model(unwrapped(model), items, device).top_k(queries, 50, seen)`
     """
 
-    def __init__(self, vectors: Tensor) -> None:
+    def __init__(self, vectors: HeldVectors | StreamedVectors, items: int, dim: int) -> None:
         """
         Args:
-            vectors: [items, dim] float32; row i is item i.
+            vectors: of this rank's id range, `id_range(items, rank(), world_size())`.
+            items: number of all items.
+            dim: length of a vector.
         """
-        self.vectors = vectors
+        assert (vectors.first, vectors.stop) == id_range(items, rank(), world_size()), "vectors of another id range"
+        self.vectors, self.items, self.dim = vectors, items, dim
+        self.rounds = Rounds()
+        """Rounds of this catalogue; other operations may be added to them."""
+        self._ask_best = self.rounds.add(self._serve_best)
+        self._ask_counts = self.rounds.add(self._serve_counts)
+        self._ask_vectors = self.rounds.add(self._serve_vectors)
 
     @classmethod
     @torch.no_grad()
-    def gather(cls, model: RecGPT, items: int, device: torch.device) -> "Catalogue":
-        """Look up the vectors of all `items` ids that score outputs, in a sharded model (collective)."""
-        blocks = (np.arange(first, min(first + LOOKUP, items)) for first in range(0, items, LOOKUP))
-        return cls(torch.cat([model.look_up(device, items=block).outputs for block in blocks]))
+    def of_model(cls, model: "RecGPT", items: int, device: torch.device) -> "Catalogue":
+        """The vectors of all `items` ids that score outputs, from a sharded model (collective).
+
+        They are held where they fit into the memory that is left, and otherwise looked up anew for each pass.
+        """
+        from recgpt_torchrec.model.recgpt import unwrapped_dense
+
+        dim = unwrapped_dense(model).decoder.config.dim
+        id_ranges = [id_range(items, each, world_size()) for each in range(world_size())]
+
+        def look_up(ids: Int64, room: int) -> Tensor:
+            return model.look_up(device, items=ids, room=(0, room)).outputs
+
+        streamed = StreamedVectors(look_up, id_ranges, rank(), max(1, BLOCK_BYTES // (4 * dim)), device)
+        needed, left = 4 * dim * (streamed.stop - streamed.first), available_bytes(device)
+        if _all_ranks(needed <= HELD_SHARE * left):
+            return cls(HeldVectors.read(streamed, dim), items, dim)
+        log_message(
+            f"Catalogue: the vectors of {items:,} items take {needed:,} bytes per rank, more than half of the {left:,} "
+            "bytes left: each pass over them looks them up anew"
+        )
+        return cls(streamed, items, dim)
+
+    @classmethod
+    def of_vectors(cls, vectors: Tensor, items: int | None = None, first: int = 0) -> "Catalogue":
+        """A catalogue of given vectors.
+
+        Args:
+            vectors: [own items, dim] float32 of this rank's id range.
+            items: number of all items; None: as many as there are vectors.
+            first: id of the first vector.
+        """
+        return cls(HeldVectors(vectors, first), len(vectors) if items is None else items, vectors.shape[1])
 
     def __len__(self) -> int:
-        return len(self.vectors)
+        return self.items
 
     @property
     def device(self) -> torch.device:
         """Device of the vectors."""
         return self.vectors.device
 
+    @property
+    def rows_per_pass(self) -> int | None:
+        """Number of queries per rank that one pass looks all vectors up for; None: vectors are held."""
+        return None if isinstance(self.vectors, HeldVectors) else self._rows_at_once(k=0)
+
+    def finish(self) -> None:
+        """Take part in the other ranks' operations until they have finished as well; a second call does nothing."""
+        self.rounds.finish()
+
     def is_finite(self) -> bool:
-        """Whether no vector has a NaN or infinity."""
-        return bool(torch.isfinite(self.vectors).all())
+        """Whether no vector has a NaN or infinity; every rank asks at the same time."""
+        finite = True
+        for _, block in self._small_blocks():
+            finite &= bool(torch.isfinite(block).all())
+        return _all_ranks(finite)
+
+    def share(self) -> Iterator[tuple[Int64, Float32]]:
+        """Yield ids [n] int64 and vectors [n, dim] float32 of this rank's id range, in order, in blocks of some MB.
+
+        Where they are looked up, all ranks have to read all of theirs at the same time.
+        """
+        for first, block in self._small_blocks():
+            yield np.arange(first, first + len(block)), block.cpu().numpy()
 
     def vectors_of(self, items: Tensor) -> Tensor:
-        """[..., dim] float32 vectors of `items` [...] int64."""
-        return self.vectors[items]
-
-    def share(self, rank: int, world_size: int) -> tuple[Int64, Float32]:
-        """Ids [n] int64 and vectors [n, dim] float32 that a rank writes; all ranks together write every item once."""
-        ids = np.array_split(np.arange(len(self)), world_size)[rank]
-        return ids, self.vectors[torch.from_numpy(ids)].cpu().numpy()
+        """[..., dim] float32 vectors of `items` [...] int64, of any rank's range."""
+        if isinstance(self.vectors, HeldVectors) and world_size() == 1:
+            return self.vectors.vectors[items]
+        vectors: Tensor = self._ask_vectors(items.reshape(-1), items.numel())
+        return vectors.view(*items.shape, self.dim)
 
     def top_k(self, queries: Tensor, k: int, seen: Ragged | None = None, forbidden: Tensor | None = None) -> Best:
         """The `k` items with the largest inner product with each query, exactly.
 
         Args:
-            queries: [rows, dim] float32.
+            queries: [rows, dim] float32, of this rank.
             k: items per query.
             seen: items to leave out, by row.
             forbidden: [rows, any] int64 further items to leave out, by row.
         """
-        blocks = []
-        for rows, scores in self._score_blocks(queries, SCORES[queries.device.type]):
-            if seen is not None:
-                mask_seen(scores, seen.part(rows.start, rows.stop))
-            if forbidden is not None:
-                scores.scatter_(1, forbidden[rows], -torch.inf)
-            blocks.append(best_items(scores, k))
-        if not blocks:
-            return Best(queries.new_zeros((0, k), dtype=torch.int64), queries.new_zeros((0, k)))
-        return Best(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
+        pairs = pairs_of(seen, forbidden)
+        best: Best = self._ask_best(_Question(queries, pairs), len(queries), k, pairs.rows.size)
+        return best
 
     def ranks(self, queries: Tensor, targets: Tensor, seen: Ragged) -> tuple[Tensor, Tensor]:
         """The masked and the unmasked rank of each row's target among all items (see `catalogue.ranks`).
 
         Args:
-            queries: [rows, dim] float32.
+            queries: [rows, dim] float32, of this rank.
             targets: [rows] int64 item ids.
             seen: items of each row's history.
 
         Returns:
             [rows] float32 each; inf where the target is in the history (masked).
+
+        Raises:
+            ValueError: a score of any rank is NaN, on every rank.
         """
-        blocks = [
-            both_ranks(scores, targets[rows], seen.part(rows.start, rows.stop))
-            for rows, scores in self._score_blocks(queries, RANKED_SCORES)
-        ]
-        if not blocks:
-            return queries.new_zeros(0), queries.new_zeros(0)
-        masked, unmasked = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-        return masked, unmasked
+        check_ids(targets, self.items, "targets")
+        question = _Question(queries, pairs_of(seen), targets.to(queries.device))
+        return ranks_of(self._ask_counts(question, len(queries), 0, question.pairs.rows.size))
 
-    def _score_blocks(self, queries: Tensor, held: int) -> Iterator[tuple[slice, Tensor]]:
-        """Yield blocks of rows with their scores of all items [rows, items], about `held` scores at once."""
-        at_once = max(FEWEST_ROWS, held // max(1, len(self)))
-        for start in range(0, len(queries), at_once):
-            rows = slice(start, min(start + at_once, len(queries)))
-            yield rows, queries[rows] @ self.vectors.t()
+    # ------------------------------------------------------------------------------------------- what rounds serve
+
+    def _serve_best(self, sizes: Int64, question: _Question | None) -> Best:
+        question = question or self._no_question()
+        rows, k = sizes[:, 0], int(sizes[:, 1].max())
+        own_k = int(sizes[rank(), 1])
+        answers = []
+        for part, counts in self._parts(question, rows, k):
+            queries = gather_rows(part.queries, counts)
+            pairs = self._send_pairs(part.pairs, counts) if sizes[:, 2].any() else None
+            finder = BestFinder(queries, k, pairs, self.vectors.stop - self.vectors.first)
+            for first, block in self.vectors.blocks():
+                finder.update(block, first)
+            items, scores = (return_rows(values, counts)[..., :own_k] for values in finder.best)
+            if world_size() == 1:
+                answers.append(Best(items[0], scores[0]))
+            else:
+                # By row, in order of rank: of equal scores the smaller id comes first.
+                items, scores = (values.transpose(0, 1).flatten(1) for values in (items, scores))
+                answers.append(merge_best(items, scores, own_k))
+        if not answers:
+            none = question.queries
+            return Best(none.new_zeros((0, own_k), dtype=torch.int64), none.new_zeros((0, own_k)))
+        return Best(*(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*answers, strict=True)))
+
+    def _serve_counts(self, sizes: Int64, question: _Question | None) -> Tensor:
+        question = question or self._no_question()
+        answers = [torch.zeros(6, 0, dtype=torch.int64, device=self.device)]
+        for part, counts in self._parts(question, sizes[:, 0], k=0):
+            assert part.targets is not None
+            target_vectors = gather_rows(self._vectors_of(part.targets, counts), counts)
+            queries, targets = gather_rows(part.queries, counts), gather_rows(part.targets, counts)
+            pairs = self._send_pairs(part.pairs, counts)
+            found = self._count(queries, targets, target_vectors, pairs)
+            first = int(counts[: rank()].sum())
+            answers.append(found[:, first : first + int(counts[rank()])])
+        return torch.cat(answers, dim=1)
+
+    def _count(self, queries: Tensor, targets: Tensor, target_vectors: Tensor, history: Pairs) -> Tensor:
+        """[6, rows] int64 counts over the items of all ranks, for the same queries on every rank."""
+        finder, failure = None, None
+        counts = torch.zeros(6, len(targets) + 1, dtype=torch.int64, device=self.device)
+        try:
+            finder = CountFinder(queries, targets, target_vectors, history, self.vectors.stop - self.vectors.first)
+        except ValueError as error:
+            failure = error
+        for first, block in self.vectors.blocks():  # to the end, even after a failure: it may be collective
+            try:
+                if finder is not None and failure is None:
+                    finder.update(block, first)
+            except ValueError as error:
+                failure = error
+        if finder is not None:
+            counts[:, :-1] = finder.counts
+        counts[0, -1] = failure is not None
+        if world_size() > 1:
+            dist.all_reduce(counts)
+        if failure is not None:
+            raise failure
+        if counts[0, -1]:
+            raise ValueError("scores of another rank's items are NaN; the model has diverged")
+        return counts[:, :-1]
+
+    def _serve_vectors(self, sizes: Int64, items: Tensor | None) -> Tensor:
+        if items is None:
+            items = torch.zeros(0, dtype=torch.int64, device=self.device)
+        return self._vectors_of(items, sizes[:, 0])
+
+    def _vectors_of(self, items: Tensor, counts: Int64) -> Tensor:
+        """[n, dim] vectors of `items` [n] int64 of any rank's range; `counts` [ranks] says how many each rank asks."""
+        vectors = self.vectors
+        if isinstance(vectors, StreamedVectors):
+            parts = list(vectors.of(items.cpu().numpy(), int(counts.max())))
+            return torch.cat(parts) if parts else torch.zeros(0, self.dim, device=self.device)
+        if world_size() == 1:
+            return vectors.vectors[items.to(self.device)]
+        ids = items.cpu().numpy()
+        order, to_each = sort_by_rank(self._owners_of(ids))
+        asked, from_each = send(torch.from_numpy(ids[order]), to_each)
+        answers = vectors.vectors[(asked - vectors.first).to(self.device)]
+        received = answers.new_empty(len(ids), self.dim)
+        dist.all_to_all_single(received, answers, to_each.tolist(), from_each.tolist())
+        result = torch.empty_like(received)
+        result[torch.from_numpy(order).to(self.device)] = received
+        return result
+
+    # ------------------------------------------------------------------------------------------- helpers
+
+    def _no_question(self) -> _Question:
+        no_items = torch.zeros(0, dtype=torch.int64, device=self.device)
+        return _Question(torch.zeros(0, self.dim, device=self.device), pairs_of(None), no_items)
+
+    def _rows_at_once(self, k: int) -> int:
+        """Number of queries of each rank that one pass serves; an answer of k items is there about twice."""
+        return max(1, PASS_BYTES // (world_size() * (4 * self.dim + 24 * k)))
+
+    def _parts(self, question: _Question, rows: Int64, k: int) -> Iterator[tuple[_Question, Int64]]:
+        """Yield the question in parts for one pass each, equally many on every rank, and each rank's rows of a part."""
+        at_once = self._rows_at_once(k)
+        for start in range(0, int(rows.max()), at_once):
+            queries, pairs, targets = question
+            part = slice(start, start + at_once)
+            own = _Question(
+                queries[part], pairs.part(start, start + at_once), None if targets is None else targets[part]
+            )
+            yield own, (rows - start).clip(0, at_once)
+
+    def _send_pairs(self, pairs: Pairs, counts: Int64) -> Pairs:
+        """The pairs of all ranks' rows whose items lie in this rank's range; rows count over all ranks."""
+        if world_size() == 1:
+            return pairs
+        own_first = int(counts[: rank()].sum())
+        order, to_each = sort_by_rank(self._owners_of(pairs.items))
+        both = np.stack([pairs.rows + own_first, pairs.items], axis=1)[order]
+        received, _ = send(torch.from_numpy(both), to_each)
+        return Pairs(*received.numpy().T.copy())
+
+    def _owners_of(self, items: Int64) -> Int64:
+        """The rank whose range each of `items` lies in."""
+        starts = np.array([id_range(self.items, each, world_size())[0] for each in range(world_size())])
+        return np.searchsorted(starts, items, side="right") - 1
+
+    def _small_blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """The blocks of this rank's vectors, at most `BLOCK_BYTES` each."""
+        rows = max(1, BLOCK_BYTES // (4 * self.dim))
+        for first, block in self.vectors.blocks():
+            for start in range(0, len(block), rows):
+                yield first + start, block[start : start + rows]
 
 
-def mask_seen(scores: Tensor, seen: Ragged) -> None:
-    """Set `scores` [rows, items] to -inf at the items of each row of `seen`, in place."""
-    values, owners = (torch.from_numpy(part).to(scores.device) for part in (seen.values, seen.owners))
-    scores[owners, values] = -torch.inf
-
-
-def best_items(scores: Tensor, k: int) -> Best:
-    """The `k` best items of each row of `scores` [rows, items] that are not -inf, as `Best`. Overwrites `scores`."""
-    rows, items = scores.shape
-    if k <= FEW:
-        ids = torch.full((rows, k), -1, dtype=torch.int64, device=scores.device)
-        values = torch.full((rows, k), -torch.inf, dtype=scores.dtype, device=scores.device)
-        for place in range(min(k, items)):
-            largest = _first_argmax(scores)[:, None]
-            ids[:, place], values[:, place] = largest[:, 0], scores.gather(1, largest)[:, 0]
-            if place + 1 < k:
-                scores.scatter_(1, largest, -torch.inf)
-        return Best(ids.masked_fill_(values == -torch.inf, -1), values)
-    count = min(k, items)
-    values, ids = scores.topk(min(k + 1, items), dim=1)
-    if values.shape[1] > count:  # ids decide where the last item equals one left out
-        (tied,) = torch.nonzero(
-            (values[:, count - 1] == values[:, count]) & (values[:, count] != -torch.inf), as_tuple=True
-        )
-        values, ids = values[:, :count].contiguous(), ids[:, :count].contiguous()
-        if tied.numel():
-            ordered = scores[tied].sort(dim=1, descending=True, stable=True)
-            values[tied], ids[tied] = ordered.values[:, :count], ordered.indices[:, :count]
-    ids, order = ids.sort(dim=1)
-    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    ids = ids.gather(1, order).masked_fill(values == -torch.inf, -1)
-    missing = k - count
-    if missing:
-        ids = torch.nn.functional.pad(ids, (0, missing), value=-1)
-        values = torch.nn.functional.pad(values, (0, missing), value=-torch.inf)
-    return Best(ids, values)
-
-
-def _first_argmax(scores: Tensor) -> Tensor:
-    """[rows, items] -> [rows] int64, the first of equal ones. On CPU numpy takes a third of torch's time."""
-    if scores.device.type == "cpu":
-        return torch.from_numpy(scores.numpy().argmax(1))
-    return scores.argmax(1)
+def _all_ranks(value: bool) -> bool:
+    """Whether a value is true on every rank (collective)."""
+    if world_size() == 1:
+        return value
+    votes = torch.tensor([int(value)])
+    dist.all_reduce(votes, op=dist.ReduceOp.MIN)
+    return bool(votes.item())

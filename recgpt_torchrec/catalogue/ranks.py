@@ -35,7 +35,7 @@ def both_ranks(scores: torch.Tensor, targets: torch.Tensor, history: Ragged) -> 
     if scores.ndim != 2:
         raise ValueError(f"scores must be [users, items], not {list(scores.shape)}")
     targets = targets.to(scores.device)
-    _check_ids(targets, scores.shape[1], "targets")
+    check_ids(targets, scores.shape[1], "targets")
     if len(targets) != len(scores):
         raise ValueError(f"{len(targets)} targets for scores of {len(scores)} users")
     counter = RankCounter(targets, scores.gather(1, targets[:, None])[:, 0], history)
@@ -67,13 +67,13 @@ class RankCounter:
         _check_scores(target_scores)
         self.targets = targets.to(device)
         self.scores = target_scores
-        self.counts = torch.zeros(4, len(targets), dtype=torch.int64, device=device)
-        """[4, users] int64: how many items score higher than the target, how many others equal it, and how many of
-        each are in the history."""
+        self.counts = torch.zeros(6, len(targets), dtype=torch.int64, device=device)
+        """[6, users] int64: how many items score higher than the target, how many others equal it, and how many of
+        each are in the history; whether the target is in the history, and whether its score is -inf (not 0)."""
         users, items = _distinct_pairs(history, len(targets), device)
         is_target = items == self.targets[users]
-        self.in_history = torch.zeros(len(targets), dtype=torch.bool, device=device)
-        self.in_history[users[is_target]] = True
+        self.counts[4, users[is_target]] = 1
+        self.counts[5] = self.scores == -math.inf
         self.history = (users[~is_target], items[~is_target])
 
     def update(self, scores: torch.Tensor, first: int = 0) -> None:
@@ -95,16 +95,22 @@ class RankCounter:
 
     def ranks(self) -> torch.Tensor:
         """[users] float32, masked, after the last block."""
-        higher, equal = self.counts[:2] - self.counts[2:]
-        return self._rank(higher, equal).masked_fill(self.in_history, math.inf)
+        return ranks_of(self.counts)[0]
 
     def unmasked_ranks(self) -> torch.Tensor:
         """[users] float32, unmasked, after the last block."""
-        return self._rank(self.counts[0], self.counts[1])
+        return ranks_of(self.counts)[1]
 
-    def _rank(self, higher: torch.Tensor, equal: torch.Tensor) -> torch.Tensor:
-        rank = higher.double() + equal.double() / 2
-        return rank.masked_fill(self.scores == -math.inf, math.inf).float()
+
+def ranks_of(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The masked and the unmasked ranks, [users] float32 each, of the `counts` [6, users] of all blocks."""
+    higher, equal = counts[:2] - counts[2:4]
+    masked, unmasked = higher.double() + equal.double() / 2, counts[0].double() + counts[1].double() / 2
+    in_history, unreachable = counts[4:6] > 0
+    return (
+        masked.masked_fill(in_history | unreachable, math.inf).float(),
+        unmasked.masked_fill(unreachable, math.inf).float(),
+    )
 
 
 def _check_scores(scores: torch.Tensor) -> None:
@@ -116,7 +122,8 @@ def _check_scores(scores: torch.Tensor) -> None:
         raise ValueError(f"scores of {users} of {len(scores)} users are NaN; the model has diverged")
 
 
-def _check_ids(ids: torch.Tensor, items: int, name: str) -> None:
+def check_ids(ids: torch.Tensor, items: int, name: str) -> None:
+    """Raise a ValueError where `ids` are not [n] int64 from 0 to `items` - 1."""
     if ids.dtype != torch.int64 or ids.ndim != 1:
         raise ValueError(f"{name} must be one-dimensional int64, not {list(ids.shape)} {ids.dtype}")
     if ids.numel() and (ids.min() < 0 or ids.max() >= items):

@@ -1,14 +1,17 @@
 """HR and NDCG of held-out items among the whole catalogue, over the users of all ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.data.histories import Histories
+from recgpt_torchrec.data.ragged import Ragged, join
 from recgpt_torchrec.evaluation.metrics import RankingMetrics
+from recgpt_torchrec.retrieval.encoding import collect_batches
 
 Results = dict[str, dict[str, float]]
 """{"masked": {"HR@5": ..., ...}, "unmasked": {...}}"""
@@ -29,13 +32,21 @@ def measure_ranks(
         results: see `Results`.
     """
     masked, unmasked = RankingMetrics(ks), RankingMetrics(ks)
-    for histories, vectors in batches:
-        assert histories.held_out is not None and histories.seen is not None
-        both = catalogue.ranks(vectors, torch.from_numpy(histories.held_out), histories.seen)
+    for collected in collect_batches(batches, catalogue.rows_per_pass):
+        held_out, seen = targets_of([histories for histories, _ in collected])
+        both = catalogue.ranks(torch.cat([vectors for _, vectors in collected]), held_out, seen)
         for metrics, ranks in zip((masked, unmasked), both, strict=True):
             metrics.update(ranks.cpu())
     results: Results = {"masked": reduce_metrics(masked).result(), "unmasked": reduce_metrics(unmasked).result()}
     return masked.users, results
+
+
+def targets_of(lists: Sequence[Histories]) -> tuple[Tensor, Ragged]:
+    """The held-out items [sequences] int64 and the items that do not compete, of lists of histories end to end."""
+    held_out = [histories.held_out for histories in lists if histories.held_out is not None]
+    seen = [histories.seen for histories in lists if histories.seen is not None]
+    assert len(held_out) == len(seen) == len(lists), "histories without a held-out item or without the whole history"
+    return torch.from_numpy(np.concatenate(held_out)), join(seen)
 
 
 def reduce_metrics(metrics: RankingMetrics) -> RankingMetrics:

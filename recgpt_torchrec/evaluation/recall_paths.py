@@ -16,9 +16,9 @@ from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.split import SplitName
 from recgpt_torchrec.data.stream import SequenceStream, encoding_stream
 from recgpt_torchrec.evaluation.metrics import RankingMetrics, list_ranks
-from recgpt_torchrec.evaluation.ranking import Results, measure_ranks, reduce_metrics
+from recgpt_torchrec.evaluation.ranking import Results, measure_ranks, reduce_metrics, targets_of
 from recgpt_torchrec.model.recgpt import unwrapped
-from recgpt_torchrec.retrieval.encoding import encode
+from recgpt_torchrec.retrieval.encoding import collect_batches, encode
 from recgpt_torchrec.retrieval.interests import predict_interests, recall_items
 from recgpt_torchrec.retrieval.merging import SEVERAL, Lists, TwoStep
 from recgpt_torchrec.training.loading import Trained
@@ -45,7 +45,7 @@ class RecallPaths:
     def __init__(self, trained: Trained, dataset: Dataset, batch: Batch, device: torch.device) -> None:
         self.trained, self.dataset, self.batch, self.device = trained, dataset, batch, device
         self.item_keys = unwrapped(trained.model).item_keys
-        self.catalogue = Catalogue.gather(unwrapped(trained.model), dataset.manifest.items, device)
+        self.catalogue = Catalogue.of_model(unwrapped(trained.model), dataset.manifest.items, device)
 
     def measure(
         self, split: SplitName, ks: tuple[int, ...], recall: Recall
@@ -105,12 +105,12 @@ class RecallPaths:
         metrics: dict[str, dict[str, RankingMetrics]] = {}
         stream = self._encoding_stream(split, grows=max(1, count - 1))
         maker = stream.maker
-        for histories, first in encode(self.trained.model, stream, self.device):
-            vectors = predict_interests(self.trained.model, maker, histories, first, self.catalogue, max(2, count))
-            assert histories.held_out is not None and histories.seen is not None
-            targets = torch.from_numpy(histories.held_out)
+        batches = encode(self.trained.model, stream, self.device)
+        for collected in collect_batches(batches, self.catalogue.rows_per_pass):
+            vectors = predict_interests(self.trained.model, maker, collected, self.catalogue, max(2, count))
+            targets, seen = targets_of([histories for histories, _ in collected])
             for how in protocols:
-                lists = recall_items(vectors, self.catalogue, longest, histories.seen if how == "masked" else None)
+                lists = recall_items(vectors, self.catalogue, longest, seen if how == "masked" else None)
                 two, several = (Lists(*(part[:, :i] for part in lists)) for i in (2, count))
                 merged = {str(m): TwoStep(m).merge(two, longest) for m in ms}
                 if count > 1:

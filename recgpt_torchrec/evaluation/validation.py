@@ -60,6 +60,6 @@ class Validation:
         """Masked HR and NDCG at 5 and 10 over all users with a validation item."""
         self.model.eval()
         items = self.stream.dataset.manifest.items
-        catalogue = Catalogue.gather(unwrapped(self.model), items, self.device)
+        catalogue = Catalogue.of_model(unwrapped(self.model), items, self.device)
         _, results = measure_ranks(encode(self.model, self.stream, self.device), catalogue, (5, 10))
         return results["masked"]

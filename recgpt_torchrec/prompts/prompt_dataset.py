@@ -16,6 +16,7 @@ import pyarrow.fs
 import torch
 from torch import Tensor
 
+from recgpt_torchrec.catalogue.rounds import Rounds
 from recgpt_torchrec.config import Prompts
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.ragged import Int64
@@ -41,7 +42,7 @@ NOT_COMPARED = ("dataset", "checkpoint")
 """Paths in the record, which may differ; the fingerprints beside them are compared."""
 GROUPS_PER_PART = 16
 LOOKUP = 4096
-"""Number of users looked up at once; every rank looks up as often as the one with the most users."""
+"""Number of users looked up at once."""
 
 
 def record_of(dataset: Dataset, prompts: Prompts, max_len: int, checkpoint: str, fingerprint: str) -> dict[str, Any]:
@@ -179,37 +180,32 @@ class Filler(Protocol):
 
 
 class UserVectors:
-    """User vectors from the sharded tables. Lookups are collective, so every rank makes the same number.
+    """User vectors from the sharded tables. Lookups are collective: they are rounds, like the catalogue's operations.
 
     Args:
         model: sharded.
-        counts: number of users of each pool, in order, by rank.
+        rounds: of the catalogue; ranks with different numbers of users ask different numbers of times.
         device: of this rank.
     """
 
-    def __init__(self, model: RecGPT, counts: list[list[int]], device: torch.device) -> None:
-        self.model, self.device = model, device
-        self.lookups_left = max(sum(self._count_lookups(users) for users in pools) for pools in counts)
-
-    @staticmethod
-    def _count_lookups(users: int) -> int:
-        return -(-users // LOOKUP)
+    def __init__(self, model: RecGPT, rounds: Rounds, device: torch.device) -> None:
+        self.model, self.rounds, self.device = model, rounds, device
+        self._ask = rounds.add(self._look_up)
 
     def of(self, users: Int64) -> Tensor:
         """[users, dim] float32 vectors of one pool (collective)."""
-        starts = range(0, users.size, LOOKUP)
-        vectors = [self._lookup(users[start : start + LOOKUP]) for start in starts]
-        return torch.cat(vectors) if vectors else torch.zeros(0, 1, device=self.device)
+        vectors: Tensor = self._ask(users, users.size)
+        return vectors
 
     def finish(self) -> None:
-        """Make empty lookups until the rank with the most users is done (collective)."""
-        while self.lookups_left:
-            self._lookup(np.zeros(0, dtype=np.int64))
+        """Take part in the other ranks' rounds until they have finished as well (collective)."""
+        self.rounds.finish()
 
-    @torch.no_grad()
-    def _lookup(self, ids: Int64) -> Tensor:
-        self.lookups_left -= 1
-        return self.model.look_up(self.device, users=ids, room=(LOOKUP, 0)).users
+    def _look_up(self, sizes: Int64, users: Int64 | None) -> Tensor:
+        ids = np.zeros(0, dtype=np.int64) if users is None else users
+        starts = range(0, int(sizes[:, 0].max()), LOOKUP)
+        parts = [self.model.look_up(self.device, ids[at : at + LOOKUP], room=(LOOKUP, 0)).users for at in starts]
+        return torch.cat(parts) if parts else torch.zeros(0, 1, device=self.device)
 
 
 class PreviousPrompts:
@@ -259,8 +255,7 @@ def write_prompts(
     record: dict[str, Any],
     *,
     fill: Filler | None,
-    model: RecGPT | None,
-    device: torch.device,
+    vectors: UserVectors | None,
     pool_users: int,
     previous: Dataset | None = None,
     progress: Callable[[int], object] = lambda users: None,
@@ -273,24 +268,19 @@ def write_prompts(
         groups: its row groups.
         record: from `record_of`.
         fill: generates prompts; None where none are generated.
-        model: sharded, whose user vectors `fill` gets.
-        device: of this rank.
+        vectors: the user vectors that `fill` gets.
         pool_users: minimum number of users that are read and filled together.
         previous: an earlier prompt dataset whose prompts are reused.
         progress: called with the number of users done since the last call, on this rank.
     """
     k, max_len, answers = record["k"], record["max_len"], record["answers"]
     prompt_segments = () if record["source"] == "generated" else (EXPOSED,)
-    pools = [pools_of(share_of(groups, r, world_size()), pool_users) for r in range(world_size())]
-    vectors = None
-    if model is not None and fill is not None:
-        pool_sizes = [[sum(group.rows for group in pool) for pool in of_rank] for of_rank in pools]
-        vectors = UserVectors(model, pool_sizes, device)
+    pools = pools_of(share_of(groups, rank(), world_size()), pool_users)
     earlier = None if previous is None else PreviousPrompts(previous, k, max_len, answers)
     counted = PromptCounts()
 
     def fill_pools() -> Iterator[pa.Table]:
-        for pool in pools[rank()]:
+        for pool in pools:
             tables = [read_rows(dataset, group) for group in pool]
             histories = intervals_of(pa.concat_tables(tables), k, max_len, prompt_segments, answers)
             known = None if earlier is None else earlier.fill(histories)
@@ -307,8 +297,6 @@ def write_prompts(
                 if table.num_rows:
                     yield whole.slice(first, table.num_rows).combine_chunks()
                 first += table.num_rows
-        if vectors is not None:
-            vectors.finish()
 
     with shared_folder.stage_shared_folder(path, NAME) as (fs, folder):
         parts, failure = [], None
@@ -316,8 +304,8 @@ def write_prompts(
             parts = write_parts(fs, folder, "sequences", fill_pools(), GROUPS_PER_PART, prefix=f"part-{rank():04d}")
         except Exception as error:
             failure = error  # raised here, it would leave the other ranks waiting
-            if vectors is not None:
-                vectors.finish()
+        if vectors is not None:
+            vectors.finish()
         raise_first_error(failure)
         shares: list[tuple[list[Part], PromptCounts]] = gather_objects((parts, counted))
         total = PromptCounts(

@@ -1,8 +1,9 @@
 """From histories to interest vectors: runs a model over a stream of histories, in lockstep with the other ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from recgpt_torchrec.data.histories import Histories
@@ -21,3 +22,31 @@ def encode(model: nn.Module, stream: SequenceStream, device: torch.device) -> It
         _, (_, vectors) = model(batch.to(device))
         yield batch.histories, vectors.float()
     model.train(was_training)
+
+
+Encoded = tuple[Histories, Tensor]
+"""Histories with their interest vectors [sequences, dim] float32."""
+
+
+def collect_batches(batches: Iterable[Encoded], rows: int | None) -> Iterator[list[Encoded]]:
+    """Yield lists of encoded batches that are scored together, equally many on every rank (collective).
+
+    Args:
+        batches: of this rank; all ranks have equally many.
+        rows: number of histories after which a list ends on all ranks, as soon as one rank has them; None: each batch
+            is a list of its own.
+    """
+    if rows is None:
+        yield from ([batch] for batch in batches)
+        return
+    collected: list[Encoded] = []
+    for batch in batches:
+        collected.append(batch)
+        count = torch.tensor([sum(histories.users.size for histories, _ in collected)])
+        if world_size() > 1:
+            dist.all_reduce(count, op=dist.ReduceOp.MAX)
+        if count >= rows:
+            yield collected
+            collected = []
+    if collected:
+        yield collected

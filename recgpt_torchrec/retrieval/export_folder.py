@@ -229,21 +229,25 @@ class Export:
     path: str
     manifest: ExportManifest
 
-    def item_vectors(self) -> tuple[Int64, Float32]:
-        """Ids [items] int64 and vectors [items, dim] float32 of all items; row i is item i.
+    def item_vectors(self, first: int = 0, stop: int | None = None) -> tuple[Int64, Float32]:
+        """Ids [n] int64 and vectors [n, dim] float32 of the items `first` to `stop` - 1 (None: to the last), in order.
 
         Raises:
             InputError: a file cannot be read, an item is missing, or a vector is not finite.
         """
-        count = self.manifest.items
-        vectors = np.empty((count, self.manifest.dim), np.float32)
-        is_known = np.zeros(count, bool)
+        stop = self.manifest.items if stop is None else stop
+        vectors = np.empty((stop - first, self.manifest.dim), np.float32)
+        is_known = np.zeros(stop - first, bool)
         for batch in self.items(("item_id", "vector")):
             ids = batch["item_id"].to_numpy()
-            vectors[ids], is_known[ids] = to_numpy(batch["vector"]), True
+            wanted = (ids >= first) & (ids < stop)
+            if wanted.any():
+                places = ids[wanted] - first
+                vectors[places], is_known[places] = to_numpy(batch["vector"])[wanted], True
         if not is_known.all():
-            raise self._error("items/", f"item {int(np.argmin(is_known))} is missing, and another one is there twice")
-        return np.arange(count), vectors
+            missing = first + int(np.argmin(is_known))
+            raise self._error("items/", f"item {missing} is missing, and another one is there twice")
+        return np.arange(first, stop), vectors
 
     def items(
         self, columns: Iterable[str] = ("item_id", "key", "vector"), rows: int = 65536

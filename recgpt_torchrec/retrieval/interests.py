@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.data.histories import Histories
-from recgpt_torchrec.data.ragged import Int64, Ragged, offsets_of
+from recgpt_torchrec.data.ragged import Int64, Ragged, join, offsets_of
 from recgpt_torchrec.data.segments import GENERATED
 from recgpt_torchrec.data.stream import BatchMaker
+from recgpt_torchrec.retrieval.encoding import Encoded
 from recgpt_torchrec.retrieval.merging import Lists
 
 
@@ -43,35 +44,41 @@ def append_generated(histories: Histories, items: Int64, max_len: int) -> Histor
 
 @torch.no_grad()
 def predict_interests(
-    model: nn.Module, maker: BatchMaker, histories: Histories, first: Tensor, catalogue: Catalogue, count: int
+    model: nn.Module, maker: BatchMaker, batches: list[Encoded], catalogue: Catalogue, count: int
 ) -> Tensor:
     """Compute `count` interest vectors per history (collective: every rank takes part, even without histories).
 
     Args:
         model: in evaluation mode.
-        maker: packs the growing histories into batches.
-        histories: with `seen`, whose items are never appended.
-        first: [sequences, dim] float32, the first interest.
+        maker: packs the growing histories of a batch into the next one.
+        batches: equally many on every rank. Histories with `seen`, whose items are never appended, and the first
+            interest of each, [sequences, dim] float32. All of them are scored together.
         catalogue: all items, to find the best one of an interest.
         count: number of interests per history.
 
     Returns:
-        [sequences, count, dim] float32.
+        [sequences of all batches, count, dim] float32.
     """
-    vectors = [first]
-    appended = torch.zeros(len(first), 0, dtype=torch.int64, device=first.device)
+    growing = [histories for histories, _ in batches]
+    vectors = [torch.cat([first for _, first in batches])]
+    seen = join([histories.seen for histories in growing if histories.seen is not None])
+    device = vectors[0].device
+    appended = torch.zeros(len(vectors[0]), 0, dtype=torch.int64, device=device)
     for _ in range(count - 1):
         # Where no new item is left, item 0 is appended, so that there is a next interest.
-        best = catalogue.top_k(vectors[-1], 1, histories.seen, appended).items.clamp(min=0)
+        best = catalogue.top_k(vectors[-1], 1, seen, appended).items.clamp(min=0)
         appended = torch.cat([appended, best], dim=1)
-        histories = append_generated(histories, best[:, 0].cpu().numpy(), maker.max_len)
-        _, (_, outputs) = model(maker.make(histories).to(first.device))
-        vectors.append(outputs.float())
+        items = np.split(best[:, 0].cpu().numpy(), np.cumsum([len(first) for _, first in batches])[:-1])
+        outputs = []
+        for number, of_batch in enumerate(items):
+            growing[number] = append_generated(growing[number], of_batch, maker.max_len)
+            outputs.append(model(maker.make(growing[number]).to(device))[1][1].float())
+        vectors.append(torch.cat(outputs))
     return torch.stack(vectors, dim=1)
 
 
 def recall_items(vectors: Tensor, catalogue: Catalogue, n: int, seen: Ragged | None) -> Lists:
-    """The `n` best items of every interest, by exact search.
+    """The `n` best items of every interest, by exact search (collective).
 
     Args:
         vectors: [users, interests, dim] float32.
@@ -79,5 +86,8 @@ def recall_items(vectors: Tensor, catalogue: Catalogue, n: int, seen: Ragged | N
         n: length of each list.
         seen: items to leave out, by user; None: none.
     """
-    lists = [catalogue.top_k(vectors[:, i], n, seen) for i in range(vectors.shape[1])]
-    return Lists(torch.stack([best.items for best in lists], 1), torch.stack([best.scores for best in lists], 1))
+    users, interests, dim = vectors.shape
+    # All interests at once: where item vectors are looked up anew, a call is a pass over all of them.
+    by_query = None if seen is None else seen.take(np.repeat(np.arange(users), interests))
+    best = catalogue.top_k(vectors.reshape(users * interests, dim), n, by_query)
+    return Lists(best.items.view(users, interests, n), best.scores.view(users, interests, n))

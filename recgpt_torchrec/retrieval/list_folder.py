@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.fs
 
 from recgpt_torchrec.distributed import shared_folder
+from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import gather_objects, rank
 from recgpt_torchrec.retrieval.merging import Merged
 from recgpt_torchrec.storage import folders
@@ -94,6 +95,7 @@ def write_lists(
     batches: Iterable[ListBatch],
     item_keys: pa.Array,
     measured: Callable[[], dict[str, Any]],
+    finish: Callable[[], object] = lambda: None,
 ) -> ListManifest:
     """Write lists and commit them whole (collective: each process gives its share of users).
 
@@ -103,19 +105,26 @@ def write_lists(
         batches: this process's share.
         item_keys: [items] string keys by item id.
         measured: called after the last batch; returns what the manifest records as `measured`.
+        finish: called after this process's last batch, or after an error; takes part in what the others still do.
 
     Returns:
         The manifest, on every process.
 
     Raises:
-        InputError: `path` is not empty. Nothing is written after an error.
+        InputError: `path` is not empty. Nothing is written after an error of any process, which all of them raise.
     """
     with shared_folder.stage_shared_folder(path, ListManifest.KIND.name) as (fs, folder):
         groups = regroup(
             (record_batch(batch, item_keys) for batch in batches if batch.users.size),
             max(1, GROUP_ITEMS // manifest.k),
         )
-        parts = write_parts(fs, folder, "lists", groups, GROUPS_PER_PART, prefix=f"part-{rank():04d}")
+        parts, failure = [], None
+        try:
+            parts = write_parts(fs, folder, "lists", groups, GROUPS_PER_PART, prefix=f"part-{rank():04d}")
+        except Exception as error:
+            failure = error  # raised here, it would leave the other processes waiting
+        finish()
+        raise_first_error(failure)
         manifest.parts = [part for share in gather_objects(parts) for part in share]
         manifest.users = sum(part.rows for part in manifest.parts)
         manifest.measured = measured()

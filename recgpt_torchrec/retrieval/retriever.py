@@ -29,7 +29,7 @@ class Search(Protocol):
 
 @dataclass
 class ExactSearch:
-    """Scores every item."""
+    """Scores every item (collective, see `Catalogue`)."""
 
     catalogue: Catalogue
 

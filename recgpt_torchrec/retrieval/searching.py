@@ -6,6 +6,7 @@ import torch
 
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import Retrieve
+from recgpt_torchrec.data.candidates import id_range
 from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.ragged import Float32, Int64
 from recgpt_torchrec.distributed.processes import rank, world_size
@@ -26,19 +27,24 @@ Measure = Callable[[Int64, Float32, Histories | None, Merged], object]
 """Called with user ids [users], queries [users, interests, dim], their histories (None: none are known) and lists."""
 
 
-def build_retrievers(config: Retrieve, export: Export, rule: MergeRule) -> tuple[Retriever, Retriever]:
-    """The exact retriever and the one for `--index`; both are the same object if the index is exact."""
+def build_retrievers(config: Retrieve, export: Export, rule: MergeRule) -> tuple[Retriever, Retriever, Catalogue]:
+    """The exact retriever, the one for `--index` (the same object if the index is exact), and the catalogue that both
+    ask where they score all items: each rank has to finish it after its last search."""
 
     def merge(lists: Lists) -> Merged:
         return rule.merge(lists, config.k)
 
-    _, vectors = export.item_vectors()
-    search = ExactSearch(Catalogue(torch.from_numpy(vectors)))
+    items = export.manifest.items
+    first, stop = id_range(items, rank(), world_size())
+    # An approximate index holds all items on every rank; scoring them exactly is shared out.
+    _, vectors = export.item_vectors(first, stop) if config.index == "exact" else export.item_vectors()
+    own = vectors if config.index == "exact" else vectors[first:stop]
+    search = ExactSearch(Catalogue.of_vectors(torch.from_numpy(own), items, first))
     exact = Retriever(search, config.k, merge)
     if config.index == "exact":
-        return exact, exact
+        return exact, exact, search.catalogue
     index = indexes.hnsw(vectors, config.hnsw) if config.index == "hnsw" else indexes.ivf(vectors, config.ivf)
-    return exact, Retriever(ApproximateSearch(indexes.Index(index)), config.k, merge, search)
+    return exact, Retriever(ApproximateSearch(indexes.Index(index)), config.k, merge, search), search.catalogue
 
 
 def search_users(

@@ -32,7 +32,7 @@ def dense() -> Dense:
 
 @pytest.fixture(scope="module")
 def catalogue() -> Catalogue:
-    return Catalogue(torch.randn(ITEMS, DIM, generator=torch.Generator().manual_seed(1)))
+    return Catalogue.of_vectors(torch.randn(ITEMS, DIM, generator=torch.Generator().manual_seed(1)))
 
 
 def random_user_vectors(users: int) -> torch.Tensor:
@@ -65,9 +65,13 @@ def score(dense: Dense, catalogue: Catalogue, user: torch.Tensor, items: list[in
     n = len(items)
     zeros = torch.zeros(1, n, dtype=torch.int64)
     out = dense.decoder(
-        catalogue.vectors[items][None], user.expand(1, n, -1), torch.tensor([positions]), zeros, DenseAttention(zeros)
+        catalogue.vectors_of(torch.tensor(items))[None],
+        user.expand(1, n, -1),
+        torch.tensor([positions]),
+        zeros,
+        DenseAttention(zeros),
     )
-    return catalogue.vectors @ out[0, -1]
+    return catalogue.vectors_of(torch.arange(ITEMS)) @ out[0, -1]
 
 
 def from_scratch(dense, catalogue, user, row, k, exclude_seen, shown=None):
@@ -200,7 +204,7 @@ def test_two_items_worked_by_hand_through_algorithm_1():
     for parameter in dense.decoder.parameters():
         torch.nn.init.zeros_(parameter)  # forgetting 0: equal weights; norms of weight 0 silence the block
     torch.nn.init.ones_(dense.decoder.mean_out)
-    catalogue = Catalogue(torch.tensor([[1.0, 0.0], [-0.5, 1.0]]))
+    catalogue = Catalogue.of_vectors(torch.tensor([[1.0, 0.0], [-0.5, 1.0]]))
     prompter = Prompter(dense, catalogue, Prompts(k=2, exclude_seen=False), 4, 8)
     histories = intervals_of(rows_of([[0, 1, 0]]), 2, 4, ())
     prompter.fill(histories, torch.zeros(1, 2))

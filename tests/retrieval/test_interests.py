@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from recgpt_torchrec.catalogue import catalogue as catalogue_module
+from recgpt_torchrec.catalogue import best as best_module
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import Batch
 from recgpt_torchrec.data.dataset import Dataset, Manifest
@@ -20,15 +20,14 @@ from tests.support import items_of
 def test_what_is_found_does_not_depend_on_how_many_users_are_scored_at_once(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     vectors, items = torch.randn(5, 2, 4, generator=generator), torch.randn(9, 4, generator=generator)
-    catalogue, seen = Catalogue(items), Ragged.from_lists([[3, 4], [], [0], [], []])
+    catalogue, seen = Catalogue.of_vectors(items), Ragged.from_lists([[3, 4], [], [0], [], []])
     whole = recall_items(vectors, catalogue, 8, seen)
     scores = torch.einsum("uid,nd->uin", vectors, items)
     scores[0, :, [3, 4]], scores[2, :, 0] = -torch.inf, -torch.inf
     assert whole.items[0, :, 7].tolist() == [-1, -1]  # seven are left
     assert whole.items[1].tolist() == scores[1].argsort(dim=1, descending=True)[:, :8].tolist()
     assert whole.items[2].tolist() == scores[2].argsort(dim=1, descending=True)[:, :8].tolist()
-    monkeypatch.setattr(catalogue_module, "SCORES", {"cpu": 20})
-    monkeypatch.setattr(catalogue_module, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(best_module, "SCORES", {"cpu": 20})
     parts = recall_items(vectors, catalogue, 8, seen)
     assert torch.equal(parts.items, whole.items)
     torch.testing.assert_close(parts.scores, whole.scores)
@@ -72,25 +71,25 @@ def heard_item_0(seen: list[int]) -> Histories:
 
 
 def test_two_steps_of_a_two_item_catalogue_by_hand():
-    catalogue, maker = Catalogue(torch.eye(2)), maker_of_two_items()
+    catalogue, maker = Catalogue.of_vectors(torch.eye(2)), maker_of_two_items()
     first = torch.tensor([[1.0, 0.5]])  # expects item 0, then item 1
-    vectors = predict_interests(Repeats(catalogue), maker, heard_item_0(seen=[]), first, catalogue, 2)
+    vectors = predict_interests(Repeats(catalogue), maker, [(heard_item_0(seen=[]), first)], catalogue, 2)
     # Its best item, 0, is appended; the output there is item 0's vector again.
     assert vectors.tolist() == [[[1.0, 0.5], [1.0, 0.0]]]
     lists = recall_items(vectors, catalogue, 2, None)
     assert merge_quota(lists, (1, 1)).items.tolist() == [[0, 1]]  # 0 from the first, the best new one from the second
     # With item 0 seen, item 1 is the best that may be answered, and is what the second step hears.
-    found = predict_interests(Repeats(catalogue), maker, heard_item_0(seen=[0]), first, catalogue, 2)
+    found = predict_interests(Repeats(catalogue), maker, [(heard_item_0(seen=[0]), first)], catalogue, 2)
     assert found.tolist() == [[[1.0, 0.5], [0.0, 1.0]]]
     # What was answered once is not answered again; where nothing new is left, item 0 is heard.
-    found = predict_interests(Repeats(catalogue), maker, heard_item_0(seen=[]), first, catalogue, 4)
+    found = predict_interests(Repeats(catalogue), maker, [(heard_item_0(seen=[]), first)], catalogue, 4)
     assert found.tolist() == [[[1.0, 0.5], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]]
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_no_history_at_all_takes_part_with_nothing(count):
-    catalogue = Catalogue(torch.eye(2))
+    catalogue = Catalogue.of_vectors(torch.eye(2))
     vectors = predict_interests(
-        Repeats(catalogue), maker_of_two_items(), no_histories(), torch.zeros(0, 2), catalogue, count
+        Repeats(catalogue), maker_of_two_items(), [(no_histories(), torch.zeros(0, 2))], catalogue, count
     )
     assert vectors.shape == (0, count, 2)

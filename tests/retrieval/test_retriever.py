@@ -23,7 +23,7 @@ def vectors(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def exact(items: np.ndarray) -> ExactSearch:
-    return ExactSearch(Catalogue(torch.from_numpy(items)))
+    return ExactSearch(Catalogue.of_vectors(torch.from_numpy(items)))
 
 
 def plain(scores: np.ndarray, seen: list[int], k: int) -> list[int]:

@@ -83,8 +83,8 @@ def prompts(settings: Settings) -> Kind:
         def turn() -> Figures:
             training.trainer.pipeline.detach()
             model.eval()
-            users = UserVectors(model, [[histories.users.size]], device).of(histories.users)
-            catalogue = Catalogue.gather(model, dataset.manifest.items, device)
+            catalogue = Catalogue.of_model(model, dataset.manifest.items, device)
+            users = UserVectors(model, catalogue.rounds, device).of(histories.users)
             filled[name] = copy.deepcopy(histories)
             with stopwatch() as figures:
                 prompter(unwrapped_dense(model), catalogue, Prompts(k=K), max_len, BATCH_USERS).fill(
