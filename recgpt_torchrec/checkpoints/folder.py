@@ -21,8 +21,10 @@ from torch.distributed.checkpoint import CheckpointException
 
 from recgpt_torchrec import storage
 from recgpt_torchrec.checkpoints.direct_io import DirectFiles
+from recgpt_torchrec.checkpoints.records import tensors_of
 from recgpt_torchrec.checkpoints.safe_reading import SafeReader, TensorPlanner, UnsafeCheckpoint
 from recgpt_torchrec.distributed.processes import gather_objects, rank, world_size
+from recgpt_torchrec.distributed.watchdog import tracked_phase
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage.parts import checksum_of
 from recgpt_torchrec.storage.typed import SHOWN, make_typed
@@ -195,8 +197,10 @@ def read_tensors(state: dict[str, Any], checkpoint: str) -> None:
     Raises:
         InputError: files of the checkpoint are missing or damaged.
     """
+    numbers = sum(tensor.numel() for tensor in tensors_of(state))
     try:
-        dcp.load(state, storage_reader=SafeReader(checkpoint), planner=TensorPlanner())
+        with tracked_phase("restoring", numbers, "numbers") as advance:
+            dcp.load(state, storage_reader=SafeReader(checkpoint), planner=TensorPlanner(advance))
     except CheckpointException as error:
         raise _make_read_error(checkpoint, [failure[0] for failure in error.failures.values()]) from None
 

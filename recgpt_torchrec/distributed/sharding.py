@@ -1,10 +1,8 @@
-"""Shards a model that is on the meta device: sharding plan, DistributedModelParallel, initial values of tables."""
+"""Shards a model that is on the meta device: sharding plan, DistributedModelParallel."""
 
 import os
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -12,13 +10,11 @@ from torchrec import EmbeddingBagCollection
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.types import ShardedTensor, ShardingEnv, ShardingPlan, ShardingType
+from torchrec.distributed.types import ShardingEnv, ShardingPlan, ShardingType
 
 from recgpt_torchrec.config import Sharding
+from recgpt_torchrec.distributed.unfilled import Unfilled
 from recgpt_torchrec.errors import InputError
-
-INIT_BLOCK = 4096
-"""Rows of a table whose initial values come from one random stream."""
 
 
 class Sharder(EmbeddingBagCollectionSharder):
@@ -139,7 +135,7 @@ def shard(
     fused: bool,
     trained: bool = True,
 ) -> DistributedModelParallel:
-    """Shard the tables of a model and wrap the rest of it in DDP (collective).
+    """Shard the tables of a model, which nothing fills, and wrap the rest of it in DDP (collective).
 
     Args:
         model: tables on the meta device, the rest anywhere; optimizers that are to be fused are applied to it already.
@@ -149,16 +145,18 @@ def shard(
         fused: whether sharded tables are updated in the backward; False: by a separate optimizer, or not at all.
         trained: whether they are trained, which decides what `auto` copies.
     """
-    return DistributedModelParallel(
-        model,
-        env=ShardingEnv.from_process_group(dist.GroupMember.WORLD),
-        device=device,
-        plan=plan(model, tables, bags, device, fused, trained),
-        sharders=[Sharder()],
-        init_parameters=True,
-        # static_graph, DMP's default, would freeze the first step's graph, and a rank may start with an empty batch.
-        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
-    )
+    sharding_plan = plan(model, tables, bags, device, fused, trained)
+    with Unfilled():
+        return DistributedModelParallel(
+            model,
+            env=ShardingEnv.from_process_group(dist.GroupMember.WORLD),
+            device=device,
+            plan=sharding_plan,
+            sharders=[Sharder()],
+            init_parameters=True,
+            # static_graph, DMP's default, would freeze the first step's graph; a rank may start with an empty batch.
+            data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
+        )
 
 
 def table_name(parameter: str) -> str:
@@ -169,31 +167,3 @@ def table_name(parameter: str) -> str:
 def tables_of(model: nn.Module) -> dict[str, Any]:
     """A model's tables by parameter name: each a `ShardedTensor`, or a tensor where every rank holds a copy."""
     return {name: value for name, value in model.state_dict().items() if "embedding_bags" in name}
-
-
-@torch.no_grad()
-def initialise_tables(model: nn.Module, std_of: Callable[[str], float], seed: int) -> None:
-    """Initialise every table from N(0, std^2), with a random stream per (seed, table, block of rows).
-
-    A row's values therefore depend neither on the number of ranks nor on the sharding.
-
-    Args:
-        model: sharded; its tables are filled in place.
-        std_of: the standard deviation of a table, by its name.
-        seed: of the run.
-    """
-    for number, (name, value) in enumerate(sorted(tables_of(model).items())):
-        std = std_of(table_name(name))
-        shards = [(value, 0, 0)]
-        width = value.shape[1]
-        if isinstance(value, ShardedTensor):
-            shards = [(s.tensor, *s.metadata.shard_offsets) for s in value.local_shards()]
-        for tensor, row, column in shards:
-            rows, columns = tensor.shape
-            for block in range(row // INIT_BLOCK, -(-(row + rows) // INIT_BLOCK)):
-                rng = np.random.default_rng((seed, number, block, 4))
-                values = torch.from_numpy(rng.standard_normal((INIT_BLOCK, width), dtype=np.float32)) * std
-                first, last = max(row, block * INIT_BLOCK), min(row + rows, (block + 1) * INIT_BLOCK)
-                tensor[first - row : last - row] = values[
-                    first - block * INIT_BLOCK : last - block * INIT_BLOCK, column : column + columns
-                ].to(tensor.device)

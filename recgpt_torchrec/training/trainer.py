@@ -6,7 +6,7 @@ non-finite step's rows are found. The rest is the model's.
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -98,8 +98,7 @@ class Trainer:
             InputError: a loss or gradient was not finite and may not be skipped; or something cannot be written.
         """
         progress = self.progress
-        if self.saving.asynchronous:
-            self.saver.copy_state(state_of(self.model, self.optimizer))  # allocates the memory before the first step
+        self.saver.prepare(state_of(self.model, self.optimizer))
         total, epoch = self._total_entries(), progress.position.epoch
         log = RunLog(self.checkpoints.output, total, progress.read, epoch, progress.step)
         with signals.handle_stop_signals(), self.saver, log, self.trace:
@@ -283,18 +282,21 @@ class Trainer:
             InputError: the checkpoint cannot be read.
         """
         self.progress = Progress.of_checkpoint(checkpoint)
-        with watchdog.phase("restoring"):
-            restore(self.model, self.optimizer, checkpoint, self.progress.before + self.progress.step)
+        restore(self.model, self.optimizer, checkpoint, self.progress.before + self.progress.step)
         self.saver.saved_step = self.progress.step
 
-    def begin_from(self, checkpoint: str) -> None:
+    def begin_from(self, checkpoint: str, initialise: Callable[[Mapping[str, int]], None]) -> None:
         """Start from the model and optimizer state of another run's checkpoint (collective).
 
-        Table rows that it does not hold stay as they are. Progress and the learning-rate schedule start at 0.
+        Progress and the learning-rate schedule start at 0.
+
+        Args:
+            checkpoint: its folder.
+            initialise: fills the table rows that it does not hold, see `restore`.
 
         Raises:
             InputError: the checkpoint cannot be read.
         """
         earlier = Progress.of_checkpoint(checkpoint)
         self.progress.before = earlier.before + earlier.step
-        restore(self.model, self.optimizer, checkpoint, self.progress.before)
+        restore(self.model, self.optimizer, checkpoint, self.progress.before, initialise)
