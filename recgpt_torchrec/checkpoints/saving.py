@@ -30,8 +30,8 @@ from recgpt_torchrec.checkpoints.folder import Checkpoints, make_writer
 from recgpt_torchrec.checkpoints.records import RecordPlanner, cut_into_records, local_tensors, tensors_of
 from recgpt_torchrec.config import Saving
 from recgpt_torchrec.distributed import watchdog
-from recgpt_torchrec.distributed.memory import available_bytes
-from recgpt_torchrec.distributed.processes import gather_objects, log_message, rank, run_on_first_rank
+from recgpt_torchrec.distributed.memory import find_shortage
+from recgpt_torchrec.distributed.processes import log_message, rank, run_on_first_rank
 from recgpt_torchrec.errors import InputError
 
 LAST_WAIT_S = 60.0
@@ -130,17 +130,14 @@ class Saver:
         if not self.asynchronous:
             return
         state = cut_into_records(state)
-        needed = sum(tensor.nbytes for tensor in tensors_of(state))
-        shares = gather_objects((needed, int(available_bytes(torch.device("cpu")) * COPY_SHARE)))
-        lacking = [number for number, share in enumerate(shares) if share[0] > share[1]]
-        if not lacking:
+        needed = int(sum(tensor.nbytes for tensor in tensors_of(state)) / COPY_SHARE)
+        if (shortage := find_shortage(needed, torch.device("cpu"))) is None:
             self._copy_state(state)
             return
         self.asynchronous = False
-        needed, available = shares[lacking[0]]
         log_message(
-            f"Saving as with --saving.asynchronous false: a copy of the state takes {needed:,} bytes of host memory on "
-            f"rank {lacking[0]}, and {available:,} can be spared"
+            f"Saving as with --saving.asynchronous false: with a copy of the state, {shortage.needed:,} bytes of host "
+            f"memory would be needed on {shortage.place}, and {shortage.available:,} are available"
         )
 
     def finish(self) -> None:

@@ -13,6 +13,7 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterCons
 from torchrec.distributed.types import ShardingEnv, ShardingPlan, ShardingType
 
 from recgpt_torchrec.config import Sharding
+from recgpt_torchrec.distributed.memory import check_tables_fit
 from recgpt_torchrec.distributed.unfilled import Unfilled
 from recgpt_torchrec.errors import InputError
 
@@ -134,6 +135,7 @@ def shard(
     device: torch.device,
     fused: bool,
     trained: bool = True,
+    optimizer: str | None = None,
 ) -> DistributedModelParallel:
     """Shard the tables of a model, which nothing fills, and wrap the rest of it in DDP (collective).
 
@@ -144,8 +146,13 @@ def shard(
         device: of this rank.
         fused: whether sharded tables are updated in the backward; False: by a separate optimizer, or not at all.
         trained: whether they are trained, which decides what `auto` copies.
+        optimizer: of the tables, as in `--tables.optimizer`, whose moments need memory; None: they are not trained.
+
+    Raises:
+        InputError: a table cannot be sharded as `tables` says, or a rank has not enough memory for its part.
     """
     sharding_plan = plan(model, tables, bags, device, fused, trained)
+    check_tables_fit(sharding_plan, model, optimizer, device)
     with Unfilled():
         return DistributedModelParallel(
             model,

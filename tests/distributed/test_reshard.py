@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 
 from recgpt_torchrec.checkpoints import records
 from recgpt_torchrec.checkpoints.folder import Checkpoints
@@ -75,6 +75,7 @@ def test_every_record_holds_at_most_so_many_bytes(differences, folder, source):
     assert path is not None
     several = 0
     for name, tensor in FileSystemReader(path).read_metadata().state_dict_metadata.items():
+        assert isinstance(tensor, TensorStorageMetadata)
         itemsize = tensor.properties.dtype.itemsize
         sizes = [chunk.sizes.numel() * itemsize for chunk in tensor.chunks]
         assert all(size <= RECORD_BYTES for size in sizes if size > tensor.size[1:].numel() * itemsize)  # one row
