@@ -124,6 +124,7 @@ class Watchdog:
         self.interval = min(1.0, stall_seconds / 10) if stall_seconds else 1.0
         self.store: Any = _clone_store() if world_size() > 1 else None
         self._heartbeats = 0
+        self._progress_elsewhere = 0.0
         self._end_reason: str | None = None
         self._finished = threading.Event()
         self._lock = threading.Lock()
@@ -179,7 +180,8 @@ class Watchdog:
             if stalled_elsewhere:
                 self._exit_stalled("another rank found the run stalled")
             # `_confirm_stall` takes two intervals, which count towards stall_seconds.
-            if self.stall_seconds and now - _status.since >= self.stall_seconds - 3 * self.interval:
+            since = max(_status.since, self._progress_elsewhere)
+            if self.stall_seconds and now - since >= self.stall_seconds - 3 * self.interval:
                 self._confirm_stall(_status)
                 last = time.monotonic()
 
@@ -216,7 +218,10 @@ class Watchdog:
         return {other: json.loads(self.store.get(f"heartbeat/{other}")) for other in ranks} if ranks else {}
 
     def _confirm_stall(self, status: Status) -> None:
-        """Watch the other ranks for two intervals; if this rank makes no progress meanwhile, report and end."""
+        """Watch all ranks for two intervals; if none makes progress, or has made any lately, report and end.
+
+        A rank may wait long for another that restores, draws or writes a larger shard.
+        """
         earlier = self._read_heartbeats() if self.store is not None else {}
         time.sleep(2 * self.interval)
         if _status != status or self._finished.is_set():
@@ -225,10 +230,14 @@ class Watchdog:
         lines = [f"rank {rank()}: {status.phase} for {age:.0f} s, after step {status.step}"]
         silent = []
         if self.store is not None:
-            if self.store.add("stalled", 1) > 1:
-                self._exit_stalled("another rank found the run stalled")
             latest = self._read_heartbeats()
             silent = [other for other, beat in earlier.items() if beat["number"] == latest[other]["number"]]
+            ages = [beat["phase_seconds"] for other, beat in latest.items() if other not in silent]
+            if ages and min(ages) < self.stall_seconds - 3 * self.interval:
+                self._progress_elsewhere = time.monotonic() - min(ages)
+                return
+            if self.store.add("stalled", 1) > 1:
+                self._exit_stalled("another rank found the run stalled")
             counts = Counter((beat["phase"], beat["step"]) for beat in latest.values())
             # Silent ranks first, then those whose place is shared by the fewest.
             order = sorted(latest, key=lambda o: (o not in silent, counts[latest[o]["phase"], latest[o]["step"]], o))

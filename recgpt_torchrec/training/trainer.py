@@ -24,7 +24,7 @@ from recgpt_torchrec.data.stream import SequenceStream, Share
 from recgpt_torchrec.data.windows import Position, Queue
 from recgpt_torchrec.distributed import signals, watchdog
 from recgpt_torchrec.distributed.lockstep import Lockstep, Step
-from recgpt_torchrec.distributed.processes import gather_objects, log_message
+from recgpt_torchrec.distributed.processes import gather_objects, log_message, run_on_first_rank
 from recgpt_torchrec.distributed.signals import Stopped
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.dropout import seed_device
@@ -281,7 +281,7 @@ class Trainer:
         Raises:
             InputError: the checkpoint cannot be read.
         """
-        self.progress = Progress.of_checkpoint(checkpoint)
+        self.progress = run_on_first_rank(lambda: Progress.of_checkpoint(checkpoint))
         restore(self.model, self.optimizer, checkpoint, self.progress.before + self.progress.step)
         self.saver.saved_step = self.progress.step
 
@@ -297,6 +297,6 @@ class Trainer:
         Raises:
             InputError: the checkpoint cannot be read.
         """
-        earlier = Progress.of_checkpoint(checkpoint)
+        earlier = run_on_first_rank(lambda: Progress.of_checkpoint(checkpoint))
         self.progress.before = earlier.before + earlier.step
         restore(self.model, self.optimizer, checkpoint, self.progress.before, initialise)
