@@ -1,5 +1,7 @@
 """Stage `pretrain`: a dataset -> a checkpoint of decoder and sharded tables, trained autoregressively."""
 
+from functools import partial
+
 from recgpt_torchrec import cli
 from recgpt_torchrec.config import Pretrain
 
@@ -7,6 +9,7 @@ from recgpt_torchrec.config import Pretrain
 def main(config: Pretrain) -> None:
     """Train the model; `config.output` then holds the best and the newest checkpoints."""
     from recgpt_torchrec.data.dataset import histories_fingerprint
+    from recgpt_torchrec.distributed.initial_values import initialise_tables
     from recgpt_torchrec.distributed.processes import log_message, print_result, process_group, run_on_first_rank
     from recgpt_torchrec.distributed.watchdog import Watchdog
     from recgpt_torchrec.evaluation.validation import METRIC, validation_of
@@ -37,9 +40,10 @@ def main(config: Pretrain) -> None:
             run.initial = find_initial(run.initial or config.initial, config, dataset)
 
         def begin(trainer: Trainer) -> None:
-            if run.initial is not None:
-                trainer.begin_from(run.initial)
-                log_message(f"Starting from {run.initial}")
+            assert run.initial is not None
+            initialise = partial(initialise_tables, trainer.model, config.tables.init_std_of, config.seed)
+            trainer.begin_from(run.initial, initialise)
+            log_message(f"Starting from {run.initial}")
 
         validation = validation_of(stream, config.model, stream.maker.batch, device)
         train(
@@ -50,7 +54,7 @@ def main(config: Pretrain) -> None:
             device,
             tokens,
             execution,
-            begin=begin,
+            begin=None if run.initial is None else begin,
             validation=validation,
             metric=METRIC,
         )

@@ -134,8 +134,8 @@ def group(rank: int, world_size: int, count: int, folder: str, nodes: int = 1) -
 _turns = itertools.count()
 
 
-def build_model(layout: Layout, users: int = USERS, items: int = ITEMS) -> tuple[Any, Any]:
-    """Build a model and its optimizers with the given layout."""
+def build_model(layout: Layout, users: int = USERS, items: int = ITEMS, restored: bool = False) -> tuple[Any, Any]:
+    """Build a model and its optimizers with the given layout; `restored` is that of `build`."""
     config = Pretrain(
         data="",
         output="",
@@ -148,7 +148,8 @@ def build_model(layout: Layout, users: int = USERS, items: int = ITEMS) -> tuple
         optimizer=Optimizer(lr=2e-3),
     )
     dataset = Dataset(path="", manifest=Manifest(users=users, items=items))
-    return build(config, config.model, dataset, capacity=Capacity(USERS, ITEMS, KEYS), device=torch.device("cpu"))
+    capacity, device = Capacity(USERS, ITEMS, KEYS), torch.device("cpu")
+    return build(config, config.model, dataset, capacity=capacity, device=device, restored=restored)
 
 
 def make_step_batch(step: int) -> SequenceBatch:

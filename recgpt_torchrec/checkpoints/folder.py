@@ -21,8 +21,10 @@ from torch.distributed.checkpoint import CheckpointException
 
 from recgpt_torchrec import storage
 from recgpt_torchrec.checkpoints.direct_io import DirectFiles
+from recgpt_torchrec.checkpoints.records import tensors_of
 from recgpt_torchrec.checkpoints.safe_reading import SafeReader, TensorPlanner, UnsafeCheckpoint
-from recgpt_torchrec.distributed.processes import gather_objects, rank, world_size
+from recgpt_torchrec.distributed.processes import gather_objects, rank, run_on_first_rank, world_size
+from recgpt_torchrec.distributed.watchdog import tracked_phase
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage.parts import checksum_of
 from recgpt_torchrec.storage.typed import SHOWN, make_typed
@@ -195,8 +197,10 @@ def read_tensors(state: dict[str, Any], checkpoint: str) -> None:
     Raises:
         InputError: files of the checkpoint are missing or damaged.
     """
+    numbers = sum(tensor.numel() for tensor in tensors_of(state))
     try:
-        dcp.load(state, storage_reader=SafeReader(checkpoint), planner=TensorPlanner())
+        with tracked_phase("restoring", numbers, "numbers") as advance:
+            dcp.load(state, storage_reader=SafeReader(checkpoint), planner=TensorPlanner(advance))
     except CheckpointException as error:
         raise _make_read_error(checkpoint, [failure[0] for failure in error.failures.values()]) from None
 
@@ -243,9 +247,15 @@ def read_metadata(checkpoint: str) -> dict[str, Any]:
 def find_checkpoint(path: str) -> str:
     """Find the checkpoint folder for `path`: itself, or the best (else the newest) of a run's output folder.
 
+    Rank 0 looks, for all ranks (collective).
+
     Raises:
         InputError: there is no committed checkpoint.
     """
+    return run_on_first_rank(lambda: _find_checkpoint(path))
+
+
+def _find_checkpoint(path: str) -> str:
     if is_complete(path):
         return path
     checkpoints = Checkpoints(path, keep=0)
@@ -259,7 +269,7 @@ def find_checkpoint(path: str) -> str:
 
 def checkpoint_fingerprint(checkpoint: str) -> str:
     """Hash of all file names and contents of a checkpoint folder, 32 hex digits (collective: ranks share the files)."""
-    names = storage.names(checkpoint)[rank() :: world_size()]
+    names = run_on_first_rank(lambda: storage.names(checkpoint))[rank() :: world_size()]
     shares = gather_objects([(name, _checksum(os.path.join(checkpoint, name))) for name in names])
     return hashlib.sha256(repr(sorted(pair for share in shares for pair in share)).encode()).hexdigest()[:32]
 

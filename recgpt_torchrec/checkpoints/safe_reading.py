@@ -332,7 +332,18 @@ class _RecordVerifier(_StorageReaderTransforms):
 
 
 class TensorPlanner(DefaultLoadPlanner):
-    """Plans the reading of tensors, and refuses anything else, which torch would unpickle."""
+    """Plans the reading of tensors, and refuses anything else, which torch would unpickle.
+
+    It calls `on_read` with the number of values of each record that it read.
+    """
+
+    def __init__(self, on_read: Callable[[int], None] = lambda _: None) -> None:
+        super().__init__()
+        self.on_read = on_read
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """A part of a tensor is read."""
+        self.on_read(tensor.numel())
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Refuse an entry that is not a tensor.

@@ -1,5 +1,7 @@
 """Saves checkpoints in the background: the state is copied between two steps, and a thread writes the copy.
 
+Where host memory does not hold a second copy of the state on some rank, all ranks save synchronously: training waits.
+
 The thread's collectives run in their own process group, separate from those of a step. One checkpoint is written at a
 time; the next waits for it. It is committed once all ranks have written their part. An error on any rank is raised on
 all ranks by the next `save` or `finish`, and `requests_checkpoint` makes that happen at once.
@@ -13,7 +15,7 @@ import copy
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,12 +27,18 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from recgpt_torchrec import storage
 from recgpt_torchrec.checkpoints.folder import Checkpoints, make_writer
+from recgpt_torchrec.checkpoints.records import RecordPlanner, cut_into_records, local_tensors, tensors_of
 from recgpt_torchrec.config import Saving
-from recgpt_torchrec.distributed.processes import rank, run_on_first_rank
+from recgpt_torchrec.distributed import watchdog
+from recgpt_torchrec.distributed.memory import find_shortage
+from recgpt_torchrec.distributed.processes import log_message, rank, run_on_first_rank
 from recgpt_torchrec.errors import InputError
 
 LAST_WAIT_S = 60.0
 """Seconds that a run that ends with an error waits for its last checkpoint."""
+
+COPY_SHARE = 0.9
+"""Share of the available host memory that the copy of the state may take; batches and validation need some."""
 
 
 class Saver:
@@ -46,9 +54,12 @@ class Saver:
     def __init__(self, checkpoints: Checkpoints, options: Saving) -> None:
         self.checkpoints, self.options = checkpoints, options
         self.group = dist.new_group(backend="gloo")
+        self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self.saved_step: int | None = None
         """Step of the newest checkpoint; set it when a run resumes from one."""
+        self.asynchronous = options.asynchronous
         self._copies: dict[str, Any] = {}
+        self._records = 0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._since = time.monotonic()
@@ -101,12 +112,33 @@ class Saver:
         """
         self.finish()
         self._since = time.monotonic()
-        if not self.options.asynchronous:
-            self._write(step, state, metadata)
+        state = cut_into_records(state)
+        if not self.asynchronous:
+            self._write(step, state, metadata, watchdog.beat)
             return self.finish()
+        arguments = (step, self._copy_state(state), metadata, self._count_record)
         # A daemon: a rank that fails in a step must end, even while its thread waits for other ranks.
-        self._thread = threading.Thread(target=self._write, args=(step, self.copy_state(state), metadata), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
         self._thread.start()
+
+    def prepare(self, state: dict[str, Any]) -> None:
+        """Allocate the memory of the copy, before the first step; or decide to save without one (collective).
+
+        Args:
+            state: as for `save`.
+        """
+        if not self.asynchronous:
+            return
+        state = cut_into_records(state)
+        needed = int(sum(tensor.nbytes for tensor in tensors_of(state)) / COPY_SHARE)
+        if (shortage := find_shortage(needed, torch.device("cpu"))) is None:
+            self._copy_state(state)
+            return
+        self.asynchronous = False
+        log_message(
+            f"Saving as with --saving.asynchronous false: with a copy of the state, {shortage.needed:,} bytes of host "
+            f"memory would be needed on {shortage.place}, and {shortage.available:,} are available"
+        )
 
     def finish(self) -> None:
         """Wait until the checkpoint being written is committed.
@@ -114,13 +146,20 @@ class Saver:
         Raises:
             InputError: it could not be written.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        while self._thread is not None:
+            records = self._records
+            self._thread.join(1.0)
+            if not self._thread.is_alive():
+                self._thread = None
+            elif self._records > records:
+                watchdog.beat()
         if self._error is not None:
             raise self._error
 
-    def copy_state(self, state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    def _count_record(self) -> None:
+        self._records += 1
+
+    def _copy_state(self, state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         """Copy a state to host memory that every call reuses.
 
         The first call allocates the memory: first touching a page takes ten times as long as copying it.
@@ -133,21 +172,25 @@ class Saver:
         for name, value in state.items():
             key = f"{prefix}.{name}"
             if isinstance(value, dict):
-                copied[name] = self.copy_state(value, key)
+                copied[name] = self._copy_state(value, key)
                 continue
             if key not in self._copies:
                 self._copies[key] = _allocate_copy(value)
             copied[name] = self._copies[key]
-            for target, source in zip(_local_tensors(copied[name]), _local_tensors(value), strict=True):
+            for target, source in zip(local_tensors(copied[name]), local_tensors(value), strict=True):
                 target.copy_(source.detach())
+                watchdog.beat()
         return copied
 
-    def _write(self, step: int, state: dict[str, Any], metadata: dict[str, Any]) -> None:
+    def _write(self, step: int, state: dict[str, Any], metadata: dict[str, Any], on_record: Callable[[], None]) -> None:
         temporary = self.checkpoints.temporary_path(step)
+        if self._device is not None:
+            torch.cuda.set_device(self._device)  # each thread has its own, at first the node's first GPU
         try:
             if step != self.saved_step:  # else nothing was trained since, and only the metadata is new
                 run_on_first_rank(lambda: self.checkpoints.start(step), self.group)
-                dcp.save(state, storage_writer=make_writer(temporary), process_group=self.group)
+                writer, planner = make_writer(temporary), RecordPlanner(on_record)
+                dcp.save(state, storage_writer=writer, planner=planner, process_group=self.group)
             run_on_first_rank(lambda: self.checkpoints.commit(step, metadata), self.group)
             self.saved_step = step
         except (CheckpointException, OSError) as error:
@@ -174,11 +217,6 @@ class Saver:
             return InputError(f"{problem}The same command resumes from the newest complete one")
         remedy = f"The same command resumes from {latest}" if latest else "No checkpoint was written before"
         return InputError(problem + remedy)
-
-
-def _local_tensors(value: Any) -> Iterator[Tensor]:
-    """This rank's part of a tensor: each local shard of a `ShardedTensor`, or the tensor itself."""
-    yield from [shard.tensor for shard in value.local_shards()] if isinstance(value, ShardedTensor) else [value]
 
 
 def _allocate_copy(value: Any) -> Any:

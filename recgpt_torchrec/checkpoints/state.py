@@ -14,7 +14,7 @@ the mean square of the gradient over that block. If a run has other blocks than 
 its columns. For unsharded rows that is what row-wise Adagrad would have kept, given the same gradients.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -103,26 +103,45 @@ def _make_sharded(
     return Sharded._init_from_local_shards_and_global_metadata(local, full, process_group=table._process_group)
 
 
-def restore(model: nn.Module, optimizer: CombinedOptimizer, checkpoint: str, steps: int) -> None:
+def restore(
+    model: nn.Module,
+    optimizer: CombinedOptimizer,
+    checkpoint: str,
+    steps: int,
+    initialise: Callable[[Mapping[str, int]], None] | None = None,
+) -> None:
     """Restore a model and its optimizers from a checkpoint, in place (collective).
 
-    Where a table has more rows than in the checkpoint, its first rows are restored; the others and their optimizer
-    state stay as they are.
+    Where a table has more rows than in the checkpoint, its first rows are restored; the optimizer state of the others
+    stays as it is.
 
     Args:
         model, optimizer: restored in place.
         checkpoint: folder, written on any number of ranks and with any sharding.
         steps: optimizer steps done, to which the optimizers' step counters are set.
+        initialise: fills the tables from a row on, given the number of rows in the checkpoint by table name; None: it
+            must have all rows.
 
     Raises:
-        InputError: the checkpoint is damaged, or an earlier version wrote the tables' optimizer state.
+        InputError: the checkpoint is damaged or lacks rows, or an earlier version wrote the tables' optimizer state.
     """
     full_state = state_of(model, optimizer)
     saved = read_tensor_metadata(checkpoint)
     for name in tables_of(model):
         if (key := f"model.{name}") not in saved or len(saved[key].size) != 2:
             raise InputError(f"{checkpoint} has no table {key}; restore it, or choose another --output")
-    state = first_rows(full_state, {name: saved[f"model.{name}"].size[0] for name in tables_of(model)})
+    rows = {}
+    for name, table in tables_of(model).items():
+        rows[name], columns = size = saved[f"model.{name}"].size
+        # Nothing else fills the tables.
+        if columns != table.shape[1] or (initialise is None and rows[name] != table.shape[0]):
+            raise InputError(
+                f"in {checkpoint} the table {name} has size {list(size)}, in the run {list(table.shape)}; restore it, "
+                "or choose another --output"
+            )
+    if initialise is not None:
+        initialise(rows)
+    state = first_rows(full_state, rows)
     regrouped = []
     for name, tensors in state["optimizer"]["state"].items():
         for moment, value in tensors.items() if "embedding_bags" in name else ():

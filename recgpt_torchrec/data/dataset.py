@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,6 +26,9 @@ from recgpt_torchrec.storage import filesystem
 from recgpt_torchrec.storage.manifests import FolderManifest, Kind
 from recgpt_torchrec.storage.parts import Part, open_parquet
 from recgpt_torchrec.storage.typed import check_counts, make_typed
+
+if TYPE_CHECKING:
+    from recgpt_torchrec.data.reading.footers import Footer
 
 COLUMNS = {
     "user_id": pa.int64(),
@@ -237,6 +240,8 @@ class Dataset:
     """Parts that are left out as a whole, by path, with the reason; only with `skip`."""
     columns: frozenset[str] = frozenset()
     """Columns of `COLUMNS` that the sequences have; `windows.row_groups` fills it from their footers."""
+    footers: dict[str, "Footer"] = field(default_factory=dict, repr=False, compare=False)
+    """What `windows.row_groups` read of each sound part, by path."""
 
     @classmethod
     def open(cls, path: str, *, damaged: Literal["stop", "skip"] | None = None, checksums: bool = False) -> "Dataset":

@@ -1,6 +1,6 @@
 """The batches of a dataset for one rank: shuffled windows of row groups are dealt to ranks, read and packed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -210,12 +210,18 @@ class SequenceStream:
     Example: `for batch in stream.batches(epoch=0, rank=1, world_size=2): ...`
     """
 
-    def __init__(self, maker: BatchMaker, settings: Stream) -> None:
+    def __init__(self, maker: BatchMaker, settings: Stream, advance: Callable[[int], None] = lambda _: None) -> None:
+        """
+        Args:
+            maker: of the batches.
+            settings: how they are made.
+            advance: called with 1 for each footer of the dataset that is read.
+        """
         self.maker, self.settings = maker, settings
         set_aside = maker.reader.set_aside
         if set_aside is not None:
             set_aside.restore(maker.dataset)
-        self.groups = row_groups(maker.dataset)
+        self.groups = row_groups(maker.dataset, advance)
         if set_aside is not None:
             set_aside.check_lost(maker.dataset)
 

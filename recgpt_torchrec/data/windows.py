@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recgpt_torchrec.data.dataset import ANSWERS, COLUMNS, REQUIRED, STARTS, Dataset, Manifest, find_column_fault
+from recgpt_torchrec.data.dataset import ANSWERS, REQUIRED, STARTS, Dataset, Manifest
+from recgpt_torchrec.data.reading.footers import read_footers
 from recgpt_torchrec.data.split import MEANINGS, STORED
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage.typed import check_counts, make_typed
@@ -33,46 +34,39 @@ class RowGroup:
     """Total length of its `item_ids` lists."""
 
 
-def row_groups(dataset: Dataset) -> list[RowGroup]:
+def row_groups(dataset: Dataset, advance: Callable[[int], None] = lambda _: None) -> list[RowGroup]:
     """All row groups of a dataset's sequences, in order, from the Parquet footers; a lost part is one row group.
+
+    Args:
+        dataset: keeps the footers, so that they are read once.
+        advance: called with 1 after each part.
 
     Raises:
         InputError: a part cannot be read, or has other rows or columns than promised, and must not be left out.
     """
     of_part: dict[int, list[RowGroup]] = {}
-    columns: dict[int, set[str]] = {}
-    for index, part in enumerate(dataset.manifest.sequences):
-        if part.path in dataset.lost_parts:
-            continue
-        try:
-            with dataset.open_part(part) as file:
-                meta, schema = file.metadata, file.schema_arrow
-        except InputError:
-            if dataset.damaged != "skip":
-                raise
+    columns: dict[int, frozenset[str]] = {}
+    for index, footer in list(read_footers(dataset, advance)):
+        part = dataset.manifest.sequences[index]
+        if isinstance(footer, Exception):
+            if dataset.damaged != "skip" or not isinstance(footer, InputError):
+                raise footer
             dataset.lose_part(part, "cannot be read as Parquet")
             continue
-        columns[index] = {name for name in COLUMNS if name in schema.names}
-        faults = (reason for name in (*REQUIRED, *columns[index]) if (reason := find_column_fault(schema, name)))
-        if meta.num_rows != part.rows:
-            dataset.lose_part(part, f"has {meta.num_rows} rows, the manifest promises {part.rows}")
-        elif reason := next(faults, None):
-            dataset.lose_part(part, reason)
+        columns[index] = footer.columns
+        # An empty list counts as a value.
+        rows, values = (sum(numbers) for numbers in zip((0, 0), *footer.groups, strict=True))
+        low = min((min(group) for group in footer.groups), default=0)
+        if footer.rows != part.rows:
+            dataset.lose_part(part, f"has {footer.rows} rows, the manifest promises {part.rows}")
+        elif footer.fault is not None:
+            dataset.lose_part(part, footer.fault)
+        elif low < 0 or rows != part.rows or values > part.items + rows:
+            promised = f"{part.rows} rows and {part.items}"
+            dataset.lose_part(part, f"has {rows} rows and {values} item ids, the manifest promises {promised}")
         else:
-            names = [meta.schema.column(c).path.split(".")[0] for c in range(meta.num_columns)]
-            infos = (meta.row_group(group) for group in range(meta.num_row_groups))
-            groups = [
-                RowGroup(index, group, info.num_rows, info.column(names.index("item_ids")).num_values)
-                for group, info in enumerate(infos)
-            ]
-            # An empty list counts as a value.
-            rows, values = sum(group.rows for group in groups), sum(group.items for group in groups)
-            low = min((min(group.rows, group.items) for group in groups), default=0)
-            if low < 0 or rows != part.rows or values > part.items + rows:
-                promised = f"{part.rows} rows and {part.items}"
-                dataset.lose_part(part, f"has {rows} rows and {values} item ids, the manifest promises {promised}")
-            else:
-                of_part[index] = groups
+            dataset.footers[part.path] = footer
+            of_part[index] = [RowGroup(index, group, *sizes) for group, sizes in enumerate(footer.groups)]
     part_columns = [columns[index] for index in of_part]
     dataset.columns = frozenset(set(REQUIRED).union(*part_columns, promised_columns(dataset.manifest)))
     for index in list(of_part):

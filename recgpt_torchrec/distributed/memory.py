@@ -1,9 +1,19 @@
-"""Memory that a rank may still use: of its GPU, or its share of the node's."""
+"""Memory that a rank may still use, of its GPU or its share of the node's, and whether what it needs fits."""
 
 import os
+import socket
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
+from torchrec import EmbeddingBagCollection
+from torchrec.distributed.types import EnumerableShardingSpec, ShardingPlan
+from torchrec.modules.embedding_configs import data_type_to_dtype
+
+from recgpt_torchrec.distributed.processes import gather_objects, rank
+from recgpt_torchrec.errors import InputError
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -14,6 +24,92 @@ def available_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(_of_machine(), _of_container()) // processes
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """Memory that does not suffice."""
+
+    place: str
+    """Where, in words."""
+    needed: int
+    """Bytes."""
+    available: int
+    """Bytes."""
+
+
+def find_shortage(needed: int, device: torch.device) -> Shortage | None:
+    """The first place where the ranks need more memory than is available; None: there is none (collective).
+
+    Processes of a node share its memory, however much each of them needs.
+
+    Args:
+        needed: bytes that this rank is going to allocate.
+        device: where, a GPU or the CPU.
+    """
+    totals: dict[str, Counter[str]] = {}
+    place = f"rank {rank()}" if device.type == "cuda" else socket.gethostname()
+    for where, amounts in gather_objects((place, {"needed": needed, "available": available_bytes(device)})):
+        totals.setdefault(where, Counter()).update(amounts)
+    for where, total in totals.items():
+        if total["needed"] > total["available"]:
+            return Shortage(where, total["needed"], total["available"])
+    return None
+
+
+def table_bytes(plan: ShardingPlan, model: nn.Module, optimizer: str | None) -> Counter[tuple[int, str]]:
+    """Bytes that each rank needs for tables by a plan: weights, and in training moments and gradients of whole tables.
+
+    Args:
+        plan: of the model.
+        model: sharded or not; it may be on the meta device.
+        optimizer: of the tables, as in `--tables.optimizer`; None: they are not trained.
+
+    Returns:
+        Bytes by (rank, where): `device`, or `host` for kernels that keep a table in unified memory.
+    """
+    configs = {
+        config.name: config
+        for module in model.modules()
+        if isinstance(module, EmbeddingBagCollection)
+        for config in module.embedding_bag_configs()
+    }
+    needed: Counter[tuple[int, str]] = Counter()
+    for module_plan in plan.plan.values():
+        for name, sharding in module_plan.items():
+            config, spec = configs[name], sharding.sharding_spec
+            shards = [(rank, config.num_embeddings, config.embedding_dim) for rank in sharding.ranks or []]
+            if isinstance(spec, EnumerableShardingSpec):
+                shards = [(shard.placement.rank(), *shard.shard_sizes) for shard in spec.shards]
+            itemsize = data_type_to_dtype(config.data_type).itemsize
+            for holder, rows, columns in shards:
+                numbers = rows * columns
+                moments = {"rowwise_adagrad": rows, "adagrad": numbers, "adam": 2 * numbers}.get(optimizer or "", 0)
+                gradients = numbers if optimizer is not None and sharding.compute_kernel == "dense" else 0
+                where = "host" if "uvm" in sharding.compute_kernel else "device"
+                needed[holder, where] += (numbers + gradients) * itemsize + moments * 4
+    return needed
+
+
+def check_tables_fit(plan: ShardingPlan, model: nn.Module, optimizer: str | None, device: torch.device) -> None:
+    """Check that every rank has the memory for its part of the tables, before they get any (collective).
+
+    Args:
+        plan, model, optimizer: as for `table_bytes`.
+        device: of this rank.
+
+    Raises:
+        InputError: some rank has not.
+    """
+    needed = table_bytes(plan, model, optimizer)
+    for where, memory in (("device", device), ("host", torch.device("cpu"))):
+        if shortage := find_shortage(needed[rank(), where], memory):
+            state = "" if optimizer is None else " and their optimizer state"
+            raise InputError(
+                f"the tables{state} need {shortage.needed:,} bytes of memory on {shortage.place}, where "
+                f"{shortage.available:,} are available. Use more ranks, a smaller --model.dim, or another "
+                "--tables.sharding (auto copies only small tables)"
+            )
 
 
 def _of_machine() -> int:

@@ -1,10 +1,8 @@
-"""Shards a model that is on the meta device: sharding plan, DistributedModelParallel, initial values of tables."""
+"""Shards a model that is on the meta device: sharding plan, DistributedModelParallel."""
 
 import os
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -14,10 +12,11 @@ from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.types import PlannerError
-from torchrec.distributed.types import CacheParams, ShardedTensor, ShardingEnv, ShardingPlan
+from torchrec.distributed.types import CacheParams, ShardingEnv, ShardingPlan
 from torchrec.modules.embedding_configs import DataType, data_type_to_dtype
 
 from recgpt_torchrec.config import Sharding
+from recgpt_torchrec.distributed.memory import check_tables_fit
 from recgpt_torchrec.distributed.processes import run_on_first_rank
 from recgpt_torchrec.distributed.sharding_types import (
     COLUMNS,
@@ -35,6 +34,7 @@ from recgpt_torchrec.distributed.sharding_types import (
     choose,
     why_not,
 )
+from recgpt_torchrec.distributed.unfilled import Unfilled
 from recgpt_torchrec.errors import InputError
 
 DENSE = "dense"
@@ -43,8 +43,6 @@ UNLIMITED = 2**46
 """Bytes of memory that hold any table."""
 GRADIENT_SCALE = 1024.0
 """Factor of gradients sent as float16: those of a mean over 32,768 targets are below 1e-6, where it has few digits."""
-INIT_BLOCK = 4096
-"""Rows of a table whose initial values come from one random stream."""
 
 
 KERNELS = {"fused": "fused", "uvm": "fused_uvm", "uvm_caching": "fused_uvm_caching"}
@@ -223,8 +221,9 @@ def shard(
     device: torch.device,
     fused: bool,
     trained: bool = True,
+    optimizer: str | None = None,
 ) -> DistributedModelParallel:
-    """Shard the tables of a model and wrap the rest of it in DDP (collective).
+    """Shard the tables of a model, which nothing fills, and wrap the rest of it in DDP (collective).
 
     Args:
         model: tables on the meta device, the rest anywhere; optimizers that are to be fused are applied to it already.
@@ -233,17 +232,24 @@ def shard(
         device: of this rank.
         fused: whether sharded tables are updated in the backward; False: by a separate optimizer, or not at all.
         trained: whether they are trained, which decides what `auto` copies.
+        optimizer: of the tables, as in `--tables.optimizer`, whose moments need memory; None: they are not trained.
+
+    Raises:
+        InputError: a table cannot be sharded as `tables` says, or a rank has not enough memory for its part.
     """
-    return DistributedModelParallel(
-        model,
-        env=ShardingEnv.from_process_group(dist.GroupMember.WORLD),
-        device=device,
-        plan=plan(model, tables, bags, device, fused, trained),
-        sharders=[Sharder(qcomm_codecs_registry=_codecs(tables.communication, device))],
-        init_parameters=True,
-        # static_graph, DMP's default, would freeze the first step's graph, and a rank may start with an empty batch.
-        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
-    )
+    sharding_plan = plan(model, tables, bags, device, fused, trained)
+    check_tables_fit(sharding_plan, model, optimizer, device)
+    with Unfilled():
+        return DistributedModelParallel(
+            model,
+            env=ShardingEnv.from_process_group(dist.GroupMember.WORLD),
+            device=device,
+            plan=sharding_plan,
+            sharders=[Sharder(qcomm_codecs_registry=_codecs(tables.communication, device))],
+            init_parameters=True,
+            # static_graph, DMP's default, would freeze the first step's graph; a rank may start with an empty batch.
+            data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
+        )
 
 
 def _codecs(communication: str, device: torch.device) -> Any:
@@ -268,31 +274,3 @@ def table_name(parameter: str) -> str:
 def tables_of(model: nn.Module) -> dict[str, Any]:
     """A model's tables by parameter name: each a `ShardedTensor`, or a tensor where every rank holds a copy."""
     return {name: value for name, value in model.state_dict().items() if "embedding_bags" in name}
-
-
-@torch.no_grad()
-def initialise_tables(model: nn.Module, std_of: Callable[[str], float], seed: int) -> None:
-    """Initialise every table from N(0, std^2), with a random stream per (seed, table, block of rows).
-
-    A row's values therefore depend neither on the number of ranks nor on the sharding.
-
-    Args:
-        model: sharded; its tables are filled in place.
-        std_of: the standard deviation of a table, by its name.
-        seed: of the run.
-    """
-    for number, (name, value) in enumerate(sorted(tables_of(model).items())):
-        std = std_of(table_name(name))
-        shards = [(value, 0, 0)]
-        width = value.shape[1]
-        if isinstance(value, ShardedTensor):
-            shards = [(s.tensor, *s.metadata.shard_offsets) for s in value.local_shards()]
-        for tensor, row, column in shards:
-            rows, columns = tensor.shape
-            for block in range(row // INIT_BLOCK, -(-(row + rows) // INIT_BLOCK)):
-                rng = np.random.default_rng((seed, number, block, 4))
-                values = torch.from_numpy(rng.standard_normal((INIT_BLOCK, width), dtype=np.float32)) * std
-                first, last = max(row, block * INIT_BLOCK), min(row + rows, (block + 1) * INIT_BLOCK)
-                tensor[first - row : last - row] = values[
-                    first - block * INIT_BLOCK : last - block * INIT_BLOCK, column : column + columns
-                ].to(tensor.device)

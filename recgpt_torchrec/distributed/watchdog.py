@@ -16,19 +16,22 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 from recgpt_torchrec.distributed.processes import rank, world_size
 from recgpt_torchrec.errors import LOST, STALLED
-from recgpt_torchrec.progress import report_failure
+from recgpt_torchrec.progress import progress_bar, report_failure
 
 MAX_LISTED = 16
 """Maximum number of ranks listed in a report."""
 AFTER_LOSS = "because it lost another rank"
 """End reason of a rank that ended because another one was lost first."""
+
+SHOWN_AFTER = 3.0
+"""Seconds after which the progress of a long phase is shown on a terminal."""
 
 _BROKEN = re.compile(r"gloo|NCCL|Connection (closed|reset)|Broken pipe|Timed out waiting|Socket", re.IGNORECASE)
 """Found in the errors of collective operations after another rank is lost."""
@@ -63,6 +66,11 @@ def report_phase(phase: str, step: int | None = None) -> None:
     _status = Status(phase, _status.step if step is None else step, time.monotonic())
 
 
+def beat() -> None:
+    """Report that this rank makes progress in its phase."""
+    report_phase(_status.phase)
+
+
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
     """Report the phase `name` within the `with`; after an error it stays, so that reports say where the rank failed."""
@@ -70,6 +78,30 @@ def phase(name: str) -> Iterator[None]:
     report_phase(name)
     yield
     report_phase(previous.phase)
+
+
+@contextlib.contextmanager
+def tracked_phase(name: str, total: float | None, unit: str) -> Iterator[Callable[[float], None]]:
+    """A phase that may be long: the `with` yields a function to call with the amount done since its last call.
+
+    Every call counts as progress. Where the phase takes some seconds, rank 0 shows its own progress with rate and
+    remaining time.
+
+    Args:
+        name: of the phase.
+        total: amount of work on this rank, in `unit`; None: unknown.
+        unit: what is counted, in the plural.
+
+    Example: `with tracked_phase("reading footers", len(parts), "parts") as advance: advance(1)`
+    """
+    options: dict[str, Any] = {"desc": f"{name}: ", "delay": SHOWN_AFTER, "leave": False, "unit_scale": True}
+    with phase(name), progress_bar(total, unit, active=rank() == 0, **options) as bar:
+
+        def advance(amount: float) -> None:
+            report_phase(name)
+            bar.update(amount)
+
+        yield advance
 
 
 class Watchdog:
@@ -92,6 +124,7 @@ class Watchdog:
         self.interval = min(1.0, stall_seconds / 10) if stall_seconds else 1.0
         self.store: Any = _clone_store() if world_size() > 1 else None
         self._heartbeats = 0
+        self._progress_elsewhere = 0.0
         self._end_reason: str | None = None
         self._finished = threading.Event()
         self._lock = threading.Lock()
@@ -134,7 +167,7 @@ class Watchdog:
             now = time.monotonic()
             if now - last > 5 * self.interval + 1:
                 # This process was itself stopped for a while, perhaps with all others: start counting again.
-                report_phase(_status.phase)
+                beat()
             last = now
             stalled_elsewhere = False
             try:
@@ -147,7 +180,8 @@ class Watchdog:
             if stalled_elsewhere:
                 self._exit_stalled("another rank found the run stalled")
             # `_confirm_stall` takes two intervals, which count towards stall_seconds.
-            if self.stall_seconds and now - _status.since >= self.stall_seconds - 3 * self.interval:
+            since = max(_status.since, self._progress_elsewhere)
+            if self.stall_seconds and now - since >= self.stall_seconds - 3 * self.interval:
                 self._confirm_stall(_status)
                 last = time.monotonic()
 
@@ -184,7 +218,10 @@ class Watchdog:
         return {other: json.loads(self.store.get(f"heartbeat/{other}")) for other in ranks} if ranks else {}
 
     def _confirm_stall(self, status: Status) -> None:
-        """Watch the other ranks for two intervals; if this rank makes no progress meanwhile, report and end."""
+        """Watch all ranks for two intervals; if none makes progress, or has made any lately, report and end.
+
+        A rank may wait long for another that restores, draws or writes a larger shard.
+        """
         earlier = self._read_heartbeats() if self.store is not None else {}
         time.sleep(2 * self.interval)
         if _status != status or self._finished.is_set():
@@ -193,10 +230,14 @@ class Watchdog:
         lines = [f"rank {rank()}: {status.phase} for {age:.0f} s, after step {status.step}"]
         silent = []
         if self.store is not None:
-            if self.store.add("stalled", 1) > 1:
-                self._exit_stalled("another rank found the run stalled")
             latest = self._read_heartbeats()
             silent = [other for other, beat in earlier.items() if beat["number"] == latest[other]["number"]]
+            ages = [beat["phase_seconds"] for other, beat in latest.items() if other not in silent]
+            if ages and min(ages) < self.stall_seconds - 3 * self.interval:
+                self._progress_elsewhere = time.monotonic() - min(ages)
+                return
+            if self.store.add("stalled", 1) > 1:
+                self._exit_stalled("another rank found the run stalled")
             counts = Counter((beat["phase"], beat["step"]) for beat in latest.values())
             # Silent ranks first, then those whose place is shared by the fewest.
             order = sorted(latest, key=lambda o: (o not in silent, counts[latest[o]["phase"], latest[o]["step"]], o))

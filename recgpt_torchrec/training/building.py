@@ -16,8 +16,10 @@ from recgpt_torchrec.data.reading.damage import LIST, SetAside
 from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.stream import BatchMaker, SequenceStream
 from recgpt_torchrec.data.windows import check_new_targets
+from recgpt_torchrec.distributed.initial_values import initialise_tables
 from recgpt_torchrec.distributed.processes import gather_objects, run_on_first_rank, world_size
-from recgpt_torchrec.distributed.sharding import initialise_tables, shard
+from recgpt_torchrec.distributed.sharding import shard
+from recgpt_torchrec.distributed.watchdog import tracked_phase
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import RecGPT
 from recgpt_torchrec.training.execution import Execution
@@ -126,7 +128,8 @@ def training_stream(
         layout="row" if execution.attention == "varlen" else "grid",
         pad=execution.compile and execution.attention == "varlen",
     )
-    stream = SequenceStream(maker, config.stream)
+    with tracked_phase("reading footers", len(dataset.manifest.sequences), "parts") as advance:
+        stream = SequenceStream(maker, config.stream, advance)
     if new_targets:
         check_new_targets(dataset)
     return stream
@@ -145,6 +148,7 @@ def build(
     capacity: Capacity,
     device: torch.device,
     tuning: Tuning | None = None,
+    restored: bool = False,
 ) -> tuple[nn.Module, KeyedOptimizer]:
     """Build a configuration's sharded model, with initial values, and its optimizer (collective).
 
@@ -155,6 +159,7 @@ def build(
         capacity: number of bags of a batch.
         device: of this rank.
         tuning: what prompt-tuning adds and trains; None: pre-training.
+        restored: whether the caller fills the tables from a checkpoint, so that no values are drawn for them.
 
     Raises:
         InputError: a table cannot be sharded as configured.
@@ -165,8 +170,10 @@ def build(
     frozen = set() if tuning is None else {part for name, part in PARTS.items() if name not in tuning.trained}
     fuse_optimizers(unsharded, config.tables, device, frozen)
     fused = is_fused(config.tables.optimizer, device)
-    sharded = shard(unsharded, config.tables, bags=capacity.items, device=device, fused=fused)
-    initialise_tables(sharded, config.tables.init_std_of, config.seed)
+    optimizer = config.tables.optimizer
+    sharded = shard(unsharded, config.tables, bags=capacity.items, device=device, fused=fused, optimizer=optimizer)
+    if not restored:
+        initialise_tables(sharded, config.tables.init_std_of, config.seed)
     return sharded, optimizers_of(sharded, config.tables, config.optimizer, frozen)
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from recgpt_torchrec.checkpoints.folder import find_checkpoint, read_tensor_metadata, read_tensors
 from recgpt_torchrec.checkpoints.settings import CheckpointSettings
 from recgpt_torchrec.config import Model, Pretrain, Sharding, Tuning
+from recgpt_torchrec.data.bags import ITEM, OUTPUT
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.stream import TOKENS_PER_SEQUENCE
 from recgpt_torchrec.distributed.sharding import shard, table_name, tables_of
@@ -58,7 +59,7 @@ def load(
     manifest, tuning = dataset.manifest, settings.tuning
     users, items = manifest.users, manifest.items
     unsharded = RecGPT(settings.model, settings.loss, users, items, tuning, item_keys, tables.precision)
-    check_tables(unsharded, checkpoint, dataset)
+    check_tables(unsharded, checkpoint)
     model = shard(unsharded, tables, bags=bags, device=device, fused=False, trained=False)
     state = {"model": model.state_dict()}
     read_tensors(state, checkpoint)
@@ -66,18 +67,25 @@ def load(
     return Trained(model, settings.model, tuning)
 
 
-def check_tables(model: nn.Module, checkpoint: str, dataset: Dataset) -> None:
-    """Check that a checkpoint has the tables of a model that was made for a dataset, before they get memory.
+def check_tables(model: nn.Module, checkpoint: str, made: str | None = None) -> None:
+    """Check that a checkpoint has all rows and columns of a model's tables, which nothing else fills.
+
+    Args:
+        model: made for the dataset to use; its tables need no memory yet.
+        checkpoint: its folder.
+        made: name of a table that is not read from the checkpoint.
 
     Raises:
         InputError: a table is missing, or has another size.
     """
     saved = read_tensor_metadata(checkpoint)
     for name, table in tables_of(model).items():
+        if table_name(name) == made:
+            continue
         size = list(saved[f"model.{name}"].size) if f"model.{name}" in saved else None
         if size != list(table.shape):
             raise InputError(
-                f"the {table_name(name)} table of {checkpoint} has size {size}, for {dataset.path} it must be "
+                f"the {table_name(name)} table of {checkpoint} has size {size}, for the dataset it must be "
                 f"{list(table.shape)}: the checkpoint or the dataset is damaged. Restore it, or give another one"
             )
 
@@ -91,13 +99,14 @@ def load_pretrained(model: nn.Module, checkpoint: str) -> None:
     Raises:
         InputError: the checkpoint is damaged.
     """
+    check_tables(model, checkpoint, made=OUTPUT)
     state = model.state_dict()
     saved = read_tensor_metadata(checkpoint)
     pretrained = {name: value for name, value in state.items() if f"model.{name}" in saved}
-    read_tensors({"model": pretrained}, checkpoint)
     tables = {table_name(name): name for name in tables_of(model)}
-    if "output" in tables:
-        read_tensors({"model": {tables["item"]: state[tables["output"]]}}, checkpoint)
+    read_tensors({"model": pretrained}, checkpoint)
+    if OUTPUT in tables:
+        read_tensors({"model": {tables[ITEM]: state[tables[OUTPUT]]}}, checkpoint)
     model.load_state_dict(state)
 
 

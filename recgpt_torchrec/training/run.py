@@ -99,7 +99,7 @@ class Run:
         """
         output = config.output
 
-        def check() -> None:
+        def check() -> Record | None:
             earlier = read_record(output)
             if earlier is None:
                 leftovers = {LOCK, f"{RUN}.tmp"}  # of a run that was killed at its start
@@ -107,7 +107,7 @@ class Run:
                     raise InputError(
                         f"{output} holds something that is not a run of this program; choose another --output"
                     )
-                return
+                return None
             recorded = {current_name(name): value for name, value in flatten(earlier.config).items()}
             old, new = {**flatten(default_values(config)), **recorded}, asdict(config)
             if config.batch.tokens == "auto" and earlier.rank_tokens is not None:
@@ -124,9 +124,9 @@ class Run:
                     f"{output} holds a run on other histories of the same users and items: {new['data']} is not as "
                     f"{old.get('data')} was when the run started. Restore the dataset, or choose another --output"
                 )
+            return earlier
 
-        run_on_first_rank(check)
-        recorded = read_record(output)
+        recorded = run_on_first_rank(check)
         initial = None if recorded is None else recorded.initial
         return cls(asdict(config), vocabulary, histories, Checkpoints(output, keep), initial, step_tokens)
 

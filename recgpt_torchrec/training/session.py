@@ -27,7 +27,7 @@ def train(
     tokens: Tokens,
     execution: Execution,
     *,
-    begin: Callable[[Trainer], None],
+    begin: Callable[[Trainer], None] | None,
     validation: Callable[[nn.Module], Validate] | None,
     metric: str,
     tuning: Tuning | None = None,
@@ -42,7 +42,8 @@ def train(
         device: of this rank.
         tokens: of the stream's batches.
         execution: how steps are computed.
-        begin: initialises the trainer of a run that has no checkpoint yet.
+        begin: fills the tables and the decoder of a run that has no checkpoint yet from another run's; None: it starts
+            from initial values.
         validation: makes the validation of a model, see `Trainer.fit`; None: there is nothing to validate on.
         metric: the validation figure that decides the best checkpoint and early stopping.
         tuning: what is tuned; None: pre-training.
@@ -54,7 +55,8 @@ def train(
     dataset = stream.dataset
     check_lost(dataset)
     capacity = stream.maker.capacity
-    built, optimizer = build(config, model, dataset, capacity=capacity, device=device, tuning=tuning)
+    restored = begin is not None or run_on_first_rank(run.checkpoints.latest) is not None
+    built, optimizer = build(config, model, dataset, capacity=capacity, device=device, tuning=tuning, restored=restored)
     placed = placements(built.plan, built, config.tables.optimizer)
     with run.claim_folder():
         trainer = Trainer(
@@ -74,7 +76,7 @@ def train(
         if resumed := run_on_first_rank(run.checkpoints.latest):
             trainer.resume(resumed)
             log_message(f"Resuming from {resumed}")
-        else:
+        elif begin is not None:
             begin(trainer)
         validates = validation is not None
         log_message(

@@ -7,7 +7,7 @@ non-finite step's rows are found. The rest is the model's.
 import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from recgpt_torchrec.data.stream import SequenceStream, Share
 from recgpt_torchrec.data.windows import Position, Queue
 from recgpt_torchrec.distributed import signals, watchdog
 from recgpt_torchrec.distributed.lockstep import Lockstep, Step
-from recgpt_torchrec.distributed.processes import gather_objects, log_message
+from recgpt_torchrec.distributed.processes import gather_objects, log_message, run_on_first_rank
 from recgpt_torchrec.distributed.signals import Stopped
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.dropout import seed_device
@@ -100,8 +100,7 @@ class Trainer:
             InputError: a loss or gradient was not finite and may not be skipped; or something cannot be written.
         """
         progress, length = self.progress, self.length
-        if self.saving.asynchronous:
-            self.saver.copy_state(state_of(self.model, self.optimizer))  # allocates the memory before the first step
+        self.saver.prepare(state_of(self.model, self.optimizer))
         log = RunLog(
             self.checkpoints.output,
             length.total,
@@ -333,19 +332,22 @@ class Trainer:
         Raises:
             InputError: the checkpoint cannot be read.
         """
-        self.progress = Progress.of_checkpoint(checkpoint)
-        with watchdog.phase("restoring"):
-            restore(self.model, self.optimizer, checkpoint, self.progress.before + self.progress.step)
+        self.progress = run_on_first_rank(lambda: Progress.of_checkpoint(checkpoint))
+        restore(self.model, self.optimizer, checkpoint, self.progress.before + self.progress.step)
         self.saver.saved_step = self.progress.step
 
-    def begin_from(self, checkpoint: str) -> None:
+    def begin_from(self, checkpoint: str, initialise: Callable[[Mapping[str, int]], None]) -> None:
         """Start from the model and optimizer state of another run's checkpoint (collective).
 
-        Table rows that it does not hold stay as they are. Progress and the learning-rate schedule start at 0.
+        Progress and the learning-rate schedule start at 0.
+
+        Args:
+            checkpoint: its folder.
+            initialise: fills the table rows that it does not hold, see `restore`.
 
         Raises:
             InputError: the checkpoint cannot be read.
         """
-        earlier = Progress.of_checkpoint(checkpoint)
+        earlier = run_on_first_rank(lambda: Progress.of_checkpoint(checkpoint))
         self.progress.before = earlier.before + earlier.step
-        restore(self.model, self.optimizer, checkpoint, self.progress.before)
+        restore(self.model, self.optimizer, checkpoint, self.progress.before, initialise)

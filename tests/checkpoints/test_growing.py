@@ -3,6 +3,7 @@
 import contextlib
 import io
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import torch.distributed as dist
 
 from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.checkpoints.state import restore
+from recgpt_torchrec.config import Tables
+from recgpt_torchrec.distributed.initial_values import fill_shard, initialise_tables, key_of
 from recgpt_torchrec.distributed.processes import silence_libraries
 from tools import reshard
 from tools.ranks import run_ranks
@@ -38,12 +41,12 @@ TARGETS = [
 ]
 
 
-def initial_rows(name: str, names: list[str], rows: int) -> torch.Tensor:
-    """Initial values of a whole table, written independently: users 0, items N(0, 0.02^2) from a separate stream."""
-    if ".user." in name:
-        return torch.zeros(rows, DIM)
-    drawn = np.random.default_rng((7, sorted(names).index(name), 0, 4)).standard_normal((4096, DIM), dtype=np.float32)
-    return torch.from_numpy(drawn[:rows]) * 0.02
+def initial_rows(name: str, rows: int) -> torch.Tensor:
+    """Initial values of a whole table: users 0, items N(0, 0.02^2), drawn at once."""
+    table = torch.zeros(rows, DIM)
+    if ".user." not in name:
+        fill_shard(table, 0, 0, std=0.02, key=key_of(7, "item"))
+    return table
 
 
 def expected_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -53,7 +56,7 @@ def expected_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name in names:
         rows = MORE_USERS if ".user." in name else MORE_ITEMS
         old = state[f"model.{name}"]
-        expected[f"model.{name}"] = torch.cat([old, initial_rows(name, names, rows)[len(old) :]])
+        expected[f"model.{name}"] = torch.cat([old, initial_rows(name, rows)[len(old) :]])
         for key in [key for key in state if key.startswith(f"optimizer.state.{name}.")]:
             moment = state[key]
             expected[key] = torch.cat([moment, torch.zeros(rows - len(moment), moment.shape[1])])
@@ -88,11 +91,11 @@ def fused_steps(optimizer: Any) -> Iterator[torch.Tensor]:
 
 
 def check_restored(source: Layout, target: Layout, folder: str) -> list[tuple[Layout, Layout, str]]:
-    model, optimizer = reshard.build_model(target, MORE_USERS, MORE_ITEMS)
+    model, optimizer = reshard.build_model(target, MORE_USERS, MORE_ITEMS, restored=True)
     path = Checkpoints(reshard.output_folder(folder, source), keep=1).latest()
     assert path is not None
     with contextlib.redirect_stdout(io.StringIO()):  # restore prints which column blocks change
-        restore(model, optimizer, path, STEPS)
+        restore(model, optimizer, path, STEPS, partial(initialise_tables, model, Tables().init_std_of, 7))
     kinds = set()
     state = expected_state(reshard.load_tensors(folder, source))
     for kind, value, expected in reshard.pairs_to_compare(model, optimizer, state):

@@ -27,8 +27,9 @@ from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.histories import Histories, no_histories
 from recgpt_torchrec.data.packed import Capacity
 from recgpt_torchrec.data.windows import Cursor, Position, Queue
+from recgpt_torchrec.distributed.initial_values import initialise_tables
 from recgpt_torchrec.distributed.lockstep import Lockstep
-from recgpt_torchrec.distributed.sharding import initialise_tables, shard, table_name, tables_of
+from recgpt_torchrec.distributed.sharding import shard, table_name, tables_of
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model import recgpt
 from recgpt_torchrec.model.dense import Dense

@@ -1,10 +1,17 @@
 """A checkpoint can be read on any number of ranks and with any sharding: `tools/check_reshard.py` tries every pair."""
 
-import pytest
+from typing import Any
 
+import pytest
+from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
+
+from recgpt_torchrec.checkpoints import records
+from recgpt_torchrec.checkpoints.folder import Checkpoints
 from tools.check_reshard import is_wrong
 from tools.ranks import run_ranks
-from tools.reshard import Difference, Layout, reshard
+from tools.reshard import Difference, Layout, output_folder, reshard
+
+RECORD_BYTES = 200
 
 # Each sharding is a source and a target, on more ranks and on fewer, under each kind of optimizer state: one moment per
 # row, one per number, two of them updated by torch (Adam on CPU), none.
@@ -46,9 +53,19 @@ TARGETS = [
 ]
 
 
+def reshard_in_small_records(rank: int, world_size: int, *arguments: Any) -> list[Difference]:
+    records.RECORD_BYTES = RECORD_BYTES
+    return reshard(rank, world_size, *arguments)
+
+
 @pytest.fixture(scope="module")
-def differences(tmp_path_factory) -> list[Difference]:
-    return run_ranks(reshard, 4, str(tmp_path_factory.mktemp("reshard")), SOURCES, TARGETS, timeout=240)[0]
+def folder(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("reshard"))
+
+
+@pytest.fixture(scope="module")
+def differences(folder) -> list[Difference]:
+    return run_ranks(reshard_in_small_records, 4, folder, SOURCES, TARGETS, timeout=240)[0]
 
 
 def test_tables_optimizer_state_and_next_losses_are_those_that_were_saved(differences):
@@ -63,3 +80,18 @@ def test_row_wise_adagrad_resumes_slightly_differently_only_where_column_blocks_
     assert {(d.source.blocks(), d.target.blocks()) for d in changed} >= {(1, 2), (2, 1), (2, 3), (3, 2), (3, 1)}
     for difference in changed:
         assert difference.losses[0] < 1e-5 < difference.losses[1] < 5e-3, difference
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_every_record_holds_at_most_so_many_bytes(differences, folder, source):
+    path = Checkpoints(output_folder(folder, source), keep=1).latest()
+    assert path is not None
+    several = 0
+    for name, tensor in FileSystemReader(path).read_metadata().state_dict_metadata.items():
+        assert isinstance(tensor, TensorStorageMetadata)
+        itemsize = tensor.properties.dtype.itemsize
+        sizes = [chunk.sizes.numel() * itemsize for chunk in tensor.chunks]
+        assert all(size <= RECORD_BYTES for size in sizes if size > tensor.size[1:].numel() * itemsize)  # one row
+        assert sum(sizes) == tensor.size.numel() * itemsize, name
+        several += len(sizes) > source.ranks
+    assert several >= 2  # the tables, and the decoder's parameters that all ranks have

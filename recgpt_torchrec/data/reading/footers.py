@@ -1,0 +1,60 @@
+"""Reads what the Parquet footers of a dataset's sequences say, several at a time, and once per `Dataset`."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from recgpt_torchrec.data.dataset import COLUMNS, REQUIRED, Dataset, Part, find_column_fault
+
+THREADS = 16
+"""Number of footers read at a time: they wait for the disk or the store."""
+
+
+@dataclass(frozen=True)
+class Footer:
+    """The footer of one part."""
+
+    rows: int
+    columns: frozenset[str]
+    """Columns of `COLUMNS` that the part has."""
+    fault: str | None
+    """Why a column cannot be read; None: all can."""
+    groups: tuple[tuple[int, int], ...]
+    """(number of rows, total length of the `item_ids` lists) of each row group; none where there is a fault."""
+
+
+def read_footers(
+    dataset: Dataset, advance: Callable[[int], None] = lambda _: None
+) -> Iterator[tuple[int, Footer | Exception]]:
+    """Yield (index of the part, its footer or why it cannot be read) of all parts that are not lost, in order.
+
+    Args:
+        dataset: footers that it keeps are not read again.
+        advance: called with 1 after each part.
+    """
+
+    def read(part: Part) -> Footer | Exception:
+        try:
+            return dataset.footers.get(part.path) or _read(dataset, part)
+        except Exception as error:  # for whoever takes it, in order
+            return error
+
+    parts = [(i, part) for i, part in enumerate(dataset.manifest.sequences) if part.path not in dataset.lost_parts]
+    with ThreadPoolExecutor(THREADS) as pool:
+        for (index, _), footer in zip(parts, pool.map(read, [part for _, part in parts]), strict=True):
+            advance(1)
+            yield index, footer
+
+
+def _read(dataset: Dataset, part: Part) -> Footer:
+    with dataset.open_part(part) as file:
+        meta, schema = file.metadata, file.schema_arrow
+    columns = [name for name in COLUMNS if name in schema.names]
+    faults = (reason for name in (*REQUIRED, *columns) if (reason := find_column_fault(schema, name)))
+    fault = next(faults, None)
+    groups: tuple[tuple[int, int], ...] = ()
+    if fault is None:
+        names = [meta.schema.column(column).path.split(".")[0] for column in range(meta.num_columns)]
+        infos = (meta.row_group(group) for group in range(meta.num_row_groups))
+        groups = tuple((info.num_rows, info.column(names.index("item_ids")).num_values) for info in infos)
+    return Footer(meta.num_rows, frozenset(columns), fault, groups)
