@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torchrec.optim.keyed import KeyedOptimizer
 
-from recgpt_torchrec.config import Model, Pretrain, PromptTune, Tuning
+from recgpt_torchrec.catalogue.softmax import SharedSoftmax
+from recgpt_torchrec.config import Loss, Model, Pretrain, PromptTune, Tuning
 from recgpt_torchrec.config.defaults import tokens_of_rank, tokens_of_step
 from recgpt_torchrec.data.candidates import candidate_source
 from recgpt_torchrec.data.dataset import Dataset
@@ -16,10 +17,11 @@ from recgpt_torchrec.data.reading.damage import LIST, SetAside
 from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.stream import BatchMaker, SequenceStream
 from recgpt_torchrec.data.windows import check_new_targets
+from recgpt_torchrec.distributed import processes
 from recgpt_torchrec.distributed.processes import gather_objects, run_on_first_rank, world_size
 from recgpt_torchrec.distributed.sharding import initialise_tables, shard
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.model.recgpt import RecGPT
+from recgpt_torchrec.model.recgpt import RecGPT, unwrapped, unwrapped_dense
 from recgpt_torchrec.training.execution import Execution
 from recgpt_torchrec.training.optimizers import DENSE, fuse_optimizers, is_fused, optimizers_of
 from recgpt_torchrec.training.run import read_record
@@ -119,7 +121,7 @@ def training_stream(
     maker = BatchMaker(
         reader=reader,
         batch=batch,
-        source=candidate_source(config.loss, dataset, batch),
+        source=candidate_source(config.loss, dataset, batch, processes.rank(), world_size()),
         seed=config.seed,
         predict_from="every" if tuning is None else tuning.predict_from,
         soft_targets=soft_targets,
@@ -166,7 +168,15 @@ def build(
     fused = is_fused(config.tables.optimizer, device)
     sharded = shard(unsharded, config.tables, bags=capacity.items, device=device, fused=fused)
     initialise_tables(sharded, config.tables.init_std_of, config.seed)
+    share_loss(sharded, config.loss)
     return sharded, optimizers_of(sharded, config.tables, config.optimizer, frozen)
+
+
+def share_loss(model: nn.Module, loss: Loss) -> None:
+    """Score the targets of a sharded model's batches against the candidates of all ranks, where the loss says so."""
+    if loss.crosses_ranks(world_size()):
+        shared = SharedSoftmax(each_once=loss.candidates == "in_batch")
+        unwrapped_dense(unwrapped(model)).set_shared_loss(shared)
 
 
 def check_lost(dataset: Dataset) -> None:

@@ -146,7 +146,12 @@ class Trainer:
         """Train the rest of an epoch; returns the share of time spent waiting for data."""
         progress, rank, world = self.progress, dist.get_rank(), dist.get_world_size()
         self._share = share = self.stream.batches(epoch, progress.position, rank, world)
-        lockstep = Lockstep(self.meter.watch(iter(share)), self.stream.maker.empty, self.saver.requests_checkpoint)
+        maker, first = self.stream.maker, progress.step
+        lockstep = Lockstep(
+            self.meter.watch(iter(share)),
+            lambda: maker.empty(epoch, first + lockstep.fetched),
+            self.saver.requests_checkpoint,
+        )
         self.model.train()
         start = logged_at = time.perf_counter()
         logged_wait = 0.0

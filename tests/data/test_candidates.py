@@ -151,9 +151,8 @@ def test_a_source_keeps_to_its_room(candidates, negatives_by):
         assert drawn.log_q.shape == drawn.ids.shape and np.isfinite(drawn.log_q).all()
         assert np.unique(drawn.ids).size == drawn.ids.size
         assert set(drawn.ids.tolist()) <= set(range(items))
-        if made.room is not None:
-            assert len(set(drawn.ids.tolist()) - set(targets)) <= made.room
-        if drawn.every_item:
+        assert len(set(drawn.ids.tolist()) - set(targets)) <= made.room
+        if drawn.bags is not None:
             assert drawn.ids.tolist() == list(range(items))
 
 
@@ -192,20 +191,21 @@ def test_sampled_sources_draw_from_the_distribution_of_that_name(candidates, neg
     )
     assert DISTRIBUTIONS[negatives_by] is kind
     assert np.array_equal(drawn.ids, wanted[0]) and np.array_equal(drawn.log_q, wanted[1])
-    assert source.room == drawn.ids.size == 4 and not drawn.every_item
+    assert source.room == drawn.ids.size == 4 and drawn.bags is None
 
 
 def test_the_whole_catalogue_is_every_item_for_certain_and_takes_no_draw():
     rng = np.random.default_rng(0)
     drawn = AllItems(7).draw(np.array([3, 3]), rng)
-    assert drawn.every_item and drawn.ids.tolist() == list(range(7)) and not drawn.log_q.any()
+    assert drawn.bags is not None and drawn.ids.tolist() == drawn.bags.tolist() == list(range(7))
+    assert not drawn.log_q.any() and not drawn.shared
     assert rng.bit_generator.state == np.random.default_rng(0).bit_generator.state
 
 
 @given(st.lists(st.integers(0, 9), max_size=12), st.integers(1, 40))
 def test_in_batch_candidates_are_the_distinct_targets_with_the_chance_that_each_is_there(targets, tokens):
     drawn = InBatch(COUNTS, tokens).draw(np.array(targets, dtype=np.int64), np.random.default_rng(0))
-    assert drawn.ids.tolist() == sorted(set(targets)) and not drawn.every_item
+    assert drawn.ids.tolist() == sorted(set(targets)) and drawn.bags is None
     total = int(COUNTS.sum())
     for item, log_q in zip(drawn.ids.tolist(), drawn.log_q.tolist(), strict=True):
         p = max(int(COUNTS[item]), 0.5) / total  # an item that never came counts half
@@ -231,7 +231,7 @@ def test_in_batch_log_q_of_items_that_always_or_never_came_is_finite(counts):
 def test_no_candidates_are_empty_arrays():
     empty = no_candidates()
     assert (empty.ids.dtype, empty.log_q.dtype) == (np.int64, np.float32)
-    assert empty.ids.shape == empty.log_q.shape == (0,) and not empty.every_item
+    assert empty.ids.shape == empty.log_q.shape == (0,) and empty.bags is None
 
 
 @pytest.mark.parametrize(
