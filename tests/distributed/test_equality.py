@@ -21,7 +21,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.config import Loss, Model, Optimizer, Pretrain, Saving, Tables, Train, TrainingBatch
 from recgpt_torchrec.data.batch import SequenceBatch, make_batch
-from recgpt_torchrec.data.candidates import AllItems, Candidates
+from recgpt_torchrec.data.candidates import AllItems, Candidates, CandidateSource, InBatch, Place
 from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.histories import Histories, no_histories
 from recgpt_torchrec.data.packed import Capacity
@@ -42,6 +42,8 @@ from tools.ranks import run_ranks
 
 USERS, ITEMS, DIM, STEPS = 11, 23, 8, 6
 CAPACITY = Capacity(USERS, ITEMS, item_keys=3)
+TOKENS = 12
+"""Of a global batch, as far as logQ is concerned."""
 TABLE_LR, LR, BETA2 = 0.05, 2e-3, 0.98
 
 
@@ -82,8 +84,12 @@ class Case:
 CASES = [
     Case(sharding, "adagrad" if sharding == "column_wise" else "rowwise_adagrad", candidates)
     for sharding in ("data_parallel", "table_wise", "row_wise", "column_wise")
-    for candidates in ("all", "sampled")
-] + [Case("row_wise", "rowwise_adagrad", "sampled", idle=True), Case("table_wise", "adagrad", "all", few=True)]
+    for candidates in ("all", "sampled", "in_batch")
+] + [
+    Case("row_wise", "rowwise_adagrad", "sampled", idle=True),
+    Case("table_wise", "adagrad", "all", few=True),
+    Case("row_wise", "rowwise_adagrad", "all", idle=True),
+]
 
 
 def make_batches(case: Case, rank: int, world_size: int) -> list[SequenceBatch]:
@@ -105,20 +111,24 @@ def make_batches(case: Case, rank: int, world_size: int) -> list[SequenceBatch]:
                 items=np.concatenate([drawn[n] for n in mine]),
                 offsets=np.concatenate([[0], np.cumsum([len(drawn[n]) for n in mine])]),
             )
-            rank_batches.append(pack_batch(case, histories, negatives))
+            rank_batches.append(pack_batch(case, histories, negatives, Place(rank, world_size)))
         elif not case.idle:
-            rank_batches.append(pack_batch(case, no_histories(), negatives))
+            rank_batches.append(pack_batch(case, no_histories(), negatives, Place(rank, world_size)))
     return rank_batches
 
 
-def pack_batch(case: Case, histories: Histories, negatives: Candidates) -> SequenceBatch:
-    candidates = AllItems(ITEMS).candidates if case.candidates == "all" else negatives
+def pack_batch(case: Case, histories: Histories, negatives: Candidates, place: Place) -> SequenceBatch:
+    sources: dict[str, CandidateSource] = {
+        "all": AllItems(ITEMS, place),
+        "in_batch": InBatch(np.arange(ITEMS), TOKENS // place.ranks, place.ranks),
+    }
+    source, rng = sources.get(case.candidates), np.random.default_rng(0)
     return make_batch(
         histories,
         row_length=8,
         capacity=CAPACITY,
         predict=True,
-        draw=lambda targets: candidates,
+        draw=lambda targets: negatives if source is None else source.draw(targets, rng),
     )
 
 
@@ -157,7 +167,10 @@ def train(case: Case, rank: int, world_size: int) -> Trained:
     pipeline = TrainPipelineSparseDist(model, optimizer, device)
     schedule = Schedule(optimizer, case.config.optimizer)
     candidates = Candidates(np.arange(9), np.zeros(9, np.float32))
-    ahead = Lockstep(iter(make_batches(case, rank, world_size)), lambda: pack_batch(case, no_histories(), candidates))
+    ahead = Lockstep(
+        iter(make_batches(case, rank, world_size)),
+        lambda: pack_batch(case, no_histories(), candidates, Place(rank, world_size)),
+    )
     model.train()
     while True:
         schedule.set_rates(len(result.losses), len(result.losses) / STEPS)
@@ -274,10 +287,14 @@ class FixedStream:
     @property
     def maker(self) -> Any:
         candidates = Candidates(np.arange(9), np.zeros(9, np.float32))
-        return SimpleNamespace(empty=lambda: pack_batch(self.case, no_histories(), candidates))
+        return SimpleNamespace(empty=lambda *_: pack_batch(self.case, no_histories(), candidates, here()))
 
     def batches(self, epoch: int, position: Position, rank: int, world_size: int) -> "FixedShare":
         return FixedShare(self.given)
+
+
+def here() -> Place:
+    return Place(dist.get_rank(), dist.get_world_size())
 
 
 def trainer(model: Any, optimizer: Any, stream: Any, output: str, entries: int = 100, minutes: float = 0) -> Trainer:
