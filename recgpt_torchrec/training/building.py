@@ -18,6 +18,8 @@ from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.stream import BatchMaker, SequenceStream
 from recgpt_torchrec.data.windows import check_new_targets
 from recgpt_torchrec.distributed import processes
+from recgpt_torchrec.distributed.lockstep import raise_first_error
+from recgpt_torchrec.distributed.memory import available_bytes
 from recgpt_torchrec.distributed.processes import gather_objects, run_on_first_rank, world_size
 from recgpt_torchrec.distributed.sharding import initialise_tables, shard
 from recgpt_torchrec.errors import InputError
@@ -26,6 +28,8 @@ from recgpt_torchrec.training.execution import Execution
 from recgpt_torchrec.training.optimizers import DENSE, fuse_optimizers, is_fused, optimizers_of
 from recgpt_torchrec.training.run import read_record
 
+COPIES = 2
+"""Number of copies of looked-up vectors, at least: with their gradients."""
 PARTS = {"users": "user", "items": "item", "output": "output", "decoder": DENSE}
 """Values of `--tuning.trained`, and the model's names for them: a table, or `DENSE`."""
 
@@ -159,7 +163,7 @@ def build(
         tuning: what prompt-tuning adds and trains; None: pre-training.
 
     Raises:
-        InputError: a table cannot be sharded as configured.
+        InputError: a table cannot be sharded as configured, or memory will not hold the candidates.
     """
     torch.manual_seed(config.seed)
     unsharded = RecGPT(model, config.loss, dataset.manifest.users, dataset.manifest.items, tuning, capacity.item_keys)
@@ -169,6 +173,7 @@ def build(
     sharded = shard(unsharded, config.tables, bags=capacity.items, device=device, fused=fused)
     initialise_tables(sharded, config.tables.init_std_of, config.seed)
     share_loss(sharded, config.loss)
+    check_memory(config.loss, capacity, model.dim, device)
     return sharded, optimizers_of(sharded, config.tables, config.optimizer, frozen)
 
 
@@ -177,6 +182,26 @@ def share_loss(model: nn.Module, loss: Loss) -> None:
     if loss.crosses_ranks(world_size()):
         shared = SharedSoftmax(each_once=loss.candidates == "in_batch")
         unwrapped_dense(unwrapped(model)).set_shared_loss(shared)
+
+
+def check_memory(loss: Loss, capacity: Capacity, dim: int, device: torch.device) -> None:
+    """Check that every rank's memory holds the vectors of its part of the catalogue, where all items are candidates,
+    beside the tables, which have theirs already (collective).
+
+    Raises:
+        InputError: it does not on a rank.
+    """
+    if loss.candidates != "all":
+        return
+    needed = capacity.stride * capacity.item_keys * dim * 4 * COPIES
+    failed = None
+    if needed > (available := available_bytes(device)):
+        failed = InputError(
+            f"--loss.candidates all looks up {capacity.items:,} items on each rank, whose vectors and gradients take "
+            f"{needed:,} bytes, and rank {processes.rank()} has {available:,}; give --loss.candidates sampled, or more "
+            "ranks"
+        )
+    raise_first_error(failed)
 
 
 def check_lost(dataset: Dataset) -> None:

@@ -6,6 +6,7 @@ The reference is independent: a plain loop in one process over two dense matrice
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -372,12 +373,19 @@ def test_all_ranks_save_at_the_steps_that_one_ranks_clock_chooses(tmp_path):
 def train_two_items(rank: int, world_size: int, data: str, output: str) -> dict[str, Any]:
     dataset = Dataset.open(data)
     answers: dict[str, Any] = {}
-    for sharding in ("row_wise", "data_parallel", "table_wise"):
+    losses = {
+        "sampled": Loss(candidates="sampled", negatives=5),
+        "different": Loss(negatives=5, negatives_across_ranks="different"),
+        "all": Loss(candidates="all"),
+        "in_batch": Loss(candidates="in_batch"),
+    }
+    ways: list[tuple[Any, str]] = [("row_wise", "sampled"), *product(("data_parallel", "table_wise"), losses)]
+    for sharding, loss in ways:
         config = Pretrain(
             data=data,
             output=output,
             model=Model(dim=8, max_len=6),
-            loss=Loss(candidates="sampled", negatives=5),
+            loss=losses[loss],
             batch=TrainingBatch(tokens=12),
             tables=Tables(sharding=sharding),
         )
@@ -387,11 +395,11 @@ def train_two_items(rank: int, world_size: int, data: str, output: str) -> dict[
                 config, config.model, dataset, capacity=stream.maker.capacity, device=torch.device("cpu")
             )
         except InputError as error:
-            answers[sharding] = str(error)
+            answers[f"{sharding}-{loss}"] = str(error)
             continue
-        run = trainer(model, optimizer, stream, f"{output}/{sharding}", dataset.manifest.interactions)
+        run = trainer(model, optimizer, stream, f"{output}/{sharding}-{loss}", dataset.manifest.interactions)
         run.fit(lambda: {"NDCG@10": 0.0}, metric="NDCG@10")
-        answers[sharding] = run.progress.finished, run.progress.step, run.progress.read
+        answers[f"{sharding}-{loss}"] = run.progress.finished, run.progress.step, run.progress.read
     return answers
 
 
@@ -402,9 +410,10 @@ def test_fewer_items_than_ranks_and_ranks_without_data(tmp_path):
     )  # one window: two ranks get nothing
     answers = run_ranks(train_two_items, 3, str(tmp_path / "data"), str(tmp_path))
     assert answers[0] == answers[1] == answers[2]
-    assert "the item table has 2 rows, fewer than the 3 ranks" in answers[0]["row_wise"]
-    assert "--tables.sharding data_parallel" in answers[0]["row_wise"]
-    for sharding in ("data_parallel", "table_wise"):
-        finished, steps, read = answers[0][sharding]
+    assert "the item table has 2 rows, fewer than the 3 ranks" in answers[0]["row_wise-sampled"]
+    assert "--tables.sharding data_parallel" in answers[0]["row_wise-sampled"]
+    assert len(answers[0]) == 9
+    for way in set(answers[0]) - {"row_wise-sampled"}:
+        finished, steps, read = answers[0][way]
         assert finished and steps >= 2 and read == pytest.approx(2 * dataset.manifest.interactions)
-        assert (Path(tmp_path) / sharding / "best.json").exists()
+        assert (Path(tmp_path) / way / "best.json").exists()
