@@ -46,17 +46,31 @@ class Loss:
     """The loss and the candidates that each target is scored against."""
 
     candidates: Literal["all", "sampled", "in_batch", "bce"] = "sampled"
-    """Candidates of each target. all: softmax over the whole catalogue. sampled: softmax over the target and sampled
-    negatives, with logQ correction. in_batch: softmax over the distinct targets of the batch, with logQ correction.
-    bce: binary cross-entropy of the target and sampled negatives (paper, equation 4)."""
+    """Candidates of each target. all: softmax over the whole catalogue; each rank scores an equal range of it for the
+    targets of all ranks. sampled: softmax over the target and sampled negatives, with logQ correction. in_batch:
+    softmax over the distinct targets of the batches of all ranks, with logQ correction. bce: binary cross-entropy of
+    the target and sampled negatives (paper, equation 4)."""
     negatives: int = 4096
     """Number of negatives sampled per batch and shared by all its targets (sampled, bce)."""
     negatives_by: Literal["uniform", "log_uniform"] = "uniform"
     """Distribution of the sampled negatives. uniform: all items are equally likely. log_uniform: popular items are more
     likely (log-uniform over the popularity rank)."""
+    negatives_across_ranks: Literal["same", "different"] = "same"
+    """Whether all ranks draw the same negatives (sampled). same: as on one rank, whatever their number. different: each
+    rank draws its own, and the targets of all ranks are scored against all of them, so that W ranks mean W times as
+    many negatives."""
     bce_negatives: int = 1
     """Number of negatives per target, taken from the sampled ones (bce; O^- in the paper)."""
 
     def __post_init__(self) -> None:
         for name in ("negatives", "bce_negatives"):
             at_least(f"--loss.{name}", getattr(self, name), 1)
+        if self.negatives_across_ranks == "different" and self.candidates != "sampled":
+            raise ValueError(
+                f"--loss.negatives_across_ranks different is for --loss.candidates sampled, not {self.candidates}; "
+                "leave it out"
+            )
+
+    def crosses_ranks(self, ranks: int) -> bool:
+        """Whether the targets of each of `ranks` ranks are scored against candidates of all of them."""
+        return ranks > 1 and (self.candidates in ("all", "in_batch") or self.negatives_across_ranks == "different")

@@ -2,13 +2,17 @@
 
 `SOURCES` holds a class per value of `--loss.candidates`, `DISTRIBUTIONS` one per value of `--loss.negatives_by`. Draws
 depend only on the generator that is passed in. Every rank seeds it alike, so that the tables look up one set of ids and
-training does not depend on the number of ranks.
+training does not depend on the number of ranks. Where candidates are *shared*, each rank draws its part of them, and
+the targets of all ranks are scored against all parts (`catalogue.softmax`).
+
+What a process holds per item, in bytes: `all` 20 per item of its own range, `in_batch` 4 (logQ), `log_uniform` 4 (the
+items by popularity, 8 from 2^31 items on), `uniform` none. No draw costs time per item, except that of `all`.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -28,8 +32,11 @@ class Candidates:
     """[candidates] int64, all distinct."""
     log_q: Float32
     """[candidates] float32: log of the expected count of each; 0: always a candidate."""
-    every_item: bool = False
-    """Whether `ids` is the whole catalogue, in order."""
+    bags: Int64 | None = None
+    """[candidates] int64: 0, 1, ... where `ids` are consecutive; their bags then come first, in this order. None: they
+    are numbered with the batch's other items."""
+    shared: bool = False
+    """Whether the targets of all ranks are scored against them; `ids` ascend then."""
 
 
 def id_range(count: int, rank: int, ranks: int) -> tuple[int, int]:
@@ -54,18 +61,30 @@ class ItemStatistics:
     """Reads [items] int64 training interactions per item; only some sources ask."""
 
 
-class CandidateSource(ABC):
-    """Where the candidates of a batch come from."""
+class Place(NamedTuple):
+    """A rank among ranks."""
 
-    room: int | None = 0
-    """Maximum number of candidates that are not targets of the batch; None: the whole catalogue."""
+    rank: int
+    ranks: int
+
+
+ALONE = Place(0, 1)
+
+
+class CandidateSource(ABC):
+    """Where the candidates of a rank's batches come from."""
+
+    room: int = 0
+    """Maximum number of candidates that are not targets of the batch, the same on all ranks."""
     count: int
-    """Maximum number of candidates of a batch."""
+    """Maximum number of candidates of a batch, on any rank."""
+    seed: tuple[int, ...] = ()
+    """What the seed of the generator needs besides the batch's own: the rank, where ranks draw different candidates."""
 
     @classmethod
     @abstractmethod
-    def make(cls, loss: Loss, statistics: ItemStatistics, tokens: int) -> "CandidateSource":
-        """Create the source from the options, for batches of at most `tokens` targets."""
+    def make(cls, loss: Loss, statistics: ItemStatistics, tokens: int, place: Place = ALONE) -> "CandidateSource":
+        """Create the source from the options, for batches of at most `tokens` targets on the rank at `place`."""
 
     @abstractmethod
     def draw(self, targets: Int64, rng: np.random.Generator) -> Candidates:
@@ -73,19 +92,20 @@ class CandidateSource(ABC):
 
 
 class AllItems(CandidateSource):
-    """The whole catalogue: an exact softmax."""
+    """The whole catalogue, an equal range of ids on each rank: an exact softmax."""
 
-    room = None
-
-    def __init__(self, items: int) -> None:
+    def __init__(self, items: int, place: Place = ALONE) -> None:
+        self.room = self.count = -(-items // place.ranks)
+        first, stop = id_range(items, *place)
         # All batches share these arrays: nothing writes into a batch.
-        self.count = items
-        self.candidates = Candidates(np.arange(items), np.zeros(items, dtype=np.float32), every_item=True)
+        bags = np.arange(stop - first)
+        log_q = np.zeros(bags.size, dtype=np.float32)
+        self.candidates = Candidates(bags + first if first else bags, log_q, bags, shared=place.ranks > 1)
 
     @classmethod
-    def make(cls, loss: Loss, statistics: ItemStatistics, tokens: int) -> "AllItems":
+    def make(cls, loss: Loss, statistics: ItemStatistics, tokens: int, place: Place = ALONE) -> "AllItems":
         """See `CandidateSource`."""
-        return cls(statistics.items)
+        return cls(statistics.items, place)
 
     def draw(self, targets: Int64, rng: np.random.Generator) -> Candidates:
         """See `CandidateSource`."""
@@ -93,41 +113,59 @@ class AllItems(CandidateSource):
 
 
 class Sampled(CandidateSource):
-    """Negatives drawn for the whole batch, without replacement."""
+    """Negatives drawn for the whole batch, without replacement; the same on all ranks, or shared by them."""
 
-    def __init__(self, distribution: "Distribution") -> None:
+    def __init__(self, distribution: "Distribution", shared_at: Place = ALONE) -> None:
+        """
+        Args:
+            distribution: of a rank's negatives.
+            shared_at: the rank, where each draws its own negatives for the targets of all. An item may then be drawn
+                by several, and is expected as many times as often.
+        """
         self.distribution = distribution
         self.room = self.count = distribution.count
+        self.ranks = shared_at.ranks
+        self.seed = (shared_at.rank,) if shared_at.ranks > 1 else ()
 
     @classmethod
-    def make(cls, loss: Loss, statistics: ItemStatistics, tokens: int) -> "Sampled":
+    def make(cls, loss: Loss, statistics: ItemStatistics, tokens: int, place: Place = ALONE) -> "Sampled":
         """See `CandidateSource`."""
-        return cls(DISTRIBUTIONS[loss.negatives_by].make(statistics, loss.negatives))
+        shared_at = place if loss.crosses_ranks(place.ranks) else ALONE
+        return cls(DISTRIBUTIONS[loss.negatives_by].make(statistics, loss.negatives), shared_at)
 
     def draw(self, targets: Int64, rng: np.random.Generator) -> Candidates:
         """See `CandidateSource`."""
-        return Candidates(*self.distribution.draw(rng))
+        ids, log_q = self.distribution.draw(rng)
+        if self.ranks == 1:
+            return Candidates(ids, log_q)
+        order = np.argsort(ids)
+        return Candidates(ids[order], log_q[order] + np.float32(np.log(self.ranks)), shared=True)
 
 
 class InBatch(CandidateSource):
-    """The distinct targets of the batch, each with the probability that it is among them."""
+    """The distinct targets of the batch, each with the probability that it is among those of all ranks."""
 
-    def __init__(self, counts: Int64, tokens: int) -> None:
-        self.count = min(tokens, counts.size)
-        p = np.maximum(counts, 0.5) / max(counts.sum(), 1)
-        log_q = np.log(-np.expm1(tokens * np.log1p(-np.minimum(p, 1 - 1e-9))))
-        self.log_q = log_q.astype(np.float32)
-        """[items] float32: log of the probability that an item is among `tokens` targets."""
+    def __init__(self, counts: Int64, tokens: int, ranks: int = 1) -> None:
+        self.count, self.ranks = min(tokens, counts.size), ranks
+        # log(1 - (1 - p) ** tokens) in one array, where there may be a hundred million items.
+        values = np.maximum(counts, 0.5)
+        values /= max(counts.sum(), 1)
+        np.minimum(values, 1 - 1e-9, out=values)
+        np.log1p(np.negative(values, out=values), out=values)
+        np.expm1(np.multiply(values, tokens * ranks, out=values), out=values)
+        np.log(np.negative(values, out=values), out=values)
+        self.log_q = values.astype(np.float32)
+        """[items] float32: log of the probability that an item is among `tokens` targets of each rank."""
 
     @classmethod
-    def make(cls, loss: Loss, statistics: ItemStatistics, tokens: int) -> "InBatch":
+    def make(cls, loss: Loss, statistics: ItemStatistics, tokens: int, place: Place = ALONE) -> "InBatch":
         """See `CandidateSource`."""
-        return cls(statistics.counts(), tokens)
+        return cls(statistics.counts(), tokens, place.ranks)
 
     def draw(self, targets: Int64, rng: np.random.Generator) -> Candidates:
         """See `CandidateSource`."""
         ids = np.unique(targets)
-        return Candidates(ids, self.log_q[ids])
+        return Candidates(ids, self.log_q[ids], shared=self.ranks > 1)
 
 
 SOURCES: dict[str, type[CandidateSource]] = {"all": AllItems, "sampled": Sampled, "in_batch": InBatch, "bce": Sampled}
@@ -176,7 +214,9 @@ class LogUniform(Distribution):
     """
 
     def __init__(self, counts: Int64, count: int) -> None:
-        self.by_rank = np.argsort(-counts, kind="stable").astype(np.int64)
+        dtype = np.int32 if counts.size < 2**31 else np.int64
+        self.by_rank = np.argsort(-counts, kind="stable").astype(dtype)
+        """[items] int32, or int64 where there are more: the items from the most popular on."""
         self.count = min(count, counts.size)
 
     @classmethod
@@ -197,7 +237,7 @@ class LogUniform(Distribution):
             ranks = drawn.take(firsts)
         p = np.log((ranks + 2) / (ranks + 1)) / np.log(items + 1)
         expected = -np.expm1(tries * np.log1p(-np.minimum(p, 1 - 1e-12)))
-        return self.by_rank[ranks], np.log(expected).astype(np.float32)
+        return self.by_rank[ranks].astype(np.int64), np.log(expected).astype(np.float32)
 
 
 def first_places(values: Int64) -> Int64:
@@ -213,10 +253,12 @@ DISTRIBUTIONS: dict[str, type[Distribution]] = {"uniform": Uniform, "log_uniform
 """By the value of `--loss.negatives_by`."""
 
 
-def candidate_source(loss: Loss, dataset: "Dataset", batch: Batch) -> CandidateSource:
-    """The source of candidates for a loss, in training on a dataset."""
+def candidate_source(
+    loss: Loss, dataset: "Dataset", batch: Batch, rank: int = 0, world_size: int = 1
+) -> CandidateSource:
+    """The source of a rank's candidates for a loss, in training on a dataset."""
     statistics = ItemStatistics(dataset.manifest.items, lambda: training_counts(dataset))
-    return SOURCES[loss.candidates].make(loss, statistics, batch.tokens)
+    return SOURCES[loss.candidates].make(loss, statistics, batch.tokens, Place(rank, world_size))
 
 
 def training_counts(dataset: "Dataset") -> Int64:

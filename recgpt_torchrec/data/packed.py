@@ -24,6 +24,9 @@ to end, for attention that is given where each begins."""
 MOST_ITEM_KEYS = 64
 """Maximum number of keys that a batch's item bags are dealt to."""
 
+LAST_ID = np.iinfo(np.int64).max
+"""Larger than any id."""
+
 
 @dataclass(frozen=True)
 class Capacity:
@@ -95,6 +98,14 @@ class PackedBatch:
     """[targets, answers] float32: weight of each; the target itself keeps the rest of 1."""
     target_candidate: torch.Tensor
     """[targets] int64: index of the target among the candidates, where it is no negative; -1: not among them."""
+    target_item: torch.Tensor | None = None
+    """[targets] int64 item ids, -1 in padding; None: candidates are not shared by ranks."""
+    candidate_item: torch.Tensor | None = None
+    """[candidates] int64 item ids, ascending, the largest int64 in padding; None as above."""
+    candidates_first: bool = False
+    """Whether `candidate_bag` is 0, 1, ..."""
+    most_targets: int = 0
+    """Largest number of targets of a rank in this step; `distributed.lockstep` sets it."""
     target_weight: torch.Tensor | None
     """[targets] float32: 1 for a target, 0 for padding; None: nothing is padded."""
     last_slot: torch.Tensor
@@ -186,20 +197,27 @@ def pack_histories(
     user_bags = np.zeros(lengths.size, dtype=np.int64)
     user_bags[has_tokens] = bags
 
-    if candidates.every_item:  # then an item's bag is its id
-        ids, entry_bags, candidate_bags, soft_bags = candidates.ids, items, candidates.ids, soft_items
-        target_bags = target_candidate = targets
+    used = np.zeros(items.size, dtype=bool)
+    used[token_entries] = used[target_entries] = True
+    used_entries = np.flatnonzero(used)
+    used_items, soft = items.take(used_entries), soft_items.ravel()
+    if candidates.bags is not None:
+        candidate_bags, first = candidates.bags, int(candidates.ids[0]) if candidates.ids.size else 0
+        both = np.concatenate([used_items, soft])
+        ids, bags = number_behind("item", both, candidates.ids, first, capacity.items)
+        entry_bags, soft_bags = np.split(bags, [used_items.size])
     else:
-        used = np.zeros(items.size, dtype=bool)
-        used[token_entries] = used[target_entries] = True
-        used_entries = np.flatnonzero(used)
-        parts = [items.take(used_entries), candidates.ids, soft_items.ravel()]
-        ids, bags = number_distinct("item", np.concatenate(parts), capacity.items)
-        entry_bags, candidate_bags, soft_bags = np.split(bags, np.cumsum([part.size for part in parts])[:-1])
-        if entry_bags.size < items.size:
-            used_bags, entry_bags = entry_bags, np.zeros(items.size, dtype=np.int64)
-            entry_bags[used_entries] = used_bags
-        target_bags = entry_bags.take(target_entries)
+        both = np.concatenate([used_items, candidates.ids, soft])
+        ids, bags = number_distinct("item", both, capacity.items)
+        ends = np.cumsum([used_items.size, candidates.ids.size])
+        entry_bags, candidate_bags, soft_bags = np.split(bags, ends)
+    if entry_bags.size < items.size:
+        used_bags, entry_bags = entry_bags, np.zeros(items.size, dtype=np.int64)
+        entry_bags[used_entries] = used_bags
+    target_bags = entry_bags.take(target_entries)
+    if candidates.bags is not None:
+        target_candidate = np.where(target_bags < candidates.ids.size, target_bags, -1)
+    else:
         index_of = np.full(ids.size, -1, dtype=np.int64)
         index_of[candidate_bags] = np.arange(candidate_bags.size)
         target_candidate = index_of.take(target_bags)
@@ -232,6 +250,10 @@ def pack_histories(
         soft_bag=_tensor(soft_bags.reshape(soft_items.shape), pad_targets),
         soft_weight=_tensor(soft_weights, pad_targets),
         target_candidate=_tensor(target_candidate, pad_targets, -1),
+        target_item=_tensor(targets, pad_targets, -1) if candidates.shared else None,
+        candidate_item=_tensor(candidates.ids, pad_candidates, LAST_ID) if candidates.shared else None,
+        candidates_first=candidates.bags is not None,
+        most_targets=targets.size,
         target_weight=target_weight,
         last_slot=_tensor(grid.slots[ends - 1], pad_sequences),
         cu_seqlens=cu_seqlens,
@@ -252,6 +274,24 @@ def number_distinct(name: str, ids: Int64, capacity: int) -> tuple[Int64, Int64]
     if distinct.size > capacity:
         raise ValueError(f"{distinct.size} distinct {name} ids in a batch with room for {capacity}")
     return distinct, index.astype(np.int64, copy=False)
+
+
+def number_behind(name: str, ids: Int64, range_ids: Int64, first: int, capacity: int) -> tuple[Int64, Int64]:
+    """Number distinct ids where those of a range come first: `range_ids` [n] int64 are `first`, `first` + 1, ...
+
+    Returns:
+        The range's ids and the other distinct ones behind them, and the index of each of `ids` [m] int64 among them.
+
+    Raises:
+        ValueError: there are more than `capacity`.
+    """
+    index = ids - first
+    (outside,) = np.nonzero((index < 0) | (index >= range_ids.size))
+    if not outside.size:
+        return range_ids, index
+    others, index[outside] = number_distinct(name, ids.take(outside), capacity - range_ids.size)
+    index[outside] += range_ids.size
+    return np.concatenate([range_ids, others]), index
 
 
 def _tensor(values: np.ndarray, size: int | None = None, empty: float = 0) -> torch.Tensor:

@@ -87,8 +87,6 @@ class BatchMaker:
         room = 0 if self.source is None else self.source.room
         if not self.training:
             max_items = self.batch.tokens + self.grows * users
-        elif room is None:
-            max_items = items
         else:
             max_items = self.batch.tokens * (1 + self.reader.answers) + users + room
         return Capacity.of(users, min(items, max_items), self.item_keys)
@@ -104,7 +102,8 @@ class BatchMaker:
     def make(self, histories: Histories, cursor: Cursor | None = None, epoch: int = 0) -> SequenceBatch:
         """Pack histories and draw candidates; negatives depend on (seed, epoch, cursor)."""
         cursor, source = cursor or Cursor(), self.source if self.training else None
-        rng = np.random.default_rng((self.seed, epoch, cursor.worker, cursor.batches, 3))
+        seed = () if source is None else source.seed
+        rng = np.random.default_rng((self.seed, epoch, cursor.worker, cursor.batches, 3, *seed))
         return make_batch(
             histories,
             row_length=self.row_length,
@@ -119,9 +118,9 @@ class BatchMaker:
             pad=self.fixed_shape,
         )
 
-    def empty(self) -> SequenceBatch:
-        """A batch without sequences, for a rank that has no batches left."""
-        return self.make(no_histories())
+    def empty(self, epoch: int = 0, step: int = 0) -> SequenceBatch:
+        """A batch without sequences, for a rank that has no batches left; negatives depend on (seed, epoch, step)."""
+        return self.make(no_histories(), Cursor(batches=step), epoch)
 
     def batches(
         self, windows: list[Window], queue: Queue, worker: int, epoch: int, shuffle: bool

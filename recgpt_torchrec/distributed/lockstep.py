@@ -35,10 +35,10 @@ class Step(NamedTuple):
 class Lockstep:
     """Iterates over this rank's batches, then over empty ones until every rank has run out.
 
-    Ranks agree by one all-reduce of six numbers per step on the host, started one batch ahead so that no step waits for
-    it: the step's targets; its entries; and the number of ranks that still had a batch, that requested a
-    checkpoint, that failed to make a batch, and that received a stop signal. After a failure all ranks raise the first
-    failed rank's error; after a stop signal all raise `Stopped`.
+    Ranks agree by one all-reduce of some numbers per step on the host, started one batch ahead so that no step waits
+    for it: the step's entries; the number of ranks that still had a batch, that requested a checkpoint, that failed to
+    make a batch, and that received a stop signal; and the targets of each rank. After a failure all ranks raise the
+    first failed rank's error; after a stop signal all raise `Stopped`.
 
     Example: `for batch in Lockstep(iter(share), stream.maker.empty): ...`
     """
@@ -60,6 +60,8 @@ class Lockstep:
         """Steps of the batches returned so far; the trainer pops each once it has trained it."""
         self.waited_s = 0.0
         """Seconds spent waiting for this rank's own batches."""
+        self.fetched = 0
+        """Number of batches that this rank has fetched or made, those without sequences included."""
         self._failure: Exception | None = None
         self._ended = False
         self._ahead: deque[tuple[SequenceBatch, bool, torch.Tensor, dist.Work | None]] = deque()
@@ -73,14 +75,16 @@ class Lockstep:
         except Exception as error:  # raised here, it would leave the other ranks waiting for this one
             self._failure = error
         self.waited_s += time.perf_counter() - since
-        agreed = torch.zeros(6, dtype=torch.float64)
-        agreed[3], agreed[4] = self.requests_checkpoint(), self._failure is not None
-        agreed[5] = signals.received_signal() is not None
+        agreed = torch.zeros(5 + dist.get_world_size(), dtype=torch.float64)
+        agreed[2], agreed[3] = self.requests_checkpoint(), self._failure is not None
+        agreed[4] = signals.received_signal() is not None
         if batch is not None:
             read = batch.histories.read
-            agreed[0], agreed[1], agreed[2] = batch.targets, 0.0 if read is None else read.sum(), 1.0
+            agreed[0], agreed[1] = 0.0 if read is None else read.sum(), 1.0
+            agreed[5 + dist.get_rank()] = batch.targets
         work = dist.all_reduce(agreed, async_op=True) if dist.get_world_size() > 1 else None
         self._ahead.append((batch or self.make_empty(), batch is not None, agreed, work))
+        self.fetched += 1
 
     def __iter__(self) -> Iterator[SequenceBatch]:
         return self
@@ -116,7 +120,7 @@ class Lockstep:
         self._ahead.clear()
 
     def __next__(self) -> SequenceBatch:
-        """The next batch, with `global_targets` set.
+        """The next batch, with `global_targets` and `most_targets` set.
 
         Raises:
             StopIteration: all ranks have run out.
@@ -130,7 +134,7 @@ class Lockstep:
         batch, has_batch, agreed, work = self._ahead.popleft()
         if work is not None:
             work.wait()
-        targets, entries, ranks_with_batch, requests, failed, stopped = agreed.tolist()
+        entries, ranks_with_batch, requests, failed, stopped, *rank_targets = agreed.tolist()
         if failed or stopped or not ranks_with_batch:
             self._wait_for_ahead()
             if failed:
@@ -139,6 +143,7 @@ class Lockstep:
                 raise Stopped
             self._ended = True
             raise StopIteration
+        targets, batch.most_targets = sum(rank_targets), int(max(rank_targets))
         # Gradients are averaged over ranks, so each rank divides by the mean number of targets per rank.
         batch.global_targets = torch.tensor(targets / dist.get_world_size())
         cursor, users = (batch.cursor, batch.histories.users) if has_batch else (None, None)

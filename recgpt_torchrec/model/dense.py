@@ -17,6 +17,9 @@ from recgpt_torchrec.model.varlen import VarlenAttention
 if TYPE_CHECKING:
     from recgpt_torchrec.data.packed import PackedBatch
 
+SharedLoss = Callable[[Tensor, Tensor, Tensor, "PackedBatch", torch.dtype], Tensor]
+"""A loss over the candidates of all ranks: see `catalogue.softmax.SharedSoftmax.__call__`."""
+
 
 @dataclass(frozen=True)
 class Compute:
@@ -41,11 +44,16 @@ class Dense(nn.Module):
         self.decoder = Decoder(model, segments)
         self.compute = Compute()
         self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
+        self._shared_loss: SharedLoss | None = None
 
     def set_compute(self, compute: Compute) -> None:
         """Set how training steps are computed from now on."""
         self.compute = compute
         self._compiled = torch.compile(self.decode) if compute.compile else None
+
+    def set_shared_loss(self, shared_loss: "SharedLoss") -> None:
+        """Set the loss of training steps whose targets are scored against the candidates of all ranks."""
+        self._shared_loss = shared_loss
 
     def user_vectors(self, users: Tensor) -> Tensor:
         """The user module, [user bags, dim] -> the same: in training it drops whole user vectors at random, so that
@@ -122,19 +130,24 @@ class Dense(nn.Module):
         return take_rows(flat, target_slot), flat[:0] if self.training else take_rows(flat, last_slot)
 
     def sum_of_losses(self, h: Tensor, outputs: Tensor, batch: "PackedBatch") -> Tensor:
-        """Sum of the losses of all targets, []; `h` [targets, dim] are the outputs of their tokens."""
-        positive, candidates = take_rows(outputs, batch.target_bag), take_rows(outputs, batch.candidate_bag)
+        """Sum of the losses of this rank's targets, []; `h` [targets, dim] are the outputs of their tokens.
+
+        Outside of training a rank's targets are scored against its own candidates alone.
+        """
+        positive, log_q = take_rows(outputs, batch.target_bag), batch.candidate_log_q
+        # Without a copy, where they may be the whole catalogue.
+        candidates = outputs[: len(log_q)] if batch.candidates_first else take_rows(outputs, batch.candidate_bag)
         index, target_weight = batch.target_candidate, batch.target_weight
         if self.loss.candidates == "bce":
             return bce_loss(h, positive, candidates, index, self.loss.bce_negatives, target_weight)
         compute = self.compute if self.training else Compute()
-        if compute.fused_loss:
+        if self.training and self._shared_loss is not None:
+            hard = self._shared_loss(h, positive, candidates, batch, compute.dtype)
+        elif compute.fused_loss:
             precision = "tf32" if compute.tf32 else "ieee"
-            hard = fused_softmax_loss(
-                h.to(compute.dtype), positive, candidates, batch.candidate_log_q, index, target_weight, precision
-            )
+            hard = fused_softmax_loss(h.to(compute.dtype), positive, candidates, log_q, index, target_weight, precision)
         else:
-            hard = softmax_loss(h, positive, candidates, batch.candidate_log_q, index, target_weight, compute.dtype)
+            hard = softmax_loss(h, positive, candidates, log_q, index, target_weight, compute.dtype)
         if not batch.soft_weight.shape[1]:
             return hard
         # Cross-entropy is linear in the target distribution, so part of the target's weight moves to its answers.

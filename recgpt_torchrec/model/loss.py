@@ -15,17 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from recgpt_torchrec.model.shared_loss import Alone, Scored, rows_at_once, shared_softmax_loss
 from recgpt_torchrec.model.waiting import waits
-
-CHUNK = 96
-"""Targets scored at once on CPU: their logits stay in cache from product to exponential to product. Milliseconds of one
-core for 768 targets x 12,101 items: 54 with 16, 42 with 32, 37 with 64 to 128, 40 with 256."""
-CHUNK_BFLOAT16 = 512
-"""The same in bfloat16 on CPU, where each chunk's gradient of the candidates is added in a pass of its own."""
-CHUNK_CUDA = 4096
-"""Targets scored at once on CUDA: large products, with bounded memory for logits."""
-NEVER = 1e4
-"""A larger log q means that the candidate does not count: exp(-1e4) is 0."""
 
 
 class _SoftmaxLoss(torch.autograd.Function):
@@ -41,14 +32,16 @@ class _SoftmaxLoss(torch.autograd.Function):
         target_index: Tensor,
         weight: Tensor | None,
         dtype: torch.dtype,
+        rows: int,
     ) -> Tensor:
         s = (h * positive).sum(1)
         # Scores relative to the target's own need no pass for their maximum. They overflow only 88 above it; on CPU
         # that is looked at, on CUDA looking would stop the device.
         exact = waits(h.device)
-        sums = _partition(h, s, candidates, log_q, target_index, weight, dtype, exact)
+        scored = Scored(h, s, candidates, log_q, target_index, dtype)
+        sums = _partition(scored, weight, rows, exact)
         if not exact and not sums[0].isfinite().all():
-            sums = _partition(h, s, candidates, log_q, target_index, weight, dtype, True)
+            sums = _partition(scored, weight, rows, True)
         log_partition, target_error, share, pulled, grad_candidates = sums
         if weight is not None:
             log_partition = log_partition * weight
@@ -60,30 +53,18 @@ class _SoftmaxLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_h, grad_positive, grad_candidates = ctx.saved_tensors
-        return grad_h * grad, grad_positive * grad, grad_candidates * grad, None, None, None, None
+        return grad_h * grad, grad_positive * grad, grad_candidates * grad, *(None,) * 5
 
 
 def _partition(
-    h: Tensor,
-    s: Tensor,
-    candidates: Tensor,
-    log_q: Tensor,
-    target_index: Tensor,
-    weight: Tensor | None,
-    dtype: torch.dtype,
-    exact: bool,
+    scored: Scored, weight: Tensor | None, chunk: int, exact: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The partition function and its gradients, three products and one exponential per chunk of targets.
 
-    -log q_c and -s_t are two more columns of the product h . v_c, so that they cost no passes over the logits:
-    the loss of a step with 1,536 targets and 3,000 candidates takes 16.4 ms of one core (products alone, at the rate of
-    large ones: 13.6), with such passes 20.5.
-
     Args:
-        h, candidates, log_q, target_index: as for `softmax_loss`, float32.
-        s: [targets] score of each target.
+        scored: targets and candidates.
         weight: as for `softmax_loss`.
-        dtype: of the products' operands.
+        chunk: number of targets scored at once.
         exact: whether to subtract the largest score, too, which overflows for no scores.
 
     Returns:
@@ -93,25 +74,10 @@ def _partition(
         pulled: [targets, dim] sum of the candidates, weighted by their exponentials.
         grad_candidates: [dim, candidates] gradient.
     """
-    (targets, dim), count = h.shape, candidates.shape[0]
-    terms, minus_s = _terms(-log_q.clamp(max=NEVER), dtype), _terms(-s, dtype)
-    one = h.new_ones(1, dtype=dtype)
-    left = torch.cat([h.to(dtype), *[one.expand(targets, 1)] * len(terms), *(term[:, None] for term in minus_s)], 1)
-    right = torch.cat(
-        [candidates.t().to(dtype), *(term[None] for term in terms), *[one.expand(1, count)] * len(minus_s)]
-    )
-    vectors, rows = candidates.to(dtype), target_index.clamp(min=0)[:, None]
-    in_float = dtype == torch.float32
-    chunk = CHUNK_CUDA if h.device.type != "cpu" else CHUNK if in_float else CHUNK_BFLOAT16
+    h, s, dtype, count = scored.h, scored.s, scored.dtype, len(scored.candidates)
     norm, top, pulled = torch.empty_like(s), torch.zeros_like(s), torch.empty_like(h)
-    grad_candidates = h.new_zeros(dim, count)
-    buffer = h.new_empty(min(chunk, targets), count, dtype=dtype)
-    for start in range(0, targets, chunk):
-        part = slice(start, min(start + chunk, targets))
-        p = torch.mm(left[part], right, out=buffer[: part.stop - start])
-        if count:
-            own = p.gather(1, rows[part])
-            p.scatter_(1, rows[part], own.masked_fill(target_index[part, None] >= 0, -torch.inf))
+    grad_candidates = h.new_zeros(h.shape[1], count)
+    for part, _, p, vectors in scored.blocks(chunk, max(count, 1)):
         if exact and count:
             top[part] = p.amax(1).clamp_(min=0).float()
             p -= top[part, None]
@@ -120,19 +86,13 @@ def _partition(
         pulled[part] = p @ vectors
         share_c = 1 / norm[part, None] if weight is None else weight[part, None] / norm[part, None]
         shared = (h[part] * share_c).to(dtype).t()
-        if in_float:
+        if dtype == torch.float32:
             grad_candidates.addmm_(shared, p)
         else:
             grad_candidates += shared @ p
     share = (1 / norm if weight is None else weight / norm)[:, None]
     target_error = torch.exp(-top)[:, None] * share - (1 if weight is None else weight[:, None])
     return norm.log() + top, target_error, share, pulled, grad_candidates
-
-
-def _terms(values: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Numbers of `dtype` whose sum is float32 `values` to 16 bits and more."""
-    first = values.to(dtype)
-    return [first] if dtype == torch.float32 else [first, (values - first).to(dtype)]
 
 
 def softmax_loss(
@@ -159,7 +119,11 @@ def softmax_loss(
     Returns:
         [] float32.
     """
-    return _SoftmaxLoss.apply(h.float(), positive.float(), candidates.float(), log_q, target_index, weight, dtype)
+    h, positive, candidates = h.float(), positive.float(), candidates.float()
+    rows = rows_at_once(len(candidates), h.device, dtype)
+    if rows:
+        return _SoftmaxLoss.apply(h, positive, candidates, log_q, target_index, weight, dtype, rows)
+    return shared_softmax_loss(h, positive, candidates, log_q, target_index, weight, dtype, Alone())
 
 
 def bce_loss(

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torchrec.optim.keyed import KeyedOptimizer
 
-from recgpt_torchrec.config import Model, Pretrain, PromptTune, Tuning
+from recgpt_torchrec.catalogue.softmax import SharedSoftmax
+from recgpt_torchrec.config import Loss, Model, Pretrain, PromptTune, Tuning
 from recgpt_torchrec.config.defaults import tokens_of_rank, tokens_of_step
 from recgpt_torchrec.data.candidates import candidate_source
 from recgpt_torchrec.data.dataset import Dataset
@@ -16,16 +17,21 @@ from recgpt_torchrec.data.reading.damage import LIST, SetAside
 from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.stream import BatchMaker, SequenceStream
 from recgpt_torchrec.data.windows import check_new_targets
+from recgpt_torchrec.distributed import processes
 from recgpt_torchrec.distributed.initial_values import initialise_tables
+from recgpt_torchrec.distributed.lockstep import raise_first_error
+from recgpt_torchrec.distributed.memory import available_bytes
 from recgpt_torchrec.distributed.processes import gather_objects, run_on_first_rank, world_size
 from recgpt_torchrec.distributed.sharding import shard
 from recgpt_torchrec.distributed.watchdog import tracked_phase
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.model.recgpt import RecGPT
+from recgpt_torchrec.model.recgpt import RecGPT, unwrapped, unwrapped_dense
 from recgpt_torchrec.training.execution import Execution
 from recgpt_torchrec.training.optimizers import DENSE, fuse_optimizers, is_fused, optimizers_of
 from recgpt_torchrec.training.run import read_record
 
+COPIES = 2
+"""Number of copies of looked-up vectors, at least: with their gradients."""
 PARTS = {"users": "user", "items": "item", "output": "output", "decoder": DENSE}
 """Values of `--tuning.trained`, and the model's names for them: a table, or `DENSE`."""
 
@@ -121,7 +127,7 @@ def training_stream(
     maker = BatchMaker(
         reader=reader,
         batch=batch,
-        source=candidate_source(config.loss, dataset, batch),
+        source=candidate_source(config.loss, dataset, batch, processes.rank(), world_size()),
         seed=config.seed,
         predict_from="every" if tuning is None else tuning.predict_from,
         soft_targets=soft_targets,
@@ -162,7 +168,7 @@ def build(
         restored: whether the caller fills the tables from a checkpoint, so that no values are drawn for them.
 
     Raises:
-        InputError: a table cannot be sharded as configured.
+        InputError: a table cannot be sharded as configured, or memory will not hold the candidates.
     """
     torch.manual_seed(config.seed)
     users, items = dataset.manifest.users, dataset.manifest.items
@@ -174,7 +180,36 @@ def build(
     sharded = shard(unsharded, config.tables, bags=capacity.items, device=device, fused=fused, optimizer=optimizer)
     if not restored:
         initialise_tables(sharded, config.tables.init_std_of, config.seed)
+    share_loss(sharded, config.loss)
+    check_memory(config.loss, capacity, model.dim, device)
     return sharded, optimizers_of(sharded, config.tables, config.optimizer, frozen)
+
+
+def share_loss(model: nn.Module, loss: Loss) -> None:
+    """Score the targets of a sharded model's batches against the candidates of all ranks, where the loss says so."""
+    if loss.crosses_ranks(world_size()):
+        shared = SharedSoftmax(each_once=loss.candidates == "in_batch")
+        unwrapped_dense(unwrapped(model)).set_shared_loss(shared)
+
+
+def check_memory(loss: Loss, capacity: Capacity, dim: int, device: torch.device) -> None:
+    """Check that every rank's memory holds the vectors of its part of the catalogue, where all items are candidates,
+    beside the tables, which have theirs already (collective).
+
+    Raises:
+        InputError: it does not on a rank.
+    """
+    if loss.candidates != "all":
+        return
+    needed = capacity.stride * capacity.item_keys * dim * 4 * COPIES
+    failed = None
+    if needed > (available := available_bytes(device)):
+        failed = InputError(
+            f"--loss.candidates all looks up {capacity.items:,} items on each rank, whose vectors and gradients take "
+            f"{needed:,} bytes, and rank {processes.rank()} has {available:,}; give --loss.candidates sampled, or more "
+            "ranks"
+        )
+    raise_first_error(failed)
 
 
 def check_lost(dataset: Dataset) -> None:

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from recgpt_torchrec.config import Loss, Model, Train
-from recgpt_torchrec.distributed.processes import run_on_first_rank
+from recgpt_torchrec.distributed.processes import run_on_first_rank, world_size
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.dense import Compute
 from recgpt_torchrec.model.fused_loss import MAX_DIM, prefers_fused
@@ -85,10 +85,16 @@ class Execution:
                 f"--train.fused_loss true takes --model.dim up to {MAX_DIM}, and it is {model.dim}; give "
                 "--train.fused_loss auto"
             )
-        fused = train.fused_loss
+        fused, crosses = train.fused_loss, loss.crosses_ranks(ranks := world_size())
+        if fused is True and crosses:
+            raise InputError(
+                f"--train.fused_loss true scores the candidates of one rank, and with --loss.candidates "
+                f"{loss.candidates} those of all {ranks} ranks count; give --train.fused_loss auto"
+            )
         if fused == "auto":
             candidates = loss.negatives if loss.candidates == "sampled" else MANY
-            fused = can_fuse and loss.candidates != "bce" and prefers_fused(model.dim, candidates, device, precision)
+            can_fuse = can_fuse and loss.candidates != "bce" and not crosses
+            fused = can_fuse and prefers_fused(model.dim, candidates, device, precision)
         return cls(device.type, precision, attention, fused, train.compile, why_precision, why_dense)
 
     @property

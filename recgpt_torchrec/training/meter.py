@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from recgpt_torchrec.data.batch import SequenceBatch
-from recgpt_torchrec.distributed.processes import rank
+from recgpt_torchrec.distributed.processes import rank, world_size
 from recgpt_torchrec.model.flops import step_flops
 from recgpt_torchrec.model.peaks import measured_peak, rated_peak
 from recgpt_torchrec.model.recgpt import unwrapped, unwrapped_dense
@@ -204,7 +204,8 @@ class StepMeter:
         batch: SequenceBatch = inputs[-1]
         lengths = np.maximum(batch.histories.lengths - 1, 0)
         tokens = int(lengths.sum())
-        candidates = batch.candidate_bag.shape[0]
+        shared = batch.candidate_item is not None  # then targets meet about as many of each other rank
+        candidates = batch.candidate_bag.shape[0] * (world_size() if shared else 1)
         attended = float((lengths * (lengths + 1) // 2).sum())
         flops = step_flops(
             self.model, self.loss, tokens=tokens, targets=batch.targets, candidates=candidates, attended=attended

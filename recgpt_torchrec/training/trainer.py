@@ -164,10 +164,15 @@ class Trainer:
 
     def _open_epoch(self) -> Lockstep:
         """The batches of the rest of the epoch."""
-        position = self.progress.position
+        position, first, maker = self.progress.position, self.progress.step, self.stream.maker
         self._share = share = self.stream.batches(position.epoch, position, dist.get_rank(), dist.get_world_size())
         self.meter.start_epoch()
-        return Lockstep(self.meter.watch(iter(share)), self.stream.maker.empty, self.saver.requests_checkpoint)
+        lockstep = Lockstep(
+            self.meter.watch(iter(share)),
+            lambda: maker.empty(position.epoch, first + lockstep.fetched),
+            self.saver.requests_checkpoint,
+        )
+        return lockstep
 
     def _steps_ahead(self, validates: bool) -> int | None:
         """Steps until a validation within the epoch is due, or the run ends; None: neither comes before its end."""

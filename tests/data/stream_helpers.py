@@ -6,7 +6,7 @@ from typing import Any
 
 from recgpt_torchrec.config import Batch, Loss, Stream
 from recgpt_torchrec.data.batch import SequenceBatch
-from recgpt_torchrec.data.candidates import candidate_source
+from recgpt_torchrec.data.candidates import ALONE, Place, candidate_source
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.packed import Layout
 from recgpt_torchrec.data.reading.histories import HistoryReader
@@ -32,11 +32,14 @@ def stream_of(
     soft_targets: float = 0.0,
     layout: Layout = "grid",
     pad: bool = False,
+    place: Place = ALONE,
     **reads: Any,
 ) -> SequenceStream:
     """Make a training stream; `reads` are further arguments of the `HistoryReader`."""
     batch = Batch(tokens=tokens)
-    source = candidate_source(loss or Loss(candidates="all"), dataset, batch) if split == "training" else None
+    source = None
+    if split == "training":
+        source = candidate_source(loss or Loss(candidates="all"), dataset, batch, *place)
     maker = BatchMaker(
         reader=HistoryReader(dataset=dataset, split=split, max_len=max_len, **reads),
         batch=batch,

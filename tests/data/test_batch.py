@@ -11,7 +11,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recgpt_torchrec.data.bags import bags_of
 from recgpt_torchrec.data.batch import SequenceBatch, make_batch
-from recgpt_torchrec.data.candidates import AllItems, Candidates, InBatch
+from recgpt_torchrec.data.candidates import AllItems, Candidates, InBatch, Place
 from recgpt_torchrec.data.histories import Histories, no_histories
 from recgpt_torchrec.data.packed import MOST_ITEM_KEYS, Capacity, FixedShape
 from tests.support import ids_by_bag, items_of
@@ -58,6 +58,10 @@ def build_batch_and_candidates(
         everything = AllItems(ITEMS)
         arguments["draw"] = lambda targets: everything.draw(targets, rng)
         ids, log_q = np.arange(ITEMS), np.zeros(ITEMS, np.float32)
+    elif how == "a range":
+        a_range = AllItems(ITEMS, Place(1, 3))
+        arguments["draw"] = lambda targets: a_range.draw(targets, rng)
+        ids, log_q = np.arange(4, 8), np.zeros(4, np.float32)
     elif how == "sampled":
         ids, log_q = np.array([7, 0, 3, 11]), np.array([-1, -2, -3, -4], np.float32)
         arguments["draw"] = lambda targets: Candidates(ids, log_q)
@@ -91,7 +95,7 @@ def expected(histories: Histories, predict: bool, predict_from: str = "every") -
 
 @given(
     cases(),
-    st.sampled_from(["none", "all", "sampled", "in_batch"]),
+    st.sampled_from(["none", "all", "a range", "sampled", "in_batch"]),
     st.sampled_from(["every", "interacted", "last"]),
     st.sampled_from(list(LAYOUTS)),
 )
@@ -129,6 +133,12 @@ def test_a_batch_equals_a_plain_loop(case, how, predict_from, layout):
     size = candidates.size
     assert [items[bag] for bag in batch.candidate_bag[:size].tolist()] == candidates.tolist()
     assert np.array_equal(batch.candidate_log_q[:size].numpy(), log_q)
+    assert batch.candidates_first == (how in ("all", "a range"))
+    assert (batch.target_item is None) == (batch.candidate_item is None) == (how != "a range")
+    if batch.target_item is not None and batch.candidate_item is not None:  # ranks share candidates
+        assert batch.target_item[:count].tolist() == [items[bag] for bag in batch.target_bag[:count].tolist()]
+        assert batch.candidate_item[:size].tolist() == candidates.tolist() == sorted(candidates)
+        assert (batch.target_item[count:] == -1).all() and (batch.candidate_item[size:] > ITEMS).all()
     for bag, own in zip(batch.target_bag[:count].tolist(), batch.target_candidate.tolist(), strict=False):
         where = np.flatnonzero(candidates == items[bag])
         assert own == (where[0] if where.size else -1)
@@ -192,7 +202,7 @@ def test_generated_and_shown_entries_are_inputs_and_never_targets():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("how", ["none", "all", "sampled", "in_batch"])
+@pytest.mark.parametrize("how", ["none", "all", "a range", "sampled", "in_batch"])
 def test_a_batch_without_sequences_has_the_shape_of_any_other(how, layout):
     batch, candidates, _ = build_batch_and_candidates(no_histories(), True, how, layout=layout)
     assert batch.sequence.shape == (1, {"grid": ROW, "row": 1, "padded row": PAD.tokens}[layout])

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -15,12 +16,15 @@ from hypothesis import strategies as st
 
 from recgpt_torchrec.config import Loss
 from recgpt_torchrec.data.candidates import (
+    ALONE,
     DISTRIBUTIONS,
     SOURCES,
     AllItems,
+    CandidateSource,
     InBatch,
     ItemStatistics,
     LogUniform,
+    Place,
     Uniform,
     id_range,
     no_candidates,
@@ -151,9 +155,8 @@ def test_a_source_keeps_to_its_room(candidates, negatives_by):
         assert drawn.log_q.shape == drawn.ids.shape and np.isfinite(drawn.log_q).all()
         assert np.unique(drawn.ids).size == drawn.ids.size
         assert set(drawn.ids.tolist()) <= set(range(items))
-        if made.room is not None:
-            assert len(set(drawn.ids.tolist()) - set(targets)) <= made.room
-        if drawn.every_item:
+        assert len(set(drawn.ids.tolist()) - set(targets)) <= made.room
+        if drawn.bags is not None:
             assert drawn.ids.tolist() == list(range(items))
 
 
@@ -192,20 +195,21 @@ def test_sampled_sources_draw_from_the_distribution_of_that_name(candidates, neg
     )
     assert DISTRIBUTIONS[negatives_by] is kind
     assert np.array_equal(drawn.ids, wanted[0]) and np.array_equal(drawn.log_q, wanted[1])
-    assert source.room == drawn.ids.size == 4 and not drawn.every_item
+    assert source.room == drawn.ids.size == 4 and drawn.bags is None
 
 
 def test_the_whole_catalogue_is_every_item_for_certain_and_takes_no_draw():
     rng = np.random.default_rng(0)
     drawn = AllItems(7).draw(np.array([3, 3]), rng)
-    assert drawn.every_item and drawn.ids.tolist() == list(range(7)) and not drawn.log_q.any()
+    assert drawn.bags is not None and drawn.ids.tolist() == drawn.bags.tolist() == list(range(7))
+    assert not drawn.log_q.any() and not drawn.shared
     assert rng.bit_generator.state == np.random.default_rng(0).bit_generator.state
 
 
 @given(st.lists(st.integers(0, 9), max_size=12), st.integers(1, 40))
 def test_in_batch_candidates_are_the_distinct_targets_with_the_chance_that_each_is_there(targets, tokens):
     drawn = InBatch(COUNTS, tokens).draw(np.array(targets, dtype=np.int64), np.random.default_rng(0))
-    assert drawn.ids.tolist() == sorted(set(targets)) and not drawn.every_item
+    assert drawn.ids.tolist() == sorted(set(targets)) and drawn.bags is None
     total = int(COUNTS.sum())
     for item, log_q in zip(drawn.ids.tolist(), drawn.log_q.tolist(), strict=True):
         p = max(int(COUNTS[item]), 0.5) / total  # an item that never came counts half
@@ -231,7 +235,7 @@ def test_in_batch_log_q_of_items_that_always_or_never_came_is_finite(counts):
 def test_no_candidates_are_empty_arrays():
     empty = no_candidates()
     assert (empty.ids.dtype, empty.log_q.dtype) == (np.int64, np.float32)
-    assert empty.ids.shape == empty.log_q.shape == (0,) and not empty.every_item
+    assert empty.ids.shape == empty.log_q.shape == (0,) and empty.bags is None
 
 
 @pytest.mark.parametrize(
@@ -258,3 +262,67 @@ def test_id_ranges_cover_every_id_once_and_differ_by_one_at_most(count, ranks):
     ranges = [id_range(count, rank, ranks) for rank in range(ranks)]
     assert [i for first, stop in ranges for i in range(first, stop)] == list(range(count))
     assert max(stop - first for first, stop in ranges) - min(stop - first for first, stop in ranges) <= 1
+
+
+def make(loss: Loss, place: Place = ALONE, counts: np.ndarray = COUNTS, tokens: int = 20) -> CandidateSource:
+    return SOURCES[loss.candidates].make(loss, ItemStatistics(counts.size, lambda: counts), tokens, place)
+
+
+@pytest.mark.parametrize(("items", "ranks"), [(10, 3), (10, 1), (2, 3), (12, 4)])
+def test_the_ranks_of_all_share_the_catalogue_with_equal_room(items, ranks):
+    sources = [AllItems(items, Place(rank, ranks)) for rank in range(ranks)]
+    assert len({source.room for source in sources}) == 1 and sources[0].room == -(-items // ranks)
+    drawn = [source.draw(np.array([1]), np.random.default_rng(0)) for source in sources]
+    assert [item for each in drawn for item in each.ids.tolist()] == list(range(items))
+    for each, source in zip(drawn, sources, strict=True):
+        assert each.bags is not None and each.bags.tolist() == list(range(each.ids.size))
+        assert each.ids.size <= source.count and each.shared == (ranks > 1)
+
+
+@pytest.mark.parametrize("negatives_by", CHOICES["negatives_by"])
+def test_different_negatives_are_those_of_the_ranks_own_stream_expected_on_any_rank(negatives_by):
+    loss = Loss(negatives=4, negatives_by=negatives_by, negatives_across_ranks="different")
+    same = make(replace(loss, negatives_across_ranks="same"), Place(1, 3))
+    sources = [make(loss, Place(rank, 3)) for rank in range(3)]
+    assert same.seed == make(loss).seed == () and [source.seed for source in sources] == [(0,), (1,), (2,)]
+    for source in sources:
+        drawn, plain = (each.draw(np.zeros(0, np.int64), np.random.default_rng(5)) for each in (source, same))
+        order = np.argsort(plain.ids)
+        assert drawn.ids.tolist() == plain.ids[order].tolist() == sorted(drawn.ids.tolist())
+        np.testing.assert_allclose(drawn.log_q, plain.log_q[order] + math.log(3), rtol=1e-6)
+        assert drawn.shared and not plain.shared
+    alone = make(loss).draw(np.zeros(0, np.int64), np.random.default_rng(5))
+    assert alone.ids.tolist() == plain.ids.tolist() and not alone.shared
+
+
+@pytest.mark.parametrize("negatives_by", CHOICES["negatives_by"])
+def test_the_negatives_of_all_ranks_estimate_the_partition_function(negatives_by):
+    """Mean over draws of the target's term and the corrected terms of all ranks' negatives but the target."""
+    items, ranks, draws, target = 40, 3, 800, 7
+    scores = np.random.default_rng(0).standard_normal(items)
+    counts = np.random.default_rng(1).permutation(items)
+    loss = Loss(negatives=6, negatives_by=negatives_by, negatives_across_ranks="different")
+    sources = [make(loss, Place(rank, ranks), counts) for rank in range(ranks)]
+    estimates = []
+    for n in range(draws):
+        estimate = np.exp(scores[target])
+        for source in sources:
+            drawn = source.draw(np.array([target]), np.random.default_rng((n, *source.seed)))
+            others = drawn.ids != target
+            estimate += np.exp(scores[drawn.ids[others]] - drawn.log_q[others]).sum()
+        estimates.append(estimate)
+    full = np.exp(scores).sum()
+    spread = np.std(estimates) / math.sqrt(draws)
+    # The expected count of a log-uniform negative is an approximation, see `LogUniform`.
+    assert abs(np.mean(estimates) - full) < 4 * spread + (0.03 * full if negatives_by == "log_uniform" else 0)
+    assert 4 * spread < 0.1 * full
+
+
+@pytest.mark.parametrize("candidates", ["all", "in_batch", "bce"])
+def test_different_negatives_are_for_sampled_ones(candidates):
+    with pytest.raises(ValueError, match=f"for --loss.candidates sampled, not {candidates}; leave it out"):
+        Loss(candidates=candidates, negatives_across_ranks="different")
+
+
+def test_what_is_held_per_item_is_small():
+    assert LogUniform(COUNTS, 3).by_rank.dtype == np.int32 and InBatch(COUNTS, 3).log_q.dtype == np.float32

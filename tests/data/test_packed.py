@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from recgpt_torchrec.data.packed import number_distinct
+from recgpt_torchrec.data.packed import number_behind, number_distinct
 
 PACK_WITHOUT = """
 import sys
@@ -41,3 +41,13 @@ def test_distinct_ids_are_numbered_by_order(ids):
 def test_more_distinct_ids_than_there_is_room_for_are_refused():
     with pytest.raises(ValueError, match="5000 distinct item ids in a batch with room for 4999"):
         number_distinct("item", np.arange(5000), 4999)
+
+
+@pytest.mark.parametrize("ids", [[], [3, 4], [9, 0, 9, 4, 2**40, 3]])
+def test_ids_of_a_range_come_first_and_others_behind_them(ids):
+    of_range = np.array([3, 4, 5])
+    distinct, index = number_behind("item", np.array(ids, dtype=np.int64), of_range, 3, 6)
+    assert distinct.tolist() == [3, 4, 5, *sorted(set(ids) - {3, 4, 5})]
+    assert distinct[index].tolist() == ids
+    with pytest.raises(ValueError, match="3 distinct item ids in a batch with room for 2"):
+        number_behind("item", np.array([0, 1, 2, 3]), of_range, 3, 5)

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recgpt_torchrec.config import Loss
+from recgpt_torchrec.data.candidates import Place, id_range
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.histories import no_histories
 from recgpt_torchrec.data.loading import prefetch_in_thread
@@ -396,3 +397,42 @@ def test_only_new_targets_are_predicted_from_the_whole_history_before_them(tmp_p
     assert Counter((pair[0], pair[-1]) for pair in found[0].elements()) == +new
     # Each has the position it has when everything is predicted.
     assert found[0] <= found[1] and found[0].total() < found[1].total()
+
+
+def test_each_rank_of_all_looks_up_its_range_and_what_its_batch_has_besides(tmp_path):
+    dataset = write_dataset(tmp_path / "data", walks(12, 40, longest=15), items=40, rows_per_group=2)
+    streams = [stream_of(dataset, place=Place(rank, 3)) for rank in range(3)]
+    capacities = {stream.maker.capacity for stream in streams}
+    assert len(capacities) == 1 and len({stream.maker.empty().bags.stride() for stream in streams}) == 1
+    for rank, stream in enumerate(streams):
+        first, stop = id_range(40, rank, 3)
+        for batch in [*stream.batches(rank=rank, world_size=3), stream.maker.empty()]:
+            items = items_of(batch).tolist()
+            assert items[: stop - first] == list(range(first, stop))
+            used = {item for *_, item in pairs(batch)} | {item for _, items, _ in pairs(batch) for item in items}
+            assert set(items[stop - first :]) == used - set(range(first, stop))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_different_negatives_are_drawn_again_by_a_resumed_run_and_by_no_other_rank(tmp_path, workers):
+    dataset = write_dataset(tmp_path / "data", walks(120, 200, longest=15), items=200, rows_per_group=2)
+    loss = Loss(negatives=8, negatives_across_ranks="different")
+
+    def negatives(batch: Any) -> list[int]:
+        return items_of(batch)[batch.candidate_bag].tolist()
+
+    drawn = []
+    for rank in range(2):
+        stream = stream_of(dataset, loss=loss, place=Place(rank, 2), workers=workers)
+        shares = [stream.batches(1, None, other, 2) for other in range(2)]
+        batches = list(shares[rank])
+        assert len(batches) >= 4
+        for batch in batches[:2]:
+            shares[rank].done(batch.cursor)
+        position = Position(1, [queue for share in shares for queue in share.left])
+        resumed = list(stream.batches(1, position, rank, 2))
+        assert [negatives(batch) for batch in resumed] == [negatives(batch) for batch in batches[2:]]
+        drawn += [tuple(negatives(batch)) for batch in batches]
+        drawn += [tuple(negatives(stream.maker.empty(1, step))) for step in (100, 101)]
+        assert drawn[-1] == tuple(negatives(stream.maker.empty(1, 101))) != tuple(negatives(stream.maker.empty(2, 101)))
+    assert len(set(drawn)) == len(drawn)

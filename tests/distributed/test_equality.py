@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.config import Loss, Model, Optimizer, Pretrain, Saving, Tables, Train, TrainingBatch
 from recgpt_torchrec.data.batch import SequenceBatch, make_batch
-from recgpt_torchrec.data.candidates import AllItems, Candidates
+from recgpt_torchrec.data.candidates import AllItems, Candidates, CandidateSource, InBatch, Place
 from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.histories import Histories, no_histories
 from recgpt_torchrec.data.packed import Capacity
@@ -44,6 +45,8 @@ from tools.ranks import run_ranks
 
 USERS, ITEMS, DIM, STEPS = 11, 23, 8, 6
 CAPACITY = Capacity(USERS, ITEMS, item_keys=3)
+TOKENS = 12
+"""Of a global batch, as far as logQ is concerned."""
 TABLE_LR, LR, BETA2 = 0.05, 2e-3, 0.98
 
 
@@ -84,8 +87,12 @@ class Case:
 CASES = [
     Case(sharding, "adagrad" if sharding == "column_wise" else "rowwise_adagrad", candidates)
     for sharding in ("data_parallel", "table_wise", "row_wise", "column_wise")
-    for candidates in ("all", "sampled")
-] + [Case("row_wise", "rowwise_adagrad", "sampled", idle=True), Case("table_wise", "adagrad", "all", few=True)]
+    for candidates in ("all", "sampled", "in_batch")
+] + [
+    Case("row_wise", "rowwise_adagrad", "sampled", idle=True),
+    Case("table_wise", "adagrad", "all", few=True),
+    Case("row_wise", "rowwise_adagrad", "all", idle=True),
+]
 NODE_CASES = [
     Case("table_row_wise", "rowwise_adagrad", "all"),
     Case("table_row_wise", "adagrad", "sampled", idle=True),
@@ -116,20 +123,24 @@ def make_batches(case: Case, rank: int, world_size: int) -> list[SequenceBatch]:
                 items=np.concatenate([drawn[n] for n in mine]),
                 offsets=np.concatenate([[0], np.cumsum([len(drawn[n]) for n in mine])]),
             )
-            rank_batches.append(pack_batch(case, histories, negatives))
+            rank_batches.append(pack_batch(case, histories, negatives, Place(rank, world_size)))
         elif not case.idle:
-            rank_batches.append(pack_batch(case, no_histories(), negatives))
+            rank_batches.append(pack_batch(case, no_histories(), negatives, Place(rank, world_size)))
     return rank_batches
 
 
-def pack_batch(case: Case, histories: Histories, negatives: Candidates) -> SequenceBatch:
-    candidates = AllItems(ITEMS).candidates if case.candidates == "all" else negatives
+def pack_batch(case: Case, histories: Histories, negatives: Candidates, place: Place) -> SequenceBatch:
+    sources: dict[str, CandidateSource] = {
+        "all": AllItems(ITEMS, place),
+        "in_batch": InBatch(np.arange(ITEMS), TOKENS // place.ranks, place.ranks),
+    }
+    source, rng = sources.get(case.candidates), np.random.default_rng(0)
     return make_batch(
         histories,
         row_length=8,
         capacity=CAPACITY,
         predict=True,
-        draw=lambda targets: candidates,
+        draw=lambda targets: negatives if source is None else source.draw(targets, rng),
     )
 
 
@@ -168,7 +179,10 @@ def train(case: Case, rank: int, world_size: int) -> Trained:
     pipeline = TrainPipelineSparseDist(model, optimizer, device)
     schedule = Schedule(optimizer, case.config.optimizer)
     candidates = Candidates(np.arange(9), np.zeros(9, np.float32))
-    ahead = Lockstep(iter(make_batches(case, rank, world_size)), lambda: pack_batch(case, no_histories(), candidates))
+    ahead = Lockstep(
+        iter(make_batches(case, rank, world_size)),
+        lambda: pack_batch(case, no_histories(), candidates, Place(rank, world_size)),
+    )
     model.train()
     while True:
         schedule.set_rates(len(result.losses), len(result.losses) / STEPS)
@@ -302,10 +316,14 @@ class FixedStream:
     @property
     def maker(self) -> Any:
         candidates = Candidates(np.arange(9), np.zeros(9, np.float32))
-        return SimpleNamespace(empty=lambda: pack_batch(self.case, no_histories(), candidates))
+        return SimpleNamespace(empty=lambda *_: pack_batch(self.case, no_histories(), candidates, here()))
 
     def batches(self, epoch: int, position: Position, rank: int, world_size: int) -> "FixedShare":
         return FixedShare(self.given)
+
+
+def here() -> Place:
+    return Place(dist.get_rank(), dist.get_world_size())
 
 
 def trainer(model: Any, optimizer: Any, stream: Any, output: str, entries: int = 100, minutes: float = 0) -> Trainer:
@@ -383,12 +401,19 @@ def test_all_ranks_save_at_the_steps_that_one_ranks_clock_chooses(tmp_path):
 def train_two_items(rank: int, world_size: int, data: str, output: str) -> dict[str, Any]:
     dataset = Dataset.open(data)
     answers: dict[str, Any] = {}
-    for sharding in ("row_wise", "data_parallel", "table_wise"):
+    losses = {
+        "sampled": Loss(candidates="sampled", negatives=5),
+        "different": Loss(negatives=5, negatives_across_ranks="different"),
+        "all": Loss(candidates="all"),
+        "in_batch": Loss(candidates="in_batch"),
+    }
+    ways: list[tuple[Any, str]] = [("row_wise", "sampled"), *product(("data_parallel", "table_wise"), losses)]
+    for sharding, loss in ways:
         config = Pretrain(
             data=data,
             output=output,
             model=Model(dim=8, max_len=6),
-            loss=Loss(candidates="sampled", negatives=5),
+            loss=losses[loss],
             batch=TrainingBatch(tokens=12),
             tables=Tables(sharding=sharding),
         )
@@ -398,11 +423,11 @@ def train_two_items(rank: int, world_size: int, data: str, output: str) -> dict[
                 config, config.model, dataset, capacity=stream.maker.capacity, device=torch.device("cpu")
             )
         except InputError as error:
-            answers[sharding] = str(error)
+            answers[f"{sharding}-{loss}"] = str(error)
             continue
-        run = trainer(model, optimizer, stream, f"{output}/{sharding}", dataset.manifest.interactions)
+        run = trainer(model, optimizer, stream, f"{output}/{sharding}-{loss}", dataset.manifest.interactions)
         run.fit(lambda: {"NDCG@10": 0.0}, metric="NDCG@10")
-        answers[sharding] = run.progress.finished, run.progress.step, run.progress.read
+        answers[f"{sharding}-{loss}"] = run.progress.finished, run.progress.step, run.progress.read
     return answers
 
 
@@ -414,8 +439,9 @@ def test_fewer_items_than_ranks_and_ranks_without_data(tmp_path):
     answers = run_ranks(train_two_items, 3, str(tmp_path / "data"), str(tmp_path))
     assert answers[0] == answers[1] == answers[2]
     refused = "the item table cannot be sharded row_wise: it has 2 rows, fewer than the 3 ranks. "
-    assert answers[0]["row_wise"] == refused + "--tables.item.sharding table_wise would fit"
-    for sharding in ("data_parallel", "table_wise"):
-        finished, steps, read = answers[0][sharding]
+    assert answers[0]["row_wise-sampled"] == refused + "--tables.item.sharding table_wise would fit"
+    assert len(answers[0]) == 9
+    for way in set(answers[0]) - {"row_wise-sampled"}:
+        finished, steps, read = answers[0][way]
         assert finished and steps >= 2 and read == pytest.approx(2 * dataset.manifest.interactions)
-        assert (Path(tmp_path) / sharding / "best.json").exists()
+        assert (Path(tmp_path) / way / "best.json").exists()

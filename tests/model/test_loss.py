@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recgpt_torchrec.config import Loss, Model
-from recgpt_torchrec.model import loss as losses
+from recgpt_torchrec.model import shared_loss
 from recgpt_torchrec.model.dense import Dense
 from recgpt_torchrec.model.loss import bce_loss, softmax_loss
 
@@ -36,7 +36,7 @@ def sampled_by_loop(h: Tensor, positive: Tensor, candidates: Tensor, log_q: Tens
     return total
 
 
-@pytest.mark.parametrize("positions", [1, 7, losses.CHUNK, losses.CHUNK + 1, 2 * losses.CHUNK + 3])
+@pytest.mark.parametrize("positions", [1, 7, shared_loss.CHUNK, shared_loss.CHUNK + 1, 2 * shared_loss.CHUNK + 3])
 def test_the_whole_catalogue_is_torchs_cross_entropy_in_value_and_gradients(positions):
     h, catalogue = vectors(positions, 8), vectors(30, 8, seed=1)
     targets = torch.randint(30, (positions,), generator=torch.Generator().manual_seed(2))
@@ -68,6 +68,7 @@ def test_soft_targets_are_torchs_cross_entropy_with_probabilities():
         target_bag=targets,
         candidate_bag=torch.arange(12),
         candidate_log_q=torch.zeros(12),
+        candidates_first=False,
         target_candidate=targets,
         target_weight=None,
         soft_bag=answers,

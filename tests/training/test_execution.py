@@ -66,6 +66,17 @@ def test_auto_on_a_gpu_is_everything_that_it_can_do(machine: Any) -> None:
     assert choose(CUDA) == Execution("cuda", "fp32", "dense", False)
 
 
+def test_on_several_ranks_the_fused_loss_is_for_negatives_that_all_have(
+    machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execution, "world_size", lambda: 2)
+    assert choose(CUDA).fused_loss
+    for loss in (Loss(candidates="all"), Loss(candidates="in_batch"), Loss(negatives_across_ranks="different")):
+        assert not Execution.choose(Train(), NO_DROPOUT, loss, CUDA).fused_loss
+        with pytest.raises(InputError, match=f"candidates {loss.candidates} those of all 2 ranks count; give --train"):
+            Execution.choose(Train(fused_loss=True), NO_DROPOUT, loss, CUDA)
+
+
 def test_what_is_given_is_taken(machine: Any) -> None:
     given = choose(CUDA, precision="fp32", attention="dense", fused_loss=False, compile=True)
     assert given == Execution("cuda", "fp32", "dense", False, True)
