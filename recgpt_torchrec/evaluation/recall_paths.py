@@ -6,6 +6,7 @@ recgpt_1, recgpt               prompt-tuned: one step (the paper's Variant_2), a
 ..._interests_L                L interests, merged by quota or by score, at the same final length
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ import torch
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import Batch, Recall
 from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.reading.sample import UserSample
 from recgpt_torchrec.data.split import SplitName
 from recgpt_torchrec.data.stream import SequenceStream, encoding_stream
+from recgpt_torchrec.evaluation.groups import PROTOCOLS, GroupedMetrics, Grouping
 from recgpt_torchrec.evaluation.metrics import RankingMetrics, list_ranks
 from recgpt_torchrec.evaluation.ranking import Results, measure_ranks, reduce_metrics
 from recgpt_torchrec.model.recgpt import unwrapped
@@ -25,7 +28,6 @@ from recgpt_torchrec.training.loading import Trained
 
 GRID = 10
 """m is tried at each 1 / GRID of the longest list: 1 to 9 for a list of ten."""
-PROTOCOLS = ("masked", "unmasked")
 
 
 def path_names(trained: Trained) -> tuple[str, str]:
@@ -42,8 +44,29 @@ class RecallPaths:
     Recall())`
     """
 
-    def __init__(self, trained: Trained, dataset: Dataset, batch: Batch, device: torch.device) -> None:
+    def __init__(
+        self,
+        trained: Trained,
+        dataset: Dataset,
+        batch: Batch,
+        device: torch.device,
+        *,
+        samples: Mapping[str, UserSample | None] | None = None,
+        grouping: Grouping | None = None,
+    ) -> None:
+        """
+        Args:
+            trained: the model.
+            dataset: opened.
+            batch: of the histories to encode, per rank.
+            device: of this rank.
+            samples: users to measure on by split; None, also for one split: all.
+            grouping: divides users into groups, for `grouped`; None: there are none.
+        """
         self.trained, self.dataset, self.batch, self.device = trained, dataset, batch, device
+        self.samples, self.grouping = samples or {}, grouping
+        self.grouped: dict[str, GroupedMetrics] = {}
+        """By path: what `measure` measured by groups of users."""
         self.item_keys = unwrapped(trained.model).item_keys
         self.catalogue = Catalogue.gather(unwrapped(trained.model), dataset.manifest.items, device)
 
@@ -66,7 +89,7 @@ class RecallPaths:
         longest = max(ks)
         results: dict[str, Results] = {}
         batches = encode(self.trained.model, self._encoding_stream(split), self.device)
-        users, results[one] = measure_ranks(batches, self.catalogue, ks)
+        users, results[one] = measure_ranks(batches, self.catalogue, ks, self._group(one, ks))
         chosen: dict[str, Any] = {"m": recall.m, "n": longest - recall.m, "because": "given by --recall.m"}
         if not recall.m and self.dataset.manifest.count_targets("validation") == 0:
             quota = TwoStep(0).first_quota(longest)
@@ -86,22 +109,41 @@ class RecallPaths:
                 "because": f"best of m = {', '.join(map(str, tried))} on validation",
             }
             chosen["validation"] = {f"{m}_{longest - int(m)}": figure for m, figure in value.items()}
-        lists = self._measure_lists(split, ks, [chosen["m"]], recall.interests)
-        results[two] = lists.pop(str(chosen["m"]))
+        m = str(chosen["m"])
+        paths = {m: two} | {name: f"{one}_{name}" for name in _several(recall.interests)}
+        lists = self._measure_lists(split, ks, [chosen["m"]], recall.interests, grouped_as=paths)
         for name, figures in lists.items():
-            results[f"{one}_{name}"] = figures
+            results[paths[name]] = figures
         return users, results, chosen
 
+    def _group(self, path: str, ks: tuple[int, ...]) -> GroupedMetrics | None:
+        """Metrics of a path by groups of users, if users are grouped."""
+        if self.grouping is not None:
+            self.grouped[path] = GroupedMetrics(self.grouping, ks)
+        return self.grouped.get(path)
+
     def _encoding_stream(self, split: SplitName, grows: int = 0) -> SequenceStream:
-        trained, keys = self.trained, self.item_keys
-        return encoding_stream(self.dataset, split, trained.config, self.batch, trained.prompts, grows, item_keys=keys)
+        trained, keys, sample = self.trained, self.item_keys, self.samples.get(split)
+        return encoding_stream(
+            self.dataset, split, trained.config, self.batch, trained.prompts, grows, item_keys=keys, sample=sample
+        )
 
     @torch.no_grad()
     def _measure_lists(
-        self, split: SplitName, ks: tuple[int, ...], ms: list[int], count: int, protocols: tuple[str, ...] = PROTOCOLS
+        self,
+        split: SplitName,
+        ks: tuple[int, ...],
+        ms: list[int],
+        count: int,
+        protocols: tuple[str, ...] = PROTOCOLS,
+        grouped_as: Mapping[str, str] | None = None,
     ) -> dict[str, Results]:
-        """Metrics of two-step lists, by m, and of `count` merged interests, by rule (collective)."""
+        """Metrics of two-step lists, by m, and of `count` merged interests, by rule (collective).
+
+        `grouped_as` gives the path of each name that is also measured by groups of users.
+        """
         longest = max(ks)
+        grouped = {name: self._group(path, ks) for name, path in (grouped_as or {}).items()}
         metrics: dict[str, dict[str, RankingMetrics]] = {}
         stream = self._encoding_stream(split, grows=max(1, count - 1))
         maker = stream.maker
@@ -109,6 +151,9 @@ class RecallPaths:
             vectors = predict_interests(self.trained.model, maker, histories, first, self.catalogue, max(2, count))
             assert histories.held_out is not None and histories.seen is not None
             targets = torch.from_numpy(histories.held_out)
+            groups = None
+            if self.grouping is not None and grouped:
+                groups = self.grouping.find(histories.held_out, histories.seen.lengths)
             for how in protocols:
                 lists = recall_items(vectors, self.catalogue, longest, histories.seen if how == "masked" else None)
                 two, several = (Lists(*(part[:, :i] for part in lists)) for i in (2, count))
@@ -119,10 +164,18 @@ class RecallPaths:
                     }
                 for name, result in merged.items():
                     by_protocol = metrics.setdefault(name, {p: RankingMetrics(ks) for p in protocols})
-                    by_protocol[how].update(list_ranks(result.items.cpu(), targets))
+                    ranks = list_ranks(result.items.cpu(), targets)
+                    by_protocol[how].update(ranks)
+                    if groups is not None and (by_group := grouped[name]) is not None:
+                        by_group.update(groups, how, ranks)
         # Summed over all ranks; a rank without users adds zeros.
         names = [str(m) for m in ms]
-        names += [f"interests_{count}_{name}" for name in SEVERAL] if count > 1 else []
+        names += _several(count)
         for name in names:
             metrics.setdefault(name, {how: RankingMetrics(ks) for how in protocols})
         return {name: {how: reduce_metrics(metrics[name][how]).result() for how in protocols} for name in names}
+
+
+def _several(count: int) -> list[str]:
+    """Names of the lists of `count` merged interests."""
+    return [f"interests_{count}_{name}" for name in SEVERAL] if count > 1 else []
