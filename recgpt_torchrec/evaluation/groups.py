@@ -128,12 +128,21 @@ class Popularity:
 class Grouping:
     """Divides users into groups.
 
-    Example: `Grouping(Popularity.read(dataset)).find(histories.held_out, histories.seen.lengths)`
+    Example: `Grouping.read(dataset).find(histories.held_out, histories.seen.lengths)`
     """
 
     def __init__(self, popularity: Popularity) -> None:
         self.popularity = popularity
         self.bounds: dict[str, Bounds] = {BY_POPULARITY: popularity.bounds, BY_LENGTH: LENGTHS}
+
+    @classmethod
+    def read(cls, dataset: Dataset) -> "Grouping":
+        """Read what it needs of a dataset (collective).
+
+        Raises:
+            InputError: see `Popularity.read`.
+        """
+        return cls(Popularity.read(dataset))
 
     def find(self, targets: Int64, lengths: Int64) -> UserGroups:
         """The groups of this rank's users (collective).

@@ -20,6 +20,7 @@ from recgpt_torchrec.data.stream import SequenceStream, encoding_stream
 from recgpt_torchrec.evaluation.groups import PROTOCOLS, GroupedMetrics, Grouping
 from recgpt_torchrec.evaluation.metrics import RankingMetrics, list_ranks
 from recgpt_torchrec.evaluation.ranking import Results, measure_ranks, reduce_metrics
+from recgpt_torchrec.evaluation.sampling import choose_users
 from recgpt_torchrec.model.recgpt import unwrapped
 from recgpt_torchrec.retrieval.encoding import encode
 from recgpt_torchrec.retrieval.interests import predict_interests, recall_items
@@ -51,7 +52,8 @@ class RecallPaths:
         batch: Batch,
         device: torch.device,
         *,
-        samples: Mapping[str, UserSample | None] | None = None,
+        users: int = 0,
+        seed: int = 0,
         grouping: Grouping | None = None,
     ) -> None:
         """
@@ -60,11 +62,13 @@ class RecallPaths:
             dataset: opened.
             batch: of the histories to encode, per rank.
             device: of this rank.
-            samples: users to measure on by split; None, also for one split: all.
+            users: number of users of a split to measure on; 0: all.
+            seed: of the sample of users.
             grouping: divides users into groups, for `grouped`; None: there are none.
         """
         self.trained, self.dataset, self.batch, self.device = trained, dataset, batch, device
-        self.samples, self.grouping = samples or {}, grouping
+        self.users, self.seed, self.grouping = users, seed, grouping
+        self._samples: dict[str, UserSample | None] = {}
         self.grouped: dict[str, GroupedMetrics] = {}
         """By path: what `measure` measured by groups of users."""
         self.item_keys = unwrapped(trained.model).item_keys
@@ -122,8 +126,14 @@ class RecallPaths:
             self.grouped[path] = GroupedMetrics(self.grouping, ks)
         return self.grouped.get(path)
 
+    def sample(self, split: SplitName) -> UserSample | None:
+        """The sample of a split's users to measure on; None: all (collective)."""
+        if split not in self._samples:
+            self._samples[split] = choose_users(self.dataset, split, self.users, self.seed)
+        return self._samples[split]
+
     def _encoding_stream(self, split: SplitName, grows: int = 0) -> SequenceStream:
-        trained, keys, sample = self.trained, self.item_keys, self.samples.get(split)
+        trained, keys, sample = self.trained, self.item_keys, self.sample(split)
         return encoding_stream(
             self.dataset, split, trained.config, self.batch, trained.prompts, grows, item_keys=keys, sample=sample
         )

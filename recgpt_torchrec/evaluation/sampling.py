@@ -67,7 +67,7 @@ def choose_users(
         InputError: a row is damaged, and not set aside.
     """
     count = dataset.manifest.count_targets(split)
-    if not users or users == count:
+    if not users or (count is not None and users >= count):
         return None
     groups = row_groups(dataset)
     order = np.random.default_rng((seed, 4)).permutation(len(groups)).tolist()
