@@ -6,6 +6,8 @@ interacted with (segment 0) count.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from operator import add
 from typing import Protocol
 
 import numpy as np
@@ -31,13 +33,15 @@ WHOLE = 2**40
 SCORE_BYTES = 2**27
 """Bytes of one dense [users, items] matrix of scores in `evaluate_baselines`."""
 LIMIT = 2**34
-"""Maximum number of bytes that a baseline may be estimated to need per rank: 16 GiB, about 70 million interactions."""
+"""Maximum number of bytes that a baseline may be estimated to need per rank: 16 GiB, about 35 million interactions."""
 ITEM_BYTES = 16
 """Bytes per item of a baseline: an int64 count, and a row of float32 scores with its comparisons."""
 ROWS = 4096
 """Rows of a matrix of pairs that are scaled at once."""
-PAIR_BYTES = 12
-"""Bytes per pair of items in a sparse matrix: a float64 weight and an int32 column."""
+PAIR_BYTES = 24
+"""Bytes per pair of items that there may be, at the peak of fitting. A pair that is there takes 12 in a matrix and
+about 55 at the peak, but pairs repeat and histories are short: 10 bytes per possible pair were measured on Beauty, and
+21 with items drawn at random in histories of 15."""
 
 
 class Baseline(Protocol):
@@ -126,7 +130,7 @@ class Cooccurrence:
     def weights(self) -> sp.csr_array:
         """[items, items] float64 sparse: what an item of the history (row) adds to the score of each item (column)."""
         if self._weights is None:
-            forward = sum(self._forward, sp.csr_array((self.items, self.items)))
+            forward = reduce(add, self._forward) if self._forward else sp.csr_array((self.items, self.items))
             self._forward = [forward]
             backward = forward.T.tocsr()
             backward.data *= self.BACKWARD
@@ -162,6 +166,8 @@ class Cooccurrence:
     def _matrix(
         self, weights: npt.NDArray[np.floating], rows: npt.NDArray[np.integer], columns: npt.NDArray[np.integer]
     ) -> sp.csr_array:
+        if self.items < 2**31:  # scipy keeps the type of the places
+            rows, columns = rows.astype(np.int32), columns.astype(np.int32)
         matrix = sp.coo_array((weights, (rows, columns)), shape=(self.items, self.items))
         return matrix.tocsr()  # sums repeated pairs
 
@@ -173,9 +179,7 @@ NAMES: dict[str, Callable[[int], Baseline]] = {"popularity": Popularity, "cooccu
 def estimate_bytes(manifest: Manifest) -> dict[str, tuple[int, str]]:
     """About how many bytes each baseline needs per rank, and what of, by name.
 
-    Each interaction has at most as many later ones of the same user within the window as pairs. Fitting takes up to
-    four times the matrix of the pairs, but pairs repeat, which makes up for it: in Beauty's 198,502 interactions there
-    are 1.2 times as many pairs as interactions.
+    An interaction has a pair with each later one of the same user within the window.
     """
     items, interactions = manifest.items, manifest.interactions
     longest = int(manifest.preparation.get("lengths", {}).get("max", WHOLE))
@@ -198,7 +202,11 @@ def choose_baselines(manifest: Manifest) -> list[str]:
         if needed <= min(LIMIT, *left):
             chosen.append(name)
             continue
-        limit = "the limit is 16 GiB" if needed > LIMIT else f"a rank has {min(left) / 2**30:,.1f} GiB of memory left"
+        limit = (
+            f"the limit is {LIMIT / 2**30:,.1f} GiB"
+            if needed > LIMIT
+            else f"a rank has {min(left) / 2**30:,.1f} GiB of memory left"
+        )
         log_message(f"Baseline {name} is left out: it may need {needed / 2**30:,.1f} GiB ({why}), and {limit}")
     return chosen
 
