@@ -27,6 +27,8 @@ LENGTHS = ((1, 5), (6, 10), (11, 20), (21, 50), (51, None))
 """Smallest and largest number of history items of each group by length; None: no limit."""
 COUNTED = 2**16
 """Counts below this are added up in one array; larger ones, of which there are few, are sorted."""
+BLOCK = 2**20
+"""Items whose counts are looked at together."""
 BY_POPULARITY, BY_LENGTH = "by_popularity", "by_length"
 PROTOCOLS = ("masked", "unmasked")
 
@@ -45,10 +47,19 @@ class UserGroups(NamedTuple):
 
 def count_values(counts: Int64) -> tuple[Int64, Int64]:
     """The histogram of some counts: distinct ones [n] int64, ascending, and the number of each [n] int64."""
-    of_small = np.bincount(counts[counts < COUNTED])
-    small = np.flatnonzero(of_small)
-    large, of_large = np.unique(counts[counts >= COUNTED], return_counts=True)
-    return np.concatenate([small, large]), np.concatenate([of_small[small], of_large])
+    of_small, is_large = np.zeros(COUNTED, dtype=np.int64), []
+    for block in _blocks(counts):
+        small = block < COUNTED
+        of_small += np.bincount(block[small], minlength=COUNTED)
+        is_large.append(block[~small])
+    values = np.flatnonzero(of_small)
+    large, of_large = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *is_large]), return_counts=True)
+    return np.concatenate([values, large]), np.concatenate([of_small[values], of_large])
+
+
+def _blocks(counts: Int64) -> list[Int64]:
+    """Views of blocks of items: what is computed of counts takes as much memory as they, several times."""
+    return [counts[start : start + BLOCK] for start in range(0, counts.size, BLOCK)]
 
 
 def popularity_bounds(values: Int64, items: Int64) -> list[tuple[int, int]]:
@@ -103,8 +114,9 @@ class Popularity:
         np.add.at(number, place, np.concatenate([part[1] for part in parts]))
         bounds = popularity_bounds(values, number)
         # Smallest counts descend from group to group: an item's is the first that does not exceed its count.
-        groups = np.searchsorted([-low for low, _ in bounds], -counts, side="left")
-        return cls(bounds, groups.astype(np.int8), items)
+        lows = [-low for low, _ in bounds]
+        blocks = [np.searchsorted(lows, -block, side="left").astype(np.int8) for block in _blocks(counts)]
+        return cls(bounds, np.concatenate([np.zeros(0, dtype=np.int8), *blocks]), items)
 
     def find(self, items: Int64) -> Int64:
         """[n] int64 groups of this rank's `items` [n] int64: they travel to all ranks, and the holder answers

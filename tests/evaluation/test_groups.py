@@ -59,6 +59,7 @@ def test_popularity_groups_have_equal_shares_of_the_interactions(drawn: list[int
 
 def test_the_histogram_of_counts_is_exact_below_and_above_its_array(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groups, "COUNTED", 5)
+    monkeypatch.setattr(groups, "BLOCK", 4)
     counts = np.array([0, 9, 4, 4, 5, 9, 9, 0, 1_000_000_007])
     values, number = count_values(counts)
     expected = np.unique(counts, return_counts=True)
