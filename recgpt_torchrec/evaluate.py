@@ -23,9 +23,11 @@ def main(config: Evaluate) -> None:
         world_size,
     )
     from recgpt_torchrec.evaluation import baselines
+    from recgpt_torchrec.evaluation.groups import GroupedMetrics, Grouping, group_table
     from recgpt_torchrec.evaluation.held_out import check_has_targets
     from recgpt_torchrec.evaluation.ranking import reduce_metrics
-    from recgpt_torchrec.evaluation.recall_paths import RecallPaths
+    from recgpt_torchrec.evaluation.recall_paths import RecallPaths, path_names
+    from recgpt_torchrec.evaluation.sampling import check_sample
     from recgpt_torchrec.training.loading import load
 
     with process_group(device=config.device) as device:
@@ -36,11 +38,13 @@ def main(config: Evaluate) -> None:
             config.split,
             "Prepare the log with --hold_out last, time or given, and train a run on that",
         )
+        check_sample("--users", config.users, dataset, config.split)
         ks = tuple(config.ks)
         trained = load(checkpoint, dataset, config.tables, bags=config.batch.tokens, device=device)
         manifest = dataset.manifest
         ranked = manifest.count_targets(config.split)
         of_all = "" if ranked is None else f"{ranked:,} of "
+        of_all = f"a sample of {config.users:,} of the " if config.users else of_all
         log_message(
             f"{checkpoint}: ranking {manifest.items:,} items for {of_all}{manifest.users:,} users ({config.split})"
         )
@@ -50,24 +54,51 @@ def main(config: Evaluate) -> None:
                 f"Note: {checkpoint} was trained on {trained_on.data} with --hold_out {trained_on.hold_out}; it may "
                 f"have seen items that {config.data} holds out (--hold_out {manifest.hold_out})"
             )
-        paths = RecallPaths(trained, dataset, config.batch, device)
+        grouping = Grouping.read(dataset)
+        paths = RecallPaths(
+            trained, dataset, config.batch, device, users=config.users, seed=config.seed, grouping=grouping
+        )
         users, results, chosen = paths.measure(config.split, ks, config.recall)
+        grouped = dict(paths.grouped)
         if config.baselines:
-            measured = baselines.evaluate_baselines(dataset, config.split, ks=ks, rank=rank(), world_size=world_size())
+            names = baselines.choose_baselines(manifest)
+            of_baselines = {name: GroupedMetrics(grouping, ks) for name in names}
+            measured = baselines.evaluate_baselines(
+                dataset,
+                config.split,
+                ks=ks,
+                rank=rank(),
+                world_size=world_size(),
+                names=names,
+                sample=paths.sample(config.split),
+                grouped=of_baselines,
+            )
             for name, protocols in measured.items():
                 results[name] = {protocol: reduce_metrics(metrics).result() for protocol, metrics in protocols.items()}
+            grouped |= of_baselines
+        groups = {path: metrics.result() for path, metrics in grouped.items()}
+        is_sample = paths.sample(config.split) is not None
+        sample = {"of_users": ranked, "sample": {"users": config.users, "seed": config.seed}} if is_sample else {}
         evaluation = {
             "dataset": config.data,
             "checkpoint": checkpoint,
             "split": config.split,
             "users": users,
+            **sample,
             "results": results,
+            "groups": groups,
             "recall": chosen,
             **({} if manifest.hold_out == "last" else {"hold_out": manifest.hold_out}),
         }
         run_on_first_rank(lambda: storage.write_json(config.output, evaluation, sealed=False))
         print_result(table(results))
-        print_result(f"{users:,} of {manifest.users:,} users have a {config.split} item")
+        one = path_names(trained)[0]
+        print_result(group_table(one, groups[one]["masked"]))
+        if is_sample:
+            with_item = "" if ranked is None else f" of {ranked:,}"
+            print_result(f"evaluation on {users:,}{with_item} users with a {config.split} item (sample)")
+        else:
+            print_result(f"{users:,} of {manifest.users:,} users have a {config.split} item")
         if "m" in chosen:
             print_result(
                 f"Two steps take m = {chosen['m']} items from the first interest and n = {chosen['n']} from the second "

@@ -107,6 +107,19 @@ def manifest(change: Callable[[dict[str, Any]], object], of: str = "data") -> Ca
     return lambda folder: change_json(folder / of / "manifest.json", change)
 
 
+def only_held_out(users: int) -> Callable[[Path], object]:
+    """Let the manifest record for how many users an item is held out."""
+    split = {
+        "interactions": {"training": 1, "validation": users, "test": users},
+        "validation_users": users,
+        "test_users": users,
+        "unused": 0,
+        "training_targets": 1,
+        "items_without_target": 0,
+    }
+    return manifest(lambda m: m.update(preparation={"split": split}))
+
+
 def part(change: Callable[[Path], object], path: str = f"data/{PART}") -> Callable[[Path], object]:
     return lambda folder: change(folder / path)
 
@@ -301,6 +314,29 @@ CASES = [
         "hold_out is 'first'", PREPARE_AGAIN),
     Bad("pretrain", "nobody has a validation item", manifest(lambda m: m.update(preparation={"lengths": {"max": 2}})),
         "the longest history has 2", "--hold_out none"),
+    Bad("pretrain", "a sample larger than the users with a validation item", only_held_out(30),
+        "--train.validate_users is 31, but 30 users of data have a validation item", "or 0 for all",
+        {"--train.validate_users": 31}),
+    Bad("pretrain", "validations within an epoch, and nothing is held out",
+        manifest(lambda m: m.update(hold_out="none")),
+        "--train.validate_steps is 5, but data holds nothing out", "Leave the option out",
+        {"--train.validate_steps": 5}),
+    Bad("pretrain", "a sample to validate on, and nothing is held out", manifest(lambda m: m.update(hold_out="none")),
+        "--train.validate_users is 5, but data holds nothing out", "Leave the option out",
+        {"--train.validate_users": 5}),
+    Bad("pretrain", "fewer steps than none", no_damage, "--train.steps is -1", "at least 0", {"--train.steps": -1}),
+    Bad("pretrain", "validations every -5 steps", no_damage, "--train.validate_steps is -5", "at least 0",
+        {"--train.validate_steps": -5}),
+    Bad("pretrain", "a sample of -5 users", no_damage, "--train.validate_users is -5", "at least 0",
+        {"--train.validate_users": -5}),
+    Bad("pretrain", "a number of steps for a run of epochs that is there", no_damage, "--train.steps: 0 there, 9 now",
+        "--initial run --output NEW_RUN", {"--output": "run", "--train.steps": 9}),
+    Bad("evaluate", "a sample larger than the users with a test item", only_held_out(30),
+        "--users is 31, but 30 users of data have a test item", "or 0 for all", {"--users": 31}),
+    Bad("evaluate", "a sample of -5 users", no_damage, "--users is -5", "at least 0", {"--users": -5}),
+    Bad("evaluate", "an items part without counts",
+        part(lambda path: pq.write_table(pq.read_table(path).drop_columns("train_count"), path),
+        "data/items/part-00000.parquet"), "part-00000.parquet is damaged", PREPARE_AGAIN),
     Bad("pretrain", "more epochs for a run that is there", no_damage, "--train.epochs: 1 there, 9 now",
         "--initial run --output NEW_RUN", {"--output": "run", "--train.epochs": 9}),
     Bad("pretrain", "options that do not go together", no_damage, "--model.heads 3", "must divide",

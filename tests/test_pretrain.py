@@ -308,7 +308,7 @@ def evaluated(data: Path, checkpoint: Path, output: Path, **more: Any) -> dict[s
 def test_evaluate_writes_what_other_tools_read(run, data, tmp_path):
     output, _ = run
     result = evaluated(data, output, tmp_path / "test.json")
-    assert result.keys() == {"dataset", "checkpoint", "split", "users", "results", "recall"}
+    assert result.keys() == {"dataset", "checkpoint", "split", "users", "results", "groups", "recall"}
     assert (result["dataset"], result["split"]) == (str(data), "test")
     best = json.loads((output / "best.json").read_text())["checkpoint"]
     assert result["checkpoint"].endswith(best)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from recgpt_torchrec.config.checks import at_least, within
+from recgpt_torchrec.config.checks import MAX_SEED, at_least, within
 from recgpt_torchrec.config.device import Computing
 from recgpt_torchrec.config.fields import changeable
 from recgpt_torchrec.config.tables import Sharding
@@ -48,8 +48,14 @@ class Evaluate(Computing):
     by default the second to last and the last)."""
     ks: list[int] = field(default_factory=lambda: [5, 10])
     """List lengths k of HR@k and NDCG@k."""
+    users: int = 0
+    """Number of users to rank for: a sample of those with an item of the split, drawn by the seed, the same on any
+    number of ranks. m of the two-step list is then chosen on so many users of the validation split. 0: all of them."""
+    seed: int = 0
+    """Seed of the sample of users."""
     baselines: bool = True
-    """Also measure the baselines, popularity and item co-occurrence."""
+    """Also measure the baselines, popularity and item co-occurrence. One that may need more than 16 GiB per rank, or
+    more than is left, is left out."""
     recall: Recall = field(default_factory=Recall)
     overwrite: bool = False
     """Replace the output file whatever it holds; false: replace only an evaluation of the same dataset and split."""
@@ -59,6 +65,8 @@ class Evaluate(Computing):
     def __post_init__(self) -> None:
         if not self.ks or min(self.ks) < 1:
             raise ValueError(f"--ks is {self.ks}; it must be list lengths of at least 1, for example 5 10")
+        at_least("--users", self.users, 0)
+        within("--seed", self.seed, 0, MAX_SEED)
         if self.recall.m > max(self.ks):
             raise ValueError(f"--recall.m is {self.recall.m}; it must be at most {max(self.ks)}, the longest of --ks")
 

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from recgpt_torchrec.config import Batch, Loss
-from recgpt_torchrec.data.ragged import Float32, Int64, to_numpy
-from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.data.ragged import Float32, Int64
 
 if TYPE_CHECKING:  # packing, and so the dense part of the model, does not need Arrow
     from recgpt_torchrec.data.dataset import Dataset
@@ -263,19 +262,6 @@ def candidate_source(
 
 def training_counts(dataset: "Dataset") -> Int64:
     """[items] int64: number of interactions per item in the training part, from the dataset's `items/` parts."""
-    import pyarrow as pa
+    from recgpt_torchrec.data.reading.counts import read_counts
 
-    from recgpt_torchrec.data.reading.reader import find_outside
-
-    counts = np.zeros(dataset.manifest.items, dtype=np.int64)
-    for part in dataset.manifest.item_parts:
-        with dataset.read_part(part) as file:
-            for batch in file.iter_batches(columns=["item_id", "train_count"]):
-                ids, values = (batch[name].cast(pa.int64()) for name in ("item_id", "train_count"))
-                if ids.null_count or values.null_count or find_outside(to_numpy(ids), 0, counts.size).size:
-                    raise InputError(
-                        f"{dataset.path}: {part.path}: an item has no count, or an id outside 0 to {counts.size - 1}; "
-                        + dataset.remedy
-                    )
-                counts[to_numpy(ids)] = np.maximum(to_numpy(values), 0)
-    return counts
+    return read_counts(dataset, 0, dataset.manifest.items)

@@ -95,6 +95,11 @@ class Cut(NamedTuple):
     target: Int64 | None
     """[rows] index of the held-out item; None: the split holds nothing out."""
 
+    def keep(self, mask: npt.NDArray[np.bool_]) -> "Cut":
+        """The rows at which `mask` [rows] is true."""
+        target = None if self.target is None else self.target[mask]
+        return Cut(self.row[mask], self.start[mask], self.stop[mask], target)
+
 
 def cut(offsets: npt.ArrayLike, split: SplitName, hold_out: HoldOut = "last", stored: Starts | None = None) -> Cut:
     """Cut users' interactions for a split.

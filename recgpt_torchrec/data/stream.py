@@ -16,6 +16,7 @@ from recgpt_torchrec.data.packed import Capacity, FixedShape, Layout
 from recgpt_torchrec.data.ragged import offsets_of
 from recgpt_torchrec.data.reading.damage import SetAside
 from recgpt_torchrec.data.reading.histories import HistoryReader
+from recgpt_torchrec.data.reading.sample import UserSample
 from recgpt_torchrec.data.split import SplitName
 from recgpt_torchrec.data.targets import PredictFrom
 from recgpt_torchrec.data.windows import Cursor, Position, Queue, RowGroup, Window, deal_windows, row_groups, windows_of
@@ -220,7 +221,8 @@ class SequenceStream:
         set_aside = maker.reader.set_aside
         if set_aside is not None:
             set_aside.restore(maker.dataset)
-        self.groups = row_groups(maker.dataset, advance)
+        sample = maker.reader.sample
+        self.groups = row_groups(maker.dataset, advance) if sample is None else list(sample.groups)
         if set_aside is not None:
             set_aside.check_lost(maker.dataset)
 
@@ -262,10 +264,13 @@ def encoding_stream(
     set_aside: SetAside | None = None,
     *,
     item_keys: int,
+    sample: UserSample | None = None,
 ) -> SequenceStream:
     """The stream of histories to encode: those before the held-out item of a split, or whole ones with `all`.
 
-    `item_keys` is that of the model that encodes them.
+    `item_keys` is that of the model that encodes them; `sample` says which users are read (None: all).
     """
-    reader = HistoryReader(dataset=dataset, split=split, max_len=model.max_len, prompts=prompts, set_aside=set_aside)
+    reader = HistoryReader(
+        dataset=dataset, split=split, max_len=model.max_len, prompts=prompts, set_aside=set_aside, sample=sample
+    )
     return SequenceStream(BatchMaker(reader=reader, batch=batch, grows=grows, item_keys=item_keys), Stream())

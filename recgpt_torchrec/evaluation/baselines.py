@@ -5,7 +5,9 @@ against the whole catalogue. Where a dataset holds generated or shown items (`se
 interacted with (segment 0) count.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from operator import add
 from typing import Protocol
 
 import numpy as np
@@ -14,17 +16,32 @@ import scipy.sparse as sp
 import torch
 
 from recgpt_torchrec.catalogue.ranks import both_ranks
-from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.ragged import Ragged
+from recgpt_torchrec.data.reading.counts import read_counts
 from recgpt_torchrec.data.reading.histories import HistoryReader
+from recgpt_torchrec.data.reading.sample import UserSample
 from recgpt_torchrec.data.split import SplitName
 from recgpt_torchrec.data.windows import row_groups
+from recgpt_torchrec.distributed.memory import available_bytes
+from recgpt_torchrec.distributed.processes import gather_objects, log_message
+from recgpt_torchrec.evaluation.groups import PROTOCOLS, GroupedMetrics
 from recgpt_torchrec.evaluation.metrics import RankingMetrics
 
 WHOLE = 2**40
 """Longer than any history: baselines read all of each."""
 SCORE_BYTES = 2**27
 """Bytes of one dense [users, items] matrix of scores in `evaluate_baselines`."""
+LIMIT = 2**34
+"""Maximum number of bytes that a baseline may be estimated to need per rank: 16 GiB, about 35 million interactions."""
+ITEM_BYTES = 16
+"""Bytes per item of a baseline: an int64 count, and a row of float32 scores with its comparisons."""
+ROWS = 4096
+"""Rows of a matrix of pairs that are scaled at once."""
+PAIR_BYTES = 24
+"""Bytes per pair of items that there may be, at the peak of fitting. A pair that is there takes 12 in a matrix and
+about 55 at the peak, but pairs repeat and histories are short: 10 bytes per possible pair were measured on Beauty, and
+21 with items drawn at random in histories of 15."""
 
 
 class Baseline(Protocol):
@@ -113,14 +130,24 @@ class Cooccurrence:
     def weights(self) -> sp.csr_array:
         """[items, items] float64 sparse: what an item of the history (row) adds to the score of each item (column)."""
         if self._weights is None:
-            forward = sum(self._forward, sp.csr_array((self.items, self.items)))
+            forward = reduce(add, self._forward) if self._forward else sp.csr_array((self.items, self.items))
             self._forward = [forward]
-            both = (forward + self.BACKWARD * forward.T.tocsr()).tocoo()
-            rows, columns = both.coords
+            backward = forward.T.tocsr()
+            backward.data *= self.BACKWARD
+            weights = forward + backward
+            del backward
             counts = np.maximum(self.counts, 1.0)
-            scale = counts[rows] ** -self.SOURCE_POWER * counts[columns] ** -self.ITEM_POWER
-            scale[rows == columns] = 0  # an item does not predict itself
-            self._weights = self._matrix(both.data * scale, rows, columns)
+            of_row, of_column = counts**-self.SOURCE_POWER, counts**-self.ITEM_POWER
+            # In blocks of rows and in place: there are many more pairs than items.
+            for first in range(0, self.items, ROWS):
+                last = min(first + ROWS, self.items)
+                places = slice(weights.indptr[first], weights.indptr[last])
+                rows = np.repeat(np.arange(first, last), np.diff(weights.indptr[first : last + 1]))
+                columns = weights.indices[places]
+                scale = of_row[rows] * of_column[columns]
+                scale[rows == columns] = 0  # an item does not predict itself
+                weights.data[places] *= scale
+            self._weights = weights
         return self._weights
 
     def scores(self, history: Ragged) -> torch.Tensor:
@@ -139,16 +166,64 @@ class Cooccurrence:
     def _matrix(
         self, weights: npt.NDArray[np.floating], rows: npt.NDArray[np.integer], columns: npt.NDArray[np.integer]
     ) -> sp.csr_array:
+        if self.items < 2**31:  # scipy keeps the type of the places
+            rows, columns = rows.astype(np.int32), columns.astype(np.int32)
         matrix = sp.coo_array((weights, (rows, columns)), shape=(self.items, self.items))
         return matrix.tocsr()  # sums repeated pairs
 
 
-def fit_baselines(dataset: Dataset) -> dict[str, Baseline]:
-    """Fit `popularity` and `cooccurrence` on the training items of a dataset, in one pass over its row groups."""
+NAMES: dict[str, Callable[[int], Baseline]] = {"popularity": Popularity, "cooccurrence": Cooccurrence}
+"""What makes a baseline for a number of items, by its name."""
+
+
+def estimate_bytes(manifest: Manifest) -> dict[str, tuple[int, str]]:
+    """About how many bytes each baseline needs per rank, and what of, by name.
+
+    An interaction has a pair with each later one of the same user within the window.
+    """
+    items, interactions = manifest.items, manifest.interactions
+    longest = int(manifest.preparation.get("lengths", {}).get("max", WHOLE))
+    window = max(0, min(Cooccurrence.WINDOW, longest - 1))
+    pairs = min(interactions * window, items**2)
+    return {
+        "popularity": (ITEM_BYTES * items, f"{items:,} items"),
+        "cooccurrence": (
+            ITEM_BYTES * items + PAIR_BYTES * pairs,
+            f"{items:,} items, {interactions:,} interactions with up to {window} pairs each",
+        ),
+    }
+
+
+def choose_baselines(manifest: Manifest) -> list[str]:
+    """Names of the baselines that fit into memory; a line is logged for each that does not (collective)."""
+    left: list[int] = gather_objects(available_bytes(torch.device("cpu")))
+    chosen = []
+    for name, (needed, why) in estimate_bytes(manifest).items():
+        if needed <= min(LIMIT, *left):
+            chosen.append(name)
+            continue
+        limit = (
+            f"the limit is {LIMIT / 2**30:,.1f} GiB"
+            if needed > LIMIT
+            else f"a rank has {min(left) / 2**30:,.1f} GiB of memory left"
+        )
+        log_message(f"Baseline {name} is left out: it may need {needed / 2**30:,.1f} GiB ({why}), and {limit}")
+    return chosen
+
+
+def fit_baselines(dataset: Dataset, names: Sequence[str] = tuple(NAMES)) -> dict[str, Baseline]:
+    """Fit baselines on the training items of a dataset, in one pass over its row groups.
+
+    Popularity alone is read from the counts in `items/`, which are the same.
+    """
     count = dataset.manifest.items
-    baselines: dict[str, Baseline] = {"popularity": Popularity(count), "cooccurrence": Cooccurrence(count)}
+    if list(names) == ["popularity"]:
+        popularity = Popularity(count)
+        popularity.counts = read_counts(dataset, 0, count)
+        return {"popularity": popularity}
+    baselines = {name: NAMES[name](count) for name in names}
     reader = HistoryReader(dataset=dataset, split="training", max_len=WHOLE)
-    for group in row_groups(dataset):
+    for group in row_groups(dataset) if baselines else ():
         histories = reader.read([group])
         for baseline in baselines.values():
             baseline.add(Ragged(histories.items, histories.offsets))
@@ -162,8 +237,11 @@ def evaluate_baselines(
     ks: Sequence[int] = (5, 10),
     rank: int = 0,
     world_size: int = 1,
+    names: Sequence[str] = tuple(NAMES),
+    sample: UserSample | None = None,
+    grouped: Mapping[str, GroupedMetrics] | None = None,
 ) -> dict[str, dict[str, RankingMetrics]]:
-    """Rank the held-out items of a split by each baseline, masked and unmasked.
+    """Rank the held-out items of a split by each baseline, masked and unmasked (collective with `grouped`).
 
     Args:
         dataset: its training part is fitted, its `split` evaluated.
@@ -171,22 +249,29 @@ def evaluate_baselines(
         ks: list lengths.
         rank: this process reads every `world_size`-th row group; sum the metrics' states over processes afterwards.
         world_size: number of processes.
+        names: of the baselines.
+        sample: users to rank for; None: all.
+        grouped: where the ranks are also added by groups of users, by name of the baseline.
 
     Returns:
         {"popularity": {"masked": metrics, "unmasked": metrics}, "cooccurrence": ...}.
     """
-    baselines = fit_baselines(dataset)
-    results = {name: {how: RankingMetrics(ks) for how in ("masked", "unmasked")} for name in baselines}
+    baselines = fit_baselines(dataset, names)
+    results = {name: {how: RankingMetrics(ks) for how in PROTOCOLS} for name in baselines}
+    find_groups = next(iter(grouped.values())).grouping.gather() if grouped else None
     users_at_once = max(1, SCORE_BYTES // (4 * dataset.manifest.items))
-    reader = HistoryReader(dataset=dataset, split=split, max_len=WHOLE)
-    for group in row_groups(dataset)[rank::world_size]:
+    reader = HistoryReader(dataset=dataset, split=split, max_len=WHOLE, sample=sample)
+    groups = row_groups(dataset) if sample is None else sample.groups
+    for group in groups[rank::world_size] if baselines else ():
         whole = reader.read([group])
         assert whole.held_out is not None and whole.seen is not None, split
         for first in range(0, len(whole.held_out), users_at_once):
             last = min(first + users_at_once, len(whole.held_out))
-            history, targets = whole.seen.part(first, last), torch.from_numpy(whole.held_out[first:last])
+            history, held_out = whole.seen.part(first, last), whole.held_out[first:last]
             for name, baseline in baselines.items():
-                masked, unmasked = both_ranks(baseline.scores(history), targets, history)
-                results[name]["masked"].update(masked)
-                results[name]["unmasked"].update(unmasked)
+                both = both_ranks(baseline.scores(history), torch.from_numpy(held_out), history)
+                for how, ranks in zip(PROTOCOLS, both, strict=True):
+                    results[name][how].update(ranks)
+                    if grouped and find_groups is not None:
+                        grouped[name].update(find_groups(held_out, history.lengths), how, ranks)
     return results

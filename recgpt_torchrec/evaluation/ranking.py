@@ -10,6 +10,7 @@ from torch import Tensor
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.ragged import Ragged, join
+from recgpt_torchrec.evaluation.groups import PROTOCOLS, GroupedMetrics
 from recgpt_torchrec.evaluation.metrics import RankingMetrics
 from recgpt_torchrec.retrieval.encoding import collect_batches
 
@@ -18,7 +19,10 @@ Results = dict[str, dict[str, float]]
 
 
 def measure_ranks(
-    batches: Iterator[tuple[Histories, Tensor]], catalogue: Catalogue, ks: tuple[int, ...]
+    batches: Iterator[tuple[Histories, Tensor]],
+    catalogue: Catalogue,
+    ks: tuple[int, ...],
+    grouped: GroupedMetrics | None = None,
 ) -> tuple[int, Results]:
     """HR and NDCG at `ks`, masked and unmasked, over the users of all ranks (collective).
 
@@ -26,6 +30,7 @@ def measure_ranks(
         batches: histories with held-out items, and their interest vectors [sequences, dim] float32.
         catalogue: items to rank among.
         ks: list lengths.
+        grouped: where the ranks are also added by groups of users.
 
     Returns:
         users: number of users ranked, on all ranks.
@@ -37,6 +42,10 @@ def measure_ranks(
         both = catalogue.ranks(torch.cat([vectors for _, vectors in collected]), held_out, seen)
         for metrics, ranks in zip((masked, unmasked), both, strict=True):
             metrics.update(ranks.cpu())
+        if grouped is not None:
+            groups = grouped.grouping.find(held_out.numpy(), seen.lengths)
+            for how, ranks in zip(PROTOCOLS, both, strict=True):
+                grouped.update(groups, how, ranks.cpu())
     results: Results = {"masked": reduce_metrics(masked).result(), "unmasked": reduce_metrics(unmasked).result()}
     return masked.users, results
 

@@ -6,6 +6,7 @@ recgpt_1, recgpt               prompt-tuned: one step (the paper's Variant_2), a
 ..._interests_L                L interests, merged by quota or by score, at the same final length
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,10 +14,13 @@ import torch
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import Batch, Recall
 from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.reading.sample import UserSample
 from recgpt_torchrec.data.split import SplitName
 from recgpt_torchrec.data.stream import SequenceStream, encoding_stream
+from recgpt_torchrec.evaluation.groups import PROTOCOLS, GroupedMetrics, Grouping
 from recgpt_torchrec.evaluation.metrics import RankingMetrics, list_ranks
 from recgpt_torchrec.evaluation.ranking import Results, measure_ranks, reduce_metrics, targets_of
+from recgpt_torchrec.evaluation.sampling import choose_users
 from recgpt_torchrec.model.recgpt import unwrapped
 from recgpt_torchrec.retrieval.encoding import collect_batches, encode
 from recgpt_torchrec.retrieval.interests import predict_interests, recall_items
@@ -25,7 +29,6 @@ from recgpt_torchrec.training.loading import Trained
 
 GRID = 10
 """m is tried at each 1 / GRID of the longest list: 1 to 9 for a list of ten."""
-PROTOCOLS = ("masked", "unmasked")
 
 
 def path_names(trained: Trained) -> tuple[str, str]:
@@ -42,8 +45,32 @@ class RecallPaths:
     Recall())`
     """
 
-    def __init__(self, trained: Trained, dataset: Dataset, batch: Batch, device: torch.device) -> None:
+    def __init__(
+        self,
+        trained: Trained,
+        dataset: Dataset,
+        batch: Batch,
+        device: torch.device,
+        *,
+        users: int = 0,
+        seed: int = 0,
+        grouping: Grouping | None = None,
+    ) -> None:
+        """
+        Args:
+            trained: the model.
+            dataset: opened.
+            batch: of the histories to encode, per rank.
+            device: of this rank.
+            users: number of users of a split to measure on; 0: all.
+            seed: of the sample of users.
+            grouping: divides users into groups, for `grouped`; None: there are none.
+        """
         self.trained, self.dataset, self.batch, self.device = trained, dataset, batch, device
+        self.users, self.seed, self.grouping = users, seed, grouping
+        self._samples: dict[str, UserSample | None] = {}
+        self.grouped: dict[str, GroupedMetrics] = {}
+        """By path: what `measure` measured by groups of users."""
         self.item_keys = unwrapped(trained.model).item_keys
         self.catalogue = Catalogue.of_model(unwrapped(trained.model), dataset.manifest.items, device)
 
@@ -66,7 +93,7 @@ class RecallPaths:
         longest = max(ks)
         results: dict[str, Results] = {}
         batches = encode(self.trained.model, self._encoding_stream(split), self.device)
-        users, results[one] = measure_ranks(batches, self.catalogue, ks)
+        users, results[one] = measure_ranks(batches, self.catalogue, ks, self._group(one, ks))
         chosen: dict[str, Any] = {"m": recall.m, "n": longest - recall.m, "because": "given by --recall.m"}
         if not recall.m and self.dataset.manifest.count_targets("validation") == 0:
             quota = TwoStep(0).first_quota(longest)
@@ -86,22 +113,47 @@ class RecallPaths:
                 "because": f"best of m = {', '.join(map(str, tried))} on validation",
             }
             chosen["validation"] = {f"{m}_{longest - int(m)}": figure for m, figure in value.items()}
-        lists = self._measure_lists(split, ks, [chosen["m"]], recall.interests)
-        results[two] = lists.pop(str(chosen["m"]))
+        m = str(chosen["m"])
+        paths = {m: two} | {name: f"{one}_{name}" for name in _several(recall.interests)}
+        lists = self._measure_lists(split, ks, [chosen["m"]], recall.interests, grouped_as=paths)
         for name, figures in lists.items():
-            results[f"{one}_{name}"] = figures
+            results[paths[name]] = figures
         return users, results, chosen
 
+    def _group(self, path: str, ks: tuple[int, ...]) -> GroupedMetrics | None:
+        """Metrics of a path by groups of users, if users are grouped."""
+        if self.grouping is not None:
+            self.grouped[path] = GroupedMetrics(self.grouping, ks)
+        return self.grouped.get(path)
+
+    def sample(self, split: SplitName) -> UserSample | None:
+        """The sample of a split's users to measure on; None: all (collective)."""
+        if split not in self._samples:
+            self._samples[split] = choose_users(self.dataset, split, self.users, self.seed)
+        return self._samples[split]
+
     def _encoding_stream(self, split: SplitName, grows: int = 0) -> SequenceStream:
-        trained, keys = self.trained, self.item_keys
-        return encoding_stream(self.dataset, split, trained.config, self.batch, trained.prompts, grows, item_keys=keys)
+        trained, keys, sample = self.trained, self.item_keys, self.sample(split)
+        return encoding_stream(
+            self.dataset, split, trained.config, self.batch, trained.prompts, grows, item_keys=keys, sample=sample
+        )
 
     @torch.no_grad()
     def _measure_lists(
-        self, split: SplitName, ks: tuple[int, ...], ms: list[int], count: int, protocols: tuple[str, ...] = PROTOCOLS
+        self,
+        split: SplitName,
+        ks: tuple[int, ...],
+        ms: list[int],
+        count: int,
+        protocols: tuple[str, ...] = PROTOCOLS,
+        grouped_as: Mapping[str, str] | None = None,
     ) -> dict[str, Results]:
-        """Metrics of two-step lists, by m, and of `count` merged interests, by rule (collective)."""
+        """Metrics of two-step lists, by m, and of `count` merged interests, by rule (collective).
+
+        `grouped_as` gives the path of each name that is also measured by groups of users.
+        """
         longest = max(ks)
+        grouped = {name: self._group(path, ks) for name, path in (grouped_as or {}).items()}
         metrics: dict[str, dict[str, RankingMetrics]] = {}
         stream = self._encoding_stream(split, grows=max(1, count - 1))
         maker = stream.maker
@@ -109,6 +161,9 @@ class RecallPaths:
         for collected in collect_batches(batches, self.catalogue.rows_per_pass):
             vectors = predict_interests(self.trained.model, maker, collected, self.catalogue, max(2, count))
             targets, seen = targets_of([histories for histories, _ in collected])
+            groups = None
+            if self.grouping is not None and grouped:
+                groups = self.grouping.find(targets.numpy(), seen.lengths)
             for how in protocols:
                 lists = recall_items(vectors, self.catalogue, longest, seen if how == "masked" else None)
                 two, several = (Lists(*(part[:, :i] for part in lists)) for i in (2, count))
@@ -119,10 +174,18 @@ class RecallPaths:
                     }
                 for name, result in merged.items():
                     by_protocol = metrics.setdefault(name, {p: RankingMetrics(ks) for p in protocols})
-                    by_protocol[how].update(list_ranks(result.items.cpu(), targets))
+                    ranks = list_ranks(result.items.cpu(), targets)
+                    by_protocol[how].update(ranks)
+                    if groups is not None and (by_group := grouped[name]) is not None:
+                        by_group.update(groups, how, ranks)
         # Summed over all ranks; a rank without users adds zeros.
         names = [str(m) for m in ms]
-        names += [f"interests_{count}_{name}" for name in SEVERAL] if count > 1 else []
+        names += _several(count)
         for name in names:
             metrics.setdefault(name, {how: RankingMetrics(ks) for how in protocols})
         return {name: {how: reduce_metrics(metrics[name][how]).result() for how in protocols} for name in names}
+
+
+def _several(count: int) -> list[str]:
+    """Names of the lists of `count` merged interests."""
+    return [f"interests_{count}_{name}" for name in SEVERAL] if count > 1 else []

@@ -1,4 +1,4 @@
-"""Validation between epochs: ranks held-out items among the whole catalogue."""
+"""Validation during training: ranks held-out items among the whole catalogue."""
 
 from collections.abc import Callable
 
@@ -6,10 +6,12 @@ import torch
 from torch import nn
 
 from recgpt_torchrec.catalogue.catalogue import Catalogue
-from recgpt_torchrec.config import Batch, Model
+from recgpt_torchrec.config import Batch, Model, Train
 from recgpt_torchrec.data.stream import SequenceStream, encoding_stream
+from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.evaluation.held_out import check_has_targets
 from recgpt_torchrec.evaluation.ranking import measure_ranks
+from recgpt_torchrec.evaluation.sampling import check_sample, choose_users
 from recgpt_torchrec.model.recgpt import unwrapped
 from recgpt_torchrec.retrieval.encoding import encode
 
@@ -18,33 +20,54 @@ METRIC = "NDCG@10"
 
 
 def validation_of(
-    training: SequenceStream, model: Model, batch: Batch, device: torch.device
+    training: SequenceStream, model: Model, batch: Batch, device: torch.device, train: Train
 ) -> Callable[[nn.Module], "Validation"] | None:
     """A function from a model to its `Validation`, on the histories of a training stream.
 
-    None: the dataset has no validation part, so a fixed number of epochs is trained.
+    The function is collective, and is called once the run's folder is there: a sample of users is read then, and
+    damaged rows are listed in that folder.
+
+    None: the dataset has no validation part, so the whole run is trained.
 
     Raises:
-        InputError: it should have one, but no user has a validation item.
+        InputError: it should have one, but no user has a validation item; or `train` asks for more than it has.
     """
     reader = training.maker.reader
-    if not reader.dataset.manifest.has_validation:
+    dataset = reader.dataset
+    if not dataset.manifest.has_validation:
+        for name in ("validate_steps", "validate_users"):
+            if value := getattr(train, name):
+                raise InputError(
+                    f"--train.{name} is {value:,}, but {dataset.path} holds nothing out for validation (--hold_out "
+                    f"{dataset.manifest.hold_out}). Leave the option out, or prepare the log with --hold_out last or "
+                    "time"
+                )
         return None
     check_has_targets(
-        reader.dataset,
+        dataset,
         "validation",
         "To train on everything for a fixed number of epochs, prepare the log with --hold_out none",
     )
-    stream = encoding_stream(
-        reader.dataset,
-        "validation",
-        model,
-        batch,
-        prompts=reader.prompts,
-        set_aside=reader.set_aside,
-        item_keys=training.maker.capacity.item_keys,
-    )
-    return lambda model: Validation(model, stream, device)
+    check_sample("--train.validate_users", train.validate_users, dataset, "validation")
+    item_keys = training.maker.capacity.item_keys
+
+    def of_model(built: nn.Module) -> Validation:
+        sample = choose_users(
+            dataset, "validation", train.validate_users, seed=training.maker.seed, set_aside=reader.set_aside
+        )
+        stream = encoding_stream(
+            dataset,
+            "validation",
+            model,
+            batch,
+            prompts=reader.prompts,
+            set_aside=reader.set_aside,
+            item_keys=item_keys,
+            sample=sample,
+        )
+        return Validation(built, stream, device)
+
+    return of_model
 
 
 class Validation:
@@ -57,7 +80,7 @@ class Validation:
         self.model, self.stream, self.device = model, stream, device
 
     def __call__(self) -> dict[str, float]:
-        """Masked HR and NDCG at 5 and 10 over all users with a validation item."""
+        """Masked HR and NDCG at 5 and 10 over all users with a validation item, or over the sample of them."""
         self.model.eval()
         items = self.stream.dataset.manifest.items
         catalogue = Catalogue.of_model(unwrapped(self.model), items, self.device)

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from recgpt_torchrec.config import Prepare
-from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.ragged import Ragged
 from recgpt_torchrec.data.split import cut
 from recgpt_torchrec.evaluation import baselines
 from recgpt_torchrec.evaluation.baselines import Cooccurrence, Popularity
 from recgpt_torchrec.evaluation.metrics import RankingMetrics, list_ranks
+from recgpt_torchrec.evaluation.sampling import choose_users
 from recgpt_torchrec.preparation.pipeline import prepare
 from tests.support import training_part, walks, write_dataset
 
@@ -117,6 +118,53 @@ def test_no_metric_changes_under_a_permutation_of_item_ids(tmp_path):
         for name, protocols in first.items():
             for how, metrics in protocols.items():
                 assert second[name][how].result() == pytest.approx(metrics.result(), abs=1e-12), (split_name, name, how)
+
+
+def test_a_baseline_beyond_its_bytes_is_left_out_with_a_line(monkeypatch, capfd):
+    monkeypatch.setattr(baselines, "available_bytes", lambda device: 2**40)
+    small = Manifest(users=10**6, items=10**6, interactions=30 * 10**6)
+    assert baselines.choose_baselines(small) == ["popularity", "cooccurrence"]
+    large = Manifest(users=10**9, items=10**8, interactions=10**10)
+    assert baselines.choose_baselines(large) == ["popularity"]
+    (line,) = capfd.readouterr().out.splitlines()
+    assert "Baseline cooccurrence is left out: it may need 4,471.8 GiB" in line and "limit is 16.0 GiB" in line
+    assert "100,000,000 items, 10,000,000,000 interactions with up to 20 pairs each" in line
+    assert baselines.choose_baselines(Manifest(users=1, items=2 * 10**9, interactions=1)) == []
+
+
+def test_estimates_follow_the_items_and_the_longest_history():
+    few = Manifest(users=9, items=10, interactions=10**6, preparation={"lengths": {"max": 4}})
+    assert baselines.estimate_bytes(few)["cooccurrence"][0] == 10 * 16 + 100 * 24  # no more pairs than items squared
+    short = Manifest(users=9, items=10**6, interactions=1000, preparation={"lengths": {"max": 4}})
+    assert baselines.estimate_bytes(short)["cooccurrence"][0] == 10**6 * 16 + 3 * 1000 * 24
+
+
+def test_a_baseline_that_memory_does_not_suffice_for_is_left_out(monkeypatch, capfd):
+    monkeypatch.setattr(baselines, "available_bytes", lambda device: 2**20)
+    assert baselines.choose_baselines(Manifest(users=9, items=100, interactions=10**5)) == [
+        "popularity",
+        "cooccurrence",
+    ]
+    assert baselines.choose_baselines(Manifest(users=9, items=10**4, interactions=10**5)) == ["popularity"]
+    assert "a rank has 0.0 GiB of memory left" in capfd.readouterr().out
+
+
+def test_popularity_alone_is_the_same(tmp_path):
+    dataset = write_dataset(tmp_path / "data", walks(users=60, items=20), items=23, rows_per_group=7)
+    both = baselines.evaluate_baselines(dataset, "test")["popularity"]
+    alone = baselines.evaluate_baselines(dataset, "test", names=["popularity"])
+    assert list(alone) == ["popularity"] and alone["popularity"]["masked"].result() == both["masked"].result()
+    assert baselines.evaluate_baselines(dataset, "test", names=[]) == {}
+
+
+def test_a_sample_of_users_is_ranked(tmp_path):
+    dataset = write_dataset(tmp_path / "data", walks(users=60, items=20), items=20, rows_per_group=7)
+    sample = choose_users(dataset, "test", 25, seed=1)
+    results = [
+        baselines.evaluate_baselines(dataset, "test", sample=sample, rank=rank, world_size=2)["cooccurrence"]["masked"]
+        for rank in range(2)
+    ]
+    assert sum(metrics.users for metrics in results) == 25 and all(metrics.users for metrics in results)
 
 
 def next_ids_ndcg(histories: list[list[int]]) -> float:

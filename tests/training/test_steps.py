@@ -31,12 +31,12 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def assert_same(one: Path, other: Path, **tolerance: float) -> None:
+def assert_same(one: Path, other: Path, *, rtol: float = 0, atol: float = 0) -> None:
     """The same tensors in two checkpoints: to the last bit without a tolerance."""
     ours, theirs = tensors(one), tensors(other)
     assert ours.keys() == theirs.keys() and len(ours) > 10
     for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, **(tolerance or {"rtol": 0, "atol": 0}), msg=name)
+        torch.testing.assert_close(ours[name], value, rtol=rtol, atol=atol, msg=name)
 
 
 def checkpoints(run: Path) -> list[Path]:

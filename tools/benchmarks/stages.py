@@ -23,7 +23,8 @@ def evaluate(settings: Settings) -> Kind:
     """
     training = settings.training(steps=settings.pick(40, 2))
     stream = training.whole_stream
-    make_validation = validation_of(stream, training.config.model, stream.maker.batch, training.trainer.device)
+    config, device = training.config, training.trainer.device
+    make_validation = validation_of(stream, config.model, stream.maker.batch, device, config.train)
     if make_validation is None:
         raise SystemExit("evaluate: nothing is held out in the dataset; leave this kind out with --only")
     validation = make_validation(training.model)

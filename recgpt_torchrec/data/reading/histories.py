@@ -14,6 +14,7 @@ from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.ragged import Int64, Ragged
 from recgpt_torchrec.data.reading.damage import SetAside
 from recgpt_torchrec.data.reading.reader import Reader, stored_starts
+from recgpt_torchrec.data.reading.sample import UserSample
 from recgpt_torchrec.data.segments import INTERACTED, Interacted
 from recgpt_torchrec.data.split import SplitName, cut
 from recgpt_torchrec.data.windows import RowGroup
@@ -43,6 +44,8 @@ class HistoryReader:
     """Where damaged rows are listed; None: the first one is an error."""
     time_order: bool = False
     """Whether a history with timestamps out of order is damaged."""
+    sample: UserSample | None = None
+    """Users to read; None: all."""
 
     @property
     def training(self) -> bool:
@@ -72,7 +75,10 @@ class HistoryReader:
         interacted = Interacted.among(items.offsets, segments)
 
         hold_out = self.dataset.manifest.hold_out
-        row, begin, end, target = cut(interacted.offsets, self.split, hold_out, stored_starts(table))
+        parts = cut(interacted.offsets, self.split, hold_out, stored_starts(table))
+        if self.sample is not None:
+            parts = parts.keep(self.sample.contains(users[parts.row]))
+        row, begin, end, target = parts
         users, first = users[row], items.offsets[:-1][row]
         last = np.where(end > begin, interacted.entries(np.maximum(end, 1)) if interacted.places.size else first, first)
         if self.training and self.long_histories == "windows":

@@ -1,0 +1,40 @@
+"""Reads how often items were interacted with in training, from the dataset's `items/` parts."""
+
+import numpy as np
+import pyarrow as pa
+
+from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.ragged import Int64, to_numpy
+from recgpt_torchrec.data.reading.reader import find_outside
+from recgpt_torchrec.errors import InputError
+
+
+def read_counts(dataset: Dataset, first: int, stop: int) -> Int64:
+    """[stop - first] int64: number of interactions in the training part, of the items `first` to `stop` - 1.
+
+    Row groups without any of these items are not read, where their statistics tell.
+
+    Raises:
+        InputError: a part cannot be read, or an item has no count or an id that is none.
+    """
+    items = dataset.manifest.items
+    counts = np.zeros(stop - first, dtype=np.int64)
+    for part in dataset.manifest.item_parts:
+        with dataset.read_part(part) as file:
+            names = [file.metadata.schema.column(column).path for column in range(file.metadata.num_columns)]
+            wanted = []
+            for group in range(file.num_row_groups):
+                statistics = file.metadata.row_group(group).column(names.index("item_id")).statistics
+                bounds = statistics is not None and statistics.has_min_max
+                if not bounds or (statistics.min < stop and statistics.max >= first):
+                    wanted.append(group)
+            for batch in file.iter_batches(columns=["item_id", "train_count"], row_groups=wanted):
+                ids, values = (batch[name].cast(pa.int64()) for name in ("item_id", "train_count"))
+                if ids.null_count or values.null_count or find_outside(to_numpy(ids), 0, items).size:
+                    raise InputError(
+                        f"{dataset.path}: {part.path}: an item has no count, or an id outside 0 to {items - 1}; "
+                        + dataset.remedy
+                    )
+                own = (to_numpy(ids) >= first) & (to_numpy(ids) < stop)
+                counts[to_numpy(ids)[own] - first] = np.maximum(to_numpy(values)[own], 0)
+    return counts

@@ -1,0 +1,50 @@
+"""A sample of users: the same users in every process, without a list of them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from recgpt_torchrec.data.ragged import Int64
+from recgpt_torchrec.data.windows import RowGroup
+
+Hashes = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class UserSample:
+    """Users of some row groups: those whose hash of (seed, user id) is at most `largest`.
+
+    Only these row groups are read; `evaluation.sampling` chooses them.
+
+    Example: `HistoryReader(dataset=dataset, split="test", max_len=50, sample=sample).read(sample.groups)`
+    """
+
+    groups: tuple[RowGroup, ...]
+    """Row groups that hold the sample, in the dataset's order."""
+    seed: int
+    largest: int
+    """Largest hash in the sample."""
+    users: int
+    """Number of users in the sample."""
+
+    def contains(self, users: Int64) -> npt.NDArray[np.bool_]:
+        """[users] bool: whether `users` [users] int64 ids of these row groups are in the sample."""
+        return hash_users(users, self.seed) <= np.uint64(self.largest)
+
+
+def hash_users(users: Int64, seed: int) -> Hashes:
+    """[users] uint64 hashes of user ids: a permutation of all 64-bit numbers for each seed, so that none is repeated.
+
+    The mixing is that of splitmix64.
+    """
+    with np.errstate(over="ignore"):
+        mixed = _mix(np.array([seed], dtype=np.uint64)) + users.astype(np.uint64)
+        return _mix(mixed)
+
+
+def _mix(values: Hashes) -> Hashes:
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
