@@ -38,21 +38,23 @@ class Placement:
     """Weights and moments on all ranks."""
 
 
-def placements(plan: ShardingPlan, model: nn.Module, optimizer: str | None = None) -> list[Placement]:
+def placements(plan: ShardingPlan, model: nn.Module, optimizer: str | None = None, groups: int = 1) -> list[Placement]:
     """The placement of every table of a model, in the model's order.
 
     Args:
         plan: of the model.
         model: sharded or not; it may be on the meta device.
         optimizer: of the tables, as in `--tables.optimizer`; None: they are not trained, and have no moments.
+        groups: number of groups of ranks that each hold all tables; the plan is that of one.
     """
     by_table = {name: table for module in plan.plan.values() for name, table in module.items()}
     return [
-        _place(table_name(key), value, by_table[table_name(key)], optimizer) for key, value in tables_of(model).items()
+        _place(table_name(key), value, by_table[table_name(key)], optimizer, groups)
+        for key, value in tables_of(model).items()
     ]
 
 
-def _place(name: str, value: object, sharding: ParameterSharding, optimizer: str | None) -> Placement:
+def _place(name: str, value: object, sharding: ParameterSharding, optimizer: str | None, groups: int) -> Placement:
     rows, dim = value.size()  # type: ignore[attr-defined]
     dtype = value.dtype  # type: ignore[attr-defined]
     spec = sharding.sharding_spec
@@ -72,10 +74,10 @@ def _place(name: str, value: object, sharding: ParameterSharding, optimizer: str
         dtype=str(dtype).removeprefix("torch."),
         sharding=sharding.sharding_type,
         kernel=sharding.compute_kernel,
-        ranks=sum(size > 0 for size in by_rank.values()),
+        ranks=groups * sum(size > 0 for size in by_rank.values()),
         blocks=blocks,
         bytes_per_rank=max(by_rank.values()),
-        total_bytes=by_rank.total(),
+        total_bytes=groups * by_rank.total(),
     )
 
 
