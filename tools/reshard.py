@@ -226,8 +226,13 @@ def output_folder(folder: str, source: Layout) -> str:
 
 
 def load_tensors(folder: str, source: Layout) -> dict[str, torch.Tensor]:
-    """Load every tensor of a checkpoint by name, without the code under test."""
-    path = Checkpoints(output_folder(folder, source), keep=1).latest()
+    """Load every tensor of a layout's checkpoint by name, without the code under test."""
+    return load_latest(output_folder(folder, source))
+
+
+def load_latest(output: str) -> dict[str, torch.Tensor]:
+    """Load every tensor of a run's newest checkpoint by name, without the code under test."""
+    path = Checkpoints(output, keep=1).latest()
     assert path is not None
     metadata = FileSystemReader(path).read_metadata().state_dict_metadata
     state = {name: torch.empty(e.size) for name, e in metadata.items() if isinstance(e, TensorStorageMetadata)}
