@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from torch import nn
 from torchrec.distributed.types import EnumerableShardingSpec, ParameterSharding, ShardingPlan
 
-from recgpt_torchrec.distributed.sharding import table_name, tables_of
+from recgpt_torchrec.distributed.sharding import KERNELS, table_name, tables_of
+from recgpt_torchrec.distributed.sharding_types import OPTION_NAMES
 
+OPTION_KERNELS = {value: name for name, value in KERNELS.items()}
 MOMENT_BYTES = 4
 """Moments are float32 whatever the table is."""
 
@@ -25,9 +27,9 @@ class Placement:
     dtype: str
     """Of the weights: `float32`, `float16`."""
     sharding: str
-    """As in torchrec: data_parallel, table_wise, column_wise, row_wise, table_row_wise, grid_shard, ..."""
+    """As in `--tables.sharding`: data_parallel, table_wise, column_wise, row_wise, table_row_wise, grid."""
     kernel: str
-    """As in torchrec: dense, fused, fused_uvm, fused_uvm_caching."""
+    """As in `--tables.kernel`: fused, uvm, uvm_caching; dense where the backward does not update the table."""
     ranks: int
     """Number of ranks that hold a part of it, or a copy."""
     blocks: int
@@ -72,8 +74,8 @@ def _place(name: str, value: object, sharding: ParameterSharding, optimizer: str
         rows=rows,
         dim=dim,
         dtype=str(dtype).removeprefix("torch."),
-        sharding=sharding.sharding_type,
-        kernel=sharding.compute_kernel,
+        sharding=OPTION_NAMES.get(sharding.sharding_type, sharding.sharding_type),
+        kernel=OPTION_KERNELS.get(sharding.compute_kernel, sharding.compute_kernel),
         ranks=groups * sum(size > 0 for size in by_rank.values()),
         blocks=blocks,
         bytes_per_rank=max(by_rank.values()),
