@@ -10,7 +10,7 @@ messages, agreed on before they are sent, and the few numbers by which ranks sta
 from dataclasses import dataclass
 
 from recgpt_torchrec.distributed.placements import Placement
-from recgpt_torchrec.distributed.sharding_types import COPY, GRID, NODE_ROWS, ROWS, Ranks
+from recgpt_torchrec.distributed.sharding_types import COPY, GRID, NODE_ROWS, OPTION_NAMES, ROWS, Ranks
 
 ID_BYTES, LENGTH_BYTES = 8, 4
 """Of an id, and of the number of ids in a bag."""
@@ -89,7 +89,7 @@ def bytes_sent(
         sent = _spread(world * lengths + values, ranks)
         sums = _ring((world - 1) * vectors, ranks)
         return TableTraffic(sent, sums, sums)
-    if placed.sharding in (NODE_ROWS, GRID):
+    if placed.sharding in (NODE_ROWS, OPTION_NAMES[GRID]):
         # To the ranks of one node per block of columns; one in `nodes` senders is on it itself.
         message = placed.blocks * (local * lengths + values)
         sent = Traffic(message * (local - 1) / local / nodes, message * (nodes - 1) / nodes)

@@ -33,7 +33,7 @@ def test_row_wise_grows_with_the_ranks_and_a_grid_stays_within_the_node():
     whole = 1000 * 64 * 4
     assert vectors("row_wise", 8) == (7 * whole, 0)
     assert vectors("row_wise", 64) == (63 * whole * 7 / 8, 63 * whole / 8)
-    assert vectors("grid_shard", 64, 4) == vectors("table_row_wise", 64) == (7 * whole, 7 / 8 * whole)
+    assert vectors("grid", 64, 4) == vectors("table_row_wise", 64) == (7 * whole, 7 / 8 * whole)
     assert sum(vectors("column_wise", 64, 64)) == sum(vectors("table_wise", 64)) == 63 / 64 * whole
     half = bytes_sent(place("row_wise"), 1000, 64, 8, number_bytes=2).vectors
     assert half.total == sum(vectors("row_wise", 64)) / 2
