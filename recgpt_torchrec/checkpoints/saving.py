@@ -137,8 +137,8 @@ class Saver:
             return
         self.asynchronous = False
         log_message(
-            f"Saving as with --saving.asynchronous false: with a copy of the state, {shortage.needed:,} bytes of host "
-            f"memory would be needed on {shortage.place}, and {shortage.available:,} are available"
+            f"Saving as with --saving.asynchronous false: copies of the state, and a tenth to spare, need "
+            f"{shortage.needed:,} bytes of host memory on {shortage.place}, where {shortage.available:,} are available"
         )
 
     def finish(self) -> None:

@@ -62,7 +62,7 @@ def table_bytes(plan: ShardingPlan, model: nn.Module, optimizer: str | None) -> 
 
     Args:
         plan: of the model.
-        model: sharded or not; it may be on the meta device.
+        model: not sharded yet; its tables may be on the meta device.
         optimizer: of the tables, as in `--tables.optimizer`; None: they are not trained.
 
     Returns:
