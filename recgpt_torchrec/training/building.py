@@ -31,7 +31,8 @@ from recgpt_torchrec.training.optimizers import DENSE, fuse_optimizers, is_fused
 from recgpt_torchrec.training.run import read_record
 
 COPIES = 2
-"""Number of copies of looked-up vectors, at least: with their gradients."""
+"""Copies of looked-up vectors that a step holds at least: with their gradients. Measured on CPU, ids and exchanges
+included: 2.7 on one rank at dim 32, on two 4 at dim 128 and 10 at dim 32."""
 PARTS = {"users": "user", "items": "item", "output": "output", "decoder": DENSE}
 """Values of `--tuning.trained`, and the model's names for them: a table, or `DENSE`."""
 
@@ -206,7 +207,7 @@ def check_memory(loss: Loss, capacity: Capacity, dim: int, device: torch.device)
     if needed > (available := available_bytes(device)):
         failed = InputError(
             f"--loss.candidates all looks up {capacity.items:,} items on each rank, whose vectors and gradients take "
-            f"{needed:,} bytes, and rank {processes.rank()} has {available:,}; give --loss.candidates sampled, or more "
+            f"at least {needed:,} bytes, and rank {processes.rank()} has {available:,}; give --loss.candidates sampled, or more "
             "ranks"
         )
     raise_first_error(failed)

@@ -74,8 +74,8 @@ def test_the_measurement_sees_a_dense_loss():
 
 def test_one_pass_is_taken_as_long_as_all_candidates_of_a_chunk_fit():
     assert rows_at_once(0, CPU, torch.float32) == rows_at_once(12_101, CPU, torch.float32) == 96
-    assert rows_at_once(174_762, CPU, torch.float32) == 96 and rows_at_once(174_763, CPU, torch.float32) == 0
-    assert rows_at_once(65_536, CPU, torch.bfloat16) == 512 and rows_at_once(131_072, CPU, torch.bfloat16) == 256
+    assert rows_at_once(43_690, CPU, torch.float32) == 96 and rows_at_once(43_691, CPU, torch.float32) == 0
+    assert rows_at_once(16_384, CPU, torch.bfloat16) == 512 and rows_at_once(32_768, CPU, torch.bfloat16) == 256
     assert rows_at_once(65_536, CUDA, torch.float32) == 4096 and rows_at_once(2**19, CUDA, torch.float32) == 512
     assert rows_at_once(2**19 + 1, CUDA, torch.float32) == 0
 
