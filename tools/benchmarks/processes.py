@@ -44,7 +44,7 @@ def run_stage_measured(
     ranks: int,
     *,
     timeout: float,
-    until: Callable[[str], bool] | None = None,
+    until: Callable[[str, float], bool] | None = None,
     environment: dict[str, str] | None = None,
 ) -> Ended:
     """Run a stage on `ranks` ranks of this machine, and wait until it ends.
@@ -54,7 +54,8 @@ def run_stage_measured(
         options: for example `{"--model.dim": 8}`.
         ranks: number of ranks; 1: without a launcher.
         timeout: seconds after which its process group is killed; the status is then -9.
-        until: given all that it said so far, says whether to send it SIGTERM, once; None: never.
+        until: asked twice a second, given all that it said so far and the seconds since its start, whether to send it
+            SIGTERM, once; None: never.
         environment: more variables.
     """
     words = [f"recgpt_torchrec.{stage}", *(str(word) for option in options.items() for word in option)]
@@ -82,7 +83,7 @@ def run_stage_measured(
                     break
                 if not asked and now - looked_at > 0.5:
                     looked_at = now
-                    if until is not None and until(text()):
+                    if until is not None and until(text(), now - since):
                         process.send_signal(signal.SIGTERM)
                         asked = True
                 time.sleep(EVERY_SECONDS)
