@@ -20,19 +20,10 @@ from recgpt_torchrec.config import Model, Plan, TrainingBatch
 from recgpt_torchrec.distributed.memory import available_bytes
 from recgpt_torchrec.distributed.processes import silence_libraries
 from recgpt_torchrec.planning.report import Estimate
-from tools.benchmarks.processes import Ended, run_stage_measured
+from tools.benchmarks.processes import Ended, base_bytes, run_stage_measured
 from tools.write_dataset import whole
 
 MIB = 2**20
-BASE = """
-from recgpt_torchrec.distributed.processes import process_group
-import recgpt_torchrec.evaluation.validation, recgpt_torchrec.training.session, recgpt_torchrec.training.building
-from torch.utils.tensorboard import SummaryWriter
-with process_group():
-    pass
-print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:")))
-"""
-"""Program that prints the peak memory, in KiB, of a process that has imported what `pretrain` imports."""
 TOLERANCE = 0.15
 TIMEOUT = 900.0
 """Seconds for one run."""
@@ -74,12 +65,6 @@ def main(arguments: list[str] | None = None) -> int:
     off = [row for row in rows if row.get("status") or abs(row["ratio"] - 1) > options.tolerance]
     print(f"{len(rows) - len(off)} of {len(rows)} within {options.tolerance:.0%}")
     return int(bool(off))
-
-
-def base_bytes() -> int:
-    """Peak memory of a process before it builds a model."""
-    done = subprocess.run([sys.executable, "-c", BASE], capture_output=True, text=True, check=True)
-    return 1024 * int(done.stdout.split()[-1])
 
 
 def estimate_of(options: argparse.Namespace, items: int, ranks: int) -> Estimate:

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from recgpt_torchrec.errors import STOPPED
 from recgpt_torchrec.planning.hardware import hardware_of
 from recgpt_torchrec.planning.sharded import shard_workload
 from recgpt_torchrec.planning.workload import Workload
-from tools.benchmarks.processes import Ended, run_stage_measured
+from tools.benchmarks.processes import Ended, base_bytes, run_stage_measured
 from tools.write_dataset import whole
 
 MIB = 2**20
@@ -166,10 +166,11 @@ class Size:
 
 
 WRITE = """
-import resource, sys
+import sys
 from tools import write_dataset
 write_dataset.main(sys.argv[1:])
-print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+lines = open("/proc/self/status").read().splitlines()
+print(next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")))
 """
 """Program that writes a dataset and prints its peak memory in bytes."""
 
@@ -193,9 +194,13 @@ def main(arguments: list[str] | None = None) -> int:
     silence_libraries()
     output = Path(options.output)
     settings = {name: value for name, value in vars(options).items() if name not in ("items", "output", "folder")}
-    figures: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"settings": settings, "sizes": {}}
+    figures: dict[str, Any] = {"settings": settings, "sizes": {}}
+    if output.exists():
+        figures = json.loads(output.read_text())
     if figures["settings"] != settings:
         parser.error(f"{output} holds figures of other options; name another file")
+    figures["base"] = base_bytes()
+    print(f"a process takes {figures['base'] / MIB:,.0f} MiB before it builds a model", flush=True)
     with tempfile.TemporaryDirectory(prefix="catalogue-", dir=options.folder) as folder:
         for items in options.items:
             of_size = figures["sizes"].get(str(items), {})
@@ -234,24 +239,26 @@ def peaks_text(values: dict[str, Any]) -> str:
     return " ".join(f"{peak / MIB:,.0f}" for peak in values["peaks"].values()) + " MiB"
 
 
+def number_text(value: float | None, unit: float = 1.0) -> str:
+    """A number in some unit; empty if there is none."""
+    return "" if value is None else f"{value / unit:,.1f}"
+
+
 def table(sizes: dict[str, dict[str, Any]]) -> str:
     """All figures as text: a line per size and stage, and the ratio of the steps' times."""
-    lines = [
-        f"{'items':>12}  {'stage':<17}{'s':>7}  {'MiB of shards':>13}  {'peak MiB by rank':<22}{'start s':>8}  {'ms per step':>11}"
-    ]
+    heading = ("items", "stage", "s", "MiB of shards", "peak MiB by rank", "start s", "ms per step")
+    rows: list[Sequence[str]] = [heading]
     steps = {}
     for items, of_size in sizes.items():
         for name, values in of_size.items():
-            shards = values.get("shard_bytes")
-            began, step = values.get("began"), values.get("step_ms")
-            if step:
+            if step := values.get("step_ms"):
                 steps[int(items)] = step
-            lines.append(
-                f"{int(items):>12,}  {name:<17}{values['seconds']:>7,.0f}  "
-                f"{'' if shards is None else format(shards / MIB, ',.0f'):>13}  {peaks_text(values)[:-4]:<22}"
-                f"{'' if began is None else format(began, ',.1f'):>8}  {'' if step is None else format(step, ',.1f'):>11}"
-                + (f"  FAILED ({values['status']})" if failed(values) else "")
-            )
+            row = [f"{int(items):,}", name, f"{values['seconds']:,.0f}", number_text(values.get("shard_bytes"), MIB)]
+            row += [peaks_text(values).removesuffix(" MiB"), number_text(values.get("began"))]
+            row.append(number_text(values.get("step_ms")) + ("  FAILED" if failed(values) else ""))
+            rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     if len(steps) > 1:
         smallest, largest = min(steps), max(steps)
         ratio = steps[largest] / steps[smallest]

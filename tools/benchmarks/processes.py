@@ -19,6 +19,15 @@ EVERY_SECONDS = 0.05
 """Time between two looks at the processes; what a rank allocates in its last moments may be missed."""
 LAST_LINES = 6
 """Lines of the output that are kept for a message."""
+BASE = """
+from recgpt_torchrec.distributed.processes import process_group
+import recgpt_torchrec.evaluation.validation, recgpt_torchrec.training.session, recgpt_torchrec.training.building
+from torch.utils.tensorboard import SummaryWriter
+with process_group():
+    pass
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:")))
+"""
+"""Program that prints the peak memory, in KiB, of a process that has imported what `pretrain` imports."""
 
 
 @dataclass
@@ -92,6 +101,12 @@ def run_stage_measured(
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         return Ended(process.returncode, time.perf_counter() - since, peaks, text())
+
+
+def base_bytes() -> int:
+    """Peak memory of a process before it builds a model."""
+    done = subprocess.run([sys.executable, "-c", BASE], capture_output=True, text=True, check=True)
+    return 1024 * int(done.stdout.split()[-1])
 
 
 def peaks_of(root: int) -> dict[int, int]:
