@@ -14,7 +14,7 @@ LAYERS = [
     {"checkpoints"},
     {"catalogue"},
     {"training"},
-    {"retrieval", "prompts"},
+    {"retrieval", "prompts", "planning"},
     {"evaluation"},
 ]
 """From the ground up; a package may import what lies below it. Above all of them are the stage programs."""

@@ -23,7 +23,8 @@ class Cluster:
 def smallest_cluster(workload: Workload, hardware: Hardware) -> Cluster | None:
     """Search one node with 1, 2, 4, ... GPUs, then 2 to 64 nodes; None: on none of them the workload fits.
 
-    The batch per rank stays the same. Clusters on which a table cannot be sharded are passed over.
+    The batch per rank stays the same. Tables must fit where the options want them: with `auto` on the GPUs. Clusters on
+    which a table cannot be sharded are passed over.
     """
     gpus = workload.plan.gpus
     on_one_node = [2**power for power in range(gpus.bit_length()) if 2**power < gpus]
@@ -39,6 +40,6 @@ def smallest_cluster(workload: Workload, hardware: Hardware) -> Cluster | None:
         except InputError:
             continue
         memory = estimate_memory(candidate, sharded, here)
-        if memory.fits:
+        if memory.fits and not sharded.spills(workload.plan.tables):
             return Cluster(nodes, per_node, memory)
     return None

@@ -10,11 +10,9 @@ autograd keeps, counted in the decoder's source.
 from dataclasses import dataclass
 from typing import Literal
 
-from recgpt_torchrec.catalogue.catalogue import LOOKUP, RANKED_SCORES
 from recgpt_torchrec.distributed.placements import Placement
 from recgpt_torchrec.distributed.sharding_types import COPY
 from recgpt_torchrec.model.fused_loss import picoseconds_per_logit
-from recgpt_torchrec.model.loss import CHUNK, CHUNK_BFLOAT16, CHUNK_CUDA
 from recgpt_torchrec.planning.hardware import GIB, Hardware
 from recgpt_torchrec.planning.sharded import HOST_KERNELS, Sharded
 from recgpt_torchrec.planning.workload import Workload
@@ -25,8 +23,22 @@ FRAGMENTATION = 0.04
 """Share of a GPU's memory that its allocator cannot give out in the sizes asked for (assumed)."""
 PROCESS = {"cuda": 3.0 * GIB, "cpu": 0.6 * GIB}
 """Host memory of one rank's process after its imports (assumed; of CPU ranks `tools.check_plan` measures it)."""
-RECORD = 256 * 2**20
-"""Largest piece of a table that is written at once where a checkpoint is saved without a copy."""
+RECORD = 2**27
+"""Bytes of the largest piece of a table that is written at once where a checkpoint is saved without a copy."""
+COPY_SHARE = 0.9
+"""Share of the memory left that the copy may take from which a checkpoint is written in the background."""
+HELD_SHARE = 0.5
+"""Share of the memory left up to which a validation holds the catalogue's vectors."""
+BLOCK = 2**24
+"""Bytes of vectors that a rank looks up at once for the catalogue."""
+SCORES = {"cpu": 2**22, "cuda": 2**28}
+"""Bytes of scores that a validation holds at once."""
+PASS = 2**26
+"""Bytes of the queries of all ranks, and of the answers to them, that one pass over the catalogue serves."""
+LOGITS = {"cpu": 2**26, "cuda": 2**30}
+"""Bytes of logits that a step holds at most."""
+CHUNK = {"cpu": 96, "cuda": 4096}
+"""Targets scored at once, where their logits are not too many bytes."""
 Phase = Literal["always", "step", "validation"]
 Place = Literal["device", "host"]
 
@@ -133,7 +145,7 @@ def _batches(workload: Workload, cuda: bool) -> list[Item]:
     """Batches that are read ahead, and those on the device, in 8-byte integers."""
     slots, bags = workload.tokens / (1.0 if cuda else 0.9), workload.capacity.stride * (workload.capacity.item_keys + 1)
     ids = workload.sequences + workload.distinct_items
-    one = 8 * (5 * slots + 3 * workload.targets + ids + 2 * workload.candidates) + 4 * bags
+    one = 8 * (5 * slots + 3 * workload.targets + ids + 2 * workload.own_candidates) + 4 * bags
     ahead = workload.plan.stream.prefetch * max(1, workload.plan.stream.workers) + 2
     groups = workload.plan.stream.window_groups * min(8192, max(16, workload.users // 64))
     window = 6 * 8 * groups * (workload.history + 3)  # ids, times, and copies while it is shuffled
@@ -159,17 +171,19 @@ def _step(workload: Workload, sharded: Sharded, hardware: Hardware) -> list[Item
     sent = received = 0.0
     for placement in sharded.placements:
         bags = bags_of_table(workload, placement.table)
-        sent += 4 * dim * exchanged_rows(placement, bags, ranks)
+        if sharded.bytes_of(placement):
+            sent += 4 * dim * exchanged_rows(placement, bags, ranks)
         received += 4 * dim * bags
     slots = workload.tokens if cuda and _varlen(workload, hardware) else workload.tokens / 0.9
     kept = model.layers * slots * dim * (8 + 2 * model.feed_forward) * itemsize + 8 * 4 * slots * dim
     scores = 0.0
     if not _varlen(workload, hardware):
         scores = 3 * model.layers * slots * model.heads * max(64, model.max_len) * itemsize
-    candidates = workload.candidates
+    candidates = workload.own_candidates
     vectors = 4 * dim * (6 * workload.targets + 5 * candidates)
-    chunk = CHUNK_CUDA if cuda else CHUNK if itemsize == 4 else CHUNK_BFLOAT16
-    logits = 0.0 if fuses_loss(workload, hardware) else itemsize * min(chunk, workload.targets) * candidates
+    kind = hardware.device_type
+    logits = min(LOGITS[kind], itemsize * min(CHUNK[kind], workload.targets) * candidates)
+    logits *= not fuses_loss(workload, hardware)
     return [
         Item("lookups", 2 * sent + 4 * received, phase="step", note="vectors sent, received, regrouped; gradients"),
         Item("activations", kept + scores, phase="step", note=f"{model.layers} layers, {workload.tokens:,} tokens"),
@@ -187,7 +201,7 @@ def fuses_loss(workload: Workload, hardware: Hardware) -> bool:
     if train.fused_loss != "auto":
         return bool(train.fused_loss)
     itemsize = 2 if hardware.precision == "bf16" else 4
-    fused, chunked = picoseconds_per_logit(dim, workload.candidates, CHUNK_CUDA, itemsize)
+    fused, chunked = picoseconds_per_logit(dim, workload.candidates, CHUNK["cuda"], itemsize)
     return fused < chunked
 
 
@@ -201,7 +215,8 @@ def _checkpoint(asynchronous: bool, state: float, so_far: Memory, cuda: bool) ->
     """The copy that a checkpoint is written from, or, where it does not fit, what is written at once."""
     place: Place = "host" if cuda else "device"
     limit = so_far.host_limit if cuda else so_far.device_limit * so_far.ranks_per_node
-    fits = (so_far.total(place) + state) * so_far.ranks_per_node <= limit
+    left = limit / so_far.ranks_per_node - so_far.total(place, "always")
+    fits = state <= COPY_SHARE * left
     size, note = state, "asynchronous saving"
     if not (asynchronous and fits):
         why = "asynchronous saving does not fit" if asynchronous else "--saving.asynchronous false"
@@ -211,19 +226,14 @@ def _checkpoint(asynchronous: bool, state: float, so_far: Memory, cuda: bool) ->
 
 def _validation(workload: Workload, sharded: Sharded, so_far: Memory) -> list[Item]:
     """The catalogue's vectors of this rank, and the scores of a block of users."""
-    dim, ranks = workload.plan.model.dim, workload.plan.ranks
-    whole = 4.0 * dim * -(-workload.items // ranks)
-    scores = 2 * 4.0 * RANKED_SCORES
-    lookups = sum(
-        4 * dim * (exchanged_rows(placement, LOOKUP, ranks) + 3 * LOOKUP)
-        for placement in sharded.placements
-        if placement.table != "user"
-    )
-    left = so_far.device_limit - so_far.total("device", "always") - scores - lookups
-    held = whole <= left
-    size = whole if held else max(0.0, min(whole, left / 2))
-    how = "held" if held else "streamed: computed and scored in chunks"
+    ranks, own = workload.plan.ranks, -(-workload.items // workload.plan.ranks)
+    whole = 4.0 * workload.plan.model.dim * own
+    sent = sum(exchanged_rows(p, 1, ranks) for p in sharded.placements if p.table != "user")
+    working = SCORES[so_far.hardware.device_type] + 2 * PASS + BLOCK * (sent + 3)
+    left = so_far.device_limit - so_far.total("device", "always") - working
+    held = whole <= HELD_SHARE * left
+    how = "held" if held else "streamed: looked up anew for each pass"
     return [
-        Item("catalogue", size, phase="validation", note=f"{-(-workload.items // ranks):,} items, {how}"),
-        Item("scores", scores + lookups, phase="validation", note="of a block of users; lookups of the catalogue"),
+        Item("catalogue", whole if held else 0.0, phase="validation", note=f"{own:,} items per rank, {how}"),
+        Item("scores", working, phase="validation", note="scores, queries, a block of vectors and its exchange"),
     ]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torchrec.distributed.types import EnumerableShardingSpec, ShardingPlan
 
+from recgpt_torchrec.config import Sharding
 from recgpt_torchrec.distributed.placements import Placement, placements
 from recgpt_torchrec.distributed.sharding import make_plan
 from recgpt_torchrec.planning.hardware import GIB, Hardware
@@ -28,6 +29,10 @@ class Sharded:
     def bytes_of(self, placement: Placement) -> int:
         """Bytes of a table on the fullest rank."""
         return self.by_rank[placement.table].get(self.fullest, 0)
+
+    def spills(self, tables: Sharding) -> bool:
+        """Whether a table is in host memory only because the GPUs do not hold it."""
+        return any(p.kernel in HOST_KERNELS and tables.kernel_of(p.table) == "auto" for p in self.placements)
 
 
 def shard_workload(workload: Workload, hardware: Hardware) -> Sharded:

@@ -8,10 +8,9 @@ are exchanged one step ahead. The host launches operations meanwhile: a step tak
 from dataclasses import dataclass
 
 from recgpt_torchrec.model.fused_loss import picoseconds_per_logit
-from recgpt_torchrec.model.loss import CHUNK_CUDA
 from recgpt_torchrec.model.peaks import rated_peak
 from recgpt_torchrec.planning.hardware import LINK_SHARE, Hardware
-from recgpt_torchrec.planning.memory import bags_of_table, exchanged_rows, fuses_loss
+from recgpt_torchrec.planning.memory import CHUNK, bags_of_table, exchanged_rows, fuses_loss
 from recgpt_torchrec.planning.sharded import Sharded
 from recgpt_torchrec.planning.traffic import Cause
 from recgpt_torchrec.planning.workload import Workload
@@ -116,7 +115,7 @@ def _loss(workload: Workload, hardware: Hardware) -> TimePart:
     if hardware.device_type == "cpu" or workload.plan.loss.candidates == "bce" or hardware.precision == "fp32":
         return _roofline("loss", hardware, flops, 0.0)
     itemsize = 2 if hardware.precision == "bf16" else 4
-    fused, chunked = picoseconds_per_logit(workload.plan.model.dim, workload.candidates, CHUNK_CUDA, itemsize)
+    fused, chunked = picoseconds_per_logit(workload.plan.model.dim, workload.candidates, CHUNK["cuda"], itemsize)
     fuses = fuses_loss(workload, hardware)
     h100 = rated_peak("H100", hardware.precision) or hardware.peak
     per_logit = (fused if fuses else chunked) * h100 / hardware.peak

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from recgpt_torchrec.distributed.placements import Placement
 from recgpt_torchrec.distributed.sharding_types import COPY, Ranks
-from recgpt_torchrec.distributed.traffic import Traffic, all_reduced, bytes_sent
+from recgpt_torchrec.distributed.traffic import TableTraffic, Traffic, all_reduced, bytes_sent
 from recgpt_torchrec.planning.memory import bags_of_table
 from recgpt_torchrec.planning.sharded import Sharded
 from recgpt_torchrec.planning.workload import Workload
@@ -25,7 +26,7 @@ def step_traffic(workload: Workload, sharded: Sharded) -> list[Cause]:
     """What the busiest rank sends in one step."""
     plan, dim = workload.plan, workload.plan.model.dim
     ranks = Ranks(plan.ranks, plan.gpus)
-    ids = vectors = gradients = copied = Traffic()
+    of_table, copied = {}, Traffic()
     for placement in sharded.placements:
         sent = bytes_sent(
             placement,
@@ -37,11 +38,9 @@ def step_traffic(workload: Workload, sharded: Sharded) -> list[Cause]:
         )
         if placement.sharding == COPY:
             copied += sent.gradients
-            continue
-        few = plan.ranks / placement.ranks  # holders of a table send, and receive, so many times the mean
-        ids += _times(sent.ids, few)
-        vectors += _times(sent.vectors, few)
-        gradients += _times(sent.gradients, few)
+        else:
+            of_table[placement] = sent
+    ids, vectors, gradients = _busiest(of_table, sharded, plan.ranks)
     causes = [
         Cause("ids", ids, "ids and lengths, one step ahead"),
         Cause("vectors", vectors, "looked-up rows, empty bags included"),
@@ -58,5 +57,19 @@ def step_traffic(workload: Workload, sharded: Sharded) -> list[Cause]:
     return causes
 
 
-def _times(sent: Traffic, factor: float) -> Traffic:
-    return Traffic(sent.within * factor, sent.between * factor)
+def _busiest(of_table: dict[Placement, TableTraffic], sharded: Sharded, ranks: int) -> tuple[Traffic, ...]:
+    """Ids, vectors and gradients of the rank that sends most.
+
+    Where few ranks hold a table, each of them sends and receives so many times the mean.
+    """
+    busiest: tuple[Traffic, ...] = (Traffic(), Traffic(), Traffic())
+    groups = {tuple(rank in sharded.by_rank[each.table] for each in of_table): rank for rank in range(ranks)}
+    for rank in groups.values():
+        sums = [Traffic(), Traffic(), Traffic()]
+        for placement, sent in of_table.items():
+            if rank in sharded.by_rank[placement.table]:
+                few = ranks / len(sharded.by_rank[placement.table])
+                for place, part in enumerate((sent.ids, sent.vectors, sent.gradients)):
+                    sums[place] += Traffic(part.within * few, part.between * few)
+        busiest = max(busiest, tuple(sums), key=lambda parts: sum(part.total for part in parts))
+    return busiest

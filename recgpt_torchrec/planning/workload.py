@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from recgpt_torchrec.config import Loss
 from recgpt_torchrec.config.defaults import MOST, tokens_of_rank, tokens_of_step
 from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.data.dataset import Dataset, Manifest
@@ -84,26 +83,38 @@ class Workload:
         kind = self.plan.loss.candidates
         if kind == "all":
             return self.items
-        return min(self.items, self.targets if kind == "in_batch" else self.plan.loss.negatives)
+        own = self.targets if kind == "in_batch" else self.plan.loss.negatives
+        return min(self.items, own * (self.plan.ranks if self.scores_all_ranks else 1))
 
     @property
     def scores_all_ranks(self) -> bool:
         """Whether targets are scored against candidates that other ranks hold."""
-        return self.plan.ranks > 1 and self.plan.loss.candidates == "all"
+        loss = self.plan.loss
+        different = getattr(loss, "negatives_across_ranks", "same") == "different"
+        return self.plan.ranks > 1 and (loss.candidates in ("all", "in_batch") or different)
+
+    @property
+    def own_candidates(self) -> int:
+        """Candidates whose vectors one rank looks up."""
+        return -(-self.candidates // self.plan.ranks) if self.scores_all_ranks else self.candidates
 
     @property
     def distinct_items(self) -> int:
         """Items that a rank looks up in a step, all taken to be distinct: histories, targets, candidates."""
-        room = room_of(self.plan.loss, self.items)
-        return self.items if room is None else min(self.items, self.tokens + self.sequences + room)
+        return min(self.items, self.tokens + self.sequences + self._room)
+
+    @property
+    def _room(self) -> int:
+        """Bags that a batch has room for beyond those of its histories, as `CandidateSource.room`."""
+        return 0 if self.plan.loss.candidates == "in_batch" else self.own_candidates
 
     @cached_property
     def capacity(self) -> Capacity:
         """Number of bags per table, which is exchanged whatever a batch holds."""
         dataset = Dataset(path="", manifest=Manifest(users=self.users, items=self.items))
-        model, loss = self.plan.model, self.plan.loss
+        model = self.plan.model
         reader = HistoryReader(dataset=dataset, split="training", max_len=model.max_len)
-        source: Any = SimpleNamespace(room=room_of(loss, self.items))
+        source: Any = SimpleNamespace(room=self._room)
         return BatchMaker(reader=reader, batch=self.plan.batch.of(self.tokens), source=source).capacity
 
     @cached_property
@@ -136,13 +147,6 @@ class Workload:
         if self.plan.interactions is None:
             return None
         return max(1.0, (self.plan.interactions - self.users) / (self.tokens * self.plan.ranks))
-
-
-def room_of(loss: Loss, items: int) -> int | None:
-    """Bags that a batch has room for beyond those of its histories, as `CandidateSource.room`; None: all items."""
-    if loss.candidates == "all":
-        return None
-    return 0 if loss.candidates == "in_batch" else min(loss.negatives, items)
 
 
 def with_sizes_of_data(plan: Plan) -> Plan:

@@ -19,6 +19,15 @@ EVERY_SECONDS = 0.05
 """Time between two looks at the processes; what a rank allocates in its last moments may be missed."""
 LAST_LINES = 6
 """Lines of the output that are kept for a message."""
+BASE = """
+from recgpt_torchrec.distributed.processes import process_group
+import recgpt_torchrec.evaluation.validation, recgpt_torchrec.training.session, recgpt_torchrec.training.building
+from torch.utils.tensorboard import SummaryWriter
+with process_group():
+    pass
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:")))
+"""
+"""Program that prints the peak memory, in KiB, of a process that has imported what `pretrain` imports."""
 
 
 @dataclass
@@ -44,7 +53,7 @@ def run_stage_measured(
     ranks: int,
     *,
     timeout: float,
-    until: Callable[[str], bool] | None = None,
+    until: Callable[[str, float], bool] | None = None,
     environment: dict[str, str] | None = None,
 ) -> Ended:
     """Run a stage on `ranks` ranks of this machine, and wait until it ends.
@@ -54,7 +63,8 @@ def run_stage_measured(
         options: for example `{"--model.dim": 8}`.
         ranks: number of ranks; 1: without a launcher.
         timeout: seconds after which its process group is killed; the status is then -9.
-        until: given all that it said so far, says whether to send it SIGTERM, once; None: never.
+        until: asked twice a second, given all that it said so far and the seconds since its start, whether to send it
+            SIGTERM, once; None: never.
         environment: more variables.
     """
     words = [f"recgpt_torchrec.{stage}", *(str(word) for option in options.items() for word in option)]
@@ -82,7 +92,7 @@ def run_stage_measured(
                     break
                 if not asked and now - looked_at > 0.5:
                     looked_at = now
-                    if until is not None and until(text()):
+                    if until is not None and until(text(), now - since):
                         process.send_signal(signal.SIGTERM)
                         asked = True
                 time.sleep(EVERY_SECONDS)
@@ -91,6 +101,12 @@ def run_stage_measured(
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         return Ended(process.returncode, time.perf_counter() - since, peaks, text())
+
+
+def base_bytes() -> int:
+    """Peak memory of a process before it builds a model."""
+    done = subprocess.run([sys.executable, "-c", BASE], capture_output=True, text=True, check=True)
+    return 1024 * int(done.stdout.split()[-1])
 
 
 def peaks_of(root: int) -> dict[int, int]:
