@@ -98,7 +98,7 @@ class Lockstep:
         if work is not None:
             work.wait()
             self._ahead[0] = (batch, has_batch, agreed, None)
-        _, _, ranks_with_batch, _, failed, _ = agreed.tolist()
+        _, ranks_with_batch, _, failed, *_ = agreed.tolist()
         return bool(ranks_with_batch or failed)
 
     def close(self) -> None:
