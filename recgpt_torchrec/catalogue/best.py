@@ -56,7 +56,8 @@ class BestFinder:
         if self.rows < FEWEST_ROWS:
             self.rows = max(1, min(rows, ROWS))
             self.width = max(1, held // self.rows)
-        self.excluded = None if excluded is None else Excluded(excluded, self.rows, queries.device)
+        self.pairs, self.items = excluded, items
+        self.excluded: Excluded | None = None
         self._blocks: list[Best] = []
 
     @property
@@ -73,6 +74,9 @@ class BestFinder:
         if not len(vectors):
             return
         is_new, blocks = not self._blocks, []
+        if is_new and self.pairs is not None:
+            whole = len(vectors) == self.items <= self.width
+            self.excluded = Excluded(self.pairs, self.rows, vectors.device, whole=whole)
         for number, start in enumerate(range(0, len(self.queries), self.rows)):
             queries = self.queries[start : start + self.rows]
             best = None if is_new else self._blocks[number]

@@ -83,7 +83,7 @@ def test_the_best_of_scores_some_of_which_are_left_out_are_a_plain_sort(case, k)
     scores = queries @ vectors.t()
     expected = [plain(row, gone, k) for row, gone in zip(scores.tolist(), seen or [[]] * len(scores), strict=True)]
     if seen is not None:
-        Excluded(pairs_of(Ragged.from_lists(seen)), 9, scores.device).mask(scores, 0, 0)
+        Excluded(pairs_of(Ragged.from_lists(seen)), 9, scores.device, whole=True).mask(scores, 0, 0)
     assert same(best_items(scores, k), expected)
 
 
