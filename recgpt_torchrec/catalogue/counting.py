@@ -43,24 +43,21 @@ class CountFinder:
             history: items that do not compete when masked, by row.
             items: number of items that will come; decides how tiles are cut.
         """
-        self.queries = queries
+        self.queries, self.targets, self.target_vectors = queries, targets, target_vectors
+        self.history = history
         rows, held, narrowest = len(queries), SCORES[queries.device.type], NARROWEST[queries.device.type]
-        of_items = -(-items // WIDTH)
-        widest = max(held // (WIDTH * max(1, rows)), narrowest)
-        tile = max(1, min(of_items, widest, max(narrowest, of_items // TARGETS_SHARE)))
+        tile = max(1, -(-items // WIDTH))
+        if tile * WIDTH * rows > held:
+            tile = min(tile, max(narrowest, min(held // (WIDTH * rows), tile // TARGETS_SHARE)))
         self.width, self.rows = WIDTH * tile, max(1, held // (WIDTH * tile))
-        self._counters = []
-        for start in range(0, rows, self.rows):
-            stop = min(start + self.rows, rows)
-            scores = self._score_targets(queries[start:stop], target_vectors[start:stop])
-            seen = history.part(start, stop).to_ragged(stop - start)
-            self._counters.append(RankCounter(targets[start:stop], scores, seen))
+        self._counters: list[RankCounter] = []
 
     @property
     def counts(self) -> Tensor:
-        """[6, rows] int64 so far, see `RankCounter`."""
-        none = torch.zeros(6, 0, dtype=torch.int64, device=self.queries.device)
-        return torch.cat([none, *(counter.counts for counter in self._counters)], dim=1)
+        """[6, rows] int64 so far, see `RankCounter`; zeros before the first update."""
+        if not self._counters:
+            return torch.zeros(6, len(self.queries), dtype=torch.int64, device=self.queries.device)
+        return torch.cat([counter.counts for counter in self._counters], dim=1)
 
     def update(self, vectors: Tensor, first: int) -> None:
         """Count the items `first`, `first` + 1, ... with `vectors` [block, dim] float32.
@@ -68,11 +65,24 @@ class CountFinder:
         Raises:
             ValueError: a score is NaN.
         """
-        for number, counter in enumerate(self._counters):
-            queries = self.queries[number * self.rows : (number + 1) * self.rows]
+        for number, start in enumerate(range(0, len(self.queries), self.rows)):
+            rows = slice(start, start + self.rows)
             for place in range(0, len(vectors), self.width):
                 tile = vectors[place : place + self.width]
-                counter.update(self._score(queries, tile)[:, : len(tile)], first + place)
+                scores = self._score(self.queries[rows], tile)
+                if number == len(self._counters):
+                    self._counters.append(self._count_from_zero(rows, scores, first + place, len(tile)))
+                self._counters[number].update(scores[:, : len(tile)], first + place)
+
+    def _count_from_zero(self, rows: slice, scores: Tensor, first: int, items: int) -> RankCounter:
+        """The counter of a block of rows, whose first tile has the `scores` of `items` items from `first` on."""
+        places = self.targets[rows] - first
+        if ((places >= 0) & (places < items)).all():  # a small catalogue: the targets' scores are there already
+            own = scores.gather(1, places[:, None])[:, 0]
+        else:
+            own = self._score_targets(self.queries[rows], self.target_vectors[rows])
+        seen = self.history.part(rows.start, rows.start + len(places)).to_ragged(len(places))
+        return RankCounter(self.targets[rows], own, seen)
 
     def _score(self, queries: Tensor, vectors: Tensor) -> Tensor:
         """[rows, width] scores, 0 beyond the vectors' number."""

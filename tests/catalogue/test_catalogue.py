@@ -77,14 +77,15 @@ def test_top_k_is_a_plain_sort_however_tiles_are_cut_and_vectors_come(case, k, h
     assert torch.equal(vectors, before[0]) and torch.equal(queries, before[1])
 
 
-@given(cases(), K)
-def test_the_best_of_scores_some_of_which_are_left_out_are_a_plain_sort(case, k):
+@given(cases(), K, st.sampled_from([1, best_module.MANY]))
+def test_the_best_of_scores_some_of_which_are_left_out_are_a_plain_sort(case, k, many):
     vectors, queries, seen, _ = case
     scores = queries @ vectors.t()
     expected = [plain(row, gone, k) for row, gone in zip(scores.tolist(), seen or [[]] * len(scores), strict=True)]
     if seen is not None:
-        Excluded(pairs_of(Ragged.from_lists(seen)), 9, scores.device).mask(scores, 0, 0)
-    assert same(best_items(scores, k), expected)
+        Excluded(pairs_of(Ragged.from_lists(seen)), 9, scores.device, whole=True).mask(scores, 0, 0)
+    with mock.patch.object(best_module, "MANY", many):
+        assert same(best_items(scores, k), expected)
 
 
 @given(cases(), st.integers(1, 2000), st.integers(1, 40), st.randoms(use_true_random=False))

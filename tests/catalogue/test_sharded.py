@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from recgpt_torchrec.catalogue import best, counting
 from recgpt_torchrec.catalogue import catalogue as catalogue_module
@@ -201,9 +202,9 @@ def serve_a_model(rank: int, world_size: int) -> list[str]:
         )
         dataset = Dataset(path="", manifest=Manifest(users=9, items=items))
         model, _ = build(config, config.model, dataset, capacity=Capacity(9, items, item_keys=3), device=device)
-        weight = next(value for name, value in tables_of(model).items() if "item" in name)
+        weight: Any = next(value for name, value in tables_of(model).items() if "item" in name)
         table = torch.empty(items, 8)
-        if isinstance(weight, torch.Tensor) and type(weight) is not torch.Tensor and hasattr(weight, "gather"):
+        if isinstance(weight, ShardedTensor):
             weight.gather(0, table if rank == 0 else None)
             dist.broadcast(table, 0)
         else:
