@@ -32,6 +32,17 @@ class Step(NamedTuple):
     """[sequences] int64 user ids of this rank's batch; None: its batch was empty."""
 
 
+class _Totals(NamedTuple):
+    """What ranks agree on per step, summed over them, in the order in which `_fetch` sends it."""
+
+    targets: float
+    entries: float
+    ranks_with_batch: float
+    requests: float
+    failed: float
+    stopped: float
+
+
 class Lockstep:
     """Iterates over this rank's batches, then over empty ones until every rank has run out.
 
@@ -94,8 +105,8 @@ class Lockstep:
         if work is not None:
             work.wait()
             self._ahead[0] = (batch, has_batch, agreed, None)
-        _, _, ranks_with_batch, _, failed, _ = agreed.tolist()
-        return bool(ranks_with_batch or failed)
+        totals = _Totals(*agreed.tolist())
+        return bool(totals.ranks_with_batch or totals.failed)
 
     def close(self) -> None:
         """End the iteration before its last batch, and wait for what was started with the other ranks (collective)."""
@@ -130,7 +141,7 @@ class Lockstep:
         batch, has_batch, agreed, work = self._ahead.popleft()
         if work is not None:
             work.wait()
-        targets, entries, ranks_with_batch, requests, failed, stopped = agreed.tolist()
+        targets, entries, ranks_with_batch, requests, failed, stopped = _Totals(*agreed.tolist())
         if failed or stopped or not ranks_with_batch:
             self._wait_for_ahead()
             if failed:
