@@ -32,6 +32,22 @@ class Step(NamedTuple):
     """[sequences] int64 user ids of this rank's batch; None: its batch was empty."""
 
 
+class _Totals(NamedTuple):
+    """What ranks agree on per step, summed over them, in the order in which `_fetch` sends it."""
+
+    entries: float
+    ranks_with_batch: float
+    requests: float
+    failed: float
+    stopped: float
+
+
+def _totals_of(agreed: torch.Tensor) -> tuple[_Totals, list[float]]:
+    """The totals, and the targets of each rank, of what was reduced."""
+    count = len(_Totals._fields)
+    return _Totals(*agreed[:count].tolist()), agreed[count:].tolist()
+
+
 class Lockstep:
     """Iterates over this rank's batches, then over empty ones until every rank has run out.
 
@@ -98,8 +114,8 @@ class Lockstep:
         if work is not None:
             work.wait()
             self._ahead[0] = (batch, has_batch, agreed, None)
-        _, ranks_with_batch, _, failed, *_ = agreed.tolist()
-        return bool(ranks_with_batch or failed)
+        totals, _ = _totals_of(agreed)
+        return bool(totals.ranks_with_batch or totals.failed)
 
     def close(self) -> None:
         """End the iteration before its last batch, and wait for what was started with the other ranks (collective)."""
@@ -134,12 +150,12 @@ class Lockstep:
         batch, has_batch, agreed, work = self._ahead.popleft()
         if work is not None:
             work.wait()
-        entries, ranks_with_batch, requests, failed, stopped, *rank_targets = agreed.tolist()
-        if failed or stopped or not ranks_with_batch:
+        totals, rank_targets = _totals_of(agreed)
+        if totals.failed or totals.stopped or not totals.ranks_with_batch:
             self._wait_for_ahead()
-            if failed:
+            if totals.failed:
                 raise_first_error(self._failure)
-            if stopped and ranks_with_batch:
+            if totals.stopped and totals.ranks_with_batch:
                 raise Stopped
             self._ended = True
             raise StopIteration
@@ -147,7 +163,7 @@ class Lockstep:
         # Gradients are averaged over ranks, so each rank divides by the mean number of targets per rank.
         batch.global_targets = torch.tensor(targets / dist.get_world_size())
         cursor, users = (batch.cursor, batch.histories.users) if has_batch else (None, None)
-        self.handed_out.append(Step(cursor, targets, entries, requests > 0, users))
+        self.handed_out.append(Step(cursor, targets, totals.entries, totals.requests > 0, users))
         return batch
 
 

@@ -12,6 +12,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from recgpt_torchrec.data.dataset import Manifest
+from recgpt_torchrec.distributed.signals import Stopped
+from recgpt_torchrec.evaluation.validation import Validation
+from recgpt_torchrec.training.run import describe_users
 from recgpt_torchrec.training.runlog import TIMINGS
 from tests.support import SMALL, read_epochs, read_files, stage, walks, write_dataset
 
@@ -138,18 +142,34 @@ def test_a_run_resumed_from_a_validation_within_an_epoch_equals_an_uninterrupted
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def test_a_run_stopped_before_a_validation_that_was_due_resumes_with_it(
-    often: Path, data: Path, tmp_path: Path
+@pytest.mark.parametrize("options", [{"--train.validate_steps": 3}, {"--train.validate_steps": 3, "--train.steps": 13}])
+def test_a_run_stopped_within_a_validation_resumes_with_it(
+    options: dict[str, Any], often: Path, by_steps: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep_until(often, 3, tmp_path / "run")
-    place = tmp_path / "run/checkpoints/step-00000003/checkpoint.json"
-    values = json.loads(place.read_text())
-    values["progress"]["validated"], values["best"] = 0, {"checkpoint": None, "epoch": 0, "value": float("-inf")}
-    values["progress"] |= {"best_value": float("-inf"), "best_epoch": -1, "best_step": None}
-    place.write_text(json.dumps({name: value for name, value in values.items() if name != "checksum"}))
-    resumed = trained(data, tmp_path / "run", train__validate_steps=3)
-    assert [line["step"] for line in read_epochs(resumed)] == [line["step"] for line in read_epochs(often)]
-    assert_same(checkpoints(resumed)[-1], checkpoints(often)[-1], rtol=1e-5, atol=1e-6)
+    whole = by_steps if "--train.steps" in options else often
+    arguments = {"--data": data, "--output": tmp_path / "run", **PLAIN, **options}
+    measure, calls = Validation.__call__, []
+
+    def stop_at_first(self: Validation) -> dict[str, float]:
+        calls.append(self)
+        if len(calls) in (1, 4, 8):
+            raise Stopped
+        return measure(self)
+
+    monkeypatch.setattr(Validation, "__call__", stop_at_first)
+    for stopped_after in (3, 8, 13 if whole == by_steps else 15):
+        assert stage("pretrain", arguments) not in (0, 2)
+        progress = metadata(checkpoints(tmp_path / "run")[-1])["progress"]
+        assert progress["step"] >= stopped_after > progress["validated"] and not progress["finished"]
+    assert stage("pretrain", arguments) == 0
+    assert without_timings(tmp_path / "run") == [
+        {name: pytest.approx(value, rel=1e-4) for name, value in line.items()} for line in without_timings(whole)
+    ]
+    assert_same(checkpoints(tmp_path / "run")[-1], checkpoints(whole)[-1], rtol=1e-5, atol=1e-6)
+    assert (
+        json.loads((tmp_path / "run/best.json").read_text())["checkpoint"]
+        == (json.loads((whole / "best.json").read_text())["checkpoint"])
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- train.steps
@@ -225,3 +245,17 @@ def test_the_header_tells_steps_and_epochs(data: Path, tmp_path: Path, capfd: An
     said = capfd.readouterr().out
     assert "  steps    at most 15, about " in said and "epochs\n" in said
     assert "  validation on all users, every 4 steps\n" in said
+
+
+def test_the_users_that_are_validated_on_are_told() -> None:
+    known = Manifest(users=9, preparation={"split": {"validation_users": 22363}})
+    assert describe_users(known, 1000) == "1,000 of 22,363 users (sample)"
+    assert describe_users(known, 0) == "all 22,363 users"
+    assert describe_users(Manifest(users=9), 5) == "a sample of 5 users"
+
+
+def test_a_run_validates_on_a_sample_and_says_so(data: Path, tmp_path: Path, capfd: Any) -> None:
+    run = trained(data, tmp_path / "run", train__validate_users=10)
+    assert capfd.readouterr().out.count("a sample of 10 users") == 2  # header and summary
+    for line in read_epochs(run):
+        assert line["HR@10"] * 10 == pytest.approx(round(line["HR@10"] * 10))
