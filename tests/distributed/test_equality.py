@@ -103,6 +103,7 @@ NODE_CASES = [
     Case("grid", "adagrad", "all"),
     Case("grid", "adagrad", "sampled", few=True),
     Case("row_wise", "rowwise_adagrad", "sampled"),
+    Case("planner", "adagrad", "all"),
 ]
 """Trained on two nodes of two ranks."""
 
