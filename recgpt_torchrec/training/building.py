@@ -36,7 +36,9 @@ def open_dataset(config: Pretrain | PromptTune) -> Dataset:
     Raises:
         InputError: there is no dataset, or it is damaged.
     """
-    return Dataset.open(config.data, damaged=config.stream.damaged, checksums=config.stream.checksums)
+    stream = config.stream
+    with tracked_phase("checking the dataset's files", None, "files") as advance:
+        return Dataset.open(config.data, damaged=stream.damaged, checksums=stream.checksums, advance=advance)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from torch import nn
 
 from recgpt_torchrec.config import Model, Pretrain, PromptTune, Tuning
 from recgpt_torchrec.data.stream import SequenceStream
+from recgpt_torchrec.distributed import watchdog
 from recgpt_torchrec.distributed.processes import log_message, run_on_first_rank
 from recgpt_torchrec.training.building import Tokens, build, check_lost
 from recgpt_torchrec.training.execution import Execution
@@ -55,7 +56,10 @@ def train(
     check_lost(dataset)
     capacity = stream.maker.capacity
     restored = begin is not None or run_on_first_rank(run.checkpoints.latest) is not None
-    built, optimizer = build(config, model, dataset, capacity=capacity, device=device, tuning=tuning, restored=restored)
+    with watchdog.phase("building the model"):
+        built, optimizer = build(
+            config, model, dataset, capacity=capacity, device=device, tuning=tuning, restored=restored
+        )
     with run.claim_folder():
         trainer = Trainer(
             model=built,

@@ -48,7 +48,9 @@ def test_they_are_read_in_parallel_and_come_in_order(folder, monkeypatch):
 
 
 def test_they_are_read_once_per_dataset(folder, monkeypatch):
-    dataset, read, opened, told = Dataset.open(str(folder)), Dataset.open_part, [], []
+    dataset, read = Dataset.open(str(folder)), Dataset.open_part
+    opened: list = []
+    told: list[int] = []
 
     def open_part(self, part):
         opened.append(part)
