@@ -20,8 +20,9 @@ from torch.distributed.remote_device import _remote_device
 
 from recgpt_torchrec.distributed.processes import rank, world_size
 
-RECORD_BYTES = 2**27
-"""Maximum size of the values of one record. Reading it takes twice that: the record as stored, and its tensor."""
+RECORD_BYTES = 2**26
+"""Maximum size of the values of one record. Reading takes four times that: the record as stored and its tensor, while
+those of the record before are not yet freed."""
 
 
 def cut_into_records(state: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ The manifest is written last: a folder without one is not a dataset.
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -244,13 +244,21 @@ class Dataset:
     """What `windows.row_groups` read of each sound part, by path."""
 
     @classmethod
-    def open(cls, path: str, *, damaged: Literal["stop", "skip"] | None = None, checksums: bool = False) -> "Dataset":
+    def open(
+        cls,
+        path: str,
+        *,
+        damaged: Literal["stop", "skip"] | None = None,
+        checksums: bool = False,
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> "Dataset":
         """Open and check a dataset: manifest, format version, presence and size of every part.
 
         Args:
             path: folder of the dataset.
             damaged: with `skip`, parts of the sequences that cannot be used are noted in `lost_parts`.
             checksums: also read every part and compare its checksum.
+            advance: called with 1 for each part.
 
         Raises:
             InputError: names what is missing or differs, and how to repair it.
@@ -262,7 +270,7 @@ class Dataset:
                 "a log with interactions in it"
             )
         dataset = cls(path=path, manifest=manifest, damaged=damaged)
-        manifest.check_parts(path, checksums=checksums, report=dataset.lose_part)
+        manifest.check_parts(path, checksums=checksums, report=dataset.lose_part, advance=advance)
         return dataset
 
     @property

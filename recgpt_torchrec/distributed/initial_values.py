@@ -4,7 +4,7 @@ A value depends on (seed, table, row, column) alone. Philox, keyed by (seed, tab
 each block of `BLOCK_ROWS` rows and `BLOCK_COLUMNS` columns. Box and Muller's method makes two normal numbers of 64
 bits, for a row of the block's first half and one of its second. Blocks at the edge of a shard are drawn whole.
 
-One thread takes 4 to 5 ns per number, half as long as numpy's `standard_normal` beside it.
+One thread takes 0.55 of the time of numpy's `standard_normal`: 6.5 against 11.5 ns per number, with other work beside.
 """
 
 import hashlib

@@ -120,7 +120,12 @@ class FolderManifest:
             raise InputError(f"{file} is damaged: {error}; restore it or run {kind.stage} again") from None
 
     def check_parts(
-        self, path: str, *, checksums: bool = False, report: Callable[[Part, str], object] | None = None
+        self,
+        path: str,
+        *,
+        checksums: bool = False,
+        report: Callable[[Part, str], object] | None = None,
+        advance: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Check the files in the folder `path` against the manifest.
 
@@ -128,6 +133,7 @@ class FolderManifest:
             path: folder of this manifest.
             checksums: also read every part and compare its checksum, not only its size.
             report: called with each part that is missing or differs, and the reason; None: the first is an error.
+            advance: called with 1 for each part.
 
         Raises:
             InputError: a part is missing or differs, and there is no `report`; names the part.
@@ -135,6 +141,7 @@ class FolderManifest:
         fs, root = filesystem(path)
         parts = self.all_parts
         for part, info in zip(parts, fs.get_file_info([f"{root}/{part.path}" for part in parts]), strict=True):
+            advance(1)
             if info.type == pyarrow.fs.FileType.NotFound:
                 reason = f"is missing (the manifest promises {part.rows} rows in {part.bytes} bytes)"
             elif info.size != part.bytes:

@@ -43,7 +43,9 @@ def open_dataset(config: Pretrain | PromptTune) -> Dataset:
     Raises:
         InputError: there is no dataset, or it is damaged.
     """
-    return Dataset.open(config.data, damaged=config.stream.damaged, checksums=config.stream.checksums)
+    stream = config.stream
+    with tracked_phase("checking the dataset's files", None, "files") as advance:
+        return Dataset.open(config.data, damaged=stream.damaged, checksums=stream.checksums, advance=advance)
 
 
 @dataclass(frozen=True)
@@ -207,8 +209,8 @@ def check_memory(loss: Loss, capacity: Capacity, dim: int, device: torch.device)
     if needed > (available := available_bytes(device)):
         failed = InputError(
             f"--loss.candidates all looks up {capacity.items:,} items on each rank, whose vectors and gradients take "
-            f"at least {needed:,} bytes, and rank {processes.rank()} has {available:,}; give --loss.candidates sampled, "
-            "or more ranks"
+            f"at least {needed:,} bytes, and rank {processes.rank()} has {available:,}; give --loss.candidates "
+            "sampled, or more ranks"
         )
     raise_first_error(failed)
 

@@ -8,6 +8,7 @@ from torch import nn
 from recgpt_torchrec.checkpoints.state import table_tensors
 from recgpt_torchrec.config import Model, Pretrain, PromptTune, Tuning
 from recgpt_torchrec.data.stream import SequenceStream
+from recgpt_torchrec.distributed import watchdog
 from recgpt_torchrec.distributed.placements import placements
 from recgpt_torchrec.distributed.processes import log_message, run_on_first_rank, world_size
 from recgpt_torchrec.distributed.replicas import Replicas
@@ -59,7 +60,10 @@ def train(
     check_lost(dataset)
     capacity = stream.maker.capacity
     restored = begin is not None or run_on_first_rank(run.checkpoints.latest) is not None
-    built, optimizer = build(config, model, dataset, capacity=capacity, device=device, tuning=tuning, restored=restored)
+    with watchdog.phase("building the model"):
+        built, optimizer = build(
+            config, model, dataset, capacity=capacity, device=device, tuning=tuning, restored=restored
+        )
     group = ranks_per_group(config.tables)
     placed = placements(built.plan, built, config.tables.optimizer, groups=world_size() // group)
     with run.claim_folder():

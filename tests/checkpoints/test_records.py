@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -68,12 +69,11 @@ def save_with_little_memory(
     state = {"table": torch.arange(1000.0)}
     copied = []
     for name, spare in (("enough", 4000 / 0.9 + 1), ("little", 4000 / 0.9 - 1)):
-        memory.available_bytes = lambda device, spare=spare: int(spare)
+        memory.available_bytes = Mock(return_value=int(spare))
         with Saver(Checkpoints(f"{folder}/{name}", keep=1), Saving()) as saver:
             saver.prepare(state)
             saver.save(1, state, {})
             copied.append(bool(saver._copies))
-            assert saver.is_writing or not copied[-1] or saver.finish() is None
             dist.barrier()
     read = {"table": torch.zeros(1000)}
     dcp.load(read, checkpoint_id=f"{folder}/little/checkpoints/step-00000001")

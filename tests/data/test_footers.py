@@ -48,8 +48,15 @@ def test_they_are_read_in_parallel_and_come_in_order(folder, monkeypatch):
 
 
 def test_they_are_read_once_per_dataset(folder, monkeypatch):
-    dataset, read, opened, told = Dataset.open(str(folder)), Dataset.open_part, [], []
-    monkeypatch.setattr(Dataset, "open_part", lambda self, part: opened.append(part) or read(self, part))
+    dataset, read = Dataset.open(str(folder)), Dataset.open_part
+    opened: list = []
+    told: list[int] = []
+
+    def open_part(self, part):
+        opened.append(part)
+        return read(self, part)
+
+    monkeypatch.setattr(Dataset, "open_part", open_part)
     first = row_groups(dataset, told.append)
     columns = dataset.columns
     assert len(opened) == len(told) == 10

@@ -70,7 +70,7 @@ def test_the_plan_tells_how_many_bytes_each_rank_will_hold(ranks):
 
 
 def shortages(rank: int, world_size: int, available: list[int]) -> list[memory.Shortage | None]:
-    memory.available_bytes = lambda device: available[rank]  # type: ignore[assignment]
+    memory.available_bytes = lambda device: available[rank]
     return [memory.find_shortage(needed, CPU) for needed in (10, 20, (1, 25)[rank], (1, 35)[rank])]
 
 
