@@ -199,8 +199,8 @@ def check_memory(loss: Loss, capacity: Capacity, dim: int, device: torch.device)
     if needed > (available := available_bytes(device)):
         failed = InputError(
             f"--loss.candidates all looks up {capacity.items:,} items on each rank, whose vectors and gradients take "
-            f"at least {needed:,} bytes, and rank {processes.rank()} has {available:,}; give --loss.candidates sampled, or more "
-            "ranks"
+            f"at least {needed:,} bytes, and rank {processes.rank()} has {available:,}; give --loss.candidates "
+            "sampled, or more ranks"
         )
     raise_first_error(failed)
 
