@@ -4,8 +4,8 @@ With every item a candidate this is a vocabulary-parallel softmax: rank r scores
 items of `id_range(items, r, ranks)`. The same serves in-batch candidates of all ranks, and negatives that differ by
 rank. The arithmetic is that of `model.shared_loss`.
 
-Per step a rank receives the outputs of all ranks and sends as many weighted sums of candidates: with T targets per rank
-(the largest number of any rank), W ranks and 4 bytes, or 2 in bfloat16 for the outputs, 2 x W x T x dim numbers.
+Per step a rank receives the outputs of all ranks, and sends a weighted sum of candidates for each. With W ranks and T
+targets per rank (the largest number of any rank) these are W x T x dim numbers each, of 4 bytes; outputs of 2 in bf16.
 """
 
 import torch

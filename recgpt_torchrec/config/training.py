@@ -135,7 +135,8 @@ class Train:
     CUDA in bf16, without attention dropout. auto: varlen where it is possible, else dense."""
     fused_loss: bool | Literal["auto"] = changeable("auto")
     """Compute the softmax loss on CUDA in kernels that never write the scores to memory (needs Triton). auto: where it
-    is possible and estimated to be faster, for vectors up to about 128 wide."""
+    is possible and estimated to be faster, for vectors up to about 128 wide. Not possible on several ranks whose
+    candidates count for each other's targets: all, in_batch, and different negatives."""
     compile: bool = changeable(False)
     """Compile the decoder with torch.compile; the first steps then take a minute or more."""
     profile: int = changeable(0)

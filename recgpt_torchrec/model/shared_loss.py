@@ -41,7 +41,7 @@ class Scored(NamedTuple):
     """Targets and the candidates that they are scored against, with gradients kept elsewhere."""
 
     h: Tensor
-    """[targets, dim] float32."""
+    """[targets, dim] float32, or `dtype`."""
     s: Tensor
     """[targets] float32, subtracted from the logits of each: the score of the target itself."""
     candidates: Tensor

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from recgpt_torchrec.catalogue.softmax import SharedSoftmax
 from recgpt_torchrec.config import Loss
 from recgpt_torchrec.data.candidates import SOURCES, Candidates, ItemStatistics, Place
+from recgpt_torchrec.data.packed import LAST_ID
 from recgpt_torchrec.model import shared_loss
 from tools.ranks import run_ranks
 
@@ -19,8 +20,9 @@ ITEMS, DIM, SCALE = 37, 8, 0.25
 COUNTS = np.arange(1, ITEMS + 1)
 TOKENS = 24
 """Of all ranks."""
-WAYS = {"kept": {}, "blocks": {"LOGITS": {"cpu": 0}, "BLOCK": {"cpu": 5 * 3 * 4}, "CHUNK": 3}}
-"""How logits are held: all of them; or in blocks of 3 targets and 5 candidates, computed twice."""
+WAYS = {"kept": {}, "padded": {}, "blocks": {"LOGITS": {"cpu": 0}, "BLOCK": {"cpu": 5 * 3 * 4}, "CHUNK": 3}}
+"""How logits are held: all of them, or in blocks of 3 targets and 5 candidates, computed twice. padded: all, in batches
+that are filled up to fixed sizes."""
 
 
 def targets_of(rank: int, world_size: int) -> list[int]:
@@ -52,19 +54,29 @@ def compute(rank: int, world_size: int, loss: Loss, way: str, large: bool, dtype
         setattr(shared_loss, name, value)
     h, vectors, targets, weights = problem(large)
     mine = targets_of(rank, world_size)
-    own_h, own_targets = h[mine].requires_grad_(), targets[mine]
+    own_h, own_targets, own_weights = h[mine].requires_grad_(), targets[mine], weights[mine]
     vectors.requires_grad_()
     candidates = draw(loss, own_targets, Place(rank, world_size))
-    ids = torch.from_numpy(candidates.ids)
+    ids, log_q = torch.from_numpy(candidates.ids), torch.from_numpy(candidates.log_q)
+    all_h, target_item, candidate_item, bags = own_h, own_targets, ids, ids
+    if way == "padded":  # as in a packed batch: padding is bag 0
+        missing, few = TOKENS - len(mine), 4
+        all_h = torch.cat([own_h, own_h.new_ones(missing, DIM)])
+        own_targets = torch.cat([own_targets, own_targets.new_zeros(missing)])
+        target_item = torch.cat([target_item, target_item.new_full((missing,), -1)])
+        own_weights = torch.cat([own_weights, own_weights.new_zeros(missing)])
+        bags = torch.cat([ids, ids.new_zeros(few)])
+        candidate_item = torch.cat([ids, ids.new_full((few,), LAST_ID)])
+        log_q = torch.cat([log_q, log_q.new_full((few,), torch.inf)])
     batch: Any = SimpleNamespace(
-        target_item=own_targets,
-        candidate_item=ids,
-        candidate_log_q=torch.from_numpy(candidates.log_q),
+        target_item=target_item,
+        candidate_item=candidate_item,
+        candidate_log_q=log_q,
         most_targets=max(len(targets_of(rank, world_size)) for rank in range(world_size)),
-        target_weight=weights[mine],
+        target_weight=own_weights,
     )
     softmax = SharedSoftmax(each_once=loss.candidates == "in_batch")
-    value = softmax(own_h, vectors[own_targets], vectors[ids], batch, dtype) * SCALE
+    value = softmax(all_h, vectors[own_targets], vectors[bags], batch, dtype) * SCALE
     value.backward()
     assert own_h.grad is not None and vectors.grad is not None
     return float(value), own_h.grad, vectors.grad, candidates

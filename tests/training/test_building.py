@@ -21,6 +21,6 @@ def test_a_catalogue_that_memory_does_not_hold_is_refused_with_the_bytes(monkeyp
     with pytest.raises(InputError) as error:
         building.check_memory(Loss(candidates="all"), capacity, 16, CPU)
     assert str(error.value) == (
-        "--loss.candidates all looks up 1,000 items on each rank, whose vectors and gradients take at least "
-        "128,000 bytes, and rank 0 has 127,999; give --loss.candidates sampled, or more ranks"
+        "--loss.candidates all looks up 1,000 items on each rank, whose vectors and gradients take at least 128,000 "
+        "bytes, and rank 0 has 127,999; give --loss.candidates sampled, or more ranks"
     )

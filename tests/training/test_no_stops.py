@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recgpt_torchrec import pretrain
+from recgpt_torchrec.catalogue.softmax import SharedSoftmax
 from recgpt_torchrec.config import Loss, Model, Pretrain, Tables, Train, TrainingBatch
-from recgpt_torchrec.model import waiting
+from recgpt_torchrec.distributed.processes import process_group
+from recgpt_torchrec.model import shared_loss, waiting
 from recgpt_torchrec.training.meter import LOG_EVERY
 from recgpt_torchrec.training.schedule import Schedule
 from tests.support import walks, write_dataset
@@ -111,3 +114,23 @@ def test_a_steady_step_waits_for_nothing_but_torchrecs_splits(
     per_step = sum(waits.asked.values()) / (LAST - FIRST)
     # Per collection: the lengths of row-wise buckets, the splits of lengths and of values, what arrives of both.
     assert 0 < per_step <= 10, waits.asked
+
+
+@pytest.mark.parametrize("held", [2**24, 0])
+def test_the_loss_over_the_candidates_of_all_ranks_waits_for_nothing(monkeypatch: Any, held: int) -> None:
+    monkeypatch.setattr(waiting, "WITHOUT_WAITING", ())
+    monkeypatch.setattr(shared_loss, "LOGITS", {"cpu": held})
+    h, positive, candidates = (torch.randn(rows, 8, requires_grad=True) for rows in (5, 5, 9))
+    batch: Any = SimpleNamespace(
+        target_item=torch.tensor([3, 1, 8, 8, 2]),
+        candidate_item=torch.arange(9),
+        candidate_log_q=torch.zeros(9),
+        most_targets=7,
+        target_weight=None,
+    )
+    waits = Waits()
+    with process_group():
+        softmax = SharedSoftmax(each_once=True)
+        with waits:
+            softmax(h, positive, candidates, batch, torch.float32).backward()
+    assert waits.operations > 30 and not waits.asked and candidates.grad is not None
