@@ -8,6 +8,7 @@ from torchrec.distributed.types import EnumerableShardingSpec, ShardingPlan
 from recgpt_torchrec.config import Sharding
 from recgpt_torchrec.distributed.placements import Placement, placements
 from recgpt_torchrec.distributed.sharding import make_plan
+from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.planning.hardware import GIB, Hardware
 from recgpt_torchrec.planning.workload import Workload
 from recgpt_torchrec.training.optimizers import FUSED
@@ -42,16 +43,23 @@ def shard_workload(workload: Workload, hardware: Hardware) -> Sharded:
         InputError: a table cannot be sharded as the options say; names the table, and what would fit.
     """
     plan = workload.plan
-    sharding_plan = make_plan(
-        workload.meta_model,
-        plan.tables,
-        workload.capacity.items,
-        world_size=plan.ranks,
-        local_world_size=plan.gpus,
-        device_type=hardware.device_type,
-        hbm_bytes=int(hardware.hbm * GIB),
-        fused=plan.tables.optimizer in FUSED or hardware.device_type == "cuda",
-    )
+
+    def planned(hbm_bytes: int | None) -> ShardingPlan:
+        return make_plan(
+            workload.meta_model,
+            plan.tables,
+            workload.capacity.items,
+            world_size=plan.ranks,
+            local_world_size=plan.gpus,
+            device_type=hardware.device_type,
+            hbm_bytes=hbm_bytes,
+            fused=plan.tables.optimizer in FUSED or hardware.device_type == "cuda",
+        )
+
+    try:
+        sharding_plan = planned(int(hardware.hbm * GIB))
+    except InputError:
+        sharding_plan = planned(None)  # if memory alone is lacking, the estimate shows how much
     placed = placements(sharding_plan, workload.meta_model, plan.tables.optimizer)
     by_rank = {each.table: _bytes_by_rank(sharding_plan, each, plan.ranks) for each in placed}
     totals: Counter[int] = Counter()
