@@ -10,6 +10,7 @@ autograd keeps, counted in the decoder's source.
 from dataclasses import dataclass
 from typing import Literal
 
+from recgpt_torchrec.config import Tables
 from recgpt_torchrec.distributed.placements import Placement
 from recgpt_torchrec.distributed.sharding_types import COPY
 from recgpt_torchrec.model.fused_loss import picoseconds_per_logit
@@ -107,32 +108,30 @@ def estimate_memory(workload: Workload, sharded: Sharded, hardware: Hardware) ->
         Item("process", CUDA_CONTEXT + FRAGMENTATION * hardware.hbm * GIB, PROCESS["cuda"])
         if cuda
         else Item("process", PROCESS["cpu"]),
-        *_tables(sharded, plan.tables.optimizer),
+        *_tables(sharded, plan.tables),
         Item("decoder weights", parameters),
         Item("decoder gradients", parameters, note="DDP's buckets, which are the gradients"),
         Item("decoder AdamW", 2 * parameters),
         *_batches(workload, cuda),
         *_step(workload, sharded, hardware),
     ]
-    state = sum(item.device + item.host for item in items if item.name.startswith(("table ", "decoder w", "decoder A")))
+    state = 3 * parameters + sum(sharded.bytes_of(placement) for placement in sharded.placements)
     items.append(_checkpoint(plan.saving.asynchronous, state, Memory(items, hardware, plan.gpus), cuda))
     items += _validation(workload, sharded, Memory(items, hardware, plan.gpus))
     return Memory(items, hardware, plan.gpus)
 
 
-def _tables(sharded: Sharded, optimizer: str) -> list[Item]:
+def _tables(sharded: Sharded, tables: Tables) -> list[Item]:
     items = []
     for placement in sharded.placements:
         size = sharded.bytes_of(placement)
-        host = placement.kernel in HOST_KERNELS
-        items.append(
-            Item(
-                f"table {placement.table}",
-                device=0 if host else size,
-                host=size if host else 0,
-                note=f"weights and moments ({optimizer}), {placement.sharding}",
-            )
-        )
+        note = f"weights and moments ({tables.optimizer}), {placement.sharding}"
+        if placement.kernel in HOST_KERNELS:
+            cache = size * tables.cache_ratio if "caching" in placement.kernel else 0.0
+            note += f", {placement.kernel}"
+            items.append(Item(f"table {placement.table}", cache, size, note=note))
+            continue
+        items.append(Item(f"table {placement.table}", size, note=note))
         if placement.kernel == "dense":
             weights = 4.0 * placement.rows * placement.dim
             if placement.sharding != COPY:

@@ -51,6 +51,12 @@ class StepTime:
         """Of one step."""
         return max(sum(part.seconds for part in self.parts), *(part.seconds for part in self.beside))
 
+    @property
+    def limit(self) -> TimePart | None:
+        """What the device waits for; None: it waits for nothing."""
+        longest = max(self.beside, key=lambda part: part.seconds)
+        return longest if longest.seconds >= self.seconds else None
+
 
 def estimate_step_time(workload: Workload, sharded: Sharded, traffic: list[Cause], hardware: Hardware) -> StepTime:
     """Estimate the time of one training step."""
