@@ -23,7 +23,7 @@ from torchrec.distributed import comm
 
 from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.checkpoints.saving import Saver
-from recgpt_torchrec.checkpoints.state import restore, state_of
+from recgpt_torchrec.checkpoints.state import restore, state_of, table_tensors
 from recgpt_torchrec.config import Loss, Model, Optimizer, Pretrain, Saving, Tables
 from recgpt_torchrec.data.batch import SequenceBatch, make_batch
 from recgpt_torchrec.data.candidates import AllItems
@@ -31,6 +31,7 @@ from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.histories import Histories, no_histories
 from recgpt_torchrec.data.packed import Capacity
 from recgpt_torchrec.distributed.processes import silence_libraries
+from recgpt_torchrec.distributed.replicas import Replicas
 from recgpt_torchrec.distributed.sharding import tables_of
 from recgpt_torchrec.training.building import build
 from tools.small_run import walks
@@ -51,13 +52,16 @@ class Layout:
     optimizer: Any
     nodes: int = 1
     precision: Any = "fp32"
+    shard_ranks: int = 0
+    """Number of ranks that share a copy of the tables; 0: all."""
 
     def __str__(self) -> str:
-        return f"{self.ranks} {self.sharding} {self.precision}".removesuffix(" fp32")
+        groups = f" in groups of {self.shard_ranks}" if self.shard_ranks else ""
+        return f"{self.ranks} {self.sharding} {self.precision}".removesuffix(" fp32") + groups
 
     def blocks(self) -> int:
         """Number of column blocks that row-wise Adagrad keeps a moment for."""
-        numbers = {"column_wise": self.ranks, "grid": self.nodes}
+        numbers = {"column_wise": self.shard_ranks or self.ranks, "grid": self.nodes}
         return numbers.get(self.sharding, 1) if self.optimizer == "rowwise_adagrad" else 1
 
 
@@ -117,7 +121,9 @@ def group(rank: int, world_size: int, count: int, folder: str, nodes: int = 1) -
     turn = next(_turns)
     before = dict(os.environ)
     os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count // nodes)}
-    comm._INTRA_PG = comm._CROSS_PG = None  # torchrec keeps the groups within and between nodes for ever
+    comm._INTRA_PG = comm._CROSS_PG = comm._INTRA_PG_2D = comm._CROSS_PG_2D = (
+        None  # torchrec keeps the groups within and between nodes for ever
+    )
     join = f"file://{folder}/group-{turn}"
     if rank < count:
         dist.init_process_group("gloo", init_method=join, rank=rank, world_size=count)
@@ -143,7 +149,12 @@ def build_model(layout: Layout, users: int = USERS, items: int = ITEMS) -> tuple
         model=Model(dim=DIM, heads=2, layers=1, max_len=8, dropout=0, attention_dropout=0, user_dropout=0),
         loss=Loss(candidates="all"),
         tables=Tables(
-            sharding=layout.sharding, optimizer=layout.optimizer, lr=0.02, user_lr=0.02, precision=layout.precision
+            sharding=layout.sharding,
+            optimizer=layout.optimizer,
+            lr=0.02,
+            user_lr=0.02,
+            precision=layout.precision,
+            shard_ranks=layout.shard_ranks,
         ),
         optimizer=Optimizer(lr=2e-3),
     )
@@ -175,15 +186,21 @@ def make_step_batch(step: int) -> SequenceBatch:
     return batch
 
 
-def train_steps(model: Any, optimizer: Any, numbers: range) -> list[float]:
-    """Train these steps, and return the loss of each, taken before its update."""
+def train_steps(model: Any, optimizer: Any, numbers: range, group: int = 0) -> list[float]:
+    """Train these steps, and return the loss of each, taken before its update.
+
+    Args:
+        group: number of ranks that share a copy of the tables; 0: all.
+    """
     losses = []
+    replicas = Replicas(table_tensors(model, optimizer), group or dist.get_world_size(), every=1)
     model.train()
     for number in numbers:
         optimizer.zero_grad()
         loss, _ = model(make_step_batch(number))
         loss.backward()
         optimizer.step()
+        replicas.after_step(number + 1)
         loss = loss.detach()
         dist.all_reduce(loss)
         losses.append(float(loss) / dist.get_world_size())
@@ -193,22 +210,29 @@ def train_steps(model: Any, optimizer: Any, numbers: range) -> list[float]:
 def train_and_save(source: Layout, folder: str) -> list[float]:
     """Train and save a checkpoint, and return the losses of the next two steps."""
     model, optimizer = build_model(source)
-    train_steps(model, optimizer, range(STEPS))
+    train_steps(model, optimizer, range(STEPS), source.shard_ranks)
     saver = Saver(Checkpoints(output_folder(folder, source), keep=1), Saving())
     saver.save(STEPS, state_of(model, optimizer), {})
-    losses = train_steps(model, optimizer, range(STEPS, STEPS + 2))  # while the checkpoint is written
+    losses = train_steps(
+        model, optimizer, range(STEPS, STEPS + 2), source.shard_ranks
+    )  # while the checkpoint is written
     saver.finish()
     return losses
 
 
 def output_folder(folder: str, source: Layout) -> str:
     """Folder in which the run of a layout keeps its checkpoints."""
-    return f"{folder}/{source.ranks}-{source.sharding}-{source.optimizer}-{source.precision}"
+    return f"{folder}/{source.ranks}-{source.sharding}-{source.optimizer}-{source.precision}-{source.shard_ranks}"
 
 
 def load_tensors(folder: str, source: Layout) -> dict[str, torch.Tensor]:
-    """Load every tensor of a checkpoint by name, without the code under test."""
-    path = Checkpoints(output_folder(folder, source), keep=1).latest()
+    """Load every tensor of a layout's checkpoint by name, without the code under test."""
+    return load_latest(output_folder(folder, source))
+
+
+def load_latest(output: str) -> dict[str, torch.Tensor]:
+    """Load every tensor of a run's newest checkpoint by name, without the code under test."""
+    path = Checkpoints(output, keep=1).latest()
     assert path is not None
     metadata = FileSystemReader(path).read_metadata().state_dict_metadata
     state = {name: torch.empty(e.size) for name, e in metadata.items() if isinstance(e, TensorStorageMetadata)}
@@ -232,7 +256,7 @@ def restore_sources(target: Layout, sources: list[Layout], folder: str) -> list[
             largest[kind] = max(largest[kind], float((value - expected).abs().max()))
         over_ranks = torch.tensor(list(largest.values()))
         dist.all_reduce(over_ranks, op=dist.ReduceOp.MAX)
-        losses = train_steps(model, optimizer, range(STEPS, STEPS + 2))
+        losses = train_steps(model, optimizer, range(STEPS, STEPS + 2), target.shard_ranks)
         tables, moments, dense = over_ranks.tolist()
         differences.append(Difference(source, target, tables, moments, dense, losses))
     return differences

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed._shard.api import load_with_process_group
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -189,6 +190,7 @@ def _allocate_copy(value: Any) -> Any:
 
     if not isinstance(value, ShardedTensor):
         return allocate(value)
-    clone = copy.copy(value)
+    with load_with_process_group(value._process_group):  # else copy takes the default group, which may have more ranks
+        clone = copy.copy(value)
     clone._local_shards = [Shard(allocate(shard.tensor), shard.metadata) for shard in value.local_shards()]
     return clone

@@ -50,6 +50,15 @@ def state_of(model: nn.Module, optimizer: CombinedOptimizer) -> dict[str, Any]:
     return {"model": parameters, "optimizer": {"state": state}}
 
 
+def table_tensors(model: nn.Module, optimizer: CombinedOptimizer) -> list[Any]:
+    """Every table of a model and its moments, in memory shared with both: see `state_of`."""
+    state = state_of(model, optimizer)
+    names = tables_of(model)
+    return [state["model"][name] for name in names] + [
+        moment for name in names for moment in state["optimizer"]["state"].get(name, {}).values()
+    ]
+
+
 def moments(table: Any, state: dict[str, Any]) -> dict[str, Any]:
     """One table's moments by name, from its optimizer's state: [rows, dim] or [rows, blocks], sharded as the table.
 

@@ -73,6 +73,12 @@ class Sharding:
 class Tables(Sharding):
     """The embedding tables: sharding, optimizer and initial values."""
 
+    shard_ranks: int = 0
+    """Number of ranks that share a copy of all tables; 0: all ranks. With the number of ranks per node, lookups stay
+    within a node; each group of ranks trains its copy, and the copies are averaged every sync_steps."""
+    sync_steps: int = 1
+    """Number of steps between two averages of the groups' tables and moments, if shard_ranks makes several groups. An
+    average sends twice what a rank holds of the tables."""
     optimizer: Literal["rowwise_adagrad", "adagrad", "adam", "sgd"] = "rowwise_adagrad"
     """Optimizer of the tables. For a sharded table it is fused into the backward and updates only the rows of the batch
     (adam: on CUDA only). rowwise_adagrad keeps one moment per row; with column-wise sharding, one per row and block of
@@ -89,7 +95,8 @@ class Tables(Sharding):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("lr", "user_lr", "weight_decay", "init_std"):
+        at_least("--tables.sync_steps", self.sync_steps, 1)
+        for name in ("shard_ranks", "lr", "user_lr", "weight_decay", "init_std"):
             at_least(f"--tables.{name}", getattr(self, name), 0)
 
     def lr_of(self, table: str) -> float:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from torch import nn
 from torchrec.distributed.types import EnumerableShardingSpec, ParameterSharding, ShardingPlan
 
-from recgpt_torchrec.distributed.sharding import table_name, tables_of
+from recgpt_torchrec.distributed.sharding import KERNELS, table_name, tables_of
+from recgpt_torchrec.distributed.sharding_types import OPTION_NAMES
 
+OPTION_KERNELS = {value: name for name, value in KERNELS.items()}
 MOMENT_BYTES = 4
 """Moments are float32 whatever the table is."""
 
@@ -25,9 +27,9 @@ class Placement:
     dtype: str
     """Of the weights: `float32`, `float16`."""
     sharding: str
-    """As in torchrec: data_parallel, table_wise, column_wise, row_wise, table_row_wise, grid_shard, ..."""
+    """As in `--tables.sharding`: data_parallel, table_wise, column_wise, row_wise, table_row_wise, grid."""
     kernel: str
-    """As in torchrec: dense, fused, fused_uvm, fused_uvm_caching."""
+    """As in `--tables.kernel`: fused, uvm, uvm_caching; dense where the backward does not update the table."""
     ranks: int
     """Number of ranks that hold a part of it, or a copy."""
     blocks: int
@@ -38,21 +40,23 @@ class Placement:
     """Weights and moments on all ranks."""
 
 
-def placements(plan: ShardingPlan, model: nn.Module, optimizer: str | None = None) -> list[Placement]:
+def placements(plan: ShardingPlan, model: nn.Module, optimizer: str | None = None, groups: int = 1) -> list[Placement]:
     """The placement of every table of a model, in the model's order.
 
     Args:
         plan: of the model.
         model: sharded or not; it may be on the meta device.
         optimizer: of the tables, as in `--tables.optimizer`; None: they are not trained, and have no moments.
+        groups: number of groups of ranks that each hold all tables; the plan is that of one.
     """
     by_table = {name: table for module in plan.plan.values() for name, table in module.items()}
     return [
-        _place(table_name(key), value, by_table[table_name(key)], optimizer) for key, value in tables_of(model).items()
+        _place(table_name(key), value, by_table[table_name(key)], optimizer, groups)
+        for key, value in tables_of(model).items()
     ]
 
 
-def _place(name: str, value: object, sharding: ParameterSharding, optimizer: str | None) -> Placement:
+def _place(name: str, value: object, sharding: ParameterSharding, optimizer: str | None, groups: int) -> Placement:
     rows, dim = value.size()  # type: ignore[attr-defined]
     dtype = value.dtype  # type: ignore[attr-defined]
     spec = sharding.sharding_spec
@@ -70,12 +74,12 @@ def _place(name: str, value: object, sharding: ParameterSharding, optimizer: str
         rows=rows,
         dim=dim,
         dtype=str(dtype).removeprefix("torch."),
-        sharding=sharding.sharding_type,
-        kernel=sharding.compute_kernel,
-        ranks=sum(size > 0 for size in by_rank.values()),
+        sharding=OPTION_NAMES.get(sharding.sharding_type, sharding.sharding_type),
+        kernel=OPTION_KERNELS.get(sharding.compute_kernel, sharding.compute_kernel),
+        ranks=groups * sum(size > 0 for size in by_rank.values()),
         blocks=blocks,
         bytes_per_rank=max(by_rank.values()),
-        total_bytes=by_rank.total(),
+        total_bytes=groups * by_rank.total(),
     )
 
 

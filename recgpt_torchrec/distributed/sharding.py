@@ -14,11 +14,12 @@ from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.types import PlannerError
-from torchrec.distributed.types import CacheParams, ShardedTensor, ShardingEnv, ShardingPlan
+from torchrec.distributed.types import CacheParams, ShardedTensor, ShardingPlan
 from torchrec.modules.embedding_configs import DataType, data_type_to_dtype
 
-from recgpt_torchrec.config import Sharding
+from recgpt_torchrec.config import Sharding, Tables
 from recgpt_torchrec.distributed.processes import run_on_first_rank
+from recgpt_torchrec.distributed.replicas import group_nodes, group_size, place_in_own_group, sharding_environment
 from recgpt_torchrec.distributed.sharding_types import (
     COLUMNS,
     COPY,
@@ -198,21 +199,37 @@ def plan(
     Raises:
         InputError: a table cannot be sharded as `tables` says.
     """
-    world_size = dist.get_world_size()
+    size, local_world_size = ranks_per_group(tables), _local_world_size()
     hbm = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    return run_on_first_rank(
+    made = run_on_first_rank(
         lambda: make_plan(
             model,
             tables,
             bags,
-            world_size=world_size,
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+            world_size=size,
+            local_world_size=group_nodes(size, local_world_size),
             device_type=device.type,
             hbm_bytes=hbm,
             fused=fused,
             trained=trained,
         )
     )
+    if size < dist.get_world_size():
+        place_in_own_group(made, size, device.type, local_world_size)
+    return made
+
+
+def _local_world_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+
+
+def ranks_per_group(tables: Sharding) -> int:
+    """Number of ranks that share a copy of the tables.
+
+    Raises:
+        InputError: the ranks are not equal groups of that size.
+    """
+    return group_size(tables.shard_ranks if isinstance(tables, Tables) else 0, dist.get_world_size())
 
 
 def shard(
@@ -234,11 +251,12 @@ def shard(
         fused: whether sharded tables are updated in the backward; False: by a separate optimizer, or not at all.
         trained: whether they are trained, which decides what `auto` copies.
     """
+    made = plan(model, tables, bags, device, fused, trained)
     return DistributedModelParallel(
         model,
-        env=ShardingEnv.from_process_group(dist.GroupMember.WORLD),
+        env=sharding_environment(ranks_per_group(tables), device.type, _local_world_size()),
         device=device,
-        plan=plan(model, tables, bags, device, fused, trained),
+        plan=made,
         sharders=[Sharder(qcomm_codecs_registry=_codecs(tables.communication, device))],
         init_parameters=True,
         # static_graph, DMP's default, would freeze the first step's graph, and a rank may start with an empty batch.

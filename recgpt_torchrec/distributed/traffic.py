@@ -10,7 +10,7 @@ messages, agreed on before they are sent, and the few numbers by which ranks sta
 from dataclasses import dataclass
 
 from recgpt_torchrec.distributed.placements import Placement
-from recgpt_torchrec.distributed.sharding_types import COPY, GRID, NODE_ROWS, ROWS, Ranks
+from recgpt_torchrec.distributed.sharding_types import COPY, GRID, NODE_ROWS, OPTION_NAMES, ROWS, Ranks
 
 ID_BYTES, LENGTH_BYTES = 8, 4
 """Of an id, and of the number of ids in a bag."""
@@ -73,7 +73,7 @@ def bytes_sent(
     Args:
         placed: the table.
         bags: number of bags that a rank has room for, in all keys of the table, empty ones included.
-        world_size: number of ranks.
+        world_size: number of ranks; of a group, with `--tables.shard_ranks` (see `averaged`).
         local_world_size: number of ranks per node.
         ids: number of ids that a rank looks up; None: one per bag.
         number_bytes: bytes of a number of a vector on its way, 2 with `--tables.communication fp16` or `bf16`.
@@ -89,7 +89,7 @@ def bytes_sent(
         sent = _spread(world * lengths + values, ranks)
         sums = _ring((world - 1) * vectors, ranks)
         return TableTraffic(sent, sums, sums)
-    if placed.sharding in (NODE_ROWS, GRID):
+    if placed.sharding in (NODE_ROWS, OPTION_NAMES[GRID]):
         # To the ranks of one node per block of columns; one in `nodes` senders is on it itself.
         message = placed.blocks * (local * lengths + values)
         sent = Traffic(message * (local - 1) / local / nodes, message * (nodes - 1) / nodes)
@@ -104,6 +104,22 @@ def all_reduced(size: float, ranks: Ranks) -> Traffic:
     return _ring(2 * size * (ranks.world_size - 1) / ranks.world_size, ranks)
 
 
+def averaged(placed: Placement, shard_ranks: int, sync_steps: int, world_size: int, local_world_size: int) -> Traffic:
+    """What a rank sends per step, on average, to average a table and its moments over groups of ranks.
+
+    Args:
+        placed: the table.
+        shard_ranks: number of ranks of a group.
+        sync_steps: number of steps between two averages.
+        world_size: number of ranks of all groups.
+        local_world_size: number of ranks per node.
+    """
+    groups = world_size // shard_ranks
+    holders = max(1, local_world_size // shard_ranks)  # of the same rows, on one node
+    size = placed.total_bytes / world_size  # what a rank holds, as a mean
+    return all_reduced(size / sync_steps, Ranks(groups, min(groups, holders)))
+
+
 def _spread(size: float, ranks: Ranks) -> Traffic:
     """Of messages to ranks that are anywhere, one of which is the sender itself."""
     return Traffic(
@@ -113,6 +129,6 @@ def _spread(size: float, ranks: Ranks) -> Traffic:
 
 
 def _ring(size: float, ranks: Ranks) -> Traffic:
-    """Of messages to the next rank: the last one of a node sends to the next node."""
+    """Of messages to the next rank, in a ring of all: the last one of a node sends to the next node."""
     between = size / ranks.local_world_size if ranks.nodes > 1 else 0.0
     return Traffic(size - between, between)

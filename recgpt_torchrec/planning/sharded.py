@@ -13,7 +13,7 @@ from recgpt_torchrec.planning.hardware import GIB, Hardware
 from recgpt_torchrec.planning.workload import Workload
 from recgpt_torchrec.training.optimizers import FUSED
 
-HOST_KERNELS = ("fused_uvm", "fused_uvm_caching")
+HOST_KERNELS = ("uvm", "uvm_caching")
 """Kernels that keep a table in host memory."""
 
 

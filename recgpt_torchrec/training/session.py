@@ -5,10 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from recgpt_torchrec.checkpoints.state import table_tensors
 from recgpt_torchrec.config import Model, Pretrain, PromptTune, Tuning
 from recgpt_torchrec.data.stream import SequenceStream
 from recgpt_torchrec.distributed.placements import placements
-from recgpt_torchrec.distributed.processes import log_message, run_on_first_rank
+from recgpt_torchrec.distributed.processes import log_message, run_on_first_rank, world_size
+from recgpt_torchrec.distributed.replicas import Replicas
+from recgpt_torchrec.distributed.sharding import ranks_per_group
 from recgpt_torchrec.training.building import Tokens, build, check_lost
 from recgpt_torchrec.training.execution import Execution
 from recgpt_torchrec.training.header import header
@@ -55,7 +58,8 @@ def train(
     check_lost(dataset)
     capacity = stream.maker.capacity
     built, optimizer = build(config, model, dataset, capacity=capacity, device=device, tuning=tuning)
-    placed = placements(built.plan, built, config.tables.optimizer)
+    group = ranks_per_group(config.tables)
+    placed = placements(built.plan, built, config.tables.optimizer, groups=world_size() // group)
     with run.claim_folder():
         trainer = Trainer(
             model=built,
@@ -70,6 +74,7 @@ def train(
             checkpoints=run.checkpoints,
             metadata=run.metadata(str(built.plan), placed, dataset.manifest.hold_out),
             seed=config.seed,
+            replicas=Replicas(table_tensors(built, optimizer), group, config.tables.sync_steps),
         )
         if resumed := run_on_first_rank(run.checkpoints.latest):
             trainer.resume(resumed)

@@ -26,6 +26,7 @@ from recgpt_torchrec.data.windows import Position, Queue
 from recgpt_torchrec.distributed import signals, watchdog
 from recgpt_torchrec.distributed.lockstep import Lockstep, Step
 from recgpt_torchrec.distributed.processes import gather_objects, log_message
+from recgpt_torchrec.distributed.replicas import Replicas
 from recgpt_torchrec.distributed.signals import Stopped
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.dropout import seed_device
@@ -73,6 +74,8 @@ class Trainer:
     """JSON values for every checkpoint's metadata: configuration, vocabulary, sharding plan."""
     seed: int
     progress: Progress = field(default_factory=Progress)
+    replicas: Replicas | None = None
+    """Groups of ranks that hold the tables, if any but one."""
 
     def __post_init__(self) -> None:
         unwrapped_dense(unwrapped(self.model)).set_compute(self.execution.compute)
@@ -186,6 +189,7 @@ class Trainer:
         """Validate, and note it if the figure is the best so far; returns what history.jsonl records (collective)."""
         progress, started = self.progress, time.perf_counter()
         self.pipeline.detach()  # `_train_steps` left it empty
+        self._average_replicas()
         with watchdog.phase("validating"):
             figures = validate()
         progress.validated = progress.step
@@ -220,6 +224,8 @@ class Trainer:
                 self._check_pipelined()
             step = lockstep.handed_out.popleft()
             self._count(step, self._share, loss)
+            if self.replicas is not None:
+                self.replicas.after_step(progress.step)
             self.meter.end(step.targets)
             log.advance(1 if self.length.steps else step.entries, epoch)
             if progress.step % LOG_EVERY == 0:
@@ -317,6 +323,7 @@ class Trainer:
     def save(self) -> None:
         """Save a checkpoint of all that a run needs to resume; training may continue at once (collective)."""
         progress = self.progress
+        self._average_replicas()
         best_step = progress.best_step
         metadata = {**self.metadata, "progress": progress.state_dict()}
         metadata["best"] = {
@@ -326,6 +333,10 @@ class Trainer:
         }
         with watchdog.phase("saving"):
             self.saver.save(progress.step, state_of(self.model, self.optimizer), metadata)
+
+    def _average_replicas(self) -> None:
+        if self.replicas is not None:
+            self.replicas.average()
 
     def resume(self, checkpoint: str) -> None:
         """Resume from a checkpoint, written on any number of ranks and with any sharding (collective).

@@ -20,6 +20,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recgpt_torchrec.checkpoints.folder import Checkpoints
+from recgpt_torchrec.checkpoints.state import table_tensors
 from recgpt_torchrec.config import Loss, Model, Optimizer, Pretrain, Saving, Tables, Train, TrainingBatch
 from recgpt_torchrec.data.batch import SequenceBatch, make_batch
 from recgpt_torchrec.data.candidates import AllItems, Candidates
@@ -28,7 +29,9 @@ from recgpt_torchrec.data.histories import Histories, no_histories
 from recgpt_torchrec.data.packed import Capacity
 from recgpt_torchrec.data.windows import Cursor, Position, Queue
 from recgpt_torchrec.distributed.lockstep import Lockstep
-from recgpt_torchrec.distributed.sharding import initialise_tables, shard, table_name, tables_of
+from recgpt_torchrec.distributed.processes import gather_objects
+from recgpt_torchrec.distributed.replicas import Replicas
+from recgpt_torchrec.distributed.sharding import initialise_tables, ranks_per_group, shard, table_name, tables_of
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model import recgpt
 from recgpt_torchrec.model.dense import Dense
@@ -92,6 +95,7 @@ NODE_CASES = [
     Case("grid", "adagrad", "all"),
     Case("grid", "adagrad", "sampled", few=True),
     Case("row_wise", "rowwise_adagrad", "sampled"),
+    Case("planner", "adagrad", "all"),
 ]
 """Trained on two nodes of two ranks."""
 
@@ -132,12 +136,17 @@ def pack_batch(case: Case, histories: Histories, negatives: Candidates) -> Seque
     )
 
 
-def gather_table(value: Any) -> torch.Tensor | None:
-    """Gather a table from all its shards on rank 0; collective."""
+def gather_table(value: Any) -> torch.Tensor:
+    """Gather a table from all its shards; where several ranks have the same one, they must be equal; collective."""
     if not isinstance(value, ShardedTensor):
         return value.detach().clone()
-    out = torch.empty(value.size()) if dist.get_rank() == 0 else None
-    value.gather(0, out)
+    shards = [(each.metadata.shard_offsets, each.tensor.detach().float()) for each in value.local_shards()]
+    out = torch.full(value.size(), torch.nan)
+    for (row, column), part in (each for of_rank in gather_objects(shards) for each in of_rank):
+        place = out[row : row + part.shape[0], column : column + part.shape[1]]
+        assert place.isnan().all() or torch.equal(place, part)
+        place.copy_(part)
+    assert not out.isnan().any()
     return out
 
 
@@ -166,6 +175,8 @@ def train(case: Case, rank: int, world_size: int) -> Trained:
     result = Trained(tables(), dense())
     pipeline = TrainPipelineSparseDist(model, optimizer, device)
     schedule = Schedule(optimizer, case.config.optimizer)
+    group = ranks_per_group(case.config.tables)
+    replicas = Replicas(table_tensors(model, optimizer), group, case.config.tables.sync_steps)
     candidates = Candidates(np.arange(9), np.zeros(9, np.float32))
     ahead = Lockstep(iter(make_batches(case, rank, world_size)), lambda: pack_batch(case, no_histories(), candidates))
     model.train()
@@ -175,6 +186,7 @@ def train(case: Case, rank: int, world_size: int) -> Trained:
             loss, _ = pipeline.progress(ahead)
         except StopIteration:
             break
+        replicas.after_step(len(result.losses) + 1)
         dist.all_reduce(loss)
         result.losses.append(float(loss) / world_size)
     result.tables, result.dense = tables(), dense()

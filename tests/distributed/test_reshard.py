@@ -22,6 +22,7 @@ SOURCES = [
     Layout(4, "grid", "rowwise_adagrad", nodes=2),
     Layout(4, "grid", "adagrad", nodes=2),
     Layout(4, "grid", "adam", nodes=2),
+    Layout(4, "row_wise", "rowwise_adagrad", shard_ranks=2),
     Layout(2, "row_wise", "rowwise_adagrad", precision="fp16"),
     Layout(2, "column_wise", "adagrad", precision="fp16"),
 ]
@@ -40,6 +41,8 @@ TARGETS = [
     Layout(4, "table_row_wise", "adam", nodes=2),
     Layout(4, "grid", "rowwise_adagrad", nodes=2),
     Layout(4, "grid", "adagrad", nodes=2),
+    Layout(4, "row_wise", "rowwise_adagrad", shard_ranks=2),
+    Layout(4, "table_wise", "adam", shard_ranks=2),
     Layout(3, "row_wise", "rowwise_adagrad", precision="fp16"),
     Layout(2, "table_wise", "adagrad", precision="fp16"),
     Layout(2, "table_wise", "sgd", precision="fp16"),
@@ -59,7 +62,11 @@ def test_tables_optimizer_state_and_next_losses_are_those_that_were_saved(differ
 
 def test_row_wise_adagrad_resumes_slightly_differently_only_where_column_blocks_change(differences):
     """The state is a mean over the columns of a block; the means of other blocks cannot be recovered from it."""
-    changed = [d for d in differences if d.source.blocks() != d.target.blocks()]
+    changed = [
+        d
+        for d in differences
+        if d.source.blocks() != d.target.blocks() and not d.source.shard_ranks and not d.target.shard_ranks
+    ]
     assert {(d.source.blocks(), d.target.blocks()) for d in changed} >= {(1, 2), (2, 1), (2, 3), (3, 2), (3, 1)}
     for difference in changed:
         assert difference.losses[0] < 1e-5 < difference.losses[1] < 5e-3, difference

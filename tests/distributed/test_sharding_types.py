@@ -224,5 +224,5 @@ def test_placements_count_weights_and_moments_of_the_fullest_rank():
     assert placements(grid, model, "adam")[0].bytes_per_rank == 3 * 250_001 * 32 * 4
     lines = table_text(placements(grid, model, "adam")).splitlines()
     assert lines[0].split() == "table rows x dim dtype sharding kernel ranks MiB per rank".split()
-    assert lines[1].split() == "user 1,000,001 x 64 float32 grid_shard fused 8 91.6".split()
+    assert lines[1].split() == "user 1,000,001 x 64 float32 grid fused 8 91.6".split()
     assert len({len(line) for line in lines}) == 1

@@ -3,7 +3,7 @@
 import pytest
 
 from recgpt_torchrec.distributed.placements import Placement
-from recgpt_torchrec.distributed.traffic import bytes_sent
+from recgpt_torchrec.distributed.traffic import Traffic, averaged, bytes_sent
 from tools.benchmarks.traffic import PARTS, compare
 
 
@@ -33,7 +33,14 @@ def test_row_wise_grows_with_the_ranks_and_a_grid_stays_within_the_node():
     whole = 1000 * 64 * 4
     assert vectors("row_wise", 8) == (7 * whole, 0)
     assert vectors("row_wise", 64) == (63 * whole * 7 / 8, 63 * whole / 8)
-    assert vectors("grid_shard", 64, 4) == vectors("table_row_wise", 64) == (7 * whole, 7 / 8 * whole)
+    assert vectors("grid", 64, 4) == vectors("table_row_wise", 64) == (7 * whole, 7 / 8 * whole)
     assert sum(vectors("column_wise", 64, 64)) == sum(vectors("table_wise", 64)) == 63 / 64 * whole
     half = bytes_sent(place("row_wise"), 1000, 64, 8, number_bytes=2).vectors
     assert half.total == sum(vectors("row_wise", 64)) / 2
+
+
+def test_groups_send_what_they_hold_to_be_averaged_between_nodes_only_if_they_are_nodes():
+    table = Placement("item", 1000, 16, "float32", "row_wise", "fused", 32, 1, 8_000, 4 * 64_000)
+    assert averaged(table, shard_ranks=8, sync_steps=10, world_size=32, local_world_size=8) == Traffic(0, 1_200)
+    assert averaged(table, shard_ranks=4, sync_steps=1, world_size=8, local_world_size=8) == Traffic(32_000, 0)
+    assert averaged(table, shard_ranks=32, sync_steps=1, world_size=32, local_world_size=8) == Traffic(0, 0)
