@@ -165,13 +165,13 @@ def bags_of_table(workload: Workload, table: str) -> int:
 
 def _step(workload: Workload, sharded: Sharded, hardware: Hardware) -> list[Item]:
     """Lookups, activations and logits of one training step."""
-    model, cuda, ranks = workload.plan.model, hardware.device_type == "cuda", workload.plan.ranks
+    model, cuda = workload.plan.model, hardware.device_type == "cuda"
     dim, itemsize = model.dim, 2 if hardware.precision == "bf16" else 4
     sent = received = 0.0
     for placement in sharded.placements:
         bags = bags_of_table(workload, placement.table)
         if sharded.bytes_of(placement):
-            sent += 4 * dim * exchanged_rows(placement, bags, ranks)
+            sent += 4 * dim * exchanged_rows(placement, bags, sharded.group)
         received += 4 * dim * bags
     slots = workload.tokens if cuda and _varlen(workload, hardware) else workload.tokens / 0.9
     kept = model.layers * slots * dim * (8 + 2 * model.feed_forward) * itemsize + 8 * 4 * slots * dim
@@ -225,9 +225,9 @@ def _checkpoint(asynchronous: bool, state: float, so_far: Memory, cuda: bool) ->
 
 def _validation(workload: Workload, sharded: Sharded, so_far: Memory) -> list[Item]:
     """The catalogue's vectors of this rank, and the scores of a block of users."""
-    ranks, own = workload.plan.ranks, -(-workload.items // workload.plan.ranks)
+    own = -(-workload.items // workload.plan.ranks)
     whole = 4.0 * workload.plan.model.dim * own
-    sent = sum(exchanged_rows(p, 1, ranks) for p in sharded.placements if p.table != "user")
+    sent = sum(exchanged_rows(p, 1, sharded.group) for p in sharded.placements if p.table != "user")
     working = SCORES[so_far.hardware.device_type] + 2 * PASS + BLOCK * (sent + 3)
     left = so_far.device_limit - so_far.total("device", "always") - working
     held = whole <= HELD_SHARE * left

@@ -123,6 +123,27 @@ def test_the_busiest_rank_sends_more_where_one_rank_has_the_table() -> None:
     assert vectors("table_wise") > vectors("column_wise")
 
 
+def test_groups_of_ranks_look_up_among_themselves_and_average_their_tables() -> None:
+    alone = Estimate.of(on_cpu(gpus=2))
+    groups = Estimate.of(on_cpu(gpus=4, tables=Tables(shard_ranks=2, sync_steps=10)))
+    of_alone, of_groups = ({c.name: c.sent.total for c in e.traffic} for e in (alone, groups))
+    assert of_groups["vectors"] == of_alone["vectors"] and bytes_of(groups, "table ") == bytes_of(alone, "table ")
+    # Ring of two groups: each rank sends its part of the tables once per average.
+    assert of_groups["averages"] == pytest.approx(
+        sum(p.total_bytes for p in alone.sharded.placements) / 2 / 10, rel=0.01
+    )
+    assert "averages" not in of_alone
+
+
+def test_a_table_that_the_gpus_do_not_hold_goes_to_the_host_with_a_cache_on_the_gpu() -> None:
+    estimate = Estimate.of(Plan(items=10**9, users=1000, gpus=2, hbm=48.0))
+    (item,) = (item for item in estimate.memory.items if item.name == "table item")
+    assert item.host > 100e9 and item.device == pytest.approx(0.2 * item.host)
+    assert estimate.sharded.spills(estimate.workload.plan.tables)
+    explicit = Plan(items=10**9, users=1000, gpus=2, tables=Tables(kernel="uvm"))
+    assert not Estimate.of(explicit).sharded.spills(explicit.tables)
+
+
 def test_time_follows_peak_bandwidth_and_links() -> None:
     def parts(**options: Any) -> dict[str, float]:
         given: dict[str, Any] = {"items": 10**7, "users": 10**7, "nodes": 2, "model": Model(dim=256, layers=4)}
