@@ -10,6 +10,7 @@ autograd keeps, counted in the decoder's source.
 from dataclasses import dataclass
 from typing import Literal
 
+from recgpt_torchrec.config import Tables
 from recgpt_torchrec.distributed.placements import Placement
 from recgpt_torchrec.distributed.sharding_types import COPY
 from recgpt_torchrec.model.fused_loss import picoseconds_per_logit
@@ -107,32 +108,30 @@ def estimate_memory(workload: Workload, sharded: Sharded, hardware: Hardware) ->
         Item("process", CUDA_CONTEXT + FRAGMENTATION * hardware.hbm * GIB, PROCESS["cuda"])
         if cuda
         else Item("process", PROCESS["cpu"]),
-        *_tables(sharded, plan.tables.optimizer),
+        *_tables(sharded, plan.tables),
         Item("decoder weights", parameters),
         Item("decoder gradients", parameters, note="DDP's buckets, which are the gradients"),
         Item("decoder AdamW", 2 * parameters),
         *_batches(workload, cuda),
         *_step(workload, sharded, hardware),
     ]
-    state = sum(item.device + item.host for item in items if item.name.startswith(("table ", "decoder w", "decoder A")))
+    state = 3 * parameters + sum(sharded.bytes_of(placement) for placement in sharded.placements)
     items.append(_checkpoint(plan.saving.asynchronous, state, Memory(items, hardware, plan.gpus), cuda))
     items += _validation(workload, sharded, Memory(items, hardware, plan.gpus))
     return Memory(items, hardware, plan.gpus)
 
 
-def _tables(sharded: Sharded, optimizer: str) -> list[Item]:
+def _tables(sharded: Sharded, tables: Tables) -> list[Item]:
     items = []
     for placement in sharded.placements:
         size = sharded.bytes_of(placement)
-        host = placement.kernel in HOST_KERNELS
-        items.append(
-            Item(
-                f"table {placement.table}",
-                device=0 if host else size,
-                host=size if host else 0,
-                note=f"weights and moments ({optimizer}), {placement.sharding}",
-            )
-        )
+        note = f"weights and moments ({tables.optimizer}), {placement.sharding}"
+        if placement.kernel in HOST_KERNELS:
+            cache = size * tables.cache_ratio if "caching" in placement.kernel else 0.0
+            note += f", {placement.kernel}"
+            items.append(Item(f"table {placement.table}", cache, size, note=note))
+            continue
+        items.append(Item(f"table {placement.table}", size, note=note))
         if placement.kernel == "dense":
             weights = 4.0 * placement.rows * placement.dim
             if placement.sharding != COPY:
@@ -166,13 +165,13 @@ def bags_of_table(workload: Workload, table: str) -> int:
 
 def _step(workload: Workload, sharded: Sharded, hardware: Hardware) -> list[Item]:
     """Lookups, activations and logits of one training step."""
-    model, cuda, ranks = workload.plan.model, hardware.device_type == "cuda", workload.plan.ranks
+    model, cuda = workload.plan.model, hardware.device_type == "cuda"
     dim, itemsize = model.dim, 2 if hardware.precision == "bf16" else 4
     sent = received = 0.0
     for placement in sharded.placements:
         bags = bags_of_table(workload, placement.table)
         if sharded.bytes_of(placement):
-            sent += 4 * dim * exchanged_rows(placement, bags, ranks)
+            sent += 4 * dim * exchanged_rows(placement, bags, sharded.group)
         received += 4 * dim * bags
     slots = workload.tokens if cuda and _varlen(workload, hardware) else workload.tokens / 0.9
     kept = model.layers * slots * dim * (8 + 2 * model.feed_forward) * itemsize + 8 * 4 * slots * dim
@@ -226,9 +225,9 @@ def _checkpoint(asynchronous: bool, state: float, so_far: Memory, cuda: bool) ->
 
 def _validation(workload: Workload, sharded: Sharded, so_far: Memory) -> list[Item]:
     """The catalogue's vectors of this rank, and the scores of a block of users."""
-    ranks, own = workload.plan.ranks, -(-workload.items // workload.plan.ranks)
+    own = -(-workload.items // workload.plan.ranks)
     whole = 4.0 * workload.plan.model.dim * own
-    sent = sum(exchanged_rows(p, 1, ranks) for p in sharded.placements if p.table != "user")
+    sent = sum(exchanged_rows(p, 1, sharded.group) for p in sharded.placements if p.table != "user")
     working = SCORES[so_far.hardware.device_type] + 2 * PASS + BLOCK * (sent + 3)
     left = so_far.device_limit - so_far.total("device", "always") - working
     held = whole <= HELD_SHARE * left

@@ -128,6 +128,9 @@ def _time_text(time: StepTime, workload: Workload, hardware: Hardware) -> str:
         f"  A step takes {seconds * 1e3:,.3g} ms: {per_rank:,.0f} targets/s per rank, {per_rank * ranks:,.0f} in all; "
         f"{workload.flops.total / 1e9:,.3g} GFLOP per rank, {share:.1%} of the peak",
     ]
+    if (slowest := time.limit) is not None:
+        remedy = "; give more --stream.workers" if slowest.name == "loader" else ""
+        lines.append(f"  The device waits: {slowest.name} takes longer than its parts{remedy}")
     if (steps := workload.steps) is not None:
         lines.append(
             f"  An epoch of {workload.plan.interactions:,} interactions has {steps:,.0f} steps and takes "

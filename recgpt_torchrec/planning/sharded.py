@@ -7,12 +7,14 @@ from torchrec.distributed.types import EnumerableShardingSpec, ShardingPlan
 
 from recgpt_torchrec.config import Sharding
 from recgpt_torchrec.distributed.placements import Placement, placements
+from recgpt_torchrec.distributed.replicas import group_nodes, group_size
 from recgpt_torchrec.distributed.sharding import make_plan
+from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.planning.hardware import GIB, Hardware
 from recgpt_torchrec.planning.workload import Workload
 from recgpt_torchrec.training.optimizers import FUSED
 
-HOST_KERNELS = ("fused_uvm", "fused_uvm_caching")
+HOST_KERNELS = ("uvm", "uvm_caching")
 """Kernels that keep a table in host memory."""
 
 
@@ -25,6 +27,10 @@ class Sharded:
     """Bytes of weights and moments of each table, by rank."""
     fullest: int
     """Rank that holds most bytes."""
+    group: int
+    """Number of ranks that share a copy of the tables; `by_rank` is of the first group."""
+    group_local: int
+    """Ranks of a group per node."""
 
     def bytes_of(self, placement: Placement) -> int:
         """Bytes of a table on the fullest rank."""
@@ -42,22 +48,31 @@ def shard_workload(workload: Workload, hardware: Hardware) -> Sharded:
         InputError: a table cannot be sharded as the options say; names the table, and what would fit.
     """
     plan = workload.plan
-    sharding_plan = make_plan(
-        workload.meta_model,
-        plan.tables,
-        workload.capacity.items,
-        world_size=plan.ranks,
-        local_world_size=plan.gpus,
-        device_type=hardware.device_type,
-        hbm_bytes=int(hardware.hbm * GIB),
-        fused=plan.tables.optimizer in FUSED or hardware.device_type == "cuda",
-    )
-    placed = placements(sharding_plan, workload.meta_model, plan.tables.optimizer)
-    by_rank = {each.table: _bytes_by_rank(sharding_plan, each, plan.ranks) for each in placed}
+    size = group_size(plan.tables.shard_ranks, plan.ranks)
+    local = group_nodes(size, plan.gpus)
+
+    def planned(hbm_bytes: int | None) -> ShardingPlan:
+        return make_plan(
+            workload.meta_model,
+            plan.tables,
+            workload.capacity.items,
+            world_size=size,
+            local_world_size=local,
+            device_type=hardware.device_type,
+            hbm_bytes=hbm_bytes,
+            fused=plan.tables.optimizer in FUSED or hardware.device_type == "cuda",
+        )
+
+    try:
+        sharding_plan = planned(int(hardware.hbm * GIB))
+    except InputError:
+        sharding_plan = planned(None)  # if memory alone is lacking, the estimate shows how much
+    placed = placements(sharding_plan, workload.meta_model, plan.tables.optimizer, plan.ranks // size)
+    by_rank = {each.table: _bytes_by_rank(sharding_plan, each, size) for each in placed}
     totals: Counter[int] = Counter()
     for of_table in by_rank.values():
         totals.update(of_table)
-    return Sharded(placed, by_rank, max(totals, key=lambda rank: (totals[rank], -rank)))
+    return Sharded(placed, by_rank, max(totals, key=lambda rank: (totals[rank], -rank)), size, local)
 
 
 def _bytes_by_rank(sharding_plan: ShardingPlan, placement: Placement, ranks: int) -> dict[int, int]:

@@ -51,6 +51,12 @@ class StepTime:
         """Of one step."""
         return max(sum(part.seconds for part in self.parts), *(part.seconds for part in self.beside))
 
+    @property
+    def limit(self) -> TimePart | None:
+        """What the device waits for; None: it waits for nothing."""
+        longest = max(self.beside, key=lambda part: part.seconds)
+        return longest if longest.seconds >= self.seconds else None
+
 
 def estimate_step_time(workload: Workload, sharded: Sharded, traffic: list[Cause], hardware: Hardware) -> StepTime:
     """Estimate the time of one training step."""
@@ -94,7 +100,7 @@ def _lookup(workload: Workload, sharded: Sharded, hardware: Hardware) -> TimePar
     for placement in sharded.placements:
         bags = bags_of_table(workload, placement.table)
         used = workload.sequences if placement.table == "user" else workload.distinct_items
-        sent = exchanged_rows(placement, bags, workload.plan.ranks)
+        sent = exchanged_rows(placement, bags, sharded.group)
         # Forward: read used rows, write and read what is sent, write, regroup. Backward: alike, then update the rows.
         size += 4.0 * placement.dim * (4 * used + 4 * sent + 6 * bags)
     return _roofline("lookup", hardware, 0.0, size)

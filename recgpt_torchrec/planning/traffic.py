@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from recgpt_torchrec.distributed.placements import Placement
 from recgpt_torchrec.distributed.sharding_types import COPY, Ranks
-from recgpt_torchrec.distributed.traffic import TableTraffic, Traffic, all_reduced, bytes_sent
+from recgpt_torchrec.distributed.traffic import TableTraffic, Traffic, all_reduced, averaged, bytes_sent
 from recgpt_torchrec.planning.memory import bags_of_table
 from recgpt_torchrec.planning.sharded import Sharded
 from recgpt_torchrec.planning.workload import Workload
@@ -26,21 +26,23 @@ def step_traffic(workload: Workload, sharded: Sharded) -> list[Cause]:
     """What the busiest rank sends in one step."""
     plan, dim = workload.plan, workload.plan.model.dim
     ranks = Ranks(plan.ranks, plan.gpus)
-    of_table, copied = {}, Traffic()
+    of_table, copied, averages = {}, Traffic(), Traffic()
     for placement in sharded.placements:
         sent = bytes_sent(
             placement,
             bags_of_table(workload, placement.table),
-            plan.ranks,
-            plan.gpus,
+            sharded.group,
+            sharded.group_local,
             ids=workload.sequences if placement.table == "user" else workload.distinct_items,
             number_bytes=NUMBER_BYTES[plan.tables.communication],
         )
+        if sharded.group < plan.ranks:
+            averages += averaged(placement, sharded.group, plan.tables.sync_steps, plan.ranks, plan.gpus)
         if placement.sharding == COPY:
             copied += sent.gradients
         else:
             of_table[placement] = sent
-    ids, vectors, gradients = _busiest(of_table, sharded, plan.ranks)
+    ids, vectors, gradients = _busiest(of_table, sharded, sharded.group)
     causes = [
         Cause("ids", ids, "ids and lengths, one step ahead"),
         Cause("vectors", vectors, "looked-up rows, empty bags included"),
@@ -49,6 +51,9 @@ def step_traffic(workload: Workload, sharded: Sharded) -> list[Cause]:
     ]
     if copied.total:
         causes.append(Cause("copied tables", copied, "all-reduce of whole gradients"))
+    if averages.total:
+        note = f"of tables and moments over {plan.ranks // sharded.group} groups, every {plan.tables.sync_steps} steps"
+        causes.append(Cause("averages", averages, note))
     if workload.scores_all_ranks:
         size = 4.0 * (plan.ranks - 1) * workload.targets * (dim + 2)
         inside = (plan.gpus - 1) / max(plan.ranks - 1, 1)

@@ -120,8 +120,16 @@ class Workload:
     @cached_property
     def meta_model(self) -> RecGPT:
         """The model on the meta device."""
+        plan = self.plan
         with torch.device("meta"):
-            return RecGPT(self.plan.model, self.plan.loss, self.users, self.items, item_keys=self.capacity.item_keys)
+            return RecGPT(
+                plan.model,
+                plan.loss,
+                self.users,
+                self.items,
+                item_keys=self.capacity.item_keys,
+                precision=plan.tables.precision,
+            )
 
     @cached_property
     def dense_parameters(self) -> int:
