@@ -8,7 +8,7 @@ from torch import nn
 from torchrec.optim.keyed import KeyedOptimizer
 
 from recgpt_torchrec.catalogue.softmax import SharedSoftmax
-from recgpt_torchrec.config import Loss, Model, Pretrain, PromptTune, Tuning
+from recgpt_torchrec.config import Loss, Model, Pretrain, PromptTune, Tables, Tuning
 from recgpt_torchrec.config.defaults import tokens_of_rank, tokens_of_step
 from recgpt_torchrec.data.candidates import candidate_source
 from recgpt_torchrec.data.dataset import Dataset
@@ -22,7 +22,7 @@ from recgpt_torchrec.distributed.initial_values import initialise_tables
 from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.memory import available_bytes
 from recgpt_torchrec.distributed.processes import gather_objects, run_on_first_rank, world_size
-from recgpt_torchrec.distributed.sharding import shard
+from recgpt_torchrec.distributed.sharding import ranks_per_group, shard
 from recgpt_torchrec.distributed.watchdog import tracked_phase
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import RecGPT, unwrapped, unwrapped_dense
@@ -183,16 +183,27 @@ def build(
     sharded = shard(unsharded, config.tables, bags=capacity.items, device=device, fused=fused, optimizer=optimizer)
     if not restored:
         initialise_tables(sharded, config.tables.init_std_of, config.seed)
-    share_loss(sharded, config.loss)
+    share_loss(sharded, config.loss, config.tables)
     check_memory(config.loss, capacity, model.dim, device)
     return sharded, optimizers_of(sharded, config.tables, config.optimizer, frozen)
 
 
-def share_loss(model: nn.Module, loss: Loss) -> None:
-    """Score the targets of a sharded model's batches against the candidates of all ranks, where the loss says so."""
-    if loss.crosses_ranks(world_size()):
-        shared = SharedSoftmax(each_once=loss.candidates == "in_batch")
-        unwrapped_dense(unwrapped(model)).set_shared_loss(shared)
+def share_loss(model: nn.Module, loss: Loss, tables: Tables) -> None:
+    """Score the targets of a sharded model's batches against the candidates of all ranks, where the loss says so.
+
+    Raises:
+        InputError: groups of ranks train copies of the tables, so that only one group would train each candidate.
+    """
+    if not loss.crosses_ranks(world_size()):
+        return
+    if ranks_per_group(tables) != world_size():
+        raise InputError(
+            f"--tables.shard_ranks {tables.shard_ranks} makes groups of ranks, and this loss's candidates are those of "
+            "all ranks, each trained in one group only; leave it out, or give --loss.candidates sampled with "
+            "--loss.negatives_across_ranks same"
+        )
+    shared = SharedSoftmax(each_once=loss.candidates == "in_batch")
+    unwrapped_dense(unwrapped(model)).set_shared_loss(shared)
 
 
 def check_memory(loss: Loss, capacity: Capacity, dim: int, device: torch.device) -> None:
