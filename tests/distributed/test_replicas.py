@@ -69,7 +69,7 @@ def train_groups(rank: int, world_size: int, folder: str) -> tuple[list[Trained]
 
 def fit_groups(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     """Train with the trainer, with an average only where one is needed; the average of the groups' tables before it."""
-    case = GroupCase("row_wise", "rowwise_adagrad", "all", sync_steps=10**6)
+    case = GroupCase("row_wise", "rowwise_adagrad", "sampled", sync_steps=10**6)
     dataset = Dataset(path="", manifest=Manifest(users=USERS, items=ITEMS))
     model, optimizer = build(case.config, case.config.model, dataset, capacity=CAPACITY, device=torch.device("cpu"))
     run = trainer(model, optimizer, FixedStream(make_batches(case, rank, world_size), case), folder)
