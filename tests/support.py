@@ -17,7 +17,7 @@ import torch
 
 from recgpt_torchrec import cli
 from recgpt_torchrec.config.stages import STAGES, module_of
-from recgpt_torchrec.data.dataset import Manifest
+from recgpt_torchrec.data.dataset import Dataset, Manifest
 from tools.small_run import SMALL, training_part, walks, write_dataset
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "overwrite",
     "read_epochs",
     "read_files",
+    "read_sequences",
     "rewrite",
     "stage",
     "start_forkserver",
@@ -133,6 +134,15 @@ def read_epochs(output: Path) -> list[dict[str, Any]]:
 def read_files(folder: Path) -> dict[str, bytes]:
     """Read every file below a folder, by its path in it."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def read_sequences(folder: Path) -> dict[str, list[Any]]:
+    """Read the sequences of a dataset as columns, in the order of its manifest."""
+    found: dict[str, list[Any]] = {}
+    for part in Dataset.open(str(folder)).manifest.sequences:
+        for name, values in pq.read_table(folder / part.path).to_pydict().items():
+            found.setdefault(name, []).extend(values)
+    return found
 
 
 def start_forkserver() -> None:

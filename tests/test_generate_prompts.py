@@ -6,12 +6,11 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
 
 from recgpt_torchrec.data.dataset import Dataset
-from tests.support import SMALL, change_json, read_files, stage, walks, write_dataset
+from tests.support import SMALL, change_json, read_files, read_sequences, stage, walks, write_dataset
 from tools.ranks import run_ranks
 
 USERS, ITEMS, MAX_LEN = 60, 30, 8
@@ -53,15 +52,6 @@ def prompted(data, run) -> Path:
     output = data.parent / "prompted"
     assert stage("generate_prompts", {"--data": data, "--checkpoint": run, "--output": output, "--batch_users": 7}) == 0
     return output
-
-
-def read_sequences(folder: Path) -> dict[str, list[Any]]:
-    """Read the sequences of a dataset as columns, in the order of its manifest."""
-    found: dict[str, list[Any]] = {}
-    for part in Dataset.open(str(folder)).manifest.sequences:
-        for name, values in pq.read_table(folder / part.path).to_pydict().items():
-            found.setdefault(name, []).extend(values)
-    return found
 
 
 def test_the_result_is_the_dataset_with_two_prompts_between_the_newest_items(prompted, data, run):

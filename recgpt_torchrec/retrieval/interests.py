@@ -49,7 +49,7 @@ def predict_interests(
     """Compute `count` interest vectors per history (collective: every rank takes part, even without histories).
 
     Args:
-        model: in evaluation mode.
+        model: to encode the growing histories, in evaluation mode meanwhile.
         maker: packs the growing histories of a batch into the next one.
         batches: equally many on every rank. Histories with `seen`, whose items are never appended, and the first
             interest of each, [sequences, dim] float32. All of them are scored together.
@@ -59,6 +59,8 @@ def predict_interests(
     Returns:
         [sequences of all batches, count, dim] float32.
     """
+    was_training = model.training
+    model.eval()
     growing = [histories for histories, _ in batches]
     vectors = [torch.cat([first for _, first in batches])]
     seen = join([histories.seen for histories in growing if histories.seen is not None])
@@ -74,6 +76,7 @@ def predict_interests(
             growing[number] = append_generated(growing[number], of_batch, maker.max_len)
             outputs.append(model(maker.make(growing[number]).to(device))[1][1].float())
         vectors.append(torch.cat(outputs))
+    model.train(was_training)
     return torch.stack(vectors, dim=1)
 
 
