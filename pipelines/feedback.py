@@ -247,11 +247,12 @@ def collect_report(options: Options, steps: RecordedSteps) -> dict[str, Any]:
 
 
 def read_results(evaluation: dict[str, Any], run: Path) -> dict[str, Any]:
-    """Results of one run: on test, and on validation after its best epoch (one step, masked); and its training."""
+    """Results of one run: on test, and on validation in its best epoch (one step, masked); and its training."""
     one, two = list(evaluation["results"].values())[:2]  # baselines may follow
     training = paper_report.read_training(run)
-    epochs = map(json.loads, (run / "history.jsonl").read_text().splitlines())
-    (best,) = (epoch for epoch in epochs if epoch["epoch"] == training["best_epoch"] and "NDCG@10" in epoch)
+    lines = map(json.loads, (run / "history.jsonl").read_text().splitlines())
+    of_epoch = [line for line in lines if line["epoch"] == training["best_epoch"] and "NDCG@10" in line]
+    best = max(of_epoch, key=lambda line: line["NDCG@10"])  # an epoch may have validations within it
     validation = {"masked": {metric: best[metric] for metric in METRICS}}
     return {
         "results": {"validation": validation, "test one step": one, "test two steps": two},

@@ -175,7 +175,7 @@ def read_training(run: Path) -> dict[str, Any]:
         "steps": max((epoch["step"] for epoch in epochs), default=0),
         "epochs": max((epoch["epoch"] for epoch in epochs), default=0),
         "best_epoch": best.get("epoch"),
-        "train_s": sum(epoch["train_s"] for epoch in epochs),
+        "train_s": sum(epoch.get("train_s", 0.0) for epoch in epochs),
     }
 
 
