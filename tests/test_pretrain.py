@@ -89,12 +89,16 @@ def test_a_run_from_the_command_line_leaves_checkpoints_and_prints_the_next_comm
 
 def test_a_header_describes_data_and_model_before_the_first_step(run):
     output, done = run
-    first, of_data, decoder, tables, compute, tokens, epochs = done.stdout.splitlines()[:7]
+    first, of_data, decoder, heading, *tables, compute, tokens, epochs = done.stdout.splitlines()[:9]
     assert first == "Training on 1 rank, CPU" and of_data.startswith(f"  data     {USERS} users, {ITEMS} items, ")
     trained = {n: v for n, v in tensors(checkpoints(output)[-1]).items() if n.startswith("model.")}
     count = sum(value.numel() for name, value in trained.items() if "embedding" not in name)
     assert decoder == f"  decoder  {count:,} parameters"
-    assert f"item {ITEMS} x 8 data_parallel" in tables and f"user {USERS} x 8 data_parallel" in tables
+    assert heading == "  tables   table  rows x dim  dtype    sharding       kernel  ranks  MiB per rank"
+    assert [line.split() for line in tables] == [
+        f"{table} {rows:,} x 8 float32 data_parallel dense 1 0.0".split()
+        for table, rows in (("item", ITEMS), ("user", USERS))
+    ]
     assert re.fullmatch(r"  compute  (fp32|bf16) \(auto: .*\), dense attention, chunked loss", compute)
     assert tokens == "  tokens   60 per rank"
     said = re.fullmatch(r"  epochs   at most 2, about (\d+) steps each", epochs)

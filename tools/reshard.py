@@ -39,6 +39,7 @@ from tools.small_run import walks
 USERS, ITEMS, STEPS = 13, 29, 3
 KEYS = 2
 """Number of keys that item bags are dealt to."""
+CAPACITY = Capacity(USERS, ITEMS, KEYS)
 DIM = 24
 """Columns: blocks of a multiple of 4 on one, two and three ranks."""
 
@@ -159,25 +160,24 @@ def build_model(layout: Layout, users: int = USERS, items: int = ITEMS, restored
         optimizer=Optimizer(lr=2e-3),
     )
     dataset = Dataset(path="", manifest=Manifest(users=users, items=items))
-    capacity, device = Capacity(USERS, ITEMS, KEYS), torch.device("cpu")
-    return build(config, config.model, dataset, capacity=capacity, device=device, restored=restored)
+    return build(config, config.model, dataset, capacity=CAPACITY, device=torch.device("cpu"), restored=restored)
 
 
-def make_step_batch(step: int) -> SequenceBatch:
+def make_step_batch(step: int, users: int = USERS) -> SequenceBatch:
     """Make this rank's part of a step's global batch, which is the same for every number of ranks."""
     global_batch = walks(7, ITEMS, seed=step, shortest=2, longest=9)
     own = range(dist.get_rank(), len(global_batch), dist.get_world_size())
     histories = no_histories()
     if own:
         histories = Histories(
-            users=np.array([(step + n) % USERS for n in own]),
+            users=np.array([(step + n) % users for n in own]),
             items=np.concatenate([global_batch[n] for n in own]),
             offsets=np.concatenate([[0], np.cumsum([len(global_batch[n]) for n in own])]),
         )
     batch = make_batch(
         histories,
         row_length=8,
-        capacity=Capacity(USERS, ITEMS, KEYS),
+        capacity=CAPACITY,
         predict=True,
         draw=lambda targets: AllItems(ITEMS).candidates,
     )
@@ -187,18 +187,19 @@ def make_step_batch(step: int) -> SequenceBatch:
     return batch
 
 
-def train_steps(model: Any, optimizer: Any, numbers: range, group: int = 0) -> list[float]:
+def train_steps(model: Any, optimizer: Any, numbers: range, group: int = 0, users: int = USERS) -> list[float]:
     """Train these steps, and return the loss of each, taken before its update.
 
     Args:
         group: number of ranks that share a copy of the tables; 0: all.
+        users: number of users.
     """
     losses = []
     replicas = Replicas(table_tensors(model, optimizer), group or dist.get_world_size(), every=1)
     model.train()
     for number in numbers:
         optimizer.zero_grad()
-        loss, _ = model(make_step_batch(number))
+        loss, _ = model(make_step_batch(number, users))
         loss.backward()
         optimizer.step()
         replicas.after_step(number + 1)

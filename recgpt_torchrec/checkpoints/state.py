@@ -77,8 +77,13 @@ def moments(table: Any, state: dict[str, Any]) -> dict[str, Any]:
                 parts = [shard.tensor for shard in value.local_shards()]
             else:
                 parts = list(value.split([shard.tensor.shape[0] for shard in shards]))
-            by_name[name] = _shard_moments(table, [part.view(part.shape[0], -1) for part in parts])
+            by_name[name] = _shard_moments(table, [part.view(part.shape[0], _width(part)) for part in parts])
     return by_name
+
+
+def _width(part: Tensor) -> int:
+    """Number of moments per row; a rank may hold a shard of no rows."""
+    return part.shape[1] if part.dim() > 1 else 1
 
 
 def _shard_moments(table: Sharded, parts: list[Tensor]) -> Sharded:
