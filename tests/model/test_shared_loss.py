@@ -5,13 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recgpt_torchrec.model import shared_loss
 from recgpt_torchrec.model.loss import softmax_loss
-from recgpt_torchrec.model.shared_loss import rows_at_once
+from recgpt_torchrec.model.shared_loss import Alone, rows_at_once, shared_softmax_loss
 
 DIM, TARGETS = 8, 50
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -97,3 +99,26 @@ def test_one_rank_computes_the_same_in_two_passes_as_in_one(small_blocks, monkey
     for two, one in zip(*results, strict=True):
         # Exponents of a thousand have errors of 1e-4 in float32.
         torch.testing.assert_close(two, one, rtol=3e-3 if large else 1e-4, atol=1e-3 if large else 1e-5)
+
+
+@given(st.integers(0, 9), st.integers(0, 12), st.integers(1, 4), st.integers(1, 20), st.booleans(), st.integers(0, 99))
+def test_blocks_of_any_size_give_the_formula(targets, count, rows, block, kept, seed):
+    generator = torch.Generator().manual_seed(seed)
+    h, positive = vectors(targets, seed), vectors(targets, seed + 1)
+    candidates, log_q = vectors(count, seed + 2), -torch.rand(count, generator=generator)
+    log_q[torch.rand(count, generator=generator) < 0.2] = torch.inf
+    index = torch.randint(-1, count, (targets,), generator=generator)
+    weight = torch.rand(targets, generator=generator)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_loss, "CHUNK", rows)
+        patch.setattr(shared_loss, "BLOCK", {"cpu": 4 * block})
+        patch.setattr(shared_loss, "LOGITS", {"cpu": 2**20 if kept else 0})
+        ours = shared_softmax_loss(h, positive, candidates, log_q, index, weight, torch.float32, Alone())
+        found = torch.autograd.grad(ours, (h, positive, candidates))
+    logits = (h @ candidates.t() - log_q).masked_fill(torch.arange(count) == index[:, None], -torch.inf)
+    own = (h * positive).sum(1, keepdim=True)
+    wanted = (weight * (torch.cat([own, logits], 1).logsumexp(1) - own[:, 0])).sum()
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+    wanted_gradients = torch.autograd.grad(wanted, (h, positive, candidates))
+    for mine, reference in zip(found, wanted_gradients, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-3, atol=1e-4)
