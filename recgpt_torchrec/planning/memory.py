@@ -113,6 +113,7 @@ def estimate_memory(workload: Workload, sharded: Sharded, hardware: Hardware) ->
         Item("decoder gradients", parameters, note="DDP's buckets, which are the gradients"),
         Item("decoder AdamW", 2 * parameters),
         *_batches(workload, cuda),
+        *_statistics(workload, cuda),
         *_step(workload, sharded, hardware),
     ]
     state = 3 * parameters + sum(sharded.bytes_of(placement) for placement in sharded.placements)
@@ -151,6 +152,19 @@ def _batches(workload: Workload, cuda: bool) -> list[Item]:
     note = f"{ahead} batches read ahead, 2 windows of {groups:,} users"
     read = ahead * one + 2 * window
     return [Item("batches", 3 * one, read, note=note) if cuda else Item("batches", read, note=note)]
+
+
+def _statistics(workload: Workload, cuda: bool) -> list[Item]:
+    """What candidates drawn by popularity need of every item, on every rank.
+
+    While it is computed it takes more, which is freed before there are tables.
+    """
+    loss = workload.plan.loss
+    if loss.candidates != "in_batch" and (loss.candidates == "all" or loss.negatives_by == "uniform"):
+        return []
+    size = 4.0 * workload.items
+    device, host = (0.0, size) if cuda else (size, 0.0)
+    return [Item("item statistics", device, host, note="popularity of every item, on each rank")]
 
 
 def exchanged_rows(placement: Placement, bags: int, ranks: int) -> float:

@@ -65,6 +65,19 @@ def test_the_tables_bytes_are_their_elements_and_moments(sharding: Any, optimize
     assert bytes_of(estimate, "gradient of") == copied
 
 
+@pytest.mark.parametrize(
+    ("loss", "held"),
+    [
+        ({"candidates": "in_batch"}, 800_000),
+        ({"negatives_by": "log_uniform"}, 800_000),
+        ({}, 0),
+        ({"candidates": "all", "negatives_by": "log_uniform"}, 0),
+    ],
+)
+def test_candidates_by_popularity_keep_four_bytes_of_every_item(loss: Any, held: int) -> None:
+    assert bytes_of(Estimate.of(on_cpu(loss=Loss(**loss))), "item statistics") == held
+
+
 def test_the_fullest_rank_is_that_with_the_larger_table() -> None:
     estimate = Estimate.of(on_cpu(tables=Tables(sharding="table_wise")))
     held = {name: bytes_of(estimate, f"table {name}") for name in ("user", "item")}
