@@ -97,7 +97,9 @@ def test_nothing_is_drawn_for_zeros(monkeypatch):
 def tables_of_layout(rank: int, world_size: int, sharding: str) -> dict[str, torch.Tensor | None]:
     silence_libraries()
     model, _ = build_model(Layout(world_size, sharding, "sgd"))
-    tables = {table_name(name): gather_table(value) for name, value in tables_of(model).items()}
+    tables: dict[str, torch.Tensor | None] = {
+        table_name(name): gather_table(value) for name, value in tables_of(model).items()
+    }
     # From row 11 on, with another seed: the rows before stay.
     names = {table_name(name): name for name in tables_of(model)}
     initialise_tables(model, Tables().init_std_of, 8, {names["item"]: 11, names["user"]: 5})
