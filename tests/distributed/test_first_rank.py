@@ -24,7 +24,7 @@ def look(rank: int, world_size: int, folder: str) -> dict[str, Any]:
         for step in (6, 7):
             saver.save(step, {"tensor": torch.arange(10.0)}, {"progress": PROGRESS})
     if rank == 1:  # it still sees the folder as it was before the run
-        storage.names = lambda path: []
+        storage.names = lambda folder: []
         storage.exists = lambda path: False
         storage.read_json = training_run.read_json = lambda path: None
     checkpoint = find_checkpoint(folder)
