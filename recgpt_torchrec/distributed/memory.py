@@ -16,6 +16,8 @@ from recgpt_torchrec.distributed.processes import gather_objects, rank
 from recgpt_torchrec.errors import InputError
 
 CGROUP = Path("/sys/fs/cgroup")
+MOMENT_BYTES = 4
+"""Moments are float32 whatever the table is."""
 
 
 def available_bytes(device: torch.device) -> int:
@@ -84,11 +86,16 @@ def table_bytes(plan: ShardingPlan, model: nn.Module, optimizer: str | None) -> 
             itemsize = data_type_to_dtype(config.data_type).itemsize
             for holder, rows, columns in shards:
                 numbers = rows * columns
-                moments = {"rowwise_adagrad": rows, "adagrad": numbers, "adam": 2 * numbers}.get(optimizer or "", 0)
                 gradients = numbers if optimizer is not None and sharding.compute_kernel == "dense" else 0
                 where = "host" if "uvm" in sharding.compute_kernel else "device"
-                needed[holder, where] += (numbers + gradients) * itemsize + moments * 4
+                needed[holder, where] += (numbers + gradients) * itemsize + moment_bytes(optimizer, rows, columns)
     return needed
+
+
+def moment_bytes(optimizer: str | None, rows: int, columns: int) -> int:
+    """Bytes of the moments that a table's optimizer keeps for a part of the table, [rows, columns]."""
+    numbers = {"rowwise_adagrad": rows, "adagrad": rows * columns, "adam": 2 * rows * columns}
+    return MOMENT_BYTES * numbers.get(optimizer or "", 0)
 
 
 def check_tables_fit(plan: ShardingPlan, model: nn.Module, optimizer: str | None, device: torch.device) -> None:
@@ -107,8 +114,8 @@ def check_tables_fit(plan: ShardingPlan, model: nn.Module, optimizer: str | None
             state = "" if optimizer is None else " and their optimizer state"
             raise InputError(
                 f"the tables{state} need {shortage.needed:,} bytes of memory on {shortage.place}, where "
-                f"{shortage.available:,} are available. Use more ranks, a smaller --model.dim, or another "
-                "--tables.sharding (auto copies only small tables)"
+                f"{shortage.available:,} are available. Use more ranks, a smaller --model.dim, "
+                "--tables.precision fp16, or another --tables.sharding (auto copies only small tables)"
             )
 
 

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from torch import nn
 from torchrec.distributed.types import EnumerableShardingSpec, ParameterSharding, ShardingPlan
 
+from recgpt_torchrec.distributed.memory import moment_bytes
 from recgpt_torchrec.distributed.sharding import KERNELS, table_name, tables_of
 from recgpt_torchrec.distributed.sharding_types import OPTION_NAMES
 
 OPTION_KERNELS = {value: name for name, value in KERNELS.items()}
-MOMENT_BYTES = 4
-"""Moments are float32 whatever the table is."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +80,6 @@ def _place(name: str, value: object, sharding: ParameterSharding, optimizer: str
         bytes_per_rank=max(by_rank.values()),
         total_bytes=groups * by_rank.total(),
     )
-
-
-def moment_bytes(optimizer: str | None, rows: int, columns: int) -> int:
-    """Bytes of the moments that a table's optimizer keeps for a part of the table, [rows, columns]."""
-    numbers = {"rowwise_adagrad": rows, "adagrad": rows * columns, "adam": 2 * rows * columns}
-    return MOMENT_BYTES * numbers.get(optimizer or "", 0)
 
 
 def table_text(placed: list[Placement]) -> str:

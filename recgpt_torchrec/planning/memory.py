@@ -10,9 +10,15 @@ autograd keeps, counted in the decoder's source.
 from dataclasses import dataclass
 from typing import Literal
 
+from recgpt_torchrec.catalogue.catalogue import HELD_SHARE, PASS_BYTES
+from recgpt_torchrec.catalogue.counting import SCORES
+from recgpt_torchrec.catalogue.vectors import BLOCK_BYTES
+from recgpt_torchrec.checkpoints.records import RECORD_BYTES
+from recgpt_torchrec.checkpoints.saving import COPY_SHARE
 from recgpt_torchrec.config import Tables
 from recgpt_torchrec.distributed.placements import Placement
 from recgpt_torchrec.distributed.sharding_types import COPY
+from recgpt_torchrec.model import shared_loss
 from recgpt_torchrec.model.fused_loss import picoseconds_per_logit
 from recgpt_torchrec.planning.hardware import GIB, Hardware
 from recgpt_torchrec.planning.sharded import HOST_KERNELS, Sharded
@@ -24,21 +30,7 @@ FRAGMENTATION = 0.04
 """Share of a GPU's memory that its allocator cannot give out in the sizes asked for (assumed)."""
 PROCESS = {"cuda": 3.0 * GIB, "cpu": 0.6 * GIB}
 """Host memory of one rank's process after its imports (assumed; of CPU ranks `tools.check_plan` measures it)."""
-RECORD = 2**27
-"""Bytes of the largest piece of a table that is written at once where a checkpoint is saved without a copy."""
-COPY_SHARE = 0.9
-"""Share of the memory left that the copy may take from which a checkpoint is written in the background."""
-HELD_SHARE = 0.5
-"""Share of the memory left up to which a validation holds the catalogue's vectors."""
-BLOCK = 2**24
-"""Bytes of vectors that a rank looks up at once for the catalogue."""
-SCORES = {"cpu": 2**22, "cuda": 2**28}
-"""Bytes of scores that a validation holds at once."""
-PASS = 2**26
-"""Bytes of the queries of all ranks, and of the answers to them, that one pass over the catalogue serves."""
-LOGITS = {"cpu": 2**26, "cuda": 2**30}
-"""Bytes of logits that a step holds at most."""
-CHUNK = {"cpu": 96, "cuda": 4096}
+CHUNK = {"cpu": shared_loss.CHUNK, "cuda": shared_loss.CHUNK_CUDA}
 """Targets scored at once, where their logits are not too many bytes."""
 Phase = Literal["always", "step", "validation"]
 Place = Literal["device", "host"]
@@ -195,7 +187,7 @@ def _step(workload: Workload, sharded: Sharded, hardware: Hardware) -> list[Item
     candidates = workload.own_candidates
     vectors = 4 * dim * (6 * workload.targets + 5 * candidates)
     kind = hardware.device_type
-    logits = min(LOGITS[kind], itemsize * min(CHUNK[kind], workload.targets) * candidates)
+    logits = min(shared_loss.LOGITS[kind], itemsize * min(CHUNK[kind], workload.targets) * candidates)
     logits *= not fuses_loss(workload, hardware)
     return [
         Item("lookups", 2 * sent + 4 * received, phase="step", note="vectors sent, received, regrouped; gradients"),
@@ -233,7 +225,7 @@ def _checkpoint(asynchronous: bool, state: float, so_far: Memory, cuda: bool) ->
     size, note = state, "asynchronous saving"
     if not (asynchronous and fits):
         why = "asynchronous saving does not fit" if asynchronous else "--saving.asynchronous false"
-        size, note = min(state, RECORD), f"{why}: a record at a time"
+        size, note = min(state, RECORD_BYTES), f"{why}: a record at a time"
     return Item("checkpoint copy", *((0.0, size) if cuda else (size, 0.0)), note=note)
 
 
@@ -242,7 +234,7 @@ def _validation(workload: Workload, sharded: Sharded, so_far: Memory) -> list[It
     own = -(-workload.items // workload.plan.ranks)
     whole = 4.0 * workload.plan.model.dim * own
     sent = sum(exchanged_rows(p, 1, sharded.group) for p in sharded.placements if p.table != "user")
-    working = SCORES[so_far.hardware.device_type] + 2 * PASS + BLOCK * (sent + 3)
+    working = 4 * SCORES[so_far.hardware.device_type] + 2 * PASS_BYTES + BLOCK_BYTES * (sent + 3)
     left = so_far.device_limit - so_far.total("device", "always") - working
     held = whole <= HELD_SHARE * left
     how = "held" if held else "streamed: looked up anew for each pass"

@@ -89,9 +89,7 @@ class Workload:
     @property
     def scores_all_ranks(self) -> bool:
         """Whether targets are scored against candidates that other ranks hold."""
-        loss = self.plan.loss
-        different = getattr(loss, "negatives_across_ranks", "same") == "different"
-        return self.plan.ranks > 1 and (loss.candidates in ("all", "in_batch") or different)
+        return self.plan.loss.crosses_ranks(self.plan.ranks)
 
     @property
     def own_candidates(self) -> int:
