@@ -57,7 +57,7 @@ class Excluded:
             device: of the scores.
             whole: whether a tile has all items of the pairs; they are in order of the tiles then.
         """
-        self.span = 1 if whole else int(pairs.items.max(initial=0)) + 1
+        self.whole, self.span = whole, int(pairs.items.max(initial=0)) + 1
         self.keys, own_rows, items = pairs.rows // rows, pairs.rows % rows, pairs.items
         if not whole:
             keys = self.keys * self.span + items
@@ -75,6 +75,8 @@ class Excluded:
         """
         base, items = block * self.span, scores.shape[1]
         bounds = base + min(first, self.span), base + min(first + items, self.span)
+        if self.whole:
+            bounds = block, block + 1
         start, stop = np.searchsorted(self.keys, bounds).tolist()
         if start < stop:  # scatter takes a fraction of the time of an assignment by two indices
             places = self.rows[start:stop] * items + (self.items[start:stop] - first)

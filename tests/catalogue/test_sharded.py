@@ -196,7 +196,7 @@ def serve_a_model(rank: int, world_size: int) -> list[str]:
     from recgpt_torchrec.training.building import build
 
     items, device, sources = 23, torch.device("cpu"), []
-    for sharding in ("row_wise", "data_parallel"):
+    for sharding in ("row_wise", "data_parallel", "table_wise"):
         config = Pretrain(
             data="", output="", model=Model(dim=8, heads=2), loss=Loss(), tables=Tables(sharding=sharding)
         )
@@ -233,4 +233,4 @@ def serve_a_model(rank: int, world_size: int) -> list[str]:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_vectors_of_a_sharded_model_are_its_tables_rows(world_size):
     for sources in run_ranks(serve_a_model, world_size):
-        assert sources == ["HeldVectors", "StreamedVectors"] * 2
+        assert sources == ["HeldVectors", "StreamedVectors"] * 3
