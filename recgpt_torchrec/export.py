@@ -67,7 +67,7 @@ def main(config: Export) -> None:
                             vectors = predict_interests(
                                 trained.model, stream.maker, collected, catalogue, config.interests
                             )
-                        bar.update(ids.size * world_size())
+                        bar.update(min(ids.size * world_size(), dataset.manifest.users - bar.n))
                         yield ids, vectors.cpu().numpy()
 
             manifest = write_export(
