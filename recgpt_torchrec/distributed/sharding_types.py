@@ -129,9 +129,9 @@ def choose_automatically(size: Size, ranks: Ranks, *, bags: int | None, fused: b
 
     Up to `copied` bytes: a copy on every rank; but for a table of which a step looks up a part, the whole table on one
     of a few ranks: a copy's gradient is exchanged whole, and its optimizer visits every row. A step with 768 tokens per
-    rank, tables of 12,101 and 22,363 x 64 and 3,000 negatives took 66 ms on two ranks with copies and 40 so. (Blocks of
-    columns take as long, but keep a moment of row-wise Adagrad each: results would depend on the ranks.) float16 is
-    never copied in training, since torch's optimizers would keep float16 moments.
+    rank, tables of 12,101 and 22,363 x 64 and 3,000 negatives took 56 ms on two ranks with copies and 40 so (minima).
+    (Blocks of columns take as long, but keep a moment of row-wise Adagrad each: results would depend on the ranks.)
+    float16 is never copied in training, since torch's optimizers would keep float16 moments.
 
     Beyond that, on one node: column-wise, whose vectors for one-id bags do not grow with the number of ranks, unlike
     row-wise, where each rank sends the sums of its rows for the bags of all ranks, [ranks x bags, dim].

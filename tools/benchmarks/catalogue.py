@@ -96,7 +96,7 @@ class Size:
         evaluated = {"--data": self.folder / "data", "--output": self.folder / "evaluation.json", "--split": "test"}
         self._stage("evaluate", "evaluate", {**reading, **evaluated, "--users": options.sampled_users})
         prompted = {"--data": self.folder / "sample", "--output": self.folder / "prompts"}
-        self._stage("generate_prompts", "generate_prompts", {**reading, **prompted})
+        self._stage("generate_prompts", "generate_prompts", {**reading, **prompted, "--prompts.k": 1})
         for path in self.folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
