@@ -148,7 +148,7 @@ def build_model(layout: Layout, users: int = USERS, items: int = ITEMS, restored
         output="",
         seed=7,
         model=Model(dim=DIM, heads=2, layers=1, max_len=8, dropout=0, attention_dropout=0, user_dropout=0),
-        loss=Loss(candidates="all"),
+        loss=Loss(candidates="sampled"),
         tables=Tables(
             sharding=layout.sharding,
             optimizer=layout.optimizer,
@@ -179,7 +179,7 @@ def make_step_batch(step: int, users: int = USERS) -> SequenceBatch:
         row_length=8,
         capacity=CAPACITY,
         predict=True,
-        draw=lambda targets: AllItems(ITEMS).candidates,
+        draw=lambda targets: AllItems(ITEMS).candidates,  # as if all had been sampled, on every rank
     )
     targets = torch.tensor(float(batch.target_slot.numel()))
     dist.all_reduce(targets)

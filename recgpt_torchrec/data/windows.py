@@ -239,6 +239,8 @@ class Position:
         """
         stored = make_typed(_StoredPosition, state, "position.")
         queues = []
+        if stored.queues == []:
+            raise ValueError("position.queues is empty; an epoch that has begun has at least one queue")
         for queue in stored.queues or []:
             numbers = [number for window in queue.windows for number in window]
             check_counts({f"number {place} of position.queues": number for place, number in enumerate(numbers)})

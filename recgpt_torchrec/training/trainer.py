@@ -321,7 +321,7 @@ class Trainer:
         self._sum_losses()
         local_queues = [] if self._share is None else self._share.left
         queues = [queue for rank_queues in gather_objects(local_queues) for queue in rank_queues]
-        self.progress.position = Position(self.progress.position.epoch, queues)
+        self.progress.position = Position(self.progress.position.epoch, queues or None)
         self.save()
 
     def save(self) -> None:

@@ -20,7 +20,7 @@ FEW = 5
 
 
 def save_and_restore(rank: int, world_size: int, folder: str) -> tuple[list[int], dict[str, bool]]:
-    case = Case("row_wise", "adagrad", "all")
+    case = Case("row_wise", "adagrad", "sampled")
     dataset = Dataset(path="", manifest=Manifest(users=FEW, items=ITEMS))
 
     def make() -> tuple[Any, Any]:
