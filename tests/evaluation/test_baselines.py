@@ -127,26 +127,27 @@ def test_a_baseline_beyond_its_bytes_is_left_out_with_a_line(monkeypatch, capfd)
     large = Manifest(users=10**9, items=10**8, interactions=10**10)
     assert baselines.choose_baselines(large) == ["popularity"]
     (line,) = capfd.readouterr().out.splitlines()
-    assert "Baseline cooccurrence is left out: it may need 4,471.8 GiB" in line and "limit is 16.0 GiB" in line
+    assert "Baseline cooccurrence is left out: it may need 4,481.5 GiB" in line and "limit is 16.0 GiB" in line
     assert "100,000,000 items, 10,000,000,000 interactions with up to 20 pairs each" in line
     assert baselines.choose_baselines(Manifest(users=1, items=2 * 10**9, interactions=1)) == []
 
 
 def test_estimates_follow_the_items_and_the_longest_history():
     few = Manifest(users=9, items=10, interactions=10**6, preparation={"lengths": {"max": 4}})
-    assert baselines.estimate_bytes(few)["cooccurrence"][0] == 10 * 16 + 100 * 24  # no more pairs than items squared
+    assert baselines.estimate_bytes(few)["cooccurrence"][0] == 10 * 120 + 100 * 24  # no more pairs than items squared
     short = Manifest(users=9, items=10**6, interactions=1000, preparation={"lengths": {"max": 4}})
-    assert baselines.estimate_bytes(short)["cooccurrence"][0] == 10**6 * 16 + 3 * 1000 * 24
+    assert baselines.estimate_bytes(short)["cooccurrence"][0] == 10**6 * 120 + 3 * 1000 * 24
 
 
 def test_a_baseline_that_memory_does_not_suffice_for_is_left_out(monkeypatch, capfd):
     monkeypatch.setattr(baselines, "available_bytes", lambda device: 2**20)
-    assert baselines.choose_baselines(Manifest(users=9, items=100, interactions=10**5)) == [
-        "popularity",
-        "cooccurrence",
-    ]
+    both = ["popularity", "cooccurrence"]
+    assert baselines.choose_baselines(Manifest(users=9, items=100, interactions=10**5)) == both
     assert baselines.choose_baselines(Manifest(users=9, items=10**4, interactions=10**5)) == ["popularity"]
-    assert "a rank has 0.0 GiB of memory left" in capfd.readouterr().out
+    # Of 144 items 24 and 120 bytes each, and 24 per pair, are below half of 2**20 bytes; of 145 they are not.
+    assert baselines.choose_baselines(Manifest(users=9, items=144, interactions=10**5)) == both
+    assert baselines.choose_baselines(Manifest(users=9, items=145, interactions=10**5)) == ["popularity"]
+    assert "a rank can spare 0.0 GiB" in capfd.readouterr().out
 
 
 def test_popularity_alone_is_the_same(tmp_path):
