@@ -25,7 +25,7 @@ def main(config: Evaluate) -> None:
     from recgpt_torchrec.evaluation import baselines
     from recgpt_torchrec.evaluation.groups import GroupedMetrics, Grouping, group_table
     from recgpt_torchrec.evaluation.held_out import check_has_targets
-    from recgpt_torchrec.evaluation.ranking import reduce_metrics
+    from recgpt_torchrec.evaluation.metrics import reduce_metrics
     from recgpt_torchrec.evaluation.recall_paths import RecallPaths, path_names
     from recgpt_torchrec.evaluation.sampling import check_sample
     from recgpt_torchrec.training.loading import load

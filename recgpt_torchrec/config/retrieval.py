@@ -54,8 +54,8 @@ class Evaluate(Computing):
     seed: int = 0
     """Seed of the sample of users."""
     baselines: bool = True
-    """Also measure the baselines, popularity and item co-occurrence. One that may need more than 16 GiB per rank, or
-    more than is left, is left out."""
+    """Also measure the baselines, popularity and item co-occurrence. One that may need more than 16 GiB per rank is
+    left out, and so is one that does not fit into half of the memory left, together with the one before."""
     recall: Recall = field(default_factory=Recall)
     overwrite: bool = False
     """Replace the output file whatever it holds; false: replace only an evaluation of the same dataset and split."""

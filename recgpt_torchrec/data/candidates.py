@@ -1,8 +1,9 @@
 """Candidates: the items that the targets of a batch are scored against, with their logQ.
 
 `SOURCES` holds a class per value of `--loss.candidates`, `DISTRIBUTIONS` one per value of `--loss.negatives_by`. Draws
-depend only on the generator that is passed in. Every rank seeds it alike, so that the tables look up one set of ids and
-training does not depend on the number of ranks. Where candidates are *shared*, each rank draws its part of them, and
+depend only on the generator that is passed in. Every rank with a batch seeds it alike, so that the tables look up one
+set of ids and training does not depend on the number of ranks; a rank that has run out draws others, whose gradients
+are zero. Where candidates are *shared*, each rank draws its part of them, and
 the targets of all ranks are scored against all parts (`catalogue.softmax`).
 
 What a process holds per item, in bytes: `all` 20 per item of its own range, `in_batch` 4 (logQ), `log_uniform` 4 (the

@@ -202,9 +202,9 @@ def pack_histories(
     used_entries = np.flatnonzero(used)
     used_items, soft = items.take(used_entries), soft_items.ravel()
     if candidates.bags is not None:
-        candidate_bags, first = candidates.bags, int(candidates.ids[0]) if candidates.ids.size else 0
+        candidate_bags = candidates.bags
         both = np.concatenate([used_items, soft])
-        ids, bags = number_behind("item", both, candidates.ids, first, capacity.items)
+        ids, bags = number_behind("item", both, candidates.ids, capacity.items)
         entry_bags, soft_bags = np.split(bags, [used_items.size])
     else:
         both = np.concatenate([used_items, candidates.ids, soft])
@@ -276,8 +276,8 @@ def number_distinct(name: str, ids: Int64, capacity: int) -> tuple[Int64, Int64]
     return distinct, index.astype(np.int64, copy=False)
 
 
-def number_behind(name: str, ids: Int64, range_ids: Int64, first: int, capacity: int) -> tuple[Int64, Int64]:
-    """Number distinct ids where those of a range come first: `range_ids` [n] int64 are `first`, `first` + 1, ...
+def number_behind(name: str, ids: Int64, range_ids: Int64, capacity: int) -> tuple[Int64, Int64]:
+    """Number distinct ids where those of a range come first: `range_ids` [n] int64 are consecutive.
 
     Returns:
         The range's ids and the other distinct ones behind them, and the index of each of `ids` [m] int64 among them.
@@ -285,7 +285,7 @@ def number_behind(name: str, ids: Int64, range_ids: Int64, first: int, capacity:
     Raises:
         ValueError: there are more than `capacity`.
     """
-    index = ids - first
+    index = ids - (range_ids[0] if range_ids.size else 0)
     (outside,) = np.nonzero((index < 0) | (index >= range_ids.size))
     if not outside.size:
         return range_ids, index

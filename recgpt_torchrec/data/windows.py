@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recgpt_torchrec.data.dataset import ANSWERS, REQUIRED, STARTS, Dataset, Manifest
-from recgpt_torchrec.data.reading.footers import read_footers
+from recgpt_torchrec.data.reading.footers import column_bounds, read_footers
 from recgpt_torchrec.data.split import MEANINGS, STORED
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage.typed import check_counts, make_typed
@@ -90,11 +90,7 @@ def promised_columns(manifest: Manifest) -> set[str]:
 def user_bounds(dataset: Dataset, group: RowGroup) -> tuple[int, int]:
     """Smallest and largest user id of a row group, from the Parquet statistics; of all ids where there are none."""
     with dataset.read_part(dataset.manifest.sequences[group.part]) as file:
-        meta = file.metadata
-        names = [meta.schema.column(column).path for column in range(meta.num_columns)]
-        statistics = meta.row_group(group.group).column(names.index("user_id")).statistics
-    has_bounds = statistics is not None and statistics.has_min_max
-    return (statistics.min, statistics.max) if has_bounds else (0, 2**63 - 1)
+        return column_bounds(file.metadata, group.group, "user_id") or (0, 2**63 - 1)
 
 
 def check_new_targets(dataset: Dataset) -> None:

@@ -33,7 +33,7 @@ class Step(NamedTuple):
 
 
 class _Totals(NamedTuple):
-    """What ranks agree on per step, summed over them, in the order in which `_fetch` sends it."""
+    """What ranks agree on per step, summed over them; the targets of each rank follow."""
 
     entries: float
     ranks_with_batch: float
@@ -91,13 +91,17 @@ class Lockstep:
         except Exception as error:  # raised here, it would leave the other ranks waiting for this one
             self._failure = error
         self.waited_s += time.perf_counter() - since
-        agreed = torch.zeros(5 + dist.get_world_size(), dtype=torch.float64)
-        agreed[2], agreed[3] = self.requests_checkpoint(), self._failure is not None
-        agreed[4] = signals.received_signal() is not None
-        if batch is not None:
-            read = batch.histories.read
-            agreed[0], agreed[1] = 0.0 if read is None else read.sum(), 1.0
-            agreed[5 + dist.get_rank()] = batch.targets
+        read = None if batch is None else batch.histories.read
+        own = _Totals(
+            entries=0.0 if read is None else float(read.sum()),
+            ranks_with_batch=batch is not None,
+            requests=self.requests_checkpoint(),
+            failed=self._failure is not None,
+            stopped=signals.received_signal() is not None,
+        )
+        rank_targets = [0.0] * dist.get_world_size()
+        rank_targets[dist.get_rank()] = 0.0 if batch is None else batch.targets
+        agreed = torch.tensor([*own, *rank_targets], dtype=torch.float64)
         work = dist.all_reduce(agreed, async_op=True) if dist.get_world_size() > 1 else None
         self._ahead.append((batch or self.make_empty(), batch is not None, agreed, work))
         self.fetched += 1

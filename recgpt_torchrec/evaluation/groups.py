@@ -19,7 +19,7 @@ from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.data.reading.counts import read_counts
 from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import gather_objects, rank, world_size
-from recgpt_torchrec.evaluation.metrics import RankingMetrics
+from recgpt_torchrec.evaluation.metrics import RankingMetrics, reduce_metrics
 
 SHARES = 4
 """Number of popularity groups with about equal shares of the training interactions."""
@@ -215,9 +215,7 @@ class GroupedMetrics:
             for name, metrics in by_name.items():
                 lines = results[how][name] = []
                 for (low, high), each in zip(self.grouping.bounds[name], metrics, strict=True):
-                    if dist.is_initialized():
-                        dist.all_reduce(each.state())
-                    figures = each.result() if each.users else {}
+                    figures = each.result() if reduce_metrics(each).users else {}
                     lines.append({"from": low, "to": high, "users": each.users, **figures})
         return results
 

@@ -1,9 +1,10 @@
-"""HR@k and NDCG@k from ranks as `catalogue.ranks` defines them. Knows nothing of models, files or processes."""
+"""HR@k and NDCG@k from ranks as `catalogue.ranks` defines them. Knows nothing of models and files."""
 
 import math
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 
 from recgpt_torchrec.errors import InputError
 
@@ -78,3 +79,10 @@ class RankingMetrics:
         means = (self._sums[1:] / self._sums[0]).tolist()
         names = [f"{metric}@{k}" for k in self.ks for metric in ("HR", "NDCG")]
         return dict(zip(names, means, strict=True))
+
+
+def reduce_metrics(metrics: RankingMetrics) -> RankingMetrics:
+    """Sum metrics over all ranks, in place, and return them (collective)."""
+    if dist.is_initialized():
+        dist.all_reduce(metrics.state())
+    return metrics

@@ -4,14 +4,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.ragged import Ragged, join
 from recgpt_torchrec.evaluation.groups import PROTOCOLS, GroupedMetrics
-from recgpt_torchrec.evaluation.metrics import RankingMetrics
+from recgpt_torchrec.evaluation.metrics import RankingMetrics, reduce_metrics
 from recgpt_torchrec.retrieval.encoding import collect_batches
 
 Results = dict[str, dict[str, float]]
@@ -36,18 +35,17 @@ def measure_ranks(
         users: number of users ranked, on all ranks.
         results: see `Results`.
     """
-    masked, unmasked = RankingMetrics(ks), RankingMetrics(ks)
+    metrics = {how: RankingMetrics(ks) for how in PROTOCOLS}
     for collected in collect_batches(batches, catalogue.rows_per_pass):
         held_out, seen = targets_of([histories for histories, _ in collected])
         both = catalogue.ranks(torch.cat([vectors for _, vectors in collected]), held_out, seen)
-        for metrics, ranks in zip((masked, unmasked), both, strict=True):
-            metrics.update(ranks.cpu())
-        if grouped is not None:
-            groups = grouped.grouping.find(held_out.numpy(), seen.lengths)
-            for how, ranks in zip(PROTOCOLS, both, strict=True):
-                grouped.update(groups, how, ranks.cpu())
-    results: Results = {"masked": reduce_metrics(masked).result(), "unmasked": reduce_metrics(unmasked).result()}
-    return masked.users, results
+        groups = None if grouped is None else grouped.grouping.find(held_out.numpy(), seen.lengths)
+        for how, ranks in zip(PROTOCOLS, (ranks.cpu() for ranks in both), strict=True):
+            metrics[how].update(ranks)
+            if grouped is not None and groups is not None:
+                grouped.update(groups, how, ranks)
+    results = {how: reduce_metrics(each).result() for how, each in metrics.items()}
+    return metrics["masked"].users, results
 
 
 def targets_of(lists: Sequence[Histories]) -> tuple[Tensor, Ragged]:
@@ -56,10 +54,3 @@ def targets_of(lists: Sequence[Histories]) -> tuple[Tensor, Ragged]:
     seen = [histories.seen for histories in lists if histories.seen is not None]
     assert len(held_out) == len(seen) == len(lists), "histories without a held-out item or without the whole history"
     return torch.from_numpy(np.concatenate(held_out)), join(seen)
-
-
-def reduce_metrics(metrics: RankingMetrics) -> RankingMetrics:
-    """Sum metrics over all ranks, in place, and return them (collective)."""
-    if dist.is_initialized():
-        dist.all_reduce(metrics.state())
-    return metrics

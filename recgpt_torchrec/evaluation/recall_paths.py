@@ -18,8 +18,8 @@ from recgpt_torchrec.data.reading.sample import UserSample
 from recgpt_torchrec.data.split import SplitName
 from recgpt_torchrec.data.stream import SequenceStream, encoding_stream
 from recgpt_torchrec.evaluation.groups import PROTOCOLS, GroupedMetrics, Grouping
-from recgpt_torchrec.evaluation.metrics import RankingMetrics, list_ranks
-from recgpt_torchrec.evaluation.ranking import Results, measure_ranks, reduce_metrics, targets_of
+from recgpt_torchrec.evaluation.metrics import RankingMetrics, list_ranks, reduce_metrics
+from recgpt_torchrec.evaluation.ranking import Results, measure_ranks, targets_of
 from recgpt_torchrec.evaluation.sampling import choose_users
 from recgpt_torchrec.model.recgpt import unwrapped
 from recgpt_torchrec.retrieval.encoding import collect_batches, encode

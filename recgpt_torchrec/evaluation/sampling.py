@@ -100,7 +100,7 @@ def choose_users(
             low = middle + 1
         else:
             high = middle
-    return UserSample(tuple(groups[number] for number in sorted(order[:read])), seed, low, users)
+    return UserSample(tuple(groups[number] for number in sorted(order[:read])), seed, low)
 
 
 def _sum(number: int) -> int:

@@ -20,6 +20,7 @@ from recgpt_torchrec.catalogue.rounds import Rounds
 from recgpt_torchrec.config import Prompts
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.ragged import Int64
+from recgpt_torchrec.data.reading.footers import column_bounds
 from recgpt_torchrec.data.reading.reader import read_group
 from recgpt_torchrec.data.segments import EXPOSED, GENERATED
 from recgpt_torchrec.data.split import STORED
@@ -87,13 +88,10 @@ def has_exposures(dataset: Dataset, groups: list[RowGroup]) -> bool:
     """Whether any entry was shown and not clicked, by Parquet statistics where they exist."""
     for group in groups:
         with dataset.read_part(dataset.manifest.sequences[group.part]) as file:
-            meta = file.metadata
-            names = [meta.schema.column(c).path.split(".")[0] for c in range(meta.num_columns)]
-            if "segment_ids" not in names:
+            if "segment_ids" not in file.schema_arrow.names:
                 continue
-            statistics = meta.row_group(group.group).column(names.index("segment_ids")).statistics
-            if statistics is not None and statistics.has_min_max:
-                largest = statistics.max
+            if bounds := column_bounds(file.metadata, group.group, "segment_ids"):
+                largest = bounds[1]
             else:
                 column = file.read_row_group(group.group, columns=["segment_ids"])["segment_ids"]
                 largest = pc.max(pc.list_flatten(column)).as_py() or 0

@@ -17,11 +17,9 @@ from recgpt_torchrec.data.reading.damage import LIST, SetAside
 from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.stream import BatchMaker, SequenceStream
 from recgpt_torchrec.data.windows import check_new_targets
-from recgpt_torchrec.distributed import processes
 from recgpt_torchrec.distributed.initial_values import initialise_tables
-from recgpt_torchrec.distributed.lockstep import raise_first_error
-from recgpt_torchrec.distributed.memory import available_bytes
-from recgpt_torchrec.distributed.processes import gather_objects, run_on_first_rank, world_size
+from recgpt_torchrec.distributed.memory import find_shortage
+from recgpt_torchrec.distributed.processes import gather_objects, rank, run_on_first_rank, world_size
 from recgpt_torchrec.distributed.sharding import ranks_per_group, shard
 from recgpt_torchrec.distributed.watchdog import tracked_phase
 from recgpt_torchrec.errors import InputError
@@ -130,7 +128,7 @@ def training_stream(
     maker = BatchMaker(
         reader=reader,
         batch=batch,
-        source=candidate_source(config.loss, dataset, batch, processes.rank(), world_size()),
+        source=candidate_source(config.loss, dataset, batch, rank(), world_size()),
         seed=config.seed,
         predict_from="every" if tuning is None else tuning.predict_from,
         soft_targets=soft_targets,
@@ -181,9 +179,9 @@ def build(
     fused = is_fused(config.tables.optimizer, device)
     optimizer = config.tables.optimizer
     sharded = shard(unsharded, config.tables, bags=capacity.items, device=device, fused=fused, optimizer=optimizer)
+    share_loss(sharded, config.loss, config.tables)
     if not restored:
         initialise_tables(sharded, config.tables.init_std_of, config.seed)
-    share_loss(sharded, config.loss, config.tables)
     check_memory(config.loss, capacity, model.dim, device)
     return sharded, optimizers_of(sharded, config.tables, config.optimizer, frozen)
 
@@ -216,14 +214,12 @@ def check_memory(loss: Loss, capacity: Capacity, dim: int, device: torch.device)
     if loss.candidates != "all":
         return
     needed = capacity.stride * capacity.item_keys * dim * 4 * COPIES
-    failed = None
-    if needed > (available := available_bytes(device)):
-        failed = InputError(
+    if shortage := find_shortage(needed, device):
+        raise InputError(
             f"--loss.candidates all looks up {capacity.items:,} items on each rank, whose vectors and gradients take "
-            f"at least {needed:,} bytes, and rank {processes.rank()} has {available:,}; give --loss.candidates "
-            "sampled, or more ranks"
+            f"at least {shortage.needed:,} bytes on {shortage.place}, where {shortage.available:,} are available; give "
+            "--loss.candidates sampled, or more ranks"
         )
-    raise_first_error(failed)
 
 
 def check_lost(dataset: Dataset) -> None:
@@ -233,9 +229,9 @@ def check_lost(dataset: Dataset) -> None:
         InputError: a rank finds other parts than rank 0.
     """
     lost_parts: list[dict[str, str]] = gather_objects(dataset.lost_parts)
-    for rank, lost in enumerate(lost_parts):
+    for other, lost in enumerate(lost_parts):
         if differ := sorted(lost.keys() ^ lost_parts[0].keys()):
             raise InputError(
-                f"{dataset.path}: rank 0 and rank {rank} find different parts ({', '.join(differ)}); all nodes must "
+                f"{dataset.path}: rank 0 and rank {other} find different parts ({', '.join(differ)}); all nodes must "
                 "read the same files"
             )

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from recgpt_torchrec.checkpoints import records, saving
 from recgpt_torchrec.checkpoints.folder import Checkpoints
-from recgpt_torchrec.checkpoints.records import RecordPlanner, cut_into_records, local_tensors, tensors_of
+from recgpt_torchrec.checkpoints.records import RecordPlanner, cut_into_records, local_tensors
 from recgpt_torchrec.checkpoints.saving import Saver
 from recgpt_torchrec.checkpoints.state import state_of
 from recgpt_torchrec.config import Saving
@@ -31,14 +31,19 @@ def cut_views(rank: int, world_size: int) -> None:
     cut = cut_into_records(state)
     dense = "dense.decoder.position.weight"
     own = state["model"][dense]
-    for before, after in zip(tensors_of({"": state["model"]}), tensors_of({"": state["model"]}), strict=True):
-        assert before.data_ptr() == after.data_ptr()
-    for name, value in state["model"].items():
-        parts = cut["model"][name]
-        if isinstance(value, ShardedTensor):
-            assert torch.equal(torch.cat(local_tensors(parts)), torch.cat(local_tensors(value)))
-            assert local_tensors(parts)[0].data_ptr() == local_tensors(value)[0].data_ptr()
-            assert all(part.nbytes <= 100 for part in local_tensors(parts))
+    moments = {
+        (name, kind): (value, cut["optimizer"]["state"][name][kind])
+        for name, kinds in state["optimizer"]["state"].items()
+        for kind, value in kinds.items()
+    }
+    tables = {name: (value, cut["model"][name]) for name, value in state["model"].items()}
+    sharded = [pair for pair in [*tables.values(), *moments.values()] if isinstance(pair[0], ShardedTensor)]
+    assert len(sharded) == 4, "two tables and their moments"
+    for value, parts in sharded:
+        assert torch.equal(torch.cat(local_tensors(parts)), torch.cat(local_tensors(value)))
+        storages = {shard.untyped_storage().data_ptr() for shard in local_tensors(value)}
+        assert {part.untyped_storage().data_ptr() for part in local_tensors(parts)} == storages
+        assert all(part.nbytes <= 100 for part in local_tensors(parts))
     # Of what all ranks have, each writes every other block.
     blocks = [shard.metadata.shard_offsets[0] for shard in cut["model"][dense].local_shards()]
     assert blocks == list(range(rank, own.shape[0], 2))

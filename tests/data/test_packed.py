@@ -46,8 +46,8 @@ def test_more_distinct_ids_than_there_is_room_for_are_refused():
 @pytest.mark.parametrize("ids", [[], [3, 4], [9, 0, 9, 4, 2**40, 3]])
 def test_ids_of_a_range_come_first_and_others_behind_them(ids):
     of_range = np.array([3, 4, 5])
-    distinct, index = number_behind("item", np.array(ids, dtype=np.int64), of_range, 3, 6)
+    distinct, index = number_behind("item", np.array(ids, dtype=np.int64), of_range, 6)
     assert distinct.tolist() == [3, 4, 5, *sorted(set(ids) - {3, 4, 5})]
     assert distinct[index].tolist() == ids
     with pytest.raises(ValueError, match="3 distinct item ids in a batch with room for 2"):
-        number_behind("item", np.array([0, 1, 2, 3]), of_range, 3, 5)
+        number_behind("item", np.array([0, 1, 2, 3]), of_range, 5)

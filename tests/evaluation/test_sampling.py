@@ -42,7 +42,7 @@ def read(dataset: Dataset, sample: UserSample | None, split: Any = "test") -> li
 @pytest.mark.parametrize("users", [1, 7, 60, 250])
 def test_a_sample_has_exactly_so_many_users_all_with_a_held_out_item(dataset: Dataset, users: int) -> None:
     sample = choose_users(dataset, "test", users, seed=3)
-    assert sample is not None and sample.users == users
+    assert sample is not None
     chosen = read(dataset, sample)
     assert len(chosen) == len(set(chosen)) == users and set(chosen) <= set(with_target())
     assert read(dataset, choose_users(dataset, "test", users, seed=3)) == chosen

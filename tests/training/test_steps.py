@@ -182,9 +182,6 @@ def test_a_run_of_steps_ends_after_them_within_an_epoch(by_steps: Path, plain: P
     assert progress["position"]["epoch"] == 13 // epoch_steps == 1 and progress["position"]["queues"]
     last = read_epochs(by_steps)[-1]
     assert (last["step"], last["partial"]) == (13, True) and {"NDCG@10", "train_s", "targets_per_s"} <= last.keys()
-    # what is left of the epoch is what the plain run trains after 13 steps
-    done = metadata(checkpoints(by_steps)[-1])["progress"]["targets"]
-    assert 0 < done < metadata(checkpoints(plain)[-1])["progress"]["read"]
 
 
 def test_the_learning_rate_spans_the_steps(data: Path, by_steps: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import pyarrow as pa
 
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.ragged import Int64, to_numpy
+from recgpt_torchrec.data.reading.footers import column_bounds
 from recgpt_torchrec.data.reading.reader import find_outside
 from recgpt_torchrec.errors import InputError
 
@@ -21,12 +22,10 @@ def read_counts(dataset: Dataset, first: int, stop: int) -> Int64:
     counts = np.zeros(stop - first, dtype=np.int64)
     for part in dataset.manifest.item_parts:
         with dataset.read_part(part) as file:
-            names = [file.metadata.schema.column(column).path for column in range(file.metadata.num_columns)]
             wanted = []
             for group in range(file.num_row_groups):
-                statistics = file.metadata.row_group(group).column(names.index("item_id")).statistics
-                bounds = statistics is not None and statistics.has_min_max
-                if not bounds or (statistics.min < stop and statistics.max >= first):
+                bounds = column_bounds(file.metadata, group, "item_id")
+                if bounds is None or (bounds[0] < stop and bounds[1] >= first):
                     wanted.append(group)
             for batch in file.iter_batches(columns=["item_id", "train_count"], row_groups=wanted):
                 ids, values = (batch[name].cast(pa.int64()) for name in ("item_id", "train_count"))

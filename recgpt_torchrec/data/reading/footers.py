@@ -3,6 +3,9 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.parquet as pq
 
 from recgpt_torchrec.data.dataset import COLUMNS, REQUIRED, Dataset, Part, find_column_fault
 
@@ -44,6 +47,13 @@ def read_footers(
         for (index, _), footer in zip(parts, pool.map(read, [part for _, part in parts]), strict=True):
             advance(1)
             yield index, footer
+
+
+def column_bounds(meta: pq.FileMetaData, group: int, column: str) -> tuple[Any, Any] | None:
+    """Smallest and largest value of a row group's column, or of the lists in it; None: there are no statistics."""
+    names = [meta.schema.column(each).path.split(".")[0] for each in range(meta.num_columns)]
+    statistics = meta.row_group(group).column(names.index(column)).statistics
+    return (statistics.min, statistics.max) if statistics is not None and statistics.has_min_max else None
 
 
 def _read(dataset: Dataset, part: Part) -> Footer:

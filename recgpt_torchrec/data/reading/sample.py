@@ -25,8 +25,6 @@ class UserSample:
     seed: int
     largest: int
     """Largest hash in the sample."""
-    users: int
-    """Number of users in the sample."""
 
     def contains(self, users: Int64) -> npt.NDArray[np.bool_]:
         """[users] bool: whether `users` [users] int64 ids of these row groups are in the sample."""
