@@ -130,7 +130,7 @@ def retrieve(
     interests_each = f"{count} interest{'s' * (count > 1)} each"
     log_message(f"{config.export}: {export.manifest.items:,} items, {total:,} users, {interests_each}")
     started = time.perf_counter()
-    exact, retriever, catalogue = build_retrievers(config, export, rule)
+    exact, retriever, finish = build_retrievers(config, export, rule)
     index_seconds = time.perf_counter() - started
     split = export.manifest.settings.get("history", "all")
     histories = UserHistories(dataset, split) if dataset is not None else None
@@ -147,7 +147,7 @@ def retrieve(
         seconds = time.perf_counter() - started - quality.seconds
         return {"index_seconds": index_seconds, "users_per_second": total / seconds, **quality.result()}
 
-    return write_lists(config.output, manifest, batches, export.item_keys(), measurements, catalogue.finish)
+    return write_lists(config.output, manifest, batches, export.item_keys(), measurements, finish)
 
 
 def summary(config: Retrieve, export: "Export", manifest: "ListManifest", rule: "MergeRule", interests: int) -> str:

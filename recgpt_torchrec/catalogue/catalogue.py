@@ -89,8 +89,8 @@ class Catalogue:
         if _all_ranks(needed <= HELD_SHARE * left):
             return cls(HeldVectors.read(streamed, dim), items, dim)
         log_message(
-            f"Catalogue: the vectors of {items:,} items take {needed:,} bytes per rank, more than half of the {left:,} "
-            "bytes left: each pass over them looks them up anew"
+            f"Catalogue: the vectors of {items:,} items take {needed:,} bytes per rank, more than half of what some "
+            f"rank has left ({left:,} bytes on rank 0): each pass over them looks them up anew"
         )
         return cls(streamed, items, dim)
 
@@ -116,7 +116,7 @@ class Catalogue:
     @property
     def rows_per_pass(self) -> int | None:
         """Number of queries per rank that one pass looks all vectors up for; None: vectors are held."""
-        return None if isinstance(self.vectors, HeldVectors) else self._rows_at_once(k=0)
+        return None if isinstance(self.vectors, HeldVectors) else self._rows_at_once(k=1)
 
     def finish(self) -> None:
         """Take part in the other ranks' operations until they have finished as well; a second call does nothing."""
@@ -215,19 +215,16 @@ class Catalogue:
 
     def _count(self, queries: Tensor, targets: Tensor, target_vectors: Tensor, history: Pairs) -> Tensor:
         """[6, rows] int64 counts over the items of all ranks, for the same queries on every rank."""
-        finder, failure = None, None
+        failure = None
         counts = torch.zeros(6, len(targets) + 1, dtype=torch.int64, device=self.device)
-        try:
-            finder = CountFinder(queries, targets, target_vectors, history, self.vectors.stop - self.vectors.first)
-        except ValueError as error:
-            failure = error
+        finder = CountFinder(queries, targets, target_vectors, history, self.vectors.stop - self.vectors.first)
         for first, block in self.vectors.blocks():  # to the end, even after a failure: it may be collective
             try:
-                if finder is not None and failure is None:
+                if failure is None:
                     finder.update(block, first)
             except ValueError as error:
                 failure = error
-        if finder is not None:
+        if failure is None:
             counts[:, :-1] = finder.counts
         counts[0, -1] = failure is not None
         if world_size() > 1:

@@ -40,20 +40,20 @@ def both_ranks(scores: torch.Tensor, targets: torch.Tensor, history: Ragged) -> 
         raise ValueError(f"{len(targets)} targets for scores of {len(scores)} users")
     counter = RankCounter(targets, scores.gather(1, targets[:, None])[:, 0], history)
     counter.update(scores)
-    return counter.ranks(), counter.unmasked_ranks()
+    return ranks_of(counter.counts)
 
 
 class RankCounter:
     """Ranks from scores in blocks of items: for a catalogue too large for one matrix, or a sharded one.
 
     Blocks may come in any order and in several processes: add up `counts` over the processes (all-reduce) before
-    `ranks`. The targets' scores must come from the same computation as the blocks', or ties are missed.
+    `ranks_of`. The targets' scores must come from the same computation as the blocks', or ties are missed.
 
     Example:
         counter = RankCounter(targets, target_scores, history)
         for first in range(0, items, 65536):
             counter.update(queries @ item_vectors[first : first + 65536].T, first)
-        counter.ranks()
+        masked, unmasked = ranks_of(counter.counts)
     """
 
     def __init__(self, targets: torch.Tensor, target_scores: torch.Tensor, history: Ragged) -> None:
@@ -71,6 +71,8 @@ class RankCounter:
         """[6, users] int64: how many items score higher than the target, how many others equal it, and how many of
         each are in the history; whether the target is in the history, and whether its score is -inf (not 0)."""
         users, items = _distinct_pairs(history, len(targets), device)
+        order = items.argsort()  # so that those of a block follow each other
+        users, items = users[order], items[order]
         is_target = items == self.targets[users]
         self.counts[4, users[is_target]] = 1
         self.counts[5] = self.scores == -math.inf
@@ -83,23 +85,15 @@ class RankCounter:
         _check_scores(scores)
         stop = first + scores.shape[1]
         bound = self.scores[:, None]
+        owners, items = self.history
+        begin, end = torch.searchsorted(items, torch.tensor([first, stop], device=items.device)).tolist()
+        owners, items = owners[begin:end], items[begin:end] - first
         (users,) = torch.nonzero((self.targets >= first) & (self.targets < stop), as_tuple=True)
         for row, compared in enumerate((scores > bound, scores == bound)):
             # The target is excluded by its id, not by its score, which may differ in the last bit from the block's.
             compared[users, self.targets[users] - first] = False
             self.counts[row] += _count_rows(compared)
-            owners, items = self.history
-            in_block = (items >= first) & (items < stop)
-            counted = compared[owners[in_block], items[in_block] - first]
-            self.counts[2 + row].index_add_(0, owners[in_block], counted.long())
-
-    def ranks(self) -> torch.Tensor:
-        """[users] float32, masked, after the last block."""
-        return ranks_of(self.counts)[0]
-
-    def unmasked_ranks(self) -> torch.Tensor:
-        """[users] float32, unmasked, after the last block."""
-        return ranks_of(self.counts)[1]
+            self.counts[2 + row].index_add_(0, owners, compared[owners, items].long())
 
 
 def ranks_of(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,6 @@
 """The vectors of the items of one rank's id range: held, or looked up anew for each pass over them."""
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,21 +13,6 @@ BLOCK_BYTES = 2**24
 
 LookUp = Callable[[Int64, int], Tensor]
 """Vectors [n, dim] float32 of item ids [n] int64, in a collective look-up with room for the given number of ids."""
-
-
-class ItemVectors(Protocol):
-    """Vectors of the items `first` to `stop` - 1."""
-
-    first: int
-    stop: int
-    device: torch.device
-
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield blocks of vectors [n, dim] float32 with the id of their first item, with rising ids.
-
-        Where vectors are looked up, every rank has to read all of its blocks, at the same time as the others.
-        """
-        ...
 
 
 class HeldVectors:
@@ -47,7 +31,7 @@ class HeldVectors:
         return cls(held, vectors.first)
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """See `ItemVectors`."""
+        """Yield blocks of vectors [n, dim] float32 with the id of their first item, with rising ids."""
         yield self.first, self.vectors
 
 
@@ -70,7 +54,7 @@ class StreamedVectors:
         self.most = max(stop - first for first, stop in id_ranges)
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """See `ItemVectors`."""
+        """See `HeldVectors.blocks`; every rank has to read all of its blocks, at the same time as the others."""
         for place in range(0, self.most, self.rows):
             first = min(self.first + place, self.stop)
             ids = np.arange(first, min(first + self.rows, self.stop))

@@ -1,6 +1,5 @@
 """Memory that a rank may still use, of its GPU or its share of the node's, and whether what it needs fits."""
 
-import os
 import socket
 from collections import Counter
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from torchrec import EmbeddingBagCollection
 from torchrec.distributed.types import EnumerableShardingSpec, ShardingPlan
 from torchrec.modules.embedding_configs import data_type_to_dtype
 
-from recgpt_torchrec.distributed.processes import gather_objects, rank
+from recgpt_torchrec.distributed.processes import gather_objects, local_world_size, rank
 from recgpt_torchrec.errors import InputError
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -23,9 +22,9 @@ MOMENT_BYTES = 4
 def available_bytes(device: torch.device) -> int:
     """Bytes that this rank can still allocate on `device`; on CPU an equal share for each process of the node."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(_of_machine(), _of_container()) // processes
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return min(_of_machine(), _of_container()) // local_world_size()
 
 
 @dataclass(frozen=True)
@@ -133,6 +132,7 @@ def _of_container() -> int:
     try:
         limit, used = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
         statistics = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        return 2**62 if limit == "max" else max(0, int(limit) - int(used) + int(statistics.get("file", 0)))
+        cache = int(statistics.get("file", 0)) - int(statistics.get("shmem", 0))
+        return 2**62 if limit == "max" else max(0, int(limit) - int(used) + cache)
     except (OSError, ValueError):
         return 2**62

@@ -104,6 +104,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def local_world_size() -> int:
+    """Number of the job's processes on this node: what the launcher says, or else all of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
 def log_message(*words: object, sep: str = " ") -> None:
     """Log a message on rank 0, through the logger `recgpt_torchrec`: with time and rank in a job's log file."""
     if rank() == 0:

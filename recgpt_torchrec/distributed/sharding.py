@@ -1,6 +1,5 @@
 """Shards a model that is on the meta device: sharding plan, DistributedModelParallel."""
 
-import os
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torchrec.modules.embedding_configs import DataType, data_type_to_dtype
 
 from recgpt_torchrec.config import Sharding, Tables
 from recgpt_torchrec.distributed.memory import check_tables_fit
-from recgpt_torchrec.distributed.processes import run_on_first_rank
+from recgpt_torchrec.distributed.processes import local_world_size, run_on_first_rank
 from recgpt_torchrec.distributed.replicas import group_nodes, group_size, place_in_own_group, sharding_environment
 from recgpt_torchrec.distributed.sharding_types import (
     COLUMNS,
@@ -197,7 +196,7 @@ def plan(
     Raises:
         InputError: a table cannot be sharded as `tables` says.
     """
-    size, local_world_size = ranks_per_group(tables), _local_world_size()
+    size, per_node = ranks_per_group(tables), local_world_size()
     hbm = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     made = run_on_first_rank(
         lambda: make_plan(
@@ -205,7 +204,7 @@ def plan(
             tables,
             bags,
             world_size=size,
-            local_world_size=group_nodes(size, local_world_size),
+            local_world_size=group_nodes(size, per_node),
             device_type=device.type,
             hbm_bytes=hbm,
             fused=fused,
@@ -213,12 +212,8 @@ def plan(
         )
     )
     if size < dist.get_world_size():
-        place_in_own_group(made, size, device.type, local_world_size)
+        place_in_own_group(made, size, device.type, per_node)
     return made
-
-
-def _local_world_size() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
 
 
 def ranks_per_group(tables: Sharding) -> int:
@@ -259,7 +254,7 @@ def shard(
     with Unfilled():
         return DistributedModelParallel(
             model,
-            env=sharding_environment(ranks_per_group(tables), device.type, _local_world_size()),
+            env=sharding_environment(ranks_per_group(tables), device.type, local_world_size()),
             device=device,
             plan=sharding_plan,
             sharders=[Sharder(qcomm_codecs_registry=_codecs(tables.communication, device))],

@@ -33,8 +33,8 @@ def collect_batches(batches: Iterable[Encoded], rows: int | None) -> Iterator[li
 
     Args:
         batches: of this rank; all ranks have equally many.
-        rows: number of histories after which a list ends on all ranks, as soon as one rank has them; None: each batch
-            is a list of its own.
+        rows: number of histories that a list has at most, on every rank, unless one batch has more; None: each batch is
+            a list of its own.
     """
     if rows is None:
         yield from ([batch] for batch in batches)
@@ -42,10 +42,11 @@ def collect_batches(batches: Iterable[Encoded], rows: int | None) -> Iterator[li
     collected: list[Encoded] = []
     for batch in batches:
         collected.append(batch)
-        count = torch.tensor([sum(histories.users.size for histories, _ in collected)])
+        sizes = [histories.users.size for histories, _ in collected]
+        room = torch.tensor([sum(sizes), max(sizes)])  # the next batch is taken to be as large as the largest
         if world_size() > 1:
-            dist.all_reduce(count, op=dist.ReduceOp.MAX)
-        if count >= rows:
+            dist.all_reduce(room, op=dist.ReduceOp.MAX)
+        if room.sum() > rows:
             yield collected
             collected = []
     if collected:

@@ -8,7 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from recgpt_torchrec.catalogue.best import BestFinder
 from recgpt_torchrec.catalogue.catalogue import Catalogue
+from recgpt_torchrec.catalogue.pairs import pairs_of
 from recgpt_torchrec.data.ragged import Float32, Int64, Ragged
 from recgpt_torchrec.retrieval.interests import recall_items
 from recgpt_torchrec.retrieval.merging import Lists, Merged
@@ -28,8 +30,25 @@ class Search(Protocol):
 
 
 @dataclass
+class LocalSearch:
+    """Scores every item on this rank alone, where it holds all of them for an approximate index anyway."""
+
+    items: Float32
+    """[items, dim] vectors."""
+
+    def lists(self, vectors: Float32, k: int, seen: Ragged | None) -> Lists:
+        """See `Search`."""
+        users, interests, dim = vectors.shape
+        by_query = None if seen is None else seen.take(np.repeat(np.arange(users), interests))
+        queries = torch.from_numpy(np.ascontiguousarray(vectors)).view(users * interests, dim)
+        finder = BestFinder(queries, k, pairs_of(by_query), len(self.items))
+        finder.update(torch.from_numpy(self.items), 0)
+        return Lists(*(values.view(users, interests, k) for values in finder.best))
+
+
+@dataclass
 class ExactSearch:
-    """Scores every item (collective, see `Catalogue`)."""
+    """Scores every item, each rank those of its id range (collective)."""
 
     catalogue: Catalogue
 

@@ -1,6 +1,7 @@
 """Searches an export: the retrievers that the options ask for, and the lists of a rank's share of the users."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -9,17 +10,21 @@ from recgpt_torchrec.config import Retrieve
 from recgpt_torchrec.data.candidates import id_range
 from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.ragged import Float32, Int64
+from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import rank, world_size
+from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.progress import progress_bar
 from recgpt_torchrec.retrieval import index as indexes
 from recgpt_torchrec.retrieval.export_folder import Export, to_numpy
 from recgpt_torchrec.retrieval.list_folder import ListBatch
 from recgpt_torchrec.retrieval.merging import Lists, Merged, MergeRule
-from recgpt_torchrec.retrieval.retriever import ApproximateSearch, ExactSearch, Retriever
+from recgpt_torchrec.retrieval.retriever import ApproximateSearch, ExactSearch, LocalSearch, Retriever
 from recgpt_torchrec.retrieval.user_histories import UserHistories
 
 CANDIDATES = 2**22
 """Maximum number of items that one search returns, over all its users and their interests."""
+BUILDERS: dict[str, Callable[[Float32, Any], Any]] = {"hnsw": indexes.hnsw, "ivf": indexes.ivf}
+"""Builders of approximate indexes, by --index; each takes the options of its group."""
 USERS = 4096
 """Maximum number of users per search."""
 
@@ -27,24 +32,39 @@ Measure = Callable[[Int64, Float32, Histories | None, Merged], object]
 """Called with user ids [users], queries [users, interests, dim], their histories (None: none are known) and lists."""
 
 
-def build_retrievers(config: Retrieve, export: Export, rule: MergeRule) -> tuple[Retriever, Retriever, Catalogue]:
-    """The exact retriever, the one for `--index` (the same object if the index is exact), and the catalogue that both
-    ask where they score all items: each rank has to finish it after its last search."""
+def build_retrievers(
+    config: Retrieve, export: Export, rule: MergeRule
+) -> tuple[Retriever, Retriever, Callable[[], None]]:
+    """Build what searches an export (collective).
+
+    Returns:
+        The exact retriever, the one for `--index` (the same object if the index is exact), and what each rank has to
+        call after its last search.
+
+    Raises:
+        InputError: on every rank, where the export or the options of the index are wrong for one.
+    """
 
     def merge(lists: Lists) -> Merged:
         return rule.merge(lists, config.k)
 
-    items = export.manifest.items
-    first, stop = id_range(items, rank(), world_size())
-    # An approximate index holds all items on every rank; scoring them exactly is shared out.
-    _, vectors = export.item_vectors(first, stop) if config.index == "exact" else export.item_vectors()
-    own = vectors if config.index == "exact" else vectors[first:stop]
-    search = ExactSearch(Catalogue.of_vectors(torch.from_numpy(own), items, first))
-    exact = Retriever(search, config.k, merge)
-    if config.index == "exact":
-        return exact, exact, search.catalogue
-    index = indexes.hnsw(vectors, config.hnsw) if config.index == "hnsw" else indexes.ivf(vectors, config.ivf)
-    return exact, Retriever(ApproximateSearch(indexes.Index(index)), config.k, merge, search), search.catalogue
+    items, failure = export.manifest.items, None
+    is_exact = config.index == "exact"
+    # An approximate index holds all items on every rank, so each rank scores them by itself where it needs to.
+    first, stop = id_range(items, rank(), world_size()) if is_exact else (0, items)
+    try:
+        _, vectors = export.item_vectors(first, stop)
+        index = None if is_exact else BUILDERS[config.index](vectors, getattr(config, config.index))
+    except InputError as error:
+        failure = error
+    raise_first_error(failure)
+    if index is None:
+        catalogue = Catalogue.of_vectors(torch.from_numpy(vectors), items, first)
+        exact = Retriever(ExactSearch(catalogue), config.k, merge)
+        return exact, exact, catalogue.finish
+    search = LocalSearch(vectors)
+    approximate = Retriever(ApproximateSearch(indexes.Index(index)), config.k, merge, search)
+    return Retriever(search, config.k, merge), approximate, lambda: None
 
 
 def search_users(

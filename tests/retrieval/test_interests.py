@@ -28,6 +28,7 @@ def test_what_is_found_does_not_depend_on_how_many_users_are_scored_at_once(monk
     assert whole.items[1].tolist() == scores[1].argsort(dim=1, descending=True)[:, :8].tolist()
     assert whole.items[2].tolist() == scores[2].argsort(dim=1, descending=True)[:, :8].tolist()
     monkeypatch.setattr(best_module, "SCORES", {"cpu": 20})
+    monkeypatch.setattr(best_module, "FEWEST_ROWS", 1)  # blocks of two queries
     parts = recall_items(vectors, catalogue, 8, seen)
     assert torch.equal(parts.items, whole.items)
     torch.testing.assert_close(parts.scores, whole.scores)
