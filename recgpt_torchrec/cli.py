@@ -51,7 +51,7 @@ def parser_for(config_class: type, prog: str) -> ArgumentParser:
     )
     parser.add_class_arguments(config_class, as_group=False)
     known = {option.name: option for option in options(config_class)}
-    can_resume = any(name.startswith("saving.") for name in known)
+    can_resume = "saving.keep" in known and known["output"].required  # plan takes options of a run, but makes none
     for action in parser._actions:
         option = known.get(action.dest)
         if option is not None and option.is_list:

@@ -55,7 +55,7 @@ def test_what_does_not_fit_is_said(capsys: Any) -> None:
         ({"--items": 1.5}, "--items is 1.5; it must be a whole number or null"),
         ({"--users": None}, "--users must be given, or --data DIR to take it from a dataset"),
         ({"--gpu": "k80"}, "--gpu is k80; it must be one of h100, h200, b200, a100, l4, cpu"),
-        ({"--device": "cpu"}, "--device cpu contradicts --gpu h100; give --gpu cpu"),
+        ({"--device": "cpu"}, "--device cpu contradicts --gpu h100; leave --device out"),
         ({"--batch.tokens": 10}, "--batch.tokens 10 is less than --model.max_len 50"),
         ({"--data": "nowhere"}, "nowhere is not a dataset"),
         ({"--tables.sharding": "column_wise"}, "table"),

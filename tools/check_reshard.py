@@ -1,4 +1,4 @@
-"""Checks resharding: restores checkpoints of every sharding and number of ranks into every other one.
+"""Checks resharding: restores checkpoints of every sharding of one node and number of ranks into every other one.
 
     OMP_NUM_THREADS=1 python -m tools.check_reshard
 

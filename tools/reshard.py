@@ -122,9 +122,8 @@ def group(rank: int, world_size: int, count: int, folder: str, nodes: int = 1) -
     turn = next(_turns)
     before = dict(os.environ)
     os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count // nodes)}
-    comm._INTRA_PG = comm._CROSS_PG = comm._INTRA_PG_2D = comm._CROSS_PG_2D = (
-        None  # torchrec keeps the groups within and between nodes for ever
-    )
+    # torchrec keeps the groups within and between nodes for ever.
+    comm._INTRA_PG = comm._CROSS_PG = comm._INTRA_PG_2D = comm._CROSS_PG_2D = None
     join = f"file://{folder}/group-{turn}"
     if rank < count:
         dist.init_process_group("gloo", init_method=join, rank=rank, world_size=count)

@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from recgpt_torchrec.config.command_line import whole_number
 from recgpt_torchrec.data.dataset import Manifest
 from recgpt_torchrec.data.split import EVALUATION, Starts
 from recgpt_torchrec.errors import InputError
@@ -202,10 +203,7 @@ def write_dataset(
 
 def whole(text: str) -> int:
     """Read a number of an option, which may be written as 1e8."""
-    number = float(text)
-    if number != int(number):
-        raise ValueError(text)
-    return int(number)
+    return int(str(whole_number(int, text)))
 
 
 def main(arguments: list[str] | None = None) -> None:

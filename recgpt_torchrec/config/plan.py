@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from recgpt_torchrec.config.checks import at_least, within
-from recgpt_torchrec.config.fields import changeable
 from recgpt_torchrec.config.training import Pretrain
 
 MOST_NODES = 64
@@ -18,10 +17,10 @@ class Plan(Pretrain):
     Example: python -m recgpt_torchrec.plan --items 1e8 --users 1e9 --nodes 8 --gpus 8 --gpu h100
     """
 
-    data: str | None = changeable(None)  # type: ignore[assignment]
+    data: str | None = None  # type: ignore[assignment]
     """Folder of a dataset, as written by prepare, whose items, users, interactions and mean history are taken where
     they are not given; null: --items and --users must be given."""
-    output: str | None = changeable(None)  # type: ignore[assignment]
+    output: str | None = None  # type: ignore[assignment]
     """Not used: an option of pretrain, whose files of options are read here too."""
     items: int | None = None
     """Number of items."""
@@ -70,8 +69,8 @@ class Plan(Pretrain):
         within("--efficiency", self.efficiency, 0.001, 1)
         for name in ("memory", "interconnect"):
             at_least(f"--{name}", getattr(self, name), 1e-6)
-        if self.device == "cpu" and self.gpu != "cpu":
-            raise ValueError(f"--device cpu contradicts --gpu {self.gpu}; give --gpu cpu")
+        if self.device != "auto" and (self.device == "cpu") != (self.gpu == "cpu"):
+            raise ValueError(f"--device {self.device} contradicts --gpu {self.gpu}; leave --device out")
 
     @property
     def ranks(self) -> int:

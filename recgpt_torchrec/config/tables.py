@@ -78,7 +78,8 @@ class Tables(Sharding):
     within a node; each group of ranks trains its copy, and the copies are averaged every sync_steps."""
     sync_steps: int = 1
     """Number of steps between two averages of the groups' tables and moments, if shard_ranks makes several groups. An
-    average sends twice what a rank holds of the tables."""
+    average sends twice what a rank holds of the tables. Every checkpoint and validation averages too, so above 1 these,
+    and a stop, change the result slightly."""
     optimizer: Literal["rowwise_adagrad", "adagrad", "adam", "sgd"] = "rowwise_adagrad"
     """Optimizer of the tables. For a sharded table it is fused into the backward and updates only the rows of the batch
     (adam: on CUDA only). rowwise_adagrad keeps one moment per row; with column-wise sharding, one per row and block of

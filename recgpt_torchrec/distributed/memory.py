@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torchrec import EmbeddingBagCollection
-from torchrec.distributed.types import EnumerableShardingSpec, ShardingPlan
+from torchrec.distributed.types import EnumerableShardingSpec, ParameterSharding, ShardingPlan
 from torchrec.modules.embedding_configs import data_type_to_dtype
 
 from recgpt_torchrec.distributed.processes import gather_objects, local_world_size, rank
@@ -58,6 +58,14 @@ def find_shortage(needed: int, device: torch.device) -> Shortage | None:
     return None
 
 
+def parts_of(sharding: ParameterSharding, rows: int, dim: int) -> list[tuple[int, int, int]]:
+    """The parts of a table [rows, dim] by its plan: the rank that holds each, its rows, its columns."""
+    spec = sharding.sharding_spec
+    if isinstance(spec, EnumerableShardingSpec):
+        return [(shard.placement.rank(), *shard.shard_sizes) for shard in spec.shards]
+    return [(holder, rows, dim) for holder in sharding.ranks or []]
+
+
 def table_bytes(plan: ShardingPlan, model: nn.Module, optimizer: str | None) -> Counter[tuple[int, str]]:
     """Bytes that each rank needs for tables by a plan: weights, and in training moments and gradients of whole tables.
 
@@ -78,12 +86,9 @@ def table_bytes(plan: ShardingPlan, model: nn.Module, optimizer: str | None) -> 
     needed: Counter[tuple[int, str]] = Counter()
     for module_plan in plan.plan.values():
         for name, sharding in module_plan.items():
-            config, spec = configs[name], sharding.sharding_spec
-            shards = [(rank, config.num_embeddings, config.embedding_dim) for rank in sharding.ranks or []]
-            if isinstance(spec, EnumerableShardingSpec):
-                shards = [(shard.placement.rank(), *shard.shard_sizes) for shard in spec.shards]
+            config = configs[name]
             itemsize = data_type_to_dtype(config.data_type).itemsize
-            for holder, rows, columns in shards:
+            for holder, rows, columns in parts_of(sharding, config.num_embeddings, config.embedding_dim):
                 numbers = rows * columns
                 gradients = numbers if optimizer is not None and sharding.compute_kernel == "dense" else 0
                 where = "host" if "uvm" in sharding.compute_kernel else "device"

@@ -6,10 +6,11 @@ Knows nothing of devices and process groups: a plan and a model on the meta devi
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torchrec.distributed.types import EnumerableShardingSpec, ParameterSharding, ShardingPlan
 
-from recgpt_torchrec.distributed.memory import moment_bytes
+from recgpt_torchrec.distributed.memory import moment_bytes, parts_of
 from recgpt_torchrec.distributed.sharding import KERNELS, table_name, tables_of
 from recgpt_torchrec.distributed.sharding_types import OPTION_NAMES
 
@@ -38,6 +39,11 @@ class Placement:
     total_bytes: int
     """Weights and moments on all ranks."""
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight."""
+        return getattr(torch, self.dtype).itemsize
+
 
 def placements(plan: ShardingPlan, model: nn.Module, optimizer: str | None = None, groups: int = 1) -> list[Placement]:
     """The placement of every table of a model, in the model's order.
@@ -58,15 +64,11 @@ def placements(plan: ShardingPlan, model: nn.Module, optimizer: str | None = Non
 def _place(name: str, value: object, sharding: ParameterSharding, optimizer: str | None, groups: int) -> Placement:
     rows, dim = value.size()  # type: ignore[attr-defined]
     dtype = value.dtype  # type: ignore[attr-defined]
-    spec = sharding.sharding_spec
-    # Each part of the table: the rank that holds it, its rows, its columns.
-    parts = [(rank, rows, dim) for rank in sharding.ranks or []]
-    blocks = 1
+    spec, blocks = sharding.sharding_spec, 1
     if isinstance(spec, EnumerableShardingSpec):
-        parts = [(shard.placement.rank(), *shard.shard_sizes) for shard in spec.shards]
         blocks = len({shard.shard_offsets[1] for shard in spec.shards})
     by_rank: Counter[int] = Counter()
-    for rank, height, width in parts:
+    for rank, height, width in parts_of(sharding, rows, dim):
         by_rank[rank] += height * width * dtype.itemsize + moment_bytes(optimizer, height, width)
     return Placement(
         table=name,

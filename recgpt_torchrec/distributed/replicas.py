@@ -67,13 +67,12 @@ def sharding_environment(size: int, device_type: str, local_world_size: int) -> 
     return environment
 
 
-def place_in_own_group(plan: ShardingPlan, size: int, device_type: str, local_world_size: int) -> None:
-    """Change a plan for ranks 0 to `size` - 1, in place, to one for the ranks of this rank's group.
+def check_no_cache(plan: ShardingPlan, size: int) -> None:
+    """Check that groups of `size` ranks can be averaged.
 
     Raises:
-        InputError: the rows of a table are in a cache, which an average over the groups would not reach.
+        InputError: the rows of a table are in a cache, which an average would not reach.
     """
-    first = dist.get_rank() // size * size
     for module in plan.plan.values():
         for name, table in module.items():
             if table.compute_kernel == EmbeddingComputeKernel.FUSED_UVM_CACHING.value:
@@ -81,6 +80,18 @@ def place_in_own_group(plan: ShardingPlan, size: int, device_type: str, local_wo
                     f"the {name} table has a cache (uvm_caching), which an average over the groups of "
                     f"--tables.shard_ranks {size} would not reach. Use --tables.kernel fused or uvm, or larger groups"
                 )
+
+
+def place_in_own_group(plan: ShardingPlan, size: int, device_type: str, local_world_size: int) -> None:
+    """Change a plan for ranks 0 to `size` - 1, in place, to one for the ranks of this rank's group.
+
+    Raises:
+        InputError: the rows of a table are in a cache, which an average over the groups would not reach.
+    """
+    check_no_cache(plan, size)
+    first = dist.get_rank() // size * size
+    for module in plan.plan.values():
+        for table in module.values():
             table.ranks = [first + rank for rank in table.ranks or []]
             if isinstance(table.sharding_spec, EnumerableShardingSpec):
                 for shard in table.sharding_spec.shards:

@@ -120,6 +120,18 @@ def averaged(placed: Placement, shard_ranks: int, sync_steps: int, world_size: i
     return all_reduced(size / sync_steps, Ranks(groups, min(groups, holders)))
 
 
+def shared_softmax(targets: int, dim: int, ranks: Ranks, output_bytes: int = 4) -> Traffic:
+    """What a rank sends where targets are scored against the candidates of all ranks, see `catalogue.softmax`.
+
+    Args:
+        targets: per rank, with which outputs [dim] travel, weighted sums of candidates, an id and six more numbers.
+        dim: of an output.
+        ranks: all of them.
+        output_bytes: bytes of a number of an output: 2 in bf16.
+    """
+    return _ring((ranks.world_size - 1) * targets * ((output_bytes + 4) * dim + 32), ranks)
+
+
 def _spread(size: float, ranks: Ranks) -> Traffic:
     """Of messages to ranks that are anywhere, one of which is the sender itself."""
     return Traffic(

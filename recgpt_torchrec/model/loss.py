@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recgpt_torchrec.model.shared_loss import Alone, Scored, rows_at_once, shared_softmax_loss
+from recgpt_torchrec.model.shared_loss import Alone, Scored, add_product, rows_at_once, shared_softmax_loss
 from recgpt_torchrec.model.waiting import waits
 
 
@@ -86,10 +86,7 @@ def _partition(
         pulled[part] = p @ vectors
         share_c = 1 / norm[part, None] if weight is None else weight[part, None] / norm[part, None]
         shared = (h[part] * share_c).to(dtype).t()
-        if dtype == torch.float32:
-            grad_candidates.addmm_(shared, p)
-        else:
-            grad_candidates += shared @ p
+        add_product(grad_candidates, shared, p)
     share = (1 / norm if weight is None else weight / norm)[:, None]
     target_error = torch.exp(-top)[:, None] * share - (1 if weight is None else weight[:, None])
     return norm.log() + top, target_error, share, pulled, grad_candidates

@@ -233,7 +233,7 @@ class _SharedLoss(torch.autograd.Function):
                 scored = Scored(all_h, relative, candidates, log_q, target_index, dtype)
                 grad_candidates = torch.zeros_like(candidates)
                 for part, columns, p, _ in scored.blocks(*_block_size(candidates.device, dtype)):
-                    _add_product(grad_candidates[columns], p.exp_().t(), shared[part])
+                    add_product(grad_candidates[columns], p.exp_().t(), shared[part])
         return grad_h * grad, grad_positive * grad, grad_candidates, *(None,) * 5
 
 
@@ -266,11 +266,11 @@ def _scan(scored: Scored, exact: bool, kept: Tensor | None) -> tuple[Tensor, Ten
             p -= largest[:, None]
         p.exp_()
         norm[part] += p.sum(1, dtype=torch.float32)
-        _add_product(pulled[part], p, vectors)
+        add_product(pulled[part], p, vectors)
     return top, norm, pulled
 
 
-def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
+def add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left @ right to float32 `to`, in place."""
     if left.dtype == torch.float32:
         to.addmm_(left, right)

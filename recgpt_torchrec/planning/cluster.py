@@ -29,7 +29,7 @@ def smallest_cluster(workload: Workload, hardware: Hardware) -> Cluster | None:
     gpus = workload.plan.gpus
     on_one_node = [2**power for power in range(gpus.bit_length()) if 2**power < gpus]
     rows = workload.users + workload.items
-    weights = 4.0 * rows * workload.plan.model.dim
+    weights = (2.0 if workload.plan.tables.precision == "fp16" else 4.0) * rows * workload.plan.model.dim
     for nodes, per_node in [*((1, few) for few in on_one_node), *((n, gpus) for n in range(1, MOST_NODES + 1))]:
         here = of_cluster(hardware, per_node)
         if weights > nodes * (per_node * here.hbm + (here.host if hardware.device_type == "cuda" else 0)) * GIB:

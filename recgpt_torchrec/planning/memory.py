@@ -19,7 +19,7 @@ from recgpt_torchrec.config import Tables
 from recgpt_torchrec.distributed.placements import Placement
 from recgpt_torchrec.distributed.sharding_types import COPY
 from recgpt_torchrec.model import shared_loss
-from recgpt_torchrec.model.fused_loss import picoseconds_per_logit
+from recgpt_torchrec.model.fused_loss import MAX_DIM, picoseconds_per_logit
 from recgpt_torchrec.planning.hardware import GIB, Hardware
 from recgpt_torchrec.planning.sharded import HOST_KERNELS, Sharded
 from recgpt_torchrec.planning.workload import Workload
@@ -126,10 +126,8 @@ def _tables(sharded: Sharded, tables: Tables) -> list[Item]:
             continue
         items.append(Item(f"table {placement.table}", size, note=note))
         if placement.kernel == "dense":
-            weights = 4.0 * placement.rows * placement.dim
-            if placement.sharding != COPY:
-                weights *= size / max(placement.total_bytes, 1)
-            items.append(Item(f"gradient of {placement.table}", weights, note="dense: of every row"))
+            gradient = float(sharded.numbers_of(placement) * placement.itemsize)
+            items.append(Item(f"gradient of {placement.table}", gradient, note="dense: of every row"))
     return items
 
 
@@ -185,9 +183,14 @@ def _step(workload: Workload, sharded: Sharded, hardware: Hardware) -> list[Item
     if not _varlen(workload, hardware):
         scores = 3 * model.layers * slots * model.heads * max(64, model.max_len) * itemsize
     candidates = workload.own_candidates
-    vectors = 4 * dim * (6 * workload.targets + 5 * candidates)
+    seen = workload.targets * (workload.plan.ranks if workload.scores_all_ranks else 1)
+    vectors = 4 * dim * (6 * workload.targets + 3 * (seen - workload.targets) + 5 * candidates)
     kind = hardware.device_type
-    logits = min(shared_loss.LOGITS[kind], itemsize * min(CHUNK[kind], workload.targets) * candidates)
+    logits = itemsize * seen * candidates  # of targets that travel all are kept, or a block at a time
+    if not workload.scores_all_ranks:
+        logits = min(shared_loss.LOGITS[kind], itemsize * min(CHUNK[kind], seen) * candidates)
+    elif logits > shared_loss.LOGITS[kind]:
+        logits = shared_loss.BLOCK[kind]
     logits *= not fuses_loss(workload, hardware)
     return [
         Item("lookups", 2 * sent + 4 * received, phase="step", note="vectors sent, received, regrouped; gradients"),
@@ -202,6 +205,8 @@ def fuses_loss(workload: Workload, hardware: Hardware) -> bool:
     """Whether the softmax loss runs in kernels that never write the logits, as `auto` would choose on the GPU."""
     train, loss, dim = workload.plan.train, workload.plan.loss, workload.plan.model.dim
     if hardware.device_type == "cpu" or loss.candidates == "bce" or hardware.precision == "fp32":
+        return False
+    if workload.scores_all_ranks or dim > MAX_DIM:
         return False
     if train.fused_loss != "auto":
         return bool(train.fused_loss)

@@ -37,7 +37,7 @@ class Estimate:
         """
         workload, hardware = Workload.of(plan), hardware_of(plan)
         sharded = shard_workload(workload, hardware)
-        traffic = step_traffic(workload, sharded)
+        traffic = step_traffic(workload, sharded, hardware.precision)
         return cls(
             workload=workload,
             hardware=hardware,

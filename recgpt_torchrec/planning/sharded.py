@@ -3,11 +3,12 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from torchrec.distributed.types import EnumerableShardingSpec, ShardingPlan
+from torchrec.distributed.types import ShardingPlan
 
 from recgpt_torchrec.config import Sharding
+from recgpt_torchrec.distributed.memory import moment_bytes, parts_of
 from recgpt_torchrec.distributed.placements import Placement, placements
-from recgpt_torchrec.distributed.replicas import group_nodes, group_size
+from recgpt_torchrec.distributed.replicas import check_no_cache, group_nodes, group_size
 from recgpt_torchrec.distributed.sharding import make_plan
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.planning.hardware import GIB, Hardware
@@ -23,8 +24,8 @@ class Sharded:
     """Where the tables of a workload are."""
 
     placements: list[Placement]
-    by_rank: dict[str, dict[int, int]]
-    """Bytes of weights and moments of each table, by rank."""
+    by_rank: dict[str, dict[int, tuple[int, int]]]
+    """Numbers of weights, and bytes of weights and moments, of each table by rank."""
     fullest: int
     """Rank that holds most bytes."""
     group: int
@@ -34,7 +35,11 @@ class Sharded:
 
     def bytes_of(self, placement: Placement) -> int:
         """Bytes of a table on the fullest rank."""
-        return self.by_rank[placement.table].get(self.fullest, 0)
+        return self.by_rank[placement.table].get(self.fullest, (0, 0))[1]
+
+    def numbers_of(self, placement: Placement) -> int:
+        """Numbers of weights of a table on the fullest rank."""
+        return self.by_rank[placement.table].get(self.fullest, (0, 0))[0]
 
     def spills(self, tables: Sharding) -> bool:
         """Whether a table is in host memory only because the GPUs do not hold it."""
@@ -67,23 +72,22 @@ def shard_workload(workload: Workload, hardware: Hardware) -> Sharded:
         sharding_plan = planned(int(hardware.hbm * GIB))
     except InputError:
         sharding_plan = planned(None)  # if memory alone is lacking, the estimate shows how much
+    if size < plan.ranks:
+        check_no_cache(sharding_plan, size)
     placed = placements(sharding_plan, workload.meta_model, plan.tables.optimizer, plan.ranks // size)
-    by_rank = {each.table: _bytes_by_rank(sharding_plan, each, size) for each in placed}
+    by_rank = {each.table: _numbers_by_rank(sharding_plan, each, plan.tables.optimizer) for each in placed}
     totals: Counter[int] = Counter()
     for of_table in by_rank.values():
-        totals.update(of_table)
+        totals.update({rank: held for rank, (_, held) in of_table.items()})
     return Sharded(placed, by_rank, max(totals, key=lambda rank: (totals[rank], -rank)), size, local)
 
 
-def _bytes_by_rank(sharding_plan: ShardingPlan, placement: Placement, ranks: int) -> dict[int, int]:
-    """Bytes of one table on each rank that holds some of it, in the proportion of its elements."""
+def _numbers_by_rank(sharding_plan: ShardingPlan, placement: Placement, optimizer: str) -> dict[int, tuple[int, int]]:
+    """(numbers of weights, bytes of weights and moments) of one table on each rank that holds some of it."""
     (table,) = (module[placement.table] for module in sharding_plan.plan.values() if placement.table in module)
-    spec = table.sharding_spec
-    if not isinstance(spec, EnumerableShardingSpec):
-        return dict.fromkeys(table.ranks or range(ranks), placement.bytes_per_rank)
-    elements: Counter[int] = Counter()
-    for shard in spec.shards:
-        assert shard.placement is not None
-        elements[shard.placement.rank()] += shard.shard_sizes[0] * shard.shard_sizes[1]
-    most = max(elements.values())
-    return {rank: round(placement.bytes_per_rank * number / most) for rank, number in elements.items()}
+    held: dict[int, tuple[int, int]] = {}
+    for rank, rows, columns in parts_of(table, placement.rows, placement.dim):
+        numbers, size = held.get(rank, (0, 0))
+        more = rows * columns
+        held[rank] = numbers + more, size + more * placement.itemsize + moment_bytes(optimizer, rows, columns)
+    return held

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from recgpt_torchrec.distributed.placements import Placement
 from recgpt_torchrec.distributed.sharding_types import COPY, Ranks
-from recgpt_torchrec.distributed.traffic import TableTraffic, Traffic, all_reduced, averaged, bytes_sent
+from recgpt_torchrec.distributed.traffic import TableTraffic, Traffic, all_reduced, averaged, bytes_sent, shared_softmax
+from recgpt_torchrec.model.peaks import Precision
 from recgpt_torchrec.planning.memory import bags_of_table
 from recgpt_torchrec.planning.sharded import Sharded
 from recgpt_torchrec.planning.workload import Workload
@@ -22,9 +23,9 @@ class Cause:
     note: str = ""
 
 
-def step_traffic(workload: Workload, sharded: Sharded) -> list[Cause]:
-    """What the busiest rank sends in one step."""
-    plan, dim = workload.plan, workload.plan.model.dim
+def step_traffic(workload: Workload, sharded: Sharded, precision: Precision) -> list[Cause]:
+    """What the busiest rank sends in one step, whose matrix products are in `precision`."""
+    plan = workload.plan
     ranks = Ranks(plan.ranks, plan.gpus)
     of_table, copied, averages = {}, Traffic(), Traffic()
     for placement in sharded.placements:
@@ -55,10 +56,8 @@ def step_traffic(workload: Workload, sharded: Sharded) -> list[Cause]:
         note = f"of tables and moments over {plan.ranks // sharded.group} groups, every {plan.tables.sync_steps} steps"
         causes.append(Cause("averages", averages, note))
     if workload.scores_all_ranks:
-        size = 4.0 * (plan.ranks - 1) * workload.targets * (dim + 2)
-        inside = (plan.gpus - 1) / max(plan.ranks - 1, 1)
-        both = Traffic(2 * size * inside, 2 * size * (1 - inside))
-        causes.append(Cause("softmax", both, "outputs to every rank's candidates, and their gradients back"))
+        outputs = shared_softmax(workload.targets, plan.model.dim, ranks, 2 if precision == "bf16" else 4)
+        causes.append(Cause("softmax", outputs, "outputs to every rank's candidates, and their gradients back"))
     return causes
 
 

@@ -38,7 +38,7 @@ class Workload:
         assert plan.users is not None
         tokens, device = plan.batch.tokens, "cpu" if plan.gpu == "cpu" else "cuda"
         if tokens == "auto":
-            epoch = plan.interactions or MOST[device] * plan.ranks * 10**6
+            epoch = cls(plan, 0).epoch_tokens or MOST[device] * plan.ranks * 10**6
             tokens = tokens_of_rank(tokens_of_step(epoch, plan.ranks, device), plan.ranks, plan.model.max_len)
         return cls(plan, tokens)
 
@@ -66,6 +66,16 @@ class Workload:
         if given is None:
             given = plan.model.max_len / 2 if plan.interactions is None else plan.interactions / self.users - 1
         return min(max(given, 1.0), plan.model.max_len)
+
+    @property
+    def epoch_tokens(self) -> float | None:
+        """Tokens of an epoch, over all ranks; None: the number of interactions is not known."""
+        if self.plan.interactions is None:
+            return None
+        of_newest = self.users * self.history  # of each history the newest max_len
+        return max(
+            1.0, of_newest if self.plan.batch.long_histories == "newest" else self.plan.interactions - self.users
+        )
 
     @property
     def sequences(self) -> int:
@@ -150,9 +160,8 @@ class Workload:
     @property
     def steps(self) -> float | None:
         """Steps of an epoch; None: the number of interactions is not known."""
-        if self.plan.interactions is None:
-            return None
-        return max(1.0, (self.plan.interactions - self.users) / (self.tokens * self.plan.ranks))
+        epoch = self.epoch_tokens
+        return None if epoch is None else max(1.0, epoch / (self.tokens * self.plan.ranks))
 
 
 def with_sizes_of_data(plan: Plan) -> Plan:

@@ -11,7 +11,7 @@ from recgpt_torchrec.config import Saving
 from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.distributed.sharding import table_name, tables_of
 from recgpt_torchrec.training.building import build
-from tests.distributed.test_equality import Case, gather_table
+from tests.distributed.training_helpers import Case, gather_table
 from tools.ranks import run_ranks
 from tools.reshard import CAPACITY, ITEMS, STEPS, train_steps
 

@@ -12,7 +12,7 @@ from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.distributed.sharding import tables_of
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.training.building import build
-from tests.distributed.test_equality import CAPACITY, ITEMS, USERS, Case, Trained, train
+from tests.distributed.training_helpers import CAPACITY, ITEMS, USERS, Case, Trained, train
 from tools.ranks import run_ranks
 
 

@@ -16,7 +16,7 @@ from recgpt_torchrec.distributed.replicas import Replicas, group_size
 from recgpt_torchrec.distributed.sharding import table_name, tables_of
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.training.building import build
-from tests.distributed.test_equality import (
+from tests.distributed.training_helpers import (
     CAPACITY,
     ITEMS,
     USERS,
@@ -26,8 +26,8 @@ from tests.distributed.test_equality import (
     check_equal,
     gather_table,
     make_batches,
+    make_trainer,
     train,
-    trainer,
 )
 from tools.ranks import run_ranks
 from tools.reshard import load_latest
@@ -72,7 +72,7 @@ def fit_groups(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     case = GroupCase("row_wise", "rowwise_adagrad", "sampled", sync_steps=10**6)
     dataset = Dataset(path="", manifest=Manifest(users=USERS, items=ITEMS))
     model, optimizer = build(case.config, case.config.model, dataset, capacity=CAPACITY, device=torch.device("cpu"))
-    run = trainer(model, optimizer, FixedStream(make_batches(case, rank, world_size), case), folder)
+    run = make_trainer(model, optimizer, FixedStream(make_batches(case, rank, world_size), case), folder)
     run.replicas = Replicas(table_tensors(model, optimizer), 2, case.config.tables.sync_steps)
     own = [shard.tensor for value in tables_of(model).values() for shard in value.local_shards()]
     seen: dict[str, Any] = {}

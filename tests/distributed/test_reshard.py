@@ -1,4 +1,7 @@
-"""A checkpoint can be read on any number of ranks and with any sharding: `tools/check_reshard.py` tries every pair."""
+"""A checkpoint can be read on any number of ranks and with any sharding.
+
+`tools/check_reshard.py` tries every pair on one node.
+"""
 
 from typing import Any
 

@@ -9,14 +9,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from recgpt_torchrec.checkpoints.folder import Checkpoints
-from recgpt_torchrec.config import Optimizer, Saving, Train
+from recgpt_torchrec.config import Train
 from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.distributed.sharding import table_name, tables_of
 from recgpt_torchrec.training.building import build
-from recgpt_torchrec.training.execution import Execution
-from recgpt_torchrec.training.trainer import Trainer
-from tests.distributed.test_equality import CAPACITY, ITEMS, USERS, Case, FixedStream, gather_table, make_batches
+from tests.distributed.training_helpers import (
+    CAPACITY,
+    ITEMS,
+    USERS,
+    Case,
+    FixedStream,
+    gather_table,
+    make_batches,
+    make_trainer,
+)
 from tests.support import SMALL, stage, walks, write_dataset
 from tools.ranks import run_ranks
 
@@ -29,20 +35,8 @@ def train_given_batches(rank: int, world_size: int, output: str, train: Train) -
     dataset = Dataset(path="", manifest=Manifest(users=USERS, items=ITEMS))
     device = torch.device("cpu")
     model, optimizer = build(CASE.config, CASE.config.model, dataset, capacity=CAPACITY, device=device)
-    trainer = Trainer(
-        model=model,
-        optimizer=optimizer,
-        device=device,
-        execution=Execution("cpu"),
-        stream=FixedStream(make_batches(CASE, rank, world_size), CASE),  # type: ignore[arg-type]
-        entries=100,
-        train=train,
-        schedule=Optimizer(warmup_steps=3),
-        saving=Saving(),
-        checkpoints=Checkpoints(output, keep=1),
-        metadata={},
-        seed=0,
-    )
+    stream = FixedStream(make_batches(CASE, rank, world_size), CASE)
+    trainer = make_trainer(model, optimizer, stream, output, train=train, warmup_steps=3)
     validated = []
 
     def validate() -> dict[str, float]:

@@ -188,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sampled_users", type=int, default=64, help="users to validate and evaluate on (default: 64)")
     parser.add_argument("--prompted_users", type=int, default=100, help="users to generate prompts for (default: 100)")
     parser.add_argument("--timeout", type=float, default=7200.0, help="seconds for one stage (default: 7,200)")
-    parser.add_argument("--folder", help="for datasets and runs; emptied (default: a temporary one)")
+    parser.add_argument("--folder", help="where a temporary folder for datasets and runs is made")
     parser.add_argument("--output", required=True, help="JSON file for the figures")
     options = parser.parse_args(arguments)
     silence_libraries()
