@@ -43,11 +43,6 @@ def main(config: Evaluate) -> None:
         trained = load(checkpoint, dataset, config.tables, bags=config.batch.tokens, device=device)
         manifest = dataset.manifest
         ranked = manifest.count_targets(config.split)
-        of_all = "" if ranked is None else f"{ranked:,} of "
-        of_all = f"a sample of {config.users:,} of the " if config.users else of_all
-        log_message(
-            f"{checkpoint}: ranking {manifest.items:,} items for {of_all}{manifest.users:,} users ({config.split})"
-        )
         trained_on = CheckpointSettings.read(checkpoint)
         if trained_on.hold_out != manifest.hold_out:
             log_message(
@@ -57,6 +52,12 @@ def main(config: Evaluate) -> None:
         grouping = Grouping.read(dataset)
         paths = RecallPaths(
             trained, dataset, config.batch, device, users=config.users, seed=config.seed, grouping=grouping
+        )
+        is_sample = paths.sample(config.split) is not None
+        of_all = "" if ranked is None else f"{ranked:,} of "
+        of_all = f"a sample of {config.users:,} of the " if is_sample else of_all
+        log_message(
+            f"{checkpoint}: ranking {manifest.items:,} items for {of_all}{manifest.users:,} users ({config.split})"
         )
         users, results, chosen = paths.measure(config.split, ks, config.recall)
         grouped = dict(paths.grouped)
@@ -77,7 +78,6 @@ def main(config: Evaluate) -> None:
                 results[name] = {protocol: reduce_metrics(metrics).result() for protocol, metrics in protocols.items()}
             grouped |= of_baselines
         groups = {path: metrics.result() for path, metrics in grouped.items()}
-        is_sample = paths.sample(config.split) is not None
         sample = {"of_users": ranked, "sample": {"users": config.users, "seed": config.seed}} if is_sample else {}
         evaluation = {
             "dataset": config.data,

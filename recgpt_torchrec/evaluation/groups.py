@@ -78,10 +78,10 @@ def popularity_bounds(values: Int64, items: Int64) -> list[tuple[int, int]]:
     return [(int(some.min()), int(some.max())) for each in np.unique(group) if (some := values[group == each]).size]
 
 
-class Popularity:
+class PopularityGroups:
     """The popularity groups of items, each rank holding those of its id range.
 
-    Example: `Popularity.read(dataset).find(histories.held_out)`
+    Example: `PopularityGroups.read(dataset).find(histories.held_out)`
     """
 
     def __init__(self, bounds: list[tuple[int, int]], groups: npt.NDArray[np.int8], items: int) -> None:
@@ -95,7 +95,7 @@ class Popularity:
         self.first, self.stop = id_range(items, rank(), world_size())
 
     @classmethod
-    def read(cls, dataset: Dataset) -> "Popularity":
+    def read(cls, dataset: Dataset) -> "PopularityGroups":
         """Read the counts of a dataset's items, and divide the items into groups (collective).
 
         Raises:
@@ -143,7 +143,7 @@ class Grouping:
     Example: `Grouping.read(dataset).find(histories.held_out, histories.seen.lengths)`
     """
 
-    def __init__(self, popularity: Popularity) -> None:
+    def __init__(self, popularity: PopularityGroups) -> None:
         self.popularity = popularity
         self.bounds: dict[str, Bounds] = {BY_POPULARITY: popularity.bounds, BY_LENGTH: LENGTHS}
 
@@ -152,9 +152,9 @@ class Grouping:
         """Read what it needs of a dataset (collective).
 
         Raises:
-            InputError: see `Popularity.read`.
+            InputError: see `PopularityGroups.read`.
         """
-        return cls(Popularity.read(dataset))
+        return cls(PopularityGroups.read(dataset))
 
     def find(self, targets: Int64, lengths: Int64) -> UserGroups:
         """The groups of this rank's users (collective).

@@ -9,6 +9,7 @@ from recgpt_torchrec.config import Loss, Model, Plan, Tables, TrainingBatch
 from recgpt_torchrec.data.candidates import candidate_source
 from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.stream import BatchMaker
+from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.dense import Dense
 from recgpt_torchrec.planning.cluster import smallest_cluster
 from recgpt_torchrec.planning.hardware import RATINGS, Hardware, hardware_of
@@ -212,3 +213,24 @@ def test_plans_need_no_process_group_and_hold_no_table() -> None:
     assert not torch.distributed.is_initialized()
     assert all(parameter.is_meta for parameter in workload.meta_model.parameters())
     assert sum(each.rows for each in sharded.placements) == 11 * 10**9
+
+
+def test_a_loss_over_all_ranks_is_computed_in_chunks_on_gpus_and_holds_all_that_travels() -> None:
+    plan = Plan(items=10**6, users=10**6, gpus=8, batch=TrainingBatch(tokens=1024), loss=Loss(candidates="in_batch"))
+    (loss,) = (item for item in Estimate.of(plan).memory.items if item.name == "loss")
+    outputs, of_others, candidates = 6 * 1024, 3 * 7 * 1024, 5 * 1024
+    assert loss.device == 4 * 64 * (outputs + of_others + candidates) + 2 * (8 * 1024) * 1024
+
+
+def test_an_epoch_has_the_newest_entries_of_each_history_or_all_of_them() -> None:
+    sizes: dict[str, Any] = {"items": 10**6, "users": 10**6, "interactions": 10**9}
+    newest, windows = (
+        Workload.of(Plan(**sizes, batch=TrainingBatch(tokens=1000, long_histories=long), gpus=1))
+        for long in ("newest", "windows")
+    )
+    assert newest.steps == 10**6 * 50 / 1000 and windows.steps == (10**9 - 10**6) / 1000
+
+
+def test_groups_of_ranks_that_would_need_a_cache_are_refused_as_a_run_refuses_them() -> None:
+    with pytest.raises(InputError, match="has a cache"):
+        Estimate.of(Plan(items=10**9, users=1000, gpus=4, hbm=40, tables=Tables(shard_ranks=2)))
