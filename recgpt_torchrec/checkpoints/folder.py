@@ -160,8 +160,11 @@ class Checkpoints:
             if storage.remote(path):
                 if path not in keep:
                     storage.remove(path, first=METADATA)
-            elif path.endswith(TEMPORARY) or (path in committed and path not in keep):
+            elif path.endswith(TEMPORARY):
                 shutil.rmtree(path)
+            elif path in committed and path not in keep:
+                os.rename(path, path + TEMPORARY)  # a kill in rmtree must not leave a folder that nothing deletes
+                shutil.rmtree(path + TEMPORARY)
 
 
 def is_complete(checkpoint: str) -> bool:

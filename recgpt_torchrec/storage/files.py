@@ -80,7 +80,11 @@ def names(folder: str) -> list[str]:
     """Sorted names of the files and folders in a folder; none if it does not exist."""
     fs, root = filesystem(folder)
     selector = pyarrow.fs.FileSelector(root, allow_not_found=True)
-    return sorted(info.base_name for info in fs.get_file_info(selector))
+    try:
+        infos = fs.get_file_info(selector)
+    except FileNotFoundError:  # another process made the folder just after Arrow had not found it
+        infos = fs.get_file_info(selector)
+    return sorted(info.base_name for info in infos)
 
 
 def read(path: str, limit: int | None = None) -> bytes:

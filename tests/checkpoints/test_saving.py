@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -207,11 +208,30 @@ def writes(name: str, number: int) -> Callable[..., bool]:
     return lambda path, *args: os.path.basename(path) == name and calls()
 
 
+def commits(number: int) -> Callable[..., bool]:
+    """The `number`th time that a checkpoint is renamed to its final name."""
+    calls = counted(number)
+    return lambda source, target: is_temporary(source) and calls()
+
+
+def is_temporary(path: Any) -> bool:
+    return bool(re.fullmatch(r"step-\d+\.tmp", os.path.basename(path)))
+
+
+def half_deleted(path: str, *args: Any) -> bool:
+    """Delete a file of a whole checkpoint, and say that it is time to die."""
+    if not os.path.exists(os.path.join(path, "checkpoint.json")):
+        return False  # what an earlier kill left
+    os.unlink(os.path.join(path, "checkpoint.json"))
+    return True
+
+
 KILLS = {
     "with half a checkpoint written": at(saving.dcp, "save", counted(3), after=True),
-    "before it counts": at(folder.os, "rename", counted(3)),
+    "before it counts": at(folder.os, "rename", commits(3)),
     "before its epoch is known to be the best": at(storage, "write_json", writes("best.json", 1)),
-    "before old ones are dropped": at(folder.shutil, "rmtree", lambda path, *args: not path.endswith(".tmp")),
+    "before an old one is dropped": at(folder.os, "rename", lambda source, target: is_temporary(target)),
+    "with half an old one dropped": at(folder.shutil, "rmtree", half_deleted),
     "between the line of an epoch and its checkpoint": at(Saver, "save", lambda self, step, state, known: epoch(known)),
 }
 

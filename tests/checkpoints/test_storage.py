@@ -21,7 +21,7 @@ from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.reading.reader import Damage, Reader, SetAside
 from recgpt_torchrec.data.windows import row_groups
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.retrieval.export_folder import open_export
+from recgpt_torchrec.retrieval.exports.reading import open_export
 from recgpt_torchrec.storage import folders
 from recgpt_torchrec.storage.parts import _PartWriter
 from tests.object_store import BUCKET, Server, server
