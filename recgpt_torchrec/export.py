@@ -9,7 +9,7 @@ from recgpt_torchrec.config import Export
 
 if TYPE_CHECKING:
     from recgpt_torchrec.data.dataset import Dataset
-    from recgpt_torchrec.retrieval.export_folder import ExportManifest
+    from recgpt_torchrec.retrieval.exports.manifest import ExportManifest
 
 
 def main(config: Export) -> None:
@@ -26,7 +26,7 @@ def main(config: Export) -> None:
     from recgpt_torchrec.model.recgpt import unwrapped
     from recgpt_torchrec.progress import progress_bar
     from recgpt_torchrec.retrieval.encoding import collect_batches, encode
-    from recgpt_torchrec.retrieval.export_folder import write_export
+    from recgpt_torchrec.retrieval.exports.writing import write_export
     from recgpt_torchrec.retrieval.interests import predict_interests
     from recgpt_torchrec.training.loading import load
 
@@ -111,7 +111,7 @@ def finished(config: Export, settings: dict[str, Any], dataset: "Dataset", finge
     """
     from recgpt_torchrec.config.fields import changeable_names, default_values
     from recgpt_torchrec.data.dataset import histories_fingerprint
-    from recgpt_torchrec.retrieval.export_folder import open_export
+    from recgpt_torchrec.retrieval.exports.reading import open_export
     from recgpt_torchrec.storage.finished import differences, find_finished, flatten
 
     inputs = {

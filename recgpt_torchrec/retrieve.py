@@ -9,7 +9,7 @@ from recgpt_torchrec.config import Retrieve
 from recgpt_torchrec.errors import InputError
 
 if TYPE_CHECKING:
-    from recgpt_torchrec.retrieval.export_folder import Export
+    from recgpt_torchrec.retrieval.exports.reading import Export
     from recgpt_torchrec.retrieval.list_folder import ListManifest
     from recgpt_torchrec.retrieval.merging import MergeRule
 
@@ -18,7 +18,7 @@ def main(config: Retrieve) -> None:
     """Search the items for every user, and write the lists."""
     from recgpt_torchrec.data.dataset import Dataset, histories_fingerprint
     from recgpt_torchrec.distributed.processes import print_result, process_group, run_on_first_rank
-    from recgpt_torchrec.retrieval.export_folder import open_export
+    from recgpt_torchrec.retrieval.exports.reading import open_export
     from recgpt_torchrec.retrieval.list_folder import ListManifest
 
     with process_group(device="cpu"):  # no search runs on a GPU
@@ -123,7 +123,7 @@ def retrieve(
     from recgpt_torchrec.distributed.processes import log_message
     from recgpt_torchrec.evaluation.list_quality import ListQuality
     from recgpt_torchrec.retrieval.list_folder import write_lists
-    from recgpt_torchrec.retrieval.searching import build_retrievers, search_users
+    from recgpt_torchrec.retrieval.search.searching import build_retrievers, search_users
     from recgpt_torchrec.retrieval.user_histories import UserHistories
 
     total, count = export.manifest.users, export.manifest.interests

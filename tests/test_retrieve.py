@@ -15,7 +15,7 @@ import torch
 from recgpt_torchrec import export, retrieve
 from recgpt_torchrec.config import Batch, Export, Retrieve, Sharding
 from recgpt_torchrec.data.dataset import Dataset
-from recgpt_torchrec.retrieval.export_folder import open_export, to_numpy
+from recgpt_torchrec.retrieval.exports.reading import open_export, to_numpy
 from tests.support import SMALL, change_json, stage, walks, write_dataset
 from tools.ranks import run_ranks
 

@@ -37,7 +37,7 @@ def preload() -> None:
         "recgpt_torchrec.evaluation.recall_paths",
         "recgpt_torchrec.evaluation.validation",
         "recgpt_torchrec.prompts.prompting",
-        "recgpt_torchrec.retrieval.searching",
+        "recgpt_torchrec.retrieval.search.searching",
         "recgpt_torchrec.training.session",
         "torch.utils.tensorboard",
         "torchrec.distributed.train_pipeline",

@@ -11,7 +11,7 @@ from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.ragged import Float32, Int64, Ragged
 from recgpt_torchrec.evaluation.metrics import RankingMetrics, list_ranks, reduce_metrics
 from recgpt_torchrec.retrieval.merging import Merged
-from recgpt_torchrec.retrieval.retriever import Retriever
+from recgpt_torchrec.retrieval.search.retriever import Retriever
 
 
 class ListQuality:

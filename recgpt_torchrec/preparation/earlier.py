@@ -18,7 +18,7 @@ from recgpt_torchrec.data.segments import INTERACTED, Interacted
 from recgpt_torchrec.data.split import cut
 from recgpt_torchrec.data.windows import row_groups
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.preparation.engine import DuckDBEngine
+from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
 from recgpt_torchrec.preparation.queries import order_of
 from recgpt_torchrec.storage import filesystem
 from recgpt_torchrec.storage.parts import Part

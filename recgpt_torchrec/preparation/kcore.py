@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import ibis.expr.types as ir
 
-from recgpt_torchrec.preparation.engine import DuckDBEngine
+from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,7 @@ from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.config.boundaries import Boundary
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation import queries
-from recgpt_torchrec.preparation.engine import DuckDBEngine
+from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
 from recgpt_torchrec.preparation.reading.files import InputFiles, list_files
 
 INPUTS = ("input", "validation_input", "test_input")

@@ -25,7 +25,7 @@ from recgpt_torchrec.data.split import EVALUATION, STORED
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation import earlier, parts, queries
 from recgpt_torchrec.preparation.earlier import Known, KnownCodes
-from recgpt_torchrec.preparation.engine import BATCH_ROWS, DuckDBEngine
+from recgpt_torchrec.preparation.engines.duckdb_engine import BATCH_ROWS, DuckDBEngine
 from recgpt_torchrec.preparation.kcore import Core, k_core
 from recgpt_torchrec.preparation.reading.files import InputFile
 from recgpt_torchrec.preparation.reading.log import RawLog, read_log, rejected_rows

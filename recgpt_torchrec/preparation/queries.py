@@ -10,7 +10,7 @@ import ibis.expr.types as ir
 
 from recgpt_torchrec.data.segments import EXPOSED, INTERACTED
 from recgpt_torchrec.data.split import EVALUATION, HoldOut, is_held_out
-from recgpt_torchrec.preparation.engine import DuckDBEngine
+from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
 
 if TYPE_CHECKING:
     from recgpt_torchrec.preparation.earlier import Known

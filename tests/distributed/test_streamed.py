@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from recgpt_torchrec.catalogue import catalogue as catalogue_module
-from recgpt_torchrec.retrieval.export_folder import open_export, to_numpy
+from recgpt_torchrec.retrieval.exports.reading import open_export, to_numpy
 from tests.support import SMALL, read_sequences, stage, walks, write_dataset
 from tools.ranks import run_ranks
 

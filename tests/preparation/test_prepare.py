@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.preparation.engine import DuckDBEngine
+from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
 from recgpt_torchrec.preparation.kcore import k_core
 from recgpt_torchrec.preparation.pipeline import group_size
 from recgpt_torchrec.storage.folders import check_free, stage_folder

@@ -12,9 +12,10 @@ import pytest
 
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.retrieval import export_folder
-from recgpt_torchrec.retrieval.export_folder import open_export, to_numpy, write_export
-from recgpt_torchrec.retrieval.keys import Keys
+from recgpt_torchrec.retrieval.exports import writing
+from recgpt_torchrec.retrieval.exports.keys import Keys
+from recgpt_torchrec.retrieval.exports.reading import open_export, to_numpy
+from recgpt_torchrec.retrieval.exports.writing import write_export
 from tests.support import change_json, walks, write_dataset
 from tools.ranks import run_ranks
 
@@ -87,8 +88,8 @@ def test_several_interests_are_one_row_a_user(dataset, tmp_path):
 
 
 def test_rows_are_cut_into_row_groups_and_parts(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(export_folder, "GROUP_BYTES", 4 * DIM * 5)
-    monkeypatch.setattr(export_folder, "GROUPS_PER_PART", 2)
+    monkeypatch.setattr(writing, "GROUP_BYTES", 4 * DIM * 5)
+    monkeypatch.setattr(writing, "GROUPS_PER_PART", 2)
     manifest = write(tmp_path / "export", dataset)
     assert [part.rows for part in manifest.item_parts] == [10, 10, 10]
     ids, vectors = open_export(str(tmp_path / "export")).item_vectors()

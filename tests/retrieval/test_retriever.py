@@ -10,10 +10,10 @@ from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import HNSW, IVF
 from recgpt_torchrec.data.ragged import Ragged
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.retrieval import index as indexes
-from recgpt_torchrec.retrieval.index import Index
 from recgpt_torchrec.retrieval.merging import merge_by_score, merge_quota
-from recgpt_torchrec.retrieval.retriever import ApproximateSearch, ExactSearch, Retriever
+from recgpt_torchrec.retrieval.search import index as indexes
+from recgpt_torchrec.retrieval.search.index import Index
+from recgpt_torchrec.retrieval.search.retriever import ApproximateSearch, ExactSearch, Retriever
 
 ITEMS, DIM = 40, 8
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import torch
 
 from recgpt_torchrec.evaluation.validation import validation_of
-from recgpt_torchrec.retrieval.export_folder import write_export
+from recgpt_torchrec.retrieval.exports.writing import write_export
 from tools.benchmarks.measuring import Figures, Kind, Ratio, stopwatch
 from tools.benchmarks.settings import Settings
 from tools.plain_padded import LENGTH, USERS, PaddedLoop, TrainingData

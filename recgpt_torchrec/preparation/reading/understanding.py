@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import ibis.expr.types as ir
 
 from recgpt_torchrec.config import Prepare
-from recgpt_torchrec.preparation.engine import DuckDBEngine
+from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
 from recgpt_torchrec.preparation.reading.dialect import cells_of
 from recgpt_torchrec.preparation.reading.duckdb_reader import FAULTS, MALFORMED_LINE, DuckDBReader, FileReport
 from recgpt_torchrec.preparation.reading.files import InputFile, InputFiles

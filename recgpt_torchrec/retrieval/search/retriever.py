@@ -16,7 +16,7 @@ from recgpt_torchrec.retrieval.interests import recall_items
 from recgpt_torchrec.retrieval.merging import Lists, Merged
 
 if TYPE_CHECKING:  # exact lists need no FAISS
-    from recgpt_torchrec.retrieval.index import Index
+    from recgpt_torchrec.retrieval.search.index import Index
 
 Bool = npt.NDArray[np.bool_]
 

@@ -14,11 +14,11 @@ from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import rank, world_size
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.progress import progress_bar
-from recgpt_torchrec.retrieval import index as indexes
-from recgpt_torchrec.retrieval.export_folder import Export, to_numpy
+from recgpt_torchrec.retrieval.exports.reading import Export, to_numpy
 from recgpt_torchrec.retrieval.list_folder import ListBatch
 from recgpt_torchrec.retrieval.merging import Lists, Merged, MergeRule
-from recgpt_torchrec.retrieval.retriever import ApproximateSearch, ExactSearch, LocalSearch, Retriever
+from recgpt_torchrec.retrieval.search import index as indexes
+from recgpt_torchrec.retrieval.search.retriever import ApproximateSearch, ExactSearch, LocalSearch, Retriever
 from recgpt_torchrec.retrieval.user_histories import UserHistories
 
 CANDIDATES = 2**22

@@ -1,0 +1,131 @@
+"""The export folder: vectors of items and users in Parquet, for an ANN index or a serving system.
+
+    manifest.json      counts, dimensions, fingerprints, and per file: rows, bytes, checksum
+    items/*.parquet    item_id int64, key string, vector fixed_size_list<float32>[dim]
+    users/*.parquet    user_id int64, key string, vector fixed_size_list<float32>[dim]; with several interests
+                       vectors fixed_size_list<fixed_size_list<float32>[dim]>[interests] instead
+
+A score is the inner product of a user vector and an item vector. Every item appears once, and every user with an
+encoded history; rows are in no particular order (each process writes its share). Of several interests the first is that
+of one-step recall; each further one is the output after the best new item of the one before joins the history:
+
+    vectors = pq.read_table("users")["vectors"].combine_chunks()
+    vectors.flatten().flatten().to_numpy().reshape(len(vectors), interests, dim)
+
+The manifest is written last: a folder without one is not an export. `writing` writes it, `reading` reads it; neither
+knows models: vectors are numpy arrays, batch by batch.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from recgpt_torchrec.config.retrieval import INTERESTS
+from recgpt_torchrec.data.split import EVALUATION
+from recgpt_torchrec.storage.manifests import FolderManifest, Kind
+from recgpt_torchrec.storage.parts import VALUES_PER_BYTE, Part
+from recgpt_torchrec.storage.typed import SHOWN, check_counts
+
+MAX_DIM = 2**16
+"""Maximum length of a vector."""
+DTYPES = ("float32", "float16", "int8")
+"""Values of `--dtype`."""
+HISTORIES = ("all", *EVALUATION)
+"""Values of `--history`."""
+
+
+@dataclass(kw_only=True)
+class ExportManifest(FolderManifest):
+    """Contents of `manifest.json`."""
+
+    KIND = Kind(
+        name="export", stage="export", version_field="export_version", version=1, parts=("item_parts", "user_parts")
+    )
+    export_version: int = KIND.version
+    items: int = 0
+    users: int = 0
+    dim: int = 0
+    interests: int = 1
+    """Number of vectors per user."""
+    dtype: str = "float32"
+    """Type of the stored numbers, one of `DTYPES`."""
+    metric: str = "inner_product"
+    """How a user's score for an item is made of their vectors."""
+    state: str = ""
+    """Where deltas were applied: the fingerprint of the last one, see `DeltaManifest`; empty: this export's own."""
+    dataset: str = ""
+    """Folder of the dataset."""
+    vocabulary: str = ""
+    """Fingerprint of the dataset's ids; exports are comparable when these are equal."""
+    dataset_fingerprint: str = ""
+    """Fingerprint of the dataset's histories, which may grow while its ids stay."""
+    checkpoint: str = ""
+    """Folder of the checkpoint."""
+    checkpoint_fingerprint: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The options of the stage that wrote the export."""
+    item_parts: list[Part] = field(default_factory=list)
+    user_parts: list[Part] = field(default_factory=list)
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> Self:
+        """Make a manifest of the values of `manifest.json`, and check what it promises.
+
+        Raises:
+            ValueError: a field is missing, unknown or invalid.
+        """
+        manifest = super().from_values(values)
+        check_counts({name: getattr(manifest, name) for name in ("items", "users", "dim", "interests")})
+        for name, parts in (("items", manifest.item_parts), ("users", manifest.user_parts)):
+            count, rows = getattr(manifest, name), sum(part.rows for part in parts)
+            if not count or count != rows:
+                raise ValueError(f"it promises {count:,} {name}, but {rows:,} rows in {name}/")
+        if not (0 < manifest.dim <= MAX_DIM and 0 < manifest.interests <= INTERESTS):
+            raise ValueError(f"it promises {manifest.interests:,} vectors of {manifest.dim:,} numbers per user")
+        if manifest.items * manifest.dim > VALUES_PER_BYTE * sum(part.bytes for part in manifest.item_parts):
+            raise ValueError(f"it promises {manifest.items:,} vectors of {manifest.dim:,} numbers in too few bytes")
+        if (history := manifest.settings.get("history", "all")) not in HISTORIES:
+            raise ValueError(f"settings.history is {str(history)[:SHOWN]!r}, it must be one of {', '.join(HISTORIES)}")
+        return manifest
+
+
+@dataclass(kw_only=True)
+class DeltaManifest(FolderManifest):
+    """Contents of `manifest.json` of a delta: what is new, moved or gone since another export.
+
+    A vector store holds a *state*: that of the export it was loaded from, or of the last delta applied to it. A delta
+    fits the state `base` and leads to the state of its own fingerprint. So deltas form a chain, as commits do.
+    """
+
+    KIND = Kind(
+        name="delta",
+        stage="export",
+        version_field="delta_version",
+        version=1,
+        parts=("item_parts", "user_parts", "removed_item_parts", "removed_user_parts"),
+    )
+    delta_version: int = KIND.version
+    base: str = ""
+    """State to which it is applied: fingerprint of an export, or of the delta before."""
+    since: list[str] = field(default_factory=list)
+    """Folders that it was compared with: an export, and the deltas after it, in order."""
+    tolerance: float = 0.0
+    items: int = 0
+    """Number of items after it is applied."""
+    users: int = 0
+    """Number of users after it is applied."""
+    dim: int = 0
+    interests: int = 1
+    dtype: str = "float32"
+    metric: str = "inner_product"
+    dataset: str = ""
+    vocabulary: str = ""
+    dataset_fingerprint: str = ""
+    checkpoint: str = ""
+    checkpoint_fingerprint: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    item_parts: list[Part] = field(default_factory=list)
+    """Items that are new or have moved, as in an export."""
+    user_parts: list[Part] = field(default_factory=list)
+    removed_item_parts: list[Part] = field(default_factory=list)
+    """item_id and key of the items that are gone."""
+    removed_user_parts: list[Part] = field(default_factory=list)
