@@ -68,7 +68,7 @@ class Chain:
         """The state that the chain leads to."""
         return self.last.state
 
-    def check_fits(self, dataset: Dataset, form: dict[str, Any]) -> None:
+    def check_fits(self, dataset: Dataset, **form: Any) -> None:
         """Check that new vectors can be compared with those of the chain.
 
         Args:

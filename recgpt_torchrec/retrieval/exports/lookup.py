@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from recgpt_torchrec.data.ragged import Float32, Int64
+from recgpt_torchrec.data.reading.footers import column_bounds
 from recgpt_torchrec.retrieval.exports.reading import Delta, Export
 from recgpt_torchrec.retrieval.exports.vectors import vectors_of
 from recgpt_torchrec.storage.parts import Part
@@ -52,11 +53,8 @@ class Lookup:
         bounds = []
         for part in parts:
             with folder.open_part(part, self.columns) as file:
-                column = file.schema_arrow.get_field_index(self.columns[0])
                 for group in range(file.num_row_groups):
-                    statistics = file.metadata.row_group(group).column(column).statistics
-                    has_bounds = statistics is not None and statistics.has_min_max
-                    bounds.append((statistics.min, statistics.max) if has_bounds else (0, COUNT))
+                    bounds.append(column_bounds(file.metadata, group, self.columns[0]) or (0, COUNT))
                     self.groups.append((part, group))
         self.low, self.high = np.array(bounds, np.int64).reshape(-1, 2).T
         """[row groups] smallest and largest id of each."""
