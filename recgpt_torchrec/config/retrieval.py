@@ -143,7 +143,7 @@ class Retrieve:
     output: str = changeable()
     """Folder of the lists. It must be new or empty, unless it already holds this result; then nothing is done."""
     k: int = 50
-    """Number of items per list, at most as many as the export holds."""
+    """Number of items per list, at most as many as the export holds; lists are shorter where a filter leaves fewer."""
     merge: Literal["auto", "two_step", "quota", "score"] = "auto"
     """How the lists of several interests are merged. two_step: m items of the first interest, then k - m new items of
     the second. quota: an equal number of new items of each interest, one interest after another. score: the items with
@@ -162,9 +162,38 @@ class Retrieve:
     ivf: IVF = field(default_factory=IVF)
     sample: int = 1000
     """About how many users' approximate lists are compared with exact ones; 0: none."""
+    allow: str | None = changeable(None)
+    """Keys of the only items that may be in a list: a text file with a key per line, or a table (.csv .tsv .jsonl
+    .parquet, also .gz .zst) with keys in the column --item_column; a path, folder or URI. Keys as in the log: 12 and
+    12.0 are the same. Unknown ones are counted. It may be given with --deny and --where: an item must pass all of them.
+    null: every item may."""
+    deny: str | None = changeable(None)
+    """Keys of the items that no list may hold, in a file like that of --allow. null: none."""
+    items: str | None = changeable(None)
+    """Table of the items for --where, with keys in the column --item_column: .csv, .tsv, .jsonl or .parquet. null:
+    none."""
+    where: str | None = None
+    """Condition on the columns of --items, for example "category = 'shoes' and price < 20", in the language of prepare
+    --where: an SQL expression without queries. Only items with a row that meets it may be in a list; items that are not
+    in the table, or for which it cannot be computed, may not. null: every item may."""
+    item_column: str = "item_id"
+    """Column of the keys in the tables of --allow, --deny and --items."""
+    fallback: Literal["none", "popular"] = "none"
+    """Lists of users of --data without a vector in the export: those without a history, and those whose history has no
+    item before the held-out one. none: they get no list. popular: the k items with the most interactions that a filter
+    leaves, the same for all; scores are the numbers of interactions, and the column interests is -1. Interactions are
+    those of the whole log, or of the training part if the export was made with --history test or validation."""
 
     def __post_init__(self) -> None:
         at_least("--k", self.k, 1)
+        if self.where is not None and self.items is None:
+            raise ValueError(f"--where is {self.where!r}; name the table whose columns it is about with --items FILE")
+        if self.items is not None and self.where is None:
+            raise ValueError(
+                f"--items is {self.items}; give a condition on its columns with --where, or a list of keys with --allow"
+            )
+        if self.fallback != "none" and self.data is None:
+            raise ValueError(f"--fallback is {self.fallback}; give the dataset whose users and counts it needs: --data")
         at_least("--sample", self.sample, 0)
         within("--m", self.m, 0, self.k, ", the length of the list (--k)")
         if self.m and self.merge not in ("auto", "two_step"):

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -14,6 +15,8 @@ from recgpt_torchrec.retrieval.exports.manifest import ExportManifest
 from recgpt_torchrec.storage import filesystem
 from recgpt_torchrec.storage.parts import Part, open_parquet
 from recgpt_torchrec.storage.typed import COUNT
+
+Bool = npt.NDArray[np.bool_]
 
 
 @dataclass(kw_only=True)
@@ -26,25 +29,35 @@ class Export:
     path: str
     manifest: ExportManifest
 
-    def item_vectors(self, first: int = 0, stop: int | None = None) -> tuple[Int64, Float32]:
+    def item_vectors(
+        self, first: int = 0, stop: int | None = None, allowed: Bool | None = None
+    ) -> tuple[Int64, Float32]:
         """Ids [n] int64 and vectors [n, dim] float32 of the items `first` to `stop` - 1 (None: to the last), in order.
+
+        Args:
+            first: first id.
+            stop: end of the ids.
+            allowed: [items] bool by id: which of these items; None: all.
 
         Raises:
             InputError: a file cannot be read, an item is missing, or a vector is not finite.
         """
         stop = self.manifest.items if stop is None else stop
-        vectors = np.empty((stop - first, self.manifest.dim), np.float32)
-        is_known = np.zeros(stop - first, bool)
+        ids = np.arange(first, stop) if allowed is None else first + np.flatnonzero(allowed[first:stop])
+        vectors = np.empty((len(ids), self.manifest.dim), np.float32)
+        is_known = np.zeros(len(ids), bool)
         for batch in self.items(("item_id", "vector")):
-            ids = batch["item_id"].to_numpy()
-            wanted = (ids >= first) & (ids < stop)
+            found = batch["item_id"].to_numpy()
+            wanted = (found >= first) & (found < stop)
+            if allowed is not None:
+                wanted &= allowed[found]
             if wanted.any():
-                places = ids[wanted] - first
+                places = np.searchsorted(ids, found[wanted]) if allowed is not None else found[wanted] - first
                 vectors[places], is_known[places] = to_numpy(batch["vector"])[wanted], True
         if not is_known.all():
-            missing = first + int(np.argmin(is_known))
+            missing = ids[np.argmin(is_known)]
             raise self._error("items/", f"item {missing} is missing, and another one is there twice")
-        return np.arange(first, stop), vectors
+        return ids, vectors
 
     def items(
         self, columns: Iterable[str] = ("item_id", "key", "vector"), rows: int = 65536

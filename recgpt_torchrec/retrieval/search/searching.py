@@ -18,7 +18,8 @@ from recgpt_torchrec.retrieval.exports.reading import Export, to_numpy
 from recgpt_torchrec.retrieval.list_folder import ListBatch
 from recgpt_torchrec.retrieval.merging import Lists, Merged, MergeRule
 from recgpt_torchrec.retrieval.search import index as indexes
-from recgpt_torchrec.retrieval.search.retriever import ApproximateSearch, ExactSearch, LocalSearch, Retriever
+from recgpt_torchrec.retrieval.search.restricted import Bool, RestrictedSearch, compact_ids
+from recgpt_torchrec.retrieval.search.retriever import ApproximateSearch, ExactSearch, LocalSearch, Retriever, Search
 from recgpt_torchrec.retrieval.user_histories import UserHistories
 
 CANDIDATES = 2**22
@@ -33,9 +34,15 @@ Measure = Callable[[Int64, Float32, Histories | None, Merged], object]
 
 
 def build_retrievers(
-    config: Retrieve, export: Export, rule: MergeRule
+    config: Retrieve, export: Export, rule: MergeRule, allowed: Bool | None = None
 ) -> tuple[Retriever, Retriever, Callable[[], None]]:
     """Build what searches an export (collective).
+
+    Args:
+        config: of the stage.
+        export: to be searched.
+        rule: merges interests.
+        allowed: [items] bool by id, the same on every rank: which items may be found; None: all.
 
     Returns:
         The exact retriever, the one for `--index` (the same object if the index is exact), and what each rank has to
@@ -50,19 +57,30 @@ def build_retrievers(
 
     items, failure = export.manifest.items, None
     is_exact = config.index == "exact"
+    ids = None if allowed is None else compact_ids(allowed)
     # An approximate index holds all items on every rank, so each rank scores them by itself where it needs to.
     first, stop = id_range(items, rank(), world_size()) if is_exact else (0, items)
+    if is_exact and ids is not None:  # by places among the allowed items, so that ranks have equally many
+        own_first, own_stop = id_range(len(ids), rank(), world_size())
+        first, stop = (int(ids[own_first]), int(ids[own_stop - 1]) + 1) if own_first < own_stop else (0, 0)
     try:
-        _, vectors = export.item_vectors(first, stop)
+        _, vectors = export.item_vectors(first, stop, allowed if is_exact else None)
         index = None if is_exact else BUILDERS[config.index](vectors, getattr(config, config.index))
     except InputError as error:
         failure = error
     raise_first_error(failure)
+
+    def restricted(search: Search) -> Search:
+        return search if ids is None else RestrictedSearch(search, ids)
+
     if index is None:
-        catalogue = Catalogue.of_vectors(torch.from_numpy(vectors), items, first)
-        exact = Retriever(ExactSearch(catalogue), config.k, merge)
+        if ids is None:
+            catalogue = Catalogue.of_vectors(torch.from_numpy(vectors), items, first)
+        else:
+            catalogue = Catalogue.of_vectors(torch.from_numpy(vectors), len(ids), own_first)
+        exact = Retriever(restricted(ExactSearch(catalogue)), config.k, merge)
         return exact, exact, catalogue.finish
-    search = LocalSearch(vectors)
+    search = restricted(LocalSearch(vectors if allowed is None else vectors[allowed]))
     approximate = Retriever(ApproximateSearch(indexes.Index(index)), config.k, merge, search)
     return Retriever(search, config.k, merge), approximate, lambda: None
 
