@@ -102,7 +102,9 @@ class KeyFile:
         except InputError as error:
             raise _without_options_of_prepare(error) from None
         usable = f"problem IS NULL OR problem IN ({quote_sql(FILTERED)}, {quote_sql(UNKNOWN)})"
-        state = f"CASE WHEN problem IS NULL THEN {FITS} WHEN problem = {quote_sql(UNKNOWN)} THEN {UNCOMPUTED} ELSE 0 END"
+        state = (
+            f"CASE WHEN problem IS NULL THEN {FITS} WHEN problem = {quote_sql(UNKNOWN)} THEN {UNCOMPUTED} ELSE 0 END"
+        )
         run(
             f"CREATE TABLE {table} AS SELECT item AS key, max({state})::TINYINT AS state FROM log_rows "
             f"WHERE item IS NOT NULL AND ({usable}) GROUP BY item"

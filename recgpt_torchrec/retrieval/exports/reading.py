@@ -70,6 +70,11 @@ class Export:
         columns = ["user_id", "key", self.user_column]
         return self._batches(self.manifest.user_parts, columns, rows, rank, world_size)
 
+    def user_ids(self) -> Iterator[Int64]:
+        """Yield the ids [n] int64 of all users, in no particular order; no vector is read."""
+        for batch in self._batches(self.manifest.user_parts, ["user_id"], 2**20):
+            yield batch["user_id"].to_numpy()
+
     @property
     def fingerprint(self) -> str:
         """Fingerprint of the export's contents, 32 hex digits; moving the folder does not change it."""

@@ -6,7 +6,6 @@ to deny. Rank 0 joins the keys with those of the export in DuckDB, which spills 
 
 import os
 import tempfile
-from dataclasses import dataclass
 
 import duckdb
 import numpy as np
@@ -20,48 +19,12 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
 from recgpt_torchrec.preparation.item_keys import FITS, UNCOMPUTED, KeyFile, LoadedKeys
 from recgpt_torchrec.retrieval.exports.reading import Export
+from recgpt_torchrec.retrieval.filters import FilterRecord
 from recgpt_torchrec.storage import filesystem
 
 Bool = npt.NDArray[np.bool_]
 MEMORY = "4GB"
 """Memory that the join takes on rank 0 before it spills to disk."""
-
-
-@dataclass(kw_only=True)
-class FilterRecord:
-    """What a list or table of keys did, as the manifest of lists records it."""
-
-    path: str = ""
-    checksum: str = ""
-    """Of the content: another one makes other lists."""
-    keys: int = 0
-    """Number of distinct keys."""
-    fits: int = 0
-    """Number of items of the export that are among them, and meet the condition if there is one."""
-    unknown: int = 0
-    """Number of keys that are no item of the export."""
-    example: str = ""
-    """One of them."""
-    absent: int = 0
-    """Number of items of the export that a table of items lacks."""
-    uncomputed: int = 0
-    """Number of items of the export for which the condition cannot be computed."""
-    unusable: int = 0
-    """Number of rows without a key, and of malformed lines."""
-
-    def describe(self, option: str) -> str:
-        """One line for the summary."""
-        kind = {"allow": "allowed", "deny": "denied", "items": "meet --where"}[option]
-        words = [f"{self.fits:,} items {kind}"]
-        if self.absent:
-            words.append(f"{self.absent:,} items are not in the table and left out")
-        if self.uncomputed:
-            words.append(f"{self.uncomputed:,} left out, as --where cannot be computed")
-        if self.unknown:
-            words.append(f"{self.unknown:,} keys are unknown to the export (such as {self.example!r})")
-        if self.unusable:
-            words.append(f"{self.unusable:,} rows have no key")
-        return f"--{option} {self.path}: {'; '.join(words)}"
 
 
 def key_files(config: Retrieve) -> dict[str, KeyFile]:
@@ -153,8 +116,8 @@ def _match(engine: DuckDBEngine, export: Export, file: KeyFile, loaded: LoadedKe
             f"not {example!r}. Give keys as the log has them, in a table in the column that --item_column names"
         )
     fits = np.zeros(export.manifest.items, dtype=bool)
-    found = run(f"SELECT item_id, state FROM export_items JOIN listed_{name} USING (key)")
-    for batch in found.to_arrow_reader(2**16):
+    joined = f"SELECT item_id, state FROM export_items JOIN listed_{name} USING (key)"
+    for batch in engine.connection.cursor().sql(joined).to_arrow_reader(2**16):
         ids, states = batch["item_id"].to_numpy(), batch["state"].to_numpy()
         fits[ids[states == FITS]] = True
         record.uncomputed += int((states == UNCOMPUTED).sum())

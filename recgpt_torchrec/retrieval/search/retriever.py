@@ -59,9 +59,11 @@ class ExactSearch:
 
 @dataclass
 class ApproximateSearch:
-    """Searches an index, and doubles the depth until `k` items that were not seen are found."""
+    """Searches an index, and doubles the depth until `k` allowed items that were not seen are found."""
 
     index: "Index"
+    allowed: Bool | None = None
+    """[items] bool by id: which items may be found; None: all."""
 
     def lists(self, vectors: Float32, k: int, seen: Ragged | None) -> Lists:
         """See `Search`."""
@@ -78,6 +80,8 @@ class ApproximateSearch:
             depth = min(depth, self.index.items)
             nearest, values = self.index.search(queries[unfinished], depth)
             wanted = nearest >= 0
+            if self.allowed is not None:
+                wanted &= self.allowed[nearest]  # of -1, the last one's: no matter
             if seen_pairs is not None:
                 wanted &= ~_is_in_sorted(owner[unfinished, None] * self.index.items + nearest, seen_pairs)
             items[unfinished], scores[unfinished] = _pick_first(nearest, values, wanted, k)

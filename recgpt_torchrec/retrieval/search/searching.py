@@ -58,11 +58,13 @@ def build_retrievers(
     items, failure = export.manifest.items, None
     is_exact = config.index == "exact"
     ids = None if allowed is None else compact_ids(allowed)
-    # An approximate index holds all items on every rank, so each rank scores them by itself where it needs to.
-    first, stop = id_range(items, rank(), world_size()) if is_exact else (0, items)
-    if is_exact and ids is not None:  # by places among the allowed items, so that ranks have equally many
-        own_first, own_stop = id_range(len(ids), rank(), world_size())
-        first, stop = (int(ids[own_first]), int(ids[own_stop - 1]) + 1) if own_first < own_stop else (0, 0)
+    # An approximate index holds all items on every rank, so each rank scores them by itself where it needs to. Exact
+    # search is over the allowed items alone; ranks have equally many of them.
+    searched = items if ids is None or not is_exact else len(ids)
+    own, own_stop = id_range(searched, rank(), world_size()) if is_exact else (0, items)
+    first, stop = own, own_stop
+    if is_exact and ids is not None:
+        first, stop = (int(ids[own]), int(ids[own_stop - 1]) + 1) if own < own_stop else (0, 0)
     try:
         _, vectors = export.item_vectors(first, stop, allowed if is_exact else None)
         index = None if is_exact else BUILDERS[config.index](vectors, getattr(config, config.index))
@@ -74,14 +76,11 @@ def build_retrievers(
         return search if ids is None else RestrictedSearch(search, ids)
 
     if index is None:
-        if ids is None:
-            catalogue = Catalogue.of_vectors(torch.from_numpy(vectors), items, first)
-        else:
-            catalogue = Catalogue.of_vectors(torch.from_numpy(vectors), len(ids), own_first)
+        catalogue = Catalogue.of_vectors(torch.from_numpy(vectors), searched, own)
         exact = Retriever(restricted(ExactSearch(catalogue)), config.k, merge)
         return exact, exact, catalogue.finish
     search = restricted(LocalSearch(vectors if allowed is None else vectors[allowed]))
-    approximate = Retriever(ApproximateSearch(indexes.Index(index)), config.k, merge, search)
+    approximate = Retriever(ApproximateSearch(indexes.Index(index), allowed), config.k, merge, search)
     return Retriever(search, config.k, merge), approximate, lambda: None
 
 
