@@ -14,7 +14,8 @@ from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import rank, world_size
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.progress import progress_bar
-from recgpt_torchrec.retrieval.exports.reading import Export, to_numpy
+from recgpt_torchrec.retrieval.exports.reading import Export
+from recgpt_torchrec.retrieval.exports.vectors import vectors_of
 from recgpt_torchrec.retrieval.list_folder import ListBatch
 from recgpt_torchrec.retrieval.merging import Lists, Merged, MergeRule
 from recgpt_torchrec.retrieval.search import index as indexes
@@ -101,7 +102,7 @@ def search_users(
     with progress_bar(total if rank() == 0 else None, "users", active=rank() == 0) as bar:
         for batch in export.users(rows=rows, rank=rank(), world_size=world_size()):
             users = batch["user_id"].to_numpy()
-            queries = to_numpy(batch[export.user_column]).reshape(len(users), -1, export.manifest.dim)[:, :interests]
+            queries = vectors_of(batch).reshape(len(users), -1, export.manifest.dim)[:, :interests]
             history = histories.of(users) if histories is not None else None
             lists = retriever.lists(queries, None if history is None else history.seen)
             measure(users, queries, history, lists)
