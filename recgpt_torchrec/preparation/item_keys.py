@@ -16,7 +16,7 @@ from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.config.prepare import NONE
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine, quote_sql
-from recgpt_torchrec.preparation.reading.dialect import shorten
+from recgpt_torchrec.preparation.reading.dialect import first_lines, shorten
 from recgpt_torchrec.preparation.reading.duckdb_reader import DuckDBReader
 from recgpt_torchrec.preparation.reading.files import ENDINGS, InputFile, list_files
 from recgpt_torchrec.preparation.reading.rows import BLANK, FILTERED, UNKNOWN
@@ -98,7 +98,8 @@ class KeyFile:
         try:
             reader.open_all(files)
             for index, file in enumerate(files):
-                reader.load(index, file)
+                if not is_list or first_lines(file, "utf-8", count=1):  # a list of blank lines has no columns
+                    reader.load(index, file)
         except InputError as error:
             raise _without_options_of_prepare(error) from None
         usable = f"problem IS NULL OR problem IN ({quote_sql(FILTERED)}, {quote_sql(UNKNOWN)})"
@@ -117,7 +118,7 @@ class KeyFile:
         )
         ((unusable, problem, text),) = run(f"SELECT count(*), first(problem), first(text) FROM ({bad})").fetchall()
         run("DROP VIEW log; DROP TABLE log_rows; DROP TABLE malformed")
-        example = f"{problem}: {shorten(text)!r}" if unusable else ""
+        example = f"{_of_items(problem)}: {shorten(text)!r}" if unusable else ""
         if not keys:
             why = f"none of its {unusable:,} rows has a key ({example})" if unusable else "it is empty"
             raise InputError(f"{self}: {why}; {REMEDY}")
@@ -159,10 +160,16 @@ def _is_list(file: InputFile) -> bool:
     return ending == LIST or ending not in ENDINGS
 
 
+def _of_items(text: str) -> str:
+    """What a reader of logs says of the users, said of the items: they are the same column."""
+    for word in ("no {}", "for the {}", "and the {} must", "--{}_column"):
+        text = text.replace(word.format("user"), word.format("item"))
+    return text
+
+
 def _without_options_of_prepare(error: InputError) -> InputError:
-    """The message of the reader of logs without users and without the options that only `prepare` has."""
-    text = str(error).replace("for the user", "for the item").replace("and the user must", "and the item must")
-    text = text.replace("--user_column", "--item_column")
+    """The message of a reader of logs without users, and without the options that only `prepare` has."""
+    text = _of_items(str(error))
     if (hint := re.search(r",? (or )?[Pp]ass --(?!item_column|where)", text)) is None:
         return InputError(text)
     return InputError(f"{text[: hint.start()].rstrip(';:,')}; {REMEDY}")
