@@ -20,9 +20,11 @@ def main(config: Retrieve) -> None:
     from recgpt_torchrec.distributed.processes import print_result, process_group, run_on_first_rank
     from recgpt_torchrec.retrieval.exports.reading import open_export
     from recgpt_torchrec.retrieval.list_folder import ListManifest
+    from recgpt_torchrec.retrieval.search.choosing import resolve
 
     with process_group(device="cpu"):  # no search runs on a GPU
         export = open_export(config.export)
+        config = resolve(config, export)
         dataset = Dataset.open(config.data) if config.data is not None else None
         rule, interests = check(config, export, dataset)
         manifest = ListManifest(

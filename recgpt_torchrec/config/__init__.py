@@ -4,11 +4,12 @@
 Other modules import the dataclasses from here, not from the files.
 """
 
+from recgpt_torchrec.config.index import HNSW, IVF, PQ, BuildIndex, Index
 from recgpt_torchrec.config.model import Loss, Model
 from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.prepare import Prepare
 from recgpt_torchrec.config.prompts import GeneratePrompts, Prompts, PromptTune, Tuning
-from recgpt_torchrec.config.retrieval import HNSW, IVF, Evaluate, Export, Recall, Retrieve
+from recgpt_torchrec.config.retrieval import Evaluate, Export, Recall, Retrieve
 from recgpt_torchrec.config.tables import Sharding, Tables
 from recgpt_torchrec.config.training import (
     Batch,
@@ -23,10 +24,13 @@ from recgpt_torchrec.config.training import (
 __all__ = [
     "HNSW",
     "IVF",
+    "PQ",
     "Batch",
+    "BuildIndex",
     "Evaluate",
     "Export",
     "GeneratePrompts",
+    "Index",
     "Loss",
     "Model",
     "Optimizer",

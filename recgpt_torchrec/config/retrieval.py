@@ -6,6 +6,7 @@ from typing import Literal
 from recgpt_torchrec.config.checks import MAX_SEED, at_least, within
 from recgpt_torchrec.config.device import Computing
 from recgpt_torchrec.config.fields import changeable
+from recgpt_torchrec.config.index import HNSW, IVF, PQ, Index
 from recgpt_torchrec.config.tables import Sharding
 from recgpt_torchrec.config.training import Batch
 
@@ -91,44 +92,12 @@ class Export(Computing):
     interests: int = 1
     """Number of interest vectors per user, 1 to 32. The first is the output at the newest entry; each further one takes
     one more autoregressive step. The paper's online system uses 6; retrieve by default merges the first 2."""
+    index: Index = changeable(default_factory=Index)
     batch: Batch = field(default_factory=Batch)
     tables: Sharding = field(default_factory=Sharding)
 
     def __post_init__(self) -> None:
         within("--interests", self.interests, 1, INTERESTS)
-
-
-@dataclass(kw_only=True)
-class HNSW:
-    """Graph of near neighbours (--index hnsw)."""
-
-    neighbours: int = 32
-    """Number of neighbours per item (M); more improve recall and take more memory, 8 bytes per neighbour and item."""
-    build: int = 200
-    """Number of items examined when an item is inserted (efConstruction); more make a better graph and a slower
-    build."""
-    search: int = 128
-    """Number of items examined per search (efSearch), never fewer than the search returns; more improve recall and take
-    longer."""
-
-    def __post_init__(self) -> None:
-        for name, least in {"neighbours": 2, "build": 1, "search": 1}.items():
-            at_least(f"--hnsw.{name}", getattr(self, name), least)
-
-
-@dataclass(kw_only=True)
-class IVF:
-    """Clusters of items (--index ivf)."""
-
-    clusters: int = 0
-    """Number of clusters (nlist), at most the number of items; 0: four times the square root of the number of items,
-    but no more than one per 39 items."""
-    probes: int = 64
-    """Number of nearest clusters examined per search (nprobe); more improve recall and take longer."""
-
-    def __post_init__(self) -> None:
-        at_least("--ivf.clusters", self.clusters, 0)
-        at_least("--ivf.probes", self.probes, 1)
 
 
 @dataclass(kw_only=True)
@@ -156,10 +125,13 @@ class Retrieve:
     """Folder of the dataset. Items of the history that a user's vectors were made of are left out of the list. If the
     export was made with --history test or validation, the lists are measured against the held-out items. null: any item
     may be retrieved."""
-    index: Literal["exact", "hnsw", "ivf"] = "exact"
-    """exact: score every item. hnsw, ivf: approximate search, for catalogues where that takes too long."""
+    index: Literal["auto", "exact", "flat", "ivf", "ivf_pq", "hnsw"] = "auto"
+    """auto: the index that the export holds (see export --index.kind), or exact. exact: score every item. flat, ivf,
+    ivf_pq, hnsw: this kind of index, from the export if it holds one of that kind; otherwise each rank builds one over
+    its share of the items, and it is not kept."""
     hnsw: HNSW = field(default_factory=HNSW)
     ivf: IVF = field(default_factory=IVF)
+    pq: PQ = field(default_factory=PQ)
     sample: int = 1000
     """About how many users' approximate lists are compared with exact ones; 0: none."""
 

@@ -1,8 +1,9 @@
 """Reads an export folder, in batches, and checks what it reads against the manifest."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -59,8 +60,10 @@ class Export:
 
     @property
     def fingerprint(self) -> str:
-        """Fingerprint of the export's contents, 32 hex digits; moving the folder does not change it."""
-        return hashlib.sha256(self.manifest.to_json().encode()).hexdigest()[:32]
+        """Fingerprint of the export's contents, 32 hex digits; moving the folder or an index in it do not change it."""
+        values = asdict(self.manifest)
+        del values["index"]  # may be added and replaced
+        return hashlib.sha256(json.dumps(values, indent=1).encode()).hexdigest()[:32]
 
     def item_keys(self) -> pa.Array:
         """[items] string keys of all items; row i is item i."""
