@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
-from recgpt_torchrec.config import HNSW, IVF, PQ, Retrieve
+from recgpt_torchrec.config import HNSW, IVF, PQ, Index, Retrieve
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.exports.index_manifest import IndexManifest, vectors_fingerprint
 from recgpt_torchrec.retrieval.exports.reading import Export
@@ -54,13 +54,13 @@ def choose_parameters(kind: str, groups: Groups, items: int, dim: int, shards: i
     Raises:
         InputError: more clusters than items of a shard, codes that do not fit the vectors, or too few items for codes.
     """
-    smallest = items // shards
+    smallest, prefix = items // shards, "--index." if isinstance(groups, Index) else "--"
     chosen = {name: _value(groups, name) or SEARCHING.get(name, 0) for name in OPTIONS[kind]}
     of_shards = "" if shards == 1 else f" in each of {shards} shards"
     if kind in ("ivf", "ivf_pq"):
         if chosen["ivf.clusters"] > smallest:
             raise InputError(
-                f"--ivf.clusters is {chosen['ivf.clusters']}, but the export has {smallest} items{of_shards}; give "
+                f"{prefix}ivf.clusters is {chosen['ivf.clusters']}, but the export has {smallest} items{of_shards}; give "
                 "fewer, or 0 to choose"
             )
         chosen["ivf.clusters"] = chosen["ivf.clusters"] or max(1, min(round(4 * smallest**0.5), smallest // CLUSTER))
@@ -68,11 +68,13 @@ def choose_parameters(kind: str, groups: Groups, items: int, dim: int, shards: i
         chosen["pq.m"] = chosen["pq.m"] or next(m for m in range(max(1, dim // 4), 0, -1) if dim % m == 0)
         if dim % chosen["pq.m"]:
             fitting = ", ".join(str(m) for m in range(1, dim + 1) if dim % m == 0)
-            raise InputError(f"--pq.m is {chosen['pq.m']}, but the vectors have {dim} numbers; give one of {fitting}")
+            raise InputError(
+                f"{prefix}pq.m is {chosen['pq.m']}, but the vectors have {dim} numbers; give one of {fitting}"
+            )
         if smallest < (least := 2 ** chosen["pq.bits"]):
             raise InputError(
                 f"codes of {chosen['pq.bits']} bits need at least {least} items, but the export has {smallest}"
-                f"{of_shards}; choose the kind flat, or give fewer --pq.bits or shards"
+                f"{of_shards}; choose the kind flat, or fewer {prefix}pq.bits or shards"
             )
     return chosen
 
