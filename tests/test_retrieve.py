@@ -15,7 +15,8 @@ import torch
 from recgpt_torchrec import export, retrieve
 from recgpt_torchrec.config import Batch, Export, Retrieve, Sharding
 from recgpt_torchrec.data.dataset import Dataset
-from recgpt_torchrec.retrieval.exports.reading import open_export, to_numpy
+from recgpt_torchrec.retrieval.exports.reading import open_export
+from recgpt_torchrec.retrieval.exports.vectors import vectors_of
 from tests.support import SMALL, change_json, stage, walks, write_dataset
 from tools.ranks import run_ranks
 
@@ -59,12 +60,12 @@ def options_of(made: Path, checkpoint: str, output: Path, **more: Any) -> dict[s
     return given | {f"--{name}": value for name, value in more.items()}
 
 
-def vectors_of(export: Any) -> dict[int, np.ndarray]:
+def vectors_by_user(export: Any) -> dict[int, np.ndarray]:
     """The vectors of each user of an export."""
     return {
         user: vectors
         for batch in export.users()
-        for user, vectors in zip(batch["user_id"].to_pylist(), to_numpy(batch[export.user_column]), strict=True)
+        for user, vectors in zip(batch["user_id"].to_pylist(), vectors_of(batch), strict=True)
     }
 
 
@@ -89,7 +90,7 @@ def plain_lists(export: Path, k: int) -> dict[str, dict[int, list[int]]]:
     items = open_export(str(export)).item_vectors()[1].astype(np.float64)
     merged: dict[str, dict[int, list[int]]] = {"score": {}, "quota": {}, "two_step": {}}
     quotas_of = {"quota": [k // INTERESTS + (i < k % INTERESTS) for i in range(INTERESTS)], "two_step": [k - 3, 3]}
-    for user, vectors in vectors_of(open_export(str(export))).items():
+    for user, vectors in vectors_by_user(open_export(str(export))).items():
         scores = vectors.astype(np.float64) @ items.T
         scores[:, WALKS[user][:-1]] = -np.inf
         ranked = [np.argsort(-row)[: np.isfinite(row).sum()].tolist() for row in scores]
@@ -154,8 +155,8 @@ def test_the_lists_are_those_of_evaluates_recall_paths(exported, tmp_path):
 def test_interest_0_is_the_ordinary_vector(exported, made, tmp_path):
     checkpoint, _, several = exported
     assert stage("export", options_of(made, checkpoint.name, tmp_path / "one", interests=1)) == 0
-    ordinary = vectors_of(open_export(str(tmp_path / "one")))
-    for user, own in vectors_of(open_export(str(several))).items():
+    ordinary = vectors_by_user(open_export(str(tmp_path / "one")))
+    for user, own in vectors_by_user(open_export(str(several))).items():
         assert own.shape == (INTERESTS, 8)
         np.testing.assert_allclose(own[0], ordinary[user], rtol=1e-5, atol=1e-6)
         assert not np.allclose(own[1], own[0])
@@ -200,8 +201,8 @@ def test_two_ranks_write_what_one_writes(made, tmp_path):
     export = open_export(str(tmp_path / "vectors"))
     export.manifest.check_parts(export.path, checksums=True)
     assert export.manifest.interests == INTERESTS and export.manifest.users == len(HELD_OUT)
-    other = vectors_of(export)
-    for user, own in vectors_of(open_export(str(alone))).items():
+    other = vectors_by_user(export)
+    for user, own in vectors_by_user(open_export(str(alone))).items():
         np.testing.assert_allclose(other[user], own, rtol=1e-4, atol=1e-5)
     manifest = json.loads((tmp_path / "lists" / "manifest.json").read_text())
     assert [part["path"].split("-")[1] for part in manifest["parts"]] == ["0000", "0001"]
@@ -224,7 +225,7 @@ def test_what_is_written_names_items_users_scores_and_interests(made, tmp_path):
     assert table.schema.field("item_ids").type == pa.list_(pa.int64())
     export = open_export(str(exported))
     _, items = export.item_vectors()
-    users = vectors_of(export)
+    users = vectors_by_user(export)
     for row in table.to_pylist():
         assert row["key"] == f"user {row['user_id']}"
         assert row["item_keys"] == [f"item {item}" for item in row["item_ids"]]

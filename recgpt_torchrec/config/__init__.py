@@ -4,12 +4,11 @@
 Other modules import the dataclasses from here, not from the files.
 """
 
-from recgpt_torchrec.config.index import HNSW, IVF, PQ, BuildIndex, Index
 from recgpt_torchrec.config.model import Loss, Model
 from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.prepare import Prepare
 from recgpt_torchrec.config.prompts import GeneratePrompts, Prompts, PromptTune, Tuning
-from recgpt_torchrec.config.retrieval import Evaluate, Export, Recall, Retrieve
+from recgpt_torchrec.config.retrieval import HNSW, IVF, PQ, BuildIndex, Evaluate, Export, Index, Recall, Retrieve
 from recgpt_torchrec.config.tables import Sharding, Tables
 from recgpt_torchrec.config.training import (
     Batch,

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-from recgpt_torchrec.config.index import BuildIndex
 from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.prepare import Prepare
 from recgpt_torchrec.config.prompts import GeneratePrompts, PromptTune
-from recgpt_torchrec.config.retrieval import Evaluate, Export, Retrieve
+from recgpt_torchrec.config.retrieval import BuildIndex, Evaluate, Export, Retrieve
 from recgpt_torchrec.config.training import Pretrain
 
 

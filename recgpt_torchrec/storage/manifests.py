@@ -31,6 +31,8 @@ class Kind:
     version: int
     parts: tuple[str, ...]
     """Fields of the manifest that list parts."""
+    use: str = ""
+    """What to do with such a folder that is given where another kind is wanted."""
 
     @property
     def repair(self) -> str:
@@ -94,10 +96,9 @@ class FolderManifest:
             InputError: there is none, or it is damaged or of another kind or version.
         """
         kind, file = cls.KIND, f"{path}/{MANIFEST}"
-        article = "an" if kind.name[0] in "aeiou" else "a"
         if not exists(file):
             raise InputError(
-                f"{path} is not {article} {kind.name}: it has no {MANIFEST}. "
+                f"{path} is not {_with_article(kind)}: it has no {MANIFEST}. "
                 f"Make one with: python -m recgpt_torchrec.{kind.stage} --output {path} ..."
             )
         try:
@@ -105,7 +106,10 @@ class FolderManifest:
         except (OSError, ValueError) as error:
             raise InputError(f"{file} is not valid JSON ({error}); run {kind.stage} again into a new folder") from None
         if kind.version_field not in values:
-            raise InputError(f"{path} holds something other than {article} {kind.name}; name another folder")
+            for other in (each.KIND for each in FolderManifest.__subclasses__()):
+                if other.use and other.version_field in values:
+                    raise InputError(f"{path} is {_with_article(other)}, not {_with_article(kind)}: {other.use}")
+            raise InputError(f"{path} holds something other than {_with_article(kind)}; name another folder")
         version = values[kind.version_field]
         if version != kind.version or isinstance(version, bool):
             newer = isinstance(version, int) and version > kind.version
@@ -153,3 +157,7 @@ class FolderManifest:
             if report is None:
                 raise InputError(f"{path}: the part {part.path} {reason}; {self.KIND.repair}")
             report(part, reason)
+
+
+def _with_article(kind: Kind) -> str:
+    return f"{'an' if kind.name[0] in 'aeiou' else 'a'} {kind.name}"

@@ -12,7 +12,8 @@ import pytest
 import torch.distributed as dist
 
 from recgpt_torchrec.catalogue import catalogue as catalogue_module
-from recgpt_torchrec.retrieval.exports.reading import open_export, to_numpy
+from recgpt_torchrec.retrieval.exports.reading import open_export
+from recgpt_torchrec.retrieval.exports.vectors import vectors_of
 from tests.support import SMALL, read_sequences, stage, walks, write_dataset
 from tools.ranks import run_ranks
 
@@ -60,12 +61,12 @@ def free_ports(number: int) -> list[int]:
     return ports
 
 
-def vectors_of(path: Path) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+def read_vectors(path: Path) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     export = open_export(str(path))
     users = {
         user: vectors
         for batch in export.users()
-        for user, vectors in zip(batch["user_id"].to_pylist(), to_numpy(batch[export.user_column]), strict=True)
+        for user, vectors in zip(batch["user_id"].to_pylist(), vectors_of(batch), strict=True)
     }
     return export.item_vectors()[1], users
 
@@ -87,7 +88,7 @@ def test_two_ranks_that_look_vectors_up_anew_write_what_one_writes_that_holds_th
     scores = [np.concatenate([np.array(row) for row in each.pop("answer_scores")]) for each in (expected, found)]
     np.testing.assert_allclose(scores[1], scores[0], rtol=1e-4, atol=1e-5)
     assert found == expected
-    (items, users), (other_items, other_users) = (vectors_of(path / "export") for path in (alone, streamed))
+    (items, users), (other_items, other_users) = (read_vectors(path / "export") for path in (alone, streamed))
     assert np.array_equal(items, other_items) and users.keys() == other_users.keys()
     for user, own in users.items():
         np.testing.assert_allclose(other_users[user], own, rtol=1e-4, atol=1e-5)

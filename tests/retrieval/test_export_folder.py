@@ -14,7 +14,8 @@ from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.exports import writing
 from recgpt_torchrec.retrieval.exports.keys import Keys
-from recgpt_torchrec.retrieval.exports.reading import open_export, to_numpy
+from recgpt_torchrec.retrieval.exports.reading import open_export
+from recgpt_torchrec.retrieval.exports.vectors import vectors_of as stored_vectors
 from recgpt_torchrec.retrieval.exports.writing import write_export
 from tests.support import change_json, walks, write_dataset
 from tools.ranks import run_ranks
@@ -82,7 +83,7 @@ def test_several_interests_are_one_row_a_user(dataset, tmp_path):
     rows = 0
     for batch in export.users():
         ids = batch["user_id"].to_numpy()
-        np.testing.assert_array_equal(to_numpy(batch["vectors"]), vectors_of(ids, 3, DIM))
+        np.testing.assert_array_equal(stored_vectors(batch), vectors_of(ids, 3, DIM))
         rows += len(ids)
     assert rows == USERS
 

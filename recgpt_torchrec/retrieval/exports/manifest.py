@@ -1,10 +1,10 @@
 """The export folder: vectors of items and users in Parquet, for an ANN index or a serving system.
 
     manifest.json      counts, dimensions, fingerprints, and per file: rows, bytes, checksum
-    items/*.parquet    item_id int64, key string, vector fixed_size_list<float32>[dim]
-    users/*.parquet    user_id int64, key string, vector fixed_size_list<float32>[dim]; with several interests
-                       vectors fixed_size_list<fixed_size_list<float32>[dim]>[interests] instead
-    index/*/*.faiss    FAISS indexes of item vectors, if there is one, see `index_manifest`
+    items/*.parquet    item_id int64, key string, vector fixed_size_list<float>[dim]
+    users/*.parquet    user_id int64, key string, vector fixed_size_list<float>[dim]; with several interests
+                       vectors fixed_size_list<fixed_size_list<float>[dim]>[interests] instead
+    index/*/*.faiss    FAISS index of the item vectors, if there is one, see `index_manifest`
 
 A score is the inner product of a user vector and an item vector. Every item appears once, and every user with an
 encoded history; rows are in no particular order (each process writes its share). Of several interests the first is that
@@ -12,6 +12,15 @@ of one-step recall; each further one is the output after the best new item of th
 
     vectors = pq.read_table("users")["vectors"].combine_chunks()
     vectors.flatten().flatten().to_numpy().reshape(len(vectors), interests, dim)
+
+With `--dtype float16` and `int8` the lists hold such numbers, see `vectors`.
+
+A delta folder holds what changes from one export to the next, see `DeltaManifest`:
+
+    manifest.json              as above, and the state that it is applied to
+    items/, users/             rows that are new or have moved, as in an export
+    removed_items/*.parquet    item_id int64, key string
+    removed_users/*.parquet    user_id int64, key string
 
 The manifest is written last: a folder without one is not an export. `writing` writes it, `reading` reads it; neither
 knows models: vectors are numpy arrays, batch by batch.
@@ -25,14 +34,19 @@ from recgpt_torchrec.data.split import EVALUATION
 from recgpt_torchrec.retrieval.exports.index_manifest import IndexManifest
 from recgpt_torchrec.storage.manifests import FolderManifest, Kind
 from recgpt_torchrec.storage.parts import VALUES_PER_BYTE, Part
-from recgpt_torchrec.storage.typed import SHOWN, check_counts
+from recgpt_torchrec.storage.typed import SHOWN, check_counts, check_finite
 
 MAX_DIM = 2**16
 """Maximum length of a vector."""
 DTYPES = ("float32", "float16", "int8")
 """Values of `--dtype`."""
+METRICS = ("inner_product",)
+"""How a user's score for an item can be made of their vectors."""
 HISTORIES = ("all", *EVALUATION)
 """Values of `--history`."""
+LATER = "later"
+"""Key in the metadata of fields that version 1 did not have at first: at their default, the fingerprint of an export is
+that of an export without them."""
 
 
 @dataclass(kw_only=True)
@@ -40,7 +54,12 @@ class ExportManifest(FolderManifest):
     """Contents of `manifest.json`."""
 
     KIND = Kind(
-        name="export", stage="export", version_field="export_version", version=1, parts=("item_parts", "user_parts")
+        name="export",
+        stage="export",
+        version_field="export_version",
+        version=1,
+        parts=("item_parts", "user_parts"),
+        use="name a delta, which export --since writes",
     )
     export_version: int = KIND.version
     items: int = 0
@@ -48,11 +67,11 @@ class ExportManifest(FolderManifest):
     dim: int = 0
     interests: int = 1
     """Number of vectors per user."""
-    dtype: str = "float32"
-    """Type of the stored numbers, one of `DTYPES`."""
-    metric: str = "inner_product"
+    dtype: str = field(default="float32", metadata={LATER: True})
+    """Type of the stored numbers, one of `DTYPES`, see `vectors`."""
+    metric: str = field(default="inner_product", metadata={LATER: True})
     """How a user's score for an item is made of their vectors."""
-    state: str = ""
+    state: str = field(default="", metadata={LATER: True})
     """Where deltas were applied: the fingerprint of the last one, see `DeltaManifest`; empty: this export's own."""
     dataset: str = ""
     """Folder of the dataset."""
@@ -85,12 +104,9 @@ class ExportManifest(FolderManifest):
             count, rows = getattr(manifest, name), sum(part.rows for part in parts)
             if not count or count != rows:
                 raise ValueError(f"it promises {count:,} {name}, but {rows:,} rows in {name}/")
-        if not (0 < manifest.dim <= MAX_DIM and 0 < manifest.interests <= INTERESTS):
-            raise ValueError(f"it promises {manifest.interests:,} vectors of {manifest.dim:,} numbers per user")
+        _check_vectors(manifest)
         if manifest.items * manifest.dim > VALUES_PER_BYTE * sum(part.bytes for part in manifest.item_parts):
             raise ValueError(f"it promises {manifest.items:,} vectors of {manifest.dim:,} numbers in too few bytes")
-        if (history := manifest.settings.get("history", "all")) not in HISTORIES:
-            raise ValueError(f"settings.history is {str(history)[:SHOWN]!r}, it must be one of {', '.join(HISTORIES)}")
         return manifest
 
 
@@ -108,6 +124,8 @@ class DeltaManifest(FolderManifest):
         version_field="delta_version",
         version=1,
         parts=("item_parts", "user_parts", "removed_item_parts", "removed_user_parts"),
+        use="name the export that is whole after it, which python -m recgpt_torchrec.apply --export EXPORT --deltas "
+        "DELTA ... --output NEW writes",
     )
     delta_version: int = KIND.version
     base: str = ""
@@ -135,3 +153,39 @@ class DeltaManifest(FolderManifest):
     removed_item_parts: list[Part] = field(default_factory=list)
     """item_id and key of the items that are gone."""
     removed_user_parts: list[Part] = field(default_factory=list)
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> Self:
+        """Make a manifest of the values of `manifest.json`, and check what it promises.
+
+        Raises:
+            ValueError: a field is missing, unknown or invalid.
+        """
+        manifest = super().from_values(values)
+        check_counts({name: getattr(manifest, name) for name in ("items", "users", "dim", "interests")})
+        check_finite({"tolerance": manifest.tolerance})
+        _check_vectors(manifest)
+        for name, parts in (("items", manifest.item_parts), ("users", manifest.user_parts)):
+            count, rows = getattr(manifest, name), sum(part.rows for part in parts)
+            if rows > count:
+                raise ValueError(f"it promises {count:,} {name} after it, but {rows:,} rows in {name}/")
+        if not (manifest.base and manifest.since):
+            raise ValueError("it does not say which state it is applied to")
+        return manifest
+
+
+def _check_vectors(manifest: ExportManifest | DeltaManifest) -> None:
+    """Check what a manifest says of its vectors.
+
+    Raises:
+        ValueError: names what is impossible.
+    """
+    if not (0 < manifest.dim <= MAX_DIM and 0 < manifest.interests <= INTERESTS):
+        raise ValueError(f"it promises {manifest.interests:,} vectors of {manifest.dim:,} numbers per user")
+    for name, value, allowed in (
+        ("dtype", manifest.dtype, DTYPES),
+        ("metric", manifest.metric, METRICS),
+        ("settings.history", manifest.settings.get("history", "all"), HISTORIES),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} is {str(value)[:SHOWN]!r}, it must be one of {', '.join(allowed)}")

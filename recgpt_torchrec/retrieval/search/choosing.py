@@ -25,6 +25,9 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 SEARCHING = {"ivf.probes": 64, "pq.refine": 8, "hnsw.search": 128}
 """Options that only the search depends on, and what 0 means for a new index."""
 
+EARLIER = {"ivf.probes": 64, "hnsw.search": 128}
+"""Options of retrieve that lists record with a number where the default is 0; lists of the first version lack them."""
+
 
 class Groups(Protocol):
     """A configuration with the groups of index options."""
@@ -60,8 +63,8 @@ def choose_parameters(kind: str, groups: Groups, items: int, dim: int, shards: i
     if kind in ("ivf", "ivf_pq"):
         if chosen["ivf.clusters"] > smallest:
             raise InputError(
-                f"{prefix}ivf.clusters is {chosen['ivf.clusters']}, but the export has {smallest} items{of_shards}; give "
-                "fewer, or 0 to choose"
+                f"{prefix}ivf.clusters is {chosen['ivf.clusters']}, but the export has {smallest} items{of_shards}; "
+                "give fewer, or 0 to choose"
             )
         chosen["ivf.clusters"] = chosen["ivf.clusters"] or max(1, min(round(4 * smallest**0.5), smallest // CLUSTER))
     if kind == "ivf_pq":
@@ -126,8 +129,7 @@ def resolve(config: Retrieve, export: Export) -> Retrieve:
     kind = index.kind if index is not None else "exact" if config.index == "auto" else config.index
     groups = {name: getattr(config, name) for name in ("hnsw", "ivf", "pq")}
     chosen = {} if index is None else index.parameters
-    # Lists of earlier versions recorded the options of all kinds.
-    for name in dict.fromkeys(["ivf.probes", "hnsw.search", *OPTIONS.get(kind, ())]):
+    for name in dict.fromkeys([*EARLIER, *OPTIONS.get(kind, ())]):
         group, option = name.split(".")
         given = _value(config, name)
         if name in SEARCHING:

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from recgpt_torchrec.data.ragged import Float32, Int64
+from recgpt_torchrec.retrieval.search.restricted import Bool
 
 FAISS: Any = faiss
 """Without its type stubs, which lack arguments and classes of its Python wrappers."""
-Bool = npt.NDArray[np.bool_]
 Blocks = Callable[[], Iterator[Float32]]
 """Yields the vectors of a shard anew, [n, dim] float32, block by block in order of their ids."""
 

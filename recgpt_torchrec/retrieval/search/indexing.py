@@ -24,7 +24,8 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.progress import progress_bar
 from recgpt_torchrec.retrieval.exports.index_manifest import FOLDER, IndexManifest, IndexShard, vectors_fingerprint
 from recgpt_torchrec.retrieval.exports.manifest import ExportManifest
-from recgpt_torchrec.retrieval.exports.reading import Export, to_numpy
+from recgpt_torchrec.retrieval.exports.reading import Export
+from recgpt_torchrec.retrieval.exports.vectors import vectors_of
 from recgpt_torchrec.retrieval.search import choosing
 from recgpt_torchrec.retrieval.search.index import Shard, build
 from recgpt_torchrec.retrieval.search.index_files import open_shards, write_shard
@@ -211,7 +212,7 @@ def _draw_queries(export: Export, count: int) -> Float32:
     vectors = np.zeros((0, export.manifest.dim), np.float32)
     try:
         for batch in export.users(rank=rank(), world_size=world_size()):
-            vectors = to_numpy(batch[export.user_column]).reshape(-1, export.manifest.dim)
+            vectors = vectors_of(batch).reshape(-1, export.manifest.dim)
             break
     except InputError as error:
         failure = error

@@ -40,7 +40,7 @@ class ExactSearch:
 
 @dataclass
 class ApproximateSearch:
-    """Searches an index, and doubles the depth until `k` items that were not seen are found (collective)."""
+    """Searches an index, and doubles the depth until `k` items that were not seen are found."""
 
     index: "ShardedIndex"
 

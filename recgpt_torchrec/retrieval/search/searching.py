@@ -8,12 +8,13 @@ from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.ragged import Float32, Int64
 from recgpt_torchrec.distributed.processes import rank, world_size
 from recgpt_torchrec.progress import progress_bar
-from recgpt_torchrec.retrieval.exports.reading import Export, to_numpy
+from recgpt_torchrec.retrieval.exports.reading import Export
+from recgpt_torchrec.retrieval.exports.vectors import vectors_of
 from recgpt_torchrec.retrieval.list_folder import ListBatch
 from recgpt_torchrec.retrieval.merging import Lists, Merged, MergeRule
 from recgpt_torchrec.retrieval.search.choosing import held_index
-from recgpt_torchrec.retrieval.search.index import Bool
 from recgpt_torchrec.retrieval.search.indexing import build_own_shard, open_own_shards
+from recgpt_torchrec.retrieval.search.restricted import Bool
 from recgpt_torchrec.retrieval.search.retriever import ApproximateSearch, Retriever
 from recgpt_torchrec.retrieval.search.sharded_index import ShardedIndex
 from recgpt_torchrec.retrieval.search.stored import StoredExactSearch
@@ -39,7 +40,7 @@ def build_retrievers(
         config: of the stage, with `--index` resolved (see `choosing.resolve`).
         export: to be searched.
         rule: merges interests.
-        allowed: [items] bool by id, the same on every rank: which items the index may find; None: all.
+        allowed: [items] bool by id, the same on every rank: which items may be found; None: all.
 
     Returns:
         The exact retriever, the one for `--index` (the same object if the index is exact), and what each rank has to
@@ -53,7 +54,7 @@ def build_retrievers(
         return rule.merge(lists, config.k)
 
     rounds = Rounds()
-    exact_search = StoredExactSearch(export, rounds)
+    exact_search = StoredExactSearch(export, rounds, allowed)
     exact = Retriever(exact_search, config.k, merge)
     if config.index == "exact":
         exact_search.read()
@@ -82,7 +83,7 @@ def search_users(
     with progress_bar(total if rank() == 0 else None, "users", active=rank() == 0) as bar:
         for batch in export.users(rows=rows, rank=rank(), world_size=world_size()):
             users = batch["user_id"].to_numpy()
-            queries = to_numpy(batch[export.user_column]).reshape(len(users), -1, export.manifest.dim)[:, :interests]
+            queries = vectors_of(batch).reshape(len(users), -1, export.manifest.dim)[:, :interests]
             history = histories.of(users) if histories is not None else None
             lists = retriever.lists(queries, None if history is None else history.seen)
             measure(users, queries, history, lists)

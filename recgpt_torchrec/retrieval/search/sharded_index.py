@@ -13,7 +13,8 @@ from recgpt_torchrec.catalogue.rounds import Rounds
 from recgpt_torchrec.data.ragged import Float32, Int64
 from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import rank, world_size
-from recgpt_torchrec.retrieval.search.index import Bool, Shard
+from recgpt_torchrec.retrieval.search.index import Shard
+from recgpt_torchrec.retrieval.search.restricted import Bool
 
 PASS_BYTES = 2**26
 """Bytes of the queries of all ranks, and of the answers to them, that are exchanged at once."""

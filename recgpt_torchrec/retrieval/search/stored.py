@@ -12,7 +12,8 @@ from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import rank, world_size
 from recgpt_torchrec.retrieval.exports.reading import Export
 from recgpt_torchrec.retrieval.merging import Lists
-from recgpt_torchrec.retrieval.search.retriever import ExactSearch
+from recgpt_torchrec.retrieval.search.restricted import Bool, RestrictedSearch, compact_ids
+from recgpt_torchrec.retrieval.search.retriever import ExactSearch, Search
 
 BLOCK_BYTES = 2**27
 """Maximum size of a block of vectors."""
@@ -30,16 +31,22 @@ def vector_blocks(export: Export, first: int, stop: int) -> Iterator[Float32]:
 
 
 class StoredExactSearch:
-    """Scores every item, each rank those of its id range, which it reads before the first search of any rank.
+    """Scores every allowed item. Ranks have equally many of them, and read theirs before the first search of any rank.
 
     Searching is collective: it takes place in rounds.
 
     Example: `StoredExactSearch(export, Rounds()).lists(vectors, 50, seen)`
     """
 
-    def __init__(self, export: Export, rounds: Rounds) -> None:
-        self.export, self.rounds = export, rounds
-        self.search: ExactSearch | None = None
+    def __init__(self, export: Export, rounds: Rounds, allowed: Bool | None = None) -> None:
+        """
+        Args:
+            export: to be searched.
+            rounds: in which ranks search; every rank calls its `finish` after its last search.
+            allowed: [items] bool by id, the same on every rank: which items may be found; None: all.
+        """
+        self.export, self.rounds, self.allowed = export, rounds, allowed
+        self.search: Search | None = None
         self._ask_to_read = rounds.add(lambda sizes, question: self.read())
 
     def lists(self, vectors: Float32, k: int, seen: Ragged | None) -> Lists:
@@ -57,12 +64,17 @@ class StoredExactSearch:
         """
         if self.search is not None:
             return
-        items, failure, vectors = self.export.manifest.items, None, None
-        first, stop = id_range(items, rank(), world_size())
+        ids = None if self.allowed is None else compact_ids(self.allowed)
+        searched = self.export.manifest.items if ids is None else len(ids)
+        own, own_stop = first, stop = id_range(searched, rank(), world_size())
+        if ids is not None:
+            first, stop = (int(ids[own]), int(ids[own_stop - 1]) + 1) if own < own_stop else (0, 0)
+        failure, vectors = None, None
         try:
-            _, vectors = self.export.item_vectors(first, stop)
+            _, vectors = self.export.item_vectors(first, stop, self.allowed)
         except Exception as error:
             failure = error
         raise_first_error(failure)
         assert vectors is not None
-        self.search = ExactSearch(Catalogue.of_vectors(torch.from_numpy(vectors), items, first, self.rounds))
+        exact = ExactSearch(Catalogue.of_vectors(torch.from_numpy(vectors), searched, own, self.rounds))
+        self.search = exact if ids is None else RestrictedSearch(exact, ids)
