@@ -23,10 +23,12 @@ def main(config: Retrieve) -> None:
     from recgpt_torchrec.retrieval.exports.reading import open_export
     from recgpt_torchrec.retrieval.list_folder import ListManifest
     from recgpt_torchrec.retrieval.list_summary import describe_lists
+    from recgpt_torchrec.retrieval.search.choosing import resolve
     from recgpt_torchrec.retrieval.search.item_filter import start_records
 
     with process_group(device="cpu"):  # no search runs on a GPU
         export = open_export(config.export)
+        config = resolve(config, export)
         dataset = Dataset.open(config.data) if config.data is not None else None
         rule, interests = check(config, export, dataset)
         manifest = ListManifest(
@@ -103,13 +105,14 @@ def finished(config: Retrieve, manifest: "ListManifest") -> "ListManifest | None
     """
     from recgpt_torchrec.config.fields import changeable_names, default_values
     from recgpt_torchrec.retrieval.list_folder import open_lists
+    from recgpt_torchrec.retrieval.search.choosing import EARLIER
     from recgpt_torchrec.storage.finished import differences, find_finished, flatten
 
     def values(of: "ListManifest") -> dict[str, Any]:
         names = ("export_fingerprint", "dataset_fingerprint")
         inputs = {name: getattr(of, name) for name in names}
         inputs |= {f"content of --{name}": record.checksum for name, record in of.filters.items()}
-        return {**flatten(default_values(config)), **flatten(of.settings), **inputs}
+        return {**flatten(default_values(config)), **EARLIER, **flatten(of.settings), **inputs}
 
     return find_finished(
         config.output,
@@ -122,9 +125,9 @@ def finished(config: Retrieve, manifest: "ListManifest") -> "ListManifest | None
 def retrieve(
     config: Retrieve, export: "Export", dataset: Any, rule: "MergeRule", interests: int, manifest: "ListManifest"
 ) -> "ListManifest":
-    """Build the index, search it for every user, and write the lists.
+    """Open or build the index, search it for every user, and write the lists.
 
-    Collective: each rank has a share of the users, and a share of the items, or the whole of an approximate index.
+    Collective: each rank has a share of the users, and a share of the items.
     """
     from recgpt_torchrec.distributed.processes import log_message
     from recgpt_torchrec.evaluation.list_quality import ListQuality

@@ -160,7 +160,10 @@ def write_lists(
             parts = write_parts(fs, folder, "lists", groups, GROUPS_PER_PART, prefix=f"part-{rank():04d}")
         except Exception as error:
             failure = error  # raised here, it would leave the other processes waiting
-        finish()
+        try:
+            finish()
+        except Exception as error:
+            failure = failure or error
         raise_first_error(failure)
         manifest.parts = [part for share in gather_objects(parts) for part in share]
         manifest.users = sum(part.rows for part in manifest.parts)

@@ -26,7 +26,7 @@ def describe_lists(
         "from        "
         + (rule.describe(interests, config.k) if interests > 1 else "one vector per user")
         + (", items of the history left out" if config.data else ", items of the history not left out (no --data)"),
-        f"index       {config.index}, built in {measured['index_seconds']:.1f} s; "
+        f"index       {config.index}, ready in {measured['index_seconds']:.1f} s; "
         f"{measured['users_per_second']:,.0f} users/s",
     ]
     for option, record in manifest.filters.items():

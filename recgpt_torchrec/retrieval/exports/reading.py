@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recgpt_torchrec.data.ragged import Float32, Int64
+from recgpt_torchrec.data.reading.footers import column_bounds
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.exports.manifest import LATER, DeltaManifest, ExportManifest
 from recgpt_torchrec.retrieval.exports.vectors import vector_columns, vectors_of
@@ -32,11 +33,12 @@ class _VectorFolder:
 
     @property
     def fingerprint(self) -> str:
-        """Fingerprint of the contents, 32 hex digits; moving the folder does not change it."""
+        """Fingerprint of the contents, 32 hex digits; moving the folder does not change it, nor an index."""
         values = asdict(self.manifest)
         for each in fields(self.manifest):
             if LATER in each.metadata and values[each.name] == each.default:
                 del values[each.name]
+        values.pop("index", None)  # of an export: may be added and replaced
         return hashlib.sha256(json.dumps(values, indent=1).encode()).hexdigest()[:32]
 
     def users(self, rows: int = ROWS, rank: int = 0, world_size: int = 1) -> Iterator[pa.RecordBatch]:
@@ -49,9 +51,17 @@ class _VectorFolder:
         return list(self._vector_columns(kind))
 
     def batches(
-        self, parts: list[Part], columns: list[str], rows: int = ROWS, rank: int = 0, world_size: int = 1
+        self,
+        parts: list[Part],
+        columns: list[str],
+        rows: int = ROWS,
+        rank: int = 0,
+        world_size: int = 1,
+        items: tuple[int, int] | None = None,
     ) -> Iterator[pa.RecordBatch]:
         """Yield columns of some parts, at most `rows` rows per batch; a rank reads every `world_size`-th row group.
+
+        With `items` (first and end of their ids) row groups without any of these are not read, where statistics tell.
 
         Raises:
             InputError: a file cannot be read, or is not as the manifest promises.
@@ -61,8 +71,9 @@ class _VectorFolder:
             with self.open_part(part, columns) as file:
                 groups = range((rank - groups_before) % world_size, file.num_row_groups, world_size)
                 groups_before += file.num_row_groups
-                if groups:
-                    yield from self.read_groups(part, file, list(groups), columns, rows)
+                wanted = [group for group in groups if items is None or _may_hold(file.metadata, group, items)]
+                if wanted:
+                    yield from self.read_groups(part, file, wanted, columns, rows)
 
     def open_part(self, part: Part, columns: list[str]) -> pq.ParquetFile:
         """Open a part and check its footer against the manifest, before memory is allocated by what it says.
@@ -171,7 +182,8 @@ class Export(_VectorFolder):
         ids = np.arange(first, stop) if allowed is None else first + np.flatnonzero(allowed[first:stop])
         vectors = np.empty((len(ids), self.manifest.dim), np.float32)
         is_known = np.zeros(len(ids), bool)
-        for batch in self.items(("item_id", "vector")):
+        columns = ["item_id", *self.columns_of("items")]
+        for batch in self.batches(self.manifest.item_parts, columns, items=(first, stop)):
             found = batch["item_id"].to_numpy()
             wanted = (found >= first) & (found < stop)
             if allowed is not None:
@@ -216,6 +228,12 @@ class Delta(_VectorFolder):
     def removed_users(self, rows: int = ROWS) -> Iterator[pa.RecordBatch]:
         """Yield user_id and key of the users to remove, at most `rows` per batch."""
         return self.batches(self.manifest.removed_user_parts, ["user_id", "key"], rows)
+
+
+def _may_hold(meta: pq.FileMetaData, group: int, items: tuple[int, int]) -> bool:
+    """Whether a row group may hold one of the items `items[0]` to `items[1]` - 1."""
+    bounds = column_bounds(meta, group, "item_id")
+    return bounds is None or (bounds[0] < items[1] and bounds[1] >= items[0])
 
 
 def _is_like(found: pa.DataType, expected: pa.DataType) -> bool:

@@ -29,7 +29,7 @@ class RestrictedSearch:
 
     Ids keep their order, so of equal scores the smaller id still comes first.
 
-    Example: `RestrictedSearch(LocalSearch(vectors[allowed]), compact_ids(allowed))`
+    Example: `RestrictedSearch(ExactSearch(catalogue), compact_ids(allowed))`
     """
 
     search: Search
