@@ -1,4 +1,4 @@
-"""What filters of items did, as the manifest of lists records it."""
+"""What filters of items and the choice of users did, as the manifest of lists records it."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,9 @@ class FilterRecord:
     keys: int = 0
     """Number of distinct keys."""
     fits: int = 0
-    """Number of items of the export that are among them, and meet the condition if there is one."""
+    """Number of items (or users) of the export that are among them, and meet the condition if there is one."""
     unknown: int = 0
-    """Number of keys that are no item of the export."""
+    """Number of keys that are no item (or user) of the export."""
     example: str = ""
     """One of them."""
     absent: int = 0
@@ -27,8 +27,13 @@ class FilterRecord:
 
     def describe(self, option: str) -> str:
         """One line for the summary."""
-        kind = {"allow": "allowed", "deny": "denied", "items": "meet --where"}[option]
-        words = [f"{self.fits:,} items {kind}"]
+        kind = {
+            "allow": "items allowed",
+            "deny": "items denied",
+            "items": "items meet --where",
+            "users": "users chosen",
+        }
+        words = [f"{self.fits:,} {kind.get(option, option)}"]
         if self.absent:
             words.append(f"{self.absent:,} items are not in the table and left out")
         if self.uncomputed:

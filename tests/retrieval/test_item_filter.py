@@ -18,11 +18,12 @@ from recgpt_torchrec.config import Retrieve
 from recgpt_torchrec.data.ragged import Ragged
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
-from recgpt_torchrec.preparation.item_keys import KeyFile
+from recgpt_torchrec.preparation.key_files import KeyFile
 from recgpt_torchrec.retrieval.exports.reading import open_export
+from recgpt_torchrec.retrieval.key_inputs import start_records
 from recgpt_torchrec.retrieval.list_folder import open_lists
 from recgpt_torchrec.retrieval.merging import merge_by_score, merge_rule
-from recgpt_torchrec.retrieval.search.item_filter import find_allowed, start_records
+from recgpt_torchrec.retrieval.search.item_filter import find_allowed
 from recgpt_torchrec.retrieval.search.restricted import RestrictedSearch, compact_ids
 from recgpt_torchrec.retrieval.search.retriever import ExactSearch, Retriever
 from recgpt_torchrec.retrieval.search.searching import build_retrievers

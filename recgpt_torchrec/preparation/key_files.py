@@ -1,14 +1,15 @@
-"""Reads keys of items from lists and tables into the engine, each spelled as `prepare` spells it.
+"""Reads keys of items or users from lists and tables into the engine, each spelled as `prepare` spells it.
 
 A list has a key per line. A table (CSV, TSV, JSON lines, Parquet) has keys in a column, and other columns that a
-condition may use. Both are read as a log of which only the items count, so everything that is known of logs holds here:
-compression, encodings, malformed lines, the spelling of keys, and the language of `--where`.
+condition may use. Both are read as a log whose users and items are this one column, so everything that is known of logs
+holds here: compression, encodings, malformed lines, the spelling of keys, and the language of `--where`.
 """
 
 import hashlib
 import os
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 import pyarrow as pa
 
@@ -46,6 +47,8 @@ class KeyFile:
     """Output of the stage, in which no input is looked for."""
     where: str | None = None
     """Condition on the rows; None: every row counts."""
+    kind: Literal["item", "user"] = "item"
+    """What the keys are of, for messages."""
 
     def __str__(self) -> str:
         return f"{self.option} {self.path}"
@@ -101,7 +104,7 @@ class KeyFile:
                 if not is_list or first_lines(file, "utf-8", count=1):  # a list of blank lines has no columns
                     reader.load(index, file)
         except InputError as error:
-            raise _without_options_of_prepare(error) from None
+            raise _without_options_of_prepare(error, self.kind) from None
         usable = f"problem IS NULL OR problem IN ({quote_sql(FILTERED)}, {quote_sql(UNKNOWN)})"
         state = (
             f"CASE WHEN problem IS NULL THEN {FITS} WHEN problem = {quote_sql(UNKNOWN)} THEN {UNCOMPUTED} ELSE 0 END"
@@ -118,7 +121,7 @@ class KeyFile:
         )
         ((unusable, problem, text),) = run(f"SELECT count(*), first(problem), first(text) FROM ({bad})").fetchall()
         run("DROP VIEW log; DROP TABLE log_rows; DROP TABLE malformed")
-        example = f"{_of_items(problem)}: {shorten(text)!r}" if unusable else ""
+        example = f"{_said_of(self.kind, problem)}: {shorten(text)!r}" if unusable else ""
         if not keys:
             why = f"none of its {unusable:,} rows has a key ({example})" if unusable else "it is empty"
             raise InputError(f"{self}: {why}; {REMEDY}")
@@ -160,16 +163,17 @@ def _is_list(file: InputFile) -> bool:
     return ending == LIST or ending not in ENDINGS
 
 
-def _of_items(text: str) -> str:
-    """What a reader of logs says of the users, said of the items: they are the same column."""
-    for word in ("no {}", "for the {}", "and the {} must", "--{}_column"):
-        text = text.replace(word.format("user"), word.format("item"))
+def _said_of(kind: str, text: str) -> str:
+    """What a reader of logs says of users or items, which are the same column here."""
+    other = "user" if kind == "item" else "item"
+    for words in ("no {}", "for the {}", "and the {} must", "--{}_column"):
+        text = text.replace(words.format(other), words.format(kind))
     return text
 
 
-def _without_options_of_prepare(error: InputError) -> InputError:
-    """The message of a reader of logs without users, and without the options that only `prepare` has."""
-    text = _of_items(str(error))
-    if (hint := re.search(r",? (or )?[Pp]ass --(?!item_column|where)", text)) is None:
+def _without_options_of_prepare(error: InputError, kind: str) -> InputError:
+    """The message of a reader of logs, without the options that only `prepare` has."""
+    text = _said_of(kind, str(error))
+    if (hint := re.search(r",? (or )?[Pp]ass --(?!(item|user)_column|where)", text)) is None:
         return InputError(text)
     return InputError(f"{text[: hint.start()].rstrip(';:,')}; {REMEDY}")
