@@ -6,17 +6,13 @@ without them. They only become entries between two interactions of the same user
 Everything between reading and writing is Ibis expressions over tables in the engine, so the log need not fit in memory.
 """
 
-import os
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import duckdb
 import ibis.expr.types as ir
 import pyarrow as pa
-import pyarrow.fs
 
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.config.fields import changeable_names, default_values
@@ -25,14 +21,15 @@ from recgpt_torchrec.data.split import EVALUATION, STORED
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation import earlier, parts, queries
 from recgpt_torchrec.preparation.earlier import Known, KnownCodes
-from recgpt_torchrec.preparation.engines.duckdb_engine import BATCH_ROWS, DuckDBEngine
+from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS, Engine
+from recgpt_torchrec.preparation.engines.opening import open_engine
 from recgpt_torchrec.preparation.kcore import Core, k_core
 from recgpt_torchrec.preparation.reading.files import InputFile
 from recgpt_torchrec.preparation.reading.log import RawLog, read_log, rejected_rows
 from recgpt_torchrec.preparation.reading.understanding import describe_keys
 from recgpt_torchrec.preparation.writing import Fingerprint, sequence_groups
 from recgpt_torchrec.progress import progress_bar
-from recgpt_torchrec.storage import filesystem, folders
+from recgpt_torchrec.storage import folders
 from recgpt_torchrec.storage.finished import differences, find_finished
 from recgpt_torchrec.storage.parts import Part, regroup, write_parts
 
@@ -53,28 +50,19 @@ def prepare(config: Prepare) -> Result:
         InputError: the input cannot be used, or the output folder is not free.
     """
     began = time.monotonic()
-    if config.engine != "duckdb":
-        raise InputError(f"--engine {config.engine} is not available yet; use --engine duckdb")
     inputs, file_parts = parts.list_input_files(config)
     extended = None if config.vocabulary is None else earlier.open_earlier(config.vocabulary, config.output)
     finished = _find_finished(config, _record_inputs(config, inputs.files, file_parts), extended)
     if finished is not None:
         return Result(manifest=finished, seconds=time.monotonic() - began, already_there=True)
-    try:
-        with DuckDBEngine(_choose_scratch(config), config.memory_limit) as engine:
-            log = read_log(engine, config, inputs)
-            manifest = _write_dataset(engine, config, log, file_parts, extended)
-    except duckdb.OutOfMemoryException as error:
-        raise InputError(
-            f"the engine ran out of memory or scratch space; give more with --memory_limit or --scratch ({error})"
-        ) from None
-    except (duckdb.IOException, PermissionError) as error:
-        raise InputError(f"scratch folder {_choose_scratch(config)}: {error}; name another with --scratch") from None
+    with open_engine(config) as engine:
+        log = read_log(engine, config, inputs)
+        manifest = _write_dataset(engine, config, log, file_parts, extended)
     return Result(manifest=manifest, seconds=time.monotonic() - began)
 
 
 def _write_dataset(
-    engine: DuckDBEngine, config: Prepare, log: RawLog, file_parts: list[int], extended: Dataset | None
+    engine: Engine, config: Prepare, log: RawLog, file_parts: list[int], extended: Dataset | None
 ) -> Manifest:
     """Filter the log, assign ids, and write the dataset."""
     loaded = None if extended is None else Known.load(engine, extended)
@@ -204,13 +192,13 @@ def group_size(users: int) -> int:
     return min(max(-(-users // 64), 16), 8192)
 
 
-def _filter_core(engine: DuckDBEngine, events: ir.Table, min_count: int, known: KnownCodes | None) -> Core:
+def _filter_core(engine: Engine, events: ir.Table, min_count: int, known: KnownCodes | None) -> Core:
     pairs = queries.select_interacted(events).select("user", "item")
     return k_core(engine, pairs, min_count, *((known.users, known.items) if known else ()))
 
 
 def _check_keys(
-    engine: DuckDBEngine, config: Prepare, extended: Dataset, core: Core, known: KnownCodes, items: ir.Table
+    engine: Engine, config: Prepare, extended: Dataset, core: Core, known: KnownCodes, items: ir.Table
 ) -> None:
     """Raise an `InputError` if no item of the log is known: then their keys are of different kinds."""
     if engine.count(core.items.semi_join(known.items, "item")):
@@ -226,7 +214,7 @@ def _check_keys(
     )
 
 
-def _summarize_lengths(engine: DuckDBEngine, kept: ir.Table) -> dict[str, float]:
+def _summarize_lengths(engine: Engine, kept: ir.Table) -> dict[str, float]:
     """Mean and quantiles of the number of interactions per user, from their histogram."""
     sizes = kept.group_by("user_id").agg(length=kept.count())
     histogram = engine.rows(sizes.group_by("length").agg(users=sizes.count()).order_by("length"))
@@ -256,7 +244,7 @@ def _show_progress(batches: Iterable[pa.RecordBatch], name: str, total: int) -> 
 
 
 def _explain_nothing_left(
-    engine: DuckDBEngine, config: Prepare, events: ir.Table, core: Core, known: KnownCodes | None
+    engine: Engine, config: Prepare, events: ir.Table, core: Core, known: KnownCodes | None
 ) -> str:
     """The message where k-core filtering drops everything; it looks for a count that leaves something."""
     first = core.rounds[0]
@@ -274,18 +262,6 @@ def _explain_nothing_left(
             left = f"{core.left.users:,} users, {core.left.items:,} items and {core.left.interactions:,} interactions"
             return f"{text}. --min_count {smaller} would leave {left}"
     return f"{text}. Pass a smaller --min_count; 1 keeps everything"
-
-
-def _choose_scratch(config: Prepare) -> str:
-    """The folder for the engine's tables: `scratch`, or the output's parent if that is on a local disk."""
-    fs, root = filesystem(config.output)
-    if config.scratch is not None:
-        parent = os.path.abspath(config.scratch)
-    else:
-        parent = os.path.dirname(root) if isinstance(fs, pyarrow.fs.LocalFileSystem) else tempfile.gettempdir()
-    while not os.path.isdir(parent) and parent != os.path.dirname(parent):
-        parent = os.path.dirname(parent)  # missing folders are created with the dataset only
-    return parent
 
 
 def _record_inputs(config: Prepare, files: list[InputFile], file_parts: list[int]) -> list[dict[str, Any]]:

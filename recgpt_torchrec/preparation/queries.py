@@ -10,7 +10,7 @@ import ibis.expr.types as ir
 
 from recgpt_torchrec.data.segments import EXPOSED, INTERACTED
 from recgpt_torchrec.data.split import EVALUATION, HoldOut, is_held_out
-from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
+from recgpt_torchrec.preparation.engines.engine import Engine
 
 if TYPE_CHECKING:
     from recgpt_torchrec.preparation.earlier import Known
@@ -40,9 +40,7 @@ def select_shown(events: ir.Table) -> ir.Table:
     return events.filter(events.segment == EXPOSED)
 
 
-def build_codes(
-    engine: DuckDBEngine, log: ir.Table, seed: int, known: "Known | None" = None
-) -> tuple[ir.Table, ir.Table]:
+def build_codes(engine: Engine, log: ir.Table, seed: int, known: "Known | None" = None) -> tuple[ir.Table, ir.Table]:
     """A code for every user and item of the log, and every known one: columns `key`, and `user` or `item`.
 
     Codes follow the md5 of seed and key. So their order is random, and depends only on seed and keys: not on the order

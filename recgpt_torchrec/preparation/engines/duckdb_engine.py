@@ -1,14 +1,9 @@
-"""The engine that runs the Ibis expressions of `prepare`: it stores tables and returns results in order, in batches.
-
-Ibis is the language and the compiler; the engine gets SQL. Beside this file only the reading of raw files
-(`duckdb_reader.py`) depends on the engine.
-"""
+"""The engine of one machine: DuckDB, on a database file."""
 
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import ibis
@@ -16,11 +11,10 @@ import ibis.expr.types as ir
 import pyarrow as pa
 
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS, Engine, quote_sql
 
-BATCH_ROWS = 65_536
 
-
-class DuckDBEngine:
+class DuckDBEngine(Engine):
     """DuckDB on a database file in a scratch folder, so that neither tables nor sorts have to fit in memory.
 
     Example:
@@ -62,12 +56,6 @@ class DuckDBEngine:
             shutil.rmtree(self.scratch, ignore_errors=True)
             raise
 
-    def __enter__(self) -> "DuckDBEngine":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """Drop every table and remove the scratch folder."""
         self.connection.close()
@@ -89,7 +77,7 @@ class DuckDBEngine:
         return ibis.table(ibis.Schema.from_pyarrow(schema), name=name)
 
     def drop(self, *names: str) -> None:
-        """Drop tables, so that their space on disk is reused."""
+        """Drop tables, so that their space on disk is free again."""
         for name in names:
             self.connection.execute(f'DROP TABLE IF EXISTS "{name}"')
 
@@ -100,25 +88,3 @@ class DuckDBEngine:
         for batch in self.connection.cursor().sql(self.sql(expression)).to_arrow_reader(rows):
             # DuckDB's own types may be wider: a sum of int64 is a 128-bit integer there.
             yield batch if batch.schema.equals(schema) else batch.cast(schema)
-
-    def rows(self, expression: ir.Table) -> list[dict[str, Any]]:
-        """The rows of a small result."""
-        return [row for batch in self.batches(expression) for row in batch.to_pylist()]
-
-    def row(self, expression: ir.Table) -> dict[str, Any]:
-        """The one row of an aggregate."""
-        (row,) = self.rows(expression)
-        return row
-
-    def count(self, expression: ir.Table) -> int:
-        """Number of rows of `expression`."""
-        return int(self.row(expression.agg(n=expression.count()))["n"])
-
-    def sql(self, expression: ir.Table) -> str:
-        """`expression` as SQL of this engine."""
-        return str(ibis.to_sql(expression, dialect=self.dialect))
-
-
-def quote_sql(text: str) -> str:
-    """`text` as a string literal of SQL."""
-    return "'" + text.replace("'", "''") + "'"

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine, quote_sql
+from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
+from recgpt_torchrec.preparation.engines.engine import quote_sql
 from recgpt_torchrec.preparation.reading.copies import engine_copy
 from recgpt_torchrec.preparation.reading.dialect import Dialect, check_text, find_dialect, find_table, first_lines
 from recgpt_torchrec.preparation.reading.files import InputFile

@@ -10,7 +10,7 @@ from dataclasses import replace
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.config.prepare import NONE
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.preparation.engines.duckdb_engine import quote_sql
+from recgpt_torchrec.preparation.engines.engine import quote_sql
 from recgpt_torchrec.preparation.reading.dialect import shell_word, shorten
 from recgpt_torchrec.preparation.reading.files import InputFile
 from recgpt_torchrec.preparation.reading.source import Column

@@ -16,6 +16,7 @@ from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.data.segments import EXPOSED, INTERACTED
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
+from recgpt_torchrec.preparation.engines.engine import Engine
 from recgpt_torchrec.preparation.reading import understanding
 from recgpt_torchrec.preparation.reading.dialect import shorten
 from recgpt_torchrec.preparation.reading.duckdb_reader import MALFORMED, DuckDBReader, log_table
@@ -53,7 +54,7 @@ class RawLog:
     """What was understood of the log, in lines of a label and a text."""
 
 
-def read_log(engine: DuckDBEngine, config: Prepare, inputs: InputFiles) -> RawLog:
+def read_log(engine: Engine, config: Prepare, inputs: InputFiles) -> RawLog:
     """Read every file into the engine.
 
     Args:
@@ -66,6 +67,8 @@ def read_log(engine: DuckDBEngine, config: Prepare, inputs: InputFiles) -> RawLo
             clicked rows from shown ones does not.
     """
     files = inputs.files
+    if not isinstance(engine, DuckDBEngine):
+        raise InputError("--engine pyspark is not available yet; use --engine duckdb")
     reader = DuckDBReader(engine, config)
     reader.check_time_format()
     reader.open_all(files)
@@ -164,7 +167,7 @@ def _is_shown(usable: ir.Table, config: Prepare) -> ir.BooleanValue:
     return ~usable.click.isin(config.click_values) if config.click_values else usable.click < config.click_from
 
 
-def _count_exposed(engine: DuckDBEngine, config: Prepare, usable: ir.Table, rows: int) -> int:
+def _count_exposed(engine: Engine, config: Prepare, usable: ir.Table, rows: int) -> int:
     """Count the usable rows, of `rows`, that were shown and not clicked.
 
     Raises:
@@ -203,7 +206,7 @@ def _count_exposed(engine: DuckDBEngine, config: Prepare, usable: ir.Table, rows
     )
 
 
-def rejected_rows(engine: DuckDBEngine, log: RawLog) -> Iterator[pa.RecordBatch]:
+def rejected_rows(engine: Engine, log: RawLog) -> Iterator[pa.RecordBatch]:
     """The rejected rows: file, row, reason, text.
 
     `row` is the line of a text file or the row of a Parquet file, both from 1. In a CSV file it is too small by the

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import ibis.expr.types as ir
 
 from recgpt_torchrec.config import Prepare
-from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
+from recgpt_torchrec.preparation.engines.engine import Engine
 from recgpt_torchrec.preparation.reading.dialect import cells_of
 from recgpt_torchrec.preparation.reading.duckdb_reader import FAULTS, MALFORMED_LINE, DuckDBReader, FileReport
 from recgpt_torchrec.preparation.reading.files import InputFile, InputFiles
@@ -27,7 +27,7 @@ NAMED = 3
 """Maximum number of files that a line names."""
 
 
-def remedies(engine: DuckDBEngine, config: Prepare, reader: DuckDBReader, rejected: dict[str, int]) -> list[str]:
+def remedies(engine: Engine, config: Prepare, reader: DuckDBReader, rejected: dict[str, int]) -> list[str]:
     """What to do about rejected rows, by reason."""
     lines = []
     if "unreadable time" in rejected:
@@ -57,7 +57,7 @@ def remedies(engine: DuckDBEngine, config: Prepare, reader: DuckDBReader, reject
 
 
 def page(
-    engine: DuckDBEngine,
+    engine: Engine,
     config: Prepare,
     reader: DuckDBReader,
     inputs: InputFiles,
@@ -101,7 +101,7 @@ def page(
     return lines + [["note", note] for note in advice]
 
 
-def describe_keys(engine: DuckDBEngine, config: Prepare, users: ir.Table, items: ir.Table) -> list[Line]:
+def describe_keys(engine: Engine, config: Prepare, users: ir.Table, items: ir.Table) -> list[Line]:
     """Notes on keys that look as if they were read with something that does not belong to them.
 
     Args:
@@ -171,7 +171,7 @@ def _formats(reader: DuckDBReader, files: Sequence[InputFile]) -> list[Line]:
     return lines
 
 
-def _unreadable_times(engine: DuckDBEngine, reader: DuckDBReader, count: int = 200) -> list[str]:
+def _unreadable_times(engine: Engine, reader: DuckDBReader, count: int = 200) -> list[str]:
     """Some times that could not be read, as far as they can be found in the text of their rows."""
     table = reader.table
     bad = table.filter(table.problem == "unreadable time").select("text", "order").limit(count)

@@ -1,0 +1,120 @@
+"""The engine of a cluster: Apache Spark, through its SQL."""
+
+import uuid
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import ibis
+import ibis.expr.types as ir
+import pyarrow as pa
+
+from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS, Engine
+from recgpt_torchrec.preparation.engines.spark_session import open_session
+from recgpt_torchrec.storage.parts import regroup
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+FILL_ROWS = 2**20
+"""Rows that `fill` holds on the driver at a time."""
+
+
+class SparkEngine(Engine):
+    """Apache Spark, with every stored table as Parquet in a scratch folder, so that a lost executor repeats one step.
+
+    The driver sends SQL and receives aggregates: no table passes through it.
+    """
+
+    dialect = "pyspark"
+
+    def __init__(self, parent: str) -> None:
+        """Connect to Spark, or start it on this machine.
+
+        Args:
+            parent: path or URI of a folder that the driver and all executors reach; tables are written to a new folder
+                in it, which `close` removes.
+
+        Raises:
+            InputError: Spark cannot be started.
+        """
+        self.spark, self.is_owner = open_session()
+        self.scratch = f"{parent.rstrip('/')}/.prepare-{uuid.uuid4().hex[:12]}"
+
+    def close(self) -> None:
+        """Drop every table, remove the scratch folder, and stop Spark if it was started here."""
+        try:
+            self.remove(self.scratch)
+        finally:
+            if self.is_owner:
+                self.spark.stop()
+
+    def save(self, name: str, expression: ir.Table) -> ir.Table:
+        """Store the result of `expression` as the table `name`, and return that table for further expressions."""
+        return self.save_frame(name, self.frame(expression), expression.schema())
+
+    def save_frame(self, name: str, frame: "DataFrame", schema: ibis.Schema) -> ir.Table:
+        """Store a DataFrame as the table `name`, its columns cast to `schema`, and return that table."""
+        path = f"{self.scratch}/{name}"
+        self._cast(frame, schema).write.mode("overwrite").parquet(path)
+        return self._register(name, path, schema)
+
+    def fill(self, name: str, tables: Iterable[pa.Table], schema: pa.Schema) -> ir.Table:
+        """Store Arrow tables of one schema, one after the other, as the table `name`, and return that table."""
+        path, kinds = f"{self.scratch}/{name}", ibis.Schema.from_pyarrow(schema)
+        self.remove(path)
+        self.spark.createDataFrame([], self._types(kinds)).write.parquet(path)
+        batches = (batch for table in tables for batch in table.to_batches())
+        for rows in regroup(batches, FILL_ROWS):
+            self._cast(self.spark.createDataFrame(rows), kinds).write.mode("append").parquet(path)
+        return self._register(name, path, kinds)
+
+    def drop(self, *names: str) -> None:
+        """Drop tables, so that their space on disk is free again."""
+        for name in names:
+            self.spark.catalog.dropTempView(name)
+            self.remove(f"{self.scratch}/{name}")
+
+    def batches(self, expression: ir.Table, rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
+        """The rows of a small result, in its order, in batches of at most `rows`; all of them pass through the driver.
+
+        One partition of Spark is on the driver at a time.
+        """
+        schema = expression.schema().to_pyarrow()
+        pending: list[Any] = []
+
+        def batch() -> pa.RecordBatch:
+            columns = list(zip(*pending, strict=True))
+            return pa.record_batch([pa.array(*pair) for pair in zip(columns, schema.types, strict=True)], schema=schema)
+
+        for row in self.frame(expression).toLocalIterator():
+            pending.append(row)
+            if len(pending) == rows:
+                yield batch()
+                pending = []
+        if pending:
+            yield batch()
+
+    def frame(self, expression: ir.Table) -> "DataFrame":
+        """`expression` as a DataFrame, for what only Spark can do with it."""
+        return self.spark.sql(self.sql(expression))
+
+    def remove(self, path: str) -> None:
+        """Delete a folder of any file system that Spark knows, if it exists."""
+        context = self.spark.sparkContext
+        place = context._jvm.org.apache.hadoop.fs.Path(path)
+        place.getFileSystem(context._jsc.hadoopConfiguration()).delete(place, True)
+
+    def _register(self, name: str, path: str, schema: ibis.Schema) -> ir.Table:
+        self.spark.read.schema(self._types(schema)).parquet(path).createOrReplaceTempView(name)
+        return ibis.table(schema, name=name)
+
+    def _cast(self, frame: "DataFrame", schema: ibis.Schema) -> "DataFrame":
+        """The columns as Ibis has them: Spark's own types may be others (row_number is an int32 there)."""
+        kinds = {field.name: field.dataType for field in self._types(schema)}
+        return frame.select(*(frame[name].cast(kind).alias(name) for name, kind in kinds.items()))
+
+    @staticmethod
+    def _types(schema: ibis.Schema) -> Any:
+        from ibis.backends.pyspark.datatypes import PySparkSchema
+
+        return PySparkSchema.from_ibis(schema)
