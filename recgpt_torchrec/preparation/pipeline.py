@@ -25,7 +25,7 @@ from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS, Engine
 from recgpt_torchrec.preparation.engines.opening import open_engine
 from recgpt_torchrec.preparation.kcore import Core, k_core
 from recgpt_torchrec.preparation.reading.files import InputFile
-from recgpt_torchrec.preparation.reading.log import RawLog, read_log, rejected_rows
+from recgpt_torchrec.preparation.reading.log import RawLog, read_log
 from recgpt_torchrec.preparation.reading.understanding import describe_keys
 from recgpt_torchrec.preparation.writing import Fingerprint, sequence_groups
 from recgpt_torchrec.progress import progress_bar
@@ -154,7 +154,7 @@ def _write_dataset(
         manifest.vocabulary = fingerprint.hex()
         rejected_parts: list[Part] = []
         if log.rejected:
-            tables = regroup(rejected_rows(engine, log), BATCH_ROWS)
+            tables = regroup(engine.batches(log.rejected_rows), BATCH_ROWS)
             rejected_parts = write_parts(fs, folder, "rejected", tables, config.groups_per_part)
         manifest.preparation = {
             "inputs": _record_inputs(config, log.files, file_parts),

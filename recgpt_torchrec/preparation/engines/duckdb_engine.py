@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import duckdb
@@ -24,7 +25,7 @@ class DuckDBEngine(Engine):
 
     dialect = "duckdb"
 
-    def __init__(self, parent: str, memory_limit: str | None = None) -> None:
+    def __init__(self, parent: str, memory_limit: str | None = None, threads: int | None = None) -> None:
         """Open an empty database.
 
         Args:
@@ -32,6 +33,7 @@ class DuckDBEngine(Engine):
                 it.
             memory_limit: maximum memory that DuckDB takes before it spills, for example `4GB`; None: 80% of the
                 machine's, DuckDB's default.
+            threads: number of threads; None: one per core.
 
         Raises:
             InputError: `memory_limit` is not a size, or `parent` cannot be written to.
@@ -47,6 +49,8 @@ class DuckDBEngine(Engine):
             self.connection.execute("SET TimeZone = 'UTC'")  # a date-time without an offset is UTC, on every machine
             self.connection.execute("SET enable_progress_bar = false")
             self.connection.execute(f"SET temp_directory = {quote_sql(str(self.scratch / 'spill'))}")
+            if threads is not None:
+                self.connection.execute(f"SET threads = {threads}")
             if memory_limit is not None:
                 try:
                     self.connection.execute(f"SET memory_limit = {quote_sql(memory_limit)}")
@@ -88,3 +92,16 @@ class DuckDBEngine(Engine):
         for batch in self.connection.cursor().sql(self.sql(expression)).to_arrow_reader(rows):
             # DuckDB's own types may be wider: a sum of int64 is a 128-bit integer there.
             yield batch if batch.schema.equals(schema) else batch.cast(schema)
+
+
+@contextmanager
+def explain_lack(scratch: str) -> Iterator[None]:
+    """Make an `InputError` of DuckDB's errors about memory and scratch space."""
+    try:
+        yield
+    except duckdb.OutOfMemoryException as error:
+        raise InputError(
+            f"the engine ran out of memory or scratch space; give more with --memory_limit or --scratch ({error})"
+        ) from None
+    except (duckdb.IOException, PermissionError) as error:
+        raise InputError(f"scratch folder {scratch}: {error}; name another with --scratch") from None

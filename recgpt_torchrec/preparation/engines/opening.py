@@ -5,12 +5,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import duckdb
 import pyarrow.fs
 
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
+from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine, explain_lack
 from recgpt_torchrec.preparation.engines.engine import Engine
 from recgpt_torchrec.preparation.engines.spark_engine import SparkEngine
 from recgpt_torchrec.storage import filesystem, remote
@@ -24,19 +23,12 @@ def open_engine(config: Prepare) -> Iterator[Engine]:
         InputError: it cannot be started, or lacks memory or scratch space.
     """
     scratch = _choose_scratch(config)
-    try:
-        if config.engine == "pyspark":
-            with SparkEngine(scratch) as spark:
-                yield spark
-        else:
-            with DuckDBEngine(scratch, config.memory_limit) as database:
-                yield database
-    except duckdb.OutOfMemoryException as error:
-        raise InputError(
-            f"the engine ran out of memory or scratch space; give more with --memory_limit or --scratch ({error})"
-        ) from None
-    except (duckdb.IOException, PermissionError) as error:
-        raise InputError(f"scratch folder {scratch}: {error}; name another with --scratch") from None
+    if config.engine == "pyspark":
+        with SparkEngine(scratch) as spark:
+            yield spark
+    else:
+        with explain_lack(scratch), DuckDBEngine(scratch, config.memory_limit) as database:
+            yield database
 
 
 def _choose_scratch(config: Prepare) -> str:

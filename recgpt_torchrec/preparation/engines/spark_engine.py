@@ -1,7 +1,9 @@
 """The engine of a cluster: Apache Spark, through its SQL."""
 
+import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import ibis
@@ -9,11 +11,14 @@ import ibis.expr.types as ir
 import pyarrow as pa
 
 from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS, Engine
+from recgpt_torchrec.preparation.engines.spark_progress import shown
 from recgpt_torchrec.preparation.engines.spark_session import open_session
+from recgpt_torchrec.storage import remote
 from recgpt_torchrec.storage.parts import regroup
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
+    from pyspark.sql.types import StructType
 
 FILL_ROWS = 2**20
 """Rows that `fill` holds on the driver at a time."""
@@ -37,8 +42,13 @@ class SparkEngine(Engine):
         Raises:
             InputError: Spark cannot be started.
         """
-        self.spark, self.is_owner = open_session()
         self.scratch = f"{parent.rstrip('/')}/.prepare-{uuid.uuid4().hex[:12]}"
+        self.spark, self.is_owner = open_session(tempfile.gettempdir() if remote(parent) else parent)
+        self.parallelism = self.spark.sparkContext.defaultParallelism
+        """Number of tasks that run at once."""
+        is_local = self.spark.sparkContext.master.startswith("local") and not remote(parent)
+        self.local_scratch = parent if is_local else None
+        """Folder on this machine, where all tasks run on it; None: executors have folders of their own."""
 
     def close(self) -> None:
         """Drop every table, remove the scratch folder, and stop Spark if it was started here."""
@@ -52,17 +62,37 @@ class SparkEngine(Engine):
         """Store the result of `expression` as the table `name`, and return that table for further expressions."""
         return self.save_frame(name, self.frame(expression), expression.schema())
 
-    def save_frame(self, name: str, frame: "DataFrame", schema: ibis.Schema) -> ir.Table:
-        """Store a DataFrame as the table `name`, its columns cast to `schema`, and return that table."""
+    def save_frame(
+        self,
+        name: str,
+        frame: "DataFrame",
+        schema: ibis.Schema,
+        step: str = "",
+        stop: Callable[[], bool] = lambda: False,
+    ) -> ir.Table:
+        """Store a DataFrame as the table `name`, and return that table.
+
+        Args:
+            name: of the table.
+            frame: its rows.
+            schema: to which its columns are cast.
+            step: what the progress bar says; empty: the table's name.
+            stop: whether to give up; asked again and again.
+        """
         path = f"{self.scratch}/{name}"
-        self._cast(frame, schema).write.mode("overwrite").parquet(path)
+        with self.shown(step or name.replace("_", " "), stop):
+            self._cast(frame, schema).write.mode("overwrite").parquet(path)
         return self._register(name, path, schema)
+
+    def shown(self, step: str, stop: Callable[[], bool] = lambda: False) -> AbstractContextManager[None]:
+        """Show the progress of the jobs that the `with` starts; see `spark_progress.shown`."""
+        return shown(self.spark.sparkContext, step, stop)
 
     def fill(self, name: str, tables: Iterable[pa.Table], schema: pa.Schema) -> ir.Table:
         """Store Arrow tables of one schema, one after the other, as the table `name`, and return that table."""
         path, kinds = f"{self.scratch}/{name}", ibis.Schema.from_pyarrow(schema)
         self.remove(path)
-        self.spark.createDataFrame([], self._types(kinds)).write.parquet(path)
+        self.spark.createDataFrame([], self.types(kinds)).write.parquet(path)
         batches = (batch for table in tables for batch in table.to_batches())
         for rows in regroup(batches, FILL_ROWS):
             self._cast(self.spark.createDataFrame(rows), kinds).write.mode("append").parquet(path)
@@ -105,16 +135,17 @@ class SparkEngine(Engine):
         place.getFileSystem(context._jsc.hadoopConfiguration()).delete(place, True)
 
     def _register(self, name: str, path: str, schema: ibis.Schema) -> ir.Table:
-        self.spark.read.schema(self._types(schema)).parquet(path).createOrReplaceTempView(name)
+        self.spark.read.schema(self.types(schema)).parquet(path).createOrReplaceTempView(name)
         return ibis.table(schema, name=name)
 
     def _cast(self, frame: "DataFrame", schema: ibis.Schema) -> "DataFrame":
         """The columns as Ibis has them: Spark's own types may be others (row_number is an int32 there)."""
-        kinds = {field.name: field.dataType for field in self._types(schema)}
+        kinds = {field.name: field.dataType for field in self.types(schema)}
         return frame.select(*(frame[name].cast(kind).alias(name) for name, kind in kinds.items()))
 
     @staticmethod
-    def _types(schema: ibis.Schema) -> Any:
+    def types(schema: ibis.Schema) -> "StructType":
+        """A schema of Ibis as one of Spark."""
         from ibis.backends.pyspark.datatypes import PySparkSchema
 
         return PySparkSchema.from_ibis(schema)

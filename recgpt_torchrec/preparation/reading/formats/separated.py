@@ -14,8 +14,8 @@ from recgpt_torchrec.preparation.reading.dialect import (
     shorten,
 )
 from recgpt_torchrec.preparation.reading.files import InputFile
-from recgpt_torchrec.preparation.reading.lists import read_lists, split_columns
-from recgpt_torchrec.preparation.reading.source import (
+from recgpt_torchrec.preparation.reading.formats.lists import read_lists, split_columns
+from recgpt_torchrec.preparation.reading.formats.source import (
     Column,
     Source,
     explain_missing,
