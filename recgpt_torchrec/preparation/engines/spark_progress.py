@@ -33,7 +33,7 @@ def shown(context: "SparkContext", name: str, stop: Callable[[], bool] = lambda:
         watcher.join()
         if stop():
             context.setLogLevel("ERROR")
-        context.setLocalProperty("spark.jobGroup.id", outer)  # type: ignore[arg-type]  # None takes it away
+        context.setLocalProperty("spark.jobGroup.id", outer)  # None takes it away
 
 
 def _watch(context: "SparkContext", group: str, name: str, stop: Callable[[], bool], ended: threading.Event) -> None:
