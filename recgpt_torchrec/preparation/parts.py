@@ -14,6 +14,7 @@ from recgpt_torchrec.config.boundaries import Boundary
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation import queries
 from recgpt_torchrec.preparation.engines.engine import Engine
+from recgpt_torchrec.preparation.moments import find_ends, find_moment
 from recgpt_torchrec.preparation.reading.files import InputFiles, list_files
 
 INPUTS = ("input", "validation_input", "test_input")
@@ -98,16 +99,13 @@ def _divide_by_time(engine: Engine, config: Prepare, events: ir.Table) -> tuple[
     clicks = queries.select_interacted(events)
     count = engine.count(clicks)
 
-    def moment_at(place: int) -> Boundary:
-        """The time of the interaction with this number, in the order of time."""
-        times = clicks.select(whole="time", fraction="fraction").order_by("whole", "fraction")
-        return Boundary(**engine.row(times.limit(1, offset=place)))
+    times = clicks.select(whole="time", fraction="fraction")
 
     def resolve(option: str, text: str) -> Boundary:
         boundary = Boundary.parse(f"--{option}", text)
-        return boundary if boundary.share is None else moment_at(int(boundary.share * count))
+        return boundary if boundary.share is None else find_moment(engine, times, int(boundary.share * count))
 
-    oldest, newest = moment_at(0), moment_at(count - 1)
+    oldest, newest = find_ends(engine, times)
     span = f"the interactions have times from {oldest.value} to {newest.value}"
 
     def check_within(option: str, text: str, boundary: Boundary) -> None:
@@ -127,7 +125,7 @@ def _divide_by_time(engine: Engine, config: Prepare, events: ir.Table) -> tuple[
         check_within("validation_from", config.validation_from, validation)
     else:
         in_test = engine.count(clicks.filter(_is_from(clicks, test)))
-        validation = moment_at(max(count - 2 * in_test, 0))
+        validation = find_moment(engine, times, max(count - 2 * in_test, 0))
         if not oldest < validation:
             raise InputError(
                 f"--test_from {config.test_from}: {in_test:,} of {count:,} interactions are in the test part, so "

@@ -7,8 +7,8 @@ Everything between reading and writing is Ibis expressions over tables in the en
 """
 
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import ibis.expr.types as ir
@@ -27,8 +27,7 @@ from recgpt_torchrec.preparation.kcore import Core, k_core
 from recgpt_torchrec.preparation.reading.files import InputFile
 from recgpt_torchrec.preparation.reading.log import RawLog, read_log
 from recgpt_torchrec.preparation.reading.understanding import describe_keys
-from recgpt_torchrec.preparation.writing import Fingerprint, sequence_groups
-from recgpt_torchrec.progress import progress_bar
+from recgpt_torchrec.preparation.writing import Layout, fingerprint_parts, lay_out_rows, sequence_groups
 from recgpt_torchrec.storage import folders
 from recgpt_torchrec.storage.finished import differences, find_finished
 from recgpt_torchrec.storage.parts import Part, regroup, write_parts
@@ -113,45 +112,30 @@ def _write_dataset(
         kept = queries.select_interacted(entries)
 
     lengths = _summarize_lengths(engine, kept)
-    size = config.rows_per_group or group_size(all_users)
-    lists: dict[str, tuple[str, pa.DataType]] = {"item_ids": ("item_id", pa.int64())}
-    if log.timed:
-        lists["timestamps"] = ("time", pa.int64())
-    if config.rating_column:
-        lists["ratings"] = ("rating", pa.float32())
-    if exposed:
-        lists["segment_ids"] = ("segment", pa.int8())
     if extended is not None:
         entries = engine.save("marked_entries", earlier.mark_trained(engine, entries, extended, log.timed))
-        lists["trained"] = ("trained", pa.int8())
     placed = engine.save("placed", queries.place_interactions(queries.select_interacted(entries), config.hold_out))
     counts = engine.save("item_counts", queries.count_items(placed))
-    starts = {f"{split}_start": f"before_{split}" for split in EVALUATION} if config.hold_out in STORED else {}
-    sources = [*(source for source, _ in lists.values()), *starts.values()]
-    ordered = queries.mark_before(entries, starts).order_by("user_id", *queries.order_of(entries))
-    ordered = ordered.select("user_id", *sources)
+    histories, layout = _lay_out_sequences(config, entries, all_users, log.timed, bool(exposed), extended is not None)
+    total = core.left.interactions + (exposed["left"] if exposed else 0)
     with folders.stage_folder(config.output) as (fs, folder):
-        total = core.left.interactions + (exposed["left"] if exposed else 0)
-        events_read = _show_progress(engine.batches(ordered), "writing sequences", total)
-        groups = sequence_groups(events_read, size, lists, all_users, starts)
         manifest = Manifest(
             users=all_users,
             items=all_items,
             interactions=core.left.interactions,
             settings=asdict(config),
             hold_out=config.hold_out,
-            sequences=write_parts(fs, folder, "sequences", groups, config.groups_per_part),
+            sequences=engine.write_parts(histories, layout, fs, folder, total),
         )
-        fingerprint = Fingerprint()
 
-        def write(table: ir.Table, name: str) -> list[Part]:
-            fingerprint.add(pa.chunked_array([[name]]))
-            tables = regroup(engine.batches(table), BATCH_ROWS)
-            return write_parts(fs, folder, name, _hash_keys(tables, fingerprint), config.groups_per_part)
+        def write(name: str, table: ir.Table, ids: int) -> list[Part]:
+            layout = lay_out_rows(name, list(table.columns), ids, BATCH_ROWS, config.groups_per_part)
+            return engine.write_parts(table, layout, fs, folder, ids)
 
-        manifest.item_parts = write(queries.item_table(item_ids, items, counts), "items")
-        manifest.user_parts = write(queries.user_table(user_ids, users), "users")
-        manifest.vocabulary = fingerprint.hex()
+        manifest.item_parts = write("items", queries.item_table(item_ids, items, counts), all_items)
+        manifest.user_parts = write("users", queries.user_table(user_ids, users), all_users)
+        keys = {"items": manifest.item_parts, "users": manifest.user_parts}
+        manifest.vocabulary = fingerprint_parts(fs, folder, keys)
         rejected_parts: list[Part] = []
         if log.rejected:
             tables = regroup(engine.batches(log.rejected_rows), BATCH_ROWS)
@@ -185,6 +169,33 @@ def _write_dataset(
             }
         folders.write_manifest(fs, folder, manifest.to_json())
     return manifest
+
+
+def _lay_out_sequences(
+    config: Prepare, entries: ir.Table, users: int, timed: bool, exposed: bool, extends: bool
+) -> tuple[ir.Table, Layout]:
+    """The rows of `sequences/`, an entry each, and how they become lists per user."""
+    lists: dict[str, tuple[str, pa.DataType]] = {
+        "item_ids": ("item_id", pa.int64()),
+        **({"timestamps": ("time", pa.int64())} if timed else {}),
+        **({"ratings": ("rating", pa.float32())} if config.rating_column else {}),
+        **({"segment_ids": ("segment", pa.int8())} if exposed else {}),
+        **({"trained": ("trained", pa.int8())} if extends else {}),
+    }
+    starts = {f"{split}_start": f"before_{split}" for split in EVALUATION} if config.hold_out in STORED else {}
+    size = config.rows_per_group or group_size(users)
+    layout = Layout(
+        folder="sequences",
+        id="user_id",
+        ids=users,
+        columns=["user_id", *(source for source, _ in lists.values()), *starts.values()],
+        order=queries.order_of(entries),
+        ids_per_group=size,
+        groups_per_part=config.groups_per_part,
+        make_groups=partial(sequence_groups, users=size, lists=lists, counts=starts),
+    )
+    rows = queries.mark_before(entries, starts)
+    return rows.select(*dict.fromkeys([*layout.columns, *layout.order])), layout
 
 
 def group_size(users: int) -> int:
@@ -228,19 +239,6 @@ def _summarize_lengths(engine: Engine, kept: ir.Table) -> dict[str, float]:
                 result[name] = row["length"]
                 break
     return result
-
-
-def _hash_keys(tables: Iterable[pa.Table], fingerprint: Fingerprint) -> Iterator[pa.Table]:
-    for table in tables:
-        fingerprint.add(table.column("key"))
-        yield table
-
-
-def _show_progress(batches: Iterable[pa.RecordBatch], name: str, total: int) -> Iterator[pa.RecordBatch]:
-    with progress_bar(total, "interactions", unit_scale=True, desc=f"{name}: ", leave=False) as bar:
-        for batch in batches:
-            yield batch
-            bar.update(batch.num_rows)
 
 
 def _explain_nothing_left(

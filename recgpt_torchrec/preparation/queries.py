@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 IN_TIME = ["time", "fraction", "order"]
 """Order of a user's interactions: by time, and by their order in the input where times are equal."""
 BUCKET_DIGITS = 3
-"""Hex digits of the md5 that are sorted apart: 4,096 buckets of a quarter of a million keys where there are a billion."""
+"""First hex digits of the md5 that make a bucket: of a billion keys, 4,096 buckets hold a quarter of a million each."""
 BUCKET_CODES = 2**20
 """Number of codes that are sorted together."""
 PART = "part"
@@ -208,9 +208,9 @@ def item_table(item_ids: ir.Table, items: ir.Table, counts: ir.Table) -> ir.Tabl
     named = item_ids.inner_join(items, "item").select("item_id", "key")
     counted = named.left_join(counts, "item_id")
     filled = {column: counted[column].fill_null(0) for column in ("count", "train_count")}
-    return counted.select("item_id", "key", **filled).order_by("item_id")
+    return counted.select("item_id", "key", **filled)
 
 
 def user_table(user_ids: ir.Table, users: ir.Table) -> ir.Table:
     """Rows of `users/`: user_id, key."""
-    return user_ids.inner_join(users, "user").select("user_id", "key").order_by("user_id")
+    return user_ids.inner_join(users, "user").select("user_id", "key")

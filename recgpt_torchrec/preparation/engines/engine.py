@@ -11,6 +11,11 @@ from typing import Any, Protocol, Self
 import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
+import pyarrow.fs
+
+from recgpt_torchrec.preparation.writing import Layout
+from recgpt_torchrec.progress import progress_bar
+from recgpt_torchrec.storage.parts import Part
 
 BATCH_ROWS = 65_536
 """Maximum number of rows per batch of a result."""
@@ -56,6 +61,22 @@ class Engine(Protocol):
     def batches(self, expression: ir.Table, rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
         """The rows of `expression`, in its order, in batches of at most `rows`."""
 
+    def write_parts(
+        self, rows: ir.Table, layout: Layout, fs: pyarrow.fs.FileSystem, root: str, total: int
+    ) -> list[Part]:
+        """Write rows as the Parquet parts of a folder; every engine writes the same files, byte for byte.
+
+        Args:
+            rows: the columns of `layout`.
+            layout: the folder, and which rows are in which file.
+            fs: file system of `root`.
+            root: folder above that of the layout.
+            total: number of rows, to show progress.
+        """
+        ordered = rows.order_by(layout.id, *layout.order).select(layout.columns)
+        with progress_bar(total, "rows", unit_scale=True, desc=f"writing {layout.folder}: ", leave=False) as bar:
+            return layout.write_all(fs, root, _count(self.batches(ordered), bar))
+
     def rows(self, expression: ir.Table) -> list[dict[str, Any]]:
         """The rows of a small result."""
         return [row for batch in self.batches(expression) for row in batch.to_pylist()]
@@ -72,6 +93,12 @@ class Engine(Protocol):
     def sql(self, expression: ir.Table) -> str:
         """`expression` as SQL of this engine."""
         return str(ibis.to_sql(expression, dialect=self.dialect))
+
+
+def _count(batches: Iterable[pa.RecordBatch], bar: Any) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        yield batch
+        bar.update(batch.num_rows)
 
 
 def quote_sql(text: str) -> str:

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
+import pyarrow.fs
 
 from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS, Engine
 from recgpt_torchrec.preparation.engines.spark_progress import shown
 from recgpt_torchrec.preparation.engines.spark_session import open_session
+from recgpt_torchrec.preparation.engines.spark_writing import write_on_executors
+from recgpt_torchrec.preparation.writing import Layout
 from recgpt_torchrec.storage import remote
-from recgpt_torchrec.storage.parts import regroup
+from recgpt_torchrec.storage.parts import Part, regroup
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -123,6 +126,14 @@ class SparkEngine(Engine):
                 pending = []
         if pending:
             yield batch()
+
+    def write_parts(
+        self, rows: ir.Table, layout: Layout, fs: pyarrow.fs.FileSystem, root: str, total: int
+    ) -> list[Part]:
+        """Write rows as the Parquet parts of a folder, on the executors; Spark itself shows how many are done."""
+        schema = rows.schema()
+        written = rows.select(layout.columns).schema().to_pyarrow()
+        return write_on_executors(self._cast(self.frame(rows), schema), written, layout, fs, root)
 
     def frame(self, expression: ir.Table) -> "DataFrame":
         """`expression` as a DataFrame, for what only Spark can do with it."""
