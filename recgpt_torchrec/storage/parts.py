@@ -67,6 +67,7 @@ def write_parts(
     groups: Iterable[pa.Table],
     groups_per_part: int,
     prefix: str = "part",
+    first: int = 0,
 ) -> list[Part]:
     """Write tables as the row groups of `folder`/part-00000.parquet, `folder`/part-00001.parquet, ...
 
@@ -76,6 +77,7 @@ def write_parts(
         groups: one table per row group; none may be empty.
         groups_per_part: row groups per file.
         prefix: prefix of the files' names; processes that write into one folder need different ones.
+        first: number of the first file.
 
     Returns:
         A `Part` per file.
@@ -86,7 +88,7 @@ def write_parts(
     try:
         for group in groups:
             if writer is None:
-                writer = _PartWriter(fs, root, f"{folder}/{prefix}-{len(parts):05d}.parquet", group.schema)
+                writer = _PartWriter(fs, root, f"{folder}/{prefix}-{first + len(parts):05d}.parquet", group.schema)
             writer.write(group)
             if writer.groups == groups_per_part:
                 parts.append(writer.close())
