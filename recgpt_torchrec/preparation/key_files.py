@@ -16,11 +16,13 @@ import pyarrow as pa
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.config.prepare import NONE
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine, quote_sql
+from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
+from recgpt_torchrec.preparation.engines.engine import quote_sql
 from recgpt_torchrec.preparation.reading.dialect import first_lines, shorten
-from recgpt_torchrec.preparation.reading.duckdb_reader import DuckDBReader
+from recgpt_torchrec.preparation.reading.duckdb_reader import open_file
 from recgpt_torchrec.preparation.reading.files import ENDINGS, InputFile, list_files
-from recgpt_torchrec.preparation.reading.rows import BLANK, FILTERED, UNKNOWN
+from recgpt_torchrec.preparation.reading.loading import load_files
+from recgpt_torchrec.preparation.reading.rows import FILTERED, UNKNOWN
 from recgpt_torchrec.storage import filesystem
 
 FITS, UNCOMPUTED, LEFT_OUT = 2, 1, 0
@@ -97,31 +99,26 @@ class KeyFile:
                 f"{self} is read as a list with a key per line, which has no columns for --where; give a table, whose "
                 "name ends in .csv, .tsv, .jsonl or .parquet"
             )
-        reader = DuckDBReader(engine, self._reading(is_list))
+        config = self._reading(is_list)
         try:
-            reader.open_all(files)
-            for index, file in enumerate(files):
-                if not is_list or first_lines(file, "utf-8", count=1):  # a list of blank lines has no columns
-                    reader.load(index, file)
+            dialects = [open_file(file, config) for file in files]
+            # A list of blank lines has no columns.
+            read = [each for each in zip(files, dialects, strict=True) if not is_list or first_lines(each[0], "utf-8")]
+            load_files(engine, config, [file for file, _ in read], [dialect for _, dialect in read], timed=False)
         except InputError as error:
             raise _without_options_of_prepare(error, self.kind) from None
-        usable = f"problem IS NULL OR problem IN ({quote_sql(FILTERED)}, {quote_sql(UNKNOWN)})"
         state = (
             f"CASE WHEN problem IS NULL THEN {FITS} WHEN problem = {quote_sql(UNKNOWN)} THEN {UNCOMPUTED} ELSE 0 END"
         )
         run(
             f"CREATE TABLE {table} AS SELECT item AS key, max({state})::TINYINT AS state FROM log_rows "
-            f"WHERE item IS NOT NULL AND ({usable}) GROUP BY item"
+            f"WHERE item IS NOT NULL AND (problem IS NULL OR problem IN ({quote_sql(FILTERED)}, {quote_sql(UNKNOWN)})) "
+            "GROUP BY item"
         )
         ((keys,),) = run(f"SELECT count(*) FROM {table}").fetchall()
-        bad = (
-            "SELECT problem, text FROM log_rows WHERE NOT coalesce(item IS NOT NULL AND "
-            f"({usable}), false) AND problem IS DISTINCT FROM {quote_sql(BLANK)} "
-            "UNION ALL SELECT reason, text FROM malformed"
-        )
-        ((unusable, problem, text),) = run(f"SELECT count(*), first(problem), first(text) FROM ({bad})").fetchall()
-        run("DROP VIEW log; DROP TABLE log_rows; DROP TABLE malformed")
-        example = f"{_said_of(self.kind, problem)}: {shorten(text)!r}" if unusable else ""
+        ((unusable, reason, text),) = run("SELECT count(*), first(reason), first(text) FROM rejected").fetchall()
+        run("DROP VIEW log; DROP TABLE log_rows; DROP TABLE malformed; DROP TABLE rejected")
+        example = f"{_said_of(self.kind, reason)}: {shorten(text)!r}" if unusable else ""
         if not keys:
             why = f"none of its {unusable:,} rows has a key ({example})" if unusable else "it is empty"
             raise InputError(f"{self}: {why}; {REMEDY}")
