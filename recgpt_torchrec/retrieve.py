@@ -27,7 +27,8 @@ def main(config: Retrieve) -> None:
     from recgpt_torchrec.retrieval.list_summary import describe_lists
     from recgpt_torchrec.retrieval.search.choosing import resolve
 
-    with process_group(device="cpu"):  # no search runs on a GPU
+    # No search runs on a GPU. While rank 0 joins the keys of items, the others wait.
+    with process_group(3600.0 if config.allow or config.deny or config.items else 600.0, "cpu"):
         export = open_export(config.export)
         config = resolve(config, export)
         dataset = Dataset.open(config.data) if config.data is not None else None

@@ -64,6 +64,7 @@ class KeyFile:
         digest = hashlib.sha256()
         for file in self.files():
             fs, root = filesystem(file.path)
+            digest.update(f"{file.format} {file.bytes} ".encode())
             try:
                 with fs.open_input_stream(root, compression=None) as stream:
                     while chunk := stream.read(CHUNK):
@@ -108,7 +109,7 @@ class KeyFile:
         except InputError as error:
             raise _without_options_of_prepare(error, self.kind) from None
         state = (
-            f"CASE WHEN problem IS NULL THEN {FITS} WHEN problem = {quote_sql(UNKNOWN)} THEN {UNCOMPUTED} ELSE 0 END"
+            f"CASE WHEN problem IS NULL THEN {FITS} WHEN problem = {quote_sql(UNKNOWN)} THEN {UNCOMPUTED} ELSE {LEFT_OUT} END"
         )
         run(
             f"CREATE TABLE {table} AS SELECT item AS key, max({state})::TINYINT AS state FROM log_rows "

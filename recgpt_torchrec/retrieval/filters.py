@@ -1,6 +1,8 @@
 """What filters of items and the choice of users did, as the manifest of lists records it."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+
+from recgpt_torchrec.storage.typed import check_counts
 
 
 @dataclass(kw_only=True)
@@ -24,6 +26,9 @@ class FilterRecord:
     """Number of items of the export for which the condition cannot be computed."""
     unusable: int = 0
     """Number of rows without a key, and of malformed lines."""
+
+    def __post_init__(self) -> None:
+        check_counts({name: value for name, value in asdict(self).items() if isinstance(value, int)})
 
     def describe(self, option: str) -> str:
         """One line for the summary."""
