@@ -42,14 +42,23 @@ class Part:
         Raises:
             ValueError: its path does not stay below the folder, or a number is impossible.
         """
-        shown = self.path[:SHOWN]
-        steps = self.path.split("/")
-        if "\\" in self.path or ":" in self.path or {"", ".", ".."} & {*steps} or len(self.path) > PATH_LENGTH:
-            raise ValueError(f"it lists a part {shown!r}, which is not a path below the folder")
+        shown = check_path(self.path)
         check_counts({f"{name} of {shown}": getattr(self, name) for name in ("rows", "items", "bytes")})
         for name, limit in {"rows": ROWS_PER_BYTE, "items": VALUES_PER_BYTE}.items():
             if getattr(self, name) > limit * self.bytes:
                 raise ValueError(f"it promises {getattr(self, name):,} {name} in the {self.bytes:,} bytes of {shown}")
+
+
+def check_path(path: str) -> str:
+    """Check that the path of a file that a manifest lists stays below the folder; returns it for messages.
+
+    Raises:
+        ValueError: it does not, or is too long.
+    """
+    steps = path.split("/")
+    if "\\" in path or ":" in path or {"", ".", ".."} & {*steps} or len(path) > PATH_LENGTH:
+        raise ValueError(f"it lists a part {path[:SHOWN]!r}, which is not a path below the folder")
+    return path[:SHOWN]
 
 
 def write_parts(
@@ -59,6 +68,7 @@ def write_parts(
     groups: Iterable[pa.Table],
     groups_per_part: int,
     prefix: str = "part",
+    first: int = 0,
     options: Mapping[str, Any] | None = None,
 ) -> list[Part]:
     """Write tables as the row groups of `folder`/part-00000.parquet, `folder`/part-00001.parquet, ...
@@ -69,6 +79,7 @@ def write_parts(
         groups: one table per row group; none may be empty.
         groups_per_part: row groups per file.
         prefix: prefix of the files' names; processes that write into one folder need different ones.
+        first: number of the first file.
         options: of `ParquetWriter`, in place of those that suit histories and keys.
 
     Returns:
@@ -80,7 +91,7 @@ def write_parts(
     try:
         for group in groups:
             if writer is None:
-                path = f"{folder}/{prefix}-{len(parts):05d}.parquet"
+                path = f"{folder}/{prefix}-{first + len(parts):05d}.parquet"
                 writer = _PartWriter(fs, root, path, group.schema, options or {})
             writer.write(group)
             if writer.groups == groups_per_part:
