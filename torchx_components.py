@@ -50,6 +50,13 @@ def export(*args: str, **options: Any) -> specs.AppDef:
 
 
 @job.with_launch_options
+def apply(*args: str, **options: Any) -> specs.AppDef:
+    """Apply deltas to the export they were made from, and write the whole export. Runs in one process, without GPUs."""
+    job.require_one_process("apply", options.get("j"))
+    return job.make_job("recgpt_torchrec.apply", *args, **options)
+
+
+@job.with_launch_options
 def retrieve(*args: str, **options: Any) -> specs.AppDef:
     """Turn an export into a list of items for each user, with an exact or an approximate index."""
     return job.make_job("recgpt_torchrec.retrieve", *args, **options)
