@@ -26,7 +26,7 @@ def random_vectors(count: int, *shape: int, seed: int = 0, first: int = 0) -> Ve
 
 def item_key(item: int) -> str:
     """Keys that need quoting, and are not ASCII."""
-    return f"it'em \"{item}\" ü"
+    return f'it\'em "{item}" ü'
 
 
 def write_export_folder(path: Path, items: Vectors, users: Vectors, dtype: str = "float32", **more: Any) -> Export:
@@ -44,7 +44,9 @@ def write_delta_folder(
     if removed:
         parts["removed_item_parts"] = _write_table(path, "removed_items", _keyed("item", removed))
     dim = len(next(iter(items.values()))) if items else 8
-    manifest = DeltaManifest(base=base, since=["export"], items=count, users=1, dim=dim, dtype=dtype, vocabulary="v", **parts)
+    manifest = DeltaManifest(
+        base=base, since=["export"], items=count, users=1, dim=dim, dtype=dtype, vocabulary="v", **parts
+    )
     return open_delta(_commit(path, manifest))
 
 

@@ -1,8 +1,8 @@
-"""Exports and deltas in real vector stores. Needs the packages of `make stores`; without them these tests are skipped."""
+"""Exports and deltas in real vector stores; skipped without the packages of `make stores`."""
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -22,7 +22,7 @@ from tests.tools.store_helpers import (
 )
 from tools.stores import __main__ as command
 from tools.stores import comparing, loading
-from tools.stores.store import STORES, Items, Record, Store, open_store
+from tools.stores.store import STORES, Items, Store, open_store
 
 DIM, K = 8, 20
 PACKAGES = {
@@ -33,6 +33,7 @@ PACKAGES = {
 }
 Where = tuple[str, str, str]
 """Name of a store, its URI, and a table that does not exist yet."""
+NUMBERS = count()
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the stores' clients
 
 
@@ -47,13 +48,13 @@ def pg_folder(tmp_path_factory) -> Iterator[str]:
 
 
 @pytest.fixture(params=STORES)
-def where(request, tmp_path, numbers=count()) -> Where:
+def where(request, tmp_path) -> Where:
     """Each store in turn."""
     name = request.param
     for package in PACKAGES[name]:
         pytest.importorskip(package, reason="make stores installs it")
     uri = request.getfixturevalue("pg_folder") if name == "pgvector" else str(tmp_path / f"{name}.db")
-    return name, uri, f"items_{next(numbers)}"
+    return name, uri, f"items_{next(NUMBERS)}"
 
 
 @pytest.fixture
@@ -64,7 +65,9 @@ def export(tmp_path) -> Export:
 def brute_force(items: Vectors, queries: np.ndarray, k: int) -> list[list[tuple[int, float]]]:
     """The best items and their scores by a plain loop."""
     scored = [
-        sorted(((item, float(np.dot(query.astype(float), vector))) for item, vector in items.items()), key=lambda p: -p[1])
+        sorted(
+            ((item, float(np.dot(query.astype(float), vector))) for item, vector in items.items()), key=lambda p: -p[1]
+        )
         for query in queries
     ]
     return [row[:k] for row in scored]
@@ -88,7 +91,9 @@ def check_lists(store: Store, items: Vectors, queries: np.ndarray, least: float 
         assert (np.diff(scores) <= 1e-5).all()
     if least == 1:
         assert found.ids.tolist() == [[item for item, _ in row] for row in expected]
-    hits = [len(set(ids) & {item for item, _ in row}) / K for ids, row in zip(found.ids.tolist(), expected, strict=True)]
+    hits = [
+        len(set(ids) & {item for item, _ in row}) / K for ids, row in zip(found.ids.tolist(), expected, strict=True)
+    ]
     assert np.mean(hits) >= least
     return float(np.mean(hits))
 
@@ -122,7 +127,9 @@ def test_an_approximate_search_uses_the_index(where, tmp_path):
         assert record is not None
         native: Any = store
         if where[0] == "duckdb":
-            text = f"EXPLAIN SELECT item_id, key, array_negative_inner_product(vector, ?::FLOAT[{DIM}]) AS distance FROM "
+            text = (
+                f"EXPLAIN SELECT item_id, key, array_negative_inner_product(vector, ?::FLOAT[{DIM}]) AS distance FROM "
+            )
             plan = native.connection.execute(f"{text}{where[2]} ORDER BY distance LIMIT 5", [queries[0].tolist()])
             assert "HNSW_INDEX_SCAN" in plan.fetchall()[0][1]
         elif where[0] == "lancedb":
@@ -144,15 +151,15 @@ def test_vectors_of_any_type_are_loaded_as_float32(where, tmp_path, dtype):
         check_lists(store, decoded(export), np.stack(list(random_vectors(5, DIM, seed=2).values())))
 
 
-def chain(tmp_path: Path, export: Export, dtype: str = "float32") -> tuple[list[Any], Vectors]:
+def chain(tmp_path: Path, export: Export) -> tuple[list[Any], Vectors]:
     """Two deltas after an export of 600 items, and the vectors after both."""
     items = decoded(export)
     moved = random_vectors(30, DIM, seed=5, first=100)
-    first = write_delta_folder(tmp_path / "first", export.state, moved, [598, 599], 598, dtype)
-    new = random_vectors(50, DIM, seed=6, first=590)  # eight moved, two come back, forty are new
-    second = write_delta_folder(tmp_path / "second", first.state, new, [], 640, dtype)
-    after = {**items, **moved}
-    return [first, second], {**{item: after[item] for item in range(598)}, **new}
+    first = write_delta_folder(tmp_path / "first", export.state, moved, [3, 4], 598)
+    # Ten moved, forty are new, two come back.
+    new = random_vectors(50, DIM, seed=6, first=590) | random_vectors(2, DIM, seed=7, first=3)
+    second = write_delta_folder(tmp_path / "second", first.state, new, [], 640)
+    return [first, second], {**items, **moved, **new}
 
 
 @pytest.mark.parametrize("index", ["flat", "hnsw"])
@@ -272,7 +279,11 @@ def test_several_interests_are_merged_as_retrieve_merges_them(where, tmp_path, w
 
     dataset: Dataset = write_dataset(tmp_path / "data", walks(users=30, items=200), items=200, vocabulary="v")
     export = write_export_folder(
-        tmp_path / "export", random_vectors(200, DIM), random_vectors(30, 2, DIM, seed=1), "float32", dataset=dataset.path
+        tmp_path / "export",
+        random_vectors(200, DIM),
+        random_vectors(30, 2, DIM, seed=1),
+        "float32",
+        dataset=dataset.path,
     )
     lists, data = tmp_path / "lists", dataset.path if with_data else None
     assert stage("retrieve", {"--export": export.path, "--output": lists, "--k": 15, "--data": data}) == 0
@@ -304,7 +315,7 @@ def test_the_command_loads_applies_shows_and_compares(where, export, tmp_path, m
     assert run(monkeypatch, where, "apply", "--delta", first.path, second.path) == 0
     assert run(monkeypatch, where, "show") == 0
     said = capsys.readouterr().out
-    assert "50 items new or moved, 0 removed" in said and f"state {second.state[:12]}, 640 items" in said
+    assert "30 items new or moved, 2 removed" in said and f"state {second.state[:12]}, 640 items" in said
     assert run(monkeypatch, where, "compare", "--export", export.path) == 2
     assert "compare it with the export it holds" in capsys.readouterr().err
     assert run(monkeypatch, where, "load", "--export", first.path) == 2, "a delta taken for an export"
@@ -337,13 +348,13 @@ def test_wrong_lists_are_told_apart_from_right_ones(export):
     wrong_ids[1, -1], wrong_scores[1, -1] = -1, -np.inf
     wrong = comparing.compare_exactly(export, queries, wrong_ids, wrong_scores)
     assert wrong.equal == 0.5 and wrong.recall == pytest.approx(1 - 2 / (4 * K))
-    for change, message in [
-        (lambda: wrong_ids.__setitem__((2, 0), 10_000), "does not have"),
-        (lambda: wrong_scores.__setitem__((2, 0), 1 - scores[2, 0]), "not inner products"),
-        (lambda: wrong_ids.__setitem__((2, 1), wrong_ids[2, 0]), "twice|not inner products"),
+    for place, item, score, message in [
+        ((2, 0), 10_000, scores[2, 0], "does not have"),
+        ((2, 0), ids[2, 0], 1 - scores[2, 0], "not inner products"),
+        ((2, 1), ids[2, 0], scores[2, 0], "twice"),
     ]:
         wrong_ids, wrong_scores = ids[:, :K].copy(), scores[:, :K].copy()
-        change()
+        wrong_ids[place], wrong_scores[place] = item, score
         with pytest.raises(InputError, match=message):
             comparing.compare_exactly(export, queries, wrong_ids, wrong_scores)
 
@@ -361,16 +372,3 @@ def test_batches_are_bounded_in_bytes(export):
     sizes = [len(items.ids) for items in loading.read_items(export.items(rows=rows))]
     assert rows == 7 and max(sizes) <= 7 and sum(sizes) == 600
     assert loading.batch_rows(Counting, 10_000) == 1  # type: ignore[arg-type]
-
-
-def test_a_record_survives_its_json():
-    record = Record(state="a", pending="b", pending_path="c", path="d", dim=3, items=4, index="ivf", clusters=5)
-    texts: list[str] = []
-
-    class Kept(Record):
-        pass
-
-    read: Callable[[Any], Record | None] = Store.read_record
-    holder = type("Holder", (), {"read_state": lambda self: texts[-1], "write_state": lambda self, t: texts.append(t)})()
-    Store.write_record(holder, record)
-    assert read(holder) == record

@@ -1,9 +1,9 @@
 """Loads exports and deltas into vector stores, and compares their lists with exact ones. See docs/vector_stores.md.
 
-    python -m tools.stores load --store lancedb --uri vectors/lance --export vectors/mine --index hnsw
-    python -m tools.stores apply --store lancedb --uri vectors/lance --delta vectors/mine-0900
-    python -m tools.stores show --store lancedb --uri vectors/lance
-    python -m tools.stores compare --store lancedb --uri vectors/lance --export vectors/mine --users 1000 --k 50
+python -m tools.stores load --store lancedb --uri vectors/lance --export vectors/mine --index hnsw
+python -m tools.stores apply --store lancedb --uri vectors/lance --delta vectors/mine-0900
+python -m tools.stores show --store lancedb --uri vectors/lance
+python -m tools.stores compare --store lancedb --uri vectors/lance --export vectors/mine --users 1000 --k 50
 """
 
 import argparse

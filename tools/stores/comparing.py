@@ -64,7 +64,9 @@ def check_comparable(store: Store, export: Export) -> Record:
     if record is None:
         raise InputError(f"{store.uri} holds no export in {store.table!r}; load one first")
     if record.state != export.state or record.pending:
-        raise InputError(f"{store.uri} holds {describe(record)}, not {export.path}; compare it with the export it holds")
+        raise InputError(
+            f"{store.uri} holds {describe(record)}, not {export.path}; compare it with the export it holds"
+        )
     return record
 
 
@@ -83,9 +85,7 @@ def read_users(export: Export, count: int) -> Users:
     return Users(np.concatenate(ids), np.concatenate(vectors))
 
 
-def search_all(
-    store: Store, record: Record, queries: Float32, k: int, effort: int = 0
-) -> tuple[Int64, Float32, float]:
+def search_all(store: Store, record: Record, queries: Float32, k: int, effort: int = 0) -> tuple[Int64, Float32, float]:
     """The store's lists of some queries, `QUERIES` at a time.
 
     Returns:

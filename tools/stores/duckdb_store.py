@@ -89,10 +89,17 @@ class DuckdbStore(Store):
                 "WITH (metric = 'ip', M = 32, M0 = 64, ef_construction = 200)"
             )
 
-    def refresh_index(self) -> None:
-        """Drop the deleted rows from the graph; until then they are only skipped."""
-        if self._run("SELECT count(*) FROM duckdb_indexes WHERE index_name = ?", [f"{self.table}_hnsw"]).fetchone()[0]:
-            self._run("PRAGMA hnsw_compact_index('{index}')")
+    def prepare_delta(self) -> None:
+        """Drop the graph: after deletes and inserts its searches came back short (3,200 items: 43 of 50, recall 0.86).
+
+        `PRAGMA hnsw_compact_index` did not help, and ended the process once. Until the graph is built anew searches are
+        exact.
+        """
+        self._run("DROP INDEX IF EXISTS {index}")
+
+    def finish_delta(self, record: Record) -> None:
+        """Build the graph anew."""
+        self.build_index(record)
 
     def count(self) -> int:
         """See `Store`."""

@@ -6,7 +6,7 @@ Its metric `dot` gives a distance of 1 - inner product. Without an index every v
 import os
 from datetime import timedelta
 
-os.environ.setdefault("LANCE_LOG", "error")  # read when it is imported; else it warns of each new table
+os.environ.setdefault("LANCEDB_LOG", "error")  # read when it is imported; else it warns of each new table
 
 import lancedb
 import numpy as np
@@ -75,9 +75,9 @@ class LanceStore(Store):
             table.create_index("vector", config=IvfFlat(distance_type="dot"))
         elif record.index == "hnsw":
             table.create_index("vector", config=HnswFlat(distance_type="dot", num_partitions=1))
-        self.refresh_index()
+        self.finish_delta(record)
 
-    def refresh_index(self) -> None:
+    def finish_delta(self, record: Record) -> None:
         """Index the rows that a delta added (until then they are scored one by one), and merge small files."""
         self._open().optimize(cleanup_older_than=timedelta(days=1))
 

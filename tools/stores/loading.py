@@ -80,6 +80,7 @@ def apply(store: Store, delta: Delta) -> Record:
     assert record is not None
     store.write_record(replace(record, pending=delta.state, pending_path=delta.path))
     after = replace(record, state=delta.state, path=delta.path, items=manifest.items, pending="", pending_path="")
+    store.prepare_delta()
     rows = batch_rows(store, manifest.dim)
     total = sum(part.rows for part in manifest.item_parts + manifest.removed_item_parts)
     with progress_bar(total, "items") as bar, store.transaction():
@@ -91,8 +92,8 @@ def apply(store: Store, delta: Delta) -> Record:
             store.upsert(items)
             bar.update(len(items.ids))
         check_count(store, manifest.items, delta.path)
-        store.write_record(after)
-    store.refresh_index()  # searches are right without it too, only slower
+    store.finish_delta(record)
+    store.write_record(after)
     return after
 
 

@@ -83,9 +83,9 @@ class MilvusStore(Store):
             "hnsw": ("HNSW", {"M": 32, "efConstruction": 200}),
         }[record.index]
         self._add_index(self.table, "vector", kind, settings)
-        self.refresh_index()
+        self.finish_delta(record)
 
-    def refresh_index(self) -> None:
+    def finish_delta(self, record: Record) -> None:
         """Write new rows to a segment with an index, and load it: until then they are scored one by one."""
         self.client.flush(self.table)
         self.client.release_collection(self.table)

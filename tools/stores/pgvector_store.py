@@ -94,7 +94,9 @@ class PgvectorStore(Store):
         if record.index == "hnsw":
             self._run("CREATE INDEX ON {items} USING hnsw (vector vector_ip_ops)")
         elif record.index == "ivf":
-            self._run(f"CREATE INDEX ON {{items}} USING ivfflat (vector vector_ip_ops) WITH (lists = {record.clusters})")
+            self._run(
+                f"CREATE INDEX ON {{items}} USING ivfflat (vector vector_ip_ops) WITH (lists = {record.clusters})"
+            )
         self._run("ANALYZE {items}")
 
     def count(self) -> int:
@@ -111,9 +113,7 @@ class PgvectorStore(Store):
             self.connection.execute("SET hnsw.iterative_scan = strict_order")  # goes on where they were not enough
         elif record.index == "ivf":
             self.connection.execute(f"SET ivfflat.probes = {effort}")
-        command = (
-            "SELECT item_id, key, -(vector <#> %(query)s) FROM {items} ORDER BY vector <#> %(query)s LIMIT %(k)s"
-        )
+        command = "SELECT item_id, key, -(vector <#> %(query)s) FROM {items} ORDER BY vector <#> %(query)s LIMIT %(k)s"
         return found_of([self._run(command, {"query": query, "k": k}).fetchall() for query in queries], k)
 
     def _copy(self, items: Items, table: str) -> None:

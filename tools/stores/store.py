@@ -166,8 +166,11 @@ class Store(ABC):
     def build_index(self, record: Record) -> None:
         """Build the index `record.index` after the last insert, and make the table ready for searches."""
 
-    def refresh_index(self) -> None:  # noqa: B027 (most stores keep their index up to date by themselves)
-        """Bring the index up to date after a delta."""
+    def prepare_delta(self) -> None:  # noqa: B027 (most stores need nothing)
+        """Make the table ready for the changes of a delta."""
+
+    def finish_delta(self, record: Record) -> None:  # noqa: B027 (some keep their index up to date by themselves)
+        """Bring the index `record.index` up to date after a delta."""
 
     @abstractmethod
     def count(self) -> int:
@@ -233,6 +236,7 @@ def found_of(rows: list[list[tuple[int, str, float]]], k: int) -> Found:
         if row:
             ids[number, : len(row)], keys[number, : len(row)], scores[number, : len(row)] = zip(*row, strict=True)
     return Found(ids, keys, scores)
+
 
 def table_of(items: Items) -> pa.Table:
     """Items as an Arrow table of the columns item_id, key and vector."""
