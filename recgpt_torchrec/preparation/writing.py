@@ -67,7 +67,7 @@ class Layout:
         """Write the part of this number: the same file as `write_all` writes, given its rows alone."""
         start = number * self.ids_per_part
         groups = self.make_groups(batches, start=start, stop=min(start + self.ids_per_part, self.ids))
-        (part,) = write_parts(fs, root, self.folder, groups, self.groups_per_part, prefix, number)
+        (part,) = write_parts(fs, root, self.folder, groups, self.groups_per_part, prefix, first=number)
         return part
 
 

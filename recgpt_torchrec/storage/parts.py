@@ -68,6 +68,7 @@ def write_parts(
     groups: Iterable[pa.Table],
     groups_per_part: int,
     prefix: str = "part",
+    *,
     first: int = 0,
     options: Mapping[str, Any] | None = None,
 ) -> list[Part]:
