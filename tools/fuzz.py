@@ -33,8 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from tools import mutations
 from tools.mutations import Mutation
@@ -231,6 +229,9 @@ def write_inputs(folder: Path) -> None:
 
 def write_keys(folder: Path) -> None:
     """Write lists and tables of the keys of the dataset's items and users."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     items, users = (pq.read_table(folder / "data" / name)["key"].to_pylist() for name in ("items", "users"))
     (folder / "keys.txt").write_text("".join(f"{key}\n" for key in items[::2]))
     (folder / "keys.jsonl").write_text("".join(json.dumps({"user_id": key}) + "\n" for key in users[::3]))
