@@ -121,6 +121,8 @@ KINDS = [
          "vectors"),
     Kind("export: items", "vectors/items/*.parquet", "retrieve", "parquet", is_part=True),
     Kind("export: users", "vectors/users/*.parquet", "retrieve", "parquet", is_part=True),
+    Kind("index: manifest", "indexed/manifest.json", "retrieve", "json", {"--export": "indexed"}),
+    Kind("index: shards", "indexed/index/*/*.faiss", "retrieve", "records", {"--export": "indexed"}),
     Kind("lists: manifest, retrieved again", "lists/manifest.json", "retrieve", "json", {"--output": "lists"}, "lists"),
     Kind("evaluation, written again", "test.json", "evaluate", "json", {"--output": "test.json"}, "test.json"),
     Kind("configuration", "config.yaml", "parse", "yaml", any_result=True),
@@ -212,6 +214,7 @@ def write_inputs(folder: Path) -> None:
     run_stage("generate_prompts", {"--data": "data", "--checkpoint": "run", "--output": "prompts", "--prompts.k": 1}
               | {"--prompts.answers": ANSWERS})  # fmt: skip
     run("export", output="vectors")
+    run("export", output="indexed", index__kind="hnsw", index__shards=2)
     run("retrieve", output="lists")
     run("evaluate", output="test.json")
     groups: dict[str, dict[str, Any]] = {}

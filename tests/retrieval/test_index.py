@@ -287,7 +287,10 @@ def test_a_file_that_is_another_index_than_promised_is_refused(kept, tmp_path):
         ({"shards": [IndexShard(path="../x", first=0, stop=10, bytes=1, checksums=["0"])]}, "not a path below"),
         ({"shards": [IndexShard(path="x", first=1, stop=10, bytes=1, checksums=["0"])]}, "after 0 others"),
         ({"shards": [IndexShard(path="x", first=0, stop=10, bytes=1, checksums=[])]}, "0 checksums of x"),
-        ({"parameters": {"ivf.probes": -1}}, "index.parameters.ivf.probes is -1"),
+        ({"parameters": {"ivf.probes": 1}}, "index.parameters has ivf.probes, it must have "),
+        ({"kind": "ivf", "parameters": {"ivf.probes": -1, "ivf.clusters": 1}}, "index.parameters.ivf.probes is -1"),
+        ({"kind": "ivf", "parameters": {"ivf.probes": 1, "ivf.clusters": 2**31}}, "ivf.clusters is 2147483648"),
+        ({"measured": {"recall@10": 1.0}}, "index.measured has recall@10, it must have recall@10, recall@50"),
     ],
 )
 def test_a_manifest_of_an_impossible_index_is_refused(changes, message):
