@@ -33,7 +33,8 @@ from pipelines.paper_report import METRICS, Row  # noqa: E402
 from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
 from recgpt_torchrec.config import Prepare  # noqa: E402
 from recgpt_torchrec.errors import InputError  # noqa: E402
-from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine, quote_sql  # noqa: E402
+from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine  # noqa: E402
+from recgpt_torchrec.preparation.engines.engine import quote_sql  # noqa: E402
 from recgpt_torchrec.preparation.reading.files import list_files  # noqa: E402
 from recgpt_torchrec.preparation.reading.log import read_log  # noqa: E402
 

@@ -1,6 +1,7 @@
 """Stage `retrieve`: an export -> a list of items for each user, from an exact or an approximate index."""
 
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,13 @@ def main(config: Retrieve) -> None:
     from recgpt_torchrec.data.dataset import Dataset, histories_fingerprint
     from recgpt_torchrec.distributed.processes import print_result, process_group, run_on_first_rank
     from recgpt_torchrec.retrieval.exports.reading import open_export
+    from recgpt_torchrec.retrieval.key_inputs import start_records
     from recgpt_torchrec.retrieval.list_folder import ListManifest
     from recgpt_torchrec.retrieval.list_summary import describe_lists
     from recgpt_torchrec.retrieval.search.choosing import resolve
-    from recgpt_torchrec.retrieval.search.item_filter import start_records
 
-    with process_group(device="cpu"):  # no search runs on a GPU
+    # No search runs on a GPU. While rank 0 joins the keys of items, the others wait.
+    with process_group(3600.0 if config.allow or config.deny or config.items else 600.0, "cpu"):
         export = open_export(config.export)
         config = resolve(config, export)
         dataset = Dataset.open(config.data) if config.data is not None else None
@@ -131,6 +133,7 @@ def retrieve(
     """
     from recgpt_torchrec.distributed.processes import log_message
     from recgpt_torchrec.evaluation.list_quality import ListQuality
+    from recgpt_torchrec.retrieval.chosen_users import ChosenUsers
     from recgpt_torchrec.retrieval.fallback import popular_lists
     from recgpt_torchrec.retrieval.list_folder import write_lists
     from recgpt_torchrec.retrieval.search.item_filter import find_allowed
@@ -148,25 +151,30 @@ def retrieve(
     index_seconds = time.perf_counter() - started
     split = export.manifest.settings.get("history", "all")
     histories = UserHistories(dataset, split) if dataset is not None else None
-    quality = ListQuality(
-        config.k,
-        held_out=histories is not None and split != "all",
-        exact=exact if config.sample and retriever is not exact else None,
-        every=max(1, total // max(1, config.sample)),
-    )
-    started = time.perf_counter()
+    with ChosenUsers(config) if config.users is not None else nullcontext() as chosen:
+        total = total if chosen is None else min(total, chosen.keys)
+        quality = ListQuality(
+            config.k,
+            held_out=histories is not None and split != "all",
+            exact=exact if config.sample and retriever is not exact else None,
+            every=max(1, total // max(1, config.sample)),
+        )
+        started = time.perf_counter()
 
-    def batches() -> "Iterator[ListBatch]":
-        yield from search_users(export, retriever, histories, interests, quality.update)
-        if config.fallback == "popular":
-            finish()  # the other ranks need not wait for it
-            yield from popular_lists(export, dataset, config.k, allowed)
+        def batches() -> "Iterator[ListBatch]":
+            yield from search_users(export, retriever, histories, interests, quality.update, chosen)
+            if config.fallback == "popular":
+                finish()  # the other ranks need not wait for it
+                yield from popular_lists(export, dataset, config.k, allowed, chosen)
 
-    def measurements() -> dict[str, Any]:
-        seconds = time.perf_counter() - started - quality.seconds
-        return {"index_seconds": index_seconds, "users_per_second": total / seconds, **quality.result()}
+        def measurements() -> dict[str, Any]:
+            seconds = time.perf_counter() - started - quality.seconds
+            if chosen is not None:
+                chosen.complete(manifest.filters["users"], config)
+            searched = manifest.users - manifest.popular
+            return {"index_seconds": index_seconds, "users_per_second": searched / seconds, **quality.result()}
 
-    return write_lists(config.output, manifest, batches(), export.item_keys(), measurements, finish)
+        return write_lists(config.output, manifest, batches(), export.item_keys(), measurements, finish)
 
 
 if __name__ == "__main__":

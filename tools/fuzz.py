@@ -124,6 +124,10 @@ KINDS = [
     Kind("index: manifest", "indexed/manifest.json", "retrieve", "json", {"--export": "indexed"}),
     Kind("index: shards", "indexed/index/*/*.faiss", "retrieve", "records", {"--export": "indexed"}),
     Kind("lists: manifest, retrieved again", "lists/manifest.json", "retrieve", "json", {"--output": "lists"}, "lists"),
+    Kind("keys: list", "keys.txt", "retrieve", "text", {"--allow": "keys.txt"}, any_result=True),
+    Kind("keys: lines of JSON", "keys.jsonl", "retrieve", "json", {"--users": "keys.jsonl"}, any_result=True),
+    Kind("keys: table", "keys.parquet", "retrieve", "parquet",
+         {"--items": "keys.parquet", "--where": "price < 9", "--fallback": "popular"}, any_result=True),
     Kind("evaluation, written again", "test.json", "evaluate", "json", {"--output": "test.json"}, "test.json"),
     Kind("configuration", "config.yaml", "parse", "yaml", any_result=True),
 ]  # fmt: skip
@@ -216,6 +220,7 @@ def write_inputs(folder: Path) -> None:
     run("export", output="vectors")
     run("export", output="indexed", index__kind="hnsw", index__shards=2)
     run("retrieve", output="lists")
+    write_keys(folder)
     run("evaluate", output="test.json")
     groups: dict[str, dict[str, Any]] = {}
     for option, value in TRAINING.items():
@@ -223,6 +228,17 @@ def write_inputs(folder: Path) -> None:
         groups.setdefault(group, {})[name] = value
     lines = [f"{g}:\n" + "".join(f"  {name}: {value}\n" for name, value in of.items()) for g, of in groups.items()]
     (folder / "config.yaml").write_text("seed: 3\n" + "".join(lines))
+
+
+def write_keys(folder: Path) -> None:
+    """Write lists and tables of the keys of the dataset's items and users."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    items, users = (pq.read_table(folder / "data" / name)["key"].to_pylist() for name in ("items", "users"))
+    (folder / "keys.txt").write_text("".join(f"{key}\n" for key in items[::2]))
+    (folder / "keys.jsonl").write_text("".join(json.dumps({"user_id": key}) + "\n" for key in users[::3]))
+    pq.write_table(pa.table({"item_id": items, "price": list(range(len(items)))}), folder / "keys.parquet")
 
 
 # ------------------------------------------------------------------------------------------------------------- cases

@@ -28,7 +28,7 @@ from recgpt_torchrec.data.dataset import Manifest
 from recgpt_torchrec.data.split import EVALUATION, Starts
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.pipeline import group_size
-from recgpt_torchrec.preparation.writing import Fingerprint, sequence_groups
+from recgpt_torchrec.preparation.writing import fingerprint_parts, sequence_groups
 from recgpt_torchrec.storage import folders
 from recgpt_torchrec.storage.parts import Part, write_parts
 from tools.synthetic_log import BLOCK_USERS, Habits, cumulative_zipf, walk_users
@@ -140,12 +140,11 @@ def blocks(world: Arithmetic, habits: Habits, users: int, seed: int, counts: Cou
         yield pa.RecordBatch.from_pydict({"user_id": user + first, "item_id": item, "time": moment})
 
 
-def key_tables(prefix: str, column: str, total: int, fingerprint: Fingerprint) -> Iterator[pa.Table]:
-    """Generate ids and keys, `i0`, `i1`, ..., and add the keys to the fingerprint."""
+def key_tables(prefix: str, column: str, total: int) -> Iterator[pa.Table]:
+    """Generate ids and keys, `i0`, `i1`, ..."""
     for first in range(0, total, KEYS):
         ids = pa.array(np.arange(first, min(first + KEYS, total), dtype=np.int64))
         keys = pc.binary_join_element_wise(prefix, ids.cast(pa.string()), "")
-        fingerprint.add(pa.chunked_array([keys]))
         yield pa.table({column: ids, "key": keys})
 
 
@@ -172,10 +171,9 @@ def write_dataset(
         "item_ids": ("item_id", pa.int64()),
         "timestamps": ("time", pa.int64()),
     }
-    fingerprint = Fingerprint()
     with folders.stage_folder(output) as (fs, folder):
         groups = sequence_groups(
-            blocks(world, habits, histories, seed, counts), group_size(histories), lists, histories
+            blocks(world, habits, histories, seed, counts), group_size(histories), lists, stop=histories
         )
         manifest = Manifest(users=users, items=items, sequences=write_parts(fs, folder, "sequences", groups, 8))
         manifest.preparation = counts.record()
@@ -183,7 +181,6 @@ def write_dataset(
         manifest.settings = {"synthetic": {"seed": seed, "zipf": zipf, "histories": histories}}
 
         def write(name: str, tables: Iterator[pa.Table]) -> list[Part]:
-            fingerprint.add(pa.chunked_array([[name]]))  # as `prepare` does
             return write_parts(fs, folder, name, tables, GROUPS_PER_PART)
 
         def with_counts(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
@@ -194,9 +191,10 @@ def write_dataset(
                     table = table.append_column(column, pa.array(values[ids].astype(np.int64)))
                 yield table
 
-        manifest.item_parts = write("items", with_counts(key_tables("i", "item_id", items, fingerprint)))
-        manifest.user_parts = write("users", key_tables("u", "user_id", users, fingerprint))
-        manifest.vocabulary = fingerprint.hex()
+        manifest.item_parts = write("items", with_counts(key_tables("i", "item_id", items)))
+        manifest.user_parts = write("users", key_tables("u", "user_id", users))
+        keys = {"items": manifest.item_parts, "users": manifest.user_parts}
+        manifest.vocabulary = fingerprint_parts(fs, folder, keys)
         folders.write_manifest(fs, folder, manifest.to_json())
     return manifest
 

@@ -284,6 +284,11 @@ class Retrieve:
     in the table, or for which it cannot be computed, may not. null: every item may."""
     item_column: str = "item_id"
     """Column of the keys in the tables of --allow, --deny and --items."""
+    users: str | None = changeable(None)
+    """Keys of the users whose lists are wanted, in a file like that of --allow. Unknown ones are counted. null: the
+    lists of all users."""
+    user_column: str = "user_id"
+    """Column of the keys in the table of --users."""
     fallback: Literal["none", "popular"] = "none"
     """Lists of users of --data without a vector in the export: those without a history, and those whose history has no
     item before the held-out one. none: they get no list. popular: the k items with the most interactions that a filter

@@ -18,7 +18,7 @@ from recgpt_torchrec.data.segments import INTERACTED, Interacted
 from recgpt_torchrec.data.split import cut
 from recgpt_torchrec.data.windows import row_groups
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
+from recgpt_torchrec.preparation.engines.engine import Engine
 from recgpt_torchrec.preparation.queries import order_of
 from recgpt_torchrec.storage import filesystem
 from recgpt_torchrec.storage.parts import Part
@@ -73,7 +73,7 @@ class Known:
     """`key` and `item_id` of every item."""
 
     @classmethod
-    def load(cls, engine: DuckDBEngine, dataset: Dataset) -> "Known":
+    def load(cls, engine: Engine, dataset: Dataset) -> "Known":
         """Load both vocabularies into the engine."""
         manifest = dataset.manifest
         return cls(
@@ -82,7 +82,7 @@ class Known:
             engine.fill("known_items", _read_keys(dataset, manifest.item_parts, "item_id"), _make_schema("item_id")),
         )
 
-    def join_codes(self, engine: DuckDBEngine, users: ir.Table, items: ir.Table) -> "KnownCodes":
+    def join_codes(self, engine: Engine, users: ir.Table, items: ir.Table) -> "KnownCodes":
         """The ids by code, given the codes by key (`queries.build_codes`)."""
         of_users = self.users.inner_join(users, "key").select("user", "user_id")
         of_items = self.items.inner_join(items, "key").select("item", "item_id")
@@ -128,7 +128,7 @@ def trained_parts(dataset: Dataset) -> Iterator[pa.Table]:
         yield pa.table([nulls if column is None else pa.array(column) for column in columns], schema=TRAINED)
 
 
-def mark_trained(engine: DuckDBEngine, entries: ir.Table, dataset: Dataset, timed: bool) -> ir.Table:
+def mark_trained(engine: Engine, entries: ir.Table, dataset: Dataset, timed: bool) -> ir.Table:
     """Add a column `trained` int8 to the entries: 1 for interactions of the earlier dataset's training part.
 
     Args:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import ibis.expr.types as ir
 
-from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
+from recgpt_torchrec.preparation.engines.engine import Engine
 
 
 @dataclass(kw_only=True)
@@ -32,7 +32,7 @@ class Core:
 
 
 def k_core(
-    engine: DuckDBEngine,
+    engine: Engine,
     pairs: ir.Table,
     min_count: int,
     known_users: ir.Table | None = None,

@@ -13,7 +13,8 @@ from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.config.boundaries import Boundary
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation import queries
-from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
+from recgpt_torchrec.preparation.engines.engine import Engine
+from recgpt_torchrec.preparation.moments import find_ends, find_moment
 from recgpt_torchrec.preparation.reading.files import InputFiles, list_files
 
 INPUTS = ("input", "validation_input", "test_input")
@@ -49,7 +50,7 @@ def list_input_files(config: Prepare) -> tuple[InputFiles, list[int]]:
 
 
 def mark_parts(
-    engine: DuckDBEngine, config: Prepare, events: ir.Table, first_rows: list[int], file_parts: list[int]
+    engine: Engine, config: Prepare, events: ir.Table, first_rows: list[int], file_parts: list[int]
 ) -> tuple[ir.Table, dict[str, Any]]:
     """Add the column `part` to the kept events, where `hold_out` is `time` or `given`.
 
@@ -81,7 +82,7 @@ def _number_parts(events: ir.Table, is_at_least: Callable[[int], Any]) -> ir.Tab
     return events.mutate(part=is_at_least(1).cast("int8") + is_at_least(2).cast("int8"))
 
 
-def _check_parts_are_there(engine: DuckDBEngine, config: Prepare, marked: ir.Table, file_parts: list[int]) -> None:
+def _check_parts_are_there(engine: Engine, config: Prepare, marked: ir.Table, file_parts: list[int]) -> None:
     """Raise an `InputError` if no interaction of a part that has files is left."""
     clicks = queries.select_interacted(marked)
     counts = {row["part"]: row["n"] for row in engine.rows(clicks.group_by("part").agg(n=clicks.count()))}
@@ -93,21 +94,18 @@ def _check_parts_are_there(engine: DuckDBEngine, config: Prepare, marked: ir.Tab
             )
 
 
-def _divide_by_time(engine: DuckDBEngine, config: Prepare, events: ir.Table) -> tuple[ir.Table, dict[str, Any]]:
+def _divide_by_time(engine: Engine, config: Prepare, events: ir.Table) -> tuple[ir.Table, dict[str, Any]]:
     """Divide the events at the boundaries."""
     clicks = queries.select_interacted(events)
     count = engine.count(clicks)
 
-    def moment_at(place: int) -> Boundary:
-        """The time of the interaction with this number, in the order of time."""
-        times = clicks.select(whole="time", fraction="fraction").order_by("whole", "fraction")
-        return Boundary(**engine.row(times.limit(1, offset=place)))
+    times = clicks.select(whole="time", fraction="fraction")
 
     def resolve(option: str, text: str) -> Boundary:
         boundary = Boundary.parse(f"--{option}", text)
-        return boundary if boundary.share is None else moment_at(int(boundary.share * count))
+        return boundary if boundary.share is None else find_moment(engine, times, int(boundary.share * count))
 
-    oldest, newest = moment_at(0), moment_at(count - 1)
+    oldest, newest = find_ends(engine, times)
     span = f"the interactions have times from {oldest.value} to {newest.value}"
 
     def check_within(option: str, text: str, boundary: Boundary) -> None:
@@ -127,7 +125,7 @@ def _divide_by_time(engine: DuckDBEngine, config: Prepare, events: ir.Table) -> 
         check_within("validation_from", config.validation_from, validation)
     else:
         in_test = engine.count(clicks.filter(_is_from(clicks, test)))
-        validation = moment_at(max(count - 2 * in_test, 0))
+        validation = find_moment(engine, times, max(count - 2 * in_test, 0))
         if not oldest < validation:
             raise InputError(
                 f"--test_from {config.test_from}: {in_test:,} of {count:,} interactions are in the test part, so "
@@ -156,7 +154,7 @@ def _is_from(events: ir.Table, moment: Boundary) -> Any:
 
 
 def record_of(
-    engine: DuckDBEngine, placed: ir.Table, counts: ir.Table, all_items: int, boundaries: dict[str, Any]
+    engine: Engine, placed: ir.Table, counts: ir.Table, all_items: int, boundaries: dict[str, Any]
 ) -> dict[str, Any]:
     """What the manifest records of the split.
 

@@ -6,17 +6,13 @@ without them. They only become entries between two interactions of the same user
 Everything between reading and writing is Ibis expressions over tables in the engine, so the log need not fit in memory.
 """
 
-import os
-import tempfile
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-import duckdb
 import ibis.expr.types as ir
 import pyarrow as pa
-import pyarrow.fs
 
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.config.fields import changeable_names, default_values
@@ -25,14 +21,14 @@ from recgpt_torchrec.data.split import EVALUATION, STORED
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation import earlier, parts, queries
 from recgpt_torchrec.preparation.earlier import Known, KnownCodes
-from recgpt_torchrec.preparation.engines.duckdb_engine import BATCH_ROWS, DuckDBEngine
+from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS, Engine
+from recgpt_torchrec.preparation.engines.opening import open_engine
 from recgpt_torchrec.preparation.kcore import Core, k_core
 from recgpt_torchrec.preparation.reading.files import InputFile
-from recgpt_torchrec.preparation.reading.log import RawLog, read_log, rejected_rows
+from recgpt_torchrec.preparation.reading.log import RawLog, read_log
 from recgpt_torchrec.preparation.reading.understanding import describe_keys
-from recgpt_torchrec.preparation.writing import Fingerprint, sequence_groups
-from recgpt_torchrec.progress import progress_bar
-from recgpt_torchrec.storage import filesystem, folders
+from recgpt_torchrec.preparation.writing import Layout, fingerprint_parts, lay_out_rows, sequence_groups
+from recgpt_torchrec.storage import folders
 from recgpt_torchrec.storage.finished import differences, find_finished
 from recgpt_torchrec.storage.parts import Part, regroup, write_parts
 
@@ -53,28 +49,19 @@ def prepare(config: Prepare) -> Result:
         InputError: the input cannot be used, or the output folder is not free.
     """
     began = time.monotonic()
-    if config.engine != "duckdb":
-        raise InputError(f"--engine {config.engine} is not available yet; use --engine duckdb")
     inputs, file_parts = parts.list_input_files(config)
     extended = None if config.vocabulary is None else earlier.open_earlier(config.vocabulary, config.output)
     finished = _find_finished(config, _record_inputs(config, inputs.files, file_parts), extended)
     if finished is not None:
         return Result(manifest=finished, seconds=time.monotonic() - began, already_there=True)
-    try:
-        with DuckDBEngine(_choose_scratch(config), config.memory_limit) as engine:
-            log = read_log(engine, config, inputs)
-            manifest = _write_dataset(engine, config, log, file_parts, extended)
-    except duckdb.OutOfMemoryException as error:
-        raise InputError(
-            f"the engine ran out of memory or scratch space; give more with --memory_limit or --scratch ({error})"
-        ) from None
-    except (duckdb.IOException, PermissionError) as error:
-        raise InputError(f"scratch folder {_choose_scratch(config)}: {error}; name another with --scratch") from None
+    with open_engine(config) as engine:
+        log = read_log(engine, config, inputs)
+        manifest = _write_dataset(engine, config, log, file_parts, extended)
     return Result(manifest=manifest, seconds=time.monotonic() - began)
 
 
 def _write_dataset(
-    engine: DuckDBEngine, config: Prepare, log: RawLog, file_parts: list[int], extended: Dataset | None
+    engine: Engine, config: Prepare, log: RawLog, file_parts: list[int], extended: Dataset | None
 ) -> Manifest:
     """Filter the log, assign ids, and write the dataset."""
     loaded = None if extended is None else Known.load(engine, extended)
@@ -125,48 +112,33 @@ def _write_dataset(
         kept = queries.select_interacted(entries)
 
     lengths = _summarize_lengths(engine, kept)
-    size = config.rows_per_group or group_size(all_users)
-    lists: dict[str, tuple[str, pa.DataType]] = {"item_ids": ("item_id", pa.int64())}
-    if log.timed:
-        lists["timestamps"] = ("time", pa.int64())
-    if config.rating_column:
-        lists["ratings"] = ("rating", pa.float32())
-    if exposed:
-        lists["segment_ids"] = ("segment", pa.int8())
     if extended is not None:
         entries = engine.save("marked_entries", earlier.mark_trained(engine, entries, extended, log.timed))
-        lists["trained"] = ("trained", pa.int8())
     placed = engine.save("placed", queries.place_interactions(queries.select_interacted(entries), config.hold_out))
     counts = engine.save("item_counts", queries.count_items(placed))
-    starts = {f"{split}_start": f"before_{split}" for split in EVALUATION} if config.hold_out in STORED else {}
-    sources = [*(source for source, _ in lists.values()), *starts.values()]
-    ordered = queries.mark_before(entries, starts).order_by("user_id", *queries.order_of(entries))
-    ordered = ordered.select("user_id", *sources)
+    histories, layout = _lay_out_sequences(config, entries, all_users, log.timed, bool(exposed), extended is not None)
+    total = core.left.interactions + (exposed["left"] if exposed else 0)
     with folders.stage_folder(config.output) as (fs, folder):
-        total = core.left.interactions + (exposed["left"] if exposed else 0)
-        events_read = _show_progress(engine.batches(ordered), "writing sequences", total)
-        groups = sequence_groups(events_read, size, lists, all_users, starts)
         manifest = Manifest(
             users=all_users,
             items=all_items,
             interactions=core.left.interactions,
             settings=asdict(config),
             hold_out=config.hold_out,
-            sequences=write_parts(fs, folder, "sequences", groups, config.groups_per_part),
+            sequences=engine.write_parts(histories, layout, fs, folder, total),
         )
-        fingerprint = Fingerprint()
 
-        def write(table: ir.Table, name: str) -> list[Part]:
-            fingerprint.add(pa.chunked_array([[name]]))
-            tables = regroup(engine.batches(table), BATCH_ROWS)
-            return write_parts(fs, folder, name, _hash_keys(tables, fingerprint), config.groups_per_part)
+        def write(name: str, table: ir.Table, ids: int) -> list[Part]:
+            layout = lay_out_rows(name, list(table.columns), ids, BATCH_ROWS, config.groups_per_part)
+            return engine.write_parts(table, layout, fs, folder, ids)
 
-        manifest.item_parts = write(queries.item_table(item_ids, items, counts), "items")
-        manifest.user_parts = write(queries.user_table(user_ids, users), "users")
-        manifest.vocabulary = fingerprint.hex()
+        manifest.item_parts = write("items", queries.item_table(item_ids, items, counts), all_items)
+        manifest.user_parts = write("users", queries.user_table(user_ids, users), all_users)
+        keys = {"items": manifest.item_parts, "users": manifest.user_parts}
+        manifest.vocabulary = fingerprint_parts(fs, folder, keys)
         rejected_parts: list[Part] = []
         if log.rejected:
-            tables = regroup(rejected_rows(engine, log), BATCH_ROWS)
+            tables = regroup(engine.batches(log.rejected_rows), BATCH_ROWS)
             rejected_parts = write_parts(fs, folder, "rejected", tables, config.groups_per_part)
         manifest.preparation = {
             "inputs": _record_inputs(config, log.files, file_parts),
@@ -199,18 +171,45 @@ def _write_dataset(
     return manifest
 
 
+def _lay_out_sequences(
+    config: Prepare, entries: ir.Table, users: int, timed: bool, exposed: bool, extends: bool
+) -> tuple[ir.Table, Layout]:
+    """The rows of `sequences/`, an entry each, and how they become lists per user."""
+    lists: dict[str, tuple[str, pa.DataType]] = {
+        "item_ids": ("item_id", pa.int64()),
+        **({"timestamps": ("time", pa.int64())} if timed else {}),
+        **({"ratings": ("rating", pa.float32())} if config.rating_column else {}),
+        **({"segment_ids": ("segment", pa.int8())} if exposed else {}),
+        **({"trained": ("trained", pa.int8())} if extends else {}),
+    }
+    starts = {f"{split}_start": f"before_{split}" for split in EVALUATION} if config.hold_out in STORED else {}
+    size = config.rows_per_group or group_size(users)
+    layout = Layout(
+        folder="sequences",
+        id="user_id",
+        ids=users,
+        columns=["user_id", *(source for source, _ in lists.values()), *starts.values()],
+        order=queries.order_of(entries),
+        ids_per_group=size,
+        groups_per_part=config.groups_per_part,
+        make_groups=partial(sequence_groups, users=size, lists=lists, counts=starts),
+    )
+    rows = queries.mark_before(entries, starts)
+    return rows.select(*dict.fromkeys([*layout.columns, *layout.order])), layout
+
+
 def group_size(users: int) -> int:
     """Number of users per row group: a small dataset has 64 groups, but each at least 16 and at most 8,192 users."""
     return min(max(-(-users // 64), 16), 8192)
 
 
-def _filter_core(engine: DuckDBEngine, events: ir.Table, min_count: int, known: KnownCodes | None) -> Core:
+def _filter_core(engine: Engine, events: ir.Table, min_count: int, known: KnownCodes | None) -> Core:
     pairs = queries.select_interacted(events).select("user", "item")
     return k_core(engine, pairs, min_count, *((known.users, known.items) if known else ()))
 
 
 def _check_keys(
-    engine: DuckDBEngine, config: Prepare, extended: Dataset, core: Core, known: KnownCodes, items: ir.Table
+    engine: Engine, config: Prepare, extended: Dataset, core: Core, known: KnownCodes, items: ir.Table
 ) -> None:
     """Raise an `InputError` if no item of the log is known: then their keys are of different kinds."""
     if engine.count(core.items.semi_join(known.items, "item")):
@@ -226,7 +225,7 @@ def _check_keys(
     )
 
 
-def _summarize_lengths(engine: DuckDBEngine, kept: ir.Table) -> dict[str, float]:
+def _summarize_lengths(engine: Engine, kept: ir.Table) -> dict[str, float]:
     """Mean and quantiles of the number of interactions per user, from their histogram."""
     sizes = kept.group_by("user_id").agg(length=kept.count())
     histogram = engine.rows(sizes.group_by("length").agg(users=sizes.count()).order_by("length"))
@@ -242,21 +241,8 @@ def _summarize_lengths(engine: DuckDBEngine, kept: ir.Table) -> dict[str, float]
     return result
 
 
-def _hash_keys(tables: Iterable[pa.Table], fingerprint: Fingerprint) -> Iterator[pa.Table]:
-    for table in tables:
-        fingerprint.add(table.column("key"))
-        yield table
-
-
-def _show_progress(batches: Iterable[pa.RecordBatch], name: str, total: int) -> Iterator[pa.RecordBatch]:
-    with progress_bar(total, "interactions", unit_scale=True, desc=f"{name}: ", leave=False) as bar:
-        for batch in batches:
-            yield batch
-            bar.update(batch.num_rows)
-
-
 def _explain_nothing_left(
-    engine: DuckDBEngine, config: Prepare, events: ir.Table, core: Core, known: KnownCodes | None
+    engine: Engine, config: Prepare, events: ir.Table, core: Core, known: KnownCodes | None
 ) -> str:
     """The message where k-core filtering drops everything; it looks for a count that leaves something."""
     first = core.rounds[0]
@@ -274,18 +260,6 @@ def _explain_nothing_left(
             left = f"{core.left.users:,} users, {core.left.items:,} items and {core.left.interactions:,} interactions"
             return f"{text}. --min_count {smaller} would leave {left}"
     return f"{text}. Pass a smaller --min_count; 1 keeps everything"
-
-
-def _choose_scratch(config: Prepare) -> str:
-    """The folder for the engine's tables: `scratch`, or the output's parent if that is on a local disk."""
-    fs, root = filesystem(config.output)
-    if config.scratch is not None:
-        parent = os.path.abspath(config.scratch)
-    else:
-        parent = os.path.dirname(root) if isinstance(fs, pyarrow.fs.LocalFileSystem) else tempfile.gettempdir()
-    while not os.path.isdir(parent) and parent != os.path.dirname(parent):
-        parent = os.path.dirname(parent)  # missing folders are created with the dataset only
-    return parent
 
 
 def _record_inputs(config: Prepare, files: list[InputFile], file_parts: list[int]) -> list[dict[str, Any]]:

@@ -10,13 +10,17 @@ import ibis.expr.types as ir
 
 from recgpt_torchrec.data.segments import EXPOSED, INTERACTED
 from recgpt_torchrec.data.split import EVALUATION, HoldOut, is_held_out
-from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
+from recgpt_torchrec.preparation.engines.engine import Engine
 
 if TYPE_CHECKING:
     from recgpt_torchrec.preparation.earlier import Known
 
 IN_TIME = ["time", "fraction", "order"]
 """Order of a user's interactions: by time, and by their order in the input where times are equal."""
+BUCKET_DIGITS = 3
+"""First hex digits of the md5 that make a bucket: of a billion keys, 4,096 buckets hold a quarter of a million each."""
+BUCKET_CODES = 2**20
+"""Number of codes that are sorted together."""
 PART = "part"
 """Column of events: 0 training, 1 validation, 2 test; where it is there, a user's events are in the order of parts."""
 
@@ -36,9 +40,7 @@ def select_shown(events: ir.Table) -> ir.Table:
     return events.filter(events.segment == EXPOSED)
 
 
-def build_codes(
-    engine: DuckDBEngine, log: ir.Table, seed: int, known: "Known | None" = None
-) -> tuple[ir.Table, ir.Table]:
+def build_codes(engine: Engine, log: ir.Table, seed: int, known: "Known | None" = None) -> tuple[ir.Table, ir.Table]:
     """A code for every user and item of the log, and every known one: columns `key`, and `user` or `item`.
 
     Codes follow the md5 of seed and key. So their order is random, and depends only on seed and keys: not on the order
@@ -56,8 +58,22 @@ def build_codes(
 def assign_codes(keys: ir.Table, name: str, seed: int) -> ir.Table:
     """Number distinct keys (column `key`) from 0 on, in the order of the md5 of seed and key."""
     hashed = keys.mutate(place=(ibis.literal(f"{seed}:") + keys.key).hexdigest("md5"))
-    place = ibis.row_number().over(order_by=[hashed.place, hashed.key]).cast("int64")
-    return hashed.select("key", **{name: place})
+    bucketed = hashed.mutate(bucket=hashed.place.left(BUCKET_DIGITS))
+    return number_rows(bucketed, ["place", "key"], name).select("key", name)
+
+
+def number_rows(table: ir.Table, order: list[str], name: str) -> ir.Table:
+    """Add a column `name` int64: the number of each row, from 0 on, in the order of `bucket` and then of `order`.
+
+    Only rows of one bucket are sorted together, so no worker of an engine has to hold or sort them all; what is summed
+    over all is one row per bucket.
+    """
+    sizes = table.group_by("bucket").agg(size=table.count())
+    ends = sizes.size.sum().over(ibis.cumulative_window(order_by=sizes.bucket))
+    starts = sizes.select(of_bucket="bucket", start=ends - sizes.size)
+    joined = table.inner_join(starts, table.bucket == starts.of_bucket)
+    place = ibis.row_number().over(ibis.window(group_by=joined.bucket, order_by=[joined[column] for column in order]))
+    return joined.select(*table.columns, **{name: (place + joined.start).cast("int64")})
 
 
 def encode_keys(log: ir.Table, users: ir.Table, items: ir.Table) -> ir.Table:
@@ -106,11 +122,12 @@ def assign_ids(kept: ir.Table, code: str, name: str, known: ir.Table | None = No
     Known codes (the same columns) keep their ids, even if they are not in `kept`; the others come after. So ids tell
     nothing of time, but that new users and items were added later than known ones.
     """
+    new = kept if known is None else kept.anti_join(known, code)
+    numbered = number_rows(new.mutate(bucket=new[code] // BUCKET_CODES), [code], name).select(code, name)
     if known is None:
-        return kept.select(code, **{name: ibis.row_number().over(order_by=kept[code]).cast("int64")})
-    new = kept.anti_join(known, code)
-    place = ibis.row_number().over(order_by=new[code]) + known.count().as_scalar()
-    return known.select(code, name).union(new.select(code, **{name: place.cast("int64")}))
+        return numbered
+    after = (numbered[name] + known.count().as_scalar()).cast("int64")
+    return known.select(code, name).union(numbered.select(code, **{name: after}))
 
 
 def place_interactions(clicks: ir.Table, hold_out: HoldOut) -> ir.Table:
@@ -191,9 +208,9 @@ def item_table(item_ids: ir.Table, items: ir.Table, counts: ir.Table) -> ir.Tabl
     named = item_ids.inner_join(items, "item").select("item_id", "key")
     counted = named.left_join(counts, "item_id")
     filled = {column: counted[column].fill_null(0) for column in ("count", "train_count")}
-    return counted.select("item_id", "key", **filled).order_by("item_id")
+    return counted.select("item_id", "key", **filled)
 
 
 def user_table(user_ids: ir.Table, users: ir.Table) -> ir.Table:
     """Rows of `users/`: user_id, key."""
-    return user_ids.inner_join(users, "user").select("user_id", "key").order_by("user_id")
+    return user_ids.inner_join(users, "user").select("user_id", "key")

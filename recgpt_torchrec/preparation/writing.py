@@ -1,21 +1,98 @@
-"""Turns ordered interactions into rows of a dataset, one per user, and computes the vocabulary's fingerprint."""
+"""Turns ordered rows into the parts of a dataset, and computes the vocabulary's fingerprint.
+
+Knows nothing of engines: one writes all parts in this process, another each part where its rows are.
+"""
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.fs
 
 from recgpt_torchrec.data.ragged import offsets_of
+from recgpt_torchrec.storage.parts import Part, open_parquet, regroup, write_parts
+
+
+class MakeGroups(Protocol):
+    """Turns rows into tables, one per row group."""
+
+    def __call__(self, batches: Iterable[pa.RecordBatch], *, start: int, stop: int) -> Iterator[pa.Table]:
+        """The row groups of the ids from `start` up to `stop`, given the rows of these ids, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How rows with dense ids become a folder of Parquet parts: which ids are in which file, and in which order."""
+
+    folder: str
+    """For example `sequences`."""
+    id: str
+    """Column of the ids, from 0 to `ids` - 1."""
+    ids: int
+    """Number of ids."""
+    columns: list[str]
+    """The columns that `make_groups` needs, in its order."""
+    order: list[str] = field(default_factory=list)
+    """Columns that order the rows of one id."""
+    ids_per_group: int
+    groups_per_part: int
+    make_groups: MakeGroups
+
+    @property
+    def ids_per_part(self) -> int:
+        """Number of ids per file; the last may have fewer."""
+        return self.ids_per_group * self.groups_per_part
+
+    @property
+    def parts(self) -> int:
+        """Number of files."""
+        return -(-self.ids // self.ids_per_part)
+
+    def write_all(self, fs: pyarrow.fs.FileSystem, root: str, batches: Iterable[pa.RecordBatch]) -> list[Part]:
+        """Write all rows, which are in order of id."""
+        groups = self.make_groups(batches, start=0, stop=self.ids)
+        return write_parts(fs, root, self.folder, groups, self.groups_per_part)
+
+    def write_part(
+        self, fs: pyarrow.fs.FileSystem, root: str, batches: Iterable[pa.RecordBatch], number: int, prefix: str
+    ) -> Part:
+        """Write the part of this number: the same file as `write_all` writes, given its rows alone."""
+        start = number * self.ids_per_part
+        groups = self.make_groups(batches, start=start, stop=min(start + self.ids_per_part, self.ids))
+        (part,) = write_parts(fs, root, self.folder, groups, self.groups_per_part, prefix, number)
+        return part
+
+
+def lay_out_rows(folder: str, columns: list[str], ids: int, ids_per_group: int, groups_per_part: int) -> Layout:
+    """The layout of a table with one row per id, which is its first column; a part has its rows as they are."""
+    return Layout(
+        folder=folder,
+        id=columns[0],
+        ids=ids,
+        columns=columns,
+        ids_per_group=ids_per_group,
+        groups_per_part=groups_per_part,
+        make_groups=partial(_regroup_ids, rows=ids_per_group),
+    )
+
+
+def _regroup_ids(batches: Iterable[pa.RecordBatch], rows: int, *, start: int, stop: int) -> Iterator[pa.Table]:
+    return regroup(batches, rows)
 
 
 def sequence_groups(
     batches: Iterable[pa.RecordBatch],
     users: int,
     lists: dict[str, tuple[str, pa.DataType]],
-    total: int,
     counts: dict[str, str] | None = None,
+    *,
+    start: int = 0,
+    stop: int,
 ) -> Iterator[pa.Table]:
     """Turn interactions, ordered by user and time, into row groups with one row per user.
 
@@ -23,16 +100,17 @@ def sequence_groups(
         batches: interactions with a column `user_id`, sorted by it; users without interactions get empty lists.
         users: number of users, and so rows, per table (the last may have fewer).
         lists: for each list column of the result, the column of `batches` that it collects, and its value type.
-        total: number of all users; those after the last with an interaction get empty lists too.
         counts: for each int64 column of the result, the boolean column of `batches` of which it counts the true values.
+        start: the first user.
+        stop: the number after the last user, whether these have interactions or not.
 
     Example:
-        `sequence_groups(batches, 350, {"item_ids": ("item_id", pa.int64())}, 22363)`
+        `sequence_groups(batches, 350, {"item_ids": ("item_id", pa.int64())}, stop=22363)`
     """
 
-    def cut(start: int, stop: int, events: pa.Table, ids: np.ndarray) -> pa.Table:
-        offsets = pa.array(np.searchsorted(ids, np.arange(start, stop + 1)).astype(np.int32))
-        columns = {"user_id": pa.array(np.arange(start, stop, dtype=np.int64))}
+    def cut(first: int, end: int, events: pa.Table, ids: np.ndarray) -> pa.Table:
+        offsets = pa.array(np.searchsorted(ids, np.arange(first, end + 1)).astype(np.int32))
+        columns = {"user_id": pa.array(np.arange(first, end, dtype=np.int64))}
         for name, (source, kind) in lists.items():
             values = pa.concat_arrays([pa.array([], kind), *events.column(source).cast(kind).chunks])
             columns[name] = pa.ListArray.from_arrays(offsets, values)
@@ -41,7 +119,6 @@ def sequence_groups(
             columns[name] = pa.array(np.diff(before[offsets.to_numpy()]))
         return pa.table(columns)
 
-    start = 0
     pending: list[pa.RecordBatch] = []
     for batch in batches:
         if batch.num_rows == 0:
@@ -58,13 +135,14 @@ def sequence_groups(
             yield cut(start, start + users, table.slice(done, end - done), ids[done:end])
             start, done = start + users, end
         pending = table.slice(done).to_batches()
-    if pending:
-        table = pa.Table.from_batches(pending)
-        ids = table.column("user_id").to_numpy()
-        for first in range(start, total, users):
-            stop = min(first + users, total)
-            inside = slice(*np.searchsorted(ids, [first, stop]).tolist())
-            yield cut(first, stop, table.slice(inside.start, inside.stop - inside.start), ids[inside])
+    nothing = {source: pa.array([], kind) for source, kind in lists.values()}
+    nothing |= {source: pa.array([], pa.bool_()) for source in (counts or {}).values()}
+    table = pa.Table.from_batches(pending) if pending else pa.table({"user_id": pa.array([], pa.int64()), **nothing})
+    ids = table.column("user_id").to_numpy()
+    for first in range(start, stop, users):
+        end = min(first + users, stop)
+        inside = slice(*np.searchsorted(ids, [first, end]).tolist())
+        yield cut(first, end, table.slice(inside.start, inside.stop - inside.start), ids[inside])
 
 
 class Fingerprint:
@@ -82,3 +160,15 @@ class Fingerprint:
     def hex(self) -> str:
         """The hash as 32 hex digits."""
         return hashlib.sha256(self.lengths.digest() + self.text.digest()).hexdigest()[:32]
+
+
+def fingerprint_parts(fs: pyarrow.fs.FileSystem, root: str, folders: dict[str, list[Part]]) -> str:
+    """The fingerprint of the keys in written parts, by the name of their folder, one row group in memory at a time."""
+    fingerprint = Fingerprint()
+    for name, parts in folders.items():
+        fingerprint.add(pa.chunked_array([[name]]))
+        for part in parts:
+            with open_parquet(fs, f"{root}/{part.path}") as file:
+                for batch in file.iter_batches(columns=["key"]):
+                    fingerprint.add(pa.chunked_array([batch.column("key")]))
+    return fingerprint.hex()

@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 
 from recgpt_torchrec.data.candidates import id_range
@@ -12,6 +13,7 @@ from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.data.reading.counts import read_counts
 from recgpt_torchrec.distributed.processes import rank, world_size
+from recgpt_torchrec.retrieval.chosen_users import ChosenUsers
 from recgpt_torchrec.retrieval.exports.keys import Keys
 from recgpt_torchrec.retrieval.exports.reading import Export
 from recgpt_torchrec.retrieval.list_folder import ListBatch
@@ -20,11 +22,13 @@ from recgpt_torchrec.retrieval.merging import Merged
 Bool = npt.NDArray[np.bool_]
 BLOCK = 2**22
 """Number of items whose counts are held at once."""
-USERS = 4096
+USERS = 2**14
 """Number of users per batch of lists."""
 
 
-def popular_lists(export: Export, dataset: Dataset, k: int, allowed: Bool | None) -> Iterator[ListBatch]:
+def popular_lists(
+    export: Export, dataset: Dataset, k: int, allowed: Bool | None, chosen: ChosenUsers | None = None
+) -> Iterator[ListBatch]:
     """Yield the lists of the users of this rank's id range that the export lacks: the same popular items for each.
 
     Holds one byte per user of the range. Interest is -1, scores are numbers of interactions.
@@ -34,6 +38,7 @@ def popular_lists(export: Export, dataset: Dataset, k: int, allowed: Bool | None
         dataset: of the export, with all users.
         k: length of the lists; they are shorter where fewer items are allowed.
         allowed: [items] bool by id: which items may be in a list; None: all.
+        chosen: the users whose lists are asked for; None: all.
 
     Raises:
         InputError: a part of either cannot be read.
@@ -47,14 +52,17 @@ def popular_lists(export: Export, dataset: Dataset, k: int, allowed: Bool | None
     items, counts = find_popular(dataset, k, allowed, column)
     keys = Keys(dataset, "users")
     for start in range(0, users.size, USERS):
-        some = users[start : start + USERS]
-        shape = (some.size, items.size)
+        ids = users[start : start + USERS]
+        batch = pa.record_batch({"user_id": ids, "key": keys.of(ids)})
+        if chosen is not None:
+            batch = chosen.select(batch)
+        shape = (batch.num_rows, items.size)
         lists = Merged(
             torch.from_numpy(items).expand(shape),
             torch.from_numpy(counts.astype(np.float32)).expand(shape),
             torch.full(shape, -1),
         )
-        yield ListBatch(some, keys.of(some), lists)
+        yield ListBatch(batch["user_id"].to_numpy(), batch["key"], lists)
 
 
 def find_absent_users(export: Export, dataset: Dataset) -> Int64:

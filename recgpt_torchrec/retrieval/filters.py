@@ -1,6 +1,8 @@
-"""What filters of items did, as the manifest of lists records it."""
+"""What filters of items and the choice of users did, as the manifest of lists records it."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+
+from recgpt_torchrec.storage.typed import check_counts
 
 
 @dataclass(kw_only=True)
@@ -13,9 +15,9 @@ class FilterRecord:
     keys: int = 0
     """Number of distinct keys."""
     fits: int = 0
-    """Number of items of the export that are among them, and meet the condition if there is one."""
+    """Number of items (or users) of the export that are among them, and meet the condition if there is one."""
     unknown: int = 0
-    """Number of keys that are no item of the export."""
+    """Number of keys that are no item (or user) of the export."""
     example: str = ""
     """One of them."""
     absent: int = 0
@@ -25,10 +27,18 @@ class FilterRecord:
     unusable: int = 0
     """Number of rows without a key, and of malformed lines."""
 
+    def __post_init__(self) -> None:
+        check_counts({name: value for name, value in asdict(self).items() if isinstance(value, int)})
+
     def describe(self, option: str) -> str:
         """One line for the summary."""
-        kind = {"allow": "allowed", "deny": "denied", "items": "meet --where"}[option]
-        words = [f"{self.fits:,} items {kind}"]
+        kind = {
+            "allow": "items allowed",
+            "deny": "items denied",
+            "items": "items meet --where",
+            "users": "users chosen",
+        }
+        words = [f"{self.fits:,} {kind.get(option, option)}"]
         if self.absent:
             words.append(f"{self.absent:,} items are not in the table and left out")
         if self.uncomputed:

@@ -83,6 +83,7 @@ class ListManifest(FolderManifest):
         """
         manifest = super().from_values(values)
         check_counts({name: getattr(manifest, name) for name in ("users", "k", "popular", "empty")})
+        check_counts({} if manifest.allowed is None else {"allowed": manifest.allowed})
         if (rows := sum(part.rows for part in manifest.parts)) != manifest.users:
             raise ValueError(f"it promises {manifest.users:,} users, but {rows:,} rows in lists/")
         measured = make_typed(Measured, manifest.measured, "measured.", others=True)

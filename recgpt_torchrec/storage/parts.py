@@ -68,6 +68,7 @@ def write_parts(
     groups: Iterable[pa.Table],
     groups_per_part: int,
     prefix: str = "part",
+    first: int = 0,
     options: Mapping[str, Any] | None = None,
 ) -> list[Part]:
     """Write tables as the row groups of `folder`/part-00000.parquet, `folder`/part-00001.parquet, ...
@@ -78,6 +79,7 @@ def write_parts(
         groups: one table per row group; none may be empty.
         groups_per_part: row groups per file.
         prefix: prefix of the files' names; processes that write into one folder need different ones.
+        first: number of the first file.
         options: of `ParquetWriter`, in place of those that suit histories and keys.
 
     Returns:
@@ -89,7 +91,7 @@ def write_parts(
     try:
         for group in groups:
             if writer is None:
-                path = f"{folder}/{prefix}-{len(parts):05d}.parquet"
+                path = f"{folder}/{prefix}-{first + len(parts):05d}.parquet"
                 writer = _PartWriter(fs, root, path, group.schema, options or {})
             writer.write(group)
             if writer.groups == groups_per_part:

@@ -1,14 +1,10 @@
-"""The engine that runs the Ibis expressions of `prepare`: it stores tables and returns results in order, in batches.
-
-Ibis is the language and the compiler; the engine gets SQL. Beside this file only the reading of raw files
-(`duckdb_reader.py`) depends on the engine.
-"""
+"""The engine of one machine: DuckDB, on a database file."""
 
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import ibis
@@ -16,11 +12,10 @@ import ibis.expr.types as ir
 import pyarrow as pa
 
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS, Engine, quote_sql
 
-BATCH_ROWS = 65_536
 
-
-class DuckDBEngine:
+class DuckDBEngine(Engine):
     """DuckDB on a database file in a scratch folder, so that neither tables nor sorts have to fit in memory.
 
     Example:
@@ -30,7 +25,7 @@ class DuckDBEngine:
 
     dialect = "duckdb"
 
-    def __init__(self, parent: str, memory_limit: str | None = None) -> None:
+    def __init__(self, parent: str, memory_limit: str | None = None, threads: int | None = None) -> None:
         """Open an empty database.
 
         Args:
@@ -38,6 +33,7 @@ class DuckDBEngine:
                 it.
             memory_limit: maximum memory that DuckDB takes before it spills, for example `4GB`; None: 80% of the
                 machine's, DuckDB's default.
+            threads: number of threads; None: one per core.
 
         Raises:
             InputError: `memory_limit` is not a size, or `parent` cannot be written to.
@@ -53,6 +49,8 @@ class DuckDBEngine:
             self.connection.execute("SET TimeZone = 'UTC'")  # a date-time without an offset is UTC, on every machine
             self.connection.execute("SET enable_progress_bar = false")
             self.connection.execute(f"SET temp_directory = {quote_sql(str(self.scratch / 'spill'))}")
+            if threads is not None:
+                self.connection.execute(f"SET threads = {threads}")
             if memory_limit is not None:
                 try:
                     self.connection.execute(f"SET memory_limit = {quote_sql(memory_limit)}")
@@ -61,12 +59,6 @@ class DuckDBEngine:
         except BaseException:
             shutil.rmtree(self.scratch, ignore_errors=True)
             raise
-
-    def __enter__(self) -> "DuckDBEngine":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Drop every table and remove the scratch folder."""
@@ -89,7 +81,7 @@ class DuckDBEngine:
         return ibis.table(ibis.Schema.from_pyarrow(schema), name=name)
 
     def drop(self, *names: str) -> None:
-        """Drop tables, so that their space on disk is reused."""
+        """Drop tables, so that their space on disk is free again."""
         for name in names:
             self.connection.execute(f'DROP TABLE IF EXISTS "{name}"')
 
@@ -101,24 +93,15 @@ class DuckDBEngine:
             # DuckDB's own types may be wider: a sum of int64 is a 128-bit integer there.
             yield batch if batch.schema.equals(schema) else batch.cast(schema)
 
-    def rows(self, expression: ir.Table) -> list[dict[str, Any]]:
-        """The rows of a small result."""
-        return [row for batch in self.batches(expression) for row in batch.to_pylist()]
 
-    def row(self, expression: ir.Table) -> dict[str, Any]:
-        """The one row of an aggregate."""
-        (row,) = self.rows(expression)
-        return row
-
-    def count(self, expression: ir.Table) -> int:
-        """Number of rows of `expression`."""
-        return int(self.row(expression.agg(n=expression.count()))["n"])
-
-    def sql(self, expression: ir.Table) -> str:
-        """`expression` as SQL of this engine."""
-        return str(ibis.to_sql(expression, dialect=self.dialect))
-
-
-def quote_sql(text: str) -> str:
-    """`text` as a string literal of SQL."""
-    return "'" + text.replace("'", "''") + "'"
+@contextmanager
+def explain_lack(scratch: str) -> Iterator[None]:
+    """Make an `InputError` of DuckDB's errors about memory and scratch space."""
+    try:
+        yield
+    except duckdb.OutOfMemoryException as error:
+        raise InputError(
+            f"the engine ran out of memory or scratch space; give more with --memory_limit or --scratch ({error})"
+        ) from None
+    except (duckdb.IOException, PermissionError) as error:
+        raise InputError(f"scratch folder {scratch}: {error}; name another with --scratch") from None

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -19,15 +20,16 @@ import pyarrow.parquet as pq
 
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine, quote_sql
+from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
+from recgpt_torchrec.preparation.engines.engine import quote_sql
 from recgpt_torchrec.preparation.reading.copies import engine_copy
 from recgpt_torchrec.preparation.reading.dialect import Dialect, check_text, find_dialect, find_table, first_lines
 from recgpt_torchrec.preparation.reading.files import InputFile
-from recgpt_torchrec.preparation.reading.json_lines import JsonLines, usable_keys
-from recgpt_torchrec.preparation.reading.parquet import Parquet
+from recgpt_torchrec.preparation.reading.formats.json_lines import JsonLines, usable_keys
+from recgpt_torchrec.preparation.reading.formats.parquet import Parquet
+from recgpt_torchrec.preparation.reading.formats.separated import Separated
+from recgpt_torchrec.preparation.reading.formats.source import Column, Source, explain_missing, wanted_columns
 from recgpt_torchrec.preparation.reading.rows import BLANK, FILTERED, UNKNOWN, RowOptions, steps
-from recgpt_torchrec.preparation.reading.separated import Separated
-from recgpt_torchrec.preparation.reading.source import Column, Source, explain_missing, wanted_columns
 from recgpt_torchrec.preparation.reading.where import compile_where
 from recgpt_torchrec.storage import fsspec_filesystem, remote
 
@@ -52,6 +54,49 @@ def log_table(click_type: str = "float64") -> ibis.expr.types.Table:
     return ibis.table({**columns, **more, "order": "int64"}, name="log")
 
 
+def check_time_format(config: Prepare) -> None:
+    """Raise an `InputError` unless DuckDB knows the codes of `--time_format`."""
+    if (format := config.time_format) is None:
+        return
+    try:
+        with duckdb.connect() as connection:
+            connection.execute(f"SELECT try_strptime('', {quote_sql(format)})")
+    except duckdb.Error as error:
+        message = str(error).strip().split("\n")[0].partition(": ")[2]
+        raise InputError(f"--time_format {format!r}: {message}; give strptime's codes, such as %d/%m/%Y") from None
+
+
+def open_file(file: InputFile, config: Prepare) -> Dialect:
+    """Decide how a file is to be read, by its first lines.
+
+    Raises:
+        InputError: it is not of its format, or looks like something else.
+    """
+    with explained(file):
+        if file.format != "parquet" and file.bytes:
+            check_text(file, config.encoding)
+        return find_dialect(file, config)
+
+
+@contextmanager
+def explained(file: InputFile, scratch: Path | None = None) -> Iterator[None]:
+    """Make an `InputError` that names the file of what DuckDB or a library says of it.
+
+    Args:
+        file: that is read.
+        scratch: the engine's folder, which messages need not name.
+    """
+    try:
+        yield
+    except (duckdb.OutOfMemoryException, duckdb.InterruptException):
+        raise
+    except (duckdb.Error, OSError, EOFError, pa.ArrowException, lzma.LZMAError, zlib.error, UnicodeError) as error:
+        message = str(error).strip().split("\n")[0]
+        message = message if scratch is None else message.replace(f'"{scratch}/', '"')
+        packed = f"; is it compressed as its ending {file.compression} says?" if file.compression else ""
+        raise InputError(f"{file.path}: cannot be read as {file.format}: {message}{packed}") from None
+
+
 @dataclass
 class FileReport:
     """How one file was understood."""
@@ -67,9 +112,8 @@ class FileReport:
 class DuckDBReader:
     """Loads files, one after the other, into the tables `log_rows` and `malformed`."""
 
-    def __init__(self, engine: DuckDBEngine, config: Prepare) -> None:
-        self.engine, self.config, self.timed = engine, config, config.time_column is not None
-        self.dialects: list[Dialect] = []
+    def __init__(self, engine: DuckDBEngine, config: Prepare, timed: bool) -> None:
+        self.engine, self.config, self.timed = engine, config, timed
         self.first_rows: list[int] = []
         """Index in the input of each file's first row."""
         self.reports: list[FileReport] = []
@@ -84,41 +128,15 @@ class DuckDBReader:
         self.run('CREATE VIEW log AS SELECT *, rowid AS "order" FROM log_rows')  # rows keep the order of loading
         self.run("CREATE TABLE malformed (file BIGINT, line BIGINT, reason VARCHAR, text VARCHAR)")
 
-    def check_time_format(self) -> None:
-        """Raise an `InputError` unless the engine knows the codes of `--time_format`."""
-        if (format := self.config.time_format) is None:
-            return
-        try:
-            self.run(f"SELECT try_strptime('', {quote_sql(format)})")
-        except duckdb.Error as error:
-            message = str(error).strip().split("\n")[0].partition(": ")[2]
-            raise InputError(f"--time_format {format!r}: {message}; give strptime's codes, such as %d/%m/%Y") from None
-
-    def open_all(self, files: list[InputFile]) -> None:
-        """Decide how each file is to be read, by its first lines.
-
-        Raises:
-            InputError: a file is not of its format, or looks like something else.
-        """
-        for self.file in files:
-            with self._explained():
-                if self.file.format != "parquet" and self.file.bytes:
-                    check_text(self.file, self.config.encoding)
-                self.dialects.append(find_dialect(self.file, self.config))
-
-    def load(self, index: int, file: InputFile) -> None:
-        """Load one file, after `open_all`.
-
-        Args:
-            index: index of the file in the input.
-            file: the file.
+    def load(self, file: InputFile, dialect: Dialect) -> None:
+        """Load the next file.
 
         Raises:
             InputError: the file is not of its format, or lacks a column.
         """
         self.first_rows.append(self._count("log_rows"))
-        self.index, self.file, self.dialect = index, file, self.dialects[index]
-        self.report = FileReport(self.dialect)
+        self.index, self.file, self.dialect = len(self.reports), file, dialect
+        self.report = FileReport(dialect)
         self.reports.append(self.report)
         self.columns = wanted_columns(self.config, self.timed)
         if file.bytes == 0:
@@ -127,20 +145,11 @@ class DuckDBReader:
             protocol = file.path.partition("://")[0]
             if not self.engine.connection.filesystem_is_registered(protocol):
                 self.engine.connection.register_filesystem(fsspec_filesystem(file.path)[0])
-        with self._explained(), engine_copy(file, self.engine.scratch, self.config.encoding) as self.copy:
+        with (
+            explained(file, self.engine.scratch),
+            engine_copy(file, self.engine.scratch, self.config.encoding) as self.copy,
+        ):
             getattr(self, f"_load_{self.dialect.format}")()
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Make an `InputError` that names the file of what the engine or a library says of it."""
-        try:
-            yield
-        except (duckdb.OutOfMemoryException, duckdb.InterruptException):
-            raise
-        except (duckdb.Error, OSError, EOFError, pa.ArrowException, lzma.LZMAError, zlib.error, UnicodeError) as error:
-            message = str(error).strip().split("\n")[0].replace(f'"{self.engine.scratch}/', '"')
-            packed = f"; is it compressed as its ending {self.file.compression} says?" if self.file.compression else ""
-            raise InputError(f"{self.file.path}: cannot be read as {self.file.format}: {message}{packed}") from None
 
     # -- formats
 

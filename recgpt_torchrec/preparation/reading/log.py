@@ -3,25 +3,24 @@
 Knows nothing of filtering, ids or the dataset's format.
 """
 
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import ibis
 import ibis.expr.types as ir
-import numpy as np
-import pyarrow as pa
 
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.data.segments import EXPOSED, INTERACTED
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
+from recgpt_torchrec.preparation.engines.engine import Engine
+from recgpt_torchrec.preparation.engines.spark_engine import SparkEngine
 from recgpt_torchrec.preparation.reading import understanding
 from recgpt_torchrec.preparation.reading.dialect import shorten
-from recgpt_torchrec.preparation.reading.duckdb_reader import MALFORMED, DuckDBReader, log_table
+from recgpt_torchrec.preparation.reading.duckdb_reader import check_time_format, open_file
 from recgpt_torchrec.preparation.reading.files import InputFile, InputFiles
+from recgpt_torchrec.preparation.reading.loading import load_files, order_rejected
 from recgpt_torchrec.preparation.reading.rows import FILTERED, SILENT, UNKNOWN
-from recgpt_torchrec.progress import progress_bar
+from recgpt_torchrec.preparation.reading.spark_loading import load_on_spark, open_on_spark
 
 NAMES = {"csv": "a table in text", "jsonl": "lines of JSON", "sequences": "histories"}
 """Formats in messages."""
@@ -33,7 +32,8 @@ class RawLog:
 
     events: ir.Table
     """Usable rows: user string, item string, time int64 (null without times), fraction float64 (of a second),
-    order int64 (index in the input), segment int8, and rating float64 where a rating column was asked for."""
+    order int64 (rises from row to row of the input), segment int8, and rating float64 where a rating column was asked
+    for."""
     exposed: int
     """Number of usable rows that were shown and not clicked; the others are interactions."""
     timed: bool
@@ -45,15 +45,16 @@ class RawLog:
     """Number of these for which the condition could not be computed."""
     rejected: dict[str, int]
     """Number of rejected rows by reason."""
+    rejected_rows: ir.Table
+    """These rows in order: file, row, reason, text (see `loading.list_rejected`)."""
     files: list[InputFile]
     first_rows: list[int]
-    """[files] index in the input of each file's first row."""
-    header_lines: list[int]
+    """[files] value of `order` of each file's first row."""
     page: list[list[str]]
     """What was understood of the log, in lines of a label and a text."""
 
 
-def read_log(engine: DuckDBEngine, config: Prepare, inputs: InputFiles) -> RawLog:
+def read_log(engine: Engine, config: Prepare, inputs: InputFiles) -> RawLog:
     """Read every file into the engine.
 
     Args:
@@ -66,29 +67,28 @@ def read_log(engine: DuckDBEngine, config: Prepare, inputs: InputFiles) -> RawLo
             clicked rows from shown ones does not.
     """
     files = inputs.files
-    reader = DuckDBReader(engine, config)
-    reader.check_time_format()
-    reader.open_all(files)
-    formats = {dialect.format for file, dialect in zip(files, reader.dialects, strict=True) if file.bytes}
+    check_time_format(config)
+    spark = engine if isinstance(engine, SparkEngine) else None
+    dialects = [open_file(file, config) for file in files] if spark is None else open_on_spark(spark, config, files)
+    formats = {dialect.format for file, dialect in zip(files, dialects, strict=True) if file.bytes}
     _check_options(config, formats)
     if config.time_column is not None and "sequences" in formats and len(formats) > 1:
         raise InputError(
             "--input mixes files of the format sequences, which have no times, with others that have them; "
             "prepare them separately"
         )
-    timed = reader.timed = config.time_column is not None and "sequences" not in formats
+    timed = config.time_column is not None and "sequences" not in formats
     if config.hold_out == "time" and not timed:
         raise InputError(
             f"--hold_out time: {files[0].path} is of the format sequences, which has no times; give --hold_out last, "
             "or a log with a time in each row"
         )
-    total = sum(file.bytes for file in files)
-    with progress_bar(total, "bytes", unit_scale=True, desc="reading: ", leave=False) as bar:
-        for index, file in enumerate(files):
-            bar.set_postfix_str(os.path.basename(file.path))
-            reader.load(index, file)
-            bar.update(file.bytes)
-    table = reader.table
+    if spark is not None:
+        loaded = load_on_spark(spark, config, files, dialects, timed)
+    else:
+        assert isinstance(engine, DuckDBEngine)
+        loaded = load_files(engine, config, files, dialects, timed)
+    table, malformed = loaded.table, loaded.rejected.filter(loaded.rejected.malformed)
     usable = table.filter(table.problem.isnull())
     segment = ibis.literal(INTERACTED, "int8")
     if config.click_column:
@@ -99,7 +99,7 @@ def read_log(engine: DuckDBEngine, config: Prepare, inputs: InputFiles) -> RawLo
     filtered = rejected.get(FILTERED, 0) + unknown
     for problem in SILENT:
         rejected.pop(problem, None)
-    for row in engine.rows(MALFORMED.group_by("reason").agg(n=MALFORMED.count())):
+    for row in engine.rows(malformed.group_by("reason").agg(n=malformed.count())):
         rejected[row["reason"]] = rejected.get(row["reason"], 0) + row["n"]
     result = RawLog(
         events=usable.select(*columns, segment=segment),
@@ -110,22 +110,24 @@ def read_log(engine: DuckDBEngine, config: Prepare, inputs: InputFiles) -> RawLo
         uncomputed=unknown,
         rejected=dict(sorted(rejected.items())),
         files=files,
-        first_rows=reader.first_rows,
-        header_lines=[dialect.header_lines for dialect in reader.dialects],
+        rejected_rows=order_rejected(loaded.rejected),
+        first_rows=loaded.first_rows,
         page=[],
     )
     names = files[0].path if len(files) == 1 else f"the {len(files)} input files"
     if result.rows == 0:
         raise InputError(f"{names}: empty, there are no rows to prepare")
-    remedies = understanding.remedies(engine, config, reader, result.rejected)
+    remedies = understanding.remedies(engine, config, loaded, result.rejected)
     if rows == 0:
         counts = {**result.rejected, FILTERED: filtered - unknown, UNKNOWN: unknown}
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count)
-        shown = next((batch.to_pylist()[0] for batch in rejected_rows(engine, result) if batch.num_rows), None)
-        example = f". For example {shown['file']}, row {shown['row']}: {shorten(shown['text'])}" if shown else ""
+        examples = engine.rows(result.rejected_rows.limit(1))
+        example = "".join(
+            f". For example {each['file']}, row {each['row']}: {shorten(each['text'])}" for each in examples
+        )
         advice = "".join(f"; {remedy}" for remedy in remedies)
         raise InputError(f"{names}: none of the {result.rows:,} rows can be used ({reasons}){example}{advice}")
-    result.page = understanding.page(engine, config, reader, inputs, remedies)
+    result.page = understanding.page(engine, config, loaded, inputs, remedies)
     return result
 
 
@@ -164,7 +166,7 @@ def _is_shown(usable: ir.Table, config: Prepare) -> ir.BooleanValue:
     return ~usable.click.isin(config.click_values) if config.click_values else usable.click < config.click_from
 
 
-def _count_exposed(engine: DuckDBEngine, config: Prepare, usable: ir.Table, rows: int) -> int:
+def _count_exposed(engine: Engine, config: Prepare, usable: ir.Table, rows: int) -> int:
     """Count the usable rows, of `rows`, that were shown and not clicked.
 
     Raises:
@@ -201,37 +203,3 @@ def _count_exposed(engine: DuckDBEngine, config: Prepare, usable: ir.Table, rows
         f"{rows:,} usable rows are {range_} and a click is at least {config.click_from:g}. Give another --click_from "
         "or another column" + ("" if shown else "; or leave --click_column out, where the log holds interactions only")
     )
-
-
-def rejected_rows(engine: DuckDBEngine, log: RawLog) -> Iterator[pa.RecordBatch]:
-    """The rejected rows: file, row, reason, text.
-
-    `row` is the line of a text file or the row of a Parquet file, both from 1. In a CSV file it is too small by the
-    blank lines and the line breaks inside quotes that precede it.
-    """
-    schema = pa.schema([("file", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("text", pa.string())])
-    paths = np.array([file.path for file in log.files], dtype=object)
-    lines: dict[int, list[int]] = {}
-    for batch in engine.batches(MALFORMED.order_by("file", "line")):
-        rows = batch.to_pydict()
-        for file, line in zip(rows["file"], rows["line"], strict=True):
-            lines.setdefault(file, []).append(line)
-        yield pa.record_batch([paths[rows["file"]].tolist(), rows["line"], rows["reason"], rows["text"]], schema=schema)
-    table = log_table()
-    bad = table.filter(table.problem.notnull(), ~table.problem.isin(SILENT)).order_by("order")
-    for batch in engine.batches(bad.select("problem", "text", "order", "row")):
-        order = batch.column("order").to_numpy()
-        files = np.searchsorted(log.first_rows, order, side="right") - 1
-        rows_in_file = order - np.array(log.first_rows)[files] + 1
-        for file in np.unique(files):
-            # Malformed lines are not among the rows counted here: add those that came before.
-            malformed = np.array(lines.get(int(file), []), dtype=np.int64) - log.header_lines[file]
-            before = malformed - 1 - np.arange(len(malformed))
-            of_file = files == file
-            rows_in_file[of_file] += (
-                np.searchsorted(before, rows_in_file[of_file] - 1, side="right") + log.header_lines[file]
-            )
-        listed = batch.column("row").to_numpy(zero_copy_only=False)  # of rows that hold lists
-        rows_in_file = np.where(np.isnan(listed), rows_in_file, np.nan_to_num(listed)).astype(np.int64)
-        columns = [paths[files].tolist(), rows_in_file, batch.column("problem"), batch.column("text")]
-        yield pa.record_batch(columns, schema=schema)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import ibis.expr.types as ir
 
 from recgpt_torchrec.config import Prepare
-from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
+from recgpt_torchrec.preparation.engines.engine import Engine
 from recgpt_torchrec.preparation.reading.dialect import cells_of
-from recgpt_torchrec.preparation.reading.duckdb_reader import FAULTS, MALFORMED_LINE, DuckDBReader, FileReport
+from recgpt_torchrec.preparation.reading.duckdb_reader import FAULTS, MALFORMED_LINE, FileReport
 from recgpt_torchrec.preparation.reading.files import InputFile, InputFiles
-from recgpt_torchrec.preparation.reading.lists import LOOKS_LIKE_LIST
+from recgpt_torchrec.preparation.reading.formats.lists import LOOKS_LIKE_LIST
+from recgpt_torchrec.preparation.reading.loading import LoadedLog
 from recgpt_torchrec.preparation.reading.rows import (
     DATE_TIME,
     INEXACT,
@@ -27,11 +28,11 @@ NAMED = 3
 """Maximum number of files that a line names."""
 
 
-def remedies(engine: DuckDBEngine, config: Prepare, reader: DuckDBReader, rejected: dict[str, int]) -> list[str]:
+def remedies(engine: Engine, config: Prepare, loaded: LoadedLog, rejected: dict[str, int]) -> list[str]:
     """What to do about rejected rows, by reason."""
     lines = []
     if "unreadable time" in rejected:
-        lines.append(explain_unreadable(_unreadable_times(engine, reader), config.time_format))
+        lines.append(explain_unreadable(_unreadable_times(engine, loaded), config.time_format))
     if "unreadable click value" in rejected:
         lines.append(
             f"clicks are numbers, or true and false; for words in {config.click_column} pass --click_values WORD,WORD, "
@@ -44,7 +45,7 @@ def remedies(engine: DuckDBEngine, config: Prepare, reader: DuckDBReader, reject
             "if quotes are part of the values, pass --quote none; if a backslash stands before a quote inside, pass "
             "--escape '\\'"
         )
-    if MALFORMED_LINE in rejected and any(dialect.format == "csv" for dialect in reader.dialects):
+    if MALFORMED_LINE in rejected and any(report.dialect.format == "csv" for report in loaded.reports):
         lines.append("a malformed line has more or fewer values than the first; its separator may be in a value")
     words = sum(count for reason, count in rejected.items() if reason.startswith("no ") and reason.endswith(")"))
     if words:
@@ -57,15 +58,15 @@ def remedies(engine: DuckDBEngine, config: Prepare, reader: DuckDBReader, reject
 
 
 def page(
-    engine: DuckDBEngine,
+    engine: Engine,
     config: Prepare,
-    reader: DuckDBReader,
+    loaded: LoadedLog,
     inputs: InputFiles,
     advice: Sequence[str],
 ) -> list[Line]:
     """The lines that say how the files were read and what was noticed."""
     files, left_out = inputs.files, inputs.left_out
-    lines = _formats(reader, files)
+    lines = _formats(loaded, files)
     if left_out:
         reason = "hidden, or with an unknown ending; name them to read them"
         lines.append(["left out", f"{_count(len(left_out), 'file')} ({reason}): {_names(left_out)}"])
@@ -73,7 +74,7 @@ def page(
         lines.append(["left out", f"{_count(len(inputs.repeated), 'file')} named twice: {_names(inputs.repeated)}"])
     if empty := [file.path for file in files if not file.bytes]:
         lines.append(["left out", f"{_count(len(empty), 'empty file')}: {_names(empty)}"])
-    table = reader.table
+    table = loaded.table
     usable = table.filter(table.problem.isnull())
     flags = {
         name: ((usable.flags & flag) > 0).cast("int64").sum()
@@ -97,11 +98,11 @@ def page(
     if found["low"] is not None:
         lines.append(["times", describe_range(found["low"], found["high"], found["dated"] == found["rows"])])
     lines += [["note", note] for note in _notes(config, found)]
-    lines += [["note", note] for report in reader.reports for note in report.notes]
+    lines += [["note", note] for report in loaded.reports for note in report.notes]
     return lines + [["note", note] for note in advice]
 
 
-def describe_keys(engine: DuckDBEngine, config: Prepare, users: ir.Table, items: ir.Table) -> list[Line]:
+def describe_keys(engine: Engine, config: Prepare, users: ir.Table, items: ir.Table) -> list[Line]:
     """Notes on keys that look as if they were read with something that does not belong to them.
 
     Args:
@@ -155,10 +156,10 @@ def _notes(config: Prepare, found: dict[str, int]) -> list[str]:
     return notes
 
 
-def _formats(reader: DuckDBReader, files: Sequence[InputFile]) -> list[Line]:
+def _formats(loaded: LoadedLog, files: Sequence[InputFile]) -> list[Line]:
     """How the files were read: one line per kind of file."""
     by_kind: dict[tuple[str, str], list[str]] = {}
-    for file, report in zip(files, reader.reports, strict=True):
+    for file, report in zip(files, loaded.reports, strict=True):
         if file.bytes:
             columns = ", ".join(f"{role} {c.name!r} ({c.kind})" for role, c in report.columns.items())
             by_kind.setdefault((report.dialect.words, columns), []).append(file.path)
@@ -171,13 +172,13 @@ def _formats(reader: DuckDBReader, files: Sequence[InputFile]) -> list[Line]:
     return lines
 
 
-def _unreadable_times(engine: DuckDBEngine, reader: DuckDBReader, count: int = 200) -> list[str]:
+def _unreadable_times(engine: Engine, loaded: LoadedLog, count: int = 200) -> list[str]:
     """Some times that could not be read, as far as they can be found in the text of their rows."""
-    table = reader.table
+    table = loaded.table
     bad = table.filter(table.problem == "unreadable time").select("text", "order").limit(count)
     times = []
     for row in engine.rows(bad):
-        time = _time_in(row["text"] or "", reader.reports[bisect_right(reader.first_rows, row["order"]) - 1])
+        time = _time_in(row["text"] or "", loaded.reports[bisect_right(loaded.first_rows, row["order"]) - 1])
         if time is not None and time.strip():
             times.append(time)
     return times

@@ -12,7 +12,7 @@ import sqlglot
 from sqlglot import exp
 
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.preparation.reading.source import Column
+from recgpt_torchrec.preparation.reading.formats.source import Column
 
 FORBIDDEN = (
     exp.Query,

@@ -4,55 +4,20 @@ An item may be if it is in the list to allow, a row of its in the table meets th
 to deny. Rank 0 joins the keys with those of the export in DuckDB, which spills to disk; every rank gets the answer.
 """
 
-import os
-import tempfile
-
-import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.fs
 
 from recgpt_torchrec.config import Retrieve
 from recgpt_torchrec.distributed.processes import run_on_first_rank
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
-from recgpt_torchrec.preparation.item_keys import FITS, UNCOMPUTED, KeyFile, LoadedKeys
+from recgpt_torchrec.preparation.key_files import FITS, UNCOMPUTED, KeyFile, LoadedKeys
 from recgpt_torchrec.retrieval.exports.reading import Export
 from recgpt_torchrec.retrieval.filters import FilterRecord
-from recgpt_torchrec.storage import filesystem
+from recgpt_torchrec.retrieval.key_inputs import item_files, open_engine
 
 Bool = npt.NDArray[np.bool_]
-MEMORY = "4GB"
-"""Memory that the join takes on rank 0 before it spills to disk."""
-
-
-def key_files(config: Retrieve) -> dict[str, KeyFile]:
-    """The lists and tables of keys that the options name, by option: allow, deny, items."""
-    named = {"allow": config.allow, "deny": config.deny, "items": config.items}
-    return {
-        name: KeyFile(
-            option=f"--{name}",
-            path=path,
-            column=config.item_column,
-            output=config.output,
-            where=config.where if name == "items" else None,
-        )
-        for name, path in named.items()
-        if path is not None
-    }
-
-
-def start_records(config: Retrieve) -> dict[str, FilterRecord]:
-    """The records of the options given, with the checksums of what they name (collective).
-
-    Raises:
-        InputError: a file is missing or cannot be read.
-    """
-    files = key_files(config)
-    return run_on_first_rank(
-        lambda: {name: FilterRecord(path=file.path, checksum=file.checksum()) for name, file in files.items()}
-    )
 
 
 def find_allowed(config: Retrieve, export: Export, records: dict[str, FilterRecord]) -> Bool | None:
@@ -69,18 +34,14 @@ def find_allowed(config: Retrieve, export: Export, records: dict[str, FilterReco
     Raises:
         InputError: a file cannot be read or knows none of the export's items, or no item is left.
     """
-    if not records:
+    if not (files := item_files(config)):
         return None
 
     def find() -> tuple[bytes, dict[str, FilterRecord]]:
-        try:
-            with DuckDBEngine(_scratch_parent(config.output), MEMORY) as engine:
-                allowed = _join(engine, export, key_files(config), records)
-        except (duckdb.OutOfMemoryException, duckdb.IOException, PermissionError) as error:
-            message = str(error).split("\n")[0]
-            raise InputError(f"the items could not be filtered beside --output {config.output}: {message}") from None
+        with open_engine(config) as engine:
+            allowed = _join(engine, export, files, records)
         if not allowed.any():
-            each = "\n".join(f"  {record.describe(name)}" for name, record in records.items())
+            each = "\n".join(f"  {records[name].describe(name)}" for name in files)
             raise InputError(f"the filter leaves no item of {config.export}:\n{each}\nLoosen one of these options")
         return np.packbits(allowed).tobytes(), records  # a bit per item goes to the other ranks
 
@@ -126,12 +87,3 @@ def _match(engine: DuckDBEngine, export: Export, file: KeyFile, loaded: LoadedKe
     if file.where is not None:
         record.absent = export.manifest.items - (loaded.keys - unknown)
     return fits
-
-
-def _scratch_parent(output: str) -> str:
-    """Folder for the join's temporary tables: beside the output if that is on a local disk."""
-    fs, root = filesystem(output)
-    parent = os.path.dirname(root) if isinstance(fs, pyarrow.fs.LocalFileSystem) else tempfile.gettempdir()
-    while not os.path.isdir(parent) and parent != os.path.dirname(parent):
-        parent = os.path.dirname(parent)
-    return parent

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Iterator
 
+import pyarrow as pa
+
 from recgpt_torchrec.catalogue.rounds import Rounds
 from recgpt_torchrec.config import Retrieve
 from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.ragged import Float32, Int64
 from recgpt_torchrec.distributed.processes import rank, world_size
 from recgpt_torchrec.progress import progress_bar
-from recgpt_torchrec.retrieval.exports.reading import Export
+from recgpt_torchrec.retrieval.chosen_users import ChosenUsers
+from recgpt_torchrec.retrieval.exports.reading import ROWS, Export
 from recgpt_torchrec.retrieval.exports.vectors import vectors_of
 from recgpt_torchrec.retrieval.list_folder import ListBatch
 from recgpt_torchrec.retrieval.merging import Lists, Merged, MergeRule
@@ -19,6 +22,7 @@ from recgpt_torchrec.retrieval.search.retriever import ApproximateSearch, Retrie
 from recgpt_torchrec.retrieval.search.sharded_index import ShardedIndex
 from recgpt_torchrec.retrieval.search.stored import StoredExactSearch
 from recgpt_torchrec.retrieval.user_histories import UserHistories
+from recgpt_torchrec.storage.parts import regroup
 
 CANDIDATES = 2**22
 """Maximum number of items that one search returns, over all its users and their interests."""
@@ -67,7 +71,12 @@ def build_retrievers(
 
 
 def search_users(
-    export: Export, retriever: Retriever, histories: UserHistories | None, interests: int, measure: Measure
+    export: Export,
+    retriever: Retriever,
+    histories: UserHistories | None,
+    interests: int,
+    measure: Measure,
+    chosen: ChosenUsers | None = None,
 ) -> Iterator[ListBatch]:
     """The lists of this rank's share of an export's users, with progress on rank 0.
 
@@ -77,15 +86,23 @@ def search_users(
         histories: whose items are left out; None: nothing is.
         interests: number of interests to use, from the first on.
         measure: called with each batch.
+        chosen: the users whose lists are asked for; None: all.
     """
     total = export.manifest.users
     rows = max(1, min(USERS, CANDIDATES // (interests * retriever.k)))
     with progress_bar(total if rank() == 0 else None, "users", active=rank() == 0) as bar:
-        for batch in export.users(rows=rows, rank=rank(), world_size=world_size()):
+
+        def read() -> Iterator[pa.RecordBatch]:
+            for batch in export.users(rows=rows if chosen is None else ROWS, rank=rank(), world_size=world_size()):
+                yield batch if chosen is None else chosen.select(batch)
+                bar.update(min(batch.num_rows * world_size(), total - bar.n))
+
+        # A search is a pass over all items, so few chosen users wait for others.
+        for batch in read() if chosen is None else regroup(read(), rows):
             users = batch["user_id"].to_numpy()
             queries = vectors_of(batch).reshape(len(users), -1, export.manifest.dim)[:, :interests]
             history = histories.of(users) if histories is not None else None
             lists = retriever.lists(queries, None if history is None else history.seen)
             measure(users, queries, history, lists)
-            bar.update(min(len(users) * world_size(), total - bar.n))
-            yield ListBatch(users, batch["key"], lists)
+            keys = batch["key"]
+            yield ListBatch(users, keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys, lists)

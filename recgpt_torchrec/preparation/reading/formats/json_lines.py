@@ -6,12 +6,12 @@ from typing import Any
 
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.preparation.engines.duckdb_engine import quote_sql
+from recgpt_torchrec.preparation.engines.engine import quote_sql
 from recgpt_torchrec.preparation.reading.dialect import first_lines, shorten
 from recgpt_torchrec.preparation.reading.files import InputFile
-from recgpt_torchrec.preparation.reading.lists import read_lists, repeat
+from recgpt_torchrec.preparation.reading.formats.lists import read_lists, repeat
+from recgpt_torchrec.preparation.reading.formats.source import Column, Source, partition_column
 from recgpt_torchrec.preparation.reading.rows import BLANK
-from recgpt_torchrec.preparation.reading.source import Column, Source, partition_column
 
 LISTS = ("item", "time", "rating", "click")
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.preparation.engines.duckdb_engine import quote_sql
+from recgpt_torchrec.preparation.engines.engine import quote_sql
 from recgpt_torchrec.preparation.reading.dialect import (
     RECBOLE_TYPES,
     Dialect,
@@ -14,8 +14,8 @@ from recgpt_torchrec.preparation.reading.dialect import (
     shorten,
 )
 from recgpt_torchrec.preparation.reading.files import InputFile
-from recgpt_torchrec.preparation.reading.lists import read_lists, split_columns
-from recgpt_torchrec.preparation.reading.source import (
+from recgpt_torchrec.preparation.reading.formats.lists import read_lists, split_columns
+from recgpt_torchrec.preparation.reading.formats.source import (
     Column,
     Source,
     explain_missing,

@@ -10,7 +10,7 @@ import ibis.expr.datatypes as dt
 
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.preparation.engines.duckdb_engine import quote_sql
+from recgpt_torchrec.preparation.engines.engine import quote_sql
 from recgpt_torchrec.preparation.reading.dialect import (
     SEPARATORS,
     find_separator,

@@ -1,25 +1,28 @@
-"""Reads keys of items from lists and tables into the engine, each spelled as `prepare` spells it.
+"""Reads keys of items or users from lists and tables into the engine, each spelled as `prepare` spells it.
 
 A list has a key per line. A table (CSV, TSV, JSON lines, Parquet) has keys in a column, and other columns that a
-condition may use. Both are read as a log of which only the items count, so everything that is known of logs holds here:
-compression, encodings, malformed lines, the spelling of keys, and the language of `--where`.
+condition may use. Both are read as a log whose users and items are this one column, so everything that is known of logs
+holds here: compression, encodings, malformed lines, the spelling of keys, and the language of `--where`.
 """
 
 import hashlib
 import os
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 import pyarrow as pa
 
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.config.prepare import NONE
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine, quote_sql
-from recgpt_torchrec.preparation.reading.dialect import shorten
-from recgpt_torchrec.preparation.reading.duckdb_reader import DuckDBReader
+from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
+from recgpt_torchrec.preparation.engines.engine import quote_sql
+from recgpt_torchrec.preparation.reading.dialect import first_lines, shorten
+from recgpt_torchrec.preparation.reading.duckdb_reader import open_file
 from recgpt_torchrec.preparation.reading.files import ENDINGS, InputFile, list_files
-from recgpt_torchrec.preparation.reading.rows import BLANK, FILTERED, UNKNOWN
+from recgpt_torchrec.preparation.reading.loading import load_files
+from recgpt_torchrec.preparation.reading.rows import FILTERED, UNKNOWN
 from recgpt_torchrec.storage import filesystem
 
 FITS, UNCOMPUTED, LEFT_OUT = 2, 1, 0
@@ -46,6 +49,8 @@ class KeyFile:
     """Output of the stage, in which no input is looked for."""
     where: str | None = None
     """Condition on the rows; None: every row counts."""
+    kind: Literal["item", "user"] = "item"
+    """What the keys are of, for messages."""
 
     def __str__(self) -> str:
         return f"{self.option} {self.path}"
@@ -59,6 +64,7 @@ class KeyFile:
         digest = hashlib.sha256()
         for file in self.files():
             fs, root = filesystem(file.path)
+            digest.update(f"{file.format} {file.bytes} ".encode())
             try:
                 with fs.open_input_stream(root, compression=None) as stream:
                     while chunk := stream.read(CHUNK):
@@ -94,30 +100,24 @@ class KeyFile:
                 f"{self} is read as a list with a key per line, which has no columns for --where; give a table, whose "
                 "name ends in .csv, .tsv, .jsonl or .parquet"
             )
-        reader = DuckDBReader(engine, self._reading(is_list))
+        config = self._reading(is_list)
         try:
-            reader.open_all(files)
-            for index, file in enumerate(files):
-                reader.load(index, file)
+            dialects = [open_file(file, config) for file in files]
+            # A list of blank lines has no columns.
+            read = [each for each in zip(files, dialects, strict=True) if not is_list or first_lines(each[0], "utf-8")]
+            load_files(engine, config, [file for file, _ in read], [dialect for _, dialect in read], timed=False)
         except InputError as error:
-            raise _without_options_of_prepare(error) from None
-        usable = f"problem IS NULL OR problem IN ({quote_sql(FILTERED)}, {quote_sql(UNKNOWN)})"
-        state = (
-            f"CASE WHEN problem IS NULL THEN {FITS} WHEN problem = {quote_sql(UNKNOWN)} THEN {UNCOMPUTED} ELSE 0 END"
-        )
+            raise _without_options_of_prepare(error, self.kind) from None
+        unknown, left_out = quote_sql(UNKNOWN), quote_sql(FILTERED)
+        state = f"CASE WHEN problem IS NULL THEN {FITS} WHEN problem = {unknown} THEN {UNCOMPUTED} ELSE {LEFT_OUT} END"
         run(
             f"CREATE TABLE {table} AS SELECT item AS key, max({state})::TINYINT AS state FROM log_rows "
-            f"WHERE item IS NOT NULL AND ({usable}) GROUP BY item"
+            f"WHERE item IS NOT NULL AND (problem IS NULL OR problem IN ({unknown}, {left_out})) GROUP BY item"
         )
         ((keys,),) = run(f"SELECT count(*) FROM {table}").fetchall()
-        bad = (
-            "SELECT problem, text FROM log_rows WHERE NOT coalesce(item IS NOT NULL AND "
-            f"({usable}), false) AND problem IS DISTINCT FROM {quote_sql(BLANK)} "
-            "UNION ALL SELECT reason, text FROM malformed"
-        )
-        ((unusable, problem, text),) = run(f"SELECT count(*), first(problem), first(text) FROM ({bad})").fetchall()
-        run("DROP VIEW log; DROP TABLE log_rows; DROP TABLE malformed")
-        example = f"{problem}: {shorten(text)!r}" if unusable else ""
+        ((unusable, reason, text),) = run("SELECT count(*), first(reason), first(text) FROM rejected").fetchall()
+        run("DROP VIEW log; DROP TABLE log_rows; DROP TABLE malformed; DROP TABLE rejected")
+        example = f"{_said_of(self.kind, reason)}: {shorten(text)!r}" if unusable else ""
         if not keys:
             why = f"none of its {unusable:,} rows has a key ({example})" if unusable else "it is empty"
             raise InputError(f"{self}: {why}; {REMEDY}")
@@ -159,10 +159,17 @@ def _is_list(file: InputFile) -> bool:
     return ending == LIST or ending not in ENDINGS
 
 
-def _without_options_of_prepare(error: InputError) -> InputError:
-    """The message of the reader of logs without users and without the options that only `prepare` has."""
-    text = str(error).replace("for the user", "for the item").replace("and the user must", "and the item must")
-    text = text.replace("--user_column", "--item_column")
-    if (hint := re.search(r",? (or )?[Pp]ass --(?!item_column|where)", text)) is None:
+def _said_of(kind: str, text: str) -> str:
+    """What a reader of logs says of users or items, which are the same column here."""
+    other = "user" if kind == "item" else "item"
+    for words in ("no {}", "for the {}", "and the {} must", "--{}_column"):
+        text = text.replace(words.format(other), words.format(kind))
+    return text
+
+
+def _without_options_of_prepare(error: InputError, kind: str) -> InputError:
+    """The message of a reader of logs, without the options that only `prepare` has."""
+    text = _said_of(kind, str(error))
+    if (hint := re.search(r",? (or )?[Pp]ass --(?!(item|user)_column|where)", text)) is None:
         return InputError(text)
     return InputError(f"{text[: hint.start()].rstrip(';:,')}; {REMEDY}")

@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.preparation.engines.duckdb_engine import quote_sql
+from recgpt_torchrec.preparation.engines.engine import quote_sql
 from recgpt_torchrec.preparation.reading.files import InputFile
-from recgpt_torchrec.preparation.reading.lists import read_lists
-from recgpt_torchrec.preparation.reading.source import (
+from recgpt_torchrec.preparation.reading.formats.lists import read_lists
+from recgpt_torchrec.preparation.reading.formats.source import (
     Column,
     Source,
     explain_missing,

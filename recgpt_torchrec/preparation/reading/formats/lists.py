@@ -10,10 +10,10 @@ from dataclasses import replace
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.config.prepare import NONE
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.preparation.engines.duckdb_engine import quote_sql
+from recgpt_torchrec.preparation.engines.engine import quote_sql
 from recgpt_torchrec.preparation.reading.dialect import shell_word, shorten
 from recgpt_torchrec.preparation.reading.files import InputFile
-from recgpt_torchrec.preparation.reading.source import Column
+from recgpt_torchrec.preparation.reading.formats.source import Column
 
 SHARE = 0.1
 """Share of a column's values that look like lists above which the column is refused."""

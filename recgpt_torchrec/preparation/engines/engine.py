@@ -1,0 +1,106 @@
+"""What `prepare` asks of an engine: to store the tables of Ibis expressions, and to return results in batches.
+
+Ibis is the language and the compiler; an engine runs the SQL. Beside the engines only the reading of raw files
+(`reading/`) and the writing of parts depend on which one it is.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol, Self
+
+import ibis
+import ibis.expr.types as ir
+import pyarrow as pa
+import pyarrow.fs
+
+from recgpt_torchrec.preparation.writing import Layout
+from recgpt_torchrec.progress import progress_bar
+from recgpt_torchrec.storage.parts import Part
+
+BATCH_ROWS = 65_536
+"""Maximum number of rows per batch of a result."""
+
+
+class Engine(Protocol):
+    """Runs Ibis expressions over the tables that it stores.
+
+    Example:
+        with DuckDBEngine("/tmp") as engine:
+            active = engine.save("active", table.filter(table.n > 1))
+    """
+
+    dialect: str
+    """Ibis's name for the SQL of the engine."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Drop every table and remove what the engine wrote to its scratch folder."""
+
+    @abstractmethod
+    def save(self, name: str, expression: ir.Table) -> ir.Table:
+        """Store the result of `expression` as the table `name`, and return that table for further expressions.
+
+        The rows of a stored table have no order.
+        """
+
+    @abstractmethod
+    def fill(self, name: str, tables: Iterable[pa.Table], schema: pa.Schema) -> ir.Table:
+        """Store Arrow tables of one schema, one after the other, as the table `name`, and return that table."""
+
+    @abstractmethod
+    def drop(self, *names: str) -> None:
+        """Drop tables, so that their space on disk is free again."""
+
+    @abstractmethod
+    def batches(self, expression: ir.Table, rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
+        """The rows of `expression`, in its order, in batches of at most `rows`."""
+
+    def write_parts(
+        self, rows: ir.Table, layout: Layout, fs: pyarrow.fs.FileSystem, root: str, total: int
+    ) -> list[Part]:
+        """Write rows as the Parquet parts of a folder; every engine writes the same files, byte for byte.
+
+        Args:
+            rows: the columns of `layout`.
+            layout: the folder, and which rows are in which file.
+            fs: file system of `root`.
+            root: folder above that of the layout.
+            total: number of rows, to show progress.
+        """
+        ordered = rows.order_by(layout.id, *layout.order).select(layout.columns)
+        with progress_bar(total, "rows", unit_scale=True, desc=f"writing {layout.folder}: ", leave=False) as bar:
+            return layout.write_all(fs, root, _count(self.batches(ordered), bar))
+
+    def rows(self, expression: ir.Table) -> list[dict[str, Any]]:
+        """The rows of a small result."""
+        return [row for batch in self.batches(expression) for row in batch.to_pylist()]
+
+    def row(self, expression: ir.Table) -> dict[str, Any]:
+        """The one row of an aggregate."""
+        (row,) = self.rows(expression)
+        return row
+
+    def count(self, expression: ir.Table) -> int:
+        """Number of rows of `expression`."""
+        return int(self.row(expression.agg(n=expression.count()))["n"])
+
+    def sql(self, expression: ir.Table) -> str:
+        """`expression` as SQL of this engine."""
+        return str(ibis.to_sql(expression, dialect=self.dialect))
+
+
+def _count(batches: Iterable[pa.RecordBatch], bar: Any) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        yield batch
+        bar.update(batch.num_rows)
+
+
+def quote_sql(text: str) -> str:
+    """`text` as a string literal of SQL, as DuckDB reads it."""
+    return "'" + text.replace("'", "''") + "'"

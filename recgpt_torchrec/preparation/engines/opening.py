@@ -1,0 +1,52 @@
+"""Opens the engine that `--engine` names, and explains what it says of memory and scratch space."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyarrow.fs
+
+from recgpt_torchrec.config import Prepare
+from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine, explain_lack
+from recgpt_torchrec.preparation.engines.engine import Engine
+from recgpt_torchrec.preparation.engines.spark_engine import SparkEngine
+from recgpt_torchrec.storage import filesystem, remote
+
+
+@contextmanager
+def open_engine(config: Prepare) -> Iterator[Engine]:
+    """The engine of the configuration; its tables are gone when the `with` ends.
+
+    Raises:
+        InputError: it cannot be started, or lacks memory or scratch space.
+    """
+    scratch = _choose_scratch(config)
+    if config.engine == "pyspark":
+        with SparkEngine(scratch) as spark:
+            yield spark
+    else:
+        with explain_lack(scratch), DuckDBEngine(scratch, config.memory_limit) as database:
+            yield database
+
+
+def _choose_scratch(config: Prepare) -> str:
+    """The folder for the engine's tables: `scratch`, or the output's parent if that is on a local disk, or on Spark."""
+    is_spark = config.engine == "pyspark"
+    if config.scratch is not None and remote(config.scratch):
+        if not is_spark:
+            raise InputError(f"--scratch {config.scratch}: --engine duckdb needs a folder on a local disk")
+        return config.scratch
+    fs, root = filesystem(config.output)
+    if config.scratch is not None:
+        parent = os.path.abspath(config.scratch)
+    elif isinstance(fs, pyarrow.fs.LocalFileSystem):
+        parent = os.path.dirname(root)
+    elif is_spark:
+        return config.output.rstrip("/").rpartition("/")[0]
+    else:
+        parent = tempfile.gettempdir()
+    while not os.path.isdir(parent) and parent != os.path.dirname(parent):
+        parent = os.path.dirname(parent)  # missing folders are created with the dataset only
+    return parent

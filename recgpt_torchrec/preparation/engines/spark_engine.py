@@ -1,0 +1,162 @@
+"""The engine of a cluster: Apache Spark, through its SQL."""
+
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import ibis
+import ibis.expr.types as ir
+import pyarrow as pa
+import pyarrow.fs
+
+from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS, Engine
+from recgpt_torchrec.preparation.engines.spark_progress import shown
+from recgpt_torchrec.preparation.engines.spark_session import open_session
+from recgpt_torchrec.preparation.engines.spark_writing import write_on_executors
+from recgpt_torchrec.preparation.writing import Layout
+from recgpt_torchrec.storage import remote
+from recgpt_torchrec.storage.parts import Part, regroup
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+    from pyspark.sql.types import StructType
+
+FILL_ROWS = 2**20
+"""Rows that `fill` holds on the driver at a time."""
+
+
+class SparkEngine(Engine):
+    """Apache Spark, with every stored table as Parquet in a scratch folder, so that a lost executor repeats one step.
+
+    The driver sends SQL and receives aggregates: no table passes through it.
+    """
+
+    dialect = "pyspark"
+
+    def __init__(self, parent: str) -> None:
+        """Connect to Spark, or start it on this machine.
+
+        Args:
+            parent: path or URI of a folder that the driver and all executors reach; tables are written to a new folder
+                in it, which `close` removes.
+
+        Raises:
+            InputError: Spark cannot be started.
+        """
+        self.scratch = f"{parent.rstrip('/')}/.prepare-{uuid.uuid4().hex[:12]}"
+        self.spark, self.is_owner = open_session(tempfile.gettempdir() if remote(parent) else parent)
+        self.parallelism = self.spark.sparkContext.defaultParallelism
+        """Number of tasks that run at once."""
+        is_local = self.spark.sparkContext.master.startswith("local") and not remote(parent)
+        self.local_scratch = parent if is_local else None
+        """Folder on this machine, where all tasks run on it; None: executors have folders of their own."""
+
+    def close(self) -> None:
+        """Drop every table, remove the scratch folder, and stop Spark if it was started here."""
+        try:
+            self.remove(self.scratch)
+        finally:
+            if self.is_owner:
+                self.spark.stop()
+
+    def save(self, name: str, expression: ir.Table) -> ir.Table:
+        """Store the result of `expression` as the table `name`, and return that table for further expressions."""
+        return self.save_frame(name, self.frame(expression), expression.schema())
+
+    def save_frame(
+        self,
+        name: str,
+        frame: "DataFrame",
+        schema: ibis.Schema,
+        step: str = "",
+        stop: Callable[[], bool] = lambda: False,
+    ) -> ir.Table:
+        """Store a DataFrame as the table `name`, and return that table.
+
+        Args:
+            name: of the table.
+            frame: its rows.
+            schema: to which its columns are cast.
+            step: what the progress bar says; empty: the table's name.
+            stop: whether to give up; asked again and again.
+        """
+        path = f"{self.scratch}/{name}"
+        with self.shown(step or name.replace("_", " "), stop):
+            self._cast(frame, schema).write.mode("overwrite").parquet(path)
+        return self._register(name, path, schema)
+
+    def shown(self, step: str, stop: Callable[[], bool] = lambda: False) -> AbstractContextManager[None]:
+        """Show the progress of the jobs that the `with` starts; see `spark_progress.shown`."""
+        return shown(self.spark.sparkContext, step, stop)
+
+    def fill(self, name: str, tables: Iterable[pa.Table], schema: pa.Schema) -> ir.Table:
+        """Store Arrow tables of one schema, one after the other, as the table `name`, and return that table."""
+        path, kinds = f"{self.scratch}/{name}", ibis.Schema.from_pyarrow(schema)
+        self.remove(path)
+        self.spark.createDataFrame([], self.types(kinds)).write.parquet(path)
+        batches = (batch for table in tables for batch in table.to_batches())
+        for rows in regroup(batches, FILL_ROWS):
+            self._cast(self.spark.createDataFrame(rows), kinds).write.mode("append").parquet(path)
+        return self._register(name, path, kinds)
+
+    def drop(self, *names: str) -> None:
+        """Drop tables, so that their space on disk is free again."""
+        for name in names:
+            self.spark.catalog.dropTempView(name)
+            self.remove(f"{self.scratch}/{name}")
+
+    def batches(self, expression: ir.Table, rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
+        """The rows of a small result, in its order, in batches of at most `rows`; all of them pass through the driver.
+
+        One partition of Spark is on the driver at a time.
+        """
+        schema = expression.schema().to_pyarrow()
+        pending: list[Any] = []
+
+        def batch() -> pa.RecordBatch:
+            columns = list(zip(*pending, strict=True))
+            return pa.record_batch([pa.array(*pair) for pair in zip(columns, schema.types, strict=True)], schema=schema)
+
+        for row in self.frame(expression).toLocalIterator():
+            pending.append(row)
+            if len(pending) == rows:
+                yield batch()
+                pending = []
+        if pending:
+            yield batch()
+
+    def write_parts(
+        self, rows: ir.Table, layout: Layout, fs: pyarrow.fs.FileSystem, root: str, total: int
+    ) -> list[Part]:
+        """Write rows as the Parquet parts of a folder, on the executors; Spark itself shows how many are done."""
+        schema = rows.schema()
+        written = rows.select(layout.columns).schema().to_pyarrow()
+        return write_on_executors(self._cast(self.frame(rows), schema), written, layout, fs, root)
+
+    def frame(self, expression: ir.Table) -> "DataFrame":
+        """`expression` as a DataFrame, for what only Spark can do with it."""
+        return self.spark.sql(self.sql(expression))
+
+    def remove(self, path: str) -> None:
+        """Delete a folder of any file system that Spark knows, if it exists."""
+        context = self.spark.sparkContext
+        place = context._jvm.org.apache.hadoop.fs.Path(path)
+        place.getFileSystem(context._jsc.hadoopConfiguration()).delete(place, True)
+
+    def _register(self, name: str, path: str, schema: ibis.Schema) -> ir.Table:
+        self.spark.read.schema(self.types(schema)).parquet(path).createOrReplaceTempView(name)
+        return ibis.table(schema, name=name)
+
+    def _cast(self, frame: "DataFrame", schema: ibis.Schema) -> "DataFrame":
+        """The columns as Ibis has them: Spark's own types may be others (row_number is an int32 there)."""
+        kinds = {field.name: field.dataType for field in self.types(schema)}
+        return frame.select(*(frame[name].cast(kind).alias(name) for name, kind in kinds.items()))
+
+    @staticmethod
+    def types(schema: ibis.Schema) -> "StructType":
+        """A schema of Ibis as one of Spark."""
+        from ibis.backends.pyspark.datatypes import PySparkSchema
+
+        return PySparkSchema.from_ibis(schema)

@@ -1,0 +1,1 @@
+"""The SQL of the columns and rows of each file format."""
