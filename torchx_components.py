@@ -50,6 +50,13 @@ def export(*args: str, **options: Any) -> specs.AppDef:
 
 
 @job.with_launch_options
+def apply(*args: str, **options: Any) -> specs.AppDef:
+    """Apply deltas to the export they were made from, and write the whole export. Runs in one process, without GPUs."""
+    job.require_one_process("apply", options.get("j"))
+    return job.make_job("recgpt_torchrec.apply", *args, **options)
+
+
+@job.with_launch_options
 def index(*args: str, **options: Any) -> specs.AppDef:
     """Build a FAISS index of an export's item vectors, in shards, and keep it in the export."""
     return job.make_job("recgpt_torchrec.index", *args, **options)

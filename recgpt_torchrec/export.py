@@ -1,7 +1,8 @@
-"""Stage `export`: dataset and checkpoint -> item vectors and one or several vectors per user, for an ANN index."""
+"""Stage `export`: dataset and checkpoint -> item vectors and user vectors for an ANN index, or what changed in them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from recgpt_torchrec import cli
@@ -9,11 +10,12 @@ from recgpt_torchrec.config import Export
 
 if TYPE_CHECKING:
     from recgpt_torchrec.data.dataset import Dataset
-    from recgpt_torchrec.retrieval.exports.manifest import ExportManifest
+    from recgpt_torchrec.retrieval.exports.chain import Chain
+    from recgpt_torchrec.retrieval.exports.manifest import DeltaManifest, ExportManifest
 
 
 def main(config: Export) -> None:
-    """Encode every user's history, and write the user vectors and the item vectors."""
+    """Encode every user's history, and write the user vectors and the item vectors, or those that changed."""
     import numpy as np
     import torch
 
@@ -26,7 +28,8 @@ def main(config: Export) -> None:
     from recgpt_torchrec.model.recgpt import unwrapped
     from recgpt_torchrec.progress import progress_bar
     from recgpt_torchrec.retrieval.encoding import collect_batches, encode
-    from recgpt_torchrec.retrieval.exports.writing import write_export
+    from recgpt_torchrec.retrieval.exports.chain import open_chain
+    from recgpt_torchrec.retrieval.exports.writing import write_delta, write_export
     from recgpt_torchrec.retrieval.interests import predict_interests
     from recgpt_torchrec.training.loading import load
 
@@ -39,7 +42,12 @@ def main(config: Export) -> None:
             if dataset.manifest.hold_out != "last":
                 settings["hold_out"] = dataset.manifest.hold_out
         fingerprint = checkpoint_fingerprint(checkpoint)
-        manifest = run_on_first_rank(lambda: finished(config, settings, dataset, fingerprint))
+        chain = open_chain(config.since) if config.since else None
+        if chain is not None:
+            hold_out = settings.get("hold_out", "last")
+            chain.check_fits(dataset, dtype=config.dtype, interests=config.interests, history=config.history)
+            chain.check_fits(dataset, hold_out=hold_out)
+        manifest = run_on_first_rank(lambda: finished(config, settings, dataset, fingerprint, chain))
         already_there = manifest is not None
         absent = dataset.manifest.preparation.get("extends", {}).get("absent_users", 0)
         if manifest is None:
@@ -71,13 +79,17 @@ def main(config: Export) -> None:
                         bar.update(min(ids.size * world_size(), dataset.manifest.users - bar.n))
                         yield ids, vectors.cpu().numpy()
 
-            manifest = write_export(
+            write: Callable[..., ExportManifest | DeltaManifest]
+            if chain is None:
+                write = partial(write_export, dim=trained.config.dim, interests=config.interests, dtype=config.dtype)
+            else:
+                chain.check_fits(dataset, dim=trained.config.dim)
+                write = partial(write_delta, chain=chain, tolerance=config.tolerance)
+            manifest = write(
                 config.output,
                 dataset,
                 items=catalogue.share(),
                 users=users(),
-                dim=trained.config.dim,
-                interests=config.interests,
                 everyone=config.history == "all" and not absent,
                 checkpoint=checkpoint,
                 checkpoint_fingerprint=fingerprint,
@@ -93,12 +105,40 @@ def main(config: Export) -> None:
             f"{'Already there' if already_there else 'Written'}: {config.output} ({manifest.items:,} items, "
             f"{manifest.users:,} users{vectors_each}{left_out_note})",
             *index_summary,
-            "A user's score for an item is the inner product of their vectors: index items/*.parquet for maximum inner "
-            "product and query it with users/*.parquet, or let retrieve do both",
-            f"Next:    python -m recgpt_torchrec.retrieve --export {config.output} --data {config.data} "
-            "--output LISTS_FOLDER",
             sep="\n",
         )
+        print_result(*(next_steps(config) if chain is None else changes(config, manifest, chain)), sep="\n")
+
+
+def next_steps(config: Export) -> list[str]:
+    """What to do with an export."""
+    return [
+        "A user's score for an item is the inner product of their vectors: index items/*.parquet for maximum inner "
+        "product and query it with users/*.parquet, or let retrieve do both",
+        f"Next:    python -m recgpt_torchrec.retrieve --export {config.output} --data {config.data} "
+        "--output LISTS_FOLDER",
+    ]
+
+
+def changes(config: Export, manifest: "DeltaManifest", chain: "Chain") -> list[str]:
+    """What a delta holds, and what to do with it."""
+    lines = []
+    for name in ("items", "users"):
+        count, new = getattr(manifest, name), getattr(manifest, f"new_{name}")
+        sent = sum(part.rows for part in getattr(manifest, f"{name[:-1]}_parts"))
+        gone = sum(part.rows for part in getattr(manifest, f"removed_{name[:-1]}_parts"))
+        lines.append(
+            f"{name:<9}{new:,} new, {sent - new:,} moved, {gone:,} removed: {sent:,} of {count:,} sent "
+            f"({sent / count:.2%})"
+        )
+    share = manifest.size / chain.export.manifest.size
+    return [
+        *lines,
+        f"size     {manifest.size:,} bytes, {share:.2%} of {chain.export.path}",
+        "A vector store that holds the state of --since takes it as it is: upsert items/ and users/, delete removed_*/",
+        f"Next:    python -m recgpt_torchrec.apply --export {chain.export.path} --deltas "
+        f"{' '.join([*chain.paths[1:], config.output])} --output NEW_EXPORT",
+    ]
 
 
 def add_asked_index(config: Export) -> tuple[list[str], bool]:
@@ -116,21 +156,24 @@ def add_asked_index(config: Export) -> tuple[list[str], bool]:
     return [summary(index)], not already_there
 
 
-def finished(config: Export, settings: dict[str, Any], dataset: "Dataset", fingerprint: str) -> "ExportManifest | None":
-    """The manifest of the finished export in the output folder; None if there is none yet.
+def finished(
+    config: Export, settings: dict[str, Any], dataset: "Dataset", fingerprint: str, chain: "Chain | None"
+) -> "Any":
+    """The manifest of the finished export or delta in the output folder; None if there is none yet.
 
     Args:
         config: of this stage.
         settings: its options, as the manifest records them.
         dataset: the dataset to export from.
         fingerprint: of the checkpoint.
+        chain: what a delta is compared with; None: an export is asked for.
 
     Raises:
-        InputError: the folder holds something else, or an export of another checkpoint, dataset or other options.
+        InputError: the folder holds something else, or a result of another checkpoint, dataset or other options.
     """
     from recgpt_torchrec.config.fields import changeable_names, default_values
     from recgpt_torchrec.data.dataset import histories_fingerprint
-    from recgpt_torchrec.retrieval.exports.reading import open_export
+    from recgpt_torchrec.retrieval.exports.reading import open_delta, open_export
     from recgpt_torchrec.storage.finished import differences, find_finished, flatten
 
     inputs = {
@@ -138,13 +181,17 @@ def finished(config: Export, settings: dict[str, Any], dataset: "Dataset", finge
         "dataset_fingerprint": histories_fingerprint(dataset),
         "checkpoint_fingerprint": fingerprint,
     }
+    if chain is not None:
+        inputs["base"] = chain.state
 
-    def compare(manifest: "ExportManifest") -> list[str]:
+    def compare(manifest: "ExportManifest | DeltaManifest") -> list[str]:
         recorded = {name: getattr(manifest, name) for name in inputs}
         found = {**flatten(default_values(config)), **flatten(manifest.settings), **recorded}
         return differences(found, {**settings, **inputs}, changeable_names(Export))
 
-    return find_finished(config.output, "export", lambda path: open_export(path).manifest, compare)
+    if chain is None:
+        return find_finished(config.output, "export", lambda path: open_export(path).manifest, compare)
+    return find_finished(config.output, "delta", lambda path: open_delta(path).manifest, compare)
 
 
 if __name__ == "__main__":

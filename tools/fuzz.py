@@ -121,6 +121,8 @@ KINDS = [
          "vectors"),
     Kind("export: items", "vectors/items/*.parquet", "retrieve", "parquet", is_part=True),
     Kind("export: users", "vectors/users/*.parquet", "retrieve", "parquet", is_part=True),
+    Kind("index: manifest", "indexed/manifest.json", "retrieve", "json", {"--export": "indexed"}),
+    Kind("index: shards", "indexed/index/*/*.faiss", "retrieve", "records", {"--export": "indexed"}),
     Kind("lists: manifest, retrieved again", "lists/manifest.json", "retrieve", "json", {"--output": "lists"}, "lists"),
     Kind("keys: list", "keys.txt", "retrieve", "text", {"--allow": "keys.txt"}, any_result=True),
     Kind("keys: lines of JSON", "keys.jsonl", "retrieve", "json", {"--users": "keys.jsonl"}, any_result=True),
@@ -216,6 +218,7 @@ def write_inputs(folder: Path) -> None:
     run_stage("generate_prompts", {"--data": "data", "--checkpoint": "run", "--output": "prompts", "--prompts.k": 1}
               | {"--prompts.answers": ANSWERS})  # fmt: skip
     run("export", output="vectors")
+    run("export", output="indexed", index__kind="hnsw", index__shards=2)
     run("retrieve", output="lists")
     write_keys(folder)
     run("evaluate", output="test.json")

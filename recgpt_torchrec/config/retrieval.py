@@ -1,5 +1,6 @@
-"""Options of the stages evaluate, export, index and retrieve."""
+"""Options of the stages evaluate, export, apply, index and retrieve."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -150,7 +151,7 @@ class Index:
 @dataclass(kw_only=True)
 class Export(Computing):
     """Write the item vectors and user vectors of a checkpoint as Parquet, for an ANN index: one vector per user, or
-    several from autoregressive steps (paper, section 4.4).
+    several from autoregressive steps (paper, section 4.4). With --since only what has changed.
 
     Example: python -m recgpt_torchrec.export --data data/mine --checkpoint runs/mine --output vectors/mine
     """
@@ -167,12 +168,53 @@ class Export(Computing):
     interests: int = 1
     """Number of interest vectors per user, 1 to 32. The first is the output at the newest entry; each further one takes
     one more autoregressive step. The paper's online system uses 6; retrieve by default merges the first 2."""
+    dtype: Literal["float32", "float16", "int8"] = "float32"
+    """Type of the stored numbers. float16: half the size, 11 bits of precision, numbers up to 65,504. int8: a quarter
+    of the size; a number is its int8 times the scale of its vector, the largest absolute number over 127."""
+    since: list[str] = changeable(default_factory=list)
+    """Folder of an earlier export, then those of the deltas after it, oldest first. Written is a delta: only the items
+    and users that are new or have moved, and which users are gone. recgpt apply makes an export of an export and
+    deltas. The dataset must be that of the last folder, or be prepared with --vocabulary from it. Empty: an export."""
+    tolerance: float = 0.0
+    """With --since: vectors that moved by no more than this, as a share of the length of the vector that the export and
+    the deltas hold, are left out. 0: any vector that differs in a bit is in the delta."""
     index: Index = changeable(default_factory=Index)
     batch: Batch = field(default_factory=Batch)
     tables: Sharding = field(default_factory=Sharding)
 
     def __post_init__(self) -> None:
         within("--interests", self.interests, 1, INTERESTS)
+        if not 0 <= self.tolerance < math.inf:
+            raise ValueError(f"--tolerance is {self.tolerance}; it must be a number of at least 0, for example 0.01")
+        if self.tolerance and not self.since:
+            raise ValueError(
+                f"--tolerance is {self.tolerance}, but there is nothing to compare with; give --since EXPORT, or leave "
+                "it out"
+            )
+        if self.since and self.index.kind != "none":
+            raise ValueError(
+                f"--index.kind is {self.index.kind}, but --since writes a delta, which holds no index; leave one out"
+            )
+
+
+@dataclass(kw_only=True)
+class Apply:
+    """Apply deltas to the export they were made from, and write the export that is whole after them.
+
+    Example: python -m recgpt_torchrec.apply --export vectors/monday --deltas vectors/tuesday vectors/wednesday
+    --output vectors/now
+    """
+
+    export: str
+    """Folder of the export."""
+    deltas: list[str]
+    """Folders of the deltas, oldest first; each was made with --since of the export and of the deltas before it."""
+    output: str
+    """Folder of the new export. It must be new or empty, unless it already holds this result; then nothing is done."""
+
+    def __post_init__(self) -> None:
+        if not self.deltas:
+            raise ValueError("--deltas is empty; give the folders of the deltas, oldest first")
 
 
 @dataclass(kw_only=True)

@@ -1,11 +1,11 @@
 """An output folder that all ranks write into, committed once all have written."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import pyarrow.fs
 
-from recgpt_torchrec.distributed.processes import gather_objects, rank, run_on_first_rank
+from recgpt_torchrec.distributed.processes import rank, run_on_first_rank
 from recgpt_torchrec.storage import filesystem, folders
 
 
@@ -21,9 +21,15 @@ def stage_shared_folder(path: str, name: str) -> Iterator[tuple[pyarrow.fs.FileS
         The file system and the folder's path on it, the same on every rank (see `folders.stage_folder`).
 
     Raises:
-        InputError: `path` holds something already.
+        InputError: `path` holds something already, or cannot be written.
     """
     run_on_first_rank(lambda: folders.check_free(path, name))
-    with folders.stage_folder(path) if rank() == 0 else nullcontext((filesystem(path)[0], "")) as (fs, folder):
-        yield fs, gather_objects(folder)[0]
-    gather_objects(None)  # no rank returns before the folder is committed
+    staged, fs = folders.stage_folder(path), filesystem(path)[0]
+    folder = run_on_first_rank(lambda: staged.__enter__()[1])
+    try:
+        yield fs, folder
+    except BaseException as error:
+        if rank() == 0:
+            staged.__exit__(type(error), error, error.__traceback__)
+        raise
+    run_on_first_rank(lambda: staged.__exit__(None, None, None))  # no rank returns before the folder is committed

@@ -1,8 +1,9 @@
 """Writes the Parquet parts of a folder with their checksums, holding a bounded number of rows in memory."""
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -68,6 +69,7 @@ def write_parts(
     groups_per_part: int,
     prefix: str = "part",
     first: int = 0,
+    options: Mapping[str, Any] | None = None,
 ) -> list[Part]:
     """Write tables as the row groups of `folder`/part-00000.parquet, `folder`/part-00001.parquet, ...
 
@@ -78,6 +80,7 @@ def write_parts(
         groups_per_part: row groups per file.
         prefix: prefix of the files' names; processes that write into one folder need different ones.
         first: number of the first file.
+        options: of `ParquetWriter`, in place of those that suit histories and keys.
 
     Returns:
         A `Part` per file.
@@ -88,7 +91,8 @@ def write_parts(
     try:
         for group in groups:
             if writer is None:
-                writer = _PartWriter(fs, root, f"{folder}/{prefix}-{first + len(parts):05d}.parquet", group.schema)
+                path = f"{folder}/{prefix}-{first + len(parts):05d}.parquet"
+                writer = _PartWriter(fs, root, path, group.schema, options or {})
             writer.write(group)
             if writer.groups == groups_per_part:
                 parts.append(writer.close())
@@ -105,7 +109,9 @@ def write_parts(
 class _PartWriter:
     """Writes one Parquet file and computes its checksum on the way."""
 
-    def __init__(self, fs: pyarrow.fs.FileSystem, root: str, path: str, schema: pa.Schema) -> None:
+    def __init__(
+        self, fs: pyarrow.fs.FileSystem, root: str, path: str, schema: pa.Schema, options: Mapping[str, Any]
+    ) -> None:
         self.path = path
         self.rows = self.items = self.groups = 0
         self.sink = _ChecksummedFile(fs.open_output_stream(f"{root}/{path}", compression=None))
@@ -115,9 +121,8 @@ class _PartWriter:
         self.writer = pq.ParquetWriter(
             pa.PythonFile(self.sink, mode="w"),
             schema,
-            compression="zstd",
-            use_dictionary=dictionaries,
             write_page_checksum=True,  # verified by `open_parquet`: a flipped bit is an error, not another number
+            **{"compression": "zstd", "use_dictionary": dictionaries, **options},
         )
 
     def write(self, group: pa.Table) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.retrieval.exports import writing
+from recgpt_torchrec.retrieval.exports import share
 from recgpt_torchrec.retrieval.exports.keys import Keys
 from recgpt_torchrec.retrieval.exports.reading import open_export
 from recgpt_torchrec.retrieval.exports.vectors import vectors_of as stored_vectors
@@ -89,8 +89,8 @@ def test_several_interests_are_one_row_a_user(dataset, tmp_path):
 
 
 def test_rows_are_cut_into_row_groups_and_parts(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "GROUP_BYTES", 4 * DIM * 5)
-    monkeypatch.setattr(writing, "GROUPS_PER_PART", 2)
+    monkeypatch.setattr(share, "GROUP_BYTES", 4 * DIM * 5)
+    monkeypatch.setattr(share, "GROUPS_PER_PART", 2)
     manifest = write(tmp_path / "export", dataset)
     assert [part.rows for part in manifest.item_parts] == [10, 10, 10]
     ids, vectors = open_export(str(tmp_path / "export")).item_vectors()

@@ -137,6 +137,9 @@ class DeltaManifest(FolderManifest):
     """Number of items after it is applied."""
     users: int = 0
     """Number of users after it is applied."""
+    new_items: int = 0
+    """Number of items in it that were not there before; the others have moved."""
+    new_users: int = 0
     dim: int = 0
     interests: int = 1
     dtype: str = "float32"
@@ -151,7 +154,7 @@ class DeltaManifest(FolderManifest):
     """Items that are new or have moved, as in an export."""
     user_parts: list[Part] = field(default_factory=list)
     removed_item_parts: list[Part] = field(default_factory=list)
-    """item_id and key of the items that are gone."""
+    """item_id and key of the items that are gone: none, as a dataset's vocabulary only grows."""
     removed_user_parts: list[Part] = field(default_factory=list)
 
     @classmethod
@@ -162,13 +165,14 @@ class DeltaManifest(FolderManifest):
             ValueError: a field is missing, unknown or invalid.
         """
         manifest = super().from_values(values)
-        check_counts({name: getattr(manifest, name) for name in ("items", "users", "dim", "interests")})
+        counts = ("items", "users", "new_items", "new_users", "dim", "interests")
+        check_counts({name: getattr(manifest, name) for name in counts})
         check_finite({"tolerance": manifest.tolerance})
         _check_vectors(manifest)
         for name, parts in (("items", manifest.item_parts), ("users", manifest.user_parts)):
-            count, rows = getattr(manifest, name), sum(part.rows for part in parts)
-            if rows > count:
-                raise ValueError(f"it promises {count:,} {name} after it, but {rows:,} rows in {name}/")
+            count, new = getattr(manifest, name), getattr(manifest, f"new_{name}")
+            if not new <= (rows := sum(part.rows for part in parts)) <= count:
+                raise ValueError(f"it promises {new:,} new of {count:,} {name}, but {rows:,} rows in {name}/")
         if not (manifest.base and manifest.since):
             raise ValueError("it does not say which state it is applied to")
         return manifest

@@ -1,28 +1,20 @@
-"""Writes an export folder: each process its share of the vectors, in row groups; rank 0 the manifest, last."""
+"""Writes folders of exports and deltas: each process its share of the vectors, rank 0 the manifest, last."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeAlias
-
-import numpy as np
-import pyarrow as pa
-import pyarrow.fs
+from collections.abc import Iterable
+from typing import Any
 
 from recgpt_torchrec.data.dataset import Dataset, histories_fingerprint
-from recgpt_torchrec.data.ragged import Float32, Int64
 from recgpt_torchrec.distributed import shared_folder
-from recgpt_torchrec.distributed.processes import gather_objects, rank
-from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.retrieval.exports.keys import Keys
-from recgpt_torchrec.retrieval.exports.manifest import ExportManifest
+from recgpt_torchrec.distributed.processes import run_on_first_rank
+from recgpt_torchrec.retrieval.exports.chain import Chain
+from recgpt_torchrec.retrieval.exports.changes import Changes, removed_users
+from recgpt_torchrec.retrieval.exports.manifest import DeltaManifest, ExportManifest
+from recgpt_torchrec.retrieval.exports.share import Share, VectorBatch, write_groups
 from recgpt_torchrec.storage import folders
-from recgpt_torchrec.storage.parts import Part, regroup, write_parts
+from recgpt_torchrec.storage.parts import regroup
 
-GROUP_BYTES = 2**24
-"""Bytes of vectors per row group."""
-GROUPS_PER_PART = 16
-
-VectorBatch: TypeAlias = tuple[Int64, Float32]
-"""(ids [n] int64, vectors [n, dim] or [n, interests, dim] float32)."""
+REMOVED_ROWS = 2**17
+"""Number of removed users per row group."""
 
 
 def write_export(
@@ -37,6 +29,7 @@ def write_export(
     checkpoint: str,
     checkpoint_fingerprint: str,
     settings: dict[str, Any],
+    dtype: str = "float32",
 ) -> ExportManifest:
     """Write an export and commit it whole (collective: each process gives its share).
 
@@ -51,94 +44,102 @@ def write_export(
         checkpoint: folder the vectors come from, for the manifest.
         checkpoint_fingerprint: its fingerprint, for the manifest.
         settings: the stage's options, for the manifest.
+        dtype: of the stored numbers, see `vectors`.
 
     Returns:
         The manifest, on every process.
 
     Raises:
-        InputError: `path` is not empty, or a vector is not finite (on every process). Nothing is written then.
+        InputError: `path` is not empty, a file cannot be written, or a vector cannot be stored (on every process).
+            Nothing is written then.
         ValueError: wrong shapes, or an id is missing or repeated.
     """
-    with shared_folder.stage_shared_folder(path, ExportManifest.KIND.name) as (fs, folder):
-        item_share = _Share("items", Keys(dataset, "items"), (dim,))
-        user_share = _Share("users", Keys(dataset, "users"), (dim,) if interests == 1 else (interests, dim))
-        parts = [share.write(batches, fs, folder) for share, batches in ((item_share, items), (user_share, users))]
-        gathered = gather_objects((parts, item_share, user_share))
-        manifest = ExportManifest(
-            items=dataset.manifest.items,
-            users=sum(share.rows for _, _, share in gathered),
-            dim=dim,
-            interests=interests,
-            dataset=dataset.path,
-            vocabulary=dataset.manifest.vocabulary,
-            dataset_fingerprint=histories_fingerprint(dataset),
-            checkpoint=checkpoint,
-            checkpoint_fingerprint=checkpoint_fingerprint,
-            settings=settings,
-            item_parts=[part for (of_items, _), _, _ in gathered for part in of_items],
-            user_parts=[part for (_, of_users), _, _ in gathered for part in of_users],
-        )
-        _check_complete([share for _, share, _ in gathered], dataset.manifest.items)
-        _check_complete([share for _, _, share in gathered], dataset.manifest.users, everyone)
-        if rank() == 0:
-            folders.write_manifest(fs, folder, manifest.to_json())
+    manifest = ExportManifest(
+        dim=dim,
+        interests=interests,
+        dtype=dtype,
+        dataset=dataset.path,
+        vocabulary=dataset.manifest.vocabulary,
+        dataset_fingerprint=histories_fingerprint(dataset),
+        checkpoint=checkpoint,
+        checkpoint_fingerprint=checkpoint_fingerprint,
+        settings=settings,
+    )
+    with shared_folder.stage_shared_folder(path, manifest.KIND.name) as (fs, folder):
+        share = Share(dataset, "items", (dim,), dtype)
+        manifest.item_parts = share.write(items, fs, folder, path)
+        manifest.items = share.check_complete(dataset.manifest.items)
+        share = Share(dataset, "users", user_shape(manifest), dtype)
+        manifest.user_parts = share.write(users, fs, folder, path)
+        manifest.users = share.check_complete(dataset.manifest.users, everyone)
+        run_on_first_rank(lambda: folders.write_manifest(fs, folder, manifest.to_json()))
     return manifest
 
 
-class _Share:
-    """Writes one process's share of the items or users, and counts it."""
+def write_delta(
+    path: str,
+    dataset: Dataset,
+    chain: Chain,
+    tolerance: float,
+    *,
+    items: Iterable[VectorBatch],
+    users: Iterable[VectorBatch],
+    everyone: bool,
+    checkpoint: str,
+    checkpoint_fingerprint: str,
+    settings: dict[str, Any],
+) -> DeltaManifest:
+    """Write what changes from a chain to new vectors, and commit it whole (collective: each process gives its share).
 
-    def __init__(self, kind: str, keys: Keys, shape: tuple[int, ...]) -> None:
-        self.kind, self.shape = kind, shape
-        self.keys: Keys | None = keys
-        self.rows = self.sum_of_ids = 0
-        self.not_finite: int | None = None
-        """The first id whose vector has a NaN or infinity."""
+    Args:
+        path: folder or URI of the delta; must be empty or not exist.
+        dataset: of the new vectors; its vocabulary is that of the chain or extends it.
+        chain: an export and the deltas after it; `check_fits` was called.
+        tolerance: vectors that moved by no more than this, relative to their length, are left out.
+        items: as for `write_export`, and so are the other arguments.
 
-    def write(self, batches: Iterable[VectorBatch], fs: pyarrow.fs.FileSystem, folder: str) -> list[Part]:
-        rows_per_group = max(1, GROUP_BYTES // (4 * int(np.prod(self.shape))))
-        groups = regroup(self._record_batches(batches), rows_per_group)
-        parts = write_parts(fs, folder, self.kind, groups, GROUPS_PER_PART, prefix=f"part-{rank():04d}")
-        self.keys = None  # the share is sent to the other processes
-        return parts
+    Returns:
+        The manifest, on every process.
 
-    def _record_batches(self, batches: Iterable[VectorBatch]) -> Iterator[pa.RecordBatch]:
-        assert self.keys is not None
-        names = [f"{self.kind[:-1]}_id", "key", "vector" if len(self.shape) == 1 else "vectors"]
-        for ids, vectors in batches:
-            if vectors.shape != (len(ids), *self.shape) or vectors.dtype != np.float32:
-                raise ValueError(
-                    f"vectors of {self.kind} must be {[len(ids), *self.shape]} float32, "
-                    f"not {list(vectors.shape)} {vectors.dtype}"
-                )
-            finite = np.isfinite(vectors).all(axis=tuple(range(1, vectors.ndim)))
-            if not finite.all() and self.not_finite is None:
-                self.not_finite = int(ids[~finite][0])
-            self.rows += len(ids)
-            self.sum_of_ids += int(ids.sum())
-            # After a bad vector nothing more is written, but batches are still drawn: computing them may be collective,
-            # and the other processes would wait for ever.
-            if self.not_finite is None and len(ids):
-                column: pa.Array = pa.array(np.ascontiguousarray(vectors).reshape(-1))
-                for length in reversed(self.shape):
-                    column = pa.FixedSizeListArray.from_arrays(column, length)
-                yield pa.record_batch([pa.array(ids, pa.int64()), self.keys.of(ids), column], names=names)
+    Raises:
+        InputError: as for `write_export`; or a part of the chain is damaged.
+        ValueError: wrong shapes, or an id is missing or repeated.
+    """
+    before = chain.last.manifest
+    manifest = DeltaManifest(
+        base=chain.state,
+        since=chain.paths,
+        tolerance=tolerance,
+        dim=before.dim,
+        interests=before.interests,
+        dtype=before.dtype,
+        metric=before.metric,
+        dataset=dataset.path,
+        vocabulary=dataset.manifest.vocabulary,
+        dataset_fingerprint=histories_fingerprint(dataset),
+        checkpoint=checkpoint,
+        checkpoint_fingerprint=checkpoint_fingerprint,
+        settings=settings,
+    )
+    with shared_folder.stage_shared_folder(path, manifest.KIND.name) as (fs, folder):
+        changed = Changes(chain, "items", dataset.manifest.items, tolerance)
+        share = Share(dataset, "items", (manifest.dim,), manifest.dtype, changed)
+        manifest.item_parts = share.write(items, fs, folder, path)
+        manifest.items = share.check_complete(dataset.manifest.items)
+        manifest.new_items = changed.count_new()
+        changed = Changes(chain, "users", dataset.manifest.users, tolerance)
+        share = Share(dataset, "users", user_shape(manifest), manifest.dtype, changed)
+        manifest.user_parts = share.write(users, fs, folder, path)
+        manifest.users = share.check_complete(dataset.manifest.users, everyone)
+        manifest.new_users = changed.count_new()
+        if manifest.users - manifest.new_users < before.users:
+            gone = regroup(removed_users(chain, changed.gather_seen()), REMOVED_ROWS)
+            options = {"use_dictionary": False}
+            manifest.removed_user_parts = write_groups(gone, fs, folder, path, "removed_users", options)
+        run_on_first_rank(lambda: folders.write_manifest(fs, folder, manifest.to_json()))
+    return manifest
 
 
-def _check_complete(shares: list[_Share], expected: int, everyone: bool = True) -> None:
-    """Check that all shares together hold every id once (unless `everyone`: at least one), with finite vectors."""
-    kind = shares[0].kind
-    for share in shares:
-        if share.not_finite is not None:
-            raise InputError(
-                f"the vector of {kind[:-1]} {share.not_finite} is not finite: the checkpoint has diverged; "
-                "export an earlier one, or train again with a smaller learning rate"
-            )
-    rows, total = sum(share.rows for share in shares), sum(share.sum_of_ids for share in shares)
-    if not everyone:
-        if not rows:
-            raise InputError(f"no {kind[:-1]} has a held-out item of this split; use --history all")
-        if rows <= expected:
-            return
-    if rows != expected or total != expected * (expected - 1) // 2:
-        raise ValueError(f"{rows} vectors of {kind} were given; each of the dataset's {expected} {kind} must come once")
+def user_shape(manifest: ExportManifest | DeltaManifest) -> tuple[int, ...]:
+    """Shape of a user's vectors."""
+    return (manifest.dim,) if manifest.interests == 1 else (manifest.interests, manifest.dim)
