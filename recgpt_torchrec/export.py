@@ -105,24 +105,9 @@ def main(config: Export) -> None:
             f"{'Already there' if already_there else 'Written'}: {config.output} ({manifest.items:,} items, "
             f"{manifest.users:,} users{vectors_each}{left_out_note})",
             *index_summary,
-            *(next_steps(config) if chain is None else changes(config, manifest, chain)),
             sep="\n",
         )
-
-
-def add_asked_index(config: Export) -> tuple[list[str], bool]:
-    """Add the index that the options ask for to the export, which is complete without it (collective).
-
-    Returns:
-        Lines for the summary, and whether an index was built or measured.
-    """
-    if config.index.kind == "none":
-        return [], False
-    from recgpt_torchrec.retrieval.exports.reading import open_export
-    from recgpt_torchrec.retrieval.search.indexing import add_index, summary
-
-    index, already_there = add_index(open_export(config.output), config.index)
-    return [summary(index)], not already_there
+        print_result(*(next_steps(config) if chain is None else changes(config, manifest, chain)), sep="\n")
 
 
 def next_steps(config: Export) -> list[str]:
@@ -154,6 +139,21 @@ def changes(config: Export, manifest: "DeltaManifest", chain: "Chain") -> list[s
         f"Next:    python -m recgpt_torchrec.apply --export {chain.export.path} --deltas "
         f"{' '.join([*chain.paths[1:], config.output])} --output NEW_EXPORT",
     ]
+
+
+def add_asked_index(config: Export) -> tuple[list[str], bool]:
+    """Add the index that the options ask for to the export, which is complete without it (collective).
+
+    Returns:
+        Lines for the summary, and whether an index was built or measured.
+    """
+    if config.index.kind == "none":
+        return [], False
+    from recgpt_torchrec.retrieval.exports.reading import open_export
+    from recgpt_torchrec.retrieval.search.indexing import add_index, summary
+
+    index, already_there = add_index(open_export(config.output), config.index)
+    return [summary(index)], not already_there
 
 
 def finished(

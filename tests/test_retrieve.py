@@ -276,6 +276,33 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(made, tmp_pa
         assert "Already there" in capfd.readouterr().out
 
 
+def test_an_index_is_exported_added_replaced_and_searched(made, tmp_path, capfd):
+    """The vectors are computed once, and the lists are those of exact search, with items left out and interests."""
+    exported = tmp_path / "vectors"
+    options = options_of(made, "run", exported)
+    assert stage("export", options) == 0
+    vectors = [path for folder in ("items", "users") for path in (exported / folder).iterdir()]
+    before, fingerprint = {path: path.stat().st_mtime_ns for path in vectors}, open_export(str(exported)).fingerprint
+    expected = lists(exported, tmp_path / "exact", k=10, data=made / "data")
+    for kind, said in {"hnsw": "Written", "flat": "Written", "none": "Already there"}.items():
+        capfd.readouterr()
+        assert stage("export", options | {"--index.kind": kind}) == 0
+        output = capfd.readouterr().out
+        assert said in output and (kind == "none" or f"index       {kind}, " in output)
+    assert {path: path.stat().st_mtime_ns for path in vectors} == before
+    assert lists(exported, tmp_path / "flat", k=10, data=made / "data") == expected
+    settings = json.loads((tmp_path / "flat/manifest.json").read_text())["settings"]
+    assert settings["index"] == "flat"
+    assert "holds no" not in capfd.readouterr().out
+    assert lists(exported, tmp_path / "hnsw", k=10, data=made / "data", index="hnsw") == expected
+    assert "holds no hnsw index: it is built now and not kept. To keep one" in capfd.readouterr().out
+    assert open_export(str(exported)).fingerprint == fingerprint
+    new = options_of(made, "run", tmp_path / "new") | {"--index.kind": "auto"}
+    assert stage("export", new) == 0
+    assert stage("export", new) == 0
+    assert "Already there" in capfd.readouterr().out
+
+
 def harmed(made: Path, folder: Path, how: str) -> Path:
     """A copy of the export of four interests, harmed."""
     exported = pretrained(made)

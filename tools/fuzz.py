@@ -33,8 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from tools import mutations
 from tools.mutations import Mutation
@@ -123,6 +121,8 @@ KINDS = [
          "vectors"),
     Kind("export: items", "vectors/items/*.parquet", "retrieve", "parquet", is_part=True),
     Kind("export: users", "vectors/users/*.parquet", "retrieve", "parquet", is_part=True),
+    Kind("index: manifest", "indexed/manifest.json", "retrieve", "json", {"--export": "indexed"}),
+    Kind("index: shards", "indexed/index/*/*.faiss", "retrieve", "records", {"--export": "indexed"}),
     Kind("lists: manifest, retrieved again", "lists/manifest.json", "retrieve", "json", {"--output": "lists"}, "lists"),
     Kind("keys: list", "keys.txt", "retrieve", "text", {"--allow": "keys.txt"}, any_result=True),
     Kind("keys: lines of JSON", "keys.jsonl", "retrieve", "json", {"--users": "keys.jsonl"}, any_result=True),
@@ -218,6 +218,7 @@ def write_inputs(folder: Path) -> None:
     run_stage("generate_prompts", {"--data": "data", "--checkpoint": "run", "--output": "prompts", "--prompts.k": 1}
               | {"--prompts.answers": ANSWERS})  # fmt: skip
     run("export", output="vectors")
+    run("export", output="indexed", index__kind="hnsw", index__shards=2)
     run("retrieve", output="lists")
     write_keys(folder)
     run("evaluate", output="test.json")
@@ -231,6 +232,9 @@ def write_inputs(folder: Path) -> None:
 
 def write_keys(folder: Path) -> None:
     """Write lists and tables of the keys of the dataset's items and users."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     items, users = (pq.read_table(folder / "data" / name)["key"].to_pylist() for name in ("items", "users"))
     (folder / "keys.txt").write_text("".join(f"{key}\n" for key in items[::2]))
     (folder / "keys.jsonl").write_text("".join(json.dumps({"user_id": key}) + "\n" for key in users[::3]))

@@ -108,11 +108,11 @@ class KeyFile:
             load_files(engine, config, [file for file, _ in read], [dialect for _, dialect in read], timed=False)
         except InputError as error:
             raise _without_options_of_prepare(error, self.kind) from None
-        state = f"CASE WHEN problem IS NULL THEN {FITS} WHEN problem = {quote_sql(UNKNOWN)} THEN {UNCOMPUTED} ELSE {LEFT_OUT} END"
+        unknown, left_out = quote_sql(UNKNOWN), quote_sql(FILTERED)
+        state = f"CASE WHEN problem IS NULL THEN {FITS} WHEN problem = {unknown} THEN {UNCOMPUTED} ELSE {LEFT_OUT} END"
         run(
             f"CREATE TABLE {table} AS SELECT item AS key, max({state})::TINYINT AS state FROM log_rows "
-            f"WHERE item IS NOT NULL AND (problem IS NULL OR problem IN ({quote_sql(FILTERED)}, {quote_sql(UNKNOWN)})) "
-            "GROUP BY item"
+            f"WHERE item IS NOT NULL AND (problem IS NULL OR problem IN ({unknown}, {left_out})) GROUP BY item"
         )
         ((keys,),) = run(f"SELECT count(*) FROM {table}").fetchall()
         ((unusable, reason, text),) = run("SELECT count(*), first(reason), first(text) FROM rejected").fetchall()

@@ -118,6 +118,7 @@ def test_all_stages_give_the_same_results_on_an_object_store_and_on_a_local_disk
         for how, figures in protocols.items():
             assert on_store["recall"][path][how] == pytest.approx(figures, abs=1e-5)
     np.testing.assert_allclose(on_store["items"], on_disk["items"], atol=1e-5)
+    assert on_disk["index"] == on_store["index"] == [1.0, 1.0]
 
 
 def results(place: str) -> dict[str, Any]:
@@ -125,18 +126,21 @@ def results(place: str) -> dict[str, Any]:
     data, run, out, vectors = (f"{place}/{name}" for name in ("data", "run", "test.json", "vectors"))
     for name, options in {
         "evaluate": {"--data": data, "--checkpoint": run, "--output": out, "--split": "test"},
-        "export": {"--data": data, "--checkpoint": run, "--output": vectors},
+        "export": {"--data": data, "--checkpoint": run, "--output": vectors, "--index.kind": "ivf"},
     }.items():
         ((status, said),) = run_ranks(run_stage, 1, name, options)
         assert status == 0, said
     assert storage.names(f"{run}/tensorboard")
     assert not [name for folder in (data, vectors) for name in storage.names(folder) if name.startswith(".")]
+    index = open_export(vectors).manifest.index
+    assert index is not None
     return {
         "best": storage.read_json(f"{run}/best.json"),
         "checkpoints": storage.names(f"{run}/checkpoints"),
         "epochs": [json.loads(line)["epoch"] for line in storage.read(f"{run}/history.jsonl").splitlines()],
         "recall": json.loads(storage.read(out))["results"],
         "items": open_export(vectors).item_vectors()[1],
+        "index": [index.measured[f"recall@{k}"] for k in (10, 50)],
         "vocabulary": Dataset.open(data).manifest.vocabulary,
     }
 

@@ -63,8 +63,9 @@ def make_datasets(folder: Path) -> list[Dataset]:
     sizes = ((30, 50, "v0"), (36, 60, "v1"), (36, 60, "v1"))
     for day, (items, users, vocabulary) in enumerate(sizes):
         write_dataset(folder / f"data{day}", walks(users=users, items=items), items=items, vocabulary=vocabulary)
-        lineage = [{"fingerprint": "v0", "users": 50, "items": 30}] if day else []
-        change_json(folder / f"data{day}/manifest.json", lambda values, lineage=lineage: values.update(lineage=lineage))
+        if day:
+            lineage = [{"fingerprint": "v0", "users": 50, "items": 30}]
+            change_json(folder / f"data{day}/manifest.json", lambda values: values.update(lineage=lineage))
     return [Dataset.open(str(folder / f"data{day}")) for day in range(3)]
 
 
@@ -90,12 +91,12 @@ def write_day(
     world_size: int = 1,
 ) -> Any:
     """Write a day's export, or its delta."""
-    own = {"items": batches(day.items, rank, world_size), "users": batches(day.users, rank, world_size)}
+    own: dict[str, Any] = {"items": batches(day.items, rank, world_size), "users": batches(day.users, rank, world_size)}
     everyone = len(day.users) == dataset.manifest.users
     if since is not None:
         return write_delta(str(path), dataset, open_chain(since), tolerance, **own, everyone=everyone, **SOURCE)
     interests = next(iter(day.users.values())).size // DIM
-    shape = {"dim": DIM, "interests": interests, "dtype": dtype}
+    shape: dict[str, Any] = {"dim": DIM, "interests": interests, "dtype": dtype}
     return write_export(str(path), dataset, **own, **shape, everyone=everyone, **SOURCE)
 
 
@@ -130,7 +131,7 @@ def one_rank(rank: int, world_size: int, folder: str, dtype: str, interests: int
         since = [str(here / "full0")]
         for number, day in enumerate(make_days(interests)):
             dataset = Dataset.open(str(here / f"data{number}"))
-            own = {"rank": rank, "world_size": world_size}
+            own: dict[str, Any] = {"rank": rank, "world_size": world_size}
             write_day(here / f"full{number}", dataset, day, dtype=dtype, **own)
             if number:
                 write_day(here / f"delta{number}", dataset, day, since, tolerance, **own)

@@ -37,6 +37,7 @@ from tests.retrieval.filter_helpers import (
     plain_list,
     retrieve,
 )
+from tests.support import change_json
 from tools.ranks import run_ranks
 
 
@@ -220,9 +221,9 @@ def test_lists_hold_what_the_filter_leaves_and_say_so(folder, tmp_path, capfd):
     manifest = open_lists(str(tmp_path / "lists"))
     assert manifest.allowed == len(left) and manifest.filters["allow"].unknown == 1
     said = capfd.readouterr().out
-    assert "allow.txt: 20 items allowed; 1 keys are unknown to the export (such as 'item 99')" in said
+    assert "allow.txt: 20 items allowed; keys unknown to the export: 1 (such as 'item 99')" in said
     assert "deny.csv: 2 items denied" in said
-    assert "9 items are not in the table and left out; 1 left out, as --where cannot be computed" in said
+    assert "9 left out, as the table lacks them; 1 left out, as --where cannot be computed" in said
     assert f"allowed     {len(left)} of {ITEMS} items" in said
 
     retrieve(folder, tmp_path / "lists", **options)
@@ -238,6 +239,23 @@ def test_lists_hold_what_the_filter_leaves_and_say_so(folder, tmp_path, capfd):
     moved.write_text(keys_of(range(20)) + "item 99\n")
     retrieve(folder, tmp_path / "lists", 2, **options | {"allow": moved, "where": "price != 8"})
     assert "where: price != 7 there, price != 8 now" in capfd.readouterr().err
+
+
+def test_lists_of_before_there_were_filters_are_there_already(folder, tmp_path, capfd):
+    retrieve(folder, tmp_path / "lists")
+
+    def drop(manifest: dict[str, Any]) -> None:
+        for name in ("filters", "allowed", "popular", "empty", "example"):
+            del manifest[name]
+        for name in ("allow", "deny", "items", "where", "item_column", "users", "user_column", "fallback"):
+            del manifest["settings"][name]
+
+    change_json(tmp_path / "lists" / "manifest.json", drop)
+    retrieve(folder, tmp_path / "lists")
+    assert "Already there" in capfd.readouterr().out
+    (tmp_path / "allow").write_text(keys_of([1, 2]))
+    retrieve(folder, tmp_path / "lists", 2, allow=tmp_path / "allow")
+    assert "content of --allow: None there" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("index", ["exact", "hnsw"])

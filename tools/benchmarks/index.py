@@ -8,8 +8,8 @@ log-normal norms; a user is the mean of a few like items, with noise. The stage 
 threads (OMP_NUM_THREADS). Each index is then opened by new processes: with its files dropped from the page cache, and
 again with one thread and with all; checking the files' checksums is part of it. "MiB open" is what the process holds
 more than before once the index is open, and "MiB searched" once it has searched (what is mapped counts as soon as it is
-touched; "own" is what the process allocated). Recall is that of the exact lists. `exact` is the search without an index,
-as `retrieve --index exact` does it. The JSON file is written after every kind.
+touched; "own" is what the process allocated). Recall is that of the exact lists. `exact` is the search without an
+index, as `retrieve --index exact` does it. The JSON file is written after every kind.
 """
 
 import argparse

@@ -10,14 +10,24 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from recgpt_torchrec.storage.parts import check_path
-from recgpt_torchrec.storage.typed import SHOWN, check_counts
+from recgpt_torchrec.storage.typed import SHOWN, check_counts, check_finite
 
 if TYPE_CHECKING:
     from recgpt_torchrec.retrieval.exports.manifest import ExportManifest
 
 FOLDER = "index"
 """Name of the folder below the export's."""
-KINDS = ("flat", "ivf", "ivf_pq", "hnsw")
+PARAMETERS: dict[str, tuple[str, ...]] = {
+    "flat": (),
+    "ivf": ("ivf.clusters", "ivf.probes"),
+    "ivf_pq": ("ivf.clusters", "ivf.probes", "pq.m", "pq.bits", "pq.refine"),
+    "hnsw": ("hnsw.neighbours", "hnsw.build", "hnsw.search"),
+}
+"""Options of each kind of index, by dotted name."""
+KINDS = tuple(PARAMETERS)
+MEASURED = ("recall@10", "recall@50", "queries", "queries_per_second", "threads", "ranks")
+MAX_PARAMETER = 2**31 - 1
+"""Largest number that FAISS takes."""
 BLOCK_BYTES = 2**24
 """Bytes of a file per checksum."""
 
@@ -69,7 +79,17 @@ class IndexManifest:
         """
         if self.kind not in KINDS:
             raise ValueError(f"index.kind is {self.kind[:SHOWN]!r}, it must be one of {', '.join(KINDS)}")
-        check_counts({f"index.parameters.{name[:SHOWN]}": value for name, value in self.parameters.items()})
+        for name, given, expected in (
+            ("parameters", self.parameters, PARAMETERS[self.kind]),
+            ("measured", self.measured, MEASURED if self.measured else ()),
+        ):
+            if given.keys() != {*expected}:
+                raise ValueError(f"index.{name} has {', '.join(given)[:SHOWN]}, it must have {', '.join(expected)}")
+        for name, value in self.parameters.items():
+            if not 0 < value <= MAX_PARAMETER:
+                raise ValueError(f"index.parameters.{name} is {value}, it must be from 1 to {MAX_PARAMETER}")
+        check_finite({f"index.measured.{name}": value for name, value in self.measured.items()})
+        check_finite({"index.build_seconds": self.build_seconds})
         stop = 0
         for shard in self.shards:
             check_path(shard.path)

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from recgpt_torchrec.config import HNSW, IVF, PQ, Index, Retrieve
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.retrieval.exports.index_manifest import IndexManifest, vectors_fingerprint
+from recgpt_torchrec.retrieval.exports.index_manifest import PARAMETERS, IndexManifest, vectors_fingerprint
 from recgpt_torchrec.retrieval.exports.reading import Export
 
 FLAT_ITEMS = 100_000
@@ -15,13 +15,6 @@ HNSW_ITEMS = 4_000_000
 """Up to this number of items, auto chooses hnsw."""
 CLUSTER = 39
 """Minimum number of items per cluster that FAISS recommends."""
-OPTIONS: dict[str, tuple[str, ...]] = {
-    "flat": (),
-    "ivf": ("ivf.clusters", "ivf.probes"),
-    "ivf_pq": ("ivf.clusters", "ivf.probes", "pq.m", "pq.bits", "pq.refine"),
-    "hnsw": ("hnsw.neighbours", "hnsw.build", "hnsw.search"),
-}
-"""Options of each kind."""
 SEARCHING = {"ivf.probes": 64, "pq.refine": 8, "hnsw.search": 128}
 """Options that only the search depends on, and what 0 means for a new index."""
 
@@ -58,7 +51,7 @@ def choose_parameters(kind: str, groups: Groups, items: int, dim: int, shards: i
         InputError: more clusters than items of a shard, codes that do not fit the vectors, or too few items for codes.
     """
     smallest, prefix = items // shards, "--index." if isinstance(groups, Index) else "--"
-    chosen = {name: _value(groups, name) or SEARCHING.get(name, 0) for name in OPTIONS[kind]}
+    chosen = {name: _value(groups, name) or SEARCHING.get(name, 0) for name in PARAMETERS[kind]}
     of_shards = "" if shards == 1 else f" in each of {shards} shards"
     if kind in ("ivf", "ivf_pq"):
         if chosen["ivf.clusters"] > smallest:
@@ -90,7 +83,7 @@ def is_same_build(index: IndexManifest, kind: str, parameters: Mapping[str, int]
 
 def search_options(kind: str, groups: Groups) -> dict[str, int]:
     """The options of a kind that only the search depends on, by dotted name."""
-    return {name: _value(groups, name) for name in OPTIONS[kind] if name in SEARCHING}
+    return {name: _value(groups, name) for name in PARAMETERS[kind] if name in SEARCHING}
 
 
 def held_index(config: Retrieve, export: Export) -> IndexManifest | None:
@@ -109,7 +102,7 @@ def held_index(config: Retrieve, export: Export) -> IndexManifest | None:
             f"{rebuild}, or give --index exact"
         )
     defaults = Retrieve(export="", output="")
-    for name in OPTIONS[index.kind]:
+    for name in PARAMETERS[index.kind]:
         given, there = _value(config, name), index.parameters.get(name)
         if name not in SEARCHING and given not in (there, _value(defaults, name)):
             raise InputError(
@@ -129,7 +122,7 @@ def resolve(config: Retrieve, export: Export) -> Retrieve:
     kind = index.kind if index is not None else "exact" if config.index == "auto" else config.index
     groups = {name: getattr(config, name) for name in ("hnsw", "ivf", "pq")}
     chosen = {} if index is None else index.parameters
-    for name in dict.fromkeys([*EARLIER, *OPTIONS.get(kind, ())]):
+    for name in dict.fromkeys([*EARLIER, *PARAMETERS.get(kind, ())]):
         group, option = name.split(".")
         given = _value(config, name)
         if name in SEARCHING:
