@@ -10,8 +10,8 @@ from recgpt_torchrec.preparation.engines.engine import Engine
 
 RANGES = 2**16
 """Number of ranges that values are counted in at a time."""
-FEW = 2**16
-"""Number of rows that are sorted as they are."""
+FEW = 2**12
+"""Number of rows that are sorted and returned as they are."""
 
 
 def find_ends(engine: Engine, times: ir.Table) -> tuple[Boundary, Boundary]:
@@ -47,7 +47,11 @@ def find_moment(engine: Engine, times: ir.Table, place: int, ranges: int = RANGE
             times = times.filter(number == found["range"])
         if found["n"] <= few:
             break
-    return Boundary(**engine.row(times.order_by("whole", "fraction").limit(1, offset=place)))
+    else:
+        place = 0  # all rows that are left have the same time
+    # Ibis writes an offset for Spark as a number of each row, in an order that may be another.
+    first = engine.rows(times.order_by("whole", "fraction").limit(place + 1))
+    return Boundary(**first[-1])
 
 
 def _number_range(value: Any, low: float, high: float, ranges: int) -> Any:

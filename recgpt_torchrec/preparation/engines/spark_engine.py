@@ -119,7 +119,7 @@ class SparkEngine(Engine):
             columns = list(zip(*pending, strict=True))
             return pa.record_batch([pa.array(*pair) for pair in zip(columns, schema.types, strict=True)], schema=schema)
 
-        for row in self.frame(expression).toLocalIterator():
+        for row in self._cast(self.frame(expression), expression.schema()).toLocalIterator():
             pending.append(row)
             if len(pending) == rows:
                 yield batch()
