@@ -30,7 +30,7 @@ from recgpt_torchrec.preparation.reading.understanding import describe_keys
 from recgpt_torchrec.preparation.writing import Layout, fingerprint_parts, lay_out_rows, sequence_groups
 from recgpt_torchrec.storage import folders
 from recgpt_torchrec.storage.finished import differences, find_finished
-from recgpt_torchrec.storage.parts import Part, regroup, write_parts
+from recgpt_torchrec.storage.parts import Part
 
 
 @dataclass(kw_only=True)
@@ -136,16 +136,13 @@ def _write_dataset(
         manifest.user_parts = write("users", queries.user_table(user_ids, users), all_users)
         keys = {"items": manifest.item_parts, "users": manifest.user_parts}
         manifest.vocabulary = fingerprint_parts(fs, folder, keys)
-        rejected_parts: list[Part] = []
-        if log.rejected:
-            tables = regroup(engine.batches(log.rejected_rows), BATCH_ROWS)
-            rejected_parts = write_parts(fs, folder, "rejected", tables, config.groups_per_part)
+        rejected = write("rejected", log.rejected_rows, sum(log.rejected.values())) if log.rejected else []
         manifest.preparation = {
             "inputs": _record_inputs(config, log.files, file_parts),
             "rows": log.rows,
             **({"filtered": log.filtered, "uncomputed": log.uncomputed} if log.filtered else {}),
             "rejected": log.rejected,
-            "rejected_parts": [asdict(part) for part in rejected_parts],
+            "rejected_parts": [asdict(part) for part in rejected],
             "duplicates_dropped": dropped,
             **({"repeats_collapsed": collapsed} if config.repeats == "collapse" else {}),
             "rounds": [asdict(round_) for round_ in core.rounds],

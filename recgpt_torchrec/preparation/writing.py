@@ -17,6 +17,9 @@ import pyarrow.fs
 from recgpt_torchrec.data.ragged import offsets_of
 from recgpt_torchrec.storage.parts import Part, open_parquet, regroup, write_parts
 
+NUMBER = "number"
+"""Column that numbers rows which have no id of their own."""
+
 
 class MakeGroups(Protocol):
     """Turns rows into tables, one per row group."""
@@ -69,12 +72,15 @@ class Layout:
 
 
 def lay_out_rows(folder: str, columns: list[str], ids: int, ids_per_group: int, groups_per_part: int) -> Layout:
-    """The layout of a table with one row per id, which is its first column; a part has its rows as they are."""
+    """The layout of a table with one row per id, which is its first column; a part has its rows as they are.
+
+    An id called `number` only puts the rows in order, and is not written.
+    """
     return Layout(
         folder=folder,
         id=columns[0],
         ids=ids,
-        columns=columns,
+        columns=[column for column in columns if column != NUMBER],
         ids_per_group=ids_per_group,
         groups_per_part=groups_per_part,
         make_groups=partial(_regroup_ids, rows=ids_per_group),

@@ -14,10 +14,12 @@ import pyarrow as pa
 
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
+from recgpt_torchrec.preparation.queries import BUCKET_CODES, number_rows
 from recgpt_torchrec.preparation.reading.dialect import Dialect
 from recgpt_torchrec.preparation.reading.duckdb_reader import MALFORMED, DuckDBReader, FileReport
 from recgpt_torchrec.preparation.reading.files import InputFile
 from recgpt_torchrec.preparation.reading.rows import SILENT
+from recgpt_torchrec.preparation.writing import NUMBER
 from recgpt_torchrec.progress import progress_bar
 
 REJECTED = pa.schema(
@@ -116,5 +118,8 @@ def list_rejected(engine: DuckDBEngine, reader: DuckDBReader, files: Sequence[In
 
 
 def order_rejected(rejected: ir.Table) -> ir.Table:
-    """The columns of rejected rows that users see; first lines that cannot be split, both in the order of the input."""
-    return rejected.order_by(ibis.desc("malformed"), "place").select(*LISTED)
+    """Number rejected rows, in a column `number` beside those that users see: first lines that cannot be split, both in
+    the order of the input."""
+    # As a float a place may round into the next bucket, but never past one that comes after it.
+    bucket = rejected.place // BUCKET_CODES + ibis.cases((rejected.malformed, 0), else_=2**60)
+    return number_rows(rejected.mutate(bucket=bucket), ["place"], NUMBER).select(NUMBER, *LISTED)

@@ -46,7 +46,7 @@ class RawLog:
     rejected: dict[str, int]
     """Number of rejected rows by reason."""
     rejected_rows: ir.Table
-    """These rows in order: file, row, reason, text (see `loading.list_rejected`)."""
+    """These rows, numbered in order: number, file, row, reason, text (see `loading.list_rejected`)."""
     files: list[InputFile]
     first_rows: list[int]
     """[files] value of `order` of each file's first row."""
@@ -121,7 +121,7 @@ def read_log(engine: Engine, config: Prepare, inputs: InputFiles) -> RawLog:
     if rows == 0:
         counts = {**result.rejected, FILTERED: filtered - unknown, UNKNOWN: unknown}
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count)
-        examples = engine.rows(result.rejected_rows.limit(1))
+        examples = engine.rows(result.rejected_rows.filter(result.rejected_rows.number == 0))
         example = "".join(
             f". For example {each['file']}, row {each['row']}: {shorten(each['text'])}" for each in examples
         )
