@@ -138,6 +138,11 @@ class SparkEngine(Engine):
         written = rows.select(layout.columns).schema().to_pyarrow()
         return write_on_executors(self._cast(self.frame(rows), schema), written, layout, fs, root)
 
+    def rows(self, expression: ir.Table) -> list[dict[str, Any]]:
+        """The rows of a small result: all of them at once, in one job."""
+        found = self._cast(self.frame(expression), expression.schema()).toArrow()
+        return list(found.cast(expression.schema().to_pyarrow()).to_pylist())
+
     def frame(self, expression: ir.Table) -> "DataFrame":
         """`expression` as a DataFrame, for what only Spark can do with it."""
         return self.spark.sql(self.sql(expression))
