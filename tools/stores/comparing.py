@@ -207,7 +207,11 @@ def compare_with_lists(
     vectors = users.vectors[:, :interests]
     expected = read_lists(lists, manifest.parts, users.ids, k)
     split = export.manifest.settings.get("history", "all")
-    seen = None if dataset is None else UserHistories(dataset, split).of(users.ids).seen.to_lists()
+    seen = None
+    if dataset is not None:
+        histories = UserHistories(dataset, split).of(users.ids)
+        assert histories.seen is not None
+        seen = histories.seen.to_lists()
     depth = min(export.manifest.items, k + (0 if seen is None else max(len(set(row)) for row in seen)))
     queries = vectors.reshape(-1, export.manifest.dim)
     ids, scores, seconds = search_all(store, record, queries, depth, effort)
