@@ -1,20 +1,15 @@
 """Both engines write the same dataset, byte for byte, and Spark puts nothing in one place that grows with the log."""
 
 import json
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.fs
 import pytest
 
 from recgpt_torchrec.preparation.engines.spark_session import check_java, open_session
-from recgpt_torchrec.preparation.writing import lay_out_rows, sequence_groups
-from tests.preparation.prepare_helpers import Row, make, random_log, write_csv
 from tools import spark_plans
-from tools.check_engines import check_log, compare_datasets, write_logs
+from tools.check_engines import check_log, write_logs
 
 pyspark = pytest.importorskip("pyspark", reason="pyspark is not installed (make spark)")
 LOGS = ("histories", "times", "clicks", "vocabulary", "by time")
