@@ -134,6 +134,7 @@ def retrieve(
     from recgpt_torchrec.distributed.processes import log_message
     from recgpt_torchrec.evaluation.list_quality import ListQuality
     from recgpt_torchrec.retrieval.chosen_users import ChosenUsers
+    from recgpt_torchrec.retrieval.exports.item_keys import ItemKeys
     from recgpt_torchrec.retrieval.fallback import popular_lists
     from recgpt_torchrec.retrieval.list_folder import write_lists
     from recgpt_torchrec.retrieval.search.item_filter import find_allowed
@@ -174,7 +175,8 @@ def retrieve(
             searched = manifest.users - manifest.popular
             return {"index_seconds": index_seconds, "users_per_second": searched / seconds, **quality.result()}
 
-        return write_lists(config.output, manifest, batches(), export.item_keys(), measurements, finish)
+        with ItemKeys(export, config.output) as keys:
+            return write_lists(config.output, manifest, batches(), keys, measurements, finish)
 
 
 if __name__ == "__main__":

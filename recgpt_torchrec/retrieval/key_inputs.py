@@ -1,12 +1,9 @@
 """The files of keys that the options of `retrieve` name: of items (allow, deny, items), and of users."""
 
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import duckdb
-import pyarrow.fs
 
 from recgpt_torchrec.config import Retrieve
 from recgpt_torchrec.distributed.processes import run_on_first_rank
@@ -14,7 +11,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
 from recgpt_torchrec.preparation.key_files import KeyFile
 from recgpt_torchrec.retrieval.filters import FilterRecord
-from recgpt_torchrec.storage import filesystem
+from recgpt_torchrec.storage import scratch_beside
 
 MEMORY = "4GB"
 """Memory that a join of keys takes before it spills to disk."""
@@ -61,10 +58,7 @@ def open_engine(config: Retrieve) -> Iterator[DuckDBEngine]:
     Raises:
         InputError: it lacks memory or scratch space.
     """
-    fs, root = filesystem(config.output)
-    parent = os.path.dirname(root) if isinstance(fs, pyarrow.fs.LocalFileSystem) else tempfile.gettempdir()
-    while not os.path.isdir(parent) and parent != os.path.dirname(parent):
-        parent = os.path.dirname(parent)  # missing folders are created with the lists only
+    parent = scratch_beside(config.output)
     try:
         with DuckDBEngine(parent, MEMORY) as engine:
             yield engine

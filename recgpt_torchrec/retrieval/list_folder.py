@@ -20,6 +20,7 @@ from recgpt_torchrec.distributed import shared_folder
 from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import gather_objects, rank
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.retrieval.exports.item_keys import ItemKeys
 from recgpt_torchrec.retrieval.filters import FilterRecord
 from recgpt_torchrec.retrieval.merging import Merged
 from recgpt_torchrec.storage import folders
@@ -125,7 +126,7 @@ def write_lists(
     path: str,
     manifest: ListManifest,
     batches: Iterable[ListBatch],
-    item_keys: pa.Array,
+    item_keys: ItemKeys,
     measured: Callable[[], dict[str, Any]],
     finish: Callable[[], object] = lambda: None,
 ) -> ListManifest:
@@ -135,7 +136,7 @@ def write_lists(
         path: folder or URI; must be empty or not exist.
         manifest: everything but `users`, `measured` and `parts`.
         batches: this process's share.
-        item_keys: [items] string keys by item id.
+        item_keys: keys by item id.
         measured: called after the last batch; returns what the manifest records as `measured`.
         finish: called after this process's last batch, or after an error; takes part in what the others still do.
 
@@ -184,17 +185,17 @@ def write_lists(
     return manifest
 
 
-def record_batch(batch: ListBatch, item_keys: pa.Array) -> pa.RecordBatch:
+def record_batch(batch: ListBatch, item_keys: ItemKeys) -> pa.RecordBatch:
     """Convert lists to one row per user, without the -1 that fill up short lists."""
     items = batch.lists.items.numpy()
     is_item = items >= 0
     offsets = pa.array(np.concatenate([[0], np.cumsum(is_item.sum(axis=1))]).astype(np.int32))
-    ids = pa.array(items[is_item], pa.int64())
+    ids = items[is_item]
     columns = {
         "user_id": pa.array(batch.users, pa.int64()),
         "key": batch.keys,
-        "item_ids": pa.ListArray.from_arrays(offsets, ids),
-        "item_keys": pa.ListArray.from_arrays(offsets, item_keys.take(ids)),
+        "item_ids": pa.ListArray.from_arrays(offsets, pa.array(ids, pa.int64())),
+        "item_keys": pa.ListArray.from_arrays(offsets, item_keys.of(ids)),
         "scores": pa.ListArray.from_arrays(offsets, pa.array(batch.lists.scores.numpy()[is_item], pa.float32())),
         "interests": pa.ListArray.from_arrays(offsets, pa.array(batch.lists.interests.numpy()[is_item], pa.int8())),
     }

@@ -18,6 +18,7 @@ from recgpt_torchrec.storage.files import (
     read_json,
     remote,
     remove,
+    scratch_beside,
     write,
     write_json,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "read_json",
     "remote",
     "remove",
+    "scratch_beside",
     "write",
     "write_json",
 ]

@@ -11,6 +11,7 @@ each in one step, and of many files the one that readers look for first is writt
 import io
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -62,6 +63,17 @@ def fsspec_filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
 def remote(path: str) -> bool:
     """Whether this is a URI, which `open` and `os` cannot handle."""
     return "://" in path
+
+
+def scratch_beside(path: str) -> str:
+    """A local folder for temporary files: the nearest one above `path` that exists; that of the machine for a URI."""
+    fs, root = filesystem(path)
+    if not isinstance(fs, pyarrow.fs.LocalFileSystem):
+        return tempfile.gettempdir()
+    folder = os.path.dirname(root)
+    while not os.path.isdir(folder) and folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+    return folder
 
 
 def exists(path: str) -> bool:

@@ -1,11 +1,8 @@
 """Opens the engine that `--engine` names, and explains what it says of its surroundings."""
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import pyarrow.fs
 
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.errors import InputError
@@ -13,7 +10,7 @@ from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine, expl
 from recgpt_torchrec.preparation.engines.engine import Engine
 from recgpt_torchrec.preparation.engines.spark_engine import SparkEngine
 from recgpt_torchrec.preparation.engines.spark_errors import explain_spark
-from recgpt_torchrec.storage import filesystem, remote
+from recgpt_torchrec.storage import filesystem, remote, scratch_beside
 
 
 @contextmanager
@@ -39,16 +36,9 @@ def _choose_scratch(config: Prepare) -> str:
         if not is_spark:
             raise InputError(f"--scratch {config.scratch}: --engine duckdb needs a folder on a local disk")
         return config.scratch
-    fs, root = filesystem(config.output)
     if config.scratch is not None:
-        parent = os.path.abspath(config.scratch)
-    elif isinstance(fs, pyarrow.fs.LocalFileSystem):
-        parent = os.path.dirname(root)
-    elif is_spark:
+        return scratch_beside(os.path.join(os.path.abspath(config.scratch), "tables"))
+    if is_spark and filesystem(config.output)[0].type_name != "local":
         above = config.output.rstrip("/").rpartition("/")[0]
         return f"s3a://{above.removeprefix('s3://')}" if above.startswith("s3://") else above  # as Hadoop names it
-    else:
-        parent = tempfile.gettempdir()
-    while not os.path.isdir(parent) and parent != os.path.dirname(parent):
-        parent = os.path.dirname(parent)  # missing folders are created with the dataset only
-    return parent
+    return scratch_beside(config.output)  # missing folders are created with the dataset only

@@ -196,12 +196,6 @@ class Export(_VectorFolder):
             raise self.error("items/", f"item {missing} is missing, and another one is there twice")
         return ids, vectors
 
-    def item_keys(self) -> pa.Array:
-        """[items] string keys of all items; row i is item i."""
-        batches = list(self.items(("item_id", "key")))
-        order = np.argsort(np.concatenate([batch["item_id"].to_numpy() for batch in batches]))
-        return pa.concat_arrays([batch["key"] for batch in batches]).take(pa.array(order))
-
 
 @dataclass(kw_only=True)
 class Delta(_VectorFolder):

@@ -1,0 +1,83 @@
+"""Raw keys of an export's items by id, for lists: read once into files that the operating system maps into memory."""
+
+import os
+import tempfile
+
+import numpy as np
+import pyarrow as pa
+
+from recgpt_torchrec.data.ragged import Int64
+from recgpt_torchrec.distributed.lockstep import raise_first_error
+from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.retrieval.exports.reading import Export
+from recgpt_torchrec.storage import scratch_beside
+
+
+class ItemKeys:
+    """The keys of all items of an export, in a scratch folder on a local disk; `close` removes it.
+
+    A process holds no key in memory of its own: what it looks up comes from mapped pages, which the system may drop.
+
+    Example:
+        with ItemKeys(export, "lists/mine") as keys:
+            keys.of(np.array([3, 1]))
+    """
+
+    def __init__(self, export: Export, output: str) -> None:
+        """Read the keys of `export` into a folder beside `output`, or into the machine's temporary folder (collective).
+
+        Raises:
+            InputError: on every rank, where a part cannot be read, an item is missing, or the disk is full for one.
+        """
+        self._folder = tempfile.TemporaryDirectory(prefix=".keys-", dir=scratch_beside(output))
+        failure: Exception | None = None
+        try:
+            self._load(export)
+        except OSError as error:
+            failure = InputError(
+                f"keys of {export.path} cannot be kept in {self._folder.name}: {error}; free space there"
+            )
+        except Exception as error:
+            failure = error
+        if failure is not None:
+            self._folder.cleanup()
+        raise_first_error(failure)
+
+    def _load(self, export: Export) -> None:
+        items = export.manifest.items
+        ends, text, rows = (os.path.join(self._folder.name, name) for name in ("ends", "text", "rows"))
+        self._rows = np.memmap(rows, np.int64, "w+", shape=(items,))
+        """[items] place of each item's key in `_keys`."""
+        self._rows[:] = -1
+        row = length = 0
+        with open(ends, "wb") as ends_file, open(text, "wb") as text_file:
+            ends_file.write(bytes(8))
+            for batch in export.items(("item_id", "key")):
+                keys = batch["key"]
+                _, offsets, values = keys.buffers()
+                bounds = np.frombuffer(offsets, np.int32)[keys.offset : keys.offset + len(keys) + 1].astype(np.int64)
+                text_file.write(memoryview(values)[bounds[0] : bounds[-1]])
+                ends_file.write((bounds[1:] - bounds[0] + length).tobytes())
+                self._rows[batch["item_id"].to_numpy()] = np.arange(row, row + len(keys))
+                row, length = row + len(keys), length + int(bounds[-1] - bounds[0])
+            text_file.write(b"\0")  # an empty file cannot be mapped
+        if (missing := np.flatnonzero(self._rows < 0)).size:
+            raise export.error("items/", f"item {missing[0]} is missing, and another one is there twice")
+        self._keys = pa.LargeStringArray.from_buffers(
+            items, *(pa.memory_map(path).read_buffer() for path in (ends, text))
+        )
+
+    def of(self, ids: Int64) -> pa.Array:
+        """[n] string keys of `ids` [n] int64."""
+        return self._keys.take(pa.array(self._rows[ids])).cast(pa.string())
+
+    def __enter__(self) -> "ItemKeys":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the scratch folder."""
+        del self._keys, self._rows
+        self._folder.cleanup()
