@@ -146,7 +146,7 @@ def write_groups(
     """
     parts, failure = list[Part](), None
     try:
-        parts = write_parts(fs, folder, name, groups, GROUPS_PER_PART, f"part-{rank():04d}", options)
+        parts = write_parts(fs, folder, name, groups, GROUPS_PER_PART, f"part-{rank():04d}", options=options)
     except Exception as error:
         if source is not None and source.failed:
             raise
