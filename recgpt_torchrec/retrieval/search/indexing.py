@@ -180,7 +180,7 @@ def _measure(export: Export, own: list[Shard], sample: int) -> dict[str, float]:
         return {}
     manifest, rounds = export.manifest, Rounds()
     index = ShardedIndex(own, manifest.items, manifest.dim, rounds)
-    exact = StoredExactSearch(export, rounds)
+    exact = StoredExactSearch(export, rounds, hold=False)
     queries = _draw_queries(export, -(-sample // world_size()))
     depths = {f"recall@{k}": min(k, manifest.items) for k in DEPTHS}
     k = max(depths.values())
