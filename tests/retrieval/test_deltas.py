@@ -60,11 +60,11 @@ def make_days(interests: int = 1, seed: int = 0) -> list[Day]:
 
 def make_datasets(folder: Path) -> list[Dataset]:
     """The datasets of the days: each extends the one before, and the last two have one vocabulary."""
+    lineage = [{"fingerprint": "v0", "users": 50, "items": 30}]
     sizes = ((30, 50, "v0"), (36, 60, "v1"), (36, 60, "v1"))
     for day, (items, users, vocabulary) in enumerate(sizes):
         write_dataset(folder / f"data{day}", walks(users=users, items=items), items=items, vocabulary=vocabulary)
         if day:
-            lineage = [{"fingerprint": "v0", "users": 50, "items": 30}]
             change_json(folder / f"data{day}/manifest.json", lambda values: values.update(lineage=lineage))
     return [Dataset.open(str(folder / f"data{day}")) for day in range(3)]
 

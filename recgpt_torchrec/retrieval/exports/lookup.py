@@ -93,9 +93,11 @@ class Lookup:
         with self.folder.open_part(part, self.columns) as file:
             batches = list(self.folder.read_groups(part, file, [row_group], self.columns))
         ids = np.concatenate([batch[self.columns[0]].to_numpy() for batch in batches] or [np.zeros(0, np.int64)])
-        order = np.argsort(ids, kind="stable")
-        vectors = np.concatenate([vectors_of(batch) for batch in batches])[order] if self.vectors and batches else None
+        vectors = np.concatenate([vectors_of(batch) for batch in batches]) if self.vectors and batches else None
+        if (np.diff(ids) < 0).any():
+            order = np.argsort(ids, kind="stable")
+            ids, vectors = ids[order], None if vectors is None else vectors[order]
         while self._kept and sum(group.size for group in self._kept.values()) > KEPT_BYTES:
             del self._kept[next(iter(self._kept))]
-        self._kept[number] = _Group(ids[order], vectors)
+        self._kept[number] = _Group(ids, vectors)
         return self._kept[number]
