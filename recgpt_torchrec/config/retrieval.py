@@ -290,10 +290,11 @@ class Retrieve:
     user_column: str = "user_id"
     """Column of the keys in the table of --users."""
     fallback: Literal["none", "popular"] = "none"
-    """Lists of users of --data without a vector in the export: those without a history, and those whose history has no
-    item before the held-out one. none: they get no list. popular: the k items with the most interactions that a filter
-    leaves, the same for all; scores are the numbers of interactions, and the column interests is -1. Interactions are
-    those of the whole log, or of the training part if the export was made with --history test or validation."""
+    """Lists of users of --data without a vector in the export: those without a history and, if it was made with
+    --history test or validation, those without an item that this split holds out. none: they get no list. popular: the
+    same k items for all of them, those with the most interactions that a filter leaves, whether a user has seen them or
+    not; scores are the numbers of interactions, and the column interests is -1. Interactions are those of the whole
+    log, or of the training part with --history test or validation."""
 
     def __post_init__(self) -> None:
         at_least("--k", self.k, 1)

@@ -40,11 +40,11 @@ class FilterRecord:
         }
         words = [f"{self.fits:,} {kind.get(option, option)}"]
         if self.absent:
-            words.append(f"{self.absent:,} items are not in the table and left out")
+            words.append(f"{self.absent:,} left out, as the table lacks them")
         if self.uncomputed:
             words.append(f"{self.uncomputed:,} left out, as --where cannot be computed")
         if self.unknown:
-            words.append(f"{self.unknown:,} keys are unknown to the export (such as {self.example!r})")
+            words.append(f"keys unknown to the export: {self.unknown:,} (such as {self.example!r})")
         if self.unusable:
-            words.append(f"{self.unusable:,} rows have no key")
+            words.append(f"rows without a key: {self.unusable:,}")
         return f"--{option} {self.path}: {'; '.join(words)}"

@@ -30,7 +30,7 @@ def describe_lists(
         f"{measured['users_per_second']:,.0f} users/s",
     ]
     for option, record in manifest.filters.items():
-        lines.append(f"filter      {record.describe(option)}")
+        lines.append(f"{'users' if option == 'users' else 'filter':<12}{record.describe(option)}")
     if (allowed := manifest.allowed) is not None:
         fewer = f", fewer than --k {config.k}: no list is longer" if allowed < config.k else ""
         lines.append(f"allowed     {allowed:,} of {export.items:,} items{fewer}")

@@ -37,11 +37,11 @@ def test_only_the_lists_of_the_chosen_users_are_made(folder, tmp_path, capfd):
     assert found == {user: everyone[user] for user in CHOSEN if user not in ABSENT}
     assert found == {user: plain_list(user, 5, range(ITEMS), WALKS[user]) for user in found}
     said = capfd.readouterr().out
-    assert "users.txt: 4 users chosen; 4 keys are unknown to the export (such as 'no one')" in said
+    assert "users.txt: 4 users chosen; keys unknown to the export: 4 (such as 'no one')" in said
     filled = retrieve(folder, tmp_path / "filled", data=folder / "data", users=folder / "users.txt", fallback="popular")
     assert filled.keys() == set(CHOSEN) and {user: filled[user] for user in found} == found
     assert open_lists(str(tmp_path / "filled")).popular == 2
-    assert "users.txt: 6 users chosen; 2 keys are unknown" in capfd.readouterr().out
+    assert "users.txt: 6 users chosen; keys unknown to the export: 2" in capfd.readouterr().out
     options: dict[str, Any] = {"users": folder / "users.parquet", "user_column": "who", "index": "hnsw"}
     assert retrieve(folder, tmp_path / "table", data=folder / "data", **options).keys() == found.keys()
     retrieve(folder, tmp_path / "table", data=folder / "data", **options)

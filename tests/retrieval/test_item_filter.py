@@ -221,9 +221,9 @@ def test_lists_hold_what_the_filter_leaves_and_say_so(folder, tmp_path, capfd):
     manifest = open_lists(str(tmp_path / "lists"))
     assert manifest.allowed == len(left) and manifest.filters["allow"].unknown == 1
     said = capfd.readouterr().out
-    assert "allow.txt: 20 items allowed; 1 keys are unknown to the export (such as 'item 99')" in said
+    assert "allow.txt: 20 items allowed; keys unknown to the export: 1 (such as 'item 99')" in said
     assert "deny.csv: 2 items denied" in said
-    assert "9 items are not in the table and left out; 1 left out, as --where cannot be computed" in said
+    assert "9 left out, as the table lacks them; 1 left out, as --where cannot be computed" in said
     assert f"allowed     {len(left)} of {ITEMS} items" in said
 
     retrieve(folder, tmp_path / "lists", **options)
