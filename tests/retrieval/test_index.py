@@ -188,13 +188,11 @@ def test_auto_is_the_index_of_the_export_searched_as_it_was_measured(kept, tmp_p
     assert (config.index, config.ivf, config.hnsw, config.pq) == ("exact", IVF(probes=64), HNSW(search=128), PQ())
 
 
-def test_auto_follows_the_number_of_items():
-    assert [choose_kind("auto", items) for items in (1, 100_000, 100_001, 4_000_000, 4_000_001)] == [
-        *["flat"] * 2,
-        *["hnsw"] * 2,
-        "ivf_pq",
-    ]
-    assert choose_kind("ivf", 1) == "ivf"
+def test_auto_follows_the_number_and_the_size_of_the_vectors():
+    sizes = {(1, 64): "flat", (100_000, 2000): "flat", (100_001, 8): "ivf", (2**24, 64): "ivf", (2**24, 65): "ivf_pq"}
+    for (items, dim), kind in sizes.items():
+        assert choose_kind("auto", items, dim) == kind
+    assert choose_kind("hnsw", 1, 64) == "hnsw"
 
 
 @pytest.mark.parametrize(
