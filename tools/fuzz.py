@@ -59,6 +59,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     | {"--train.epochs": 1, "--tuning.soft_targets": 0.3, "--loss.candidates": "all"},
     "evaluate": {"--data": "data", "--checkpoint": "run", "--output": "new.json"},
     "export": {"--data": "data", "--checkpoint": "run", "--output": "new", "--interests": 2},
+    "apply": {"--export": "vectors", "--deltas": "delta", "--output": "new"},
     "retrieve": {"--export": "vectors", "--data": "data", "--output": "new", "--k": 5},
     "parse": {"--data": "data", "--output": "new", "--config": "config.yaml"},
 }
@@ -123,6 +124,9 @@ KINDS = [
     Kind("export: users", "vectors/users/*.parquet", "retrieve", "parquet", is_part=True),
     Kind("index: manifest", "indexed/manifest.json", "retrieve", "json", {"--export": "indexed"}),
     Kind("index: shards", "indexed/index/*/*.faiss", "retrieve", "records", {"--export": "indexed"}),
+    Kind("delta: manifest", "delta/manifest.json", "apply", "json"),
+    Kind("delta: items", "delta/items/*.parquet", "apply", "parquet", is_part=True),
+    Kind("delta: users", "delta/users/*.parquet", "apply", "parquet", is_part=True),
     Kind("lists: manifest, retrieved again", "lists/manifest.json", "retrieve", "json", {"--output": "lists"}, "lists"),
     Kind("keys: list", "keys.txt", "retrieve", "text", {"--allow": "keys.txt"}, any_result=True),
     Kind("keys: lines of JSON", "keys.jsonl", "retrieve", "json", {"--users": "keys.jsonl"}, any_result=True),
@@ -167,7 +171,7 @@ def make_inputs(folder: Path) -> None:
 
 
 def write_inputs(folder: Path) -> None:
-    """Write logs, a dataset, runs, prompts, an export, lists, an evaluation and a configuration."""
+    """Write logs, a dataset, runs, prompts, an export, a delta, lists, an evaluation and a configuration."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -219,6 +223,7 @@ def write_inputs(folder: Path) -> None:
               | {"--prompts.answers": ANSWERS})  # fmt: skip
     run("export", output="vectors")
     run("export", output="indexed", index__kind="hnsw", index__shards=2)
+    run("export", output="delta", checkpoint="half", since="vectors")
     run("retrieve", output="lists")
     write_keys(folder)
     run("evaluate", output="test.json")

@@ -98,18 +98,15 @@ class Catalogue:
         return cls(streamed, items, dim)
 
     @classmethod
-    def of_vectors(
-        cls, vectors: Tensor, items: int | None = None, first: int = 0, rounds: Rounds | None = None
-    ) -> "Catalogue":
+    def of_vectors(cls, vectors: Tensor, items: int | None = None, first: int = 0) -> "Catalogue":
         """A catalogue of given vectors.
 
         Args:
             vectors: [own items, dim] float32 of this rank's id range.
             items: number of all items; None: as many as there are vectors.
             first: id of the first vector.
-            rounds: see the constructor.
         """
-        return cls(HeldVectors(vectors, first), len(vectors) if items is None else items, vectors.shape[1], rounds)
+        return cls(HeldVectors(vectors, first), len(vectors) if items is None else items, vectors.shape[1])
 
     def __len__(self) -> int:
         return self.items

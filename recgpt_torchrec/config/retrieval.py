@@ -118,7 +118,7 @@ class PQ:
     refine: int = 0
     """Number of candidates found by their codes per item returned; they are scored again with their vectors, which lie
     in the same file and stay on disk until they are needed. More improve recall and take longer. 0: as the index in the
-    export was measured, 8 for a new one."""
+    export was measured, 4 for a new one."""
 
     def __post_init__(self) -> None:
         at_least("--pq.m", self.m, 0)
@@ -133,7 +133,8 @@ class Index:
     kind: Literal["none", "auto", "flat", "ivf", "ivf_pq", "hnsw"] = "none"
     """none: no index is made, and one that the export holds stays. flat: every item is scored. ivf: the items of the
     nearest clusters. ivf_pq: the same by short codes, then the best again by their vectors. hnsw: a graph of near
-    neighbours. auto: flat up to 100,000 items, hnsw up to 4 million, ivf_pq beyond."""
+    neighbours. auto: flat up to 100,000 items; beyond, ivf while the vectors take up to 4 GiB (16 million items of 64
+    numbers), then ivf_pq."""
     shards: int = 0
     """Number of files, each with an id range of the items. They are dealt to the ranks that build, and to those that
     retrieve. One shard is in a rank's memory while it is built. 0: one per rank."""

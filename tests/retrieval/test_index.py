@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from recgpt_torchrec.catalogue.rounds import Rounds
+from recgpt_torchrec.catalogue.vectors import HeldVectors
 from recgpt_torchrec.config import HNSW, IVF, PQ, Index, Retrieve
 from recgpt_torchrec.data.ragged import Ragged
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.exports.index_manifest import IndexManifest, IndexShard
 from recgpt_torchrec.retrieval.exports.reading import Export, open_export
 from recgpt_torchrec.retrieval.merging import merge_rule
-from recgpt_torchrec.retrieval.search import choosing, index_files
+from recgpt_torchrec.retrieval.search import choosing, index_files, stored
 from recgpt_torchrec.retrieval.search.choosing import choose_kind, resolve
 from recgpt_torchrec.retrieval.search.indexing import add_index, open_own_shards
 from recgpt_torchrec.retrieval.search.searching import build_retrievers
@@ -98,6 +99,21 @@ def test_where_fewer_items_are_left_than_wanted_lists_end_with_minus_one(kept, k
     assert (found == -1).all()
 
 
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_exact_search_reads_block_by_block_where_memory_is_short(kept, monkeypatch, share):
+    items, users = vectors(ITEMS, DIM), vectors(USERS, DIM, seed=1)
+    allowed = np.random.default_rng(2).random(ITEMS) < share if share < 1 else None
+    monkeypatch.setattr(stored, "BLOCK_BYTES", 4 * DIM * 70)
+    for room in (10**9, 0):
+        monkeypatch.setattr(stored, "available_bytes", lambda device, room=room: room)
+        search = stored.StoredExactSearch(kept["flat-1"], Rounds(), allowed)
+        for _ in range(2):
+            found = search.lists(users[:, None], 9, None).items[:, 0].numpy()
+            np.testing.assert_array_equal(found, plain_lists(items, users, 9, allowed))
+        made: Any = search.search if allowed is None else getattr(search.search, "search", None)
+        assert isinstance(made.catalogue.vectors, HeldVectors) == bool(room)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_are_mapped_into_memory(kept, kind):
     export = kept[f"{kind}-1"]
@@ -172,13 +188,11 @@ def test_auto_is_the_index_of_the_export_searched_as_it_was_measured(kept, tmp_p
     assert (config.index, config.ivf, config.hnsw, config.pq) == ("exact", IVF(probes=64), HNSW(search=128), PQ())
 
 
-def test_auto_follows_the_number_of_items():
-    assert [choose_kind("auto", items) for items in (1, 100_000, 100_001, 4_000_000, 4_000_001)] == [
-        *["flat"] * 2,
-        *["hnsw"] * 2,
-        "ivf_pq",
-    ]
-    assert choose_kind("ivf", 1) == "ivf"
+def test_auto_follows_the_number_and_the_size_of_the_vectors():
+    sizes = {(1, 64): "flat", (100_000, 2000): "flat", (100_001, 8): "ivf", (2**24, 64): "ivf", (2**24, 65): "ivf_pq"}
+    for (items, dim), kind in sizes.items():
+        assert choose_kind("auto", items, dim) == kind
+    assert choose_kind("hnsw", 1, 64) == "hnsw"
 
 
 @pytest.mark.parametrize(
@@ -347,6 +361,7 @@ def build_and_search(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     """Write indexes on these ranks, and search those that one rank and these wrote."""
     items, users = vectors(ITEMS, DIM), vectors(USERS, DIM, seed=1)
     lists: dict[str, Any] = {}
+    stored.BLOCK_BYTES = 4 * DIM * 100  # so that what is read block by block has several
     for kind in ("flat", "hnsw"):
         path = f"{folder}/{kind}-{world_size}"
         if rank == 0:
@@ -355,6 +370,7 @@ def build_and_search(rank: int, world_size: int, folder: str) -> dict[str, Any]:
         index, there = add_index(open_export(path), settings(kind))
         assert not there and len(index.shards) == world_size and add_index(open_export(path), settings(kind))[1]
         assert index.measured["ranks"] == world_size and index.measured["recall@10"] > 0.95
+        assert kind == "hnsw" or index.measured["recall@50"] == 1.0
         for written_by in (1, world_size):
             lists[f"{kind}-{written_by}"] = lists_of_rank(rank, world_size, f"{folder}/{kind}-{written_by}")
     lists["built now"] = lists_of_rank(rank, world_size, f"{folder}/flat-1", index="ivf", ivf=IVF(probes=100))

@@ -105,7 +105,7 @@ def add_index(export: Export, settings: Index) -> tuple[IndexManifest, bool]:
         InputError: on every rank, where the export cannot be read or written, or the options do not fit it.
     """
     manifest, there = export.manifest, export.manifest.index
-    kind, vectors = choosing.choose_kind(settings.kind, manifest.items), vectors_fingerprint(manifest)
+    kind, vectors = choosing.choose_kind(settings.kind, manifest.items, manifest.dim), vectors_fingerprint(manifest)
 
     def parameters_for(shards: int) -> dict[str, int]:
         return choosing.choose_parameters(kind, settings, manifest.items, manifest.dim, shards)
@@ -180,7 +180,7 @@ def _measure(export: Export, own: list[Shard], sample: int) -> dict[str, float]:
         return {}
     manifest, rounds = export.manifest, Rounds()
     index = ShardedIndex(own, manifest.items, manifest.dim, rounds)
-    exact = StoredExactSearch(export, rounds)
+    exact = StoredExactSearch(export, rounds, hold=False)
     queries = _draw_queries(export, -(-sample // world_size()))
     depths = {f"recall@{k}": min(k, manifest.items) for k in DEPTHS}
     k = max(depths.values())
