@@ -20,6 +20,7 @@ help:
 	@echo "make test     the whole test suite"
 	@echo "make check    ruff (lint and format) and mypy"
 	@echo "make install  the virtual environment only"
+	@echo "make spark    Apache Spark and Java, for prepare --engine pyspark, beside what install gives"
 	@echo "make clean    remove the virtual environment and caches"
 
 .PHONY: demo
@@ -65,6 +66,28 @@ $(VENV)/.installed: $(VENV)/.locked pyproject.toml
 	@rm -f $@
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	$(BIN)/python -c 'import fbgemm_gpu, torch, torchrec, torchx, ibis, recgpt_torchrec, torchx_components'
+	touch $@
+
+# Java comes from the system, and only where none is that Spark can run on. The last line starts Spark and counts.
+.PHONY: spark
+spark: $(VENV)/.spark
+	@check='from recgpt_torchrec.preparation.engines.spark_session import check_java; check_java()'
+	if ! $(BIN)/python -c "$$check" 2>/dev/null; then
+	    sudo=; if [ "$$(id -u)" != 0 ]; then sudo=sudo; fi
+	    if ! command -v apt-get >/dev/null || ! command -v $${sudo:-true} >/dev/null; then
+	        echo "make: Spark needs Java 17 or newer: install it with your system's packages, or set JAVA_HOME" >&2
+	        exit 1
+	    fi
+	    echo "Installing Java with apt-get"
+	    $$sudo apt-get update -qq
+	    $$sudo apt-get install -y -qq --no-install-recommends openjdk-17-jre-headless >/dev/null ||
+	        $$sudo apt-get install -y -qq --no-install-recommends default-jre-headless >/dev/null
+	fi
+	$(BIN)/python -m tools.check_spark
+
+$(VENV)/.spark: requirements-spark.lock $(VENV)/.installed
+	@echo "Installing Apache Spark into $(VENV) (450 MB, once, about two minutes)"
+	$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --no-deps -r $<
 	touch $@
 
 .PHONY: clean

@@ -118,12 +118,17 @@ class Prepare:
     groups_per_part: int = 16
     """Row groups per Parquet part file."""
     engine: Literal["duckdb", "pyspark"] = changeable("duckdb")
-    """Engine that runs the preparation. duckdb: on this machine. pyspark: for logs too large for one machine; not
-    available yet."""
+    """Engine that runs the preparation; the dataset is the same. duckdb: on this machine. pyspark: on Apache Spark, for
+    logs too large for one machine; `make spark` or the extra `spark` installs it, Java 17 is needed. Its own settings
+    name the cluster (spark-submit, SPARK_CONF_DIR, PYSPARK_SUBMIT_ARGS="--master URL pyspark-shell"); without, it runs
+    on all cores of this machine. Input, output and scratch must be reachable under the same names from all executors,
+    where this package is installed too. One task reads a whole file, so give a large log in files of 100 MB to 1 GB."""
     scratch: str | None = changeable(None)
-    """Local folder for temporary tables, about 50 bytes per interaction; null: next to the output."""
+    """Folder for temporary tables, about 50 bytes per interaction; null: next to the output. duckdb: on a local disk.
+    pyspark: a path or URI of a file system that Spark knows (hdfs://, s3a://)."""
     memory_limit: str | None = changeable(None)
-    """Maximum memory the engine uses before it spills to scratch, such as 4GB; null: 80% of the machine's memory."""
+    """Maximum memory of DuckDB before it spills to disk, such as 4GB. duckdb: null is 80% of the machine's memory.
+    pyspark: of the reader in each task, beside Spark's own memory (spark.executor.memoryOverhead); null: 1GB."""
 
     def __post_init__(self) -> None:
         at_least("--seed", self.seed, 0)

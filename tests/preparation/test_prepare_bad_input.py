@@ -160,11 +160,6 @@ def test_a_finished_dataset_with_a_missing_part_is_not_taken_for_finished(tmp_pa
     assert "items/part-00000.parquet is missing" in message(tmp_path, log)
 
 
-def test_the_spark_engine_is_not_there_yet(tmp_path: Path) -> None:
-    log = write_csv(tmp_path / "log.csv", random_log(20, 3, 3))
-    assert "--engine pyspark is not available yet; use --engine duckdb" in message(tmp_path, log, engine="pyspark")
-
-
 def test_memory_limit_and_scratch_that_cannot_be_used(tmp_path: Path) -> None:
     log = write_csv(tmp_path / "log.csv", random_log(20, 3, 3))
     assert "--memory_limit lots is not a size" in message(tmp_path, log, memory_limit="lots")

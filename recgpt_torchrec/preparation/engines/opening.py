@@ -1,4 +1,4 @@
-"""Opens the engine that `--engine` names, and explains what it says of memory and scratch space."""
+"""Opens the engine that `--engine` names, and explains what it says of its surroundings."""
 
 import os
 import tempfile
@@ -12,6 +12,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine, explain_lack
 from recgpt_torchrec.preparation.engines.engine import Engine
 from recgpt_torchrec.preparation.engines.spark_engine import SparkEngine
+from recgpt_torchrec.preparation.engines.spark_errors import explain_spark
 from recgpt_torchrec.storage import filesystem, remote
 
 
@@ -24,7 +25,7 @@ def open_engine(config: Prepare) -> Iterator[Engine]:
     """
     scratch = _choose_scratch(config)
     if config.engine == "pyspark":
-        with SparkEngine(scratch) as spark:
+        with explain_spark(), SparkEngine(scratch) as spark:
             yield spark
     else:
         with explain_lack(scratch), DuckDBEngine(scratch, config.memory_limit) as database:
@@ -44,7 +45,8 @@ def _choose_scratch(config: Prepare) -> str:
     elif isinstance(fs, pyarrow.fs.LocalFileSystem):
         parent = os.path.dirname(root)
     elif is_spark:
-        return config.output.rstrip("/").rpartition("/")[0]
+        above = config.output.rstrip("/").rpartition("/")[0]
+        return f"s3a://{above.removeprefix('s3://')}" if above.startswith("s3://") else above  # as Hadoop names it
     else:
         parent = tempfile.gettempdir()
     while not os.path.isdir(parent) and parent != os.path.dirname(parent):

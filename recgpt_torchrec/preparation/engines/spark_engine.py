@@ -1,5 +1,6 @@
 """The engine of a cluster: Apache Spark, through its SQL."""
 
+import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -45,7 +46,9 @@ class SparkEngine(Engine):
         Raises:
             InputError: Spark cannot be started.
         """
-        self.scratch = f"{parent.rstrip('/')}/.prepare-{uuid.uuid4().hex[:12]}"
+        # A path without a scheme would be one of the cluster's own file system, such as HDFS.
+        where = parent.rstrip("/") if remote(parent) else f"file://{parent.rstrip('/')}"
+        self.scratch = f"{where}/.prepare-{uuid.uuid4().hex[:12]}"
         self.spark, self.is_owner = open_session(tempfile.gettempdir() if remote(parent) else parent)
         self.parallelism = self.spark.sparkContext.defaultParallelism
         """Number of tasks that run at once."""
@@ -135,6 +138,11 @@ class SparkEngine(Engine):
         written = rows.select(layout.columns).schema().to_pyarrow()
         return write_on_executors(self._cast(self.frame(rows), schema), written, layout, fs, root)
 
+    def rows(self, expression: ir.Table) -> list[dict[str, Any]]:
+        """The rows of a small result: all of them at once, in one job."""
+        found = self._cast(self.frame(expression), expression.schema()).toArrow()
+        return list(found.cast(expression.schema().to_pyarrow()).to_pylist())
+
     def frame(self, expression: ir.Table) -> "DataFrame":
         """`expression` as a DataFrame, for what only Spark can do with it."""
         return self.spark.sql(self.sql(expression))
@@ -146,7 +154,8 @@ class SparkEngine(Engine):
         place.getFileSystem(context._jsc.hadoopConfiguration()).delete(place, True)
 
     def _register(self, name: str, path: str, schema: ibis.Schema) -> ir.Table:
-        self.spark.read.schema(self.types(schema)).parquet(path).createOrReplaceTempView(name)
+        plain = re.sub(r"([][*?{}\\])", r"\\\1", path)  # Spark reads these as patterns
+        self.spark.read.schema(self.types(schema)).parquet(plain).createOrReplaceTempView(name)
         return ibis.table(schema, name=name)
 
     def _cast(self, frame: "DataFrame", schema: ibis.Schema) -> "DataFrame":

@@ -33,6 +33,8 @@ GROUP_BYTES = 256 * 2**20
 """Maximum number of bytes of the files that one task reads, if they are several."""
 GROUP_FILES = 256
 """Maximum number of files that one task reads."""
+FEW_FILES = 16
+"""Maximum number of files whose first lines the driver reads by itself."""
 HUGE = 4 * 2**30
 """Bytes of a file from which on a line says that one task reads it."""
 STORED = {"row": "listed_row", "reason": "problem", "place": "order"}
@@ -67,6 +69,8 @@ def open_on_spark(engine: SparkEngine, config: Prepare, files: Sequence[InputFil
     Raises:
         InputError: a file is not of its format, or looks like something else; of several, the first.
     """
+    if len(files) <= FEW_FILES:
+        return [open_file(file, config) for file in files]
     groups = group_files(files, [], engine.parallelism)
     context = engine.spark.sparkContext
     with engine.shown("opening files"):

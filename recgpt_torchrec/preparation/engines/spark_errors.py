@@ -1,0 +1,60 @@
+"""Says in a sentence what Spark says in a page of Java, for what the user can mend."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from recgpt_torchrec.errors import InputError
+
+SETTINGS = "spark-submit, PYSPARK_SUBMIT_ARGS or SPARK_CONF_DIR"
+CAUSES = (
+    (
+        r"PYTHON_VERSION_MISMATCH|Python in worker has different version",
+        "its executors run another version of Python than this program; name the right one with PYSPARK_PYTHON",
+    ),
+    (
+        r"No module named '?([\w.]+)|ModuleNotFoundError: ([^\n]*)",
+        "a Python package is missing on its executors ({0}); install this package there, and name that Python with "
+        "PYSPARK_PYTHON",
+    ),
+    (
+        r"Cannot run program \"([^\"]*)\"|([^\n]*python[^\n]*: No such file)",
+        "its executors cannot run Python ({0}); name one that is there with PYSPARK_PYTHON",
+    ),
+    (
+        r"No FileSystem for scheme \"?(\w+)",
+        "it knows no file system {0}://; give another --scratch, or Spark the package for it",
+    ),
+    (r"(Mkdirs failed to create [^\n]*|Permission denied[^\n]*)", "{0}; give another folder with --scratch"),
+    (r"No space left on device", "a disk is full; give another folder with --scratch, or a larger spark.local.dir"),
+    (
+        r"OutOfMemoryError: ([^\n]*)",
+        f"memory is short ({{0}}); give more by spark.driver.memory and spark.executor.memory with {SETTINGS}",
+    ),
+    (
+        r"ExecutorLostFailure \([^\n]*\) Reason: ([^\n]*)|Python worker exited unexpectedly",
+        "an executor or its Python ended ({0}); if memory is short, give more by spark.executor.memoryOverhead with "
+        f"{SETTINGS}, or a smaller --memory_limit",
+    ),
+    (
+        r"(All masters are unresponsive|Could not parse Master URL[^\n]*|Invalid master URL[^\n]*)",
+        f"{{0}}; name the master with {SETTINGS}",
+    ),
+)
+"""Patterns of what Spark says, and what to make of it; {0} is the group that matched."""
+
+
+@contextmanager
+def explain_spark() -> Iterator[None]:
+    """Make an `InputError` of Spark's errors about its surroundings; others are faults of this program, and stay."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("pyspark", "py4j"):
+            raise
+        text = str(error)
+        for pattern, meaning in CAUSES:
+            if found := re.search(pattern, text):
+                said = next((group for group in found.groups() if group), "Spark does not say why")
+                raise InputError(f"--engine pyspark: {meaning.format(said.strip()[:300])}") from None
+        raise
