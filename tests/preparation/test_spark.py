@@ -12,34 +12,23 @@ import pyarrow.parquet as pq
 import pytest
 
 from recgpt_torchrec.preparation.engines.spark_engine import SparkEngine
-from recgpt_torchrec.preparation.engines.spark_session import check_java, open_session
 from recgpt_torchrec.preparation.writing import Layout, lay_out_rows
 from recgpt_torchrec.storage.parts import regroup
 from tests.preparation.prepare_helpers import make, read_sequences, write_csv
+from tests.preparation.spark_helpers import start_spark
 from tools import spark_plans
 from tools.check_engines import check_log, compare_datasets, write_logs
 
-pytest.importorskip("pyspark", reason="pyspark is not installed (make spark)")
 LOGS = ("histories", "times", "clicks", "vocabulary", "by time")
 
 
 @pytest.fixture(scope="module")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """One Spark for all tests, which is watched: the folder with its `events`, where logs are written too."""
-    try:
-        check_java()
-    except Exception as error:
-        pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("spark")
     (folder / "events").mkdir()
-    before = pytest.MonkeyPatch()
-    options = {**spark_plans.settings(folder / "events"), "spark.driver.memory": "700m"}
-    options |= {"spark.master": "local[2,4]", "spark.sql.shuffle.partitions": "2"}  # 4: tasks may fail three times
-    before.setenv("PYSPARK_SUBMIT_ARGS", spark_plans.as_arguments(options))
-    session, _ = open_session(str(folder))
-    yield folder
-    session.stop()
-    before.undo()
+    for _ in start_spark(str(folder), spark_plans.settings(folder / "events")):
+        yield folder
 
 
 @pytest.fixture(scope="module")
