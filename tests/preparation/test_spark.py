@@ -5,33 +5,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ibis
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
 import pytest
 
-from recgpt_torchrec.preparation.engines.spark_session import check_java, open_session
+from recgpt_torchrec.preparation.engines.spark_engine import SparkEngine
+from recgpt_torchrec.preparation.writing import Layout, lay_out_rows
+from recgpt_torchrec.storage.parts import regroup
+from tests.preparation.prepare_helpers import make, read_sequences, write_csv
+from tests.preparation.spark_helpers import start_spark
 from tools import spark_plans
-from tools.check_engines import check_log, write_logs
+from tools.check_engines import check_log, compare_datasets, write_logs
 
-pyspark = pytest.importorskip("pyspark", reason="pyspark is not installed (make spark)")
 LOGS = ("histories", "times", "clicks", "vocabulary", "by time")
 
 
 @pytest.fixture(scope="module")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """One Spark for all tests, which is watched: the folder with its `events`, where logs are written too."""
-    try:
-        check_java()
-    except Exception as error:
-        pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("spark")
     (folder / "events").mkdir()
-    before = pytest.MonkeyPatch()
-    options = {**spark_plans.settings(folder / "events"), "spark.driver.memory": "700m"}
-    options |= {"spark.master": "local[2,4]", "spark.sql.shuffle.partitions": "2"}  # 4: tasks may fail three times
-    before.setenv("PYSPARK_SUBMIT_ARGS", spark_plans.as_arguments(options))
-    session, _ = open_session(str(folder))
-    yield folder
-    session.stop()
-    before.undo()
+    for _ in start_spark(str(folder), spark_plans.settings(folder / "events")):
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +44,86 @@ def test_both_engines_write_the_same_files_and_no_plan_gathers_rows(name, spark,
     parts = json.loads((spark / name.replace(" ", "_") / "pyspark" / "manifest.json").read_text())["sequences"]
     assert len(parts) > 1
     assert any(call.caller == "pipeline.py:_write_dataset" and call.rows == len(parts) for call in seen.collected)
+
+
+def test_parts_without_any_interaction_hold_empty_lists(spark, tmp_path):
+    first = [(f"u{user}", f"i{user % 3}", user) for user in range(40)]
+    earlier = tmp_path / "earlier"
+    make(write_csv(tmp_path / "first.csv", first), earlier)
+    gone = set(range(8, 24))  # two parts of eight users
+    keys = list(read_sequences(earlier))
+    later = [(key, "i1", 50) for number, key in enumerate(keys) if number not in gone]
+    train, test = write_csv(tmp_path / "train.csv", later), write_csv(tmp_path / "test.csv", later[:5])
+    options = {"vocabulary": str(earlier), "rows_per_group": 4, "groups_per_part": 2}
+    options |= {"hold_out": "given", "test_input": [str(test)]}
+    make(train, tmp_path / "duckdb", **options)
+    make(train, tmp_path / "pyspark", **options, engine="pyspark")
+    assert compare_datasets(tmp_path / "duckdb", tmp_path / "pyspark") == []
+    sequences = read_sequences(tmp_path / "pyspark")
+    assert [number for number, key in enumerate(keys) if not sequences[key]] == sorted(gone)
+
+
+def test_a_task_that_fails_halfway_and_runs_again_leaves_one_file(spark, tmp_path):
+    def fail_once(batches: Any, *, start: int, stop: int) -> Iterator[pa.Table]:
+        from pyspark import TaskContext
+
+        for group in regroup(batches, 2):
+            yield group
+            if start == 4 and TaskContext.get().attemptNumber() == 0:
+                raise OSError("the disk went away")
+
+    layout = lay_out_rows("items", ["item_id", "key"], 11, 2, 2)
+    flaky = Layout(**{**vars(layout), "make_groups": fail_once})
+    ids = [7, 3, 10, 0, 1, 9, 2, 8, 4, 6, 5]
+    rows = pa.table({"item_id": pa.array(ids), "key": [f"i{number}" for number in ids]})
+    fs = pyarrow.fs.LocalFileSystem()
+    with SparkEngine(str(tmp_path)) as engine:
+        table = engine.fill("items", [rows], rows.schema)
+        parts = engine.write_parts(table, flaky, fs, str(tmp_path), 11)
+    names = ["items/part-00000.parquet", "items/part-00001.parquet", "items/part-00002.parquet"]
+    assert [part.path for part in parts] == names and [part.rows for part in parts] == [4, 4, 3]
+    assert sorted(path.name for path in (tmp_path / "items").iterdir()) == [name.split("/")[1] for name in names]
+    assert pq.read_table(tmp_path / "items").equals(rows.sort_by("item_id"))
+
+
+def test_plans_that_gather_rows_are_found(spark):
+    def gather(engine: SparkEngine, table: ibis.Table) -> list[ibis.Table]:
+        small = table.filter(table.key < 3).mutate(twice=table.key * 2)
+        return [
+            table.mutate(place=ibis.row_number().over(order_by=table.key)),
+            table.group_by("key").agg(n=table.count()).mutate(place=ibis.row_number().over(order_by=ibis._.key)),
+            table.join(small, table.key < small.twice).select(small.twice),
+            table.order_by("key").limit(spark_plans.MAX_LIMIT + 1),
+        ]
+
+    def share(engine: SparkEngine, table: ibis.Table) -> list[ibis.Table]:
+        bucketed = table.mutate(bucket=table.key // 100).group_by("bucket").agg(n=ibis._.count())
+        total = ibis.cumulative_window(order_by="bucket")
+        return [
+            table.agg(n=table.count(), most=table.key.max()),
+            bucketed.mutate(total=bucketed.n.sum().over(total)),
+            table.mutate(share=table.key / table.count().as_scalar()),
+            table.order_by("key"),
+        ]
+
+    rows = pa.table({"key": pa.array(range(1000))})
+    with SparkEngine(str(spark)) as engine:
+        table = engine.fill("numbers", [rows], rows.schema)
+        for make_tables, are_bad in ((gather, True), (share, False)):
+            for number, expression in enumerate(make_tables(engine, table)):
+                with spark_plans.watch(spark / "events") as seen:
+                    engine.save(f"result_{number}", expression)
+                faults = [fault for plan in seen.plans for fault in spark_plans.find_faults(plan)]
+                assert seen.plans and bool(faults) == are_bad, (number, are_bad, faults)
+
+
+def test_rows_that_come_to_the_driver_are_counted(spark, monkeypatch):
+    rows = pa.table({"key": pa.array(range(50))})
+    monkeypatch.setattr(spark_plans, "MAX_ROWS", 49)
+    with SparkEngine(str(spark)) as engine:
+        table = engine.fill("numbers", [rows], rows.schema)
+        with spark_plans.watch(spark / "events") as seen:
+            assert len(engine.rows(table)) == 50
+            assert engine.count(table) == 50
+    assert [call.rows for call in seen.collected] == [50, 1]
+    assert [call.rows for call in seen.too_large()] == [50]
