@@ -3,6 +3,7 @@
 import errno
 import itertools
 import shutil
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -396,3 +397,50 @@ def test_a_delta_needs_ids_and_vectors_of_the_same_meaning(chained: Path, tmp_pa
     later = open_chain([str(chained / "full0"), str(chained / "delta1")])
     with pytest.raises(InputError, match="its ids mean other items"):
         later.check_fits(Dataset.open(str(chained / "data0")))  # the dataset of the day before
+
+
+def test_a_chain_keeps_few_row_groups_whatever_it_looks_up(chained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = open_chain([str(chained / name) for name in ("full0", "delta1", "delta2")])
+    ids = np.random.default_rng(0).permutation(36)
+    largest = 0
+    for first in range(0, 36, 4):
+        chain.vectors_of("items", ids[first : first + 4])
+        chain.vectors_of("users", ids[first : first + 4])
+        held = [group.size for group in chain._cache._groups.values()]
+        largest = max(largest, sum(held))
+        assert sum(held) <= lookup.KEPT_BYTES + 2 * max(held)
+    assert largest > lookup.KEPT_BYTES / 2
+
+
+def test_memory_does_not_grow_with_the_number_of_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peak of what numpy allocates while a delta is written: some row groups, and a bit per id."""
+    monkeypatch.setattr(share, "GROUP_BYTES", 2**16)
+    monkeypatch.setattr(lookup, "KEPT_BYTES", 2**18)
+
+    def vectors(count: int, factor: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(0, count, 512):
+            ids = np.arange(start, min(start + 512, count))
+            yield ids, np.full((ids.size, 32), factor, np.float32)
+
+    peaks = []
+    for count in (8_000, 32_000):
+        folder = tmp_path / str(count)
+        dataset = write_dataset(folder / "data", walks(users=20, items=count), items=count, vocabulary="v")
+        shape: dict[str, Any] = {"dim": 32, "interests": 1, "everyone": True, **SOURCE}
+        write_export(str(folder / "full"), dataset, items=vectors(count, 1), users=vectors(20, 1), **shape)
+        chain = open_chain([str(folder / "full")])
+        tracemalloc.start()
+        write_delta(
+            str(folder / "delta"),
+            dataset,
+            chain,
+            0.0,
+            items=vectors(count, 2),
+            users=vectors(20, 2),
+            everyone=True,
+            **SOURCE,
+        )
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert 2**16 < peaks[0] < 32_000 * 32 * 4 / 2  # the vectors of all would not fit
+    assert peaks[1] < 1.3 * peaks[0]

@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from recgpt_torchrec.catalogue.vectors import BLOCK_BYTES
+import pytest
+
 from recgpt_torchrec.retrieval.exports.reading import open_export
 from tools import write_dataset
 from tools.benchmarks import export
@@ -21,8 +22,9 @@ def test_exports_and_deltas_are_measured(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "since"]
 
 
-def test_one_block_in_ten_moves() -> None:
-    rows = BLOCK_BYTES // (4 * 8)
+def test_one_block_in_ten_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "BLOCK_BYTES", 2**12)
+    rows = 2**12 // (4 * 8)
     before, after = (list(export.blocks(5, 21 * rows, 8, moved)) for moved in (False, True))
     assert sum(ids.size for ids, _ in after) == 21 * rows - 5
     moved = [not (a == b).all() for (_, a), (_, b) in zip(before, after, strict=True)]
