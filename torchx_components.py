@@ -57,6 +57,12 @@ def apply(*args: str, **options: Any) -> specs.AppDef:
 
 
 @job.with_launch_options
+def index(*args: str, **options: Any) -> specs.AppDef:
+    """Build a FAISS index of an export's item vectors, in shards, and keep it in the export."""
+    return job.make_job("recgpt_torchrec.index", *args, **options)
+
+
+@job.with_launch_options
 def retrieve(*args: str, **options: Any) -> specs.AppDef:
     """Turn an export into a list of items for each user, with an exact or an approximate index."""
     return job.make_job("recgpt_torchrec.retrieve", *args, **options)

@@ -14,6 +14,10 @@ ways:
 
 All are measured on test: the newest interaction of every user so far, which no run was trained on. Writes
 OUTPUT/report.md and report.json, updated after each day; the same command resumes an interrupted pipeline.
+
+With `--deltas` each day also ends in vectors for a store: those of the first warm run, as a delta to the days before
+(`export --since`), once per tolerance. The report says how much of them each delta sends, and whether the export of day
+0 with all deltas applied is the export of the day.
 """
 
 import argparse
@@ -59,6 +63,8 @@ class Options(experiment.Options):
     min_count: int
     targets: list[str]
     """`--targets` of the stage pretrain, of each warm run."""
+    deltas: list[float]
+    """Tolerances of the deltas; empty: nothing is exported."""
 
     def runs(self, day: int) -> list[str]:
         """Names of the runs of a day, the control first."""
@@ -67,8 +73,11 @@ class Options(experiment.Options):
     def planned(self) -> list[str]:
         """The kind of every step, see `RecordedSteps`."""
         a_day = [SCRATCH, "test", *len(self.targets) * [WARM, "test"]]
+        first = ["export"] if self.deltas else []
+        exports = [*first, *len(self.deltas) * ["export", "apply"]]
         return [f"{self.name} {kind}" for kind in (self.days + 1) * ["prepare"]] + [
-            f"{self.name} {kind}" for kind in self.seeds * ([SCRATCH, "test"] + self.days * a_day)
+            f"{self.name} {kind}"
+            for kind in [*self.seeds * ([SCRATCH, "test"] + self.days * a_day), *first, *self.days * exports]
         ]
 
 
@@ -95,6 +104,13 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument(
         "--targets", nargs="+", choices=TARGETS, default=TARGETS, help="targets of warm runs (default: both)"
     )
+    parser.add_argument(
+        "--deltas",
+        nargs="*",
+        type=float,
+        metavar="TOLERANCE",
+        help="also export each day as a delta, once per tolerance (--deltas alone: 0)",
+    )
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 to SEEDS - 1 (default: 1)")
     parser.add_argument("--ranks", type=int, default=1, help="processes of each stage (default: 1)")
     parser.add_argument("--configs", default="configs", help="folder of the configurations (default: configs)")
@@ -109,6 +125,10 @@ def parse(arguments: list[str] | None = None) -> Options:
         parser.error("--seeds, --ranks, --days and --min_count must be at least 1, --day more than 0")
     if not 0 < given.first < 1:
         parser.error(f"--first is {given.first}; it is a share, between 0 and 1")
+    if given.deltas == []:
+        given.deltas = [0.0]
+    if given.deltas and min(given.deltas) < 0:
+        parser.error(f"--deltas is {min(given.deltas)}; a tolerance is at least 0")
     if not given.input.endswith((".csv", ".tsv", ".parquet")) or not os.path.exists(given.input):
         parser.error(f"--input {given.input} must be a file that ends in .csv, .tsv or .parquet")
     return Options(
@@ -124,6 +144,7 @@ def parse(arguments: list[str] | None = None) -> Options:
         time_column=given.time_column,
         min_count=given.min_count,
         targets=sorted(set(given.targets), key=TARGETS.index),
+        deltas=sorted(set(given.deltas or [])),
     )
 
 
@@ -148,6 +169,8 @@ class Daily(experiment.Experiment):
             self._prepare(f"day{day}/prepare", [*arguments, *extended], self.data_of(day), needs)
             for seed in range(self.options.seeds):
                 self._run_day(seed, day)
+            if self.options.deltas:
+                self._export_day(day)
             write_report(self.options, self.steps)
 
     def _run_day(self, seed: int, day: int) -> None:
@@ -162,9 +185,55 @@ class Daily(experiment.Experiment):
             self._train(f"{folder}/{run}", WARM, "pretrain", self.warm_config, data, needs, seed, more)
             self._test(seed, f"day{day}/{run}", data)
 
+    def _export_day(self, day: int) -> None:
+        """Export the first warm run of seed 0: whole, and from day 1 on as deltas, which are applied again."""
+        run = f"seed0/day{day}/{self.options.runs(day)[-1 if not day else 1]}"
+        source = ["--data", self.data_of(day), "--checkpoint", f"{self.folder}/{run}"]
+        self._export(f"exports/day{day}", source, (run,))
+        for tolerance in self.options.deltas if day else []:
+            before = ["exports/day0", *(delta_of(tolerance, earlier) for earlier in range(1, day))]
+            since = [f"{self.folder}/{each}" for each in before]
+            title = delta_of(tolerance, day)
+            more = ["--since", *since, *(["--tolerance", f"{tolerance:g}"] if tolerance else [])]
+            self._export(title, [*source, *more], (run, *before))
+            applied = f"{self.folder}/{title}_applied"
+            deltas = [*since[1:], f"{self.folder}/{title}"]
+            self.steps.run(
+                f"{self.name}/{title}_applied",
+                [
+                    "python",
+                    "-m",
+                    "recgpt_torchrec.apply",
+                    "--export",
+                    since[0],
+                    "--deltas",
+                    *deltas,
+                    "--output",
+                    applied,
+                ],
+                kind=f"{self.name} apply",
+                proof=f"{applied}/manifest.json",
+                needs=tuple(f"{self.name}/{each}" for each in (*before, title)),
+            )
+
+    def _export(self, title: str, arguments: list[str], needs: tuple[str, ...]) -> None:
+        output = f"{self.folder}/{title}"
+        self.steps.run(
+            f"{self.name}/{title}",
+            self._command("export", [*arguments, "--output", output]),
+            kind=f"{self.name} export",
+            proof=f"{output}/manifest.json",
+            needs=tuple(f"{self.name}/{need}" for need in needs),
+        )
+
     def data_of(self, day: int) -> str:
         """Dataset folder of a day: the log up to the end of the day."""
         return f"{self.folder}/day{day}/data"
+
+
+def delta_of(tolerance: float, day: int) -> str:
+    """Title of the step that writes a delta, and its folder."""
+    return f"exports/tolerance_{tolerance:g}/day{day}"
 
 
 def cut_log(log: Path, folder: Path, options: Options) -> None:
@@ -244,7 +313,16 @@ def collect_report(options: Options, steps: RecordedSteps) -> dict[str, Any]:
             }
         if len(runs) == len(options.runs(day)):
             counts = {name: manifest[name] for name in ("users", "items", "interactions")}
-            days.append({"day": day, **counts, "extends": manifest["preparation"].get("extends"), "runs": runs})
+            deltas = [read_delta(folder, tolerance, day) for tolerance in options.deltas if day]
+            days.append(
+                {
+                    "day": day,
+                    **counts,
+                    "extends": manifest["preparation"].get("extends"),
+                    "runs": runs,
+                    "deltas": [delta for delta in deltas if delta],
+                }
+            )
     return {
         "made": time.strftime("%Y-%m-%d %H:%M:%S"),
         "name": options.name,
@@ -255,6 +333,59 @@ def collect_report(options: Options, steps: RecordedSteps) -> dict[str, Any]:
         "days": days,
         "steps": records,
     }
+
+
+def read_delta(folder: Path, tolerance: float, day: int) -> dict[str, Any]:
+    """What a delta sends, and whether day 0 with all deltas applied is the export of the day; {}: unfinished."""
+    from recgpt_torchrec.retrieval.exports.chain import open_chain
+    from recgpt_torchrec.retrieval.exports.changes import has_moved
+    from recgpt_torchrec.retrieval.exports.reading import open_delta, open_export
+    from recgpt_torchrec.retrieval.exports.vectors import vectors_of
+
+    path = folder / delta_of(tolerance, day)
+    applied = path.with_name(f"{path.name}_applied")
+    if not (applied / "manifest.json").exists():
+        return {}
+    manifest, full = open_delta(str(path)).manifest, open_export(str(folder / f"exports/day{day}"))
+    chain = open_chain([str(applied)])
+    found: dict[str, Any] = {"tolerance": tolerance, "bytes": manifest.size, "full_bytes": full.manifest.size}
+    for name, batches in (("items", full.items()), ("users", full.users())):
+        new, count = getattr(manifest, f"new_{name}"), getattr(manifest, name)
+        sent = sum(part.rows for part in getattr(manifest, f"{name[:-1]}_parts"))
+        gone = sum(part.rows for part in getattr(manifest, f"removed_{name[:-1]}_parts"))
+        found[name] = {"new": new, "moved": sent - new, "removed": gone, "count": count}
+        is_same = getattr(chain.export.manifest, name) == getattr(full.manifest, name)
+        for batch in batches:
+            held, is_there = chain.vectors_of(name, batch[f"{name[:-1]}_id"].to_numpy())
+            is_same &= bool(is_there.all()) and not has_moved(held, vectors_of(batch), tolerance).any()
+        found[f"same_{name}"] = is_same
+    return found
+
+
+def delta_lines(days: list[dict[str, Any]]) -> list[str]:
+    """The section of the report on deltas."""
+    lines = [
+        "",
+        "## Deltas",
+        "",
+        "Vectors of the first warm run, as a delta to the days before. Bytes are over those of an export of the day. "
+        "Applied: whether the export of day 0 with all deltas applied is the export of the day, up to the tolerance.",
+        "",
+        "| day | tolerance | items: new / moved / removed | sent | users: new / moved / removed | sent | bytes "
+        "| applied |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for day in days:
+        for delta in day["deltas"]:
+            cells = []
+            for name in ("items", "users"):
+                of = delta[name]
+                cells.append(f"{of['new']:,} / {of['moved']:,} / {of['removed']:,}")
+                cells.append(f"{(of['new'] + of['moved']) / of['count']:.1%}")
+            same = "the same" if delta["same_items"] and delta["same_users"] else "ANOTHER"
+            share = delta["bytes"] / delta["full_bytes"]
+            lines.append(f"| {day['day']} | {delta['tolerance']:g} | {' | '.join(cells)} | {share:.1%} | {same} |")
+    return lines
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -282,6 +413,8 @@ def markdown(report: dict[str, Any]) -> str:
             if figures := day["runs"][SCRATCH]["baselines"][path]:
                 rows.append((title, [{"mean": figures["masked"][metric], "sd": None} for metric in METRICS]))
         lines += ["", f"## Day {day['day']}, test", "", *paper_report.table("", METRICS, rows)]
+    if any(day["deltas"] for day in report["days"]):
+        lines += delta_lines(report["days"])
     lines += [
         "",
         "## Training",

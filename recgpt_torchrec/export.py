@@ -36,6 +36,7 @@ def main(config: Export) -> None:
     with process_group(device=config.device) as device:
         dataset, checkpoint = Dataset.open(config.data), find_checkpoint(config.checkpoint)
         settings = {**asdict(config), "checkpoint": checkpoint}
+        del settings["index"]  # no part of what identifies an export
         if config.history != "all":
             check_has_targets(dataset, config.history, "Export whole histories: --history all")
             if dataset.manifest.hold_out != "last":
@@ -94,13 +95,17 @@ def main(config: Export) -> None:
                 checkpoint_fingerprint=fingerprint,
                 settings=settings,
             )
+        index_summary, index_added = add_asked_index(config)
+        already_there &= not index_added
         vectors_each = f", {manifest.interests} vectors each" if manifest.interests > 1 else ""
         left_out = dataset.manifest.users - manifest.users
         reason = explain_left_out(dataset.manifest, config.history)
         left_out_note = f"; {left_out:,} users left out: {reason}" if left_out else ""
         print_result(
             f"{'Already there' if already_there else 'Written'}: {config.output} ({manifest.items:,} items, "
-            f"{manifest.users:,} users{vectors_each}{left_out_note})"
+            f"{manifest.users:,} users{vectors_each}{left_out_note})",
+            *index_summary,
+            sep="\n",
         )
         print_result(*(next_steps(config) if chain is None else changes(config, manifest, chain)), sep="\n")
 
@@ -134,6 +139,21 @@ def changes(config: Export, manifest: "DeltaManifest", chain: "Chain") -> list[s
         f"Next:    python -m recgpt_torchrec.apply --export {chain.export.path} --deltas "
         f"{' '.join([*chain.paths[1:], config.output])} --output NEW_EXPORT",
     ]
+
+
+def add_asked_index(config: Export) -> tuple[list[str], bool]:
+    """Add the index that the options ask for to the export, which is complete without it (collective).
+
+    Returns:
+        Lines for the summary, and whether an index was built or measured.
+    """
+    if config.index.kind == "none":
+        return [], False
+    from recgpt_torchrec.retrieval.exports.reading import open_export
+    from recgpt_torchrec.retrieval.search.indexing import add_index, summary
+
+    index, already_there = add_index(open_export(config.output), config.index)
+    return [summary(index)], not already_there
 
 
 def finished(

@@ -9,8 +9,10 @@ from recgpt_torchrec.config import Retrieve
 from recgpt_torchrec.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from recgpt_torchrec.retrieval.exports.reading import Export
-    from recgpt_torchrec.retrieval.list_folder import ListManifest
+    from recgpt_torchrec.retrieval.list_folder import ListBatch, ListManifest
     from recgpt_torchrec.retrieval.merging import MergeRule
 
 
@@ -20,9 +22,13 @@ def main(config: Retrieve) -> None:
     from recgpt_torchrec.distributed.processes import print_result, process_group, run_on_first_rank
     from recgpt_torchrec.retrieval.exports.reading import open_export
     from recgpt_torchrec.retrieval.list_folder import ListManifest
+    from recgpt_torchrec.retrieval.list_summary import describe_lists
+    from recgpt_torchrec.retrieval.search.choosing import resolve
+    from recgpt_torchrec.retrieval.search.item_filter import start_records
 
     with process_group(device="cpu"):  # no search runs on a GPU
         export = open_export(config.export)
+        config = resolve(config, export)
         dataset = Dataset.open(config.data) if config.data is not None else None
         rule, interests = check(config, export, dataset)
         manifest = ListManifest(
@@ -31,12 +37,13 @@ def main(config: Retrieve) -> None:
             export_fingerprint=export.fingerprint,
             vocabulary=export.manifest.vocabulary,
             dataset_fingerprint="" if dataset is None else histories_fingerprint(dataset),
+            filters=start_records(config),
             settings=asdict(config),
         )
         earlier = run_on_first_rank(lambda: finished(config, manifest))
         if earlier is None:
             manifest = retrieve(config, export, dataset, rule, interests, manifest)
-        print_result(summary(config, export, earlier or manifest, rule, interests))
+        print_result(describe_lists(config, export.manifest, earlier or manifest, rule, interests))
         print_result(f"{'Already there' if earlier else 'Written'}: {config.output}")
         print_result(
             f"Look:    python -c \"import pyarrow.parquet as pq; print(pq.read_table('{config.output}/lists')[:5])\""
@@ -98,12 +105,14 @@ def finished(config: Retrieve, manifest: "ListManifest") -> "ListManifest | None
     """
     from recgpt_torchrec.config.fields import changeable_names, default_values
     from recgpt_torchrec.retrieval.list_folder import open_lists
+    from recgpt_torchrec.retrieval.search.choosing import EARLIER
     from recgpt_torchrec.storage.finished import differences, find_finished, flatten
 
     def values(of: "ListManifest") -> dict[str, Any]:
         names = ("export_fingerprint", "dataset_fingerprint")
         inputs = {name: getattr(of, name) for name in names}
-        return {**flatten(default_values(config)), **flatten(of.settings), **inputs}
+        inputs |= {f"content of --{name}": record.checksum for name, record in of.filters.items()}
+        return {**flatten(default_values(config)), **EARLIER, **flatten(of.settings), **inputs}
 
     return find_finished(
         config.output,
@@ -116,21 +125,26 @@ def finished(config: Retrieve, manifest: "ListManifest") -> "ListManifest | None
 def retrieve(
     config: Retrieve, export: "Export", dataset: Any, rule: "MergeRule", interests: int, manifest: "ListManifest"
 ) -> "ListManifest":
-    """Build the index, search it for every user, and write the lists.
+    """Open or build the index, search it for every user, and write the lists.
 
-    Collective: each rank has a share of the users, and a share of the items, or the whole of an approximate index.
+    Collective: each rank has a share of the users, and a share of the items.
     """
     from recgpt_torchrec.distributed.processes import log_message
     from recgpt_torchrec.evaluation.list_quality import ListQuality
+    from recgpt_torchrec.retrieval.fallback import popular_lists
     from recgpt_torchrec.retrieval.list_folder import write_lists
+    from recgpt_torchrec.retrieval.search.item_filter import find_allowed
     from recgpt_torchrec.retrieval.search.searching import build_retrievers, search_users
     from recgpt_torchrec.retrieval.user_histories import UserHistories
 
     total, count = export.manifest.users, export.manifest.interests
     interests_each = f"{count} interest{'s' * (count > 1)} each"
     log_message(f"{config.export}: {export.manifest.items:,} items, {total:,} users, {interests_each}")
+    allowed = find_allowed(config, export, manifest.filters)
+    if allowed is not None:
+        manifest.allowed = int(allowed.sum())
     started = time.perf_counter()
-    exact, retriever, finish = build_retrievers(config, export, rule)
+    exact, retriever, finish = build_retrievers(config, export, rule, allowed)
     index_seconds = time.perf_counter() - started
     split = export.manifest.settings.get("history", "all")
     histories = UserHistories(dataset, split) if dataset is not None else None
@@ -140,37 +154,19 @@ def retrieve(
         exact=exact if config.sample and retriever is not exact else None,
         every=max(1, total // max(1, config.sample)),
     )
-    batches = search_users(export, retriever, histories, interests, quality.update)
     started = time.perf_counter()
+
+    def batches() -> "Iterator[ListBatch]":
+        yield from search_users(export, retriever, histories, interests, quality.update)
+        if config.fallback == "popular":
+            finish()  # the other ranks need not wait for it
+            yield from popular_lists(export, dataset, config.k, allowed)
 
     def measurements() -> dict[str, Any]:
         seconds = time.perf_counter() - started - quality.seconds
         return {"index_seconds": index_seconds, "users_per_second": total / seconds, **quality.result()}
 
-    return write_lists(config.output, manifest, batches, export.item_keys(), measurements, finish)
-
-
-def summary(config: Retrieve, export: "Export", manifest: "ListManifest", rule: "MergeRule", interests: int) -> str:
-    """What the lists hold, how they were made, and how good they are."""
-    merging = rule.describe(interests, config.k)
-    history = export.manifest.settings.get("history", "all")
-    measured = manifest.measured
-    items, places = sum(part.items for part in manifest.parts), manifest.users * config.k
-    lines = [
-        f"lists       {manifest.users:,} users, {config.k} items each"
-        + (f" ({places - items:,} places are empty: no items are left)" if items < places else ""),
-        f"from        {merging if interests > 1 else 'one vector per user'}, "
-        + ("items of the history left out" if config.data else "items of the history not left out (no --data)"),
-        f"index       {config.index}, built in {measured['index_seconds']:.1f} s; "
-        f"{measured['users_per_second']:,.0f} users/s",
-    ]
-    if "recall" in measured:
-        recall = measured["recall"]
-        lines.append(f"recall      {recall[f'recall@{config.k}']:.4f} of the exact lists of {recall['users']:,} users")
-    if "hits" in measured:
-        figures = "  ".join(f"{name} {value:.4f}" for name, value in measured["hits"].items())
-        lines.append(f"hits        {figures} (the {history} item of each user, history masked)")
-    return "\n".join(lines)
+    return write_lists(config.output, manifest, batches(), export.item_keys(), measurements, finish)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.retrieval.exports.reading import open_export
 from tests.preparation.prepare_helpers import make, random_log, write_csv
 from tests.support import SMALL, stage
 from tests.test_pretrain import checkpoints, tensors
@@ -130,3 +131,53 @@ def test_users_who_do_not_occur_any_more_have_no_vector_and_the_others_have(fold
     export = {"--data": tmp_path / "data", "--checkpoint": tmp_path / "run", "--output": tmp_path / "vectors"}
     assert stage("export", export) == 0
     assert f"{made.users - absent:,} users; {absent:,} users left out: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [{}, {"--interests": 2, "--dtype": "int8"}])
+def test_an_export_since_the_day_before_holds_what_has_changed(folder, tmp_path, capfd, more):
+    def export(output: str, day: int, run: str, **others: Any) -> int:
+        options = {"--data": folder / f"data{day}", "--checkpoint": folder / run, "--output": tmp_path / output}
+        return stage("export", {**options, **more, **{f"--{name}": value for name, value in others.items()}})
+
+    def rows(name: str) -> dict[str, dict[int, Any]]:
+        found = open_export(str(tmp_path / name))
+        both = {"item": found.items(), "user": found.users()}
+        return {
+            kind: {row[f"{kind}_id"]: row for batch in batches for row in batch.to_pylist()}
+            for kind, batches in both.items()
+        }
+
+    first = tmp_path / "first"
+    assert export("first", 0, "run0") == 0 and export("second", 1, "run1") == 0
+    assert export("delta", 1, "run1", since=[first]) == 0
+    before, now = (Dataset.open(str(folder / f"data{day}")).manifest for day in (0, 1))
+    said = capfd.readouterr().out
+    assert f"items    {now.items - before.items:,} new, {before.items:,} moved, 0 removed" in said
+    assert f"{now.items:,} of {now.items:,} sent (100.00%)" in said
+    assert f"apply --export {first} --deltas {tmp_path / 'delta'} --output NEW_EXPORT" in said
+    applying = {"--export": first, "--deltas": [tmp_path / "delta"], "--output": tmp_path / "applied"}
+    assert stage("apply", applying) == 0 and rows("applied") == rows("second")
+    assert stage("apply", applying) == 0 and "Already there" in capfd.readouterr().out
+    assert export("delta", 1, "run1", since=[first]) == 0
+    assert "Already there" in capfd.readouterr().out
+
+    # Nothing has changed since a delta of the same checkpoint, nor within a large tolerance.
+    assert export("none", 1, "run1", since=[first, tmp_path / "delta"]) == 0
+    assert f"0 new, 0 moved, 0 removed: 0 of {now.items:,} sent" in capfd.readouterr().out
+    assert export("far", 1, "run1", since=[first], tolerance=1e6) == 0
+    assert f"{now.items - before.items:,} new, 0 moved" in capfd.readouterr().out
+
+    for others, message in (
+        ({"output": "delta", "since": [first], "tolerance": 0.5}, "tolerance: 0.0 there, 0.5 now"),
+        ({"output": "delta", "since": [tmp_path / "second"]}, "holds another delta"),
+        ({"output": "new", "since": [first], "history": "test"}, "has history all, but the delta would have test"),
+        ({"output": "new", "since": [first], "dtype": "float16"}, "but the delta would have float16"),
+        ({"output": "new", "since": [tmp_path / "delta"]}, "is a delta, not an export"),
+        ({"output": "new", "since": [first, tmp_path / "second"]}, "is an export, not a delta"),
+        ({"output": "new", "tolerance": 0.1}, "there is nothing to compare with; give --since EXPORT"),
+        ({"output": "new", "since": [first], "index.kind": "flat"}, "--since writes a delta, which holds no index"),
+        ({"output": "new", "since": [tmp_path / "second"], "day": 0, "run": "run0"}, "its ids mean other items"),
+    ):
+        given: dict[str, Any] = {"day": 1, "run": "run1", **others}
+        assert export(given.pop("output"), given.pop("day"), given.pop("run"), **given) == 2
+        assert message in capfd.readouterr().err and not (tmp_path / "new").exists()

@@ -59,6 +59,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     | {"--train.epochs": 1, "--tuning.soft_targets": 0.3, "--loss.candidates": "all"},
     "evaluate": {"--data": "data", "--checkpoint": "run", "--output": "new.json"},
     "export": {"--data": "data", "--checkpoint": "run", "--output": "new", "--interests": 2},
+    "apply": {"--export": "vectors", "--deltas": "delta", "--output": "new"},
     "retrieve": {"--export": "vectors", "--data": "data", "--output": "new", "--k": 5},
     "parse": {"--data": "data", "--output": "new", "--config": "config.yaml"},
 }
@@ -121,6 +122,9 @@ KINDS = [
          "vectors"),
     Kind("export: items", "vectors/items/*.parquet", "retrieve", "parquet", is_part=True),
     Kind("export: users", "vectors/users/*.parquet", "retrieve", "parquet", is_part=True),
+    Kind("delta: manifest", "delta/manifest.json", "apply", "json"),
+    Kind("delta: items", "delta/items/*.parquet", "apply", "parquet", is_part=True),
+    Kind("delta: users", "delta/users/*.parquet", "apply", "parquet", is_part=True),
     Kind("lists: manifest, retrieved again", "lists/manifest.json", "retrieve", "json", {"--output": "lists"}, "lists"),
     Kind("evaluation, written again", "test.json", "evaluate", "json", {"--output": "test.json"}, "test.json"),
     Kind("configuration", "config.yaml", "parse", "yaml", any_result=True),
@@ -161,7 +165,7 @@ def make_inputs(folder: Path) -> None:
 
 
 def write_inputs(folder: Path) -> None:
-    """Write logs, a dataset, runs, prompts, an export, lists, an evaluation and a configuration."""
+    """Write logs, a dataset, runs, prompts, an export, a delta, lists, an evaluation and a configuration."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -212,6 +216,7 @@ def write_inputs(folder: Path) -> None:
     run_stage("generate_prompts", {"--data": "data", "--checkpoint": "run", "--output": "prompts", "--prompts.k": 1}
               | {"--prompts.answers": ANSWERS})  # fmt: skip
     run("export", output="vectors")
+    run("export", output="delta", checkpoint="half", since="vectors")
     run("retrieve", output="lists")
     run("evaluate", output="test.json")
     groups: dict[str, dict[str, Any]] = {}

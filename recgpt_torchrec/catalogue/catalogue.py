@@ -54,16 +54,19 @@ class Catalogue:
     Example: `Catalogue.of_model(unwrapped(model), items, device).top_k(queries, 50, seen)`
     """
 
-    def __init__(self, vectors: HeldVectors | StreamedVectors, items: int, dim: int) -> None:
+    def __init__(
+        self, vectors: HeldVectors | StreamedVectors, items: int, dim: int, rounds: Rounds | None = None
+    ) -> None:
         """
         Args:
             vectors: of this rank's id range, `id_range(items, rank(), world_size())`.
             items: number of all items.
             dim: length of a vector.
+            rounds: that its operations are added to; None: rounds of its own.
         """
         assert (vectors.first, vectors.stop) == id_range(items, rank(), world_size()), "vectors of another id range"
         self.vectors, self.items, self.dim = vectors, items, dim
-        self.rounds = Rounds()
+        self.rounds = Rounds() if rounds is None else rounds
         """Rounds of this catalogue; other operations may be added to them."""
         self._ask_best = self.rounds.add(self._serve_best)
         self._ask_counts = self.rounds.add(self._serve_counts)
@@ -95,15 +98,18 @@ class Catalogue:
         return cls(streamed, items, dim)
 
     @classmethod
-    def of_vectors(cls, vectors: Tensor, items: int | None = None, first: int = 0) -> "Catalogue":
+    def of_vectors(
+        cls, vectors: Tensor, items: int | None = None, first: int = 0, rounds: Rounds | None = None
+    ) -> "Catalogue":
         """A catalogue of given vectors.
 
         Args:
             vectors: [own items, dim] float32 of this rank's id range.
             items: number of all items; None: as many as there are vectors.
             first: id of the first vector.
+            rounds: see the constructor.
         """
-        return cls(HeldVectors(vectors, first), len(vectors) if items is None else items, vectors.shape[1])
+        return cls(HeldVectors(vectors, first), len(vectors) if items is None else items, vectors.shape[1], rounds)
 
     def __len__(self) -> int:
         return self.items

@@ -2,7 +2,8 @@
 
 Before each round the ranks tell each other what they ask for. Every operation that at least one rank asks for then runs
 on all of them; ranks may ask for different ones in the same round. A rank with no more to ask calls `finish`, and takes
-part in the others' rounds with nothing until all have finished.
+part in the others' rounds with nothing until all have finished. An operation raises its error on all ranks; no more
+rounds follow, and `finish` returns at once.
 """
 
 from collections.abc import Callable
@@ -70,7 +71,12 @@ class Rounds:
         answer = None
         for each in np.unique(asked[asked != FINISHED]).tolist():
             asks = asked == each
-            result = self._operations[each](np.where(asks[:, None], all_sizes, 0), question if asks[rank()] else None)
+            told = np.where(asks[:, None], all_sizes, 0)
+            try:
+                result = self._operations[each](told, question if asks[rank()] else None)
+            except BaseException:
+                self._is_over = True  # all ranks raise, so no rank may wait for another round
+                raise
             answer = result if each == number else answer
         return asked, answer
 

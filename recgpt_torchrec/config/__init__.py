@@ -8,7 +8,7 @@ from recgpt_torchrec.config.model import Loss, Model
 from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.prepare import Prepare
 from recgpt_torchrec.config.prompts import GeneratePrompts, Prompts, PromptTune, Tuning
-from recgpt_torchrec.config.retrieval import HNSW, IVF, Apply, Evaluate, Export, Recall, Retrieve
+from recgpt_torchrec.config.retrieval import HNSW, IVF, PQ, Apply, BuildIndex, Evaluate, Export, Index, Recall, Retrieve
 from recgpt_torchrec.config.tables import Sharding, Tables
 from recgpt_torchrec.config.training import (
     Batch,
@@ -23,11 +23,14 @@ from recgpt_torchrec.config.training import (
 __all__ = [
     "HNSW",
     "IVF",
+    "PQ",
     "Apply",
     "Batch",
+    "BuildIndex",
     "Evaluate",
     "Export",
     "GeneratePrompts",
+    "Index",
     "Loss",
     "Model",
     "Optimizer",

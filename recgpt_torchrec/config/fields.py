@@ -15,6 +15,7 @@ def changeable(default: Any = MISSING, *, default_factory: Any = MISSING) -> Any
     """A field that may change without changing the result: where files are, or how fast a stage is.
 
     A resumed run may be given another value, and a finished result is the one that is asked for whatever the value.
+    Where the field is a group, that goes for all of its options.
 
     Example: `keep: int = changeable(2)`
     """
@@ -32,6 +33,7 @@ class Option:
     field: Field[Any]
     in_nullable_group: bool = False
     """Whether its group may be null as a whole."""
+    in_changeable_group: bool = False
 
     @property
     def required(self) -> bool:
@@ -46,16 +48,17 @@ class Option:
     @property
     def may_change(self) -> bool:
         """Whether a resumed run may change the option."""
-        return RESUME in self.field.metadata
+        return self.in_changeable_group or RESUME in self.field.metadata
 
 
-def options(config_class: type, prefix: str = "", nullable: bool = False) -> Iterator[Option]:
+def options(config_class: type, prefix: str = "", nullable: bool = False, may_change: bool = False) -> Iterator[Option]:
     """Every option of a configuration class, in the order of its fields; groups are expanded in place.
 
     Args:
         config_class: dataclass of a stage or of a group.
         prefix: put before each name.
         nullable: whether the group of this class may be null as a whole.
+        may_change: whether the group of this class is `changeable`.
     """
     hints = get_type_hints(config_class)
     for each in fields(config_class):
@@ -63,9 +66,10 @@ def options(config_class: type, prefix: str = "", nullable: bool = False) -> Ite
         members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         groups = [member for member in members if is_dataclass(member)]
         if groups:
-            yield from options(groups[0], f"{name}.", NoneType in members)  # type: ignore[arg-type]
+            changes = may_change or RESUME in each.metadata
+            yield from options(groups[0], f"{name}.", NoneType in members, changes)  # type: ignore[arg-type]
         else:
-            yield Option(name, hint, each, nullable)
+            yield Option(name, hint, each, nullable, may_change)
 
 
 def changeable_names(config_class: type) -> set[str]:

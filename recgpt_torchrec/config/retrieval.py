@@ -1,4 +1,4 @@
-"""Options of the stages evaluate, export, apply and retrieve."""
+"""Options of the stages evaluate, export, apply, index and retrieve."""
 
 import math
 from dataclasses import dataclass, field
@@ -73,6 +73,82 @@ class Evaluate(Computing):
 
 
 @dataclass(kw_only=True)
+class HNSW:
+    """Graph of near neighbours (hnsw)."""
+
+    neighbours: int = 32
+    """Number of neighbours per item (M); more improve recall and take more memory, 8 bytes per neighbour and item."""
+    build: int = 200
+    """Number of items examined when an item is inserted (efConstruction); more make a better graph and a slower
+    build."""
+    search: int = 0
+    """Number of items examined per search (efSearch), never fewer than the search returns; more improve recall and take
+    longer. 0: as the index in the export was measured, 128 for a new one."""
+
+    def __post_init__(self) -> None:
+        for name, least in {"neighbours": 2, "build": 1, "search": 0}.items():
+            at_least(f"--hnsw.{name}", getattr(self, name), least)
+
+
+@dataclass(kw_only=True)
+class IVF:
+    """Clusters of items (ivf, ivf_pq)."""
+
+    clusters: int = 0
+    """Number of clusters per shard (nlist), at most the number of its items; 0: four times the square root of the
+    number of items, but no more than one per 39 items."""
+    probes: int = 0
+    """Number of nearest clusters examined per search (nprobe); more improve recall and take longer. 0: as the index in
+    the export was measured, 64 for a new one."""
+
+    def __post_init__(self) -> None:
+        at_least("--ivf.clusters", self.clusters, 0)
+        at_least("--ivf.probes", self.probes, 0)
+
+
+@dataclass(kw_only=True)
+class PQ:
+    """Codes of product quantization (ivf_pq)."""
+
+    m: int = 0
+    """Number of parts that a vector is cut into, each with a code of its own; must divide the vectors' length. More
+    improve recall and take more memory, `bits` each per item. 0: the length over four, or the next divisor below."""
+    bits: int = 8
+    """Bits per code, 4 to 8; a shard needs at least 2^bits items."""
+    refine: int = 0
+    """Number of candidates found by their codes per item returned; they are scored again with their vectors, which lie
+    in the same file and stay on disk until they are needed. More improve recall and take longer. 0: as the index in the
+    export was measured, 8 for a new one."""
+
+    def __post_init__(self) -> None:
+        at_least("--pq.m", self.m, 0)
+        within("--pq.bits", self.bits, 4, 8)
+        at_least("--pq.refine", self.refine, 0)
+
+
+@dataclass(kw_only=True)
+class Index:
+    """FAISS index of the item vectors, in the export."""
+
+    kind: Literal["none", "auto", "flat", "ivf", "ivf_pq", "hnsw"] = "none"
+    """none: no index is made, and one that the export holds stays. flat: every item is scored. ivf: the items of the
+    nearest clusters. ivf_pq: the same by short codes, then the best again by their vectors. hnsw: a graph of near
+    neighbours. auto: flat up to 100,000 items, hnsw up to 4 million, ivf_pq beyond."""
+    shards: int = 0
+    """Number of files, each with an id range of the items. They are dealt to the ranks that build, and to those that
+    retrieve. One shard is in a rank's memory while it is built. 0: one per rank."""
+    hnsw: HNSW = field(default_factory=HNSW)
+    ivf: IVF = field(default_factory=IVF)
+    pq: PQ = field(default_factory=PQ)
+    sample: int = 1000
+    """Number of user vectors with which recall and speed are measured, all of them if there are fewer; 0: none."""
+
+    def __post_init__(self) -> None:
+        at_least("--index.shards", self.shards, 0)
+        at_least("--index.sample", self.sample, 0)
+
+
+@dataclass(kw_only=True)
 class Export(Computing):
     """Write the item vectors and user vectors of a checkpoint as Parquet, for an ANN index: one vector per user, or
     several from autoregressive steps (paper, section 4.4). With --since only what has changed.
@@ -102,6 +178,7 @@ class Export(Computing):
     tolerance: float = 0.0
     """With --since: vectors that moved by no more than this, as a share of the length of the vector that the export and
     the deltas hold, are left out. 0: any vector that differs in a bit is in the delta."""
+    index: Index = changeable(default_factory=Index)
     batch: Batch = field(default_factory=Batch)
     tables: Sharding = field(default_factory=Sharding)
 
@@ -113,6 +190,10 @@ class Export(Computing):
             raise ValueError(
                 f"--tolerance is {self.tolerance}, but there is nothing to compare with; give --since EXPORT, or leave "
                 "it out"
+            )
+        if self.since and self.index.kind != "none":
+            raise ValueError(
+                f"--index.kind is {self.index.kind}, but --since writes a delta, which holds no index; leave one out"
             )
 
 
@@ -137,36 +218,20 @@ class Apply:
 
 
 @dataclass(kw_only=True)
-class HNSW:
-    """Graph of near neighbours (--index hnsw)."""
+class BuildIndex:
+    """Build a FAISS index of an export's item vectors and keep it in the export, in place of one that is there; the
+    vectors stay as they are.
 
-    neighbours: int = 32
-    """Number of neighbours per item (M); more improve recall and take more memory, 8 bytes per neighbour and item."""
-    build: int = 200
-    """Number of items examined when an item is inserted (efConstruction); more make a better graph and a slower
-    build."""
-    search: int = 128
-    """Number of items examined per search (efSearch), never fewer than the search returns; more improve recall and take
-    longer."""
+    Example: python -m recgpt_torchrec.index --export vectors/mine --index.kind hnsw
+    """
 
-    def __post_init__(self) -> None:
-        for name, least in {"neighbours": 2, "build": 1, "search": 1}.items():
-            at_least(f"--hnsw.{name}", getattr(self, name), least)
-
-
-@dataclass(kw_only=True)
-class IVF:
-    """Clusters of items (--index ivf)."""
-
-    clusters: int = 0
-    """Number of clusters (nlist), at most the number of items; 0: four times the square root of the number of items,
-    but no more than one per 39 items."""
-    probes: int = 64
-    """Number of nearest clusters examined per search (nprobe); more improve recall and take longer."""
+    export: str
+    """Folder of the export."""
+    index: Index = field(default_factory=lambda: Index(kind="auto"))
 
     def __post_init__(self) -> None:
-        at_least("--ivf.clusters", self.clusters, 0)
-        at_least("--ivf.probes", self.probes, 1)
+        if self.index.kind == "none":
+            raise ValueError("--index.kind is none; name a kind, or auto")
 
 
 @dataclass(kw_only=True)
@@ -181,7 +246,7 @@ class Retrieve:
     output: str = changeable()
     """Folder of the lists. It must be new or empty, unless it already holds this result; then nothing is done."""
     k: int = 50
-    """Number of items per list, at most as many as the export holds."""
+    """Number of items per list, at most as many as the export holds; lists are shorter where a filter leaves fewer."""
     merge: Literal["auto", "two_step", "quota", "score"] = "auto"
     """How the lists of several interests are merged. two_step: m items of the first interest, then k - m new items of
     the second. quota: an equal number of new items of each interest, one interest after another. score: the items with
@@ -194,15 +259,47 @@ class Retrieve:
     """Folder of the dataset. Items of the history that a user's vectors were made of are left out of the list. If the
     export was made with --history test or validation, the lists are measured against the held-out items. null: any item
     may be retrieved."""
-    index: Literal["exact", "hnsw", "ivf"] = "exact"
-    """exact: score every item. hnsw, ivf: approximate search, for catalogues where that takes too long."""
+    index: Literal["auto", "exact", "flat", "ivf", "ivf_pq", "hnsw"] = "auto"
+    """auto: the index that the export holds (see export --index.kind), or exact. exact: score every item. flat, ivf,
+    ivf_pq, hnsw: this kind of index, from the export if it holds one of that kind; otherwise each rank builds one over
+    its share of the items, and it is not kept."""
     hnsw: HNSW = field(default_factory=HNSW)
     ivf: IVF = field(default_factory=IVF)
+    pq: PQ = field(default_factory=PQ)
     sample: int = 1000
     """About how many users' approximate lists are compared with exact ones; 0: none."""
+    allow: str | None = changeable(None)
+    """Keys of the only items that may be in a list: a text file with a key per line, or a table (.csv .tsv .jsonl
+    .parquet, also .gz .zst) with keys in the column --item_column; a path, folder or URI. Keys as in the log: 12 and
+    12.0 are the same. Unknown ones are counted. It may be given with --deny and --where: an item must pass all of them.
+    null: every item may."""
+    deny: str | None = changeable(None)
+    """Keys of the items that no list may hold, in a file like that of --allow. null: none."""
+    items: str | None = changeable(None)
+    """Table of the items for --where, with keys in the column --item_column: .csv, .tsv, .jsonl or .parquet. null:
+    none."""
+    where: str | None = None
+    """Condition on the columns of --items, for example "category = 'shoes' and price < 20", in the language of prepare
+    --where: an SQL expression without queries. Only items with a row that meets it may be in a list; items that are not
+    in the table, or for which it cannot be computed, may not. null: every item may."""
+    item_column: str = "item_id"
+    """Column of the keys in the tables of --allow, --deny and --items."""
+    fallback: Literal["none", "popular"] = "none"
+    """Lists of users of --data without a vector in the export: those without a history, and those whose history has no
+    item before the held-out one. none: they get no list. popular: the k items with the most interactions that a filter
+    leaves, the same for all; scores are the numbers of interactions, and the column interests is -1. Interactions are
+    those of the whole log, or of the training part if the export was made with --history test or validation."""
 
     def __post_init__(self) -> None:
         at_least("--k", self.k, 1)
+        if self.where is not None and self.items is None:
+            raise ValueError(f"--where is {self.where!r}; name the table whose columns it is about with --items FILE")
+        if self.items is not None and self.where is None:
+            raise ValueError(
+                f"--items is {self.items}; give a condition on its columns with --where, or a list of keys with --allow"
+            )
+        if self.fallback != "none" and self.data is None:
+            raise ValueError(f"--fallback is {self.fallback}; give the dataset whose users and counts it needs: --data")
         at_least("--sample", self.sample, 0)
         within("--m", self.m, 0, self.k, ", the length of the list (--k)")
         if self.m and self.merge not in ("auto", "two_step"):

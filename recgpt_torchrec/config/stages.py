@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.prepare import Prepare
 from recgpt_torchrec.config.prompts import GeneratePrompts, PromptTune
-from recgpt_torchrec.config.retrieval import Apply, Evaluate, Export, Retrieve
+from recgpt_torchrec.config.retrieval import Apply, BuildIndex, Evaluate, Export, Retrieve
 from recgpt_torchrec.config.training import Pretrain
 
 
@@ -27,6 +27,7 @@ STAGES = {
     "evaluate": Stage(Evaluate, "dataset and checkpoint -> HR and NDCG of every recall path and of the baselines"),
     "export": Stage(Export, "checkpoint and dataset -> item vectors and user vectors as Parquet, for an ANN index"),
     "apply": Stage(Apply, "an export and the deltas after it -> the export that is whole after them"),
+    "index": Stage(BuildIndex, "an export -> the same export with a FAISS index of its item vectors"),
     "retrieve": Stage(Retrieve, "an export -> a list of items for each user, from an exact or an approximate index"),
     "plan": Stage(Plan, "sizes and a cluster -> sharding, memory, traffic and time of pretrain, without a GPU"),
 }

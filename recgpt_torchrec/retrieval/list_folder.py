@@ -2,12 +2,13 @@
 
     manifest.json      counts, settings, fingerprints, measurements, and per file: rows, items, bytes, checksum
     lists/*.parquet    user_id int64, key string (the user's), item_ids list<int64> best first, item_keys list<string>,
-                       scores list<float32>, interests list<int8> (which interest found the item, from 0)
+                       scores list<float32>, interests list<int8> (which interest found the item, from 0; -1: popular
+                       items of a user without a vector, whose scores are numbers of interactions)
 
 Users are in no particular order. The manifest is written last. Writing holds one row group at a time.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
@@ -18,6 +19,8 @@ import pyarrow.fs
 from recgpt_torchrec.distributed import shared_folder
 from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import gather_objects, rank
+from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.retrieval.filters import FilterRecord
 from recgpt_torchrec.retrieval.merging import Merged
 from recgpt_torchrec.storage import folders
 from recgpt_torchrec.storage.manifests import FolderManifest, Kind
@@ -55,6 +58,16 @@ class ListManifest(FolderManifest):
     """Fingerprint of the dataset's ids."""
     dataset_fingerprint: str = ""
     """Fingerprint of the histories that were left out; empty where none were."""
+    filters: dict[str, FilterRecord] = field(default_factory=dict)
+    """What decided which items may be in a list, by option: allow, deny, items."""
+    allowed: int | None = None
+    """Number of items that may be in a list; None: no filter was asked for."""
+    popular: int = 0
+    """Number of users without a vector, whose list holds popular items."""
+    empty: int = 0
+    """Number of users with an empty list: their history holds every item that may be in it."""
+    example: str = ""
+    """Key of one of them."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The options of the stage that wrote the lists."""
     measured: dict[str, Any] = field(default_factory=dict)
@@ -69,13 +82,31 @@ class ListManifest(FolderManifest):
             ValueError: a field is missing, unknown or invalid.
         """
         manifest = super().from_values(values)
-        check_counts({name: getattr(manifest, name) for name in ("users", "k")})
+        check_counts({name: getattr(manifest, name) for name in ("users", "k", "popular", "empty")})
         if (rows := sum(part.rows for part in manifest.parts)) != manifest.users:
             raise ValueError(f"it promises {manifest.users:,} users, but {rows:,} rows in lists/")
         measured = make_typed(Measured, manifest.measured, "measured.", others=True)
         if (name := f"recall@{manifest.k}") not in (measured.recall or {name: 0, "users": 0}):
             raise ValueError(f"measured.recall has no {name!r}")
         return manifest
+
+
+@dataclass
+class Tally:
+    """Counts the lists of this process."""
+
+    popular: int = 0
+    empty: int = 0
+    example: str = ""
+    """Key of a user with an empty list."""
+
+    def count(self, batch: ListBatch) -> None:
+        """Add some lists."""
+        is_empty = (batch.lists.items < 0).all(dim=1)
+        self.popular += int(((batch.lists.interests < 0) & (batch.lists.items >= 0)).any(dim=1).sum())
+        if (number := int(is_empty.sum())) and not self.empty:
+            self.example = batch.keys[int(is_empty.int().argmax())].as_py()
+        self.empty += number
 
 
 @dataclass(kw_only=True)
@@ -111,22 +142,41 @@ def write_lists(
         The manifest, on every process.
 
     Raises:
-        InputError: `path` is not empty. Nothing is written after an error of any process, which all of them raise.
+        InputError: `path` is not empty, or every list is. Nothing is written after an error of any process, which all
+            of them raise.
     """
+    tally = Tally()
+
+    def rows() -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            if batch.users.size:
+                tally.count(batch)
+                yield record_batch(batch, item_keys)
+
     with shared_folder.stage_shared_folder(path, ListManifest.KIND.name) as (fs, folder):
-        groups = regroup(
-            (record_batch(batch, item_keys) for batch in batches if batch.users.size),
-            max(1, GROUP_ITEMS // manifest.k),
-        )
+        groups = regroup(rows(), max(1, GROUP_ITEMS // manifest.k))
         parts, failure = [], None
         try:
             parts = write_parts(fs, folder, "lists", groups, GROUPS_PER_PART, prefix=f"part-{rank():04d}")
         except Exception as error:
             failure = error  # raised here, it would leave the other processes waiting
-        finish()
+        try:
+            finish()
+        except Exception as error:
+            failure = failure or error
         raise_first_error(failure)
         manifest.parts = [part for share in gather_objects(parts) for part in share]
         manifest.users = sum(part.rows for part in manifest.parts)
+        tallies = gather_objects(tally)
+        manifest.popular, manifest.empty = (
+            sum(getattr(each, name) for each in tallies) for name in ("popular", "empty")
+        )
+        manifest.example = next((each.example for each in tallies if each.empty), "")
+        if manifest.empty and manifest.empty == manifest.users:
+            raise InputError(
+                f"every list would be empty: the history of each of the {manifest.users:,} users, such as "
+                f"{manifest.example!r}, holds all items that may be in a list. Allow more items"
+            )
         manifest.measured = measured()
         if rank() == 0:
             folders.write_manifest(fs, folder, manifest.to_json())

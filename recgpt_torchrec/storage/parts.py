@@ -42,14 +42,23 @@ class Part:
         Raises:
             ValueError: its path does not stay below the folder, or a number is impossible.
         """
-        shown = self.path[:SHOWN]
-        steps = self.path.split("/")
-        if "\\" in self.path or ":" in self.path or {"", ".", ".."} & {*steps} or len(self.path) > PATH_LENGTH:
-            raise ValueError(f"it lists a part {shown!r}, which is not a path below the folder")
+        shown = check_path(self.path)
         check_counts({f"{name} of {shown}": getattr(self, name) for name in ("rows", "items", "bytes")})
         for name, limit in {"rows": ROWS_PER_BYTE, "items": VALUES_PER_BYTE}.items():
             if getattr(self, name) > limit * self.bytes:
                 raise ValueError(f"it promises {getattr(self, name):,} {name} in the {self.bytes:,} bytes of {shown}")
+
+
+def check_path(path: str) -> str:
+    """Check that the path of a file that a manifest lists stays below the folder; returns it for messages.
+
+    Raises:
+        ValueError: it does not, or is too long.
+    """
+    steps = path.split("/")
+    if "\\" in path or ":" in path or {"", ".", ".."} & {*steps} or len(path) > PATH_LENGTH:
+        raise ValueError(f"it lists a part {path[:SHOWN]!r}, which is not a path below the folder")
+    return path[:SHOWN]
 
 
 def write_parts(

@@ -69,6 +69,28 @@ def test_from_a_log_to_the_report_interrupted_and_done_once(
         daily.main([*words, "--first", "0.5"])
 
 
+def test_each_day_ends_in_deltas_that_lead_to_its_export(
+    tmp_path: Path,
+    words: list[str],
+    executor: InProcess,  # noqa: F811
+) -> None:
+    words = [*words, "--deltas", "0", "0.5"]
+    daily.main(words)
+    assert len(executor.ran) == len(daily.parse(words).planned()) == 13 + 1 + 2 * 5
+    days = json.loads((tmp_path / "out/report.json").read_text())["days"]
+    assert [len(day["deltas"]) for day in days] == [0, 2, 2]
+    for day in days[1:]:
+        exact, rough = day["deltas"]
+        assert exact["same_items"] and exact["same_users"] and rough["same_items"] and rough["same_users"]
+        assert exact["items"]["count"] == day["items"] and rough["bytes"] < exact["bytes"] <= 1.1 * exact["full_bytes"]
+        for name in ("items", "users"):
+            before = day["extends"][name] - (0 if name == "items" else day["extends"]["absent_users"])
+            assert exact[name]["new"] == rough[name]["new"] == day[name] - before
+            assert rough[name]["moved"] < exact[name]["moved"]
+    assert "| 2 | 0.5 |" in (tmp_path / "out/report.md").read_text()
+    assert "ANOTHER" not in (tmp_path / "out/report.md").read_text()
+
+
 def test_days_are_the_log_cut_by_time_in_its_order(tmp_path: Path, words: list[str]) -> None:
     options = daily.parse(words)
     log = pyarrow.csv.read_csv(tmp_path / "log.csv").to_pylist()

@@ -108,8 +108,9 @@ def test_keys_come_from_several_row_groups(dataset, tmp_path):
     table = pq.read_table(tmp_path / "data" / dataset.manifest.user_parts[0].path)
     path = tmp_path / "data" / dataset.manifest.user_parts[0].path
     pq.write_table(table, path, row_group_size=6)
-    ids = np.random.default_rng(0).permutation(USERS)
-    assert Keys(dataset, "users").of(ids).to_pylist() == [f"user {u}" for u in ids]
+    orders = [np.random.default_rng(0).permutation(USERS), np.arange(USERS), np.arange(5, 18), np.arange(6, 12)]
+    for ids in [*orders, np.arange(7, 8), np.array([7, 9, 8]), np.arange(5)[::-1]]:
+        assert Keys(dataset, "users").of(ids).to_pylist() == [f"user {u}" for u in ids]
 
 
 def one_rank(rank: int, world_size: int, data: str, output: str, bad: bool) -> str:

@@ -1,19 +1,17 @@
 """Searching, leaving the history out and filling up: against plain sorting, with every index."""
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from recgpt_torchrec.catalogue.catalogue import Catalogue
-from recgpt_torchrec.config import HNSW, IVF
+from recgpt_torchrec.catalogue.rounds import Rounds
 from recgpt_torchrec.data.ragged import Ragged
-from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.merging import merge_by_score, merge_quota
-from recgpt_torchrec.retrieval.search import index as indexes
-from recgpt_torchrec.retrieval.search.index import Index
+from recgpt_torchrec.retrieval.search.index import Shard, build
 from recgpt_torchrec.retrieval.search.retriever import ApproximateSearch, ExactSearch, Retriever
+from recgpt_torchrec.retrieval.search.sharded_index import ShardedIndex
 
 ITEMS, DIM = 40, 8
 
@@ -56,27 +54,11 @@ def test_without_a_history_everything_may_be_found():
         assert found.items[u].tolist() == first[:4] + [item for item in second if item not in first[:4]][:2]
 
 
-APPROXIMATE = {
-    "hnsw": lambda items: indexes.hnsw(items, HNSW()),
-    "ivf": lambda items: indexes.ivf(items, IVF(clusters=20, probes=10)),
-    "ivf, auto": lambda items: indexes.ivf(items, IVF()),
-}
-
-
-@pytest.mark.parametrize("name", APPROXIMATE)
-def test_approximate_indexes_find_nearly_all_with_true_scores(name):
-    items, queries = vectors(2000), vectors(50, seed=1)
-    found, scores = Index(APPROXIMATE[name](items)).search(queries, 10)
-    expected = exact(items).catalogue.top_k(torch.from_numpy(queries), 10).items
-    shared = [len(set(a) & set(b)) for a, b in zip(found.tolist(), expected.tolist(), strict=True)]
-    assert np.mean(shared) > 8
-    true = np.take_along_axis(queries @ items.T, found, axis=1)
-    np.testing.assert_allclose(scores, true, rtol=1e-4, atol=1e-5)
-
-
 def test_where_an_approximate_search_finds_too_few_the_exact_one_is_asked():
     items, queries, seen = vectors(ITEMS), vectors(9, 2, seed=1), [[u, u + 1] for u in range(9)]
-    poor = ApproximateSearch(Index(indexes.ivf(items, IVF(clusters=20, probes=1))))
+    parameters = {"ivf.clusters": 20, "ivf.probes": 1}
+    shard = Shard(build("ivf", lambda: iter([items]), ITEMS, DIM, parameters), "ivf", parameters)
+    poor = ApproximateSearch(ShardedIndex([shard], ITEMS, DIM, Rounds()))
     k = ITEMS - 2
     retriever = Retriever(poor, k, lambda lists: merge_by_score(lists, k), exact(items))
     found = retriever.lists(queries, Ragged.from_lists(seen))
@@ -84,8 +66,3 @@ def test_where_an_approximate_search_finds_too_few_the_exact_one_is_asked():
         assert sorted(found.items[u].tolist()) == sorted(set(range(ITEMS)) - set(seen[u]))
     alone = Retriever(poor, k, lambda lists: merge_by_score(lists, k)).lists(queries, Ragged.from_lists(seen))
     assert (alone.items < 0).any()  # or the test proves nothing
-
-
-def test_more_clusters_than_items_are_refused():
-    with pytest.raises(InputError, match=r"--ivf\.clusters is 41, but the export has 40 items"):
-        indexes.ivf(vectors(ITEMS), IVF(clusters=41))

@@ -1,4 +1,6 @@
-"""Reads how often items were interacted with in training, from the dataset's `items/` parts."""
+"""Reads how often items were interacted with, from the dataset's `items/` parts."""
+
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -10,8 +12,11 @@ from recgpt_torchrec.data.reading.reader import find_outside
 from recgpt_torchrec.errors import InputError
 
 
-def read_counts(dataset: Dataset, first: int, stop: int) -> Int64:
-    """[stop - first] int64: number of interactions in the training part, of the items `first` to `stop` - 1.
+def read_counts(
+    dataset: Dataset, first: int, stop: int, column: Literal["train_count", "count"] = "train_count"
+) -> Int64:
+    """[stop - first] int64: number of interactions of the items `first` to `stop` - 1, in the training part or, with
+    `count`, in all of the log.
 
     Row groups without any of these items are not read, where their statistics tell.
 
@@ -27,8 +32,8 @@ def read_counts(dataset: Dataset, first: int, stop: int) -> Int64:
                 bounds = column_bounds(file.metadata, group, "item_id")
                 if bounds is None or (bounds[0] < stop and bounds[1] >= first):
                     wanted.append(group)
-            for batch in file.iter_batches(columns=["item_id", "train_count"], row_groups=wanted):
-                ids, values = (batch[name].cast(pa.int64()) for name in ("item_id", "train_count"))
+            for batch in file.iter_batches(columns=["item_id", column], row_groups=wanted):
+                ids, values = (batch[name].cast(pa.int64()) for name in ("item_id", column))
                 if ids.null_count or values.null_count or find_outside(to_numpy(ids), 0, items).size:
                     raise InputError(
                         f"{dataset.path}: {part.path}: an item has no count, or an id outside 0 to {items - 1}; "

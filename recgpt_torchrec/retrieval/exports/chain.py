@@ -10,7 +10,7 @@ import pyarrow as pa
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.ragged import Float32, Int64
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.retrieval.exports.lookup import Lookup
+from recgpt_torchrec.retrieval.exports.lookup import Cache, Lookup
 from recgpt_torchrec.retrieval.exports.reading import Delta, Export, open_delta, open_export
 from recgpt_torchrec.storage.parts import Part
 
@@ -31,6 +31,7 @@ class Chain:
         """
         self.export, self.deltas = export, deltas
         self._lookups: dict[tuple[int, str, bool, bool], Lookup] = {}
+        self._cache = Cache()
         before: Export | Delta = export
         for delta in deltas:
             if delta.manifest.base != before.state:
@@ -150,7 +151,8 @@ class Chain:
         key = (number, kind, removed, vectors)
         if key not in self._lookups:
             folder = self.folders[number]
-            self._lookups[key] = Lookup(folder, _parts_of(folder, kind, removed), kind, vectors and not removed)
+            parts = _parts_of(folder, kind, removed)
+            self._lookups[key] = Lookup(folder, parts, kind, self._cache, vectors and not removed)
         return self._lookups[key]
 
 

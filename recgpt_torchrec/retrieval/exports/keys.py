@@ -46,16 +46,27 @@ class Keys:
                 f"{self.dataset.path} has {self.first[-1]} {self.kind}, but ids run from {ids.min()} to {ids.max()}; "
                 "give the dataset that the checkpoint was trained on"
             )
+        if not len(ids):
+            return pa.array([], pa.string())
+        if len(ids) == ids[-1] - ids[0] + 1 and (np.diff(ids) == 1).all():
+            return self._in_order(int(ids[0]), int(ids[-1]) + 1)
         group = np.searchsorted(self.first, ids, side="right") - 1
         arrays, order = [], []
-        for index in np.unique(group).tolist():
+        for index in (group.min() + np.flatnonzero(np.bincount(group - group.min()))).tolist():
             (rows,) = np.nonzero(group == index)
             arrays.append(self._read_group(index).take(pa.array(ids[rows] - self.first[index])))
             order.append(rows)
-        if not arrays:
-            return pa.array([], pa.string())
         keys = pa.chunked_array([chunk for array in arrays for chunk in array.chunks], pa.string())
         return keys.take(pa.array(np.argsort(np.concatenate(order)))).combine_chunks()
+
+    def _in_order(self, start: int, stop: int) -> pa.Array:
+        """The keys of the ids `start` to `stop` - 1, as an id range is exported: nothing is looked for."""
+        groups = range(*(np.searchsorted(self.first, (start, stop - 1), side="right") - (1, 0)).tolist())
+        slices = [
+            self._read_group(index).slice(max(start - self.first[index], 0), stop - max(start, self.first[index]))
+            for index in groups
+        ]
+        return pa.chunked_array([chunk for array in slices for chunk in array.chunks], pa.string()).combine_chunks()
 
     def _read_group(self, index: int) -> pa.ChunkedArray:
         if index not in self._read:

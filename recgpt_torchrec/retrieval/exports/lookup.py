@@ -14,7 +14,7 @@ from recgpt_torchrec.storage.parts import Part
 from recgpt_torchrec.storage.typed import COUNT
 
 KEPT_BYTES = 2**27
-"""Bytes of row groups that a `Lookup` keeps besides the one that it looks into."""
+"""Bytes of row groups that a chain's lookups keep together, besides the one that is looked into."""
 
 
 class _Group(NamedTuple):
@@ -31,23 +31,43 @@ class _Group(NamedTuple):
         return self.ids.nbytes + (0 if self.vectors is None else self.vectors.nbytes)
 
 
+class Cache:
+    """Row groups that were read last, of several lookups; the least recently used one goes first."""
+
+    def __init__(self) -> None:
+        self._groups: dict[tuple[Lookup, int], _Group] = {}
+
+    def get(self, lookup: "Lookup", number: int) -> _Group:
+        """A row group of a lookup, by its number."""
+        group = self._groups.pop((lookup, number), None)
+        if group is None:
+            while self._groups and sum(each.size for each in self._groups.values()) > KEPT_BYTES:
+                del self._groups[next(iter(self._groups))]
+            group = lookup.read(number)
+        self._groups[lookup, number] = group  # the newest is the last
+        return group
+
+
 class Lookup:
     """Rows of some parts of a folder, by id.
 
     Ids in about the order of the file, as exports write them, need each row group once.
 
-    Example: `for places, vectors in Lookup(export, export.manifest.user_parts, "users").find(ids): ...`
+    Example: `for places, vectors in Lookup(export, export.manifest.user_parts, "users", Cache()).find(ids): ...`
     """
 
-    def __init__(self, folder: Export | Delta, parts: list[Part], kind: str, vectors: bool = True) -> None:
+    def __init__(
+        self, folder: Export | Delta, parts: list[Part], kind: str, cache: Cache, vectors: bool = True
+    ) -> None:
         """
         Args:
             folder: that has the parts.
             parts: of `items` or `users`, removed ones or not.
             kind: `items` or `users`.
+            cache: keeps row groups, of this lookup and of others.
             vectors: whether rows have vectors that are wanted; False: only whether an id is there.
         """
-        self.folder, self.vectors = folder, vectors
+        self.folder, self.cache, self.vectors = folder, cache, vectors
         self.columns = [f"{kind[:-1]}_id", *(folder.columns_of(kind) if vectors else [])]
         self.groups: list[tuple[Part, int]] = []
         bounds = []
@@ -58,7 +78,6 @@ class Lookup:
                     self.groups.append((part, group))
         self.low, self.high = np.array(bounds, np.int64).reshape(-1, 2).T
         """[row groups] smallest and largest id of each."""
-        self._kept: dict[int, _Group] = {}
 
     def find(self, ids: Int64) -> Iterator[tuple[npt.NDArray[np.intp], Float32 | None]]:
         """Yield the places in `ids` [n] of those that are there, some at a time, with their vectors.
@@ -71,7 +90,7 @@ class Lookup:
         starts = np.searchsorted(ascending, self.low)
         stops = np.searchsorted(ascending, self.high, side="right")
         for number in np.flatnonzero(stops > starts).tolist():
-            group = self._read(number)
+            group = self.cache.get(self, number)
             wanted = slice(starts[number], stops[number])
             rows = np.searchsorted(group.ids, ascending[wanted]).clip(max=max(group.ids.size - 1, 0))
             is_there = group.ids[rows] == ascending[wanted] if group.ids.size else np.zeros(rows.size, bool)
@@ -85,17 +104,14 @@ class Lookup:
             is_there[places] = True
         return is_there
 
-    def _read(self, number: int) -> _Group:
-        if number in self._kept:
-            self._kept[number] = self._kept.pop(number)  # the newest is the last
-            return self._kept[number]
+    def read(self, number: int) -> _Group:
+        """Read a row group, by its number in `groups`."""
         part, row_group = self.groups[number]
         with self.folder.open_part(part, self.columns) as file:
             batches = list(self.folder.read_groups(part, file, [row_group], self.columns))
         ids = np.concatenate([batch[self.columns[0]].to_numpy() for batch in batches] or [np.zeros(0, np.int64)])
-        order = np.argsort(ids, kind="stable")
-        vectors = np.concatenate([vectors_of(batch) for batch in batches])[order] if self.vectors and batches else None
-        while self._kept and sum(group.size for group in self._kept.values()) > KEPT_BYTES:
-            del self._kept[next(iter(self._kept))]
-        self._kept[number] = _Group(ids[order], vectors)
-        return self._kept[number]
+        vectors = np.concatenate([vectors_of(batch) for batch in batches]) if self.vectors and batches else None
+        if (np.diff(ids) < 0).any():
+            order = np.argsort(ids, kind="stable")
+            ids, vectors = ids[order], None if vectors is None else vectors[order]
+        return _Group(ids, vectors)

@@ -4,6 +4,7 @@
     items/*.parquet    item_id int64, key string, vector fixed_size_list<float>[dim]
     users/*.parquet    user_id int64, key string, vector fixed_size_list<float>[dim]; with several interests
                        vectors fixed_size_list<fixed_size_list<float>[dim]>[interests] instead
+    index/*/*.faiss    FAISS index of the item vectors, if there is one, see `index_manifest`
 
 A score is the inner product of a user vector and an item vector. Every item appears once, and every user with an
 encoded history; rows are in no particular order (each process writes its share). Of several interests the first is that
@@ -30,6 +31,7 @@ from typing import Any, Self
 
 from recgpt_torchrec.config.retrieval import INTERESTS
 from recgpt_torchrec.data.split import EVALUATION
+from recgpt_torchrec.retrieval.exports.index_manifest import IndexManifest
 from recgpt_torchrec.storage.manifests import FolderManifest, Kind
 from recgpt_torchrec.storage.parts import VALUES_PER_BYTE, Part
 from recgpt_torchrec.storage.typed import SHOWN, check_counts, check_finite
@@ -84,6 +86,8 @@ class ExportManifest(FolderManifest):
     """The options of the stage that wrote the export."""
     item_parts: list[Part] = field(default_factory=list)
     user_parts: list[Part] = field(default_factory=list)
+    index: IndexManifest | None = None
+    """The FAISS index that it holds; no part of the fingerprint."""
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> Self:
@@ -93,6 +97,8 @@ class ExportManifest(FolderManifest):
             ValueError: a field is missing, unknown or invalid.
         """
         manifest = super().from_values(values)
+        if manifest.index is not None:
+            manifest.index.check(manifest.items)
         check_counts({name: getattr(manifest, name) for name in ("items", "users", "dim", "interests")})
         for name, parts in (("items", manifest.item_parts), ("users", manifest.user_parts)):
             count, rows = getattr(manifest, name), sum(part.rows for part in parts)

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recgpt_torchrec.data.ragged import Float32, Int64
+from recgpt_torchrec.data.reading.footers import column_bounds
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.exports.manifest import LATER, DeltaManifest, ExportManifest
 from recgpt_torchrec.retrieval.exports.vectors import vector_columns, vectors_of
@@ -17,6 +19,7 @@ from recgpt_torchrec.storage import filesystem
 from recgpt_torchrec.storage.parts import Part, open_parquet
 from recgpt_torchrec.storage.typed import COUNT
 
+Bool = npt.NDArray[np.bool_]
 ROWS = 65536
 """Maximum number of rows per batch."""
 
@@ -30,11 +33,12 @@ class _VectorFolder:
 
     @property
     def fingerprint(self) -> str:
-        """Fingerprint of the contents, 32 hex digits; moving the folder does not change it."""
+        """Fingerprint of the contents, 32 hex digits; moving the folder does not change it, nor an index."""
         values = asdict(self.manifest)
         for each in fields(self.manifest):
             if LATER in each.metadata and values[each.name] == each.default:
                 del values[each.name]
+        values.pop("index", None)  # of an export: may be added and replaced
         return hashlib.sha256(json.dumps(values, indent=1).encode()).hexdigest()[:32]
 
     def users(self, rows: int = ROWS, rank: int = 0, world_size: int = 1) -> Iterator[pa.RecordBatch]:
@@ -47,9 +51,17 @@ class _VectorFolder:
         return list(self._vector_columns(kind))
 
     def batches(
-        self, parts: list[Part], columns: list[str], rows: int = ROWS, rank: int = 0, world_size: int = 1
+        self,
+        parts: list[Part],
+        columns: list[str],
+        rows: int = ROWS,
+        rank: int = 0,
+        world_size: int = 1,
+        items: tuple[int, int] | None = None,
     ) -> Iterator[pa.RecordBatch]:
         """Yield columns of some parts, at most `rows` rows per batch; a rank reads every `world_size`-th row group.
+
+        With `items` (first and end of their ids) row groups without any of these are not read, where statistics tell.
 
         Raises:
             InputError: a file cannot be read, or is not as the manifest promises.
@@ -59,8 +71,9 @@ class _VectorFolder:
             with self.open_part(part, columns) as file:
                 groups = range((rank - groups_before) % world_size, file.num_row_groups, world_size)
                 groups_before += file.num_row_groups
-                if groups:
-                    yield from self.read_groups(part, file, list(groups), columns, rows)
+                wanted = [group for group in groups if items is None or _may_hold(file.metadata, group, items)]
+                if wanted:
+                    yield from self.read_groups(part, file, wanted, columns, rows)
 
     def open_part(self, part: Part, columns: list[str]) -> pq.ParquetFile:
         """Open a part and check its footer against the manifest, before memory is allocated by what it says.
@@ -147,25 +160,41 @@ class Export(_VectorFolder):
         names = [each for name in columns for each in (self.columns_of("items") if name == "vector" else [name])]
         return self.batches(self.manifest.item_parts, names, rows)
 
-    def item_vectors(self, first: int = 0, stop: int | None = None) -> tuple[Int64, Float32]:
+    def user_ids(self) -> Iterator[Int64]:
+        """Yield the ids [n] int64 of all users, in no particular order; no vector is read."""
+        for batch in self.batches(self.manifest.user_parts, ["user_id"], 2**20):
+            yield batch["user_id"].to_numpy()
+
+    def item_vectors(
+        self, first: int = 0, stop: int | None = None, allowed: Bool | None = None
+    ) -> tuple[Int64, Float32]:
         """Ids [n] int64 and vectors [n, dim] float32 of the items `first` to `stop` - 1 (None: to the last), in order.
+
+        Args:
+            first: first id.
+            stop: end of the ids.
+            allowed: [items] bool by id: which of these items; None: all.
 
         Raises:
             InputError: a file cannot be read, an item is missing, or a vector is not finite.
         """
         stop = self.manifest.items if stop is None else stop
-        vectors = np.empty((stop - first, self.manifest.dim), np.float32)
-        is_known = np.zeros(stop - first, bool)
-        for batch in self.items(("item_id", "vector")):
-            ids = batch["item_id"].to_numpy()
-            wanted = (ids >= first) & (ids < stop)
+        ids = np.arange(first, stop) if allowed is None else first + np.flatnonzero(allowed[first:stop])
+        vectors = np.empty((len(ids), self.manifest.dim), np.float32)
+        is_known = np.zeros(len(ids), bool)
+        columns = ["item_id", *self.columns_of("items")]
+        for batch in self.batches(self.manifest.item_parts, columns, items=(first, stop)):
+            found = batch["item_id"].to_numpy()
+            wanted = (found >= first) & (found < stop)
+            if allowed is not None:
+                wanted &= allowed[found]
             if wanted.any():
-                places = ids[wanted] - first
+                places = found[wanted] - first if allowed is None else np.searchsorted(ids, found[wanted])
                 vectors[places], is_known[places] = vectors_of(batch)[wanted], True
         if not is_known.all():
-            missing = first + int(np.argmin(is_known))
+            missing = ids[np.argmin(is_known)]
             raise self.error("items/", f"item {missing} is missing, and another one is there twice")
-        return np.arange(first, stop), vectors
+        return ids, vectors
 
     def item_keys(self) -> pa.Array:
         """[items] string keys of all items; row i is item i."""
@@ -199,6 +228,12 @@ class Delta(_VectorFolder):
     def removed_users(self, rows: int = ROWS) -> Iterator[pa.RecordBatch]:
         """Yield user_id and key of the users to remove, at most `rows` per batch."""
         return self.batches(self.manifest.removed_user_parts, ["user_id", "key"], rows)
+
+
+def _may_hold(meta: pq.FileMetaData, group: int, items: tuple[int, int]) -> bool:
+    """Whether a row group may hold one of the items `items[0]` to `items[1]` - 1."""
+    bounds = column_bounds(meta, group, "item_id")
+    return bounds is None or (bounds[0] < items[1] and bounds[1] >= items[0])
 
 
 def _is_like(found: pa.DataType, expected: pa.DataType) -> bool:

@@ -91,8 +91,10 @@ def encode_vectors(vectors: Float32, dtype: str, name_row: str, ids: Int64) -> d
     if dtype == "int8":
         # Rounded to nearest: the error is at most half a scale. The least normal number as a scale of zero vectors and
         # of those whose scale would be subnormal, so that nothing is divided by 0.
-        scales = np.maximum(np.abs(vectors).max(axis=-1) / np.float32(LARGEST_INT8), np.finfo(np.float32).tiny)
-        numbers = np.rint(vectors / scales[..., None]).clip(-LARGEST_INT8, LARGEST_INT8).astype(np.int8)
+        largest = np.maximum(vectors.max(axis=-1), -vectors.min(axis=-1))
+        scales = np.maximum(largest / np.float32(LARGEST_INT8), np.finfo(np.float32).tiny)
+        quotients = vectors / scales[..., None]
+        numbers = np.rint(quotients, out=quotients).astype(np.int8)
         return {f"vector{end}": _to_lists(numbers), f"scale{end}": _to_lists(scales)}
     if dtype == "float16":
         with np.errstate(over="ignore"):

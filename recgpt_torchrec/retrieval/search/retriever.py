@@ -8,15 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from recgpt_torchrec.catalogue.best import BestFinder
 from recgpt_torchrec.catalogue.catalogue import Catalogue
-from recgpt_torchrec.catalogue.pairs import pairs_of
 from recgpt_torchrec.data.ragged import Float32, Int64, Ragged
 from recgpt_torchrec.retrieval.interests import recall_items
 from recgpt_torchrec.retrieval.merging import Lists, Merged
 
 if TYPE_CHECKING:  # exact lists need no FAISS
-    from recgpt_torchrec.retrieval.search.index import Index
+    from recgpt_torchrec.retrieval.search.sharded_index import ShardedIndex
 
 Bool = npt.NDArray[np.bool_]
 
@@ -27,23 +25,6 @@ class Search(Protocol):
     def lists(self, vectors: Float32, k: int, seen: Ragged | None) -> Lists:
         """The `k` best items of every interest [users, interests, dim] float32, without those `seen` by its user."""
         ...
-
-
-@dataclass
-class LocalSearch:
-    """Scores every item on this rank alone, where it holds all of them for an approximate index anyway."""
-
-    items: Float32
-    """[items, dim] vectors."""
-
-    def lists(self, vectors: Float32, k: int, seen: Ragged | None) -> Lists:
-        """See `Search`."""
-        users, interests, dim = vectors.shape
-        by_query = None if seen is None else seen.take(np.repeat(np.arange(users), interests))
-        queries = torch.from_numpy(np.ascontiguousarray(vectors)).view(users * interests, dim)
-        finder = BestFinder(queries, k, pairs_of(by_query), len(self.items))
-        finder.update(torch.from_numpy(self.items), 0)
-        return Lists(*(values.view(users, interests, k) for values in finder.best))
 
 
 @dataclass
@@ -61,7 +42,7 @@ class ExactSearch:
 class ApproximateSearch:
     """Searches an index, and doubles the depth until `k` items that were not seen are found."""
 
-    index: "Index"
+    index: "ShardedIndex"
 
     def lists(self, vectors: Float32, k: int, seen: Ragged | None) -> Lists:
         """See `Search`."""

@@ -1,31 +1,27 @@
 """Searches an export: the retrievers that the options ask for, and the lists of a rank's share of the users."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
-import torch
-
-from recgpt_torchrec.catalogue.catalogue import Catalogue
+from recgpt_torchrec.catalogue.rounds import Rounds
 from recgpt_torchrec.config import Retrieve
-from recgpt_torchrec.data.candidates import id_range
 from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.ragged import Float32, Int64
-from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import rank, world_size
-from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.progress import progress_bar
 from recgpt_torchrec.retrieval.exports.reading import Export
 from recgpt_torchrec.retrieval.exports.vectors import vectors_of
 from recgpt_torchrec.retrieval.list_folder import ListBatch
 from recgpt_torchrec.retrieval.merging import Lists, Merged, MergeRule
-from recgpt_torchrec.retrieval.search import index as indexes
-from recgpt_torchrec.retrieval.search.retriever import ApproximateSearch, ExactSearch, LocalSearch, Retriever
+from recgpt_torchrec.retrieval.search.choosing import held_index
+from recgpt_torchrec.retrieval.search.indexing import build_own_shard, open_own_shards
+from recgpt_torchrec.retrieval.search.restricted import Bool
+from recgpt_torchrec.retrieval.search.retriever import ApproximateSearch, Retriever
+from recgpt_torchrec.retrieval.search.sharded_index import ShardedIndex
+from recgpt_torchrec.retrieval.search.stored import StoredExactSearch
 from recgpt_torchrec.retrieval.user_histories import UserHistories
 
 CANDIDATES = 2**22
 """Maximum number of items that one search returns, over all its users and their interests."""
-BUILDERS: dict[str, Callable[[Float32, Any], Any]] = {"hnsw": indexes.hnsw, "ivf": indexes.ivf}
-"""Builders of approximate indexes, by --index; each takes the options of its group."""
 USERS = 4096
 """Maximum number of users per search."""
 
@@ -34,9 +30,17 @@ Measure = Callable[[Int64, Float32, Histories | None, Merged], object]
 
 
 def build_retrievers(
-    config: Retrieve, export: Export, rule: MergeRule
+    config: Retrieve, export: Export, rule: MergeRule, allowed: Bool | None = None
 ) -> tuple[Retriever, Retriever, Callable[[], None]]:
     """Build what searches an export (collective).
+
+    Exact search reads this rank's share of the vectors; beside an index, only when it is first needed.
+
+    Args:
+        config: of the stage, with `--index` resolved (see `choosing.resolve`).
+        export: to be searched.
+        rule: merges interests.
+        allowed: [items] bool by id, the same on every rank: which items may be found; None: all.
 
     Returns:
         The exact retriever, the one for `--index` (the same object if the index is exact), and what each rank has to
@@ -49,23 +53,17 @@ def build_retrievers(
     def merge(lists: Lists) -> Merged:
         return rule.merge(lists, config.k)
 
-    items, failure = export.manifest.items, None
-    is_exact = config.index == "exact"
-    # An approximate index holds all items on every rank, so each rank scores them by itself where it needs to.
-    first, stop = id_range(items, rank(), world_size()) if is_exact else (0, items)
-    try:
-        _, vectors = export.item_vectors(first, stop)
-        index = None if is_exact else BUILDERS[config.index](vectors, getattr(config, config.index))
-    except InputError as error:
-        failure = error
-    raise_first_error(failure)
-    if index is None:
-        catalogue = Catalogue.of_vectors(torch.from_numpy(vectors), items, first)
-        exact = Retriever(ExactSearch(catalogue), config.k, merge)
-        return exact, exact, catalogue.finish
-    search = LocalSearch(vectors)
-    approximate = Retriever(ApproximateSearch(indexes.Index(index)), config.k, merge, search)
-    return Retriever(search, config.k, merge), approximate, lambda: None
+    rounds = Rounds()
+    exact_search = StoredExactSearch(export, rounds, allowed)
+    exact = Retriever(exact_search, config.k, merge)
+    if config.index == "exact":
+        exact_search.read()
+        return exact, exact, rounds.finish
+    held = held_index(config, export)
+    shards = build_own_shard(config, export) if held is None else open_own_shards(export, held, config)
+    index = ShardedIndex(shards, export.manifest.items, export.manifest.dim, rounds, allowed)
+    approximate = Retriever(ApproximateSearch(index), config.k, merge, exact_search)
+    return exact, approximate, rounds.finish
 
 
 def search_users(

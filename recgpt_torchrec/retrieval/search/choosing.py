@@ -1,0 +1,145 @@
+"""Chooses the kind of an index and its options, and compares them with those of an index that is there."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+from recgpt_torchrec.config import HNSW, IVF, PQ, Index, Retrieve
+from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.retrieval.exports.index_manifest import IndexManifest, vectors_fingerprint
+from recgpt_torchrec.retrieval.exports.reading import Export
+
+FLAT_ITEMS = 100_000
+"""Up to this number of items, auto chooses flat."""
+HNSW_ITEMS = 4_000_000
+"""Up to this number of items, auto chooses hnsw."""
+CLUSTER = 39
+"""Minimum number of items per cluster that FAISS recommends."""
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "flat": (),
+    "ivf": ("ivf.clusters", "ivf.probes"),
+    "ivf_pq": ("ivf.clusters", "ivf.probes", "pq.m", "pq.bits", "pq.refine"),
+    "hnsw": ("hnsw.neighbours", "hnsw.build", "hnsw.search"),
+}
+"""Options of each kind."""
+SEARCHING = {"ivf.probes": 64, "pq.refine": 8, "hnsw.search": 128}
+"""Options that only the search depends on, and what 0 means for a new index."""
+
+EARLIER = {"ivf.probes": 64, "hnsw.search": 128}
+"""Options of retrieve that lists record with a number where the default is 0; lists of the first version lack them."""
+
+
+class Groups(Protocol):
+    """A configuration with the groups of index options."""
+
+    hnsw: HNSW
+    ivf: IVF
+    pq: PQ
+
+
+def choose_kind(kind: str, items: int) -> str:
+    """The kind of index for `items` items, auto resolved."""
+    if kind != "auto":
+        return kind
+    return "flat" if items <= FLAT_ITEMS else "hnsw" if items <= HNSW_ITEMS else "ivf_pq"
+
+
+def choose_parameters(kind: str, groups: Groups, items: int, dim: int, shards: int) -> dict[str, int]:
+    """The options of a new index, by dotted name, with a number for every 0.
+
+    Args:
+        kind: flat, ivf, ivf_pq or hnsw.
+        groups: given options.
+        items: number of all items.
+        dim: length of a vector.
+        shards: number of shards, none of them empty.
+
+    Raises:
+        InputError: more clusters than items of a shard, codes that do not fit the vectors, or too few items for codes.
+    """
+    smallest, prefix = items // shards, "--index." if isinstance(groups, Index) else "--"
+    chosen = {name: _value(groups, name) or SEARCHING.get(name, 0) for name in OPTIONS[kind]}
+    of_shards = "" if shards == 1 else f" in each of {shards} shards"
+    if kind in ("ivf", "ivf_pq"):
+        if chosen["ivf.clusters"] > smallest:
+            raise InputError(
+                f"{prefix}ivf.clusters is {chosen['ivf.clusters']}, but the export has {smallest} items{of_shards}; "
+                "give fewer, or 0 to choose"
+            )
+        chosen["ivf.clusters"] = chosen["ivf.clusters"] or max(1, min(round(4 * smallest**0.5), smallest // CLUSTER))
+    if kind == "ivf_pq":
+        chosen["pq.m"] = chosen["pq.m"] or next(m for m in range(max(1, dim // 4), 0, -1) if dim % m == 0)
+        if dim % chosen["pq.m"]:
+            fitting = ", ".join(str(m) for m in range(1, dim + 1) if dim % m == 0)
+            raise InputError(
+                f"{prefix}pq.m is {chosen['pq.m']}, but the vectors have {dim} numbers; give one of {fitting}"
+            )
+        if smallest < (least := 2 ** chosen["pq.bits"]):
+            raise InputError(
+                f"codes of {chosen['pq.bits']} bits need at least {least} items, but the export has {smallest}"
+                f"{of_shards}; choose the kind flat, or fewer {prefix}pq.bits or shards"
+            )
+    return chosen
+
+
+def is_same_build(index: IndexManifest, kind: str, parameters: Mapping[str, int]) -> bool:
+    """Whether an index was built with these options; those of the search may differ."""
+    same = (index.parameters.get(name) == value for name, value in parameters.items() if name not in SEARCHING)
+    return index.kind == kind and all(same)
+
+
+def search_options(kind: str, groups: Groups) -> dict[str, int]:
+    """The options of a kind that only the search depends on, by dotted name."""
+    return {name: _value(groups, name) for name in OPTIONS[kind] if name in SEARCHING}
+
+
+def held_index(config: Retrieve, export: Export) -> IndexManifest | None:
+    """The index of the export that `--index` means; None: exact search, or an index that has to be built.
+
+    Raises:
+        InputError: it was made of other vectors, or built with other options than those given.
+    """
+    index = export.manifest.index
+    if index is None or config.index not in ("auto", index.kind):
+        return None
+    rebuild = f"python -m recgpt_torchrec.index --export {export.path} --index.kind {index.kind}"
+    if index.vectors != vectors_fingerprint(export.manifest):
+        raise InputError(
+            f"{export.path}: its index was made of other vectors than those it holds now; build it again with "
+            f"{rebuild}, or give --index exact"
+        )
+    defaults = Retrieve(export="", output="")
+    for name in OPTIONS[index.kind]:
+        given, there = _value(config, name), index.parameters.get(name)
+        if name not in SEARCHING and given not in (there, _value(defaults, name)):
+            raise InputError(
+                f"--{name} is {given}, but the index in {export.path} was built with {there}; leave it out, or build "
+                f"another with {rebuild} --index.{name} {given}"
+            )
+    return index
+
+
+def resolve(config: Retrieve, export: Export) -> Retrieve:
+    """The options of retrieve with auto and 0 replaced by what they mean for this export; lists record these.
+
+    Raises:
+        InputError: the index of the export cannot be searched with these options.
+    """
+    index = held_index(config, export)
+    kind = index.kind if index is not None else "exact" if config.index == "auto" else config.index
+    groups = {name: getattr(config, name) for name in ("hnsw", "ivf", "pq")}
+    chosen = {} if index is None else index.parameters
+    for name in dict.fromkeys([*EARLIER, *OPTIONS.get(kind, ())]):
+        group, option = name.split(".")
+        given = _value(config, name)
+        if name in SEARCHING:
+            value = given or chosen.get(name) or SEARCHING[name]
+        else:
+            value = chosen.get(name, given)
+        groups[group] = replace(groups[group], **{option: value})
+    return replace(config, index=kind, **groups)  # type: ignore[arg-type]  # kinds are checked with the manifest
+
+
+def _value(groups: Groups, name: str) -> Any:
+    group, option = name.split(".")
+    return getattr(getattr(groups, group), option)
