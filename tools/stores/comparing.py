@@ -27,8 +27,8 @@ SCORES = 2**24
 ROUNDING = 1e-5
 """Scores that differ by less are equal: a share of the largest score that the vectors allow."""
 
-FILTERS = ("allow", "deny", "where")
-"""Options of `retrieve` that restrict the items of its lists."""
+FILTERS = ("allow", "deny", "where", "users")
+"""Options of `retrieve` that restrict its lists to some items or users."""
 
 
 class Users(NamedTuple):
@@ -197,7 +197,7 @@ def compare_with_lists(
             f"{lists} leaves out {'the histories of ' + asked if asked else 'no histories'}; give --data as to retrieve"
         )
     if filters := [name for name in FILTERS if manifest.settings.get(name)]:
-        raise InputError(f"{lists} was retrieved with --{filters[0]}; compare with lists of all items")
+        raise InputError(f"{lists} was retrieved with --{filters[0]}; compare with lists of all items and users")
     name, interests = manifest.settings.get("merge", "auto"), manifest.settings.get("interests") or 0
     if name == "auto":
         name = "two_step" if export.manifest.interests > 1 else "score"
