@@ -118,7 +118,7 @@ class PQ:
     refine: int = 0
     """Number of candidates found by their codes per item returned; they are scored again with their vectors, which lie
     in the same file and stay on disk until they are needed. More improve recall and take longer. 0: as the index in the
-    export was measured, 4 for a new one."""
+    export was measured, 8 for a new one."""
 
     def __post_init__(self) -> None:
         at_least("--pq.m", self.m, 0)

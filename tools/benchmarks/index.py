@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 
 from recgpt_torchrec.data.ragged import Float32
-from recgpt_torchrec.retrieval.exports.index_manifest import KINDS
+from recgpt_torchrec.retrieval.exports.index_manifest import KINDS, PARAMETERS
 from recgpt_torchrec.retrieval.exports.manifest import ExportManifest
 from recgpt_torchrec.retrieval.exports.reading import open_export
 from recgpt_torchrec.retrieval.exports.vectors import vectors_of
@@ -174,7 +174,9 @@ def run_opening(path: str, queries: int, threads: int, exact: bool = False) -> d
 def measure_kind(path: str, kind: str, options: argparse.Namespace, threads: int) -> dict[str, Any]:
     """Build an index of a kind, and open it cold and warm."""
     words: dict[str, object] = {"--export": path, "--index.kind": kind, "--index.sample": options.queries}
-    words |= dict(word.split("=", 1) for word in options.set if word.startswith(f"--index.{GROUPS[kind]}"))
+    for name, _, value in (word.partition("=") for word in options.set):
+        if name in PARAMETERS[kind]:
+            words[f"--index.{name}"] = value
     environment = {"OMP_NUM_THREADS": str(threads)}
     ended = run_stage_measured("index", words, 1, timeout=options.timeout, environment=environment)
     if ended.status:
@@ -194,10 +196,6 @@ def measure_kind(path: str, kind: str, options: argparse.Namespace, threads: int
         "one_thread": one,
         "all_threads": many,
     }
-
-
-GROUPS = {"flat": "flat.", "ivf": "ivf.", "ivf_pq": "", "hnsw": "hnsw."}
-"""Prefix of the options of `--set` that a kind takes."""
 
 
 def table(figures: dict[str, Any]) -> str:
@@ -246,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--groups", type=int, default=3000, help="number of groups of items drawn (default: 3,000)")
     parser.add_argument("--export", help="folder of an export, which is copied; its vectors instead of drawn ones")
     parser.add_argument("--kinds", nargs="+", default=["exact", *KINDS], choices=["exact", *KINDS])
-    parser.add_argument("--set", nargs="+", default=[], help="further options of index, --index.hnsw.build=100 ...")
+    parser.add_argument("--set", nargs="+", default=[], help="further options of the index, hnsw.build=100 ...")
     parser.add_argument("--queries", type=int, default=2000, help="number of queries (default: 2,000)")
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for one build (default: 3,600)")
     parser.add_argument("--folder", help="where a temporary folder for the export is made")

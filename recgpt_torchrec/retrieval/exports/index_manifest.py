@@ -62,7 +62,7 @@ class IndexManifest:
     """Time to read the vectors, train, add and write, on the slowest rank."""
     measured: dict[str, float] = field(default_factory=dict)
     """`recall@10` and `recall@50` (share of the exact lists found) for `queries` user vectors, and
-    `queries_per_second` with `ranks` processes of `threads` threads each; empty: it was not measured."""
+    `queries_per_second` at depth 50 with `ranks` processes of `threads` threads each; empty: it was not measured."""
     shards: list[IndexShard] = field(default_factory=list)
     """In order of their ids."""
 

