@@ -43,6 +43,7 @@ def test_both_engines_write_the_same_files_and_no_plan_gathers_rows(name, spark,
     assert faults == []
     parts = json.loads((spark / name.replace(" ", "_") / "pyspark" / "manifest.json").read_text())["sequences"]
     assert len(parts) > 1
+    assert not any(call.statement == "createDataFrame" for call in seen.collected)
     assert any(call.caller == "pipeline.py:_write_dataset" and call.rows == len(parts) for call in seen.collected)
 
 
@@ -117,13 +118,13 @@ def test_plans_that_gather_rows_are_found(spark):
                 assert seen.plans and bool(faults) == are_bad, (number, are_bad, faults)
 
 
-def test_rows_that_come_to_the_driver_are_counted(spark, monkeypatch):
+def test_rows_that_pass_through_the_driver_are_counted(spark, monkeypatch):
     rows = pa.table({"key": pa.array(range(50))})
     monkeypatch.setattr(spark_plans, "MAX_ROWS", 49)
     with SparkEngine(str(spark)) as engine:
-        table = engine.fill("numbers", [rows], rows.schema)
         with spark_plans.watch(spark / "events") as seen:
+            table = engine.fill("numbers", [rows], rows.schema)
             assert len(engine.rows(table)) == 50
             assert engine.count(table) == 50
-    assert [call.rows for call in seen.collected] == [50, 1]
-    assert [call.rows for call in seen.too_large()] == [50]
+    assert [call.rows for call in seen.collected] == [50, 50, 1]
+    assert [call.rows for call in seen.too_large()] == [50, 50]

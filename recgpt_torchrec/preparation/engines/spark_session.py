@@ -84,6 +84,7 @@ def _start(scratch: str) -> "SparkSession":
                     "(PYSPARK_SUBMIT_ARGS, SPARK_CONF_DIR)"
                 ) from None
             SparkContext._ensure_initialized(gateway=gateway)
+    SparkContext._ensure_initialized()  # only now are the settings of spark-submit known
     settings = SparkConf()
     if not settings.contains("spark.master"):
         settings.setMaster("local[*]")
