@@ -1,6 +1,7 @@
 """The engine of a cluster: Apache Spark, through its SQL."""
 
 import re
+import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,12 +50,14 @@ class SparkEngine(Engine):
         # A path without a scheme would be one of the cluster's own file system, such as HDFS.
         where = parent.rstrip("/") if remote(parent) else f"file://{parent.rstrip('/')}"
         self.scratch = f"{where}/.prepare-{uuid.uuid4().hex[:12]}"
-        self.spark, self.is_owner = open_session(tempfile.gettempdir() if remote(parent) else parent)
+        here = tempfile.gettempdir() if remote(parent) else parent
+        self.spark, self.is_owner = open_session(here)
         self.parallelism = self.spark.sparkContext.defaultParallelism
         """Number of tasks that run at once."""
-        is_local = self.spark.sparkContext.master.startswith("local") and not remote(parent)
-        self.local_scratch = parent if is_local else None
-        """Folder on this machine, where all tasks run on it; None: executors have folders of their own."""
+        is_local = self.spark.sparkContext.master.startswith("local")
+        self.local_scratch = tempfile.mkdtemp(prefix=".prepare-", dir=here) if is_local else None
+        """Folder for what tasks write beside tables, where all tasks run on this machine; None: executors have folders
+        of their own, which Spark removes. A task that is cancelled cannot remove what it wrote."""
 
     def close(self) -> None:
         """Drop every table, remove the scratch folder, and stop Spark if it was started here."""
@@ -63,6 +66,8 @@ class SparkEngine(Engine):
         finally:
             if self.is_owner:
                 self.spark.stop()
+            if self.local_scratch is not None:
+                shutil.rmtree(self.local_scratch, ignore_errors=True)
 
     def save(self, name: str, expression: ir.Table) -> ir.Table:
         """Store the result of `expression` as the table `name`, and return that table for further expressions."""
