@@ -1,5 +1,6 @@
 """Day after day: a dataset that extends another, and a run on it that starts from the run of the day before."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -8,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from recgpt_torchrec import export
+from recgpt_torchrec.config import Export
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.retrieval.exports.reading import open_export
 from tests.preparation.prepare_helpers import make, random_log, write_csv
 from tests.support import SMALL, stage
 from tests.test_pretrain import checkpoints, tensors
+from tools.ranks import run_ranks
 
 OPTIONS = {**SMALL, "--loss.candidates": "all", "--saving.every_steps": 4, "--saving.keep": 100}
 
@@ -135,7 +139,7 @@ def test_users_who_do_not_occur_any_more_have_no_vector_and_the_others_have(fold
 
 @pytest.mark.parametrize("more", [{}, {"--interests": 2, "--dtype": "int8"}])
 def test_an_export_since_the_day_before_holds_what_has_changed(folder, tmp_path, capfd, more):
-    def export(output: str, day: int, run: str, **others: Any) -> int:
+    def run_export(output: str, day: int, run: str, **others: Any) -> int:
         options = {"--data": folder / f"data{day}", "--checkpoint": folder / run, "--output": tmp_path / output}
         return stage("export", {**options, **more, **{f"--{name}": value for name, value in others.items()}})
 
@@ -148,8 +152,8 @@ def test_an_export_since_the_day_before_holds_what_has_changed(folder, tmp_path,
         }
 
     first = tmp_path / "first"
-    assert export("first", 0, "run0") == 0 and export("second", 1, "run1") == 0
-    assert export("delta", 1, "run1", since=[first]) == 0
+    assert run_export("first", 0, "run0") == 0 and run_export("second", 1, "run1") == 0
+    assert run_export("delta", 1, "run1", since=[first]) == 0
     before, now = (Dataset.open(str(folder / f"data{day}")).manifest for day in (0, 1))
     said = capfd.readouterr().out
     assert f"items    {now.items - before.items:,} new, {before.items:,} moved, 0 removed" in said
@@ -158,13 +162,13 @@ def test_an_export_since_the_day_before_holds_what_has_changed(folder, tmp_path,
     applying = {"--export": first, "--deltas": [tmp_path / "delta"], "--output": tmp_path / "applied"}
     assert stage("apply", applying) == 0 and rows("applied") == rows("second")
     assert stage("apply", applying) == 0 and "Already there" in capfd.readouterr().out
-    assert export("delta", 1, "run1", since=[first]) == 0
+    assert run_export("delta", 1, "run1", since=[first]) == 0
     assert "Already there" in capfd.readouterr().out
 
     # Nothing has changed since a delta of the same checkpoint, nor within a large tolerance.
-    assert export("none", 1, "run1", since=[first, tmp_path / "delta"]) == 0
+    assert run_export("none", 1, "run1", since=[first, tmp_path / "delta"]) == 0
     assert f"0 new, 0 moved, 0 removed: 0 of {now.items:,} sent" in capfd.readouterr().out
-    assert export("far", 1, "run1", since=[first], tolerance=1e6) == 0
+    assert run_export("far", 1, "run1", since=[first], tolerance=1e6) == 0
     assert f"{now.items - before.items:,} new, 0 moved" in capfd.readouterr().out
 
     for others, message in (
@@ -179,5 +183,28 @@ def test_an_export_since_the_day_before_holds_what_has_changed(folder, tmp_path,
         ({"output": "new", "since": [tmp_path / "second"], "day": 0, "run": "run0"}, "its ids mean other items"),
     ):
         given: dict[str, Any] = {"day": 1, "run": "run1", **others}
-        assert export(given.pop("output"), given.pop("day"), given.pop("run"), **given) == 2
+        assert run_export(given.pop("output"), given.pop("day"), given.pop("run"), **given) == 2
         assert message in capfd.readouterr().err and not (tmp_path / "new").exists()
+
+
+def delta_on_ranks(rank: int, world_size: int, folder: str, output: str) -> None:
+    """Export a day and its delta on several ranks."""
+    from recgpt_torchrec.distributed import processes
+
+    processes.process_group = lambda **_: contextlib.nullcontext(torch.device("cpu"))  # the ranks are in one already
+    here = Path(folder)
+    given: dict[str, Any] = {"data": str(here / "data1"), "checkpoint": str(here / "run1"), "interests": 2}
+    for name, since in (("full", []), ("delta", [f"{output}/first"])):
+        export.main(Export(**given, output=f"{output}/{name}", since=since))
+
+
+def test_two_ranks_write_one_delta(folder, tmp_path):
+    first = {"--data": folder / "data0", "--checkpoint": folder / "run0", "--output": tmp_path / "first"}
+    assert stage("export", {**first, "--interests": 2}) == 0
+    run_ranks(delta_on_ranks, 2, str(folder), str(tmp_path))
+    applying = {"--export": tmp_path / "first", "--deltas": [tmp_path / "delta"], "--output": tmp_path / "applied"}
+    assert stage("apply", applying) == 0
+    applied, full = (open_export(str(tmp_path / name)) for name in ("applied", "full"))
+    for kind in ("items", "users"):
+        one, other = ([row for batch in getattr(of, kind)() for row in batch.to_pylist()] for of in (applied, full))
+        assert sorted(one, key=str) == sorted(other, key=str)
