@@ -245,6 +245,22 @@ def test_an_interrupted_delta_can_be_applied_again_but_no_other(where, export, t
         check_lists(store, items, np.stack(list(random_vectors(5, DIM, seed=2).values())))
 
 
+def test_a_file_of_duckdb_is_there_whole_or_not_at_all(export, tmp_path, monkeypatch):
+    pytest.importorskip("duckdb_extension_vss", reason="make stores installs it")
+    path = tmp_path / "new" / "items.duckdb"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("tools.stores.duckdb_store.os.replace", _interrupt)
+        open_store("duckdb", str(path))
+    assert not path.exists()
+    with open_store("duckdb", str(path)) as store:
+        loading.load(store, export)
+        assert store.count() == 600
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_what_a_table_holds_is_not_dropped_unasked(where, export, tmp_path):
     other = write_export_folder(tmp_path / "other", random_vectors(50, DIM + 1, seed=9), random_vectors(2, DIM + 1))
     queries = np.stack(list(random_vectors(3, DIM + 1, seed=2).values()))

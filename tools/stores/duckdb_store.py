@@ -4,6 +4,7 @@
 fetches columns late does not use the index, silently: that optimizer is switched off here.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,10 +29,15 @@ class DuckdbStore(Store):
         Path(self.uri).parent.mkdir(parents=True, exist_ok=True)
         self.connection = duckdb.connect()
         load_vss(self.connection)
+        self.connection.execute("SET enable_progress_bar = false")  # it would write between the lines of ours
         self.connection.execute("SET hnsw_enable_experimental_persistence = true")
         self.connection.execute("SET disabled_optimizers = 'late_materialization'")
-        quoted = self.uri.replace("'", "''")
-        self.connection.execute(f"ATTACH '{quoted}' AS store")
+        if not Path(self.uri).exists():  # a process killed in the middle would leave a file that cannot be opened
+            new = f"{self.uri}.{os.getpid()}.new"
+            self._attach(new)
+            self.connection.execute("DETACH store")
+            os.replace(new, self.uri)
+        self._attach(self.uri)
         self.connection.execute("USE store")
 
     def close(self) -> None:
@@ -115,6 +121,10 @@ class DuckdbStore(Store):
         )
         found = [self._run(command, [query.tolist()]).fetchall() for query in queries]
         return found_of([[(item, key, -distance) for item, key, distance in rows] for rows in found], k)
+
+    def _attach(self, file: str) -> None:
+        quoted = file.replace("'", "''")
+        self.connection.execute(f"ATTACH '{quoted}' AS store")
 
     def _write(self, items: Items, conflict: str) -> None:
         self.connection.register("changed", table_of(items))
