@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -71,13 +72,13 @@ def export(rank: int, world_size: int, data: str, output: str, dim: int, dtype: 
     dataset = Dataset.open(data)
     items = blocks(*id_range(dataset.manifest.items, rank, world_size), dim, since is not None)
     users = blocks(*id_range(USERS, rank, world_size), dim)
-    pa.array(np.zeros(1))  # imports pandas where it is installed, which the other ways have done before their clock runs
-    more = {"everyone": True, "checkpoint": "", "checkpoint_fingerprint": "", "settings": {}}
+    pa.array(np.zeros(1))  # imports pandas where it is installed, as the other ways do before their clock runs
+    more: dict[str, Any] = {"everyone": True, "checkpoint": "", "checkpoint_fingerprint": "", "settings": {}}
     before, began = memory("VmRSS"), time.perf_counter()
     if since is None:
-        write_export(output, dataset, items=items, users=users, dim=dim, interests=1, dtype=dtype, **more)  # type: ignore[arg-type]
+        write_export(output, dataset, items=items, users=users, dim=dim, interests=1, dtype=dtype, **more)
     else:
-        write_delta(output, dataset, open_chain([since]), 0.0, items=items, users=users, **more)  # type: ignore[arg-type]
+        write_delta(output, dataset, open_chain([since]), 0.0, items=items, users=users, **more)
     seconds = time.perf_counter() - began
     return {"seconds": seconds, "peak_MiB": (memory("VmHWM") - before) / 2**20}
 

@@ -41,8 +41,8 @@ def parquet_options(dtype: str, id_column: str, interests: int) -> dict[str, Any
     """Options of `ParquetWriter` for rows with an id, a key and vectors.
 
     Random numbers do not get smaller for what compression costs: 500,000 rows of dim 64 took with zstd and without
-    .76 and .55 s in float32 (119 and 131 MB), .86 and .75 s in float16 (60 and 67 MB). Byte streams split took as long
-    as plain ones, and fewer programs read them. Parquet has no type of one byte: int8 takes 4 bytes a number without a
+    .76 and .55 s in float32 (119 and 131 MB), .86 and .75 s in float16 (60 and 67 MB). Byte streams split were no
+    faster, and fewer programs read them. Parquet has no type of one byte: int8 takes 4 bytes a number without a
     dictionary (1.35 s, 131 MB), 1 with it (.8 s, 31 MB). A dictionary of keys, which do not repeat, cost a tenth.
     Statistics are for the ids alone: a row group is found by them.
     """
