@@ -22,6 +22,8 @@ from recgpt_torchrec.retrieval.exports.index_manifest import BLOCK_BYTES, IndexM
 from recgpt_torchrec.retrieval.search.index import FAISS, Shard
 from recgpt_torchrec.storage import filesystem, remote
 
+READ_BYTES = 2**20
+"""Bytes of a local file that a thread reads at once: they are still in its cache when their checksum is computed."""
 TYPES = {
     "flat": (FAISS.IndexFlatIP, FAISS.IndexFlat),
     "hnsw": (FAISS.IndexHNSWFlat,),
@@ -106,7 +108,9 @@ def _open(export: str, shard: IndexShard, kind: str) -> Any:
             with fs.open_input_stream(file, compression=None) as stream:
                 content = stream.read_buffer(shard.bytes)
             blocks = memoryview(content)
-            checksums = [_crc(blocks[start : start + BLOCK_BYTES]) for start in range(0, shard.bytes, BLOCK_BYTES)]
+            checksums = [
+                f"{zlib.crc32(blocks[start : start + BLOCK_BYTES]):08x}" for start in range(0, shard.bytes, BLOCK_BYTES)
+            ]
     except OSError as error:
         raise damaged(export, shard.path, kind, f"cannot be read ({error})") from None
     wrong = [number for number, pair in enumerate(zip(checksums, shard.checksums, strict=True)) if pair[0] != pair[1]]
@@ -154,13 +158,13 @@ def _checksums_of_file(file: str, size: int) -> list[str]:
     """crc32 of each block of a local file, in as many threads as FAISS has."""
 
     def read(start: int) -> str:
-        with Path(file).open("rb") as stream:
+        crc, left, buffer = 0, min(BLOCK_BYTES, size - start), memoryview(bytearray(READ_BYTES))
+        with Path(file).open("rb", buffering=0) as stream:
             stream.seek(start)
-            return _crc(memoryview(stream.read(BLOCK_BYTES)))
+            while left and (count := stream.readinto(buffer[:left])):
+                crc = zlib.crc32(buffer[:count], crc)
+                left -= count
+        return f"{crc:08x}"
 
     with ThreadPoolExecutor(max(1, FAISS.omp_get_max_threads())) as pool:
         return list(pool.map(read, range(0, size, BLOCK_BYTES)))
-
-
-def _crc(block: memoryview) -> str:
-    return f"{zlib.crc32(block):08x}"
