@@ -159,7 +159,7 @@ def check_log(folder: Path, options: dict[str, Any]) -> tuple[list[str], spark_p
             seconds[engine] = prepare(config).seconds
     faults = compare_datasets(folder / "duckdb", folder / "pyspark")
     faults += [fault for plan in seen.plans for fault in spark_plans.find_faults(plan)]
-    faults += [f"{call.rows:,} rows to the driver: {call}" for call in seen.too_large()]
+    faults += [f"{call.rows:,} rows through the driver: {call}" for call in seen.too_large()]
     if not seen.plans or not seen.collected:
         faults.append("nothing was seen of Spark: its event log is empty")
     return faults, seen, seconds
@@ -194,7 +194,7 @@ def check_logs(output: Path, inputs: list[str]) -> bool:
                 most[call.caller] = max(call, most.get(call.caller, call), key=lambda each: each.rows)
     finally:
         session.stop()
-    print("rows that came to the driver, the most of each place:")
+    print("rows that came to the driver or from it, the most of each place:")
     for caller, call in sorted(most.items(), key=lambda entry: -entry[1].rows):
         print(f"    {call.rows:6,}  {caller}  {call.statement}")
     return is_good

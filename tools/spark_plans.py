@@ -7,7 +7,7 @@ program does can be missed, whichever part of it does it.
 import json
 import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ COLLECTING = ("collect", "toLocalIterator", "toPandas", "toArrow", "take", "head
 
 @dataclass
 class Collected:
-    """One call that brought rows to the driver."""
+    """One call that brought rows to the driver, or from it."""
 
     caller: str
     """File and function of the project that made it."""
@@ -77,14 +77,24 @@ def watch(folder: Path) -> Iterator[Watch]:
         folder: of the event log, see `settings`.
     """
     from pyspark import RDD
+    from pyspark.sql import SparkSession
     from pyspark.sql.classic.dataframe import DataFrame
 
     seen = Watch()
     before = {file: file.stat().st_size for file in _event_logs(folder)}
     originals = {(kind, name): getattr(kind, name) for kind, name in [(RDD, "collect"), *_methods(DataFrame)]}
+    create = SparkSession.createDataFrame
+    originals[SparkSession, "createDataFrame"] = create
+
+    def counting_create(self: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+        rows = data.num_rows if hasattr(data, "num_rows") else len(data)
+        if rows:
+            seen.collected.append(Collected(_find_caller(traceback.extract_stack()), "createDataFrame", rows))
+        return create(self, data, *args, **kwargs)
+
     try:
         for (kind, name), original in originals.items():
-            setattr(kind, name, _counting(original, seen))
+            setattr(kind, name, counting_create if kind is SparkSession else _counting(original, seen))
         yield seen
     finally:
         for (kind, name), original in originals.items():
@@ -155,9 +165,7 @@ def _counting(original: Callable[..., Any], seen: Watch) -> Callable[..., Any]:
         frames = [frame for frame in stack if "recgpt_torchrec" in frame.filename]
         if not frames or any("_counting" in frame.name or frame.name == "method" for frame in stack[:-1]):
             return result
-        caller = next((frame for frame in reversed(frames) if "/engines/" not in frame.filename), frames[-1])
-        statement = str(self).replace("\n", " ")[:150]
-        call = Collected(f"{Path(caller.filename).name}:{caller.name}", statement)
+        call = Collected(_find_caller(stack), str(self).replace("\n", " ")[:150])
         seen.collected.append(call)
         if hasattr(result, "__len__"):
             call.rows = len(result)
@@ -165,6 +173,13 @@ def _counting(original: Callable[..., Any], seen: Watch) -> Callable[..., Any]:
         return _count_rows(result, call)
 
     return method
+
+
+def _find_caller(stack: Sequence[traceback.FrameSummary]) -> str:
+    """File and function of the project, outside its engines, that made a call."""
+    frames = [frame for frame in stack if "recgpt_torchrec" in frame.filename]
+    caller = next((frame for frame in reversed(frames) if "/engines/" not in frame.filename), (frames or stack)[-1])
+    return f"{Path(caller.filename).name}:{caller.name}"
 
 
 def _count_rows(rows: Iterator[Any], call: Collected) -> Iterator[Any]:

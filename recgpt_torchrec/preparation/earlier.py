@@ -1,10 +1,13 @@
 """The earlier dataset that `prepare` extends: ids of its keys, and how far each user's history was trained on.
 
-It is read once, one row group at a time, into tables of the engine. Neither its raw log nor its options are needed.
+It is read once, one row group at a time, into tables of the engine; where that has many workers, each reads some parts.
+Neither its raw log nor its options are needed.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import ibis
 import ibis.expr.types as ir
@@ -16,7 +19,7 @@ from recgpt_torchrec.data.ragged import Int64, Ragged
 from recgpt_torchrec.data.reading.reader import Reader, stored_starts
 from recgpt_torchrec.data.segments import INTERACTED, Interacted
 from recgpt_torchrec.data.split import cut
-from recgpt_torchrec.data.windows import row_groups
+from recgpt_torchrec.data.windows import RowGroup, row_groups
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.engines.engine import Engine
 from recgpt_torchrec.preparation.queries import order_of
@@ -75,11 +78,15 @@ class Known:
     @classmethod
     def load(cls, engine: Engine, dataset: Dataset) -> "Known":
         """Load both vocabularies into the engine."""
+
+        def load(name: str, parts: list[Part], id: str) -> ir.Table:
+            return engine.fill_from(name, parts, partial(_read_keys, dataset, id), _make_schema(id))
+
         manifest = dataset.manifest
         return cls(
             dataset,
-            engine.fill("known_users", _read_keys(dataset, manifest.user_parts, "user_id"), _make_schema("user_id")),
-            engine.fill("known_items", _read_keys(dataset, manifest.item_parts, "item_id"), _make_schema("item_id")),
+            load("known_users", manifest.user_parts, "user_id"),
+            load("known_items", manifest.item_parts, "item_id"),
         )
 
     def join_codes(self, engine: Engine, users: ir.Table, items: ir.Table) -> "KnownCodes":
@@ -97,22 +104,20 @@ class KnownCodes:
     items: ir.Table
 
 
-def _training_parts(dataset: Dataset) -> Iterator[tuple[pa.Table, Interacted, Int64, Int64]]:
-    """Each row group, its interactions, and where each user's training part starts and stops among these."""
-    groups = row_groups(dataset)
-    reader = Reader(dataset, times=True)
-    for group in groups:
-        table = reader.read(group).table
-        items = Ragged.from_arrow(table["item_ids"])
-        segments = Ragged.from_arrow(table["segment_ids"]).values if "segment_ids" in table.schema.names else None
-        interacted = Interacted.among(items.offsets, segments)
-        _, start, stop, _ = cut(interacted.offsets, "training", dataset.manifest.hold_out, stored_starts(table))
-        yield table, interacted, start, stop
+def _training_part(dataset: Dataset, group: RowGroup) -> tuple[pa.Table, Interacted, Int64, Int64]:
+    """A row group, its interactions, and where each user's training part starts and stops among these."""
+    table = Reader(dataset, times=True).read(group).table
+    items = Ragged.from_arrow(table["item_ids"])
+    segments = Ragged.from_arrow(table["segment_ids"]).values if "segment_ids" in table.schema.names else None
+    interacted = Interacted.among(items.offsets, segments)
+    _, start, stop, _ = cut(interacted.offsets, "training", dataset.manifest.hold_out, stored_starts(table))
+    return table, interacted, start, stop
 
 
-def trained_parts(dataset: Dataset) -> Iterator[pa.Table]:
+def trained_parts(dataset: Dataset, groups: list[RowGroup]) -> Iterator[pa.Table]:
     """How far each user's history is trained on: one table per row group, with the schema `TRAINED`."""
-    for table, interacted, start, stop in _training_parts(dataset):
+    for group in groups:
+        table, interacted, start, stop = _training_part(dataset, group)
         until = at_until = None
         if "timestamps" in table.schema.names:
             times = Ragged(Ragged.from_arrow(table["timestamps"]).values[interacted.places], interacted.offsets)
@@ -137,20 +142,23 @@ def mark_trained(engine: Engine, entries: ir.Table, dataset: Dataset, timed: boo
         dataset: the earlier one.
         timed: whether the entries have times.
     """
-    row_groups(dataset)  # reads the footers, which name the columns
+    of_part = itertools.groupby(row_groups(dataset), lambda group: group.part)
+    parts = [list(groups) for _, groups in of_part]
     by_time = timed and "timestamps" in dataset.columns
     if dataset.manifest.hold_out == "given":
-        trained = engine.fill("trained_rows", trained_rows(dataset), TRAINED_ROWS)
+        trained = engine.fill_from("trained_rows", parts, partial(trained_rows, dataset), TRAINED_ROWS)
         return _mark_same_rows(entries, trained, by_time)
-    return _mark_beginnings(entries, engine.fill("trained_parts", trained_parts(dataset), TRAINED), by_time)
+    trained = engine.fill_from("trained_parts", parts, partial(trained_parts, dataset), TRAINED)
+    return _mark_beginnings(entries, trained, by_time)
 
 
-def trained_rows(dataset: Dataset) -> Iterator[pa.Table]:
+def trained_rows(dataset: Dataset, groups: list[RowGroup]) -> Iterator[pa.Table]:
     """Every interaction of the training part: one table per row group, with the schema `TRAINED_ROWS`.
 
     Needed where the user's own files divide the log: then a training part may hold later interactions than a test part.
     """
-    for table, interacted, start, stop in _training_parts(dataset):
+    for group in groups:
+        table, interacted, start, stop = _training_part(dataset, group)
         columns: list[np.ndarray] = [np.repeat(table["user_id"].to_numpy(), stop - start)]
         for name in ("item_ids", "timestamps"):
             if name in table.schema.names:
@@ -202,11 +210,10 @@ def _mark_beginnings(entries: ir.Table, trained: ir.Table, by_time: bool) -> ir.
     return joined.select(*entries.columns, trained=known)
 
 
-def _read_keys(dataset: Dataset, parts: list[Part], name: str) -> Iterator[pa.Table]:
-    for part in parts:
-        with dataset.open_part(part) as file:
-            for batch in file.iter_batches(columns=["key", name]):
-                yield pa.Table.from_batches([batch]).select(["key", name]).cast(_make_schema(name))
+def _read_keys(dataset: Dataset, name: str, part: Part) -> Iterator[pa.Table]:
+    with dataset.open_part(part) as file:
+        for batch in file.iter_batches(columns=["key", name]):
+            yield pa.Table.from_batches([batch]).select(["key", name]).cast(_make_schema(name))
 
 
 def _make_schema(name: str) -> pa.Schema:

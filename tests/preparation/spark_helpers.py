@@ -6,19 +6,31 @@ import pytest
 
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.engines.spark_session import check_java, open_session
+from tools.spark_plans import as_arguments
 
-SETTINGS = "--master local[2] --driver-memory 1g --conf spark.sql.shuffle.partitions=2 pyspark-shell"
+SETTINGS = (
+    "--master local[2,4] --driver-memory 1g --conf spark.sql.shuffle.partitions=2 "
+    # A test's statements run once, on a few rows: most of their time would be the compilation of what runs them.
+    "--driver-java-options '-XX:TieredStopAtLevel=1 -XX:+UseSerialGC' --conf spark.sql.codegen.wholeStage=false "
+    "--conf spark.sql.codegen.factoryMode=NO_CODEGEN"
+)
+"""Two tasks at once; one that fails is tried again, up to four times."""
 
 
-def start_spark(folder: str) -> Iterator[None]:
-    """Keep a session open, which engines share; skip the tests where Spark is not installed."""
+def start_spark(folder: str, settings: dict[str, str] | None = None) -> Iterator[None]:
+    """Keep a session open, which engines share; skip the tests where Spark is not installed.
+
+    Args:
+        folder: local, for what Spark spills.
+        settings: more than `SETTINGS`.
+    """
     pytest.importorskip("pyspark", reason="Spark is not installed (make spark)")
     try:
         check_java()
     except InputError as error:
         pytest.skip(str(error))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYSPARK_SUBMIT_ARGS", SETTINGS)
+        patch.setenv("PYSPARK_SUBMIT_ARGS", f"{SETTINGS} {as_arguments(settings or {})}")
         session, _ = open_session(folder)
     yield
     session.stop()

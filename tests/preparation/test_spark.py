@@ -12,34 +12,23 @@ import pyarrow.parquet as pq
 import pytest
 
 from recgpt_torchrec.preparation.engines.spark_engine import SparkEngine
-from recgpt_torchrec.preparation.engines.spark_session import check_java, open_session
 from recgpt_torchrec.preparation.writing import Layout, lay_out_rows
 from recgpt_torchrec.storage.parts import regroup
 from tests.preparation.prepare_helpers import make, read_sequences, write_csv
+from tests.preparation.spark_helpers import start_spark
 from tools import spark_plans
 from tools.check_engines import check_log, compare_datasets, write_logs
 
-pytest.importorskip("pyspark", reason="pyspark is not installed (make spark)")
 LOGS = ("histories", "times", "clicks", "vocabulary", "by time")
 
 
 @pytest.fixture(scope="module")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """One Spark for all tests, which is watched: the folder with its `events`, where logs are written too."""
-    try:
-        check_java()
-    except Exception as error:
-        pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("spark")
     (folder / "events").mkdir()
-    before = pytest.MonkeyPatch()
-    options = {**spark_plans.settings(folder / "events"), "spark.driver.memory": "700m"}
-    options |= {"spark.master": "local[2,4]", "spark.sql.shuffle.partitions": "2"}  # 4: tasks may fail three times
-    before.setenv("PYSPARK_SUBMIT_ARGS", spark_plans.as_arguments(options))
-    session, _ = open_session(str(folder))
-    yield folder
-    session.stop()
-    before.undo()
+    for _ in start_spark(str(folder), spark_plans.settings(folder / "events")):
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +43,7 @@ def test_both_engines_write_the_same_files_and_no_plan_gathers_rows(name, spark,
     assert faults == []
     parts = json.loads((spark / name.replace(" ", "_") / "pyspark" / "manifest.json").read_text())["sequences"]
     assert len(parts) > 1
+    assert not any(call.statement == "createDataFrame" for call in seen.collected)
     assert any(call.caller == "pipeline.py:_write_dataset" and call.rows == len(parts) for call in seen.collected)
 
 
@@ -128,13 +118,13 @@ def test_plans_that_gather_rows_are_found(spark):
                 assert seen.plans and bool(faults) == are_bad, (number, are_bad, faults)
 
 
-def test_rows_that_come_to_the_driver_are_counted(spark, monkeypatch):
+def test_rows_that_pass_through_the_driver_are_counted(spark, monkeypatch):
     rows = pa.table({"key": pa.array(range(50))})
     monkeypatch.setattr(spark_plans, "MAX_ROWS", 49)
     with SparkEngine(str(spark)) as engine:
-        table = engine.fill("numbers", [rows], rows.schema)
         with spark_plans.watch(spark / "events") as seen:
+            table = engine.fill("numbers", [rows], rows.schema)
             assert len(engine.rows(table)) == 50
             assert engine.count(table) == 50
-    assert [call.rows for call in seen.collected] == [50, 1]
-    assert [call.rows for call in seen.too_large()] == [50]
+    assert [call.rows for call in seen.collected] == [50, 50, 1]
+    assert [call.rows for call in seen.too_large()] == [50, 50]

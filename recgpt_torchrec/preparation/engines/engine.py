@@ -5,8 +5,8 @@ Ibis is the language and the compiler; an engine runs the SQL. Beside the engine
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, Self, TypeVar
 
 import ibis
 import ibis.expr.types as ir
@@ -17,6 +17,7 @@ from recgpt_torchrec.preparation.writing import Layout
 from recgpt_torchrec.progress import progress_bar
 from recgpt_torchrec.storage.parts import Part
 
+T = TypeVar("T")
 BATCH_ROWS = 65_536
 """Maximum number of rows per batch of a result."""
 
@@ -52,6 +53,19 @@ class Engine(Protocol):
     @abstractmethod
     def fill(self, name: str, tables: Iterable[pa.Table], schema: pa.Schema) -> ir.Table:
         """Store Arrow tables of one schema, one after the other, as the table `name`, and return that table."""
+
+    def fill_from(
+        self, name: str, sources: Sequence[T], read: Callable[[T], Iterable[pa.Table]], schema: pa.Schema
+    ) -> ir.Table:
+        """Store the Arrow tables that `read` makes of each source as the table `name`, and return that table.
+
+        Args:
+            name: of the table.
+            sources: for example parts of a dataset; there is at least one.
+            read: gives the tables of a source; where an engine has many workers, each reads some of the sources.
+            schema: of the tables.
+        """
+        return self.fill(name, (table for source in sources for table in read(source)), schema)
 
     @abstractmethod
     def drop(self, *names: str) -> None:

@@ -4,7 +4,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.fs
 
-from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS, Engine
+from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS, Engine, T
 from recgpt_torchrec.preparation.engines.spark_progress import shown
 from recgpt_torchrec.preparation.engines.spark_session import open_session
 from recgpt_torchrec.preparation.engines.spark_writing import write_on_executors
@@ -108,6 +108,21 @@ class SparkEngine(Engine):
         for rows in regroup(batches, FILL_ROWS):
             self._cast(self.spark.createDataFrame(rows), kinds).write.mode("append").parquet(path)
         return self._register(name, path, kinds)
+
+    def fill_from(
+        self, name: str, sources: Sequence[T], read: Callable[[T], Iterable[pa.Table]], schema: pa.Schema
+    ) -> ir.Table:
+        """Store the Arrow tables that `read` makes of each source as a table: on the executors, a task each."""
+
+        def read_sources(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+            for batch in batches:
+                for number in batch.column(0).to_pylist():
+                    for table in read(sources[number]):
+                        yield from table.cast(schema).to_batches()
+
+        kinds = ibis.Schema.from_pyarrow(schema)
+        numbers = self.spark.range(0, len(sources), 1, len(sources))
+        return self.save_frame(name, numbers.mapInArrow(read_sources, self.types(kinds)), kinds)
 
     def drop(self, *names: str) -> None:
         """Drop tables, so that their space on disk is free again."""

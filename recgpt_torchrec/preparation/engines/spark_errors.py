@@ -8,6 +8,7 @@ from recgpt_torchrec.errors import InputError
 
 SETTINGS = "spark-submit, PYSPARK_SUBMIT_ARGS or SPARK_CONF_DIR"
 CAUSES = (
+    (r"recgpt_torchrec\.errors\.InputError: ([^\n]*)", "{0}"),  # of a task
     (
         r"PYTHON_VERSION_MISMATCH|Python in worker has different version",
         "its executors run another version of Python than this program; name the right one with PYSPARK_PYTHON",
