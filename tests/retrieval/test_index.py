@@ -165,6 +165,7 @@ def test_the_same_index_is_there_already_and_another_replaces_it(tmp_path):
     wide, there = add_index(open_export(export.path), settings("ivf", ivf=IVF(clusters=10, probes=10)))
     assert not there and wide.shards == first.shards and wide.measured["recall@50"] == 1.0
     assert first.measured["recall@50"] < 1.0 and wide.parameters == {"ivf.clusters": 10, "ivf.probes": 10}
+    assert add_index(open_export(export.path), settings("ivf", ivf=IVF(clusters=10))) == (wide, True)  # no probes given
     other, there = add_index(open_export(export.path), settings("ivf", ivf=IVF(clusters=9, probes=5)))
     assert not there and not (tmp_path / "e" / first.shards[0].path).exists()
     assert open_export(export.path).manifest.index == other
@@ -221,6 +222,7 @@ def test_more_clusters_than_items_of_a_small_shard_never_come_of_the_rule(tmp_pa
         export = write_vectors(tmp_path / str(items), vectors(items, DIM), vectors(5, DIM))
         index, _ = add_index(export, Index(kind="ivf", shards=7, sample=5))
         assert len(index.shards) == min(7, items) and index.measured["recall@50"] == 1.0
+        assert add_index(export, Index(kind="ivf", shards=7, sample=5)) == (index, True)
 
 
 def harm(export: Export, how: str) -> str:

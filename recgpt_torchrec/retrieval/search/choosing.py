@@ -42,8 +42,10 @@ def choose_kind(kind: str, items: int, dim: int) -> str:
     return "flat" if items <= FLAT_ITEMS else "ivf" if 4 * items * dim <= IVF_BYTES else "ivf_pq"
 
 
-def choose_parameters(kind: str, groups: Groups, items: int, dim: int, shards: int) -> dict[str, int]:
-    """The options of a new index, by dotted name, with a number for every 0.
+def choose_parameters(
+    kind: str, groups: Groups, items: int, dim: int, shards: int, earlier: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """The options of an index, by dotted name, with a number for every 0.
 
     Args:
         kind: flat, ivf, ivf_pq or hnsw.
@@ -51,12 +53,14 @@ def choose_parameters(kind: str, groups: Groups, items: int, dim: int, shards: i
         items: number of all items.
         dim: length of a vector.
         shards: number of shards, none of them empty.
+        earlier: options of an index that is there, whose search is kept where none is given; None: a new index.
 
     Raises:
         InputError: more clusters than items of a shard, codes that do not fit the vectors, or too few items for codes.
     """
     smallest, prefix = items // shards, "--index." if isinstance(groups, Index) else "--"
-    chosen = {name: _value(groups, name) or SEARCHING.get(name, 0) for name in PARAMETERS[kind]}
+    defaults = {name: (earlier or {}).get(name, value) for name, value in SEARCHING.items()}
+    chosen = {name: _value(groups, name) or defaults.get(name, 0) for name in PARAMETERS[kind]}
     of_shards = "" if shards == 1 else f" in each of {shards} shards"
     if kind in ("ivf", "ivf_pq"):
         if chosen["ivf.clusters"] > smallest:

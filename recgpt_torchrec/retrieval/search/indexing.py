@@ -107,12 +107,9 @@ def add_index(export: Export, settings: Index) -> tuple[IndexManifest, bool]:
     manifest, there = export.manifest, export.manifest.index
     kind, vectors = choosing.choose_kind(settings.kind, manifest.items, manifest.dim), vectors_fingerprint(manifest)
 
-    def parameters_for(shards: int) -> dict[str, int]:
-        return choosing.choose_parameters(kind, settings, manifest.items, manifest.dim, shards)
-
     if there is not None and there.kind == kind and there.vectors == vectors:
-        shards = settings.shards or len(there.shards)
-        parameters = parameters_for(min(shards, manifest.items))
+        shards = min(settings.shards or len(there.shards), manifest.items)
+        parameters = choosing.choose_parameters(kind, settings, manifest.items, manifest.dim, shards, there.parameters)
         if shards == len(there.shards) and choosing.is_same_build(there, kind, parameters):
             index = replace(there, parameters=parameters)
             try:
@@ -124,7 +121,7 @@ def add_index(export: Export, settings: Index) -> tuple[IndexManifest, bool]:
                     return there, True
                 return _commit(export, replace(index, measured=_measure(export, own, settings.sample))), False
     shards = min(settings.shards or world_size(), manifest.items)
-    parameters = parameters_for(shards)
+    parameters = choosing.choose_parameters(kind, settings, manifest.items, manifest.dim, shards)
     identity = json.dumps([vectors, kind, shards, parameters, faiss.__version__])
     folder = f"{FOLDER}/{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     log_message(f"{export.path}: {kind} index of {manifest.items:,} items, {_describe(parameters, shards)}")
