@@ -153,10 +153,11 @@ class SparkEngine(Engine):
     def write_parts(
         self, rows: ir.Table, layout: Layout, fs: pyarrow.fs.FileSystem, root: str, total: int
     ) -> list[Part]:
-        """Write rows as the Parquet parts of a folder, on the executors; Spark itself shows how many are done."""
+        """Write rows as the Parquet parts of a folder, on the executors."""
         schema = rows.schema()
         written = rows.select(layout.columns).schema().to_pyarrow()
-        return write_on_executors(self._cast(self.frame(rows), schema), written, layout, fs, root)
+        with self.shown(f"writing {layout.folder}"):
+            return write_on_executors(self._cast(self.frame(rows), schema), written, layout, fs, root)
 
     def rows(self, expression: ir.Table) -> list[dict[str, Any]]:
         """The rows of a small result: all of them at once, in one job."""
