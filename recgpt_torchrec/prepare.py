@@ -31,6 +31,11 @@ def summary(config: Prepare, result: Result) -> str:
         )
     if record["duplicates_dropped"]:
         lines.append(f"duplicates  {record['duplicates_dropped']:,} dropped")
+    if "unknown_left_out" in record:
+        lines.append(
+            f"new keys    {record['unknown_left_out']:,} interactions left out, of users or items that "
+            f"{config.vocabulary} lacks"
+        )
     if "repeats_collapsed" in record:
         lines.append(f"repeats     {record['repeats_collapsed']:,} of the item just before, collapsed")
     for number, step in enumerate(rounds, 1):

@@ -90,6 +90,10 @@ class Prepare:
     they have in the log; new ones that reach min_count get the ids after them. Histories are made of --input alone, so
     give the earlier days of the log as well. Adds the column `trained`, which pretrain --targets new reads. null: a new
     vocabulary."""
+    new_keys: Literal["add", "leave_out"] = "add"
+    """With --vocabulary: what becomes of rows whose user or item it does not have. add: the vocabulary is extended.
+    leave_out: they are left out, so that the vocabulary stays as it is and the checkpoints of the earlier dataset fit,
+    for vectors between two trainings."""
     hold_out: Literal["last", "time", "given", "none"] = "last"
     """What is held out of training. last: the last two interactions of each user with at least three, the validation
     and the test item. time: the interactions from --test_from on, and before them those of validation. given: those of
@@ -137,6 +141,8 @@ class Prepare:
         at_least("--min_count", self.min_count, 1)
         at_least("--rows_per_group", self.rows_per_group, 0)
         at_least("--groups_per_part", self.groups_per_part, 1)
+        if self.new_keys == "leave_out" and self.vocabulary is None:
+            raise ValueError("--new_keys leave_out belongs to --vocabulary; name the earlier dataset, or leave it out")
         self._check_hold_out()
         if not abs(self.click_from) < float("inf"):
             raise ValueError(f"--click_from is {self.click_from}; it must be a finite number")

@@ -208,6 +208,7 @@ class PreparationRecord:
     filtered: int = 0
     uncomputed: int = 0
     repeats_collapsed: int = 0
+    unknown_left_out: int = 0
     exposed: dict[str, int] = field(default_factory=dict)
     extends: ExtendsRecord = field(default_factory=ExtendsRecord)
 

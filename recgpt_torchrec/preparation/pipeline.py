@@ -65,9 +65,19 @@ def _write_dataset(
 ) -> Manifest:
     """Filter the log, assign ids, and write the dataset."""
     loaded = None if extended is None else Known.load(engine, extended)
-    users, items = queries.build_codes(engine, queries.select_interacted(log.events), config.seed, loaded)
+    clicks = queries.select_interacted(log.events)
+    users, items = queries.build_codes(engine, clicks, config.seed, loaded, config.new_keys)
     known = None if loaded is None else loaded.join_codes(engine, users, items)
     events = engine.save("events", queries.encode_keys(log.events, users, items))
+    unknown = 0
+    if config.new_keys == "leave_out":
+        coded = engine.count(queries.select_interacted(events))
+        unknown = engine.count(clicks) - coded
+        if not coded:
+            raise InputError(
+                f"--new_keys leave_out: none of the {unknown:,} interactions has a user and an item of --vocabulary "
+                f"{config.vocabulary}; name the dataset that the log continues"
+            )
     dropped = dropped_shown = collapsed = 0
     if config.duplicates == "drop":
         unique = engine.save("unique_events", queries.drop_repeats(events))
@@ -144,6 +154,7 @@ def _write_dataset(
             "rejected": log.rejected,
             "rejected_parts": [asdict(part) for part in rejected],
             "duplicates_dropped": dropped,
+            **({"unknown_left_out": unknown} if config.new_keys == "leave_out" else {}),
             **({"repeats_collapsed": collapsed} if config.repeats == "collapse" else {}),
             "rounds": [asdict(round_) for round_ in core.rounds],
             "lengths": lengths,

@@ -40,15 +40,21 @@ def select_shown(events: ir.Table) -> ir.Table:
     return events.filter(events.segment == EXPOSED)
 
 
-def build_codes(engine: Engine, log: ir.Table, seed: int, known: "Known | None" = None) -> tuple[ir.Table, ir.Table]:
+def build_codes(
+    engine: Engine, log: ir.Table, seed: int, known: "Known | None" = None, new_keys: str = "add"
+) -> tuple[ir.Table, ir.Table]:
     """A code for every user and item of the log, and every known one: columns `key`, and `user` or `item`.
+
+    With `new_keys` leave_out only known ones have a code.
 
     Codes follow the md5 of seed and key. So their order is random, and depends only on seed and keys: not on the order
     of the log, its files or the engine. It does not tell when an item first appeared, which would give away held-out
     items.
     """
     user_keys, item_keys = log.select(key=log.user), log.select(key=log.item)
-    if known is not None:
+    if known is not None and new_keys == "leave_out":
+        user_keys, item_keys = known.users.select("key"), known.items.select("key")
+    elif known is not None:
         user_keys, item_keys = user_keys.union(known.users.select("key")), item_keys.union(known.items.select("key"))
     users = engine.save("user_codes", assign_codes(user_keys.distinct(), "user", seed))
     items = engine.save("item_codes", assign_codes(item_keys.distinct(), "item", seed))

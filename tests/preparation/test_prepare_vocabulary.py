@@ -221,3 +221,27 @@ def test_what_cannot_be_extended_is_refused(tmp_path: Path, vocabulary: str, mes
     with pytest.raises(InputError, match=message):
         make(log, tmp_path / "data", min_count=1, vocabulary=str(tmp_path / vocabulary))
     assert not (tmp_path / "data").exists()
+
+
+def test_new_keys_can_be_left_out_so_that_the_vocabulary_stays(tmp_path: Path) -> None:
+    rows = sorted(random_log(400, 20, 30), key=lambda row: row[2])
+    day1, later = rows[:300], [*rows[300:], ("new user", "new item", 10**6), ("u1", "new item", 10**6)]
+    old = make(write_csv(tmp_path / "1.csv", day1), tmp_path / "1", min_count=2).manifest
+    input = write_csv(tmp_path / "2.csv", day1 + later)
+    result = make(input, tmp_path / "2", vocabulary=str(tmp_path / "1"), new_keys="leave_out", min_count=2).manifest
+    users, items = (set(keys) for keys in vocabularies(tmp_path / "1"))
+    kept = [row for row in day1 + later if row[0] in users and row[1] in items]
+    assert result.vocabulary == old.vocabulary and result.lineage == []
+    assert vocabularies(tmp_path / "2") == vocabularies(tmp_path / "1")
+    assert result.preparation["unknown_left_out"] == len(day1 + later) - len(kept) > 1
+    histories = {user: [row[1] for row in history] for user, history in plain_histories(kept).items()}
+    assert read_sequences(tmp_path / "2") == {user: histories.get(user, []) for user in users}
+
+
+def test_new_keys_left_out_belong_to_a_vocabulary_that_knows_some(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--new_keys leave_out belongs to --vocabulary"):
+        make(tmp_path / "1.csv", tmp_path / "1", new_keys="leave_out")
+    make(write_csv(tmp_path / "1.csv", random_log(50, 5, 5)), tmp_path / "1", min_count=1)
+    other = write_csv(tmp_path / "2.csv", [("x", "y", 1), ("x", "z", 2)])
+    with pytest.raises(InputError, match="none of the 2 interactions has a user and an item of --vocabulary"):
+        make(other, tmp_path / "2", vocabulary=str(tmp_path / "1"), new_keys="leave_out", min_count=1)
