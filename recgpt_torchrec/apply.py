@@ -1,9 +1,11 @@
 """Program `apply`: an export and the deltas after it -> the export that is whole after them."""
 
+import os
 from typing import TYPE_CHECKING
 
 from recgpt_torchrec import cli
 from recgpt_torchrec.config import Apply
+from recgpt_torchrec.errors import InputError
 
 if TYPE_CHECKING:
     from recgpt_torchrec.retrieval.exports.chain import Chain
@@ -17,6 +19,8 @@ def main(config: Apply) -> None:
     from recgpt_torchrec.retrieval.exports.chain import open_chain
 
     silence_libraries()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("apply runs in one process; start it once, without torchrun")
     chain = open_chain([config.export, *config.deltas])
     manifest = finished(config, chain)
     already_there = manifest is not None

@@ -102,6 +102,13 @@ def check_free(path: str, name: str) -> None:
 
 
 def write_manifest(fs: pyarrow.fs.FileSystem, folder: str, manifest: str) -> None:
-    """Write `manifest.json`, given as text, with a checksum; all files that it promises must be written already."""
-    with fs.open_output_stream(f"{folder}/{MANIFEST}", compression=None) as stream:
-        stream.write(json.dumps(seal(json.loads(manifest)), indent=1).encode())
+    """Write `manifest.json`, given as text, with a checksum; all files that it promises must be written already.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        with fs.open_output_stream(f"{folder}/{MANIFEST}", compression=None) as stream:
+            stream.write(json.dumps(seal(json.loads(manifest)), indent=1).encode())
+    except OSError as error:
+        raise InputError(f"cannot write {folder}/{MANIFEST}: {error}") from error

@@ -233,7 +233,10 @@ def test_the_state_is_read_in_any_order_and_from_the_newest_folder(tmp_path: Pat
     np.testing.assert_array_equal(is_there, [id in expected for id in ids])
     for id, vector in zip(ids[is_there], vectors[is_there], strict=True):
         np.testing.assert_array_equal(vector, expected[id])
-    shares = [[id for batch in chain.rows("users", ["user_id"], r, 2) for id in batch[0].to_pylist()] for r in (0, 1)]
+    shares = [
+        [id for batch in chain.rows("users", ["user_id"], rank=r, world_size=2) for id in batch[0].to_pylist()]
+        for r in (0, 1)
+    ]
     assert all(shares) and sorted(itertools.chain(*shares)) == sorted(expected)
     assert chain.vectors_of("items", np.zeros(0, np.int64))[0].shape == (0, DIM)
 
@@ -415,6 +418,7 @@ def test_a_chain_keeps_few_row_groups_whatever_it_looks_up(chained: Path, monkey
 def test_memory_does_not_grow_with_the_number_of_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Peak of what numpy allocates while a delta is written: some row groups, and a bit per id."""
     monkeypatch.setattr(share, "GROUP_BYTES", 2**16)
+    monkeypatch.setattr(share, "CHANGED_GROUP_BYTES", 2**16)
     monkeypatch.setattr(lookup, "KEPT_BYTES", 2**18)
 
     def vectors(count: int, factor: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -8,7 +8,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.progress import progress_bar
 from recgpt_torchrec.retrieval.exports.chain import Chain
 from recgpt_torchrec.retrieval.exports.manifest import DeltaManifest, ExportManifest
-from recgpt_torchrec.retrieval.exports.share import GROUPS_PER_PART, rows_per_group
+from recgpt_torchrec.retrieval.exports.share import CHANGED_GROUP_BYTES, GROUPS_PER_PART, rows_per_group
 from recgpt_torchrec.retrieval.exports.vectors import parquet_options
 from recgpt_torchrec.storage import folders
 from recgpt_torchrec.storage.parts import Part, regroup, write_parts
@@ -40,13 +40,14 @@ def apply_deltas(path: str, chain: Chain) -> ExportManifest:
 
         def write(kind: str) -> list[Part]:
             interests = manifest.interests if kind == "users" else 1
-            groups = regroup(_rows(chain, kind), rows_per_group((interests, manifest.dim)))
+            rows = rows_per_group((interests, manifest.dim), CHANGED_GROUP_BYTES)
+            groups = regroup(_rows(chain, kind, rows), rows)
             options = parquet_options(manifest.dtype, f"{kind[:-1]}_id", interests)
             parts = write_parts(fs, folder, kind, groups, GROUPS_PER_PART, options=options)
-            expected, rows = getattr(last, kind), sum(part.rows for part in parts)
-            if rows != expected:
+            expected, written = getattr(last, kind), sum(part.rows for part in parts)
+            if written != expected:
                 raise InputError(
-                    f"{' '.join(chain.paths)} lead to {rows:,} {kind}, but {chain.last.path} promises {expected:,}: "
+                    f"{' '.join(chain.paths)} lead to {written:,} {kind}, but {chain.last.path} promises {expected:,}: "
                     "one of them is damaged; restore it, or export again without --since"
                 )
             return parts
@@ -56,10 +57,10 @@ def apply_deltas(path: str, chain: Chain) -> ExportManifest:
     return manifest
 
 
-def _rows(chain: Chain, kind: str) -> Iterator[pa.RecordBatch]:
-    """The rows of a chain's state, with progress."""
+def _rows(chain: Chain, kind: str, rows: int) -> Iterator[pa.RecordBatch]:
+    """The rows of a chain's state, at most `rows` per batch, with progress."""
     columns = [f"{kind[:-1]}_id", "key", *chain.last.columns_of(kind)]
     with progress_bar(getattr(chain.last.manifest, kind), kind) as bar:
-        for batch in chain.rows(kind, columns):
+        for batch in chain.rows(kind, columns, rows):
             bar.update(batch.num_rows)
             yield batch

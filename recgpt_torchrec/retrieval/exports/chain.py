@@ -11,7 +11,7 @@ from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.ragged import Float32, Int64
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.exports.lookup import Cache, Lookup
-from recgpt_torchrec.retrieval.exports.reading import Delta, Export, open_delta, open_export
+from recgpt_torchrec.retrieval.exports.reading import ROWS, Delta, Export, open_delta, open_export
 from recgpt_torchrec.storage.parts import Part
 
 SHOWN = 12
@@ -123,7 +123,9 @@ class Chain:
                 break
         return vectors, is_there
 
-    def rows(self, kind: str, columns: list[str], rank: int = 0, world_size: int = 1) -> Iterator[pa.RecordBatch]:
+    def rows(
+        self, kind: str, columns: list[str], rows: int = ROWS, rank: int = 0, world_size: int = 1
+    ) -> Iterator[pa.RecordBatch]:
         """Yield the rows of the state, in no particular order; a rank reads every `world_size`-th row group.
 
         A row of a folder belongs to the state unless a later folder has its id.
@@ -131,6 +133,7 @@ class Chain:
         Args:
             kind: `items` or `users`.
             columns: the first is the id.
+            rows: maximum number of rows per batch.
         """
         for number, folder in enumerate(self.folders):
             later = [
@@ -139,7 +142,7 @@ class Chain:
                 for removed in (False, True)
             ]
             parts = _parts_of(folder, kind)
-            for batch in folder.batches(parts, columns, rank=rank, world_size=world_size):
+            for batch in folder.batches(parts, columns, rows, rank=rank, world_size=world_size):
                 ids = batch[columns[0]].to_numpy()
                 stays = np.ones(ids.size, bool)
                 for lookup in later:

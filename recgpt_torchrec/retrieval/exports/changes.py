@@ -77,7 +77,7 @@ def removed_users(chain: Chain, seen: npt.NDArray[np.uint8]) -> Iterator[pa.Reco
     Raises:
         InputError: a part is damaged.
     """
-    for batch in chain.rows("users", ["user_id", "key"], rank(), world_size()):
+    for batch in chain.rows("users", ["user_id", "key"], rank=rank(), world_size=world_size()):
         ids = batch["user_id"].to_numpy()
         if ids.max() >= 8 * seen.size:
             raise InputError(

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from contextlib import ExitStack
 
 import numpy as np
 import pyarrow as pa
@@ -29,24 +30,24 @@ class ItemKeys:
         Raises:
             InputError: on every rank, where a part cannot be read, an item is missing, or the disk is full for one.
         """
-        self._folder = tempfile.TemporaryDirectory(prefix=".keys-", dir=scratch_beside(output))
         failure: Exception | None = None
-        try:
-            self._load(export)
-        except OSError as error:
-            failure = InputError(
-                f"keys of {export.path} cannot be kept in {self._folder.name}: {error}; free space there"
-            )
-        except Exception as error:
-            failure = error
-        if failure is not None:
-            self._folder.cleanup()
-        raise_first_error(failure)
+        with ExitStack() as resources:
+            try:
+                folder = tempfile.TemporaryDirectory(prefix=".keys-", dir=scratch_beside(output))
+                self._load(export, resources.enter_context(folder))
+            except OSError as error:
+                failure = InputError(f"keys cannot be kept in {scratch_beside(output)}: {error}; free space there")
+            except Exception as error:
+                failure = error
+            raise_first_error(failure)
+            self._resources = resources.pop_all()
 
-    def _load(self, export: Export) -> None:
+    def _load(self, export: Export, folder: str) -> None:
         items = export.manifest.items
-        ends, text, rows = (os.path.join(self._folder.name, name) for name in ("ends", "text", "rows"))
-        self._rows = np.memmap(rows, np.int64, "w+", shape=(items,))
+        ends, text, rows = (os.path.join(folder, name) for name in ("ends", "text", "rows"))
+        with open(rows, "wb") as rows_file:
+            os.posix_fallocate(rows_file.fileno(), 0, 8 * items)  # a full disk is an error here, not a fault at a page
+        self._rows = np.memmap(rows, np.int64, "r+", shape=(items,))
         """[items] place of each item's key in `_keys`."""
         self._rows[:] = -1
         row = length = 0
@@ -80,4 +81,4 @@ class ItemKeys:
     def close(self) -> None:
         """Remove the scratch folder."""
         del self._keys, self._rows
-        self._folder.cleanup()
+        self._resources.close()
