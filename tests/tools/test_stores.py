@@ -278,6 +278,39 @@ def test_what_a_table_holds_is_not_dropped_unasked(where, export, tmp_path):
         check_lists(store, decoded(other), queries)
 
 
+def test_a_table_whose_name_differs_in_case_is_not_dropped(where, export):
+    ones = Items(np.array([1]), ["1"], np.ones((1, DIM), np.float32))
+    with open_store(*where) as store:
+        store.create(DIM)  # somebody else's, and the store may take both names for one
+        store.insert(ones)
+    with open_store(where[0], where[1], where[2].upper()) as store:
+        if where[0] == "pgvector":
+            assert loading.load(store, export)
+        else:
+            with pytest.raises(InputError, match="that was not loaded from an export"):
+                loading.load(store, export)
+    with open_store(*where) as store:
+        assert store.count() == 1
+
+
+def test_a_table_of_another_schema_of_duckdb_is_no_hindrance(export, tmp_path):
+    pytest.importorskip("duckdb_extension_vss", reason="make stores installs it")
+    with open_store("duckdb", str(tmp_path / "items.duckdb")) as store:
+        native: Any = store
+        native.connection.execute("CREATE SCHEMA other; CREATE TABLE other.items AS SELECT 1 AS own")
+        assert loading.load(store, export)
+        assert native.connection.execute("SELECT own FROM other.items").fetchall() == [(1,)]
+
+
+def test_a_table_may_be_named_changed(where, export, tmp_path):
+    deltas, items = chain(tmp_path, export)
+    with open_store(where[0], where[1], "changed") as store:
+        loading.load(store, export, replaces=True)
+        for delta in deltas:
+            loading.apply(store, delta)
+        check_lists(store, items, np.stack(list(random_vectors(2, DIM, seed=2).values())))
+
+
 def test_a_table_that_something_else_changed_is_found(where, export, tmp_path):
     (first, _), _ = chain(tmp_path, export)
     with open_store(*where) as store:
@@ -307,8 +340,28 @@ def test_several_interests_are_merged_as_retrieve_merges_them(where, tmp_path, w
         record = comparing.check_comparable(store, export)
         result = comparing.compare_with_lists(store, record, export, str(lists), data, 20)
         assert (result.lists, result.equal, result.recall) == (20, 1, 1)
+        assert result.source == "index exact"
         with pytest.raises(InputError, match="give --data as to retrieve"):
             comparing.compare_with_lists(store, record, export, str(lists), None if with_data else dataset.path, 20)
+
+
+def test_lists_of_an_approximate_index_are_called_so(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("lancedb", reason="make stores installs it")
+    from recgpt_torchrec.retrieval.list_folder import open_lists
+    from tests.support import stage
+
+    export = write_export_folder(tmp_path / "export", random_vectors(600, DIM), random_vectors(40, DIM, seed=1))
+    lists, where = tmp_path / "lists", ("lancedb", str(tmp_path / "lance"), "items")
+    searching = {"--index": "ivf", "--ivf.clusters": 15, "--ivf.probes": 1}
+    assert stage("retrieve", {"--export": export.path, "--output": lists, "--k": 15, **searching}) == 0
+    measured = open_lists(str(lists)).measured["recall"]["recall@15"]
+    assert measured < 0.9
+    assert run(monkeypatch, where, "load", "--export", export.path) == 0
+    capsys.readouterr()
+    words = ["--export", export.path, "--k", "15", "--lists", str(lists), "--output", str(tmp_path / "figures.json")]
+    assert run(monkeypatch, where, "compare", *words) == 0
+    assert f"beside {lists} (approximate index ivf, its recall {measured:.4f}): 40 users" in capsys.readouterr().out
+    assert '"index": "ivf"' in (tmp_path / "figures.json").read_text()
 
 
 def run(monkeypatch: pytest.MonkeyPatch, where: Where, name: str, *words: str) -> int:
@@ -334,6 +387,60 @@ def test_the_command_loads_applies_shows_and_compares(where, export, tmp_path, m
     assert run(monkeypatch, where, "compare", "--export", export.path) == 2
     assert "compare it with the export it holds" in capsys.readouterr().err
     assert run(monkeypatch, where, "load", "--export", first.path) == 2, "a delta taken for an export"
+
+
+def test_deltas_can_be_applied_again_after_a_crash_in_the_second(where, export, tmp_path, monkeypatch, capsys):
+    deltas, items = chain(tmp_path, export)
+    deltas.append(write_delta_folder(tmp_path / "third", deltas[1].state, {7: np.ones(DIM, np.float32)}, [8], 639))
+    first, second, third = (delta.path for delta in deltas)
+    assert run(monkeypatch, where, "load", "--export", export.path) == 0
+    assert run(monkeypatch, where, "apply", "--delta", first, third) == 2, "a gap"
+    assert "leads to" in capsys.readouterr().err
+    with open_store(*where) as store:
+        record = store.read_record()
+        assert record is not None and (record.state, record.pending) == (export.state, ""), "something was written"
+        loading.apply(store, deltas[0])
+        fail_at(store, monkeypatch, "upsert", 1)
+        with pytest.raises(KeyboardInterrupt):
+            loading.apply(store, deltas[1])
+    assert run(monkeypatch, where, "apply", "--delta", first) == 2
+    assert "second was applied to" in capsys.readouterr().err
+    assert run(monkeypatch, where, "apply", "--delta", first, second, third) == 0
+    said = capsys.readouterr().out
+    assert said.count("Applied") == 2 and f"state {deltas[2].state[:12]}, 639 items" in said
+    assert run(monkeypatch, where, "apply", "--delta", first, second, third) == 0
+    said = capsys.readouterr().out
+    assert said.count("Already there") == 1 and "Applied" not in said
+    assert run(monkeypatch, where, "apply", "--delta", first, second) == 2, "an earlier state"
+    with open_store(*where) as store:
+        items[7] = np.ones(DIM, np.float32)
+        del items[8]
+        check_lists(store, items, np.stack(list(random_vectors(5, DIM, seed=2).values())))
+
+
+def test_only_load_makes_a_store(where, export, tmp_path, monkeypatch, capsys):
+    (first, _), _ = chain(tmp_path, export)
+    mistyped = tmp_path / "mistyped.db"
+    for name, *words in (["show"], ["compare", "--export", export.path], ["apply", "--delta", first.path]):
+        assert run(monkeypatch, (where[0], str(mistyped), where[2]), name, *words) == 2
+        assert f"there is no {where[0]} store at {mistyped}; check --uri" in capsys.readouterr().err
+        assert not mistyped.exists()
+
+
+def test_only_load_writes_into_a_database_of_postgres(postgres, monkeypatch, capsys):
+    psycopg = pytest.importorskip("psycopg", reason="make stores installs it")
+    pytest.importorskip("pgvector", reason="make stores installs it")
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute("CREATE DATABASE mistyped")
+    uri = postgres.replace("/postgres?", "/mistyped?")
+    assert run(monkeypatch, ("pgvector", uri, "items"), "show") == 2
+    assert "vector type not found in the database; check --uri" in capsys.readouterr().err
+    with psycopg.connect(uri) as connection:
+        connection.execute("CREATE EXTENSION vector")
+    assert run(monkeypatch, ("pgvector", uri, "items"), "show") == 0
+    assert "holds no export" in capsys.readouterr().out
+    with psycopg.connect(uri) as connection:
+        assert connection.execute("SELECT to_regclass('items_state')").fetchone() == (None,)
 
 
 def test_postgres_is_started_in_a_folder_where_it_is_given_one(export):

@@ -51,7 +51,7 @@ def main() -> int:
         if options.command in ("load", "compare"):
             folder = open_export(options.export)
         deltas = [open_delta(path) for path in options.delta] if options.command == "apply" else []
-        with open_store(options.store, options.uri, options.table) as store:
+        with open_store(options.store, options.uri, options.table, creates=options.command == "load") as store:
             try:
                 {"load": run_load, "apply": run_apply, "show": run_show, "compare": run_compare}[options.command](
                     store, options, folder or deltas
@@ -90,8 +90,13 @@ def run_load(store: Store, options: argparse.Namespace, export: Any) -> None:
 
 
 def run_apply(store: Store, options: argparse.Namespace, deltas: Any) -> None:
-    """Apply deltas in order."""
-    for delta in deltas:
+    """Apply deltas in order; those that the store holds already are passed over."""
+    missing = loading.find_missing(store, deltas)
+    if not missing:
+        record = store.read_record()
+        assert record is not None
+        LOGGER.info(f"Already there: {loading.describe(record)}")
+    for delta in missing:
         started = time.perf_counter()
         record = loading.apply(store, delta)
         changed = sum(part.rows for part in delta.manifest.item_parts)
@@ -136,8 +141,8 @@ def run_compare(store: Store, options: argparse.Namespace, export: Any) -> None:
             store, record, export, options.lists, options.data, options.users, options.effort
         )
         LOGGER.info(
-            f"beside {options.lists}: {lists.lists:,} users, {lists.equal:.1%} of the merged lists equal, "
-            f"{lists.recall:.4f} of their items found"
+            f"beside {options.lists} ({lists.source}): {lists.lists:,} users, {lists.equal:.1%} of the merged lists "
+            f"equal, {lists.recall:.4f} of their items found"
         )
         figures["lists"] = vars(lists)
     if options.output:

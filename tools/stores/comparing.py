@@ -27,6 +27,8 @@ SCORES = 2**24
 ROUNDING = 1e-5
 """Scores that differ by less are equal: a share of the largest score that the vectors allow."""
 
+EXACT = ("exact", "flat")
+"""Values of `--index` of `retrieve` that give exact lists."""
 FILTERS = ("allow", "deny", "where", "users")
 """Options of `retrieve` that restrict its lists to some items or users."""
 
@@ -52,6 +54,18 @@ class Comparison:
     """Mean share of a list's items that the store found."""
     seconds: float = 0.0
     """Time of the store's searches."""
+    index: str = "exact"
+    """Index that found the lists compared with: exact, or the kind that `retrieve` searched."""
+    index_recall: float | None = None
+    """Share of the exact lists that this index found, if `retrieve` measured it."""
+
+    @property
+    def source(self) -> str:
+        """The index in words."""
+        if self.index in EXACT:
+            return f"index {self.index}"
+        share = "not measured" if self.index_recall is None else f"{self.index_recall:.4f}"
+        return f"approximate index {self.index}, its recall {share}"
 
 
 def check_comparable(store: Store, export: Export) -> Record:
@@ -227,6 +241,8 @@ def compare_with_lists(
         equal=float(is_equal(found_scores, expected[1], tolerance).mean()),
         recall=float((both.sum(axis=1) / np.maximum(1, (expected[0] >= 0).sum(axis=1))).mean()),
         seconds=seconds,
+        index=manifest.settings.get("index", "exact"),
+        index_recall=(manifest.measured.get("recall") or {}).get(f"recall@{k}"),
     )
 
 

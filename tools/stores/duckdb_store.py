@@ -13,7 +13,7 @@ from typing import Any
 import duckdb
 
 from recgpt_torchrec.errors import InputError
-from tools.stores.store import Float32, Found, Int64, Items, Record, Store, effort_of, found_of, table_of
+from tools.stores.store import SCRATCH, Float32, Found, Int64, Items, Record, Store, effort_of, found_of, table_of
 
 
 class DuckdbStore(Store):
@@ -127,12 +127,16 @@ class DuckdbStore(Store):
         self.connection.execute(f"ATTACH '{quoted}' AS store")
 
     def _write(self, items: Items, conflict: str) -> None:
-        self.connection.register("changed", table_of(items))
-        self._run(f"INSERT INTO {{items}} SELECT item_id, key, vector FROM changed {conflict}")
-        self.connection.unregister("changed")
+        self.connection.register(SCRATCH, table_of(items))
+        self._run(f'INSERT INTO {{items}} SELECT item_id, key, vector FROM "{SCRATCH}" {conflict}')
+        self.connection.unregister(SCRATCH)
 
     def _has(self, table: str) -> bool:
-        command = "SELECT count(*) FROM duckdb_tables() WHERE database_name = 'store' AND table_name = ?"
+        # Names of DuckDB ignore case, even quoted ones.
+        command = (
+            "SELECT count(*) FROM duckdb_tables() "
+            "WHERE database_name = 'store' AND schema_name = 'main' AND lower(table_name) = lower(?)"
+        )
         return bool(self._run(command, [table]).fetchone()[0])
 
     def _run(self, command: str, values: Any = None) -> Any:

@@ -13,7 +13,19 @@ import numpy as np
 import pyarrow as pa
 from lancedb.index import BTree, HnswFlat, IvfFlat
 
-from tools.stores.store import IVF_EFFORT, Float32, Found, Int64, Items, Record, Store, effort_of, found_of, table_of
+from tools.stores.store import (
+    IVF_EFFORT,
+    Float32,
+    Found,
+    Int64,
+    Items,
+    Record,
+    Store,
+    effort_of,
+    found_of,
+    has_name,
+    table_of,
+)
 
 IDS_PER_DELETE = 10_000
 
@@ -44,7 +56,7 @@ class LanceStore(Store):
 
     def has_table(self) -> bool:
         """See `Store`."""
-        return self.table in self._tables()
+        return has_name(self._tables(), self.table)
 
     def create(self, dim: int) -> None:
         """See `Store`."""

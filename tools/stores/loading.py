@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +37,8 @@ def load(store: Store, export: Export, index: str = "flat", *, replaces: bool = 
         raise InputError(f"--index {index}: {store.name} has {', '.join(store.indexes)}; give one of them")
     if before is None and store.has_table():
         raise InputError(
-            f"{store.uri} has a table {store.table!r} that was not loaded from an export; give another --table"
+            f"{store.uri} has a table {store.table!r} (case aside) that was not loaded from an export; give "
+            "another --table"
         )
     if before is not None and before.state and not replaces:
         if (before.state, before.pending, before.index) == (export.state, "", index):
@@ -97,6 +99,40 @@ def apply(store: Store, delta: Delta) -> Record:
     return after
 
 
+def find_missing(store: Store, deltas: list[Delta]) -> list[Delta]:
+    """The deltas that a store does not hold yet: those after the last one whose state it holds.
+
+    Args:
+        store: to which they are to be applied.
+        deltas: in order, at least one.
+
+    Raises:
+        InputError: a delta does not follow the one before it, or the store holds a part of another one.
+    """
+    for before, delta in pairwise(deltas):
+        if delta.manifest.base != before.state:
+            raise InputError(
+                f"{delta.path} is for the state {delta.manifest.base[:SHOWN]}, but {before.path} leads to "
+                f"{before.state[:SHOWN]}; give deltas in their order, without gaps"
+            )
+    record, states = store.read_record(), [delta.state for delta in deltas]
+    if record is None or record.state not in states:
+        return deltas
+    missing = deltas[states.index(record.state) + 1 :]
+    check_pending(store, record, missing[0].state if missing else "")
+    return missing
+
+
+def check_pending(store: Store, record: Record, state: str) -> None:
+    """Check that a store holds no part of a delta but of that which leads to `state`.
+
+    Raises:
+        InputError: it does.
+    """
+    if record.pending not in ("", state):
+        raise InputError(f"{record.pending_path} was applied to {store.uri} in part; apply it again first")
+
+
 def check_fits(store: Store, record: Record | None, delta: Delta) -> None:
     """Check that a delta is the next one for a store.
 
@@ -110,10 +146,7 @@ def check_fits(store: Store, record: Record | None, delta: Delta) -> None:
         raise InputError(f"the load of {record.pending_path} into {store.uri} was interrupted; run that load again")
     if record.state == delta.state:
         raise InputError(f"{store.uri} holds {describe(record)}: {delta.path} is applied already; go on with the next")
-    if record.pending and record.pending != delta.state:
-        raise InputError(
-            f"{record.pending_path} was applied to {store.uri} in part; apply it again before {delta.path}"
-        )
+    check_pending(store, record, delta.state)
     if record.state != base:
         raise InputError(
             f"{delta.path} is for the state {base[:SHOWN]}, but {store.uri} holds {describe(record)}; apply the deltas "

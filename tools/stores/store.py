@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +31,8 @@ STORES = {
 """Classes by the value of `--store`."""
 INDEXES = ("flat", "ivf", "hnsw")
 """Values of `--index`: exact search, inverted lists of clusters, a graph of neighbours."""
+SCRATCH = "changed items"
+"""Name of a table of changes on their way; no `--table` can have it."""
 CLUSTER = 39
 """Minimum number of items per cluster of an IVF index."""
 HNSW_EFFORT = 200
@@ -88,6 +91,10 @@ class Store(ABC):
     Args:
         uri: where the store is; its form is the store's own.
         table: name of the table; its record is in `<table>_state`.
+        creates: whether a store that is not there yet is made.
+
+    Raises:
+        InputError: the table cannot have this name, or there is no store and none is to be made.
     """
 
     name: str
@@ -99,11 +106,13 @@ class Store(ABC):
     errors: tuple[type[Exception], ...] = ()
     """What its client raises."""
 
-    def __init__(self, uri: str, table: str = "items") -> None:
+    def __init__(self, uri: str, table: str = "items", *, creates: bool = True) -> None:
         if not table.isidentifier():
             raise InputError(f"--table is {table!r}; give a name of letters, digits and underscores")
-        self.uri, self.table = uri, table
+        self.uri, self.table, self.creates = uri, table, creates
         self.state_table = f"{table}_state"
+        if not creates and not self.is_there():
+            raise InputError(f"there is no {self.name} store at {uri}; check --uri, or load an export first")
         self.connect()
 
     def __enter__(self) -> "Store":
@@ -111,6 +120,11 @@ class Store(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def is_there(self) -> bool:
+        """Whether there is a folder or file at the URI; of a server, connecting tells."""
+        path = self.uri.removeprefix("file://")
+        return "://" in path or Path(path).exists()
 
     def read_record(self) -> Record | None:
         """The record of what the store holds; None: no export was ever loaded into this table."""
@@ -144,7 +158,7 @@ class Store(ABC):
 
     @abstractmethod
     def has_table(self) -> bool:
-        """Whether the table of items exists."""
+        """Whether the table of items exists, or another one that creating it could replace."""
 
     @abstractmethod
     def create(self, dim: int) -> None:
@@ -188,11 +202,11 @@ class Store(ABC):
         """
 
 
-def open_store(name: str, uri: str, table: str = "items") -> Store:
+def open_store(name: str, uri: str, table: str = "items", *, creates: bool = True) -> Store:
     """Open the store `name`, a key of `STORES`.
 
     Raises:
-        InputError: its packages are not installed, or it does not answer.
+        InputError: its packages are not installed, it does not answer, or it is not there and not to be made.
     """
     module, _, class_name = STORES[name].rpartition(".")
     try:
@@ -205,9 +219,16 @@ def open_store(name: str, uri: str, table: str = "items") -> Store:
             "with .venv-stores/bin/python"
         ) from None
     try:
-        return store_class(uri, table)
+        return store_class(uri, table, creates=creates)
+    except InputError:  # is a ValueError, which some clients raise too
+        raise
     except store_class.errors as error:
         raise InputError(f"{name} cannot open {uri}: {one_line(error)}; check --uri") from error
+
+
+def has_name(names: list[str], name: str) -> bool:
+    """Whether one of `names` is `name`, case aside: they are folders, and some disks do not tell case apart."""
+    return name.lower() in {each.lower() for each in names}
 
 
 def one_line(error: Exception) -> str:
