@@ -20,16 +20,15 @@ if TYPE_CHECKING:
 def main(config: Retrieve) -> None:
     """Search the items for every user, and write the lists."""
     from recgpt_torchrec.data.dataset import Dataset, histories_fingerprint
-    from recgpt_torchrec.distributed.processes import print_result, process_group, run_on_first_rank
-    from recgpt_torchrec.retrieval.exports.reading import open_export
+    from recgpt_torchrec.distributed.processes import LONG_WORK_S, print_result, process_group, run_on_first_rank
+    from recgpt_torchrec.retrieval.exports.reading import open_on_all_ranks
     from recgpt_torchrec.retrieval.key_inputs import start_records
     from recgpt_torchrec.retrieval.list_folder import ListManifest
     from recgpt_torchrec.retrieval.list_summary import describe_lists
     from recgpt_torchrec.retrieval.search.choosing import resolve
 
-    # No search runs on a GPU. While rank 0 joins the keys of items, the others wait.
-    with process_group(3600.0 if config.allow or config.deny or config.items else 600.0, "cpu"):
-        export = open_export(config.export)
+    with process_group(LONG_WORK_S, "cpu"):  # no search runs on a GPU
+        export = open_on_all_ranks(config.export)
         config = resolve(config, export)
         dataset = Dataset.open(config.data) if config.data is not None else None
         rule, interests = check(config, export, dataset)

@@ -15,7 +15,7 @@ from recgpt_torchrec.config import HNSW, IVF, PQ, Index, Retrieve
 from recgpt_torchrec.data.ragged import Ragged
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.exports.index_manifest import IndexManifest, IndexShard
-from recgpt_torchrec.retrieval.exports.reading import Export, open_export
+from recgpt_torchrec.retrieval.exports.reading import Export, open_export, open_on_all_ranks
 from recgpt_torchrec.retrieval.merging import merge_rule
 from recgpt_torchrec.retrieval.search import choosing, index_files, stored
 from recgpt_torchrec.retrieval.search.choosing import choose_kind, resolve
@@ -436,3 +436,19 @@ def test_ranks_find_the_same_lists_whatever_number_of_ranks_wrote_the_shards(kep
     alone = lists_of_rank(0, 1, str(tmp_path / f"flat-{world_size}"))
     np.testing.assert_array_equal(alone, expected)
     assert [lists["error"] for lists in results] == ["items/ is gone"] * world_size
+
+
+def index_seen(rank: int, world_size: int, folder: str) -> tuple[IndexManifest | None, str]:
+    """The index of an export of which each rank sees another state, and the error where the last rank sees none."""
+    index = open_on_all_ranks(f"{folder}/{rank}").manifest.index
+    with pytest.raises(InputError) as caught:
+        open_on_all_ranks(f"{folder}/{rank if rank < world_size - 1 else 'none'}")
+    return index, str(caught.value)
+
+
+def test_every_rank_searches_the_index_that_the_first_sees(kept, tmp_path):
+    shutil.copytree(kept["flat-3"].path, tmp_path / "0")
+    shutil.copytree(kept["ivf-1"].path, tmp_path / "1")
+    found = run_ranks(index_seen, 2, str(tmp_path))
+    assert [index for index, _ in found] == [index_of(kept["flat-3"])] * 2
+    assert found[0][1] == found[1][1] and str(tmp_path / "none") in found[0][1]
