@@ -94,3 +94,18 @@ def test_refused(folder, tmp_path, capfd, text, name, message):
     said = capfd.readouterr().err
     assert message in said and "Traceback" not in said and not (tmp_path / "lists").exists()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_recall_is_measured_among_the_chosen_users_or_not_told(folder, tmp_path, capfd):
+    users = tmp_path / "users.txt"
+    users.write_text("".join(f"user {user}\n" for user in range(1, 29, 2)))  # with odd ids alone
+    options = {"data": folder / "data", "index": "ivf", "users": users}
+    retrieve(folder, tmp_path / "few", **options, sample=7)
+    assert "of the exact lists of 7 users" in capfd.readouterr().out
+    users.write_text(f"user {ABSENT[0]}\n")
+    retrieve(folder, tmp_path / "none", **options, fallback="popular")
+    said = capfd.readouterr().out
+    assert "of the exact lists" not in said and "fallback    1 users without a vector" in said
+    users.write_text("user 1\n")
+    retrieve(folder, tmp_path / "one", **options, fallback="popular")
+    assert "not needed: every chosen user of --data has a vector" in capfd.readouterr().out

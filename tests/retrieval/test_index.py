@@ -452,3 +452,36 @@ def test_every_rank_searches_the_index_that_the_first_sees(kept, tmp_path):
     found = run_ranks(index_seen, 2, str(tmp_path))
     assert [index for index, _ in found] == [index_of(kept["flat-3"])] * 2
     assert found[0][1] == found[1][1] and str(tmp_path / "none") in found[0][1]
+
+
+def test_finished_lists_stay_when_the_export_gets_an_index(tmp_path, capfd):
+    path = write_vectors(tmp_path / "e", vectors(ITEMS, DIM), vectors(USERS, DIM, seed=1)).path
+    given = {"--export": path, "--output": tmp_path / "lists", "--k": 5}
+    assert stage("retrieve", given) == 0
+    add_index(open_export(path), settings("ivf"))
+    capfd.readouterr()
+    assert stage("retrieve", given) == 0
+    said = capfd.readouterr().out
+    assert "Already there" in said and "index       exact, " in said
+    for changes in ({"--index": "ivf"}, {"--ivf.probes": 7}):  # these ask for other lists
+        assert stage("retrieve", given | changes) == 2
+        assert "index: exact there, ivf now" in capfd.readouterr().err
+    assert stage("retrieve", given | {"--k": 6}) == 2
+    said = capfd.readouterr().err
+    assert "k: 5 there, 6 now" in said and "ivf" not in said
+
+
+@pytest.mark.parametrize(
+    ("held", "options", "message"),
+    [
+        ("hnsw-1", {"pq": PQ(m=16)}, r"--pq\.m is 16, but the search of .* is hnsw .*; leave it out, or .* ivf_pq"),
+        ("hnsw-1", {"ivf": IVF(probes=7)}, r"--ivf\.probes is 7, .* leave it out, or give --index ivf or ivf_pq"),
+        ("hnsw-1", {"index": "exact", "hnsw": HNSW(neighbours=5)}, r"--hnsw\.neighbours is 5, .* is exact"),
+        ("flat-1", {"hnsw": HNSW(search=5)}, r"--hnsw\.search is 5, .* is flat \(--index auto\)"),
+        ("ivf-1", {"pq": PQ(refine=2)}, r"--pq\.refine is 2, .* is ivf"),
+        ("hnsw-1", {"hnsw": HNSW(build=7)}, r"--hnsw\.build is 7, but the index in .* was built with 60"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(kept, held, options, message):
+    with pytest.raises(InputError, match=message):
+        retrieval(kept[held], **options)
