@@ -1,7 +1,9 @@
 """FAISS indexes in an export: against plain sorting, on several ranks, with filters; what is kept and refused."""
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.exports.index_manifest import IndexManifest, IndexShard
 from recgpt_torchrec.retrieval.exports.reading import Export, open_export, open_on_all_ranks
 from recgpt_torchrec.retrieval.merging import merge_rule
-from recgpt_torchrec.retrieval.search import choosing, index_files, stored
+from recgpt_torchrec.retrieval.search import choosing, index_files, indexing, stored
 from recgpt_torchrec.retrieval.search.choosing import choose_kind, resolve
 from recgpt_torchrec.retrieval.search.indexing import add_index, open_own_shards
 from recgpt_torchrec.retrieval.search.searching import build_retrievers
@@ -154,7 +156,12 @@ def test_the_same_index_is_there_already_and_another_replaces_it(tmp_path):
     export = write_vectors(tmp_path / "e", vectors(ITEMS, DIM), vectors(USERS, DIM, seed=1))
     (tmp_path / "e/index/dead").mkdir(parents=True)  # a run that was killed
     (tmp_path / "e/index/dead/shard-00000.faiss").write_bytes(b"half")
+    shutil.copytree(tmp_path / "e/index/dead", tmp_path / "e/index/alive")  # a run that writes
+    for path in (tmp_path / "e/index/dead/shard-00000.faiss", tmp_path / "e/index/dead"):
+        os.utime(path, (time.time() - 90_000,) * 2)
     first, there = add_index(export, settings("ivf", shards=2))
+    assert (tmp_path / "e/index/alive/shard-00000.faiss").read_bytes() == b"half"
+    shutil.rmtree(tmp_path / "e/index/alive")
     assert not there and {path.name for path in (tmp_path / "e/index").iterdir()} == {
         first.shards[0].path.split("/")[1]
     }
@@ -485,3 +492,37 @@ def test_finished_lists_stay_when_the_export_gets_an_index(tmp_path, capfd):
 def test_an_option_that_would_do_nothing_is_refused(kept, held, options, message):
     with pytest.raises(InputError, match=message):
         retrieval(kept[held], **options)
+
+
+def test_options_that_do_not_fit_the_old_shards_make_new_ones(tmp_path):
+    export = write_vectors(tmp_path / "e", vectors(60, DIM), vectors(5, DIM))
+    add_index(export, Index(kind="ivf", shards=3, sample=5))
+    index, there = add_index(export, Index(kind="ivf", ivf=IVF(clusters=21), sample=5))
+    assert not there and len(index.shards) == 1 and index.parameters["ivf.clusters"] == 21
+
+
+def test_another_sample_is_measured_anew_and_may_be_more_than_a_batch_of_users(tmp_path):
+    export = write_vectors(tmp_path / "e", vectors(90, DIM), vectors(USERS, DIM, seed=1), rows=7)
+    first, _ = add_index(export, settings("flat"))
+    assert first.measured["queries"] == 20
+    for sample, queries in {25: 25, 1000: USERS}.items():
+        index, there = add_index(export, settings("flat", sample=sample))
+        assert not there and index.measured["queries"] == queries and index.shards == first.shards
+        for same in (sample, 0):
+            assert add_index(export, settings("flat", sample=same)) == (index, True)
+
+
+def test_an_index_that_is_replaced_while_it_is_opened_is_not_called_damaged(tmp_path, monkeypatch):
+    export = write_vectors(tmp_path / "e", vectors(ITEMS, DIM), vectors(USERS, DIM))
+    add_index(export, settings("flat"))
+    before = open_export(export.path)
+    add_index(export, settings("flat", shards=2))
+    with pytest.raises(InputError, match="its index was replaced while it was opened; run the same command again"):
+        open_own_shards(before, index_of(before))
+
+    def fail(path):
+        raise OSError("no permission")
+
+    monkeypatch.setattr(indexing, "remove", fail)
+    index, _ = add_index(export, settings("flat", shards=3))  # the old files stay, the index is whole
+    assert open_export(export.path).manifest.index == index and len(list((tmp_path / "e").rglob("*.faiss"))) == 5
