@@ -28,7 +28,7 @@ class ChosenUsers:
             InputError: on every rank, where the file cannot be read or holds no key for one.
         """
         self.file: KeyFile = user_file(config)
-        self.config = config
+        self.config, self._resources = config, ExitStack()
         failure = None
         try:
             with ExitStack() as resources:
@@ -43,7 +43,11 @@ class ChosenUsers:
                 self._resources = resources.pop_all()  # the engine stays open
         except Exception as error:
             failure = error
-        raise_first_error(failure)
+        try:
+            raise_first_error(failure)
+        except Exception:
+            self._resources.close()
+            raise
 
     def __enter__(self) -> "ChosenUsers":
         return self

@@ -219,6 +219,14 @@ def test_options_that_do_not_fit_the_export_are_refused(tmp_path, changes, messa
     assert not (tmp_path / "e/index").exists()
 
 
+def test_retrieve_speaks_of_ranks_where_an_index_is_built_now():
+    config = Retrieve(export="e", output="", ivf=IVF(clusters=21))
+    with pytest.raises(InputError, match=r"--ivf\.clusters is 21, but the export has 20 items in each of 2 ranks"):
+        choosing.choose_parameters("ivf", config, 40, DIM, 2)
+    with pytest.raises(InputError, match=r"in each of 2 ranks; choose the kind flat, or fewer --pq\.bits$"):
+        choosing.choose_parameters("ivf_pq", Retrieve(export="e", output=""), 80, DIM, 2)
+
+
 def test_codes_are_cut_by_a_divisor_of_the_length():
     for dim, m in {64: 16, 50: 10, 7: 1, 2: 1, 12: 3}.items():
         assert choosing.choose_parameters("ivf_pq", Index(), 1000, dim, 1)["pq.m"] == m
@@ -519,6 +527,10 @@ def test_an_index_that_is_replaced_while_it_is_opened_is_not_called_damaged(tmp_
     add_index(export, settings("flat", shards=2))
     with pytest.raises(InputError, match="its index was replaced while it was opened; run the same command again"):
         open_own_shards(before, index_of(before))
+    files = read_files(tmp_path / "e")
+    with pytest.raises(InputError, match="its index was replaced while it was measured; run the same command again"):
+        indexing._commit(before, index_of(before))
+    assert read_files(tmp_path / "e") == files
 
     def fail(path):
         raise OSError("no permission")

@@ -41,7 +41,7 @@ from recgpt_torchrec.retrieval.search.index import Shard, build
 from recgpt_torchrec.retrieval.search.index_files import open_shards, write_shard
 from recgpt_torchrec.retrieval.search.sharded_index import ShardedIndex
 from recgpt_torchrec.retrieval.search.stored import StoredExactSearch, vector_blocks
-from recgpt_torchrec.storage import filesystem, names, remove, write
+from recgpt_torchrec.storage import exists, filesystem, names, remove, write
 from recgpt_torchrec.storage.folders import MANIFEST
 from recgpt_torchrec.storage.typed import seal
 
@@ -251,6 +251,8 @@ def _commit(export: Export, index: IndexManifest) -> IndexManifest:
         current = ExportManifest.read(export.path)
         if Export(path=export.path, manifest=current).fingerprint != export.fingerprint:
             raise InputError(f"{export.path} was written anew while its index was built; run the same command again")
+        if not all(exists(f"{export.path}/{shard.path}") for shard in index.shards):
+            raise InputError(f"{export.path}: its index was replaced while it was measured; run the same command again")
         replaced, current.index = current.index, index
         text = json.dumps(seal(json.loads(current.to_json())), indent=1)
         try:
@@ -271,7 +273,8 @@ def _commit(export: Export, index: IndexManifest) -> IndexManifest:
 
 def _folders(index: IndexManifest | None) -> set[str]:
     """Names of the folders that hold the shards of an index."""
-    return set() if index is None else {shard.path.split("/")[1] for shard in index.shards}
+    paths = [] if index is None else [shard.path.split("/") for shard in index.shards]
+    return {path[1] for path in paths if path[0] == FOLDER and len(path) > 1}
 
 
 def _is_abandoned(export: Export, name: str) -> bool:
