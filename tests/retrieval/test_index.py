@@ -15,6 +15,7 @@ from recgpt_torchrec.catalogue.rounds import Rounds
 from recgpt_torchrec.catalogue.vectors import HeldVectors
 from recgpt_torchrec.config import HNSW, IVF, PQ, Index, Retrieve
 from recgpt_torchrec.data.ragged import Ragged
+from recgpt_torchrec.distributed import processes
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.exports.index_manifest import IndexManifest, IndexShard
 from recgpt_torchrec.retrieval.exports.reading import Export, open_export, open_on_all_ranks
@@ -538,3 +539,17 @@ def test_an_index_that_is_replaced_while_it_is_opened_is_not_called_damaged(tmp_
     monkeypatch.setattr(indexing, "remove", fail)
     index, _ = add_index(export, settings("flat", shards=3))  # the old files stay, the index is whole
     assert open_export(export.path).manifest.index == index and len(list((tmp_path / "e").rglob("*.faiss"))) == 5
+
+
+def test_ranks_wait_for_a_long_build(kept, tmp_path, monkeypatch):
+    timeouts, init = [], processes.dist.init_process_group
+
+    def record(*args, timeout, **options):
+        timeouts.append(timeout.total_seconds())
+        return init(*args, timeout=timeout, **options)
+
+    monkeypatch.setattr(processes.dist, "init_process_group", record)
+    path = shutil.copytree(kept["flat-1"].path, tmp_path / "e")
+    assert stage("index", {"--export": path, "--index.kind": "flat"}) == 0
+    assert stage("retrieve", {"--export": path, "--output": tmp_path / "lists", "--k": 5, "--index": "ivf"}) == 0
+    assert timeouts == [86_400.0] * 2
