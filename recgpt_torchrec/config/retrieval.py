@@ -277,7 +277,7 @@ class Retrieve:
     12.0 are the same. Unknown ones are counted. It may be given with --deny and --where: an item must pass all of them.
     null: every item may."""
     deny: str | None = changeable(None)
-    """Keys of the items that no list may hold, in a file like that of --allow; none of them need be known. null: none."""
+    """Keys of the items that no list may hold, in a file like that of --allow; all may be unknown. null: none."""
     items: str | None = changeable(None)
     """Table of the items for --where, with keys in the column --item_column: .csv, .tsv, .jsonl or .parquet. null:
     none."""
