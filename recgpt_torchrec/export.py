@@ -23,7 +23,15 @@ def main(config: Export) -> None:
     from recgpt_torchrec.checkpoints.folder import checkpoint_fingerprint, find_checkpoint
     from recgpt_torchrec.data.dataset import Dataset
     from recgpt_torchrec.data.stream import encoding_stream
-    from recgpt_torchrec.distributed.processes import print_result, process_group, rank, run_on_first_rank, world_size
+    from recgpt_torchrec.distributed.processes import (
+        LONG_WORK_S,
+        TIMEOUT_S,
+        print_result,
+        process_group,
+        rank,
+        run_on_first_rank,
+        world_size,
+    )
     from recgpt_torchrec.evaluation.held_out import check_has_targets, explain_left_out
     from recgpt_torchrec.model.recgpt import unwrapped
     from recgpt_torchrec.progress import progress_bar
@@ -33,7 +41,7 @@ def main(config: Export) -> None:
     from recgpt_torchrec.retrieval.interests import predict_interests
     from recgpt_torchrec.training.loading import load
 
-    with process_group(device=config.device) as device:
+    with process_group(TIMEOUT_S if config.index.kind == "none" else LONG_WORK_S, config.device) as device:
         dataset, checkpoint = Dataset.open(config.data), find_checkpoint(config.checkpoint)
         settings = {**asdict(config), "checkpoint": checkpoint}
         del settings["index"]  # no part of what identifies an export
@@ -149,10 +157,10 @@ def add_asked_index(config: Export) -> tuple[list[str], bool]:
     """
     if config.index.kind == "none":
         return [], False
-    from recgpt_torchrec.retrieval.exports.reading import open_export
+    from recgpt_torchrec.retrieval.exports.reading import open_on_all_ranks
     from recgpt_torchrec.retrieval.search.indexing import add_index, summary
 
-    index, already_there = add_index(open_export(config.output), config.index)
+    index, already_there = add_index(open_on_all_ranks(config.output), config.index)
     return [summary(index)], not already_there
 
 

@@ -20,17 +20,16 @@ if TYPE_CHECKING:
 def main(config: Retrieve) -> None:
     """Search the items for every user, and write the lists."""
     from recgpt_torchrec.data.dataset import Dataset, histories_fingerprint
-    from recgpt_torchrec.distributed.processes import print_result, process_group, run_on_first_rank
-    from recgpt_torchrec.retrieval.exports.reading import open_export
+    from recgpt_torchrec.distributed.processes import LONG_WORK_S, print_result, process_group, run_on_first_rank
+    from recgpt_torchrec.retrieval.exports.reading import open_on_all_ranks
     from recgpt_torchrec.retrieval.key_inputs import start_records
     from recgpt_torchrec.retrieval.list_folder import ListManifest
     from recgpt_torchrec.retrieval.list_summary import describe_lists
     from recgpt_torchrec.retrieval.search.choosing import resolve
 
-    # No search runs on a GPU. While rank 0 joins the keys of items, the others wait.
-    with process_group(3600.0 if config.allow or config.deny or config.items else 600.0, "cpu"):
-        export = open_export(config.export)
-        config = resolve(config, export)
+    with process_group(LONG_WORK_S, "cpu"):  # no search runs on a GPU
+        export = open_on_all_ranks(config.export)
+        given, config = config, resolve(config, export)
         dataset = Dataset.open(config.data) if config.data is not None else None
         rule, interests = check(config, export, dataset)
         manifest = ListManifest(
@@ -42,7 +41,7 @@ def main(config: Retrieve) -> None:
             filters=start_records(config),
             settings=asdict(config),
         )
-        earlier = run_on_first_rank(lambda: finished(config, manifest))
+        earlier = run_on_first_rank(lambda: finished(config, manifest, given))
         if earlier is None:
             manifest = retrieve(config, export, dataset, rule, interests, manifest)
         print_result(describe_lists(config, export.manifest, earlier or manifest, rule, interests))
@@ -95,19 +94,20 @@ def check(config: Retrieve, export: "Export", dataset: Any) -> "tuple[MergeRule,
     return rule, interests
 
 
-def finished(config: Retrieve, manifest: "ListManifest") -> "ListManifest | None":
+def finished(config: Retrieve, manifest: "ListManifest", given: Retrieve) -> "ListManifest | None":
     """The manifest of the finished lists in the output folder; None if there are none yet.
 
     Args:
         config: of this stage.
         manifest: of the lists that are to be made.
+        given: the configuration before auto was resolved: lists stay whatever index the export got after them.
 
     Raises:
         InputError: the folder holds something else, or lists of another export, dataset or other options.
     """
     from recgpt_torchrec.config.fields import changeable_names, default_values
     from recgpt_torchrec.retrieval.list_folder import open_lists
-    from recgpt_torchrec.retrieval.search.choosing import EARLIER
+    from recgpt_torchrec.retrieval.search.choosing import CHOICES, EARLIER, is_open
     from recgpt_torchrec.storage.finished import differences, find_finished, flatten
 
     def values(of: "ListManifest") -> dict[str, Any]:
@@ -116,12 +116,13 @@ def finished(config: Retrieve, manifest: "ListManifest") -> "ListManifest | None
         inputs |= {f"content of --{name}": record.checksum for name, record in of.filters.items()}
         return {**flatten(default_values(config)), **EARLIER, **flatten(of.settings), **inputs}
 
-    return find_finished(
-        config.output,
-        manifest.KIND.name,
-        open_lists,
-        lambda earlier: differences(values(earlier), values(manifest), changeable_names(Retrieve)),
-    )
+    def compare(earlier: "ListManifest") -> list[str]:
+        there, wanted = values(earlier), values(manifest)
+        if is_open(given):
+            wanted |= {name: value for name, value in there.items() if name.split(".")[0] in CHOICES}
+        return differences(there, wanted, changeable_names(Retrieve))
+
+    return find_finished(config.output, manifest.KIND.name, open_lists, compare)
 
 
 def retrieve(
@@ -159,6 +160,7 @@ def retrieve(
             held_out=histories is not None and split != "all",
             exact=exact if config.sample and retriever is not exact else None,
             every=max(1, total // max(1, config.sample)),
+            by_place=chosen is not None,
         )
         started = time.perf_counter()
 

@@ -117,8 +117,9 @@ class PQ:
     """Bits per code, 4 to 8; a shard needs at least 2^bits items."""
     refine: int = 0
     """Number of candidates found by their codes per item returned; they are scored again with their vectors, which lie
-    in the same file and stay on disk until they are needed. More improve recall and take longer. 0: as the index in the
-    export was measured, 8 for a new one."""
+    in the same file. Opening reads all of it once, for its checksums; then vectors are mapped from a local disk, so
+    that the system may drop them from memory, and held in memory where the file is from a store. More improve recall
+    and take longer. 0: as the index in the export was measured, 8 for a new one."""
 
     def __post_init__(self) -> None:
         at_least("--pq.m", self.m, 0)
@@ -142,7 +143,8 @@ class Index:
     ivf: IVF = field(default_factory=IVF)
     pq: PQ = field(default_factory=PQ)
     sample: int = 1000
-    """Number of user vectors with which recall and speed are measured, all of them if there are fewer; 0: none."""
+    """Number of user vectors with which recall and speed are measured, dealt evenly to the ranks; a rank that reads
+    fewer takes all of its own. 0: none."""
 
     def __post_init__(self) -> None:
         at_least("--index.shards", self.shards, 0)
@@ -275,7 +277,7 @@ class Retrieve:
     12.0 are the same. Unknown ones are counted. It may be given with --deny and --where: an item must pass all of them.
     null: every item may."""
     deny: str | None = changeable(None)
-    """Keys of the items that no list may hold, in a file like that of --allow. null: none."""
+    """Keys of the items that no list may hold, in a file like that of --allow; all may be unknown. null: none."""
     items: str | None = changeable(None)
     """Table of the items for --where, with keys in the column --item_column: .csv, .tsv, .jsonl or .parquet. null:
     none."""

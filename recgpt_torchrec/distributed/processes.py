@@ -20,6 +20,12 @@ from recgpt_torchrec.progress import LOGGER, report_failure
 
 T = TypeVar("T")
 
+TIMEOUT_S = 600.0
+"""Timeout of a collective operation, in seconds, where ranks are at work for about as long as each other."""
+LONG_WORK_S = 86_400.0
+"""Timeout of a collective operation, in seconds, where a rank may be at work for hours while the others wait for it:
+ranks build shards of different sizes, and rank 0 alone joins keys. A rank that ends is noticed at once all the same."""
+
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 """Numbers of glibc's options of `mallopt`."""
 LARGEST_KEPT = 32 * 2**20
@@ -57,7 +63,7 @@ def keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def process_group(timeout_s: float = 600.0, device: Device = "auto") -> Iterator[torch.device]:
+def process_group(timeout_s: float = TIMEOUT_S, device: Device = "auto") -> Iterator[torch.device]:
     """Join the job's process group within the `with`, and yield this rank's device.
 
     Without a launcher (no WORLD_SIZE in the environment) the group is this one process.

@@ -20,15 +20,19 @@ class ListQuality:
     Example: `quality.update(users, queries, history, lists)` for each batch, then `quality.result()`
     """
 
-    def __init__(self, k: int, *, held_out: bool, exact: Retriever | None = None, every: int = 1) -> None:
+    def __init__(
+        self, k: int, *, held_out: bool, exact: Retriever | None = None, every: int = 1, by_place: bool = False
+    ) -> None:
         """
         Args:
             k: items of each list.
             held_out: whether histories have a held-out item.
             exact: finds the exact lists to compare with; None: the lists are exact already.
             every: compare the lists of every `every`-th user.
+            by_place: count users as they come, on each rank, and not by their ids: these may be any.
         """
         self.k, self.held_out, self.exact, self.every = k, held_out, exact, every
+        self._by_place, self._users = by_place, 0
         self._hits = RankingMetrics((k,))
         # Users compared, items of their exact lists that were found, items of their exact lists.
         self._counts = torch.zeros(3, dtype=torch.float64)
@@ -46,7 +50,9 @@ class ListQuality:
         """
         if history is not None and history.held_out is not None:
             self._hits.update(list_ranks(lists.items, torch.from_numpy(history.held_out)))
-        sampled = np.flatnonzero(users % self.every == 0)
+        counted = np.arange(self._users, self._users + len(users)) if self._by_place else users
+        self._users += len(users)
+        sampled = np.flatnonzero(counted % self.every == 0)
         if self.exact is not None and sampled.size:
             self._compare(self.exact, queries[sampled], None if history is None else history.seen, sampled, lists)
 
@@ -65,5 +71,6 @@ class ListQuality:
         if self.exact is not None:
             dist.all_reduce(self._counts)
             users, recalled, wanted = self._counts.tolist()
-            result["recall"] = {"users": int(users), f"recall@{self.k}": recalled / max(1.0, wanted)}
+            if users:
+                result["recall"] = {"users": int(users), f"recall@{self.k}": recalled / max(1.0, wanted)}
         return result

@@ -12,7 +12,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
 from recgpt_torchrec.preparation.key_files import KeyFile
 from recgpt_torchrec.retrieval.filters import FilterRecord
-from recgpt_torchrec.retrieval.key_inputs import open_engine, user_file
+from recgpt_torchrec.retrieval.key_inputs import explain_shortage, open_engine, user_file
 
 
 class ChosenUsers:
@@ -28,21 +28,26 @@ class ChosenUsers:
             InputError: on every rank, where the file cannot be read or holds no key for one.
         """
         self.file: KeyFile = user_file(config)
-        self._resources = ExitStack()
+        self.config, self._resources = config, ExitStack()
         failure = None
         try:
-            self.engine: DuckDBEngine = self._resources.enter_context(open_engine(config))
-            keys = self.file.load(self.engine, "listed_users").keys
-            # The same places on every rank, so that they can tell each other which keys they found.
-            self.engine.connection.execute(
-                "CREATE TABLE chosen_users AS SELECT key, row_number() OVER (ORDER BY key) - 1 AS place "
-                "FROM listed_users; DROP TABLE listed_users"
-            )
-            self.is_found = np.zeros(keys, dtype=bool)
+            with ExitStack() as resources:
+                self.engine: DuckDBEngine = resources.enter_context(open_engine(config))
+                keys = self.file.load(self.engine, "listed_users").keys
+                # The same places on every rank, so that they can tell each other which keys they found.
+                self.engine.connection.execute(
+                    "CREATE TABLE chosen_users AS SELECT key, row_number() OVER (ORDER BY key) - 1 AS place "
+                    "FROM listed_users; DROP TABLE listed_users"
+                )
+                self.is_found = np.zeros(keys, dtype=bool)
+                self._resources = resources.pop_all()  # the engine stays open
         except Exception as error:
-            self._resources.close()
             failure = error
-        raise_first_error(failure)
+        try:
+            raise_first_error(failure)
+        except Exception:
+            self._resources.close()
+            raise
 
     def __enter__(self) -> "ChosenUsers":
         return self
@@ -58,9 +63,10 @@ class ChosenUsers:
     def select(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """The rows of a batch with a column `key` whose key is among those chosen, in their order."""
         run, rows = self.engine.connection.execute, pa.array(np.arange(batch.num_rows))
-        self.engine.connection.register("incoming", pa.table({"key": batch["key"], "row": rows}))
-        found = run("SELECT row, place FROM incoming JOIN chosen_users USING (key) ORDER BY row").fetchnumpy()
-        self.engine.connection.unregister("incoming")
+        with explain_shortage(self.config):
+            self.engine.connection.register("incoming", pa.table({"key": batch["key"], "row": rows}))
+            found = run("SELECT row, place FROM incoming JOIN chosen_users USING (key) ORDER BY row").fetchnumpy()
+            self.engine.connection.unregister("incoming")
         self.is_found[np.asarray(found["place"], dtype=np.int64)] = True
         return batch.take(pa.array(found["row"], pa.int64()))
 

@@ -23,7 +23,9 @@ Bool = npt.NDArray[np.bool_]
 BLOCK = 2**22
 """Number of items whose counts are held at once."""
 USERS = 2**14
-"""Number of users per batch of lists."""
+"""Maximum number of users per batch of lists."""
+PLACES = 2**22
+"""Maximum number of items per batch of lists."""
 
 
 def popular_lists(
@@ -51,8 +53,9 @@ def popular_lists(
     )
     items, counts = find_popular(dataset, k, allowed, column)
     keys = Keys(dataset, "users")
-    for start in range(0, users.size, USERS):
-        ids = users[start : start + USERS]
+    at_once = max(1, min(USERS, PLACES // k))
+    for start in range(0, users.size, at_once):
+        ids = users[start : start + at_once]
         batch = pa.record_batch({"user_id": ids, "key": keys.of(ids)})
         if chosen is not None:
             batch = chosen.select(batch)

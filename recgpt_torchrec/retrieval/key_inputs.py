@@ -11,7 +11,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
 from recgpt_torchrec.preparation.key_files import KeyFile
 from recgpt_torchrec.retrieval.filters import FilterRecord
-from recgpt_torchrec.storage import scratch_beside
+from recgpt_torchrec.storage import remote, scratch_beside
 
 MEMORY = "4GB"
 """Memory that a join of keys takes before it spills to disk."""
@@ -58,12 +58,18 @@ def open_engine(config: Retrieve) -> Iterator[DuckDBEngine]:
     Raises:
         InputError: it lacks memory or scratch space.
     """
-    parent = scratch_beside(config.output)
+    remedy = "name another folder in TMPDIR" if remote(config.output) else "give an --output in another folder"
+    with explain_shortage(config), DuckDBEngine(scratch_beside(config.output), MEMORY, remedy=remedy) as engine:
+        yield engine
+
+
+@contextmanager
+def explain_shortage(config: Retrieve) -> Iterator[None]:
+    """Make an `InputError` of an engine's errors about memory and scratch space."""
     try:
-        with DuckDBEngine(parent, MEMORY) as engine:
-            yield engine
+        yield
     except (duckdb.OutOfMemoryException, duckdb.IOException, PermissionError) as error:
         message = str(error).split("\n")[0]
         raise InputError(
-            f"keys cannot be joined in a scratch folder in {parent}: {message}; free space there"
+            f"keys cannot be joined in a scratch folder in {scratch_beside(config.output)}: {message}; free space there"
         ) from None

@@ -26,7 +26,7 @@ def describe_lists(
         "from        "
         + (rule.describe(interests, config.k) if interests > 1 else "one vector per user")
         + (", items of the history left out" if config.data else ", items of the history not left out (no --data)"),
-        f"index       {config.index}, ready in {measured['index_seconds']:.1f} s; "
+        f"index       {manifest.settings.get('index', config.index)}, ready in {measured['index_seconds']:.1f} s; "
         f"{measured['users_per_second']:,.0f} users/s",
     ]
     for option, record in manifest.filters.items():
@@ -40,8 +40,9 @@ def describe_lists(
             "that may be in it; allow more items"
         )
     if config.fallback == "popular":
-        users = f"{manifest.popular:,} users without a vector got popular items"
-        lines.append(f"fallback    {users if manifest.popular else 'not needed: every user of --data has a vector'}")
+        users = "user" if config.users is None else "chosen user"
+        got = f"{manifest.popular:,} users without a vector got popular items"
+        lines.append(f"fallback    {got if manifest.popular else f'not needed: every {users} of --data has a vector'}")
     history = export.settings.get("history", "all")
     if "recall" in measured:
         recall = measured["recall"]

@@ -4,6 +4,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,6 +13,9 @@ import torch
 from recgpt_torchrec import retrieve as stage_retrieve
 from recgpt_torchrec.config import Retrieve
 from recgpt_torchrec.distributed import processes
+from recgpt_torchrec.preparation.engines import duckdb_engine
+from recgpt_torchrec.preparation.key_files import KeyFile
+from recgpt_torchrec.retrieval import chosen_users
 from recgpt_torchrec.retrieval.list_folder import open_lists
 from tests.retrieval.filter_helpers import ITEMS, USERS, WALKS, make_export, plain_list, retrieve
 from tools.ranks import run_ranks
@@ -94,3 +98,36 @@ def test_refused(folder, tmp_path, capfd, text, name, message):
     said = capfd.readouterr().err
     assert message in said and "Traceback" not in said and not (tmp_path / "lists").exists()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_recall_is_measured_among_the_chosen_users_or_not_told(folder, tmp_path, capfd):
+    users = tmp_path / "users.txt"
+    users.write_text("".join(f"user {user}\n" for user in range(1, 29, 2)))  # with odd ids alone
+    options = {"data": folder / "data", "index": "ivf", "users": users}
+    retrieve(folder, tmp_path / "few", **options, sample=7)
+    assert "of the exact lists of 7 users" in capfd.readouterr().out
+    users.write_text(f"user {ABSENT[0]}\n")
+    retrieve(folder, tmp_path / "none", **options, fallback="popular")
+    said = capfd.readouterr().out
+    assert "of the exact lists" not in said and "fallback    1 users without a vector" in said
+    users.write_text("user 1\n")
+    retrieve(folder, tmp_path / "one", **options, fallback="popular")
+    assert "not needed: every chosen user of --data has a vector" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("when", ["starts", "reads", "joins"])
+def test_a_lack_of_scratch_space_is_told_with_what_retrieve_can_do(folder, tmp_path, monkeypatch, capfd, when):
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("full") if when == "starts" else duckdb.IOException("full")
+
+    if when == "starts":
+        monkeypatch.setattr(duckdb_engine.tempfile, "mkdtemp", fail)
+    elif when == "reads":
+        monkeypatch.setattr(KeyFile, "load", fail)
+    else:
+        monkeypatch.setattr(chosen_users.pa, "table", fail)
+    retrieve(folder, tmp_path / "lists", 2, users=folder / "users.txt")
+    said = capfd.readouterr().err
+    assert "full" in said and str(tmp_path) in said and "--scratch" not in said and "Traceback" not in said
+    assert ("give an --output in another folder" if when == "starts" else "free space there") in said
+    assert not (tmp_path / "lists").exists() and not list(tmp_path.glob(".*"))

@@ -110,3 +110,10 @@ def test_refused(folder, tmp_path, capfd):
     said = capfd.readouterr().err
     assert "the part users/part-00000.parquet" in said and "Traceback" not in said
     assert not (tmp_path / "lists").exists()
+
+
+def test_lists_are_made_batch_by_batch_however_long_they_are(folder, monkeypatch):
+    monkeypatch.setattr(fallback, "PLACES", 2 * ITEMS)
+    export, dataset = open_export(str(folder / "vectors")), Dataset.open(str(folder / "data"))
+    for k, sizes in {ITEMS: [2, 2], 3 * ITEMS: [1] * 4, 3: [4]}.items():
+        assert [len(batch.users) for batch in popular_lists(export, dataset, k, None)] == sizes

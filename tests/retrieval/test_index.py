@@ -1,7 +1,9 @@
 """FAISS indexes in an export: against plain sorting, on several ranks, with filters; what is kept and refused."""
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,12 @@ from recgpt_torchrec.catalogue.rounds import Rounds
 from recgpt_torchrec.catalogue.vectors import HeldVectors
 from recgpt_torchrec.config import HNSW, IVF, PQ, Index, Retrieve
 from recgpt_torchrec.data.ragged import Ragged
+from recgpt_torchrec.distributed import processes
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.exports.index_manifest import IndexManifest, IndexShard
-from recgpt_torchrec.retrieval.exports.reading import Export, open_export
+from recgpt_torchrec.retrieval.exports.reading import Export, open_export, open_on_all_ranks
 from recgpt_torchrec.retrieval.merging import merge_rule
-from recgpt_torchrec.retrieval.search import choosing, index_files, stored
+from recgpt_torchrec.retrieval.search import choosing, index_files, indexing, stored
 from recgpt_torchrec.retrieval.search.choosing import choose_kind, resolve
 from recgpt_torchrec.retrieval.search.indexing import add_index, open_own_shards
 from recgpt_torchrec.retrieval.search.searching import build_retrievers
@@ -154,7 +157,12 @@ def test_the_same_index_is_there_already_and_another_replaces_it(tmp_path):
     export = write_vectors(tmp_path / "e", vectors(ITEMS, DIM), vectors(USERS, DIM, seed=1))
     (tmp_path / "e/index/dead").mkdir(parents=True)  # a run that was killed
     (tmp_path / "e/index/dead/shard-00000.faiss").write_bytes(b"half")
+    shutil.copytree(tmp_path / "e/index/dead", tmp_path / "e/index/alive")  # a run that writes
+    for path in (tmp_path / "e/index/dead/shard-00000.faiss", tmp_path / "e/index/dead"):
+        os.utime(path, (time.time() - 90_000,) * 2)
     first, there = add_index(export, settings("ivf", shards=2))
+    assert (tmp_path / "e/index/alive/shard-00000.faiss").read_bytes() == b"half"
+    shutil.rmtree(tmp_path / "e/index/alive")
     assert not there and {path.name for path in (tmp_path / "e/index").iterdir()} == {
         first.shards[0].path.split("/")[1]
     }
@@ -210,6 +218,14 @@ def test_options_that_do_not_fit_the_export_are_refused(tmp_path, changes, messa
     with pytest.raises(InputError, match=message):
         add_index(export, Index(**changes))
     assert not (tmp_path / "e/index").exists()
+
+
+def test_retrieve_speaks_of_ranks_where_an_index_is_built_now():
+    config = Retrieve(export="e", output="", ivf=IVF(clusters=21))
+    with pytest.raises(InputError, match=r"--ivf\.clusters is 21, but the export has 20 items in each of 2 ranks"):
+        choosing.choose_parameters("ivf", config, 40, DIM, 2)
+    with pytest.raises(InputError, match=r"in each of 2 ranks; choose the kind flat, or fewer --pq\.bits$"):
+        choosing.choose_parameters("ivf_pq", Retrieve(export="e", output=""), 80, DIM, 2)
 
 
 def test_codes_are_cut_by_a_divisor_of_the_length():
@@ -436,3 +452,104 @@ def test_ranks_find_the_same_lists_whatever_number_of_ranks_wrote_the_shards(kep
     alone = lists_of_rank(0, 1, str(tmp_path / f"flat-{world_size}"))
     np.testing.assert_array_equal(alone, expected)
     assert [lists["error"] for lists in results] == ["items/ is gone"] * world_size
+
+
+def index_seen(rank: int, world_size: int, folder: str) -> tuple[IndexManifest | None, str]:
+    """The index of an export of which each rank sees another state, and the error where the last rank sees none."""
+    index = open_on_all_ranks(f"{folder}/{rank}").manifest.index
+    with pytest.raises(InputError) as caught:
+        open_on_all_ranks(f"{folder}/{rank if rank < world_size - 1 else 'none'}")
+    return index, str(caught.value)
+
+
+def test_every_rank_searches_the_index_that_the_first_sees(kept, tmp_path):
+    shutil.copytree(kept["flat-3"].path, tmp_path / "0")
+    shutil.copytree(kept["ivf-1"].path, tmp_path / "1")
+    found = run_ranks(index_seen, 2, str(tmp_path))
+    assert [index for index, _ in found] == [index_of(kept["flat-3"])] * 2
+    assert found[0][1] == found[1][1] and str(tmp_path / "none") in found[0][1]
+
+
+def test_finished_lists_stay_when_the_export_gets_an_index(tmp_path, capfd):
+    path = write_vectors(tmp_path / "e", vectors(ITEMS, DIM), vectors(USERS, DIM, seed=1)).path
+    given = {"--export": path, "--output": tmp_path / "lists", "--k": 5}
+    assert stage("retrieve", given) == 0
+    add_index(open_export(path), settings("ivf"))
+    capfd.readouterr()
+    assert stage("retrieve", given) == 0
+    said = capfd.readouterr().out
+    assert "Already there" in said and "index       exact, " in said
+    for changes in ({"--index": "ivf"}, {"--ivf.probes": 7}):  # these ask for other lists
+        assert stage("retrieve", given | changes) == 2
+        assert "index: exact there, ivf now" in capfd.readouterr().err
+    assert stage("retrieve", given | {"--k": 6}) == 2
+    said = capfd.readouterr().err
+    assert "k: 5 there, 6 now" in said and "ivf" not in said
+
+
+@pytest.mark.parametrize(
+    ("held", "options", "message"),
+    [
+        ("hnsw-1", {"pq": PQ(m=16)}, r"--pq\.m is 16, but the search of .* is hnsw .*; leave it out, or .* ivf_pq"),
+        ("hnsw-1", {"ivf": IVF(probes=7)}, r"--ivf\.probes is 7, .* leave it out, or give --index ivf or ivf_pq"),
+        ("hnsw-1", {"index": "exact", "hnsw": HNSW(neighbours=5)}, r"--hnsw\.neighbours is 5, .* is exact"),
+        ("flat-1", {"hnsw": HNSW(search=5)}, r"--hnsw\.search is 5, .* is flat \(--index auto\)"),
+        ("ivf-1", {"pq": PQ(refine=2)}, r"--pq\.refine is 2, .* is ivf"),
+        ("hnsw-1", {"hnsw": HNSW(build=7)}, r"--hnsw\.build is 7, but the index in .* was built with 60"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(kept, held, options, message):
+    with pytest.raises(InputError, match=message):
+        retrieval(kept[held], **options)
+
+
+def test_options_that_do_not_fit_the_old_shards_make_new_ones(tmp_path):
+    export = write_vectors(tmp_path / "e", vectors(60, DIM), vectors(5, DIM))
+    add_index(export, Index(kind="ivf", shards=3, sample=5))
+    index, there = add_index(export, Index(kind="ivf", ivf=IVF(clusters=21), sample=5))
+    assert not there and len(index.shards) == 1 and index.parameters["ivf.clusters"] == 21
+
+
+def test_another_sample_is_measured_anew_and_may_be_more_than_a_batch_of_users(tmp_path):
+    export = write_vectors(tmp_path / "e", vectors(90, DIM), vectors(USERS, DIM, seed=1), rows=7)
+    first, _ = add_index(export, settings("flat"))
+    assert first.measured["queries"] == 20
+    for sample, queries in {25: 25, 1000: USERS}.items():
+        index, there = add_index(export, settings("flat", sample=sample))
+        assert not there and index.measured["queries"] == queries and index.shards == first.shards
+        for same in (sample, 0):
+            assert add_index(export, settings("flat", sample=same)) == (index, True)
+
+
+def test_an_index_that_is_replaced_while_it_is_opened_is_not_called_damaged(tmp_path, monkeypatch):
+    export = write_vectors(tmp_path / "e", vectors(ITEMS, DIM), vectors(USERS, DIM))
+    add_index(export, settings("flat"))
+    before = open_export(export.path)
+    add_index(export, settings("flat", shards=2))
+    with pytest.raises(InputError, match="its index was replaced while it was opened; run the same command again"):
+        open_own_shards(before, index_of(before))
+    files = read_files(tmp_path / "e")
+    with pytest.raises(InputError, match="its index was replaced while it was measured; run the same command again"):
+        indexing._commit(before, index_of(before))
+    assert read_files(tmp_path / "e") == files
+
+    def fail(path):
+        raise OSError("no permission")
+
+    monkeypatch.setattr(indexing, "remove", fail)
+    index, _ = add_index(export, settings("flat", shards=3))  # the old files stay, the index is whole
+    assert open_export(export.path).manifest.index == index and len(list((tmp_path / "e").rglob("*.faiss"))) == 5
+
+
+def test_ranks_wait_for_a_long_build(kept, tmp_path, monkeypatch):
+    timeouts, init = [], processes.dist.init_process_group
+
+    def record(*args, timeout, **options):
+        timeouts.append(timeout.total_seconds())
+        return init(*args, timeout=timeout, **options)
+
+    monkeypatch.setattr(processes.dist, "init_process_group", record)
+    path = shutil.copytree(kept["flat-1"].path, tmp_path / "e")
+    assert stage("index", {"--export": path, "--index.kind": "flat"}) == 0
+    assert stage("retrieve", {"--export": path, "--output": tmp_path / "lists", "--k": 5, "--index": "ivf"}) == 0
+    assert timeouts == [86_400.0] * 2

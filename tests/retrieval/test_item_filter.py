@@ -130,7 +130,7 @@ def test_the_filters_combine_as_in_a_plain_loop(folder, tmp_path, allow, deny, r
     if not options:
         return
     options["item_column"] = "sku"
-    named = [keys for keys in (allow, deny, None if rows is None else [row[0] for row in rows]) if keys is not None]
+    named = [keys for keys in (allow, None if rows is None else [row[0] for row in rows]) if keys is not None]
     expected = set()
     for item in range(ITEMS):
         fits = rows is None or any(
@@ -285,7 +285,7 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "blank": ({"a.txt": "\n  \n"}, {"deny": "a.txt"}, "a.txt: it is empty"),
     "no keys": ({"a.csv": "item_id,b\n,1\n"}, {"deny": "a.csv"}, "a.csv: none of its 1 rows has a key (no item: ',1')"),
     "header alone": ({"a.csv": "item_id,b\n"}, {"allow": "a.csv"}, "a.csv: it is empty"),
-    "unknown keys": ({"a.txt": "1\n2\n"}, {"deny": "a.txt"}, "none of its 2 keys is an item of"),
+    "unknown keys": ({"a.txt": "1\n2\n"}, {"allow": "a.txt"}, "none of its 2 keys is an item of"),
     "column": (
         {"a.csv": "sku,b\n1,2\n"},
         {"allow": "a.csv"},
@@ -332,3 +332,12 @@ def test_refused_before_anything_is_written(folder, tmp_path, capfd, case):
     said = capfd.readouterr().err
     assert message in said and "Traceback" not in said and "user_column" not in said and "--input" not in said
     assert not (tmp_path / "lists").exists() and not list(tmp_path.glob(".prepare-*"))
+
+
+def test_a_list_to_deny_without_a_known_item_denies_nothing_and_says_so(folder, tmp_path, capfd):
+    (tmp_path / "deny.txt").write_text("item 98\nitem 99\n")
+    found = retrieve(folder, tmp_path / "lists", deny=tmp_path / "deny.txt")
+    assert found == {user: plain_list(user, 5, range(ITEMS)) for user in range(USERS)}
+    said = capfd.readouterr().out
+    assert "deny.txt: 0 items denied; keys unknown to the export: 2 (such as 'item 98')" in said
+    assert f"allowed     {ITEMS} of {ITEMS} items" in said

@@ -25,7 +25,13 @@ class DuckDBEngine(Engine):
 
     dialect = "duckdb"
 
-    def __init__(self, parent: str, memory_limit: str | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        parent: str,
+        memory_limit: str | None = None,
+        threads: int | None = None,
+        remedy: str = "give another folder with --scratch",
+    ) -> None:
         """Open an empty database.
 
         Args:
@@ -34,6 +40,7 @@ class DuckDBEngine(Engine):
             memory_limit: maximum memory that DuckDB takes before it spills, for example `4GB`; None: 80% of the
                 machine's, DuckDB's default.
             threads: number of threads; None: one per core.
+            remedy: what to do if `parent` cannot be written to.
 
         Raises:
             InputError: `memory_limit` is not a size, or `parent` cannot be written to.
@@ -41,9 +48,7 @@ class DuckDBEngine(Engine):
         try:
             self.scratch = Path(tempfile.mkdtemp(prefix=".prepare-", dir=parent))
         except OSError as error:
-            raise InputError(
-                f"cannot write temporary tables to {parent}: {error}; give another folder with --scratch"
-            ) from None
+            raise InputError(f"cannot write temporary tables to {parent}: {error}; {remedy}") from None
         try:
             self.connection = duckdb.connect(str(self.scratch / "prepare.duckdb"))
             self.connection.execute("SET TimeZone = 'UTC'")  # a date-time without an offset is UTC, on every machine

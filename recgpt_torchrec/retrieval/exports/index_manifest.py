@@ -63,6 +63,8 @@ class IndexManifest:
     measured: dict[str, float] = field(default_factory=dict)
     """`recall@10` and `recall@50` (share of the exact lists found) for `queries` user vectors, and
     `queries_per_second` at depth 50 with `ranks` processes of `threads` threads each; empty: it was not measured."""
+    sample: int = 0
+    """Number of user vectors that were asked to be measured; there may be fewer."""
     shards: list[IndexShard] = field(default_factory=list)
     """In order of their ids."""
 

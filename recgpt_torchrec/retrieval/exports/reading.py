@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 
 from recgpt_torchrec.data.ragged import Float32, Int64
 from recgpt_torchrec.data.reading.footers import column_bounds
+from recgpt_torchrec.distributed.lockstep import raise_first_error
+from recgpt_torchrec.distributed.processes import run_on_first_rank
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.exports.manifest import LATER, DeltaManifest, ExportManifest
 from recgpt_torchrec.retrieval.exports.vectors import vector_columns, vectors_of
@@ -248,6 +250,25 @@ def open_export(path: str) -> Export:
     manifest = ExportManifest.read(path)
     manifest.check_parts(path)
     return Export(path=path, manifest=manifest)
+
+
+def open_on_all_ranks(path: str) -> Export:
+    """Open an export on every rank, with the index that rank 0 sees: it may be replaced meanwhile (collective).
+
+    Raises:
+        InputError: on every rank, where one cannot open it, see `open_export`.
+    """
+    export: Export | None = None
+    failure = None
+    try:
+        export = open_export(path)
+    except InputError as error:
+        failure = error
+    raise_first_error(failure)
+    assert export is not None
+    index = export.manifest.index
+    export.manifest.index = run_on_first_rank(lambda: index)
+    return export
 
 
 def open_delta(path: str) -> Delta:

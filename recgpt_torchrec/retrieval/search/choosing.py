@@ -26,6 +26,9 @@ were scored again, .998 with 8, .9994 with 16."""
 EARLIER = {"ivf.probes": 64, "hnsw.search": 128}
 """Options of retrieve that lists record with a number where the default is 0; lists of the first version lack them."""
 
+CHOICES = ("index", "hnsw", "ivf", "pq")
+"""The option of retrieve that names the kind of index, and the groups of its options."""
+
 
 class Groups(Protocol):
     """A configuration with the groups of index options."""
@@ -61,7 +64,8 @@ def choose_parameters(
     smallest, prefix = items // shards, "--index." if isinstance(groups, Index) else "--"
     defaults = {name: (earlier or {}).get(name, value) for name, value in SEARCHING.items()}
     chosen = {name: _value(groups, name) or defaults.get(name, 0) for name in PARAMETERS[kind]}
-    of_shards = "" if shards == 1 else f" in each of {shards} shards"
+    places = "shards" if isinstance(groups, Index) else "ranks"
+    of_shards = "" if shards == 1 else f" in each of {shards} {places}"
     if kind in ("ivf", "ivf_pq"):
         if chosen["ivf.clusters"] > smallest:
             raise InputError(
@@ -79,7 +83,8 @@ def choose_parameters(
         if smallest < (least := 2 ** chosen["pq.bits"]):
             raise InputError(
                 f"codes of {chosen['pq.bits']} bits need at least {least} items, but the export has {smallest}"
-                f"{of_shards}; choose the kind flat, or fewer {prefix}pq.bits or shards"
+                f"{of_shards}; choose the kind flat, or fewer {prefix}pq.bits"
+                + (" or shards" if isinstance(groups, Index) and shards > 1 else "")
             )
     return chosen
 
@@ -121,14 +126,37 @@ def held_index(config: Retrieve, export: Export) -> IndexManifest | None:
     return index
 
 
+def is_open(config: Retrieve) -> bool:
+    """Whether the options leave it to the export which index is searched, and how."""
+    defaults = Retrieve(export="", output="")
+    return all(getattr(config, name) == getattr(defaults, name) for name in CHOICES)
+
+
+def check_used(config: Retrieve, kind: str) -> None:
+    """Check that no option is given that this kind of search does not use.
+
+    Raises:
+        InputError: names the option, and the kinds that use it.
+    """
+    defaults = Retrieve(export="", output="")
+    for name in dict.fromkeys(name for names in PARAMETERS.values() for name in names):
+        if name not in PARAMETERS.get(kind, ()) and (given := _value(config, name)) != _value(defaults, name):
+            users = " or ".join(each for each, names in PARAMETERS.items() if name in names)
+            raise InputError(
+                f"--{name} is {given}, but the search of {config.export} is {kind} (--index {config.index}), which "
+                f"does not use it; leave it out, or give --index {users}"
+            )
+
+
 def resolve(config: Retrieve, export: Export) -> Retrieve:
     """The options of retrieve with auto and 0 replaced by what they mean for this export; lists record these.
 
     Raises:
-        InputError: the index of the export cannot be searched with these options.
+        InputError: the index of the export cannot be searched with these options, or an option is not used.
     """
     index = held_index(config, export)
     kind = index.kind if index is not None else "exact" if config.index == "auto" else config.index
+    check_used(config, kind)
     groups = {name: getattr(config, name) for name in ("hnsw", "ivf", "pq")}
     chosen = {} if index is None else index.parameters
     for name in dict.fromkeys([*EARLIER, *PARAMETERS.get(kind, ())]):

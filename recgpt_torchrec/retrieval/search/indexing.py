@@ -1,25 +1,35 @@
 """Builds the FAISS index of an export, one shard after another on each rank, measures it, and commits it.
 
 Shards get a folder of their own; then the manifest, which lists them, is replaced in one step. So the export has its
-old index or its new one whole, and none before that; what a killed run left is deleted by the next that ends.
+old index or its new one whole, and none before that. The folder of the old one is deleted then, and those that nothing
+was written to for a day: a killed run left them. Another run may be writing to a newer one.
 """
 
-import hashlib
 import json
+import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from functools import partial
 
 import faiss
 import numpy as np
+import pyarrow.fs
 
 from recgpt_torchrec.catalogue.rounds import Rounds
 from recgpt_torchrec.config import Index, Retrieve
 from recgpt_torchrec.data.candidates import id_range
 from recgpt_torchrec.data.ragged import Float32
 from recgpt_torchrec.distributed.lockstep import raise_first_error
-from recgpt_torchrec.distributed.processes import gather_objects, log_message, rank, run_on_first_rank, world_size
+from recgpt_torchrec.distributed.processes import (
+    LONG_WORK_S,
+    gather_objects,
+    log_message,
+    rank,
+    run_on_first_rank,
+    world_size,
+)
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.progress import progress_bar
 from recgpt_torchrec.retrieval.exports.index_manifest import FOLDER, IndexManifest, IndexShard, vectors_fingerprint
@@ -31,7 +41,7 @@ from recgpt_torchrec.retrieval.search.index import Shard, build
 from recgpt_torchrec.retrieval.search.index_files import open_shards, write_shard
 from recgpt_torchrec.retrieval.search.sharded_index import ShardedIndex
 from recgpt_torchrec.retrieval.search.stored import StoredExactSearch, vector_blocks
-from recgpt_torchrec.storage import names, remove, write
+from recgpt_torchrec.storage import exists, filesystem, names, remove, write
 from recgpt_torchrec.storage.folders import MANIFEST
 from recgpt_torchrec.storage.typed import seal
 
@@ -76,7 +86,7 @@ def open_own_shards(export: Export, index: IndexManifest, config: Retrieve | Non
         config: whose options of the search count; None: those that the index was measured with.
 
     Raises:
-        InputError: on every rank, where a file is missing or damaged.
+        InputError: on every rank, where a file is missing or damaged, or the index was replaced meanwhile.
     """
     own: list[Shard] = []
     failure = None
@@ -84,7 +94,15 @@ def open_own_shards(export: Export, index: IndexManifest, config: Retrieve | Non
         own = open_shards(export.path, index, index.shards[rank() :: world_size()], export.manifest.dim)
     except Exception as error:
         failure = error
-    raise_first_error(failure)
+    try:
+        raise_first_error(failure)
+    except Exception:
+        held, now = export.manifest.index, run_on_first_rank(lambda: ExportManifest.read(export.path).index)
+        if held is not None and (now is None or now.shards != held.shards):
+            raise InputError(
+                f"{export.path}: its index was replaced while it was opened; run the same command again"
+            ) from None
+        raise
     if config is not None:
         for shard in own:
             shard.parameters = {**index.parameters, **choosing.search_options(index.kind, config)}
@@ -109,21 +127,26 @@ def add_index(export: Export, settings: Index) -> tuple[IndexManifest, bool]:
 
     if there is not None and there.kind == kind and there.vectors == vectors:
         shards = min(settings.shards or len(there.shards), manifest.items)
-        parameters = choosing.choose_parameters(kind, settings, manifest.items, manifest.dim, shards, there.parameters)
-        if shards == len(there.shards) and choosing.is_same_build(there, kind, parameters):
+        try:
+            parameters = choosing.choose_parameters(
+                kind, settings, manifest.items, manifest.dim, shards, there.parameters
+            )
+        except InputError:
+            parameters = None  # they fit no shards of this size, but may fit new ones
+        if parameters is not None and shards == len(there.shards) and choosing.is_same_build(there, kind, parameters):
             index = replace(there, parameters=parameters)
             try:
                 own = open_own_shards(export, index)
             except InputError as error:
                 log_message(f"The index is built anew: {error}")
             else:
-                if there.parameters == parameters and (there.measured or not settings.sample):
+                if there.parameters == parameters and settings.sample in (0, there.sample):
                     return there, True
-                return _commit(export, replace(index, measured=_measure(export, own, settings.sample))), False
+                index = replace(index, sample=settings.sample, measured=_measure(export, own, settings.sample))
+                return _commit(export, index), False
     shards = min(settings.shards or world_size(), manifest.items)
     parameters = choosing.choose_parameters(kind, settings, manifest.items, manifest.dim, shards)
-    identity = json.dumps([vectors, kind, shards, parameters, faiss.__version__])
-    folder = f"{FOLDER}/{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    folder = f"{FOLDER}/{run_on_first_rank(lambda: secrets.token_hex(4))}"
     log_message(f"{export.path}: {kind} index of {manifest.items:,} items, {_describe(parameters, shards)}")
     since = time.perf_counter()
     written: list[IndexShard] = []
@@ -142,6 +165,7 @@ def add_index(export: Export, settings: Index) -> tuple[IndexManifest, bool]:
         vectors=vectors,
         faiss=faiss.__version__,
         build_seconds=max(gather_objects(time.perf_counter() - since)),
+        sample=settings.sample,
         shards=entries,
     )
     index.measured = _measure(export, open_own_shards(export, index), settings.sample)
@@ -205,16 +229,18 @@ def _measure(export: Export, own: list[Shard], sample: int) -> dict[str, float]:
 
 
 def _draw_queries(export: Export, count: int) -> Float32:
-    """Up to `count` user vectors [n, dim] of this rank's first batch of users, evenly spaced."""
+    """Up to `count` user vectors [n, dim], evenly spaced in the first batches of this rank that hold as many."""
     failure = None
-    vectors = np.zeros((0, export.manifest.dim), np.float32)
+    parts = [np.zeros((0, export.manifest.dim), np.float32)]
     try:
         for batch in export.users(rank=rank(), world_size=world_size()):
-            vectors = vectors_of(batch).reshape(-1, export.manifest.dim)
-            break
+            parts.append(vectors_of(batch).reshape(-1, export.manifest.dim))
+            if sum(map(len, parts)) >= count:
+                break
     except InputError as error:
         failure = error
     raise_first_error(failure)
+    vectors = np.concatenate(parts)
     return vectors[np.linspace(0, len(vectors) - 1, min(count, len(vectors))).astype(np.int64)]
 
 
@@ -225,19 +251,39 @@ def _commit(export: Export, index: IndexManifest) -> IndexManifest:
         current = ExportManifest.read(export.path)
         if Export(path=export.path, manifest=current).fingerprint != export.fingerprint:
             raise InputError(f"{export.path} was written anew while its index was built; run the same command again")
-        current.index = index
+        if not all(exists(f"{export.path}/{shard.path}") for shard in index.shards):
+            raise InputError(f"{export.path}: its index was replaced while it was measured; run the same command again")
+        replaced, current.index = current.index, index
         text = json.dumps(seal(json.loads(current.to_json())), indent=1)
         try:
             write(f"{export.path}/{MANIFEST}", text.encode())
-            for name in names(f"{export.path}/{FOLDER}"):
-                if not index.shards[0].path.startswith(f"{FOLDER}/{name}/"):
-                    remove(f"{export.path}/{FOLDER}/{name}")
         except OSError as error:
             raise InputError(f"cannot write {export.path}: {error}") from None
+        try:
+            for name in names(f"{export.path}/{FOLDER}"):
+                if name not in _folders(index) and (name in _folders(replaced) or _is_abandoned(export, name)):
+                    remove(f"{export.path}/{FOLDER}/{name}")
+        except OSError as error:
+            log_message(f"Files of another index stay in {export.path}/{FOLDER}: {' '.join(str(error).split())}")
 
     run_on_first_rank(replace_manifest)
     export.manifest.index = index
     return index
+
+
+def _folders(index: IndexManifest | None) -> set[str]:
+    """Names of the folders that hold the shards of an index."""
+    paths = [] if index is None else [shard.path.split("/") for shard in index.shards]
+    return {path[1] for path in paths if path[0] == FOLDER and len(path) > 1}
+
+
+def _is_abandoned(export: Export, name: str) -> bool:
+    """Whether nothing was written for a day to a folder of an index that the export does not have."""
+    fs, root = filesystem(f"{export.path}/{FOLDER}/{name}")
+    infos = [fs.get_file_info(root), *fs.get_file_info(pyarrow.fs.FileSelector(root, allow_not_found=True))]
+    limit = datetime.now(UTC) - timedelta(seconds=LONG_WORK_S)
+    times = [info.mtime for info in infos if info.mtime is not None]  # a store's folders have none
+    return bool(times) and max(times) < limit
 
 
 def summary(index: IndexManifest) -> str:

@@ -32,7 +32,7 @@ def find_allowed(config: Retrieve, export: Export, records: dict[str, FilterReco
         [items] bool by id, on every rank: one byte per item; None: no filter is asked for.
 
     Raises:
-        InputError: a file cannot be read or knows none of the export's items, or no item is left.
+        InputError: a file cannot be read, --allow or --items knows none of the export's items, or no item is left.
     """
     if not (files := item_files(config)):
         return None
@@ -70,7 +70,7 @@ def _match(engine: DuckDBEngine, export: Export, file: KeyFile, loaded: LoadedKe
     ((unknown, example),) = run(
         f"SELECT count(*), min(key) FROM listed_{name} ANTI JOIN export_items USING (key)"
     ).fetchall()
-    if unknown == loaded.keys:
+    if unknown == loaded.keys and name != "deny":  # a list of what is sold out may hold nothing that is known
         ((other,),) = run("SELECT min(key) FROM export_items").fetchall()
         raise InputError(
             f"{file}: none of its {loaded.keys:,} keys is an item of {export.path}, whose keys are such as {other!r}, "
