@@ -112,9 +112,13 @@ def test_errors_of_tasks_and_of_a_driver_that_ended_are_explained() -> None:
     with pytest.raises(InputError, match="^part 3 is damaged$"), explain_spark():
         raise failed("a page of Java\nrecgpt_torchrec.errors.InputError: part 3 is damaged\nat org.apache")
     silent = type("Py4JError", (Exception,), {"__module__": "py4j.protocol"})
-    for error in (ConnectionRefusedError(111, "refused"), silent("An error occurred while calling o47.count")):
+    with pytest.raises(InputError, match="Spark's driver process ended"), explain_spark():
+        raise silent("An error occurred while calling o47.count")
+    for kind in (ConnectionRefusedError, EOFError):
         with pytest.raises(InputError, match="Spark's driver process ended"), explain_spark():
-            raise error
+            exec(compile(f"raise {kind.__name__}", "/lib/py4j/clientserver.py", "exec"))
+        with pytest.raises(kind), explain_spark():
+            raise kind  # of a store
     with pytest.raises(silent), explain_spark():
         raise silent("An error occurred while calling o47.count. Trace:\njava.lang.Fault")
 

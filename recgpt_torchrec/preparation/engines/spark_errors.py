@@ -2,8 +2,10 @@
 
 import logging
 import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from recgpt_torchrec.errors import InputError
 
@@ -45,8 +47,6 @@ CAUSES = (
     ),
 )
 """Patterns of what Spark says, and what to make of it; {0} is the group that matched."""
-
-
 DRIVER_ENDED = (
     "--engine pyspark: Spark's driver process ended; if memory was short, give it more by spark.driver.memory with "
     f"{SETTINGS}, or less if the machine has no more"
@@ -55,8 +55,11 @@ DRIVER_ENDED = (
 
 def has_ended(error: Exception) -> bool:
     """Whether an error says that the driver's Java process, to which this program speaks through a socket, is gone."""
-    if isinstance(error, ConnectionError) or type(error).__name__ == "Py4JNetworkError":
+    if type(error).__name__ == "Py4JNetworkError":
         return True
+    if isinstance(error, (ConnectionError, EOFError)):  # of Spark's sockets, not of a store
+        files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+        return any({"py4j", "pyspark"} & {*Path(file).parts} for file in files)
     # What py4j makes of an empty answer. An error of Java has its text on the lines below.
     silent = r"An error occurred while calling \S+|.* does not exist in the JVM"
     return type(error).__name__ == "Py4JError" and re.fullmatch(silent, str(error)) is not None
