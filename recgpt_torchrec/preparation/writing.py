@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.fs
 
 from recgpt_torchrec.data.ragged import offsets_of
-from recgpt_torchrec.storage.parts import Part, open_parquet, regroup, write_parts
+from recgpt_torchrec.storage.parts import Part, add_parts, open_parquet, regroup, write_parts
 
 NUMBER = "number"
 """Column that numbers rows which have no id of their own."""
@@ -64,10 +64,13 @@ class Layout:
     def write_part(
         self, fs: pyarrow.fs.FileSystem, root: str, batches: Iterable[pa.RecordBatch], number: int, prefix: str
     ) -> Part:
-        """Write the part of this number: the same file as `write_all` writes, given its rows alone."""
+        """Write the part of this number: the same file as `write_all` writes, given its rows alone.
+
+        The folder exists: were it made here, a task that outlives a failure would make again what has been removed.
+        """
         start = number * self.ids_per_part
         groups = self.make_groups(batches, start=start, stop=min(start + self.ids_per_part, self.ids))
-        (part,) = write_parts(fs, root, self.folder, groups, self.groups_per_part, prefix, first=number)
+        (part,) = add_parts(fs, root, self.folder, groups, self.groups_per_part, prefix, first=number)
         return part
 
 

@@ -87,6 +87,21 @@ def write_parts(
         A `Part` per file.
     """
     fs.create_dir(f"{root}/{folder}", recursive=True)
+    return add_parts(fs, root, folder, groups, groups_per_part, prefix, first=first, options=options)
+
+
+def add_parts(
+    fs: pyarrow.fs.FileSystem,
+    root: str,
+    folder: str,
+    groups: Iterable[pa.Table],
+    groups_per_part: int,
+    prefix: str = "part",
+    *,
+    first: int = 0,
+    options: Mapping[str, Any] | None = None,
+) -> list[Part]:
+    """`write_parts` into a folder that exists: an error where it does not."""
     parts: list[Part] = []
     writer: _PartWriter | None = None
     try:

@@ -43,6 +43,10 @@ def test_each_part_alone_has_the_bytes_that_it_has_among_all(tmp_path_factory, l
     fs, root = pyarrow.fs.LocalFileSystem(), tmp_path_factory.mktemp("parts")
     whole = layout.write_all(fs, str(root / "whole"), rows.to_batches(max_chunksize=batch))
     alone = []
+    with pytest.raises(FileNotFoundError):
+        layout.write_part(fs, str(root / "gone"), [], 0, "part")
+    assert not (root / "gone").exists()
+    (root / "alone" / layout.folder).mkdir(parents=True)
     for number in range(layout.parts):
         inside = [user // layout.ids_per_part == number for user, _ in events]
         batches = rows.filter(pa.array(inside, pa.bool_())).to_batches(max_chunksize=batch + 1)

@@ -1,7 +1,6 @@
 """The engine of one machine: DuckDB, on a database file."""
 
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ import ibis.expr.types as ir
 import pyarrow as pa
 
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS, Engine, quote_sql
+from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS, REMEDY, Engine, make_scratch, quote_sql
 
 
 class DuckDBEngine(Engine):
@@ -30,7 +29,7 @@ class DuckDBEngine(Engine):
         parent: str,
         memory_limit: str | None = None,
         threads: int | None = None,
-        remedy: str = "give another folder with --scratch",
+        remedy: str = REMEDY,
     ) -> None:
         """Open an empty database.
 
@@ -45,10 +44,7 @@ class DuckDBEngine(Engine):
         Raises:
             InputError: `memory_limit` is not a size, or `parent` cannot be written to.
         """
-        try:
-            self.scratch = Path(tempfile.mkdtemp(prefix=".prepare-", dir=parent))
-        except OSError as error:
-            raise InputError(f"cannot write temporary tables to {parent}: {error}; {remedy}") from None
+        self.scratch = Path(make_scratch(parent, remedy))
         try:
             self.connection = duckdb.connect(str(self.scratch / "prepare.duckdb"))
             self.connection.execute("SET TimeZone = 'UTC'")  # a date-time without an offset is UTC, on every machine

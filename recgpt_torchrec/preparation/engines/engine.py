@@ -4,6 +4,7 @@ Ibis is the language and the compiler; an engine runs the SQL. Beside the engine
 (`reading/`) and the writing of parts depend on which one it is.
 """
 
+import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, Self, TypeVar
@@ -13,12 +14,15 @@ import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.fs
 
+from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.writing import Layout
 from recgpt_torchrec.progress import progress_bar
 from recgpt_torchrec.storage.parts import Part
 
 T = TypeVar("T")
 BATCH_ROWS = 65_536
+REMEDY = "give another folder with --scratch"
+"""What to do where an engine cannot write its temporary tables."""
 """Maximum number of rows per batch of a result."""
 
 
@@ -113,6 +117,22 @@ def _count(batches: Iterable[pa.RecordBatch], bar: Any) -> Iterator[pa.RecordBat
     for batch in batches:
         yield batch
         bar.update(batch.num_rows)
+
+
+def make_scratch(parent: str, remedy: str = REMEDY) -> str:
+    """A new local folder in `parent` for what an engine writes until it is closed.
+
+    Args:
+        parent: an existing folder.
+        remedy: what to do if it cannot be written to.
+
+    Raises:
+        InputError: `parent` cannot be written to.
+    """
+    try:
+        return tempfile.mkdtemp(prefix=".prepare-", dir=parent)
+    except OSError as error:
+        raise InputError(f"cannot write temporary tables to {parent}: {error}; {remedy}") from None
 
 
 def quote_sql(text: str) -> str:

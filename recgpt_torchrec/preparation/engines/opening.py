@@ -40,5 +40,10 @@ def _choose_scratch(config: Prepare) -> str:
         return scratch_beside(os.path.join(os.path.abspath(config.scratch), "tables"))
     if is_spark and filesystem(config.output)[0].type_name != "local":
         above = config.output.rstrip("/").rpartition("/")[0]
+        if above.endswith("/"):
+            raise InputError(
+                f"--output {config.output} is a whole bucket, and Spark's tables need a folder beside it; name a "
+                "folder in it, or one for tables with --scratch"
+            )
         return f"s3a://{above.removeprefix('s3://')}" if above.startswith("s3://") else above  # as Hadoop names it
     return scratch_beside(config.output)  # missing folders are created with the dataset only

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
 import ibis
@@ -13,11 +13,13 @@ import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.fs
 
-from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS, Engine, T
+from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS, Engine, T, make_scratch
+from recgpt_torchrec.preparation.engines.spark_errors import has_ended
 from recgpt_torchrec.preparation.engines.spark_progress import shown
 from recgpt_torchrec.preparation.engines.spark_session import open_session
 from recgpt_torchrec.preparation.engines.spark_writing import write_on_executors
 from recgpt_torchrec.preparation.writing import Layout
+from recgpt_torchrec.progress import LOGGER
 from recgpt_torchrec.storage import remote
 from recgpt_torchrec.storage.parts import Part, regroup
 
@@ -32,7 +34,8 @@ FILL_ROWS = 2**20
 class SparkEngine(Engine):
     """Apache Spark, with every stored table as Parquet in a scratch folder, so that a lost executor repeats one step.
 
-    The driver sends SQL and receives aggregates: no table passes through it.
+    The driver sends SQL and receives aggregates: no table passes through it. Only the keys of the written vocabulary
+    are read there once, as a stream, for their fingerprint.
     """
 
     dialect = "pyspark"
@@ -45,29 +48,49 @@ class SparkEngine(Engine):
                 in it, which `close` removes.
 
         Raises:
-            InputError: Spark cannot be started.
+            InputError: Spark cannot be started, or `parent` is local and cannot be written to.
         """
+        name = f".prepare-{uuid.uuid4().hex[:12]}"
         # A path without a scheme would be one of the cluster's own file system, such as HDFS.
         where = parent.rstrip("/") if remote(parent) else f"file://{parent.rstrip('/')}"
-        self.scratch = f"{where}/.prepare-{uuid.uuid4().hex[:12]}"
+        self.scratch = f"{where}/{name}"
         here = tempfile.gettempdir() if remote(parent) else parent
-        self.spark, self.is_owner = open_session(here)
-        self.parallelism = self.spark.sparkContext.defaultParallelism
-        """Number of tasks that run at once."""
-        is_local = self.spark.sparkContext.master.startswith("local")
-        self.local_scratch = tempfile.mkdtemp(prefix=".prepare-", dir=here) if is_local else None
-        """Folder for what tasks write beside tables, where all tasks run on this machine; None: executors have folders
-        of their own, which Spark removes. A task that is cancelled cannot remove what it wrote."""
+        with ExitStack() as resources:  # closed in reverse: a folder of this machine last, whatever Spark left in it
+            if not remote(parent):
+                resources.callback(shutil.rmtree, f"{parent.rstrip('/')}/{name}", ignore_errors=True)
+            own = make_scratch(here)
+            resources.callback(shutil.rmtree, own, ignore_errors=True)
+            self.spark, is_owner = open_session(here)
+            if is_owner:
+                resources.callback(self._stop)
+            self.parallelism = self.spark.sparkContext.defaultParallelism
+            """Number of tasks that run at once."""
+            is_local = self.spark.sparkContext.master.startswith("local")
+            self.local_scratch = own if is_local else None
+            """Folder for what tasks write beside tables, where all tasks run on this machine; None: executors have
+            folders of their own, which Spark removes. A task that is cancelled cannot remove what it wrote."""
+            resources.callback(self._remove_tables)
+            self._resources = resources.pop_all()
 
     def close(self) -> None:
         """Drop every table, remove the scratch folder, and stop Spark if it was started here."""
+        self._resources.close()
+
+    def _remove_tables(self) -> None:
         try:
             self.remove(self.scratch)
-        finally:
-            if self.is_owner:
-                self.spark.stop()
-            if self.local_scratch is not None:
-                shutil.rmtree(self.local_scratch, ignore_errors=True)
+        except Exception as error:
+            if not has_ended(error):
+                raise
+            if remote(self.scratch.removeprefix("file://")):
+                LOGGER.info(f"note        temporary tables are left in {self.scratch}, as Spark's driver ended")
+
+    def _stop(self) -> None:
+        try:
+            self.spark.stop()
+        except Exception as error:
+            if not has_ended(error):
+                raise
 
     def save(self, name: str, expression: ir.Table) -> ir.Table:
         """Store the result of `expression` as the table `name`, and return that table for further expressions."""

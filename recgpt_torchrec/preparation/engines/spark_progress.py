@@ -3,14 +3,17 @@
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+from recgpt_torchrec.preparation.engines.spark_errors import has_ended
 from recgpt_torchrec.progress import progress_bar
 
 if TYPE_CHECKING:
     from pyspark import SparkContext
 
+PROPERTIES = ("spark.jobGroup.id", "spark.job.description", "spark.job.interruptOnCancel")
+"""What `setJobGroup` sets for the jobs of this thread."""
 EVERY = 0.3
 """Seconds between looks at Spark's counters."""
 
@@ -22,21 +25,40 @@ def shown(context: "SparkContext", name: str, stop: Callable[[], bool] = lambda:
     Tasks of a job's later stages are counted when they begin, so the total may grow.
     """
     group, ended = uuid.uuid4().hex, threading.Event()
-    outer = context.getLocalProperty("spark.jobGroup.id")
+    outer = {name: context.getLocalProperty(name) for name in PROPERTIES}
     context.setJobGroup(group, name, interruptOnCancel=True)
     watcher = threading.Thread(target=_watch, args=(context, group, name, stop, ended), daemon=True)
     watcher.start()
-    try:
+    with ExitStack() as ending:
+        ending.callback(_reset, context, outer, stop)
+        ending.callback(watcher.join)
+        ending.callback(ended.set)
         yield
-    finally:
-        ended.set()
-        watcher.join()
+
+
+def _reset(context: "SparkContext", properties: dict[str, str], stop: Callable[[], bool]) -> None:
+    """Leave the thread's properties and the log's level as they were, if Spark still runs."""
+    try:
         if stop():
             context.setLogLevel("ERROR")
-        context.setLocalProperty("spark.jobGroup.id", outer)  # None takes it away
+        for name, value in properties.items():
+            context.setLocalProperty(name, value)  # None takes it away
+    except Exception as error:
+        if not has_ended(error):  # else the error of the `with` says so
+            raise
 
 
 def _watch(context: "SparkContext", group: str, name: str, stop: Callable[[], bool], ended: threading.Event) -> None:
+    try:
+        _update_bar(context, group, name, stop, ended)
+    except Exception as error:
+        if not has_ended(error):  # else the thread that waits for the jobs says so
+            raise
+
+
+def _update_bar(
+    context: "SparkContext", group: str, name: str, stop: Callable[[], bool], ended: threading.Event
+) -> None:
     tracker = context.statusTracker()
     stages: dict[int, tuple[int, int]] = {}
     with progress_bar(1, "tasks", desc=f"{name}: ", leave=False) as bar:

@@ -74,4 +74,4 @@ def _keep_counted(fs: pyarrow.fs.FileSystem, root: str, folder: str, written: li
     for file in fs.get_file_info(pyarrow.fs.FileSelector(f"{root}/{folder}")):
         if file.base_name.startswith(ATTEMPT):
             fs.delete_file(file.path)
-    return sorted(parts, key=lambda part: part.path)
+    return sorted(parts, key=lambda part: (len(part.path), part.path))  # from 100,000 parts on, numbers get longer

@@ -24,7 +24,7 @@ PATTERNS = {
     " ": r"\S*[0-9]\S*( \S*[0-9]\S*)+",  # words are names, unless each has a digit
 }
 BRACKETS = {"[": "]", "{": "}", "(": ")"}
-LOOKS_LIKE_LIST = r"^(\[.*\]|[0-9]+([,;| ] ?[0-9]+)+)$"
+LOOKS_LIKE_LIST = r"^(\[[^\n]*\]|[0-9]+([,;| ] ?[0-9]+)+)\z"
 """Keys that look like lists, for the note about them."""
 
 
