@@ -13,7 +13,7 @@ import torch
 from recgpt_torchrec import retrieve as stage_retrieve
 from recgpt_torchrec.config import Retrieve
 from recgpt_torchrec.distributed import processes
-from recgpt_torchrec.preparation.engines import duckdb_engine
+from recgpt_torchrec.preparation.engines import engine
 from recgpt_torchrec.preparation.key_files import KeyFile
 from recgpt_torchrec.retrieval import chosen_users
 from recgpt_torchrec.retrieval.list_folder import open_lists
@@ -121,7 +121,7 @@ def test_a_lack_of_scratch_space_is_told_with_what_retrieve_can_do(folder, tmp_p
         raise OSError("full") if when == "starts" else duckdb.IOException("full")
 
     if when == "starts":
-        monkeypatch.setattr(duckdb_engine.tempfile, "mkdtemp", fail)
+        monkeypatch.setattr(engine.tempfile, "mkdtemp", fail)
     elif when == "reads":
         monkeypatch.setattr(KeyFile, "load", fail)
     else:

@@ -544,9 +544,9 @@ def test_an_index_that_is_replaced_while_it_is_opened_is_not_called_damaged(tmp_
 def test_ranks_wait_for_a_long_build(kept, tmp_path, monkeypatch):
     timeouts, init = [], processes.dist.init_process_group
 
-    def record(*args, timeout, **options):
-        timeouts.append(timeout.total_seconds())
-        return init(*args, timeout=timeout, **options)
+    def record(*args, **options):
+        timeouts.append(options["timeout"].total_seconds())
+        return init(*args, **options)
 
     monkeypatch.setattr(processes.dist, "init_process_group", record)
     path = shutil.copytree(kept["flat-1"].path, tmp_path / "e")

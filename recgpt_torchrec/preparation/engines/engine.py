@@ -21,9 +21,9 @@ from recgpt_torchrec.storage.parts import Part
 
 T = TypeVar("T")
 BATCH_ROWS = 65_536
+"""Maximum number of rows per batch of a result."""
 REMEDY = "give another folder with --scratch"
 """What to do where an engine cannot write its temporary tables."""
-"""Maximum number of rows per batch of a result."""
 
 
 class Engine(Protocol):
