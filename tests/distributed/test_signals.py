@@ -62,7 +62,7 @@ def test_a_signal_on_any_rank_saves_the_run_and_the_same_command_resumes_to_the_
     assert first is not None and 6 <= int(first[-8:]) <= 14
     assert run_ranks(train_until_signal, 2, free_port(), data, str(stopped), "validating") == [STOPPED] * 2
     second = Checkpoints(str(stopped), 2).latest()
-    assert second is not None and int(second[-8:]) > int(first[-8:])
+    assert second is not None and int(second[-8:]) >= int(first[-8:])  # the same where an epoch ended with it
     assert run_ranks(train_until_signal, 2, free_port(), data, str(stopped), None) == [0, 0]
     assert kill_test.find_differences(stopped, alone) == []
 

@@ -1,12 +1,16 @@
 """A small Spark for tests: one session for all tests of a file, as starting one takes seconds."""
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.engines.spark_session import check_java, open_session
-from tools.spark_plans import as_arguments
+from tools.spark_plans import as_arguments, settings
 
 SETTINGS = (
     "--master local[2,4] --driver-memory 1g --conf spark.sql.shuffle.partitions=2 "
@@ -15,14 +19,16 @@ SETTINGS = (
     "--conf spark.sql.codegen.factoryMode=NO_CODEGEN"
 )
 """Two tasks at once; one that fails is tried again, up to four times."""
+EVENTS = Path(tempfile.mkdtemp(prefix="spark-events-"))
+"""What Spark did, of all sessions: a process has one Java, which keeps the settings that it was started with."""
+atexit.register(shutil.rmtree, EVENTS, ignore_errors=True)
 
 
-def start_spark(folder: str, settings: dict[str, str] | None = None) -> Iterator[None]:
+def start_spark(folder: str) -> Iterator[None]:
     """Keep a session open, which engines share; skip the tests where Spark is not installed.
 
     Args:
         folder: local, for what Spark spills.
-        settings: more than `SETTINGS`.
     """
     pytest.importorskip("pyspark", reason="Spark is not installed (make spark)")
     try:
@@ -30,7 +36,7 @@ def start_spark(folder: str, settings: dict[str, str] | None = None) -> Iterator
     except InputError as error:
         pytest.skip(str(error))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYSPARK_SUBMIT_ARGS", f"{SETTINGS} {as_arguments(settings or {})}")
+        patch.setenv("PYSPARK_SUBMIT_ARGS", f"{SETTINGS} {as_arguments(settings(EVENTS))}")
         session, _ = open_session(folder)
     yield
     session.stop()

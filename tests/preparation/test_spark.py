@@ -15,7 +15,7 @@ from recgpt_torchrec.preparation.engines.spark_engine import SparkEngine
 from recgpt_torchrec.preparation.writing import Layout, lay_out_rows
 from recgpt_torchrec.storage.parts import regroup
 from tests.preparation.prepare_helpers import make, read_sequences, write_csv
-from tests.preparation.spark_helpers import start_spark
+from tests.preparation.spark_helpers import EVENTS, start_spark
 from tools import spark_plans
 from tools.check_engines import check_log, compare_datasets, write_logs
 
@@ -26,8 +26,8 @@ LOGS = ("histories", "times", "clicks", "vocabulary", "by time")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """One Spark for all tests, which is watched: the folder with its `events`, where logs are written too."""
     folder = tmp_path_factory.mktemp("spark")
-    (folder / "events").mkdir()
-    for _ in start_spark(str(folder), spark_plans.settings(folder / "events")):
+    (folder / "events").symlink_to(EVENTS)
+    for _ in start_spark(str(folder)):
         yield folder
 
 

@@ -12,8 +12,6 @@ import pyarrow.parquet as pq
 
 from recgpt_torchrec.data.ragged import Float32, Int64
 from recgpt_torchrec.data.reading.footers import column_bounds
-from recgpt_torchrec.distributed.lockstep import raise_first_error
-from recgpt_torchrec.distributed.processes import run_on_first_rank
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.exports.manifest import LATER, DeltaManifest, ExportManifest
 from recgpt_torchrec.retrieval.exports.vectors import vector_columns, vectors_of
@@ -258,6 +256,10 @@ def open_on_all_ranks(path: str) -> Export:
     Raises:
         InputError: on every rank, where one cannot open it, see `open_export`.
     """
+    # Whoever only reads an export, such as a vector store's script, needs no torch.
+    from recgpt_torchrec.distributed.lockstep import raise_first_error
+    from recgpt_torchrec.distributed.processes import run_on_first_rank
+
     export: Export | None = None
     failure = None
     try:
