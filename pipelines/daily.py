@@ -32,6 +32,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipelines import experiment, paper_report  # noqa: E402
+from pipelines.daily_deltas import delta_lines, delta_of, read_delta  # noqa: E402
 from pipelines.experiment import config_file, from_root  # noqa: E402
 from pipelines.paper_report import METRICS, Row  # noqa: E402
 from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
@@ -232,11 +233,6 @@ class Daily(experiment.Experiment):
         return f"{self.folder}/day{day}/data"
 
 
-def delta_of(tolerance: float, day: int) -> str:
-    """Title of the step that writes a delta, and its folder."""
-    return f"exports/tolerance_{tolerance:g}/day{day}"
-
-
 def cut_log(log: Path, folder: Path, options: Options) -> None:
     """Write `folder`/day0.parquet, day1.parquet, ...: the rows of each day, in their order, unless they exist.
 
@@ -334,59 +330,6 @@ def collect_report(options: Options, steps: RecordedSteps) -> dict[str, Any]:
         "days": days,
         "steps": records,
     }
-
-
-def read_delta(folder: Path, tolerance: float, day: int) -> dict[str, Any]:
-    """What a delta sends, and whether day 0 with all deltas applied is the export of the day; {}: unfinished."""
-    from recgpt_torchrec.retrieval.exports.chain import open_chain
-    from recgpt_torchrec.retrieval.exports.changes import has_moved
-    from recgpt_torchrec.retrieval.exports.reading import open_delta, open_export
-    from recgpt_torchrec.retrieval.exports.vectors import vectors_of
-
-    path = folder / delta_of(tolerance, day)
-    applied = path.with_name(f"{path.name}_applied")
-    if not (applied / "manifest.json").exists():
-        return {}
-    manifest, full = open_delta(str(path)).manifest, open_export(str(folder / f"exports/day{day}"))
-    chain = open_chain([str(applied)])
-    found: dict[str, Any] = {"tolerance": tolerance, "bytes": manifest.size, "full_bytes": full.manifest.size}
-    for name, batches in (("items", full.items()), ("users", full.users())):
-        new, count = getattr(manifest, f"new_{name}"), getattr(manifest, name)
-        sent = sum(part.rows for part in getattr(manifest, f"{name[:-1]}_parts"))
-        gone = sum(part.rows for part in getattr(manifest, f"removed_{name[:-1]}_parts"))
-        found[name] = {"new": new, "moved": sent - new, "removed": gone, "count": count}
-        is_same = getattr(chain.export.manifest, name) == getattr(full.manifest, name)
-        for batch in batches:
-            held, is_there = chain.vectors_of(name, batch[f"{name[:-1]}_id"].to_numpy())
-            is_same &= bool(is_there.all()) and not has_moved(held, vectors_of(batch), tolerance).any()
-        found[f"same_{name}"] = is_same
-    return found
-
-
-def delta_lines(days: list[dict[str, Any]]) -> list[str]:
-    """The section of the report on deltas."""
-    lines = [
-        "",
-        "## Deltas",
-        "",
-        "Vectors of the first warm run, as a delta to the days before. Bytes are over those of an export of the day. "
-        "Applied: whether the export of day 0 with all deltas applied is the export of the day, up to the tolerance.",
-        "",
-        "| day | tolerance | items: new / moved / removed | sent | users: new / moved / removed | sent | bytes "
-        "| applied |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for day in days:
-        for delta in day["deltas"]:
-            cells = []
-            for name in ("items", "users"):
-                of = delta[name]
-                cells.append(f"{of['new']:,} / {of['moved']:,} / {of['removed']:,}")
-                cells.append(f"{(of['new'] + of['moved']) / of['count']:.1%}")
-            same = "the same" if delta["same_items"] and delta["same_users"] else "ANOTHER"
-            share = delta["bytes"] / delta["full_bytes"]
-            lines.append(f"| {day['day']} | {delta['tolerance']:g} | {' | '.join(cells)} | {share:.1%} | {same} |")
-    return lines
 
 
 def markdown(report: dict[str, Any]) -> str:

@@ -52,9 +52,8 @@ def main(config: Export) -> None:
         fingerprint = checkpoint_fingerprint(checkpoint)
         chain = open_chain(config.since) if config.since else None
         if chain is not None:
-            hold_out = settings.get("hold_out", "last")
-            chain.check_fits(dataset, dtype=config.dtype, interests=config.interests, history=config.history)
-            chain.check_fits(dataset, hold_out=hold_out)
+            form = {name: getattr(config, name) for name in ("dtype", "interests", "history")}
+            chain.check_fits(dataset, **form, hold_out=settings.get("hold_out", "last"))
         manifest = run_on_first_rank(lambda: finished(config, settings, dataset, fingerprint, chain))
         already_there = manifest is not None
         absent = dataset.manifest.preparation.get("extends", {}).get("absent_users", 0)

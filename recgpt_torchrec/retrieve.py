@@ -1,7 +1,7 @@
 """Stage `retrieve`: an export -> a list of items for each user, from an exact or an approximate index."""
 
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,9 @@ from recgpt_torchrec.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from recgpt_torchrec.retrieval.chosen_users import ChosenUsers
     from recgpt_torchrec.retrieval.exports.reading import Export
+    from recgpt_torchrec.retrieval.filters import FilterRecord
     from recgpt_torchrec.retrieval.list_folder import ListBatch, ListManifest
     from recgpt_torchrec.retrieval.merging import MergeRule
 
@@ -22,7 +24,6 @@ def main(config: Retrieve) -> None:
     from recgpt_torchrec.data.dataset import Dataset, histories_fingerprint
     from recgpt_torchrec.distributed.processes import LONG_WORK_S, print_result, process_group, run_on_first_rank
     from recgpt_torchrec.retrieval.exports.reading import open_on_all_ranks
-    from recgpt_torchrec.retrieval.key_inputs import start_records
     from recgpt_torchrec.retrieval.list_folder import ListManifest
     from recgpt_torchrec.retrieval.list_summary import describe_lists
     from recgpt_torchrec.retrieval.search.choosing import resolve
@@ -38,7 +39,7 @@ def main(config: Retrieve) -> None:
             export_fingerprint=export.fingerprint,
             vocabulary=export.manifest.vocabulary,
             dataset_fingerprint="" if dataset is None else histories_fingerprint(dataset),
-            filters=start_records(config),
+            filters=start_filters(config),
             settings=asdict(config),
         )
         earlier = run_on_first_rank(lambda: finished(config, manifest, given))
@@ -49,6 +50,24 @@ def main(config: Retrieve) -> None:
         print_result(
             f"Look:    python -c \"import pyarrow.parquet as pq; print(pq.read_table('{config.output}/lists')[:5])\""
         )
+
+
+def start_filters(config: Retrieve) -> "dict[str, FilterRecord]":
+    """The records of the files of keys that options name; without any, DuckDB and Ibis are not imported (.35 s)."""
+    if not config.key_files:
+        return {}
+    from recgpt_torchrec.retrieval.key_inputs import start_records
+
+    return start_records(config)
+
+
+def choose_users(config: Retrieve) -> "AbstractContextManager[ChosenUsers | None]":
+    """The users whose lists are asked for (collective); None: all."""
+    if config.users is None:
+        return nullcontext()
+    from recgpt_torchrec.retrieval.chosen_users import ChosenUsers
+
+    return ChosenUsers(config)
 
 
 def check(config: Retrieve, export: "Export", dataset: Any) -> "tuple[MergeRule, int]":
@@ -134,26 +153,28 @@ def retrieve(
     """
     from recgpt_torchrec.distributed.processes import log_message
     from recgpt_torchrec.evaluation.list_quality import ListQuality
-    from recgpt_torchrec.retrieval.chosen_users import ChosenUsers
     from recgpt_torchrec.retrieval.exports.item_keys import ItemKeys
     from recgpt_torchrec.retrieval.fallback import popular_lists
     from recgpt_torchrec.retrieval.list_folder import write_lists
-    from recgpt_torchrec.retrieval.search.item_filter import find_allowed
     from recgpt_torchrec.retrieval.search.searching import build_retrievers, search_users
     from recgpt_torchrec.retrieval.user_histories import UserHistories
 
     total, count = export.manifest.users, export.manifest.interests
     interests_each = f"{count} interest{'s' * (count > 1)} each"
     log_message(f"{config.export}: {export.manifest.items:,} items, {total:,} users, {interests_each}")
-    allowed = find_allowed(config, export, manifest.filters)
-    if allowed is not None:
-        manifest.allowed = int(allowed.sum())
+    allowed = None
+    if config.key_files:
+        from recgpt_torchrec.retrieval.search.item_filter import find_allowed
+
+        allowed = find_allowed(config, export, manifest.filters)
+        if allowed is not None:
+            manifest.allowed = int(allowed.sum())
     started = time.perf_counter()
     exact, retriever, finish = build_retrievers(config, export, rule, allowed)
     index_seconds = time.perf_counter() - started
     split = export.manifest.settings.get("history", "all")
     histories = UserHistories(dataset, split) if dataset is not None else None
-    with ChosenUsers(config) if config.users is not None else nullcontext() as chosen:
+    with choose_users(config) as chosen:
         total = total if chosen is None else min(total, chosen.keys)
         quality = ListQuality(
             config.k,

@@ -12,8 +12,8 @@ import torch
 from recgpt_torchrec import export
 from recgpt_torchrec.config import Export
 from recgpt_torchrec.data.dataset import Dataset
-from recgpt_torchrec.retrieval.exports.reading import open_export
-from tests.preparation.prepare_helpers import make, random_log, write_csv
+from recgpt_torchrec.retrieval.exports.reading import open_delta, open_export
+from tests.preparation.prepare_helpers import make, random_log, read_keys, write_csv
 from tests.support import SMALL, stage
 from tests.test_pretrain import checkpoints, tensors
 from tools.ranks import run_ranks
@@ -185,6 +185,21 @@ def test_an_export_since_the_day_before_holds_what_has_changed(folder, tmp_path,
         given: dict[str, Any] = {"day": 1, "run": "run1", **others}
         assert run_export(given.pop("output"), given.pop("day"), given.pop("run"), **given) == 2
         assert message in capfd.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_between_two_trainings_a_delta_holds_the_users_who_did_something(folder, tmp_path, capfd):
+    users, items = (read_keys(folder / "data0", kind, f"{kind[:-1]}_id") for kind in ("users", "items"))
+    since = write_csv(tmp_path / "since.csv", [(user, items[0], 10_000) for user in (*users[:3], "somebody")])
+    log = [str(folder / "0.csv"), str(since)]
+    make(log, tmp_path / "hour", vocabulary=str(folder / "data0"), new_keys="leave_out")
+    given = {"--checkpoint": folder / "run0", "--tolerance": 1e-5}
+    first = {"--data": folder / "data0", "--checkpoint": folder / "run0", "--output": tmp_path / "first"}
+    assert stage("export", first) == 0
+    hour = {**given, "--data": tmp_path / "hour", "--since": [tmp_path / "first"], "--output": tmp_path / "delta"}
+    assert stage("export", hour) == 0
+    assert "items    0 new, 0 moved" in capfd.readouterr().out
+    sent = [key for batch in open_delta(str(tmp_path / "delta")).users() for key in batch["key"].to_pylist()]
+    assert sorted(sent) == sorted(users[:3])
 
 
 def delta_on_ranks(rank: int, world_size: int, folder: str, output: str) -> None:

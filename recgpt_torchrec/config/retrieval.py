@@ -299,6 +299,11 @@ class Retrieve:
     not; scores are the numbers of interactions, and the column interests is -1. Interactions are those of the whole
     log, or of the training part with --history test or validation."""
 
+    @property
+    def key_files(self) -> list[str]:
+        """The files of keys that options name."""
+        return [path for path in (self.allow, self.deny, self.items, self.users) if path is not None]
+
     def __post_init__(self) -> None:
         at_least("--k", self.k, 1)
         if self.where is not None and self.items is None:

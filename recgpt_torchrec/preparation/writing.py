@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.fs
 
 from recgpt_torchrec.data.ragged import offsets_of
-from recgpt_torchrec.storage.parts import Part, add_parts, open_parquet, regroup, write_parts
+from recgpt_torchrec.storage.parts import Part, open_parquet, regroup, write_parts
 
 NUMBER = "number"
 """Column that numbers rows which have no id of their own."""
@@ -70,7 +70,8 @@ class Layout:
         """
         start = number * self.ids_per_part
         groups = self.make_groups(batches, start=start, stop=min(start + self.ids_per_part, self.ids))
-        (part,) = add_parts(fs, root, self.folder, groups, self.groups_per_part, prefix, first=number)
+        place = fs, root, self.folder
+        (part,) = write_parts(*place, groups, self.groups_per_part, prefix, first=number, makes_folder=False)
         return part
 
 

@@ -1,7 +1,7 @@
 """Popular items for the users of a dataset that an export has no vector of (`--fallback popular`)."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +13,13 @@ from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.data.reading.counts import read_counts
 from recgpt_torchrec.distributed.processes import rank, world_size
-from recgpt_torchrec.retrieval.chosen_users import ChosenUsers
 from recgpt_torchrec.retrieval.exports.keys import Keys
 from recgpt_torchrec.retrieval.exports.reading import Export
 from recgpt_torchrec.retrieval.list_folder import ListBatch
 from recgpt_torchrec.retrieval.merging import Merged
+
+if TYPE_CHECKING:  # it needs DuckDB and Ibis
+    from recgpt_torchrec.retrieval.chosen_users import ChosenUsers
 
 Bool = npt.NDArray[np.bool_]
 BLOCK = 2**22
@@ -29,7 +31,7 @@ PLACES = 2**22
 
 
 def popular_lists(
-    export: Export, dataset: Dataset, k: int, allowed: Bool | None, chosen: ChosenUsers | None = None
+    export: Export, dataset: Dataset, k: int, allowed: Bool | None, chosen: "ChosenUsers | None" = None
 ) -> Iterator[ListBatch]:
     """Yield the lists of the users of this rank's id range that the export lacks: the same popular items for each.
 

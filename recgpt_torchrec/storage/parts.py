@@ -71,6 +71,7 @@ def write_parts(
     *,
     first: int = 0,
     options: Mapping[str, Any] | None = None,
+    makes_folder: bool = True,
 ) -> list[Part]:
     """Write tables as the row groups of `folder`/part-00000.parquet, `folder`/part-00001.parquet, ...
 
@@ -82,26 +83,13 @@ def write_parts(
         prefix: prefix of the files' names; processes that write into one folder need different ones.
         first: number of the first file.
         options: of `ParquetWriter`, in place of those that suit histories and keys.
+        makes_folder: False: `folder` has to exist.
 
     Returns:
         A `Part` per file.
     """
-    fs.create_dir(f"{root}/{folder}", recursive=True)
-    return add_parts(fs, root, folder, groups, groups_per_part, prefix, first=first, options=options)
-
-
-def add_parts(
-    fs: pyarrow.fs.FileSystem,
-    root: str,
-    folder: str,
-    groups: Iterable[pa.Table],
-    groups_per_part: int,
-    prefix: str = "part",
-    *,
-    first: int = 0,
-    options: Mapping[str, Any] | None = None,
-) -> list[Part]:
-    """`write_parts` into a folder that exists: an error where it does not."""
+    if makes_folder:
+        fs.create_dir(f"{root}/{folder}", recursive=True)
     parts: list[Part] = []
     writer: _PartWriter | None = None
     try:

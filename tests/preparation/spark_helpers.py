@@ -6,9 +6,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import ibis.expr.types as ir
+import pyarrow as pa
 import pytest
 
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.preparation.engines.engine import Engine
 from recgpt_torchrec.preparation.engines.spark_session import check_java, open_session
 from tools.spark_plans import as_arguments, settings
 
@@ -22,6 +25,11 @@ SETTINGS = (
 EVENTS = Path(tempfile.mkdtemp(prefix="spark-events-"))
 """What Spark did, of all sessions: a process has one Java, which keeps the settings that it was started with."""
 atexit.register(shutil.rmtree, EVENTS, ignore_errors=True)
+
+
+def fill_table(engine: Engine, name: str, table: pa.Table) -> ir.Table:
+    """Store an Arrow table in an engine."""
+    return engine.fill_from(name, [table], lambda source: [source], table.schema)
 
 
 def start_spark(folder: str) -> Iterator[None]:

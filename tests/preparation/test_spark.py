@@ -15,7 +15,7 @@ from recgpt_torchrec.preparation.engines.spark_engine import SparkEngine
 from recgpt_torchrec.preparation.writing import Layout, lay_out_rows
 from recgpt_torchrec.storage.parts import regroup
 from tests.preparation.prepare_helpers import make, read_sequences, write_csv
-from tests.preparation.spark_helpers import EVENTS, start_spark
+from tests.preparation.spark_helpers import EVENTS, fill_table, start_spark
 from tools import spark_plans
 from tools.check_engines import check_log, compare_datasets, write_logs
 
@@ -79,7 +79,7 @@ def test_a_task_that_fails_halfway_and_runs_again_leaves_one_file(spark, tmp_pat
     rows = pa.table({"item_id": pa.array(ids), "key": [f"i{number}" for number in ids]})
     fs = pyarrow.fs.LocalFileSystem()
     with SparkEngine(str(tmp_path)) as engine:
-        table = engine.fill("items", [rows], rows.schema)
+        table = fill_table(engine, "items", rows)
         parts = engine.write_parts(table, flaky, fs, str(tmp_path), 11)
     names = ["items/part-00000.parquet", "items/part-00001.parquet", "items/part-00002.parquet"]
     assert [part.path for part in parts] == names and [part.rows for part in parts] == [4, 4, 3]
@@ -109,7 +109,7 @@ def test_plans_that_gather_rows_are_found(spark):
 
     rows = pa.table({"key": pa.array(range(1000))})
     with SparkEngine(str(spark)) as engine:
-        table = engine.fill("numbers", [rows], rows.schema)
+        table = fill_table(engine, "numbers", rows)
         for make_tables, are_bad in ((gather, True), (share, False)):
             for number, expression in enumerate(make_tables(engine, table)):
                 with spark_plans.watch(spark / "events") as seen:
@@ -123,7 +123,8 @@ def test_rows_that_pass_through_the_driver_are_counted(spark, monkeypatch):
     monkeypatch.setattr(spark_plans, "MAX_ROWS", 49)
     with SparkEngine(str(spark)) as engine:
         with spark_plans.watch(spark / "events") as seen:
-            table = engine.fill("numbers", [rows], rows.schema)
+            frame = engine.spark.createDataFrame(rows)
+            table = engine.save_frame("numbers", frame, ibis.Schema.from_pyarrow(rows.schema))
             assert len(engine.rows(table)) == 50
             assert engine.count(table) == 50
     assert [call.rows for call in seen.collected] == [50, 50, 1]

@@ -22,7 +22,7 @@ from recgpt_torchrec.preparation.engines.spark_errors import explain_spark
 from recgpt_torchrec.preparation.engines.spark_writing import _keep_counted
 from recgpt_torchrec.preparation.reading.formats.lists import LOOKS_LIKE_LIST
 from recgpt_torchrec.storage.parts import Part
-from tests.preparation.spark_helpers import start_spark
+from tests.preparation.spark_helpers import fill_table, start_spark
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_text_is_not_substituted_and_patterns_mean_the_same(spark: SparkEngine, 
     found = []
     with DuckDBEngine(str(tmp_path)) as duckdb:
         for engine in (duckdb, spark):
-            stored = engine.fill("odd_keys", [table], table.schema)
+            stored = fill_table(engine, "odd_keys", table)
             same = stored.key == ibis.literal("${spark.app.name}")
             rows = engine.rows(stored.mutate(same=same, listed=stored.key.re_search(LOOKS_LIKE_LIST)))
             found.append({row["key"]: (row["same"], row["listed"]) for row in rows})
@@ -145,7 +145,7 @@ from recgpt_torchrec.preparation.engines.spark_errors import explain_spark
 try:
     with explain_spark(), SparkEngine(sys.argv[1]) as engine:
         rows = pa.table({"key": [1, 2]})
-        table = engine.fill("numbers", [rows], rows.schema)
+        table = engine.fill_from("numbers", [rows], lambda table: [table], rows.schema)
         with engine.shown("a step"):
             SparkContext._gateway.proc.kill()
             engine.count(table)

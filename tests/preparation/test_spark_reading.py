@@ -149,15 +149,14 @@ def test_errors_of_tasks_arrive_in_the_same_words(
 def test_tables_and_moments_of_spark(spark: SparkEngine) -> None:
     times = [(5, 0.5), (5, 0.25), (-(2**62), 0.0), (2**62, 0.0), (6, 0.0), (6, 0.0), (6, 0.0)]
     table = pa.table({"whole": pa.array([whole for whole, _ in times]), "fraction": [part for _, part in times]})
-    stored = spark.fill("times", [table.slice(0, 3), table.slice(3)], table.schema)
+    stored = spark.fill_from("times", [slice(0, 3), slice(3, 7)], lambda rows: [table[rows]], table.schema)
     assert spark.count(stored) == 7
     ordered = [Boundary(*time) for time in sorted(times)]
     assert find_ends(spark, stored) == (ordered[0], ordered[-1])
     assert [find_moment(spark, stored, place, ranges=4, few=2) for place in (2, 5)] == [ordered[2], ordered[5]]
     with_null = spark.save("with_null", stored.mutate(whole=stored.whole.nullif(5)))
-    batches = [*spark.batches(with_null.order_by("whole", "fraction").select("whole"), rows=4)]
-    assert [batch.num_rows for batch in batches] == [4, 3]
-    assert pa.Table.from_batches(batches)["whole"].to_pylist() == [-(2**62), 6, 6, 6, 2**62, None, None]
+    rows = spark.rows(with_null.order_by("whole", "fraction").select("whole"))
+    assert [row["whole"] for row in rows] == [-(2**62), 6, 6, 6, 2**62, None, None]
     spark.drop("times", "with_null")
     assert not os.path.exists(f"{spark.scratch.removeprefix('file://')}/times")
 

@@ -1,17 +1,22 @@
 """The engine of one machine: DuckDB, on a database file."""
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
+import pyarrow.fs
 
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS, REMEDY, Engine, make_scratch, quote_sql
+from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS, REMEDY, Engine, T, make_scratch, quote_sql
+from recgpt_torchrec.preparation.writing import Layout
+from recgpt_torchrec.progress import progress_bar
+from recgpt_torchrec.storage.parts import Part
 
 
 class DuckDBEngine(Engine):
@@ -81,6 +86,12 @@ class DuckDBEngine(Engine):
         self.connection.unregister("incoming")
         return ibis.table(ibis.Schema.from_pyarrow(schema), name=name)
 
+    def fill_from(
+        self, name: str, sources: Sequence[T], read: Callable[[T], Iterable[pa.Table]], schema: pa.Schema
+    ) -> ir.Table:
+        """Store the Arrow tables that `read` makes of each source, one after the other; see `Engine`."""
+        return self.fill(name, (table for source in sources for table in read(source)), schema)
+
     def drop(self, *names: str) -> None:
         """Drop tables, so that their space on disk is free again."""
         for name in names:
@@ -93,6 +104,24 @@ class DuckDBEngine(Engine):
         for batch in self.connection.cursor().sql(self.sql(expression)).to_arrow_reader(rows):
             # DuckDB's own types may be wider: a sum of int64 is a 128-bit integer there.
             yield batch if batch.schema.equals(schema) else batch.cast(schema)
+
+    def rows(self, expression: ir.Table) -> list[dict[str, Any]]:
+        """The rows of a small result, in its order."""
+        return [row for batch in self.batches(expression) for row in batch.to_pylist()]
+
+    def write_parts(
+        self, rows: ir.Table, layout: Layout, fs: pyarrow.fs.FileSystem, root: str, total: int
+    ) -> list[Part]:
+        """Write rows as the Parquet parts of a folder, in this process; see `Engine`."""
+        ordered = rows.order_by(layout.id, *layout.order).select(layout.columns)
+        with progress_bar(total, "rows", unit_scale=True, desc=f"writing {layout.folder}: ", leave=False) as bar:
+            return layout.write_all(fs, root, _count(self.batches(ordered), bar))
+
+
+def _count(batches: Iterable[pa.RecordBatch], bar: Any) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        yield batch
+        bar.update(batch.num_rows)
 
 
 @contextmanager

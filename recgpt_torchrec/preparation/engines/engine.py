@@ -1,4 +1,4 @@
-"""What `prepare` asks of an engine: to store the tables of Ibis expressions, and to return results in batches.
+"""What `prepare` asks of an engine: to store the tables of Ibis expressions, return small results, and write parts.
 
 Ibis is the language and the compiler; an engine runs the SQL. Beside the engines only the reading of raw files
 (`reading/`) and the writing of parts depend on which one it is.
@@ -6,7 +6,7 @@ Ibis is the language and the compiler; an engine runs the SQL. Beside the engine
 
 import tempfile
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, Self, TypeVar
 
 import ibis
@@ -16,7 +16,6 @@ import pyarrow.fs
 
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.writing import Layout
-from recgpt_torchrec.progress import progress_bar
 from recgpt_torchrec.storage.parts import Part
 
 T = TypeVar("T")
@@ -55,9 +54,6 @@ class Engine(Protocol):
         """
 
     @abstractmethod
-    def fill(self, name: str, tables: Iterable[pa.Table], schema: pa.Schema) -> ir.Table:
-        """Store Arrow tables of one schema, one after the other, as the table `name`, and return that table."""
-
     def fill_from(
         self, name: str, sources: Sequence[T], read: Callable[[T], Iterable[pa.Table]], schema: pa.Schema
     ) -> ir.Table:
@@ -69,16 +65,12 @@ class Engine(Protocol):
             read: gives the tables of a source; where an engine has many workers, each reads some of the sources.
             schema: of the tables.
         """
-        return self.fill(name, (table for source in sources for table in read(source)), schema)
 
     @abstractmethod
     def drop(self, *names: str) -> None:
         """Drop tables, so that their space on disk is free again."""
 
     @abstractmethod
-    def batches(self, expression: ir.Table, rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
-        """The rows of `expression`, in its order, in batches of at most `rows`."""
-
     def write_parts(
         self, rows: ir.Table, layout: Layout, fs: pyarrow.fs.FileSystem, root: str, total: int
     ) -> list[Part]:
@@ -91,13 +83,10 @@ class Engine(Protocol):
             root: folder above that of the layout.
             total: number of rows, to show progress.
         """
-        ordered = rows.order_by(layout.id, *layout.order).select(layout.columns)
-        with progress_bar(total, "rows", unit_scale=True, desc=f"writing {layout.folder}: ", leave=False) as bar:
-            return layout.write_all(fs, root, _count(self.batches(ordered), bar))
 
+    @abstractmethod
     def rows(self, expression: ir.Table) -> list[dict[str, Any]]:
-        """The rows of a small result."""
-        return [row for batch in self.batches(expression) for row in batch.to_pylist()]
+        """The rows of a small result, in its order."""
 
     def row(self, expression: ir.Table) -> dict[str, Any]:
         """The one row of an aggregate."""
@@ -111,12 +100,6 @@ class Engine(Protocol):
     def sql(self, expression: ir.Table) -> str:
         """`expression` as SQL of this engine."""
         return str(ibis.to_sql(expression, dialect=self.dialect))
-
-
-def _count(batches: Iterable[pa.RecordBatch], bar: Any) -> Iterator[pa.RecordBatch]:
-    for batch in batches:
-        yield batch
-        bar.update(batch.num_rows)
 
 
 def make_scratch(parent: str, remedy: str = REMEDY) -> str:

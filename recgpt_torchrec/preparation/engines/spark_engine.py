@@ -13,7 +13,7 @@ import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.fs
 
-from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS, Engine, T, make_scratch
+from recgpt_torchrec.preparation.engines.engine import Engine, T, make_scratch
 from recgpt_torchrec.preparation.engines.spark_errors import has_ended
 from recgpt_torchrec.preparation.engines.spark_progress import shown
 from recgpt_torchrec.preparation.engines.spark_session import open_session
@@ -21,14 +21,11 @@ from recgpt_torchrec.preparation.engines.spark_writing import write_on_executors
 from recgpt_torchrec.preparation.writing import Layout
 from recgpt_torchrec.progress import LOGGER
 from recgpt_torchrec.storage import remote
-from recgpt_torchrec.storage.parts import Part, regroup
+from recgpt_torchrec.storage.parts import Part
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
     from pyspark.sql.types import StructType
-
-FILL_ROWS = 2**20
-"""Rows that `fill` holds on the driver at a time."""
 
 
 class SparkEngine(Engine):
@@ -122,16 +119,6 @@ class SparkEngine(Engine):
         """Show the progress of the jobs that the `with` starts; see `spark_progress.shown`."""
         return shown(self.spark.sparkContext, step, stop)
 
-    def fill(self, name: str, tables: Iterable[pa.Table], schema: pa.Schema) -> ir.Table:
-        """Store Arrow tables of one schema, one after the other, as the table `name`, and return that table."""
-        path, kinds = f"{self.scratch}/{name}", ibis.Schema.from_pyarrow(schema)
-        self.remove(path)
-        self.spark.createDataFrame([], self.types(kinds)).write.parquet(path)
-        batches = (batch for table in tables for batch in table.to_batches())
-        for rows in regroup(batches, FILL_ROWS):
-            self._cast(self.spark.createDataFrame(rows), kinds).write.mode("append").parquet(path)
-        return self._register(name, path, kinds)
-
     def fill_from(
         self, name: str, sources: Sequence[T], read: Callable[[T], Iterable[pa.Table]], schema: pa.Schema
     ) -> ir.Table:
@@ -152,26 +139,6 @@ class SparkEngine(Engine):
         for name in names:
             self.spark.catalog.dropTempView(name)
             self.remove(f"{self.scratch}/{name}")
-
-    def batches(self, expression: ir.Table, rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
-        """The rows of a small result, in its order, in batches of at most `rows`; all of them pass through the driver.
-
-        One partition of Spark is on the driver at a time.
-        """
-        schema = expression.schema().to_pyarrow()
-        pending: list[Any] = []
-
-        def batch() -> pa.RecordBatch:
-            columns = list(zip(*pending, strict=True))
-            return pa.record_batch([pa.array(*pair) for pair in zip(columns, schema.types, strict=True)], schema=schema)
-
-        for row in self._cast(self.frame(expression), expression.schema()).toLocalIterator():
-            pending.append(row)
-            if len(pending) == rows:
-                yield batch()
-                pending = []
-        if pending:
-            yield batch()
 
     def write_parts(
         self, rows: ir.Table, layout: Layout, fs: pyarrow.fs.FileSystem, root: str, total: int

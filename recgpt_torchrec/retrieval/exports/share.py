@@ -23,8 +23,7 @@ GROUP_BYTES = 2**24
 encoded to, and what Parquet writes."""
 CHANGED_GROUP_BYTES = 2**20
 """The same of deltas, and of exports that were made of them: ids that changed lie far apart, so a row group that holds
-many of them is looked into for nearly every batch of ids. With 2% of the users in each of 24 deltas, finding all users
-reads as many rows as 146 groups of an export have; with groups of 16 MiB in deltas it was 2,435."""
+many of them is looked into for nearly every batch of ids, and a chain's cache holds few large ones."""
 GROUPS_PER_PART = 16
 
 VectorBatch: TypeAlias = tuple[Int64, Float32]

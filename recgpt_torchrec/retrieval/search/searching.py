@@ -1,6 +1,7 @@
 """Searches an export: the retrievers that the options ask for, and the lists of a rank's share of the users."""
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -10,7 +11,6 @@ from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.ragged import Float32, Int64
 from recgpt_torchrec.distributed.processes import rank, world_size
 from recgpt_torchrec.progress import progress_bar
-from recgpt_torchrec.retrieval.chosen_users import ChosenUsers
 from recgpt_torchrec.retrieval.exports.reading import ROWS, Export
 from recgpt_torchrec.retrieval.exports.vectors import vectors_of
 from recgpt_torchrec.retrieval.list_folder import ListBatch
@@ -23,6 +23,9 @@ from recgpt_torchrec.retrieval.search.sharded_index import ShardedIndex
 from recgpt_torchrec.retrieval.search.stored import StoredExactSearch
 from recgpt_torchrec.retrieval.user_histories import UserHistories
 from recgpt_torchrec.storage.parts import regroup
+
+if TYPE_CHECKING:  # it needs DuckDB and Ibis, whose import takes a third of a second
+    from recgpt_torchrec.retrieval.chosen_users import ChosenUsers
 
 CANDIDATES = 2**22
 """Maximum number of items that one search returns, over all its users and their interests."""
@@ -76,7 +79,7 @@ def search_users(
     histories: UserHistories | None,
     interests: int,
     measure: Measure,
-    chosen: ChosenUsers | None = None,
+    chosen: "ChosenUsers | None" = None,
 ) -> Iterator[ListBatch]:
     """The lists of this rank's share of an export's users, with progress on rank 0.
 
