@@ -69,6 +69,8 @@ def main(config: Export) -> None:
                 trained.prompts,
                 grows=steps,
                 item_keys=model.item_keys,
+                inputs=trained.inputs,
+                attributes=trained.attributes,
             )
             catalogue = Catalogue.of_model(model, dataset.manifest.items, device)
 

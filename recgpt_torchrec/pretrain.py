@@ -9,6 +9,7 @@ from recgpt_torchrec.config import Pretrain
 def main(config: Pretrain) -> None:
     """Train the model; `config.output` then holds the best and the newest checkpoints."""
     from recgpt_torchrec.data.dataset import histories_fingerprint
+    from recgpt_torchrec.data.inputs.choosing import choose_inputs
     from recgpt_torchrec.distributed.initial_values import initialise_tables
     from recgpt_torchrec.distributed.processes import log_message, print_result, process_group, run_on_first_rank
     from recgpt_torchrec.distributed.watchdog import Watchdog
@@ -29,8 +30,10 @@ def main(config: Pretrain) -> None:
         execution = Execution.choose(limits, config.model, config.loss, device)
         tokens = choose_tokens(config, config.model, dataset, device)
         # The stream comes first, so that damaged data is reported before the output folder is checked.
-        new_targets = config.targets == "new"
-        stream = training_stream(config, config.model, dataset, tokens.rank, execution, new_targets=new_targets)
+        new_targets, inputs = config.targets == "new", choose_inputs(config, dataset)
+        stream = training_stream(
+            config, config.model, dataset, tokens.rank, execution, new_targets=new_targets, inputs=inputs
+        )
         histories = histories_fingerprint(dataset)
         run = Run.find(config, dataset.manifest.vocabulary, histories, config.saving.keep, tokens.step)
         if run_on_first_rank(lambda: run.finished):

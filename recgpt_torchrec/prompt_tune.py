@@ -20,7 +20,7 @@ def main(config: PromptTune) -> None:
     from recgpt_torchrec.evaluation.validation import METRIC, validation_of
     from recgpt_torchrec.training.building import choose_tokens, open_dataset, training_stream
     from recgpt_torchrec.training.execution import Execution
-    from recgpt_torchrec.training.loading import load_pretrained, pretrained_model
+    from recgpt_torchrec.training.loading import load_pretrained, pretrained_inputs, pretrained_model
     from recgpt_torchrec.training.run import RUN, Run
     from recgpt_torchrec.training.session import train
 
@@ -35,7 +35,8 @@ def main(config: PromptTune) -> None:
         config = replace(config, model=model)
         execution = Execution.choose(limits, model, config.loss, device)
         tokens = choose_tokens(config, model, dataset, device, tuning)
-        stream = training_stream(config, model, dataset, tokens.rank, execution, tuning=tuning)
+        inputs = pretrained_inputs(checkpoint, dataset)
+        stream = training_stream(config, model, dataset, tokens.rank, execution, tuning=tuning, inputs=inputs)
         histories = histories_fingerprint(dataset)
         run = Run.find(config, dataset.manifest.vocabulary, histories, config.saving.keep, tokens.step)
         if run_on_first_rank(lambda: run.finished):

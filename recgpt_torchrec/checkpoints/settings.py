@@ -1,7 +1,7 @@
 """What a checkpoint says of the model in it: its configuration, and the vocabulary it was trained with."""
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ import torch
 from recgpt_torchrec import storage
 from recgpt_torchrec.checkpoints.folder import METADATA, read_metadata, read_tensor_metadata
 from recgpt_torchrec.config import Loss, Model, Tuning
+from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.split import HoldOut
 from recgpt_torchrec.model.dense import Dense
 from recgpt_torchrec.storage.typed import make_typed
@@ -38,6 +39,7 @@ class _Stored:
     config: _StoredConfig
     vocabulary: str
     hold_out: HoldOut = "last"
+    inputs: Inputs = field(default_factory=Inputs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,8 @@ class CheckpointSettings:
     """Folder of the dataset it was trained on."""
     hold_out: HoldOut = "last"
     """What that dataset held out of training."""
+    inputs: Inputs = field(default_factory=Inputs)
+    """What it reads beside ids."""
 
     @classmethod
     def read(cls, checkpoint: str) -> "CheckpointSettings":
@@ -74,6 +78,7 @@ class CheckpointSettings:
                 vocabulary=stored.vocabulary,
                 data=stored.config.data,
                 hold_out=stored.hold_out,
+                inputs=stored.inputs,
             )
             settings._check_sizes({name: tuple(tensor.size) for name, tensor in sizes.items()})
         except ValueError as error:
@@ -92,7 +97,8 @@ class CheckpointSettings:
             raise ValueError(f"config.model.layers is {self.model.layers}, its tensors are of {len(layers)} layers")
         try:
             with torch.device("meta"):
-                dense = Dense(self.model, self.loss, self.tuning is not None and self.tuning.prompts)
+                segments = self.tuning is not None and self.tuning.prompts
+                dense = Dense(self.model, self.loss, segments, self.inputs)
         except RuntimeError:  # an overflow
             raise ValueError("config.model has sizes that are too large for any tensor") from None
         for name, parameter in dense.state_dict().items():

@@ -1,7 +1,7 @@
 """Bags: the ids that embedding tables look up. The only place that builds jagged tensors for a lookup.
 
-A bag is one entity, a user or an item, and for now holds its id alone. Training, evaluation, prompts and export look
-entities up through this file.
+A bag is one entity, a user or an item: its id, and for each attribute of the model the ids of its values, each with
+keys and a table of their own. Training, evaluation, prompts and export look entities up through this file.
 
 One jagged tensor holds the bags of users and of items, so that one collection of tables exchanges them between ranks at
 once. Its keys must have equal numbers of bags, the *stride*, and a batch has several times as many items as users. So
@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from recgpt_torchrec.data.inputs.attributes import Attributes
+from recgpt_torchrec.data.inputs.spec import Attribute
 from recgpt_torchrec.data.packed import Capacity
-from recgpt_torchrec.data.ragged import Int64
+from recgpt_torchrec.data.ragged import Int64, Ragged, ragged_arange
 
 USER = "user"
 ITEM = "item"
@@ -30,24 +32,60 @@ def names_of_keys(number: int) -> list[str]:
     return [f"{ITEM}_{index}" for index in range(number)]
 
 
+def names_of_attribute(attribute: Attribute, item_keys: int) -> list[str]:
+    """The keys of an attribute's values: one for users, as many as item bags are dealt to for items."""
+    return [f"{attribute.table}_{index}" for index in range(1 if attribute.entity == USER else item_keys)]
+
+
 @cache
 def table_of(key: str) -> str:
     """The table whose vectors a key of looked-up vectors holds: `item_3`, or `item_3@output` if tables share keys."""
     return re.sub(r"^.*@|_\d+$", "", key)
 
 
-def bags_of(users: Int64, items: Int64, capacity: Capacity) -> KeyedJaggedTensor:
-    """One bag per id of `users` [n] int64 and `items` [m] int64, in order, and empty bags up to the stride."""
+def bags_of(users: Int64, items: Int64, capacity: Capacity, attributes: Attributes | None = None) -> KeyedJaggedTensor:
+    """One bag per id of `users` [n] int64 and `items` [m] int64, in order, and empty bags up to the stride.
+
+    Args:
+        users, items: ids.
+        capacity: number of bags.
+        attributes: of the model that looks them up; None: it has none.
+    """
     keys = capacity.item_keys
-    values = [users, *(items[key::keys] for key in range(keys))]
-    counts = [ids.size for ids in values]
-    lengths = (np.arange(capacity.stride) < np.array(counts)[:, None]).astype(np.int32)
+    if attributes is None:
+        values = [users, *(items[key::keys] for key in range(keys))]
+        counts = [ids.size for ids in values]
+        lengths = (np.arange(capacity.stride) < np.array(counts)[:, None]).astype(np.int32)
+        return _jagged([USER, *names_of_keys(keys)], values, counts, lengths, capacity.stride)
+    of_users, of_items = attributes.users.of(users), attributes.items.of(items)
+    columns = [(of_users.ids, 1), (of_items.ids, keys)]
+    columns += [(rows, 1) for rows in of_users.values] + [(rows, keys) for rows in of_items.values]
+    names = [USER, *names_of_keys(keys)]
+    for attribute in (*attributes.users.attributes, *attributes.items.attributes):
+        names += names_of_attribute(attribute, keys)
+    dealt = [_deal(rows, number, capacity.stride) for rows, number in columns]
+    lengths = np.concatenate([of_keys for _, of_keys in dealt])
+    return _jagged(names, [values for values, _ in dealt], lengths.sum(1).tolist(), lengths, capacity.stride)
+
+
+def _deal(bags: Ragged, keys: int, stride: int) -> tuple[Int64, np.ndarray]:
+    """Deal bags to keys: the values key by key [entries] int64, and the lengths [keys, stride] int32."""
+    counts = -(-(bags.rows - np.arange(keys)) // keys)
+    dealt = bags if keys == 1 else bags.take(np.repeat(np.arange(keys), counts) + keys * ragged_arange(counts))
+    lengths = np.zeros((keys, stride), np.int32)
+    lengths[np.arange(stride) < counts[:, None]] = dealt.lengths
+    return dealt.values, lengths
+
+
+def _jagged(
+    keys: list[str], values: list[Int64], counts: list[int], lengths: np.ndarray, stride: int
+) -> KeyedJaggedTensor:
     # Given here, where they are known: torchrec would read them from the device, a wait for each exchange.
     known = {"length_per_key": counts, "offset_per_key": [0, *np.cumsum(counts).tolist()]}
     return KeyedJaggedTensor(
-        keys=[USER, *names_of_keys(keys)],
+        keys=keys,
         values=torch.from_numpy(np.concatenate(values)),
         lengths=torch.from_numpy(lengths.ravel()),
-        stride=capacity.stride,
+        stride=stride,
         **known,
     )

@@ -8,6 +8,7 @@ from torchrec.streamable import Pipelineable
 
 from recgpt_torchrec.data.bags import bags_of
 from recgpt_torchrec.data.histories import Histories
+from recgpt_torchrec.data.inputs.attributes import Attributes
 from recgpt_torchrec.data.packed import Capacity, PackedBatch, pack_histories
 from recgpt_torchrec.data.windows import Cursor
 
@@ -28,7 +29,12 @@ class SequenceBatch(PackedBatch, Pipelineable):
 
 
 def make_batch(
-    histories: Histories, *, capacity: Capacity, cursor: Cursor | None = None, **packing: Any
+    histories: Histories,
+    *,
+    capacity: Capacity,
+    cursor: Cursor | None = None,
+    attributes: Attributes | None = None,
+    **packing: Any,
 ) -> SequenceBatch:
     """Pack histories into a batch.
 
@@ -36,6 +42,7 @@ def make_batch(
         histories: they may be none.
         capacity: number of bags.
         cursor: how far the queue is read after this batch.
+        attributes: of the users and items, where the model reads any.
         packing: see `pack_histories`.
 
     Raises:
@@ -44,7 +51,7 @@ def make_batch(
     packed, ids = pack_histories(histories, capacity=capacity, **packing)
     return SequenceBatch(
         **{f.name: getattr(packed, f.name) for f in fields(packed)},
-        bags=bags_of(ids.users, ids.items, capacity),
+        bags=bags_of(ids.users, ids.items, capacity, attributes),
         histories=histories,
         cursor=cursor or Cursor(),
     )

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recgpt_torchrec.data.inputs.records import DatasetAttribute
 from recgpt_torchrec.data.split import EVALUATION, FEWEST_ITEMS, HoldOut, SplitName
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import filesystem
@@ -35,6 +36,8 @@ COLUMNS = {
     "item_ids": pa.list_(pa.int64()),
     "segment_ids": pa.list_(pa.int8()),
     "timestamps": pa.list_(pa.int64()),
+    "event_ids": pa.list_(pa.int16()),
+    "places": pa.list_(pa.int16()),
     "trained": pa.list_(pa.int8()),
     "answer_ids": pa.list_(pa.int64()),
     "answer_scores": pa.list_(pa.float32()),
@@ -89,6 +92,12 @@ class Manifest(FolderManifest):
     split; also exposed where shown rows were read, and extends where another dataset is extended."""
     hold_out: HoldOut = "last"
     """What is held out of training, see `data.split`; `last` is not written."""
+    attributes: list[DatasetAttribute] = field(default_factory=list)
+    """Attributes of users and items; not written where there are none, like the next two."""
+    events: list[str] = field(default_factory=list)
+    """Words of the event types in the column `event_ids`; the n-th has the id n + 1."""
+    time_unit: float | None = None
+    """Seconds of a unit of the timestamps; None: it is not known."""
 
     def count_targets(self, split: SplitName) -> int | None:
         """Number of users with a target in `validation` or `test`; None: it was not recorded, but there may be some."""
@@ -136,6 +145,9 @@ class Manifest(FolderManifest):
             del values["lineage"]
         if self.hold_out == "last":
             del values["hold_out"]
+        for name in ("attributes", "events", "time_unit"):
+            if not values[name]:
+                del values[name]
         return json.dumps(values, indent=1)
 
     @classmethod

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from recgpt_torchrec.data import ragged
+from recgpt_torchrec.data.inputs.spec import EVENTS, PLACES, TIMES, Inputs
 from recgpt_torchrec.data.ragged import Int64, Ragged
 
 
@@ -41,6 +42,16 @@ class Histories:
     """[entries, answers] float32 scores (logits) of the answers."""
     trained: npt.NDArray[np.bool_] | None = _per_entry()
     """[entries] bool: whether an entry was trained on before and so is no target; None: none was."""
+    times: Int64 | None = _per_entry()
+    """[entries] int64 timestamps, in the dataset's unit; None: they are not read."""
+    events: npt.NDArray[np.int16] | None = _per_entry()
+    """[entries] int16 event types, from 1 on; 0: unknown. None: they are not read."""
+    places: npt.NDArray[np.int16] | None = _per_entry()
+    """[entries] int16 places in the list that entries were shown in, from 1 on; 0: unknown. None: they are not read."""
+    request_times: Int64 | None = _per_sequence()
+    """[sequences] int64: in encoding, the time of the request after the newest entry, with `times`."""
+    asked_events: npt.NDArray[np.int16] | None = _per_sequence()
+    """[sequences] int16: in encoding, the event type that is asked for (0: any), with `events`."""
     read: npt.NDArray[np.float64] | None = _per_sequence()
     """[sequences] float64: number of entries of the dataset that each accounts for, the unit of progress."""
     held_out: Int64 | None = _per_sequence()
@@ -82,11 +93,22 @@ class Histories:
         return Histories(offsets=offsets, **changed)
 
 
-def no_histories() -> Histories:
-    """A list without sequences, for a rank that has no batches left."""
+def no_histories(inputs: Inputs | None = None) -> Histories:
+    """A list without sequences, for a rank that has no batches left, with the columns that a model reads."""
     none = np.zeros(0, dtype=np.int64)
     offsets = np.zeros(1, dtype=np.int64)
-    return Histories(users=none, items=none, offsets=offsets, held_out=none, seen=Ragged(none, offsets))
+    small = np.zeros(0, dtype=np.int16)
+    inputs = Inputs() if inputs is None else inputs
+    return Histories(
+        users=none,
+        items=none,
+        offsets=offsets,
+        times=none if inputs.reads(*TIMES) else None,
+        events=small if inputs.reads(*EVENTS) else None,
+        places=small if inputs.reads(*PLACES) else None,
+        held_out=none,
+        seen=Ragged(none, offsets),
+    )
 
 
 def join(lists: Sequence[Histories]) -> Histories:

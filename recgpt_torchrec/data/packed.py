@@ -12,6 +12,8 @@ import torch
 
 from recgpt_torchrec.data.candidates import Candidates, no_candidates
 from recgpt_torchrec.data.histories import Histories
+from recgpt_torchrec.data.inputs.features import compute_features
+from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.packing import lay_end_to_end, pack_sequences
 from recgpt_torchrec.data.ragged import Int64, ragged_arange
 from recgpt_torchrec.data.targets import PredictFrom, positions_of, soft_targets_of, targets_of
@@ -23,6 +25,8 @@ to end, for attention that is given where each begins."""
 
 MOST_ITEM_KEYS = 64
 """Maximum number of keys that a batch's item bags are dealt to."""
+
+IDS_ALONE = Inputs()
 
 LAST_ID = np.iinfo(np.int64).max
 """Larger than any id."""
@@ -83,6 +87,8 @@ class PackedBatch:
     """[rows, row_length] int64: index of the slot's sequence in the batch; -1: empty."""
     segment: torch.Tensor
     """[rows, row_length] int64 segment ids."""
+    features: torch.Tensor | None = None
+    """[features, rows, row_length] int64, see `data.inputs.features`; None: the model reads none."""
     target_slot: torch.Tensor
     """[targets] int64: flat index of the slot whose output predicts the target; 0 in padding."""
     target_bag: torch.Tensor
@@ -150,6 +156,7 @@ def pack_histories(
     max_position: int | None = None,
     soft_targets: float = 0.0,
     draw: Callable[[Int64], Candidates] | None = None,
+    inputs: Inputs = IDS_ALONE,
     layout: Layout = "grid",
     pad: FixedShape | None = None,
 ) -> tuple[PackedBatch, DistinctIds]:
@@ -166,6 +173,7 @@ def pack_histories(
         max_position: largest position, which all later tokens share; None: `row_length` - 1.
         soft_targets: share of a target's weight that goes to the model's answers, where `histories` has them.
         draw: returns the candidates for the targets [targets] int64; None: there are none.
+        inputs: what the model reads beside ids; of that its features are here.
         layout: how tokens lie in slots.
         pad: sizes that the tensors are padded to, in the layout `row`; None: they are as large as needed.
 
@@ -226,6 +234,7 @@ def pack_histories(
         position, segments = ragged_arange(tokens), None
     else:
         position, segments = positions_of(histories).take(token_entries), histories.segments.take(token_entries)
+    features = compute_features(inputs, histories, token_entries)
     seqlens = tokens[has_tokens]
     ends = np.cumsum(seqlens)
     # Padded to these sizes, or as they are.
@@ -243,6 +252,7 @@ def pack_histories(
         position=grid.put(np.minimum(position, max_position)),
         sequence=grid.put(sequence, empty=-1),
         segment=grid.put(segments),
+        features=None if features is None else torch.stack([grid.put(values) for values in features]),
         target_slot=_tensor(grid.slots.take(predicting), pad_targets),
         target_bag=_tensor(target_bags, pad_targets),
         candidate_bag=_tensor(candidate_bags, pad_candidates),

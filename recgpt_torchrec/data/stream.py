@@ -11,6 +11,8 @@ from recgpt_torchrec.data.batch import SequenceBatch, make_batch
 from recgpt_torchrec.data.candidates import CandidateSource
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.histories import Histories, join, no_histories
+from recgpt_torchrec.data.inputs.attributes import Attributes
+from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.loading import prefetch
 from recgpt_torchrec.data.packed import Capacity, FixedShape, Layout
 from recgpt_torchrec.data.ragged import offsets_of
@@ -32,6 +34,8 @@ class BatchMaker:
 
     reader: HistoryReader
     batch: Batch
+    attributes: Attributes | None = None
+    """Of users and items, where the model reads any."""
     source: CandidateSource | None = None
     """Where candidates come from; None: nothing is scored (encoding)."""
     seed: int = 0
@@ -114,6 +118,8 @@ class BatchMaker:
             max_position=self.max_len - 1,
             soft_targets=self.soft_targets,
             draw=None if source is None else lambda targets: source.draw(targets, rng),
+            inputs=self.reader.inputs,
+            attributes=self.attributes,
             cursor=cursor,
             layout=self.layout,
             pad=self.fixed_shape,
@@ -121,7 +127,7 @@ class BatchMaker:
 
     def empty(self, epoch: int = 0, step: int = 0) -> SequenceBatch:
         """A batch without sequences, for a rank that has no batches left; negatives depend on (seed, epoch, step)."""
-        return self.make(no_histories(), Cursor(batches=step), epoch)
+        return self.make(no_histories(self.reader.inputs), Cursor(batches=step), epoch)
 
     def batches(
         self, windows: list[Window], queue: Queue, worker: int, epoch: int, shuffle: bool
@@ -265,12 +271,22 @@ def encoding_stream(
     *,
     item_keys: int,
     sample: UserSample | None = None,
+    inputs: Inputs | None = None,
+    attributes: Attributes | None = None,
 ) -> SequenceStream:
     """The stream of histories to encode: those before the held-out item of a split, or whole ones with `all`.
 
-    `item_keys` is that of the model that encodes them; `sample` says which users are read (None: all).
+    `item_keys`, `inputs` and `attributes` are those of the model that encodes them; `sample` says which users are read
+    (None: all).
     """
     reader = HistoryReader(
-        dataset=dataset, split=split, max_len=model.max_len, prompts=prompts, set_aside=set_aside, sample=sample
+        dataset=dataset,
+        split=split,
+        max_len=model.max_len,
+        prompts=prompts,
+        set_aside=set_aside,
+        sample=sample,
+        inputs=inputs or Inputs(),
     )
-    return SequenceStream(BatchMaker(reader=reader, batch=batch, grows=grows, item_keys=item_keys), Stream())
+    maker = BatchMaker(reader=reader, batch=batch, attributes=attributes, grows=grows, item_keys=item_keys)
+    return SequenceStream(maker, Stream())

@@ -135,7 +135,16 @@ class RecallPaths:
     def _encoding_stream(self, split: SplitName, grows: int = 0) -> SequenceStream:
         trained, keys, sample = self.trained, self.item_keys, self.sample(split)
         return encoding_stream(
-            self.dataset, split, trained.config, self.batch, trained.prompts, grows, item_keys=keys, sample=sample
+            self.dataset,
+            split,
+            trained.config,
+            self.batch,
+            trained.prompts,
+            grows,
+            item_keys=keys,
+            sample=sample,
+            inputs=trained.inputs,
+            attributes=trained.attributes,
         )
 
     @torch.no_grad()

@@ -64,6 +64,8 @@ def validation_of(
             set_aside=reader.set_aside,
             item_keys=item_keys,
             sample=sample,
+            inputs=reader.inputs,
+            attributes=training.maker.attributes,
         )
         return Validation(built, stream, device)
 

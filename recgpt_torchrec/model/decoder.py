@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recgpt_torchrec.config import Model
+from recgpt_torchrec.data.inputs.spec import Feature
 from recgpt_torchrec.data.segments import SEGMENTS
 from recgpt_torchrec.model.attention import Attention
 from recgpt_torchrec.model.dropout import dropout
@@ -43,6 +44,25 @@ class Block(nn.Module):
         return self.norm_feed(x + dropout(self.down(F.gelu(self.up(x))), self.dropout, self.training))
 
 
+class TokenFeatures(nn.Module):
+    """The sum of the embeddings of a token's features. They start at 0, so that a model begins as one without."""
+
+    starts: Tensor
+
+    def __init__(self, features: list[Feature], dim: int) -> None:
+        super().__init__()
+        counts = [each.values for each in features]
+        self.embedding = nn.Embedding(sum(counts), dim)
+        nn.init.zeros_(self.embedding.weight)
+        starts = [sum(counts[:number]) for number in range(len(counts))]
+        self.register_buffer("starts", torch.tensor(starts), persistent=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[features, ...] int64 -> [..., dim]."""
+        rows = features + self.starts.view(-1, *[1] * (features.dim() - 1))
+        return self.embedding(rows).sum(0)
+
+
 class Decoder(nn.Module):
     """h0 = item + user + position (+ segment), N causal blocks (paper, equations 2 and 3), and two means of the
     history.
@@ -51,7 +71,7 @@ class Decoder(nn.Module):
     linear map of the running mean is added to the input, and a mean that decays at a learned rate to the output.
     """
 
-    def __init__(self, config: Model, segments: bool = False) -> None:
+    def __init__(self, config: Model, segments: bool = False, features: list[Feature] | None = None) -> None:
         super().__init__()
         self.config, self.segments = config, segments
         self.position = nn.Embedding(config.max_len, config.dim)
@@ -64,6 +84,8 @@ class Decoder(nn.Module):
         if segments:  # zeros, so that prompt-tuning starts from the pre-trained model
             self.segment = nn.Embedding(SEGMENTS, config.dim)
             nn.init.zeros_(self.segment.weight)
+        if features:
+            self.features = TokenFeatures(features, config.dim)
         if config.history_out:
             self.mean_out, self.forgetting = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(0.5))
 
@@ -74,7 +96,15 @@ class Decoder(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
-    def forward(self, items: Tensor, users: Tensor, position: Tensor, segment: Tensor, attention: Attention) -> Tensor:
+    def forward(
+        self,
+        items: Tensor,
+        users: Tensor,
+        position: Tensor,
+        segment: Tensor,
+        attention: Attention,
+        features: Tensor | None = None,
+    ) -> Tensor:
         """Run the decoder.
 
         Args:
@@ -82,23 +112,35 @@ class Decoder(nn.Module):
             users: [rows, row_length, dim] user vectors, already regularised.
             position, segment: [rows, row_length] int64, as in `SequenceBatch`.
             attention: of the batch's sequences.
+            features: [features, rows, row_length] int64; None: the model reads none.
 
         Returns:
             [rows, row_length, dim] outputs; the next item is scored by the inner product of output and item vector.
         """
         mean = attention.mean(items) if self.config.history_in else None
-        x = self.embed(items, users, position, segment, mean)
+        x = self.embed(items, users, position, segment, mean, features)
         for block in self.blocks:
             x = block(x, attention)
         if self.config.history_out:
             x = x + self.mean_out * attention.mean(items, self.forgetting.abs())
         return x
 
-    def embed(self, items: Tensor, users: Tensor, position: Tensor, segment: Tensor, mean: Tensor | None) -> Tensor:
-        """The first block's input, [..., dim]; `mean` is the plain mean of the history's item vectors, or None."""
+    def embed(
+        self,
+        items: Tensor,
+        users: Tensor,
+        position: Tensor,
+        segment: Tensor,
+        mean: Tensor | None,
+        features: Tensor | None = None,
+    ) -> Tensor:
+        """The first block's input, [..., dim]; `mean` is the plain mean of the history's item vectors, or None, and
+        `features` [features, ...] are those of the tokens."""
         x = items + users + self.position(position)
         if self.segments:
             x = x + self.segment(segment)
+        if features is not None:
+            x = x + self.features(features)
         if mean is not None:
             x = x + self.mean_in(mean)
         return dropout(self.norm_in(x), self.config.dropout, self.training)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recgpt_torchrec.config import Loss, Model
+from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.model.attention import Attention, DenseAttention
 from recgpt_torchrec.model.decoder import Decoder
 from recgpt_torchrec.model.fused_loss import fused_softmax_loss
@@ -38,10 +39,10 @@ class Compute:
 class Dense(nn.Module):
     """The model without its tables: the part that DistributedModelParallel wraps in DDP."""
 
-    def __init__(self, model: Model, loss: Loss, segments: bool = False) -> None:
+    def __init__(self, model: Model, loss: Loss, segments: bool = False, inputs: Inputs | None = None) -> None:
         super().__init__()
-        self.model, self.loss = model, loss
-        self.decoder = Decoder(model, segments)
+        self.model, self.loss, self.inputs = model, loss, inputs or Inputs()
+        self.decoder = Decoder(model, segments, self.inputs.features)
         self.compute = Compute()
         self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
         self._shared_loss: SharedLoss | None = None
@@ -63,8 +64,32 @@ class Dense(nn.Module):
             users = users * keep_mask  # not scaled up: the decoder learns to work with and without the vector
         return users
 
+    def item_vectors(self, items: Tensor, outputs: Tensor, attributes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Pool ids and attributes of items: input vectors and those that score, [item bags, dim] each.
+
+        In training the ids' own vectors are dropped at random, so that attributes learn to stand alone.
+
+        Args:
+            items, outputs: [item bags, dim] vectors of the ids.
+            attributes: [item bags, dim] weighted sum of the attributes' vectors; None: there are none.
+        """
+        if attributes is None:
+            return items, outputs
+        tied = outputs is items
+        if self.training and self.inputs.id_dropout:
+            keep_mask = torch.rand(items.shape[0], 1, device=items.device) >= self.inputs.id_dropout
+            items, outputs = items * keep_mask, outputs * keep_mask
+        inputs = items + attributes
+        return inputs, inputs if tied else outputs + attributes
+
     def forward(
-        self, users: Tensor, items: Tensor, outputs: Tensor, batch: "PackedBatch"
+        self,
+        users: Tensor,
+        items: Tensor,
+        outputs: Tensor,
+        batch: "PackedBatch",
+        user_attributes: Tensor | None = None,
+        item_attributes: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Loss and vectors of a batch.
 
@@ -73,6 +98,8 @@ class Dense(nn.Module):
             items: [item bags, dim] input vectors.
             outputs: [item bags, dim] vectors that score candidates; the same as `items` where they are tied.
             batch: the packed histories.
+            user_attributes: [user bags, dim] weighted sum of the attributes' vectors; None: there are none.
+            item_attributes: [item bags, dim], likewise.
 
         Returns:
             loss: [] sum over this rank's targets, divided by `batch.global_targets`.
@@ -82,6 +109,9 @@ class Dense(nn.Module):
         """
         decode = self._compiled if self._compiled is not None and self.training else self.decode
         half = self.training and self.compute.dtype != torch.float32
+        items, outputs = self.item_vectors(items, outputs, item_attributes)
+        users = self.user_vectors(users)
+        users = users if user_attributes is None else users + user_attributes
         with torch.autocast(users.device.type, torch.bfloat16, enabled=half):
             h, vectors = decode(
                 users,
@@ -95,6 +125,7 @@ class Dense(nn.Module):
                 batch.last_slot,
                 batch.cu_seqlens,
                 batch.max_seqlen,
+                batch.features,
             )
         # Clamped for steps without targets, far below 1: one target on 4 ranks is 0.25 per rank.
         loss = self.sum_of_losses(h, outputs, batch) / batch.global_targets.clamp(min=1e-6)
@@ -113,6 +144,7 @@ class Dense(nn.Module):
         last_slot: Tensor,
         cu_seqlens: Tensor | None,
         max_seqlen: int,
+        features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Outputs at the targets' slots [targets, dim], and, not in training, at the newest entries [sequences, dim].
 
@@ -124,7 +156,7 @@ class Dense(nn.Module):
         else:
             attention = VarlenAttention(cu_seqlens, sequence.shape[1], max(max_seqlen, 1))
         hidden = self.decoder(
-            take_rows(items, item_bag), take_rows(self.user_vectors(users), user_bag), position, segment, attention
+            take_rows(items, item_bag), take_rows(users, user_bag), position, segment, attention, features
         )
         flat = hidden.flatten(0, 1)
         return take_rows(flat, target_slot), flat[:0] if self.training else take_rows(flat, last_slot)

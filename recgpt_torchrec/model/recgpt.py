@@ -8,11 +8,13 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedTensor
-from torchrec.modules.embedding_configs import DataType
+from torchrec.modules.embedding_configs import DataType, PoolingType
 
 from recgpt_torchrec.config import Loss, Model, Tuning
-from recgpt_torchrec.data.bags import ITEM, OUTPUT, USER, bags_of, names_of_keys, table_of
+from recgpt_torchrec.data.bags import ITEM, OUTPUT, USER, bags_of, names_of_attribute, names_of_keys, table_of
 from recgpt_torchrec.data.batch import SequenceBatch
+from recgpt_torchrec.data.inputs.attributes import Attributes
+from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.packed import Capacity
 from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.model.dense import Dense
@@ -29,17 +31,30 @@ class Vectors(NamedTuple):
     """[item bags, dim]."""
     outputs: Tensor
     """[item bags, dim] that score outputs: of W_l (paper, section 4.3) where there is one, else the same as `items`."""
+    user_attributes: Tensor | None = None
+    """[user bags, dim] weighted sum of the attributes' vectors; None: there are none."""
+    item_attributes: Tensor | None = None
+    """[item bags, dim], likewise."""
 
 
 @torch.fx.wrap
-def vectors_of(lookup: KeyedTensor) -> Vectors:
-    """The vectors of each table, from what the collection returns: [stride, dim] per key, tables in any order."""
+def vectors_of(lookup: KeyedTensor, weights: dict[str, float]) -> Vectors:
+    """The vectors of users and items, from what the collection returns: [stride, dim] per key, tables in any order.
+
+    `weights` has the factor of each attribute's table.
+    """
     keys = zip(lookup.keys(), lookup.length_per_key(), strict=True)
     widths = {table: sum(dim for _, dim in some) for table, some in groupby(keys, lambda key: table_of(key[0]))}
     dim = widths[USER]
     parts = lookup.values().split(list(widths.values()), dim=1)
     by_table = {table: part.reshape(-1, dim) for table, part in zip(widths, parts, strict=True)}
-    return Vectors(by_table[USER], by_table[ITEM], by_table.get(OUTPUT, by_table[ITEM]))
+
+    def add_up(entity: str) -> Tensor | None:
+        parts = [weight * by_table[table] for table, weight in weights.items() if table.startswith(f"{entity}-")]
+        return sum(parts[1:], parts[0]) if parts else None
+
+    outputs = by_table.get(OUTPUT, by_table[ITEM])
+    return Vectors(by_table[USER], by_table[ITEM], outputs, add_up(USER), add_up(ITEM))
 
 
 class RecGPT(nn.Module):
@@ -59,6 +74,8 @@ class RecGPT(nn.Module):
         tuning: Tuning | None = None,
         item_keys: int = 1,
         precision: str = "fp32",
+        inputs: Inputs | None = None,
+        attributes: Attributes | None = None,
     ) -> None:
         """
         Args:
@@ -67,35 +84,45 @@ class RecGPT(nn.Module):
             tuning: what prompt-tuning adds; None: pre-training.
             item_keys: number of keys that item bags are dealt to (see `data.bags`); no parameter depends on it.
             precision: of the tables' weights, `fp32` or `fp16`; looked-up vectors are float32.
+            inputs: what it reads beside ids; None: nothing.
+            attributes: the values of all users and items, for `look_up`; None: there are none.
         """
         super().__init__()
-        self.item_keys = item_keys
-        rows = {USER: users, ITEM: items}
+        self.item_keys, self.inputs, self.attributes = item_keys, inputs or Inputs(), attributes
+        self.weights = {each.table: each.weight for each in self.inputs.attributes}
+        item_names = names_of_keys(item_keys)
+        tables = [(USER, users, [USER], "sum"), (ITEM, items, item_names, "sum")]
         if tuning is not None and tuning.output_table:
-            rows[OUTPUT] = items
+            tables.append((OUTPUT, items, item_names, "sum"))
+        tables += [
+            (each.table, each.values, names_of_attribute(each, item_keys), each.pooling)
+            for each in self.inputs.attributes
+        ]
         configs = [
             EmbeddingBagConfig(
                 name=table,
                 embedding_dim=model.dim,
-                num_embeddings=number,
-                feature_names=[USER] if table == USER else names_of_keys(item_keys),
+                num_embeddings=rows,
+                feature_names=names,
                 data_type=DataType[precision.upper()],
+                pooling=PoolingType[pooling.upper()],
             )
-            for table, number in rows.items()
+            for table, rows, names, pooling in tables
         ]
         self.tables = EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
-        self.dense = Dense(model, loss, segments=tuning is not None and tuning.prompts)
+        self.dense = Dense(model, loss, segments=tuning is not None and tuning.prompts, inputs=self.inputs)
 
     def forward(self, batch: SequenceBatch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """See `Dense.forward`."""
-        vectors = vectors_of(self.tables(batch.bags))
-        return self.dense(vectors[0], vectors[1], vectors[2], batch)
+        vectors = vectors_of(self.tables(batch.bags), self.weights)
+        return self.dense(vectors[0], vectors[1], vectors[2], batch, vectors[3], vectors[4])
 
     @torch.no_grad()
     def look_up(
         self, device: torch.device, users: Int64 = NONE, items: Int64 = NONE, room: tuple[int, int] = (0, 0)
     ) -> Vectors:
-        """Vectors, float32, of `users` [n] int64 and `items` [m] int64 from the sharded tables (collective).
+        """Vectors, float32, of `users` [n] int64 and `items` [m] int64 from the sharded tables (collective), with their
+        attributes.
 
         Args:
             device: of this rank.
@@ -104,9 +131,13 @@ class RecGPT(nn.Module):
         """
         sizes = users.size, items.size
         capacity = Capacity(max(room[0], sizes[0]), max(room[1], sizes[1]), self.item_keys)
-        bags: Any = bags_of(users, items, capacity)
-        vectors = vectors_of(self.tables(bags.to(device)).wait())
-        return Vectors(*(rows[:size].float() for rows, size in zip(vectors, (*sizes, sizes[1]), strict=True)))
+        bags: Any = bags_of(users, items, capacity, self.attributes)
+        vectors = vectors_of(self.tables(bags.to(device)).wait(), self.weights)
+        of_users, of_items, outputs = (
+            rows if added is None else rows + added
+            for rows, added in zip(vectors[:3], (vectors[3], vectors[4], vectors[4]), strict=True)
+        )
+        return Vectors(of_users[: sizes[0]].float(), of_items[: sizes[1]].float(), outputs[: sizes[1]].float())
 
 
 def unwrapped(model: nn.Module) -> RecGPT:

@@ -62,7 +62,13 @@ class Decoding:
 
     @torch.no_grad()
     def step(
-        self, items: Tensor, user_vectors: Tensor, positions: Tensor, segments: Tensor, active: Tensor | None = None
+        self,
+        items: Tensor,
+        user_vectors: Tensor,
+        positions: Tensor,
+        segments: Tensor,
+        active: Tensor | None = None,
+        features: Tensor | None = None,
     ) -> Tensor:
         """Feed one entry of each sequence.
 
@@ -71,6 +77,7 @@ class Decoding:
             user_vectors: [users, dim].
             positions, segments: [users] int64.
             active: [users] bool: sequences that have an entry in this step; the others do not change. None: all.
+            features: [features, users] int64 of the entries; None: the model reads none.
 
         Returns:
             [users, dim] outputs, undefined for inactive users; the next item is scored by the inner product of output
@@ -81,7 +88,7 @@ class Decoding:
         level = self.level and active is None
         self._add_to_sums(items, active)
         mean = (self.sum / self.entries.clamp(min=1)[:, None]) if config.history_in else None
-        x = self.decoder.embed(items, user_vectors, positions, segments, mean)[:, None]
+        x = self.decoder.embed(items, user_vectors, positions, segments, mean, features)[:, None]
         # Place of this entry in the cache; for inactive users the next free one, which stays free.
         place = self.entries - 1 if active is None else torch.where(active, self.entries - 1, self.entries)
         place = place.clamp(max=self.capacity)
@@ -117,7 +124,13 @@ class Decoding:
 
     @torch.no_grad()
     def prefill(
-        self, items: Tensor, user_vectors: Tensor, positions: Tensor, segments: Tensor, lengths: Tensor
+        self,
+        items: Tensor,
+        user_vectors: Tensor,
+        positions: Tensor,
+        segments: Tensor,
+        lengths: Tensor,
+        features: Tensor | None = None,
     ) -> Tensor:
         """Feed the first entries of all sequences in one parallel pass.
 
@@ -126,6 +139,7 @@ class Decoding:
             user_vectors: [users, dim].
             positions, segments: [users, length] int64.
             lengths: [users] int64 number of entries, 0 to `length`.
+            features: [features, users, length] int64; None: the model reads none.
 
         Returns:
             [users, dim] outputs at each sequence's newest entry, undefined for empty sequences.
@@ -137,7 +151,7 @@ class Decoding:
         valid = place < lengths[:, None]
         newest = (lengths - 1).clamp(min=0)
         mean = items.cumsum(1) / (place + 1)[:, None] if config.history_in else None
-        x = self.decoder.embed(items, user_vectors[:, None], positions, segments, mean)
+        x = self.decoder.embed(items, user_vectors[:, None], positions, segments, mean, features)
         for block, keys, values in zip(self.blocks, self.keys, self.values, strict=True):
             q, k, v = block.project(x)
             keys[:, :, :length], values[:, :, :length] = k, v

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.data.histories import Histories
+from recgpt_torchrec.data.inputs.features import UNKNOWN
 from recgpt_torchrec.data.ragged import Int64, Ragged, join, offsets_of
 from recgpt_torchrec.data.segments import GENERATED
 from recgpt_torchrec.data.stream import BatchMaker
@@ -18,14 +19,18 @@ from recgpt_torchrec.retrieval.merging import Lists
 
 
 def append_generated(histories: Histories, items: Int64, max_len: int) -> Histories:
-    """Append one generated entry, `items` [sequences] int64, to each history, and keep its newest `max_len` entries."""
+    """Append one generated entry, `items` [sequences] int64, to each history, and keep its newest `max_len` entries.
+
+    It has the time and the event type of the request.
+    """
     start, stop = histories.offsets[:-1], histories.offsets[1:]
     start = np.maximum(start, stop - (max_len - 1))
     offsets = offsets_of(stop - start + 1)
     ends = offsets[1:] - 1
     segments = histories.segments if histories.segments is not None else np.zeros(histories.items.size, dtype=np.int8)
 
-    def with_last(values: np.ndarray, last: Int64 | int) -> np.ndarray:
+    def with_last(values: np.ndarray, last: np.ndarray | int | None) -> np.ndarray:
+        assert last is not None, "a history without the time or the event type of its request"
         out = np.empty(offsets[-1], dtype=values.dtype)
         is_old = np.ones(out.size, dtype=bool)
         is_old[ends] = False
@@ -38,6 +43,11 @@ def append_generated(histories: Histories, items: Int64, max_len: int) -> Histor
         items=with_last(histories.items, items),
         offsets=offsets,
         segments=with_last(segments, GENERATED),
+        times=None if histories.times is None else with_last(histories.times, histories.request_times),
+        events=None if histories.events is None else with_last(histories.events, histories.asked_events),
+        places=None if histories.places is None else with_last(histories.places, UNKNOWN),
+        request_times=histories.request_times,
+        asked_events=histories.asked_events,
         seen=histories.seen,
     )
 

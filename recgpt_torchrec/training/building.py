@@ -12,6 +12,8 @@ from recgpt_torchrec.config import Loss, Model, Pretrain, PromptTune, Tables, Tu
 from recgpt_torchrec.config.defaults import tokens_of_rank, tokens_of_step
 from recgpt_torchrec.data.candidates import candidate_source
 from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.inputs.attributes import Attributes
+from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.packed import Capacity
 from recgpt_torchrec.data.reading.damage import LIST, SetAside
 from recgpt_torchrec.data.reading.histories import HistoryReader
@@ -95,6 +97,7 @@ def training_stream(
     *,
     tuning: Tuning | None = None,
     new_targets: bool = False,
+    inputs: Inputs | None = None,
 ) -> SequenceStream:
     """Make the stream of the training part's batches, with the candidates of the loss.
 
@@ -106,6 +109,7 @@ def training_stream(
         execution: how steps are computed, which decides how tokens lie in a batch.
         tuning: which prompts and answers are read, and how; None: pre-training.
         new_targets: whether only targets that the dataset marks as new are predicted.
+        inputs: what the model reads beside ids; None: nothing.
 
     Raises:
         InputError: the dataset does not fit the options, or is damaged.
@@ -124,10 +128,12 @@ def training_stream(
         new_targets=new_targets,
         set_aside=set_aside,
         time_order=config.stream.time_order,
+        inputs=inputs or Inputs(),
     )
     maker = BatchMaker(
         reader=reader,
         batch=batch,
+        attributes=Attributes.open(dataset, reader.inputs),
         source=candidate_source(config.loss, dataset, batch, rank(), world_size()),
         seed=config.seed,
         predict_from="every" if tuning is None else tuning.predict_from,
@@ -156,6 +162,8 @@ def build(
     device: torch.device,
     tuning: Tuning | None = None,
     restored: bool = False,
+    inputs: Inputs | None = None,
+    attributes: Attributes | None = None,
 ) -> tuple[nn.Module, KeyedOptimizer]:
     """Build a configuration's sharded model, with initial values, and its optimizer (collective).
 
@@ -167,13 +175,17 @@ def build(
         device: of this rank.
         tuning: what prompt-tuning adds and trains; None: pre-training.
         restored: whether the caller fills the tables from a checkpoint, so that no values are drawn for them.
+        inputs: what the model reads beside ids; None: nothing.
+        attributes: the values of all users and items; None: there are none.
 
     Raises:
         InputError: a table cannot be sharded as configured, or memory will not hold the candidates.
     """
     torch.manual_seed(config.seed)
     users, items = dataset.manifest.users, dataset.manifest.items
-    unsharded = RecGPT(model, config.loss, users, items, tuning, capacity.item_keys, config.tables.precision)
+    unsharded = RecGPT(
+        model, config.loss, users, items, tuning, capacity.item_keys, config.tables.precision, inputs, attributes
+    )
     frozen = set() if tuning is None else {part for name, part in PARTS.items() if name not in tuning.trained}
     fuse_optimizers(unsharded, config.tables, device, frozen)
     fused = is_fused(config.tables.optimizer, device)

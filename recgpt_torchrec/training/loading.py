@@ -1,6 +1,6 @@
 """Loads models from checkpoints: to evaluate, to export, or to prompt-tune."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -10,6 +10,9 @@ from recgpt_torchrec.checkpoints.settings import CheckpointSettings
 from recgpt_torchrec.config import Model, Pretrain, Sharding, Tuning
 from recgpt_torchrec.data.bags import ITEM, OUTPUT
 from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.inputs.attributes import Attributes
+from recgpt_torchrec.data.inputs.choosing import check_inputs
+from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.stream import TOKENS_PER_SEQUENCE
 from recgpt_torchrec.distributed.sharding import shard, table_name, tables_of
 from recgpt_torchrec.errors import InputError
@@ -24,6 +27,10 @@ class Trained:
     config: Model
     tuning: Tuning | None
     """Options it was prompt-tuned with; None: it is a pre-trained model."""
+    inputs: Inputs = field(default_factory=Inputs)
+    """What it reads beside ids."""
+    attributes: Attributes | None = None
+    """The attribute values of all users and items; None: it reads none."""
 
     @property
     def prompts(self) -> bool:
@@ -58,13 +65,18 @@ def load(
     check_vocabulary(settings, checkpoint, dataset)
     manifest, tuning = dataset.manifest, settings.tuning
     users, items = manifest.users, manifest.items
-    unsharded = RecGPT(settings.model, settings.loss, users, items, tuning, item_keys, tables.precision)
+    inputs = settings.inputs
+    check_inputs(inputs, checkpoint, dataset)
+    attributes = Attributes.open(dataset, inputs)
+    unsharded = RecGPT(
+        settings.model, settings.loss, users, items, tuning, item_keys, tables.precision, inputs, attributes
+    )
     check_tables(unsharded, checkpoint)
     model = shard(unsharded, tables, bags=bags, device=device, fused=False, trained=False)
     state = {"model": model.state_dict()}
     read_tensors(state, checkpoint)
     model.load_state_dict(state["model"])
-    return Trained(model, settings.model, tuning)
+    return Trained(model, settings.model, tuning, inputs, attributes)
 
 
 def check_tables(model: nn.Module, checkpoint: str, made: str | None = None) -> None:
@@ -143,6 +155,17 @@ def pretrained_model(checkpoint: str, dataset: Dataset, given: Model | None) -> 
             f"{getattr(settings.model, name)}; leave the option out, or give a checkpoint of that shape"
         )
     return given
+
+
+def pretrained_inputs(checkpoint: str, dataset: Dataset) -> Inputs:
+    """What a pre-trained checkpoint reads beside ids, which tuning keeps.
+
+    Raises:
+        InputError: the dataset lacks it.
+    """
+    inputs = CheckpointSettings.read(checkpoint).inputs
+    check_inputs(inputs, checkpoint, dataset)
+    return inputs
 
 
 def find_initial(path: str, config: Pretrain, dataset: Dataset) -> str:

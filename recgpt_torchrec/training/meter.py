@@ -201,7 +201,7 @@ class StepMeter:
         """Count what the batch of the step holds; called before the dense part's forward."""
         if not self._in_step:
             return
-        batch: SequenceBatch = inputs[-1]
+        batch: SequenceBatch = inputs[3]  # see `Dense.forward`
         lengths = np.maximum(batch.histories.lengths - 1, 0)
         tokens = int(lengths.sum())
         shared = batch.candidate_item is not None  # then targets meet about as many of each other rank

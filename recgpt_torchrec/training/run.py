@@ -12,6 +12,7 @@ from recgpt_torchrec import storage
 from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.config.fields import changeable_names, current_name, default_values
 from recgpt_torchrec.data.dataset import Manifest
+from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.distributed.placements import Placement
 from recgpt_torchrec.distributed.processes import run_on_first_rank
 from recgpt_torchrec.errors import InputError
@@ -162,15 +163,20 @@ class Run:
         latest = self.checkpoints.latest()
         return latest is not None and Progress.of_checkpoint(latest).finished
 
-    def metadata(self, plan: str, placed: list[Placement], hold_out: str = "last") -> dict[str, Any]:
+    def metadata(
+        self, plan: str, placed: list[Placement], hold_out: str = "last", inputs: Inputs | None = None
+    ) -> dict[str, Any]:
         """The run's part of each checkpoint's metadata.
 
         Args:
             plan: describes the sharding.
             placed: where the tables are.
             hold_out: what the dataset holds out; `last` is not recorded.
+            inputs: what the model reads beside ids; nothing is not recorded.
         """
-        more = {} if hold_out == "last" else {"hold_out": hold_out}
+        more: dict[str, Any] = {} if hold_out == "last" else {"hold_out": hold_out}
+        if inputs is not None and (values := inputs.to_json()):
+            more["inputs"] = values
         tables = [asdict(each) for each in placed]
         return {"config": self.config, "vocabulary": self.vocabulary, "plan": plan, "placements": tables, **more}
 

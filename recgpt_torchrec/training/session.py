@@ -58,11 +58,20 @@ def train(
     """
     dataset = stream.dataset
     check_lost(dataset)
-    capacity = stream.maker.capacity
+    maker = stream.maker
+    capacity, inputs = maker.capacity, maker.reader.inputs
     restored = begin is not None or run_on_first_rank(run.checkpoints.latest) is not None
     with watchdog.phase("building the model"):
         built, optimizer = build(
-            config, model, dataset, capacity=capacity, device=device, tuning=tuning, restored=restored
+            config,
+            model,
+            dataset,
+            capacity=capacity,
+            device=device,
+            tuning=tuning,
+            restored=restored,
+            inputs=inputs,
+            attributes=maker.attributes,
         )
     group = ranks_per_group(config.tables)
     placed = placements(built.plan, built, config.tables.optimizer, groups=world_size() // group)
@@ -78,7 +87,7 @@ def train(
             schedule=config.optimizer,
             saving=config.saving,
             checkpoints=run.checkpoints,
-            metadata=run.metadata(str(built.plan), placed, dataset.manifest.hold_out),
+            metadata=run.metadata(str(built.plan), placed, dataset.manifest.hold_out, inputs),
             seed=config.seed,
             replicas=Replicas(table_tensors(built, optimizer), group, config.tables.sync_steps),
         )
@@ -101,5 +110,5 @@ def train(
             )
         )
         trainer.fit(None if validation is None else validation(built), metric)
-        if (set_aside := stream.maker.reader.set_aside) is not None:
+        if (set_aside := maker.reader.set_aside) is not None:
             log_message(set_aside.summary())

@@ -41,10 +41,16 @@ class Recomputing(Decoding):
 
     @torch.no_grad()
     def step(
-        self, items: Tensor, user_vectors: Tensor, positions: Tensor, segments: Tensor, active: Tensor | None = None
+        self,
+        items: Tensor,
+        user_vectors: Tensor,
+        positions: Tensor,
+        segments: Tensor,
+        active: Tensor | None = None,
+        features: Tensor | None = None,
     ) -> Tensor:
         """See `Decoding.step`."""
-        assert active is None, "the benchmark fills every interval with k prompts"
+        assert active is None and features is None, "the benchmark fills every interval with k prompts, of ids alone"
         self.fed.append((items, positions, segments))
         self.steps += 1
         if self.steps % (self.k + 1) == 0:  # after the last prompt of an interval nothing is generated

@@ -1,7 +1,7 @@
 """Reads histories from a dataset, cut for a split."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ import pyarrow as pa
 from recgpt_torchrec.data import ragged
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.histories import Histories
+from recgpt_torchrec.data.inputs.spec import EVENTS, PLACES, TIMES, Inputs
 from recgpt_torchrec.data.ragged import Int64, Ragged
 from recgpt_torchrec.data.reading.damage import SetAside
 from recgpt_torchrec.data.reading.reader import Reader, stored_starts
@@ -46,6 +47,8 @@ class HistoryReader:
     """Whether a history with timestamps out of order is damaged."""
     sample: UserSample | None = None
     """Users to read; None: all."""
+    inputs: Inputs = field(default_factory=Inputs)
+    """What the model reads beside ids, whose columns are read."""
 
     @property
     def training(self) -> bool:
@@ -62,16 +65,30 @@ class HistoryReader:
         Raises:
             InputError: a row is damaged, and not set aside; names its place.
         """
-        reader = Reader(self.dataset, self.answers, self.time_order, self.set_aside, self.new_targets)
+        timed, evented, placed = (self.inputs.reads(*names) for names in (TIMES, EVENTS, PLACES))
+        reader = Reader(
+            self.dataset,
+            self.answers,
+            self.time_order or timed,
+            self.set_aside,
+            self.new_targets,
+            events=evented,
+            places=placed,
+        )
         tables = [reader.read(group) for group in groups]
         table, read = pa.concat_tables([r.table for r in tables]), np.concatenate([r.lengths for r in tables])
         users, items = ragged.to_numpy(table["user_id"]), Ragged.from_arrow(table["item_ids"])
         segments = Ragged.from_arrow(table["segment_ids"]).values if "segment_ids" in table.schema.names else None
         trained = Ragged.from_arrow(table["trained"]).values != 0 if self.new_targets else None
+        read_columns = {"times": ("timestamps", timed), "events": ("event_ids", evented), "places": ("places", placed)}
+        columns = {
+            name: Ragged.from_arrow(table[column]).values for name, (column, wanted) in read_columns.items() if wanted
+        }
         if segments is not None and not self.prompts:
             is_interacted = segments == INTERACTED
             items, segments = items.keep(is_interacted), None
             trained = None if trained is None else trained[is_interacted]
+            columns = {name: values[is_interacted] for name, values in columns.items()}
         interacted = Interacted.among(items.offsets, segments)
 
         hold_out = self.dataset.manifest.hold_out
@@ -106,12 +123,29 @@ class HistoryReader:
             answers=entries(answers),
             answer_scores=entries(answer_scores),
             trained=entries(trained),
+            **{name: entries(values) for name, values in columns.items()},
+            **self._requests(columns, interacted, target, rows),
             read=read[rows] if self.training else None,
             held_out=None if target is None else items.values[interacted.places[target]][rows],
             seen=None
             if self.training
             else Ragged(items.values[interacted.places], interacted.offsets).cut(begin[rows], end[rows]),
         )
+
+    def _requests(
+        self,
+        columns: dict[str, npt.NDArray[Any]],
+        interacted: Interacted,
+        target: Int64 | None,
+        rows: npt.NDArray[np.integer],
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Per sequence, the time of the request after the newest entry and the event type asked for, in encoding."""
+        if self.training or target is None:
+            return {}
+        names = {"times": "request_times", "events": "asked_events"}
+        return {
+            names[name]: values[interacted.places[target]][rows] for name, values in columns.items() if name in names
+        }
 
     def _read_answers(
         self, table: pa.Table, entries: int, interacted: Interacted

@@ -41,6 +41,10 @@ class Reader:
     """Where damaged rows are listed; None: the first one is an error."""
     trained: bool = False
     """Whether the column `trained` is read, where present."""
+    events: bool = False
+    """Whether event types are read."""
+    places: bool = False
+    """Whether places in a list are read."""
 
     def read(self, group: RowGroup) -> "Rows":
         """Read and check one row group.
@@ -89,6 +93,8 @@ class Reader:
         unread = {*ANSWERS} if not self.answers else set()
         unread |= set() if self.times else {"timestamps"}
         unread |= set() if self.trained else {"trained"}
+        unread |= set() if self.events else {"event_ids"}
+        unread |= set() if self.places else {"places"}
         unread |= set() if self.dataset.manifest.hold_out in STORED else {*STARTS}
         return [name for name in COLUMNS if name in self.dataset.columns - unread]
 

@@ -1,0 +1,83 @@
+"""What a model reads beside the ids of users and items. Needs neither torch nor Arrow.
+
+Attributes belong to an entity, a user or an item: each is a table, pooled into the entity's vector. Features belong to
+a token of a history: each is an embedding added to the decoder's input.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Entity = Literal["user", "item"]
+EVENTS = ("event", "asked_event")
+"""Features that read events."""
+TIMES = ("past_gap", "next_gap", "hour", "weekday")
+"""Features that read timestamps."""
+PLACES = ("place",)
+"""Features that read places in a list."""
+
+
+def column_of(name: str) -> str:
+    """The column of users/ or items/ with the value ids of an attribute."""
+    return f"attribute_{name}"
+
+
+def table_of_attribute(entity: str, name: str) -> str:
+    """Name of the model's table of an attribute; no dot, which parts the names of parameters."""
+    return f"{entity}-" + "".join(letter if letter.isalnum() else "_" for letter in name)
+
+
+@dataclass(kw_only=True)
+class Attribute:
+    """An attribute that a model reads: one of its tables."""
+
+    entity: Entity
+    name: str
+    values: int
+    """Rows of its table."""
+    fingerprint: str
+    """Of the vocabulary of its values."""
+    weight: float = 1.0
+    """Factor of its vector in the sum with those of the id and of the other attributes."""
+    pooling: Literal["mean", "sum"] = "mean"
+    """How the vectors of several values become one."""
+
+    @property
+    def table(self) -> str:
+        """Name of its table."""
+        return table_of_attribute(self.entity, self.name)
+
+
+@dataclass(kw_only=True)
+class Feature:
+    """A feature of tokens that a model reads, by its name in `features.FEATURES`."""
+
+    name: str
+    values: int
+    """Number of its values, from 0 on; 0 means that it is unknown."""
+
+
+@dataclass(kw_only=True)
+class Inputs:
+    """What a model reads beside ids. A checkpoint records it."""
+
+    attributes: list[Attribute] = field(default_factory=list)
+    id_dropout: float = 0.0
+    """Probability that an item's own vector is left out in a training step, so that its attributes stand alone."""
+    features: list[Feature] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
+    """Words of the event types, where features read them; the n-th has the id n + 1."""
+    time_unit: float = 1.0
+    """Seconds of a unit of the timestamps, where features read them."""
+
+    def of_entity(self, entity: Entity) -> list[Attribute]:
+        """The attributes of users or of items."""
+        return [each for each in self.attributes if each.entity == entity]
+
+    def reads(self, *names: str) -> bool:
+        """Whether one of these features is read."""
+        return any(each.name in names for each in self.features)
+
+    def to_json(self) -> dict[str, Any]:
+        """What differs from a model that reads ids alone."""
+        plain = asdict(Inputs())
+        return {name: value for name, value in asdict(self).items() if value != plain[name]}
