@@ -91,9 +91,7 @@ def describe_reading(config: Prepare, record: dict[str, Any]) -> list[str]:
     if rejected:
         total = sum(rejected.values())
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejected.items())
-        lines.append(
-            f"rejected    {total:,} rows ({total / record['rows']:.2%}): {reasons}; see {folder}/rejected"
-        )
+        lines.append(f"rejected    {total:,} rows ({total / record['rows']:.2%}): {reasons}; see {folder}/rejected")
     if record["duplicates_dropped"]:
         lines.append(f"duplicates  {record['duplicates_dropped']:,} dropped")
     return lines
@@ -121,13 +119,18 @@ def summarize_day(config: Prepare, result: Result) -> str:
     lines += [
         line("day", f"{day.number} of {config.output}: {day.new:,} new interactions of {rows:,} users"),
         line("targets", f"{record['split']['training_targets']:,} new ones to train on"),
-        line("keys", f"{manifest.users - extends['users']:,} users and {manifest.items - extends['items']:,} items are new"),
+        line(
+            "keys",
+            f"{manifest.users - extends['users']:,} users and {manifest.items - extends['items']:,} items are new",
+        ),
         line("so far", f"{manifest.users:,} users, {manifest.items:,} items, {day.total:,} interactions"),
     ]
     if config.hold_out == "none":
         lines.append(line("held out", "nothing (--hold_out none)"))
     else:
-        lines.append(line("held out", f"the last two interactions of {day.held_out_users:,} users, until later ones come"))
+        lines.append(
+            line("held out", f"the last two interactions of {day.held_out_users:,} users, until later ones come")
+        )
     lines += [line(label, text) for label, text in record.get("page", []) if label == "note"]
     if result.already_there:
         lines.append(f"nothing to do: {config.output} already holds this input, as day {day.number}")

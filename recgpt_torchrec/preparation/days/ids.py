@@ -19,7 +19,8 @@ class DayIds:
     new_count: int
 
 
-def assign_day_ids(engine: Engine, name: str, keys: ir.Table, known: ir.Table | None, known_count: int, seed: int
+def assign_day_ids(
+    engine: Engine, name: str, keys: ir.Table, known: ir.Table | None, known_count: int, seed: int
 ) -> DayIds:
     """Number a day's keys: known ones keep their ids, new ones come after, in the order of the md5 of seed and key.
 

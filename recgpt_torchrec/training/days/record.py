@@ -1,7 +1,7 @@
 """What a run on a folder of days has trained: written after each day.
 
-    OUTPUT/trained_days.json   the days that are trained
-    OUTPUT/days/0003/          the run of a day; checkpoints are kept of the newest trained day
+OUTPUT/trained_days.json   the days that are trained
+OUTPUT/days/0003/          the run of a day; checkpoints are kept of the newest trained day
 """
 
 import os

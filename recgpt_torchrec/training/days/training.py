@@ -7,6 +7,7 @@ run that continues another on new targets. So whatever stops the job, the same c
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from recgpt_torchrec import storage
 from recgpt_torchrec.checkpoints.folder import BEST, TRAINED_DAYS, Checkpoints
@@ -59,10 +60,12 @@ def train_days(config: Pretrain, train_run: TrainRun) -> None:
         print_result(f"{config.output} is already trained on all {trained} days of {config.data}.")
         return print_result(_next_step(config))
     for day in days[trained:]:
-        log_message(f"Day {day.number} of {len(days)}: {day.targets:,} new targets, in {path_of(config.output, day.number)}")
-        initial = None if day.number == 1 else run_on_first_rank(lambda day=day: _find_state(config, day.number - 1))
+        log_message(
+            f"Day {day.number} of {len(days)}: {day.targets:,} new targets, in {path_of(config.output, day.number)}"
+        )
+        initial = None if day.number == 1 else run_on_first_rank(partial(_find_state, config, day.number - 1))
         train_run(_options_of(config, day), initial)
-        run_on_first_rank(lambda day=day: _record(config, day))
+        run_on_first_rank(partial(_record, config, day))
     names = f"day {days[-1].number}" if len(days) == trained + 1 else f"days {trained + 1} to {len(days)}"
     print_result(f"Trained: {names} of {config.data}, {sum(day.targets for day in days[trained:]):,} new targets")
     print_result(_next_step(config))
