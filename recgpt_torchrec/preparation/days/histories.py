@@ -68,11 +68,15 @@ class Histories:
         if self.before is not None:
             loaded = earlier.Known.load(self.engine, self.before)
             known = {"user_id": loaded.users, "item_id": loaded.items}
-        keys = {"user_id": clicks.select(key=clicks.user), "item_id": clicks.select(key=clicks.item)}
         counts = {"user_id": self.known_users, "item_id": self.known_items}
-        users, items = (
-            assign_day_ids(self.engine, name, keys[name], known[name], counts[name], self.config.seed) for name in keys
-        )
+        rows = self.log.events
+
+        def assign(name: str) -> DayIds:
+            column = name.removesuffix("_id")
+            keys, others = (table.select(key=table[column]) for table in (clicks, rows))
+            return assign_day_ids(self.engine, name, keys, others, known[name], counts[name], self.config.seed)
+
+        users, items = assign("user_id"), assign("item_id")
         if self.before is not None and items.new_count == self.engine.count(items.of_day):
             (new,) = self.engine.rows(items.new.limit(1))
             assert known["item_id"] is not None
