@@ -109,7 +109,8 @@ class PlainDays:
 def days_of_logs(draw: st.DrawFn) -> tuple[list[list[Row]], int, str]:
     """Days of a log with late and repeated rows, the length of histories and what is held out."""
     source = random.Random(draw(st.integers(0, 2**32)))
-    count, now, log = draw(st.integers(2, 4)), 100, []
+    count, now = draw(st.integers(2, 4)), 100
+    log: list[list[Row]] = []
     for _ in range(count):
         rows: list[Row] = []
         for _ in range(source.randint(1, 25)):
