@@ -185,7 +185,10 @@ def days_on_ranks(rank: int, world_size: int, folder: str, output: str, tokens: 
     """Train a folder of days on several ranks, all of an epoch in a step."""
     from recgpt_torchrec.distributed import processes
 
-    processes.process_group = lambda *_, **__: contextlib.nullcontext(torch.device("cpu"))
+    def group_that_is_there(*_: Any, **__: Any) -> Any:
+        return contextlib.nullcontext(torch.device("cpu"))
+
+    processes.process_group = group_that_is_there
     observed_pretrain.observe(f"{output}.{rank}.jsonl")
     values: dict[str, Any] = {}
     config = Pretrain(data=f"{folder}/data", output=output, **values)
