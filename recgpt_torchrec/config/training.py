@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from recgpt_torchrec.config.attributes import AttributeChoice
 from recgpt_torchrec.config.checks import MAX_SEED, at_least, within
 from recgpt_torchrec.config.device import Computing
 from recgpt_torchrec.config.fields import changeable
@@ -198,6 +199,7 @@ class Pretrain(Computing):
     seed: int = 0
     """Seed of initial values, shuffling, negatives and dropout."""
     model: Model = field(default_factory=Model)
+    attributes: AttributeChoice = field(default_factory=AttributeChoice)
     loss: Loss = field(default_factory=Loss)
     batch: TrainingBatch = field(default_factory=TrainingBatch)
     stream: Stream = field(default_factory=Stream)
