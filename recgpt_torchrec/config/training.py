@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from recgpt_torchrec.config.attributes import AttributeChoice
 from recgpt_torchrec.config.checks import MAX_SEED, at_least, within
 from recgpt_torchrec.config.device import Computing
 from recgpt_torchrec.config.fields import changeable
+from recgpt_torchrec.config.inputs.attributes import AttributeChoice
 from recgpt_torchrec.config.model import Loss, Model
 from recgpt_torchrec.config.tables import Tables
 

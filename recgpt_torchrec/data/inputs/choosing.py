@@ -1,8 +1,8 @@
 """Chooses what a model reads beside ids, and checks that a dataset has what a checkpoint's model reads."""
 
 from recgpt_torchrec.config import AttributeChoice, Pretrain
-from recgpt_torchrec.config.attributes import ALL
 from recgpt_torchrec.config.command_line import nearest
+from recgpt_torchrec.config.inputs.attributes import ALL
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.inputs.records import DatasetAttribute
 from recgpt_torchrec.data.inputs.spec import Attribute, Inputs

@@ -52,6 +52,11 @@ class Attribute:
         return table_of_attribute(self.entity, self.name)
 
     @property
+    def column(self) -> str:
+        """The column of users/ or items/ with the value ids."""
+        return column_of(self.name)
+
+    @property
     def full_name(self) -> str:
         """How options and messages name it."""
         return full_name_of(self.entity, self.name)
