@@ -45,15 +45,16 @@ class Entries:
             following = np.append(interacted, segments.size)[np.searchsorted(interacted, self.tokens, side="right")]
         return np.where(following < end, following, -1)
 
-    def of_request(self, of_entries: Int64, of_sequences: Int64) -> Int64:
+    def of_request(self, of_entries: Int64, of_sequences: Int64 | None) -> Int64:
         """[tokens] the value of the request after each token.
 
         Args:
             of_entries: [entries], for requests that are entries themselves.
-            of_sequences: [sequences], for the request after the newest entry.
+            of_sequences: [sequences], for the request after the newest entry; None: it is not known.
         """
         inside = of_entries[np.maximum(self.following, 0)] if of_entries.size else np.zeros_like(self.tokens)
-        return np.where(self.following >= 0, inside, of_sequences[self.sequence])
+        newest = UNKNOWN if of_sequences is None else of_sequences[self.sequence]
+        return np.where(self.following >= 0, inside, newest)
 
 
 def event_types(entries: Entries) -> Int64:

@@ -11,6 +11,7 @@ import pyarrow as pa
 from recgpt_torchrec.data import ragged
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.histories import Histories
+from recgpt_torchrec.data.inputs.request import Request
 from recgpt_torchrec.data.inputs.spec import EVENTS, PLACES, TIMES, Inputs
 from recgpt_torchrec.data.ragged import Int64, Ragged
 from recgpt_torchrec.data.reading.damage import SetAside
@@ -49,6 +50,8 @@ class HistoryReader:
     """Users to read; None: all."""
     inputs: Inputs = field(default_factory=Inputs)
     """What the model reads beside ids, whose columns are read."""
+    request: Request = Request()
+    """What is asked after each history, where it is encoded."""
 
     @property
     def training(self) -> bool:
@@ -140,12 +143,16 @@ class HistoryReader:
         rows: npt.NDArray[np.integer],
     ) -> dict[str, npt.NDArray[Any]]:
         """Per sequence, the time of the request after the newest entry and the event type asked for, in encoding."""
-        if self.training or target is None:
+        if self.training:
             return {}
-        names = {"times": "request_times", "events": "asked_events"}
-        return {
-            names[name]: values[interacted.places[target]][rows] for name, values in columns.items() if name in names
-        }
+        requests: dict[str, npt.NDArray[Any]] = {}
+        if "times" in columns and self.request.time is not None:
+            requests["request_times"] = np.full(rows.size, self.request.time, dtype=np.int64)
+        elif "times" in columns and target is not None:
+            requests["request_times"] = columns["times"][interacted.places[target]][rows]
+        if "events" in columns:
+            requests["asked_events"] = np.full(rows.size, self.request.event, dtype=np.int16)
+        return requests
 
     def _read_answers(
         self, table: pa.Table, entries: int, interacted: Interacted
