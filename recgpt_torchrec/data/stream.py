@@ -12,6 +12,7 @@ from recgpt_torchrec.data.candidates import CandidateSource
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.histories import Histories, join, no_histories
 from recgpt_torchrec.data.inputs.attributes import Attributes
+from recgpt_torchrec.data.inputs.hiding import draw_hidden
 from recgpt_torchrec.data.inputs.request import Request
 from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.loading import prefetch
@@ -111,6 +112,9 @@ class BatchMaker:
         cursor, source = cursor or Cursor(), self.source if self.training else None
         seed = () if source is None else source.seed
         rng = np.random.default_rng((self.seed, epoch, cursor.worker, cursor.batches, 3, *seed))
+        inputs, hidden = self.reader.inputs, None
+        if self.training and inputs.ask_dropout and inputs.reads("asked_event"):
+            hidden = draw_hidden(histories, inputs.ask_dropout, self.seed, epoch)
         return make_batch(
             histories,
             row_length=self.row_length,
@@ -120,7 +124,8 @@ class BatchMaker:
             max_position=self.max_len - 1,
             soft_targets=self.soft_targets,
             draw=None if source is None else lambda targets: source.draw(targets, rng),
-            inputs=self.reader.inputs,
+            inputs=inputs,
+            hidden=hidden,
             attributes=self.attributes,
             cursor=cursor,
             layout=self.layout,
