@@ -172,8 +172,8 @@ class Manifest(FolderManifest):
             count, rows = getattr(manifest, name), sum(part.rows for part in parts)
             if count and count != rows:
                 raise ValueError(f"it promises {count:,} {name}, but {rows:,} rows in {name}/")
-        for each in manifest.attributes:
-            each.check()
+        for attribute in manifest.attributes:
+            attribute.check()
         check_records(manifest.settings, manifest.preparation)
         return manifest
 

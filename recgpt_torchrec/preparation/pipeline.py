@@ -116,9 +116,9 @@ def _write_dataset(
     kept_items = core.items if catalogue is None else queries.add_catalogue(core.items, items, catalogue)
     item_ids = engine.save("item_ids", queries.assign_ids(kept_items, "item", "item_id", known_items))
     all_users, all_items = engine.count(user_ids), engine.count(item_ids)
-    item_keys, user_keys = queries.name_items(item_ids, items), queries.user_table(user_ids, users)
-    named = {"item": (item_keys, all_items), "user": (user_keys, all_users)}
-    encoded = [encode_table(engine, config, each, *named[each.table.entity], extended) for each in loaded_tables]
+    user_keys = queries.user_table(user_ids, users)
+    entities = {"item": (queries.name_items(item_ids, items), all_items), "user": (user_keys, all_users)}
+    encoded = [encode_table(engine, config, each, *entities[each.table.entity], extended) for each in loaded_tables]
     kept = engine.save(
         "kept_events", events.inner_join(user_ids, "user").inner_join(item_ids, "item").drop("user", "item")
     )
@@ -160,7 +160,7 @@ def _write_dataset(
             layout = lay_out_rows(name, list(table.columns), ids, BATCH_ROWS, config.groups_per_part)
             return engine.write_parts(table, layout, fs, folder, ids)
 
-        rows = {"item": queries.item_table(item_keys, counts), "user": user_keys}
+        rows = {"item": queries.item_table(item_ids, items, counts), "user": user_keys}
         rows |= {each.loaded.table.entity: each.join(rows[each.loaded.table.entity]) for each in encoded}
         manifest.item_parts = write("items", rows["item"], all_items)
         manifest.user_parts = write("users", rows["user"], all_users)

@@ -223,12 +223,12 @@ def name_items(item_ids: ir.Table, items: ir.Table) -> ir.Table:
     return item_ids.inner_join(items, "item").select("item_id", "key")
 
 
-def item_table(named: ir.Table, counts: ir.Table) -> ir.Table:
-    """Rows of `items/`: item_id, key, count, and train_count, the count in the training part (`data.split`), given item_id and key.
+def item_table(item_ids: ir.Table, items: ir.Table, counts: ir.Table) -> ir.Table:
+    """Rows of `items/`: item_id, key, count, and train_count, the count in the training part (`data.split`).
 
     The counts of a known item without interactions are 0.
     """
-    counted = named.left_join(counts, "item_id")
+    counted = name_items(item_ids, items).left_join(counts, "item_id")
     filled = {column: counted[column].fill_null(0) for column in ("count", "train_count")}
     return counted.select("item_id", "key", **filled)
 

@@ -12,7 +12,7 @@ import pyarrow.fs
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.inputs.records import DatasetAttribute
-from recgpt_torchrec.data.inputs.spec import column_of, table_of_attribute
+from recgpt_torchrec.data.inputs.spec import column_of
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.attributes.buckets import find_edges, fingerprint_edges, number_bucket
 from recgpt_torchrec.preparation.attributes.columns import Taken
@@ -102,9 +102,8 @@ def encode_table(
     keyed = loaded.values.inner_join(ids, "key").select(id, "attribute", "value", "number").distinct()
     values = engine.save(f"{entity}_values", keyed)
     attributes, encoded = [], []
-    for place, taken in enumerate(loaded.taken):
-        own = values.filter(values.attribute == place)
-        attribute, rows = _encode_attribute(engine, config, loaded, taken, own, earlier)
+    for place in range(len(loaded.taken)):
+        attribute, rows = _encode_attribute(engine, config, loaded, place, values, earlier)
         if attribute.attribute is not None:
             attribute.attribute.missing = total - attribute.present
         attributes.append(attribute)
@@ -126,11 +125,12 @@ def encode_table(
 
 
 def _encode_attribute(
-    engine: Engine, config: Prepare, loaded: LoadedTable, taken: Taken, values: ir.Table, earlier: Dataset | None
+    engine: Engine, config: Prepare, loaded: LoadedTable, place: int, values: ir.Table, earlier: Dataset | None
 ) -> tuple[EncodedAttribute, ir.Table]:
     """An attribute and its rows: user_id or item_id, value_id int32, value."""
-    table = loaded.table
+    table, taken = loaded.table, loaded.taken[place]
     id = f"{table.entity}_id"
+    values = values.filter(values.attribute == place)
     sizes = values.group_by(id).agg(n=values.count())
     found = engine.row(sizes.agg(present=sizes.count(), most=sizes.n.max()))
     present, most = int(found["present"]), int(found["most"] or 0)
@@ -160,8 +160,7 @@ def _encode_attribute(
         ends = engine.row(values.agg(low=values.number.min(), high=values.number.max()))
         result.ends = (ends["low"], ends["high"])
         return result, values.select(id, value_id=number_bucket(values.number, edges), value=none)
-    name = f"values_{table_of_attribute(table.entity, taken.name)}"
-    vocabulary = assign_values(engine, name, values, config.seed, earlier, before)
+    vocabulary = assign_values(engine, f"{table.entity}_vocabulary_{place}", values, config.seed, earlier, before)
     result.vocabulary = vocabulary
     result.attribute.values = engine.count(vocabulary)
     result.before = before

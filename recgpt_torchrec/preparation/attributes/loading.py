@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 

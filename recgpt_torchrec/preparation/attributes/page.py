@@ -14,6 +14,8 @@ DISGUISED = 0.8
 """Number of distinct values per user or item from which on a category is rather a key."""
 FEWEST = 20
 """Minimum number of users or items for that."""
+SINGLE = ("text", "string", "large_string", "RecBole's token")
+"""Words for columns of text, whose lists are divided by a separator."""
 DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$")
 
 
@@ -93,21 +95,17 @@ def _notes(encoded: EncodedTable, each: EncodedAttribute) -> list[str]:
             f"{attribute.values:,} values for {each.present:,} {entity}s, nearly one each: an id in disguise, which "
             f"tells nothing of a new {entity}. Pass {meant}, or leave it out"
         )
-    if (
-        each.taken.kind == "list"
-        and "list" not in each.taken.words
-        and each.most == 1
-        and "seq" not in each.taken.words
-    ):
+    if each.taken.kind == "list" and each.taken.words in SINGLE and each.most == 1:
         separator = encoded.loaded.table.separator
         notes.append(
             f"no value holds the separator {shell_word(separator)}, so no list has more than one; name another with "
             "--attribute_separator"
         )
-    if each.taken.kind == "category" and (separator := find_list_separator(values)) is not None:
+    seen = find_list_separator(values) if each.taken.kind == "category" else None
+    if seen is not None:
         example = next(value for value in values if find_list_separator([value]) is not None)
         notes.append(
             f"its values seem to be lists, such as {shorten(example, 40)!r}; to read them so, pass {name}:list "
-            f"--attribute_separator {shell_word(separator)}"
+            f"--attribute_separator {shell_word(seen)}"
         )
     return notes

@@ -248,7 +248,7 @@ class _TableReader(DuckDBReader):
         if not self.types:  # an empty file
             return
         yield from self._run_values(number, ROW, self._select_rows())
-        lines = f"SELECT line AS row, NULL::VARCHAR AS key, text AS value, NULL::DOUBLE AS number, reason AS problem"
+        lines = "SELECT line AS row, NULL::VARCHAR AS key, text AS value, NULL::DOUBLE AS number, reason AS problem"
         yield from self._run_values(number, ROW, f"{lines} FROM malformed")
         for place in range(len(self.types) - 1):
             yield from self._run_values(number, place, self._select_values(place))
