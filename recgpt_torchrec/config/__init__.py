@@ -4,6 +4,7 @@
 Other modules import the dataclasses from here, not from the files.
 """
 
+from recgpt_torchrec.config.inputs.events import Events, TargetEvents
 from recgpt_torchrec.config.model import Loss, Model
 from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.prepare import Prepare
@@ -28,6 +29,7 @@ __all__ = [
     "Batch",
     "BuildIndex",
     "Evaluate",
+    "Events",
     "Export",
     "GeneratePrompts",
     "Index",
@@ -45,6 +47,7 @@ __all__ = [
     "Sharding",
     "Stream",
     "Tables",
+    "TargetEvents",
     "Train",
     "TrainingBatch",
     "Tuning",

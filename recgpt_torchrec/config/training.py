@@ -6,6 +6,7 @@ from typing import Literal
 from recgpt_torchrec.config.checks import MAX_SEED, at_least, within
 from recgpt_torchrec.config.device import Computing
 from recgpt_torchrec.config.fields import changeable
+from recgpt_torchrec.config.inputs.events import Events
 from recgpt_torchrec.config.model import Loss, Model
 from recgpt_torchrec.config.tables import Tables
 
@@ -197,6 +198,7 @@ class Pretrain(Computing):
     the dataset that this one extends, each with the history before it (requires --initial)."""
     seed: int = 0
     """Seed of initial values, shuffling, negatives and dropout."""
+    events: Events = field(default_factory=Events)
     model: Model = field(default_factory=Model)
     loss: Loss = field(default_factory=Loss)
     batch: TrainingBatch = field(default_factory=TrainingBatch)
