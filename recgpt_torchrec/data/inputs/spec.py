@@ -14,6 +14,18 @@ TIMES = ("past_gap", "next_gap", "hour", "weekday")
 """Features that read timestamps."""
 PLACES = ("place",)
 """Features that read places in a list."""
+ENTRY_COLUMNS = {"times": "timestamps", "events": "event_ids", "places": "places"}
+"""Columns of a dataset's sequences that features read, by their name in `Histories`."""
+UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9, "min": 60.0, "day": 86400.0}
+"""Seconds of each unit that times may have."""
+MAX_OFFSET = 14
+"""Hours that a place's time may be from UTC."""
+
+
+def check_unit(name: str, seconds: float) -> None:
+    """Raise a `ValueError` if no unit of time has so many seconds; `name` is that of the value."""
+    if seconds not in UNITS.values():
+        raise ValueError(f"{name} is {seconds}; it must be one of {', '.join(f'{unit:g}' for unit in UNITS.values())}")
 
 
 def column_of(name: str) -> str:
@@ -68,6 +80,15 @@ class Inputs:
     """Words of the event types, where features read them; the n-th has the id n + 1."""
     time_unit: float = 1.0
     """Seconds of a unit of the timestamps, where features read them."""
+    utc_offset_hours: float = 0.0
+    """Added to UTC for features hour and weekday."""
+
+    def __post_init__(self) -> None:
+        check_unit("inputs.time_unit", self.time_unit)
+        if not abs(self.utc_offset_hours) <= MAX_OFFSET:
+            raise ValueError(
+                f"inputs.utc_offset_hours is {self.utc_offset_hours}; it must be -{MAX_OFFSET} to {MAX_OFFSET}"
+            )
 
     def of_entity(self, entity: Entity) -> list[Attribute]:
         """The attributes of users or of items."""
@@ -76,6 +97,12 @@ class Inputs:
     def reads(self, *names: str) -> bool:
         """Whether one of these features is read."""
         return any(each.name in names for each in self.features)
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of `Histories` that features read."""
+        read = {"times": TIMES, "events": EVENTS, "places": PLACES}
+        return [name for name, features in read.items() if self.reads(*features)]
 
     def to_json(self) -> dict[str, Any]:
         """What differs from a model that reads ids alone."""
