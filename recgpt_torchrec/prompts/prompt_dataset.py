@@ -30,7 +30,7 @@ from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import gather_objects, rank, world_size
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import RecGPT
-from recgpt_torchrec.prompts.prompting import Intervals, intervals_of, known_intervals, table_of
+from recgpt_torchrec.prompts.intervals import Intervals, intervals_of, known_intervals, table_of
 from recgpt_torchrec.storage import filesystem, folders
 from recgpt_torchrec.storage.finished import check_same, differences, find_finished
 from recgpt_torchrec.storage.parts import Part, write_parts
