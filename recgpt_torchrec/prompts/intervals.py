@@ -1,21 +1,18 @@
-"""Interacted items of users and the prompts between them, as Algorithm 1 fills them; from and to rows of a dataset.
+"""Histories as intervals: interacted items, each with the prompts between it and the next one. Knows nothing of models.
 
-Knows nothing of models or files.
+The interval after the newest item holds feedback alone: what was shown since.
 """
 
-from collections.abc import Iterable
-from dataclasses import astuple, dataclass, field
-from typing import Any
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from recgpt_torchrec.data.dataset import STARTS
-from recgpt_torchrec.data.inputs.spec import ENTRY_COLUMNS
 from recgpt_torchrec.data.ragged import Float32, Int64, Ragged, offsets_of
 from recgpt_torchrec.data.reading.reader import stored_starts
-from recgpt_torchrec.data.segments import GENERATED, INTERACTED
+from recgpt_torchrec.data.segments import EXPOSED, INTERACTED
 from recgpt_torchrec.data.split import Starts
 
 FILLED = ("prompts", "segments", "answers", "answer_scores")
@@ -40,9 +37,14 @@ class Intervals:
     """[interactions, answers] int64 items that the model ranks highest after the item, best first; -1: none."""
     answer_scores: Float32
     """[interactions, answers] float32 scores of the answers (logits); 0 where there is none."""
-    columns: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
-    """By name in `Histories` (times, events, places), [interactions, 1 + k] values of the item, then of each prompt.
-    Generated prompts have the time of the entry before them, and neither event type nor place (0)."""
+    times: Int64 | None = None
+    """[interactions] int64 timestamps."""
+    prompt_times: Int64 | None = None
+    """[interactions, k] int64 timestamps of the feedback among the prompts; None: those of the items before them."""
+    places: npt.NDArray[np.int16] | None = None
+    """[interactions] int16 places in the list that items were shown in; None: the dataset does not store them."""
+    prompt_places: npt.NDArray[np.int16] | None = None
+    """[interactions, k] int16, likewise of the feedback among the prompts; 0: unknown."""
     starts: Starts | None = None
     """Where the parts of each user's items start; None: the dataset does not store it."""
 
@@ -69,8 +71,7 @@ class Intervals:
         """The first `stop` [users] items of each user, and their indices in `items`."""
         places = Ragged(np.arange(self.items.size), self.offsets).cut(self.offsets[:-1], self.offsets[:-1] + stop)
         arrays = {name: getattr(self, name)[places.values] for name in ("items", *FILLED)}
-        columns = {name: values[places.values] for name, values in self.columns.items()}
-        return Intervals(users=self.users, offsets=places.offsets, columns=columns, **arrays), places.values
+        return Intervals(users=self.users, offsets=places.offsets, **arrays), places.values
 
     def put(self, part: "Intervals", places: Int64) -> None:
         """Copy what was filled in `part`, the items at `places`, into these."""
@@ -79,24 +80,28 @@ class Intervals:
 
 
 def intervals_of(
-    table: pa.Table, k: int, max_len: int, prompt_segments: tuple[int, ...], answers: int = 0
+    table: pa.Table, k: int, max_len: int, prompt_segments: tuple[int, ...], answers: int = 0, timely: bool = False
 ) -> Intervals:
     """Convert rows of a dataset to `Intervals`.
 
     Args:
-        table: user_id, item_ids and, where there are any, segment_ids, `ENTRY_COLUMNS`, answer_ids and answer_scores.
+        table: user_id, item_ids and, where there are any, segment_ids, timestamps, places, answer_ids and
+            answer_scores.
         k: maximum number of prompts in an interval; the newest ones stay.
         max_len: prompts stay only between the newest `max_len` items.
         prompt_segments: segment ids of the prompts that stay; other prompts are dropped.
         answers: number of the model's answers after each item.
+        timely: whether prompts have times of their own and stay after the newest item too, see `Manifest.feedback`.
     """
     items = Ragged.from_arrow(table["item_ids"])
     entries, offsets = items.values, items.offsets
     segments = np.zeros(entries.size, np.int8)
     if "segment_ids" in table.schema.names:
         segments = Ragged.from_arrow(table["segment_ids"]).values.astype(np.int8)
-    read = {name: column for name, column in ENTRY_COLUMNS.items() if column in table.schema.names}
-    values = {name: Ragged.from_arrow(table[column]).values for name, column in read.items()}
+    times = Ragged.from_arrow(table["timestamps"]).values if "timestamps" in table.schema.names else None
+    places = None
+    if timely and "places" in table.schema.names:
+        places = Ragged.from_arrow(table["places"]).values.astype(np.int16)
     interacted = segments == INTERACTED
     before = offsets_of(interacted)  # interacted items before each entry
     shape = (int(before[-1]), answers)
@@ -105,22 +110,26 @@ def intervals_of(
     if answers and "answer_ids" in table.schema.names:
         answer_ids = Ragged.from_arrow(table["answer_ids"]).values.reshape(shape).copy()
         answer_scores = Ragged.from_arrow(table["answer_scores"]).values.reshape(shape).copy()
+    filled = (int(before[-1]), k)
     histories = Intervals(
         users=table["user_id"].to_numpy().astype(np.int64, copy=False),
         items=entries[interacted],
         offsets=before[offsets],
-        prompts=np.full((int(before[-1]), k), -1, np.int64),
-        segments=np.zeros((int(before[-1]), k), np.int8),
+        prompts=np.full(filled, -1, np.int64),
+        segments=np.zeros(filled, np.int8),
         answers=answer_ids,
         answer_scores=answer_scores,
-        columns={name: _before_prompts(each[interacted], k) for name, each in values.items()},
+        times=None if times is None else times[interacted],
+        prompt_times=np.zeros(filled, np.int64) if timely and times is not None else None,
+        places=None if places is None else places[interacted],
+        prompt_places=None if places is None else np.zeros(filled, np.int16),
         starts=stored_starts(table),
     )
     (entry,) = np.nonzero(np.isin(segments, prompt_segments) & ~interacted)
     row = items.rows_of(entry)
     owner = before[entry] - 1  # the interacted item it follows
     last = histories.offsets[row + 1] - 1
-    between = (owner >= histories.oldest_start(max_len)[row]) & (owner < last)
+    between = (owner >= histories.oldest_start(max_len)[row]) & ((owner < last) | timely)
     entry, owner = entry[between], owner[between]
     if entry.size and k:
         number = np.arange(entry.size)
@@ -131,25 +140,18 @@ def intervals_of(
         chosen = slot >= 0
         histories.prompts[owner[chosen], slot[chosen]] = entries[entry[chosen]]
         histories.segments[owner[chosen], slot[chosen]] = segments[entry[chosen]]
-        for name, each in values.items():
-            histories.columns[name][owner[chosen], 1 + slot[chosen]] = each[entry[chosen]]
-    if (times := histories.columns.get("times")) is not None:
-        times[:, 1:][histories.prompts < 0] = np.iinfo(times.dtype).min  # so that generated ones are as late as
-        np.maximum.accumulate(times, axis=1, out=times)  # what is before them
+        if histories.prompt_times is not None and times is not None:
+            histories.prompt_times[owner[chosen], slot[chosen]] = times[entry[chosen]]
+        if histories.prompt_places is not None and places is not None:
+            histories.prompt_places[owner[chosen], slot[chosen]] = places[entry[chosen]]
     return histories
 
 
-def _before_prompts(of_items: npt.NDArray[Any], k: int) -> npt.NDArray[Any]:
-    """A column [interactions, 1 + k] with the values of the items, and 0 as that of each prompt."""
-    column = np.zeros((of_items.size, 1 + k), of_items.dtype)
-    column[:, 0] = of_items
-    return column
-
-
 def table_of(histories: Intervals) -> pa.Table:
-    """Convert `Intervals` to rows of a dataset: user_id, item_ids, segment_ids and, if any, `ENTRY_COLUMNS`, answers.
+    """Convert `Intervals` to rows of a dataset: user_id, item_ids, segment_ids and, if any, timestamps, places and
+    answers.
 
-    A shown prompt has its own time, event type and place; see `Intervals.columns` for generated ones.
+    Feedback has its own timestamp where it is known; another prompt has that of the entry before it.
     """
     entries = np.concatenate([histories.items[:, None], histories.prompts], axis=1)
     segments = np.concatenate([np.zeros((len(entries), 1), np.int8), histories.segments], axis=1)
@@ -161,7 +163,11 @@ def table_of(histories: Intervals) -> pa.Table:
         return pa.ListArray.from_arrays(offsets, pa.array(values))
 
     columns = {"user_id": pa.array(histories.users), "item_ids": lists(entries[is_entry])}
-    columns |= {ENTRY_COLUMNS[name]: lists(values[is_entry]) for name, values in histories.columns.items()}
+    if histories.times is not None:
+        columns["timestamps"] = lists(entry_times(histories)[is_entry])
+    if histories.places is not None and histories.prompt_places is not None:
+        places = np.concatenate([histories.places[:, None], histories.prompt_places], axis=1)
+        columns["places"] = lists(places[is_entry])
     columns["segment_ids"] = lists(segments[is_entry])
     if number := histories.answers.shape[1]:
         offsets = pa.array((histories.offsets * number).astype(np.int32))
@@ -172,11 +178,22 @@ def table_of(histories: Intervals) -> pa.Table:
     return pa.table(columns)
 
 
-def known_intervals(histories: Intervals, earlier: Intervals, max_len: int, columns: Iterable[str] = ()) -> Int64:
+def entry_times(histories: Intervals) -> Int64:
+    """[interactions, 1 + k] int64 timestamps of the items and the prompts after them; see `table_of`."""
+    assert histories.times is not None
+    times = np.repeat(histories.times[:, None], 1 + histories.prompts.shape[1], axis=1)
+    if histories.prompt_times is not None:
+        times[:, 1:] = np.where(histories.segments >= EXPOSED, histories.prompt_times, times[:, 1:])
+        # Never before the entry in front of it; `--hold_out given` may order files otherwise than times.
+        times = np.maximum.accumulate(times, axis=1)
+    return times
+
+
+def known_intervals(histories: Intervals, earlier: Intervals, max_len: int) -> Int64:
     """Copy the prompts of an earlier run into `histories` where this run would make the same ones.
 
     That is so where the earlier history is the beginning of the new one, the shown items between its items are the
-    same, what the model reads of both in `columns` is the same, and the newest `max_len` items begin at the same item.
+    same, and the newest `max_len` items begin at the same item.
 
     Returns:
         [users] int64: number of intervals that are filled now, from the oldest one with prompts on.
@@ -196,23 +213,10 @@ def known_intervals(histories: Intervals, earlier: Intervals, max_len: int, colu
             continue
         intervals, filled = slice(new.start, new.start + size - 1), slice(old.start, old.stop - 1)
         shown, shown_then = histories.prompts[intervals], earlier.prompts[filled]
-        if not np.array_equal(shown, np.where(earlier.segments[filled] != GENERATED, shown_then, -1)):
-            continue
-        if not all(_is_same_column(histories, earlier, name, new.start, old) for name in columns):
+        if not np.array_equal(shown, np.where(earlier.segments[filled] >= EXPOSED, shown_then, -1)):
             continue
         histories.prompts[intervals], histories.segments[intervals] = shown_then, earlier.segments[filled]
         histories.answers[intervals] = earlier.answers[filled]
         histories.answer_scores[intervals] = earlier.answer_scores[filled]
         known[row] = size - 1 - skipped
     return known
-
-
-def _is_same_column(histories: Intervals, earlier: Intervals, name: str, start: int, old: slice) -> bool:
-    """Whether items from `start` on and what was shown between them have the values of the earlier ones at `old`."""
-    if name not in histories.columns or name not in earlier.columns:
-        return False
-    new, then = histories.columns[name][start : start + old.stop - old.start], earlier.columns[name][old]
-    is_given = np.ones(new.shape, bool)  # the item, and of the prompts those that were shown
-    is_given[:, 1:] = (earlier.prompts[old] >= 0) & (earlier.segments[old] != GENERATED)
-    is_given[-1, 1:] = False
-    return bool((new == then)[is_given].all())

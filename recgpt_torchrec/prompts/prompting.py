@@ -18,14 +18,11 @@ from torch import Tensor
 
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import Prompts
-from recgpt_torchrec.data.histories import Histories
-from recgpt_torchrec.data.inputs.features import compute_features
 from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.data.segments import GENERATED, INTERACTED
 from recgpt_torchrec.model.dense import Dense
 from recgpt_torchrec.prompts.decoding import Decoding
 from recgpt_torchrec.prompts.intervals import Intervals
-
 
 class Prompter:
     """Fills the intervals of histories with items that the model generates (Algorithm 1).

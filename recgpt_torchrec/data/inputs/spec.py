@@ -7,6 +7,8 @@ a token of a history: each is an embedding added to the decoder's input.
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from recgpt_torchrec.data.segments import PLAIN_SEGMENTS
+
 Entity = Literal["user", "item"]
 EVENTS = ("event", "asked_event")
 """Features that read events."""
@@ -80,15 +82,8 @@ class Inputs:
     """Words of the event types, where features read them; the n-th has the id n + 1."""
     time_unit: float = 1.0
     """Seconds of a unit of the timestamps, where features read them."""
-    utc_offset_hours: float = 0.0
-    """Added to UTC for features hour and weekday."""
-
-    def __post_init__(self) -> None:
-        check_unit("inputs.time_unit", self.time_unit)
-        if not abs(self.utc_offset_hours) <= MAX_OFFSET:
-            raise ValueError(
-                f"inputs.utc_offset_hours is {self.utc_offset_hours}; it must be -{MAX_OFFSET} to {MAX_OFFSET}"
-            )
+    segments: int = PLAIN_SEGMENTS
+    """Number of segment ids that it tells apart, where it reads prompts."""
 
     def of_entity(self, entity: Entity) -> list[Attribute]:
         """The attributes of users or of items."""
