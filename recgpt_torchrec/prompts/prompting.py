@@ -18,11 +18,14 @@ from torch import Tensor
 
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import Prompts
+from recgpt_torchrec.data.histories import Histories
+from recgpt_torchrec.data.inputs.features import compute_features
 from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.data.segments import GENERATED, INTERACTED
 from recgpt_torchrec.model.dense import Dense
 from recgpt_torchrec.prompts.decoding import Decoding
 from recgpt_torchrec.prompts.intervals import Intervals
+
 
 class Prompter:
     """Fills the intervals of histories with items that the model generates (Algorithm 1).
@@ -178,7 +181,7 @@ class Prompter:
             items=np.full(segments.size, -1, np.int64),  # which no feature looks at
             offsets=np.arange(rows.size + 1) * size,
             segments=segments.ravel(),
-            **{name: values[places].ravel() for name, values in histories.columns.items()},
+            **{name: values[places].ravel() for name, values in histories.columns().items()},
         )
         tokens = np.arange(segments.size).reshape(rows.size, -1)[:, : intervals * (1 + k)]
         features = compute_features(inputs, packed, tokens.ravel())

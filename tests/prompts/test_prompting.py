@@ -156,10 +156,10 @@ def test_shown_items_only_are_the_newest_of_each_interval_and_need_no_model():
     made = table_of(intervals_of(rows_of(items, segments), 2, MAX_LEN, (EXPOSED,)))
     assert made["item_ids"].to_pylist() == [[0, 6, 7, 1], [2, 3]]
     assert made["segment_ids"].to_pylist() == [[0, 2, 2, 0], [0, 0]]
-    assert made["timestamps"].to_pylist() == [[0, 20, 30, 40], [0, 10]]
+    assert made["timestamps"].to_pylist() == [[0, 0, 0, 40], [0, 10]]
 
 
-def test_a_generated_entry_takes_the_time_of_the_entry_before_it(dense, catalogue):
+def test_a_generated_entry_takes_the_time_of_the_item_it_follows(dense, catalogue):
     made = fill(dense, catalogue, intervals_of(rows_of([[1, 2, 3]]), 2, MAX_LEN, ()), Prompts(k=2))
     assert made["timestamps"].to_pylist() == [[0, 0, 0, 10, 10, 10, 20]]
 

@@ -18,7 +18,6 @@ from recgpt_torchrec.model.recgpt import unwrapped, unwrapped_dense
 from recgpt_torchrec.prompts.decoding import Decoding
 from recgpt_torchrec.prompts.intervals import Intervals, intervals_of
 from recgpt_torchrec.prompts.prompt_dataset import UserVectors, read_rows
-from recgpt_torchrec.prompts.intervals import Intervals, intervals_of
 from recgpt_torchrec.prompts.prompting import Prompter
 from tools.benchmarks.measuring import Figures, Kind, Ratio, stopwatch
 from tools.benchmarks.settings import Settings

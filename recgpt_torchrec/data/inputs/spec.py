@@ -84,6 +84,15 @@ class Inputs:
     """Seconds of a unit of the timestamps, where features read them."""
     segments: int = PLAIN_SEGMENTS
     """Number of segment ids that it tells apart, where it reads prompts."""
+    utc_offset_hours: float = 0.0
+    """Added to UTC for features hour and weekday."""
+
+    def __post_init__(self) -> None:
+        check_unit("inputs.time_unit", self.time_unit)
+        if not abs(self.utc_offset_hours) <= MAX_OFFSET:
+            raise ValueError(
+                f"inputs.utc_offset_hours is {self.utc_offset_hours}; it must be -{MAX_OFFSET} to {MAX_OFFSET}"
+            )
 
     def of_entity(self, entity: Entity) -> list[Attribute]:
         """The attributes of users or of items."""
