@@ -79,7 +79,11 @@ class Inputs:
     """Probability that an item's own vector is left out in a training step, so that its attributes stand alone."""
     features: list[Feature] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
-    """Words of the event types, where features read them; the n-th has the id n + 1."""
+    """Words of the event types, where they are read; the n-th has the id n + 1."""
+    history_events: list[str] = field(default_factory=list)
+    """The event types that histories hold; empty: all, unknown ones too."""
+    ask_dropout: float = 0.0
+    """Probability that the event type asked for is hidden from a token in a training step."""
     time_unit: float = 1.0
     """Seconds of a unit of the timestamps, where features read them."""
     segments: int = PLAIN_SEGMENTS
@@ -107,6 +111,15 @@ class Inputs:
         """The columns of `Histories` that features read."""
         read = {"times": TIMES, "events": EVENTS, "places": PLACES}
         return [name for name, features in read.items() if self.reads(*features)]
+
+    @property
+    def reads_events(self) -> bool:
+        """Whether event types are read at all."""
+        return self.reads(*EVENTS) or bool(self.history_events)
+
+    def id_of_event(self, word: str) -> int:
+        """Id of an event type; ValueError if there is none of this name."""
+        return self.events.index(word) + 1
 
     def to_json(self) -> dict[str, Any]:
         """What differs from a model that reads ids alone."""
