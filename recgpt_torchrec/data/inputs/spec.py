@@ -40,6 +40,11 @@ def table_of_attribute(entity: str, name: str) -> str:
     return f"{entity}-" + "".join(letter if letter.isalnum() else "_" for letter in name)
 
 
+def full_name_of(entity: str, name: str) -> str:
+    """How options and messages name an attribute: `item.category`."""
+    return f"{entity}.{name}"
+
+
 @dataclass(kw_only=True)
 class Attribute:
     """An attribute that a model reads: one of its tables."""
@@ -59,6 +64,16 @@ class Attribute:
     def table(self) -> str:
         """Name of its table."""
         return table_of_attribute(self.entity, self.name)
+
+    @property
+    def column(self) -> str:
+        """The column of users/ or items/ with the value ids."""
+        return column_of(self.name)
+
+    @property
+    def full_name(self) -> str:
+        """How options and messages name it."""
+        return full_name_of(self.entity, self.name)
 
 
 @dataclass(kw_only=True)
