@@ -4,7 +4,9 @@
 Other modules import the dataclasses from here, not from the files.
 """
 
+from recgpt_torchrec.config.inputs.attributes import AttributeChoice
 from recgpt_torchrec.config.inputs.events import Events, TargetEvents
+from recgpt_torchrec.config.inputs.time import TimeChoice
 from recgpt_torchrec.config.model import Loss, Model
 from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.prepare import Prepare
@@ -26,6 +28,7 @@ __all__ = [
     "IVF",
     "PQ",
     "Apply",
+    "AttributeChoice",
     "Batch",
     "BuildIndex",
     "Evaluate",
@@ -48,6 +51,7 @@ __all__ = [
     "Stream",
     "Tables",
     "TargetEvents",
+    "TimeChoice",
     "Train",
     "TrainingBatch",
     "Tuning",
