@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recgpt_torchrec.data.inputs.records import DatasetAttribute
+from recgpt_torchrec.data.segments import FEEDBACK, PLAIN_SEGMENTS, SEGMENTS
 from recgpt_torchrec.data.split import EVALUATION, FEWEST_ITEMS, HoldOut, SplitName
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import filesystem
@@ -51,7 +52,7 @@ REQUIRED = ("user_id", "item_ids")
 ANSWERS = ("answer_ids", "answer_scores")
 """List columns of a prompt dataset: the model's answers per interacted item, and their scores."""
 STARTS = ("validation_start", "test_start")
-"""Columns of a dataset with the hold_out `time` or `given`: where each user's parts start, see `data.split`."""
+"""Columns of a dataset with the hold_out `time`, `given` or `targets`: where users' parts start, see `data.split`."""
 
 
 @dataclass(kw_only=True)
@@ -91,7 +92,8 @@ class Manifest(FolderManifest):
     user_parts: list[Part] = field(default_factory=list)
     preparation: dict[str, Any] = field(default_factory=dict)
     """What `prepare` read and dropped: inputs, rows, rejected, rejected_parts, duplicates_dropped, rounds, lengths,
-    split; also exposed where shown rows were read, and extends where another dataset is extended."""
+    split; also exposed where shown rows were read, events where they have types, and extends where another dataset is
+    extended."""
     hold_out: HoldOut = "last"
     """What is held out of training, see `data.split`; `last` is not written."""
     attributes: list[DatasetAttribute] = field(default_factory=list)
@@ -100,6 +102,9 @@ class Manifest(FolderManifest):
     """Words of the event types in the column `event_ids`; the n-th has the id n + 1."""
     time_unit: float | None = None
     """Seconds of a unit of the timestamps; None: it is not known."""
+    feedback: list[str] = field(default_factory=list)
+    """Kinds of feedback (`segments.FEEDBACK`) among the entries, each with its own time, also after a user's last
+    interaction. Empty in datasets whose shown entries are only those between two interactions."""
 
     @property
     def all_parts(self) -> list[Part]:
@@ -119,12 +124,19 @@ class Manifest(FolderManifest):
     def has_validation(self) -> bool:
         """Whether the split has a validation part at all; its users may still all lack a target."""
         parts = self.preparation.get("split", {}).get("interactions", {})
-        return self.hold_out in ("last", "time") or (self.hold_out == "given" and parts.get("validation", 1) > 0)
+        return self.hold_out in ("last", "time", "targets") or (
+            self.hold_out == "given" and parts.get("validation", 1) > 0
+        )
 
     def extends(self, vocabulary: str) -> Vocabulary | None:
         """The vocabulary with this fingerprint, if this dataset has or extends it; else None."""
         own = Vocabulary(fingerprint=self.vocabulary, users=self.users, items=self.items)
         return next((each for each in (own, *self.lineage) if each.fingerprint == vocabulary), None)
+
+    @property
+    def segments(self) -> int:
+        """Number of segment ids that entries may have, and that a model of it tells apart."""
+        return SEGMENTS if {*self.feedback} - {"shown"} else PLAIN_SEGMENTS
 
     @property
     def entries(self) -> int:
@@ -152,7 +164,7 @@ class Manifest(FolderManifest):
             del values["lineage"]
         if self.hold_out == "last":
             del values["hold_out"]
-        for name in ("attributes", "events", "time_unit"):
+        for name in ("attributes", "events", "time_unit", "feedback"):
             if not values[name]:
                 del values[name]
         return json.dumps(values, indent=1)
@@ -174,6 +186,8 @@ class Manifest(FolderManifest):
                 raise ValueError(f"it promises {count:,} {name}, but {rows:,} rows in {name}/")
         for attribute in manifest.attributes:
             attribute.check()
+        if unknown := [kind for kind in manifest.feedback if kind not in FEEDBACK]:
+            raise ValueError(f"feedback has {unknown[0]!r}, it must have {', '.join(FEEDBACK)}")
         check_records(manifest.settings, manifest.preparation)
         return manifest
 
@@ -215,6 +229,16 @@ class SplitRecord:
 
 
 @dataclass(kw_only=True)
+class EventsRecord:
+    """`preparation.events`: the types of the log's usable rows."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    """Number of rows by event type."""
+    unknown: int = 0
+    """Number of rows without one."""
+
+
+@dataclass(kw_only=True)
 class PreparationRecord:
     """`preparation`: what `prepare` read and dropped."""
 
@@ -232,6 +256,7 @@ class PreparationRecord:
     repeats_collapsed: int = 0
     unknown_left_out: int = 0
     exposed: dict[str, int] = field(default_factory=dict)
+    events: EventsRecord = field(default_factory=EventsRecord)
     extends: ExtendsRecord = field(default_factory=ExtendsRecord)
 
 

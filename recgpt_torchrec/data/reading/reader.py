@@ -18,7 +18,7 @@ from recgpt_torchrec import storage
 from recgpt_torchrec.data.dataset import ANSWERS, COLUMNS, STARTS, Dataset, Manifest
 from recgpt_torchrec.data.ragged import offsets_of, read_nullable, to_numpy
 from recgpt_torchrec.data.reading.damage import Damage, SetAside
-from recgpt_torchrec.data.segments import INTERACTED, SEGMENTS
+from recgpt_torchrec.data.segments import INTERACTED, PLAIN_SEGMENTS
 from recgpt_torchrec.data.split import STORED, Starts
 from recgpt_torchrec.data.windows import RowGroup, row_groups
 from recgpt_torchrec.errors import InputError
@@ -154,8 +154,9 @@ def find_faults(table: pa.Table, manifest: Manifest, answers: int) -> dict[int, 
 
     interacted = entries = np.diff(items.offsets)
     if segments is not None:
-        bad = find_outside(segments.values, 0, SEGMENTS)
-        meanings = "0 (interacted), 1 (generated) and 2 (shown and not clicked)"
+        bad = find_outside(segments.values, 0, manifest.segments)
+        more = ", 3 (disliked) and 4 (skipped)" if manifest.segments > PLAIN_SEGMENTS else ""
+        meanings = f"0 (interacted), 1 (generated){',' if more else ' and'} 2 (shown and not clicked){more}"
         add_faults(segments.rows_of(bad), f"segment id {{}} is none of {meanings}", segments.values[bad])
         interacted = np.diff(np.concatenate([[0], np.cumsum(segments.values == INTERACTED)])[segments.offsets])
     for name, column in columns.items():
