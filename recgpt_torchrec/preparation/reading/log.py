@@ -52,6 +52,8 @@ class RawLog:
     """[files] value of `order` of each file's first row."""
     page: list[list[str]]
     """What was understood of the log, in lines of a label and a text."""
+    time_unit: float | None = None
+    """Seconds of a unit of the times; None: it is not known, or there are none."""
 
 
 def read_log(engine: Engine, config: Prepare, inputs: InputFiles) -> RawLog:
@@ -127,7 +129,7 @@ def read_log(engine: Engine, config: Prepare, inputs: InputFiles) -> RawLog:
         )
         advice = "".join(f"; {remedy}" for remedy in remedies)
         raise InputError(f"{names}: none of the {result.rows:,} rows can be used ({reasons}){example}{advice}")
-    result.page = understanding.page(engine, config, loaded, inputs, remedies)
+    result.page, result.time_unit = understanding.page(engine, config, loaded, inputs, remedies)
     return result
 
 
@@ -145,6 +147,7 @@ def _check_options(config: Prepare, formats: set[str]) -> None:
         "--rating_column": config.rating_column,
         "--where": config.where,
         "--time_format": config.time_format,
+        "--time_unit": None if config.time_unit == "auto" else config.time_unit,
         "--partition_columns": config.partition_columns or None,
         "--list_separator": config.list_separator,
     }
