@@ -43,23 +43,22 @@ class Block(nn.Module):
         return self.norm_feed(x + dropout(self.down(F.gelu(self.up(x))), self.dropout, self.training))
 
 
-class TokenFeatures(nn.Module):
-    """The sum of the embeddings of a token's features. They start at 0, so that a model begins as one without."""
+class TokenFeatures(nn.ModuleDict):
+    """The sum of the embeddings of a token's features, a table for each, by name.
 
-    starts: Tensor
+    They start at 0, so that a model begins as one without; a run may start from one without a feature, or with fewer
+    values of it (see `checkpoints.growing`).
+    """
 
     def __init__(self, features: list[Feature], dim: int) -> None:
-        super().__init__()
-        counts = [each.values for each in features]
-        self.embedding = nn.Embedding(sum(counts), dim)
-        nn.init.zeros_(self.embedding.weight)
-        starts = [sum(counts[:number]) for number in range(len(counts))]
-        self.register_buffer("starts", torch.tensor(starts), persistent=False)
+        super().__init__({each.name: nn.Embedding(each.values, dim) for each in features})
+        for embedding in self.parameters():
+            nn.init.zeros_(embedding)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[features, ...] int64 -> [..., dim]."""
-        rows = features + self.starts.view(-1, *[1] * (features.dim() - 1))
-        return self.embedding(rows).sum(0)
+        """[features, ...] int64, in the order of the list they were made of -> [..., dim]."""
+        added = [embedding(values) for embedding, values in zip(self.values(), features.unbind(0), strict=True)]
+        return torch.stack(added).sum(0)
 
 
 class Decoder(nn.Module):

@@ -3,13 +3,16 @@
 The interval after the newest item holds feedback alone: what was shown since.
 """
 
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from recgpt_torchrec.data.dataset import STARTS
+from recgpt_torchrec.data.inputs.spec import ENTRY_COLUMNS
 from recgpt_torchrec.data.ragged import Float32, Int64, Ragged, offsets_of
 from recgpt_torchrec.data.reading.reader import stored_starts
 from recgpt_torchrec.data.segments import EXPOSED, INTERACTED
@@ -17,6 +20,8 @@ from recgpt_torchrec.data.split import Starts
 
 FILLED = ("prompts", "segments", "answers", "answer_scores")
 """Arrays of `Intervals` that the model fills."""
+GIVEN = ("times", "prompt_times", "places", "prompt_places", "events", "prompt_events")
+"""Arrays of `Intervals` that come from the dataset, where it has them."""
 
 
 @dataclass
@@ -45,6 +50,10 @@ class Intervals:
     """[interactions] int16 places in the list that items were shown in; None: the dataset does not store them."""
     prompt_places: npt.NDArray[np.int16] | None = None
     """[interactions, k] int16, likewise of the feedback among the prompts; 0: unknown."""
+    events: npt.NDArray[np.int16] | None = None
+    """[interactions] int16 event types of the items; None: the dataset does not store them."""
+    prompt_events: npt.NDArray[np.int16] | None = None
+    """[interactions, k] int16, likewise of the feedback among the prompts; 0: unknown, and of generated prompts."""
     starts: Starts | None = None
     """Where the parts of each user's items start; None: the dataset does not store it."""
 
@@ -70,13 +79,30 @@ class Intervals:
     def beginning(self, stop: Int64) -> tuple["Intervals", Int64]:
         """The first `stop` [users] items of each user, and their indices in `items`."""
         places = Ragged(np.arange(self.items.size), self.offsets).cut(self.offsets[:-1], self.offsets[:-1] + stop)
-        arrays = {name: getattr(self, name)[places.values] for name in ("items", *FILLED)}
+        names = ["items", *FILLED, *(name for name in GIVEN if getattr(self, name) is not None)]
+        arrays = {name: getattr(self, name)[places.values] for name in names}
         return Intervals(users=self.users, offsets=places.offsets, **arrays), places.values
 
     def put(self, part: "Intervals", places: Int64) -> None:
         """Copy what was filled in `part`, the items at `places`, into these."""
         for name in FILLED:
             getattr(self, name)[places] = getattr(part, name)
+
+    def columns(self) -> dict[str, npt.NDArray[Any]]:
+        """What entries have beside ids, [interactions, 1 + k] of each item and the prompts after it, by the name of the
+        column in `Histories`.
+
+        Feedback has its own time, where it is known; another prompt has that of the entry before it. Generated prompts
+        have neither event type nor place (0).
+        """
+        columns: dict[str, npt.NDArray[Any]] = {} if self.times is None else {"times": entry_times(self)}
+        for name, of_items, of_prompts in (
+            ("events", self.events, self.prompt_events),
+            ("places", self.places, self.prompt_places),
+        ):
+            if of_items is not None and of_prompts is not None:
+                columns[name] = np.concatenate([of_items[:, None], of_prompts], axis=1)
+        return columns
 
 
 def intervals_of(
@@ -99,9 +125,10 @@ def intervals_of(
     if "segment_ids" in table.schema.names:
         segments = Ragged.from_arrow(table["segment_ids"]).values.astype(np.int8)
     times = Ragged.from_arrow(table["timestamps"]).values if "timestamps" in table.schema.names else None
-    places = None
-    if trailing and "places" in table.schema.names:
-        places = Ragged.from_arrow(table["places"]).values.astype(np.int16)
+    places, events = (
+        Ragged.from_arrow(table[name]).values.astype(np.int16) if name in table.schema.names else None
+        for name in ("places", "event_ids")
+    )
     interacted = segments == INTERACTED
     before = offsets_of(interacted)  # interacted items before each entry
     shape = (int(before[-1]), answers)
@@ -123,6 +150,8 @@ def intervals_of(
         prompt_times=np.zeros(filled, np.int64) if trailing and times is not None else None,
         places=None if places is None else places[interacted],
         prompt_places=None if places is None else np.zeros(filled, np.int16),
+        events=None if events is None else events[interacted],
+        prompt_events=None if events is None else np.zeros(filled, np.int16),
         starts=stored_starts(table),
     )
     (entry,) = np.nonzero(np.isin(segments, prompt_segments) & ~interacted)
@@ -144,15 +173,14 @@ def intervals_of(
             histories.prompt_times[owner[chosen], slot[chosen]] = times[entry[chosen]]
         if histories.prompt_places is not None and places is not None:
             histories.prompt_places[owner[chosen], slot[chosen]] = places[entry[chosen]]
+        if histories.prompt_events is not None and events is not None:
+            histories.prompt_events[owner[chosen], slot[chosen]] = events[entry[chosen]]
     return histories
 
 
 def table_of(histories: Intervals) -> pa.Table:
-    """Convert `Intervals` to rows of a dataset: user_id, item_ids, segment_ids and, if any, timestamps, places and
-    answers.
-
-    Feedback has its own timestamp where it is known; another prompt has that of the entry before it.
-    """
+    """Convert `Intervals` to rows of a dataset: user_id, item_ids, segment_ids and, if any, timestamps, event types,
+    places (see `Intervals.columns`) and answers."""
     entries = np.concatenate([histories.items[:, None], histories.prompts], axis=1)
     segments = np.concatenate([np.zeros((len(entries), 1), np.int8), histories.segments], axis=1)
     is_entry = entries >= 0
@@ -163,11 +191,7 @@ def table_of(histories: Intervals) -> pa.Table:
         return pa.ListArray.from_arrays(offsets, pa.array(values))
 
     columns = {"user_id": pa.array(histories.users), "item_ids": lists(entries[is_entry])}
-    if histories.times is not None:
-        columns["timestamps"] = lists(entry_times(histories)[is_entry])
-    if histories.places is not None and histories.prompt_places is not None:
-        places = np.concatenate([histories.places[:, None], histories.prompt_places], axis=1)
-        columns["places"] = lists(places[is_entry])
+    columns |= {ENTRY_COLUMNS[name]: lists(values[is_entry]) for name, values in histories.columns().items()}
     columns["segment_ids"] = lists(segments[is_entry])
     if number := histories.answers.shape[1]:
         offsets = pa.array((histories.offsets * number).astype(np.int32))
@@ -189,11 +213,11 @@ def entry_times(histories: Intervals) -> Int64:
     return times
 
 
-def known_intervals(histories: Intervals, earlier: Intervals, max_len: int) -> Int64:
+def known_intervals(histories: Intervals, earlier: Intervals, max_len: int, columns: Iterable[str] = ()) -> Int64:
     """Copy the prompts of an earlier run into `histories` where this run would make the same ones.
 
     That is so where the earlier history is the beginning of the new one, the shown items between its items are the
-    same, and the newest `max_len` items begin at the same item.
+    same, what the model reads of both in `columns` is the same, and the newest `max_len` items begin at the same item.
 
     Returns:
         [users] int64: number of intervals that are filled now, from the oldest one with prompts on.
@@ -201,6 +225,7 @@ def known_intervals(histories: Intervals, earlier: Intervals, max_len: int) -> I
     known = np.zeros(histories.users.size, np.int64)
     earlier_rows = {user: row for row, user in enumerate(earlier.users.tolist())}
     start, earlier_start = histories.newest_start(max_len), earlier.newest_start(max_len)
+    now, then = (histories.columns(), earlier.columns()) if columns else ({}, {})
     for row, user in enumerate(histories.users.tolist()):
         if (old_row := earlier_rows.get(user)) is None:
             continue
@@ -215,8 +240,26 @@ def known_intervals(histories: Intervals, earlier: Intervals, max_len: int) -> I
         shown, shown_then = histories.prompts[intervals], earlier.prompts[filled]
         if not np.array_equal(shown, np.where(earlier.segments[filled] >= EXPOSED, shown_then, -1)):
             continue
+        if not all(_is_same_column(now.get(name), then.get(name), earlier, new.start, old) for name in columns):
+            continue
         histories.prompts[intervals], histories.segments[intervals] = shown_then, earlier.segments[filled]
         histories.answers[intervals] = earlier.answers[filled]
         histories.answer_scores[intervals] = earlier.answer_scores[filled]
         known[row] = size - 1 - skipped
     return known
+
+
+def _is_same_column(
+    now: npt.NDArray[Any] | None, then: npt.NDArray[Any] | None, earlier: Intervals, start: int, old: slice
+) -> bool:
+    """Whether the items from `start` on, and the feedback between them, have the values of the earlier ones at `old`.
+
+    Args:
+        now, then: [interactions, 1 + k] the column of the new and of the earlier histories; None: there is none.
+    """
+    if now is None or then is None:
+        return False
+    is_given = np.ones(then[old].shape, bool)
+    is_given[:, 1:] = earlier.segments[old] >= EXPOSED
+    is_given[-1, 1:] = False  # after the newest of these items
+    return bool((now[start : start + len(is_given)] == then[old])[is_given].all())

@@ -18,11 +18,14 @@ from torch import Tensor
 
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import Prompts
+from recgpt_torchrec.data.histories import Histories
+from recgpt_torchrec.data.inputs.features import compute_features
 from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.data.segments import GENERATED, INTERACTED
 from recgpt_torchrec.model.dense import Dense
 from recgpt_torchrec.prompts.decoding import Decoding
 from recgpt_torchrec.prompts.intervals import Intervals
+
 
 class Prompter:
     """Fills the intervals of histories with items that the model generates (Algorithm 1).
@@ -103,6 +106,7 @@ class Prompter:
             answer_scores=torch.from_numpy(histories.answer_scores[places]).to(device),
             older=torch.from_numpy(older_items(histories, rows, first)).to(device),
             users=self.dense.user_vectors(user_vectors[torch.from_numpy(rows).to(user_vectors.device)].to(device)),
+            features=self._compute_features(histories, rows, first, intervals),
         )
         state = self.decoding(rows.size, capacity=intervals * (1 + k))
         at = torch.from_numpy(known).to(device)
@@ -125,7 +129,7 @@ class Prompter:
     def _fill_interval(self, state: Decoding, grid: "_Grid", at: Tensor, unfinished: int) -> None:
         """Feed each user's item number `at` [users], and fill the interval after it; `unfinished` users have more."""
         users = torch.arange(at.numel(), device=at.device)
-        out = self._feed_entries(state, grid, grid.items[users, at], at, INTERACTED)
+        out = self._feed_entries(state, grid, grid.items[users, at], at, INTERACTED, at, 0)
         seen = torch.arange(int(at.max()) + 1, device=at.device) <= at[:, None]
         excluded = torch.where(seen, grid.items[users, : seen.shape[1]], grid.items[users, :1])
         excluded = torch.cat([excluded, grid.older[users]], dim=1)
@@ -153,19 +157,57 @@ class Prompter:
             if at.numel():
                 segments = grid.segments[users, at, slot]
                 positions = (at + slot + 1).clamp(max=self.max_len - 1)
-                out = self._feed_entries(state, grid, grid.prompts[users, at, slot], positions, segments)
+                out = self._feed_entries(state, grid, grid.prompts[users, at, slot], positions, segments, at, slot + 1)
         if not self.prompts.k:
             state.keep(unfinished)
 
+    def _compute_features(self, histories: Intervals, rows: Int64, first: Int64, intervals: int) -> Tensor | None:
+        """The features of all entries of a batch, [features, users, intervals, 1 + k] int64; None: none are read.
+
+        They are those of the packed histories, whatever prompts will be generated: a feature looks at an entry and at
+        interactions around it.
+        """
+        inputs, k = self.dense.inputs, self.prompts.k
+        if not inputs.features:
+            return None
+        # After each user's last interval comes the next item; users with fewer intervals repeat their last item.
+        places = np.minimum(first[:, None] + np.arange(intervals + 1), histories.offsets[rows + 1][:, None] - 1)
+        segments = np.full((*places.shape, 1 + k), GENERATED, np.int8)
+        segments[:, :, 0] = INTERACTED
+        segments[:, :, 1:] = np.where(histories.prompts[places] < 0, GENERATED, histories.segments[places])
+        size = places.shape[1] * (1 + k)
+        packed = Histories(
+            users=histories.users[rows],
+            items=np.full(segments.size, -1, np.int64),  # which no feature looks at
+            offsets=np.arange(rows.size + 1) * size,
+            segments=segments.ravel(),
+            **{name: values[places].ravel() for name, values in histories.columns().items()},
+        )
+        tokens = np.arange(segments.size).reshape(rows.size, -1)[:, : intervals * (1 + k)]
+        features = compute_features(inputs, packed, tokens.ravel())
+        assert features is not None
+        return torch.from_numpy(features.reshape(-1, rows.size, intervals, 1 + k)).to(self.catalogue.device)
+
     def _feed_entries(
-        self, state: Decoding, grid: "_Grid", items: Tensor, positions: Tensor, segments: Tensor | int
+        self,
+        state: Decoding,
+        grid: "_Grid",
+        items: Tensor,
+        positions: Tensor,
+        segments: Tensor | int,
+        at: Tensor,
+        slot: int,
     ) -> Tensor:
-        """Feed one entry of each user, `items` [users]; -1: none."""
+        """Feed one entry of each user, `items` [users] (-1: none), that of `slot` in the interval number `at`."""
         active = items >= 0
         if isinstance(segments, int):
             segments = torch.full_like(items, segments)
         vectors = self.catalogue.vectors_of(items.clamp(min=0))
-        return state.step(vectors, grid.users[: state.users], positions, segments, None if active.all() else active)
+        users = torch.arange(state.users, device=items.device)
+        features = None if grid.features is None else grid.features[:, users, at, slot]
+        return state.step(
+            vectors, grid.users[: state.users], positions, segments, None if active.all() else active, features
+        )
 
     def _prefill_known(self, state: Decoding, grid: "_Grid", known: Tensor) -> None:
         """Feed all entries of the first `known` [users] intervals in one pass."""
@@ -180,7 +222,11 @@ class Prompter:
         order = torch.argsort((~is_entry).to(torch.int8), dim=1, stable=True)[:, : int(lengths.max())]
         fed = items.gather(1, order).clamp(min=0)
         positions = positions.expand(users, -1).gather(1, order)
-        state.prefill(self.catalogue.vectors_of(fed), grid.users, positions, segments.gather(1, order), lengths)
+        features = None
+        if grid.features is not None:
+            features = grid.features.flatten(2).gather(2, order.expand(len(grid.features), -1, -1))
+        vectors = self.catalogue.vectors_of(fed)
+        state.prefill(vectors, grid.users, positions, segments.gather(1, order), lengths, features)
 
 
 @dataclass
@@ -201,6 +247,8 @@ class _Grid:
     """[users, any] int64 items before those with prompts; shorter rows repeat an item of the user."""
     users: Tensor
     """[users, dim] user vectors."""
+    features: Tensor | None
+    """[features, users, intervals, 1 + k] int64 of the item and of each prompt; None: the model reads none."""
 
 
 def older_items(histories: Intervals, rows: Int64, first: Int64) -> Int64:

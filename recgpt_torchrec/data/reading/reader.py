@@ -187,6 +187,10 @@ def find_faults(table: pa.Table, manifest: Manifest, answers: int) -> dict[int, 
             bad = bad[(before != validation[rows]) & (before != test[rows])]
         later = times.values[bad - 1]
         add_faults(times.rows_of(bad), "its times are not in order: {} comes after {}", times.values[bad], later)
+    if (events := columns.get("event_ids")) is not None:
+        bad = find_outside(events.values, 0, len(manifest.events) + 1)
+        types = f"is none of 0 (unknown) to {len(manifest.events)}"
+        add_faults(events.rows_of(bad), f"event id {{}} {types}", events.values[bad])
     if (ids := columns.get("answer_ids")) is not None:
         bad = find_outside(ids.values, -1, manifest.items)
         add_faults(ids.rows_of(bad), f"answer id {{}} {vocabulary}", ids.values[bad])
