@@ -1,7 +1,7 @@
 """From a raw log to a dataset folder: k-core, dense ids, time order, Parquet parts, manifest.
 
 Rows that were shown and not clicked decide nothing: ids, filtering, counts and held-out items are those of the log
-without them. They only become entries between two interactions of the same user.
+without them. They only become entries after the first interaction of the same user.
 
 Everything between reading and writing is Ibis expressions over tables in the engine, so the log need not fit in memory.
 """
@@ -17,6 +17,7 @@ import pyarrow as pa
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.config.fields import changeable_names, default_values
 from recgpt_torchrec.data.dataset import Dataset, Manifest
+from recgpt_torchrec.data.segments import FEEDBACK
 from recgpt_torchrec.data.split import EVALUATION, STORED
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation import earlier, parts, queries
@@ -139,6 +140,9 @@ def _write_dataset(
             "outside": named - left,
             "left": left,
         }
+        if len(config.feedback) > 1:
+            told = {kind: entries.segment == FEEDBACK[kind] for kind in config.feedback[1:]}
+            exposed |= engine.row(entries.agg(**{kind: is_of.cast("int64").sum() for kind, is_of in told.items()}))
         engine.drop("kept_events")
         kept = queries.select_interacted(entries)
 
@@ -158,6 +162,7 @@ def _write_dataset(
             hold_out=config.hold_out,
             events=log.event_types.words if log.event_types else [],
             time_unit=log.time_unit,
+            feedback=config.feedback,
             sequences=engine.write_parts(histories, layout, fs, folder, total),
         )
 
@@ -233,6 +238,7 @@ def _lay_out_sequences(
         **({"ratings": ("rating", pa.float32())} if config.rating_column else {}),
         **({"event_ids": ("event", pa.int16())} if config.event_column else {}),
         **({"segment_ids": ("segment", pa.int8())} if exposed else {}),
+        **({"places": ("list_place", pa.int16())} if config.position_column else {}),
         **({"trained": ("trained", pa.int8())} if extends else {}),
     }
     starts = {f"{split}_start": f"before_{split}" for split in EVALUATION} if config.hold_out in STORED else {}

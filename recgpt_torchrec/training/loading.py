@@ -12,8 +12,8 @@ from recgpt_torchrec.data.bags import ITEM, OUTPUT
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.inputs.attributes import Attributes
 from recgpt_torchrec.data.inputs.choosing import check_inputs
-from recgpt_torchrec.data.inputs.growing import check_growth
 from recgpt_torchrec.data.inputs.events import check_events
+from recgpt_torchrec.data.inputs.growing import check_growth
 from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.stream import TOKENS_PER_SEQUENCE
 from recgpt_torchrec.distributed.processes import log_message
