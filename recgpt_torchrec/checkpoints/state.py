@@ -25,7 +25,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor as Sharded
 from torchrec.optim.keyed import CombinedOptimizer
 
 from recgpt_torchrec.checkpoints.folder import read_tensor_metadata, read_tensors
-from recgpt_torchrec.checkpoints.growing import first_rows
+from recgpt_torchrec.checkpoints.growing import feature_rows, first_rows
 from recgpt_torchrec.distributed.processes import log_message
 from recgpt_torchrec.distributed.sharding import tables_of
 from recgpt_torchrec.errors import InputError
@@ -126,8 +126,8 @@ def restore(
 ) -> None:
     """Restore a model and its optimizers from a checkpoint, in place (collective).
 
-    Where a table has more rows than in the checkpoint, its first rows are restored; the optimizer state of the others
-    stays as it is.
+    Where a table or the embedding of a feature has more rows than in the checkpoint, its first rows are restored; the
+    optimizer state of the others stays as it is.
 
     Args:
         model, optimizer: restored in place.
@@ -155,6 +155,7 @@ def restore(
             )
     if initialise is not None:
         initialise(rows)
+        rows |= feature_rows(full_state["model"], saved)
     state = first_rows(full_state, rows)
     regrouped = []
     for name, tensors in state["optimizer"]["state"].items():

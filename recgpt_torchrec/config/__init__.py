@@ -4,6 +4,7 @@
 Other modules import the dataclasses from here, not from the files.
 """
 
+from recgpt_torchrec.config.inputs.attributes import AttributeChoice
 from recgpt_torchrec.config.model import Loss, Model
 from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.prepare import Prepare
@@ -25,6 +26,7 @@ __all__ = [
     "IVF",
     "PQ",
     "Apply",
+    "AttributeChoice",
     "Batch",
     "BuildIndex",
     "Evaluate",

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recgpt_torchrec.data.inputs.records import DatasetAttribute
+from recgpt_torchrec.data.segments import FEEDBACK, PLAIN_SEGMENTS, SEGMENTS
 from recgpt_torchrec.data.split import EVALUATION, FEWEST_ITEMS, HoldOut, SplitName
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import filesystem
@@ -98,6 +99,9 @@ class Manifest(FolderManifest):
     """Words of the event types in the column `event_ids`; the n-th has the id n + 1."""
     time_unit: float | None = None
     """Seconds of a unit of the timestamps; None: it is not known."""
+    feedback: list[str] = field(default_factory=list)
+    """Kinds of feedback (`segments.FEEDBACK`) among the entries, each with its own time, also after a user's last
+    interaction. Empty in datasets whose shown entries are only those between two interactions."""
 
     def count_targets(self, split: SplitName) -> int | None:
         """Number of users with a target in `validation` or `test`; None: it was not recorded, but there may be some."""
@@ -118,6 +122,11 @@ class Manifest(FolderManifest):
         """The vocabulary with this fingerprint, if this dataset has or extends it; else None."""
         own = Vocabulary(fingerprint=self.vocabulary, users=self.users, items=self.items)
         return next((each for each in (own, *self.lineage) if each.fingerprint == vocabulary), None)
+
+    @property
+    def segments(self) -> int:
+        """Number of segment ids that entries may have, and that a model of it tells apart."""
+        return SEGMENTS if {*self.feedback} - {"shown"} else PLAIN_SEGMENTS
 
     @property
     def entries(self) -> int:
@@ -145,7 +154,7 @@ class Manifest(FolderManifest):
             del values["lineage"]
         if self.hold_out == "last":
             del values["hold_out"]
-        for name in ("attributes", "events", "time_unit"):
+        for name in ("attributes", "events", "time_unit", "feedback"):
             if not values[name]:
                 del values[name]
         return json.dumps(values, indent=1)
@@ -165,6 +174,8 @@ class Manifest(FolderManifest):
             count, rows = getattr(manifest, name), sum(part.rows for part in parts)
             if count and count != rows:
                 raise ValueError(f"it promises {count:,} {name}, but {rows:,} rows in {name}/")
+        if unknown := [kind for kind in manifest.feedback if kind not in FEEDBACK]:
+            raise ValueError(f"feedback has {unknown[0]!r}, it must have {', '.join(FEEDBACK)}")
         check_records(manifest.settings, manifest.preparation)
         return manifest
 

@@ -23,6 +23,7 @@ from recgpt_torchrec.distributed.initial_values import initialise_tables
 from recgpt_torchrec.distributed.memory import find_shortage
 from recgpt_torchrec.distributed.processes import gather_objects, rank, run_on_first_rank, world_size
 from recgpt_torchrec.distributed.sharding import ranks_per_group, shard
+from recgpt_torchrec.distributed.shared_folder import read_on_node
 from recgpt_torchrec.distributed.watchdog import tracked_phase
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import RecGPT, unwrapped, unwrapped_dense
@@ -133,7 +134,7 @@ def training_stream(
     maker = BatchMaker(
         reader=reader,
         batch=batch,
-        attributes=Attributes.open(dataset, reader.inputs),
+        attributes=Attributes.open(dataset, reader.inputs, read_on_node),
         source=candidate_source(config.loss, dataset, batch, rank(), world_size()),
         seed=config.seed,
         predict_from="every" if tuning is None else tuning.predict_from,

@@ -15,6 +15,7 @@ from recgpt_torchrec.data.inputs.choosing import check_inputs
 from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.stream import TOKENS_PER_SEQUENCE
 from recgpt_torchrec.distributed.sharding import shard, table_name, tables_of
+from recgpt_torchrec.distributed.shared_folder import read_on_node
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import RecGPT
 
@@ -67,7 +68,7 @@ def load(
     users, items = manifest.users, manifest.items
     inputs = settings.inputs
     check_inputs(inputs, checkpoint, dataset)
-    attributes = Attributes.open(dataset, inputs)
+    attributes = Attributes.open(dataset, inputs, read_on_node)
     unsharded = RecGPT(
         settings.model, settings.loss, users, items, tuning, item_keys, tables.precision, inputs, attributes
     )

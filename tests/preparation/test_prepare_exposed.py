@@ -26,7 +26,7 @@ from recgpt_torchrec.data.stream import BatchMaker
 from recgpt_torchrec.data.windows import row_groups, windows_of
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.prepare import summary
-from recgpt_torchrec.prompts.prompting import intervals_of, table_of
+from recgpt_torchrec.prompts.intervals import intervals_of, table_of
 from tests.preparation.prepare_helpers import make, random_log, read_keys, read_sequences, write_csv
 from tests.preparation.test_prepare_bad_input import message
 from tests.support import change_json, items_of, write_dataset
