@@ -89,6 +89,7 @@ def main(config: Evaluate) -> None:
             "groups": groups,
             "recall": chosen,
             **({} if manifest.hold_out == "last" else {"hold_out": manifest.hold_out}),
+            **({"request_time": told} if (told := trained.inputs.of_request_time) else {}),
         }
         run_on_first_rank(lambda: storage.write_json(config.output, evaluation, sealed=False))
         print_result(table(results))
@@ -99,6 +100,11 @@ def main(config: Evaluate) -> None:
             print_result(f"evaluation on {users:,}{with_item} users with a {config.split} item (sample)")
         else:
             print_result(f"{users:,} of {manifest.users:,} users have a {config.split} item")
+        if told:
+            print_result(
+                f"The model is told the time of each request ({', '.join(told)}), that of the held-out item: as at "
+                "serving, but unlike results published for models without times."
+            )
         if "m" in chosen:
             print_result(
                 f"Two steps take m = {chosen['m']} items from the first interest and n = {chosen['n']} from the second "

@@ -5,6 +5,7 @@ Other modules import the dataclasses from here, not from the files.
 """
 
 from recgpt_torchrec.config.inputs.attributes import AttributeChoice
+from recgpt_torchrec.config.inputs.time import TimeChoice
 from recgpt_torchrec.config.model import Loss, Model
 from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.prepare import Prepare
@@ -47,6 +48,7 @@ __all__ = [
     "Sharding",
     "Stream",
     "Tables",
+    "TimeChoice",
     "Train",
     "TrainingBatch",
     "Tuning",

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from recgpt_torchrec.config.boundaries import parse_moment
 from recgpt_torchrec.config.checks import MAX_SEED, at_least, within
 from recgpt_torchrec.config.device import Computing
 from recgpt_torchrec.config.fields import changeable
@@ -168,6 +169,10 @@ class Export(Computing):
     history: Literal["all", "test", "validation"] = "all"
     """History that user vectors are made of. all: the whole history. test, validation: what comes before the item that
     this split holds out."""
+    time: str | None = None
+    """Time of the request that user vectors are made for, where the model reads times: an ISO date-time, UTC unless it
+    has an offset, or a number in the log's unit. With history test and validation it is that of the item that is held
+    out. null: the newest time of the dataset."""
     interests: int = 1
     """Number of interest vectors per user, 1 to 32. The first is the output at the newest entry; each further one takes
     one more autoregressive step. The paper's online system uses 6; retrieve by default merges the first 2."""
@@ -187,6 +192,13 @@ class Export(Computing):
 
     def __post_init__(self) -> None:
         within("--interests", self.interests, 1, INTERESTS)
+        if self.time is not None:
+            parse_moment("--time", self.time)
+            if self.history != "all":
+                raise ValueError(
+                    f"--time is {self.time}, but with --history {self.history} requests have the times of the items "
+                    "that are held out; leave one out"
+                )
         if not 0 <= self.tolerance < math.inf:
             raise ValueError(f"--tolerance is {self.tolerance}; it must be a number of at least 0, for example 0.01")
         if self.tolerance and not self.since:

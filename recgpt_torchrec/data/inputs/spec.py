@@ -7,6 +7,7 @@ a token of a history: each is an embedding added to the decoder's input.
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from recgpt_torchrec.config.inputs.time import MAX_OFFSET
 from recgpt_torchrec.data.segments import PLAIN_SEGMENTS
 
 Entity = Literal["user", "item"]
@@ -20,8 +21,6 @@ ENTRY_COLUMNS = {"times": "timestamps", "events": "event_ids", "places": "places
 """Columns of a dataset's sequences that features read, by their name in `Histories`."""
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9, "min": 60.0, "day": 86400.0}
 """Seconds of each unit that times may have."""
-MAX_OFFSET = 14
-"""Hours that a place's time may be from UTC."""
 
 
 def check_unit(name: str, seconds: float) -> None:
@@ -126,6 +125,11 @@ class Inputs:
         """The columns of `Histories` that features read."""
         read = {"times": TIMES, "events": EVENTS, "places": PLACES}
         return [name for name, features in read.items() if self.reads(*features)]
+
+    @property
+    def of_request_time(self) -> list[str]:
+        """The features that tell the model when it is asked."""
+        return [each.name for each in self.features if each.name in TIMES and each.name != "past_gap"]
 
     @property
     def reads_events(self) -> bool:
