@@ -28,6 +28,8 @@ def explain_left_out(manifest: Manifest, split: SplitName) -> str:
         return "they have no interactions in this dataset"
     if manifest.hold_out == "last":
         return f"they have fewer than {FEWEST_ITEMS} items, so none is held out"
+    if manifest.hold_out == "targets":
+        return "they have fewer than two interactions of --target_events, or nothing before them"
     return f"they have no interaction in the {split} part, or none before it"
 
 
@@ -39,4 +41,6 @@ def _reason(manifest: Manifest, split: SplitName) -> str:
         return f"--hold_out last takes {FEWEST_ITEMS} interactions and the longest history has {longest:,}"
     if manifest.hold_out == "given" and split == "validation" and not manifest.has_validation:
         return "it was prepared with --hold_out given without --validation_input"
+    if manifest.hold_out == "targets":
+        return "nobody has two interactions of --target_events and one before them"
     return f"with --hold_out {manifest.hold_out} nobody has an interaction in the {split} part and one before it"
