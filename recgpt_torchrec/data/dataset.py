@@ -383,8 +383,11 @@ class Dataset:
 
 
 def histories_fingerprint(dataset: Dataset) -> str:
-    """32 hex digits that identify all histories of a dataset and what is held out, wherever it is stored."""
-    parts = json.dumps([asdict(part) for part in dataset.manifest.sequences])
+    """32 hex digits that identify all histories of a dataset, the attributes in it and what is held out, wherever it is
+    stored."""
+    manifest = dataset.manifest
+    with_values = [*manifest.user_parts, *manifest.item_parts] if manifest.attributes else []
+    parts = json.dumps([asdict(part) for part in (*manifest.sequences, *with_values)])
     if dataset.manifest.hold_out != "last":  # with `none` the same files mean other training parts
         parts += dataset.manifest.hold_out
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
