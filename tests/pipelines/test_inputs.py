@@ -28,17 +28,18 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def table_words(log: Path) -> list[str]:
-    words = ["--input", str(log / "log.parquet"), "--items", str(log / "items.parquet"), "--users"]
-    words += [str(log / "users.parquet"), "--item_attributes", "category", "tags", "--user_attributes", "age:number"]
-    return words
+def table_words(log: Path, *, users: bool = True) -> list[str]:
+    words = ["--input", str(log / "log.parquet"), "--items", str(log / "items.parquet")]
+    words += ["--item_attributes", "category", "tags"]
+    of_users = ["--users", str(log / "users.parquet"), "--user_attributes", "age:number"]
+    return words + of_users if users else words
 
 
 def test_from_a_log_to_the_report_and_done_once(log: Path, tmp_path: Path, executor: InProcess) -> None:  # noqa: F811
     configs, out = tmp_path / "configs", tmp_path / "out"
     configs.mkdir()
     (configs / "tiny.yaml").write_text(CONFIG)
-    words = [*table_words(log)[:-4], "--output", str(out), "--configs", str(configs), "--name", "tiny", "--seeds", "1"]
+    words = [*table_words(log, users=False), "--output", str(out), "--configs", str(configs), "--name", "tiny", "--seeds", "1"]
     words += ["--event_column", "event", "--asked", "view", "buy", "--truth", str(log / "truth.json")]
     inputs.main(words)
     options = inputs.parse(words)
