@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recgpt_torchrec.data.days.newest import Newest
+from recgpt_torchrec.data.days.records import DayRecord
 from recgpt_torchrec.data.inputs.records import DatasetAttribute
 from recgpt_torchrec.data.inputs.spec import check_unit
 from recgpt_torchrec.data.segments import FEEDBACK, PLAIN_SEGMENTS, SEGMENTS
@@ -106,11 +108,14 @@ class Manifest(FolderManifest):
     feedback: list[str] = field(default_factory=list)
     """Kinds of feedback (`segments.FEEDBACK`) among the entries, each with its own time, also after a user's last
     interaction. Empty in datasets whose shown entries are only those between two interactions."""
+    day: DayRecord | None = None
+    """Of a day that was appended (`prepare --append`); not written elsewhere."""
 
     @property
     def all_parts(self) -> list[Part]:
         """All parts that the manifest promises."""
-        return super().all_parts + [part for each in self.attributes for part in each.parts]
+        parts = super().all_parts + [part for each in self.attributes for part in each.parts]
+        return parts if self.day is None else [*parts, *self.day.tails, *self.day.newest]
 
     def count_targets(self, split: SplitName) -> int | None:
         """Number of users with a target in `validation` or `test`; None: it was not recorded, but there may be some."""
@@ -165,7 +170,7 @@ class Manifest(FolderManifest):
             del values["lineage"]
         if self.hold_out == "last":
             del values["hold_out"]
-        for name in ("attributes", "events", "time_unit", "feedback"):
+        for name in ("attributes", "events", "time_unit", "feedback", "day"):
             if not values[name]:
                 del values[name]
         return json.dumps(values, indent=1)
@@ -294,6 +299,10 @@ class Dataset:
     """Columns of `COLUMNS` that the sequences have; `windows.row_groups` fills it from their footers."""
     footers: dict[str, "Footer"] = field(default_factory=dict, repr=False, compare=False)
     """What `windows.row_groups` read of each sound part, by path."""
+    files: str = ""
+    """Folder that the paths of the parts are relative to, where it is not `path`: the folder of days."""
+    newest: Newest | None = None
+    """Of a folder of days: which day has the row of a user that counts; None: every row counts."""
 
     @classmethod
     def open(
@@ -315,14 +324,16 @@ class Dataset:
         Raises:
             InputError: names what is missing or differs, and how to repair it.
         """
-        manifest = Manifest.read(path)
+        from recgpt_torchrec.data.days.opening import find_manifest
+
+        manifest, files, newest = find_manifest(path)
         if not (manifest.users and manifest.items and manifest.entries):
             raise InputError(
                 f"{path} is empty: {manifest.users} users, {manifest.items} items, {manifest.entries} entries; prepare "
                 "a log with interactions in it"
             )
-        dataset = cls(path=path, manifest=manifest, damaged=damaged)
-        manifest.check_parts(path, checksums=checksums, report=dataset.lose_part, advance=advance)
+        dataset = cls(path=path, manifest=manifest, damaged=damaged, files=files, newest=newest)
+        manifest.check_parts(files, checksums=checksums, report=dataset.lose_part, advance=advance)
         return dataset
 
     @property
@@ -354,7 +365,7 @@ class Dataset:
         Raises:
             InputError: the file cannot be read as Parquet.
         """
-        fs, root = filesystem(self.path)
+        fs, root = filesystem(self.files or self.path)
         try:
             return open_parquet(fs, f"{root}/{part.path}")
         except Exception as error:

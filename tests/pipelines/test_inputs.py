@@ -39,7 +39,17 @@ def test_from_a_log_to_the_report_and_done_once(log: Path, tmp_path: Path, execu
     configs, out = tmp_path / "configs", tmp_path / "out"
     configs.mkdir()
     (configs / "tiny.yaml").write_text(CONFIG)
-    words = [*table_words(log, users=False), "--output", str(out), "--configs", str(configs), "--name", "tiny", "--seeds", "1"]
+    words = [
+        *table_words(log, users=False),
+        "--output",
+        str(out),
+        "--configs",
+        str(configs),
+        "--name",
+        "tiny",
+        "--seeds",
+        "1",
+    ]
     words += ["--event_column", "event", "--asked", "view", "buy", "--truth", str(log / "truth.json")]
     inputs.main(words)
     options = inputs.parse(words)
