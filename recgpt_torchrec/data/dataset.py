@@ -4,7 +4,9 @@
     sequences/*.parquet   one row per user: user_id int64, item_ids list<int64>, timestamps list<int64>, ...;
                           where the split is stored, validation_start and test_start int64
     items/*.parquet       item_id int64 (dense, from 0), key, count, train_count
-    users/*.parquet       user_id int64 (dense, from 0), key
+    users/*.parquet       user_id int64 (dense, from 0), key; here and in items/ attribute_NAME list<int32>, the ids
+                          of an attribute's values, and text_NAME
+    attributes/*/*.parquet   of each attribute of categories: value_id int64 (dense, from 0), key, count
 
 The manifest is written last: a folder without one is not a dataset.
 """
@@ -23,6 +25,8 @@ import pyarrow.parquet as pq
 from recgpt_torchrec.data.days.newest import Newest
 from recgpt_torchrec.data.days.records import DayRecord
 from recgpt_torchrec.data.inputs.records import DatasetAttribute
+from recgpt_torchrec.data.inputs.spec import check_unit
+from recgpt_torchrec.data.segments import FEEDBACK, PLAIN_SEGMENTS, SEGMENTS
 from recgpt_torchrec.data.split import EVALUATION, FEWEST_ITEMS, HoldOut, SplitName
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import filesystem
@@ -51,7 +55,7 @@ REQUIRED = ("user_id", "item_ids")
 ANSWERS = ("answer_ids", "answer_scores")
 """List columns of a prompt dataset: the model's answers per interacted item, and their scores."""
 STARTS = ("validation_start", "test_start")
-"""Columns of a dataset with the hold_out `time` or `given`: where each user's parts start, see `data.split`."""
+"""Columns of a dataset with the hold_out `time`, `given` or `targets`: where users' parts start, see `data.split`."""
 
 
 @dataclass(kw_only=True)
@@ -91,7 +95,8 @@ class Manifest(FolderManifest):
     user_parts: list[Part] = field(default_factory=list)
     preparation: dict[str, Any] = field(default_factory=dict)
     """What `prepare` read and dropped: inputs, rows, rejected, rejected_parts, duplicates_dropped, rounds, lengths,
-    split; also exposed where shown rows were read, and extends where another dataset is extended."""
+    split; also exposed where shown rows were read, events where they have types, and extends where another dataset is
+    extended."""
     hold_out: HoldOut = "last"
     """What is held out of training, see `data.split`; `last` is not written."""
     attributes: list[DatasetAttribute] = field(default_factory=list)
@@ -100,13 +105,17 @@ class Manifest(FolderManifest):
     """Words of the event types in the column `event_ids`; the n-th has the id n + 1."""
     time_unit: float | None = None
     """Seconds of a unit of the timestamps; None: it is not known."""
+    feedback: list[str] = field(default_factory=list)
+    """Kinds of feedback (`segments.FEEDBACK`) among the entries, each with its own time, also after a user's last
+    interaction. Empty in datasets whose shown entries are only those between two interactions."""
     day: DayRecord | None = None
     """Of a day that was appended (`prepare --append`); not written elsewhere."""
 
     @property
     def all_parts(self) -> list[Part]:
         """All parts that the manifest promises."""
-        return [*super().all_parts, *([] if self.day is None else [*self.day.tails, *self.day.newest])]
+        parts = super().all_parts + [part for each in self.attributes for part in each.parts]
+        return parts if self.day is None else [*parts, *self.day.tails, *self.day.newest]
 
     def count_targets(self, split: SplitName) -> int | None:
         """Number of users with a target in `validation` or `test`; None: it was not recorded, but there may be some."""
@@ -121,12 +130,19 @@ class Manifest(FolderManifest):
     def has_validation(self) -> bool:
         """Whether the split has a validation part at all; its users may still all lack a target."""
         parts = self.preparation.get("split", {}).get("interactions", {})
-        return self.hold_out in ("last", "time") or (self.hold_out == "given" and parts.get("validation", 1) > 0)
+        return self.hold_out in ("last", "time", "targets") or (
+            self.hold_out == "given" and parts.get("validation", 1) > 0
+        )
 
     def extends(self, vocabulary: str) -> Vocabulary | None:
         """The vocabulary with this fingerprint, if this dataset has or extends it; else None."""
         own = Vocabulary(fingerprint=self.vocabulary, users=self.users, items=self.items)
         return next((each for each in (own, *self.lineage) if each.fingerprint == vocabulary), None)
+
+    @property
+    def segments(self) -> int:
+        """Number of segment ids that entries may have, and that a model of it tells apart."""
+        return SEGMENTS if {*self.feedback} - {"shown"} else PLAIN_SEGMENTS
 
     @property
     def entries(self) -> int:
@@ -154,7 +170,7 @@ class Manifest(FolderManifest):
             del values["lineage"]
         if self.hold_out == "last":
             del values["hold_out"]
-        for name in ("attributes", "events", "time_unit", "day"):
+        for name in ("attributes", "events", "time_unit", "feedback", "day"):
             if not values[name]:
                 del values[name]
         return json.dumps(values, indent=1)
@@ -174,6 +190,12 @@ class Manifest(FolderManifest):
             count, rows = getattr(manifest, name), sum(part.rows for part in parts)
             if count and count != rows:
                 raise ValueError(f"it promises {count:,} {name}, but {rows:,} rows in {name}/")
+        for attribute in manifest.attributes:
+            attribute.check()
+        if unknown := [kind for kind in manifest.feedback if kind not in FEEDBACK]:
+            raise ValueError(f"feedback has {unknown[0]!r}, it must have {', '.join(FEEDBACK)}")
+        if manifest.time_unit is not None:
+            check_unit("time_unit", manifest.time_unit)
         check_records(manifest.settings, manifest.preparation)
         return manifest
 
@@ -215,10 +237,21 @@ class SplitRecord:
 
 
 @dataclass(kw_only=True)
+class EventsRecord:
+    """`preparation.events`: the types of the log's usable rows."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    """Number of rows by event type."""
+    unknown: int = 0
+    """Number of rows without one."""
+
+
+@dataclass(kw_only=True)
 class PreparationRecord:
     """`preparation`: what `prepare` read and dropped."""
 
     inputs: list[dict[str, Any]] = field(default_factory=list)
+    tables: list[dict[str, Any]] = field(default_factory=list)
     rows: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
     duplicates_dropped: int = 0
@@ -231,6 +264,7 @@ class PreparationRecord:
     repeats_collapsed: int = 0
     unknown_left_out: int = 0
     exposed: dict[str, int] = field(default_factory=dict)
+    events: EventsRecord = field(default_factory=EventsRecord)
     extends: ExtendsRecord = field(default_factory=ExtendsRecord)
 
 
@@ -243,8 +277,9 @@ def check_records(settings: dict[str, Any], preparation: dict[str, Any]) -> None
     if (prompts := settings.get("prompts")) is not None:
         make_typed(PromptsRecord, prompts, "settings.prompts.", others=True)
     make_typed(PreparationRecord, preparation, "preparation.", others=True)
-    if any(type(each.get("path")) is not str for each in preparation.get("inputs", [])):
-        raise ValueError("preparation.inputs has an input without a path")
+    for name in ("inputs", "tables"):
+        if any(type(each.get("path")) is not str for each in preparation.get(name, [])):
+            raise ValueError(f"preparation.{name} has an input without a path")
 
 
 @dataclass(kw_only=True)
@@ -362,8 +397,11 @@ class Dataset:
 
 
 def histories_fingerprint(dataset: Dataset) -> str:
-    """32 hex digits that identify all histories of a dataset and what is held out, wherever it is stored."""
-    parts = json.dumps([asdict(part) for part in dataset.manifest.sequences])
+    """32 hex digits that identify all histories of a dataset, the attributes in it and what is held out, wherever it is
+    stored."""
+    manifest = dataset.manifest
+    with_values = [*manifest.user_parts, *manifest.item_parts] if manifest.attributes else []
+    parts = json.dumps([asdict(part) for part in (*manifest.sequences, *with_values)])
     if dataset.manifest.hold_out != "last":  # with `none` the same files mean other training parts
         parts += dataset.manifest.hold_out
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
