@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from recgpt_torchrec.config.prepare import NULL_WORDS
 from recgpt_torchrec.data.dataset import Manifest
+from recgpt_torchrec.data.inputs.spec import table_of_attribute
 
 LOG = [("u1", "1", 1), ("u1", "2", 2), ("u2", "1", 3), ("u2", "3", 4), ("u3", "2", 5), ("u3", "4", 6)]
 """Items 1 to 4 and users u1 to u3."""
@@ -49,7 +50,7 @@ def read_values(folder: Path, entity: str, name: str) -> dict[str, list[Any]]:
 
 def vocabulary(folder: Path, entity: str, name: str) -> list[str]:
     """The values of an attribute by id, checked to be dense from 0 and to be counted right."""
-    table = pq.read_table(folder / "attributes" / f"{entity}-{name}")
+    table = pq.read_table(folder / "attributes" / table_of_attribute(entity, name))
     assert table["value_id"].to_pylist() == list(range(table.num_rows))
     lists = pq.read_table(folder / f"{entity}s")[f"attribute_{name}"].to_pylist()
     counts = Counter(value for each in lists for value in each)
