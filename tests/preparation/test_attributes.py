@@ -30,7 +30,7 @@ from tests.preparation.attribute_helpers import (
     vocabulary,
     write_table,
 )
-from tests.preparation.prepare_helpers import make, read_keys, write_csv
+from tests.preparation.prepare_helpers import make, read_keys, read_sequences, write_csv
 from tests.preparation.spark_helpers import fill_table
 
 ROWS: list[dict[str, Any]] = [
@@ -309,13 +309,16 @@ def test_rows_that_repeat_are_told_and_rows_that_differ_refused(log, tmp_path):
             make(log, tmp_path / "new", items=[str(other)], **options)
 
 
-def test_items_of_the_catalogue_have_ids_without_interactions(log, tmp_path):
+def test_items_of_the_catalogue_have_ids_without_interactions(tmp_path):
+    pairs = [("u1", "1"), ("u1", "2"), ("u1", "4"), ("u2", "1"), ("u2", "2"), ("u2", "3")]
+    log = write_csv(tmp_path / "log.csv", [(user, item, time) for time, (user, item) in enumerate(pairs)])
     table = write_table(tmp_path / "items.parquet", ROWS)
     options = {"items": [str(table)], "catalogue": "items", "min_count": 2, "hold_out": "none"}
     make(log, tmp_path / "data", item_attributes=["brand"], **options)
     found = pq.read_table(tmp_path / "data" / "items").to_pylist()
     counts = {row["key"]: (row["count"], row["train_count"]) for row in found}
     assert counts == {"1": (2, 2), "2": (2, 2), "3": (0, 0), "9": (0, 0)}  # 3 has one interaction, 4 no row
+    assert read_sequences(tmp_path / "data") == {"u1": ["1", "2"], "u2": ["1", "2"]}
     assert [row["key"] for row in found] == plain_order({"1", "2", "3", "9"}, [])
     assert read_values(tmp_path / "data", "item", "brand") == {"1": ["a"], "2": ["b"], "3": [], "9": ["c"]}
     make(log, tmp_path / "alone", **options)
