@@ -68,6 +68,9 @@ def reading() -> Dense:
         torch.nn.init.normal_(parameter, std=0.4)
     for parameter in made.decoder.features.parameters():
         torch.nn.init.normal_(parameter, std=2.0)  # so that they decide
+    for module in made.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.reset_parameters()
     torch.nn.init.constant_(made.decoder.mean_out, 0.1)
     return made.eval()
 
