@@ -1,7 +1,7 @@
 """Stage `export`: dataset and checkpoint -> item vectors and user vectors for an ANN index, or what changed in them."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ def main(config: Export) -> None:
     from recgpt_torchrec.checkpoints.folder import checkpoint_fingerprint, find_checkpoint
     from recgpt_torchrec.checkpoints.settings import CheckpointSettings
     from recgpt_torchrec.data.dataset import Dataset
+    from recgpt_torchrec.data.inputs.events import check_asked
     from recgpt_torchrec.data.inputs.request import Request
     from recgpt_torchrec.data.inputs.time_units import choose_request_time
     from recgpt_torchrec.data.stream import encoding_stream
@@ -58,10 +59,13 @@ def main(config: Export) -> None:
         if config.history == "all":
             request = Request(time=choose_request_time(config.time, inputs, checkpoint, dataset))
         settings["time"] = request.time
+        if config.event is not None:
+            check_asked(inputs, checkpoint, "--event", config.event)
+            request = replace(request, event=inputs.id_of_event(config.event))
         fingerprint = checkpoint_fingerprint(checkpoint)
         chain = open_chain(config.since) if config.since else None
         if chain is not None:
-            form = {name: getattr(config, name) for name in ("dtype", "interests", "history")}
+            form = {name: getattr(config, name) for name in ("dtype", "interests", "history", "event")}
             chain.check_fits(dataset, **form, hold_out=settings.get("hold_out", "last"))
         manifest = run_on_first_rank(lambda: finished(config, settings, dataset, fingerprint, chain))
         already_there = manifest is not None
@@ -109,7 +113,7 @@ def main(config: Export) -> None:
                 dataset,
                 items=catalogue.share(),
                 users=users(),
-                everyone=config.history == "all" and not absent,
+                everyone=config.history == "all" and not absent and not inputs.history_events,
                 checkpoint=checkpoint,
                 checkpoint_fingerprint=fingerprint,
                 settings=settings,
@@ -118,7 +122,7 @@ def main(config: Export) -> None:
         already_there &= not index_added
         vectors_each = f", {manifest.interests} vectors each" if manifest.interests > 1 else ""
         left_out = dataset.manifest.users - manifest.users
-        reason = explain_left_out(dataset.manifest, config.history)
+        reason = explain_left_out(dataset.manifest, config.history, inputs)
         left_out_note = f"; {left_out:,} users left out: {reason}" if left_out else ""
         print_result(
             f"{'Already there' if already_there else 'Written'}: {config.output} ({manifest.items:,} items, "

@@ -25,6 +25,11 @@ def main(config: GeneratePrompts) -> None:
         vocabulary, groups = dataset.manifest.vocabulary, row_groups(dataset)
         settings = read_pretrained(checkpoint, dataset)
         max_len = settings.model.max_len
+        if kept := settings.inputs.history_events:
+            raise InputError(
+                f"{checkpoint} reads only events of the types {', '.join(kept)}, and prompts lie between events of all "
+                "types; give a checkpoint that was trained without --events.history"
+            )
         prompt_dataset.check_input(dataset, config.prompts, groups, config.previous)
         record = prompt_dataset.record_of(
             dataset, config.prompts, max_len, checkpoint, checkpoint_fingerprint(checkpoint)

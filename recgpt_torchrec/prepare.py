@@ -43,6 +43,10 @@ def summary(config: Prepare, result: Result) -> str:
         lines.append(f"{f'{config.min_count}-core' if number == 1 else '':<11} round {number} removed {removed}")
     if not rounds:
         lines.append(f"{f'{config.min_count}-core':<11} removed nothing")
+    if events := record.get("events"):
+        counts = [f"{word} {count:,}" for word, count in events["rows"].items()]
+        counts += [f"unknown {events['unknown']:,}"] if events["unknown"] else []
+        lines.append(line("events", f"{', '.join(counts)} ({config.event_column})"))
     if exposed := record.get("exposed"):
         lines.append(
             f"shown       {exposed['rows']:,} rows were not clicked; {exposed['left']:,} kept between interactions"

@@ -48,7 +48,7 @@ def main(config: Pretrain) -> None:
             trainer.begin_from(run.initial, initialise)
             log_message(f"Starting from {run.initial}")
 
-        validation = validation_of(stream, config.model, stream.maker.batch, device, limits)
+        validation = validation_of(stream, config.model, stream.maker.batch, device, limits, config.events.validate)
         train(
             config,
             config.model,

@@ -4,7 +4,7 @@
     python -m tools.check_engines --output runs/engines --input Beauty.txt
     python -m tools.check_engines --output runs/rows --rows 20000000
 
-The five logs: histories (a line per user), rows with repeats and duplicates in several files, rows that were shown
+The six logs: histories (a line per user), rows with repeats and duplicates in several files, rows that were shown
 beside clicks and some that cannot be read, a later day of a log whose vocabulary is extended, and one that is divided
 by time. `--input` names others, which are prepared with the defaults. Exits with 1 if two datasets differ in anything
 but the engine, if a plan of Spark puts rows in one place whose number grows with the log, or if a statement brings too
@@ -43,7 +43,7 @@ FILES = 8
 
 
 def write_logs(folder: Path, users: int = 400, items: int = 120) -> dict[str, dict[str, Any]]:
-    """Write the five logs, and return prepare's options for each.
+    """Write the six logs, and return prepare's options for each.
 
     Args:
         folder: for the files.
@@ -81,10 +81,12 @@ def write_logs(folder: Path, users: int = 400, items: int = 120) -> dict[str, di
     earlier = Prepare(input=[str(folder / "days" / "1.csv")], output=str(folder / "earlier"), min_count=2, **small)
     prepare(earlier)
     clicks = {"click_column": "event", "click_values": ["buy", "cart"], "rating_column": "price"}
+    types = {"event_column": "event", "hold_out": "targets", "target_events": ["buy"]}
     return {
         "histories": {"input": [str(folder / "histories.txt")], **small},
         "times": {"input": [str(folder / "times")], "duplicates": "drop", "repeats": "collapse", **small},
         "clicks": {"input": [str(folder / "clicks.csv")], "min_count": 3, **clicks, **small},
+        "events": {"input": [str(folder / "clicks.csv")], "min_count": 3, **clicks, **types, **small},
         "vocabulary": {"input": [str(folder / "days")], "vocabulary": earlier.output, "min_count": 4, **small},
         "by time": {"input": [str(folder / "days")], "hold_out": "time", "test_from": "85%", **small},
     }
@@ -166,7 +168,7 @@ def check_log(folder: Path, options: dict[str, Any]) -> tuple[list[str], spark_p
 
 
 def check_logs(output: Path, inputs: list[str]) -> bool:
-    """Check the five logs and those of `inputs`, and print a line about each; returns whether all is well."""
+    """Check the six logs and those of `inputs`, and print a line about each; returns whether all is well."""
     from pyspark.sql import SparkSession
 
     events = output / "events"

@@ -5,6 +5,7 @@ Other modules import the dataclasses from here, not from the files.
 """
 
 from recgpt_torchrec.config.inputs.attributes import AttributeChoice
+from recgpt_torchrec.config.inputs.events import Events, TargetEvents
 from recgpt_torchrec.config.inputs.time import TimeChoice
 from recgpt_torchrec.config.model import Loss, Model
 from recgpt_torchrec.config.plan import Plan
@@ -31,6 +32,7 @@ __all__ = [
     "Batch",
     "BuildIndex",
     "Evaluate",
+    "Events",
     "Export",
     "GeneratePrompts",
     "Index",
@@ -48,6 +50,7 @@ __all__ = [
     "Sharding",
     "Stream",
     "Tables",
+    "TargetEvents",
     "TimeChoice",
     "Train",
     "TrainingBatch",

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from recgpt_torchrec.config.boundaries import Boundary
-from recgpt_torchrec.config.checks import at_least
+from recgpt_torchrec.config.checks import at_least, split_words
 from recgpt_torchrec.config.fields import changeable
 from recgpt_torchrec.config.inputs.time import TimeUnit
 
@@ -88,6 +88,10 @@ class Prepare:
     click_values: list[str] = field(default_factory=list)
     """Words of click_column that are clicks, separated by commas or blanks, for example buy,cart; rows with other words
     were only shown. To leave those rows out, use --where instead. []: click_column is a number, see click_from."""
+    event_column: str | None = None
+    """Column with the type of each event, such as view, cart or buy: words (or numbers), at most 200 different ones,
+    written like keys. Stored in the list column `event_ids`, which pretrain --events reads; a row without one is kept,
+    as an event of unknown type. May be the click_column, too. null: events have no types."""
     min_count: int = 5
     """Minimum number of interactions per user and per item (k-core, repeated until it converges); 1: keep all."""
     vocabulary: str | None = changeable(None)
@@ -99,11 +103,13 @@ class Prepare:
     """With --vocabulary: what becomes of rows whose user or item it does not have. add: the vocabulary is extended.
     leave_out: they are left out, so that the vocabulary stays as it is and the checkpoints of the earlier dataset fit,
     for vectors between two trainings."""
-    hold_out: Literal["last", "time", "given", "none"] = "last"
+    hold_out: Literal["last", "time", "given", "targets", "none"] = "last"
     """What is held out of training. last: the last two interactions of each user with at least three, the validation
     and the test item. time: the interactions from --test_from on, and before them those of validation. given: those of
-    --validation_input and --test_input. none: nothing; train on everything, for a fixed number of epochs. With time and
-    given a user's validation and test item are the first of each part, and histories end before the part."""
+    --validation_input and --test_input. targets: the last two interactions of each user that are of --target_events,
+    such as purchases, and what comes after each; histories hold events of all types. Users with fewer than two of them,
+    or nothing before, are trained on as a whole. none: nothing; train on everything, for a fixed number of epochs. With
+    time and given a user's validation and test item are the first of each part, and histories end before the part."""
     test_from: str | None = None
     """Time at which the test part begins (--hold_out time): a number in the log's own unit; an ISO date or date-time,
     which means seconds since 1970, UTC unless it has an offset; or a share such as 90%, the time before which that
@@ -115,6 +121,8 @@ class Prepare:
     """Raw log of the validation part, like input (--hold_out given); without, nothing is held out for validation."""
     test_input: list[str] = changeable(default_factory=list)
     """Raw log of the test part, like input (--hold_out given). Then --input is the training part."""
+    target_events: list[str] = field(default_factory=list)
+    """Event types that are held out (--hold_out targets), separated by commas or blanks, for example buy,cart."""
     duplicates: Literal["keep", "drop"] = "keep"
     """Whether to keep or drop rows that repeat the user, item and time of another row (before min_count is applied)."""
     repeats: Literal["keep", "collapse"] = "keep"
@@ -148,12 +156,13 @@ class Prepare:
         at_least("--groups_per_part", self.groups_per_part, 1)
         if self.new_keys == "leave_out" and self.vocabulary is None:
             raise ValueError("--new_keys leave_out belongs to --vocabulary; name the earlier dataset, or leave it out")
+        self.target_events = split_words(self.target_events)
         self._check_hold_out()
         if not abs(self.click_from) < float("inf"):
             raise ValueError(f"--click_from is {self.click_from}; it must be a finite number")
         if self.click_column is None and self.click_from != 1:
             raise ValueError(f"--click_from is {self.click_from}, but no column is named; name it with --click_column")
-        self.click_values = [word.strip() for value in self.click_values for word in value.split(",") if word.strip()]
+        self.click_values = split_words(self.click_values)
         if self.click_values and self.click_column is None:
             raise ValueError("--click_values says which words are clicks; name their column with --click_column")
         if self.click_values and self.click_from != 1:
@@ -177,7 +186,10 @@ class Prepare:
 
     def _check_hold_out(self) -> None:
         """Check that the options of the split fit what is held out."""
-        belongs = {"test_from": "time", "validation_from": "time", "validation_input": "given", "test_input": "given"}
+        belongs = {
+            **{"test_from": "time", "validation_from": "time", "validation_input": "given", "test_input": "given"},
+            "target_events": "targets",
+        }
         for name, hold_out in belongs.items():
             if getattr(self, name) and self.hold_out != hold_out:
                 raise ValueError(
@@ -188,6 +200,9 @@ class Prepare:
             raise ValueError(
                 "--hold_out given needs --test_input, the files of the test part; --input is what to train on"
             )
+        if self.hold_out == "targets" and not (self.target_events and self.event_column):
+            missing = "--target_events, the types to hold out, such as buy" if self.event_column else "--event_column"
+            raise ValueError(f"--hold_out targets needs {missing}")
         if self.hold_out == "time" and self.test_from is None:
             raise ValueError("--hold_out time needs --test_from, the time at which the test part begins, such as 90%")
         if self.hold_out == "time" and self.time_column is None:

@@ -51,7 +51,7 @@ REQUIRED = ("user_id", "item_ids")
 ANSWERS = ("answer_ids", "answer_scores")
 """List columns of a prompt dataset: the model's answers per interacted item, and their scores."""
 STARTS = ("validation_start", "test_start")
-"""Columns of a dataset with the hold_out `time` or `given`: where each user's parts start, see `data.split`."""
+"""Columns of a dataset with the hold_out `time`, `given` or `targets`: where users' parts start, see `data.split`."""
 
 
 @dataclass(kw_only=True)
@@ -91,7 +91,8 @@ class Manifest(FolderManifest):
     user_parts: list[Part] = field(default_factory=list)
     preparation: dict[str, Any] = field(default_factory=dict)
     """What `prepare` read and dropped: inputs, rows, rejected, rejected_parts, duplicates_dropped, rounds, lengths,
-    split; also exposed where shown rows were read, and extends where another dataset is extended."""
+    split; also exposed where shown rows were read, events where they have types, and extends where another dataset is
+    extended."""
     hold_out: HoldOut = "last"
     """What is held out of training, see `data.split`; `last` is not written."""
     attributes: list[DatasetAttribute] = field(default_factory=list)
@@ -117,7 +118,9 @@ class Manifest(FolderManifest):
     def has_validation(self) -> bool:
         """Whether the split has a validation part at all; its users may still all lack a target."""
         parts = self.preparation.get("split", {}).get("interactions", {})
-        return self.hold_out in ("last", "time") or (self.hold_out == "given" and parts.get("validation", 1) > 0)
+        return self.hold_out in ("last", "time", "targets") or (
+            self.hold_out == "given" and parts.get("validation", 1) > 0
+        )
 
     def extends(self, vocabulary: str) -> Vocabulary | None:
         """The vocabulary with this fingerprint, if this dataset has or extends it; else None."""
@@ -220,6 +223,16 @@ class SplitRecord:
 
 
 @dataclass(kw_only=True)
+class EventsRecord:
+    """`preparation.events`: the types of the log's usable rows."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    """Number of rows by event type."""
+    unknown: int = 0
+    """Number of rows without one."""
+
+
+@dataclass(kw_only=True)
 class PreparationRecord:
     """`preparation`: what `prepare` read and dropped."""
 
@@ -236,6 +249,7 @@ class PreparationRecord:
     repeats_collapsed: int = 0
     unknown_left_out: int = 0
     exposed: dict[str, int] = field(default_factory=dict)
+    events: EventsRecord = field(default_factory=EventsRecord)
     extends: ExtendsRecord = field(default_factory=ExtendsRecord)
 
 

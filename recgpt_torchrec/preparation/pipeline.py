@@ -55,7 +55,7 @@ def prepare(config: Prepare) -> Result:
     if finished is not None:
         return Result(manifest=finished, seconds=time.monotonic() - began, already_there=True)
     with open_engine(config) as engine:
-        log = read_log(engine, config, inputs)
+        log = read_log(engine, config, inputs, _known_events(config, extended))
         if extended is not None:
             earlier.check_unit(extended, log.time_unit)
         manifest = _write_dataset(engine, config, log, file_parts, extended)
@@ -107,7 +107,8 @@ def _write_dataset(
         "kept_events", events.inner_join(user_ids, "user").inner_join(item_ids, "item").drop("user", "item")
     )
     engine.drop(events.get_name())
-    kept, boundaries = parts.mark_parts(engine, config, kept, log.first_rows, file_parts)
+    target_events = log.event_types.ids_of("--target_events", config.target_events) if log.event_types else []
+    kept, boundaries = parts.mark_parts(engine, config, kept, log.first_rows, file_parts, target_events)
     entries, exposed = queries.select_interacted(kept), None
     if log.exposed:
         named = engine.count(queries.select_shown(kept))
@@ -137,6 +138,7 @@ def _write_dataset(
             interactions=core.left.interactions,
             settings=asdict(config),
             hold_out=config.hold_out,
+            events=log.event_types.words if log.event_types else [],
             time_unit=log.time_unit,
             sequences=engine.write_parts(histories, layout, fs, folder, total),
         )
@@ -163,6 +165,7 @@ def _write_dataset(
             "lengths": lengths,
             "split": parts.record_of(engine, placed, counts, all_items, boundaries),
             **({"exposed": exposed} if exposed else {}),
+            **({"events": log.event_types.to_record()} if log.event_types else {}),
             "page": [*log.page, *describe_keys(engine, config, users, items)],
         }
         if extended is not None:
@@ -182,6 +185,21 @@ def _write_dataset(
     return manifest
 
 
+def _known_events(config: Prepare, extended: Dataset | None) -> list[str]:
+    """Event types of the dataset that is extended.
+
+    Raises:
+        InputError: it has some, and no column of them is named.
+    """
+    known = [] if extended is None else extended.manifest.events
+    if known and config.event_column is None:
+        raise InputError(
+            f"--vocabulary {config.vocabulary} has event types ({', '.join(known[:5])}); name their column in this log "
+            "with --event_column"
+        )
+    return known
+
+
 def _lay_out_sequences(
     config: Prepare, entries: ir.Table, users: int, timed: bool, exposed: bool, extends: bool
 ) -> tuple[ir.Table, Layout]:
@@ -190,6 +208,7 @@ def _lay_out_sequences(
         "item_ids": ("item_id", pa.int64()),
         **({"timestamps": ("time", pa.int64())} if timed else {}),
         **({"ratings": ("rating", pa.float32())} if config.rating_column else {}),
+        **({"event_ids": ("event", pa.int16())} if config.event_column else {}),
         **({"segment_ids": ("segment", pa.int8())} if exposed else {}),
         **({"trained": ("trained", pa.int8())} if extends else {}),
     }

@@ -141,7 +141,7 @@ def place_interactions(clicks: ir.Table, hold_out: HoldOut) -> ir.Table:
 
     Args:
         clicks: `user_id`, `item_id` and the columns of `order_of`; also `trained` where a dataset is extended.
-        hold_out: with `time` and `given` the column `part` is there already.
+        hold_out: with the values of `data.split.STORED` the column `part` is there already.
 
     Returns:
         user_id, item_id, part int8 (0 training, 1 validation, 2 test), first bool (the first of its user), and trained

@@ -12,6 +12,7 @@ from recgpt_torchrec.data.bags import ITEM, OUTPUT
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.inputs.attributes import Attributes
 from recgpt_torchrec.data.inputs.choosing import check_inputs
+from recgpt_torchrec.data.inputs.events import check_events
 from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.stream import TOKENS_PER_SEQUENCE
 from recgpt_torchrec.distributed.sharding import shard, table_name, tables_of
@@ -179,7 +180,8 @@ def find_initial(path: str, config: Pretrain, dataset: Dataset) -> str:
 
     Raises:
         InputError: there is no checkpoint; it was prompt-tuned; its vocabulary is neither the dataset's nor one that
-            the dataset extends; it has another shape or table optimizer; or `--targets new` would leave targets out.
+            the dataset extends; it has another shape, table optimizer or other event types; or `--targets new` would
+            leave targets out.
     """
     checkpoint = find_checkpoint(path)
     settings, manifest = CheckpointSettings.read(checkpoint), dataset.manifest
@@ -196,6 +198,7 @@ def find_initial(path: str, config: Pretrain, dataset: Dataset) -> str:
         differ.append(f"--tables.optimizer {settings.table_optimizer}")
     if differ:
         raise InputError(f"--initial {path}: {checkpoint} was trained with {' '.join(differ)}; give the same here")
+    check_events(settings.inputs, checkpoint, dataset)
     extended = manifest.preparation.get("extends", {})
     if config.targets == "new" and settings.vocabulary != extended.get("vocabulary"):
         raise InputError(

@@ -6,7 +6,7 @@ The plain loop is independent: one process over two dense matrices, with Adagrad
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,9 +52,18 @@ class Case:
     """Rank 0 has all the data; the other ranks have none."""
     few: bool = False
     """Fewer targets in a step than ranks."""
+    weighted: bool = False
+    """Targets have weights of 0, 1 or 5 by their item."""
 
     def __str__(self) -> str:
-        words = [self.sharding, self.optimizer, self.candidates, "idle" * self.idle, "few" * self.few]
+        words = [
+            self.sharding,
+            self.optimizer,
+            self.candidates,
+            "idle" * self.idle,
+            "few" * self.few,
+            "weighted" * self.weighted,
+        ]
         return "-".join(word for word in words if word)
 
     @property
@@ -96,6 +105,8 @@ def make_batches(case: Case, rank: int, world_size: int) -> list[SequenceBatch]:
                 items=np.concatenate([drawn[n] for n in mine]),
                 offsets=np.concatenate([[0], np.cumsum([len(drawn[n]) for n in mine])]),
             )
+            if case.weighted:
+                histories = replace(histories, weights=np.float32([0, 1, 5])[histories.items % 3])
             rank_batches.append(pack_batch(case, histories, negatives, Place(rank, world_size)))
         elif not case.idle:
             rank_batches.append(pack_batch(case, no_histories(), negatives, Place(rank, world_size)))

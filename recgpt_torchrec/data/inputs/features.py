@@ -85,7 +85,8 @@ def asked_events(entries: Entries) -> Int64:
     """The event type of the request after each token, [tokens] int64; 0 where it is hidden."""
     histories = entries.histories
     assert histories.events is not None, "histories without events"
-    asked = entries.of_request(histories.events, histories.asked_events).astype(np.int64)
+    newest = None if histories.asked_events is None else histories.asked_events.astype(np.int64)
+    asked = entries.of_request(histories.events.astype(np.int64), newest)
     return asked if entries.hidden is None else np.where(entries.hidden[entries.tokens], UNKNOWN, asked)
 
 

@@ -3,6 +3,7 @@
 Knows nothing of filtering, ids or the dataset's format.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ibis
@@ -17,6 +18,7 @@ from recgpt_torchrec.preparation.engines.spark_engine import SparkEngine
 from recgpt_torchrec.preparation.reading import understanding
 from recgpt_torchrec.preparation.reading.dialect import shorten
 from recgpt_torchrec.preparation.reading.duckdb_reader import check_time_format, open_file
+from recgpt_torchrec.preparation.reading.event_types import EventTypes, find_event_types
 from recgpt_torchrec.preparation.reading.files import InputFile, InputFiles
 from recgpt_torchrec.preparation.reading.loading import load_files, order_rejected
 from recgpt_torchrec.preparation.reading.rows import FILTERED, SILENT, UNKNOWN
@@ -32,8 +34,8 @@ class RawLog:
 
     events: ir.Table
     """Usable rows: user string, item string, time int64 (null without times), fraction float64 (of a second),
-    order int64 (rises from row to row of the input), segment int8, and rating float64 where a rating column was asked
-    for."""
+    order int64 (rises from row to row of the input), segment int8, and where their columns were asked for rating
+    float64 and event int16 (see `EventTypes`)."""
     exposed: int
     """Number of usable rows that were shown and not clicked; the others are interactions."""
     timed: bool
@@ -50,23 +52,26 @@ class RawLog:
     files: list[InputFile]
     first_rows: list[int]
     """[files] value of `order` of each file's first row."""
+    event_types: EventTypes | None = None
+    """None: no column of event types was asked for."""
     page: list[list[str]]
     """What was understood of the log, in lines of a label and a text."""
     time_unit: float | None = None
     """Seconds of a unit of the times; None: it is not known, or there are none."""
 
 
-def read_log(engine: Engine, config: Prepare, inputs: InputFiles) -> RawLog:
+def read_log(engine: Engine, config: Prepare, inputs: InputFiles, known_events: Sequence[str] = ()) -> RawLog:
     """Read every file into the engine.
 
     Args:
         engine: where the rows are stored.
         config: options of the stage.
         inputs: the files, in the order in which they are read.
+        known_events: event types of the dataset that is extended, which keep their ids.
 
     Raises:
-        InputError: a file is not of its format or lacks a column, no row can be used, or the column that should tell
-            clicked rows from shown ones does not.
+        InputError: a file is not of its format or lacks a column, no row can be used, the column that should tell
+            clicked rows from shown ones does not, or that of event types holds none.
     """
     files = inputs.files
     check_time_format(config)
@@ -98,13 +103,17 @@ def read_log(engine: Engine, config: Prepare, inputs: InputFiles) -> RawLog:
     columns = ["user", "item", "time", "fraction", "order", *(["rating"] if config.rating_column else [])]
     rejected = {row["problem"]: row["n"] for row in engine.rows(table.group_by("problem").agg(n=table.count()))}
     rows, unknown = rejected.pop(None, 0), rejected.get(UNKNOWN, 0)
+    event_types, typed = None, {}
+    if config.event_column and rows:
+        event_types = find_event_types(engine, config, usable, [*known_events])
+        typed = {"event": event_types.encode(usable.event)}
     filtered = rejected.get(FILTERED, 0) + unknown
     for problem in SILENT:
         rejected.pop(problem, None)
     for row in engine.rows(malformed.group_by("reason").agg(n=malformed.count())):
         rejected[row["reason"]] = rejected.get(row["reason"], 0) + row["n"]
     result = RawLog(
-        events=usable.select(*columns, segment=segment),
+        events=usable.select(*columns, segment=segment, **typed),
         exposed=_count_exposed(engine, config, usable, rows),
         timed=timed,
         rows=rows + filtered + sum(rejected.values()),
@@ -114,6 +123,7 @@ def read_log(engine: Engine, config: Prepare, inputs: InputFiles) -> RawLog:
         files=files,
         rejected_rows=order_rejected(loaded.rejected),
         first_rows=loaded.first_rows,
+        event_types=event_types,
         page=[],
     )
     names = files[0].path if len(files) == 1 else f"the {len(files)} input files"
@@ -145,6 +155,7 @@ def _check_options(config: Prepare, formats: set[str]) -> None:
     columns = {
         "--click_column": config.click_column,
         "--rating_column": config.rating_column,
+        "--event_column": config.event_column,
         "--where": config.where,
         "--time_format": config.time_format,
         "--time_unit": None if config.time_unit == "auto" else config.time_unit,

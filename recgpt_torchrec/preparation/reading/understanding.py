@@ -42,7 +42,8 @@ def remedies(engine: Engine, config: Prepare, loaded: LoadedLog, rejected: dict[
     if "unreadable click value" in rejected:
         lines.append(
             f"clicks are numbers, or true and false; for words in {config.click_column} pass --click_values WORD,WORD, "
-            "or leave other rows out: --where \"COLUMN in ('WORD', 'WORD')\""
+            f"keep them as types of events (--event_column {config.click_column} without --click_column), or leave "
+            "other rows out: --where \"COLUMN in ('WORD', 'WORD')\""
         )
     if FAULTS["INVALID ENCODING"] in rejected:
         lines.append("if the lines that are not UTF-8 are in another encoding, pass --encoding latin-1 or its name")
