@@ -6,6 +6,7 @@ from typing import Literal
 from recgpt_torchrec.config.boundaries import Boundary
 from recgpt_torchrec.config.checks import at_least, split_words
 from recgpt_torchrec.config.fields import changeable
+from recgpt_torchrec.config.inputs.time import TimeUnit
 
 NULL_WORDS = (
     *("NA", "N/A", "#N/A", "<NA>", "NaN", "NAN", "nan", "-nan", "NaT", "NULL", "Null", "null", "(null)", "\\N"),
@@ -68,6 +69,10 @@ class Prepare:
     time_column: str | None = "timestamp"
     """Column with the event time: a number, kept in its own unit, or an ISO date-time, converted to seconds since 1970
     (UTC unless it has an offset). null: rows are already in time order. Not used for sequences."""
+    time_unit: TimeUnit = "auto"
+    """Unit of times that are numbers: s, ms, us, ns, min or day, since 1970 in UTC. It is recorded, and no time is
+    changed; pretrain reads gaps, hours and weekdays by it (--time.use). auto: date-times are seconds; of numbers s, ms,
+    us or ns where all lie in the years 1990 to 2099, and not known otherwise."""
     time_format: str | None = None
     """Format of times in text that are neither, in strptime's codes, for example "%d/%m/%Y %H:%M". null: numbers and
     ISO date-times with years of four digits."""
@@ -168,6 +173,8 @@ class Prepare:
         self.quote = _named_character("--quote", self.quote, 1)
         self.escape = _named_character("--escape", self.escape, 1)
         self.list_separator = _named_character("--list_separator", self.list_separator, 4)
+        if self.time_unit != "auto" and self.time_column is None:
+            raise ValueError(f"--time_unit is {self.time_unit}, but no column is named; name it with --time_column")
         if self.time_format is not None and (self.time_column is None or "%" not in self.time_format):
             raise ValueError(f"--time_format is {self.time_format}; give codes such as %d/%m/%Y, with a --time_column")
         try:

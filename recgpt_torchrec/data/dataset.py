@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recgpt_torchrec.data.inputs.records import DatasetAttribute
+from recgpt_torchrec.data.inputs.spec import check_unit
 from recgpt_torchrec.data.segments import FEEDBACK, PLAIN_SEGMENTS, SEGMENTS
 from recgpt_torchrec.data.split import EVALUATION, FEWEST_ITEMS, HoldOut, SplitName
 from recgpt_torchrec.errors import InputError
@@ -179,6 +180,8 @@ class Manifest(FolderManifest):
                 raise ValueError(f"it promises {count:,} {name}, but {rows:,} rows in {name}/")
         if unknown := [kind for kind in manifest.feedback if kind not in FEEDBACK]:
             raise ValueError(f"feedback has {unknown[0]!r}, it must have {', '.join(FEEDBACK)}")
+        if manifest.time_unit is not None:
+            check_unit("time_unit", manifest.time_unit)
         check_records(manifest.settings, manifest.preparation)
         return manifest
 

@@ -56,6 +56,8 @@ def prepare(config: Prepare) -> Result:
         return Result(manifest=finished, seconds=time.monotonic() - began, already_there=True)
     with open_engine(config) as engine:
         log = read_log(engine, config, inputs, _known_events(config, extended))
+        if extended is not None:
+            earlier.check_unit(extended, log.time_unit)
         manifest = _write_dataset(engine, config, log, file_parts, extended)
     return Result(manifest=manifest, seconds=time.monotonic() - began)
 
@@ -137,6 +139,7 @@ def _write_dataset(
             settings=asdict(config),
             hold_out=config.hold_out,
             events=log.event_types.words if log.event_types else [],
+            time_unit=log.time_unit,
             sequences=engine.write_parts(histories, layout, fs, folder, total),
         )
 

@@ -56,6 +56,8 @@ class RawLog:
     """None: no column of event types was asked for."""
     page: list[list[str]]
     """What was understood of the log, in lines of a label and a text."""
+    time_unit: float | None = None
+    """Seconds of a unit of the times; None: it is not known, or there are none."""
 
 
 def read_log(engine: Engine, config: Prepare, inputs: InputFiles, known_events: Sequence[str] = ()) -> RawLog:
@@ -137,7 +139,7 @@ def read_log(engine: Engine, config: Prepare, inputs: InputFiles, known_events: 
         )
         advice = "".join(f"; {remedy}" for remedy in remedies)
         raise InputError(f"{names}: none of the {result.rows:,} rows can be used ({reasons}){example}{advice}")
-    result.page = understanding.page(engine, config, loaded, inputs, remedies)
+    result.page, result.time_unit = understanding.page(engine, config, loaded, inputs, remedies)
     return result
 
 
@@ -156,6 +158,7 @@ def _check_options(config: Prepare, formats: set[str]) -> None:
         "--event_column": config.event_column,
         "--where": config.where,
         "--time_format": config.time_format,
+        "--time_unit": None if config.time_unit == "auto" else config.time_unit,
         "--partition_columns": config.partition_columns or None,
         "--list_separator": config.list_separator,
     }

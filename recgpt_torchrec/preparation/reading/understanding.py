@@ -20,7 +20,13 @@ from recgpt_torchrec.preparation.reading.rows import (
     SEVERAL_LINES,
     UNREAD_RATING,
 )
-from recgpt_torchrec.preparation.reading.times import UNITS, describe_range, explain_unreadable
+from recgpt_torchrec.preparation.reading.times import (
+    UNITS,
+    choose_unit,
+    describe_range,
+    describe_unit,
+    explain_unreadable,
+)
 
 Line = list[str]
 """A label and a text."""
@@ -64,8 +70,9 @@ def page(
     loaded: LoadedLog,
     inputs: InputFiles,
     advice: Sequence[str],
-) -> list[Line]:
-    """The lines that say how the files were read and what was noticed."""
+) -> tuple[list[Line], float | None]:
+    """The lines that say how the files were read and what was noticed; and seconds of the unit of times, see
+    `choose_unit`."""
     files, left_out = inputs.files, inputs.left_out
     lines = _formats(loaded, files)
     if left_out:
@@ -96,11 +103,15 @@ def page(
     found = engine.row(
         usable.agg(rows=usable.count(), low=usable.time.min(), high=usable.time.max(), **flags, **scales)
     )
+    unit = None
     if found["low"] is not None:
         lines.append(["times", describe_range(found["low"], found["high"], found["dated"] == found["rows"])])
+        unit = choose_unit(config.time_unit, found["low"], found["high"], found["dated"], found["rows"])
+        if words := describe_unit(config.time_unit, unit):
+            lines.append(["time unit", words])
     lines += [["note", note] for note in _notes(config, found)]
     lines += [["note", note] for report in loaded.reports for note in report.notes]
-    return lines + [["note", note] for note in advice]
+    return lines + [["note", note] for note in advice], unit
 
 
 def describe_keys(engine: Engine, config: Prepare, users: ir.Table, items: ir.Table) -> list[Line]:
