@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from recgpt_torchrec.data.inputs.spec import Entity
 from tools.benchmarks.measuring import Figures, Kind, Ratio, stopwatch
 from tools.benchmarks.settings import Settings
 from tools.benchmarks.training import Training
@@ -16,7 +17,12 @@ USERS, ITEMS, LENGTH = 4_000, 20_000, 15
 TOKENS, CANDIDATES = 2048, 4096
 STEPS = 20
 """Steps of a turn."""
-KINDS = (("item", 20, False), ("item", 1000, True), ("user", 10, False), ("item", 1000, False))
+KINDS: tuple[tuple[Entity, int, bool], ...] = (
+    ("item", 20, False),
+    ("item", 1000, True),
+    ("user", 10, False),
+    ("item", 1000, False),
+)
 """Entity, number of values, and whether there are up to three per item, in turn."""
 
 
