@@ -4,7 +4,9 @@
     sequences/*.parquet   one row per user: user_id int64, item_ids list<int64>, timestamps list<int64>, ...;
                           where the split is stored, validation_start and test_start int64
     items/*.parquet       item_id int64 (dense, from 0), key, count, train_count
-    users/*.parquet       user_id int64 (dense, from 0), key
+    users/*.parquet       user_id int64 (dense, from 0), key; here and in items/ attribute_NAME list<int32>, the ids
+                          of an attribute's values, and text_NAME
+    attributes/*/*.parquet   of each attribute of categories: value_id int64 (dense, from 0), key, count
 
 The manifest is written last: a folder without one is not a dataset.
 """
@@ -99,6 +101,11 @@ class Manifest(FolderManifest):
     time_unit: float | None = None
     """Seconds of a unit of the timestamps; None: it is not known."""
 
+    @property
+    def all_parts(self) -> list[Part]:
+        """All parts that the manifest promises."""
+        return super().all_parts + [part for each in self.attributes for part in each.parts]
+
     def count_targets(self, split: SplitName) -> int | None:
         """Number of users with a target in `validation` or `test`; None: it was not recorded, but there may be some."""
         if self.hold_out == "none":
@@ -165,6 +172,8 @@ class Manifest(FolderManifest):
             count, rows = getattr(manifest, name), sum(part.rows for part in parts)
             if count and count != rows:
                 raise ValueError(f"it promises {count:,} {name}, but {rows:,} rows in {name}/")
+        for attribute in manifest.attributes:
+            attribute.check()
         check_records(manifest.settings, manifest.preparation)
         return manifest
 
@@ -210,6 +219,7 @@ class PreparationRecord:
     """`preparation`: what `prepare` read and dropped."""
 
     inputs: list[dict[str, Any]] = field(default_factory=list)
+    tables: list[dict[str, Any]] = field(default_factory=list)
     rows: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
     duplicates_dropped: int = 0
@@ -234,8 +244,9 @@ def check_records(settings: dict[str, Any], preparation: dict[str, Any]) -> None
     if (prompts := settings.get("prompts")) is not None:
         make_typed(PromptsRecord, prompts, "settings.prompts.", others=True)
     make_typed(PreparationRecord, preparation, "preparation.", others=True)
-    if any(type(each.get("path")) is not str for each in preparation.get("inputs", [])):
-        raise ValueError("preparation.inputs has an input without a path")
+    for name in ("inputs", "tables"):
+        if any(type(each.get("path")) is not str for each in preparation.get(name, [])):
+            raise ValueError(f"preparation.{name} has an input without a path")
 
 
 @dataclass(kw_only=True)
