@@ -40,7 +40,7 @@ def main(config: Pretrain) -> None:
             print_result(f"{config.output} is already trained.", run.summary(dataset.manifest), sep="\n")
             return
         if config.initial is not None and run_on_first_rank(run.checkpoints.latest) is None:
-            run.initial = find_initial(run.initial or config.initial, config, dataset)
+            run.initial = find_initial(run.initial or config.initial, config, dataset, inputs)
 
         def begin(trainer: Trainer) -> None:
             assert run.initial is not None

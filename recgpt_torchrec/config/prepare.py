@@ -1,10 +1,11 @@
 """Options of the stage prepare."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
+from recgpt_torchrec.config.attribute_names import parse_attributes
 from recgpt_torchrec.config.boundaries import Boundary
-from recgpt_torchrec.config.checks import at_least, split_words
+from recgpt_torchrec.config.checks import at_least, split_words, within
 from recgpt_torchrec.config.fields import changeable
 from recgpt_torchrec.config.inputs.time import TimeUnit
 
@@ -16,6 +17,11 @@ NULL_WORDS = (
 SEPARATOR_WORDS = {"tab": "\t", "\\t": "\t", "space": " ", "blank": " ", "comma": ",", "semicolon": ";", "pipe": "|"}
 NONE = "none"
 """Value of an option that says that there is no such character."""
+ATTRIBUTE_OPTIONS = (
+    *("items", "item_attributes", "items_key", "users", "user_attributes", "users_key"),
+    *("attribute_separator", "attribute_buckets", "catalogue"),
+)
+"""Options of tables of attributes, which a dataset without tables does not record."""
 InputFormat = Literal["auto", "csv", "tsv", "jsonl", "parquet", "sequences", "recbole"]
 
 
@@ -92,6 +98,31 @@ class Prepare:
     """Column with the type of each event, such as view, cart or buy: words (or numbers), at most 200 different ones,
     written like keys. Stored in the list column `event_ids`, which pretrain --events reads; a row without one is kept,
     as an event of unknown type. May be the click_column, too. null: events have no types."""
+    items: list[str] = changeable(default_factory=list)
+    """Tables of items, a row per item: files, folders or patterns of csv, tsv, jsonl, parquet or recbole (.item), told
+    by the ending whatever --input_format says. Header, encoding, null_words, quote, escape hold as for the log;
+    separator too, unless another one parts the names that are asked for. []: none."""
+    item_attributes: list[str] = field(default_factory=list)
+    """Columns of --items to keep for each item, separated by commas: NAME, or NAME:KIND. category: each value has an
+    id. list: several of them. number: quantile buckets. text: kept for reports, not for the model. Without KIND lists
+    are list, floats number, and all else (text, whole numbers, true and false) category. Example: brand,tags:list."""
+    items_key: str | None = None
+    """Column of --items with the item key; null: item_column."""
+    users: list[str] = changeable(default_factory=list)
+    """Tables of users, like items (recbole: .user). []: none."""
+    user_attributes: list[str] = field(default_factory=list)
+    """Columns of --users to keep for each user, like item_attributes. Example: country,age:number."""
+    users_key: str | None = None
+    """Column of --users with the user key; null: user_column."""
+    attribute_separator: str = "|"
+    """Separator of the values in text columns of the kind list: up to four characters, or a word such as comma. Lists
+    of JSON, Parquet and RecBole (token_seq) are read as such."""
+    attribute_buckets: int = 16
+    """Maximum number of quantile buckets of a number; equal numbers are in one bucket. With --vocabulary the buckets of
+    the earlier dataset are kept."""
+    catalogue: Literal["log", "items"] = "log"
+    """Which items have ids. log: those of the log that reach min_count. items: those of --items too, so that a product
+    without interactions has a vector made of its attributes, and is exported and recommended."""
     min_count: int = 5
     """Minimum number of interactions per user and per item (k-core, repeated until it converges); 1: keep all."""
     vocabulary: str | None = changeable(None)
@@ -158,6 +189,7 @@ class Prepare:
             raise ValueError("--new_keys leave_out belongs to --vocabulary; name the earlier dataset, or leave it out")
         self.target_events = split_words(self.target_events)
         self._check_hold_out()
+        self._check_attributes()
         if not abs(self.click_from) < float("inf"):
             raise ValueError(f"--click_from is {self.click_from}; it must be a finite number")
         if self.click_column is None and self.click_from != 1:
@@ -183,6 +215,37 @@ class Prepare:
             raise ValueError(
                 f"--encoding is {self.encoding}, which Python does not know; give utf-8, latin-1, utf-16, ..."
             ) from None
+
+    def recorded(self) -> dict[str, Any]:
+        """The options as a dataset records them: those of attributes only where it has tables of them."""
+        left_out = () if self.items or self.users else ATTRIBUTE_OPTIONS
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
+
+    def _check_attributes(self) -> None:
+        """Split the names of attributes, and check that the options of tables fit each other."""
+        within("--attribute_buckets", self.attribute_buckets, 2, 1024)
+        separator = _named_character("--attribute_separator", self.attribute_separator, 4)
+        if separator is None or separator == NONE:
+            raise ValueError(f"--attribute_separator is {separator}; give the characters between the values of a list")
+        self.attribute_separator = separator
+        self.item_attributes = parse_attributes("--item_attributes", self.item_attributes)
+        self.user_attributes = parse_attributes("--user_attributes", self.user_attributes)
+        for entity, tables, names, key in (
+            ("item", self.items, self.item_attributes, self.items_key),
+            ("user", self.users, self.user_attributes, self.users_key),
+        ):
+            for option, value in ((f"--{entity}_attributes", ",".join(names)), (f"--{entity}s_key", key)):
+                if value and not tables:
+                    raise ValueError(f"{option} {value}: no table of {entity}s is named; name it with --{entity}s")
+            if tables and not names and not (entity == "item" and self.catalogue == "items"):
+                raise ValueError(
+                    f"--{entity}s names a table and no column of it; name columns with --{entity}_attributes"
+                    + (", or pass --catalogue items to give its items ids" if entity == "item" else "")
+                )
+        if self.catalogue == "items" and not self.items:
+            raise ValueError("--catalogue items gives the items of a table ids; name the table with --items")
+        if self.catalogue == "items" and self.new_keys == "leave_out":
+            raise ValueError("--catalogue items adds items, and --new_keys leave_out adds none; give one of them")
 
     def _check_hold_out(self) -> None:
         """Check that the options of the split fit what is held out."""

@@ -4,7 +4,9 @@
     sequences/*.parquet   one row per user: user_id int64, item_ids list<int64>, timestamps list<int64>, ...;
                           where the split is stored, validation_start and test_start int64
     items/*.parquet       item_id int64 (dense, from 0), key, count, train_count
-    users/*.parquet       user_id int64 (dense, from 0), key
+    users/*.parquet       user_id int64 (dense, from 0), key; here and in items/ attribute_NAME list<int32>, the ids
+                          of an attribute's values, and text_NAME
+    attributes/*/*.parquet   of each attribute of categories: value_id int64 (dense, from 0), key, count
 
 The manifest is written last: a folder without one is not a dataset.
 """
@@ -105,6 +107,11 @@ class Manifest(FolderManifest):
     """Kinds of feedback (`segments.FEEDBACK`) among the entries, each with its own time, also after a user's last
     interaction. Empty in datasets whose shown entries are only those between two interactions."""
 
+    @property
+    def all_parts(self) -> list[Part]:
+        """All parts that the manifest promises."""
+        return super().all_parts + [part for each in self.attributes for part in each.parts]
+
     def count_targets(self, split: SplitName) -> int | None:
         """Number of users with a target in `validation` or `test`; None: it was not recorded, but there may be some."""
         if self.hold_out == "none":
@@ -182,6 +189,8 @@ class Manifest(FolderManifest):
             raise ValueError(f"feedback has {unknown[0]!r}, it must have {', '.join(FEEDBACK)}")
         if manifest.time_unit is not None:
             check_unit("time_unit", manifest.time_unit)
+        for attribute in manifest.attributes:
+            attribute.check()
         check_records(manifest.settings, manifest.preparation)
         return manifest
 
@@ -237,6 +246,7 @@ class PreparationRecord:
     """`preparation`: what `prepare` read and dropped."""
 
     inputs: list[dict[str, Any]] = field(default_factory=list)
+    tables: list[dict[str, Any]] = field(default_factory=list)
     rows: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
     duplicates_dropped: int = 0
@@ -262,8 +272,9 @@ def check_records(settings: dict[str, Any], preparation: dict[str, Any]) -> None
     if (prompts := settings.get("prompts")) is not None:
         make_typed(PromptsRecord, prompts, "settings.prompts.", others=True)
     make_typed(PreparationRecord, preparation, "preparation.", others=True)
-    if any(type(each.get("path")) is not str for each in preparation.get("inputs", [])):
-        raise ValueError("preparation.inputs has an input without a path")
+    for name in ("inputs", "tables"):
+        if any(type(each.get("path")) is not str for each in preparation.get(name, [])):
+            raise ValueError(f"preparation.{name} has an input without a path")
 
 
 @dataclass(kw_only=True)
@@ -375,8 +386,11 @@ class Dataset:
 
 
 def histories_fingerprint(dataset: Dataset) -> str:
-    """32 hex digits that identify all histories of a dataset and what is held out, wherever it is stored."""
-    parts = json.dumps([asdict(part) for part in dataset.manifest.sequences])
+    """32 hex digits that identify all histories of a dataset, the attributes in it and what is held out, wherever it is
+    stored."""
+    manifest = dataset.manifest
+    with_values = [*manifest.user_parts, *manifest.item_parts] if manifest.attributes else []
+    parts = json.dumps([asdict(part) for part in (*manifest.sequences, *with_values)])
     if dataset.manifest.hold_out != "last":  # with `none` the same files mean other training parts
         parts += dataset.manifest.hold_out
     return hashlib.sha256(parts.encode()).hexdigest()[:32]

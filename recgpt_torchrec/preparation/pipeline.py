@@ -20,6 +20,10 @@ from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.split import EVALUATION, STORED
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation import earlier, parts, queries
+from recgpt_torchrec.preparation.attributes.encoding import encode_table, write_vocabularies
+from recgpt_torchrec.preparation.attributes.loading import load_table
+from recgpt_torchrec.preparation.attributes.page import describe_tables
+from recgpt_torchrec.preparation.attributes.tables import EntityTable, check_earlier, list_tables
 from recgpt_torchrec.preparation.earlier import Known, KnownCodes
 from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS, Engine
 from recgpt_torchrec.preparation.engines.opening import open_engine
@@ -50,25 +54,35 @@ def prepare(config: Prepare) -> Result:
     """
     began = time.monotonic()
     inputs, file_parts = parts.list_input_files(config)
+    tables = list_tables(config)
     extended = None if config.vocabulary is None else earlier.open_earlier(config.vocabulary, config.output)
-    finished = _find_finished(config, _record_inputs(config, inputs.files, file_parts), extended)
+    if extended is not None:
+        check_earlier(tables, extended)
+    finished = _find_finished(config, _record_inputs(config, inputs.files, file_parts), tables, extended)
     if finished is not None:
         return Result(manifest=finished, seconds=time.monotonic() - began, already_there=True)
     with open_engine(config) as engine:
         log = read_log(engine, config, inputs, _known_events(config, extended))
         if extended is not None:
             earlier.check_unit(extended, log.time_unit)
-        manifest = _write_dataset(engine, config, log, file_parts, extended)
+        manifest = _write_dataset(engine, config, log, file_parts, tables, extended)
     return Result(manifest=manifest, seconds=time.monotonic() - began)
 
 
 def _write_dataset(
-    engine: Engine, config: Prepare, log: RawLog, file_parts: list[int], extended: Dataset | None
+    engine: Engine,
+    config: Prepare,
+    log: RawLog,
+    file_parts: list[int],
+    tables: list[EntityTable],
+    extended: Dataset | None,
 ) -> Manifest:
     """Filter the log, assign ids, and write the dataset."""
     loaded = None if extended is None else Known.load(engine, extended)
     clicks = queries.select_interacted(log.events)
-    users, items = queries.build_codes(engine, clicks, config.seed, loaded, config.new_keys)
+    loaded_tables = [load_table(engine, table, clicks, table.entity) for table in tables]
+    catalogue = loaded_tables[0].keys if config.catalogue == "items" else None
+    users, items = queries.build_codes(engine, clicks, config.seed, loaded, config.new_keys, catalogue)
     known = None if loaded is None else loaded.join_codes(engine, users, items)
     events = engine.save("events", queries.encode_keys(log.events, users, items))
     unknown = 0
@@ -101,8 +115,12 @@ def _write_dataset(
         _check_keys(engine, config, extended, core, known, items)
     known_users, known_items = (known.users, known.items) if known is not None else (None, None)
     user_ids = engine.save("user_ids", queries.assign_ids(core.users, "user", "user_id", known_users))
-    item_ids = engine.save("item_ids", queries.assign_ids(core.items, "item", "item_id", known_items))
+    kept_items = core.items if catalogue is None else queries.add_catalogue(core.items, items, catalogue)
+    item_ids = engine.save("item_ids", queries.assign_ids(kept_items, "item", "item_id", known_items))
     all_users, all_items = engine.count(user_ids), engine.count(item_ids)
+    user_keys = queries.user_table(user_ids, users)
+    entities = {"item": (queries.name_items(item_ids, items), all_items), "user": (user_keys, all_users)}
+    encoded = [encode_table(engine, config, each, *entities[each.table.entity], extended) for each in loaded_tables]
     kept = engine.save(
         "kept_events", events.inner_join(user_ids, "user").inner_join(item_ids, "item").drop("user", "item")
     )
@@ -136,7 +154,7 @@ def _write_dataset(
             users=all_users,
             items=all_items,
             interactions=core.left.interactions,
-            settings=asdict(config),
+            settings=config.recorded(),
             hold_out=config.hold_out,
             events=log.event_types.words if log.event_types else [],
             time_unit=log.time_unit,
@@ -147,13 +165,18 @@ def _write_dataset(
             layout = lay_out_rows(name, list(table.columns), ids, BATCH_ROWS, config.groups_per_part)
             return engine.write_parts(table, layout, fs, folder, ids)
 
-        manifest.item_parts = write("items", queries.item_table(item_ids, items, counts), all_items)
-        manifest.user_parts = write("users", queries.user_table(user_ids, users), all_users)
+        rows = {"item": queries.item_table(item_ids, items, counts), "user": user_keys}
+        rows |= {each.loaded.table.entity: each.join(rows[each.loaded.table.entity]) for each in encoded}
+        manifest.item_parts = write("items", rows["item"], all_items)
+        manifest.user_parts = write("users", rows["user"], all_users)
+        write_vocabularies(encoded, fs, folder, write)
+        manifest.attributes = [a.attribute for each in encoded for a in each.attributes if a.attribute is not None]
         keys = {"items": manifest.item_parts, "users": manifest.user_parts}
         manifest.vocabulary = fingerprint_parts(fs, folder, keys)
         rejected = write("rejected", log.rejected_rows, sum(log.rejected.values())) if log.rejected else []
         manifest.preparation = {
             "inputs": _record_inputs(config, log.files, file_parts),
+            **({"tables": [file for table in tables for file in table.record()]} if tables else {}),
             "rows": log.rows,
             **({"filtered": log.filtered, "uncomputed": log.uncomputed} if log.filtered else {}),
             "rejected": log.rejected,
@@ -166,7 +189,7 @@ def _write_dataset(
             "split": parts.record_of(engine, placed, counts, all_items, boundaries),
             **({"exposed": exposed} if exposed else {}),
             **({"events": log.event_types.to_record()} if log.event_types else {}),
-            "page": [*log.page, *describe_keys(engine, config, users, items)],
+            "page": [*log.page, *describe_tables(encoded), *describe_keys(engine, config, users, items)],
         }
         if extended is not None:
             manifest.lineage = earlier.lineage_of(extended, manifest.vocabulary)
@@ -176,7 +199,7 @@ def _write_dataset(
                 "users": extended.manifest.users,
                 "items": extended.manifest.items,
                 "absent_users": all_users - core.left.users,
-                "absent_items": all_items - core.left.items,
+                "absent_items": all_items - engine.count(kept_items),
                 "new_targets": engine.count(
                     placed.filter((placed.part == 0) & ~placed["first"] & (placed.trained == 0))
                 ),
@@ -298,18 +321,24 @@ def _record_inputs(config: Prepare, files: list[InputFile], file_parts: list[int
     return [{**asdict(file), **more} for file, more in zip(files, part, strict=True)]
 
 
-def _find_finished(config: Prepare, files: list[dict[str, Any]], extended: Dataset | None) -> Manifest | None:
+def _find_finished(
+    config: Prepare, files: list[dict[str, Any]], tables: list[EntityTable], extended: Dataset | None
+) -> Manifest | None:
     """The manifest, if the output folder holds the dataset asked for; None: the folder is free."""
 
     def compare(manifest: Manifest) -> list[str]:
         settings = {**default_values(config), **manifest.settings}
         differing = differences(settings, asdict(config), changeable_names(Prepare))
-        recorded = {entry["path"]: entry for entry in manifest.preparation.get("inputs", [])}
-        given = {file["path"]: file for file in files}
-        if [*given.values()] != [*recorded.values()]:
-            paths = [path for path in {**given, **recorded} if given.get(path) != recorded.get(path)]
-            more = ", ..." if len(paths) > 3 else ""
-            differing.append(f"input files differ: {', '.join(paths[:3]) or 'their order'}{more}")
+        given_tables = [file for table in tables for file in table.record()]
+        for name, asked, there in (
+            ("input files", files, manifest.preparation.get("inputs", [])),
+            ("files of tables", given_tables, manifest.preparation.get("tables", [])),
+        ):
+            recorded, given = ({entry["path"]: entry for entry in entries} for entries in (there, asked))
+            if [*given.values()] != [*recorded.values()]:
+                paths = [path for path in {**given, **recorded} if given.get(path) != recorded.get(path)]
+                more = ", ..." if len(paths) > 3 else ""
+                differing.append(f"{name} differ: {', '.join(paths[:3]) or 'their order'}{more}")
         extends = manifest.preparation.get("extends", {})
         record = {} if extended is None else earlier.record_of(extended)
         if {name: extends.get(name) for name in record or extends} != record:

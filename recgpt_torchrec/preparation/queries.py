@@ -41,11 +41,16 @@ def select_shown(events: ir.Table) -> ir.Table:
 
 
 def build_codes(
-    engine: Engine, log: ir.Table, seed: int, known: "Known | None" = None, new_keys: str = "add"
+    engine: Engine,
+    log: ir.Table,
+    seed: int,
+    known: "Known | None" = None,
+    new_keys: str = "add",
+    catalogue: ir.Table | None = None,
 ) -> tuple[ir.Table, ir.Table]:
     """A code for every user and item of the log, and every known one: columns `key`, and `user` or `item`.
 
-    With `new_keys` leave_out only known ones have a code.
+    With `new_keys` leave_out only known ones have a code. A `catalogue` adds items, by their `key`.
 
     Codes follow the md5 of seed and key. So their order is random, and depends only on seed and keys: not on the order
     of the log, its files or the engine. It does not tell when an item first appeared, which would give away held-out
@@ -56,6 +61,8 @@ def build_codes(
         user_keys, item_keys = known.users.select("key"), known.items.select("key")
     elif known is not None:
         user_keys, item_keys = user_keys.union(known.users.select("key")), item_keys.union(known.items.select("key"))
+    if catalogue is not None:
+        item_keys = item_keys.union(catalogue.select("key"))
     users = engine.save("user_codes", assign_codes(user_keys.distinct(), "user", seed))
     items = engine.save("item_codes", assign_codes(item_keys.distinct(), "item", seed))
     return users, items
@@ -80,6 +87,11 @@ def number_rows(table: ir.Table, order: list[str], name: str) -> ir.Table:
     joined = table.inner_join(starts, table.bucket == starts.of_bucket)
     place = ibis.row_number().over(ibis.window(group_by=joined.bucket, order_by=[joined[column] for column in order]))
     return joined.select(*table.columns, **{name: (place + joined.start).cast("int64")})
+
+
+def add_catalogue(kept: ir.Table, items: ir.Table, catalogue: ir.Table) -> ir.Table:
+    """The codes of kept items (column `item`) and of all of a catalogue (column `key`), given all codes by key."""
+    return kept.select("item").union(items.semi_join(catalogue, "key").select("item")).distinct()
 
 
 def encode_keys(log: ir.Table, users: ir.Table, items: ir.Table) -> ir.Table:
@@ -206,13 +218,17 @@ def summarize_parts(users: ir.Table) -> ir.Table:
     )
 
 
+def name_items(item_ids: ir.Table, items: ir.Table) -> ir.Table:
+    """item_id, key."""
+    return item_ids.inner_join(items, "item").select("item_id", "key")
+
+
 def item_table(item_ids: ir.Table, items: ir.Table, counts: ir.Table) -> ir.Table:
     """Rows of `items/`: item_id, key, count, and train_count, the count in the training part (`data.split`).
 
     The counts of a known item without interactions are 0.
     """
-    named = item_ids.inner_join(items, "item").select("item_id", "key")
-    counted = named.left_join(counts, "item_id")
+    counted = name_items(item_ids, items).left_join(counts, "item_id")
     filled = {column: counted[column].fill_null(0) for column in ("count", "train_count")}
     return counted.select("item_id", "key", **filled)
 

@@ -317,7 +317,8 @@ def write_prompts(
         )
         if rank() == 0:
             sequences = [part for share, _ in shares for part in share]
-            copy_parts(dataset, dataset.manifest.item_parts + dataset.manifest.user_parts, fs, folder)
+            copied = [part for part in dataset.manifest.all_parts if part not in dataset.manifest.sequences]
+            copy_parts(dataset, copied, fs, folder)
             manifest = replace(
                 dataset.manifest,
                 sequences=sequences,

@@ -19,7 +19,7 @@ from tests.preparation.spark_helpers import EVENTS, fill_table, start_spark
 from tools import spark_plans
 from tools.check_engines import check_log, compare_datasets, write_logs
 
-LOGS = ("histories", "times", "clicks", "events", "vocabulary", "by time")
+LOGS = ("histories", "times", "clicks", "events", "vocabulary", "by time", "attributes")
 
 
 @pytest.fixture(scope="module")

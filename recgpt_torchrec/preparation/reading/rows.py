@@ -78,6 +78,11 @@ def steps(source: ir.Table, options: RowOptions) -> list[ir.Table]:
     return [marked, values, judge_rows(ibis.table(values.schema(), name="parsed"), options)]
 
 
+def spell_key(column: Any, null_words: Sequence[str]) -> Any:
+    """A column of any type as keys, spelled as those of a log; null where there is none."""
+    return _parse_key(column, _is_respelled(column), null_words)
+
+
 def mark_values(source: ir.Table, options: RowOptions) -> ir.Table:
     """Add what several values need.
 
@@ -112,7 +117,7 @@ def parse_values(marked: ir.Table, options: RowOptions) -> ir.Table:
         is_text = marked.time.type().is_string()
         time, fraction, dated = _parse_time(marked.time_text if is_text else marked.time, options.time_format)
         if _numeric_words(words):
-            time = ibis.cases((_is_empty(marked.time, words), ibis.null("int64")), else_=time)
+            time = ibis.cases((is_empty(marked.time, words), ibis.null("int64")), else_=time)
         time = ibis.cases((marked.whole.notnull(), marked.whole), else_=time)
         fraction = ibis.cases((marked.whole.notnull(), 0.0), else_=fraction.fill_null(0.0))
         dated = ibis.cases((marked.whole.notnull(), ibis.literal(0, "int8")), else_=dated)
@@ -121,11 +126,11 @@ def parse_values(marked: ir.Table, options: RowOptions) -> ir.Table:
         if options.click_values:
             click = _parse_word(marked.click, words)
         else:
-            click = _parse_number(marked.click)
+            click = parse_number(marked.click)
     rating, unread = ibis.null("float64"), ibis.literal(0, "int8")
     if options.rated:
-        rating = _parse_number(marked.rating)
-        unread = _flag(rating.isnull() & ~_is_empty(marked.rating, words), UNREAD_RATING)
+        rating = parse_number(marked.rating)
+        unread = _flag(rating.isnull() & ~is_empty(marked.rating, words), UNREAD_RATING)
     flags = dated + unread + _flag(marked.several_lines, SEVERAL_LINES)
     flags += _flag(marked.user_respelled | marked.item_respelled, RESPELLED)
     inexact = _is_inexact(marked.user, marked.user_respelled) | _is_inexact(marked.item, marked.item_respelled)
@@ -159,7 +164,7 @@ def judge_rows(values: ir.Table, options: RowOptions) -> ir.Table:
     asked = {"time": ("time", options.timed), "click": ("click value", options.labelled)}
     for name, (words_for_it, is_asked) in asked.items():
         if is_asked:
-            empty = _is_empty(values[f"{name}_raw"], words)
+            empty = is_empty(values[f"{name}_raw"], words)
             reason = ibis.cases((empty, f"no {words_for_it}"), else_=f"unreadable {words_for_it}")
             problems.append((values[name].isnull(), reason))
     problem = ibis.cases(*problems, else_=ibis.null("string"))
@@ -192,8 +197,8 @@ def _is_word(text: Any, words: Sequence[str]) -> Any:
     return is_short & ((text < "0") | (text >= ":")) & text.isin(words)
 
 
-def _is_empty(column: Any, words: Sequence[str]) -> Any:
-    """Whether there is no value."""
+def is_empty(column: Any, words: Sequence[str]) -> Any:
+    """Whether a column has no value: null, blank, NaN or one of the null words."""
     kind, numeric = column.type(), _numeric_words(words)
     if kind.is_string():
         return column.isnull() | ((column < "!") & (column.strip() == "")) | _is_word(column, words)
@@ -259,7 +264,7 @@ def _is_inexact(column: Any, respelled: Any) -> Any:
     return column.abs() >= float(2 ** (24 if kind.is_float32() else 53))
 
 
-def _parse_number(column: Any) -> Any:
+def parse_number(column: Any) -> Any:
     """A column as float64, true as 1 and false as 0; null where it is no number."""
     kind = column.type()
     if kind.is_numeric() or kind.is_boolean():
