@@ -3,10 +3,10 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from recgpt_torchrec.config.attribute_names import parse_attributes
 from recgpt_torchrec.config.boundaries import Boundary
 from recgpt_torchrec.config.checks import at_least, split_words, within
 from recgpt_torchrec.config.fields import changeable
+from recgpt_torchrec.config.inputs.attribute_names import parse_attributes
 from recgpt_torchrec.config.inputs.time import TimeUnit
 
 NULL_WORDS = (
@@ -87,7 +87,7 @@ class Prepare:
     click_column: str | None = None
     """Column that tells clicked rows (interactions) from rows that were only shown: a number, or a boolean (true is 1,
     false is 0); may be the rating_column. Shown rows become entries with segment id 2, which only generate_prompts
-    reads (--prompts.source exposed or both). null: every row is an interaction."""
+    reads (--prompts.source exposed or both); see also --dislike_to and --skip_to. null: every row is an interaction."""
     click_from: float = 1
     """Smallest value of click_column that is a click; rows below it were only shown. Example: 3 for ratings from 1 to 5
     of which 1 and 2 are dislikes."""
@@ -123,6 +123,23 @@ class Prepare:
     catalogue: Literal["log", "items"] = "log"
     """Which items have ids. log: those of the log that reach min_count. items: those of --items too, so that a product
     without interactions has a vector made of its attributes, and is exported and recommended."""
+    dislike_values: list[str] = field(default_factory=list)
+    """Words of click_column that are dislikes, separated by commas or blanks, with --click_values. Such rows become
+    entries with segment id 3, which the model tells from rows that were only shown. []: none."""
+    skip_values: list[str] = field(default_factory=list)
+    """Words of click_column that are skips, likewise; such rows become entries with segment id 4. []: none."""
+    dislike_to: float | None = None
+    """Largest value of click_column that is a dislike, below click_from. Example: --click_from 4 --dislike_to 2 for
+    ratings from 1 to 5, of which 3 says neither. null: none is."""
+    skip_to: float | None = None
+    """Largest value of click_column that is a skip, likewise; of two ranges the one that ends higher begins above the
+    other. Example: --click_from 0.8 --skip_to 0.1 for the share of a video that was watched. null: none is."""
+    position_column: str | None = None
+    """Column with the place in the list in which the item of a row was shown, a whole number; rows without one are of
+    unknown place. Places are stored in the list column `places`, and rows of the same user and time are in their order.
+    null: none."""
+    position_from: int = 1
+    """Number of the first place in position_column: 1, or 0 where places are counted from 0."""
     min_count: int = 5
     """Minimum number of interactions per user and per item (k-core, repeated until it converges); 1: keep all."""
     vocabulary: str | None = changeable(None)
@@ -134,6 +151,15 @@ class Prepare:
     """With --vocabulary: what becomes of rows whose user or item it does not have. add: the vocabulary is extended.
     leave_out: they are left out, so that the vocabulary stays as it is and the checkpoints of the earlier dataset fit,
     for vectors between two trainings."""
+    append: bool = False
+    """Append the input as a day to the folder of days --output, without reading the log before it. Users and items keep
+    their ids, and new ones get the ids after them, however few interactions they have (min_count is not used). A user's
+    new interactions follow their newest earlier ones, which are marked as trained where they were. pretrain --data on
+    the folder trains each day once. The first call makes the folder; later ones take the same options. Of hold_out,
+    last and none."""
+    history: int = 200
+    """With --append: number of a user's newest earlier interactions that are kept for the days to come; at least the
+    model.max_len of runs on the folder."""
     hold_out: Literal["last", "time", "given", "targets", "none"] = "last"
     """What is held out of training. last: the last two interactions of each user with at least three, the validation
     and the test item. time: the interactions from --test_from on, and before them those of validation. given: those of
@@ -190,6 +216,7 @@ class Prepare:
         self.target_events = split_words(self.target_events)
         self._check_hold_out()
         self._check_attributes()
+        self._check_append()
         if not abs(self.click_from) < float("inf"):
             raise ValueError(f"--click_from is {self.click_from}; it must be a finite number")
         if self.click_column is None and self.click_from != 1:
@@ -199,6 +226,7 @@ class Prepare:
             raise ValueError("--click_values says which words are clicks; name their column with --click_column")
         if self.click_values and self.click_from != 1:
             raise ValueError("--click_values is for words, --click_from for numbers; give one of them")
+        self._check_feedback()
         if self.separator == NONE:
             raise ValueError("--separator is none; columns in text have one, such as a comma")
         self.separator = _named_character("--separator", self.separator, 4)
@@ -246,6 +274,61 @@ class Prepare:
             raise ValueError("--catalogue items gives the items of a table ids; name the table with --items")
         if self.catalogue == "items" and self.new_keys == "leave_out":
             raise ValueError("--catalogue items adds items, and --new_keys leave_out adds none; give one of them")
+
+    def _check_feedback(self) -> None:
+        """Check the options that tell kinds of feedback apart, and those of places."""
+        if self.position_from != 1 and self.position_column is None:
+            raise ValueError("--position_from belongs to --position_column; name the column with the places")
+        words = {"click": self.click_values}
+        words |= {name: split_words(getattr(self, f"{name}_values")) for name in ("dislike", "skip")}
+        self.dislike_values, self.skip_values = words["dislike"], words["skip"]
+        for name in ("dislike", "skip"):
+            to = getattr(self, f"{name}_to")
+            given = [option for option in (f"{name}_values", f"{name}_to") if getattr(self, option) not in (None, [])]
+            if given and self.click_column is None:
+                raise ValueError(
+                    f"--{given[0]} is about a column that tells clicks from others; name it with --click_column"
+                )
+            if words[name] and not self.click_values:
+                raise ValueError(f"--{name}_values is for words, so name those that are clicks: --click_values")
+            if to is None:
+                continue
+            if self.click_values:
+                raise ValueError(f"--{name}_to is for numbers, --click_values for words; give --{name}_values")
+            if not -float("inf") < to < self.click_from:
+                raise ValueError(f"--{name}_to is {to:g}; it must be below --click_from, which is {self.click_from:g}")
+        for one, other in (("click", "dislike"), ("click", "skip"), ("dislike", "skip")):
+            if both := [word for word in words[one] if word in words[other]]:
+                raise ValueError(f"{both[0]!r} is in --{one}_values and in --{other}_values; leave it in one of them")
+        if self.dislike_to is not None and self.dislike_to == self.skip_to:
+            raise ValueError(f"--dislike_to and --skip_to are both {self.skip_to:g}; values can be one of them only")
+
+    @property
+    def feedback(self) -> list[str]:
+        """Kinds of feedback that are told apart, by their names in `segments.FEEDBACK`."""
+        if self.click_column is None:
+            return []
+        told = {"disliked": (self.dislike_values, self.dislike_to), "skipped": (self.skip_values, self.skip_to)}
+        return ["shown", *(kind for kind, (words, to) in told.items() if words or to is not None)]
+
+    def _check_append(self) -> None:
+        """Check that the options fit `append`."""
+        at_least("--history", self.history, 1)
+        if not self.append:
+            if self.history != 200:
+                raise ValueError("--history belongs to --append true; give that as well, or leave --history out")
+            return
+        if self.hold_out not in ("last", "none"):
+            raise ValueError(f"--hold_out is {self.hold_out}; with --append it must be last or none")
+        if self.vocabulary is not None:
+            raise ValueError("--append extends the vocabulary of the days before; leave --vocabulary out")
+        if self.engine != "duckdb":
+            raise ValueError(f"--engine is {self.engine}; --append prepares a day on one machine: leave --engine out")
+        if self.min_count not in (1, Prepare.min_count):
+            raise ValueError(
+                f"--min_count is {self.min_count}, but --append keeps every user and item, since their later "
+                "interactions are not known; leave --min_count out"
+            )
 
     def _check_hold_out(self) -> None:
         """Check that the options of the split fit what is held out."""

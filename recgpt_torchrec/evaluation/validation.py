@@ -35,7 +35,7 @@ def validation_of(
 
     With `event` only users whose validation item is of this type are ranked, and it is what is asked for.
 
-    None: the dataset has no validation part, so the whole run is trained.
+    None: the dataset has no validation part, or is a day without a validation item, so the whole run is trained.
 
     Raises:
         InputError: it should have one, but no user has a validation item; or `train` asks for more than it has.
@@ -55,6 +55,8 @@ def validation_of(
                 f"--events.validate is {event}, but {dataset.path} holds nothing out for validation; leave it out"
             )
         return None
+    if dataset.manifest.day is not None and not dataset.manifest.count_targets("validation"):
+        return None  # a day may have too few interactions; later ones hold some out
     check_has_targets(
         dataset,
         "validation",

@@ -106,7 +106,7 @@ class Intervals:
 
 
 def intervals_of(
-    table: pa.Table, k: int, max_len: int, prompt_segments: tuple[int, ...], answers: int = 0, timely: bool = False
+    table: pa.Table, k: int, max_len: int, prompt_segments: tuple[int, ...], answers: int = 0, trailing: bool = False
 ) -> Intervals:
     """Convert rows of a dataset to `Intervals`.
 
@@ -117,7 +117,7 @@ def intervals_of(
         max_len: prompts stay only between the newest `max_len` items.
         prompt_segments: segment ids of the prompts that stay; other prompts are dropped.
         answers: number of the model's answers after each item.
-        timely: whether prompts have times of their own and stay after the newest item too, see `Manifest.feedback`.
+        trailing: whether prompts have times of their own, and stay after the newest item too.
     """
     items = Ragged.from_arrow(table["item_ids"])
     entries, offsets = items.values, items.offsets
@@ -147,7 +147,7 @@ def intervals_of(
         answers=answer_ids,
         answer_scores=answer_scores,
         times=None if times is None else times[interacted],
-        prompt_times=np.zeros(filled, np.int64) if timely and times is not None else None,
+        prompt_times=np.zeros(filled, np.int64) if trailing and times is not None else None,
         places=None if places is None else places[interacted],
         prompt_places=None if places is None else np.zeros(filled, np.int16),
         events=None if events is None else events[interacted],
@@ -158,7 +158,7 @@ def intervals_of(
     row = items.rows_of(entry)
     owner = before[entry] - 1  # the interacted item it follows
     last = histories.offsets[row + 1] - 1
-    between = (owner >= histories.oldest_start(max_len)[row]) & ((owner < last) | timely)
+    between = (owner >= histories.oldest_start(max_len)[row]) & ((owner < last) | trailing)
     entry, owner = entry[between], owner[between]
     if entry.size and k:
         number = np.arange(entry.size)

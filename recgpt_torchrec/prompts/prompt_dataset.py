@@ -143,9 +143,10 @@ def _differences(dataset: Dataset, record: dict[str, Any], vocabulary: str, igno
 
 def read_rows(dataset: Dataset, group: RowGroup) -> pa.Table:
     """Read one row group and check every value: user_id, item_ids and, where there are any, segment_ids, timestamps,
-    event types, places and answers."""
+    event types, places and answers. Of a folder of days, the rows that count."""
     answers = dataset.manifest.settings.get(RECORD, {}).get("answers", 0)
-    return Reader(dataset, answers, times=True, events=True, places=True).read(group).table
+    table = Reader(dataset, answers, times=True, events=True, places=True).read(group).table
+    return table if dataset.newest is None else table.filter(pc.list_value_length(table["item_ids"]) > 0)
 
 
 def share_of(groups: list[RowGroup], rank: int, world_size: int) -> list[RowGroup]:
@@ -322,6 +323,7 @@ def write_prompts(
             manifest = replace(
                 dataset.manifest,
                 sequences=sequences,
+                day=None,
                 interactions=sum(part.items for part in sequences) - total.generated - total.exposed,
                 settings={**dataset.manifest.settings, RECORD: record},
             )
@@ -332,7 +334,7 @@ def write_prompts(
 
 def copy_parts(dataset: Dataset, parts: list[Part], fs: pyarrow.fs.FileSystem, folder: str) -> None:
     """Copy files of a dataset byte by byte."""
-    source, root = filesystem(dataset.path)
+    source, root = filesystem(dataset.files or dataset.path)
     for part in parts:
         fs.create_dir(f"{folder}/{part.path.rpartition('/')[0]}", recursive=True)
         with source.open_input_stream(f"{root}/{part.path}", compression=None) as stream:

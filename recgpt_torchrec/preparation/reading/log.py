@@ -6,11 +6,9 @@ Knows nothing of filtering, ids or the dataset's format.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import ibis
 import ibis.expr.types as ir
 
 from recgpt_torchrec.config import Prepare
-from recgpt_torchrec.data.segments import EXPOSED, INTERACTED
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
 from recgpt_torchrec.preparation.engines.engine import Engine
@@ -19,6 +17,7 @@ from recgpt_torchrec.preparation.reading import understanding
 from recgpt_torchrec.preparation.reading.dialect import shorten
 from recgpt_torchrec.preparation.reading.duckdb_reader import check_time_format, open_file
 from recgpt_torchrec.preparation.reading.event_types import EventTypes, find_event_types
+from recgpt_torchrec.preparation.reading.feedback import check_places, count_exposed, place_columns, segment_of
 from recgpt_torchrec.preparation.reading.files import InputFile, InputFiles
 from recgpt_torchrec.preparation.reading.loading import load_files, order_rejected
 from recgpt_torchrec.preparation.reading.rows import FILTERED, SILENT, UNKNOWN
@@ -34,10 +33,10 @@ class RawLog:
 
     events: ir.Table
     """Usable rows: user string, item string, time int64 (null without times), fraction float64 (of a second),
-    order int64 (rises from row to row of the input), segment int8, and where their columns were asked for rating
-    float64 and event int16 (see `EventTypes`)."""
+    order int64 (rises from row to row of the input), segment int8, and, where they were asked for, rating float64,
+    event int16 (see `EventTypes`) and the columns of `feedback.place_columns`."""
     exposed: int
-    """Number of usable rows that were shown and not clicked; the others are interactions."""
+    """Number of usable rows that were not clicked; the others are interactions."""
     timed: bool
     rows: int
     """Number of rows read: usable, left out by --where, and rejected."""
@@ -97,9 +96,6 @@ def read_log(engine: Engine, config: Prepare, inputs: InputFiles, known_events: 
         loaded = load_files(engine, config, files, dialects, timed)
     table, malformed = loaded.table, loaded.rejected.filter(loaded.rejected.malformed)
     usable = table.filter(table.problem.isnull())
-    segment = ibis.literal(INTERACTED, "int8")
-    if config.click_column:
-        segment = ibis.cases((_is_shown(usable, config), EXPOSED), else_=INTERACTED).cast("int8")
     columns = ["user", "item", "time", "fraction", "order", *(["rating"] if config.rating_column else [])]
     rejected = {row["problem"]: row["n"] for row in engine.rows(table.group_by("problem").agg(n=table.count()))}
     rows, unknown = rejected.pop(None, 0), rejected.get(UNKNOWN, 0)
@@ -113,8 +109,10 @@ def read_log(engine: Engine, config: Prepare, inputs: InputFiles, known_events: 
     for row in engine.rows(malformed.group_by("reason").agg(n=malformed.count())):
         rejected[row["reason"]] = rejected.get(row["reason"], 0) + row["n"]
     result = RawLog(
-        events=usable.select(*columns, segment=segment, **typed),
-        exposed=_count_exposed(engine, config, usable, rows),
+        events=usable.select(
+            *columns, segment=segment_of(usable, config), **typed, **place_columns(usable, config, timed)
+        ),
+        exposed=count_exposed(engine, config, usable, rows),
         timed=timed,
         rows=rows + filtered + sum(rejected.values()),
         filtered=filtered,
@@ -140,6 +138,7 @@ def read_log(engine: Engine, config: Prepare, inputs: InputFiles, known_events: 
         advice = "".join(f"; {remedy}" for remedy in remedies)
         raise InputError(f"{names}: none of the {result.rows:,} rows can be used ({reasons}){example}{advice}")
     result.page, result.time_unit = understanding.page(engine, config, loaded, inputs, remedies)
+    result.page += [["note", note] for note in check_places(engine, config, usable)]
     return result
 
 
@@ -156,6 +155,7 @@ def _check_options(config: Prepare, formats: set[str]) -> None:
         "--click_column": config.click_column,
         "--rating_column": config.rating_column,
         "--event_column": config.event_column,
+        "--position_column": config.position_column,
         "--where": config.where,
         "--time_format": config.time_format,
         "--time_unit": None if config.time_unit == "auto" else config.time_unit,
@@ -173,47 +173,3 @@ def _check_options(config: Prepare, formats: set[str]) -> None:
                 f"{option} {value}: files of the format sequences have no columns; leave the option out, or give a log "
                 "with a row for each event"
             )
-
-
-def _is_shown(usable: ir.Table, config: Prepare) -> ir.BooleanValue:
-    """Whether rows were shown and not clicked."""
-    return ~usable.click.isin(config.click_values) if config.click_values else usable.click < config.click_from
-
-
-def _count_exposed(engine: Engine, config: Prepare, usable: ir.Table, rows: int) -> int:
-    """Count the usable rows, of `rows`, that were shown and not clicked.
-
-    Raises:
-        InputError: these are all rows or none, although there is a click column; or a word of `click_values` is in
-            none.
-    """
-    if not config.click_column or not rows:
-        return 0
-    by_value = usable.group_by("click").agg(n=usable.count(), shown=_is_shown(usable, config).cast("int64").sum())
-    values = engine.rows(by_value.order_by(ibis.desc("n"), "click").limit(20))
-    shown = int(engine.row(by_value.agg(shown=by_value.shown.sum()))["shown"])
-    counts = ", ".join(f"{row['click']} ({row['n']:,})" for row in values)
-    if config.click_values:
-        known = engine.rows(by_value.filter(by_value.click.isin(config.click_values)).select("click"))
-        missing = [word for word in config.click_values if word not in [row["click"] for row in known]]
-        if missing:
-            raise InputError(
-                f"--click_values {','.join(config.click_values)}: no row has {' or '.join(map(repr, missing))} in "
-                f"{config.click_column}, whose values are {counts}. Give words of that column"
-            )
-    if 0 < shown < rows:
-        return shown
-    if config.click_values:
-        raise InputError(
-            f"--click_values {','.join(config.click_values)} are all values of {config.click_column}: {counts}. Name "
-            "those that are clicks, or leave --click_column out, where the log holds interactions only"
-        )
-    clicks = engine.row(usable.agg(lowest=usable.click.min(), highest=usable.click.max()))
-    lowest, highest = (f"{clicks[name]:g}" for name in ("lowest", "highest"))
-    range_ = f"always {lowest}" if lowest == highest else f"from {lowest} to {highest}"
-    outcome = "every row was only shown" if shown else "no row was only shown, all were clicked"
-    raise InputError(
-        f"--click_column {config.click_column} does not tell shown rows from clicked ones: {outcome}, as its values in "
-        f"{rows:,} usable rows are {range_} and a click is at least {config.click_from:g}. Give another --click_from "
-        "or another column" + ("" if shown else "; or leave --click_column out, where the log holds interactions only")
-    )

@@ -18,6 +18,7 @@ from recgpt_torchrec.preparation.reading.rows import (
     INEXACT,
     RESPELLED,
     SEVERAL_LINES,
+    UNREAD_POSITION,
     UNREAD_RATING,
 )
 from recgpt_torchrec.preparation.reading.times import (
@@ -90,6 +91,7 @@ def page(
             "dated": DATE_TIME,
             "respelled": RESPELLED,
             "unread": UNREAD_RATING,
+            "unplaced": UNREAD_POSITION,
             "inexact": INEXACT,
             "several": SEVERAL_LINES,
         }.items()
@@ -164,6 +166,11 @@ def _notes(config: Prepare, found: dict[str, int]) -> list[str]:
     if found["unread"]:
         notes.append(
             f"{found['unread']:,} ratings are no numbers and were left empty (--rating_column {config.rating_column})"
+        )
+    if found["unplaced"]:
+        notes.append(
+            f"{found['unplaced']:,} places are no numbers and were left unknown (--position_column "
+            f"{config.position_column})"
         )
     return notes
 
