@@ -122,7 +122,7 @@ def make_batches(case: Case, rank: int, world_size: int) -> list[SequenceBatch]:
                 offsets=np.concatenate([[0], np.cumsum([len(drawn[n]) for n in mine])]),
             )
             if case.weighted:
-                histories = replace(histories, weights=np.float32([0, 1, 5])[histories.items % 3])
+                histories = replace(histories, weights=np.array([0, 1, 5], np.float32)[histories.items % 3])
             rank_batches.append(pack_batch(case, histories, negatives, Place(rank, world_size)))
         elif not case.idle:
             rank_batches.append(pack_batch(case, no_histories(), negatives, Place(rank, world_size)))

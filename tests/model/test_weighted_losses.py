@@ -66,7 +66,7 @@ def loop(h: Tensor, vectors: Tensor, batch: Any, kind: str) -> Tensor:
 @pytest.mark.parametrize("way", ["one pass", "blocks", "bce"])
 def test_every_loss_is_the_weighted_sum_of_a_plain_loop(way, monkeypatch):
     h, vectors, batch = problem()
-    kind = "bce" if way == "bce" else "sampled"
+    kind: Any = "bce" if way == "bce" else "sampled"
     dense = Dense(Model(dim=DIM), Loss(candidates=kind, bce_negatives=3))
     monkeypatch.setattr(losses, "rows_at_once", lambda *_: 0 if way == "blocks" else 3)
     ours, reference = dense.sum_of_losses(h, vectors, batch), loop(h, vectors, batch, kind)
@@ -105,7 +105,7 @@ def pack(weights: np.ndarray | None, pad: bool) -> Any:
 @pytest.mark.parametrize("pad", [False, True])
 def test_a_weight_multiplies_target_and_answers_alike(pad):
     """The loss of a packed batch with soft targets, against cross-entropy with probabilities in a loop."""
-    weights = np.float32([9, 2, 0, 0.5, 1])
+    weights = np.array([9, 2, 0, 0.5, 1], np.float32)
     packed, ids, histories = pack(weights, pad)
     assert packed.targets == 3 and float(packed.global_targets) == 3.5
     generator = torch.Generator().manual_seed(1)

@@ -133,7 +133,7 @@ def test_the_last_two_of_the_target_types_are_held_out_after_everything_before(t
     events += [("only buys", "i1", 1, "buy"), ("only buys", "i2", 2, "buy"), ("only buys", "i3", 3, "view")]
     options = {"event_column": "event", "hold_out": "targets", "target_events": targets}
     result = make(write(tmp_path / "log.csv", events), tmp_path / "data", **options)
-    wanted: dict[str, dict[str, Any]] = {"training": {}, "validation": {}, "test": {}}
+    wanted: dict[SplitName, dict[str, Any]] = {"training": {}, "validation": {}, "test": {}}
     for user, items in in_order(events, 1).items():
         words = in_order(events, 3)[user]
         places = [n for n, word in enumerate(words) if word in targets][-2:]
