@@ -41,7 +41,8 @@ def write_log(path: Path, decides: str, users: int = 160) -> None:
             time, item = NOON + int(rng.integers(0, 30 * DAY)), int(rng.integers(1, ITEMS))
             for _ in range(int(rng.integers(8, 12))):
                 writer.writerow([f"u{user}", f"i{item}", time])
-                gap = int(rng.integers(60, HOUR)) if rng.random() < 0.5 else int(rng.integers(2 * DAY, 9 * DAY))
+                short = int(rng.integers(0, HOUR)) if rng.random() < 0.8 else 0
+                gap = short if rng.random() < 0.5 else int(rng.integers(2 * DAY, 9 * DAY))
                 time += gap
                 # Independent of the package: 1970-01-01 was a Thursday.
                 begins = gap > DAY if decides == "next_gap" else (time // DAY + 3) % 7 >= 5
@@ -84,8 +85,8 @@ def test_where_the_time_of_the_request_decides_only_a_model_that_reads_it_knows_
 
 
 def best_items(export: Path) -> np.ndarray:
-    """[users] key of the best item of each user, by exact search."""
-    items, users = pq.read_table(export / "items"), pq.read_table(export / "users")
+    """[users] key of the best item of each user, by id and exact search."""
+    items, users = pq.read_table(export / "items"), pq.read_table(export / "users").sort_by("user_id")
     vectors = [np.array(table["vector"].to_pylist()) for table in (users, items)]
     return np.array(items["key"].to_pylist())[(vectors[0] @ vectors[1].T).argmax(1)]
 
@@ -97,17 +98,19 @@ def export(folder: Path, output: str, run: str = "next_gap_run", **options: Any)
 
 
 def test_vectors_are_for_the_time_that_export_is_given(folder, capfd):
-    times = [time for row in pq.read_table(folder / "next_gap" / "sequences")["timestamps"].to_pylist() for time in row]
-    newest = max(times)
+    sequences = pq.read_table(folder / "next_gap" / "sequences").sort_by("user_id")["timestamps"].to_pylist()
+    newest, oldest = max(map(max, sequences)), min(map(min, sequences))
     assert export(folder, "now") == 0
     out = capfd.readouterr().out
     assert "(the newest time of the dataset)" in out
     assert json.loads((folder / "now" / "manifest.json").read_text())["settings"]["time"] == newest
+    waited = newest - np.array([row[-1] for row in sequences])
+    long = (waited > 2 * DAY) & (waited < 9 * DAY)  # as long as gaps that were trained on
+    assert long.sum() > 10 and (best_items(folder / "now") == "i0")[long].mean() > 0.95
     assert export(folder, "now", time=newest) == 0 and "Already there" in capfd.readouterr().out
     assert export(folder, "late", time="2026-11-28T12:00") == 0
     assert "2026-11-28 12:00:00 UTC (given with --time)" in capfd.readouterr().out
-    assert (best_items(folder / "late") == "i0").mean() > 0.95
-    assert export(folder, "early", time=min(times)) == 0  # before the histories end, as if in their sessions
+    assert export(folder, "early", time=oldest) == 0  # before the histories end, as if in their sessions
     assert "counts as active at that moment" in capfd.readouterr().out
     assert (best_items(folder / "early") == "i0").mean() < 0.1
     assert export(folder, "late", time=newest) == 2
