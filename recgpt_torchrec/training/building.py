@@ -125,6 +125,7 @@ def training_stream(
         max_len=model.max_len,
         long_histories=config.batch.long_histories,
         prompts=tuning is not None and tuning.prompts,
+        feedback=tuning is not None and tuning.reads_feedback,
         answers=answers_of(dataset) if soft_targets else 0,
         new_targets=new_targets,
         set_aside=set_aside,

@@ -1,11 +1,14 @@
 """Chooses what a model reads beside ids, and checks that a dataset has what a checkpoint's model reads."""
 
-from recgpt_torchrec.config import AttributeChoice, Pretrain
+from dataclasses import replace
+
+from recgpt_torchrec.config import AttributeChoice, Pretrain, Tuning
 from recgpt_torchrec.config.command_line import nearest
 from recgpt_torchrec.config.inputs.attributes import ALL
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.inputs.records import DatasetAttribute
-from recgpt_torchrec.data.inputs.spec import Attribute, Inputs
+from recgpt_torchrec.data.inputs.places import PLACE_VALUES
+from recgpt_torchrec.data.inputs.spec import PLACES, Attribute, Feature, Inputs
 from recgpt_torchrec.errors import InputError
 
 
@@ -86,12 +89,37 @@ def _find(name: str, option: str, dataset: Dataset) -> DatasetAttribute:
     raise InputError(f"--attributes.{option} names {name}, an attribute that {dataset.path} does not have; {hint}")
 
 
+def add_feedback(inputs: Inputs, dataset: Dataset, tuning: Tuning) -> Inputs:
+    """What a model reads beside ids once it is tuned: kinds of feedback and places as well.
+
+    Raises:
+        InputError: the dataset lacks places that are asked for.
+    """
+    if not tuning.prompts:
+        return inputs
+    features = inputs.features
+    if tuning.places:
+        check_places(dataset, "--tuning.places true")
+        features = [*features, Feature(name="place", values=PLACE_VALUES)]
+    return replace(inputs, segments=dataset.manifest.segments, features=features)
+
+
+def check_places(dataset: Dataset, reader: str) -> None:
+    """Raise an `InputError` unless a dataset stores places; `reader` is what reads them."""
+    if not dataset.manifest.settings.get("position_column"):
+        raise InputError(
+            f"{reader} reads places in a list, and {dataset.path} stores none; prepare the log with --position_column"
+        )
+
+
 def check_inputs(inputs: Inputs, checkpoint: str, dataset: Dataset) -> None:
     """Check that a dataset has what the model of a checkpoint reads beside ids.
 
     Raises:
         InputError: an attribute is missing, or its ids mean other values.
     """
+    if inputs.reads(*PLACES):
+        check_places(dataset, f"the checkpoint {checkpoint}")
     present = {each.table: each for each in dataset.manifest.attributes}
     for each in inputs.attributes:
         found = present.get(each.table)
