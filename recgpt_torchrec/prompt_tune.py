@@ -65,7 +65,11 @@ def choose_predicting(tuning: "Tuning", dataset: "Dataset") -> "Tuning":
     """The options with which entries predict chosen, where `--tuning.predict_from` is auto."""
     if tuning.predict_from != "auto":
         return tuning
-    return replace(tuning, predict_from="every" if tuning.prompts and dataset.manifest.feedback else "interacted")
+    if not tuning.prompts or not dataset.manifest.feedback:
+        return replace(tuning, predict_from="interacted")
+    # As at a request: the last entry before it. Generated prompts stand behind the feedback, but not there.
+    exposed = dataset.manifest.settings["prompts"]["source"] == "exposed"
+    return replace(tuning, predict_from="last" if exposed else "every")
 
 
 def check_dataset(config: PromptTune, dataset: "Dataset") -> None:

@@ -1,4 +1,4 @@
-"""Makes a log of clicks and of what was shown and refused, with known truth: the best possible HR@10 with and without it.
+"""Makes a log of clicks and refusals with known truth: the best possible HR@10 with and without reading refusals.
 
     python tools/feedback_log.py --output log.csv --users 4000 --seed 0
 

@@ -80,8 +80,8 @@ class Tuning:
     """Which entries predict the next interacted item. interacted: the interaction before it. last: the last entry
     before it, prompt or interaction. every: all entries. With last and every, what was shown before a request answers
     it, also after the newest interaction (see generate_prompts --prompts.source exposed); what was shown at the same
-    time as the item does not. auto: every where the prompts are shown items with times of their own, else
-    interacted."""
+    time as the item does not. auto: last for exposed prompts, every for both; interacted for generated
+    ones, and in datasets prepared before what was shown after the newest interaction was kept."""
     soft_targets: float = 0.0
     """Share of each target's weight, 0 to 1, that is spread over the stored answers of the pre-trained model; above 0
     it needs a dataset generated with --prompts.answers."""

@@ -285,8 +285,8 @@ def encoding_stream(
 ) -> SequenceStream:
     """The stream of histories to encode: those before the held-out item of a split, or whole ones with `all`.
 
-    `item_keys`, `feedback`, `inputs` and `attributes` are those of the model that encodes them; `sample` says which users are read
-    (None: all), and `request` what is asked after their histories.
+    `item_keys`, `feedback`, `inputs` and `attributes` are those of the model that encodes them; `sample` says which
+    users are read (None: all), and `request` what is asked after their histories.
     """
     reader = HistoryReader(
         dataset=dataset,

@@ -90,8 +90,8 @@ def check_input(dataset: Dataset, prompts: Prompts, groups: list[RowGroup], prev
     told = dataset.manifest.feedback
     if prompts.source != "generated" and told and not kinds_of(dataset, prompts):
         raise InputError(
-            f"--prompts.feedback {','.join(prompts.feedback)}: {dataset.path} has only {' and '.join(told)} items. Prepare "
-            "the log with --dislike_to, --skip_to or words for them, or name one that it has"
+            f"--prompts.feedback {','.join(prompts.feedback)}: {dataset.path} has only {' and '.join(told)} items. "
+            "Prepare the log with --dislike_to, --skip_to or words for them, or name one that it has"
         )
     if prompts.source != "generated" and not has_exposures(dataset, groups):
         raise InputError(

@@ -132,13 +132,15 @@ def training_stream(
         time_order=config.stream.time_order,
         inputs=inputs or Inputs(),
     )
+    predict_from = "every" if tuning is None else tuning.predict_from
+    assert predict_from != "auto", "the stage has chosen"
     maker = BatchMaker(
         reader=reader,
         batch=batch,
         attributes=Attributes.open(dataset, reader.inputs, read_on_node),
         source=candidate_source(config.loss, dataset, batch, rank(), world_size()),
         seed=config.seed,
-        predict_from="every" if tuning is None else tuning.predict_from,
+        predict_from=predict_from,
         soft_targets=soft_targets,
         layout="row" if execution.attention == "varlen" else "grid",
         pad=execution.compile and execution.attention == "varlen",

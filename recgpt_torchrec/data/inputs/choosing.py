@@ -6,8 +6,8 @@ from recgpt_torchrec.config import AttributeChoice, Pretrain, Tuning
 from recgpt_torchrec.config.command_line import nearest
 from recgpt_torchrec.config.inputs.attributes import ALL
 from recgpt_torchrec.data.dataset import Dataset
-from recgpt_torchrec.data.inputs.records import DatasetAttribute
 from recgpt_torchrec.data.inputs.places import PLACE_VALUES
+from recgpt_torchrec.data.inputs.records import DatasetAttribute
 from recgpt_torchrec.data.inputs.spec import PLACES, Attribute, Feature, Inputs
 from recgpt_torchrec.errors import InputError
 
@@ -101,7 +101,8 @@ def add_feedback(inputs: Inputs, dataset: Dataset, tuning: Tuning) -> Inputs:
     if tuning.places:
         check_places(dataset, "--tuning.places true")
         features = [*features, Feature(name="place", values=PLACE_VALUES)]
-    return replace(inputs, segments=dataset.manifest.segments, features=features)
+    manifest = dataset.manifest
+    return replace(inputs, segments=manifest.segments, feedback=bool(manifest.feedback), features=features)
 
 
 def check_places(dataset: Dataset, reader: str) -> None:

@@ -50,7 +50,14 @@ MALFORMED = ibis.table({"file": "int64", "line": "int64", "reason": "string", "t
 def log_table(click_type: str = "float64") -> ibis.expr.types.Table:
     """The rows that `DuckDBReader` loads, as the last of `rows.steps` has them; `order` is their index in the input."""
     columns = {"user": "string", "item": "string", "time": "int64", "fraction": "float64", "rating": "float64"}
-    more = {"position": "float64", "click": click_type, "problem": "string", "text": "string", "flags": "int8", "row": "int64"}
+    more = {
+        "position": "float64",
+        "click": click_type,
+        "problem": "string",
+        "text": "string",
+        "flags": "int8",
+        "row": "int64",
+    }
     return ibis.table({**columns, **more, "order": "int64"}, name="log")
 
 

@@ -1,4 +1,4 @@
-"""Tells clicks from what was only shown, disliked or skipped, and reads places in a list: Ibis expressions, any engine."""
+"""Tells clicks from what was shown, disliked or skipped, and reads places in a list: Ibis expressions, any engine."""
 
 from typing import Any
 
@@ -60,16 +60,18 @@ def count_exposed(engine: Engine, config: Prepare, usable: ir.Table, rows: int) 
             f"--click_values {','.join(config.click_values)} are all values of {config.click_column}: {counts}. Name "
             "those that are clicks, or leave --click_column out, where the log holds interactions only"
         )
-    clicks = {"lowest": 0.0, "highest": 0.0} if config.click_values else engine.row(
-        usable.agg(lowest=usable.click.min(), highest=usable.click.max())
+    clicks = (
+        {"lowest": 0.0, "highest": 0.0}
+        if config.click_values
+        else engine.row(usable.agg(lowest=usable.click.min(), highest=usable.click.max()))
     )
     lowest, highest = (f"{clicks[name]:g}" for name in ("lowest", "highest"))
     range_ = f"always {lowest}" if lowest == highest else f"from {lowest} to {highest}"
     if not 0 < total["shown"] < rows:
         outcome = "every row was only shown" if total["shown"] else "no row was only shown, all were clicked"
         raise InputError(
-            f"--click_column {config.click_column} does not tell shown rows from clicked ones: {outcome}, as its values "
-            f"in {rows:,} usable rows are {range_} and a click is at least {config.click_from:g}. Give another "
+            f"--click_column {config.click_column} does not tell shown rows from clicked ones: {outcome}, as its "
+            f"values in {rows:,} usable rows are {range_} and a click is at least {config.click_from:g}. Give another "
             "--click_from or another column"
             + ("" if total["shown"] else "; or leave --click_column out, where the log holds interactions only")
         )
@@ -128,7 +130,9 @@ def check_places(engine: Engine, config: Prepare, usable: ir.Table) -> list[str]
             f"{found['example']:g}; name the column with an item's place in the list in which it was shown"
         )
     if found["low"]:
-        zero = f"if places are counted from 0, pass --position_from 0; else leave these rows out: --where '{column} > 0'"
+        zero = (
+            f"if places are counted from 0, pass --position_from 0; else leave these rows out: --where '{column} > 0'"
+        )
         remedy = zero if first == 1 else f"give the number of the first place: --position_from {found['least']:.0f}"
         raise InputError(
             f"--position_column {column}: {found['low']:,} rows have a place below {first}, the least is "

@@ -65,14 +65,14 @@ def steps(source: ir.Table, options: RowOptions) -> list[ir.Table]:
 
     Args:
         source: columns `user`, `item`, `time`, `rating`, `click` and `position` as they are in the file (any type),
-            `fault` (what the reader found wrong, or null), `text` (the whole row, to be shown), `several_lines` boolean and
-            `row` int64.
+            `fault` (what the reader found wrong, or null), `text` (the whole row, to be shown), `several_lines`
+            boolean and `row` int64.
         options: what is asked for, and how it is read.
 
     Returns:
         The steps, over tables named source, marked and parsed. The last has the columns user string, item string, time
-        int64, fraction float64, rating float64, position float64, click (float64, or string with `click_values`), problem
-        string and text string (both null for usable rows), flags int8 and row int64.
+        int64, fraction float64, rating float64, position float64, click (float64, or string with `click_values`),
+        problem string and text string (both null for usable rows), flags int8 and row int64.
     """
     marked = mark_values(source, options)
     values = parse_values(ibis.table(marked.schema(), name="marked"), options)
