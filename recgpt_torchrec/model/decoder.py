@@ -65,11 +65,12 @@ class TokenFeatures(nn.ModuleDict):
 class Refused(nn.Module):
     """How feedback (shown, disliked or skipped items) enters the decoder apart from what was chosen.
 
-    What a user refused is no part of the means of his history. Of each kind of feedback, the item vectors have a factor
-    of their own at the input, and others in two means over feedback alone that are added to the output. Both fade at a
-    learned rate with each choice after the feedback, one slowly and one fast: what is shown says where a user is, and
-    what he refused since his last choice says what he does not want now. All factors start at 0, so that tuning starts
-    near the pre-trained model and learns how feedback counts, from "alike" (above 0) to "rules out" (below).
+    What a user refused is no part of the means of his history. At the input it is added, with a factor of its kind, to
+    the item chosen last, so that what follows is predicted as before it. Its item vectors have other factors in two
+    means over feedback alone that are added to the output. Both fade at a learned rate with each choice after the
+    feedback, one slowly and one fast: what is shown says where a user is, and what he refused since his last choice
+    says what he does not want now. All factors start at 0, so that tuning starts near the pre-trained model and learns
+    how feedback counts, from "alike" (above 0) to "rules out" (below).
     """
 
     def __init__(self, kinds: int) -> None:
@@ -77,15 +78,18 @@ class Refused(nn.Module):
         self.at_input, self.at_output = nn.Parameter(torch.zeros(kinds)), nn.Parameter(torch.zeros(2, kinds))
         self.fading = nn.Parameter(torch.tensor([0.3, 3.0]))
 
+    AT_ONCE = 50.0
+    """Rate at which a mean fades that holds the newest choice alone."""
     STEP_IN, STEP_OUT = 20.0, 100.0
     """Factors are their parameters times this. Adam moves a parameter by the learning rate per step, however many
     weights share the work; without, a factor of -5 would take thousands of steps."""
     PRIOR = 1.0
     """Added to the number of refusals by which their sum is divided: one alone counts half of many alike."""
 
-    def input_factors(self, segment: Tensor) -> Tensor:
-        """[...] int64 segment ids -> [..., 1] factors of the item vectors at the input."""
-        return self._spread(self.at_input * self.STEP_IN, 1.0)[segment][..., None]
+    def inputs(self, items: Tensor, newest: Tensor, segment: Tensor) -> Tensor:
+        """Item vectors at the input, [..., dim], given those of the entries and of the newest choices up to them."""
+        factors = self._spread(self.at_input * self.STEP_IN, 1.0)[segment][..., None]
+        return items * factors + newest * (segment >= EXPOSED)[..., None]
 
     def outputs(self, segment: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Of each mean that is added to the output: factors of the item vectors [..., 1] by their segment ids [...]
@@ -169,7 +173,11 @@ class Decoder(nn.Module):
         """
         chosen, refused = (None, None) if self.refused is None else self.refused.weightings(segment)
         mean = attention.mean(items, None, chosen) if self.config.history_in else None
-        x = self.embed(items, users, position, segment, mean, features)
+        inputs = items
+        if self.refused is not None:
+            at_once = items.new_tensor(self.refused.AT_ONCE)
+            inputs = self.refused.inputs(items, attention.mean(items, at_once, chosen), segment)
+        x = self.embed(inputs, users, position, segment, mean, features)
         for block in self.blocks:
             x = block(x, attention)
         if self.config.history_out:
@@ -190,8 +198,6 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """The first block's input, [..., dim]; `mean` is the plain mean of the history's item vectors, or None, and
         `features` [features, ...] are those of the tokens."""
-        if self.refused is not None:
-            items = items * self.refused.input_factors(segment)
         x = items + users + self.position(position)
         if self.segments:
             x = x + self.segment(segment)

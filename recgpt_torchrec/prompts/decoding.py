@@ -47,9 +47,11 @@ class Decoding:
         """[users, dim] the same sum, decaying at the decoder's rate; and [users, 1] the sum of its weights."""
         self.chosen = torch.zeros(users, 1, device=weight.device)
         """[users, 1] number of entries that `sum` is over: all, or those that are no feedback."""
+        self.newest = weight.new_zeros(users, config.dim)
+        """[users, dim] item vector of the newest of these entries."""
         self.feedback = weight.new_zeros(2, users, config.dim)
         self.feedback_weight = weight.new_zeros(2, users, 1)
-        """[2, users, dim] and [2, users, 1], likewise of both means of feedback, if the decoder has them (`Refused`)."""
+        """[2, users, dim] and [2, users, 1]: both means of feedback, likewise, if the decoder has them (`Refused`)."""
         self.longest = 0
         """Upper bound of the users' numbers of entries, known without reading from the device."""
         self.level = True
@@ -65,7 +67,8 @@ class Decoding:
         self.keys, self.values = [k[:users] for k in self.keys], [v[:users] for v in self.values]
         self.entries, self.sum = self.entries[:users], self.sum[:users]
         self.recent, self.recent_weight = self.recent[:users], self.recent_weight[:users]
-        self.chosen, self.feedback = self.chosen[:users], self.feedback[:, :users]
+        self.chosen, self.newest = self.chosen[:users], self.newest[:users]
+        self.feedback = self.feedback[:, :users]
         self.feedback_weight = self.feedback_weight[:, :users]
 
     @torch.no_grad()
@@ -96,7 +99,9 @@ class Decoding:
         level = self.level and active is None
         self._add_to_sums(items, segments, active)
         mean = self.sum / self.chosen.clamp(min=1) if config.history_in else None
-        x = self.decoder.embed(items, user_vectors, positions, segments, mean, features)[:, None]
+        refused = self.decoder.refused
+        inputs = items if refused is None else refused.inputs(items, self.newest, segments)
+        x = self.decoder.embed(inputs, user_vectors, positions, segments, mean, features)[:, None]
         # Place of this entry in the cache; for inactive users the next free one, which stays free.
         place = self.entries - 1 if active is None else torch.where(active, self.entries - 1, self.entries)
         place = place.clamp(max=self.capacity)
@@ -138,6 +143,7 @@ class Decoding:
             self.feedback = self.feedback * decay + items * factors * is_feedback
             self.feedback_weight = self.feedback_weight * decay + is_feedback
         self.chosen = self.chosen + chosen
+        self.newest = torch.where(chosen > 0, items, self.newest)
         if config.history_in:
             self.sum = self.sum + items * chosen
         if config.history_out:
@@ -178,7 +184,10 @@ class Decoding:
             chosen = chosen * (segments < EXPOSED)
         counts = chosen.cumsum(1)
         mean = (items * chosen[..., None]).cumsum(1) / counts.clamp(min=1)[..., None] if config.history_in else None
-        x = self.decoder.embed(items, user_vectors[:, None], positions, segments, mean, features)
+        last = torch.where(chosen > 0, place, -1).cummax(1).values
+        newest_choices = items[all_users[:, None], last.clamp(min=0)] * (last >= 0)[..., None]
+        inputs = items if refused is None else refused.inputs(items, newest_choices, segments)
+        x = self.decoder.embed(inputs, user_vectors[:, None], positions, segments, mean, features)
         for block, keys, values in zip(self.blocks, self.keys, self.values, strict=True):
             q, k, v = block.project(x)
             keys[:, :, :length], values[:, :, :length] = k, v
@@ -191,7 +200,7 @@ class Decoding:
             else:
                 x = block.finish(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
         self.entries, self.longest, self.level = lengths.clone(), length, False
-        self.chosen = counts[:, -1:]
+        self.chosen, self.newest = counts[:, -1:], newest_choices[:, -1]
         age = self.chosen - counts  # the number of choices after an entry
         if config.history_in:
             self.sum = (items * chosen[..., None]).sum(1)
