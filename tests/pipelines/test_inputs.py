@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from pipelines import inputs
+from recgpt_torchrec.checkpoints.folder import find_checkpoint
+from recgpt_torchrec.checkpoints.settings import CheckpointSettings
 from tests.pipelines.test_paper import InProcess, executor
 from tools import structured_log
 
@@ -39,7 +41,17 @@ def test_from_a_log_to_the_report_and_done_once(log: Path, tmp_path: Path, execu
     configs, out = tmp_path / "configs", tmp_path / "out"
     configs.mkdir()
     (configs / "tiny.yaml").write_text(CONFIG)
-    words = [*table_words(log, users=False), "--output", str(out), "--configs", str(configs), "--name", "tiny", "--seeds", "1"]
+    words = [
+        *table_words(log, users=False),
+        "--output",
+        str(out),
+        "--configs",
+        str(configs),
+        "--name",
+        "tiny",
+        "--seeds",
+        "1",
+    ]
     words += ["--event_column", "event", "--asked", "view", "buy", "--truth", str(log / "truth.json")]
     inputs.main(words)
     options = inputs.parse(words)
@@ -70,11 +82,9 @@ def test_from_a_log_to_the_report_and_done_once(log: Path, tmp_path: Path, execu
 
     read = {}
     for arm in arms:
-        newest = json.loads((out / f"tiny/seed0/{arm}/best.json").read_text())["checkpoint"]
-        (settings,) = (out / f"tiny/seed0/{arm}/checkpoints" / Path(newest).name).glob("manifest.json")
-        recorded = json.loads(settings.read_text())["inputs"]
-        attributes = {f"{each['entity']}.{each['name']}" for each in recorded.get("attributes", [])}
-        read[arm] = attributes, {each["name"] for each in recorded.get("features", [])}
+        recorded = CheckpointSettings.read(find_checkpoint(str(out / f"tiny/seed0/{arm}"))).inputs
+        attributes = {f"{each.entity}.{each.name}" for each in recorded.attributes}
+        read[arm] = attributes, {each.name for each in recorded.features}
     items, times, events = {"item.category", "item.tags"}, {"past_gap", "next_gap", "hour", "weekday"}, {"event"}
     events |= {"asked_event"}
     assert read == {
