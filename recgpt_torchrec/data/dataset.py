@@ -186,8 +186,8 @@ class Manifest(FolderManifest):
                 raise ValueError(f"it promises {count:,} {name}, but {rows:,} rows in {name}/")
         if unknown := [kind for kind in manifest.feedback if kind not in FEEDBACK]:
             raise ValueError(f"feedback has {unknown[0]!r}, it must have {', '.join(FEEDBACK)}")
-        for each in manifest.attributes:
-            each.check()
+        for attribute in manifest.attributes:
+            attribute.check()
         check_records(manifest.settings, manifest.preparation)
         return manifest
 
