@@ -108,6 +108,7 @@ def test_arms_are_those_that_tables_and_columns_allow(log: Path) -> None:
         "user_attributes": ["--attributes.use", "user.age"],
     }
     assert list(inputs.parse(["--input", str(log / "log.parquet")]).arms) == ["ids", "time"]
+    assert list(inputs.parse([*table_words(log), "--arms", "all", "time"]).arms) == ["ids", "time", "all"]
 
 
 def test_differences_are_those_of_the_same_seeds() -> None:
@@ -129,6 +130,8 @@ def test_differences_are_those_of_the_same_seeds() -> None:
         (["--truth", "/no/such/file"], "there is no /no/such/file"),
         (["--no_time"], "nothing to compare"),
         (["--asked", "buy"], "needs the --event_column"),
+        (["--arms", "events"], "--arms events is none of ids, time"),
+        (["--arms", "ids"], "nothing to compare"),
         (["--seeds", "0"], "at least 1"),
     ],
 )
