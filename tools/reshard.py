@@ -249,7 +249,8 @@ def train_and_save(source: Layout, folder: str) -> list[float]:
 
 def output_folder(folder: str, source: Layout) -> str:
     """Folder in which the run of a layout keeps its checkpoints."""
-    return f"{folder}/{source.ranks}-{source.sharding}-{source.optimizer}-{source.precision}-{source.shard_ranks}-{source.attributes:d}"
+    more = "-attributes" * source.attributes
+    return f"{folder}/{source.ranks}-{source.sharding}-{source.optimizer}-{source.precision}-{source.shard_ranks}{more}"
 
 
 def load_tensors(folder: str, source: Layout) -> dict[str, torch.Tensor]:

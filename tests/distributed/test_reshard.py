@@ -35,8 +35,6 @@ SOURCES = [
     Layout(4, "row_wise", "rowwise_adagrad", shard_ranks=2),
     Layout(2, "row_wise", "rowwise_adagrad", precision="fp16"),
     Layout(2, "column_wise", "adagrad", precision="fp16"),
-    Layout(2, "column_wise", "rowwise_adagrad", attributes=True),
-    Layout(3, "row_wise", "rowwise_adagrad", attributes=True),
 ]
 TARGETS = [
     Layout(1, "row_wise", "rowwise_adagrad"),
@@ -58,8 +56,6 @@ TARGETS = [
     Layout(3, "row_wise", "rowwise_adagrad", precision="fp16"),
     Layout(2, "table_wise", "adagrad", precision="fp16"),
     Layout(2, "table_wise", "sgd", precision="fp16"),
-    Layout(1, "data_parallel", "rowwise_adagrad", attributes=True),
-    Layout(3, "table_wise", "rowwise_adagrad", attributes=True),
 ]
 
 
