@@ -5,6 +5,8 @@ Other modules import the dataclasses from here, not from the files.
 """
 
 from recgpt_torchrec.config.inputs.attributes import AttributeChoice
+from recgpt_torchrec.config.inputs.events import Events, TargetEvents
+from recgpt_torchrec.config.inputs.time import TimeChoice
 from recgpt_torchrec.config.model import Loss, Model
 from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.prepare import Prepare
@@ -30,6 +32,7 @@ __all__ = [
     "Batch",
     "BuildIndex",
     "Evaluate",
+    "Events",
     "Export",
     "GeneratePrompts",
     "Index",
@@ -47,6 +50,8 @@ __all__ = [
     "Sharding",
     "Stream",
     "Tables",
+    "TargetEvents",
+    "TimeChoice",
     "Train",
     "TrainingBatch",
     "Tuning",

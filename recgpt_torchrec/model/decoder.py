@@ -6,7 +6,6 @@ from torch.nn import functional as F
 
 from recgpt_torchrec.config import Model
 from recgpt_torchrec.data.inputs.spec import Feature
-from recgpt_torchrec.data.segments import SEGMENTS
 from recgpt_torchrec.model.attention import Attention
 from recgpt_torchrec.model.dropout import dropout
 
@@ -70,7 +69,13 @@ class Decoder(nn.Module):
     linear map of the running mean is added to the input, and a mean that decays at a learned rate to the output.
     """
 
-    def __init__(self, config: Model, segments: bool = False, features: list[Feature] | None = None) -> None:
+    def __init__(self, config: Model, segments: int = 0, features: list[Feature] | None = None) -> None:
+        """
+        Args:
+            config: of the decoder.
+            segments: number of segment ids that it tells apart; 0: it reads none.
+            features: of tokens; None: it reads none.
+        """
         super().__init__()
         self.config, self.segments = config, segments
         self.position = nn.Embedding(config.max_len, config.dim)
@@ -81,7 +86,7 @@ class Decoder(nn.Module):
             self.mean_in = nn.Linear(config.dim, config.dim, bias=False)
             nn.init.eye_(self.mean_in.weight)
         if segments:  # zeros, so that prompt-tuning starts from the pre-trained model
-            self.segment = nn.Embedding(SEGMENTS, config.dim)
+            self.segment = nn.Embedding(segments, config.dim)
             nn.init.zeros_(self.segment.weight)
         if features:
             self.features = TokenFeatures(features, config.dim)

@@ -5,7 +5,7 @@ The manifest is written last. Its settings record how the prompts were made.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from recgpt_torchrec.config import Prompts
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.data.reading.footers import column_bounds
-from recgpt_torchrec.data.reading.reader import read_group
+from recgpt_torchrec.data.reading.reader import Reader
 from recgpt_torchrec.data.segments import EXPOSED, GENERATED
 from recgpt_torchrec.data.split import STORED
 from recgpt_torchrec.data.windows import RowGroup, row_groups, user_bounds
@@ -30,7 +30,7 @@ from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import gather_objects, rank, world_size
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import RecGPT
-from recgpt_torchrec.prompts.prompting import Intervals, intervals_of, known_intervals, table_of
+from recgpt_torchrec.prompts.intervals import Intervals, intervals_of, known_intervals, table_of
 from recgpt_torchrec.storage import filesystem, folders
 from recgpt_torchrec.storage.finished import check_same, differences, find_finished
 from recgpt_torchrec.storage.parts import Part, write_parts
@@ -142,9 +142,11 @@ def _differences(dataset: Dataset, record: dict[str, Any], vocabulary: str, igno
 
 
 def read_rows(dataset: Dataset, group: RowGroup) -> pa.Table:
-    """Read one row group and check every value: user_id, item_ids and, where there are any, segment_ids, timestamps and
-    answers."""
-    return read_group(dataset, group, dataset.manifest.settings.get(RECORD, {}).get("answers", 0), times=True)
+    """Read one row group and check every value: user_id, item_ids and, where there are any, segment_ids, timestamps,
+    event types, places and answers. Of a folder of days, the rows that count."""
+    answers = dataset.manifest.settings.get(RECORD, {}).get("answers", 0)
+    table = Reader(dataset, answers, times=True, events=True, places=True).read(group).table
+    return table if dataset.newest is None else table.filter(pc.list_value_length(table["item_ids"]) > 0)
 
 
 def share_of(groups: list[RowGroup], rank: int, world_size: int) -> list[RowGroup]:
@@ -209,8 +211,8 @@ class UserVectors:
 class PreviousPrompts:
     """Prompts of an earlier prompt dataset, by user; only the row groups that a pool needs are held."""
 
-    def __init__(self, dataset: Dataset, k: int, max_len: int, answers: int) -> None:
-        self.dataset, self.k, self.max_len, self.answers = dataset, k, max_len, answers
+    def __init__(self, dataset: Dataset, k: int, max_len: int, answers: int, columns: Sequence[str] = ()) -> None:
+        self.dataset, self.k, self.max_len, self.answers, self.columns = dataset, k, max_len, answers, columns
         self.groups = [(*user_bounds(dataset, group), group) for group in row_groups(dataset)]
         """(smallest user id, largest user id, row group)."""
         self._read: dict[RowGroup, Intervals] = {}
@@ -226,7 +228,7 @@ class PreviousPrompts:
             group: self._read[group] if group in self._read else self._read_intervals(group) for group in needed
         }
         for earlier in self._read.values():
-            known = np.maximum(known, known_intervals(histories, earlier, self.max_len))
+            known = np.maximum(known, known_intervals(histories, earlier, self.max_len, self.columns))
         return known
 
     def _read_intervals(self, group: RowGroup) -> Intervals:
@@ -256,6 +258,7 @@ def write_prompts(
     vectors: UserVectors | None,
     pool_users: int,
     previous: Dataset | None = None,
+    columns: Sequence[str] = (),
     progress: Callable[[int], object] = lambda users: None,
 ) -> PromptCounts:
     """Write the dataset with prompts (collective).
@@ -269,12 +272,13 @@ def write_prompts(
         vectors: the user vectors that `fill` gets.
         pool_users: minimum number of users that are read and filled together.
         previous: an earlier prompt dataset whose prompts are reused.
+        columns: what the model reads beside ids, by name in `Intervals.columns`; prompts are reused where it is equal.
         progress: called with the number of users done since the last call, on this rank.
     """
     k, max_len, answers = record["k"], record["max_len"], record["answers"]
     prompt_segments = () if record["source"] == "generated" else (EXPOSED,)
     pools = pools_of(share_of(groups, rank(), world_size()), pool_users)
-    earlier = None if previous is None else PreviousPrompts(previous, k, max_len, answers)
+    earlier = None if previous is None else PreviousPrompts(previous, k, max_len, answers, columns)
     counted = PromptCounts()
 
     def fill_pools() -> Iterator[pa.Table]:
@@ -319,6 +323,7 @@ def write_prompts(
             manifest = replace(
                 dataset.manifest,
                 sequences=sequences,
+                day=None,
                 interactions=sum(part.items for part in sequences) - total.generated - total.exposed,
                 settings={**dataset.manifest.settings, RECORD: record},
             )
@@ -329,7 +334,7 @@ def write_prompts(
 
 def copy_parts(dataset: Dataset, parts: list[Part], fs: pyarrow.fs.FileSystem, folder: str) -> None:
     """Copy files of a dataset byte by byte."""
-    source, root = filesystem(dataset.path)
+    source, root = filesystem(dataset.files or dataset.path)
     for part in parts:
         fs.create_dir(f"{folder}/{part.path.rpartition('/')[0]}", recursive=True)
         with source.open_input_stream(f"{root}/{part.path}", compression=None) as stream:

@@ -13,6 +13,7 @@ from recgpt_torchrec.config.defaults import tokens_of_rank, tokens_of_step
 from recgpt_torchrec.data.candidates import candidate_source
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.inputs.attributes import Attributes
+from recgpt_torchrec.data.inputs.events import weights_of_targets
 from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.packed import Capacity
 from recgpt_torchrec.data.reading.damage import LIST, SetAside
@@ -130,6 +131,7 @@ def training_stream(
         set_aside=set_aside,
         time_order=config.stream.time_order,
         inputs=inputs or Inputs(),
+        event_weights=weights_of_targets(config.events, dataset),
     )
     maker = BatchMaker(
         reader=reader,

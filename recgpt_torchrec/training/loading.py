@@ -12,6 +12,7 @@ from recgpt_torchrec.data.bags import ITEM, OUTPUT
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.inputs.attributes import Attributes
 from recgpt_torchrec.data.inputs.choosing import check_inputs
+from recgpt_torchrec.data.inputs.events import check_events
 from recgpt_torchrec.data.inputs.growing import check_growth
 from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.stream import TOKENS_PER_SEQUENCE
@@ -182,8 +183,8 @@ def find_initial(path: str, config: Pretrain, dataset: Dataset, inputs: Inputs) 
 
     Raises:
         InputError: there is no checkpoint; it was prompt-tuned; its vocabulary is neither the dataset's nor one that
-            the dataset extends; it has another shape, table optimizer or attributes; or `--targets new` would leave
-            targets out.
+            the dataset extends; it has another shape, table optimizer, other attributes or event types; or `--targets
+            new` would leave targets out.
     """
     checkpoint = find_checkpoint(path)
     settings, manifest = CheckpointSettings.read(checkpoint), dataset.manifest
@@ -202,8 +203,9 @@ def find_initial(path: str, config: Pretrain, dataset: Dataset, inputs: Inputs) 
         raise InputError(f"--initial {path}: {checkpoint} was trained with {' '.join(differ)}; give the same here")
     for line in check_growth(settings.inputs, inputs, checkpoint, dataset):
         log_message(line)
+    check_events(settings.inputs, checkpoint, dataset)
     extended = manifest.preparation.get("extends", {})
-    if config.targets == "new" and settings.vocabulary != extended.get("vocabulary"):
+    if config.targets == "new" and manifest.day is None and settings.vocabulary != extended.get("vocabulary"):
         raise InputError(
             f"--targets new: in {dataset.path} targets are new since {extended.get('dataset')}, but {checkpoint} was "
             f"trained on {settings.data}: targets added in between would never be trained on. Give --targets all, "

@@ -63,11 +63,14 @@ class Case:
     """Rank 0 has all the data; the other ranks have none."""
     few: bool = False
     """Fewer targets in a step than ranks."""
+    weighted: bool = False
+    """Targets have weights of 0, 1 or 5 by their item."""
     pooling: Any = None
     """Of several values of an attribute, `mean` or `sum`; None: there are no attributes."""
 
     def __str__(self) -> str:
-        words = [self.sharding, self.optimizer, self.candidates, "idle" * self.idle, "few" * self.few, self.pooling]
+        ways = ["idle" * self.idle, "few" * self.few, "weighted" * self.weighted, self.pooling]
+        words = [self.sharding, self.optimizer, self.candidates, *ways]
         return "-".join(word for word in words if word)
 
     @property
@@ -118,6 +121,8 @@ def make_batches(case: Case, rank: int, world_size: int) -> list[SequenceBatch]:
                 items=np.concatenate([drawn[n] for n in mine]),
                 offsets=np.concatenate([[0], np.cumsum([len(drawn[n]) for n in mine])]),
             )
+            if case.weighted:
+                histories = replace(histories, weights=np.array([0, 1, 5], np.float32)[histories.items % 3])
             rank_batches.append(pack_batch(case, histories, negatives, Place(rank, world_size)))
         elif not case.idle:
             rank_batches.append(pack_batch(case, no_histories(), negatives, Place(rank, world_size)))

@@ -4,20 +4,31 @@ from recgpt_torchrec.config import AttributeChoice, Pretrain
 from recgpt_torchrec.config.command_line import nearest
 from recgpt_torchrec.config.inputs.attributes import ALL
 from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.inputs.events import add_events, check_events
 from recgpt_torchrec.data.inputs.records import DatasetAttribute
-from recgpt_torchrec.data.inputs.spec import Attribute, Inputs
+from recgpt_torchrec.data.inputs.spec import TIMES, Attribute, Feature, Inputs
+from recgpt_torchrec.data.inputs.time_units import check_times, choose_unit
+from recgpt_torchrec.data.inputs.times import VALUES
 from recgpt_torchrec.errors import InputError
 
 
 def choose_inputs(config: Pretrain, dataset: Dataset) -> Inputs:
-    """What the model of a run reads beside ids: by default every attribute that the dataset has.
+    """What the model of a run reads beside ids: by default every attribute and the event types that the dataset has.
 
     Raises:
-        InputError: the options name an attribute that the dataset lacks, or one in two ways.
+        InputError: the options name an attribute that the dataset lacks, or one in two ways; or see `choose_unit` and
+            `add_events`.
     """
-    attributes = choose_attributes(config.attributes, dataset)
+    attributes, time = choose_attributes(config.attributes, dataset), config.time
     of_items = any(each.entity == "item" for each in attributes)
-    return Inputs(attributes=attributes, id_dropout=config.attributes.id_dropout if of_items else 0.0)
+    inputs = Inputs(
+        attributes=attributes,
+        id_dropout=config.attributes.id_dropout if of_items else 0.0,
+        features=[Feature(name=name, values=VALUES[name]) for name in time.use],
+        time_unit=choose_unit(time, dataset) if time.use else 1.0,
+        utc_offset_hours=time.utc_offset_hours,
+    )
+    return add_events(inputs, config.events, dataset)
 
 
 def choose_attributes(choice: AttributeChoice, dataset: Dataset) -> list[Attribute]:
@@ -90,8 +101,11 @@ def check_inputs(inputs: Inputs, checkpoint: str, dataset: Dataset) -> None:
     """Check that a dataset has what the model of a checkpoint reads beside ids.
 
     Raises:
-        InputError: an attribute is missing, or its ids mean other values.
+        InputError: an attribute or event types are missing, or their ids mean others.
     """
+    check_events(inputs, checkpoint, dataset)
+    if inputs.reads(*TIMES):
+        check_times(inputs, checkpoint, dataset)
     present = {each.table: each for each in dataset.manifest.attributes}
     for each in inputs.attributes:
         found = present.get(each.table)

@@ -2,6 +2,7 @@
 
 `FEATURES` names them all. A feature may look at the entry itself and at the *request* after it: the next interacted
 entry, which the token predicts, or what was asked at inference. Of that it knows time and asked event, never the item.
+Prompts beside the entry change nothing: so Algorithm 1 computes features before it has generated any.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from recgpt_torchrec.data.histories import Histories
+from recgpt_torchrec.data.inputs import times
 from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.data.segments import INTERACTED
@@ -35,6 +37,18 @@ class Entries:
     def sequence(self) -> Int64:
         """[tokens] int64: index of each token's history."""
         return np.searchsorted(self.histories.offsets, self.tokens, side="right") - 1
+
+    @cached_property
+    def preceding(self) -> Int64:
+        """[tokens] int64: the interacted entry before, of the same history; -1: there is none."""
+        segments = self.histories.segments
+        start = self.histories.offsets[:-1][self.sequence]
+        if segments is None:
+            preceding = self.tokens - 1
+        else:
+            interacted = np.flatnonzero(segments == INTERACTED)
+            preceding = np.append(interacted, -1)[np.searchsorted(interacted, self.tokens) - 1]
+        return np.where(preceding >= start, preceding, -1)
 
     @cached_property
     def following(self) -> Int64:
@@ -71,11 +85,19 @@ def asked_events(entries: Entries) -> Int64:
     """The event type of the request after each token, [tokens] int64; 0 where it is hidden."""
     histories = entries.histories
     assert histories.events is not None, "histories without events"
-    asked = entries.of_request(histories.events, histories.asked_events).astype(np.int64)
+    newest = None if histories.asked_events is None else histories.asked_events.astype(np.int64)
+    asked = entries.of_request(histories.events.astype(np.int64), newest)
     return asked if entries.hidden is None else np.where(entries.hidden[entries.tokens], UNKNOWN, asked)
 
 
-FEATURES: dict[str, Callable[[Entries], Int64]] = {"event": event_types, "asked_event": asked_events}
+FEATURES: dict[str, Callable[[Entries], Int64]] = {
+    "event": event_types,
+    "asked_event": asked_events,
+    "past_gap": times.past_gaps,
+    "next_gap": times.next_gaps,
+    "hour": times.hours,
+    "weekday": times.weekdays,
+}
 """How each feature is computed, [tokens] int64 from 0 to its number of values - 1."""
 
 

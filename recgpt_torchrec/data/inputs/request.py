@@ -11,7 +11,8 @@ class Request:
     """
 
     event: int = 0
-    """Id of the event type that is asked for; 0: any. In validation and test only users whose held-out item is of this
-    type are read."""
+    """Id of the event type that is asked for; 0: any."""
+    held_out_event: int = 0
+    """In validation and test, only users whose held-out item is of this event type are read; 0: all."""
     time: int | None = None
     """Its time, in the dataset's unit; None: that of the held-out item, or, in whole histories, not known."""

@@ -73,7 +73,7 @@ class HistoryReader:
             InputError: a row is damaged, and not set aside; names its place.
         """
         timed, evented, placed = (self.inputs.reads(*names) for names in (TIMES, EVENTS, PLACES))
-        reads_events = self.inputs.reads_events or self.event_weights is not None or self.request.event > 0
+        reads_events = self.inputs.reads_events or self.event_weights is not None or self.request.held_out_event > 0
         reader = Reader(
             self.dataset,
             self.answers,
@@ -107,8 +107,9 @@ class HistoryReader:
         parts = cut(interacted.offsets, self.split, hold_out, stored_starts(table))
         if self.sample is not None:
             parts = parts.keep(self.sample.contains(users[parts.row]))
-        if self.request.event and parts.target is not None:
-            parts = parts.keep(columns["events"][interacted.places[parts.target]] == self.request.event)
+        if self.request.held_out_event and parts.target is not None:
+            held_out = columns["events"][interacted.places[parts.target]]
+            parts = parts.keep(held_out == self.request.held_out_event)
         row, begin, end, target = parts
         first = items.offsets[:-1][row]
         last = np.where(end > begin, interacted.entries(np.maximum(end, 1)) if interacted.places.size else first, first)
