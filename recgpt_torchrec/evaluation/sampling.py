@@ -105,7 +105,7 @@ def choose_users(
         read, stop, total = min(stop, len(order)), 2 * stop, _sum(found)
     if read == len(order) and total <= users:
         if total < users:
-            log_message(f"Sample: {total:,} users can be ranked ({split}), fewer than {users:,}; all are taken")
+            log_message(f"Sample: {total:,} users have a {split} item, fewer than {users:,}; all of them are taken")
         return None
     # Ranks agree on the largest hash by bisection, so that no rank holds those of the others.
     low, high = 0, 2**64 - 1
