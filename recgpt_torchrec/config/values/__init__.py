@@ -1,0 +1,1 @@
+"""Values of options that have a syntax of their own."""
