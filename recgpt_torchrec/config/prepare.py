@@ -6,7 +6,7 @@ from typing import Any, Literal
 from recgpt_torchrec.config.boundaries import Boundary
 from recgpt_torchrec.config.checks import at_least, within
 from recgpt_torchrec.config.fields import changeable
-from recgpt_torchrec.config.values.attribute_names import parse_attributes
+from recgpt_torchrec.config.inputs.attribute_names import parse_attributes
 
 NULL_WORDS = (
     *("NA", "N/A", "#N/A", "<NA>", "NaN", "NAN", "nan", "-nan", "NaT", "NULL", "Null", "null", "(null)", "\\N"),

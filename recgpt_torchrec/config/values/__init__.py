@@ -1,1 +1,0 @@
-"""Values of options that have a syntax of their own."""
