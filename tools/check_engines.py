@@ -4,11 +4,11 @@
     python -m tools.check_engines --output runs/engines --input Beauty.txt
     python -m tools.check_engines --output runs/rows --rows 20000000
 
-The six logs: histories (a line per user), rows with repeats and duplicates in several files, rows that were shown
-beside clicks and some that cannot be read, a later day of a log whose vocabulary is extended, one that is divided by
-time, and a later day with tables of attributes. `--input` names others, which are prepared with the defaults. Exits
-with 1 if two datasets differ in anything but the engine, if a plan of Spark puts rows in one place whose number grows
-with the log, or if a statement brings too many rows to the driver.
+The seven logs: histories (a line per user), rows with repeats and duplicates in several files, rows that were shown
+beside clicks and some that cannot be read, the same with event types, a later day of a log whose vocabulary is
+extended, one that is divided by time, and a later day with tables of attributes. `--input` names others, which are
+prepared with the defaults. Exits with 1 if two datasets differ in anything but the engine, if a plan of Spark puts rows
+in one place whose number grows with the log, or if a statement brings too many rows to the driver.
 
 With `--rows` it writes one log of that size in Parquet files and shows the rows per second of both engines instead,
 each in a process of its own.
@@ -44,7 +44,7 @@ FILES = 8
 
 
 def write_logs(folder: Path, users: int = 400, items: int = 120) -> dict[str, dict[str, Any]]:
-    """Write the six logs, and return prepare's options for each.
+    """Write the seven logs, and return prepare's options for each.
 
     Args:
         folder: for the files.
@@ -87,10 +87,12 @@ def write_logs(folder: Path, users: int = 400, items: int = 120) -> dict[str, di
     prepare(before)
     described = {**tables, "vocabulary": before.output, "catalogue": "items", "attribute_buckets": 5}
     clicks = {"click_column": "event", "click_values": ["buy", "cart"], "rating_column": "price"}
+    types = {"event_column": "event", "hold_out": "targets", "target_events": ["buy"]}
     return {
         "histories": {"input": [str(folder / "histories.txt")], **small},
         "times": {"input": [str(folder / "times")], "duplicates": "drop", "repeats": "collapse", **small},
         "clicks": {"input": [str(folder / "clicks.csv")], "min_count": 3, **clicks, **small},
+        "events": {"input": [str(folder / "clicks.csv")], "min_count": 3, **clicks, **types, **small},
         "vocabulary": {"input": [str(folder / "days")], "vocabulary": earlier.output, "min_count": 4, **small},
         "by time": {"input": [str(folder / "days")], "hold_out": "time", "test_from": "85%", **small},
         "attributes": {"input": [str(folder / "days")], "min_count": 2, **described, **small},
@@ -194,7 +196,7 @@ def check_log(folder: Path, options: dict[str, Any]) -> tuple[list[str], spark_p
 
 
 def check_logs(output: Path, inputs: list[str]) -> bool:
-    """Check the six logs and those of `inputs`, and print a line about each; returns whether all is well."""
+    """Check the seven logs and those of `inputs`, and print a line about each; returns whether all is well."""
     from pyspark.sql import SparkSession
 
     events = output / "events"

@@ -1,4 +1,6 @@
-"""Range checks of options; the messages name the option, its value and the values it may have."""
+"""Range checks of options, whose messages name the option, its value and the values it may have; and lists of words."""
+
+from collections.abc import Sequence
 
 MAX_SEED = 2**32 - 1
 """Largest seed: each step makes seeds of 64 bits of it."""
@@ -35,3 +37,9 @@ def within(option: str, value: float, minimum: float, maximum: float, note: str 
     """
     if not minimum <= value <= maximum:
         raise ValueError(f"{option} is {value}; it must be from {minimum} to {maximum}{note}")
+
+
+def split_words(given: Sequence[str]) -> list[str]:
+    """Words that may be given as `a,b`, as `a b` or as a list, each once."""
+    words = [word.strip() for value in given for word in value.split(",")]
+    return list(dict.fromkeys(word for word in words if word))

@@ -4,9 +4,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from recgpt_torchrec.config.boundaries import Boundary
-from recgpt_torchrec.config.checks import at_least, within
+from recgpt_torchrec.config.checks import at_least, split_words, within
 from recgpt_torchrec.config.fields import changeable
 from recgpt_torchrec.config.inputs.attribute_names import parse_attributes
+from recgpt_torchrec.config.inputs.time import TimeUnit
 
 NULL_WORDS = (
     *("NA", "N/A", "#N/A", "<NA>", "NaN", "NAN", "nan", "-nan", "NaT", "NULL", "Null", "null", "(null)", "\\N"),
@@ -74,6 +75,10 @@ class Prepare:
     time_column: str | None = "timestamp"
     """Column with the event time: a number, kept in its own unit, or an ISO date-time, converted to seconds since 1970
     (UTC unless it has an offset). null: rows are already in time order. Not used for sequences."""
+    time_unit: TimeUnit = "auto"
+    """Unit of times that are numbers: s, ms, us, ns, min or day, since 1970 in UTC. It is recorded, and no time is
+    changed; pretrain reads gaps, hours and weekdays by it (--time.use). auto: date-times are seconds; of numbers s, ms,
+    us or ns where all lie in the years 1990 to 2099, and not known otherwise."""
     time_format: str | None = None
     """Format of times in text that are neither, in strptime's codes, for example "%d/%m/%Y %H:%M". null: numbers and
     ISO date-times with years of four digits."""
@@ -82,13 +87,17 @@ class Prepare:
     click_column: str | None = None
     """Column that tells clicked rows (interactions) from rows that were only shown: a number, or a boolean (true is 1,
     false is 0); may be the rating_column. Shown rows become entries with segment id 2, which only generate_prompts
-    reads (--prompts.source exposed or both). null: every row is an interaction."""
+    reads (--prompts.source exposed or both); see also --dislike_to and --skip_to. null: every row is an interaction."""
     click_from: float = 1
     """Smallest value of click_column that is a click; rows below it were only shown. Example: 3 for ratings from 1 to 5
     of which 1 and 2 are dislikes."""
     click_values: list[str] = field(default_factory=list)
     """Words of click_column that are clicks, separated by commas or blanks, for example buy,cart; rows with other words
     were only shown. To leave those rows out, use --where instead. []: click_column is a number, see click_from."""
+    event_column: str | None = None
+    """Column with the type of each event, such as view, cart or buy: words (or numbers), at most 200 different ones,
+    written like keys. Stored in the list column `event_ids`, which pretrain --events reads; a row without one is kept,
+    as an event of unknown type. May be the click_column, too. null: events have no types."""
     items: list[str] = changeable(default_factory=list)
     """Tables of items, a row per item: files, folders or patterns of csv, tsv, jsonl, parquet or recbole (.item), told
     by the ending whatever --input_format says. Header, encoding, null_words, quote, escape hold as for the log;
@@ -114,6 +123,23 @@ class Prepare:
     catalogue: Literal["log", "items"] = "log"
     """Which items have ids. log: those of the log that reach min_count. items: those of --items too, so that a product
     without interactions has a vector made of its attributes, and is exported and recommended."""
+    dislike_values: list[str] = field(default_factory=list)
+    """Words of click_column that are dislikes, separated by commas or blanks, with --click_values. Such rows become
+    entries with segment id 3, which the model tells from rows that were only shown. []: none."""
+    skip_values: list[str] = field(default_factory=list)
+    """Words of click_column that are skips, likewise; such rows become entries with segment id 4. []: none."""
+    dislike_to: float | None = None
+    """Largest value of click_column that is a dislike, below click_from. Example: --click_from 4 --dislike_to 2 for
+    ratings from 1 to 5, of which 3 says neither. null: none is."""
+    skip_to: float | None = None
+    """Largest value of click_column that is a skip, likewise; of two ranges the one that ends higher begins above the
+    other. Example: --click_from 0.8 --skip_to 0.1 for the share of a video that was watched. null: none is."""
+    position_column: str | None = None
+    """Column with the place in the list in which the item of a row was shown, a whole number; rows without one are of
+    unknown place. Places are stored in the list column `places`, and rows of the same user and time are in their order.
+    null: none."""
+    position_from: int = 1
+    """Number of the first place in position_column: 1, or 0 where places are counted from 0."""
     min_count: int = 5
     """Minimum number of interactions per user and per item (k-core, repeated until it converges); 1: keep all."""
     vocabulary: str | None = changeable(None)
@@ -125,11 +151,22 @@ class Prepare:
     """With --vocabulary: what becomes of rows whose user or item it does not have. add: the vocabulary is extended.
     leave_out: they are left out, so that the vocabulary stays as it is and the checkpoints of the earlier dataset fit,
     for vectors between two trainings."""
-    hold_out: Literal["last", "time", "given", "none"] = "last"
+    append: bool = False
+    """Append the input as a day to the folder of days --output, without reading the log before it. Users and items keep
+    their ids, and new ones get the ids after them, however few interactions they have (min_count is not used). A user's
+    new interactions follow their newest earlier ones, which are marked as trained where they were. pretrain --data on
+    the folder trains each day once. The first call makes the folder; later ones take the same options. Of hold_out,
+    last and none."""
+    history: int = 200
+    """With --append: number of a user's newest earlier interactions that are kept for the days to come; at least the
+    model.max_len of runs on the folder."""
+    hold_out: Literal["last", "time", "given", "targets", "none"] = "last"
     """What is held out of training. last: the last two interactions of each user with at least three, the validation
     and the test item. time: the interactions from --test_from on, and before them those of validation. given: those of
-    --validation_input and --test_input. none: nothing; train on everything, for a fixed number of epochs. With time and
-    given a user's validation and test item are the first of each part, and histories end before the part."""
+    --validation_input and --test_input. targets: the last two interactions of each user that are of --target_events,
+    such as purchases, and what comes after each; histories hold events of all types. Users with fewer than two of them,
+    or nothing before, are trained on as a whole. none: nothing; train on everything, for a fixed number of epochs. With
+    time and given a user's validation and test item are the first of each part, and histories end before the part."""
     test_from: str | None = None
     """Time at which the test part begins (--hold_out time): a number in the log's own unit; an ISO date or date-time,
     which means seconds since 1970, UTC unless it has an offset; or a share such as 90%, the time before which that
@@ -141,6 +178,8 @@ class Prepare:
     """Raw log of the validation part, like input (--hold_out given); without, nothing is held out for validation."""
     test_input: list[str] = changeable(default_factory=list)
     """Raw log of the test part, like input (--hold_out given). Then --input is the training part."""
+    target_events: list[str] = field(default_factory=list)
+    """Event types that are held out (--hold_out targets), separated by commas or blanks, for example buy,cart."""
     duplicates: Literal["keep", "drop"] = "keep"
     """Whether to keep or drop rows that repeat the user, item and time of another row (before min_count is applied)."""
     repeats: Literal["keep", "collapse"] = "keep"
@@ -174,23 +213,28 @@ class Prepare:
         at_least("--groups_per_part", self.groups_per_part, 1)
         if self.new_keys == "leave_out" and self.vocabulary is None:
             raise ValueError("--new_keys leave_out belongs to --vocabulary; name the earlier dataset, or leave it out")
+        self.target_events = split_words(self.target_events)
         self._check_hold_out()
         self._check_attributes()
+        self._check_append()
         if not abs(self.click_from) < float("inf"):
             raise ValueError(f"--click_from is {self.click_from}; it must be a finite number")
         if self.click_column is None and self.click_from != 1:
             raise ValueError(f"--click_from is {self.click_from}, but no column is named; name it with --click_column")
-        self.click_values = [word.strip() for value in self.click_values for word in value.split(",") if word.strip()]
+        self.click_values = split_words(self.click_values)
         if self.click_values and self.click_column is None:
             raise ValueError("--click_values says which words are clicks; name their column with --click_column")
         if self.click_values and self.click_from != 1:
             raise ValueError("--click_values is for words, --click_from for numbers; give one of them")
+        self._check_feedback()
         if self.separator == NONE:
             raise ValueError("--separator is none; columns in text have one, such as a comma")
         self.separator = _named_character("--separator", self.separator, 4)
         self.quote = _named_character("--quote", self.quote, 1)
         self.escape = _named_character("--escape", self.escape, 1)
         self.list_separator = _named_character("--list_separator", self.list_separator, 4)
+        if self.time_unit != "auto" and self.time_column is None:
+            raise ValueError(f"--time_unit is {self.time_unit}, but no column is named; name it with --time_column")
         if self.time_format is not None and (self.time_column is None or "%" not in self.time_format):
             raise ValueError(f"--time_format is {self.time_format}; give codes such as %d/%m/%Y, with a --time_column")
         try:
@@ -231,9 +275,67 @@ class Prepare:
         if self.catalogue == "items" and self.new_keys == "leave_out":
             raise ValueError("--catalogue items adds items, and --new_keys leave_out adds none; give one of them")
 
+    def _check_feedback(self) -> None:
+        """Check the options that tell kinds of feedback apart, and those of places."""
+        if self.position_from != 1 and self.position_column is None:
+            raise ValueError("--position_from belongs to --position_column; name the column with the places")
+        words = {"click": self.click_values}
+        words |= {name: split_words(getattr(self, f"{name}_values")) for name in ("dislike", "skip")}
+        self.dislike_values, self.skip_values = words["dislike"], words["skip"]
+        for name in ("dislike", "skip"):
+            to = getattr(self, f"{name}_to")
+            given = [option for option in (f"{name}_values", f"{name}_to") if getattr(self, option) not in (None, [])]
+            if given and self.click_column is None:
+                raise ValueError(
+                    f"--{given[0]} is about a column that tells clicks from others; name it with --click_column"
+                )
+            if words[name] and not self.click_values:
+                raise ValueError(f"--{name}_values is for words, so name those that are clicks: --click_values")
+            if to is None:
+                continue
+            if self.click_values:
+                raise ValueError(f"--{name}_to is for numbers, --click_values for words; give --{name}_values")
+            if not -float("inf") < to < self.click_from:
+                raise ValueError(f"--{name}_to is {to:g}; it must be below --click_from, which is {self.click_from:g}")
+        for one, other in (("click", "dislike"), ("click", "skip"), ("dislike", "skip")):
+            if both := [word for word in words[one] if word in words[other]]:
+                raise ValueError(f"{both[0]!r} is in --{one}_values and in --{other}_values; leave it in one of them")
+        if self.dislike_to is not None and self.dislike_to == self.skip_to:
+            raise ValueError(f"--dislike_to and --skip_to are both {self.skip_to:g}; values can be one of them only")
+
+    @property
+    def feedback(self) -> list[str]:
+        """Kinds of feedback that are told apart, by their names in `segments.FEEDBACK`."""
+        if self.click_column is None:
+            return []
+        told = {"disliked": (self.dislike_values, self.dislike_to), "skipped": (self.skip_values, self.skip_to)}
+        return ["shown", *(kind for kind, (words, to) in told.items() if words or to is not None)]
+
+    def _check_append(self) -> None:
+        """Check that the options fit `append`."""
+        at_least("--history", self.history, 1)
+        if not self.append:
+            if self.history != 200:
+                raise ValueError("--history belongs to --append true; give that as well, or leave --history out")
+            return
+        if self.hold_out not in ("last", "none"):
+            raise ValueError(f"--hold_out is {self.hold_out}; with --append it must be last or none")
+        if self.vocabulary is not None:
+            raise ValueError("--append extends the vocabulary of the days before; leave --vocabulary out")
+        if self.engine != "duckdb":
+            raise ValueError(f"--engine is {self.engine}; --append prepares a day on one machine: leave --engine out")
+        if self.min_count not in (1, Prepare.min_count):
+            raise ValueError(
+                f"--min_count is {self.min_count}, but --append keeps every user and item, since their later "
+                "interactions are not known; leave --min_count out"
+            )
+
     def _check_hold_out(self) -> None:
         """Check that the options of the split fit what is held out."""
-        belongs = {"test_from": "time", "validation_from": "time", "validation_input": "given", "test_input": "given"}
+        belongs = {
+            **{"test_from": "time", "validation_from": "time", "validation_input": "given", "test_input": "given"},
+            "target_events": "targets",
+        }
         for name, hold_out in belongs.items():
             if getattr(self, name) and self.hold_out != hold_out:
                 raise ValueError(
@@ -244,6 +346,9 @@ class Prepare:
             raise ValueError(
                 "--hold_out given needs --test_input, the files of the test part; --input is what to train on"
             )
+        if self.hold_out == "targets" and not (self.target_events and self.event_column):
+            missing = "--target_events, the types to hold out, such as buy" if self.event_column else "--event_column"
+            raise ValueError(f"--hold_out targets needs {missing}")
         if self.hold_out == "time" and self.test_from is None:
             raise ValueError("--hold_out time needs --test_from, the time at which the test part begins, such as 90%")
         if self.hold_out == "time" and self.time_column is None:

@@ -22,13 +22,18 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recgpt_torchrec.data.days.newest import Newest
+from recgpt_torchrec.data.days.records import DayRecord
 from recgpt_torchrec.data.inputs.records import DatasetAttribute
+from recgpt_torchrec.data.inputs.spec import check_unit
+from recgpt_torchrec.data.reading.records import check_records
+from recgpt_torchrec.data.segments import FEEDBACK, PLAIN_SEGMENTS, SEGMENTS
 from recgpt_torchrec.data.split import EVALUATION, FEWEST_ITEMS, HoldOut, SplitName
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import filesystem
 from recgpt_torchrec.storage.manifests import FolderManifest, Kind
 from recgpt_torchrec.storage.parts import Part, open_parquet
-from recgpt_torchrec.storage.typed import check_counts, make_typed
+from recgpt_torchrec.storage.typed import check_counts
 
 if TYPE_CHECKING:
     from recgpt_torchrec.data.reading.footers import Footer
@@ -51,7 +56,7 @@ REQUIRED = ("user_id", "item_ids")
 ANSWERS = ("answer_ids", "answer_scores")
 """List columns of a prompt dataset: the model's answers per interacted item, and their scores."""
 STARTS = ("validation_start", "test_start")
-"""Columns of a dataset with the hold_out `time` or `given`: where each user's parts start, see `data.split`."""
+"""Columns of a dataset with the hold_out `time`, `given` or `targets`: where users' parts start, see `data.split`."""
 
 
 @dataclass(kw_only=True)
@@ -91,7 +96,8 @@ class Manifest(FolderManifest):
     user_parts: list[Part] = field(default_factory=list)
     preparation: dict[str, Any] = field(default_factory=dict)
     """What `prepare` read and dropped: inputs, rows, rejected, rejected_parts, duplicates_dropped, rounds, lengths,
-    split; also exposed where shown rows were read, and extends where another dataset is extended."""
+    split; also exposed where shown rows were read, events where they have types, and extends where another dataset is
+    extended."""
     hold_out: HoldOut = "last"
     """What is held out of training, see `data.split`; `last` is not written."""
     attributes: list[DatasetAttribute] = field(default_factory=list)
@@ -100,11 +106,17 @@ class Manifest(FolderManifest):
     """Words of the event types in the column `event_ids`; the n-th has the id n + 1."""
     time_unit: float | None = None
     """Seconds of a unit of the timestamps; None: it is not known."""
+    feedback: list[str] = field(default_factory=list)
+    """Kinds of feedback (`segments.FEEDBACK`) among the entries, each with its own time, also after a user's last
+    interaction. Empty in datasets whose shown entries are only those between two interactions."""
+    day: DayRecord | None = None
+    """Of a day that was appended (`prepare --append`); not written elsewhere."""
 
     @property
     def all_parts(self) -> list[Part]:
         """All parts that the manifest promises."""
-        return super().all_parts + [part for each in self.attributes for part in each.parts]
+        parts = super().all_parts + [part for each in self.attributes for part in each.parts]
+        return parts if self.day is None else [*parts, *self.day.tails, *self.day.newest]
 
     def count_targets(self, split: SplitName) -> int | None:
         """Number of users with a target in `validation` or `test`; None: it was not recorded, but there may be some."""
@@ -119,12 +131,19 @@ class Manifest(FolderManifest):
     def has_validation(self) -> bool:
         """Whether the split has a validation part at all; its users may still all lack a target."""
         parts = self.preparation.get("split", {}).get("interactions", {})
-        return self.hold_out in ("last", "time") or (self.hold_out == "given" and parts.get("validation", 1) > 0)
+        return self.hold_out in ("last", "time", "targets") or (
+            self.hold_out == "given" and parts.get("validation", 1) > 0
+        )
 
     def extends(self, vocabulary: str) -> Vocabulary | None:
         """The vocabulary with this fingerprint, if this dataset has or extends it; else None."""
         own = Vocabulary(fingerprint=self.vocabulary, users=self.users, items=self.items)
         return next((each for each in (own, *self.lineage) if each.fingerprint == vocabulary), None)
+
+    @property
+    def segments(self) -> int:
+        """Number of segment ids that entries may have, and that a model of it tells apart."""
+        return SEGMENTS if {*self.feedback} - {"shown"} else PLAIN_SEGMENTS
 
     @property
     def entries(self) -> int:
@@ -152,7 +171,7 @@ class Manifest(FolderManifest):
             del values["lineage"]
         if self.hold_out == "last":
             del values["hold_out"]
-        for name in ("attributes", "events", "time_unit"):
+        for name in ("attributes", "events", "time_unit", "feedback", "day"):
             if not values[name]:
                 del values[name]
         return json.dumps(values, indent=1)
@@ -174,79 +193,12 @@ class Manifest(FolderManifest):
                 raise ValueError(f"it promises {count:,} {name}, but {rows:,} rows in {name}/")
         for attribute in manifest.attributes:
             attribute.check()
+        if unknown := [kind for kind in manifest.feedback if kind not in FEEDBACK]:
+            raise ValueError(f"feedback has {unknown[0]!r}, it must have {', '.join(FEEDBACK)}")
+        if manifest.time_unit is not None:
+            check_unit("time_unit", manifest.time_unit)
         check_records(manifest.settings, manifest.preparation)
         return manifest
-
-
-@dataclass(kw_only=True)
-class PromptsRecord:
-    """`settings.prompts`: how the prompts of a prompt dataset were made."""
-
-    dataset: str = ""
-    answers: int = 0
-    k: int = 0
-
-
-@dataclass(kw_only=True)
-class ExtendsRecord:
-    """`preparation.extends`: the dataset that this one extends, and what is new."""
-
-    dataset: str = ""
-    vocabulary: str = ""
-    histories: str = ""
-    users: int = 0
-    items: int = 0
-    absent_users: int = 0
-    absent_items: int = 0
-    new_targets: int = 0
-
-
-@dataclass(kw_only=True)
-class SplitRecord:
-    """`preparation.split`: what is held out."""
-
-    interactions: dict[str, int]
-    """Number of interactions of the training, validation and test part."""
-    validation_users: int
-    test_users: int
-    unused: int
-    training_targets: int
-    items_without_target: int
-
-
-@dataclass(kw_only=True)
-class PreparationRecord:
-    """`preparation`: what `prepare` read and dropped."""
-
-    inputs: list[dict[str, Any]] = field(default_factory=list)
-    tables: list[dict[str, Any]] = field(default_factory=list)
-    rows: int = 0
-    rejected: dict[str, int] = field(default_factory=dict)
-    duplicates_dropped: int = 0
-    rounds: list[dict[str, int]] = field(default_factory=list)
-    lengths: dict[str, float] = field(default_factory=dict)
-    split: SplitRecord | None = None
-    page: list[list[str]] = field(default_factory=list)
-    filtered: int = 0
-    uncomputed: int = 0
-    repeats_collapsed: int = 0
-    unknown_left_out: int = 0
-    exposed: dict[str, int] = field(default_factory=dict)
-    extends: ExtendsRecord = field(default_factory=ExtendsRecord)
-
-
-def check_records(settings: dict[str, Any], preparation: dict[str, Any]) -> None:
-    """Check the types of what is recorded; what nothing reads may be anything.
-
-    Raises:
-        ValueError: names the first that differs.
-    """
-    if (prompts := settings.get("prompts")) is not None:
-        make_typed(PromptsRecord, prompts, "settings.prompts.", others=True)
-    make_typed(PreparationRecord, preparation, "preparation.", others=True)
-    for name in ("inputs", "tables"):
-        if any(type(each.get("path")) is not str for each in preparation.get(name, [])):
-            raise ValueError(f"preparation.{name} has an input without a path")
 
 
 @dataclass(kw_only=True)
@@ -266,6 +218,10 @@ class Dataset:
     """Columns of `COLUMNS` that the sequences have; `windows.row_groups` fills it from their footers."""
     footers: dict[str, "Footer"] = field(default_factory=dict, repr=False, compare=False)
     """What `windows.row_groups` read of each sound part, by path."""
+    files: str = ""
+    """Folder that the paths of the parts are relative to, where it is not `path`: the folder of days."""
+    newest: Newest | None = None
+    """Of a folder of days: which day has the row of a user that counts; None: every row counts."""
 
     @classmethod
     def open(
@@ -287,14 +243,16 @@ class Dataset:
         Raises:
             InputError: names what is missing or differs, and how to repair it.
         """
-        manifest = Manifest.read(path)
+        from recgpt_torchrec.data.days.opening import find_manifest
+
+        manifest, files, newest = find_manifest(path)
         if not (manifest.users and manifest.items and manifest.entries):
             raise InputError(
                 f"{path} is empty: {manifest.users} users, {manifest.items} items, {manifest.entries} entries; prepare "
                 "a log with interactions in it"
             )
-        dataset = cls(path=path, manifest=manifest, damaged=damaged)
-        manifest.check_parts(path, checksums=checksums, report=dataset.lose_part, advance=advance)
+        dataset = cls(path=path, manifest=manifest, damaged=damaged, files=files, newest=newest)
+        manifest.check_parts(files, checksums=checksums, report=dataset.lose_part, advance=advance)
         return dataset
 
     @property
@@ -326,7 +284,7 @@ class Dataset:
         Raises:
             InputError: the file cannot be read as Parquet.
         """
-        fs, root = filesystem(self.path)
+        fs, root = filesystem(self.files or self.path)
         try:
             return open_parquet(fs, f"{root}/{part.path}")
         except Exception as error:
@@ -358,8 +316,11 @@ class Dataset:
 
 
 def histories_fingerprint(dataset: Dataset) -> str:
-    """32 hex digits that identify all histories of a dataset and what is held out, wherever it is stored."""
-    parts = json.dumps([asdict(part) for part in dataset.manifest.sequences])
+    """32 hex digits that identify all histories of a dataset, the attributes in it and what is held out, wherever it is
+    stored."""
+    manifest = dataset.manifest
+    with_values = [*manifest.user_parts, *manifest.item_parts] if manifest.attributes else []
+    parts = json.dumps([asdict(part) for part in (*manifest.sequences, *with_values)])
     if dataset.manifest.hold_out != "last":  # with `none` the same files mean other training parts
         parts += dataset.manifest.hold_out
     return hashlib.sha256(parts.encode()).hexdigest()[:32]

@@ -80,11 +80,12 @@ def row_groups(dataset: Dataset, advance: Callable[[int], None] = lambda _: None
 
 def promised_columns(manifest: Manifest) -> set[str]:
     """Columns that the sequences must have by the options of the stage that wrote them."""
-    starts = {*STARTS} if manifest.hold_out in STORED else set()
+    always = {*STARTS} if manifest.hold_out in STORED else set()
+    always |= {"event_ids"} if manifest.events else set()
     prompts = manifest.settings.get("prompts")
     if not prompts:
-        return starts | ({"trained"} if manifest.settings.get("vocabulary") else set())
-    return starts | ({"segment_ids", *ANSWERS} if prompts.get("answers") else {"segment_ids"})
+        return always | ({"trained"} if manifest.settings.get("vocabulary") else set())
+    return always | ({"segment_ids", *ANSWERS} if prompts.get("answers") else {"segment_ids"})
 
 
 def user_bounds(dataset: Dataset, group: RowGroup) -> tuple[int, int]:
@@ -105,7 +106,7 @@ def check_new_targets(dataset: Dataset) -> None:
             f"--targets new: {dataset.path} does not mark which targets are new; prepare it with --vocabulary "
             "EARLIER_DATASET, or give --targets all"
         )
-    if not extended["new_targets"]:
+    if not extended["new_targets"] and dataset.manifest.day is None:  # a day without targets adds its users and items
         raise InputError(
             f"--targets new: the training part of {dataset.path} has no target that {extended['dataset']} did not have "
             f"({MEANINGS[dataset.manifest.hold_out]}); give --targets all, or a longer log"

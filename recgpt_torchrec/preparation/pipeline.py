@@ -1,7 +1,7 @@
 """From a raw log to a dataset folder: k-core, dense ids, time order, Parquet parts, manifest.
 
 Rows that were shown and not clicked decide nothing: ids, filtering, counts and held-out items are those of the log
-without them. They only become entries between two interactions of the same user.
+without them. They only become entries after the first interaction of the same user.
 
 Everything between reading and writing is Ibis expressions over tables in the engine, so the log need not fit in memory.
 """
@@ -17,6 +17,7 @@ import pyarrow as pa
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.config.fields import changeable_names, default_values
 from recgpt_torchrec.data.dataset import Dataset, Manifest
+from recgpt_torchrec.data.segments import FEEDBACK
 from recgpt_torchrec.data.split import EVALUATION, STORED
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation import earlier, parts, queries
@@ -58,11 +59,13 @@ def prepare(config: Prepare) -> Result:
     extended = None if config.vocabulary is None else earlier.open_earlier(config.vocabulary, config.output)
     if extended is not None:
         check_earlier(tables, extended)
-    finished = _find_finished(config, _record_inputs(config, inputs.files, file_parts), tables, extended)
+    finished = _find_finished(config, record_inputs(config, inputs.files, file_parts), tables, extended)
     if finished is not None:
         return Result(manifest=finished, seconds=time.monotonic() - began, already_there=True)
     with open_engine(config) as engine:
-        log = read_log(engine, config, inputs)
+        log = read_log(engine, config, inputs, _known_events(config, extended))
+        if extended is not None:
+            earlier.check_unit(extended, log.time_unit)
         manifest = _write_dataset(engine, config, log, file_parts, tables, extended)
     return Result(manifest=manifest, seconds=time.monotonic() - began)
 
@@ -125,7 +128,8 @@ def _write_dataset(
         "kept_events", events.inner_join(user_ids, "user").inner_join(with_history, "item").drop("user", "item")
     )
     engine.drop(events.get_name())
-    kept, boundaries = parts.mark_parts(engine, config, kept, log.first_rows, file_parts)
+    target_events = log.event_types.ids_of("--target_events", config.target_events) if log.event_types else []
+    kept, boundaries = parts.mark_parts(engine, config, kept, log.first_rows, file_parts, target_events)
     entries, exposed = queries.select_interacted(kept), None
     if log.exposed:
         named = engine.count(queries.select_shown(kept))
@@ -138,15 +142,18 @@ def _write_dataset(
             "outside": named - left,
             "left": left,
         }
+        if len(config.feedback) > 1:
+            told = {kind: entries.segment == FEEDBACK[kind] for kind in config.feedback[1:]}
+            exposed |= engine.row(entries.agg(**{kind: is_of.cast("int64").sum() for kind, is_of in told.items()}))
         engine.drop("kept_events")
         kept = queries.select_interacted(entries)
 
-    lengths = _summarize_lengths(engine, kept)
+    lengths = summarize_lengths(engine, kept)
     if extended is not None:
         entries = engine.save("marked_entries", earlier.mark_trained(engine, entries, extended, log.timed))
     placed = engine.save("placed", queries.place_interactions(queries.select_interacted(entries), config.hold_out))
     counts = engine.save("item_counts", queries.count_items(placed))
-    histories, layout = _lay_out_sequences(config, entries, all_users, log.timed, bool(exposed), extended is not None)
+    histories, layout = lay_out_sequences(config, entries, all_users, log.timed, bool(exposed), extended is not None)
     total = core.left.interactions + (exposed["left"] if exposed else 0)
     with folders.stage_folder(config.output) as (fs, folder):
         manifest = Manifest(
@@ -155,6 +162,9 @@ def _write_dataset(
             interactions=core.left.interactions,
             settings=config.recorded(),
             hold_out=config.hold_out,
+            events=log.event_types.words if log.event_types else [],
+            time_unit=log.time_unit,
+            feedback=config.feedback,
             sequences=engine.write_parts(histories, layout, fs, folder, total),
         )
 
@@ -172,7 +182,7 @@ def _write_dataset(
         manifest.vocabulary = fingerprint_parts(fs, folder, keys)
         rejected = write("rejected", log.rejected_rows, sum(log.rejected.values())) if log.rejected else []
         manifest.preparation = {
-            "inputs": _record_inputs(config, log.files, file_parts),
+            "inputs": record_inputs(config, log.files, file_parts),
             **({"tables": [file for table in tables for file in table.record()]} if tables else {}),
             "rows": log.rows,
             **({"filtered": log.filtered, "uncomputed": log.uncomputed} if log.filtered else {}),
@@ -185,6 +195,7 @@ def _write_dataset(
             "lengths": lengths,
             "split": parts.record_of(engine, placed, counts, all_items, boundaries),
             **({"exposed": exposed} if exposed else {}),
+            **({"events": log.event_types.to_record()} if log.event_types else {}),
             "page": [*log.page, *describe_tables(encoded), *describe_keys(engine, config, users, items)],
         }
         if extended is not None and known_items is not None:
@@ -204,7 +215,22 @@ def _write_dataset(
     return manifest
 
 
-def _lay_out_sequences(
+def _known_events(config: Prepare, extended: Dataset | None) -> list[str]:
+    """Event types of the dataset that is extended.
+
+    Raises:
+        InputError: it has some, and no column of them is named.
+    """
+    known = [] if extended is None else extended.manifest.events
+    if known and config.event_column is None:
+        raise InputError(
+            f"--vocabulary {config.vocabulary} has event types ({', '.join(known[:5])}); name their column in this log "
+            "with --event_column"
+        )
+    return known
+
+
+def lay_out_sequences(
     config: Prepare, entries: ir.Table, users: int, timed: bool, exposed: bool, extends: bool
 ) -> tuple[ir.Table, Layout]:
     """The rows of `sequences/`, an entry each, and how they become lists per user."""
@@ -212,8 +238,11 @@ def _lay_out_sequences(
         "item_ids": ("item_id", pa.int64()),
         **({"timestamps": ("time", pa.int64())} if timed else {}),
         **({"ratings": ("rating", pa.float32())} if config.rating_column else {}),
+        **({"event_ids": ("event", pa.int16())} if config.event_column else {}),
         **({"segment_ids": ("segment", pa.int8())} if exposed else {}),
+        **({"places": ("list_place", pa.int16())} if config.position_column else {}),
         **({"trained": ("trained", pa.int8())} if extends else {}),
+        **({"of_user": ("of_user", pa.int64())} if "of_user" in entries.columns else {}),
     }
     starts = {f"{split}_start": f"before_{split}" for split in EVALUATION} if config.hold_out in STORED else {}
     size = config.rows_per_group or group_size(users)
@@ -258,7 +287,7 @@ def _check_keys(
     )
 
 
-def _summarize_lengths(engine: Engine, kept: ir.Table) -> dict[str, float]:
+def summarize_lengths(engine: Engine, kept: ir.Table) -> dict[str, float]:
     """Mean and quantiles of the number of interactions per user, from their histogram."""
     sizes = kept.group_by("user_id").agg(length=kept.count())
     histogram = engine.rows(sizes.group_by("length").agg(users=sizes.count()).order_by("length"))
@@ -295,7 +324,7 @@ def _explain_nothing_left(
     return f"{text}. Pass a smaller --min_count; 1 keeps everything"
 
 
-def _record_inputs(config: Prepare, files: list[InputFile], file_parts: list[int]) -> list[dict[str, Any]]:
+def record_inputs(config: Prepare, files: list[InputFile], file_parts: list[int]) -> list[dict[str, Any]]:
     """The input files as the manifest records them, with their part where each part has files of its own."""
     part = [{"part": parts.NAMES[number]} if config.hold_out == "given" else {} for number in file_parts]
     return [{**asdict(file), **more} for file, more in zip(files, part, strict=True)]

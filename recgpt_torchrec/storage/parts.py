@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,6 +155,22 @@ class _PartWriter:
             self.sink.close()
         except (OSError, pa.ArrowException):
             pass
+
+
+@contextmanager
+def write_checksummed(fs: pyarrow.fs.FileSystem, root: str, path: str, part: Part) -> Iterator[pa.PythonFile]:
+    """Write the file `root`/`path` within the `with`, and fill in the part's bytes and checksum after it.
+
+    Args:
+        fs: file system of `root`.
+        root: the folder of the manifest.
+        path: of the file, relative to `root`.
+        part: to fill in.
+    """
+    sink = _ChecksummedFile(fs.open_output_stream(f"{root}/{path}", compression=None))
+    yield pa.PythonFile(sink, mode="w")
+    sink.close()
+    part.bytes, part.checksum = sink.size, f"{sink.crc:08x}"
 
 
 class _ChecksummedFile:

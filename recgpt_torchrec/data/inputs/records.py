@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
-from recgpt_torchrec.data.inputs.spec import Entity, column_of, table_of_attribute
+from recgpt_torchrec.data.inputs.spec import Entity, column_of, full_name_of, table_of_attribute
 from recgpt_torchrec.storage.parts import Part
 from recgpt_torchrec.storage.typed import check_counts
 
@@ -74,3 +74,8 @@ class DatasetAttribute:
     def table(self) -> str:
         """Name of the model's table."""
         return table_of_attribute(self.entity, self.name)
+
+    @property
+    def full_name(self) -> str:
+        """How options and messages name it."""
+        return full_name_of(self.entity, self.name)

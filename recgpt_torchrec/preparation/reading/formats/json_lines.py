@@ -13,7 +13,7 @@ from recgpt_torchrec.preparation.reading.formats.lists import read_lists, repeat
 from recgpt_torchrec.preparation.reading.formats.source import Column, Source, partition_column
 from recgpt_torchrec.preparation.reading.rows import BLANK
 
-LISTS = ("item", "time", "rating", "click")
+LISTS = ("item", "time", "rating", "click", "event", "position")
 
 
 class JsonLines:
