@@ -174,9 +174,10 @@ def describe_split(manifest: Manifest) -> list[str]:
         )
     if without := record["items_without_target"]:
         cure = "" if hold_out == "none" else "held out or "
+        unseen = "they have no interactions, or " if manifest.settings.get("catalogue") == "items" else ""
         lines.append(
             f"targets     {without:,} of {manifest.items:,} items ({without / manifest.items:.1%}) are never a training"
-            f" target: their interactions are {cure}first in a history"
+            f" target: {unseen}their interactions are {cure}first in a history"
             + ("" if hold_out == "none" else "; --hold_out none trains on the held-out ones")
         )
     return lines

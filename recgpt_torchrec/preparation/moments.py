@@ -38,7 +38,7 @@ def find_moment(engine: Engine, times: ir.Table, place: int, ranges: int = RANGE
     for name in ("whole", "fraction"):
         found = engine.row(times.agg(low=times[name].min(), high=times[name].max(), n=times.count()))
         while found["n"] > few and found["low"] < found["high"]:
-            number = _number_range(times[name], found["low"], found["high"], ranges)
+            number = number_range(times[name], found["low"], found["high"], ranges)
             counts = times.group_by(range=number).agg(low=times[name].min(), high=times[name].max(), n=times.count())
             for found in sorted(engine.rows(counts), key=lambda row: row["range"]):
                 if place < found["n"]:
@@ -54,7 +54,7 @@ def find_moment(engine: Engine, times: ir.Table, place: int, ranges: int = RANGE
     return Boundary(**first[-1])
 
 
-def _number_range(value: Any, low: float, high: float, ranges: int) -> Any:
+def number_range(value: Any, low: float, high: float, ranges: int) -> Any:
     """The number of the range that holds a value: rises with the value, 0 at `low` and `ranges` at `high`."""
     if isinstance(low, int) and high - low < 2**53:  # exact, where the values themselves may not be in floating point
         above, width = (value - low).cast("float64"), float(high - low)

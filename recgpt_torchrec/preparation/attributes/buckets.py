@@ -9,7 +9,7 @@ import ibis
 import ibis.expr.types as ir
 
 from recgpt_torchrec.preparation.engines.engine import Engine
-from recgpt_torchrec.preparation.moments import find_moment
+from recgpt_torchrec.preparation.moments import RANGES, number_range
 
 FEW = 2**12
 """Number of distinct numbers that are returned as they are."""
@@ -36,14 +36,53 @@ def find_edges(engine: Engine, numbers: ir.Table, buckets: int) -> list[float]:
     if not count or ends["low"] == ends["high"]:
         return []
     places = [number * count // buckets for number in range(1, buckets)]
-    by_number = finite.group_by("number").agg(n=finite.count())
-    if engine.count(by_number) <= FEW:
-        found = _find_few(engine.rows(by_number.order_by("number")), places)
-    else:
-        scale = 4.0 if max(abs(ends["low"]), abs(ends["high"])) >= LARGE else 1.0
-        moments = finite.select(whole=ibis.literal(0, "int64"), fraction=finite.number / scale)
-        found = [find_moment(engine, moments, place).fraction * scale for place in dict.fromkeys(places)]
-    return [edge + 0.0 for edge in sorted(set(found)) if edge > ends["low"]]
+    scale = 4.0 if max(abs(ends["low"]), abs(ends["high"])) >= LARGE else 1.0
+    scaled = finite.select(number=finite.number / scale)
+    found = _find_places(engine, scaled, [*dict.fromkeys(places)], ends["low"] / scale, ends["high"] / scale)
+    return [edge + 0.0 for edge in sorted({each * scale for each in found}) if edge > ends["low"]]
+
+
+def _find_places(engine: Engine, numbers: ir.Table, places: Sequence[int], low: float, high: float) -> list[float]:
+    """The numbers at places, from 0, of their order, themselves in any order: none is sorted with all others.
+
+    Numbers are counted in equal ranges. If those that hold a place have few numbers, these are returned at once; else
+    each is cut into ranges again.
+
+    Args:
+        engine: that holds the numbers.
+        numbers: column `number` float64, finite.
+        places: rising.
+        low, high: least and greatest number; they differ.
+    """
+    if engine.count(numbers.distinct()) <= FEW:
+        by_number = numbers.group_by("number").agg(n=numbers.count())
+        return _find_few(engine.rows(by_number.order_by("number")), places)
+    of_range = number_range(numbers.number, low, high, RANGES)
+    ends = {"low": numbers.number.min(), "high": numbers.number.max(), "n": numbers.count()}
+    counts = engine.rows(numbers.group_by(range=of_range).agg(**ends))
+    found: list[float] = []
+    chosen: dict[int, tuple[dict[str, Any], list[int]]] = {}
+    below, remaining = 0, list(places)
+    for each in sorted(counts, key=lambda row: row["range"]):
+        inside = [place - below for place in remaining if place < below + each["n"]]
+        remaining = remaining[len(inside) :]
+        below += each["n"]
+        if inside and each["low"] == each["high"]:
+            found += [each["low"]] * len(inside)
+        elif inside:
+            chosen[each["range"]] = (each, inside)
+    if chosen and sum(each["n"] for each, _ in chosen.values()) <= RANGES:
+        own = numbers.mutate(range=of_range).filter(of_range.isin([*chosen]))
+        rows: dict[int, list[dict[str, Any]]] = {number: [] for number in chosen}
+        for row in engine.rows(own.group_by("range", "number").agg(n=own.count()).order_by("number")):
+            rows[row["range"]].append(row)
+        for number, (_, inside) in chosen.items():
+            found += _find_few(rows[number], inside)
+        return found
+    for number, (each, inside) in chosen.items():
+        own = numbers.filter(of_range == number)
+        found += _find_places(engine, own, inside, each["low"], each["high"])
+    return found
 
 
 def _find_few(rows: Sequence[dict[str, Any]], places: Sequence[int]) -> list[float]:
