@@ -102,20 +102,18 @@ def write_logs(folder: Path, users: int = 400, items: int = 120) -> dict[str, di
 def _write_tables(folder: Path, rows: list[Any], random: np.random.Generator) -> None:
     """Write a table of items in Parquet, and one of users in two files of different formats."""
     items, users = (sorted({row[place] for row in rows}) for place in (1, 0))
+    sizes = random.integers(4, size=len(items) + 1)
     table = {
         "item_id": [*items, "unseen"],
-        "genres": [
-            [f"g{value}" for value in random.integers(9, size=size)] for size in random.integers(4, size=len(items) + 1)
-        ],
+        "genres": [[f"g{genre}" for genre in random.integers(9, size=size)] for size in sizes],
         "price": [*random.lognormal(size=len(items)).round(2).tolist(), float("inf")],
         "title": [f"The {item}" if number % 7 else None for number, item in enumerate([*items, "unseen"])],
     }
     pq.write_table(pa.table(table), folder / "items.parquet")
     ages = [str(age) if age < 60 else "NULL" for age in random.integers(18, 70, size=len(users)).tolist()]
-    _write_csv(
-        folder / "users" / "1.csv", ["user_id", "age", "country"], [(u, a, a[0]) for u, a in zip(users, ages)][::2]
-    )
-    lines = [{"user_id": user, "age": age, "country": "x"} for user, age in zip(users[1::2], ages[1::2], strict=True)]
+    described = [(user, age, age[0]) for user, age in zip(users, ages, strict=True)]
+    _write_csv(folder / "users" / "1.csv", ["user_id", "age", "country"], described[::2])
+    lines = [{"user_id": user, "age": age, "country": country} for user, age, country in described[1::2]]
     (folder / "users" / "2.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

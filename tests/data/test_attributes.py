@@ -14,13 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recgpt_torchrec.config import AttributeChoice, Pretrain
+from recgpt_torchrec.config import AttributeChoice, Batch, Model, Pretrain
 from recgpt_torchrec.data.bags import bags_of
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.inputs.attributes import Attributes
 from recgpt_torchrec.data.inputs.choosing import check_inputs, choose_inputs
 from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.packed import Capacity
+from recgpt_torchrec.data.stream import encoding_stream
 from recgpt_torchrec.distributed import shared_folder
 from recgpt_torchrec.distributed.shared_folder import read_on_node
 from recgpt_torchrec.errors import InputError
@@ -124,6 +125,24 @@ def test_large_ones_are_mapped_from_a_file_that_has_no_name(tmp_path, monkeypatc
     # Another process gets the file, not its content.
     assert len(pickle.dumps(open_attributes(dataset))) > plain.source[1].bytes.size
     assert len(pickle.dumps(found)) < plain.source[1].bytes.size
+
+
+def test_a_loader_process_maps_the_same_file(tmp_path, monkeypatch):
+    dataset, _ = small_dataset(tmp_path)
+    monkeypatch.setattr(shared_folder, "IN_MEMORY", 0)
+    found = open_attributes(dataset, read_on_node)
+    stream = encoding_stream(
+        dataset,
+        "all",
+        Model(dim=8, max_len=10),
+        Batch(tokens=40),
+        item_keys=2,
+        inputs=inputs_of(dataset),
+        attributes=found,
+    )
+    expected = [bags_by_key(batch.bags) for batch in stream.batches()]
+    stream.settings.workers = 1
+    assert [bags_by_key(batch.bags) for batch in stream.batches()] == expected and len(expected) > 2
 
 
 def read_in_ranks(rank: int, world_size: int, data: str, scratch: str) -> tuple[list[Any], set[str], list[str]]:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from math import floor, log2
 
 import numpy as np
@@ -66,23 +67,29 @@ def histories_of(times, segments, requests) -> Histories:
     )
 
 
+def compute(inputs: Inputs, histories: Histories) -> np.ndarray:
+    """[features, entries] of all entries."""
+    features = compute_features(inputs, histories, np.arange(histories.items.size))
+    assert features is not None
+    return features
+
+
 @given(cases())
 def test_features_are_those_of_a_plain_loop_over_each_history(case):
     unit, times, segments, requests, offset = case
     inputs = Inputs(features=ALL, time_unit=UNITS[unit], utc_offset_hours=offset)
     histories = histories_of(times, segments, requests)
-    features = compute_features(inputs, histories, np.arange(histories.items.size))
+    features = compute(inputs, histories)
     expected = [
         in_words(row, kinds, token, None if requests is None else requests[number], unit, offset)
         for number, (row, kinds) in enumerate(zip(times, segments, strict=True))
         for token in range(len(row))
     ]
-    assert features is not None and features.T.tolist() == expected
+    assert features.T.tolist() == expected
     assert all(0 <= values.min() and values.max() < each.values for values, each in zip(features, ALL, strict=True))
     plain = all(kind == 0 for row in segments for kind in row)
     if plain:  # as where there are no segments
-        same = compute_features(inputs, replace(histories, segments=None), np.arange(histories.items.size))
-        assert np.array_equal(same, features)
+        assert np.array_equal(compute(inputs, replace(histories, segments=None)), features)
 
 
 @given(cases(), st.randoms(use_true_random=False))
@@ -90,10 +97,9 @@ def test_a_token_knows_the_time_of_its_request_and_nothing_else_of_what_follows(
     unit, times, segments, requests, offset = case
     inputs = Inputs(features=ALL, time_unit=UNITS[unit], utc_offset_hours=offset)
     before = histories_of(times, segments, requests)
-    tokens = np.arange(before.items.size)
-    features = compute_features(inputs, before, tokens)
+    features = compute(inputs, before)
     other_items = replace(before, items=np.array(random.sample(range(1000), before.items.size)), users=before.users + 9)
-    assert np.array_equal(compute_features(inputs, other_items, tokens), features)
+    assert np.array_equal(compute(inputs, other_items), features)
     for row, kinds in enumerate(segments):
         interacted = [entry for entry, kind in enumerate(kinds) if kind == 0]
         for token in range(len(kinds)):
@@ -104,8 +110,8 @@ def test_a_token_knows_the_time_of_its_request_and_nothing_else_of_what_follows(
             for entry in range(later[0] + 1, len(kinds)):  # everything after the request
                 changed[row][entry] += 12_345 * round(1 / UNITS[unit])
             place = int(before.offsets[row]) + token
-            moved = compute_features(inputs, histories_of(changed, segments, requests), tokens)
-            assert moved is not None and moved[:, place].tolist() == features[:, place].tolist()
+            moved = compute(inputs, histories_of(changed, segments, requests))
+            assert moved[:, place].tolist() == features[:, place].tolist()
 
 
 @pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
@@ -120,14 +126,12 @@ def test_gaps_have_two_buckets_per_octave_with_exact_edges(unit):
 def test_minutes_and_days_have_weekdays_and_minutes_have_hours():
     moment = datetime(2026, 11, 28, 13, 5, tzinfo=UTC)  # a Saturday
     for unit, expected in (("min", [14, 6]), ("day", [1, 6])):
-        request = to_units(int(moment.timestamp()), UNITS[unit])
+        request = to_units(Decimal(int(moment.timestamp())), UNITS[unit])
         histories = histories_of([[request - 1]], [[0]], [request])
         inputs = Inputs(features=ALL[2:], time_unit=UNITS[unit])
-        features = compute_features(inputs, histories, np.array([0]))
-        assert features is not None and features[:, 0].tolist() == expected
+        assert compute(inputs, histories)[:, 0].tolist() == expected
         # A day has no zone.
-        features = compute_features(replace(inputs, utc_offset_hours=14), histories, np.array([0]))
-        assert features is not None and features[1, 0] == (7 if unit == "min" else 6)
+        assert compute(replace(inputs, utc_offset_hours=14), histories)[1, 0] == (7 if unit == "min" else 6)
 
 
 def test_the_unit_is_guessed_where_all_times_are_of_1990_to_2099():
@@ -150,6 +154,6 @@ def test_features_lie_in_the_slots_of_their_tokens():
 
 
 def test_a_unit_or_an_offset_that_no_option_gives_is_refused_in_a_checkpoint():
-    for values in ({"time_unit": 0.0}, {"time_unit": float("nan")}, {"utc_offset_hours": 1e9}):
+    for unit, offset in ((0.0, 0.0), (float("nan"), 0.0), (1.0, 1e9)):
         with pytest.raises(ValueError, match="inputs\\."):
-            Inputs(**values)
+            Inputs(time_unit=unit, utc_offset_hours=offset)

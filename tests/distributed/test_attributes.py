@@ -25,7 +25,10 @@ from tests.distributed.training_helpers import (
     gather_table,
     train_cases,
 )
+from tools.check_reshard import is_wrong
 from tools.ranks import run_ranks
+from tools.reshard import ATTRIBUTES as ATTRIBUTES_OF_LAYOUT
+from tools.reshard import Layout, load_latest, output_folder, reshard
 
 CASES = [
     Case("data_parallel", "rowwise_adagrad", "sampled", pooling="mean"),
@@ -70,6 +73,27 @@ def trained_on_nodes() -> list[Trained]:
 @pytest.mark.parametrize("number", range(len(NODE_CASES)), ids=[str(case) for case in NODE_CASES])
 def test_training_with_attributes_on_two_nodes_equals_a_plain_loop(trained_on_nodes, number):
     check_equal(NODE_CASES[number], trained_on_nodes[number])
+
+
+SOURCES = [
+    Layout(2, "column_wise", "rowwise_adagrad", attributes=True),
+    Layout(1, "table_wise", "rowwise_adagrad", attributes=True),
+]
+TARGETS = [
+    Layout(2, "row_wise", "rowwise_adagrad", attributes=True),
+    Layout(1, "data_parallel", "rowwise_adagrad", attributes=True),
+]
+
+
+def test_tables_of_attributes_are_restored_with_any_sharding(tmp_path):
+    """With their moments: the losses of the next two steps are those of the saved model."""
+    differences = run_ranks(reshard, 2, str(tmp_path), SOURCES, TARGETS, timeout=240)[0]
+    assert {(each.source, each.target) for each in differences} == {(s, t) for s in SOURCES for t in TARGETS}
+    assert not [each for each in differences if is_wrong(each)]
+    saved = load_latest(output_folder(str(tmp_path), SOURCES[0]))
+    for each in ATTRIBUTES_OF_LAYOUT:
+        assert saved[f"model.tables.embedding_bags.{each.described.table}.weight"].any()
+        assert saved[f"optimizer.state.tables.embedding_bags.{each.described.table}.weight.sum"].any()
 
 
 def look_up(rank: int, world_size: int) -> tuple[dict[str, Any], Any, Any, Any]:

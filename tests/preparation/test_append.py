@@ -238,12 +238,13 @@ def test_a_killed_append_leaves_the_folder_as_it_was_and_the_next_one_redoes_it(
 
 def test_what_does_not_fit_the_days_is_refused(tmp_path):
     append_day(tmp_path, [("a", "x", 10), ("b", "y", 20)], 1)
-    for options, message in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"seed": 1}, "--seed: 0 there, 1 now"),
         ({"hold_out": "none"}, "--hold_out: last there, none now"),
         ({"item_column": "timestamp"}, "--item_column: item_id there"),
         ({"history": 5}, "--history: 200 there, 5 now"),
-    ]:
+    ]
+    for options, message in cases:
         with pytest.raises(InputError, match=message):
             append_day(tmp_path, [("a", "x", 30)], 2, **options)
     with pytest.raises(InputError, match="not newer than .*newest row has time 19, day 1 reaches 20"):
@@ -305,10 +306,10 @@ def test_shown_rows_stay_between_interactions_of_different_days(tmp_path):
             for row in rows
         }
 
-    assert entries(1) == {"a": [("x", 0, 0)], "b": [("x", 0, 0), ("y", 0, 0)]}
-    assert entries(2) == {"a": [("x", 0, 1), ("y", 2, 0), ("y", 0, 0)], "b": [("x", 0, 1), ("y", 0, 1)]}
+    assert entries(1) == {"a": [("x", 0, 0), ("y", 2, 0)], "b": [("x", 0, 0), ("y", 0, 0)]}
+    assert entries(2) == {"a": [("x", 0, 1), ("y", 2, 0), ("y", 0, 0)], "b": [("x", 0, 1), ("y", 0, 1), ("x", 2, 0)]}
     assert entries(3) == {
-        "a": [("x", 0, 1), ("y", 2, 0), ("y", 0, 1)],
+        "a": [("x", 0, 1), ("y", 2, 0), ("y", 0, 1), ("x", 2, 0)],
         "b": [("x", 0, 1), ("y", 0, 1), ("x", 2, 0), ("x", 0, 0)],
     }
 

@@ -131,9 +131,9 @@ def test_a_model_that_reads_times_generates_what_one_pass_over_the_packed_histor
     known = np.array([1, 0, 3, 0, 0, 2, 2])
     again = intervals_of(made, 2, MAX_LEN, (GENERATED, EXPOSED))
     for row, count in enumerate(known):  # forget those after the known ones
-        place = slice(again.row(row).start + count, again.row(row).stop)
-        forgotten = again.segments[place] == GENERATED
-        again.prompts[place][forgotten], again.segments[place][forgotten] = -1, 0
+        unknown = slice(again.row(row).start + count, again.row(row).stop)
+        forgotten = again.segments[unknown] == GENERATED
+        again.prompts[unknown][forgotten], again.segments[unknown][forgotten] = -1, 0
     assert fill(reading, catalogue, again, prompts, known).drop(["timestamps"]).equals(made.drop(["timestamps"]))
     users, generated = random_user_vectors(len(rows)), 0
     for u, features in enumerate(features_of(made)):

@@ -146,20 +146,24 @@ def _find_state(config: Pretrain, day: int) -> str:
 
 
 def _record(config: Pretrain, day: Day) -> None:
-    """Record that a day is trained, then remove the checkpoints of the day before."""
+    """Record that a day is trained, then remove the checkpoints of the days before."""
     steps = Progress.of_checkpoint(_find_state(config, day.number)).step
     trained = TrainedDays.read(config.output) or TrainedDays()
     trained.days.append(TrainedDay(histories=day.histories, targets=day.targets, steps=steps))
     try:
         trained.write(config.output)
-        if day.number > 1:
-            before = path_of(config.output, day.number - 1)
-            storage.remove(os.path.join(before, CHECKPOINTS))
-            if storage.exists(os.path.join(before, BEST)):
-                fs, path = storage.filesystem(os.path.join(before, BEST))
-                fs.delete_file(path)
+        for earlier in range(1, day.number):
+            _remove_checkpoints(path_of(config.output, earlier))
     except OSError as error:
         raise InputError(f"cannot write to --output {config.output}: {error}") from None
+
+
+def _remove_checkpoints(run: str) -> None:
+    """Remove the checkpoints of a day's run; its record, curves and history stay."""
+    if storage.exists(os.path.join(run, BEST)):
+        fs, path = storage.filesystem(os.path.join(run, BEST))
+        fs.delete_file(path)
+    storage.remove(os.path.join(run, CHECKPOINTS))
 
 
 def _next_step(config: Pretrain) -> str:
