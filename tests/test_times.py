@@ -38,7 +38,7 @@ def write_log(path: Path, decides: str, users: int = 160) -> None:
         writer = csv.writer(file)
         writer.writerow(["user_id", "item_id", "timestamp"])
         for user in range(users):
-            time, item = NOON + int(rng.integers(0, 30 * DAY)), int(rng.integers(1, ITEMS))
+            time, item = NOON + int(rng.integers(0, 8 * DAY)), int(rng.integers(1, ITEMS))
             for _ in range(int(rng.integers(8, 12))):
                 writer.writerow([f"u{user}", f"i{item}", time])
                 short = int(rng.integers(0, HOUR)) if rng.random() < 0.8 else 0
@@ -106,7 +106,7 @@ def test_vectors_are_for_the_time_that_export_is_given(folder, capfd):
     assert json.loads((folder / "now" / "manifest.json").read_text())["settings"]["time"] == newest
     waited = newest - np.array([row[-1] for row in sequences])
     long = (waited > 2 * DAY) & (waited < 9 * DAY)  # as long as gaps that were trained on
-    assert long.sum() > 10 and (best_items(folder / "now") == "i0")[long].mean() > 0.95
+    assert long.sum() > 5 and (best_items(folder / "now") == "i0")[long].mean() > 0.95
     assert export(folder, "now", time=newest) == 0 and "Already there" in capfd.readouterr().out
     assert export(folder, "late", time="2026-11-28T12:00") == 0
     assert "2026-11-28 12:00:00 UTC (given with --time)" in capfd.readouterr().out
