@@ -23,6 +23,8 @@ from recgpt_torchrec.data.batch import SequenceBatch, make_batch
 from recgpt_torchrec.data.candidates import AllItems, Candidates, CandidateSource, InBatch, Place
 from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.histories import Histories, no_histories
+from recgpt_torchrec.data.inputs.spec import TIMES, Feature, Inputs
+from recgpt_torchrec.data.inputs.times import VALUES
 from recgpt_torchrec.data.packed import Capacity
 from recgpt_torchrec.data.windows import Cursor, Position, Queue
 from recgpt_torchrec.distributed.lockstep import Lockstep
@@ -54,6 +56,8 @@ class Case:
     """Fewer targets in a step than ranks."""
     weighted: bool = False
     """Targets have weights of 0, 1 or 5 by their item."""
+    timed: bool = False
+    """The model reads the times of interactions and requests."""
 
     def __str__(self) -> str:
         words = [
@@ -63,8 +67,15 @@ class Case:
             "idle" * self.idle,
             "few" * self.few,
             "weighted" * self.weighted,
+            "timed" * self.timed,
         ]
         return "-".join(word for word in words if word)
+
+    @property
+    def inputs(self) -> Inputs:
+        """What the model reads beside ids."""
+        features = [Feature(name=name, values=VALUES[name]) for name in TIMES] if self.timed else []
+        return Inputs(features=features)
 
     @property
     def config(self) -> Pretrain:
@@ -107,9 +118,13 @@ def make_batches(case: Case, rank: int, world_size: int) -> list[SequenceBatch]:
             )
             if case.weighted:
                 histories = replace(histories, weights=np.float32([0, 1, 5])[histories.items % 3])
+            if case.timed:  # of each history by itself, so that they do not depend on the ranks
+                gaps = [np.random.default_rng((step, n)).integers(0, 10**6, len(drawn[n])) for n in mine]
+                times = np.concatenate([10**9 + each.cumsum() for each in gaps])
+                histories = replace(histories, times=times)
             rank_batches.append(pack_batch(case, histories, negatives, Place(rank, world_size)))
         elif not case.idle:
-            rank_batches.append(pack_batch(case, no_histories(), negatives, Place(rank, world_size)))
+            rank_batches.append(pack_batch(case, no_histories(case.inputs), negatives, Place(rank, world_size)))
     return rank_batches
 
 
@@ -125,6 +140,7 @@ def pack_batch(case: Case, histories: Histories, negatives: Candidates, place: P
         capacity=CAPACITY,
         predict=True,
         draw=lambda targets: negatives if source is None else source.draw(targets, rng),
+        inputs=case.inputs,
     )
 
 
@@ -155,7 +171,8 @@ def train(case: Case, rank: int, world_size: int) -> Trained:
     """Train on the case's batches with the project's own parts, as the trainer puts them together."""
     dataset = Dataset(path="", manifest=Manifest(users=USERS, items=ITEMS))
     device = torch.device("cpu")
-    model, optimizer = build(case.config, case.config.model, dataset, capacity=CAPACITY, device=device)
+    config = case.config
+    model, optimizer = build(config, config.model, dataset, capacity=CAPACITY, device=device, inputs=case.inputs)
 
     def tables() -> dict[str, Any]:
         return {table_name(name): gather_table(value) for name, value in sorted(tables_of(model).items())}
@@ -172,7 +189,7 @@ def train(case: Case, rank: int, world_size: int) -> Trained:
     candidates = Candidates(np.arange(9), np.zeros(9, np.float32))
     ahead = Lockstep(
         iter(make_batches(case, rank, world_size)),
-        lambda: pack_batch(case, no_histories(), candidates, Place(rank, world_size)),
+        lambda: pack_batch(case, no_histories(case.inputs), candidates, Place(rank, world_size)),
     )
     model.train()
     while True:
@@ -198,7 +215,7 @@ def train_plainly(case: Case, start: Trained) -> Trained:
     config = case.config
     weights = {name: table.clone().requires_grad_() for name, table in start.tables_before.items()}
     moments = {name: torch.zeros_like(table) for name, table in start.tables_before.items()}
-    dense = Dense(config.model, config.loss)
+    dense = Dense(config.model, config.loss, inputs=case.inputs)
     dense.load_state_dict(start.dense_before)
     adamw = torch.optim.AdamW(dense.parameters(), lr=LR, betas=(0.9, BETA2), weight_decay=0)
     result = Trained(start.tables_before, start.dense_before)
@@ -270,7 +287,9 @@ class FixedStream:
     @property
     def maker(self) -> Any:
         candidates = Candidates(np.arange(9), np.zeros(9, np.float32))
-        return SimpleNamespace(empty=lambda *_: pack_batch(self.case, no_histories(), candidates, here()))
+        return SimpleNamespace(
+            empty=lambda *_: pack_batch(self.case, no_histories(self.case.inputs), candidates, here())
+        )
 
     def batches(self, epoch: int, position: Position, rank: int, world_size: int) -> "FixedShare":
         return FixedShare(self.given)
