@@ -14,6 +14,7 @@ from recgpt_torchrec.data.inputs.attributes import Attributes
 from recgpt_torchrec.data.inputs.choosing import check_inputs
 from recgpt_torchrec.data.inputs.events import check_events
 from recgpt_torchrec.data.inputs.spec import Inputs
+from recgpt_torchrec.data.inputs.time_units import other_times
 from recgpt_torchrec.data.stream import TOKENS_PER_SEQUENCE
 from recgpt_torchrec.distributed.sharding import shard, table_name, tables_of
 from recgpt_torchrec.distributed.shared_folder import read_on_node
@@ -196,6 +197,7 @@ def find_initial(path: str, config: Pretrain, dataset: Dataset) -> str:
     differ = [f"--model.{name} {getattr(settings.model, name)}" for name in settings.other_shape(config.model)]
     if settings.table_optimizer != config.tables.optimizer:
         differ.append(f"--tables.optimizer {settings.table_optimizer}")
+    differ += other_times(settings.inputs, config.time, dataset)
     if differ:
         raise InputError(f"--initial {path}: {checkpoint} was trained with {' '.join(differ)}; give the same here")
     check_events(settings.inputs, checkpoint, dataset)
