@@ -3,12 +3,17 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from recgpt_torchrec.data.dataset import Manifest
 from tests.support import SMALL, change_json, stage, walks, write_dataset
@@ -38,7 +43,7 @@ def write_log(path: Path, decides: str, users: int = 160) -> None:
         writer = csv.writer(file)
         writer.writerow(["user_id", "item_id", "timestamp"])
         for user in range(users):
-            time, item = NOON + int(rng.integers(0, 30 * DAY)), int(rng.integers(1, ITEMS))
+            time, item = NOON + int(rng.integers(0, 8 * DAY)), int(rng.integers(1, ITEMS))
             for _ in range(int(rng.integers(8, 12))):
                 writer.writerow([f"u{user}", f"i{item}", time])
                 short = int(rng.integers(0, HOUR)) if rng.random() < 0.8 else 0
@@ -61,6 +66,18 @@ def folder(tmp_path_factory) -> Path:
         assert stage("pretrain", run) == 0
     assert stage("pretrain", {"--data": root / "next_gap", "--output": root / "plain", **TRAINING}) == 0
     return root
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint by name, optimizer state included, read without the code under test."""
+    metadata = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    return state
 
 
 def hit_rate(folder: Path, data: str, run: str) -> float:
@@ -106,7 +123,7 @@ def test_vectors_are_for_the_time_that_export_is_given(folder, capfd):
     assert json.loads((folder / "now" / "manifest.json").read_text())["settings"]["time"] == newest
     waited = newest - np.array([row[-1] for row in sequences])
     long = (waited > 2 * DAY) & (waited < 9 * DAY)  # as long as gaps that were trained on
-    assert long.sum() > 10 and (best_items(folder / "now") == "i0")[long].mean() > 0.95
+    assert long.sum() > 5 and (best_items(folder / "now") == "i0")[long].mean() > 0.95
     assert export(folder, "now", time=newest) == 0 and "Already there" in capfd.readouterr().out
     assert export(folder, "late", time="2026-11-28T12:00") == 0
     assert "2026-11-28 12:00:00 UTC (given with --time)" in capfd.readouterr().out
@@ -142,6 +159,33 @@ def test_prompts_are_made_and_tuned_on_with_times(folder, capfd):
     data = {"--data": folder / "prompts", "--checkpoint": folder / "tuned", "--output": folder / "tuned.json"}
     assert stage("evaluate", {**data, "--ks": [1, 2], "--baselines": "false"}) == 0
     assert json.loads((folder / "tuned.json").read_text())["results"]["recgpt_1"]["unmasked"]["HR@1"] > 0.85
+
+
+def test_an_interrupted_run_resumes_to_the_same_result_and_another_starts_from_its_features_by_name(
+    folder, tmp_path, capfd
+):
+    whole, again = folder / "next_gap_run", tmp_path / "run"
+    (again / "checkpoints").mkdir(parents=True)
+    shutil.copy(whole / "run.json", again)
+    before, last = sorted((whole / "checkpoints").iterdir())[-2:]
+    shutil.copytree(before, again / "checkpoints" / before.name)
+    options = {"--data": folder / "next_gap", **TRAINING, "--time.use": ["next_gap"]}
+    assert stage("pretrain", {**options, "--output": again}) == 0
+    assert f"Resuming from {again}/checkpoints/{before.name}" in capfd.readouterr().out
+    mine, theirs = (tensors(checkpoint) for checkpoint in (again / "checkpoints" / last.name, last))
+    name = "model.dense.decoder.features.next_gap.weight"
+    assert mine.keys() == theirs.keys() and theirs[name].abs().max() > 0.1
+    for each, value in theirs.items():
+        torch.testing.assert_close(mine[each], value, rtol=1e-5, atol=1e-6, msg=each)
+
+    more = {**options, "--initial": whole, "--output": tmp_path / "more", "--train.epochs": 1, "--optimizer.lr": 0}
+    assert stage("pretrain", {**more, "--time.use": ["weekday", "next_gap"]}) == 0
+    started = tensors(next((tmp_path / "more" / "checkpoints").iterdir()))
+    assert torch.equal(started[name], tensors(last)[name])
+    assert not started[name.replace("next_gap", "weekday")].any()
+    other = {**more, "--initial": folder / "weekday_run", "--output": tmp_path / "other", "--data": folder / "weekday"}
+    assert stage("pretrain", {**other, "--time.use": ["weekday"], "--time.utc_offset_hours": 9}) == 2
+    assert "was trained with --time.utc_offset_hours 0" in capfd.readouterr().err
 
 
 def test_what_cannot_be_read_is_refused(folder, tmp_path, capfd):

@@ -15,6 +15,7 @@ from recgpt_torchrec.data.inputs.choosing import add_feedback, check_inputs
 from recgpt_torchrec.data.inputs.events import check_events
 from recgpt_torchrec.data.inputs.growing import check_growth
 from recgpt_torchrec.data.inputs.spec import Inputs
+from recgpt_torchrec.data.inputs.time_units import other_times
 from recgpt_torchrec.data.stream import TOKENS_PER_SEQUENCE
 from recgpt_torchrec.distributed.processes import log_message
 from recgpt_torchrec.distributed.sharding import shard, table_name, tables_of
@@ -205,6 +206,7 @@ def find_initial(path: str, config: Pretrain, dataset: Dataset, inputs: Inputs) 
     differ = [f"--model.{name} {getattr(settings.model, name)}" for name in settings.other_shape(config.model)]
     if settings.table_optimizer != config.tables.optimizer:
         differ.append(f"--tables.optimizer {settings.table_optimizer}")
+    differ += other_times(settings.inputs, config.time, dataset)
     if differ:
         raise InputError(f"--initial {path}: {checkpoint} was trained with {' '.join(differ)}; give the same here")
     for line in check_growth(settings.inputs, inputs, checkpoint, dataset):

@@ -16,6 +16,7 @@ CASES = [
     Case("row_wise", "rowwise_adagrad", "all", idle=True),
     Case("row_wise", "rowwise_adagrad", "all", weighted=True),
     Case("table_wise", "adagrad", "sampled", weighted=True),
+    Case("row_wise", "rowwise_adagrad", "sampled", timed=True),
 ]
 NODE_CASES = [
     Case("table_row_wise", "rowwise_adagrad", "all"),

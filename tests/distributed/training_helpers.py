@@ -23,6 +23,8 @@ from recgpt_torchrec.data.batch import SequenceBatch, make_batch
 from recgpt_torchrec.data.candidates import AllItems, Candidates, CandidateSource, InBatch, Place
 from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.histories import Histories, no_histories
+from recgpt_torchrec.data.inputs.spec import TIMES, Feature, Inputs
+from recgpt_torchrec.data.inputs.times import VALUES
 from recgpt_torchrec.data.packed import Capacity
 from recgpt_torchrec.data.windows import Cursor, Position, Queue
 from recgpt_torchrec.distributed.lockstep import Lockstep
@@ -67,9 +69,11 @@ class Case:
     """Targets have weights of 0, 1 or 5 by their item."""
     pooling: Any = None
     """Of several values of an attribute, `mean` or `sum`; None: there are no attributes."""
+    timed: bool = False
+    """The model reads the times of interactions and requests."""
 
     def __str__(self) -> str:
-        ways = ["idle" * self.idle, "few" * self.few, "weighted" * self.weighted, self.pooling]
+        ways = ["idle" * self.idle, "few" * self.few, "weighted" * self.weighted, self.pooling, "timed" * self.timed]
         words = [self.sharding, self.optimizer, self.candidates, *ways]
         return "-".join(word for word in words if word)
 
@@ -77,7 +81,8 @@ class Case:
     def opened(self) -> dict[str, Any]:
         """What the model reads beside ids, and the values, by the names of `build`."""
         if self.pooling is None:
-            return {}
+            features = [Feature(name=name, values=VALUES[name]) for name in TIMES] if self.timed else []
+            return {"inputs": Inputs(features=features)}
         weights = [f"{table.replace('-', '.')}={weight}" for table, weight in WEIGHTS.items()]
         inputs, attributes = opened(ATTRIBUTES, UNTRAINED, weights=weights, pooling=self.pooling)
         return {"inputs": inputs, "attributes": attributes}
@@ -122,10 +127,14 @@ def make_batches(case: Case, rank: int, world_size: int) -> list[SequenceBatch]:
                 offsets=np.concatenate([[0], np.cumsum([len(drawn[n]) for n in mine])]),
             )
             if case.weighted:
-                histories = replace(histories, weights=np.array([0, 1, 5], np.float32)[histories.items % 3])
+                histories = replace(histories, weights=np.float32([0, 1, 5])[histories.items % 3])
+            if case.timed:  # of each history by itself, so that they do not depend on the ranks
+                gaps = [np.random.default_rng((step, n)).integers(0, 10**6, len(drawn[n])) for n in mine]
+                times = np.concatenate([10**9 + each.cumsum() for each in gaps])
+                histories = replace(histories, times=times)
             rank_batches.append(pack_batch(case, histories, negatives, Place(rank, world_size)))
         elif not case.idle:
-            rank_batches.append(pack_batch(case, no_histories(), negatives, Place(rank, world_size)))
+            rank_batches.append(pack_batch(case, no_histories(case.opened["inputs"]), negatives, Place(rank, world_size)))
     return rank_batches
 
 
@@ -141,7 +150,7 @@ def pack_batch(case: Case, histories: Histories, negatives: Candidates, place: P
         capacity=CAPACITY,
         predict=True,
         draw=lambda targets: negatives if source is None else source.draw(targets, rng),
-        attributes=case.opened.get("attributes"),
+        **case.opened,
     )
 
 
@@ -189,7 +198,7 @@ def train(case: Case, rank: int, world_size: int) -> Trained:
     candidates = Candidates(np.arange(9), np.zeros(9, np.float32))
     ahead = Lockstep(
         iter(make_batches(case, rank, world_size)),
-        lambda: pack_batch(case, no_histories(), candidates, Place(rank, world_size)),
+        lambda: pack_batch(case, no_histories(case.opened["inputs"]), candidates, Place(rank, world_size)),
     )
     model.train()
     while True:
@@ -215,7 +224,7 @@ def train_plainly(case: Case, start: Trained) -> Trained:
     config = case.config
     weights = {name: table.clone().requires_grad_() for name, table in start.tables_before.items()}
     moments = {name: torch.zeros_like(table) for name, table in start.tables_before.items()}
-    dense = Dense(config.model, config.loss)
+    dense = Dense(config.model, config.loss, inputs=case.inputs)
     dense.load_state_dict(start.dense_before)
     adamw = torch.optim.AdamW(dense.parameters(), lr=LR, betas=(0.9, BETA2), weight_decay=0)
     result = Trained(start.tables_before, start.dense_before)
@@ -299,7 +308,9 @@ class FixedStream:
     @property
     def maker(self) -> Any:
         candidates = Candidates(np.arange(9), np.zeros(9, np.float32))
-        return SimpleNamespace(empty=lambda *_: pack_batch(self.case, no_histories(), candidates, here()))
+        return SimpleNamespace(
+            empty=lambda *_: pack_batch(self.case, no_histories(self.case.inputs), candidates, here())
+        )
 
     def batches(self, epoch: int, position: Position, rank: int, world_size: int) -> "FixedShare":
         return FixedShare(self.given)

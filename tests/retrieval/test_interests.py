@@ -9,6 +9,9 @@ from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import Batch
 from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.histories import Histories, no_histories
+from recgpt_torchrec.data.inputs.features import compute_features
+from recgpt_torchrec.data.inputs.spec import Feature, Inputs
+from recgpt_torchrec.data.inputs.times import VALUES
 from recgpt_torchrec.data.ragged import Ragged
 from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.stream import BatchMaker
@@ -45,6 +48,22 @@ def test_an_appended_entry_is_generated_and_pushes_the_oldest_out():
     assert longer.items.tolist() == [6, 7, 1, 8, 2]
     assert longer.offsets.tolist() == [0, 3, 5]
     assert longer.segments is not None and longer.segments.tolist() == [1, 0, 1, 0, 1]
+
+
+def test_an_appended_entry_has_the_time_of_the_newest_one_so_that_its_request_stays():
+    histories = Histories(
+        users=np.array([0, 1]),
+        items=np.array([5, 6, 7, 8]),
+        offsets=np.array([0, 3, 4]),
+        times=np.array([10, 20, 30, 100]),
+        request_times=np.array([94, 100]),
+    )
+    inputs = Inputs(features=[Feature(name=name, values=VALUES[name]) for name in ("past_gap", "next_gap")])
+    longer = append_generated(append_generated(histories, np.array([1, 2]), 4), np.array([3, 4]), 4)
+    assert longer.times is not None and longer.times.tolist() == [20, 30, 30, 30, 100, 100, 100]
+    features = compute_features(inputs, longer, np.arange(7))
+    # Seconds 64 = 2^6 are bucket 2 + 12; 10 is 2 + floor(2 * 3.32); a tie is 1. Every token's request is the one asked.
+    assert features is not None and features.tolist() == [[0, 8, 1, 1, 0, 1, 1], [8, 14, 14, 14, 1, 1, 1]]
 
 
 class Repeats(torch.nn.Module):

@@ -65,6 +65,17 @@ def check_times(inputs: Inputs, checkpoint: str, dataset: Dataset) -> None:
         )
 
 
+def other_times(inputs: Inputs, choice: TimeChoice, dataset: Dataset) -> list[str]:
+    """The options by which times would mean something else to a run than to the model that it starts from."""
+    shared = {*choice.use} & {each.name for each in inputs.features}
+    differ = []
+    if shared and choose_unit(choice, dataset) != inputs.time_unit:
+        differ.append(f"times in {unit_name(inputs.time_unit)}")
+    if {"hour", "weekday"} & shared and inputs.utc_offset_hours != choice.utc_offset_hours:
+        differ.append(f"--time.utc_offset_hours {inputs.utc_offset_hours:g}")
+    return differ
+
+
 def has_times(dataset: Dataset) -> bool:
     """Whether a dataset's sequences have timestamps."""
     if not dataset.columns:
