@@ -75,8 +75,8 @@ def load(
     check_inputs(inputs, checkpoint, dataset)
     if tuning is not None and tuning.prompts and manifest.segments > inputs.segments:
         raise InputError(
-            f"the checkpoint {checkpoint} does not tell dislikes and skips from what was only shown, and {dataset.path} "
-            "does; tune again on that dataset, or give the one it was tuned on"
+            f"the checkpoint {checkpoint} does not tell dislikes and skips from what was only shown, and "
+            f"{dataset.path} does; tune again on that dataset, or give the one it was tuned on"
         )
     attributes = Attributes.open(dataset, inputs, read_on_node)
     unsharded = RecGPT(
