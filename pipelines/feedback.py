@@ -108,7 +108,8 @@ def parse(arguments: list[str] | None = None) -> Options:
     for prompts in given.prompts:
         if not re.fullmatch(r"(exposed|places|collapsed|both|generated):[1-8]", prompts):
             parser.error(
-                f"--prompts {prompts} is not SOURCE:K, with SOURCE exposed, places, collapsed, both, generated, K from 1 to 8"
+                f"--prompts {prompts} is not SOURCE:K, with exposed, places, collapsed, both or "
+                "generated and K from 1 to 8"
             )
     if len(set(given.prompts)) < len(given.prompts):
         parser.error(f"--prompts {' '.join(given.prompts)}: each kind once")
