@@ -10,6 +10,8 @@ optimizer steps, for which prompted batches have more tokens:
     without                     fine-tuning without prompts, the control
     exposed:K                   the newest shown items between two interactions, at most K
     both:K, generated:K         shown items filled up to K with generated ones, or generated ones alone
+    places:K                    like exposed, and the model reads each item's place in its list (--position_column)
+    collapsed:K                 like exposed, with dislikes and skips as if they had only been shown
     as_interactions             the opposite: shown rows are interactions, in pre-training too
 
 `as_interactions` has shown rows as targets, but the same held-out items with the same interactions before them: rows
@@ -36,6 +38,8 @@ from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
 from recgpt_torchrec.data.dataset import Dataset, Part  # noqa: E402
 
 CONTROL, OTHER = "without", "as_interactions"
+KINDS = ("dislike_values", "skip_values", "dislike_to", "skip_to")
+"""Options of prepare that tell kinds of feedback apart."""
 PROMPTS = ["exposed:1", "exposed:2", "exposed:3", "both:1", "generated:1"]
 
 
@@ -49,18 +53,29 @@ class Options(experiment.Options):
     """configs/NAME.yaml and configs/NAME_tune.yaml are the configurations."""
     prompts: list[str]
     """Arms with prompts, as SOURCE:K."""
-    click_column: str
-    click_from: float
+    clicks: list[str]
+    """Options of prepare that tell clicked rows from others."""
+    kinds: list[str]
+    """Those that tell dislikes and skips apart."""
+    counts: list[str]
+    """The option of prepare with the minimum number of interactions."""
+    position_column: str | None
 
     @property
     def arms(self) -> list[str]:
         """The arms of the comparison, the control first."""
         return [CONTROL, *self.prompts, OTHER]
 
+    @property
+    def collapses(self) -> bool:
+        """Whether an arm reads all feedback as one kind."""
+        return any(arm.startswith("collapsed:") for arm in self.prompts)
+
     def planned(self) -> list[str]:
         """The kind of every step, see `RecordedSteps`."""
+        prepare = ["prepare"] * (2 + self.collapses)
         seed = ["pretrain"] * 2 + ["generate"] * len(self.prompts) + ["tune", "test"] * len(self.arms) + ["test"]
-        return [f"{self.name} {kind}" for kind in ["prepare"] * 2 + self.seeds * seed]
+        return [f"{self.name} {kind}" for kind in prepare + self.seeds * seed]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -82,18 +97,34 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument("--click_from", type=float, default=3, help="as in the stage prepare (default: 3)")
     parser.add_argument("--prompts", nargs="+", default=PROMPTS, metavar="SOURCE:K", help=" ".join(PROMPTS))
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to SEEDS - 1 (default: 3)")
+    parser.add_argument("--click_values", help="words of --click_column that are clicks, instead of --click_from")
+    for name in KINDS:
+        parser.add_argument(f"--{name}", help="as in prepare: which rows are dislikes or skips (default: none)")
+    parser.add_argument("--position_column", help="column with an item's place in its list (default: none)")
+    parser.add_argument("--min_count", type=int, help="as in prepare (default: that of prepare)")
     parser.add_argument("--ranks", type=int, default=1, help="processes of each stage (default: 1)")
     parser.add_argument("--configs", default="configs", help="folder of the configurations (default: configs)")
     given = parser.parse_args(arguments)
     for prompts in given.prompts:
-        if not re.fullmatch(r"(exposed|both|generated):[1-8]", prompts):
-            parser.error(f"--prompts {prompts} is not SOURCE:K, with exposed, both or generated and K from 1 to 8")
+        if not re.fullmatch(r"(exposed|places|collapsed|both|generated):[1-8]", prompts):
+            parser.error(
+                f"--prompts {prompts} is not SOURCE:K, with exposed, places, collapsed, both or "
+                "generated and K from 1 to 8"
+            )
     if len(set(given.prompts)) < len(given.prompts):
         parser.error(f"--prompts {' '.join(given.prompts)}: each kind once")
+    kinds = [word for name in KINDS if (value := getattr(given, name)) for word in (f"--{name}", value)]
+    if not kinds and any(prompts.startswith("collapsed") for prompts in given.prompts):
+        parser.error("--prompts collapsed: there is one kind of feedback only; name others, such as --dislike_to 2")
+    if not given.position_column and any(prompts.startswith("places") for prompts in given.prompts):
+        parser.error("--prompts places: name the column with the places, --position_column")
     if given.seeds < 1 or given.ranks < 1:
         parser.error("--seeds and --ranks must be at least 1")
     if not os.path.exists(given.input):
         parser.error(f"--input: there is no {given.input}")
+    clicks = ["--click_from", f"{given.click_from:g}"]
+    if given.click_values:
+        clicks = ["--click_values", given.click_values]
     return Options(
         input=from_root(given.input),
         output=from_root(given.output),
@@ -102,8 +133,10 @@ def parse(arguments: list[str] | None = None) -> Options:
         configs=from_root(given.configs),
         name=given.name,
         prompts=given.prompts,
-        click_column=given.click_column,
-        click_from=given.click_from,
+        clicks=["--click_column", given.click_column, *clicks],
+        kinds=kinds,
+        counts=[] if given.min_count is None else ["--min_count", str(given.min_count)],
+        position_column=given.position_column,
     )
 
 
@@ -118,8 +151,12 @@ class Feedback(experiment.Experiment):
 
     def run(self) -> None:
         """Prepare both datasets, then run seed by seed; updates the report after each seed."""
-        clicks = ["--click_column", self.options.click_column, "--click_from", f"{self.options.click_from:g}"]
-        self._prepare("prepare", [self.options.input, *clicks], self.data)
+        options = self.options
+        plain = [options.input, *options.clicks, *options.counts]
+        plain += ["--position_column", options.position_column] if options.position_column else []
+        self._prepare("prepare", [*plain, *options.kinds], self.data)
+        if options.collapses:
+            self._prepare("prepare_collapsed", plain, f"{self.data}_collapsed")
         write_as_interactions(Dataset.open(str(ROOT / self.data)), ROOT / f"{self.other}.csv")
         same_core = ["--time_column", "null", "--min_count", "1"]
         self._prepare(f"prepare_{OTHER}", [f"{self.other}.csv", *same_core], self.other)
@@ -141,15 +178,19 @@ class Feedback(experiment.Experiment):
         self._tune(seed, OTHER, self.other, start, needs)
 
     def _generate(self, seed: int, arm: str, title: str) -> None:
-        source, k = arm.split(":")
+        arm, k = arm.split(":")
+        source = "exposed" if arm in ("places", "collapsed") else arm
+        data, prepare = (
+            (f"{self.data}_collapsed", "prepare_collapsed") if arm == "collapsed" else (self.data, "prepare")
+        )
         start, output = f"seed{seed}/pretrain", f"{self.folder}/{title}"
-        arguments = ["--data", self.data, "--checkpoint", f"{self.folder}/{start}", "--output", output]
+        arguments = ["--data", data, "--checkpoint", f"{self.folder}/{start}", "--output", output]
         self.steps.run(
             f"{self.name}/{title}",
             self._command("generate_prompts", [*arguments, "--prompts.source", source, "--prompts.k", k]),
             kind=f"{self.name} generate",
             proof=f"{output}/manifest.json",
-            needs=(f"{self.name}/prepare", f"{self.name}/{start}"),
+            needs=(f"{self.name}/{prepare}", f"{self.name}/{start}"),
         )
 
     def _tune(self, seed: int, arm: str, data: str, start: str, made_by: str) -> None:
@@ -158,6 +199,7 @@ class Feedback(experiment.Experiment):
         title = f"seed{seed}/{folder_of(arm)}"
         more = ["--checkpoint", f"{self.folder}/{start}", "--batch.tokens", str(self._equal_step_tokens(data, prompts))]
         more += [] if prompts else ["--tuning.prompts", "false"]
+        more += ["--tuning.places", "true"] if arm.startswith("places:") else []
         self._train(title, "tune", "prompt_tune", self.tune_config, data, (made_by, start), seed, more)
         self._test(seed, folder_of(arm), data)
 

@@ -77,6 +77,11 @@ def load(
     users, items = manifest.users, manifest.items
     inputs = settings.inputs
     check_inputs(inputs, checkpoint, dataset)
+    if tuning is not None and tuning.prompts and manifest.segments > inputs.segments:
+        raise InputError(
+            f"the checkpoint {checkpoint} does not tell dislikes and skips from what was only shown, and "
+            f"{dataset.path} does; tune again on that dataset, or give the one it was tuned on"
+        )
     attributes = Attributes.open(dataset, inputs, read_on_node)
     unsharded = RecGPT(
         settings.model, settings.loss, users, items, tuning, item_keys, tables.precision, inputs, attributes
