@@ -122,8 +122,10 @@ def _write_dataset(
     user_keys = queries.user_table(user_ids, users)
     entities = {"item": (queries.name_items(item_ids, items), all_items), "user": (user_keys, all_users)}
     encoded = [encode_table(engine, config, each, *entities[each.table.entity], extended) for each in loaded_tables]
+    # Items of the catalogue that do not reach min_count have ids, but their interactions are not kept.
+    with_history = item_ids if catalogue is None else item_ids.semi_join(core.items, "item")
     kept = engine.save(
-        "kept_events", events.inner_join(user_ids, "user").inner_join(item_ids, "item").drop("user", "item")
+        "kept_events", events.inner_join(user_ids, "user").inner_join(with_history, "item").drop("user", "item")
     )
     engine.drop(events.get_name())
     target_events = log.event_types.ids_of("--target_events", config.target_events) if log.event_types else []
@@ -196,7 +198,7 @@ def _write_dataset(
             **({"events": log.event_types.to_record()} if log.event_types else {}),
             "page": [*log.page, *describe_tables(encoded), *describe_keys(engine, config, users, items)],
         }
-        if extended is not None:
+        if extended is not None and known_items is not None:
             manifest.lineage = earlier.lineage_of(extended, manifest.vocabulary)
             manifest.preparation["extends"] = {
                 "dataset": extended.path,
@@ -204,7 +206,7 @@ def _write_dataset(
                 "users": extended.manifest.users,
                 "items": extended.manifest.items,
                 "absent_users": all_users - core.left.users,
-                "absent_items": all_items - engine.count(kept_items),
+                "absent_items": engine.count(known_items.anti_join(core.items, "item")),
                 "new_targets": engine.count(
                     placed.filter((placed.part == 0) & ~placed["first"] & (placed.trained == 0))
                 ),
