@@ -94,6 +94,22 @@ class Prepare:
     """With --vocabulary: what becomes of rows whose user or item it does not have. add: the vocabulary is extended.
     leave_out: they are left out, so that the vocabulary stays as it is and the checkpoints of the earlier dataset fit,
     for vectors between two trainings."""
+    ids: Literal["vocabulary", "hash", "managed"] = "vocabulary"
+    """How users and items get ids, where they have a number of rows. vocabulary: each key has its own, and tables grow
+    with every new one. hash: a key's row is its hash modulo the number of rows; keys that collide share a row and its
+    vector, and users that do also a history. managed: torchrec's managed collision; a key has a row of its own, and
+    once all rows are taken --eviction decides which keys lose theirs to new ones. A key without a row is left out of
+    histories and targets."""
+    user_rows: int | None = None
+    """Number of rows of the users' table, with --ids hash or managed; null: users have a vocabulary."""
+    item_rows: int | None = None
+    """Number of rows of the items' table, with --ids hash or managed; null: items have a vocabulary."""
+    eviction: Literal["lru", "lfu", "distance_lfu"] = "lru"
+    """Which keys keep their rows with --ids managed. lru: those seen last. lfu: those with the most interactions.
+    distance_lfu: those with the most interactions, divided by the number of steps since the last one."""
+    eviction_step: int = 86400
+    """Length of a step in which lru and distance_lfu count time, in the unit of the time column: 86400 is a day where
+    that is seconds. Without times a step is one run of prepare."""
     hold_out: Literal["last", "time", "given", "none"] = "last"
     """What is held out of training. last: the last two interactions of each user with at least three, the validation
     and the test item. time: the interactions from --test_from on, and before them those of validation. given: those of
@@ -143,6 +159,7 @@ class Prepare:
         at_least("--groups_per_part", self.groups_per_part, 1)
         if self.new_keys == "leave_out" and self.vocabulary is None:
             raise ValueError("--new_keys leave_out belongs to --vocabulary; name the earlier dataset, or leave it out")
+        self._check_ids()
         self._check_hold_out()
         if not abs(self.click_from) < float("inf"):
             raise ValueError(f"--click_from is {self.click_from}; it must be a finite number")
@@ -167,6 +184,23 @@ class Prepare:
             raise ValueError(
                 f"--encoding is {self.encoding}, which Python does not know; give utf-8, latin-1, utf-16, ..."
             ) from None
+
+    def _check_ids(self) -> None:
+        """Check that the options of ids fit together."""
+        rows = {"user_rows": self.user_rows, "item_rows": self.item_rows}
+        given = [f"--{name} {value}" for name, value in rows.items() if value is not None]
+        if self.ids == "vocabulary" and given:
+            raise ValueError(f"{given[0]} belongs to --ids hash or managed; give one of them, or leave it out")
+        if self.ids != "vocabulary" and not given:
+            raise ValueError(f"--ids {self.ids} needs the size of a table; give --item_rows, --user_rows or both")
+        for name, value in rows.items():
+            if value is not None and not 1 <= value < 2**31:
+                raise ValueError(f"--{name} is {value}; it must be from 1 to {2**31 - 1}")
+        if self.ids == "hash" and self.new_keys == "leave_out":
+            raise ValueError(
+                "--new_keys leave_out says which keys get no id, but with --ids hash every key has one; leave it out"
+            )
+        at_least("--eviction_step", self.eviction_step, 1)
 
     def _check_hold_out(self) -> None:
         """Check that the options of the split fit what is held out."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recgpt_torchrec.data.ids.records import Entity, IdTable
 from recgpt_torchrec.data.inputs.records import DatasetAttribute
 from recgpt_torchrec.data.split import EVALUATION, FEWEST_ITEMS, HoldOut, SplitName
 from recgpt_torchrec.errors import InputError
@@ -98,6 +99,8 @@ class Manifest(FolderManifest):
     """Words of the event types in the column `event_ids`; the n-th has the id n + 1."""
     time_unit: float | None = None
     """Seconds of a unit of the timestamps; None: it is not known."""
+    id_tables: list[IdTable] = field(default_factory=list)
+    """How ids are assigned that are slots of a table of fixed size; not written where there are none."""
 
     def count_targets(self, split: SplitName) -> int | None:
         """Number of users with a target in `validation` or `test`; None: it was not recorded, but there may be some."""
@@ -118,6 +121,17 @@ class Manifest(FolderManifest):
         """The vocabulary with this fingerprint, if this dataset has or extends it; else None."""
         own = Vocabulary(fingerprint=self.vocabulary, users=self.users, items=self.items)
         return next((each for each in (own, *self.lineage) if each.fingerprint == vocabulary), None)
+
+    def id_table(self, entity: Entity) -> IdTable | None:
+        """How the ids of users or items are assigned; None: from a vocabulary."""
+        return next((each for each in self.id_tables if each.entity == entity), None)
+
+    def reassigned_since(self, vocabulary: str) -> dict[Entity, int]:
+        """The version of a vocabulary that this one has or extends, by each entity of which a slot was given to
+        another key since: those whose `since` is greater. Empty: every id of that vocabulary means the same key."""
+        known = [each.fingerprint for each in self.lineage]
+        version = known.index(vocabulary) if vocabulary in known else len(known)
+        return {each.entity: version for each in self.id_tables if each.reassigned > version}
 
     @property
     def entries(self) -> int:
@@ -145,7 +159,7 @@ class Manifest(FolderManifest):
             del values["lineage"]
         if self.hold_out == "last":
             del values["hold_out"]
-        for name in ("attributes", "events", "time_unit"):
+        for name in ("attributes", "events", "time_unit", "id_tables"):
             if not values[name]:
                 del values[name]
         return json.dumps(values, indent=1)
@@ -161,6 +175,10 @@ class Manifest(FolderManifest):
         check_counts({name: getattr(manifest, name) for name in ("users", "items", "interactions")})
         for each in manifest.lineage:
             check_counts({f"{name} of the lineage": getattr(each, name) for name in ("users", "items")})
+        for table in manifest.id_tables:
+            table.check()
+            if (count := getattr(manifest, f"{table.entity}s")) > table.rows:
+                raise ValueError(f"it promises {count:,} {table.entity}s in a table of {table.rows:,} rows")
         for name, parts in (("users", manifest.user_parts), ("items", manifest.item_parts)):
             count, rows = getattr(manifest, name), sum(part.rows for part in parts)
             if count and count != rows:

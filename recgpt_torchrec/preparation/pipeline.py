@@ -7,7 +7,7 @@ Everything between reading and writing is Ibis expressions over tables in the en
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from recgpt_torchrec.preparation import earlier, parts, queries
 from recgpt_torchrec.preparation.earlier import Known, KnownCodes
 from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS, Engine
 from recgpt_torchrec.preparation.engines.opening import open_engine
+from recgpt_torchrec.preparation.ids.assigning import assign_ids, check_tables, describe_rules, describe_slots
 from recgpt_torchrec.preparation.kcore import Core, k_core
 from recgpt_torchrec.preparation.reading.files import InputFile
 from recgpt_torchrec.preparation.reading.log import RawLog, read_log
@@ -51,6 +52,7 @@ def prepare(config: Prepare) -> Result:
     began = time.monotonic()
     inputs, file_parts = parts.list_input_files(config)
     extended = None if config.vocabulary is None else earlier.open_earlier(config.vocabulary, config.output)
+    check_tables(config, extended)
     finished = _find_finished(config, _record_inputs(config, inputs.files, file_parts), extended)
     if finished is not None:
         return Result(manifest=finished, seconds=time.monotonic() - began, already_there=True)
@@ -98,13 +100,21 @@ def _write_dataset(
     if extended is not None and known is not None:
         _check_keys(engine, config, extended, core, known, items)
     known_users, known_items = (known.users, known.items) if known is not None else (None, None)
-    user_ids = engine.save("user_ids", queries.assign_ids(core.users, "user", "user_id", known_users))
-    item_ids = engine.save("item_ids", queries.assign_ids(core.items, "item", "item_id", known_items))
-    all_users, all_items = engine.count(user_ids), engine.count(item_ids)
+    pairs = queries.select_interacted(events).semi_join(core.users, "user").semi_join(core.items, "item")
+    assign = partial(assign_ids, engine, config, pairs=pairs, extended=extended)
+    user_ids = assign("user", kept=core.users, codes=users, known=known_users)
+    item_ids = assign("item", kept=core.items, codes=items, known=known_items)
+    all_users, all_items = user_ids.count, item_ids.count
     kept = engine.save(
-        "kept_events", events.inner_join(user_ids, "user").inner_join(item_ids, "item").drop("user", "item")
+        "kept_events", events.inner_join(user_ids.codes, "user").inner_join(item_ids.codes, "item").drop("user", "item")
     )
     engine.drop(events.get_name())
+    slots = [ids.slots for ids in (user_ids, item_ids) if ids.slots is not None]
+    if slots and not engine.count(queries.select_interacted(kept)):
+        raise InputError(
+            "no interaction of the log has both a user and an item with a row, so nothing is left; give more rows with "
+            "--user_rows and --item_rows"
+        )
     kept, boundaries = parts.mark_parts(engine, config, kept, log.first_rows, file_parts)
     entries, exposed = queries.select_interacted(kept), None
     if log.exposed:
@@ -123,16 +133,18 @@ def _write_dataset(
 
     lengths = _summarize_lengths(engine, kept)
     if extended is not None:
-        entries = engine.save("marked_entries", earlier.mark_trained(engine, entries, extended, log.timed))
+        changed = [ids.changed_since(extended) for ids in (user_ids, item_ids)]
+        entries = engine.save("marked_entries", earlier.mark_trained(engine, entries, extended, log.timed, *changed))
     placed = engine.save("placed", queries.place_interactions(queries.select_interacted(entries), config.hold_out))
     counts = engine.save("item_counts", queries.count_items(placed))
     histories, layout = _lay_out_sequences(config, entries, all_users, log.timed, bool(exposed), extended is not None)
-    total = core.left.interactions + (exposed["left"] if exposed else 0)
+    interactions = core.left.interactions if not slots else engine.count(kept)
+    total = interactions + (exposed["left"] if exposed else 0)
     with folders.stage_folder(config.output) as (fs, folder):
         manifest = Manifest(
             users=all_users,
             items=all_items,
-            interactions=core.left.interactions,
+            interactions=interactions,
             settings=asdict(config),
             hold_out=config.hold_out,
             sequences=engine.write_parts(histories, layout, fs, folder, total),
@@ -142,10 +154,12 @@ def _write_dataset(
             layout = lay_out_rows(name, list(table.columns), ids, BATCH_ROWS, config.groups_per_part)
             return engine.write_parts(table, layout, fs, folder, ids)
 
-        manifest.item_parts = write("items", queries.item_table(item_ids, items, counts), all_items)
-        manifest.user_parts = write("users", queries.user_table(user_ids, users), all_users)
+        manifest.item_parts = write(
+            "items", item_ids.add_columns(queries.item_table(item_ids.named, items, counts)), all_items
+        )
+        manifest.user_parts = write("users", user_ids.add_columns(queries.user_table(user_ids.named, users)), all_users)
         keys = {"items": manifest.item_parts, "users": manifest.user_parts}
-        manifest.vocabulary = fingerprint_parts(fs, folder, keys)
+        manifest.vocabulary = fingerprint_parts(fs, folder, keys, describe_rules(slots))
         rejected = write("rejected", log.rejected_rows, sum(log.rejected.values())) if log.rejected else []
         manifest.preparation = {
             "inputs": _record_inputs(config, log.files, file_parts),
@@ -161,16 +175,22 @@ def _write_dataset(
             "split": parts.record_of(engine, placed, counts, all_items, boundaries),
             **({"exposed": exposed} if exposed else {}),
             "page": [*log.page, *describe_keys(engine, config, users, items)],
+            **({"ids": describe_slots(slots, core.left.interactions - interactions)} if slots else {}),
         }
+        manifest.id_tables = [replace(each.record, version=0) for each in slots]
         if extended is not None:
+            present = {"user": core.left.users, "item": core.left.items}
+            if slots:
+                present = {name: engine.count(placed.select(f"{name}_id").distinct()) for name in present}
             manifest.lineage = earlier.lineage_of(extended, manifest.vocabulary)
+            manifest.id_tables = [replace(each.record, version=len(manifest.lineage)) for each in slots]
             manifest.preparation["extends"] = {
                 "dataset": extended.path,
                 **earlier.record_of(extended),
                 "users": extended.manifest.users,
                 "items": extended.manifest.items,
-                "absent_users": all_users - core.left.users,
-                "absent_items": all_items - core.left.items,
+                "absent_users": all_users - present["user"],
+                "absent_items": all_items - present["item"],
                 "new_targets": engine.count(
                     placed.filter((placed.part == 0) & ~placed["first"] & (placed.trained == 0))
                 ),
