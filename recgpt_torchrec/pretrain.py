@@ -16,7 +16,7 @@ def main(config: Pretrain) -> None:
     from recgpt_torchrec.evaluation.validation import METRIC, validation_of
     from recgpt_torchrec.training.building import choose_tokens, open_dataset, training_stream
     from recgpt_torchrec.training.execution import Execution
-    from recgpt_torchrec.training.loading import find_initial
+    from recgpt_torchrec.training.loading import find_initial, reset_reassigned
     from recgpt_torchrec.training.run import RUN, Run
     from recgpt_torchrec.training.session import train
     from recgpt_torchrec.training.trainer import Trainer
@@ -46,6 +46,7 @@ def main(config: Pretrain) -> None:
             assert run.initial is not None
             initialise = partial(initialise_tables, trainer.model, config.tables.init_std_of, config.seed)
             trainer.begin_from(run.initial, initialise)
+            reset_reassigned(trainer.model, trainer.optimizer, run.initial, config, dataset)
             log_message(f"Starting from {run.initial}")
 
         validation = validation_of(stream, config.model, stream.maker.batch, device, limits)

@@ -142,7 +142,8 @@ def assign_ids(
         return _store(engine, entity, *assign_hashed(stream, record, used))
     if extended is not None:
         state = [np.concatenate(blocks) for blocks in zip(*read_slots(extended, entity, STATE), strict=True)]
-    return _store(engine, entity, *assign_managed(stream, record, *state, version=version))
+    since, seen, last_seen = state
+    return _store(engine, entity, *assign_managed(stream, record, since, seen, last_seen, version))
 
 
 def _write_stream(

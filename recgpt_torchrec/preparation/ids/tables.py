@@ -166,8 +166,8 @@ def assign_managed(
             yield pa.table([pa.array(codes[has]), pa.array(slots[has])], schema=CODES)
 
     columns = {"since": since, "seen": seen, "last_seen": last_seen}
-    slots = Slots(record=record, code=own, columns=columns, evicted=int(changed.sum()), refused=present - got)
-    return slots, read_codes
+    held = Slots(record=record, code=own, columns=columns, evicted=int(changed.sum()), refused=present - got)
+    return held, read_codes
 
 
 def _advance(record: IdTable, first: int | None, newest: int | None, counts: bool) -> IdTable:
