@@ -6,6 +6,10 @@
     items/*.parquet       item_id int64 (dense, from 0), key, count, train_count
     users/*.parquet       user_id int64 (dense, from 0), key
 
+Where ids are slots of a table of fixed size (`prepare --ids`), items/ or users/ have more columns, all int64. managed:
+since (version of the vocabulary in which the slot was given to another key), seen and last_seen (what the policy
+counts). hash: keys (number of keys that share the id; `key` is the most frequent); item_keys/ or user_keys/ list all.
+
 The manifest is written last: a folder without one is not a dataset.
 """
 
@@ -20,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recgpt_torchrec.data.ids.records import Entity, IdTable
+from recgpt_torchrec.data.ids.records import Entity, IdsRecord, IdTable
 from recgpt_torchrec.data.inputs.records import DatasetAttribute
 from recgpt_torchrec.data.split import EVALUATION, FEWEST_ITEMS, HoldOut, SplitName
 from recgpt_torchrec.errors import InputError
@@ -100,7 +104,14 @@ class Manifest(FolderManifest):
     time_unit: float | None = None
     """Seconds of a unit of the timestamps; None: it is not known."""
     id_tables: list[IdTable] = field(default_factory=list)
-    """How ids are assigned that are slots of a table of fixed size; not written where there are none."""
+    """How ids are assigned that are slots of a table of fixed size; not written where there are none, like the next."""
+    key_parts: list[Part] = field(default_factory=list)
+    """Of `item_keys/` and `user_keys/`, where keys share ids: every key of the log, and its id, in order of ids."""
+
+    @property
+    def all_parts(self) -> list[Part]:
+        """All parts that the manifest promises."""
+        return [*super().all_parts, *self.key_parts]
 
     def count_targets(self, split: SplitName) -> int | None:
         """Number of users with a target in `validation` or `test`; None: it was not recorded, but there may be some."""
@@ -159,7 +170,7 @@ class Manifest(FolderManifest):
             del values["lineage"]
         if self.hold_out == "last":
             del values["hold_out"]
-        for name in ("attributes", "events", "time_unit", "id_tables"):
+        for name in ("attributes", "events", "time_unit", "id_tables", "key_parts"):
             if not values[name]:
                 del values[name]
         return json.dumps(values, indent=1)
@@ -241,6 +252,7 @@ class PreparationRecord:
     unknown_left_out: int = 0
     exposed: dict[str, int] = field(default_factory=dict)
     extends: ExtendsRecord = field(default_factory=ExtendsRecord)
+    ids: IdsRecord = field(default_factory=IdsRecord)
 
 
 def check_records(settings: dict[str, Any], preparation: dict[str, Any]) -> None:

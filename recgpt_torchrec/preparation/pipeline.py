@@ -160,6 +160,9 @@ def _write_dataset(
         manifest.user_parts = write("users", user_ids.add_columns(queries.user_table(user_ids.named, users)), all_users)
         keys = {"items": manifest.item_parts, "users": manifest.user_parts}
         manifest.vocabulary = fingerprint_parts(fs, folder, keys, describe_rules(slots))
+        for entity, ids, codes in (("item", item_ids, items), ("user", user_ids, users)):
+            if (shared := ids.list_keys(codes)) is not None:
+                manifest.key_parts += write(f"{entity}_keys", shared, engine.count(ids.codes))
         rejected = write("rejected", log.rejected_rows, sum(log.rejected.values())) if log.rejected else []
         manifest.preparation = {
             "inputs": _record_inputs(config, log.files, file_parts),

@@ -314,12 +314,14 @@ def write_prompts(
         )
         if rank() == 0:
             sequences = [part for share, _ in shares for part in share]
-            copy_parts(dataset, dataset.manifest.item_parts + dataset.manifest.user_parts, fs, folder)
+            described = dataset.manifest
+            copied = [*described.item_parts, *described.user_parts, *described.key_parts]
+            copy_parts(dataset, copied, fs, folder)
             manifest = replace(
-                dataset.manifest,
+                described,
                 sequences=sequences,
                 interactions=sum(part.items for part in sequences) - total.generated - total.exposed,
-                settings={**dataset.manifest.settings, RECORD: record},
+                settings={**described.settings, RECORD: record},
             )
             folders.write_manifest(fs, folder, manifest.to_json())
             total.bytes = manifest.size

@@ -1,6 +1,6 @@
 """What a dataset's manifest records of ids that are slots of a table of fixed size."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from recgpt_torchrec.storage.typed import check_counts
@@ -50,3 +50,29 @@ class IdTable:
             raise ValueError(f"{name}: rows is {self.rows}, it must be from 1 to {MAX_ROWS:,}")
         if not 0 <= self.reassigned <= self.version:
             raise ValueError(f"{name}: reassigned is {self.reassigned}, it must be from 0 to {self.version}")
+
+
+@dataclass(kw_only=True)
+class CountedTable:
+    """What became of keys in a table of fixed size."""
+
+    entity: Entity
+    ids: Literal["hash", "managed"]
+    rows: int
+    evicted: int = 0
+    """Number of keys that lost their slot to others."""
+    refused: int = 0
+    """Number of keys of the log without a slot, beside those."""
+    shared: int = 0
+    """Number of slots that several keys share."""
+    keys: int = 0
+    """Number of keys of a hashed table."""
+
+
+@dataclass(kw_only=True)
+class IdsRecord:
+    """`preparation.ids`: what became of the log where ids are slots of a table of fixed size."""
+
+    left_out: int = 0
+    """Number of interactions that are left out, because their user or item has no slot."""
+    tables: list[CountedTable] = field(default_factory=list)

@@ -1,7 +1,7 @@
 """Assigns ids to the users or items that the log kept: from a vocabulary, or as slots of a table of fixed size."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import ibis
@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.data.dataset import Dataset
-from recgpt_torchrec.data.ids.records import Entity, IdTable
+from recgpt_torchrec.data.ids.records import CountedTable, Entity, IdsRecord, IdTable
 from recgpt_torchrec.data.ids.slots import read_slots
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation import queries
@@ -47,6 +47,15 @@ class Ids:
             return part
         id, *names = self.columns.columns
         return part.inner_join(self.columns, id).select(*part.columns, *names)
+
+    def list_keys(self, codes: ir.Table) -> ir.Table | None:
+        """Every key with its id, numbered in the order of ids, given code and `key`; None: a key has its own id."""
+        if self.slots is None or self.slots.record.ids != "hash":
+            return None
+        entity, id = self.codes.columns
+        keys = self.codes.inner_join(codes, entity).select(entity, id, "key")
+        bucketed = keys.mutate(bucket=keys[id] // queries.BUCKET_CODES)
+        return queries.number_rows(bucketed, [id, entity], NUMBER).select(NUMBER, id, "key")
 
     def changed_since(self, extended: Dataset) -> ir.Table | None:
         """The ids of the earlier dataset that mean another key now; None: there are none."""
@@ -253,16 +262,18 @@ def describe_slots(slots: list[Slots], left_out: int) -> dict[str, Any]:
         slots: of users, items or both.
         left_out: number of interactions that are left out because their user or item has no slot.
     """
-    of_tables = [
-        {
-            "entity": each.record.entity,
-            "ids": each.record.ids,
-            "rows": each.record.rows,
-            "evicted": each.evicted,
-            "refused": each.refused,
-            "shared": int((each.columns.get("keys", np.zeros(0)) > 1).sum()),
-            "keys": int(each.columns.get("keys", np.zeros(0)).sum()),
-        }
-        for each in slots
-    ]
-    return {"left_out": left_out, "tables": of_tables}
+    tables = []
+    for each in slots:
+        keys = each.columns.get("keys", np.zeros(0, np.int64))
+        tables.append(
+            CountedTable(
+                entity=each.record.entity,
+                ids=each.record.ids,
+                rows=each.record.rows,
+                evicted=each.evicted,
+                refused=each.refused,
+                shared=int((keys > 1).sum()),
+                keys=int(keys.sum()),
+            )
+        )
+    return asdict(IdsRecord(left_out=left_out, tables=tables))
