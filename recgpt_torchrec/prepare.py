@@ -1,36 +1,29 @@
 """Stage `prepare`: a raw interaction log -> a dataset of sequence Parquet, id vocabularies and a manifest."""
 
+from typing import Any
+
 from recgpt_torchrec import cli
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.data.dataset import Manifest
+from recgpt_torchrec.data.days.records import day_of, path_of
 from recgpt_torchrec.data.split import EVALUATION
+from recgpt_torchrec.preparation.days.appending import append
 from recgpt_torchrec.preparation.pipeline import Result, prepare
 
 
 def main(config: Prepare) -> None:
     """Prepare the dataset, and print what became of the log."""
-    print(summary(config, prepare(config)))
+    if config.append:
+        print(summarize_day(config, append(config)))
+    else:
+        print(summary(config, prepare(config)))
 
 
 def summary(config: Prepare, result: Result) -> str:
     """What was read, what was dropped and why, what was written, and the next command."""
     manifest, record = result.manifest, result.manifest.preparation
-    files, rejected, rounds, lengths = record["inputs"], record["rejected"], record["rounds"], record["lengths"]
-    name = files[0]["path"] if len(files) == 1 else f"{len(files)} files"
-    lines = [f"read        {record['rows']:,} rows of {name} ({size(sum(file['bytes'] for file in files))})"]
-    lines += [line(label, text) for label, text in record.get("page", []) if label != "note"]
-    if filtered := record.get("filtered"):
-        unknown = record["uncomputed"]
-        why = f"; {unknown:,} of them have no value for it, or one of another type" if unknown else ""
-        lines.append(f"where       {filtered:,} rows left out ({filtered / record['rows']:.2%}): {config.where}{why}")
-    if rejected:
-        total = sum(rejected.values())
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejected.items())
-        lines.append(
-            f"rejected    {total:,} rows ({total / record['rows']:.2%}): {reasons}; see {config.output}/rejected"
-        )
-    if record["duplicates_dropped"]:
-        lines.append(f"duplicates  {record['duplicates_dropped']:,} dropped")
+    rounds, lengths = record["rounds"], record["lengths"]
+    lines = describe_reading(config, record)
     if "unknown_left_out" in record:
         lines.append(
             f"new keys    {record['unknown_left_out']:,} interactions left out, of users or items that "
@@ -98,6 +91,72 @@ def describe_ids(manifest: Manifest) -> list[str]:
     if record and record["left_out"]:
         lines.append(line("", f"{record['left_out']:,} interactions left out, whose user or item has no row"))
     return lines
+
+
+def describe_reading(config: Prepare, record: dict[str, Any]) -> list[str]:
+    """The lines on what was read of the log, and which rows were left out."""
+    files, rejected = record["inputs"], record["rejected"]
+    folder = record["rejected_parts"][0]["path"].rpartition("rejected/")[0] if rejected else ""
+    folder = f"{config.output}/{folder}".rstrip("/")
+    name = files[0]["path"] if len(files) == 1 else f"{len(files)} files"
+    lines = [f"read        {record['rows']:,} rows of {name} ({size(sum(file['bytes'] for file in files))})"]
+    lines += [line(label, text) for label, text in record.get("page", []) if label != "note"]
+    if filtered := record.get("filtered"):
+        unknown = record["uncomputed"]
+        why = f"; {unknown:,} of them have no value for it, or one of another type" if unknown else ""
+        lines.append(f"where       {filtered:,} rows left out ({filtered / record['rows']:.2%}): {config.where}{why}")
+    if rejected:
+        total = sum(rejected.values())
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejected.items())
+        lines.append(f"rejected    {total:,} rows ({total / record['rows']:.2%}): {reasons}; see {folder}/rejected")
+    if record["duplicates_dropped"]:
+        lines.append(f"duplicates  {record['duplicates_dropped']:,} dropped")
+    return lines
+
+
+def summarize_day(config: Prepare, result: Result) -> str:
+    """What was read, what of it was new, what was written, and the next command, for `--append`."""
+    manifest, record, day = result.manifest, result.manifest.preparation, result.manifest.day
+    assert day is not None
+    lines = describe_reading(config, record)
+    if day.repeated:
+        lines.append(line("repeated", f"{day.repeated:,} rows left out: an earlier day has them"))
+    if day.too_late:
+        lines.append(
+            line("too late", f"{day.too_late:,} rows left out: older than the newest {day.history:,} of their user")
+        )
+    if day.late:
+        lines.append(
+            line("late", f"{day.late:,} interactions are older than others of their user, and were put in their place")
+        )
+    if "repeats_collapsed" in record:
+        lines.append(line("repeats", f"{record['repeats_collapsed']:,} of the item just before, collapsed"))
+    extends = record.get("extends", {"users": 0, "items": 0})
+    rows = sum(part.rows for part in manifest.sequences)
+    lines += [
+        line("day", f"{day.number} of {config.output}: {day.new:,} new interactions of {rows:,} users"),
+        line("targets", f"{record['split']['training_targets']:,} new ones to train on"),
+        line(
+            "keys",
+            f"{manifest.users - extends['users']:,} users and {manifest.items - extends['items']:,} items are new",
+        ),
+        line("so far", f"{manifest.users:,} users, {manifest.items:,} items, {day.total:,} interactions"),
+    ]
+    if config.hold_out == "none":
+        lines.append(line("held out", "nothing (--hold_out none)"))
+    else:
+        lines.append(
+            line("held out", f"the last two interactions of {day.held_out_users:,} users, until later ones come")
+        )
+    lines += [line(label, text) for label, text in record.get("page", []) if label == "note"]
+    if result.already_there:
+        lines.append(f"nothing to do: {config.output} already holds this input, as day {day.number}")
+    else:
+        own = [part for part in manifest.all_parts if day_of(part) == day.number]
+        written = f"{size(sum(part.bytes for part in own))} in {len(own)} files"
+        lines.append(f"wrote       {path_of(config.output, day.number)} ({written}) in {result.seconds:.1f} s")
+    lines.append(f"next        python -m recgpt_torchrec.pretrain --data {config.output} --output RUN_FOLDER")
+    return "\n".join(lines)
 
 
 def line(label: str, text: str) -> str:

@@ -23,6 +23,7 @@ from recgpt_torchrec import storage
 from recgpt_torchrec.checkpoints.direct_io import DirectFiles
 from recgpt_torchrec.checkpoints.records import tensors_of
 from recgpt_torchrec.checkpoints.safe_reading import SafeReader, TensorPlanner, UnsafeCheckpoint
+from recgpt_torchrec.data.days.records import path_of
 from recgpt_torchrec.distributed.processes import gather_objects, rank, run_on_first_rank, world_size
 from recgpt_torchrec.distributed.watchdog import tracked_phase
 from recgpt_torchrec.errors import InputError
@@ -32,6 +33,8 @@ from recgpt_torchrec.storage.typed import SHOWN, make_typed
 METADATA = "checkpoint.json"
 BEST = "best.json"
 FOLDER = "checkpoints"
+TRAINED_DAYS = "trained_days.json"
+"""Lists the days that a run on a folder of days has trained."""
 TEMPORARY = ".tmp"
 NO_METADATA = "metadata is None; global metadata read failed: "
 """What torch puts before the reason for which `.metadata` could not be read."""
@@ -250,6 +253,8 @@ def read_metadata(checkpoint: str) -> dict[str, Any]:
 def find_checkpoint(path: str) -> str:
     """Find the checkpoint folder for `path`: itself, or the best (else the newest) of a run's output folder.
 
+    Of a run on a folder of days it is that of the newest day that is trained.
+
     Rank 0 looks, for all ranks (collective).
 
     Raises:
@@ -261,6 +266,8 @@ def find_checkpoint(path: str) -> str:
 def _find_checkpoint(path: str) -> str:
     if is_complete(path):
         return path
+    if (trained := storage.read_json(os.path.join(path, TRAINED_DAYS))) is not None:
+        path = path_of(path, len(trained.get("days", [])))
     checkpoints = Checkpoints(path, keep=0)
     checkpoint = checkpoints.best() or checkpoints.latest()
     if checkpoint is None:

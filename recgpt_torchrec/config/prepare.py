@@ -110,6 +110,15 @@ class Prepare:
     eviction_step: int = 86400
     """Length of a step in which lru and distance_lfu count time, in the unit of the time column: 86400 is a day where
     that is seconds. Without times a step is one run of prepare."""
+    append: bool = False
+    """Append the input as a day to the folder of days --output, without reading the log before it. Users and items keep
+    their ids, and new ones get the ids after them, however few interactions they have (min_count is not used). A user's
+    new interactions follow their newest earlier ones, which are marked as trained where they were. pretrain --data on
+    the folder trains each day once. The first call makes the folder; later ones take the same options. Of hold_out,
+    last and none."""
+    history: int = 200
+    """With --append: number of a user's newest earlier interactions that are kept for the days to come; at least the
+    model.max_len of runs on the folder."""
     hold_out: Literal["last", "time", "given", "none"] = "last"
     """What is held out of training. last: the last two interactions of each user with at least three, the validation
     and the test item. time: the interactions from --test_from on, and before them those of validation. given: those of
@@ -161,6 +170,7 @@ class Prepare:
             raise ValueError("--new_keys leave_out belongs to --vocabulary; name the earlier dataset, or leave it out")
         self._check_ids()
         self._check_hold_out()
+        self._check_append()
         if not abs(self.click_from) < float("inf"):
             raise ValueError(f"--click_from is {self.click_from}; it must be a finite number")
         if self.click_column is None and self.click_from != 1:
@@ -201,6 +211,30 @@ class Prepare:
                 "--new_keys leave_out says which keys get no id, but with --ids hash every key has one; leave it out"
             )
         at_least("--eviction_step", self.eviction_step, 1)
+
+    def _check_append(self) -> None:
+        """Check that the options fit `append`."""
+        at_least("--history", self.history, 1)
+        if not self.append:
+            if self.history != 200:
+                raise ValueError("--history belongs to --append true; give that as well, or leave --history out")
+            return
+        if self.hold_out not in ("last", "none"):
+            raise ValueError(f"--hold_out is {self.hold_out}; with --append it must be last or none")
+        if self.vocabulary is not None:
+            raise ValueError("--append extends the vocabulary of the days before; leave --vocabulary out")
+        if self.ids != "vocabulary":
+            raise ValueError(
+                f"--ids is {self.ids}, but the days of --append share one vocabulary: their histories would hold ids that "
+                "mean other keys later. Prepare each day with --vocabulary YESTERDAY instead, or leave --ids out"
+            )
+        if self.engine != "duckdb":
+            raise ValueError(f"--engine is {self.engine}; --append prepares a day on one machine: leave --engine out")
+        if self.min_count not in (1, Prepare.min_count):
+            raise ValueError(
+                f"--min_count is {self.min_count}, but --append keeps every user and item, since their later "
+                "interactions are not known; leave --min_count out"
+            )
 
     def _check_hold_out(self) -> None:
         """Check that the options of the split fit what is held out."""

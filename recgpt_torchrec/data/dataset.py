@@ -24,8 +24,11 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recgpt_torchrec.data.ids.records import Entity, IdsRecord, IdTable
+from recgpt_torchrec.data.days.newest import Newest
+from recgpt_torchrec.data.days.records import DayRecord
+from recgpt_torchrec.data.ids.records import Entity, IdTable
 from recgpt_torchrec.data.inputs.records import DatasetAttribute
+from recgpt_torchrec.data.reading.preparation_record import check_records
 from recgpt_torchrec.data.split import EVALUATION, FEWEST_ITEMS, HoldOut, SplitName
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import filesystem
@@ -107,11 +110,14 @@ class Manifest(FolderManifest):
     """How ids are assigned that are slots of a table of fixed size; not written where there are none, like the next."""
     key_parts: list[Part] = field(default_factory=list)
     """Of `item_keys/` and `user_keys/`, where keys share ids: every key of the log, and its id, in order of ids."""
+    day: DayRecord | None = None
+    """Of a day that was appended (`prepare --append`); not written elsewhere."""
 
     @property
     def all_parts(self) -> list[Part]:
         """All parts that the manifest promises."""
-        return [*super().all_parts, *self.key_parts]
+        days = [] if self.day is None else [*self.day.tails, *self.day.newest]
+        return [*super().all_parts, *self.key_parts, *days]
 
     def count_targets(self, split: SplitName) -> int | None:
         """Number of users with a target in `validation` or `test`; None: it was not recorded, but there may be some."""
@@ -170,7 +176,7 @@ class Manifest(FolderManifest):
             del values["lineage"]
         if self.hold_out == "last":
             del values["hold_out"]
-        for name in ("attributes", "events", "time_unit", "id_tables", "key_parts"):
+        for name in ("attributes", "events", "time_unit", "id_tables", "key_parts", "day"):
             if not values[name]:
                 del values[name]
         return json.dumps(values, indent=1)
@@ -199,76 +205,6 @@ class Manifest(FolderManifest):
 
 
 @dataclass(kw_only=True)
-class PromptsRecord:
-    """`settings.prompts`: how the prompts of a prompt dataset were made."""
-
-    dataset: str = ""
-    answers: int = 0
-    k: int = 0
-
-
-@dataclass(kw_only=True)
-class ExtendsRecord:
-    """`preparation.extends`: the dataset that this one extends, and what is new."""
-
-    dataset: str = ""
-    vocabulary: str = ""
-    histories: str = ""
-    users: int = 0
-    items: int = 0
-    absent_users: int = 0
-    absent_items: int = 0
-    new_targets: int = 0
-
-
-@dataclass(kw_only=True)
-class SplitRecord:
-    """`preparation.split`: what is held out."""
-
-    interactions: dict[str, int]
-    """Number of interactions of the training, validation and test part."""
-    validation_users: int
-    test_users: int
-    unused: int
-    training_targets: int
-    items_without_target: int
-
-
-@dataclass(kw_only=True)
-class PreparationRecord:
-    """`preparation`: what `prepare` read and dropped."""
-
-    inputs: list[dict[str, Any]] = field(default_factory=list)
-    rows: int = 0
-    rejected: dict[str, int] = field(default_factory=dict)
-    duplicates_dropped: int = 0
-    rounds: list[dict[str, int]] = field(default_factory=list)
-    lengths: dict[str, float] = field(default_factory=dict)
-    split: SplitRecord | None = None
-    page: list[list[str]] = field(default_factory=list)
-    filtered: int = 0
-    uncomputed: int = 0
-    repeats_collapsed: int = 0
-    unknown_left_out: int = 0
-    exposed: dict[str, int] = field(default_factory=dict)
-    extends: ExtendsRecord = field(default_factory=ExtendsRecord)
-    ids: IdsRecord = field(default_factory=IdsRecord)
-
-
-def check_records(settings: dict[str, Any], preparation: dict[str, Any]) -> None:
-    """Check the types of what is recorded; what nothing reads may be anything.
-
-    Raises:
-        ValueError: names the first that differs.
-    """
-    if (prompts := settings.get("prompts")) is not None:
-        make_typed(PromptsRecord, prompts, "settings.prompts.", others=True)
-    make_typed(PreparationRecord, preparation, "preparation.", others=True)
-    if any(type(each.get("path")) is not str for each in preparation.get("inputs", [])):
-        raise ValueError("preparation.inputs has an input without a path")
-
-
-@dataclass(kw_only=True)
 class Dataset:
     """An opened dataset folder.
 
@@ -285,6 +221,10 @@ class Dataset:
     """Columns of `COLUMNS` that the sequences have; `windows.row_groups` fills it from their footers."""
     footers: dict[str, "Footer"] = field(default_factory=dict, repr=False, compare=False)
     """What `windows.row_groups` read of each sound part, by path."""
+    files: str = ""
+    """Folder that the paths of the parts are relative to, where it is not `path`: the folder of days."""
+    newest: Newest | None = None
+    """Of a folder of days: which day has the row of a user that counts; None: every row counts."""
 
     @classmethod
     def open(
@@ -306,14 +246,16 @@ class Dataset:
         Raises:
             InputError: names what is missing or differs, and how to repair it.
         """
-        manifest = Manifest.read(path)
+        from recgpt_torchrec.data.days.opening import find_manifest
+
+        manifest, files, newest = find_manifest(path)
         if not (manifest.users and manifest.items and manifest.entries):
             raise InputError(
                 f"{path} is empty: {manifest.users} users, {manifest.items} items, {manifest.entries} entries; prepare "
                 "a log with interactions in it"
             )
-        dataset = cls(path=path, manifest=manifest, damaged=damaged)
-        manifest.check_parts(path, checksums=checksums, report=dataset.lose_part, advance=advance)
+        dataset = cls(path=path, manifest=manifest, damaged=damaged, files=files, newest=newest)
+        manifest.check_parts(files, checksums=checksums, report=dataset.lose_part, advance=advance)
         return dataset
 
     @property
@@ -345,7 +287,7 @@ class Dataset:
         Raises:
             InputError: the file cannot be read as Parquet.
         """
-        fs, root = filesystem(self.path)
+        fs, root = filesystem(self.files or self.path)
         try:
             return open_parquet(fs, f"{root}/{part.path}")
         except Exception as error:

@@ -105,7 +105,7 @@ def check_new_targets(dataset: Dataset) -> None:
             f"--targets new: {dataset.path} does not mark which targets are new; prepare it with --vocabulary "
             "EARLIER_DATASET, or give --targets all"
         )
-    if not extended["new_targets"]:
+    if not extended["new_targets"] and dataset.manifest.day is None:  # a day without targets adds its users and items
         raise InputError(
             f"--targets new: the training part of {dataset.path} has no target that {extended['dataset']} did not have "
             f"({MEANINGS[dataset.manifest.hold_out]}); give --targets all, or a longer log"

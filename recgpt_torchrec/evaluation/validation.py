@@ -27,7 +27,7 @@ def validation_of(
     The function is collective, and is called once the run's folder is there: a sample of users is read then, and
     damaged rows are listed in that folder.
 
-    None: the dataset has no validation part, so the whole run is trained.
+    None: the dataset has no validation part, or is a day without a validation item, so the whole run is trained.
 
     Raises:
         InputError: it should have one, but no user has a validation item; or `train` asks for more than it has.
@@ -43,6 +43,8 @@ def validation_of(
                     "time"
                 )
         return None
+    if dataset.manifest.day is not None and not dataset.manifest.count_targets("validation"):
+        return None  # a day may have too few interactions; later ones hold some out
     check_has_targets(
         dataset,
         "validation",

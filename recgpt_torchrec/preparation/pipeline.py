@@ -53,7 +53,7 @@ def prepare(config: Prepare) -> Result:
     inputs, file_parts = parts.list_input_files(config)
     extended = None if config.vocabulary is None else earlier.open_earlier(config.vocabulary, config.output)
     check_tables(config, extended)
-    finished = _find_finished(config, _record_inputs(config, inputs.files, file_parts), extended)
+    finished = _find_finished(config, record_inputs(config, inputs.files, file_parts), extended)
     if finished is not None:
         return Result(manifest=finished, seconds=time.monotonic() - began, already_there=True)
     with open_engine(config) as engine:
@@ -131,13 +131,13 @@ def _write_dataset(
         engine.drop("kept_events")
         kept = queries.select_interacted(entries)
 
-    lengths = _summarize_lengths(engine, kept)
+    lengths = summarize_lengths(engine, kept)
     if extended is not None:
         changed = [ids.changed_since(extended) for ids in (user_ids, item_ids)]
         entries = engine.save("marked_entries", earlier.mark_trained(engine, entries, extended, log.timed, *changed))
     placed = engine.save("placed", queries.place_interactions(queries.select_interacted(entries), config.hold_out))
     counts = engine.save("item_counts", queries.count_items(placed))
-    histories, layout = _lay_out_sequences(config, entries, all_users, log.timed, bool(exposed), extended is not None)
+    histories, layout = lay_out_sequences(config, entries, all_users, log.timed, bool(exposed), extended is not None)
     interactions = core.left.interactions if not slots else engine.count(kept)
     total = interactions + (exposed["left"] if exposed else 0)
     with folders.stage_folder(config.output) as (fs, folder):
@@ -165,7 +165,7 @@ def _write_dataset(
                 manifest.key_parts += write(f"{entity}_keys", shared, engine.count(ids.codes))
         rejected = write("rejected", log.rejected_rows, sum(log.rejected.values())) if log.rejected else []
         manifest.preparation = {
-            "inputs": _record_inputs(config, log.files, file_parts),
+            "inputs": record_inputs(config, log.files, file_parts),
             "rows": log.rows,
             **({"filtered": log.filtered, "uncomputed": log.uncomputed} if log.filtered else {}),
             "rejected": log.rejected,
@@ -202,7 +202,7 @@ def _write_dataset(
     return manifest
 
 
-def _lay_out_sequences(
+def lay_out_sequences(
     config: Prepare, entries: ir.Table, users: int, timed: bool, exposed: bool, extends: bool
 ) -> tuple[ir.Table, Layout]:
     """The rows of `sequences/`, an entry each, and how they become lists per user."""
@@ -212,6 +212,7 @@ def _lay_out_sequences(
         **({"ratings": ("rating", pa.float32())} if config.rating_column else {}),
         **({"segment_ids": ("segment", pa.int8())} if exposed else {}),
         **({"trained": ("trained", pa.int8())} if extends else {}),
+        **({"of_user": ("of_user", pa.int64())} if "of_user" in entries.columns else {}),
     }
     starts = {f"{split}_start": f"before_{split}" for split in EVALUATION} if config.hold_out in STORED else {}
     size = config.rows_per_group or group_size(users)
@@ -256,7 +257,7 @@ def _check_keys(
     )
 
 
-def _summarize_lengths(engine: Engine, kept: ir.Table) -> dict[str, float]:
+def summarize_lengths(engine: Engine, kept: ir.Table) -> dict[str, float]:
     """Mean and quantiles of the number of interactions per user, from their histogram."""
     sizes = kept.group_by("user_id").agg(length=kept.count())
     histogram = engine.rows(sizes.group_by("length").agg(users=sizes.count()).order_by("length"))
@@ -293,7 +294,7 @@ def _explain_nothing_left(
     return f"{text}. Pass a smaller --min_count; 1 keeps everything"
 
 
-def _record_inputs(config: Prepare, files: list[InputFile], file_parts: list[int]) -> list[dict[str, Any]]:
+def record_inputs(config: Prepare, files: list[InputFile], file_parts: list[int]) -> list[dict[str, Any]]:
     """The input files as the manifest records them, with their part where each part has files of its own."""
     part = [{"part": parts.NAMES[number]} if config.hold_out == "given" else {} for number in file_parts]
     return [{**asdict(file), **more} for file, more in zip(files, part, strict=True)]

@@ -320,6 +320,7 @@ def write_prompts(
             manifest = replace(
                 described,
                 sequences=sequences,
+                day=None,
                 interactions=sum(part.items for part in sequences) - total.generated - total.exposed,
                 settings={**described.settings, RECORD: record},
             )
@@ -330,7 +331,7 @@ def write_prompts(
 
 def copy_parts(dataset: Dataset, parts: list[Part], fs: pyarrow.fs.FileSystem, folder: str) -> None:
     """Copy files of a dataset byte by byte."""
-    source, root = filesystem(dataset.path)
+    source, root = filesystem(dataset.files or dataset.path)
     for part in parts:
         fs.create_dir(f"{folder}/{part.path.rpartition('/')[0]}", recursive=True)
         with source.open_input_stream(f"{root}/{part.path}", compression=None) as stream:

@@ -118,7 +118,7 @@ class _PartWriter:
     ) -> None:
         self.path = path
         self.rows = self.items = self.groups = 0
-        self.sink = _ChecksummedFile(fs.open_output_stream(f"{root}/{path}", compression=None))
+        self.sink = ChecksummedFile(fs.open_output_stream(f"{root}/{path}", compression=None))
         # Ids are random, so a dictionary of them costs more than it saves.
         plain = [field.name for field in schema if field.type == pa.int64()]
         dictionaries = [field.name for field in schema if field.name not in plain and not pa.types.is_list(field.type)]
@@ -156,7 +156,7 @@ class _PartWriter:
             pass
 
 
-class _ChecksummedFile:
+class ChecksummedFile:
     """An output stream that counts its bytes and computes their crc32."""
 
     def __init__(self, stream: pa.NativeFile) -> None:

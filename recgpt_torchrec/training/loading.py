@@ -202,7 +202,7 @@ def find_initial(path: str, config: Pretrain, dataset: Dataset) -> str:
     if differ:
         raise InputError(f"--initial {path}: {checkpoint} was trained with {' '.join(differ)}; give the same here")
     extended = manifest.preparation.get("extends", {})
-    if config.targets == "new" and settings.vocabulary != extended.get("vocabulary"):
+    if config.targets == "new" and manifest.day is None and settings.vocabulary != extended.get("vocabulary"):
         raise InputError(
             f"--targets new: in {dataset.path} targets are new since {extended.get('dataset')}, but {checkpoint} was "
             f"trained on {settings.data}: targets added in between would never be trained on. Give --targets all, "

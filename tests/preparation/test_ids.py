@@ -158,7 +158,7 @@ def prepare_days(folder: Path, days: int, logs: list[Path] | None = None, **opti
     return [folder / f"data{day}" for day in range(days)]
 
 
-MANAGED = {"ids": "managed", "user_rows": 22, "item_rows": 35}
+MANAGED: dict[str, Any] = {"ids": "managed", "user_rows": 22, "item_rows": 35}
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recgpt_torchrec import storage
+from recgpt_torchrec.data.days.records import day_of
 from recgpt_torchrec.data.dataset import ANSWERS, COLUMNS, STARTS, Dataset, Manifest
 from recgpt_torchrec.data.ragged import offsets_of, read_nullable, to_numpy
 from recgpt_torchrec.data.reading.damage import Damage, SetAside
@@ -76,6 +77,9 @@ class Reader:
         if faults:
             self._report_damage([Damage(part.path, group.group, row, 1, faults[row]) for row in sorted(faults)])
             table = empty_rows(table, faults)
+        if self.dataset.newest is not None:
+            day, _ = self.dataset.newest.find(to_numpy(table["user_id"]))
+            table = empty_rows(table, np.flatnonzero(day != day_of(part)))
         return Rows(table, lengths)
 
     def _check_reachable(self) -> None:

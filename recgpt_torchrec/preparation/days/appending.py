@@ -1,0 +1,475 @@
+"""Appends a day to a folder of days: `prepare --append`.
+
+What is read of the days before: all keys, the counts of all items, the newest day of every user (some bytes each, in
+order), and the tails of the day's own users. What is written: the sequences and tails of these users, new users, all
+items with their counts, and the newest days. The log before is not read.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import ibis
+import ibis.expr.types as ir
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs
+
+from recgpt_torchrec.config import Prepare
+from recgpt_torchrec.data.dataset import Dataset, Manifest
+from recgpt_torchrec.data.days.newest import Newest, write_newest
+from recgpt_torchrec.data.days.records import DayRecord, name_of, path_of
+from recgpt_torchrec.data.segments import INTERACTED
+from recgpt_torchrec.data.split import is_held_out
+from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.preparation import earlier, parts, queries
+from recgpt_torchrec.preparation.days.folder import DaysFolder
+from recgpt_torchrec.preparation.days.ids import DayIds, assign_day_ids
+from recgpt_torchrec.preparation.days.tails import CUT, Tails, write_tails
+from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
+from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS
+from recgpt_torchrec.preparation.engines.opening import open_engine
+from recgpt_torchrec.preparation.pipeline import Result, lay_out_sequences, summarize_lengths
+from recgpt_torchrec.preparation.queries import IN_TIME
+from recgpt_torchrec.preparation.reading.log import RawLog, read_log
+from recgpt_torchrec.preparation.reading.understanding import describe_keys
+from recgpt_torchrec.preparation.writing import Fingerprint, Layout, fingerprint_parts, lay_out_rows
+from recgpt_torchrec.storage import folders
+from recgpt_torchrec.storage.parts import Part
+
+HELD_OUT = 2
+"""Interactions that `--hold_out last` may hold out of a user: as many more are kept in a tail."""
+EARLIER, NEW = 0, 1
+"""Values of the column `new` of entries."""
+
+
+def append(config: Prepare) -> Result:
+    """Append the input of `config` to the folder of days `config.output`, or find that it is its newest day already.
+
+    Raises:
+        InputError: the input or the folder cannot be used, or the folder was made with other options.
+    """
+    began = time.monotonic()
+    inputs, _ = parts.list_input_files(config)
+    folder = DaysFolder.find(config)
+    files = folder.record_inputs(inputs.files)
+    if (appended := folder.find_appended(files)) is not None:
+        return Result(manifest=appended, seconds=time.monotonic() - began, already_there=True)
+    folder.begin()
+    with open_engine(config) as engine:
+        assert isinstance(engine, DuckDBEngine)
+        log = read_log(engine, config, inputs)
+        manifest = Day(engine, config, log, folder, files).write()
+    folder.commit()
+    return Result(manifest=manifest, seconds=time.monotonic() - began)
+
+
+@dataclass
+class Day:
+    """A day that is being appended. Example: `Day(engine, config, log, folder, files).write()`."""
+
+    engine: DuckDBEngine
+    config: Prepare
+    log: RawLog
+    folder: DaysFolder
+    files: list[dict[str, Any]]
+    """The input files, as the manifest records them."""
+
+    def __post_init__(self) -> None:
+        self.number = len(self.folder.manifests) + 1
+        self.before = self.folder.newest
+        self.record = DayRecord(number=self.number, history=self.config.history)
+        self.columns: dict[str, pa.DataType] = {}
+        self.check_times()
+
+    @property
+    def keep(self) -> int:
+        """Number of interactions in a tail."""
+        return self.config.history + (HELD_OUT if self.config.hold_out == "last" else 0)
+
+    def check_times(self) -> None:
+        """Check that the day has times as the days before, and newer ones; note its newest.
+
+        Raises:
+            InputError: it has not.
+        """
+        timed = self.log.timed
+        if timed:
+            newest = self.engine.row(self.log.events.agg(newest=self.log.events.time.max()))["newest"]
+            self.record.newest_time = int(newest)
+        if self.before is None:
+            return
+        before = self.before.manifest.day
+        assert before is not None
+        if timed != (before.newest_time is not None):
+            has, had = ("has times", "none") if timed else ("has no times", "some")
+            raise InputError(
+                f"--input {self.config.input[0]} {has}, the days before in {self.folder.path} have {had}; give a log of "
+                "the same kind"
+            )
+        if before.newest_time is None or self.record.newest_time is None:
+            return
+        if self.record.newest_time < before.newest_time:
+            raise InputError(
+                f"--input {self.config.input[0]} is not newer than {self.folder.path}: its newest row has time "
+                f"{self.record.newest_time}, day {before.number} reaches {before.newest_time}. Append days in the order "
+                "of time"
+            )
+
+    def write(self) -> Manifest:
+        """Write the folder of the day, and commit it whole."""
+        engine, config = self.engine, self.config
+        clicks = queries.select_interacted(self.log.events)
+        users, items = self.assign_ids(clicks)
+        entries, duplicates, collapsed = self.join_histories(users, items)
+        active = engine.save("active", self.number_users(entries))
+        count = engine.count(active)
+        if not count:
+            raise InputError(
+                f"--input {config.input[0]}: {self.folder.path} has all of its interactions already; give a new day"
+            )
+        entries = engine.save("entries", self.place(entries, active))
+        interacted = queries.select_interacted(entries)
+        targets = interacted.filter((interacted.trained == 0) & (interacted.after == 1))
+        self.count_record(interacted)
+        with folders.stage_folder(path_of(self.folder.path, self.number)) as (fs, root):
+            manifest = Manifest(
+                users=self.known_users + users.new_count,
+                items=self.known_items + items.new_count,
+                interactions=engine.count(interacted),
+                settings=asdict(config),
+                hold_out=config.hold_out,
+                day=self.record,
+            )
+            manifest.sequences = self.write_sequences(fs, root, entries, count)
+            manifest.item_parts = self.write_items(fs, root, items, interacted, targets, manifest.items)
+            earlier_users = [] if self.before is None else self.before.manifest.user_parts
+            manifest.user_parts = earlier_users + self.write_rows(fs, root, "users", users.new, users.new_count)
+            self.record.tails = self.written(write_tails(fs, root, self.tail_batches(entries), self.columns, count))
+            ids = (batch.column(0).to_numpy() for batch in engine.batches(active.order_by("user_id").select("user_id")))
+            newest = None if self.before is None else self.folder.newest_users
+            self.record.newest = self.written(write_newest(fs, root, newest, manifest.users, self.number, ids))
+            manifest.vocabulary = self.fingerprint(fs, root, manifest, users, items)
+            manifest.preparation = self.describe(fs, root, users, items, interacted, targets, duplicates, collapsed)
+            if self.before is not None:
+                manifest.lineage = earlier.lineage_of(self.before, manifest.vocabulary)
+                manifest.preparation["extends"] = {
+                    "dataset": path_of(self.folder.path, self.number - 1),
+                    **earlier.record_of(self.before),
+                    "users": self.known_users,
+                    "items": self.known_items,
+                    "absent_users": manifest.users - count,
+                    "absent_items": 0,
+                    "new_targets": manifest.preparation["split"]["training_targets"],
+                }
+            folders.write_manifest(fs, root, manifest.to_json())
+        return manifest
+
+    # ------------------------------------------------------------------------------------------- keys and histories
+
+    @property
+    def known_users(self) -> int:
+        """Number of users of the days before."""
+        return 0 if self.before is None else self.before.manifest.users
+
+    @property
+    def known_items(self) -> int:
+        """Number of items of the days before."""
+        return 0 if self.before is None else self.before.manifest.items
+
+    def assign_ids(self, clicks: ir.Table) -> tuple[DayIds, DayIds]:
+        """The ids of the day's users and items."""
+        known = {"user_id": None, "item_id": None}
+        if self.before is not None:
+            loaded = earlier.Known.load(self.engine, self.before)
+            known = {"user_id": loaded.users, "item_id": loaded.items}
+        keys = {"user_id": clicks.select(key=clicks.user), "item_id": clicks.select(key=clicks.item)}
+        counts = {"user_id": self.known_users, "item_id": self.known_items}
+        users, items = (
+            assign_day_ids(self.engine, name, keys[name], known[name], counts[name], self.config.seed) for name in keys
+        )
+        if self.before is not None and items.new_count == self.engine.count(items.of_day):
+            (new,) = self.engine.rows(items.new.limit(1))
+            (old,) = self.engine.rows(known["item_id"].limit(1))
+            raise InputError(
+                f"--append: none of the {self.known_items:,} items of {self.folder.path} is in the day; its keys are "
+                f"like {old['key']!r}, those of --item_column {self.config.item_column} like {new['key']!r}. Give the "
+                "column of the days before"
+            )
+        return users, items
+
+    def join_histories(self, users: DayIds, items: DayIds) -> tuple[ir.Table, int, int]:
+        """The day's rows that no earlier day has, and their users' tails; with how many were duplicates or collapsed.
+
+        Returns:
+            A table with `user_id`, `item_id`, the columns of the log, `trained` int8 and `new` int8; and the counts.
+        """
+        engine, config = self.engine, self.config
+        coded_users = users.of_day.select("key", user="user_id")
+        coded_items = items.of_day.select("key", item="item_id")
+        events = engine.save("events", queries.encode_keys(self.log.events, coded_users, coded_items))
+        duplicates = collapsed = 0
+        if config.duplicates == "drop":
+            unique = engine.save("unique_events", queries.drop_repeats(events))
+            duplicates = engine.count(events) - engine.count(unique)
+            events = unique
+        day = events.select(
+            *(name for name in events.columns if name not in ("user", "item")),
+            user_id=events.user,
+            item_id=events.item,
+            trained=ibis.literal(0, "int8"),
+        )
+        schema = day.schema().to_pyarrow()
+        self.columns = {field.name: field.type for field in schema if field.name not in ("user_id", "order")}
+        if self.before is None:
+            day = day.mutate(new=ibis.literal(NEW, "int8"))
+            entries = engine.save("joined", day)
+        else:
+            entries = engine.save("joined", self.add_tails(engine.save("day_rows", day)))
+        if config.repeats == "collapse":
+            single = engine.save("single", self.collapse(entries))
+            collapsed = engine.count(entries) - engine.count(single)
+            entries = single
+        return entries, duplicates, collapsed
+
+    def add_tails(self, day: ir.Table) -> ir.Table:
+        """The day's rows behind the tails of their users, without rows that an earlier day has or that are too old."""
+        engine = self.engine
+        tails = self.folder.open_tails(self.columns)
+
+        def read() -> Iterator[pa.Table]:
+            ids = day.select("user_id").distinct().order_by("user_id")
+            for batch in engine.batches(ids):
+                yield from tails.read(batch.column(0).to_numpy())
+
+        context = engine.fill("context", read(), tails.schema)
+        self.tail_bytes = tails.bytes
+        if self.log.timed:
+            day = engine.save("unseen_rows", self.leave_out_seen(day, context))
+        names = [*self.columns, "user_id", "order"]
+        older = context.select(*names, new=ibis.literal(EARLIER, "int8"))
+        return older.union(day.select(*names, new=ibis.literal(NEW, "int8")))
+
+    def leave_out_seen(self, day: ir.Table, context: ir.Table) -> ir.Table:
+        """Leave out as many rows as the tails have of the same user, item and time, and rows older than a tail that was
+        cut; both are counted."""
+        engine, same = self.engine, ["user_id", "item_id", "time", "fraction", "segment"]
+        place = ibis.row_number().over(ibis.window(group_by=same, order_by="order"))
+        counts = context.group_by(same).agg(there=context.count()).rename({f"of_{name}": name for name in same})
+        placed = day.mutate(place=place)
+        matched = placed.left_join(counts, [placed[name] == counts[f"of_{name}"] for name in same])
+        unseen = engine.save(
+            "unmatched_rows", matched.filter((matched.place >= matched.there).fill_null(True)).select(*day.columns)
+        )
+        self.record.repeated = engine.count(day) - engine.count(unseen)
+        cut = context.filter(context[CUT] == 1)
+        oldest = cut.group_by("user_id").agg(oldest=cut.time.min()).rename(of_user="user_id")
+        joined = unseen.left_join(oldest, unseen.user_id == oldest.of_user)
+        kept = engine.save(
+            "kept_rows", joined.filter((joined.time > joined.oldest).fill_null(True)).select(*day.columns)
+        )
+        self.record.too_late = engine.count(unseen) - engine.count(kept)
+        newest = context.group_by("user_id").agg(newest=context.time.max()).rename(of_user="user_id")
+        clicks = queries.select_interacted(kept)
+        late = clicks.inner_join(newest, clicks.user_id == newest.of_user)
+        self.record.late = engine.count(late.filter(late.time < late.newest))
+        return kept
+
+    def collapse(self, entries: ir.Table) -> ir.Table:
+        """Keep the first of a user's consecutive interactions with the same item; those of earlier days stay."""
+        place = ibis.window(group_by=["user_id", "segment"], order_by=IN_TIME)
+        numbered = entries.mutate(before=entries.item_id.lag().over(place))
+        repeats = (numbered.segment == INTERACTED) & (numbered.before == numbered.item_id) & (numbered.new == NEW)
+        return numbered.filter(~repeats.fill_null(False)).drop("before")
+
+    def number_users(self, entries: ir.Table) -> ir.Table:
+        """The users with a new interaction, numbered from 0 on in the order of their ids: `user_id`, `number`."""
+        new = entries.filter((entries.new == NEW) & (entries.segment == INTERACTED))
+        ids = new.select("user_id").distinct()
+        bucketed = ids.mutate(bucket=ids.user_id // queries.BUCKET_CODES)
+        return queries.number_rows(bucketed, ["user_id"], "number").select("user_id", "number")
+
+    def place(self, entries: ir.Table, active: ir.Table) -> ir.Table:
+        """The entries of the day's users, with `number` of the user, `after` int8 (whether it is trained after the day),
+        `later` (the user's interactions after it) and `place` (those before it)."""
+        named = active.rename(of_user="user_id")
+        joined = entries.inner_join(named, entries.user_id == named.of_user).drop("of_user")
+        clicked = (joined.segment == INTERACTED).cast("int64")
+        of_user = ibis.window(group_by="user_id")
+        counted = joined.mutate(
+            through=clicked.sum().over(ibis.cumulative_window(group_by="user_id", order_by=IN_TIME)),
+            length=clicked.sum().over(of_user),
+        )
+        place = counted.mutate(
+            later=counted.length - counted.through,
+            place=counted.through - (counted.segment == INTERACTED).cast("int64"),
+        )
+        trained = place.segment == INTERACTED
+        if self.config.hold_out == "last":
+            trained &= ~is_held_out(place.later, place.length, "validation")
+        after = ((place.trained == 1) | trained).cast("int8")
+        return place.mutate(after=after).drop("through")
+
+    # ----------------------------------------------------------------------------------------------------- writing
+
+    def written(self, files: list[Part]) -> list[Part]:
+        """The parts with their paths in the folder of days."""
+        return [replace(part, path=f"days/{name_of(self.number)}/{part.path}") for part in files]
+
+    def write_rows(self, fs: pyarrow.fs.FileSystem, root: str, name: str, table: ir.Table, rows: int) -> list[Part]:
+        """Write a table with one row per id, which is its first column after ordering."""
+        id = f"{name.removesuffix('s')}_id"
+        columns = [id, *(column for column in table.columns if column != id)]
+        layout = lay_out_rows(name, columns, rows, BATCH_ROWS, self.config.groups_per_part)
+        return self.written(self.engine.write_parts(table, layout, fs, root, rows))
+
+    def write_sequences(self, fs: pyarrow.fs.FileSystem, root: str, entries: ir.Table, users: int) -> list[Part]:
+        """Write a row per user of the day."""
+        shown = self.config.click_column is not None
+        rows = entries.mutate(of_user=entries.user_id, user_id=entries.number)
+        if shown:
+            rows = queries.drop_outer_shown(rows)
+        table, layout = lay_out_sequences(self.config, rows, users, self.log.timed, shown, True)
+        layout = replace(layout, make_groups=partial(_name_users, layout))
+        return self.written(self.engine.write_parts(table, layout, fs, root, self.engine.count(rows)))
+
+    def write_items(
+        self,
+        fs: pyarrow.fs.FileSystem,
+        root: str,
+        items: DayIds,
+        interacted: ir.Table,
+        targets: ir.Table,
+        count: int,
+    ) -> list[Part]:
+        """Write all items with their counts after the day."""
+        engine = self.engine
+        new = interacted.filter(interacted.new == NEW)
+        of_day = new.group_by("item_id").agg(more=new.count()).rename(of_item="item_id")
+        trained = targets.group_by("item_id").agg(more_trained=targets.count()).rename(trained_item="item_id")
+        zero = ibis.literal(0, "int64")
+        rows = items.new.select("item_id", "key", count=zero, train_count=zero)
+        if self.before is not None:
+            schema = pa.schema([("item_id", pa.int64()), ("key", pa.string()), ("count", pa.int64())])
+            schema = schema.append(pa.field("train_count", pa.int64()))
+            read = partial(_read_rows, self.before, schema)
+            known = engine.fill_from("known_counts", self.before.manifest.item_parts, read, schema)
+            rows = known.union(rows)
+        joined = rows.left_join(of_day, rows.item_id == of_day.of_item)
+        joined = joined.left_join(trained, joined.item_id == trained.trained_item)
+        counted = joined.select(
+            "item_id",
+            "key",
+            count=joined["count"] + joined.more.fill_null(0),
+            train_count=joined.train_count + joined.more_trained.fill_null(0),
+        )
+        self.items = engine.save("counted_items", counted)
+        return self.write_rows(fs, root, "items", self.items, count)
+
+    def tail_batches(self, entries: ir.Table) -> Iterator[pa.RecordBatch]:
+        """The entries of the tails, in order."""
+        kept = entries.filter(entries.later < self.keep)
+        shown = kept.mutate(trained=kept.after, cut=(kept.length > self.keep).cast("int8"))
+        if self.before is not None:  # a tail that was cut stays so
+            cut = ibis.table({"user_id": "int64", CUT: "int8"}, name="context")
+            cut = cut.filter(cut[CUT] == 1).select(was_cut="user_id").distinct()
+            shown = shown.left_join(cut, shown.user_id == cut.was_cut)
+            shown = shown.mutate(cut=shown.cut | shown.was_cut.notnull().cast("int8"))
+        ordered = shown.order_by("number", *IN_TIME)
+        names = [*self.columns, CUT]
+        return self.engine.batches(ordered.select(*names, user_id=ordered.number))
+
+    # ------------------------------------------------------------------------------------------------------ records
+
+    def count_record(self, interacted: ir.Table) -> None:
+        """Count what the day adds, and the sums over all days."""
+        record, engine = self.record, self.engine
+        before = None if self.before is None else self.before.manifest.day
+        record.new = engine.count(interacted.filter(interacted.new == NEW))
+        record.total = record.new + (0 if before is None else before.total)
+        if before is not None and record.newest_time is not None and before.newest_time is not None:
+            record.newest_time = max(record.newest_time, before.newest_time)
+        if self.config.hold_out == "last":
+            sizes = interacted.group_by("user_id").agg(
+                all=interacted.count(), old=(interacted.new == EARLIER).cast("int64").sum()
+            )
+            gained = engine.count(sizes.filter((sizes["all"] >= 3) & (sizes.old < 3)))
+            record.held_out_users = gained + (0 if before is None else before.held_out_users)
+
+    def describe(
+        self,
+        fs: pyarrow.fs.FileSystem,
+        root: str,
+        users: DayIds,
+        items: DayIds,
+        interacted: ir.Table,
+        targets: ir.Table,
+        duplicates: int,
+        collapsed: int,
+    ) -> dict[str, Any]:
+        """What the manifest records of the preparation; writes the rejected rows."""
+        engine, log = self.engine, self.log
+        rejected: list[Part] = []
+        if log.rejected:
+            rows = sum(log.rejected.values())
+            columns = list(log.rejected_rows.columns)
+            layout = lay_out_rows("rejected", columns, rows, BATCH_ROWS, self.config.groups_per_part)
+            rejected = self.written(engine.write_parts(log.rejected_rows, layout, fs, root, rows))
+        placed = queries.place_interactions(
+            interacted.select("user_id", "item_id", *IN_TIME, "trained"), self.config.hold_out
+        )
+        split = engine.row(queries.summarize_parts(queries.count_parts(placed)))
+        new_targets = targets.filter(targets.place > 0)
+        codes = {name: ids.of_day.rename({name: f"{name}_id"}) for name, ids in (("user", users), ("item", items))}
+        return {
+            "inputs": self.files,
+            "rows": log.rows,
+            **({"filtered": log.filtered, "uncomputed": log.uncomputed} if log.filtered else {}),
+            "rejected": log.rejected,
+            "rejected_parts": [asdict(part) for part in rejected],
+            "duplicates_dropped": duplicates,
+            **({"repeats_collapsed": collapsed} if self.config.repeats == "collapse" else {}),
+            "rounds": [],
+            "lengths": summarize_lengths(engine, interacted),
+            "split": {
+                "interactions": {name: split.pop(name) for name in parts.NAMES},
+                **split,
+                "training_targets": engine.count(new_targets),
+                "items_without_target": engine.count(self.items.filter(self.items.train_count == 0)),
+            },
+            "page": [*log.page, *describe_keys(engine, self.config, codes["user"], codes["item"])],
+        }
+
+    def fingerprint(
+        self, fs: pyarrow.fs.FileSystem, root: str, manifest: Manifest, users: DayIds, items: DayIds
+    ) -> str:
+        """The fingerprint of the vocabulary: of the one before and the new keys, in the order of their ids."""
+        if self.before is None:
+            keys = {"items": manifest.item_parts, "users": manifest.user_parts}
+            own = {name: [replace(p, path=p.path.split("/", 2)[2]) for p in files] for name, files in keys.items()}
+            return fingerprint_parts(fs, root, own)
+        if not users.new_count and not items.new_count:
+            return self.before.manifest.vocabulary
+        fingerprint = Fingerprint()
+        fingerprint.add(pa.chunked_array([[self.before.manifest.vocabulary]]))
+        for name, id, ids in (("items", "item_id", items), ("users", "user_id", users)):
+            fingerprint.add(pa.chunked_array([[name]]))
+            for batch in self.engine.batches(ids.new.order_by(id).select("key")):
+                fingerprint.add(pa.chunked_array([batch.column(0)]))
+        return fingerprint.hex()
+
+
+def _name_users(layout: Layout, batches: Any, *, start: int, stop: int) -> Iterator[pa.Table]:
+    """The row groups of a layout whose ids are the numbers of a day's users, with the ids of these in `user_id`."""
+    for table in layout.make_groups(batches, start=start, stop=stop):
+        lists = table["of_user"].combine_chunks()
+        first = lists.flatten().take(pa.array(np.asarray(lists.offsets)[:-1] - np.asarray(lists.offsets)[0]))
+        yield table.drop_columns(["of_user"]).set_column(0, "user_id", first)
+
+
+def _read_rows(dataset: Dataset, schema: pa.Schema, part: Part) -> Iterator[pa.Table]:
+    with dataset.read_part(part) as file:
+        for batch in file.iter_batches(columns=schema.names):
+            yield pa.Table.from_batches([batch]).select(schema.names).cast(schema)

@@ -1,0 +1,43 @@
+"""The ids of a day's keys: the only place where a day's users and items are numbered."""
+
+from dataclasses import dataclass
+
+import ibis.expr.types as ir
+
+from recgpt_torchrec.preparation import queries
+from recgpt_torchrec.preparation.engines.engine import Engine
+
+
+@dataclass(frozen=True)
+class DayIds:
+    """The ids of a day's keys, in tables of the engine: `key`, and `user_id` or `item_id`."""
+
+    of_day: ir.Table
+    """Every key of the day."""
+    new: ir.Table
+    """The keys that no earlier day has."""
+    new_count: int
+
+
+def assign_day_ids(
+    engine: Engine, name: str, keys: ir.Table, known: ir.Table | None, known_count: int, seed: int
+) -> DayIds:
+    """Number a day's keys: known ones keep their ids, new ones come after, in the order of the md5 of seed and key.
+
+    Args:
+        engine: that holds the tables.
+        name: `user_id` or `item_id`.
+        keys: column `key`, of the day's interactions.
+        known: `key` and `name` of all keys of earlier days; None: there are none.
+        known_count: number of these.
+        seed: of the order of new keys.
+
+    Returns:
+        The `DayIds`.
+    """
+    distinct = engine.save(f"{name}_keys", keys.distinct())
+    fresh = distinct if known is None else distinct.anti_join(known, "key")
+    numbered = queries.assign_codes(fresh, name, seed)
+    new = engine.save(f"{name}_new", numbered.select("key", **{name: (numbered[name] + known_count).cast("int64")}))
+    of_day = new if known is None else new.union(known.semi_join(distinct, "key").select("key", name))
+    return DayIds(engine.save(f"{name}_of_day", of_day), new, engine.count(new))

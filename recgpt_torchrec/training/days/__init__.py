@@ -1,0 +1,1 @@
+"""Trains on a folder of days, day after day."""
