@@ -225,8 +225,8 @@ class Prepare:
             raise ValueError("--append extends the vocabulary of the days before; leave --vocabulary out")
         if self.ids != "vocabulary":
             raise ValueError(
-                f"--ids is {self.ids}, but the days of --append share one vocabulary: their histories would hold ids that "
-                "mean other keys later. Prepare each day with --vocabulary YESTERDAY instead, or leave --ids out"
+                f"--ids is {self.ids}, but the days of --append share one vocabulary, as their histories stay as they "
+                "were written; prepare each day with --vocabulary YESTERDAY instead, or leave --ids out"
             )
         if self.engine != "duckdb":
             raise ValueError(f"--engine is {self.engine}; --append prepares a day on one machine: leave --engine out")

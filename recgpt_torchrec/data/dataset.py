@@ -34,7 +34,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import filesystem
 from recgpt_torchrec.storage.manifests import FolderManifest, Kind
 from recgpt_torchrec.storage.parts import Part, open_parquet
-from recgpt_torchrec.storage.typed import check_counts, make_typed
+from recgpt_torchrec.storage.typed import check_counts
 
 if TYPE_CHECKING:
     from recgpt_torchrec.data.reading.footers import Footer

@@ -94,8 +94,8 @@ def plain_eviction(rows: int, policy: str, days: list[dict[int, int]]) -> set[in
             for key, count in seen.items()
         }
         # Where scores are equal, keys with a slot come before new ones, and frequent ones before others.
-        order = sorted(seen, key=lambda key, scores=scores, new=new: (-scores[key], key in new, -new.get(key, 0), key))
-        seen = {key: seen[key] for key in order[:rows]}
+        ranked = [(-scores[key], key in new, -new.get(key, 0), key) for key in seen]
+        seen = {key: seen[key] for *_, key in sorted(ranked)[:rows]}
     return set(seen)
 
 

@@ -1,4 +1,5 @@
-"""What a dataset's manifest records of the stage that wrote it: `settings` and `preparation`, as far as they are read."""
+"""What a dataset's manifest records of the stage that wrote it: `settings` and `preparation`, as far as they are
+read."""
 
 from dataclasses import dataclass, field
 from typing import Any
