@@ -8,7 +8,8 @@
 
 Where ids are slots of a table of fixed size (`prepare --ids`), items/ or users/ have more columns, all int64. managed:
 since (version of the vocabulary in which the slot was given to another key), seen and last_seen (what the policy
-counts). hash: keys (number of keys that share the id; `key` is the most frequent); item_keys/ or user_keys/ list all.
+counts). hash: bucket (hash modulo the number of rows) and keys (number of keys that share the id; `key` is the most
+frequent); item_keys/ or user_keys/ list all keys.
 
 The manifest is written last: a folder without one is not a dataset.
 """

@@ -177,8 +177,8 @@ def fingerprint_parts(
 ) -> str:
     """The fingerprint of what ids mean, from written parts, by the name of their folder, a row group at a time.
 
-    It is that of the keys and, where a slot may be given to another key, of when it was; and of `rules`, which describe
-    how slots are assigned.
+    It is that of the keys and, where a slot may be given to another key, of when it was; where keys share a slot, of
+    their bucket. And of `rules`, which describe how slots are assigned.
     """
     fingerprint = Fingerprint()
     for rule in rules:
@@ -187,7 +187,8 @@ def fingerprint_parts(
         fingerprint.add(pa.chunked_array([[name]]))
         for part in parts:
             with open_parquet(fs, f"{root}/{part.path}") as file:
-                meaning = [column for column in ("key", "since") if column in file.schema_arrow.names]
+                names = file.schema_arrow.names
+                meaning = ["bucket"] if "bucket" in names else [name for name in ("key", "since") if name in names]
                 for batch in file.iter_batches(columns=meaning):
                     for column in meaning:
                         fingerprint.add(pa.chunked_array([batch.column(column).cast(pa.string())]))

@@ -283,6 +283,7 @@ def test_keys_with_one_bucket_share_a_row(tmp_path):
         for each in items:
             sharing = [key for key, slot in slot_of.items() if slot == each["item_id"]]
             assert each["keys"] == len(sharing)
+            assert {bucket(key, 20) for key in sharing} == {each["bucket"]}
             assert counts[each["key"]] == max(counts[key] for key in sharing)
             assert each["count"] == sum(counts[key] for key in sharing)
         expected: dict[str, list[int]] = {}

@@ -223,12 +223,11 @@ def _keep_slots(engine: Engine, entity: Entity, ids: Ids, extended: Dataset) -> 
     """The ids and slots of the earlier dataset, of which none changes."""
     record, id = extended.manifest.id_table(entity), f"{entity}_id"
     assert record is not None, "see check_tables"
-    columns = ("keys",) if record.ids == "hash" else STATE
     first = 0
     tables = []
-    for values in read_slots(extended, entity, columns):
+    for values in read_slots(extended, entity, STATE):
         tables.append(
-            pa.table({id: np.arange(first, first + len(values[0])), **dict(zip(columns, values, strict=True))})
+            pa.table({id: np.arange(first, first + len(values[0])), **dict(zip(STATE, values, strict=True))})
         )
         first += len(values[0])
     slots = Slots(record=record, code=np.zeros(0, np.int64), columns={})  # nothing was counted

@@ -40,7 +40,7 @@ class Slots:
     code: Int64
     """[slots] int64 code of the key that the slot is named by."""
     columns: dict[str, Int64]
-    """Further columns of the parts: see `prepare_hashed` and `prepare_managed`."""
+    """Further columns of the parts: see `assign_hashed` and `assign_managed`."""
     evicted: int = 0
     """Number of keys that lost their slot."""
     refused: int = 0
@@ -62,15 +62,15 @@ def assign_hashed(stream: Stream, record: IdTable, used: int) -> tuple[Slots, Ca
         used: number of slots of the earlier dataset.
 
     Returns:
-        The slots, named by their most frequent key, with the column `keys`: how many of the log's keys share the slot.
-        And a function that reads the id of every code, with the schema `CODES`.
+        The slots, named by their most frequent key, with the columns `bucket`, and `keys`: how many of the log's keys
+        share the slot. And a function that reads the id of every code, with the schema `CODES`.
     """
     slot_of = np.full(record.rows, -1, np.int64)
     taken = np.zeros(record.rows, bool)
     for batch in stream():
-        buckets, known = read_hashes(batch["hash"]) % record.rows, _values(batch, "known")
-        slot_of[buckets[known >= 0]] = known[known >= 0]
-        taken[buckets] = True
+        in_bucket, known = read_hashes(batch["hash"]) % record.rows, _values(batch, "known")
+        slot_of[in_bucket[known >= 0]] = known[known >= 0]
+        taken[in_bucket] = True
     new = np.flatnonzero(taken & (slot_of < 0))
     slot_of[new] = np.arange(used, used + len(new))
     used += len(new)
@@ -90,7 +90,10 @@ def assign_hashed(stream: Stream, record: IdTable, used: int) -> tuple[Slots, Ca
             slots = slot_of[read_hashes(batch["hash"]) % record.rows]
             yield pa.table([batch["code"], pa.array(slots)], schema=CODES)
 
-    return Slots(record=record, code=code, columns={"keys": keys}), read_codes
+    (taken_buckets,) = np.nonzero(slot_of >= 0)
+    buckets = np.empty(used, np.int64)
+    buckets[slot_of[taken_buckets]] = taken_buckets
+    return Slots(record=record, code=code, columns={"bucket": buckets, "keys": keys}), read_codes
 
 
 def assign_managed(
