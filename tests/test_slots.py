@@ -1,7 +1,9 @@
 """Days whose ids are slots of a table of fixed size: training from day to day, export, and what is refused."""
 
 import json
+import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ def run_options(folder: Path, day: int, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("day", [1, 2])
 def test_rows_of_other_keys_begin_anew_and_all_others_go_on(folder, tmp_path, day):
     """Nothing is learned, so that the checkpoint holds what the run started from: of the day before, or two before."""
-    still = {"optimizer.lr": 1e-30, "tables.lr": 1e-30, "train.steps": 1, "train.epochs": None}
+    still = {"optimizer.lr": 1e-30, "tables.lr": 1e-30, "tables.user_lr": 1e-30, "train.steps": 1, "train.epochs": None}
     assert stage("pretrain", run_options(folder, day, output=tmp_path / "run", **still)) == 0
     before = tensors(Path(json.loads((tmp_path / "run/run.json").read_text())["initial"]))
     after = tensors(checkpoints(tmp_path / "run")[-1])
@@ -64,15 +66,19 @@ def test_a_stopped_run_resumes_to_the_same_end(folder, tmp_path):
         torch.testing.assert_close(mine[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def start_on_rank(rank: int, world_size: int, options: dict[str, Any]) -> int:
+def start_on_rank(rank: int, world_size: int, port: int, options: dict[str, Any]) -> int:
     dist.destroy_process_group()  # the stage joins its own
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return stage("pretrain", options)
 
 
 def test_two_ranks_start_from_the_same_rows(folder, tmp_path):
-    still = {"optimizer.lr": 1e-30, "tables.lr": 1e-30, "train.steps": 1, "train.epochs": None}
+    still = {"optimizer.lr": 1e-30, "tables.lr": 1e-30, "tables.user_lr": 1e-30, "train.steps": 1, "train.epochs": None}
     options = run_options(folder, 1, output=tmp_path / "two", **still, **{"tables.sharding": "row_wise"})
-    assert run_ranks(start_on_rank, 2, options, timeout=120) == [0, 0]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert run_ranks(start_on_rank, 2, port, options, timeout=120) == [0, 0]
     assert stage("pretrain", run_options(folder, 1, output=tmp_path / "one", **still)) == 0
     two, one = (tensors(checkpoints(tmp_path / name)[-1]) for name in ("two", "one"))
     for name in one:
