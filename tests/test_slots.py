@@ -83,7 +83,7 @@ def test_two_ranks_start_from_the_same_rows(folder, tmp_path):
     two, one = (tensors(checkpoints(tmp_path / name)[-1]) for name in ("two", "one"))
     for name in one:
         if name.startswith("model.") and "embedding_bags" in name:
-            assert torch.equal(one[name], two[name]), name
+            torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-20, msg=name)  # rows of zeros move by lr
 
 
 @pytest.mark.parametrize(
