@@ -61,7 +61,7 @@ def train_run(config: Pretrain, device: "torch.device", initial: str | None = No
     if run_on_first_rank(lambda: run.finished):
         return f"{config.output} is already trained.\n{run.summary(dataset.manifest)}"
     if config.initial is not None and run_on_first_rank(run.checkpoints.latest) is None:
-        run.initial = find_initial(run.initial or initial or config.initial, config, dataset)
+        run.initial = find_initial(initial or run.initial or config.initial, config, dataset)
 
     def begin(trainer: Trainer) -> None:
         assert run.initial is not None

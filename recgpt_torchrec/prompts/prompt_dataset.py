@@ -143,8 +143,9 @@ def _differences(dataset: Dataset, record: dict[str, Any], vocabulary: str, igno
 
 def read_rows(dataset: Dataset, group: RowGroup) -> pa.Table:
     """Read one row group and check every value: user_id, item_ids and, where there are any, segment_ids, timestamps and
-    answers."""
-    return read_group(dataset, group, dataset.manifest.settings.get(RECORD, {}).get("answers", 0), times=True)
+    answers. Of a folder of days, the rows that count."""
+    table = read_group(dataset, group, dataset.manifest.settings.get(RECORD, {}).get("answers", 0), times=True)
+    return table if dataset.newest is None else table.filter(pc.greater(pc.list_value_length(table["item_ids"]), 0))
 
 
 def share_of(groups: list[RowGroup], rank: int, world_size: int) -> list[RowGroup]:

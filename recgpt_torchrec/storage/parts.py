@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +119,7 @@ class _PartWriter:
     ) -> None:
         self.path = path
         self.rows = self.items = self.groups = 0
-        self.sink = ChecksummedFile(fs.open_output_stream(f"{root}/{path}", compression=None))
+        self.sink = _ChecksummedFile(fs.open_output_stream(f"{root}/{path}", compression=None))
         # Ids are random, so a dictionary of them costs more than it saves.
         plain = [field.name for field in schema if field.type == pa.int64()]
         dictionaries = [field.name for field in schema if field.name not in plain and not pa.types.is_list(field.type)]
@@ -156,7 +157,23 @@ class _PartWriter:
             pass
 
 
-class ChecksummedFile:
+@contextmanager
+def write_checksummed(fs: pyarrow.fs.FileSystem, root: str, path: str, part: Part) -> Iterator[pa.PythonFile]:
+    """Write the file `root`/`path` within the `with`, and fill in the part's bytes and checksum after it.
+
+    Args:
+        fs: file system of `root`.
+        root: the folder of the manifest.
+        path: of the file, relative to `root`.
+        part: to fill in.
+    """
+    sink = _ChecksummedFile(fs.open_output_stream(f"{root}/{path}", compression=None))
+    yield pa.PythonFile(sink, mode="w")
+    sink.close()
+    part.bytes, part.checksum = sink.size, f"{sink.crc:08x}"
+
+
+class _ChecksummedFile:
     """An output stream that counts its bytes and computes their crc32."""
 
     def __init__(self, stream: pa.NativeFile) -> None:

@@ -265,7 +265,7 @@ def full_disk(rank: int, world_size: int, folder: str, is_users: bool, delta: bo
     """The message of an export on two ranks, one of which has a full disk."""
     here = Path(folder)
     written = itertools.count()
-    write = parts.ChecksummedFile.write
+    write = parts._ChecksummedFile.write
 
     def write_until_full(self: Any, data: bytes) -> int:
         if "users/" in open_paths[-1] or not is_users:
@@ -283,7 +283,7 @@ def full_disk(rank: int, world_size: int, folder: str, is_users: bool, delta: bo
     for _ in small_groups():
         with pytest.MonkeyPatch.context() as patch:
             if rank == 1:
-                patch.setattr(parts.ChecksummedFile, "write", write_until_full)
+                patch.setattr(parts._ChecksummedFile, "write", write_until_full)
                 patch.setattr(parts._PartWriter, "__init__", note_path)
             try:
                 dataset, day = Dataset.open(str(here / "data1")), make_days()[1]

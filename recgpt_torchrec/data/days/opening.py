@@ -33,11 +33,12 @@ def find_manifest(path: str) -> "tuple[Manifest, str, Newest | None]":
     manifests = read_days(path, days)
     last = manifests[-1]
     assert last.day is not None
-    counted = {"interactions": last.day.total, "sequences": [part for each in manifests for part in each.sequences]}
     split = {**last.preparation["split"], "validation_users": last.day.held_out_users}
     split["test_users"] = last.day.held_out_users
     preparation = {name: value for name, value in last.preparation.items() if name != "extends"} | {"split": split}
-    return replace(last, preparation=preparation, **counted), path, Newest(path, last.day.newest)
+    sequences = [part for each in manifests for part in each.sequences]
+    whole = replace(last, preparation=preparation, interactions=last.day.total, sequences=sequences)
+    return whole, path, Newest(path, last.day.newest)
 
 
 def read_days(path: str, days: Days) -> "list[Manifest]":

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recgpt_torchrec import storage
-from recgpt_torchrec.data.days.records import day_of
 from recgpt_torchrec.data.dataset import ANSWERS, COLUMNS, STARTS, Dataset, Manifest
+from recgpt_torchrec.data.days.records import day_of
 from recgpt_torchrec.data.ragged import offsets_of, read_nullable, to_numpy
 from recgpt_torchrec.data.reading.damage import Damage, SetAside
 from recgpt_torchrec.data.segments import INTERACTED, SEGMENTS

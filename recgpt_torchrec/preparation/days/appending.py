@@ -19,15 +19,14 @@ import pyarrow.fs
 
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.data.dataset import Dataset, Manifest
-from recgpt_torchrec.data.days.newest import Newest, write_newest
+from recgpt_torchrec.data.days.newest import write_newest
 from recgpt_torchrec.data.days.records import DayRecord, name_of, path_of
-from recgpt_torchrec.data.segments import INTERACTED
-from recgpt_torchrec.data.split import is_held_out
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation import earlier, parts, queries
 from recgpt_torchrec.preparation.days.folder import DaysFolder
-from recgpt_torchrec.preparation.days.ids import DayIds, assign_day_ids
-from recgpt_torchrec.preparation.days.tails import CUT, Tails, write_tails
+from recgpt_torchrec.preparation.days.histories import EARLIER, NEW, Histories
+from recgpt_torchrec.preparation.days.ids import DayIds
+from recgpt_torchrec.preparation.days.tails import CUT, write_tails
 from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
 from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS
 from recgpt_torchrec.preparation.engines.opening import open_engine
@@ -41,8 +40,6 @@ from recgpt_torchrec.storage.parts import Part
 
 HELD_OUT = 2
 """Interactions that `--hold_out last` may hold out of a user: as many more are kept in a tail."""
-EARLIER, NEW = 0, 1
-"""Values of the column `new` of entries."""
 
 
 def append(config: Prepare) -> Result:
@@ -57,7 +54,6 @@ def append(config: Prepare) -> Result:
     files = folder.record_inputs(inputs.files)
     if (appended := folder.find_appended(files)) is not None:
         return Result(manifest=appended, seconds=time.monotonic() - began, already_there=True)
-    folder.begin()
     with open_engine(config) as engine:
         assert isinstance(engine, DuckDBEngine)
         log = read_log(engine, config, inputs)
@@ -81,8 +77,8 @@ class Day:
         self.number = len(self.folder.manifests) + 1
         self.before = self.folder.newest
         self.record = DayRecord(number=self.number, history=self.config.history)
-        self.columns: dict[str, pa.DataType] = {}
         self.check_times()
+        self.histories = Histories(self.engine, self.config, self.log, self.folder)
 
     @property
     def keep(self) -> int:
@@ -106,38 +102,36 @@ class Day:
         if timed != (before.newest_time is not None):
             has, had = ("has times", "none") if timed else ("has no times", "some")
             raise InputError(
-                f"--input {self.config.input[0]} {has}, the days before in {self.folder.path} have {had}; give a log of "
-                "the same kind"
+                f"--input {self.config.input[0]} {has}, the days before in {self.folder.path} have {had}; give a log "
+                "of the same kind"
             )
         if before.newest_time is None or self.record.newest_time is None:
             return
         if self.record.newest_time < before.newest_time:
             raise InputError(
                 f"--input {self.config.input[0]} is not newer than {self.folder.path}: its newest row has time "
-                f"{self.record.newest_time}, day {before.number} reaches {before.newest_time}. Append days in the order "
-                "of time"
+                f"{self.record.newest_time}, day {before.number} reaches {before.newest_time}. Append days in the "
+                "order of time"
             )
 
     def write(self) -> Manifest:
         """Write the folder of the day, and commit it whole."""
         engine, config = self.engine, self.config
-        clicks = queries.select_interacted(self.log.events)
-        users, items = self.assign_ids(clicks)
-        entries, duplicates, collapsed = self.join_histories(users, items)
-        active = engine.save("active", self.number_users(entries))
+        entries, active = self.histories.join()
+        users, items = self.histories.users, self.histories.items
         count = engine.count(active)
         if not count:
             raise InputError(
                 f"--input {config.input[0]}: {self.folder.path} has all of its interactions already; give a new day"
             )
-        entries = engine.save("entries", self.place(entries, active))
         interacted = queries.select_interacted(entries)
         targets = interacted.filter((interacted.trained == 0) & (interacted.after == 1))
         self.count_record(interacted)
+        self.folder.begin()
         with folders.stage_folder(path_of(self.folder.path, self.number)) as (fs, root):
             manifest = Manifest(
-                users=self.known_users + users.new_count,
-                items=self.known_items + items.new_count,
+                users=self.histories.known_users + users.new_count,
+                items=self.histories.known_items + items.new_count,
                 interactions=engine.count(interacted),
                 settings=asdict(config),
                 hold_out=config.hold_out,
@@ -147,170 +141,27 @@ class Day:
             manifest.item_parts = self.write_items(fs, root, items, interacted, targets, manifest.items)
             earlier_users = [] if self.before is None else self.before.manifest.user_parts
             manifest.user_parts = earlier_users + self.write_rows(fs, root, "users", users.new, users.new_count)
-            self.record.tails = self.written(write_tails(fs, root, self.tail_batches(entries), self.columns, count))
+            self.record.tails = self.written(
+                write_tails(fs, root, self.tail_batches(entries), self.histories.columns, count)
+            )
             ids = (batch.column(0).to_numpy() for batch in engine.batches(active.order_by("user_id").select("user_id")))
             newest = None if self.before is None else self.folder.newest_users
             self.record.newest = self.written(write_newest(fs, root, newest, manifest.users, self.number, ids))
             manifest.vocabulary = self.fingerprint(fs, root, manifest, users, items)
-            manifest.preparation = self.describe(fs, root, users, items, interacted, targets, duplicates, collapsed)
+            manifest.preparation = self.describe(fs, root, interacted, targets)
             if self.before is not None:
                 manifest.lineage = earlier.lineage_of(self.before, manifest.vocabulary)
                 manifest.preparation["extends"] = {
                     "dataset": path_of(self.folder.path, self.number - 1),
                     **earlier.record_of(self.before),
-                    "users": self.known_users,
-                    "items": self.known_items,
+                    "users": self.histories.known_users,
+                    "items": self.histories.known_items,
                     "absent_users": manifest.users - count,
                     "absent_items": 0,
                     "new_targets": manifest.preparation["split"]["training_targets"],
                 }
             folders.write_manifest(fs, root, manifest.to_json())
         return manifest
-
-    # ------------------------------------------------------------------------------------------- keys and histories
-
-    @property
-    def known_users(self) -> int:
-        """Number of users of the days before."""
-        return 0 if self.before is None else self.before.manifest.users
-
-    @property
-    def known_items(self) -> int:
-        """Number of items of the days before."""
-        return 0 if self.before is None else self.before.manifest.items
-
-    def assign_ids(self, clicks: ir.Table) -> tuple[DayIds, DayIds]:
-        """The ids of the day's users and items."""
-        known = {"user_id": None, "item_id": None}
-        if self.before is not None:
-            loaded = earlier.Known.load(self.engine, self.before)
-            known = {"user_id": loaded.users, "item_id": loaded.items}
-        keys = {"user_id": clicks.select(key=clicks.user), "item_id": clicks.select(key=clicks.item)}
-        counts = {"user_id": self.known_users, "item_id": self.known_items}
-        users, items = (
-            assign_day_ids(self.engine, name, keys[name], known[name], counts[name], self.config.seed) for name in keys
-        )
-        if self.before is not None and items.new_count == self.engine.count(items.of_day):
-            (new,) = self.engine.rows(items.new.limit(1))
-            (old,) = self.engine.rows(known["item_id"].limit(1))
-            raise InputError(
-                f"--append: none of the {self.known_items:,} items of {self.folder.path} is in the day; its keys are "
-                f"like {old['key']!r}, those of --item_column {self.config.item_column} like {new['key']!r}. Give the "
-                "column of the days before"
-            )
-        return users, items
-
-    def join_histories(self, users: DayIds, items: DayIds) -> tuple[ir.Table, int, int]:
-        """The day's rows that no earlier day has, and their users' tails; with how many were duplicates or collapsed.
-
-        Returns:
-            A table with `user_id`, `item_id`, the columns of the log, `trained` int8 and `new` int8; and the counts.
-        """
-        engine, config = self.engine, self.config
-        coded_users = users.of_day.select("key", user="user_id")
-        coded_items = items.of_day.select("key", item="item_id")
-        events = engine.save("events", queries.encode_keys(self.log.events, coded_users, coded_items))
-        duplicates = collapsed = 0
-        if config.duplicates == "drop":
-            unique = engine.save("unique_events", queries.drop_repeats(events))
-            duplicates = engine.count(events) - engine.count(unique)
-            events = unique
-        day = events.select(
-            *(name for name in events.columns if name not in ("user", "item")),
-            user_id=events.user,
-            item_id=events.item,
-            trained=ibis.literal(0, "int8"),
-        )
-        schema = day.schema().to_pyarrow()
-        self.columns = {field.name: field.type for field in schema if field.name not in ("user_id", "order")}
-        if self.before is None:
-            day = day.mutate(new=ibis.literal(NEW, "int8"))
-            entries = engine.save("joined", day)
-        else:
-            entries = engine.save("joined", self.add_tails(engine.save("day_rows", day)))
-        if config.repeats == "collapse":
-            single = engine.save("single", self.collapse(entries))
-            collapsed = engine.count(entries) - engine.count(single)
-            entries = single
-        return entries, duplicates, collapsed
-
-    def add_tails(self, day: ir.Table) -> ir.Table:
-        """The day's rows behind the tails of their users, without rows that an earlier day has or that are too old."""
-        engine = self.engine
-        tails = self.folder.open_tails(self.columns)
-
-        def read() -> Iterator[pa.Table]:
-            ids = day.select("user_id").distinct().order_by("user_id")
-            for batch in engine.batches(ids):
-                yield from tails.read(batch.column(0).to_numpy())
-
-        context = engine.fill("context", read(), tails.schema)
-        self.tail_bytes = tails.bytes
-        if self.log.timed:
-            day = engine.save("unseen_rows", self.leave_out_seen(day, context))
-        names = [*self.columns, "user_id", "order"]
-        older = context.select(*names, new=ibis.literal(EARLIER, "int8"))
-        return older.union(day.select(*names, new=ibis.literal(NEW, "int8")))
-
-    def leave_out_seen(self, day: ir.Table, context: ir.Table) -> ir.Table:
-        """Leave out as many rows as the tails have of the same user, item and time, and rows older than a tail that was
-        cut; both are counted."""
-        engine, same = self.engine, ["user_id", "item_id", "time", "fraction", "segment"]
-        place = ibis.row_number().over(ibis.window(group_by=same, order_by="order"))
-        counts = context.group_by(same).agg(there=context.count()).rename({f"of_{name}": name for name in same})
-        placed = day.mutate(place=place)
-        matched = placed.left_join(counts, [placed[name] == counts[f"of_{name}"] for name in same])
-        unseen = engine.save(
-            "unmatched_rows", matched.filter((matched.place >= matched.there).fill_null(True)).select(*day.columns)
-        )
-        self.record.repeated = engine.count(day) - engine.count(unseen)
-        cut = context.filter(context[CUT] == 1)
-        oldest = cut.group_by("user_id").agg(oldest=cut.time.min()).rename(of_user="user_id")
-        joined = unseen.left_join(oldest, unseen.user_id == oldest.of_user)
-        kept = engine.save(
-            "kept_rows", joined.filter((joined.time > joined.oldest).fill_null(True)).select(*day.columns)
-        )
-        self.record.too_late = engine.count(unseen) - engine.count(kept)
-        newest = context.group_by("user_id").agg(newest=context.time.max()).rename(of_user="user_id")
-        clicks = queries.select_interacted(kept)
-        late = clicks.inner_join(newest, clicks.user_id == newest.of_user)
-        self.record.late = engine.count(late.filter(late.time < late.newest))
-        return kept
-
-    def collapse(self, entries: ir.Table) -> ir.Table:
-        """Keep the first of a user's consecutive interactions with the same item; those of earlier days stay."""
-        place = ibis.window(group_by=["user_id", "segment"], order_by=IN_TIME)
-        numbered = entries.mutate(before=entries.item_id.lag().over(place))
-        repeats = (numbered.segment == INTERACTED) & (numbered.before == numbered.item_id) & (numbered.new == NEW)
-        return numbered.filter(~repeats.fill_null(False)).drop("before")
-
-    def number_users(self, entries: ir.Table) -> ir.Table:
-        """The users with a new interaction, numbered from 0 on in the order of their ids: `user_id`, `number`."""
-        new = entries.filter((entries.new == NEW) & (entries.segment == INTERACTED))
-        ids = new.select("user_id").distinct()
-        bucketed = ids.mutate(bucket=ids.user_id // queries.BUCKET_CODES)
-        return queries.number_rows(bucketed, ["user_id"], "number").select("user_id", "number")
-
-    def place(self, entries: ir.Table, active: ir.Table) -> ir.Table:
-        """The entries of the day's users, with `number` of the user, `after` int8 (whether it is trained after the day),
-        `later` (the user's interactions after it) and `place` (those before it)."""
-        named = active.rename(of_user="user_id")
-        joined = entries.inner_join(named, entries.user_id == named.of_user).drop("of_user")
-        clicked = (joined.segment == INTERACTED).cast("int64")
-        of_user = ibis.window(group_by="user_id")
-        counted = joined.mutate(
-            through=clicked.sum().over(ibis.cumulative_window(group_by="user_id", order_by=IN_TIME)),
-            length=clicked.sum().over(of_user),
-        )
-        place = counted.mutate(
-            later=counted.length - counted.through,
-            place=counted.through - (counted.segment == INTERACTED).cast("int64"),
-        )
-        trained = place.segment == INTERACTED
-        if self.config.hold_out == "last":
-            trained &= ~is_held_out(place.later, place.length, "validation")
-        after = ((place.trained == 1) | trained).cast("int8")
-        return place.mutate(after=after).drop("through")
 
     # ----------------------------------------------------------------------------------------------------- writing
 
@@ -378,7 +229,7 @@ class Day:
             shown = shown.left_join(cut, shown.user_id == cut.was_cut)
             shown = shown.mutate(cut=shown.cut | shown.was_cut.notnull().cast("int8"))
         ordered = shown.order_by("number", *IN_TIME)
-        names = [*self.columns, CUT]
+        names = [*self.histories.columns, CUT]
         return self.engine.batches(ordered.select(*names, user_id=ordered.number))
 
     # ------------------------------------------------------------------------------------------------------ records
@@ -386,6 +237,8 @@ class Day:
     def count_record(self, interacted: ir.Table) -> None:
         """Count what the day adds, and the sums over all days."""
         record, engine = self.record, self.engine
+        for name in ("repeated", "late", "too_late"):
+            setattr(record, name, getattr(self.histories, name))
         before = None if self.before is None else self.before.manifest.day
         record.new = engine.count(interacted.filter(interacted.new == NEW))
         record.total = record.new + (0 if before is None else before.total)
@@ -402,15 +255,11 @@ class Day:
         self,
         fs: pyarrow.fs.FileSystem,
         root: str,
-        users: DayIds,
-        items: DayIds,
         interacted: ir.Table,
         targets: ir.Table,
-        duplicates: int,
-        collapsed: int,
     ) -> dict[str, Any]:
         """What the manifest records of the preparation; writes the rejected rows."""
-        engine, log = self.engine, self.log
+        engine, log, histories = self.engine, self.log, self.histories
         rejected: list[Part] = []
         if log.rejected:
             rows = sum(log.rejected.values())
@@ -422,15 +271,18 @@ class Day:
         )
         split = engine.row(queries.summarize_parts(queries.count_parts(placed)))
         new_targets = targets.filter(targets.place > 0)
-        codes = {name: ids.of_day.rename({name: f"{name}_id"}) for name, ids in (("user", users), ("item", items))}
+        codes = {
+            name: ids.of_day.rename({name: f"{name}_id"})
+            for name, ids in (("user", histories.users), ("item", histories.items))
+        }
         return {
             "inputs": self.files,
             "rows": log.rows,
             **({"filtered": log.filtered, "uncomputed": log.uncomputed} if log.filtered else {}),
             "rejected": log.rejected,
             "rejected_parts": [asdict(part) for part in rejected],
-            "duplicates_dropped": duplicates,
-            **({"repeats_collapsed": collapsed} if self.config.repeats == "collapse" else {}),
+            "duplicates_dropped": histories.duplicates,
+            **({"repeats_collapsed": histories.collapsed} if self.config.repeats == "collapse" else {}),
             "rounds": [],
             "lengths": summarize_lengths(engine, interacted),
             "split": {

@@ -1,4 +1,4 @@
-"""The folder of days that `prepare --append` writes to: its options, its days, and whether an input is in it already."""
+"""The folder that `prepare --append` writes to: its options, its days, and whether an input is in it already."""
 
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -48,8 +48,8 @@ class DaysFolder:
         path = config.output.rstrip("/") or "/"
         if storage.exists(f"{path}/{MANIFEST}"):
             raise InputError(
-                f"--append: {path} is a dataset, not a folder of days; name another --output, and give it the log so far "
-                "as its first day"
+                f"--append: {path} is a dataset, not a folder of days; name another --output, and give it the log so "
+                "far as its first day"
             )
         settings = {name: value for name, value in asdict(config).items() if name not in changeable_names(Prepare)}
         settings["min_count"] = 1

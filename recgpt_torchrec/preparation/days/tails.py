@@ -16,7 +16,7 @@ from recgpt_torchrec.data.ragged import Int64, Ragged, ragged_arange
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.writing import sequence_groups
 from recgpt_torchrec.storage import filesystem
-from recgpt_torchrec.storage.parts import ChecksummedFile, Part
+from recgpt_torchrec.storage.parts import Part, write_checksummed
 
 ROWS = 1024
 """Users per batch of the file."""
@@ -46,15 +46,14 @@ def write_tails(
     fs.create_dir(f"{root}/tails", recursive=True)
     lists = {name: (name, kind) for name, kind in {**columns, CUT: pa.int8()}.items()}
     schema = pa.schema([(name, pa.list_(kind)) for name, (_, kind) in lists.items()])
-    rows = entries = 0
-    sink = ChecksummedFile(fs.open_output_stream(f"{root}/{path}", compression=None))
-    with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), schema) as writer:
+    part = Part(path=path, rows=0, items=0, bytes=0, checksum="")
+    with write_checksummed(fs, root, path, part) as sink, pa.ipc.new_file(sink, schema) as writer:
         for table in sequence_groups(batches, ROWS, lists, stop=users):
             (batch,) = table.select(schema.names).combine_chunks().to_batches()
             writer.write_batch(batch)
-            rows, entries = rows + batch.num_rows, entries + len(batch.column("item_id").values)
-    sink.close()
-    return [Part(path=path, rows=rows, items=entries, bytes=sink.size, checksum=f"{sink.crc:08x}")]
+            part.rows += batch.num_rows
+            part.items += len(batch.column("item_id").values)
+    return [part]
 
 
 @dataclass

@@ -7,6 +7,7 @@ run that continues another on new targets. So whatever stops the job, the same c
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from recgpt_torchrec import storage
 from recgpt_torchrec.checkpoints.folder import BEST, TRAINED_DAYS, Checkpoints
@@ -62,9 +63,9 @@ def train_days(config: Pretrain, train_run: TrainRun) -> None:
         log_message(
             f"Day {day.number} of {len(days)}: {day.targets:,} new targets, in {path_of(config.output, day.number)}"
         )
-        initial = None if day.number == 1 else run_on_first_rank(lambda day=day: _find_state(config, day.number - 1))
+        initial = None if day.number == 1 else run_on_first_rank(partial(_find_state, config, day.number - 1))
         train_run(_options_of(config, day), initial)
-        run_on_first_rank(lambda day=day: _record(config, day))
+        run_on_first_rank(partial(_record, config, day))
     names = f"day {days[-1].number}" if len(days) == trained + 1 else f"days {trained + 1} to {len(days)}"
     print_result(f"Trained: {names} of {config.data}, {sum(day.targets for day in days[trained:]):,} new targets")
     print_result(_next_step(config))
@@ -145,20 +146,24 @@ def _find_state(config: Pretrain, day: int) -> str:
 
 
 def _record(config: Pretrain, day: Day) -> None:
-    """Record that a day is trained, then remove the checkpoints of the day before."""
+    """Record that a day is trained, then remove the checkpoints of the days before."""
     steps = Progress.of_checkpoint(_find_state(config, day.number)).step
     trained = TrainedDays.read(config.output) or TrainedDays()
     trained.days.append(TrainedDay(histories=day.histories, targets=day.targets, steps=steps))
     try:
         trained.write(config.output)
-        if day.number > 1:
-            before = path_of(config.output, day.number - 1)
-            storage.remove(os.path.join(before, CHECKPOINTS))
-            if storage.exists(os.path.join(before, BEST)):
-                fs, path = storage.filesystem(os.path.join(before, BEST))
-                fs.delete_file(path)
+        for earlier in range(1, day.number):
+            _remove_checkpoints(path_of(config.output, earlier))
     except OSError as error:
         raise InputError(f"cannot write to --output {config.output}: {error}") from None
+
+
+def _remove_checkpoints(run: str) -> None:
+    """Remove the checkpoints of a day's run; its record, curves and history stay."""
+    if storage.exists(os.path.join(run, BEST)):
+        fs, path = storage.filesystem(os.path.join(run, BEST))
+        fs.delete_file(path)
+    storage.remove(os.path.join(run, CHECKPOINTS))
 
 
 def _next_step(config: Pretrain) -> str:
