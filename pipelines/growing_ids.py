@@ -323,6 +323,8 @@ def compare_restart(options: Options) -> dict[str, Any]:
     import torch
     import torch.distributed.checkpoint as dcp
 
+    from recgpt_torchrec.checkpoints.folder import read_tensor_metadata
+
     folders = [ROOT / options.output / arm for arm in ("managed", "restarted")]
     same_slots = all(
         pq.read_table(folders[0] / f"data{day:02d}" / name).equals(pq.read_table(folders[1] / f"data{day:02d}" / name))
@@ -332,12 +334,11 @@ def compare_restart(options: Options) -> dict[str, Any]:
     tensors = []
     for folder in folders:
         newest = checkpoints_of(folder / f"run{options.days - 1:02d}")[-1]
-        reader = dcp.FileSystemReader(str(newest))
         stored = {
             name: torch.empty(value.size, dtype=value.properties.dtype)
-            for name, value in reader.read_metadata().state_dict_metadata.items()
+            for name, value in read_tensor_metadata(str(newest)).items()
         }
-        dcp.load(stored, storage_reader=reader, no_dist=True)
+        dcp.load(stored, storage_reader=dcp.FileSystemReader(str(newest)), no_dist=True)
         tensors.append(stored)
     largest = max((tensors[0][name].float() - tensors[1][name].float()).abs().max().item() for name in tensors[0])
     killed = json.loads((folders[1] / "killed.json").read_text())

@@ -14,6 +14,7 @@ def main(config: Evaluate) -> None:
     from recgpt_torchrec.checkpoints.folder import find_checkpoint
     from recgpt_torchrec.checkpoints.settings import CheckpointSettings
     from recgpt_torchrec.data.dataset import Dataset
+    from recgpt_torchrec.data.inputs.events import request_for
     from recgpt_torchrec.distributed.processes import (
         log_message,
         print_result,
@@ -24,7 +25,7 @@ def main(config: Evaluate) -> None:
     )
     from recgpt_torchrec.evaluation import baselines
     from recgpt_torchrec.evaluation.groups import GroupedMetrics, Grouping, group_table
-    from recgpt_torchrec.evaluation.held_out import check_has_targets
+    from recgpt_torchrec.evaluation.held_out import check_has_event, check_has_targets
     from recgpt_torchrec.evaluation.metrics import reduce_metrics
     from recgpt_torchrec.evaluation.recall_paths import RecallPaths, path_names
     from recgpt_torchrec.evaluation.sampling import check_sample
@@ -42,8 +43,13 @@ def main(config: Evaluate) -> None:
         ks = tuple(config.ks)
         trained = load(checkpoint, dataset, config.tables, bags=config.batch.tokens, device=device)
         manifest = dataset.manifest
-        ranked = manifest.count_targets(config.split)
+        are_all_ranked = config.event is None and not trained.inputs.history_events
+        ranked = manifest.count_targets(config.split) if are_all_ranked else None
         trained_on = CheckpointSettings.read(checkpoint)
+        request = request_for(dataset, trained.inputs, "--event", config.event, config.ask)
+        check_has_event(dataset, config.split, trained.inputs, request)
+        if config.event is not None and config.ask and not request.event:
+            log_message(f"Note: {checkpoint} is not told which event type is asked for; --event chooses users alone")
         if trained_on.hold_out != manifest.hold_out:
             log_message(
                 f"Note: {checkpoint} was trained on {trained_on.data} with --hold_out {trained_on.hold_out}; it may "
@@ -51,7 +57,14 @@ def main(config: Evaluate) -> None:
             )
         grouping = Grouping.read(dataset)
         paths = RecallPaths(
-            trained, dataset, config.batch, device, users=config.users, seed=config.seed, grouping=grouping
+            trained,
+            dataset,
+            config.batch,
+            device,
+            users=config.users,
+            seed=config.seed,
+            grouping=grouping,
+            request=request,
         )
         is_sample = paths.sample(config.split) is not None
         of_all = "" if ranked is None else f"{ranked:,} of "
@@ -73,6 +86,8 @@ def main(config: Evaluate) -> None:
                 names=names,
                 sample=paths.sample(config.split),
                 grouped=of_baselines,
+                inputs=trained.inputs,
+                request=request,
             )
             for name, protocols in measured.items():
                 results[name] = {protocol: reduce_metrics(metrics).result() for protocol, metrics in protocols.items()}
@@ -83,12 +98,14 @@ def main(config: Evaluate) -> None:
             "dataset": config.data,
             "checkpoint": checkpoint,
             "split": config.split,
+            **({} if config.event is None else {"event": config.event, "asked": bool(request.event)}),
             "users": users,
             **sample,
             "results": results,
             "groups": groups,
             "recall": chosen,
             **({} if manifest.hold_out == "last" else {"hold_out": manifest.hold_out}),
+            **({"request_time": told} if (told := trained.inputs.of_request_time) else {}),
         }
         run_on_first_rank(lambda: storage.write_json(config.output, evaluation, sealed=False))
         print_result(table(results))
@@ -98,7 +115,13 @@ def main(config: Evaluate) -> None:
             with_item = "" if ranked is None else f" of {ranked:,}"
             print_result(f"evaluation on {users:,}{with_item} users with a {config.split} item (sample)")
         else:
-            print_result(f"{users:,} of {manifest.users:,} users have a {config.split} item")
+            of_type = "" if config.event is None else f" of the event type {config.event}"
+            print_result(f"{users:,} of {manifest.users:,} users have a {config.split} item{of_type}")
+        if told:
+            print_result(
+                f"The model is told the time of each request ({', '.join(told)}), that of the held-out item: as at "
+                "serving, but unlike results published for models without times."
+            )
         if "m" in chosen:
             print_result(
                 f"Two steps take m = {chosen['m']} items from the first interest and n = {chosen['n']} from the second "
@@ -136,7 +159,8 @@ def check_output(config: Evaluate) -> None:
         earlier = {}
     if not wanted.keys() <= earlier.keys():
         raise InputError(f"--output {config.output} holds something else; {remedy}")
-    differing = differences({name: earlier[name] for name in wanted}, wanted)
+    found = {name: earlier.get(name) for name in (*wanted, "event")}
+    differing = differences(found, {**wanted, "event": config.event})
     check_same(f"--output {config.output}", "evaluation", differing, remedy)
 
 

@@ -1,7 +1,7 @@
 """Stage `export`: dataset and checkpoint -> item vectors and user vectors for an ANN index, or what changed in them."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,8 @@ from recgpt_torchrec.config import Export
 
 if TYPE_CHECKING:
     from recgpt_torchrec.data.dataset import Dataset, Manifest
+    from recgpt_torchrec.data.inputs.request import Request
+    from recgpt_torchrec.data.inputs.spec import Inputs
     from recgpt_torchrec.retrieval.exports.chain import Chain
     from recgpt_torchrec.retrieval.exports.manifest import DeltaManifest, ExportManifest
 
@@ -21,7 +23,11 @@ def main(config: Export) -> None:
 
     from recgpt_torchrec.catalogue.catalogue import Catalogue
     from recgpt_torchrec.checkpoints.folder import checkpoint_fingerprint, find_checkpoint
+    from recgpt_torchrec.checkpoints.settings import CheckpointSettings
     from recgpt_torchrec.data.dataset import Dataset
+    from recgpt_torchrec.data.inputs.events import check_asked
+    from recgpt_torchrec.data.inputs.request import Request
+    from recgpt_torchrec.data.inputs.time_units import choose_request_time
     from recgpt_torchrec.data.stream import encoding_stream
     from recgpt_torchrec.distributed.processes import (
         LONG_WORK_S,
@@ -49,10 +55,17 @@ def main(config: Export) -> None:
             check_has_targets(dataset, config.history, "Export whole histories: --history all")
             if dataset.manifest.hold_out != "last":
                 settings["hold_out"] = dataset.manifest.hold_out
+        inputs, request = CheckpointSettings.read(checkpoint).inputs, Request()
+        if config.history == "all":
+            request = Request(time=choose_request_time(config.time, inputs, checkpoint, dataset))
+        settings["time"] = request.time
+        if config.event is not None:
+            check_asked(inputs, checkpoint, "--event", config.event)
+            request = replace(request, event=inputs.id_of_event(config.event))
         fingerprint = checkpoint_fingerprint(checkpoint)
         chain = open_chain(config.since) if config.since else None
         if chain is not None:
-            form = {name: getattr(config, name) for name in ("dtype", "interests", "history")}
+            form = {name: getattr(config, name) for name in ("dtype", "interests", "history", "event")}
             chain.check_fits(dataset, **form, hold_out=settings.get("hold_out", "last"))
         manifest = run_on_first_rank(lambda: finished(config, settings, dataset, fingerprint, chain))
         already_there = manifest is not None
@@ -71,6 +84,7 @@ def main(config: Export) -> None:
                 item_keys=model.item_keys,
                 inputs=trained.inputs,
                 attributes=trained.attributes,
+                request=request,
             )
             catalogue = Catalogue.of_model(model, dataset.manifest.items, device)
 
@@ -99,7 +113,7 @@ def main(config: Export) -> None:
                 dataset,
                 items=catalogue.share(),
                 users=users(),
-                everyone=config.history == "all" and not absent,
+                everyone=config.history == "all" and not absent and not inputs.history_events,
                 checkpoint=checkpoint,
                 checkpoint_fingerprint=fingerprint,
                 settings=settings,
@@ -108,12 +122,13 @@ def main(config: Export) -> None:
         already_there &= not index_added
         vectors_each = f", {manifest.interests} vectors each" if manifest.interests > 1 else ""
         left_out = dataset.manifest.users - manifest.users
-        reason = explain_left_out(dataset.manifest, config.history)
+        reason = explain_left_out(dataset.manifest, config.history, inputs)
         left_out_note = f"; {left_out:,} users left out: {reason}" if left_out else ""
         print_result(
             f"{'Already there' if already_there else 'Written'}: {config.output} ({manifest.items:,} items, "
             f"{manifest.users:,} users{vectors_each}{left_out_note})",
             *explain_shared(dataset.manifest, config.data),
+            *describe_request(request, inputs, dataset, chain),
             *index_summary,
             sep="\n",
         )
@@ -130,6 +145,30 @@ def explain_shared(manifest: "Manifest", data: str) -> list[str]:
         for table in tables
         if table["shared"]
     ]
+
+
+def describe_request(request: "Request", inputs: "Inputs", dataset: "Dataset", chain: "Chain | None") -> list[str]:
+    """The time of the request that vectors are made for, and what it means for a delta."""
+    from recgpt_torchrec.data.inputs.time_units import describe_time
+    from recgpt_torchrec.data.reading.footers import time_range
+
+    if request.time is None:
+        return []
+    newest = (time_range(dataset) or (0, request.time))[1]
+    which = "the newest time of the dataset" if newest == request.time else "given with --time"
+    lines = [f"time     of the request: {describe_time(request.time, inputs.time_unit)} ({which})"]
+    if newest > request.time:
+        lines.append(
+            f"note     the dataset has interactions up to {describe_time(newest, inputs.time_unit)}; a user whose last "
+            "one is after the request counts as active at that moment"
+        )
+    earlier = None if chain is None else chain.last.manifest.settings.get("time")
+    if chain is not None and earlier != request.time:
+        lines.append(
+            f"note     {chain.last.path} is for another time: vectors of all users move with it. For deltas of those "
+            "with new interactions alone, export each of them with the same --time"
+        )
+    return lines
 
 
 def next_steps(config: Export) -> list[str]:

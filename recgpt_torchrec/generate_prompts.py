@@ -23,7 +23,13 @@ def main(config: GeneratePrompts) -> None:
     with process_group(device=config.device) as device:
         dataset, checkpoint = Dataset.open(config.data), find_checkpoint(config.checkpoint)
         vocabulary, groups = dataset.manifest.vocabulary, row_groups(dataset)
-        max_len = read_pretrained(checkpoint, dataset).model.max_len
+        settings = read_pretrained(checkpoint, dataset)
+        max_len = settings.model.max_len
+        if kept := settings.inputs.history_events:
+            raise InputError(
+                f"{checkpoint} reads only events of the types {', '.join(kept)}, and prompts lie between events of all "
+                "types; give a checkpoint that was trained without --events.history"
+            )
         prompt_dataset.check_input(dataset, config.prompts, groups, config.previous)
         record = prompt_dataset.record_of(
             dataset, config.prompts, max_len, checkpoint, checkpoint_fingerprint(checkpoint)
@@ -60,6 +66,7 @@ def main(config: GeneratePrompts) -> None:
                 vectors=vectors,
                 pool_users=4 * config.batch_users,
                 previous=previous,
+                columns=settings.inputs.columns,
                 progress=lambda users: bar.update(min(users * world_size(), bar.total - bar.n)),
             )
         seconds = time.perf_counter() - started

@@ -36,14 +36,20 @@ def summary(config: Prepare, result: Result) -> str:
         lines.append(f"{f'{config.min_count}-core' if number == 1 else '':<11} round {number} removed {removed}")
     if not rounds:
         lines.append(f"{f'{config.min_count}-core':<11} removed nothing")
+    if events := record.get("events"):
+        counts = [f"{word} {count:,}" for word, count in events["rows"].items()]
+        counts += [f"unknown {events['unknown']:,}"] if events["unknown"] else []
+        lines.append(line("events", f"{', '.join(counts)} ({config.event_column})"))
     if exposed := record.get("exposed"):
         lines.append(
-            f"shown       {exposed['rows']:,} rows were not clicked; {exposed['left']:,} kept between interactions"
+            f"shown       {exposed['rows']:,} rows were not clicked; {exposed['left']:,} kept after an interaction"
         )
+        if told := [f"{exposed[kind]:,} {kind}" for kind in ("disliked", "skipped") if kind in exposed]:
+            lines.append(f"{'':<11} of those kept {' and '.join(told)}")
         reasons_by_name = {
             "duplicates_dropped": "repeated",
             "unknown": "of users or items that were not kept",
-            "outside": "before a user's first interaction or after the last",
+            "outside": "before a user's first interaction",
         }
         if dropped := [f"{exposed[name]:,} {reason}" for name, reason in reasons_by_name.items() if exposed[name]]:
             lines.append(f"{'':<11} dropped {', '.join(dropped)}")

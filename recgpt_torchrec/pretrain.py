@@ -61,7 +61,7 @@ def train_run(config: Pretrain, device: "torch.device", initial: str | None = No
     if run_on_first_rank(lambda: run.finished):
         return f"{config.output} is already trained.\n{run.summary(dataset.manifest)}"
     if config.initial is not None and run_on_first_rank(run.checkpoints.latest) is None:
-        run.initial = find_initial(initial or run.initial or config.initial, config, dataset)
+        run.initial = find_initial(initial or run.initial or config.initial, config, dataset, inputs)
 
     def begin(trainer: Trainer) -> None:
         assert run.initial is not None
@@ -79,7 +79,7 @@ def train_run(config: Pretrain, device: "torch.device", initial: str | None = No
         tokens,
         execution,
         begin=None if run.initial is None else begin,
-        validation=validation_of(stream, config.model, stream.maker.batch, device, limits),
+        validation=validation_of(stream, config.model, stream.maker.batch, device, limits, config.events.validate),
         metric=METRIC,
     )
     return run.summary(dataset.manifest)

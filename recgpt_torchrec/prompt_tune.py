@@ -42,7 +42,7 @@ def main(config: PromptTune) -> None:
         if run_on_first_rank(lambda: run.finished):
             print_result(f"{config.output} is already trained.", run.summary(dataset.manifest), sep="\n")
             return
-        validation = validation_of(stream, model, stream.maker.batch, device, limits)
+        validation = validation_of(stream, model, stream.maker.batch, device, limits, config.events.validate)
         train(
             config,
             model,

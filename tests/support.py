@@ -18,10 +18,11 @@ import torch
 from recgpt_torchrec import cli
 from recgpt_torchrec.config.stages import STAGES, module_of
 from recgpt_torchrec.data.dataset import Dataset, Manifest
-from tools.small_run import SMALL, training_part, walks, write_dataset
+from tools.small_run import SMALL, SmallAttribute, training_part, walks, write_dataset
 
 __all__ = [
     "SMALL",
+    "SmallAttribute",
     "change_json",
     "ids_by_bag",
     "items_of",

@@ -1,6 +1,7 @@
 """A small learnable dataset, and options of a training run that takes seconds, for checks and tests."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pyarrow as pa
 import pyarrow.fs
 
 from recgpt_torchrec.data.dataset import STARTS, Dataset, Manifest
+from recgpt_torchrec.data.inputs.records import DatasetAttribute
+from recgpt_torchrec.data.inputs.spec import Entity
 from recgpt_torchrec.data.split import HoldOut
 from recgpt_torchrec.storage.folders import write_manifest
 from recgpt_torchrec.storage.parts import write_parts
@@ -37,6 +40,7 @@ def write_dataset(
     rows_per_group: int = 8,
     groups_per_part: int = 2,
     vocabulary: str = "test",
+    attributes: Sequence["SmallAttribute"] = (),
 ) -> Dataset:
     """Write a dataset with one user per history, user ids from 0 on, and open it.
 
@@ -50,6 +54,7 @@ def write_dataset(
         starts: indices of each user's first validation and test interaction, with `time` and `given`.
         rows_per_group, groups_per_part: layout of the Parquet parts.
         vocabulary: fingerprint of the vocabulary in the manifest.
+        attributes: of users and items; their values lie in parts of `rows_per_group` x `groups_per_part` rows.
     """
     item_count = items if items is not None else max((max(h, default=-1) for h in histories), default=-1) + 1
     columns: dict[str, pa.Array] = {
@@ -76,6 +81,16 @@ def write_dataset(
     )
     users = pa.table({"user_id": columns["user_id"], "key": [f"user {u}" for u in range(len(histories))]})
     fs, root = pyarrow.fs.LocalFileSystem(), str(folder)
+    for each in attributes:
+        owner = users if each.described.entity == "user" else catalogue
+        owner = owner.append_column(each.described.column, pa.array(each.lists, pa.list_(pa.int32())))
+        users, catalogue = (owner, catalogue) if each.described.entity == "user" else (users, owner)
+
+    def cut(rows: pa.Table) -> list[pa.Table]:
+        if not attributes:
+            return [rows]
+        return [rows.slice(start, rows_per_group) for start in range(0, rows.num_rows, rows_per_group)]
+
     manifest = Manifest(
         users=len(histories),
         items=item_count,
@@ -83,11 +98,43 @@ def write_dataset(
         vocabulary=vocabulary,
         hold_out=hold_out,
         sequences=write_parts(fs, root, "sequences", groups, groups_per_part),
-        item_parts=write_parts(fs, root, "items", [catalogue], 1),
-        user_parts=write_parts(fs, root, "users", [users], 1),
+        item_parts=write_parts(fs, root, "items", cut(catalogue), groups_per_part),
+        user_parts=write_parts(fs, root, "users", cut(users), groups_per_part),
+        attributes=[each.described for each in attributes],
     )
     write_manifest(fs, root, manifest.to_json())
     return Dataset.open(root)
+
+
+@dataclass(frozen=True)
+class SmallAttribute:
+    """An attribute of a small dataset, and its values."""
+
+    described: DatasetAttribute
+    lists: list[list[int]]
+    """Value ids of each user or item."""
+
+    @classmethod
+    def draw(
+        cls, entity: Entity, name: str, rows: int, values: int, *, multiple: bool = False, seed: int = 0
+    ) -> "SmallAttribute":
+        """Draw values of `rows` users or items: none, one, or, if `multiple`, up to three, with repeats."""
+        rng = np.random.default_rng((seed, values, *name.encode()))
+        lists = [rng.integers(0, values, rng.integers(0, 4 if multiple else 2)).tolist() for _ in range(rows)]
+        return cls.of(entity, name, lists, values, multiple=multiple)
+
+    @classmethod
+    def of(
+        cls, entity: Entity, name: str, lists: list[list[int]], values: int, *, multiple: bool = True
+    ) -> "SmallAttribute":
+        """An attribute with given values."""
+        fingerprint = f"{entity} {name} {values}"
+        return cls(
+            DatasetAttribute(
+                entity=entity, name=name, kind="category", multiple=multiple, values=values, fingerprint=fingerprint
+            ),
+            lists,
+        )
 
 
 def training_part(history: Sequence[int]) -> Sequence[int]:

@@ -25,9 +25,10 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor as Sharded
 from torchrec.optim.keyed import CombinedOptimizer
 
 from recgpt_torchrec.checkpoints.folder import read_tensor_metadata, read_tensors
-from recgpt_torchrec.checkpoints.growing import first_rows
+from recgpt_torchrec.checkpoints.growing import feature_rows, first_rows
+from recgpt_torchrec.config.tables import is_attribute
 from recgpt_torchrec.distributed.processes import log_message
-from recgpt_torchrec.distributed.sharding import tables_of
+from recgpt_torchrec.distributed.sharding import table_name, tables_of
 from recgpt_torchrec.errors import InputError
 
 MOMENTS = {0: (), 1: ("sum",), 2: ("exp_avg", "exp_avg_sq")}
@@ -126,8 +127,8 @@ def restore(
 ) -> None:
     """Restore a model and its optimizers from a checkpoint, in place (collective).
 
-    Where a table has more rows than in the checkpoint, its first rows are restored; the optimizer state of the others
-    stays as it is.
+    Where a table or the embedding of a feature has more rows than in the checkpoint, its first rows are restored; the
+    optimizer state of the others stays as it is.
 
     Args:
         model, optimizer: restored in place.
@@ -141,11 +142,18 @@ def restore(
     """
     full_state = state_of(model, optimizer)
     saved = read_tensor_metadata(checkpoint)
-    for name in tables_of(model):
+    tables = tables_of(model)
+    # A run that starts from another's checkpoint may read attributes that are new: their tables start as in any run.
+    rows = {
+        name: 0
+        for name in tables
+        if initialise is not None and f"model.{name}" not in saved and is_attribute(table_name(name))
+    }
+    for name, table in tables.items():
+        if name in rows:
+            continue
         if (key := f"model.{name}") not in saved or len(saved[key].size) != 2:
             raise InputError(f"{checkpoint} has no table {key}; restore it, or choose another --output")
-    rows = {}
-    for name, table in tables_of(model).items():
         rows[name], columns = size = saved[f"model.{name}"].size
         # Nothing else fills the tables.
         if columns != table.shape[1] or (initialise is None and rows[name] != table.shape[0]):
@@ -155,6 +163,7 @@ def restore(
             )
     if initialise is not None:
         initialise(rows)
+        rows |= feature_rows(full_state["model"], saved)
     state = first_rows(full_state, rows)
     regrouped = []
     for name, tensors in state["optimizer"]["state"].items():

@@ -4,6 +4,9 @@
 Other modules import the dataclasses from here, not from the files.
 """
 
+from recgpt_torchrec.config.inputs.attributes import AttributeChoice
+from recgpt_torchrec.config.inputs.events import Events, TargetEvents
+from recgpt_torchrec.config.inputs.time import TimeChoice
 from recgpt_torchrec.config.model import Loss, Model
 from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.prepare import Prepare
@@ -25,9 +28,11 @@ __all__ = [
     "IVF",
     "PQ",
     "Apply",
+    "AttributeChoice",
     "Batch",
     "BuildIndex",
     "Evaluate",
+    "Events",
     "Export",
     "GeneratePrompts",
     "Index",
@@ -45,6 +50,8 @@ __all__ = [
     "Sharding",
     "Stream",
     "Tables",
+    "TargetEvents",
+    "TimeChoice",
     "Train",
     "TrainingBatch",
     "Tuning",

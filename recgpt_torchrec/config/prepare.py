@@ -1,11 +1,13 @@
 """Options of the stage prepare."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
+from recgpt_torchrec.config.attribute_names import parse_attributes
 from recgpt_torchrec.config.boundaries import Boundary
-from recgpt_torchrec.config.checks import at_least
+from recgpt_torchrec.config.checks import at_least, check_ids, split_words, within
 from recgpt_torchrec.config.fields import changeable
+from recgpt_torchrec.config.inputs.time import TimeUnit
 
 NULL_WORDS = (
     *("NA", "N/A", "#N/A", "<NA>", "NaN", "NAN", "nan", "-nan", "NaT", "NULL", "Null", "null", "(null)", "\\N"),
@@ -15,6 +17,11 @@ NULL_WORDS = (
 SEPARATOR_WORDS = {"tab": "\t", "\\t": "\t", "space": " ", "blank": " ", "comma": ",", "semicolon": ";", "pipe": "|"}
 NONE = "none"
 """Value of an option that says that there is no such character."""
+ATTRIBUTE_OPTIONS = (
+    *("items", "item_attributes", "items_key", "users", "user_attributes", "users_key"),
+    *("attribute_separator", "attribute_buckets", "catalogue"),
+)
+"""Options of tables of attributes, which a dataset without tables does not record."""
 InputFormat = Literal["auto", "csv", "tsv", "jsonl", "parquet", "sequences", "recbole"]
 
 
@@ -68,6 +75,10 @@ class Prepare:
     time_column: str | None = "timestamp"
     """Column with the event time: a number, kept in its own unit, or an ISO date-time, converted to seconds since 1970
     (UTC unless it has an offset). null: rows are already in time order. Not used for sequences."""
+    time_unit: TimeUnit = "auto"
+    """Unit of times that are numbers: s, ms, us, ns, min or day, since 1970 in UTC. It is recorded, and no time is
+    changed; pretrain reads gaps, hours and weekdays by it (--time.use). auto: date-times are seconds; of numbers s, ms,
+    us or ns where all lie in the years 1990 to 2099, and not known otherwise."""
     time_format: str | None = None
     """Format of times in text that are neither, in strptime's codes, for example "%d/%m/%Y %H:%M". null: numbers and
     ISO date-times with years of four digits."""
@@ -76,13 +87,59 @@ class Prepare:
     click_column: str | None = None
     """Column that tells clicked rows (interactions) from rows that were only shown: a number, or a boolean (true is 1,
     false is 0); may be the rating_column. Shown rows become entries with segment id 2, which only generate_prompts
-    reads (--prompts.source exposed or both). null: every row is an interaction."""
+    reads (--prompts.source exposed or both); see also --dislike_to and --skip_to. null: every row is an interaction."""
     click_from: float = 1
     """Smallest value of click_column that is a click; rows below it were only shown. Example: 3 for ratings from 1 to 5
     of which 1 and 2 are dislikes."""
     click_values: list[str] = field(default_factory=list)
     """Words of click_column that are clicks, separated by commas or blanks, for example buy,cart; rows with other words
     were only shown. To leave those rows out, use --where instead. []: click_column is a number, see click_from."""
+    event_column: str | None = None
+    """Column with the type of each event, such as view, cart or buy: words (or numbers), at most 200 different ones,
+    written like keys. Stored in the list column `event_ids`, which pretrain --events reads; a row without one is kept,
+    as an event of unknown type. May be the click_column, too. null: events have no types."""
+    items: list[str] = changeable(default_factory=list)
+    """Tables of items, a row per item: files, folders or patterns of csv, tsv, jsonl, parquet or recbole (.item), told
+    by the ending whatever --input_format says. Header, encoding, null_words, quote, escape hold as for the log;
+    separator too, unless another one parts the names that are asked for. []: none."""
+    item_attributes: list[str] = field(default_factory=list)
+    """Columns of --items to keep for each item, separated by commas: NAME, or NAME:KIND. category: each value has an
+    id. list: several of them. number: quantile buckets. text: kept for reports, not for the model. Without KIND lists
+    are list, floats number, and all else (text, whole numbers, true and false) category. Example: brand,tags:list."""
+    items_key: str | None = None
+    """Column of --items with the item key; null: item_column."""
+    users: list[str] = changeable(default_factory=list)
+    """Tables of users, like items (recbole: .user). []: none."""
+    user_attributes: list[str] = field(default_factory=list)
+    """Columns of --users to keep for each user, like item_attributes. Example: country,age:number."""
+    users_key: str | None = None
+    """Column of --users with the user key; null: user_column."""
+    attribute_separator: str = "|"
+    """Separator of the values in text columns of the kind list: up to four characters, or a word such as comma. Lists
+    of JSON, Parquet and RecBole (token_seq) are read as such."""
+    attribute_buckets: int = 16
+    """Maximum number of quantile buckets of a number; equal numbers are in one bucket. With --vocabulary the buckets of
+    the earlier dataset are kept."""
+    catalogue: Literal["log", "items"] = "log"
+    """Which items have ids. log: those of the log that reach min_count. items: those of --items too, so that a product
+    without interactions has a vector made of its attributes, and is exported and recommended."""
+    dislike_values: list[str] = field(default_factory=list)
+    """Words of click_column that are dislikes, separated by commas or blanks, with --click_values. Such rows become
+    entries with segment id 3, which the model tells from rows that were only shown. []: none."""
+    skip_values: list[str] = field(default_factory=list)
+    """Words of click_column that are skips, likewise; such rows become entries with segment id 4. []: none."""
+    dislike_to: float | None = None
+    """Largest value of click_column that is a dislike, below click_from. Example: --click_from 4 --dislike_to 2 for
+    ratings from 1 to 5, of which 3 says neither. null: none is."""
+    skip_to: float | None = None
+    """Largest value of click_column that is a skip, likewise; of two ranges the one that ends higher begins above the
+    other. Example: --click_from 0.8 --skip_to 0.1 for the share of a video that was watched. null: none is."""
+    position_column: str | None = None
+    """Column with the place in the list in which the item of a row was shown, a whole number; rows without one are of
+    unknown place. Places are stored in the list column `places`, and rows of the same user and time are in their order.
+    null: none."""
+    position_from: int = 1
+    """Number of the first place in position_column: 1, or 0 where places are counted from 0."""
     min_count: int = 5
     """Minimum number of interactions per user and per item (k-core, repeated until it converges); 1: keep all."""
     vocabulary: str | None = changeable(None)
@@ -119,11 +176,13 @@ class Prepare:
     history: int = 200
     """With --append: number of a user's newest earlier interactions that are kept for the days to come; at least the
     model.max_len of runs on the folder."""
-    hold_out: Literal["last", "time", "given", "none"] = "last"
+    hold_out: Literal["last", "time", "given", "targets", "none"] = "last"
     """What is held out of training. last: the last two interactions of each user with at least three, the validation
     and the test item. time: the interactions from --test_from on, and before them those of validation. given: those of
-    --validation_input and --test_input. none: nothing; train on everything, for a fixed number of epochs. With time and
-    given a user's validation and test item are the first of each part, and histories end before the part."""
+    --validation_input and --test_input. targets: the last two interactions of each user that are of --target_events,
+    such as purchases, and what comes after each; histories hold events of all types. Users with fewer than two of them,
+    or nothing before, are trained on as a whole. none: nothing; train on everything, for a fixed number of epochs. With
+    time and given a user's validation and test item are the first of each part, and histories end before the part."""
     test_from: str | None = None
     """Time at which the test part begins (--hold_out time): a number in the log's own unit; an ISO date or date-time,
     which means seconds since 1970, UTC unless it has an offset; or a share such as 90%, the time before which that
@@ -135,6 +194,8 @@ class Prepare:
     """Raw log of the validation part, like input (--hold_out given); without, nothing is held out for validation."""
     test_input: list[str] = changeable(default_factory=list)
     """Raw log of the test part, like input (--hold_out given). Then --input is the training part."""
+    target_events: list[str] = field(default_factory=list)
+    """Event types that are held out (--hold_out targets), separated by commas or blanks, for example buy,cart."""
     duplicates: Literal["keep", "drop"] = "keep"
     """Whether to keep or drop rows that repeat the user, item and time of another row (before min_count is applied)."""
     repeats: Literal["keep", "collapse"] = "keep"
@@ -168,24 +229,31 @@ class Prepare:
         at_least("--groups_per_part", self.groups_per_part, 1)
         if self.new_keys == "leave_out" and self.vocabulary is None:
             raise ValueError("--new_keys leave_out belongs to --vocabulary; name the earlier dataset, or leave it out")
-        self._check_ids()
+        if self.new_keys == "leave_out" and self.ids == "hash":
+            raise ValueError("--new_keys leave_out: with --ids hash every key has an id; leave it out")
+        check_ids(self.ids, self.user_rows, self.item_rows, self.eviction_step)
+        self.target_events = split_words(self.target_events)
         self._check_hold_out()
+        self._check_attributes()
         self._check_append()
         if not abs(self.click_from) < float("inf"):
             raise ValueError(f"--click_from is {self.click_from}; it must be a finite number")
         if self.click_column is None and self.click_from != 1:
             raise ValueError(f"--click_from is {self.click_from}, but no column is named; name it with --click_column")
-        self.click_values = [word.strip() for value in self.click_values for word in value.split(",") if word.strip()]
+        self.click_values = split_words(self.click_values)
         if self.click_values and self.click_column is None:
             raise ValueError("--click_values says which words are clicks; name their column with --click_column")
         if self.click_values and self.click_from != 1:
             raise ValueError("--click_values is for words, --click_from for numbers; give one of them")
+        self._check_feedback()
         if self.separator == NONE:
             raise ValueError("--separator is none; columns in text have one, such as a comma")
         self.separator = _named_character("--separator", self.separator, 4)
         self.quote = _named_character("--quote", self.quote, 1)
         self.escape = _named_character("--escape", self.escape, 1)
         self.list_separator = _named_character("--list_separator", self.list_separator, 4)
+        if self.time_unit != "auto" and self.time_column is None:
+            raise ValueError(f"--time_unit is {self.time_unit}, but no column is named; name it with --time_column")
         if self.time_format is not None and (self.time_column is None or "%" not in self.time_format):
             raise ValueError(f"--time_format is {self.time_format}; give codes such as %d/%m/%Y, with a --time_column")
         try:
@@ -195,22 +263,74 @@ class Prepare:
                 f"--encoding is {self.encoding}, which Python does not know; give utf-8, latin-1, utf-16, ..."
             ) from None
 
-    def _check_ids(self) -> None:
-        """Check that the options of ids fit together."""
-        rows = {"user_rows": self.user_rows, "item_rows": self.item_rows}
-        given = [f"--{name} {value}" for name, value in rows.items() if value is not None]
-        if self.ids == "vocabulary" and given:
-            raise ValueError(f"{given[0]} belongs to --ids hash or managed; give one of them, or leave it out")
-        if self.ids != "vocabulary" and not given:
-            raise ValueError(f"--ids {self.ids} needs the size of a table; give --item_rows, --user_rows or both")
-        for name, value in rows.items():
-            if value is not None and not 1 <= value < 2**31:
-                raise ValueError(f"--{name} is {value}; it must be from 1 to {2**31 - 1}")
-        if self.ids == "hash" and self.new_keys == "leave_out":
-            raise ValueError(
-                "--new_keys leave_out says which keys get no id, but with --ids hash every key has one; leave it out"
-            )
-        at_least("--eviction_step", self.eviction_step, 1)
+    def recorded(self) -> dict[str, Any]:
+        """The options as a dataset records them: those of attributes only where it has tables of them."""
+        left_out = () if self.items or self.users else ATTRIBUTE_OPTIONS
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
+
+    def _check_attributes(self) -> None:
+        """Split the names of attributes, and check that the options of tables fit each other."""
+        within("--attribute_buckets", self.attribute_buckets, 2, 1024)
+        separator = _named_character("--attribute_separator", self.attribute_separator, 4)
+        if separator is None or separator == NONE:
+            raise ValueError(f"--attribute_separator is {separator}; give the characters between the values of a list")
+        self.attribute_separator = separator
+        self.item_attributes = parse_attributes("--item_attributes", self.item_attributes)
+        self.user_attributes = parse_attributes("--user_attributes", self.user_attributes)
+        for entity, tables, names, key in (
+            ("item", self.items, self.item_attributes, self.items_key),
+            ("user", self.users, self.user_attributes, self.users_key),
+        ):
+            for option, value in ((f"--{entity}_attributes", ",".join(names)), (f"--{entity}s_key", key)):
+                if value and not tables:
+                    raise ValueError(f"{option} {value}: no table of {entity}s is named; name it with --{entity}s")
+            if tables and not names and not (entity == "item" and self.catalogue == "items"):
+                raise ValueError(
+                    f"--{entity}s names a table and no column of it; name columns with --{entity}_attributes"
+                    + (", or pass --catalogue items to give its items ids" if entity == "item" else "")
+                )
+        if self.catalogue == "items" and not self.items:
+            raise ValueError("--catalogue items gives the items of a table ids; name the table with --items")
+        if self.catalogue == "items" and self.ids == "managed" and self.item_rows is not None:
+            raise ValueError("--catalogue items adds items that --ids managed gives no row, as it counts interactions")
+        if self.catalogue == "items" and self.new_keys == "leave_out":
+            raise ValueError("--catalogue items adds items, and --new_keys leave_out adds none; give one of them")
+
+    def _check_feedback(self) -> None:
+        """Check the options that tell kinds of feedback apart, and those of places."""
+        if self.position_from != 1 and self.position_column is None:
+            raise ValueError("--position_from belongs to --position_column; name the column with the places")
+        words = {"click": self.click_values}
+        words |= {name: split_words(getattr(self, f"{name}_values")) for name in ("dislike", "skip")}
+        self.dislike_values, self.skip_values = words["dislike"], words["skip"]
+        for name in ("dislike", "skip"):
+            to = getattr(self, f"{name}_to")
+            given = [option for option in (f"{name}_values", f"{name}_to") if getattr(self, option) not in (None, [])]
+            if given and self.click_column is None:
+                raise ValueError(
+                    f"--{given[0]} is about a column that tells clicks from others; name it with --click_column"
+                )
+            if words[name] and not self.click_values:
+                raise ValueError(f"--{name}_values is for words, so name those that are clicks: --click_values")
+            if to is None:
+                continue
+            if self.click_values:
+                raise ValueError(f"--{name}_to is for numbers, --click_values for words; give --{name}_values")
+            if not -float("inf") < to < self.click_from:
+                raise ValueError(f"--{name}_to is {to:g}; it must be below --click_from, which is {self.click_from:g}")
+        for one, other in (("click", "dislike"), ("click", "skip"), ("dislike", "skip")):
+            if both := [word for word in words[one] if word in words[other]]:
+                raise ValueError(f"{both[0]!r} is in --{one}_values and in --{other}_values; leave it in one of them")
+        if self.dislike_to is not None and self.dislike_to == self.skip_to:
+            raise ValueError(f"--dislike_to and --skip_to are both {self.skip_to:g}; values can be one of them only")
+
+    @property
+    def feedback(self) -> list[str]:
+        """Kinds of feedback that are told apart, by their names in `segments.FEEDBACK`."""
+        if self.click_column is None:
+            return []
+        told = {"disliked": (self.dislike_values, self.dislike_to), "skipped": (self.skip_values, self.skip_to)}
+        return ["shown", *(kind for kind, (words, to) in told.items() if words or to is not None)]
 
     def _check_append(self) -> None:
         """Check that the options fit `append`."""
@@ -238,7 +358,10 @@ class Prepare:
 
     def _check_hold_out(self) -> None:
         """Check that the options of the split fit what is held out."""
-        belongs = {"test_from": "time", "validation_from": "time", "validation_input": "given", "test_input": "given"}
+        belongs = {
+            **{"test_from": "time", "validation_from": "time", "validation_input": "given", "test_input": "given"},
+            "target_events": "targets",
+        }
         for name, hold_out in belongs.items():
             if getattr(self, name) and self.hold_out != hold_out:
                 raise ValueError(
@@ -249,6 +372,9 @@ class Prepare:
             raise ValueError(
                 "--hold_out given needs --test_input, the files of the test part; --input is what to train on"
             )
+        if self.hold_out == "targets" and not (self.target_events and self.event_column):
+            missing = "--target_events, the types to hold out, such as buy" if self.event_column else "--event_column"
+            raise ValueError(f"--hold_out targets needs {missing}")
         if self.hold_out == "time" and self.test_from is None:
             raise ValueError("--hold_out time needs --test_from, the time at which the test part begins, such as 90%")
         if self.hold_out == "time" and self.time_column is None:

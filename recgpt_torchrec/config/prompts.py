@@ -6,6 +6,7 @@ from typing import Literal
 from recgpt_torchrec.config.checks import MAX_SEED, at_least, within
 from recgpt_torchrec.config.device import Computing
 from recgpt_torchrec.config.fields import changeable
+from recgpt_torchrec.config.inputs.events import TargetEvents
 from recgpt_torchrec.config.model import Loss, Model
 from recgpt_torchrec.config.tables import Sharding, Tables
 from recgpt_torchrec.config.training import Optimizer, Saving, Stream, Train, TrainingBatch
@@ -107,6 +108,7 @@ class PromptTune(Computing):
     seed: int = 0
     """Seed of shuffling, negatives and dropout."""
     tuning: Tuning = field(default_factory=Tuning)
+    events: TargetEvents = field(default_factory=TargetEvents)
     model: Model | None = None
     """Options of the decoder; null: those of the checkpoint. If given, only the dropout options may differ from the
     checkpoint's."""

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from recgpt_torchrec.config.boundaries import parse_moment
 from recgpt_torchrec.config.checks import MAX_SEED, at_least, within
 from recgpt_torchrec.config.device import Computing
 from recgpt_torchrec.config.fields import changeable
@@ -49,6 +50,13 @@ class Evaluate(Computing):
     by default the second to last and the last)."""
     ks: list[int] = field(default_factory=lambda: [5, 10])
     """List lengths k of HR@k and NDCG@k."""
+    event: str | None = None
+    """Event type, such as buy: only users whose held-out item is of this type are ranked, and the model is asked for
+    it. null: all users are ranked, and the model is asked for any type, as the true one is not known when a request
+    comes. Popularity and co-occurrence count events of all types."""
+    ask: bool = True
+    """With --event, whether the model is asked for that type; false: for any, to see on the same users what asking is
+    worth."""
     users: int = 0
     """Number of users to rank for: a sample of those with an item of the split, drawn by the seed, the same on any
     number of ranks. m of the two-step list is then chosen on so many users of the validation split. 0: all of them."""
@@ -168,6 +176,12 @@ class Export(Computing):
     history: Literal["all", "test", "validation"] = "all"
     """History that user vectors are made of. all: the whole history. test, validation: what comes before the item that
     this split holds out."""
+    event: str | None = None
+    """Event type that user vectors ask for, such as buy, so that retrieve lists what will be bought. null: any type."""
+    time: str | None = None
+    """Time of the request that user vectors are made for, where the model reads times: an ISO date-time, UTC unless it
+    has an offset, or a number in the log's unit. With history test and validation it is that of the item that is held
+    out. null: the newest time of the dataset."""
     interests: int = 1
     """Number of interest vectors per user, 1 to 32. The first is the output at the newest entry; each further one takes
     one more autoregressive step. The paper's online system uses 6; retrieve by default merges the first 2."""
@@ -187,6 +201,13 @@ class Export(Computing):
 
     def __post_init__(self) -> None:
         within("--interests", self.interests, 1, INTERESTS)
+        if self.time is not None:
+            parse_moment("--time", self.time)
+            if self.history != "all":
+                raise ValueError(
+                    f"--time is {self.time}, but with --history {self.history} requests have the times of the items "
+                    "that are held out; leave one out"
+                )
         if not 0 <= self.tolerance < math.inf:
             raise ValueError(f"--tolerance is {self.tolerance}; it must be a number of at least 0, for example 0.01")
         if self.tolerance and not self.since:

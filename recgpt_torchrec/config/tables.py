@@ -12,9 +12,14 @@ ShardingType = Literal[
 Kernel = Literal["auto", "fused", "uvm", "uvm_caching"]
 
 
+def is_attribute(table: str) -> bool:
+    """Whether a table is an attribute's: its name begins with the entity's, as `item-category`."""
+    return "-" in table
+
+
 @dataclass(kw_only=True)
 class TableChoice:
-    """What holds for one table instead of the choice for all tables."""
+    """What holds for one table, or those of all attributes, instead of the choice for all tables."""
 
     sharding: ShardingType | None = changeable(None)
     """How to shard this table; null: as sharding says."""
@@ -49,6 +54,7 @@ class Sharding:
     user: TableChoice = field(default_factory=TableChoice)
     item: TableChoice = field(default_factory=TableChoice)
     output: TableChoice = field(default_factory=TableChoice)
+    attributes: TableChoice = field(default_factory=TableChoice)
 
     def __post_init__(self) -> None:
         at_least("--tables.data_parallel_mb", self.data_parallel_mb, 0)
@@ -65,7 +71,7 @@ class Sharding:
         return self._choice(table).kernel or self.kernel
 
     def _choice(self, table: str) -> TableChoice:
-        choice = getattr(self, table, None)
+        choice = getattr(self, "attributes" if is_attribute(table) else table, None)
         return choice if isinstance(choice, TableChoice) else TableChoice()
 
 
@@ -89,21 +95,27 @@ class Tables(Sharding):
     user_lr: float = 0.005
     """Peak learning rate of the user table. Keep it well below lr: a user is seen only once per epoch, and at the item
     tables' rate the model memorises users."""
+    attribute_lr: float | None = None
+    """Peak learning rate of the attributes' tables, those of users too: their rows are shared by many. null: lr."""
     weight_decay: float = 0.0
     """L2 penalty, added to the gradient."""
     init_std: float = 0.02
-    """Standard deviation of the item tables' initial values; user vectors start at 0."""
+    """Standard deviation of the item tables' initial values; vectors of users and attributes start at 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("--tables.sync_steps", self.sync_steps, 1)
         for name in ("shard_ranks", "lr", "user_lr", "weight_decay", "init_std"):
             at_least(f"--tables.{name}", getattr(self, name), 0)
+        if self.attribute_lr is not None:
+            at_least("--tables.attribute_lr", self.attribute_lr, 0)
 
     def lr_of(self, table: str) -> float:
         """The peak learning rate of a table."""
+        if is_attribute(table) and self.attribute_lr is not None:
+            return self.attribute_lr
         return self.user_lr if table == "user" else self.lr
 
     def init_std_of(self, table: str) -> float:
         """The standard deviation of a table's initial values."""
-        return 0.0 if table == "user" else self.init_std
+        return 0.0 if table == "user" or is_attribute(table) else self.init_std

@@ -6,6 +6,9 @@ from typing import Literal
 from recgpt_torchrec.config.checks import MAX_SEED, at_least, within
 from recgpt_torchrec.config.device import Computing
 from recgpt_torchrec.config.fields import changeable
+from recgpt_torchrec.config.inputs.attributes import AttributeChoice
+from recgpt_torchrec.config.inputs.events import Events
+from recgpt_torchrec.config.inputs.time import TimeChoice
 from recgpt_torchrec.config.model import Loss, Model
 from recgpt_torchrec.config.tables import Tables
 
@@ -198,6 +201,9 @@ class Pretrain(Computing):
     seed: int = 0
     """Seed of initial values, shuffling, negatives and dropout."""
     model: Model = field(default_factory=Model)
+    attributes: AttributeChoice = field(default_factory=AttributeChoice)
+    events: Events = field(default_factory=Events)
+    time: TimeChoice = field(default_factory=TimeChoice)
     loss: Loss = field(default_factory=Loss)
     batch: TrainingBatch = field(default_factory=TrainingBatch)
     stream: Stream = field(default_factory=Stream)

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from recgpt_torchrec.data.inputs.attributes import Attributes
+from recgpt_torchrec.data.inputs.attributes import Attributes, EntityAttributes
 from recgpt_torchrec.data.inputs.spec import Attribute
 from recgpt_torchrec.data.packed import Capacity
-from recgpt_torchrec.data.ragged import Int64, Ragged, ragged_arange
+from recgpt_torchrec.data.ragged import Int64
 
 USER = "user"
 ITEM = "item"
@@ -57,34 +57,44 @@ def bags_of(users: Int64, items: Int64, capacity: Capacity, attributes: Attribut
         counts = [ids.size for ids in values]
         lengths = (np.arange(capacity.stride) < np.array(counts)[:, None]).astype(np.int32)
         return _jagged([USER, *names_of_keys(keys)], values, counts, lengths, capacity.stride)
-    of_users, of_items = attributes.users.of(users), attributes.items.of(items)
-    columns = [(of_users.ids, 1), (of_items.ids, keys)]
-    columns += [(rows, 1) for rows in of_users.values] + [(rows, keys) for rows in of_items.values]
+    of_users = _bags_of_entity(users, 1, capacity.stride, attributes.users)
+    of_items = _bags_of_entity(items, keys, capacity.stride, attributes.items)
     names = [USER, *names_of_keys(keys)]
     for attribute in (*attributes.users.attributes, *attributes.items.attributes):
         names += names_of_attribute(attribute, keys)
-    dealt = [_deal(rows, number, capacity.stride) for rows, number in columns]
+    dealt = [of_users[0], of_items[0], *of_users[1:], *of_items[1:]]
     lengths = np.concatenate([of_keys for _, of_keys in dealt])
     return _jagged(names, [values for values, _ in dealt], lengths.sum(1).tolist(), lengths, capacity.stride)
 
 
-def _deal(bags: Ragged, keys: int, stride: int) -> tuple[Int64, np.ndarray]:
-    """Deal bags to keys: the values key by key [entries] int64, and the lengths [keys, stride] int32."""
-    counts = -(-(bags.rows - np.arange(keys)) // keys)
-    dealt = bags if keys == 1 else bags.take(np.repeat(np.arange(keys), counts) + keys * ragged_arange(counts))
-    lengths = np.zeros((keys, stride), np.int32)
-    lengths[np.arange(stride) < counts[:, None]] = dealt.lengths
-    return dealt.values, lengths
+def _bags_of_entity(
+    ids: Int64, keys: int, stride: int, attributes: EntityAttributes
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The bags of users or of items: of their ids, and then of each attribute.
+
+    Returns:
+        Per kind of bag the values [entries], key by key, and how many are in each bag, [keys, stride] int32.
+    """
+    # Dealt here, once for all: what is looked up by dealt ids comes key by key.
+    dealt = np.concatenate([ids[key::keys] for key in range(keys)]) if keys > 1 else ids
+    counts = -(-(ids.size - np.arange(keys)) // keys)
+    is_filled = np.arange(stride) < counts[:, None]
+    bags = []
+    for found in (attributes.own_ids(dealt), *(column.of(dealt) for column in attributes.columns)):
+        lengths = np.zeros((keys, stride), np.int32)
+        lengths[is_filled] = found.lengths
+        bags.append((found.ids, lengths))
+    return bags
 
 
 def _jagged(
-    keys: list[str], values: list[Int64], counts: list[int], lengths: np.ndarray, stride: int
+    keys: list[str], values: list[np.ndarray], counts: list[int], lengths: np.ndarray, stride: int
 ) -> KeyedJaggedTensor:
     # Given here, where they are known: torchrec would read them from the device, a wait for each exchange.
     known = {"length_per_key": counts, "offset_per_key": [0, *np.cumsum(counts).tolist()]}
     return KeyedJaggedTensor(
         keys=keys,
-        values=torch.from_numpy(np.concatenate(values)),
+        values=torch.from_numpy(np.concatenate(values, dtype=np.int64)),
         lengths=torch.from_numpy(lengths.ravel()),
         stride=stride,
         **known,

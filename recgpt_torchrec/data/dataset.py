@@ -4,7 +4,9 @@
     sequences/*.parquet   one row per user: user_id int64, item_ids list<int64>, timestamps list<int64>, ...;
                           where the split is stored, validation_start and test_start int64
     items/*.parquet       item_id int64 (dense, from 0), key, count, train_count
-    users/*.parquet       user_id int64 (dense, from 0), key
+    users/*.parquet       user_id int64 (dense, from 0), key; here and in items/ attribute_NAME list<int32>, the ids
+                          of an attribute's values, and text_NAME
+    attributes/*/*.parquet   of each attribute of categories: value_id int64 (dense, from 0), key, count
 
 Where ids are slots of a table of fixed size (`prepare --ids`), items/ or users/ have more columns, all int64. managed:
 since (version of the vocabulary in which the slot was given to another key), seen and last_seen (what the policy
@@ -29,7 +31,9 @@ from recgpt_torchrec.data.days.newest import Newest
 from recgpt_torchrec.data.days.records import DayRecord
 from recgpt_torchrec.data.ids.records import Entity, IdTable
 from recgpt_torchrec.data.inputs.records import DatasetAttribute
-from recgpt_torchrec.data.reading.preparation_record import check_records
+from recgpt_torchrec.data.inputs.spec import check_unit
+from recgpt_torchrec.data.reading.records import check_records
+from recgpt_torchrec.data.segments import FEEDBACK, PLAIN_SEGMENTS, SEGMENTS
 from recgpt_torchrec.data.split import EVALUATION, FEWEST_ITEMS, HoldOut, SplitName
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import filesystem
@@ -58,7 +62,7 @@ REQUIRED = ("user_id", "item_ids")
 ANSWERS = ("answer_ids", "answer_scores")
 """List columns of a prompt dataset: the model's answers per interacted item, and their scores."""
 STARTS = ("validation_start", "test_start")
-"""Columns of a dataset with the hold_out `time` or `given`: where each user's parts start, see `data.split`."""
+"""Columns of a dataset with the hold_out `time`, `given` or `targets`: where users' parts start, see `data.split`."""
 
 
 @dataclass(kw_only=True)
@@ -98,7 +102,8 @@ class Manifest(FolderManifest):
     user_parts: list[Part] = field(default_factory=list)
     preparation: dict[str, Any] = field(default_factory=dict)
     """What `prepare` read and dropped: inputs, rows, rejected, rejected_parts, duplicates_dropped, rounds, lengths,
-    split; also exposed where shown rows were read, and extends where another dataset is extended."""
+    split; also exposed where shown rows were read, events where they have types, and extends where another dataset is
+    extended."""
     hold_out: HoldOut = "last"
     """What is held out of training, see `data.split`; `last` is not written."""
     attributes: list[DatasetAttribute] = field(default_factory=list)
@@ -107,6 +112,9 @@ class Manifest(FolderManifest):
     """Words of the event types in the column `event_ids`; the n-th has the id n + 1."""
     time_unit: float | None = None
     """Seconds of a unit of the timestamps; None: it is not known."""
+    feedback: list[str] = field(default_factory=list)
+    """Kinds of feedback (`segments.FEEDBACK`) among the entries, each with its own time, also after a user's last
+    interaction. Empty in datasets whose shown entries are only those between two interactions."""
     id_tables: list[IdTable] = field(default_factory=list)
     """How ids are assigned that are slots of a table of fixed size; not written where there are none, like the next."""
     key_parts: list[Part] = field(default_factory=list)
@@ -117,8 +125,8 @@ class Manifest(FolderManifest):
     @property
     def all_parts(self) -> list[Part]:
         """All parts that the manifest promises."""
-        days = [] if self.day is None else [*self.day.tails, *self.day.newest]
-        return [*super().all_parts, *self.key_parts, *days]
+        parts = super().all_parts + self.key_parts + [part for each in self.attributes for part in each.parts]
+        return parts if self.day is None else [*parts, *self.day.tails, *self.day.newest]
 
     def count_targets(self, split: SplitName) -> int | None:
         """Number of users with a target in `validation` or `test`; None: it was not recorded, but there may be some."""
@@ -133,7 +141,9 @@ class Manifest(FolderManifest):
     def has_validation(self) -> bool:
         """Whether the split has a validation part at all; its users may still all lack a target."""
         parts = self.preparation.get("split", {}).get("interactions", {})
-        return self.hold_out in ("last", "time") or (self.hold_out == "given" and parts.get("validation", 1) > 0)
+        return self.hold_out in ("last", "time", "targets") or (
+            self.hold_out == "given" and parts.get("validation", 1) > 0
+        )
 
     def extends(self, vocabulary: str) -> Vocabulary | None:
         """The vocabulary with this fingerprint, if this dataset has or extends it; else None."""
@@ -150,6 +160,11 @@ class Manifest(FolderManifest):
         known = [each.fingerprint for each in self.lineage]
         version = known.index(vocabulary) if vocabulary in known else len(known)
         return {each.entity: version for each in self.id_tables if each.reassigned > version}
+
+    @property
+    def segments(self) -> int:
+        """Number of segment ids that entries may have, and that a model of it tells apart."""
+        return SEGMENTS if {*self.feedback} - {"shown"} else PLAIN_SEGMENTS
 
     @property
     def entries(self) -> int:
@@ -177,7 +192,7 @@ class Manifest(FolderManifest):
             del values["lineage"]
         if self.hold_out == "last":
             del values["hold_out"]
-        for name in ("attributes", "events", "time_unit", "id_tables", "key_parts", "day"):
+        for name in ("attributes", "events", "time_unit", "feedback", "id_tables", "key_parts", "day"):
             if not values[name]:
                 del values[name]
         return json.dumps(values, indent=1)
@@ -201,6 +216,12 @@ class Manifest(FolderManifest):
             count, rows = getattr(manifest, name), sum(part.rows for part in parts)
             if count and count != rows:
                 raise ValueError(f"it promises {count:,} {name}, but {rows:,} rows in {name}/")
+        for attribute in manifest.attributes:
+            attribute.check()
+        if unknown := [kind for kind in manifest.feedback if kind not in FEEDBACK]:
+            raise ValueError(f"feedback has {unknown[0]!r}, it must have {', '.join(FEEDBACK)}")
+        if manifest.time_unit is not None:
+            check_unit("time_unit", manifest.time_unit)
         check_records(manifest.settings, manifest.preparation)
         return manifest
 
@@ -320,8 +341,11 @@ class Dataset:
 
 
 def histories_fingerprint(dataset: Dataset) -> str:
-    """32 hex digits that identify all histories of a dataset and what is held out, wherever it is stored."""
-    parts = json.dumps([asdict(part) for part in dataset.manifest.sequences])
+    """32 hex digits that identify all histories of a dataset, the attributes in it and what is held out, wherever it is
+    stored."""
+    manifest = dataset.manifest
+    with_values = [*manifest.user_parts, *manifest.item_parts] if manifest.attributes else []
+    parts = json.dumps([asdict(part) for part in (*manifest.sequences, *with_values)])
     if dataset.manifest.hold_out != "last":  # with `none` the same files mean other training parts
         parts += dataset.manifest.hold_out
     return hashlib.sha256(parts.encode()).hexdigest()[:32]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from recgpt_torchrec.data.candidates import Candidates, no_candidates
@@ -101,7 +102,7 @@ class PackedBatch:
     soft_bag: torch.Tensor
     """[targets, answers] int64: bags of the answers that share a target's weight, its soft targets."""
     soft_weight: torch.Tensor
-    """[targets, answers] float32: weight of each; the target itself keeps the rest of 1."""
+    """[targets, answers] float32: weight of each; the target itself keeps the rest of its own."""
     target_candidate: torch.Tensor
     """[targets] int64: index of the target among the candidates, where it is no negative; -1: not among them."""
     target_item: torch.Tensor | None = None
@@ -113,7 +114,7 @@ class PackedBatch:
     most_targets: int = 0
     """Largest number of targets of a rank in this step; `distributed.lockstep` sets it."""
     target_weight: torch.Tensor | None
-    """[targets] float32: 1 for a target, 0 for padding; None: nothing is padded."""
+    """[targets] float32: factor of each target's loss, 0 for padding; None: 1, and nothing is padded."""
     last_slot: torch.Tensor
     """[sequences] int64: flat index of the slot of each sequence's newest token; 0 in padding. Sequences without tokens
     are left out, here and in `cu_seqlens`."""
@@ -125,7 +126,8 @@ class PackedBatch:
     targets: int
     """Number of targets, without padding."""
     global_targets: torch.Tensor
-    """[] float32: number of targets of this step on all ranks; the loss is the mean over them."""
+    """[] float32: sum of the weights of this step's targets on all ranks; the loss is their weighted mean. It is this
+    rank's until `distributed.lockstep` sets it."""
 
     def _tensors(self) -> dict[str, Any]:
         """What is moved with the batch, by field name."""
@@ -157,6 +159,7 @@ def pack_histories(
     soft_targets: float = 0.0,
     draw: Callable[[Int64], Candidates] | None = None,
     inputs: Inputs = IDS_ALONE,
+    hidden: npt.NDArray[np.bool_] | None = None,
     layout: Layout = "grid",
     pad: FixedShape | None = None,
 ) -> tuple[PackedBatch, DistinctIds]:
@@ -174,6 +177,7 @@ def pack_histories(
         soft_targets: share of a target's weight that goes to the model's answers, where `histories` has them.
         draw: returns the candidates for the targets [targets] int64; None: there are none.
         inputs: what the model reads beside ids; of that its features are here.
+        hidden: [entries] bool: after which the event type asked for is hidden; None: after none.
         layout: how tokens lie in slots.
         pad: sizes that the tensors are padded to, in the layout `row`; None: they are as large as needed.
 
@@ -193,6 +197,9 @@ def pack_histories(
         predicting = target_entries = np.zeros(0, dtype=np.int64)
     targets = items.take(target_entries)
     soft_items, soft_weights = soft_targets_of(histories, token_entries, predicting, targets, soft_targets)
+    weights = None if histories.weights is None else histories.weights.take(target_entries)
+    if weights is not None:
+        soft_weights *= weights[:, None]
     candidates = no_candidates() if draw is None else draw(targets)
 
     if layout == "grid":
@@ -234,14 +241,16 @@ def pack_histories(
         position, segments = ragged_arange(tokens), None
     else:
         position, segments = positions_of(histories).take(token_entries), histories.segments.take(token_entries)
-    features = compute_features(inputs, histories, token_entries)
+    features = compute_features(inputs, histories, token_entries, hidden)
     seqlens = tokens[has_tokens]
     ends = np.cumsum(seqlens)
     # Padded to these sizes, or as they are.
     pad_targets, pad_sequences, pad_candidates = (
         (None,) * 3 if pad is None else (pad.tokens * predict, pad.sequences, pad.candidates)
     )
-    target_weight = None if pad_targets is None else _tensor(np.ones(targets.size, np.float32), pad_targets)
+    total = float(targets.size) if weights is None else float(weights.sum(dtype=np.float64))
+    if weights is None and pad_targets is not None:
+        weights = np.ones(targets.size, np.float32)
     cu_seqlens = None
     if layout == "row":
         bounds = np.concatenate([[0], ends if ends.size else [0]]).astype(np.int32)
@@ -264,12 +273,12 @@ def pack_histories(
         candidate_item=_tensor(candidates.ids, pad_candidates, LAST_ID) if candidates.shared else None,
         candidates_first=candidates.bags is not None,
         most_targets=targets.size,
-        target_weight=target_weight,
+        target_weight=None if weights is None else _tensor(weights, pad_targets),
         last_slot=_tensor(grid.slots[ends - 1], pad_sequences),
         cu_seqlens=cu_seqlens,
         max_seqlen=row_length if pad is not None else int(seqlens.max(initial=0)),
         targets=targets.size,
-        global_targets=torch.tensor(float(targets.size)),
+        global_targets=torch.tensor(total),
     )
     return batch, DistinctIds(users, ids)
 

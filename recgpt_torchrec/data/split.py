@@ -12,7 +12,7 @@ third start, and `n` is their number (`Starts`):
 
     last         validation = n - 2 and test = n - 1 where n is at least 3, else n and n
     none         n and n
-    time, given  as the dataset stores them (int64 columns `validation_start` and `test_start`)
+    time, given, targets  as the dataset stores them (int64 columns `validation_start` and `test_start`)
 
 So a user has at most one target per split: the first interaction of the part, ranked by what was known when the part
 began. Every history is a prefix of the user's interactions, so a split is arithmetic on offsets and holds for every
@@ -31,8 +31,8 @@ SplitName = Literal["training", "validation", "test", "all"]
 SPLITS = ("training", "validation", "test", "all")
 EVALUATION: tuple[Literal["validation", "test"], ...] = ("validation", "test")
 """Splits that hold an item out."""
-HoldOut = Literal["last", "time", "given", "none"]
-STORED = ("time", "given")
+HoldOut = Literal["last", "time", "given", "targets", "none"]
+STORED = ("time", "given", "targets")
 """Values of `--hold_out` for which the dataset stores where the parts start."""
 FROM_END = {"validation": 2, "test": 1}
 """With `last`: index of the target, counted from the end of the user's items."""
@@ -42,6 +42,7 @@ MEANINGS = {
     "last": f"the last two interactions of each user with at least {FEWEST_ITEMS} are held out",
     "time": "interactions from a moment on are held out",
     "given": "the interactions of --validation_input and --test_input are held out",
+    "targets": "the last two interactions of each user that are of --target_events are held out",
     "none": "nothing is held out",
 }
 """What each value of `--hold_out` means, for messages."""
@@ -63,7 +64,7 @@ class Starts:
         Args:
             lengths: [users] int64 number of interactions.
             hold_out: the dataset's.
-            stored: those that the dataset stores, with `time` and `given`.
+            stored: those that the dataset stores, with the values of `STORED`.
 
         Raises:
             ValueError: `hold_out` is unknown, or `stored` is missing.
@@ -73,7 +74,9 @@ class Starts:
         if hold_out == "none":
             return cls(lengths, lengths)
         if hold_out != "last":
-            raise ValueError(f"hold_out is {hold_out!r}; it must be last or none, or time or given with stored starts")
+            raise ValueError(
+                f"hold_out is {hold_out!r}; it must be last or none, or time, given or targets with stored starts"
+            )
         has_held_out = lengths >= FEWEST_ITEMS
         validation, test = (lengths - has_held_out * FROM_END[split] for split in EVALUATION)
         return cls(validation, test)

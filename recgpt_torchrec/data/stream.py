@@ -12,6 +12,8 @@ from recgpt_torchrec.data.candidates import CandidateSource
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.histories import Histories, join, no_histories
 from recgpt_torchrec.data.inputs.attributes import Attributes
+from recgpt_torchrec.data.inputs.hiding import draw_hidden
+from recgpt_torchrec.data.inputs.request import Request
 from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.loading import prefetch
 from recgpt_torchrec.data.packed import Capacity, FixedShape, Layout
@@ -24,6 +26,7 @@ from recgpt_torchrec.data.targets import PredictFrom
 from recgpt_torchrec.data.windows import Cursor, Position, Queue, RowGroup, Window, deal_windows, row_groups, windows_of
 from recgpt_torchrec.errors import InputError
 
+ANY = Request()
 TOKENS_PER_SEQUENCE = 4
 """A batch has room for one sequence per so many tokens."""
 
@@ -109,6 +112,9 @@ class BatchMaker:
         cursor, source = cursor or Cursor(), self.source if self.training else None
         seed = () if source is None else source.seed
         rng = np.random.default_rng((self.seed, epoch, cursor.worker, cursor.batches, 3, *seed))
+        inputs, hidden = self.reader.inputs, None
+        if self.training and inputs.ask_dropout and inputs.reads("asked_event"):
+            hidden = draw_hidden(histories, inputs.ask_dropout, self.seed, epoch)
         return make_batch(
             histories,
             row_length=self.row_length,
@@ -118,7 +124,8 @@ class BatchMaker:
             max_position=self.max_len - 1,
             soft_targets=self.soft_targets,
             draw=None if source is None else lambda targets: source.draw(targets, rng),
-            inputs=self.reader.inputs,
+            inputs=inputs,
+            hidden=hidden,
             attributes=self.attributes,
             cursor=cursor,
             layout=self.layout,
@@ -273,11 +280,12 @@ def encoding_stream(
     sample: UserSample | None = None,
     inputs: Inputs | None = None,
     attributes: Attributes | None = None,
+    request: Request = ANY,
 ) -> SequenceStream:
     """The stream of histories to encode: those before the held-out item of a split, or whole ones with `all`.
 
     `item_keys`, `inputs` and `attributes` are those of the model that encodes them; `sample` says which users are read
-    (None: all).
+    (None: all), and `request` what is asked after their histories.
     """
     reader = HistoryReader(
         dataset=dataset,
@@ -287,6 +295,7 @@ def encoding_stream(
         set_aside=set_aside,
         sample=sample,
         inputs=inputs or Inputs(),
+        request=request,
     )
     maker = BatchMaker(reader=reader, batch=batch, attributes=attributes, grows=grows, item_keys=item_keys)
     return SequenceStream(maker, Stream())

@@ -34,7 +34,7 @@ def targets_of(histories: Histories, tokens: Int64, predict_from: PredictFrom) -
     """Which tokens predict, and the entries that are their targets: the next interacted ones.
 
     Args:
-        histories: their columns `segments` and `trained` decide.
+        histories: their columns `segments`, `trained` and `weights` decide.
         tokens: [tokens] int64: entry of each token; every entry but the last of its history.
         predict_from: which tokens predict where prompts precede the target (see `pack_histories`).
 
@@ -46,6 +46,9 @@ def targets_of(histories: Histories, tokens: Int64, predict_from: PredictFrom) -
     if segments is None:
         following = tokens + 1
         predicts = None if histories.trained is None else ~histories.trained[following]
+        if histories.weights is not None:
+            weighted = histories.weights[following] > 0
+            predicts = weighted if predicts is None else predicts & weighted
     else:
         interacted = segments == INTERACTED
         interacted_entries = np.flatnonzero(interacted)
@@ -55,6 +58,8 @@ def targets_of(histories: Histories, tokens: Int64, predict_from: PredictFrom) -
         predicts = (following >= 0) & (following < end)
         if histories.trained is not None:
             predicts &= ~histories.trained[following]
+        if histories.weights is not None:
+            predicts &= histories.weights[following] > 0
         if predict_from == "interacted":
             predicts &= interacted[tokens]
         elif predict_from == "last":

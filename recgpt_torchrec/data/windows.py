@@ -80,11 +80,12 @@ def row_groups(dataset: Dataset, advance: Callable[[int], None] = lambda _: None
 
 def promised_columns(manifest: Manifest) -> set[str]:
     """Columns that the sequences must have by the options of the stage that wrote them."""
-    starts = {*STARTS} if manifest.hold_out in STORED else set()
+    always = {*STARTS} if manifest.hold_out in STORED else set()
+    always |= {"event_ids"} if manifest.events else set()
     prompts = manifest.settings.get("prompts")
     if not prompts:
-        return starts | ({"trained"} if manifest.settings.get("vocabulary") else set())
-    return starts | ({"segment_ids", *ANSWERS} if prompts.get("answers") else {"segment_ids"})
+        return always | ({"trained"} if manifest.settings.get("vocabulary") else set())
+    return always | ({"segment_ids", *ANSWERS} if prompts.get("answers") else {"segment_ids"})
 
 
 def user_bounds(dataset: Dataset, group: RowGroup) -> tuple[int, int]:

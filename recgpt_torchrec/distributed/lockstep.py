@@ -36,6 +36,7 @@ class _Totals(NamedTuple):
     """What ranks agree on per step, summed over them; the targets of each rank follow."""
 
     entries: float
+    weight: float
     ranks_with_batch: float
     requests: float
     failed: float
@@ -52,9 +53,9 @@ class Lockstep:
     """Iterates over this rank's batches, then over empty ones until every rank has run out.
 
     Ranks agree by one all-reduce of some numbers per step on the host, started one batch ahead so that no step waits
-    for it: the step's entries; the number of ranks that still had a batch, that requested a checkpoint, that failed to
-    make a batch, and that received a stop signal; and the targets of each rank. After a failure all ranks raise the
-    first failed rank's error; after a stop signal all raise `Stopped`.
+    for it: the step's entries and the weight of its targets; the number of ranks that still had a batch, that requested
+    a checkpoint, that failed to make a batch, and that received a stop signal; and the targets of each rank. After a
+    failure all ranks raise the first failed rank's error; after a stop signal all raise `Stopped`.
 
     Example: `for batch in Lockstep(iter(share), stream.maker.empty): ...`
     """
@@ -94,6 +95,7 @@ class Lockstep:
         read = None if batch is None else batch.histories.read
         own = _Totals(
             entries=0.0 if read is None else float(read.sum()),
+            weight=0.0 if batch is None else float(batch.global_targets),
             ranks_with_batch=batch is not None,
             requests=self.requests_checkpoint(),
             failed=self._failure is not None,
@@ -164,8 +166,8 @@ class Lockstep:
             self._ended = True
             raise StopIteration
         targets, batch.most_targets = sum(rank_targets), int(max(rank_targets))
-        # Gradients are averaged over ranks, so each rank divides by the mean number of targets per rank.
-        batch.global_targets = torch.tensor(targets / dist.get_world_size())
+        # Gradients are averaged over ranks, so each rank divides by the mean weight of the targets per rank.
+        batch.global_targets = torch.tensor(totals.weight / dist.get_world_size())
         cursor, users = (batch.cursor, batch.histories.users) if has_batch else (None, None)
         self.handed_out.append(Step(cursor, targets, totals.entries, totals.requests > 0, users))
         return batch

@@ -17,11 +17,15 @@ import torch
 
 from recgpt_torchrec.catalogue.ranks import both_ranks
 from recgpt_torchrec.data.dataset import Dataset, Manifest
+from recgpt_torchrec.data.inputs.request import Request
+from recgpt_torchrec.data.inputs.spec import Inputs
+from recgpt_torchrec.data.packed import IDS_ALONE
 from recgpt_torchrec.data.ragged import Ragged
 from recgpt_torchrec.data.reading.counts import read_counts
 from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.reading.sample import UserSample
 from recgpt_torchrec.data.split import SplitName
+from recgpt_torchrec.data.stream import ANY
 from recgpt_torchrec.data.windows import row_groups
 from recgpt_torchrec.distributed.memory import available_bytes
 from recgpt_torchrec.distributed.processes import gather_objects, log_message
@@ -244,6 +248,8 @@ def evaluate_baselines(
     names: Sequence[str] = tuple(NAMES),
     sample: UserSample | None = None,
     grouped: Mapping[str, GroupedMetrics] | None = None,
+    inputs: Inputs = IDS_ALONE,
+    request: Request = ANY,
 ) -> dict[str, dict[str, RankingMetrics]]:
     """Rank the held-out items of a split by each baseline, masked and unmasked (collective with `grouped`).
 
@@ -256,6 +262,8 @@ def evaluate_baselines(
         names: of the baselines.
         sample: users to rank for; None: all.
         grouped: where the ranks are also added by groups of users, by name of the baseline.
+        inputs: of the model beside them: users of whom it reads no history are left out.
+        request: which users are ranked. Baselines count events of all types.
 
     Returns:
         {"popularity": {"masked": metrics, "unmasked": metrics}, "cooccurrence": ...}.
@@ -264,7 +272,8 @@ def evaluate_baselines(
     results = {name: {how: RankingMetrics(ks) for how in PROTOCOLS} for name in baselines}
     find_groups = next(iter(grouped.values())).grouping.gather() if grouped else None
     users_at_once = max(1, SCORE_BYTES // (4 * dataset.manifest.items))
-    reader = HistoryReader(dataset=dataset, split=split, max_len=WHOLE, sample=sample)
+    inputs = Inputs(events=inputs.events, history_events=inputs.history_events)
+    reader = HistoryReader(dataset=dataset, split=split, max_len=WHOLE, sample=sample, inputs=inputs, request=request)
     groups = row_groups(dataset) if sample is None else sample.groups
     for group in groups[rank::world_size] if baselines else ():
         whole = reader.read([group])

@@ -14,10 +14,12 @@ import torch
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import Batch, Recall
 from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.inputs.request import Request
 from recgpt_torchrec.data.reading.sample import UserSample
 from recgpt_torchrec.data.split import SplitName
-from recgpt_torchrec.data.stream import SequenceStream, encoding_stream
+from recgpt_torchrec.data.stream import ANY, SequenceStream, encoding_stream
 from recgpt_torchrec.evaluation.groups import PROTOCOLS, GroupedMetrics, Grouping
+from recgpt_torchrec.evaluation.held_out import has_users
 from recgpt_torchrec.evaluation.metrics import RankingMetrics, list_ranks, reduce_metrics
 from recgpt_torchrec.evaluation.ranking import Results, measure_ranks, targets_of
 from recgpt_torchrec.evaluation.sampling import choose_users
@@ -55,6 +57,7 @@ class RecallPaths:
         users: int = 0,
         seed: int = 0,
         grouping: Grouping | None = None,
+        request: Request = ANY,
     ) -> None:
         """
         Args:
@@ -65,9 +68,10 @@ class RecallPaths:
             users: number of users of a split to measure on; 0: all.
             seed: of the sample of users.
             grouping: divides users into groups, for `grouped`; None: there are none.
+            request: what is asked after each history, and which users are ranked.
         """
         self.trained, self.dataset, self.batch, self.device = trained, dataset, batch, device
-        self.users, self.seed, self.grouping = users, seed, grouping
+        self.users, self.seed, self.grouping, self.request = users, seed, grouping, request
         self._samples: dict[str, UserSample | None] = {}
         self.grouped: dict[str, GroupedMetrics] = {}
         """By path: what `measure` measured by groups of users."""
@@ -96,12 +100,9 @@ class RecallPaths:
         users, results[one] = measure_ranks(batches, self.catalogue, ks, self._group(one, ks))
         chosen: dict[str, Any] = {"m": recall.m, "n": longest - recall.m, "because": "given by --recall.m"}
         if not recall.m and self.dataset.manifest.count_targets("validation") == 0:
-            quota = TwoStep(0).first_quota(longest)
-            chosen = {
-                "m": quota,
-                "n": longest - quota,
-                "because": "nine tenths, as no user has a validation item to choose by",
-            }
+            chosen = self._default_quota(longest, "no user has a validation item to choose by")
+        elif not recall.m and not has_users(self.dataset, "validation", self.trained.inputs, self.request):
+            chosen = self._default_quota(longest, "no user has a validation item of the event type to choose by")
         elif not recall.m:
             tried = sorted({max(1, round(longest * share / GRID)) for share in range(1, GRID)})
             grid = self._measure_lists("validation", ks, tried, 1, ("masked",))
@@ -120,6 +121,12 @@ class RecallPaths:
             results[paths[name]] = figures
         return users, results, chosen
 
+    @staticmethod
+    def _default_quota(longest: int, why: str) -> dict[str, Any]:
+        """m and n where nothing is there to choose them by."""
+        quota = TwoStep(0).first_quota(longest)
+        return {"m": quota, "n": longest - quota, "because": f"nine tenths, as {why}"}
+
     def _group(self, path: str, ks: tuple[int, ...]) -> GroupedMetrics | None:
         """Metrics of a path by groups of users, if users are grouped."""
         if self.grouping is not None:
@@ -129,7 +136,9 @@ class RecallPaths:
     def sample(self, split: SplitName) -> UserSample | None:
         """The sample of a split's users to measure on; None: all (collective)."""
         if split not in self._samples:
-            self._samples[split] = choose_users(self.dataset, split, self.users, self.seed)
+            self._samples[split] = choose_users(
+                self.dataset, split, self.users, self.seed, inputs=self.trained.inputs, request=self.request
+            )
         return self._samples[split]
 
     def _encoding_stream(self, split: SplitName, grows: int = 0) -> SequenceStream:
@@ -145,6 +154,7 @@ class RecallPaths:
             sample=sample,
             inputs=trained.inputs,
             attributes=trained.attributes,
+            request=self.request,
         )
 
     @torch.no_grad()

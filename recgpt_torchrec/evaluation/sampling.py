@@ -11,10 +11,14 @@ import torch
 import torch.distributed as dist
 
 from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.inputs.request import Request
+from recgpt_torchrec.data.inputs.spec import Inputs
+from recgpt_torchrec.data.packed import IDS_ALONE
 from recgpt_torchrec.data.reading.damage import SetAside
 from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.reading.sample import Hashes, UserSample, hash_users
 from recgpt_torchrec.data.split import SplitName
+from recgpt_torchrec.data.stream import ANY
 from recgpt_torchrec.data.windows import row_groups
 from recgpt_torchrec.distributed import watchdog
 from recgpt_torchrec.distributed.lockstep import raise_first_error
@@ -49,7 +53,13 @@ def check_sample(option: str, users: int, dataset: Dataset, split: SplitName) ->
 
 
 def choose_users(
-    dataset: Dataset, split: SplitName, users: int, seed: int, set_aside: SetAside | None = None
+    dataset: Dataset,
+    split: SplitName,
+    users: int,
+    seed: int,
+    set_aside: SetAside | None = None,
+    inputs: Inputs = IDS_ALONE,
+    request: Request = ANY,
 ) -> UserSample | None:
     """Choose a sample of the users with a held-out item (collective).
 
@@ -59,6 +69,8 @@ def choose_users(
         users: number of users wanted; 0: all.
         seed: of the sample.
         set_aside: where damaged rows are listed; None: the first one is an error.
+        inputs: of the model, which may read no history of some users.
+        request: which users are read.
 
     Returns:
         The sample, of exactly `users` users; None: all users, because no sample is wanted or there are no more.
@@ -66,14 +78,17 @@ def choose_users(
     Raises:
         InputError: a row is damaged, and not set aside.
     """
-    count = dataset.manifest.count_targets(split)
+    # Of these alone: a sample needs no features.
+    inputs = Inputs(events=inputs.events, history_events=inputs.history_events)
+    all_are_read = not (request.held_out_event or inputs.history_events)
+    count = dataset.manifest.count_targets(split) if all_are_read else None
     if not users or (count is not None and users >= count):
         return None
     groups = row_groups(dataset)
     order = np.random.default_rng((seed, 4)).permutation(len(groups)).tolist()
     rows = sum(group.rows for group in groups)
     mean = (rows if count is None else min(count, rows)) / len(groups)
-    reader = HistoryReader(dataset=dataset, split=split, max_len=1, set_aside=set_aside)
+    reader = HistoryReader(dataset=dataset, split=split, max_len=1, set_aside=set_aside, inputs=inputs, request=request)
     hashes: Hashes = np.zeros(0, dtype=np.uint64)
     read, stop, found, total = 0, max(GROUPS, math.ceil(MARGIN * users / max(mean, 1e-9))), 0, 0
     while total < users and read < len(order):
@@ -90,7 +105,7 @@ def choose_users(
         read, stop, total = min(stop, len(order)), 2 * stop, _sum(found)
     if read == len(order) and total <= users:
         if total < users:
-            log_message(f"Sample: {total:,} users have a {split} item, fewer than {users:,}; all of them are taken")
+            log_message(f"Sample: {total:,} users can be ranked ({split}), fewer than {users:,}; all are taken")
         return None
     # Ranks agree on the largest hash by bisection, so that no rank holds those of the others.
     low, high = 0, 2**64 - 1

@@ -7,9 +7,10 @@ from torch import nn
 
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import Batch, Model, Train
+from recgpt_torchrec.data.inputs.events import request_for
 from recgpt_torchrec.data.stream import SequenceStream, encoding_stream
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.evaluation.held_out import check_has_targets
+from recgpt_torchrec.evaluation.held_out import check_has_event, check_has_targets
 from recgpt_torchrec.evaluation.ranking import measure_ranks
 from recgpt_torchrec.evaluation.sampling import check_sample, choose_users
 from recgpt_torchrec.model.recgpt import unwrapped
@@ -20,12 +21,19 @@ METRIC = "NDCG@10"
 
 
 def validation_of(
-    training: SequenceStream, model: Model, batch: Batch, device: torch.device, train: Train
+    training: SequenceStream,
+    model: Model,
+    batch: Batch,
+    device: torch.device,
+    train: Train,
+    event: str | None = None,
 ) -> Callable[[nn.Module], "Validation"] | None:
     """A function from a model to its `Validation`, on the histories of a training stream.
 
     The function is collective, and is called once the run's folder is there: a sample of users is read then, and
     damaged rows are listed in that folder.
+
+    With `event` only users whose validation item is of this type are ranked, and it is what is asked for.
 
     None: the dataset has no validation part, or is a day without a validation item, so the whole run is trained.
 
@@ -42,6 +50,10 @@ def validation_of(
                     f"{dataset.manifest.hold_out}). Leave the option out, or prepare the log with --hold_out last or "
                     "time"
                 )
+        if event is not None:
+            raise InputError(
+                f"--events.validate is {event}, but {dataset.path} holds nothing out for validation; leave it out"
+            )
         return None
     if dataset.manifest.day is not None and not dataset.manifest.count_targets("validation"):
         return None  # a day may have too few interactions; later ones hold some out
@@ -51,11 +63,19 @@ def validation_of(
         "To train on everything for a fixed number of epochs, prepare the log with --hold_out none",
     )
     check_sample("--train.validate_users", train.validate_users, dataset, "validation")
+    request = request_for(dataset, reader.inputs, "--events.validate", event)
+    check_has_event(dataset, "validation", reader.inputs, request, reader.set_aside)
     item_keys = training.maker.capacity.item_keys
 
     def of_model(built: nn.Module) -> Validation:
         sample = choose_users(
-            dataset, "validation", train.validate_users, seed=training.maker.seed, set_aside=reader.set_aside
+            dataset,
+            "validation",
+            train.validate_users,
+            seed=training.maker.seed,
+            set_aside=reader.set_aside,
+            inputs=reader.inputs,
+            request=request,
         )
         stream = encoding_stream(
             dataset,
@@ -68,6 +88,7 @@ def validation_of(
             sample=sample,
             inputs=reader.inputs,
             attributes=training.maker.attributes,
+            request=request,
         )
         return Validation(built, stream, device)
 

@@ -6,7 +6,6 @@ from torch.nn import functional as F
 
 from recgpt_torchrec.config import Model
 from recgpt_torchrec.data.inputs.spec import Feature
-from recgpt_torchrec.data.segments import SEGMENTS
 from recgpt_torchrec.model.attention import Attention
 from recgpt_torchrec.model.dropout import dropout
 
@@ -44,23 +43,22 @@ class Block(nn.Module):
         return self.norm_feed(x + dropout(self.down(F.gelu(self.up(x))), self.dropout, self.training))
 
 
-class TokenFeatures(nn.Module):
-    """The sum of the embeddings of a token's features. They start at 0, so that a model begins as one without."""
+class TokenFeatures(nn.ModuleDict):
+    """The sum of the embeddings of a token's features, a table for each, by name.
 
-    starts: Tensor
+    They start at 0, so that a model begins as one without; a run may start from one without a feature, or with fewer
+    values of it (see `checkpoints.growing`).
+    """
 
     def __init__(self, features: list[Feature], dim: int) -> None:
-        super().__init__()
-        counts = [each.values for each in features]
-        self.embedding = nn.Embedding(sum(counts), dim)
-        nn.init.zeros_(self.embedding.weight)
-        starts = [sum(counts[:number]) for number in range(len(counts))]
-        self.register_buffer("starts", torch.tensor(starts), persistent=False)
+        super().__init__({each.name: nn.Embedding(each.values, dim) for each in features})
+        for embedding in self.parameters():
+            nn.init.zeros_(embedding)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[features, ...] int64 -> [..., dim]."""
-        rows = features + self.starts.view(-1, *[1] * (features.dim() - 1))
-        return self.embedding(rows).sum(0)
+        """[features, ...] int64, in the order of the list they were made of -> [..., dim]."""
+        added = [embedding(values) for embedding, values in zip(self.values(), features.unbind(0), strict=True)]
+        return torch.stack(added).sum(0)
 
 
 class Decoder(nn.Module):
@@ -71,7 +69,13 @@ class Decoder(nn.Module):
     linear map of the running mean is added to the input, and a mean that decays at a learned rate to the output.
     """
 
-    def __init__(self, config: Model, segments: bool = False, features: list[Feature] | None = None) -> None:
+    def __init__(self, config: Model, segments: int = 0, features: list[Feature] | None = None) -> None:
+        """
+        Args:
+            config: of the decoder.
+            segments: number of segment ids that it tells apart; 0: it reads none.
+            features: of tokens; None: it reads none.
+        """
         super().__init__()
         self.config, self.segments = config, segments
         self.position = nn.Embedding(config.max_len, config.dim)
@@ -82,7 +86,7 @@ class Decoder(nn.Module):
             self.mean_in = nn.Linear(config.dim, config.dim, bias=False)
             nn.init.eye_(self.mean_in.weight)
         if segments:  # zeros, so that prompt-tuning starts from the pre-trained model
-            self.segment = nn.Embedding(SEGMENTS, config.dim)
+            self.segment = nn.Embedding(segments, config.dim)
             nn.init.zeros_(self.segment.weight)
         if features:
             self.features = TokenFeatures(features, config.dim)

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from recgpt_torchrec.data.dataset import Dataset, Vocabulary, histories_fingerprint
+from recgpt_torchrec.data.inputs.times import unit_name
 from recgpt_torchrec.data.ragged import Int64, Ragged
 from recgpt_torchrec.data.reading.reader import Reader, stored_starts
 from recgpt_torchrec.data.segments import INTERACTED, Interacted
@@ -48,6 +49,20 @@ def open_earlier(path: str, output: str) -> Dataset:
         return Dataset.open(path)
     except InputError as error:
         raise InputError(f"--vocabulary: {error}") from None
+
+
+def check_unit(earlier: Dataset, unit: float | None) -> None:
+    """Check that the times of a log have the unit of those of the dataset that it extends, where both are known.
+
+    Raises:
+        InputError: they have another one.
+    """
+    known = earlier.manifest.time_unit
+    if unit is not None and known is not None and unit != known:
+        raise InputError(
+            f"--vocabulary {earlier.path}: its times are in {unit_name(known)}, those of the log in {unit_name(unit)}; "
+            "write the log's times in that unit, or name it with --time_unit"
+        )
 
 
 def lineage_of(earlier: Dataset, vocabulary: str) -> list[Vocabulary]:

@@ -1,4 +1,4 @@
-"""What `prepare --hold_out` holds out: the part of each event, training, validation or test, by time or by file.
+"""What `prepare --hold_out` holds out: the part of each event, training, validation or test, by time, file or type.
 
 What becomes of the parts, and `last` and `none`, which need nothing of the log, is in `data.split`.
 """
@@ -7,10 +7,13 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import ibis
 import ibis.expr.types as ir
 
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.config.boundaries import Boundary
+from recgpt_torchrec.data.segments import INTERACTED
+from recgpt_torchrec.data.split import EVALUATION
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation import queries
 from recgpt_torchrec.preparation.engines.engine import Engine
@@ -50,9 +53,14 @@ def list_input_files(config: Prepare) -> tuple[InputFiles, list[int]]:
 
 
 def mark_parts(
-    engine: Engine, config: Prepare, events: ir.Table, first_rows: list[int], file_parts: list[int]
+    engine: Engine,
+    config: Prepare,
+    events: ir.Table,
+    first_rows: list[int],
+    file_parts: list[int],
+    target_events: list[int],
 ) -> tuple[ir.Table, dict[str, Any]]:
-    """Add the column `part` to the kept events, where `hold_out` is `time` or `given`.
+    """Add the column `part` to the kept events, where `hold_out` is `time`, `given` or `targets`.
 
     Args:
         engine: that holds the events.
@@ -60,6 +68,7 @@ def mark_parts(
         events: with `time`, `fraction`, `order` and `segment`; interactions decide where the parts begin.
         first_rows: [files] value of `order` of each file's first row.
         file_parts: [files] number of the part of each file.
+        target_events: ids of the event types that are held out.
 
     Returns:
         The events, and the boundaries for the manifest, by the name of their option.
@@ -74,12 +83,34 @@ def mark_parts(
         return marked, {}
     if config.hold_out == "time":
         return _divide_by_time(engine, config, events)
+    if config.hold_out == "targets":
+        return engine.save("parted_events", _divide_at_targets(events, target_events)), {}
     return events, {}
 
 
 def _number_parts(events: ir.Table, is_at_least: Callable[[int], Any]) -> ir.Table:
     """Add the column `part`: the number of the last part that an event is at the beginning of or after."""
     return events.mutate(part=is_at_least(1).cast("int8") + is_at_least(2).cast("int8"))
+
+
+def _divide_at_targets(events: ir.Table, target_events: list[int]) -> ir.Table:
+    """Begin each user's validation and test part at the last but one and at the last interaction of a target type.
+
+    A user without two of them, or with nothing before the first of the two, has a training part alone.
+    """
+    clicked = events.segment == INTERACTED
+    targets = (clicked & events.event.isin(target_events)).cast("int64")
+    user = ibis.window(group_by="user_id")
+    counted = events.mutate(
+        targets=targets.sum().over(ibis.cumulative_window(group_by="user_id", order_by=queries.IN_TIME)),
+        all_targets=targets.sum().over(user),
+    )
+    begins = counted.mutate(is_before=(counted.targets < counted.all_targets - 1) & (counted.segment == INTERACTED))
+    joined = begins.mutate(
+        divided=(begins.all_targets >= len(EVALUATION)) & (begins.is_before.cast("int64").sum().over(user) > 0)
+    )
+    marked = _number_parts(joined, lambda part: joined.divided & (joined.targets >= joined.all_targets - 2 + part))
+    return marked.drop("targets", "all_targets", "is_before", "divided")
 
 
 def _check_parts_are_there(engine: Engine, config: Prepare, marked: ir.Table, file_parts: list[int]) -> None:

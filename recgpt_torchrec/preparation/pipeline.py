@@ -1,7 +1,7 @@
 """From a raw log to a dataset folder: k-core, dense ids, time order, Parquet parts, manifest.
 
 Rows that were shown and not clicked decide nothing: ids, filtering, counts and held-out items are those of the log
-without them. They only become entries between two interactions of the same user.
+without them. They only become entries after the first interaction of the same user.
 
 Everything between reading and writing is Ibis expressions over tables in the engine, so the log need not fit in memory.
 """
@@ -17,9 +17,14 @@ import pyarrow as pa
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.config.fields import changeable_names, default_values
 from recgpt_torchrec.data.dataset import Dataset, Manifest
+from recgpt_torchrec.data.segments import FEEDBACK
 from recgpt_torchrec.data.split import EVALUATION, STORED
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation import earlier, parts, queries
+from recgpt_torchrec.preparation.attributes.encoding import encode_table, write_vocabularies
+from recgpt_torchrec.preparation.attributes.loading import load_table
+from recgpt_torchrec.preparation.attributes.page import describe_tables
+from recgpt_torchrec.preparation.attributes.tables import EntityTable, check_earlier, list_tables
 from recgpt_torchrec.preparation.earlier import Known, KnownCodes
 from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS, Engine
 from recgpt_torchrec.preparation.engines.opening import open_engine
@@ -51,24 +56,36 @@ def prepare(config: Prepare) -> Result:
     """
     began = time.monotonic()
     inputs, file_parts = parts.list_input_files(config)
+    tables = list_tables(config)
     extended = None if config.vocabulary is None else earlier.open_earlier(config.vocabulary, config.output)
     check_tables(config, extended)
-    finished = _find_finished(config, record_inputs(config, inputs.files, file_parts), extended)
+    if extended is not None:
+        check_earlier(tables, extended)
+    finished = _find_finished(config, record_inputs(config, inputs.files, file_parts), tables, extended)
     if finished is not None:
         return Result(manifest=finished, seconds=time.monotonic() - began, already_there=True)
     with open_engine(config) as engine:
-        log = read_log(engine, config, inputs)
-        manifest = _write_dataset(engine, config, log, file_parts, extended)
+        log = read_log(engine, config, inputs, _known_events(config, extended))
+        if extended is not None:
+            earlier.check_unit(extended, log.time_unit)
+        manifest = _write_dataset(engine, config, log, file_parts, tables, extended)
     return Result(manifest=manifest, seconds=time.monotonic() - began)
 
 
 def _write_dataset(
-    engine: Engine, config: Prepare, log: RawLog, file_parts: list[int], extended: Dataset | None
+    engine: Engine,
+    config: Prepare,
+    log: RawLog,
+    file_parts: list[int],
+    tables: list[EntityTable],
+    extended: Dataset | None,
 ) -> Manifest:
     """Filter the log, assign ids, and write the dataset."""
     loaded = None if extended is None else Known.load(engine, extended)
     clicks = queries.select_interacted(log.events)
-    users, items = queries.build_codes(engine, clicks, config.seed, loaded, config.new_keys)
+    loaded_tables = [load_table(engine, table, clicks, table.entity) for table in tables]
+    catalogue = loaded_tables[0].keys if config.catalogue == "items" else None
+    users, items = queries.build_codes(engine, clicks, config.seed, loaded, config.new_keys, catalogue)
     known = None if loaded is None else loaded.join_codes(engine, users, items)
     events = engine.save("events", queries.encode_keys(log.events, users, items))
     unknown = 0
@@ -100,11 +117,15 @@ def _write_dataset(
     if extended is not None and known is not None:
         _check_keys(engine, config, extended, core, known, items)
     known_users, known_items = (known.users, known.items) if known is not None else (None, None)
+    kept_items = core.items if catalogue is None else queries.add_catalogue(core.items, items, catalogue)
     pairs = queries.select_interacted(events).semi_join(core.users, "user").semi_join(core.items, "item")
     assign = partial(assign_ids, engine, config, pairs=pairs, extended=extended)
     user_ids = assign("user", kept=core.users, codes=users, known=known_users)
-    item_ids = assign("item", kept=core.items, codes=items, known=known_items)
+    item_ids = assign("item", kept=kept_items, codes=items, known=known_items)
     all_users, all_items = user_ids.count, item_ids.count
+    user_keys = queries.user_table(user_ids.named, users)
+    entities = {"item": (queries.name_items(item_ids.named, items), all_items), "user": (user_keys, all_users)}
+    encoded = [encode_table(engine, config, each, *entities[each.table.entity], extended) for each in loaded_tables]
     kept = engine.save(
         "kept_events", events.inner_join(user_ids.codes, "user").inner_join(item_ids.codes, "item").drop("user", "item")
     )
@@ -115,7 +136,8 @@ def _write_dataset(
             "no interaction of the log has both a user and an item with a row, so nothing is left; give more rows with "
             "--user_rows and --item_rows"
         )
-    kept, boundaries = parts.mark_parts(engine, config, kept, log.first_rows, file_parts)
+    target_events = log.event_types.ids_of("--target_events", config.target_events) if log.event_types else []
+    kept, boundaries = parts.mark_parts(engine, config, kept, log.first_rows, file_parts, target_events)
     entries, exposed = queries.select_interacted(kept), None
     if log.exposed:
         named = engine.count(queries.select_shown(kept))
@@ -128,6 +150,9 @@ def _write_dataset(
             "outside": named - left,
             "left": left,
         }
+        if len(config.feedback) > 1:
+            told = {kind: entries.segment == FEEDBACK[kind] for kind in config.feedback[1:]}
+            exposed |= engine.row(entries.agg(**{kind: is_of.cast("int64").sum() for kind, is_of in told.items()}))
         engine.drop("kept_events")
         kept = queries.select_interacted(entries)
 
@@ -145,8 +170,11 @@ def _write_dataset(
             users=all_users,
             items=all_items,
             interactions=interactions,
-            settings=asdict(config),
+            settings=config.recorded(),
             hold_out=config.hold_out,
+            events=log.event_types.words if log.event_types else [],
+            time_unit=log.time_unit,
+            feedback=config.feedback,
             sequences=engine.write_parts(histories, layout, fs, folder, total),
         )
 
@@ -154,10 +182,13 @@ def _write_dataset(
             layout = lay_out_rows(name, list(table.columns), ids, BATCH_ROWS, config.groups_per_part)
             return engine.write_parts(table, layout, fs, folder, ids)
 
-        manifest.item_parts = write(
-            "items", item_ids.add_columns(queries.item_table(item_ids.named, items, counts)), all_items
-        )
-        manifest.user_parts = write("users", user_ids.add_columns(queries.user_table(user_ids.named, users)), all_users)
+        item_rows = queries.item_table(item_ids.named, items, counts)
+        rows = {"item": item_ids.add_columns(item_rows), "user": user_ids.add_columns(user_keys)}
+        rows |= {each.loaded.table.entity: each.join(rows[each.loaded.table.entity]) for each in encoded}
+        manifest.item_parts = write("items", rows["item"], all_items)
+        manifest.user_parts = write("users", rows["user"], all_users)
+        write_vocabularies(encoded, fs, folder, write)
+        manifest.attributes = [a.attribute for each in encoded for a in each.attributes if a.attribute is not None]
         keys = {"items": manifest.item_parts, "users": manifest.user_parts}
         manifest.vocabulary = fingerprint_parts(fs, folder, keys, describe_rules(slots))
         for entity, ids, codes in (("item", item_ids, items), ("user", user_ids, users)):
@@ -166,6 +197,7 @@ def _write_dataset(
         rejected = write("rejected", log.rejected_rows, sum(log.rejected.values())) if log.rejected else []
         manifest.preparation = {
             "inputs": record_inputs(config, log.files, file_parts),
+            **({"tables": [file for table in tables for file in table.record()]} if tables else {}),
             "rows": log.rows,
             **({"filtered": log.filtered, "uncomputed": log.uncomputed} if log.filtered else {}),
             "rejected": log.rejected,
@@ -177,12 +209,13 @@ def _write_dataset(
             "lengths": lengths,
             "split": parts.record_of(engine, placed, counts, all_items, boundaries),
             **({"exposed": exposed} if exposed else {}),
-            "page": [*log.page, *describe_keys(engine, config, users, items)],
             **({"ids": describe_slots(slots, core.left.interactions - interactions)} if slots else {}),
+            **({"events": log.event_types.to_record()} if log.event_types else {}),
+            "page": [*log.page, *describe_tables(encoded), *describe_keys(engine, config, users, items)],
         }
         manifest.id_tables = [replace(each.record, version=0) for each in slots]
         if extended is not None:
-            present = {"user": core.left.users, "item": core.left.items}
+            present = {"user": core.left.users, "item": engine.count(kept_items)}
             if slots:
                 present = {name: engine.count(placed.select(f"{name}_id").distinct()) for name in present}
             manifest.lineage = earlier.lineage_of(extended, manifest.vocabulary)
@@ -202,6 +235,21 @@ def _write_dataset(
     return manifest
 
 
+def _known_events(config: Prepare, extended: Dataset | None) -> list[str]:
+    """Event types of the dataset that is extended.
+
+    Raises:
+        InputError: it has some, and no column of them is named.
+    """
+    known = [] if extended is None else extended.manifest.events
+    if known and config.event_column is None:
+        raise InputError(
+            f"--vocabulary {config.vocabulary} has event types ({', '.join(known[:5])}); name their column in this log "
+            "with --event_column"
+        )
+    return known
+
+
 def lay_out_sequences(
     config: Prepare, entries: ir.Table, users: int, timed: bool, exposed: bool, extends: bool
 ) -> tuple[ir.Table, Layout]:
@@ -210,7 +258,9 @@ def lay_out_sequences(
         "item_ids": ("item_id", pa.int64()),
         **({"timestamps": ("time", pa.int64())} if timed else {}),
         **({"ratings": ("rating", pa.float32())} if config.rating_column else {}),
+        **({"event_ids": ("event", pa.int16())} if config.event_column else {}),
         **({"segment_ids": ("segment", pa.int8())} if exposed else {}),
+        **({"places": ("list_place", pa.int16())} if config.position_column else {}),
         **({"trained": ("trained", pa.int8())} if extends else {}),
         **({"of_user": ("of_user", pa.int64())} if "of_user" in entries.columns else {}),
     }
@@ -300,18 +350,24 @@ def record_inputs(config: Prepare, files: list[InputFile], file_parts: list[int]
     return [{**asdict(file), **more} for file, more in zip(files, part, strict=True)]
 
 
-def _find_finished(config: Prepare, files: list[dict[str, Any]], extended: Dataset | None) -> Manifest | None:
+def _find_finished(
+    config: Prepare, files: list[dict[str, Any]], tables: list[EntityTable], extended: Dataset | None
+) -> Manifest | None:
     """The manifest, if the output folder holds the dataset asked for; None: the folder is free."""
 
     def compare(manifest: Manifest) -> list[str]:
         settings = {**default_values(config), **manifest.settings}
         differing = differences(settings, asdict(config), changeable_names(Prepare))
-        recorded = {entry["path"]: entry for entry in manifest.preparation.get("inputs", [])}
-        given = {file["path"]: file for file in files}
-        if [*given.values()] != [*recorded.values()]:
-            paths = [path for path in {**given, **recorded} if given.get(path) != recorded.get(path)]
-            more = ", ..." if len(paths) > 3 else ""
-            differing.append(f"input files differ: {', '.join(paths[:3]) or 'their order'}{more}")
+        given_tables = [file for table in tables for file in table.record()]
+        for name, asked, there in (
+            ("input files", files, manifest.preparation.get("inputs", [])),
+            ("files of tables", given_tables, manifest.preparation.get("tables", [])),
+        ):
+            recorded, given = ({entry["path"]: entry for entry in entries} for entries in (there, asked))
+            if [*given.values()] != [*recorded.values()]:
+                paths = [path for path in {**given, **recorded} if given.get(path) != recorded.get(path)]
+                more = ", ..." if len(paths) > 3 else ""
+                differing.append(f"{name} differ: {', '.join(paths[:3]) or 'their order'}{more}")
         extends = manifest.preparation.get("extends", {})
         record = {} if extended is None else earlier.record_of(extended)
         if {name: extends.get(name) for name in record or extends} != record:

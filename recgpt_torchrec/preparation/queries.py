@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import ibis
 import ibis.expr.types as ir
 
-from recgpt_torchrec.data.segments import EXPOSED, INTERACTED
+from recgpt_torchrec.data.segments import DISLIKED, INTERACTED, SKIPPED
 from recgpt_torchrec.data.split import EVALUATION, HoldOut, is_held_out
 from recgpt_torchrec.preparation.engines.engine import Engine
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 IN_TIME = ["time", "fraction", "order"]
 """Order of a user's interactions: by time, and by their order in the input where times are equal."""
+LIST_ORDER = "list_order"
+"""Column of events: their order in the list in which they were shown, which decides before that in the input."""
 BUCKET_DIGITS = 3
 """First hex digits of the md5 that make a bucket: of a billion keys, 4,096 buckets hold a quarter of a million each."""
 BUCKET_CODES = 2**20
@@ -27,7 +29,8 @@ PART = "part"
 
 def order_of(events: ir.Table) -> list[str]:
     """The columns that put a user's events in order."""
-    return [PART, *IN_TIME] if PART in events.columns else IN_TIME
+    columns = IN_TIME if LIST_ORDER not in events.columns else [*IN_TIME[:-1], LIST_ORDER, IN_TIME[-1]]
+    return [PART, *columns] if PART in events.columns else columns
 
 
 def select_interacted(events: ir.Table) -> ir.Table:
@@ -36,16 +39,21 @@ def select_interacted(events: ir.Table) -> ir.Table:
 
 
 def select_shown(events: ir.Table) -> ir.Table:
-    """The events that were shown and not clicked."""
-    return events.filter(events.segment == EXPOSED)
+    """The events that were shown and not clicked, liked or not."""
+    return events.filter(events.segment != INTERACTED)
 
 
 def build_codes(
-    engine: Engine, log: ir.Table, seed: int, known: "Known | None" = None, new_keys: str = "add"
+    engine: Engine,
+    log: ir.Table,
+    seed: int,
+    known: "Known | None" = None,
+    new_keys: str = "add",
+    catalogue: ir.Table | None = None,
 ) -> tuple[ir.Table, ir.Table]:
     """A code for every user and item of the log, and every known one: columns `key`, and `user` or `item`.
 
-    With `new_keys` leave_out only known ones have a code.
+    With `new_keys` leave_out only known ones have a code. A `catalogue` adds items, by their `key`.
 
     Codes follow the md5 of seed and key. So their order is random, and depends only on seed and keys: not on the order
     of the log, its files or the engine. It does not tell when an item first appeared, which would give away held-out
@@ -56,6 +64,8 @@ def build_codes(
         user_keys, item_keys = known.users.select("key"), known.items.select("key")
     elif known is not None:
         user_keys, item_keys = user_keys.union(known.users.select("key")), item_keys.union(known.items.select("key"))
+    if catalogue is not None:
+        item_keys = item_keys.union(catalogue.select("key"))
     users = engine.save("user_codes", assign_codes(user_keys.distinct(), "user", seed))
     items = engine.save("item_codes", assign_codes(item_keys.distinct(), "item", seed))
     return users, items
@@ -82,6 +92,11 @@ def number_rows(table: ir.Table, order: list[str], name: str) -> ir.Table:
     return joined.select(*table.columns, **{name: (place + joined.start).cast("int64")})
 
 
+def add_catalogue(kept: ir.Table, items: ir.Table, catalogue: ir.Table) -> ir.Table:
+    """The codes of kept items (column `item`) and of all of a catalogue (column `key`), given all codes by key."""
+    return kept.select("item").union(items.semi_join(catalogue, "key").select("item")).distinct()
+
+
 def encode_keys(log: ir.Table, users: ir.Table, items: ir.Table) -> ir.Table:
     """Replace keys in the log by codes, and drop rows whose user or item has none."""
     values = [name for name in log.columns if name not in ("user", "item")]
@@ -93,33 +108,32 @@ def encode_keys(log: ir.Table, users: ir.Table, items: ir.Table) -> ir.Table:
 
 
 def drop_repeats(events: ir.Table) -> ir.Table:
-    """Keep the first event of each user, item and time, preferring an interaction to an event that was only shown."""
-    same = ibis.window(group_by=["user", "item", "time", "fraction"], order_by=["segment", "order"])
-    numbered = events.mutate(repeat=ibis.row_number().over(same))
-    return numbered.filter(numbered.repeat == 0).drop("repeat")
+    """Keep the first event of each user, item and time: an interaction before a dislike, a skip, and one only shown."""
+    kinds = [(events.segment == segment, rank) for rank, segment in enumerate((INTERACTED, DISLIKED, SKIPPED))]
+    ranked = events.mutate(rank=ibis.cases(*kinds, else_=3))
+    same = ibis.window(group_by=["user", "item", "time", "fraction"], order_by=["rank", "order"])
+    numbered = ranked.mutate(repeat=ibis.row_number().over(same))
+    return numbered.filter(numbered.repeat == 0).drop("repeat", "rank")
 
 
 def collapse_repeats(events: ir.Table) -> ir.Table:
     """Keep the first of a user's consecutive interactions with the same item; shown events stay, and part none."""
-    place = ibis.window(group_by=["user", "segment"], order_by=IN_TIME)
+    place = ibis.window(group_by=["user", "segment"], order_by=order_of(events))
     numbered = events.mutate(before=events.item.lag().over(place))
     repeats = (numbered.segment == INTERACTED) & (numbered.before == numbered.item)
     return numbered.filter(~repeats.fill_null(False)).drop("before")
 
 
 def drop_outer_shown(events: ir.Table) -> ir.Table:
-    """Keep interactions, and what was shown between the first and the last of each user.
+    """Keep interactions, and what was shown after the first of each user.
 
-    What was shown before or after them lies between no two interactions, so it is no prompt; what came after is the
-    future of the held-out item.
+    What was shown before it follows no interaction, so it is no prompt. What was shown after the last one is known at
+    the next request. Which of it a split reads, `data.reading.histories` decides: nothing of the held-out item's future.
     """
     clicks = (events.segment == INTERACTED).cast("int64")
-    placed = events.mutate(
-        before=clicks.sum().over(ibis.cumulative_window(group_by="user_id", order_by=order_of(events))),
-        clicks=clicks.sum().over(ibis.window(group_by="user_id")),
-    )
-    inside = (placed.before > 0) & (placed.before < placed.clicks)
-    return placed.filter((placed.segment == INTERACTED) | inside).drop("before", "clicks")
+    so_far = ibis.cumulative_window(group_by="user_id", order_by=order_of(events))
+    placed = events.mutate(before=clicks.sum().over(so_far))
+    return placed.filter(placed.before > 0).drop("before")
 
 
 def assign_ids(kept: ir.Table, code: str, name: str, known: ir.Table | None = None) -> ir.Table:
@@ -141,7 +155,7 @@ def place_interactions(clicks: ir.Table, hold_out: HoldOut) -> ir.Table:
 
     Args:
         clicks: `user_id`, `item_id` and the columns of `order_of`; also `trained` where a dataset is extended.
-        hold_out: with `time` and `given` the column `part` is there already.
+        hold_out: with the values of `data.split.STORED` the column `part` is there already.
 
     Returns:
         user_id, item_id, part int8 (0 training, 1 validation, 2 test), first bool (the first of its user), and trained
@@ -206,13 +220,17 @@ def summarize_parts(users: ir.Table) -> ir.Table:
     )
 
 
+def name_items(item_ids: ir.Table, items: ir.Table) -> ir.Table:
+    """item_id, key."""
+    return item_ids.inner_join(items, "item").select("item_id", "key")
+
+
 def item_table(item_ids: ir.Table, items: ir.Table, counts: ir.Table) -> ir.Table:
     """Rows of `items/`: item_id, key, count, and train_count, the count in the training part (`data.split`).
 
     The counts of a known item without interactions are 0.
     """
-    named = item_ids.inner_join(items, "item").select("item_id", "key")
-    counted = named.left_join(counts, "item_id")
+    counted = name_items(item_ids, items).left_join(counts, "item_id")
     filled = {column: counted[column].fill_null(0) for column in ("count", "train_count")}
     return counted.select("item_id", "key", **filled)
 

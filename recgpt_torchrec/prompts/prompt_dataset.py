@@ -5,7 +5,7 @@ The manifest is written last. Its settings record how the prompts were made.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from recgpt_torchrec.config import Prompts
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.data.reading.footers import column_bounds
-from recgpt_torchrec.data.reading.reader import read_group
+from recgpt_torchrec.data.reading.reader import Reader
 from recgpt_torchrec.data.segments import EXPOSED, GENERATED
 from recgpt_torchrec.data.split import STORED
 from recgpt_torchrec.data.windows import RowGroup, row_groups, user_bounds
@@ -30,7 +30,7 @@ from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import gather_objects, rank, world_size
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import RecGPT
-from recgpt_torchrec.prompts.prompting import Intervals, intervals_of, known_intervals, table_of
+from recgpt_torchrec.prompts.intervals import Intervals, intervals_of, known_intervals, table_of
 from recgpt_torchrec.storage import filesystem, folders
 from recgpt_torchrec.storage.finished import check_same, differences, find_finished
 from recgpt_torchrec.storage.parts import Part, write_parts
@@ -142,9 +142,10 @@ def _differences(dataset: Dataset, record: dict[str, Any], vocabulary: str, igno
 
 
 def read_rows(dataset: Dataset, group: RowGroup) -> pa.Table:
-    """Read one row group and check every value: user_id, item_ids and, where there are any, segment_ids, timestamps and
-    answers. Of a folder of days, the rows that count."""
-    table = read_group(dataset, group, dataset.manifest.settings.get(RECORD, {}).get("answers", 0), times=True)
+    """Read one row group and check every value: user_id, item_ids and, where there are any, segment_ids, timestamps,
+    event types, places and answers. Of a folder of days, the rows that count."""
+    answers = dataset.manifest.settings.get(RECORD, {}).get("answers", 0)
+    table = Reader(dataset, answers, times=True, events=True, places=True).read(group).table
     return table if dataset.newest is None else table.filter(pc.greater(pc.list_value_length(table["item_ids"]), 0))
 
 
@@ -210,8 +211,8 @@ class UserVectors:
 class PreviousPrompts:
     """Prompts of an earlier prompt dataset, by user; only the row groups that a pool needs are held."""
 
-    def __init__(self, dataset: Dataset, k: int, max_len: int, answers: int) -> None:
-        self.dataset, self.k, self.max_len, self.answers = dataset, k, max_len, answers
+    def __init__(self, dataset: Dataset, k: int, max_len: int, answers: int, columns: Sequence[str] = ()) -> None:
+        self.dataset, self.k, self.max_len, self.answers, self.columns = dataset, k, max_len, answers, columns
         self.groups = [(*user_bounds(dataset, group), group) for group in row_groups(dataset)]
         """(smallest user id, largest user id, row group)."""
         self._read: dict[RowGroup, Intervals] = {}
@@ -227,7 +228,7 @@ class PreviousPrompts:
             group: self._read[group] if group in self._read else self._read_intervals(group) for group in needed
         }
         for earlier in self._read.values():
-            known = np.maximum(known, known_intervals(histories, earlier, self.max_len))
+            known = np.maximum(known, known_intervals(histories, earlier, self.max_len, self.columns))
         return known
 
     def _read_intervals(self, group: RowGroup) -> Intervals:
@@ -257,6 +258,7 @@ def write_prompts(
     vectors: UserVectors | None,
     pool_users: int,
     previous: Dataset | None = None,
+    columns: Sequence[str] = (),
     progress: Callable[[int], object] = lambda users: None,
 ) -> PromptCounts:
     """Write the dataset with prompts (collective).
@@ -270,12 +272,13 @@ def write_prompts(
         vectors: the user vectors that `fill` gets.
         pool_users: minimum number of users that are read and filled together.
         previous: an earlier prompt dataset whose prompts are reused.
+        columns: what the model reads beside ids, by name in `Intervals.columns`; prompts are reused where it is equal.
         progress: called with the number of users done since the last call, on this rank.
     """
     k, max_len, answers = record["k"], record["max_len"], record["answers"]
     prompt_segments = () if record["source"] == "generated" else (EXPOSED,)
     pools = pools_of(share_of(groups, rank(), world_size()), pool_users)
-    earlier = None if previous is None else PreviousPrompts(previous, k, max_len, answers)
+    earlier = None if previous is None else PreviousPrompts(previous, k, max_len, answers, columns)
     counted = PromptCounts()
 
     def fill_pools() -> Iterator[pa.Table]:
@@ -316,7 +319,7 @@ def write_prompts(
         if rank() == 0:
             sequences = [part for share, _ in shares for part in share]
             described = dataset.manifest
-            copied = [*described.item_parts, *described.user_parts, *described.key_parts]
+            copied = [part for part in described.all_parts if part not in described.sequences]
             copy_parts(dataset, copied, fs, folder)
             manifest = replace(
                 described,

@@ -10,195 +10,21 @@ history that a split reads come from this history alone, however much comes afte
 """
 
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import Prompts
-from recgpt_torchrec.data.dataset import STARTS
-from recgpt_torchrec.data.ragged import Float32, Int64, Ragged, offsets_of
-from recgpt_torchrec.data.reading.reader import stored_starts
-from recgpt_torchrec.data.segments import EXPOSED, GENERATED, INTERACTED
-from recgpt_torchrec.data.split import Starts
+from recgpt_torchrec.data.histories import Histories
+from recgpt_torchrec.data.inputs.features import compute_features
+from recgpt_torchrec.data.ragged import Int64
+from recgpt_torchrec.data.segments import GENERATED, INTERACTED
 from recgpt_torchrec.model.dense import Dense
 from recgpt_torchrec.prompts.decoding import Decoding
-
-FILLED = ("prompts", "segments", "answers", "answer_scores")
-"""Arrays of `Intervals` that the model fills."""
-
-
-@dataclass
-class Intervals:
-    """Interacted items of some users, jagged, and the prompts in the interval after each of them."""
-
-    users: Int64
-    """[users] dense ids."""
-    items: Int64
-    """[interactions] int64 item ids; user u has `offsets[u]:offsets[u + 1]`."""
-    offsets: Int64
-    """[users + 1] int64."""
-    prompts: Int64
-    """[interactions, k] int64 prompts between the item and the next one, in order; -1: none."""
-    segments: npt.NDArray[np.int8]
-    """[interactions, k] int8 segment ids of the prompts."""
-    answers: Int64
-    """[interactions, answers] int64 items that the model ranks highest after the item, best first; -1: none."""
-    answer_scores: Float32
-    """[interactions, answers] float32 scores of the answers (logits); 0 where there is none."""
-    times: Int64 | None = None
-    """[interactions] int64 timestamps."""
-    starts: Starts | None = None
-    """Where the parts of each user's items start; None: the dataset does not store it."""
-
-    @property
-    def lengths(self) -> Int64:
-        """[users] number of interacted items."""
-        return np.diff(self.offsets)
-
-    def row(self, user: int) -> slice:
-        """Range of the items of the `user`-th user."""
-        return slice(int(self.offsets[user]), int(self.offsets[user + 1]))
-
-    def newest_start(self, max_len: int) -> Int64:
-        """[users] index in `items` at which the newest `max_len` items of each user begin."""
-        return np.maximum(self.offsets[:-1], self.offsets[1:] - max_len)
-
-    def oldest_start(self, max_len: int) -> Int64:
-        """[users] index in `items` of the first item that has prompts after it."""
-        if self.starts is None:
-            return self.newest_start(max_len)
-        return np.maximum(self.offsets[:-1], self.offsets[:-1] + self.starts.validation - max_len)
-
-    def beginning(self, stop: Int64) -> tuple["Intervals", Int64]:
-        """The first `stop` [users] items of each user, and their indices in `items`."""
-        places = Ragged(np.arange(self.items.size), self.offsets).cut(self.offsets[:-1], self.offsets[:-1] + stop)
-        arrays = {name: getattr(self, name)[places.values] for name in ("items", *FILLED)}
-        return Intervals(users=self.users, offsets=places.offsets, **arrays), places.values
-
-    def put(self, part: "Intervals", places: Int64) -> None:
-        """Copy what was filled in `part`, the items at `places`, into these."""
-        for name in FILLED:
-            getattr(self, name)[places] = getattr(part, name)
-
-
-def intervals_of(
-    table: pa.Table, k: int, max_len: int, prompt_segments: tuple[int, ...], answers: int = 0
-) -> Intervals:
-    """Convert rows of a dataset to `Intervals`.
-
-    Args:
-        table: user_id, item_ids and, where there are any, segment_ids, timestamps, answer_ids and answer_scores.
-        k: maximum number of prompts in an interval; the newest ones stay.
-        max_len: prompts stay only between the newest `max_len` items.
-        prompt_segments: segment ids of the prompts that stay; other prompts are dropped.
-        answers: number of the model's answers after each item.
-    """
-    items = Ragged.from_arrow(table["item_ids"])
-    entries, offsets = items.values, items.offsets
-    segments = np.zeros(entries.size, np.int8)
-    if "segment_ids" in table.schema.names:
-        segments = Ragged.from_arrow(table["segment_ids"]).values.astype(np.int8)
-    times = Ragged.from_arrow(table["timestamps"]).values if "timestamps" in table.schema.names else None
-    interacted = segments == INTERACTED
-    before = offsets_of(interacted)  # interacted items before each entry
-    shape = (int(before[-1]), answers)
-    answer_ids = np.full(shape, -1, np.int64)
-    answer_scores = np.zeros(shape, np.float32)
-    if answers and "answer_ids" in table.schema.names:
-        answer_ids = Ragged.from_arrow(table["answer_ids"]).values.reshape(shape).copy()
-        answer_scores = Ragged.from_arrow(table["answer_scores"]).values.reshape(shape).copy()
-    histories = Intervals(
-        users=table["user_id"].to_numpy().astype(np.int64, copy=False),
-        items=entries[interacted],
-        offsets=before[offsets],
-        prompts=np.full((int(before[-1]), k), -1, np.int64),
-        segments=np.zeros((int(before[-1]), k), np.int8),
-        answers=answer_ids,
-        answer_scores=answer_scores,
-        times=None if times is None else times[interacted],
-        starts=stored_starts(table),
-    )
-    (entry,) = np.nonzero(np.isin(segments, prompt_segments) & ~interacted)
-    row = items.rows_of(entry)
-    owner = before[entry] - 1  # the interacted item it follows
-    last = histories.offsets[row + 1] - 1
-    between = (owner >= histories.oldest_start(max_len)[row]) & (owner < last)
-    entry, owner = entry[between], owner[between]
-    if entry.size and k:
-        number = np.arange(entry.size)
-        start = np.searchsorted(owner, owner)
-        from_end = np.searchsorted(owner, owner, side="right") - 1 - number
-        in_interval = number - start + from_end + 1
-        slot = np.minimum(in_interval, k) - 1 - from_end
-        chosen = slot >= 0
-        histories.prompts[owner[chosen], slot[chosen]] = entries[entry[chosen]]
-        histories.segments[owner[chosen], slot[chosen]] = segments[entry[chosen]]
-    return histories
-
-
-def table_of(histories: Intervals) -> pa.Table:
-    """Convert `Intervals` to rows of a dataset: user_id, item_ids, segment_ids and, if any, timestamps and answers.
-
-    A prompt has the timestamp of the item it follows.
-    """
-    entries = np.concatenate([histories.items[:, None], histories.prompts], axis=1)
-    segments = np.concatenate([np.zeros((len(entries), 1), np.int8), histories.segments], axis=1)
-    is_entry = entries >= 0
-    counts = is_entry.sum(1)
-    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)])[histories.offsets].astype(np.int32))
-
-    def lists(values: np.ndarray) -> pa.ListArray:
-        return pa.ListArray.from_arrays(offsets, pa.array(values))
-
-    columns = {"user_id": pa.array(histories.users), "item_ids": lists(entries[is_entry])}
-    if histories.times is not None:
-        columns["timestamps"] = lists(np.repeat(histories.times, counts))
-    columns["segment_ids"] = lists(segments[is_entry])
-    if number := histories.answers.shape[1]:
-        offsets = pa.array((histories.offsets * number).astype(np.int32))
-        columns["answer_ids"] = lists(histories.answers.ravel())
-        columns["answer_scores"] = lists(histories.answer_scores.ravel())
-    if histories.starts is not None:
-        columns |= {name: pa.array(each) for name, each in zip(STARTS, astuple(histories.starts), strict=True)}
-    return pa.table(columns)
-
-
-def known_intervals(histories: Intervals, earlier: Intervals, max_len: int) -> Int64:
-    """Copy the prompts of an earlier run into `histories` where this run would make the same ones.
-
-    That is so where the earlier history is the beginning of the new one, the shown items between its items are the
-    same, and the newest `max_len` items begin at the same item.
-
-    Returns:
-        [users] int64: number of intervals that are filled now, from the oldest one with prompts on.
-    """
-    known = np.zeros(histories.users.size, np.int64)
-    earlier_rows = {user: row for row, user in enumerate(earlier.users.tolist())}
-    start, earlier_start = histories.newest_start(max_len), earlier.newest_start(max_len)
-    for row, user in enumerate(histories.users.tolist()):
-        if (old_row := earlier_rows.get(user)) is None:
-            continue
-        new, old = histories.row(row), earlier.row(old_row)
-        size = old.stop - old.start
-        skipped = int(earlier_start[old_row]) - old.start
-        if size < 2 or size > new.stop - new.start or int(start[row]) - new.start != skipped:
-            continue
-        if not np.array_equal(histories.items[new][:size], earlier.items[old]):
-            continue
-        intervals, filled = slice(new.start, new.start + size - 1), slice(old.start, old.stop - 1)
-        shown, shown_then = histories.prompts[intervals], earlier.prompts[filled]
-        if not np.array_equal(shown, np.where(earlier.segments[filled] == EXPOSED, shown_then, -1)):
-            continue
-        histories.prompts[intervals], histories.segments[intervals] = shown_then, earlier.segments[filled]
-        histories.answers[intervals] = earlier.answers[filled]
-        histories.answer_scores[intervals] = earlier.answer_scores[filled]
-        known[row] = size - 1 - skipped
-    return known
+from recgpt_torchrec.prompts.intervals import Intervals
 
 
 class Prompter:
@@ -280,6 +106,7 @@ class Prompter:
             answer_scores=torch.from_numpy(histories.answer_scores[places]).to(device),
             older=torch.from_numpy(older_items(histories, rows, first)).to(device),
             users=self.dense.user_vectors(user_vectors[torch.from_numpy(rows).to(user_vectors.device)].to(device)),
+            features=self._compute_features(histories, rows, first, intervals),
         )
         state = self.decoding(rows.size, capacity=intervals * (1 + k))
         at = torch.from_numpy(known).to(device)
@@ -302,7 +129,7 @@ class Prompter:
     def _fill_interval(self, state: Decoding, grid: "_Grid", at: Tensor, unfinished: int) -> None:
         """Feed each user's item number `at` [users], and fill the interval after it; `unfinished` users have more."""
         users = torch.arange(at.numel(), device=at.device)
-        out = self._feed_entries(state, grid, grid.items[users, at], at, INTERACTED)
+        out = self._feed_entries(state, grid, grid.items[users, at], at, INTERACTED, at, 0)
         seen = torch.arange(int(at.max()) + 1, device=at.device) <= at[:, None]
         excluded = torch.where(seen, grid.items[users, : seen.shape[1]], grid.items[users, :1])
         excluded = torch.cat([excluded, grid.older[users]], dim=1)
@@ -330,19 +157,57 @@ class Prompter:
             if at.numel():
                 segments = grid.segments[users, at, slot]
                 positions = (at + slot + 1).clamp(max=self.max_len - 1)
-                out = self._feed_entries(state, grid, grid.prompts[users, at, slot], positions, segments)
+                out = self._feed_entries(state, grid, grid.prompts[users, at, slot], positions, segments, at, slot + 1)
         if not self.prompts.k:
             state.keep(unfinished)
 
+    def _compute_features(self, histories: Intervals, rows: Int64, first: Int64, intervals: int) -> Tensor | None:
+        """The features of all entries of a batch, [features, users, intervals, 1 + k] int64; None: none are read.
+
+        They are those of the packed histories, whatever prompts will be generated: a feature looks at an entry and at
+        interactions around it.
+        """
+        inputs, k = self.dense.inputs, self.prompts.k
+        if not inputs.features:
+            return None
+        # After each user's last interval comes the next item; users with fewer intervals repeat their last item.
+        places = np.minimum(first[:, None] + np.arange(intervals + 1), histories.offsets[rows + 1][:, None] - 1)
+        segments = np.full((*places.shape, 1 + k), GENERATED, np.int8)
+        segments[:, :, 0] = INTERACTED
+        segments[:, :, 1:] = np.where(histories.prompts[places] < 0, GENERATED, histories.segments[places])
+        size = places.shape[1] * (1 + k)
+        packed = Histories(
+            users=histories.users[rows],
+            items=np.full(segments.size, -1, np.int64),  # which no feature looks at
+            offsets=np.arange(rows.size + 1) * size,
+            segments=segments.ravel(),
+            **{name: values[places].ravel() for name, values in histories.columns().items()},
+        )
+        tokens = np.arange(segments.size).reshape(rows.size, -1)[:, : intervals * (1 + k)]
+        features = compute_features(inputs, packed, tokens.ravel())
+        assert features is not None
+        return torch.from_numpy(features.reshape(-1, rows.size, intervals, 1 + k)).to(self.catalogue.device)
+
     def _feed_entries(
-        self, state: Decoding, grid: "_Grid", items: Tensor, positions: Tensor, segments: Tensor | int
+        self,
+        state: Decoding,
+        grid: "_Grid",
+        items: Tensor,
+        positions: Tensor,
+        segments: Tensor | int,
+        at: Tensor,
+        slot: int,
     ) -> Tensor:
-        """Feed one entry of each user, `items` [users]; -1: none."""
+        """Feed one entry of each user, `items` [users] (-1: none), that of `slot` in the interval number `at`."""
         active = items >= 0
         if isinstance(segments, int):
             segments = torch.full_like(items, segments)
         vectors = self.catalogue.vectors_of(items.clamp(min=0))
-        return state.step(vectors, grid.users[: state.users], positions, segments, None if active.all() else active)
+        users = torch.arange(state.users, device=items.device)
+        features = None if grid.features is None else grid.features[:, users, at, slot]
+        return state.step(
+            vectors, grid.users[: state.users], positions, segments, None if active.all() else active, features
+        )
 
     def _prefill_known(self, state: Decoding, grid: "_Grid", known: Tensor) -> None:
         """Feed all entries of the first `known` [users] intervals in one pass."""
@@ -357,7 +222,11 @@ class Prompter:
         order = torch.argsort((~is_entry).to(torch.int8), dim=1, stable=True)[:, : int(lengths.max())]
         fed = items.gather(1, order).clamp(min=0)
         positions = positions.expand(users, -1).gather(1, order)
-        state.prefill(self.catalogue.vectors_of(fed), grid.users, positions, segments.gather(1, order), lengths)
+        features = None
+        if grid.features is not None:
+            features = grid.features.flatten(2).gather(2, order.expand(len(grid.features), -1, -1))
+        vectors = self.catalogue.vectors_of(fed)
+        state.prefill(vectors, grid.users, positions, segments.gather(1, order), lengths, features)
 
 
 @dataclass
@@ -378,6 +247,8 @@ class _Grid:
     """[users, any] int64 items before those with prompts; shorter rows repeat an item of the user."""
     users: Tensor
     """[users, dim] user vectors."""
+    features: Tensor | None
+    """[features, users, intervals, 1 + k] int64 of the item and of each prompt; None: the model reads none."""
 
 
 def older_items(histories: Intervals, rows: Int64, first: Int64) -> Int64:

@@ -21,7 +21,7 @@ from recgpt_torchrec.retrieval.merging import Lists
 def append_generated(histories: Histories, items: Int64, max_len: int) -> Histories:
     """Append one generated entry, `items` [sequences] int64, to each history, and keep its newest `max_len` entries.
 
-    It has the time and the event type of the request.
+    It has the time of the entry before it, as in Algorithm 1, and the event type of the request.
     """
     start, stop = histories.offsets[:-1], histories.offsets[1:]
     start = np.maximum(start, stop - (max_len - 1))
@@ -43,13 +43,21 @@ def append_generated(histories: Histories, items: Int64, max_len: int) -> Histor
         items=with_last(histories.items, items),
         offsets=offsets,
         segments=with_last(segments, GENERATED),
-        times=None if histories.times is None else with_last(histories.times, histories.request_times),
+        times=None if histories.times is None else with_last(histories.times, newest_times(histories)),
         events=None if histories.events is None else with_last(histories.events, histories.asked_events),
         places=None if histories.places is None else with_last(histories.places, UNKNOWN),
         request_times=histories.request_times,
         asked_events=histories.asked_events,
         seen=histories.seen,
     )
+
+
+def newest_times(histories: Histories) -> Int64:
+    """[sequences] int64 time of each history's newest entry; that of the request, where there is none."""
+    assert histories.times is not None
+    newest = np.append(histories.times, 0)[histories.offsets[1:] - 1]
+    requests = np.zeros_like(newest) if histories.request_times is None else histories.request_times
+    return np.where(histories.lengths > 0, newest, requests)
 
 
 @torch.no_grad()

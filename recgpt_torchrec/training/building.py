@@ -13,6 +13,7 @@ from recgpt_torchrec.config.defaults import tokens_of_rank, tokens_of_step
 from recgpt_torchrec.data.candidates import candidate_source
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.inputs.attributes import Attributes
+from recgpt_torchrec.data.inputs.events import weights_of_targets
 from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.packed import Capacity
 from recgpt_torchrec.data.reading.damage import LIST, SetAside
@@ -23,6 +24,7 @@ from recgpt_torchrec.distributed.initial_values import initialise_tables
 from recgpt_torchrec.distributed.memory import find_shortage
 from recgpt_torchrec.distributed.processes import gather_objects, rank, run_on_first_rank, world_size
 from recgpt_torchrec.distributed.sharding import ranks_per_group, shard
+from recgpt_torchrec.distributed.shared_folder import read_on_node
 from recgpt_torchrec.distributed.watchdog import tracked_phase
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import RecGPT, unwrapped, unwrapped_dense
@@ -129,11 +131,12 @@ def training_stream(
         set_aside=set_aside,
         time_order=config.stream.time_order,
         inputs=inputs or Inputs(),
+        event_weights=weights_of_targets(config.events, dataset),
     )
     maker = BatchMaker(
         reader=reader,
         batch=batch,
-        attributes=Attributes.open(dataset, reader.inputs),
+        attributes=Attributes.open(dataset, reader.inputs, read_on_node),
         source=candidate_source(config.loss, dataset, batch, rank(), world_size()),
         seed=config.seed,
         predict_from="every" if tuning is None else tuning.predict_from,

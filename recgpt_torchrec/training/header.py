@@ -8,6 +8,7 @@ from torch import nn
 
 from recgpt_torchrec.config import Train
 from recgpt_torchrec.data.dataset import Manifest
+from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.distributed.placements import Placement, table_text
 from recgpt_torchrec.model.recgpt import unwrapped
 from recgpt_torchrec.training.building import Tokens
@@ -52,6 +53,7 @@ def header(
             + (f", {others:,} prompts or shown items" if others > 0 else ""),
             f"  decoder  {parameters:,} parameters",
             "  tables   " + table_text(placed).replace("\n", "\n" + " " * len("  tables   ")),
+            *_attributes(unwrapped(model).inputs, manifest),
             f"  compute  {execution}",
             f"  tokens   {tokens.rank:,} per rank{auto}",
             _length(train, steps, "at most" if validates else "all"),
@@ -59,6 +61,23 @@ def header(
             *_validation(train, manifest, validates),
         ]
     )
+
+
+def _attributes(inputs: Inputs, manifest: Manifest) -> list[str]:
+    """The line about attributes, where the dataset has any."""
+    if not manifest.attributes:
+        return []
+    read = {each.table: each for each in inputs.attributes}
+    words = []
+    for each in inputs.attributes:
+        weight = f", weight {each.weight:g}" if each.weight != 1 else ""
+        words.append(f"{each.full_name} ({each.values:,} values{weight})")
+    line = "  attributes " + (", ".join(words) or "none")
+    if inputs.id_dropout:
+        line += f"; {inputs.id_dropout:.0%} of the items' own vectors are left out"
+    if others := [each.full_name for each in manifest.attributes if each.table not in read]:
+        line += f"; not read: {', '.join(others)}"
+    return [line]
 
 
 def _length(train: Train, steps: int, how: str) -> str:

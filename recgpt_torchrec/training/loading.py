@@ -16,11 +16,14 @@ from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.ids.slots import reassigned_ids
 from recgpt_torchrec.data.inputs.attributes import Attributes
 from recgpt_torchrec.data.inputs.choosing import check_inputs
+from recgpt_torchrec.data.inputs.events import check_events
+from recgpt_torchrec.data.inputs.growing import check_growth
 from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.stream import TOKENS_PER_SEQUENCE
 from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import log_message
 from recgpt_torchrec.distributed.sharding import shard, table_name, tables_of
+from recgpt_torchrec.distributed.shared_folder import read_on_node
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import RecGPT
 
@@ -73,7 +76,7 @@ def load(
     users, items = manifest.users, manifest.items
     inputs = settings.inputs
     check_inputs(inputs, checkpoint, dataset)
-    attributes = Attributes.open(dataset, inputs)
+    attributes = Attributes.open(dataset, inputs, read_on_node)
     unsharded = RecGPT(
         settings.model, settings.loss, users, items, tuning, item_keys, tables.precision, inputs, attributes
     )
@@ -174,17 +177,19 @@ def pretrained_inputs(checkpoint: str, dataset: Dataset) -> Inputs:
     return inputs
 
 
-def find_initial(path: str, config: Pretrain, dataset: Dataset) -> str:
+def find_initial(path: str, config: Pretrain, dataset: Dataset, inputs: Inputs) -> str:
     """Find the checkpoint for `--initial`, and check that a run of this configuration can start from it.
 
     Args:
         path: a checkpoint folder, or a run's output folder.
         config: of the run to start.
         dataset: the run's.
+        inputs: what its model reads beside ids.
 
     Raises:
         InputError: there is no checkpoint; it was prompt-tuned; its vocabulary is neither the dataset's nor one that
-            the dataset extends; it has another shape or table optimizer; or `--targets new` would leave targets out.
+            the dataset extends; it has another shape, table optimizer, other attributes or event types; or `--targets
+            new` would leave targets out.
     """
     checkpoint = find_checkpoint(path)
     settings, manifest = CheckpointSettings.read(checkpoint), dataset.manifest
@@ -201,6 +206,9 @@ def find_initial(path: str, config: Pretrain, dataset: Dataset) -> str:
         differ.append(f"--tables.optimizer {settings.table_optimizer}")
     if differ:
         raise InputError(f"--initial {path}: {checkpoint} was trained with {' '.join(differ)}; give the same here")
+    for line in check_growth(settings.inputs, inputs, checkpoint, dataset):
+        log_message(line)
+    check_events(settings.inputs, checkpoint, dataset)
     extended = manifest.preparation.get("extends", {})
     if config.targets == "new" and manifest.day is None and settings.vocabulary != extended.get("vocabulary"):
         raise InputError(

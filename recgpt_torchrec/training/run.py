@@ -122,8 +122,9 @@ class Run:
                 )
             if earlier.histories not in (None, histories):  # earlier versions did not record them
                 raise InputError(
-                    f"{output} holds a run on other histories of the same users and items: {new['data']} is not as "
-                    f"{old.get('data')} was when the run started. Restore the dataset, or choose another --output"
+                    f"{output} holds a run on other histories or attributes of the same users and items: {new['data']} "
+                    f"is not as {old.get('data')} was when the run started. Restore the dataset, or choose another "
+                    "--output"
                 )
             return earlier
 

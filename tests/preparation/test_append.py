@@ -306,10 +306,10 @@ def test_shown_rows_stay_between_interactions_of_different_days(tmp_path):
             for row in rows
         }
 
-    assert entries(1) == {"a": [("x", 0, 0)], "b": [("x", 0, 0), ("y", 0, 0)]}
-    assert entries(2) == {"a": [("x", 0, 1), ("y", 2, 0), ("y", 0, 0)], "b": [("x", 0, 1), ("y", 0, 1)]}
+    assert entries(1) == {"a": [("x", 0, 0), ("y", 2, 0)], "b": [("x", 0, 0), ("y", 0, 0)]}
+    assert entries(2) == {"a": [("x", 0, 1), ("y", 2, 0), ("y", 0, 0)], "b": [("x", 0, 1), ("y", 0, 1), ("x", 2, 0)]}
     assert entries(3) == {
-        "a": [("x", 0, 1), ("y", 2, 0), ("y", 0, 1)],
+        "a": [("x", 0, 1), ("y", 2, 0), ("y", 0, 1), ("x", 2, 0)],
         "b": [("x", 0, 1), ("y", 0, 1), ("x", 2, 0), ("x", 0, 0)],
     }
 

@@ -312,7 +312,7 @@ def test_what_the_summary_says(managed, tmp_path):
         ({"ids": "managed"}, "--ids managed needs the size of a table"),
         ({"ids": "hash", "user_rows": 0}, "--user_rows is 0; it must be from 1"),
         ({"ids": "managed", "item_rows": 5, "eviction_step": 0}, "--eviction_step"),
-        ({"ids": "hash", "item_rows": 5, "vocabulary": "x", "new_keys": "leave_out"}, "every key has one"),
+        ({"ids": "hash", "item_rows": 5, "vocabulary": "x", "new_keys": "leave_out"}, "every key has an id"),
     ],
 )
 def test_options_that_do_not_fit(options, message):

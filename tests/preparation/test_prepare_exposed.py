@@ -26,7 +26,7 @@ from recgpt_torchrec.data.stream import BatchMaker
 from recgpt_torchrec.data.windows import row_groups, windows_of
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.prepare import summary
-from recgpt_torchrec.prompts.prompting import intervals_of, table_of
+from recgpt_torchrec.prompts.intervals import intervals_of, table_of
 from tests.preparation.prepare_helpers import make, random_log, read_keys, read_sequences, write_csv
 from tests.preparation.test_prepare_bad_input import message
 from tests.support import change_json, items_of, write_dataset
@@ -83,7 +83,7 @@ def plainly(events: list[Event], min_count: int, drop: bool) -> tuple[dict[str, 
     for user in users:
         line = sorted((e.time, place, e.item, 0 if e.click else 2) for place, e in clicks + known if e.user == user)
         places = [number for number, entry in enumerate(line) if entry[3] == 0]
-        result[user] = [(item, segment) for _, _, item, segment in line[places[0] : places[-1] + 1]]
+        result[user] = [(item, segment) for _, _, item, segment in line[places[0] :]]
         left += sum(segment == 2 for _, segment in result[user])
     counts |= {"left": left, "outside": len(known) - left}
     return result, counts
@@ -156,11 +156,11 @@ def test_without_the_option_no_row_is_shown_only(tmp_path: Path) -> None:
     [
         # a user and an item that were only ever shown; v's item is known, but v is not
         ("u a 1 1, u x 2 0, u b 3 1, v a 1 0, v b 2 0", {"u": [("a", 0), ("b", 0)]}, {"unknown": 3}),
-        # all of it before the first, or after the last
+        # all of it before the first: it follows no interaction
         ("u b 1 0, u a 1 0, u a 2 1, u b 3 1", {"u": [("a", 0), ("b", 0)]}, {"outside": 2}),
-        ("u a 2 1, u b 3 1, u b 3 0, u a 4 0", {"u": [("a", 0), ("b", 0)]}, {"outside": 2}),
-        # between which two items does it stand with one? between none
-        ("u a 2 1, u a 1 0, u a 3 0", {"u": [("a", 0)]}, {"outside": 2}),
+        # after the last one, it is known at the next request
+        ("u a 2 1, u b 3 1, u b 3 0, u a 4 0", {"u": [("a", 0), ("b", 0), ("b", 2), ("a", 2)]}, {"left": 2}),
+        ("u a 2 1, u a 1 0, u a 3 0", {"u": [("a", 0), ("a", 2)]}, {"outside": 1, "left": 1}),
         # at the time of interactions: in the order of the log
         ("u a 1 1, u c 2 0, u b 2 1, u d 2 0, u c 2 1, u d 2 1", None, {"left": 2}),
     ],
@@ -247,7 +247,7 @@ def test_ratings_below_a_number_in_a_recbole_file(tmp_path: Path) -> None:
     result = make(tmp_path / "log.inter", tmp_path / "data", **options)
     assert entries_of(tmp_path / "data") == {"1": [("a", 0), ("b", 2), ("b", 0)]}
     config = Prepare(input=["log.inter"], output="data", **options)
-    assert "shown       1 rows were not clicked; 1 kept between interactions" in summary(config, result)
+    assert "shown       1 rows were not clicked; 1 kept after an interaction" in summary(config, result)
 
 
 def test_what_cannot_be_used_is_refused_before_anything_is_written(tmp_path: Path) -> None:

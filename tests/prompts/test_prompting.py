@@ -10,13 +10,8 @@ from recgpt_torchrec.config import Loss, Model, Prompts
 from recgpt_torchrec.data.segments import EXPOSED, GENERATED
 from recgpt_torchrec.model.attention import DenseAttention
 from recgpt_torchrec.model.dense import Dense
-from recgpt_torchrec.prompts.prompting import (
-    Intervals,
-    Prompter,
-    intervals_of,
-    known_intervals,
-    table_of,
-)
+from recgpt_torchrec.prompts.intervals import Intervals, intervals_of, known_intervals, table_of
+from recgpt_torchrec.prompts.prompting import Prompter
 
 DIM, MAX_LEN, ITEMS = 8, 6, 15
 

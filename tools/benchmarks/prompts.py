@@ -16,8 +16,9 @@ from recgpt_torchrec.data.windows import row_groups
 from recgpt_torchrec.model.attention import DenseAttention
 from recgpt_torchrec.model.recgpt import unwrapped, unwrapped_dense
 from recgpt_torchrec.prompts.decoding import Decoding
+from recgpt_torchrec.prompts.intervals import Intervals, intervals_of
 from recgpt_torchrec.prompts.prompt_dataset import UserVectors, read_rows
-from recgpt_torchrec.prompts.prompting import Intervals, Prompter, intervals_of
+from recgpt_torchrec.prompts.prompting import Prompter
 from tools.benchmarks.measuring import Figures, Kind, Ratio, stopwatch
 from tools.benchmarks.settings import Settings
 

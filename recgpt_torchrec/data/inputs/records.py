@@ -1,10 +1,13 @@
 """The attributes of users and items as a dataset's manifest describes them."""
 
+import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
-from recgpt_torchrec.data.inputs.spec import Entity, column_of, table_of_attribute
+from recgpt_torchrec.data.inputs.spec import Entity, column_of, full_name_of, table_of_attribute
 from recgpt_torchrec.storage.parts import Part
+from recgpt_torchrec.storage.typed import check_counts
 
 
 @dataclass(kw_only=True)
@@ -45,6 +48,22 @@ class DatasetAttribute:
     parts: list[Part] = field(default_factory=list)
     """Of the vocabulary, where values are categories: value_id int64 (dense, from 0), key, count."""
 
+    def check(self) -> None:
+        """Check what a manifest says of the attribute.
+
+        Raises:
+            ValueError: numbers are impossible, or do not fit each other.
+        """
+        where = f"of the {self.entity} attribute {self.name[:60]}"
+        check_counts({f"values {where}": self.values, f"missing {where}": self.missing})
+        rising = all(map(math.isfinite, self.edges)) and all(a < b for a, b in pairwise(self.edges))
+        if not rising or (self.edges and len(self.edges) != self.values - 1):
+            raise ValueError(f"the edges {where} are not those of {self.values:,} buckets")
+        if self.parts and sum(part.rows for part in self.parts) != self.values:
+            raise ValueError(f"it promises {self.values:,} values {where}, but other rows in its parts")
+        if not self.values:
+            raise ValueError(f"it promises no values {where}")
+
     @property
     def column(self) -> str:
         """The column of users/ or items/ with the value ids."""
@@ -54,3 +73,8 @@ class DatasetAttribute:
     def table(self) -> str:
         """Name of the model's table."""
         return table_of_attribute(self.entity, self.name)
+
+    @property
+    def full_name(self) -> str:
+        """How options and messages name it."""
+        return full_name_of(self.entity, self.name)

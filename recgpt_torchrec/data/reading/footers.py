@@ -24,6 +24,8 @@ class Footer:
     """Why a column cannot be read; None: all can."""
     groups: tuple[tuple[int, int], ...]
     """(number of rows, total length of the `item_ids` lists) of each row group; none where there is a fault."""
+    times: tuple[int, int] | None = None
+    """Oldest and newest timestamp, where the statistics of all row groups with any say so."""
 
 
 def read_footers(
@@ -67,4 +69,25 @@ def _read(dataset: Dataset, part: Part) -> Footer:
         names = [meta.schema.column(column).path.split(".")[0] for column in range(meta.num_columns)]
         infos = (meta.row_group(group) for group in range(meta.num_row_groups))
         groups = tuple((info.num_rows, info.column(names.index("item_ids")).num_values) for info in infos)
-    return Footer(meta.num_rows, frozenset(columns), fault, groups)
+    times = find_times(meta) if fault is None and "timestamps" in columns else None
+    return Footer(meta.num_rows, frozenset(columns), fault, groups, times)
+
+
+def find_times(meta: pq.FileMetaData) -> tuple[int, int] | None:
+    """Oldest and newest timestamp of a part; None: it has none, or the statistics of a row group do not say."""
+    bounds = []
+    names = [meta.schema.column(each).path.split(".")[0] for each in range(meta.num_columns)]
+    for group in range(meta.num_row_groups):
+        statistics = meta.row_group(group).column(names.index("timestamps")).statistics
+        if statistics is None:
+            return None
+        if statistics.has_min_max:  # not where all lists are empty
+            bounds.append((statistics.min, statistics.max))
+    return (min(low for low, _ in bounds), max(high for _, high in bounds)) if bounds else None
+
+
+def time_range(dataset: Dataset) -> tuple[int, int] | None:
+    """Oldest and newest timestamp of a dataset, from its footers; None: it has none, or they do not say."""
+    footers = [footer for _, footer in read_footers(dataset)]
+    times = [footer.times for footer in footers if isinstance(footer, Footer) and footer.times is not None]
+    return (min(low for low, _ in times), max(high for _, high in times)) if times else None

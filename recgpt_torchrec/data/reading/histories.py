@@ -11,6 +11,8 @@ import pyarrow as pa
 from recgpt_torchrec.data import ragged
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.histories import Histories
+from recgpt_torchrec.data.inputs.features import UNKNOWN
+from recgpt_torchrec.data.inputs.request import Request
 from recgpt_torchrec.data.inputs.spec import EVENTS, PLACES, TIMES, Inputs
 from recgpt_torchrec.data.ragged import Int64, Ragged
 from recgpt_torchrec.data.reading.damage import SetAside
@@ -49,6 +51,11 @@ class HistoryReader:
     """Users to read; None: all."""
     inputs: Inputs = field(default_factory=Inputs)
     """What the model reads beside ids, whose columns are read."""
+    request: Request = Request()
+    """What is asked after each history, where it is encoded."""
+    event_weights: npt.NDArray[np.float32] | None = None
+    """[event types + 1] float32, by event id: the weight of a target of each type, 0 where it is none; None: all have
+    1. A history without a target is empty."""
 
     @property
     def training(self) -> bool:
@@ -66,13 +73,14 @@ class HistoryReader:
             InputError: a row is damaged, and not set aside; names its place.
         """
         timed, evented, placed = (self.inputs.reads(*names) for names in (TIMES, EVENTS, PLACES))
+        reads_events = self.inputs.reads_events or self.event_weights is not None or self.request.held_out_event > 0
         reader = Reader(
             self.dataset,
             self.answers,
             self.time_order or timed,
             self.set_aside,
             self.new_targets,
-            events=evented,
+            events=reads_events,
             places=placed,
         )
         tables = [reader.read(group) for group in groups]
@@ -80,7 +88,11 @@ class HistoryReader:
         users, items = ragged.to_numpy(table["user_id"]), Ragged.from_arrow(table["item_ids"])
         segments = Ragged.from_arrow(table["segment_ids"]).values if "segment_ids" in table.schema.names else None
         trained = Ragged.from_arrow(table["trained"]).values != 0 if self.new_targets else None
-        read_columns = {"times": ("timestamps", timed), "events": ("event_ids", evented), "places": ("places", placed)}
+        read_columns = {
+            "times": ("timestamps", timed),
+            "events": ("event_ids", reads_events),
+            "places": ("places", placed),
+        }
         columns = {
             name: Ragged.from_arrow(table[column]).values for name, (column, wanted) in read_columns.items() if wanted
         }
@@ -95,26 +107,47 @@ class HistoryReader:
         parts = cut(interacted.offsets, self.split, hold_out, stored_starts(table))
         if self.sample is not None:
             parts = parts.keep(self.sample.contains(users[parts.row]))
+        if self.request.held_out_event and parts.target is not None:
+            held_out = columns["events"][interacted.places[parts.target]]
+            parts = parts.keep(held_out == self.request.held_out_event)
         row, begin, end, target = parts
-        users, first = users[row], items.offsets[:-1][row]
+        first = items.offsets[:-1][row]
         last = np.where(end > begin, interacted.entries(np.maximum(end, 1)) if interacted.places.size else first, first)
+        answers, answer_scores = self._read_answers(table, items.values.size, interacted)
+        weights = None if self.event_weights is None else self.event_weights[columns["events"]]
+        kept = self._find_kept(columns.get("events"), segments)
+        if evented:  # types that were added to the dataset after the model was trained are unknown to it
+            known = columns["events"] <= len(self.inputs.events)
+            columns["events"] = np.where(known, columns["events"], np.int16(UNKNOWN))
+        if kept is not None:  # from here on, entries are those that histories hold
+            before = ragged.offsets_of(kept)
+            first, last = before[first], before[last]
+        if kept is not None and not self.training:
+            filled = last > first
+            first, last, (row, begin, end, target) = first[filled], last[filled], parts.keep(filled)
+        users = users[row]
+
+        def select(values: npt.NDArray[Any] | None) -> Any:
+            return values if values is None or kept is None else values[kept]
+
         if self.training and self.long_histories == "windows":
             owner, start, stop = cut_pieces(first, last, self.max_len)
             users, read = users[owner], (read / np.bincount(owner, minlength=users.size))[owner]
         else:
             start, stop = np.maximum(first, last - self.max_len - self.training), last
-        if trained is not None:
-            new = ~trained if segments is None else ~trained & (segments == INTERACTED)
-            start, stop = _empty_without_target(start, stop, new)
+        if trained is not None or weights is not None:
+            is_target = np.ones(items.values.size, dtype=bool) if trained is None else ~trained
+            is_target &= True if segments is None else segments == INTERACTED
+            is_target &= True if weights is None else weights > 0
+            start, stop = _empty_without_target(start, stop, select(is_target))
 
         rows = np.arange(users.size) if order is None else order(users.size)
         start, stop = start[rows], stop[rows]
-        inputs = items.cut(start, stop)
+        inputs = items.with_values(select(items.values)).cut(start, stop)
 
         def entries(values: npt.NDArray[Any] | None) -> Any:
-            return None if values is None else items.with_values(values).cut(start, stop).values
+            return None if values is None else items.with_values(select(values)).cut(start, stop).values
 
-        answers, answer_scores = self._read_answers(table, items.values.size, interacted)
         return Histories(
             users=users[rows].astype(np.int64, copy=False),
             items=inputs.values,
@@ -123,7 +156,8 @@ class HistoryReader:
             answers=entries(answers),
             answer_scores=entries(answer_scores),
             trained=entries(trained),
-            **{name: entries(values) for name, values in columns.items()},
+            weights=entries(weights),
+            **{name: entries(values) for name, values in columns.items() if name != "events" or evented},
             **self._requests(columns, interacted, target, rows),
             read=read[rows] if self.training else None,
             held_out=None if target is None else items.values[interacted.places[target]][rows],
@@ -131,6 +165,16 @@ class HistoryReader:
             if self.training
             else Ragged(items.values[interacted.places], interacted.offsets).cut(begin[rows], end[rows]),
         )
+
+    def _find_kept(
+        self, events: npt.NDArray[np.int16] | None, segments: npt.NDArray[np.int8] | None
+    ) -> npt.NDArray[np.bool_] | None:
+        """[entries] bool: those that histories hold, by their event type or because they are prompts; None: all."""
+        if not self.inputs.history_events:
+            return None
+        assert events is not None
+        kept = np.isin(events, [self.inputs.id_of_event(word) for word in self.inputs.history_events])
+        return kept if segments is None else kept | (segments != INTERACTED)
 
     def _requests(
         self,
@@ -140,12 +184,16 @@ class HistoryReader:
         rows: npt.NDArray[np.integer],
     ) -> dict[str, npt.NDArray[Any]]:
         """Per sequence, the time of the request after the newest entry and the event type asked for, in encoding."""
-        if self.training or target is None:
+        if self.training:
             return {}
-        names = {"times": "request_times", "events": "asked_events"}
-        return {
-            names[name]: values[interacted.places[target]][rows] for name, values in columns.items() if name in names
-        }
+        requests: dict[str, npt.NDArray[Any]] = {}
+        if "times" in columns and self.request.time is not None:
+            requests["request_times"] = np.full(rows.size, self.request.time, dtype=np.int64)
+        elif "times" in columns and target is not None:
+            requests["request_times"] = columns["times"][interacted.places[target]][rows]
+        if self.inputs.reads(*EVENTS):
+            requests["asked_events"] = np.full(rows.size, self.request.event, dtype=np.int16)
+        return requests
 
     def _read_answers(
         self, table: pa.Table, entries: int, interacted: Interacted

@@ -19,7 +19,7 @@ from recgpt_torchrec.data.dataset import ANSWERS, COLUMNS, STARTS, Dataset, Mani
 from recgpt_torchrec.data.days.records import day_of
 from recgpt_torchrec.data.ragged import offsets_of, read_nullable, to_numpy
 from recgpt_torchrec.data.reading.damage import Damage, SetAside
-from recgpt_torchrec.data.segments import INTERACTED, SEGMENTS
+from recgpt_torchrec.data.segments import INTERACTED, PLAIN_SEGMENTS
 from recgpt_torchrec.data.split import STORED, Starts
 from recgpt_torchrec.data.windows import RowGroup, row_groups
 from recgpt_torchrec.errors import InputError
@@ -158,8 +158,9 @@ def find_faults(table: pa.Table, manifest: Manifest, answers: int) -> dict[int, 
 
     interacted = entries = np.diff(items.offsets)
     if segments is not None:
-        bad = find_outside(segments.values, 0, SEGMENTS)
-        meanings = "0 (interacted), 1 (generated) and 2 (shown and not clicked)"
+        bad = find_outside(segments.values, 0, manifest.segments)
+        more = ", 3 (disliked) and 4 (skipped)" if manifest.segments > PLAIN_SEGMENTS else ""
+        meanings = f"0 (interacted), 1 (generated){',' if more else ' and'} 2 (shown and not clicked){more}"
         add_faults(segments.rows_of(bad), f"segment id {{}} is none of {meanings}", segments.values[bad])
         interacted = np.diff(np.concatenate([[0], np.cumsum(segments.values == INTERACTED)])[segments.offsets])
     for name, column in columns.items():
@@ -190,6 +191,10 @@ def find_faults(table: pa.Table, manifest: Manifest, answers: int) -> dict[int, 
             bad = bad[(before != validation[rows]) & (before != test[rows])]
         later = times.values[bad - 1]
         add_faults(times.rows_of(bad), "its times are not in order: {} comes after {}", times.values[bad], later)
+    if (events := columns.get("event_ids")) is not None:
+        bad = find_outside(events.values, 0, len(manifest.events) + 1)
+        types = f"is none of 0 (unknown) to {len(manifest.events)}"
+        add_faults(events.rows_of(bad), f"event id {{}} {types}", events.values[bad])
     if (ids := columns.get("answer_ids")) is not None:
         bad = find_outside(ids.values, -1, manifest.items)
         add_faults(ids.rows_of(bad), f"answer id {{}} {vocabulary}", ids.values[bad])

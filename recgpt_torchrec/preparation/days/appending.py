@@ -23,6 +23,10 @@ from recgpt_torchrec.data.days.newest import write_newest
 from recgpt_torchrec.data.days.records import DayRecord, name_of, path_of
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation import earlier, parts, queries
+from recgpt_torchrec.preparation.attributes.encoding import encode_table, write_vocabularies
+from recgpt_torchrec.preparation.attributes.loading import load_table
+from recgpt_torchrec.preparation.attributes.page import describe_tables
+from recgpt_torchrec.preparation.attributes.tables import EntityTable, check_earlier, list_tables
 from recgpt_torchrec.preparation.days.folder import DaysFolder
 from recgpt_torchrec.preparation.days.histories import EARLIER, NEW, Histories
 from recgpt_torchrec.preparation.days.ids import DayIds
@@ -50,14 +54,16 @@ def append(config: Prepare) -> Result:
     """
     began = time.monotonic()
     inputs, _ = parts.list_input_files(config)
+    tables = list_tables(config)
     folder = DaysFolder.find(config)
     files = folder.record_inputs(inputs.files)
     if (appended := folder.find_appended(files)) is not None:
         return Result(manifest=appended, seconds=time.monotonic() - began, already_there=True)
     with open_engine(config) as engine:
         assert isinstance(engine, DuckDBEngine)
-        log = read_log(engine, config, inputs)
-        manifest = Day(engine, config, log, folder, files).write()
+        known = [] if folder.newest is None else folder.newest.manifest.events
+        log = read_log(engine, config, inputs, known)
+        manifest = Day(engine, config, log, folder, files, tables).write()
     folder.commit()
     return Result(manifest=manifest, seconds=time.monotonic() - began)
 
@@ -72,13 +78,21 @@ class Day:
     folder: DaysFolder
     files: list[dict[str, Any]]
     """The input files, as the manifest records them."""
+    tables: list[EntityTable]
+    """Tables of attributes; that of items first."""
 
     def __post_init__(self) -> None:
         self.number = len(self.folder.manifests) + 1
         self.before = self.folder.newest
         self.record = DayRecord(number=self.number, history=self.config.history)
         self.check_times()
-        self.histories = Histories(self.engine, self.config, self.log, self.folder)
+        if self.before is not None:
+            check_earlier(self.tables, self.before)
+            earlier.check_unit(self.before, self.log.time_unit)
+        clicks = queries.select_interacted(self.log.events)
+        self.loaded = [load_table(self.engine, each, clicks, each.entity) for each in self.tables]
+        catalogue = self.loaded[0].keys if self.config.catalogue == "items" else None
+        self.histories = Histories(self.engine, self.config, self.log, self.folder, catalogue)
 
     @property
     def keep(self) -> int:
@@ -133,14 +147,19 @@ class Day:
                 users=self.histories.known_users + users.new_count,
                 items=self.histories.known_items + items.new_count,
                 interactions=engine.count(interacted),
-                settings=asdict(config),
+                settings=config.recorded(),
                 hold_out=config.hold_out,
+                events=self.log.event_types.words if self.log.event_types else [],
+                time_unit=self.log.time_unit,
+                feedback=config.feedback,
                 day=self.record,
             )
             manifest.sequences = self.write_sequences(fs, root, entries, count)
-            manifest.item_parts = self.write_items(fs, root, items, interacted, targets, manifest.items)
-            earlier_users = [] if self.before is None else self.before.manifest.user_parts
-            manifest.user_parts = earlier_users + self.write_rows(fs, root, "users", users.new, users.new_count)
+            self.items = engine.save("counted_items", self.count_items(items, interacted, targets))
+            self.encode_tables(manifest, users)
+            manifest.item_parts = self.write_rows(fs, root, "items", self.join("item", self.items), manifest.items)
+            manifest.user_parts = self.write_users(fs, root, users, manifest.users)
+            self.write_vocabularies(fs, root, manifest)
             self.record.tails = self.written(
                 write_tails(fs, root, self.tail_batches(entries), self.histories.columns, count)
             )
@@ -186,16 +205,8 @@ class Day:
         layout = replace(layout, make_groups=partial(_name_users, layout))
         return self.written(self.engine.write_parts(table, layout, fs, root, self.engine.count(rows)))
 
-    def write_items(
-        self,
-        fs: pyarrow.fs.FileSystem,
-        root: str,
-        items: DayIds,
-        interacted: ir.Table,
-        targets: ir.Table,
-        count: int,
-    ) -> list[Part]:
-        """Write all items with their counts after the day."""
+    def count_items(self, items: DayIds, interacted: ir.Table, targets: ir.Table) -> ir.Table:
+        """All items with their counts after the day: rows of items/, without attributes."""
         engine = self.engine
         new = interacted.filter(interacted.new == NEW)
         of_day = new.group_by("item_id").agg(more=new.count()).rename(of_item="item_id")
@@ -210,14 +221,49 @@ class Day:
             rows = known.union(rows)
         joined = rows.left_join(of_day, rows.item_id == of_day.of_item)
         joined = joined.left_join(trained, joined.item_id == trained.trained_item)
-        counted = joined.select(
+        return joined.select(
             "item_id",
             "key",
             count=joined["count"] + joined.more.fill_null(0),
             train_count=joined.train_count + joined.more_trained.fill_null(0),
         )
-        self.items = engine.save("counted_items", counted)
-        return self.write_rows(fs, root, "items", self.items, count)
+
+    def encode_tables(self, manifest: Manifest, users: DayIds) -> None:
+        """Give the values of attributes of all users and items ids."""
+        self.all_users = users.new
+        if self.before is not None:
+            known = ibis.table({"key": "string", "user_id": "int64"}, name="known_users")
+            self.all_users = known.select("user_id", "key").union(users.new.select("user_id", "key"))
+        ids = {"item": (self.items.select("key", "item_id"), manifest.items), "user": (self.all_users, manifest.users)}
+        self.encoded = [
+            encode_table(self.engine, self.config, each, *ids[each.table.entity], self.before) for each in self.loaded
+        ]
+
+    def join(self, entity: str, rows: ir.Table) -> ir.Table:
+        """The rows of users/ or items/ with their attributes, where a table has any."""
+        for each in self.encoded:
+            rows = each.join(rows) if each.loaded.table.entity == entity else rows
+        return rows
+
+    def write_users(self, fs: pyarrow.fs.FileSystem, root: str, users: DayIds, count: int) -> list[Part]:
+        """Write the new users, or all where a table says what their attributes are today; returns the parts of all."""
+        if any(each.table.entity == "user" for each in self.loaded):
+            rows = self.all_users.select("user_id", "key")
+            return self.write_rows(fs, root, "users", self.join("user", rows), count)
+        earlier_users = [] if self.before is None else self.before.manifest.user_parts
+        return earlier_users + self.write_rows(fs, root, "users", users.new, users.new_count)
+
+    def write_vocabularies(self, fs: pyarrow.fs.FileSystem, root: str, manifest: Manifest) -> None:
+        """Write the vocabularies of the attributes."""
+
+        def write(name: str, table: ir.Table, rows: int) -> list[Part]:
+            layout = lay_out_rows(name, list(table.columns), rows, BATCH_ROWS, self.config.groups_per_part)
+            return self.engine.write_parts(table, layout, fs, root, rows)
+
+        write_vocabularies(self.encoded, fs, root, write)
+        manifest.attributes = [a.attribute for each in self.encoded for a in each.attributes if a.attribute is not None]
+        for attribute in manifest.attributes:
+            attribute.parts = self.written(attribute.parts)
 
     def tail_batches(self, entries: ir.Table) -> Iterator[pa.RecordBatch]:
         """The entries of the tails, in order."""
@@ -277,6 +323,7 @@ class Day:
         }
         return {
             "inputs": self.files,
+            **({"tables": [file for table in self.tables for file in table.record()]} if self.tables else {}),
             "rows": log.rows,
             **({"filtered": log.filtered, "uncomputed": log.uncomputed} if log.filtered else {}),
             "rejected": log.rejected,
@@ -291,7 +338,12 @@ class Day:
                 "training_targets": engine.count(new_targets),
                 "items_without_target": engine.count(self.items.filter(self.items.train_count == 0)),
             },
-            "page": [*log.page, *describe_keys(engine, self.config, codes["user"], codes["item"])],
+            **({"events": log.event_types.to_record()} if log.event_types else {}),
+            "page": [
+                *log.page,
+                *describe_tables(self.encoded),
+                *describe_keys(engine, self.config, codes["user"], codes["item"]),
+            ],
         }
 
     def fingerprint(

@@ -31,6 +31,8 @@ class Histories:
     config: Prepare
     log: RawLog
     folder: DaysFolder
+    catalogue: ir.Table | None = None
+    """Column `key`: items that get an id without an interaction; None: there are none."""
     columns: dict[str, pa.DataType] = field(default_factory=dict)
     """Columns of the entries that tails keep."""
     duplicates: int = 0
@@ -74,6 +76,8 @@ class Histories:
         def assign(name: str) -> DayIds:
             column = name.removesuffix("_id")
             keys, others = (table.select(key=table[column]) for table in (clicks, rows))
+            if column == "item" and self.catalogue is not None:
+                keys = keys.union(self.catalogue.select("key"))
             return assign_day_ids(self.engine, name, keys, others, known[name], counts[name], self.config.seed)
 
         users, items = assign("user_id"), assign("item_id")
@@ -139,6 +143,7 @@ class Histories:
         """Leave out as many rows as the tails have of the same user, item and time, and rows older than a tail that was
         cut; both are counted."""
         engine, same = self.engine, ["user_id", "item_id", "time", "fraction", "segment"]
+        same += [name for name in day.columns if name == "event"]
         place = ibis.row_number().over(ibis.window(group_by=same, order_by="order"))
         counts = context.group_by(same).agg(there=context.count()).rename({f"of_{name}": name for name in same})
         placed = day.mutate(place=place)

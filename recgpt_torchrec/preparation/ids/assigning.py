@@ -226,9 +226,7 @@ def _keep_slots(engine: Engine, entity: Entity, ids: Ids, extended: Dataset) -> 
     first = 0
     tables = []
     for values in read_slots(extended, entity, STATE):
-        tables.append(
-            pa.table({id: np.arange(first, first + len(values[0])), **dict(zip(STATE, values, strict=True))})
-        )
+        tables.append(pa.table({id: np.arange(first, first + len(values[0])), **dict(zip(STATE, values, strict=True))}))
         first += len(values[0])
     slots = Slots(record=record, code=np.zeros(0, np.int64), columns={})  # nothing was counted
     return replace(ids, columns=_load(engine, f"{entity}_slots", iter(tables)), slots=slots)

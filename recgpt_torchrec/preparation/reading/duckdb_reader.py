@@ -50,8 +50,8 @@ MALFORMED = ibis.table({"file": "int64", "line": "int64", "reason": "string", "t
 def log_table(click_type: str = "float64") -> ibis.expr.types.Table:
     """The rows that `DuckDBReader` loads, as the last of `rows.steps` has them; `order` is their index in the input."""
     columns = {"user": "string", "item": "string", "time": "int64", "fraction": "float64", "rating": "float64"}
-    more = {"click": click_type, "problem": "string", "text": "string", "flags": "int8", "row": "int64"}
-    return ibis.table({**columns, **more, "order": "int64"}, name="log")
+    more = {"position": "float64", "click": click_type, "event": "string", "problem": "string", "text": "string"}
+    return ibis.table({**columns, **more, "flags": "int8", "row": "int64", "order": "int64"}, name="log")
 
 
 def check_time_format(config: Prepare) -> None:
@@ -123,7 +123,7 @@ class DuckDBReader:
         self.table = log_table("string" if config.click_values else "float64")
         self.run(
             "CREATE TABLE log_rows (user VARCHAR, item VARCHAR, time BIGINT, fraction DOUBLE, rating DOUBLE, "
-            f"click {click}, problem VARCHAR, text VARCHAR, flags TINYINT, row BIGINT)"
+            f"position DOUBLE, click {click}, event VARCHAR, problem VARCHAR, text VARCHAR, flags TINYINT, row BIGINT)"
         )
         self.run('CREATE VIEW log AS SELECT *, rowid AS "order" FROM log_rows')  # rows keep the order of loading
         self.run("CREATE TABLE malformed (file BIGINT, line BIGINT, reason VARCHAR, text VARCHAR)")
@@ -255,7 +255,7 @@ class DuckDBReader:
             where = compile_where(self.config.where, find)
             self._check_where(where, source.relation)
         chosen, kinds = {}, {}
-        for role in ("user", "item", "time", "rating", "click"):
+        for role in ("user", "item", "time", "rating", "click", "event", "position"):
             column = source.columns.get(role)
             chosen[role] = "NULL::VARCHAR" if column is None else column.sql
             kinds[role] = ibis.dtype("string") if column is None else column.type
@@ -283,6 +283,8 @@ class DuckDBReader:
             timed=self.timed,
             rated="rating" in self.columns,
             labelled="click" in self.columns,
+            typed="event" in self.columns,
+            placed="position" in self.columns,
             null_words=self.config.null_words,
             time_format=self.config.time_format,
             click_values=self.config.click_values,

@@ -8,7 +8,7 @@ import glob
 import gzip
 import lzma
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any, cast
 
@@ -30,6 +30,8 @@ ENDINGS = {
     ".inter": "recbole",
     ".txt": "sequences",
 }
+TABLE_ENDINGS = {**ENDINGS, ".item": "recbole", ".user": "recbole", ".txt": "csv", "": "csv"}
+"""The same for tables of attributes, which are no histories; any other text is read as csv."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 FORMATS = "csv, tsv, jsonl, parquet, sequences or recbole"
 TABLE_FOLDERS = {"_delta_log": "a Delta table", ".hoodie": "a Hudi table"}
@@ -84,11 +86,20 @@ class InputFiles:
     """Paths of files that were named before, and are read once."""
 
 
-def list_files(patterns: list[str], config: Prepare, option: str = "--input") -> InputFiles:
+def list_files(
+    patterns: list[str], config: Prepare, option: str = "--input", endings: Mapping[str, str] = ENDINGS
+) -> InputFiles:
     """The files that an option names: files, folders (searched to the bottom) and globs, in the given order.
 
     Files in a folder are sorted by path. Hidden files, files starting with `_` and anything under the output are left
     out; with the format `auto`, so are files of a folder with an unknown ending.
+
+    Args:
+        patterns: values of the option.
+        config: options of the stage.
+        option: for messages.
+        endings: the format of each known ending; that of the ending "" is that of files named themselves whose ending
+            and first bytes say nothing.
 
     Raises:
         InputError: there is no such file, or `auto` does not know the format of a file that is named itself.
@@ -99,7 +110,7 @@ def list_files(patterns: list[str], config: Prepare, option: str = "--input") ->
         has_files = False
         for path, size, modified, named, visible in _find_files(pattern, config.output, option):
             file = InputFile(path=path, format="", bytes=size, modified=modified)
-            file.format = _choose_format(file, config, named)
+            file.format = _choose_format(file, config, named, endings)
             if not visible or not file.format:
                 if size and (file.format or visible):
                     result.left_out.append(path)
@@ -111,13 +122,14 @@ def list_files(patterns: list[str], config: Prepare, option: str = "--input") ->
             found.setdefault(key, file)
         if not has_files:
             raise InputError(
-                f"{option} {pattern}: no file there has a known ending ({' '.join(ENDINGS)}); pass --input_format"
+                f"{option} {pattern}: no file there has a known ending ({' '.join(endings).strip()}); "
+                + ("pass --input_format" if endings is ENDINGS else "name the files themselves")
             )
     result.files = list(found.values())
     return result
 
 
-def _choose_format(file: InputFile, config: Prepare, named: bool) -> str:
+def _choose_format(file: InputFile, config: Prepare, named: bool, endings: Mapping[str, str]) -> str:
     """The format of a file; empty: unknown, and the file is one of a folder.
 
     Raises:
@@ -126,7 +138,7 @@ def _choose_format(file: InputFile, config: Prepare, named: bool) -> str:
     if config.input_format != "auto":
         return config.input_format
     ending = os.path.splitext(file.path[: len(file.path) - len(file.compression)])[1].lower()
-    known = ENDINGS.get(ending, "")
+    known = endings.get(ending, "") if ending else ""
     if ending == ".json" and not named:
         return known if _starts_with(file, b"{") else ""  # settings and results are JSON too
     if known or not named:
@@ -136,6 +148,8 @@ def _choose_format(file: InputFile, config: Prepare, named: bool) -> str:
     for start, format in ((b"PAR1", "parquet"), (b"{", "jsonl")):
         if _starts_with(file, start):
             return format
+    if "" in endings:
+        return endings[""]
     raise InputError(
         f"{file.path}: its ending does not say what format it is (known: {' '.join(ENDINGS)}, also with "
         f"{' '.join(COMPRESSED)}); pass --input_format {FORMATS}, for text with columns --separator and, if its first "

@@ -3,13 +3,12 @@
 Knows nothing of filtering, ids or the dataset's format.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import ibis
 import ibis.expr.types as ir
 
 from recgpt_torchrec.config import Prepare
-from recgpt_torchrec.data.segments import EXPOSED, INTERACTED
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
 from recgpt_torchrec.preparation.engines.engine import Engine
@@ -17,6 +16,8 @@ from recgpt_torchrec.preparation.engines.spark_engine import SparkEngine
 from recgpt_torchrec.preparation.reading import understanding
 from recgpt_torchrec.preparation.reading.dialect import shorten
 from recgpt_torchrec.preparation.reading.duckdb_reader import check_time_format, open_file
+from recgpt_torchrec.preparation.reading.event_types import EventTypes, find_event_types
+from recgpt_torchrec.preparation.reading.feedback import check_places, count_exposed, place_columns, segment_of
 from recgpt_torchrec.preparation.reading.files import InputFile, InputFiles
 from recgpt_torchrec.preparation.reading.loading import load_files, order_rejected
 from recgpt_torchrec.preparation.reading.rows import FILTERED, SILENT, UNKNOWN
@@ -32,10 +33,10 @@ class RawLog:
 
     events: ir.Table
     """Usable rows: user string, item string, time int64 (null without times), fraction float64 (of a second),
-    order int64 (rises from row to row of the input), segment int8, and rating float64 where a rating column was asked
-    for."""
+    order int64 (rises from row to row of the input), segment int8, and, where they were asked for, rating float64,
+    event int16 (see `EventTypes`) and the columns of `feedback.place_columns`."""
     exposed: int
-    """Number of usable rows that were shown and not clicked; the others are interactions."""
+    """Number of usable rows that were not clicked; the others are interactions."""
     timed: bool
     rows: int
     """Number of rows read: usable, left out by --where, and rejected."""
@@ -50,21 +51,26 @@ class RawLog:
     files: list[InputFile]
     first_rows: list[int]
     """[files] value of `order` of each file's first row."""
+    event_types: EventTypes | None = None
+    """None: no column of event types was asked for."""
     page: list[list[str]]
     """What was understood of the log, in lines of a label and a text."""
+    time_unit: float | None = None
+    """Seconds of a unit of the times; None: it is not known, or there are none."""
 
 
-def read_log(engine: Engine, config: Prepare, inputs: InputFiles) -> RawLog:
+def read_log(engine: Engine, config: Prepare, inputs: InputFiles, known_events: Sequence[str] = ()) -> RawLog:
     """Read every file into the engine.
 
     Args:
         engine: where the rows are stored.
         config: options of the stage.
         inputs: the files, in the order in which they are read.
+        known_events: event types of the dataset that is extended, which keep their ids.
 
     Raises:
-        InputError: a file is not of its format or lacks a column, no row can be used, or the column that should tell
-            clicked rows from shown ones does not.
+        InputError: a file is not of its format or lacks a column, no row can be used, the column that should tell
+            clicked rows from shown ones does not, or that of event types holds none.
     """
     files = inputs.files
     check_time_format(config)
@@ -90,10 +96,11 @@ def read_log(engine: Engine, config: Prepare, inputs: InputFiles) -> RawLog:
         loaded = load_files(engine, config, files, dialects, timed)
     table, malformed = loaded.table, loaded.rejected.filter(loaded.rejected.malformed)
     usable = table.filter(table.problem.isnull())
-    segment = ibis.literal(INTERACTED, "int8")
-    if config.click_column:
-        segment = ibis.cases((_is_shown(usable, config), EXPOSED), else_=INTERACTED).cast("int8")
     columns = ["user", "item", "time", "fraction", "order", *(["rating"] if config.rating_column else [])]
+    event_types, typed = None, {}
+    if config.event_column and engine.count(usable.limit(1)):
+        event_types = find_event_types(engine, config, usable, [*known_events])
+        typed = {"event": event_types.encode(usable.event)}
     rejected = {row["problem"]: row["n"] for row in engine.rows(table.group_by("problem").agg(n=table.count()))}
     rows, unknown = rejected.pop(None, 0), rejected.get(UNKNOWN, 0)
     filtered = rejected.get(FILTERED, 0) + unknown
@@ -102,8 +109,10 @@ def read_log(engine: Engine, config: Prepare, inputs: InputFiles) -> RawLog:
     for row in engine.rows(malformed.group_by("reason").agg(n=malformed.count())):
         rejected[row["reason"]] = rejected.get(row["reason"], 0) + row["n"]
     result = RawLog(
-        events=usable.select(*columns, segment=segment),
-        exposed=_count_exposed(engine, config, usable, rows),
+        events=usable.select(
+            *columns, segment=segment_of(usable, config), **typed, **place_columns(usable, config, timed)
+        ),
+        exposed=count_exposed(engine, config, usable, rows),
         timed=timed,
         rows=rows + filtered + sum(rejected.values()),
         filtered=filtered,
@@ -112,6 +121,7 @@ def read_log(engine: Engine, config: Prepare, inputs: InputFiles) -> RawLog:
         files=files,
         rejected_rows=order_rejected(loaded.rejected),
         first_rows=loaded.first_rows,
+        event_types=event_types,
         page=[],
     )
     names = files[0].path if len(files) == 1 else f"the {len(files)} input files"
@@ -127,7 +137,8 @@ def read_log(engine: Engine, config: Prepare, inputs: InputFiles) -> RawLog:
         )
         advice = "".join(f"; {remedy}" for remedy in remedies)
         raise InputError(f"{names}: none of the {result.rows:,} rows can be used ({reasons}){example}{advice}")
-    result.page = understanding.page(engine, config, loaded, inputs, remedies)
+    result.page, result.time_unit = understanding.page(engine, config, loaded, inputs, remedies)
+    result.page += [["note", note] for note in check_places(engine, config, usable)]
     return result
 
 
@@ -143,8 +154,11 @@ def _check_options(config: Prepare, formats: set[str]) -> None:
     columns = {
         "--click_column": config.click_column,
         "--rating_column": config.rating_column,
+        "--event_column": config.event_column,
+        "--position_column": config.position_column,
         "--where": config.where,
         "--time_format": config.time_format,
+        "--time_unit": None if config.time_unit == "auto" else config.time_unit,
         "--partition_columns": config.partition_columns or None,
         "--list_separator": config.list_separator,
     }
@@ -159,47 +173,3 @@ def _check_options(config: Prepare, formats: set[str]) -> None:
                 f"{option} {value}: files of the format sequences have no columns; leave the option out, or give a log "
                 "with a row for each event"
             )
-
-
-def _is_shown(usable: ir.Table, config: Prepare) -> ir.BooleanValue:
-    """Whether rows were shown and not clicked."""
-    return ~usable.click.isin(config.click_values) if config.click_values else usable.click < config.click_from
-
-
-def _count_exposed(engine: Engine, config: Prepare, usable: ir.Table, rows: int) -> int:
-    """Count the usable rows, of `rows`, that were shown and not clicked.
-
-    Raises:
-        InputError: these are all rows or none, although there is a click column; or a word of `click_values` is in
-            none.
-    """
-    if not config.click_column or not rows:
-        return 0
-    by_value = usable.group_by("click").agg(n=usable.count(), shown=_is_shown(usable, config).cast("int64").sum())
-    values = engine.rows(by_value.order_by(ibis.desc("n"), "click").limit(20))
-    shown = int(engine.row(by_value.agg(shown=by_value.shown.sum()))["shown"])
-    counts = ", ".join(f"{row['click']} ({row['n']:,})" for row in values)
-    if config.click_values:
-        known = engine.rows(by_value.filter(by_value.click.isin(config.click_values)).select("click"))
-        missing = [word for word in config.click_values if word not in [row["click"] for row in known]]
-        if missing:
-            raise InputError(
-                f"--click_values {','.join(config.click_values)}: no row has {' or '.join(map(repr, missing))} in "
-                f"{config.click_column}, whose values are {counts}. Give words of that column"
-            )
-    if 0 < shown < rows:
-        return shown
-    if config.click_values:
-        raise InputError(
-            f"--click_values {','.join(config.click_values)} are all values of {config.click_column}: {counts}. Name "
-            "those that are clicks, or leave --click_column out, where the log holds interactions only"
-        )
-    clicks = engine.row(usable.agg(lowest=usable.click.min(), highest=usable.click.max()))
-    lowest, highest = (f"{clicks[name]:g}" for name in ("lowest", "highest"))
-    range_ = f"always {lowest}" if lowest == highest else f"from {lowest} to {highest}"
-    outcome = "every row was only shown" if shown else "no row was only shown, all were clicked"
-    raise InputError(
-        f"--click_column {config.click_column} does not tell shown rows from clicked ones: {outcome}, as its values in "
-        f"{rows:,} usable rows are {range_} and a click is at least {config.click_from:g}. Give another --click_from "
-        "or another column" + ("" if shown else "; or leave --click_column out, where the log holds interactions only")
-    )

@@ -21,9 +21,10 @@ UNKNOWN = "left out, as --where cannot be computed"
 """The same of a row whose values are missing, or of another type than the condition takes."""
 SILENT = (BLANK, FILTERED, UNKNOWN)
 """Problems that are no fault of a row."""
-DATE_TIME, RESPELLED, UNREAD_RATING, INEXACT, SEVERAL_LINES = 1, 2, 4, 8, 16
+DATE_TIME, RESPELLED, UNREAD_RATING, INEXACT, SEVERAL_LINES, UNREAD_POSITION = 1, 2, 4, 8, 16, 32
 """Flags of a row: its time is a date-time and not a number; a key was read as a whole number (12.0 as 12); its rating
-could not be read; a key is a float so large that it may stand for several ids; it spans several lines of the file."""
+could not be read; a key is a float so large that it may stand for several ids; it spans several lines of the file; its
+place could not be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,10 @@ class RowOptions:
     rated: bool
     labelled: bool
     """Whether there is a click column."""
+    typed: bool = False
+    """Whether there is a column of event types."""
+    placed: bool = False
+    """Whether there is a position column."""
     null_words: Sequence[str] = ()
     time_format: str | None = None
     click_values: Sequence[str] = ()
@@ -61,19 +66,25 @@ def steps(source: ir.Table, options: RowOptions) -> list[ir.Table]:
     Reading 3 million rows of text takes 4.7 s of CPU time in three steps, 7.1 s in one.
 
     Args:
-        source: columns `user`, `item`, `time`, `rating` and `click` as they are in the file (any type), `fault`
-            (what the reader found wrong, or null), `text` (the whole row, to be shown), `several_lines` boolean and
-            `row` int64.
+        source: columns `user`, `item`, `time`, `rating`, `click`, `event` and `position` as they are in the file (any
+            type), `fault` (what the reader found wrong, or null), `text` (the whole row, to be shown), `several_lines`
+            boolean and `row` int64.
         options: what is asked for, and how it is read.
 
     Returns:
         The steps, over tables named source, marked and parsed. The last has the columns user string, item string, time
-        int64, fraction float64, rating float64, click (float64, or string with `click_values`), problem string and text
-        string (both null for usable rows), flags int8 and row int64.
+        int64, fraction float64, rating float64, position float64, click (float64, or string with `click_values`),
+        event string (null where there is none), problem string and text string (both null for usable rows), flags int8
+        and row int64.
     """
     marked = mark_values(source, options)
     values = parse_values(ibis.table(marked.schema(), name="marked"), options)
     return [marked, values, judge_rows(ibis.table(values.schema(), name="parsed"), options)]
+
+
+def spell_key(column: Any, null_words: Sequence[str]) -> Any:
+    """A column of any type as keys, spelled as those of a log; null where there is none."""
+    return _parse_key(column, _is_respelled(column), null_words)
 
 
 def mark_values(source: ir.Table, options: RowOptions) -> ir.Table:
@@ -110,21 +121,24 @@ def parse_values(marked: ir.Table, options: RowOptions) -> ir.Table:
         is_text = marked.time.type().is_string()
         time, fraction, dated = _parse_time(marked.time_text if is_text else marked.time, options.time_format)
         if _numeric_words(words):
-            time = ibis.cases((_is_empty(marked.time, words), ibis.null("int64")), else_=time)
+            time = ibis.cases((is_empty(marked.time, words), ibis.null("int64")), else_=time)
         time = ibis.cases((marked.whole.notnull(), marked.whole), else_=time)
         fraction = ibis.cases((marked.whole.notnull(), 0.0), else_=fraction.fill_null(0.0))
         dated = ibis.cases((marked.whole.notnull(), ibis.literal(0, "int8")), else_=dated)
     click: Any = ibis.null("string" if options.click_values else "float64")
     if options.labelled:
         if options.click_values:
-            given = marked.click.strip() if marked.click.type().is_string() else marked.click
-            click = _parse_key(given, _is_respelled(given), words)
+            click = _parse_word(marked.click, words)
         else:
-            click = _parse_number(marked.click)
+            click = parse_number(marked.click)
     rating, unread = ibis.null("float64"), ibis.literal(0, "int8")
     if options.rated:
-        rating = _parse_number(marked.rating)
-        unread = _flag(rating.isnull() & ~_is_empty(marked.rating, words), UNREAD_RATING)
+        rating = parse_number(marked.rating)
+        unread = _flag(rating.isnull() & ~is_empty(marked.rating, words), UNREAD_RATING)
+    position = ibis.null("float64")
+    if options.placed:
+        position = parse_number(marked.position)
+        unread += _flag(position.isnull() & ~is_empty(marked.position, words), UNREAD_POSITION)
     flags = dated + unread + _flag(marked.several_lines, SEVERAL_LINES)
     flags += _flag(marked.user_respelled | marked.item_respelled, RESPELLED)
     inexact = _is_inexact(marked.user, marked.user_respelled) | _is_inexact(marked.item, marked.item_respelled)
@@ -138,7 +152,9 @@ def parse_values(marked: ir.Table, options: RowOptions) -> ir.Table:
         time=time,
         fraction=fraction,
         rating=rating,
+        position=position,
         click=click,
+        event=_parse_word(marked.event, words) if options.typed else ibis.null("string"),
         flags=flags.cast("int8"),
         **{f"{name}_raw": marked[name] for name in ("user", "item", "time", "click")},
     )
@@ -157,12 +173,12 @@ def judge_rows(values: ir.Table, options: RowOptions) -> ir.Table:
     asked = {"time": ("time", options.timed), "click": ("click value", options.labelled)}
     for name, (words_for_it, is_asked) in asked.items():
         if is_asked:
-            empty = _is_empty(values[f"{name}_raw"], words)
+            empty = is_empty(values[f"{name}_raw"], words)
             reason = ibis.cases((empty, f"no {words_for_it}"), else_=f"unreadable {words_for_it}")
             problems.append((values[name].isnull(), reason))
     problem = ibis.cases(*problems, else_=ibis.null("string"))
     shown = problem.notnull() & ~problem.isin((FILTERED, UNKNOWN))
-    names = ("user", "item", "time", "fraction", "rating", "click", "flags", "row")
+    names = ("user", "item", "time", "fraction", "rating", "position", "click", "event", "flags", "row")
     text = ibis.cases((shown, values.text), else_=ibis.null("string"))
     return values.select(*names, problem=problem, text=text)
 
@@ -190,8 +206,8 @@ def _is_word(text: Any, words: Sequence[str]) -> Any:
     return is_short & ((text < "0") | (text >= ":")) & text.isin(words)
 
 
-def _is_empty(column: Any, words: Sequence[str]) -> Any:
-    """Whether there is no value."""
+def is_empty(column: Any, words: Sequence[str]) -> Any:
+    """Whether a column has no value: null, blank, NaN or one of the null words."""
     kind, numeric = column.type(), _numeric_words(words)
     if kind.is_string():
         return column.isnull() | ((column < "!") & (column.strip() == "")) | _is_word(column, words)
@@ -204,6 +220,12 @@ def _parse_key(column: Any, respelled: Any, words: Sequence[str]) -> Any:
     key = _spell_key(column, respelled, words)
     numeric = _numeric_words(words)
     return ibis.cases((key.isin(numeric), ibis.null("string")), else_=key) if numeric else key
+
+
+def _parse_word(column: Any, words: Sequence[str]) -> Any:
+    """The words of a column, spelled like keys but without blanks around them; null where there is none."""
+    given = column.strip() if column.type().is_string() else column
+    return _parse_key(given, _is_respelled(given), words)
 
 
 def _spell_key(column: Any, respelled: Any, words: Sequence[str]) -> Any:
@@ -251,7 +273,7 @@ def _is_inexact(column: Any, respelled: Any) -> Any:
     return column.abs() >= float(2 ** (24 if kind.is_float32() else 53))
 
 
-def _parse_number(column: Any) -> Any:
+def parse_number(column: Any) -> Any:
     """A column as float64, true as 1 and false as 0; null where it is no number."""
     kind = column.type()
     if kind.is_numeric() or kind.is_boolean():

@@ -181,7 +181,7 @@ def _read_groups(
 def _read_group(
     job: _Job, group: Group, outcome: "Accumulator[_Outcome]", schema: pa.Schema
 ) -> Iterator[pa.RecordBatch]:
-    scratch = job.scratch or _own_scratch()
+    scratch = job.scratch or own_scratch()
     memory = job.config.memory_limit or TASK_MEMORY
     offset = group.first * FILE_ROWS
     with explain_lack(scratch), DuckDBEngine(scratch, memory, threads=1) as engine:
@@ -207,7 +207,7 @@ def _complete(batch: pa.RecordBatch, schema: pa.Schema, offset: int, **constants
     return pa.record_batch([each.cast(field.type) for each, field in zip(filled, schema, strict=True)], schema=schema)
 
 
-def _own_scratch() -> str:
+def own_scratch() -> str:
     """The folder that Spark gives an executor for what it spills, or else the machine's for temporary files."""
     folders = os.environ.get("SPARK_LOCAL_DIRS") or os.environ.get("LOCAL_DIRS") or ""
     return next((folder for folder in folders.split(",") if os.path.isdir(folder)), tempfile.gettempdir())

@@ -4,6 +4,11 @@ import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+from recgpt_torchrec.config.inputs.time import TimeUnit
+from recgpt_torchrec.data.inputs.spec import UNITS as SECONDS
+from recgpt_torchrec.data.inputs.times import guess_unit, unit_name
+from recgpt_torchrec.errors import InputError
+
 FORMATS = (
     "%d/%m/%Y",
     "%m/%d/%Y",
@@ -83,6 +88,35 @@ def describe_range(low: int, high: int, dated: bool) -> str:
         scale = UNITS[unit]
         words += f" (as {unit} since 1970: {_date(low, scale)} to {_date(high, scale)} UTC)"
     return words
+
+
+def choose_unit(given: TimeUnit, low: int, high: int, dated: int, rows: int) -> float | None:
+    """Seconds of the unit of a log's times; None: it is not known.
+
+    Args:
+        given: `--time_unit`.
+        low, high: oldest and newest time.
+        dated: number of times that are date-times, and so seconds.
+        rows: number of times.
+
+    Raises:
+        InputError: another unit than seconds is given for date-times.
+    """
+    if given != "auto":
+        if dated and SECONDS[given] != 1:
+            raise InputError(
+                f"--time_unit {given}: {dated:,} of {rows:,} times are date-times, which become seconds; leave the "
+                "option out" + ("" if dated == rows else ", and give the numbers in seconds")
+            )
+        return SECONDS[given]
+    return 1.0 if dated == rows else guess_unit(low, high)
+
+
+def describe_unit(given: TimeUnit, unit: float | None) -> list[str] | None:
+    """The line on the unit of a log's times, where the range does not say it; None: there is none."""
+    if unit is None:
+        return ["note", "the unit of the times is not known; give --time_unit, if pretrain --time.use is to read them"]
+    return None if given == "auto" else ["time unit", f"{unit_name(unit)} (--time_unit {given})"]
 
 
 def unit_of(number: float) -> str | None:

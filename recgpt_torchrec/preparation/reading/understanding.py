@@ -18,9 +18,16 @@ from recgpt_torchrec.preparation.reading.rows import (
     INEXACT,
     RESPELLED,
     SEVERAL_LINES,
+    UNREAD_POSITION,
     UNREAD_RATING,
 )
-from recgpt_torchrec.preparation.reading.times import UNITS, describe_range, explain_unreadable
+from recgpt_torchrec.preparation.reading.times import (
+    UNITS,
+    choose_unit,
+    describe_range,
+    describe_unit,
+    explain_unreadable,
+)
 
 Line = list[str]
 """A label and a text."""
@@ -36,7 +43,8 @@ def remedies(engine: Engine, config: Prepare, loaded: LoadedLog, rejected: dict[
     if "unreadable click value" in rejected:
         lines.append(
             f"clicks are numbers, or true and false; for words in {config.click_column} pass --click_values WORD,WORD, "
-            "or leave other rows out: --where \"COLUMN in ('WORD', 'WORD')\""
+            f"keep them as types of events (--event_column {config.click_column} without --click_column), or leave "
+            "other rows out: --where \"COLUMN in ('WORD', 'WORD')\""
         )
     if FAULTS["INVALID ENCODING"] in rejected:
         lines.append("if the lines that are not UTF-8 are in another encoding, pass --encoding latin-1 or its name")
@@ -63,8 +71,9 @@ def page(
     loaded: LoadedLog,
     inputs: InputFiles,
     advice: Sequence[str],
-) -> list[Line]:
-    """The lines that say how the files were read and what was noticed."""
+) -> tuple[list[Line], float | None]:
+    """The lines that say how the files were read and what was noticed; and seconds of the unit of times, see
+    `choose_unit`."""
     files, left_out = inputs.files, inputs.left_out
     lines = _formats(loaded, files)
     if left_out:
@@ -82,6 +91,7 @@ def page(
             "dated": DATE_TIME,
             "respelled": RESPELLED,
             "unread": UNREAD_RATING,
+            "unplaced": UNREAD_POSITION,
             "inexact": INEXACT,
             "several": SEVERAL_LINES,
         }.items()
@@ -95,11 +105,15 @@ def page(
     found = engine.row(
         usable.agg(rows=usable.count(), low=usable.time.min(), high=usable.time.max(), **flags, **scales)
     )
+    unit = None
     if found["low"] is not None:
         lines.append(["times", describe_range(found["low"], found["high"], found["dated"] == found["rows"])])
+        unit = choose_unit(config.time_unit, found["low"], found["high"], found["dated"], found["rows"])
+        if line := describe_unit(config.time_unit, unit):
+            lines.append(line)
     lines += [["note", note] for note in _notes(config, found)]
     lines += [["note", note] for report in loaded.reports for note in report.notes]
-    return lines + [["note", note] for note in advice]
+    return lines + [["note", note] for note in advice], unit
 
 
 def describe_keys(engine: Engine, config: Prepare, users: ir.Table, items: ir.Table) -> list[Line]:
@@ -152,6 +166,11 @@ def _notes(config: Prepare, found: dict[str, int]) -> list[str]:
     if found["unread"]:
         notes.append(
             f"{found['unread']:,} ratings are no numbers and were left empty (--rating_column {config.rating_column})"
+        )
+    if found["unplaced"]:
+        notes.append(
+            f"{found['unplaced']:,} places are no numbers and were left unknown (--position_column "
+            f"{config.position_column})"
         )
     return notes
 

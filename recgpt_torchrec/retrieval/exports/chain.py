@@ -183,7 +183,8 @@ def _form_of(manifest: Any) -> dict[str, Any]:
     """What is the same in an export and all deltas after it."""
     hold_out = manifest.settings.get("hold_out", "last")
     form = {name: getattr(manifest, name) for name in ("dtype", "interests", "dim", "metric")}
-    return {**form, "history": manifest.settings.get("history", "all"), "hold_out": hold_out}
+    asked = {"history": manifest.settings.get("history", "all"), "event": manifest.settings.get("event")}
+    return {**form, **asked, "hold_out": hold_out}
 
 
 def _check_alike(before: Export | Delta, delta: Delta) -> None:

@@ -13,7 +13,7 @@ from recgpt_torchrec.preparation.reading.formats.lists import read_lists, repeat
 from recgpt_torchrec.preparation.reading.formats.source import Column, Source, partition_column
 from recgpt_torchrec.preparation.reading.rows import BLANK
 
-LISTS = ("item", "time", "rating", "click")
+LISTS = ("item", "time", "rating", "click", "event", "position")
 
 
 class JsonLines:
@@ -38,12 +38,8 @@ class JsonLines:
         Raises:
             InputError: a column holds objects.
         """
-        pointers = [f"{quote_sql(self._pointer(name))}" for name in self.wanted.values()]
-        relation = (
-            f"(SELECT line, object, object->>[{', '.join(pointers)}] AS members FROM "
-            "(SELECT line, CASE WHEN json_type(value) = 'OBJECT' THEN value END AS object FROM "
-            f"(SELECT line, TRY_CAST(line AS JSON) AS value FROM {line_source})))"
-        )
+        pointers = [f"{quote_sql(self.pointer(name))}" for name in self.wanted.values()]
+        relation = f"(SELECT line, object, object->>[{', '.join(pointers)}] AS members FROM {parse_lines(line_source)})"
         columns: dict[str, Column] = {}
         for number, (role, name) in enumerate(self.wanted.items(), 1):
             if name in self.config.partition_columns:
@@ -60,7 +56,7 @@ class JsonLines:
         """The column of a name in `--where`; null where an object lacks the key."""
         if name in self.config.partition_columns:
             return partition_column(self.file, name, [*self.keys()])
-        return Column(name=name, sql=f"object->>{quote_sql(self._pointer(name))}")
+        return Column(name=name, sql=f"object->>{quote_sql(self.pointer(name))}")
 
     def keys(self) -> dict[str, None]:
         """Keys of the first objects, in the order in which they occur."""
@@ -71,7 +67,7 @@ class JsonLines:
         if (parts := self._inside_list(name)) is not None and role in LISTS:
             path = ".".join(f'"{part}"' + "[*]" * (place == 0) for place, part in enumerate(parts))
             return Column(name=name, sql=f"object->>{quote_sql('$.' + path)}", kind="list", is_list=True)
-        pointer, values = quote_sql(self._pointer(name)), self._values(name)
+        pointer, values = quote_sql(self.pointer(name)), self._values(name)
         inside = [element for value in values if isinstance(value, list) for element in value]
         if any(isinstance(value, dict) for value in values + inside):
             value = next(value for value in values + inside if isinstance(value, dict))
@@ -99,7 +95,7 @@ class JsonLines:
 
     def _values(self, name: str) -> list[Any]:
         """The values of a column in the first objects, as far as there are any."""
-        pointer = self._pointer(name)
+        pointer = self.pointer(name)
         return [value for value in (_get(each, pointer) for each in self.objects) if value is not None]
 
     def _inside_list(self, name: str) -> list[str] | None:
@@ -110,11 +106,19 @@ class JsonLines:
         lists = [each[parts[0]] for each in self.objects if isinstance(each.get(parts[0]), list)]
         return parts if any(isinstance(element, dict) for elements in lists for element in elements) else None
 
-    def _pointer(self, name: str) -> str:
+    def pointer(self, name: str) -> str:
         """The JSON pointer of a name."""
         nested = name.split(".")
         is_nested = len(nested) > 1 and not any(name in each for each in self.objects)
         return _join(nested if is_nested and any(nested[0] in each for each in self.objects) else [name])
+
+
+def parse_lines(line_source: str) -> str:
+    """SQL of the columns `line` and `object` (JSON; null where the line is no object), given SQL that reads lines."""
+    return (
+        "(SELECT line, CASE WHEN json_type(value) = 'OBJECT' THEN value END AS object FROM "
+        f"(SELECT line, TRY_CAST(line AS JSON) AS value FROM {line_source}))"
+    )
 
 
 def _join(parts: list[str]) -> str:

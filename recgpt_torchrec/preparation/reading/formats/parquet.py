@@ -24,7 +24,7 @@ from recgpt_torchrec.preparation.reading.formats.source import (
 types = pa.types
 LATEST = 253_402_300_799
 """Latest time that is read from a timestamp, in seconds since 1970: the end of the year 9999."""
-LISTS = ("item", "time", "rating", "click")
+LISTS = ("item", "time", "rating", "click", "event", "position")
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
@@ -64,6 +64,8 @@ ALLOWED: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
     "time": (_is_time, "a number, a date, a date-time or text"),
     "rating": (lambda kind: _is_number(kind) or _is_text(kind), "a number"),
     "click": (lambda kind: _is_number(kind) or _is_text(kind), "a number, a boolean or text"),
+    "event": (lambda kind: _is_number(kind) or _is_text(kind), "text, a number or a boolean"),
+    "position": (lambda kind: _is_number(kind) or _is_text(kind), "a number"),
 }
 """What each column may hold, and its name in messages."""
 

@@ -61,7 +61,7 @@ class Separated:
         """
         columns = {role: self._find(role, name) for role, name in self.wanted.items()}
         self._note_header(columns)
-        self._check_widths()
+        self.check_widths()
         item = self.wanted["item"]
         if item in self.names:
             place = self.names.index(item)
@@ -111,7 +111,7 @@ class Separated:
             )
         return Column(name=name, sql=f"c{self.names.index(name)}")
 
-    def _check_widths(self) -> None:
+    def check_widths(self) -> None:
         """Raise an `InputError` if all rows have one value more than the header: row names, as R writes them."""
         is_plain = not any(self.dialect.quote in line for line in self.lines) if self.dialect.quote else True
         wider = {len(row) for row in self.rows} == {len(self.names) + 1}

@@ -48,7 +48,7 @@ class Source:
     relation: str
     """SQL after FROM."""
     columns: dict[str, Column]
-    """The columns to read: user, item, time, rating, click, as far as they are asked for."""
+    """The columns to read: user, item, time, rating, click, event, position, as far as they are asked for."""
     text: str
     """SQL of the whole row as text, to be shown."""
     fault: str = "NULL"
@@ -60,13 +60,15 @@ class Source:
 
 
 def wanted_columns(config: Prepare, timed: bool) -> dict[str, str]:
-    """Names of the columns to read: user, item, time, rating, click, as far as they are asked for."""
+    """Names of the columns to read: user, item, time, rating, click, event, position, as far as they are asked for."""
     return {
         "user": config.user_column,
         "item": config.item_column,
         **({"time": config.time_column} if timed and config.time_column else {}),
         **({"rating": config.rating_column} if config.rating_column else {}),
         **({"click": config.click_column} if config.click_column else {}),
+        **({"event": config.event_column} if config.event_column else {}),
+        **({"position": config.position_column} if config.position_column else {}),
     }
 
 

@@ -1,5 +1,4 @@
-"""What a dataset's manifest records of the stage that wrote it: `settings` and `preparation`, as far as they are
-read."""
+"""What a dataset's manifest records of how it was made: `settings` and `preparation`, as they are read back."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,10 +44,21 @@ class SplitRecord:
 
 
 @dataclass(kw_only=True)
+class EventsRecord:
+    """`preparation.events`: the types of the log's usable rows."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    """Number of rows by event type."""
+    unknown: int = 0
+    """Number of rows without one."""
+
+
+@dataclass(kw_only=True)
 class PreparationRecord:
     """`preparation`: what `prepare` read and dropped."""
 
     inputs: list[dict[str, Any]] = field(default_factory=list)
+    tables: list[dict[str, Any]] = field(default_factory=list)
     rows: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
     duplicates_dropped: int = 0
@@ -61,6 +71,7 @@ class PreparationRecord:
     repeats_collapsed: int = 0
     unknown_left_out: int = 0
     exposed: dict[str, int] = field(default_factory=dict)
+    events: EventsRecord = field(default_factory=EventsRecord)
     extends: ExtendsRecord = field(default_factory=ExtendsRecord)
     ids: IdsRecord = field(default_factory=IdsRecord)
 
@@ -74,5 +85,6 @@ def check_records(settings: dict[str, Any], preparation: dict[str, Any]) -> None
     if (prompts := settings.get("prompts")) is not None:
         make_typed(PromptsRecord, prompts, "settings.prompts.", others=True)
     make_typed(PreparationRecord, preparation, "preparation.", others=True)
-    if any(type(each.get("path")) is not str for each in preparation.get("inputs", [])):
-        raise ValueError("preparation.inputs has an input without a path")
+    for name in ("inputs", "tables"):
+        if any(type(each.get("path")) is not str for each in preparation.get(name, [])):
+            raise ValueError(f"preparation.{name} has an input without a path")

@@ -1,0 +1,1 @@
+"""Options of what a model reads beside ids."""
