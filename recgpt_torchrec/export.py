@@ -82,6 +82,7 @@ def main(config: Export) -> None:
                 trained.prompts,
                 grows=steps,
                 item_keys=model.item_keys,
+                feedback=trained.feedback,
                 inputs=trained.inputs,
                 attributes=trained.attributes,
                 request=request,

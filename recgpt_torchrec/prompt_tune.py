@@ -8,6 +8,7 @@ from recgpt_torchrec.config import PromptTune
 from recgpt_torchrec.errors import InputError
 
 if TYPE_CHECKING:
+    from recgpt_torchrec.config import Tuning
     from recgpt_torchrec.data.dataset import Dataset
 
 
@@ -31,11 +32,12 @@ def main(config: PromptTune) -> None:
     ):
         dataset, checkpoint = open_dataset(config), find_checkpoint(config.checkpoint)
         check_dataset(config, dataset)
+        tuning = choose_predicting(tuning, dataset)
         model = pretrained_model(checkpoint, dataset, config.model)
-        config = replace(config, model=model)
+        config = replace(config, model=model, tuning=tuning)
         execution = Execution.choose(limits, model, config.loss, device)
         tokens = choose_tokens(config, model, dataset, device, tuning)
-        inputs = pretrained_inputs(checkpoint, dataset)
+        inputs = pretrained_inputs(checkpoint, dataset, tuning)
         stream = training_stream(config, model, dataset, tokens.rank, execution, tuning=tuning, inputs=inputs)
         histories = histories_fingerprint(dataset)
         run = Run.find(config, dataset.manifest.vocabulary, histories, config.saving.keep, tokens.step)
@@ -57,6 +59,17 @@ def main(config: PromptTune) -> None:
             tuning=tuning,
         )
         print_result(run.summary(dataset.manifest))
+
+
+def choose_predicting(tuning: "Tuning", dataset: "Dataset") -> "Tuning":
+    """The options with which entries predict chosen, where `--tuning.predict_from` is auto."""
+    if tuning.predict_from != "auto":
+        return tuning
+    if not tuning.prompts or not dataset.manifest.feedback:
+        return replace(tuning, predict_from="interacted")
+    # As at a request: the last entry before it. Generated prompts stand behind the feedback, but not there.
+    exposed = dataset.manifest.settings["prompts"]["source"] == "exposed"
+    return replace(tuning, predict_from="last" if exposed else "every")
 
 
 def check_dataset(config: PromptTune, dataset: "Dataset") -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from recgpt_torchrec.distributed.processes import process_group
-from tools.benchmarks import growth, prompts, ranks, reading, stages, steps
+from tools.benchmarks import attributes, growth, prompts, ranks, reading, stages, steps
 from tools.benchmarks.measuring import Kind, Measured, table, take_turns, write
 from tools.benchmarks.settings import Settings
 
@@ -27,6 +27,7 @@ KINDS: dict[str, Callable[[Settings], Kind]] = {
     "floor": steps.floor,
     "stream": reading.stream,
     "ranks": ranks.ranks,
+    "attributes": attributes.attributes,
     "candidates": growth.candidates,
     "length": growth.length,
     "catalogue": growth.catalogue,

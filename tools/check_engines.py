@@ -4,11 +4,11 @@
     python -m tools.check_engines --output runs/engines --input Beauty.txt
     python -m tools.check_engines --output runs/rows --rows 20000000
 
-The five logs: histories (a line per user), rows with repeats and duplicates in several files, rows that were shown
-beside clicks and some that cannot be read, a later day of a log whose vocabulary is extended, and one that is divided
-by time. `--input` names others, which are prepared with the defaults. Exits with 1 if two datasets differ in anything
-but the engine, if a plan of Spark puts rows in one place whose number grows with the log, or if a statement brings too
-many rows to the driver.
+The seven logs: histories (a line per user), rows with repeats and duplicates in several files, rows that were shown
+beside clicks and some that cannot be read, the same with event types, a later day of a log whose vocabulary is
+extended, one that is divided by time, and a later day with tables of attributes. `--input` names others, which are
+prepared with the defaults. Exits with 1 if two datasets differ in anything but the engine, if a plan of Spark puts rows
+in one place whose number grows with the log, or if a statement brings too many rows to the driver.
 
 With `--rows` it writes one log of that size in Parquet files and shows the rows per second of both engines instead,
 each in a process of its own.
@@ -38,12 +38,13 @@ from tools.synthetic_log import Habits, World, generate_tables
 FOLDERS = ("sequences", "items", "users", "rejected")
 OWN = ("engine", "output", "scratch", "memory_limit")
 """Options in which the manifests may differ."""
+ATTRIBUTES = {"item_attributes": ["genres", "price", "title:text"], "user_attributes": ["age:number", "country"]}
 FILES = 8
 """Number of files of the large log."""
 
 
 def write_logs(folder: Path, users: int = 400, items: int = 120) -> dict[str, dict[str, Any]]:
-    """Write the five logs, and return prepare's options for each.
+    """Write the seven logs, and return prepare's options for each.
 
     Args:
         folder: for the files.
@@ -80,14 +81,40 @@ def write_logs(folder: Path, users: int = 400, items: int = 120) -> dict[str, di
     _write_csv(folder / "days" / "2.csv", header, day[len(day) * 2 // 3 :])
     earlier = Prepare(input=[str(folder / "days" / "1.csv")], output=str(folder / "earlier"), min_count=2, **small)
     prepare(earlier)
+    tables = {"items": [str(folder / "items.parquet")], "users": [str(folder / "users")], **ATTRIBUTES}
+    _write_tables(folder, rows, random)
+    before = Prepare(input=[str(folder / "days" / "1.csv")], output=str(folder / "described"), **tables, **small)
+    prepare(before)
+    described = {**tables, "vocabulary": before.output, "catalogue": "items", "attribute_buckets": 5}
     clicks = {"click_column": "event", "click_values": ["buy", "cart"], "rating_column": "price"}
+    types = {"event_column": "event", "hold_out": "targets", "target_events": ["buy"]}
     return {
         "histories": {"input": [str(folder / "histories.txt")], **small},
         "times": {"input": [str(folder / "times")], "duplicates": "drop", "repeats": "collapse", **small},
         "clicks": {"input": [str(folder / "clicks.csv")], "min_count": 3, **clicks, **small},
+        "events": {"input": [str(folder / "clicks.csv")], "min_count": 3, **clicks, **types, **small},
         "vocabulary": {"input": [str(folder / "days")], "vocabulary": earlier.output, "min_count": 4, **small},
         "by time": {"input": [str(folder / "days")], "hold_out": "time", "test_from": "85%", **small},
+        "attributes": {"input": [str(folder / "days")], "min_count": 2, **described, **small},
     }
+
+
+def _write_tables(folder: Path, rows: list[Any], random: np.random.Generator) -> None:
+    """Write a table of items in Parquet, and one of users in two files of different formats."""
+    items, users = (sorted({row[place] for row in rows}) for place in (1, 0))
+    sizes = random.integers(4, size=len(items) + 1)
+    table = {
+        "item_id": [*items, "unseen"],
+        "genres": [[f"g{genre}" for genre in random.integers(9, size=size)] for size in sizes],
+        "price": [*random.lognormal(size=len(items)).round(2).tolist(), float("inf")],
+        "title": [f"The {item}" if number % 7 else None for number, item in enumerate([*items, "unseen"])],
+    }
+    pq.write_table(pa.table(table), folder / "items.parquet")
+    ages = [str(age) if age < 60 else "NULL" for age in random.integers(18, 70, size=len(users)).tolist()]
+    described = [(user, age, age[0]) for user, age in zip(users, ages, strict=True)]
+    _write_csv(folder / "users" / "1.csv", ["user_id", "age", "country"], described[::2])
+    lines = [{"user_id": user, "age": age, "country": country} for user, age, country in described[1::2]]
+    (folder / "users" / "2.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _write_csv(path: Path, header: list[str], rows: list[Any]) -> None:
@@ -103,6 +130,9 @@ def compare_datasets(one: Path, other: Path) -> list[str]:
         tables = [_read_parts(root, name) for root in (one, other)]
         if not tables[0].equals(tables[1]):
             differences.append(f"{name}: {_first_difference(*tables)}")
+    kinds = [sorted(path.name for path in root.glob("attributes/*")) for root in (one, other)]
+    if kinds[0] != kinds[1]:
+        differences.append(f"attributes: {kinds[0]} and {kinds[1]}")
     manifests = [_comparable(root) for root in (one, other)]
     for name in manifests[0].keys() | manifests[1].keys():
         values = [manifest.get(name) for manifest in manifests]
@@ -166,7 +196,7 @@ def check_log(folder: Path, options: dict[str, Any]) -> tuple[list[str], spark_p
 
 
 def check_logs(output: Path, inputs: list[str]) -> bool:
-    """Check the five logs and those of `inputs`, and print a line about each; returns whether all is well."""
+    """Check the seven logs and those of `inputs`, and print a line about each; returns whether all is well."""
     from pyspark.sql import SparkSession
 
     events = output / "events"

@@ -29,17 +29,23 @@ from recgpt_torchrec.data.batch import SequenceBatch, make_batch
 from recgpt_torchrec.data.candidates import AllItems
 from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.histories import Histories, no_histories
+from recgpt_torchrec.data.inputs.attributes import Attributes
 from recgpt_torchrec.data.packed import Capacity
 from recgpt_torchrec.distributed.processes import silence_libraries
 from recgpt_torchrec.distributed.replicas import Replicas
 from recgpt_torchrec.distributed.sharding import tables_of
+from recgpt_torchrec.model.recgpt import unwrapped
 from recgpt_torchrec.training.building import build
-from tools.small_run import walks
+from tools.small_run import SmallAttribute, opened, walks
 
 USERS, ITEMS, STEPS = 13, 29, 3
 KEYS = 2
 """Number of keys that item bags are dealt to."""
 CAPACITY = Capacity(USERS, ITEMS, KEYS)
+ATTRIBUTES = (
+    SmallAttribute.draw("item", "tags", ITEMS, 9, multiple=True),
+    SmallAttribute.draw("user", "country", USERS, 5),
+)
 DIM = 24
 """Columns: blocks of a multiple of 4 on one, two and three ranks."""
 
@@ -55,10 +61,19 @@ class Layout:
     precision: Any = "fp32"
     shard_ranks: int = 0
     """Number of ranks that share a copy of the tables; 0: all."""
+    attributes: bool = False
+    """Whether users and items have attributes; checkpoints with them are restored into models with them."""
 
     def __str__(self) -> str:
         groups = f" in groups of {self.shard_ranks}" if self.shard_ranks else ""
-        return f"{self.ranks} {self.sharding} {self.precision}".removesuffix(" fp32") + groups
+        more = " with attributes" if self.attributes else ""
+        return f"{self.ranks} {self.sharding} {self.precision}".removesuffix(" fp32") + groups + more
+
+    @property
+    def opened(self) -> dict[str, Any]:
+        """What its model reads beside ids, and the values, by the names of `build`."""
+        inputs, attributes = opened(ATTRIBUTES)
+        return {"inputs": inputs, "attributes": attributes} if self.attributes else {}
 
     def blocks(self) -> int:
         """Number of column blocks that row-wise Adagrad keeps a moment for."""
@@ -100,9 +115,7 @@ def reshard(rank: int, world_size: int, folder: str, sources: list[Layout], targ
         with group(rank, world_size, count, folder, nodes) as member:
             for target in targets if member else ():
                 if (target.ranks, target.nodes) == (count, nodes):
-                    differences += restore_sources(
-                        target, [s for s in sources if s.optimizer == target.optimizer], folder
-                    )
+                    differences += restore_sources(target, [s for s in sources if _is_alike(s, target)], folder)
     with group(rank, world_size, world_size, folder):
         gathered: list[Any] = [None] * world_size
         dist.all_gather_object(gathered, expected)
@@ -111,6 +124,10 @@ def reshard(rank: int, world_size: int, folder: str, sources: list[Layout], targ
         losses = uninterrupted[difference.source]
         difference.losses = [abs(loss - other) for loss, other in zip(difference.losses, losses, strict=True)]
     return differences
+
+
+def _is_alike(source: Layout, target: Layout) -> bool:
+    return (source.optimizer, source.attributes) == (target.optimizer, target.attributes)
 
 
 @contextlib.contextmanager
@@ -159,10 +176,18 @@ def build_model(layout: Layout, users: int = USERS, items: int = ITEMS, restored
         optimizer=Optimizer(lr=2e-3),
     )
     dataset = Dataset(path="", manifest=Manifest(users=users, items=items))
-    return build(config, config.model, dataset, capacity=CAPACITY, device=torch.device("cpu"), restored=restored)
+    return build(
+        config,
+        config.model,
+        dataset,
+        capacity=CAPACITY,
+        device=torch.device("cpu"),
+        restored=restored,
+        **layout.opened,
+    )
 
 
-def make_step_batch(step: int, users: int = USERS) -> SequenceBatch:
+def make_step_batch(step: int, users: int = USERS, attributes: Attributes | None = None) -> SequenceBatch:
     """Make this rank's part of a step's global batch, which is the same for every number of ranks."""
     global_batch = walks(7, ITEMS, seed=step, shortest=2, longest=9)
     own = range(dist.get_rank(), len(global_batch), dist.get_world_size())
@@ -179,6 +204,7 @@ def make_step_batch(step: int, users: int = USERS) -> SequenceBatch:
         capacity=CAPACITY,
         predict=True,
         draw=lambda targets: AllItems(ITEMS).candidates,  # as if all had been sampled, on every rank
+        attributes=attributes,
     )
     targets = torch.tensor(float(batch.target_slot.numel()))
     dist.all_reduce(targets)
@@ -198,7 +224,7 @@ def train_steps(model: Any, optimizer: Any, numbers: range, group: int = 0, user
     model.train()
     for number in numbers:
         optimizer.zero_grad()
-        loss, _ = model(make_step_batch(number, users))
+        loss, _ = model(make_step_batch(number, users, unwrapped(model).attributes))
         loss.backward()
         optimizer.step()
         replicas.after_step(number + 1)
@@ -223,7 +249,8 @@ def train_and_save(source: Layout, folder: str) -> list[float]:
 
 def output_folder(folder: str, source: Layout) -> str:
     """Folder in which the run of a layout keeps its checkpoints."""
-    return f"{folder}/{source.ranks}-{source.sharding}-{source.optimizer}-{source.precision}-{source.shard_ranks}"
+    more = "-attributes" * source.attributes
+    return f"{folder}/{source.ranks}-{source.sharding}-{source.optimizer}-{source.precision}-{source.shard_ranks}{more}"
 
 
 def load_tensors(folder: str, source: Layout) -> dict[str, torch.Tensor]:

@@ -9,9 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs
 
+from recgpt_torchrec.config import AttributeChoice
 from recgpt_torchrec.data.dataset import STARTS, Dataset, Manifest
+from recgpt_torchrec.data.inputs.attributes import NO_VALUE, Attributes, Column, EntityAttributes
+from recgpt_torchrec.data.inputs.choosing import choose_attributes
 from recgpt_torchrec.data.inputs.records import DatasetAttribute
-from recgpt_torchrec.data.inputs.spec import Entity
+from recgpt_torchrec.data.inputs.spec import Entity, Inputs
+from recgpt_torchrec.data.ragged import Ragged
 from recgpt_torchrec.data.split import HoldOut
 from recgpt_torchrec.storage.folders import write_manifest
 from recgpt_torchrec.storage.parts import write_parts
@@ -135,6 +139,36 @@ class SmallAttribute:
             ),
             lists,
         )
+
+    @property
+    def column(self) -> Column:
+        """What an opened dataset has of it."""
+        if self.described.multiple:
+            rows = Ragged.from_lists(self.lists)
+            return Column(rows.values.astype(np.int32), rows.offsets)
+        return Column(np.array([ids[0] if ids else NO_VALUE for ids in self.lists], np.int32))
+
+
+def opened(
+    attributes: Sequence[SmallAttribute], untrained: Sequence[int] = (), **choice: Any
+) -> tuple[Inputs, Attributes]:
+    """What a model reads of these attributes, and their values, as if of a dataset.
+
+    Args:
+        attributes: all are read.
+        untrained: items whose own rows are not trained.
+        choice: see `AttributeChoice`.
+    """
+    manifest = Manifest(attributes=[each.described for each in attributes])
+    inputs = Inputs(attributes=choose_attributes(AttributeChoice(**choice), Dataset(path="", manifest=manifest)))
+
+    def of_entity(entity: Entity, trained: np.ndarray | None = None) -> EntityAttributes:
+        columns = [each.column for each in attributes if each.described.entity == entity]
+        return EntityAttributes(inputs.of_entity(entity), columns, trained)
+
+    items = max((len(each.lists) for each in attributes if each.described.entity == "item"), default=0)
+    trained = ~np.isin(np.arange(items), list(untrained))
+    return inputs, Attributes(of_entity("user"), of_entity("item", trained if items else None))
 
 
 def training_part(history: Sequence[int]) -> Sequence[int]:

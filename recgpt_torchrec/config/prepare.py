@@ -3,10 +3,10 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from recgpt_torchrec.config.attribute_names import parse_attributes
 from recgpt_torchrec.config.boundaries import Boundary
 from recgpt_torchrec.config.checks import at_least, check_ids, split_words, within
 from recgpt_torchrec.config.fields import changeable
+from recgpt_torchrec.config.inputs.attribute_names import parse_attributes
 from recgpt_torchrec.config.inputs.time import TimeUnit
 
 NULL_WORDS = (

@@ -17,10 +17,15 @@ class Prompts:
     """The prompts between neighbouring interactions of a history (paper, Algorithm 1)."""
 
     k: int = 2
-    """Maximum number of prompts between two neighbouring interactions, 0 to 8."""
+    """Maximum number of prompts between two neighbouring interactions, 0 to 8; to 32 with --prompts.source exposed."""
     source: Literal["generated", "exposed", "both"] = "generated"
     """Where prompts come from. generated: items that the pre-trained model generates. exposed: the newest k items that
-    were shown between the two interactions and not clicked. both: exposed items first, then generated ones, up to k."""
+    were shown between the two interactions and not clicked, and after the newest one too. both: exposed items first,
+    then generated ones, up to k."""
+    feedback: list[Literal["shown", "disliked", "skipped"]] = field(
+        default_factory=lambda: ["shown", "disliked", "skipped"]
+    )
+    """Kinds of exposed items that become prompts, as prepare told them apart."""
     answers: int = 0
     """Number of answers (the model's highest-ranked next items) to store with each interaction, with their scores, 0 to
     64; prompt_tune --tuning.soft_targets uses them."""
@@ -29,7 +34,9 @@ class Prompts:
     interactions."""
 
     def __post_init__(self) -> None:
-        within("--prompts.k", self.k, 0, 8)
+        within("--prompts.k", self.k, 0, 32 if self.source == "exposed" else 8)
+        if not self.feedback and self.source != "generated":
+            raise ValueError("--prompts.feedback is empty; name shown, disliked or skipped")
         within("--prompts.answers", self.answers, 0, 64)
         if self.answers and (not self.k or self.source == "exposed"):
             raise ValueError(
@@ -70,12 +77,17 @@ class Tuning:
 
     prompts: bool = True
     """Train on histories with their prompts; false: fine-tune on the same histories without prompts, as the control."""
-    predict_from: Literal["interacted", "last", "every"] = "interacted"
+    predict_from: Literal["auto", "interacted", "last", "every"] = "auto"
     """Which entries predict the next interacted item. interacted: the interaction before it. last: the last entry
-    before it, prompt or interaction. every: all entries."""
+    before it, prompt or interaction. every: all entries. With last and every, what was shown before a request answers
+    it, also after the newest interaction (see generate_prompts --prompts.source exposed); what was shown at the same
+    time as the item does not. auto: last for exposed prompts, every for both; interacted for generated
+    ones, and in datasets prepared before what was shown after the newest interaction was kept."""
     soft_targets: float = 0.0
     """Share of each target's weight, 0 to 1, that is spread over the stored answers of the pre-trained model; above 0
     it needs a dataset generated with --prompts.answers."""
+    places: bool = False
+    """Whether the model reads the place in the list in which an item was shown (prepare --position_column)."""
     output_table: bool = True
     """Score against a separate output table (W_l), which starts as a copy of the item table; false: against the item
     table."""
@@ -83,6 +95,11 @@ class Tuning:
         default_factory=lambda: ["users", "items", "output", "decoder"]
     )
     """Parts of the model to train; the others stay as pre-trained. users, items, output: the tables."""
+
+    @property
+    def reads_feedback(self) -> bool:
+        """Whether prompts predict, so that feedback which was known at a request is read to answer it."""
+        return self.prompts and self.predict_from not in ("auto", "interacted")
 
     def __post_init__(self) -> None:
         within("--tuning.soft_targets", self.soft_targets, 0, 1)

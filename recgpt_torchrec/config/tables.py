@@ -17,6 +17,16 @@ def is_attribute(table: str) -> bool:
     return "-" in table
 
 
+def is_of_users(table: str) -> bool:
+    """Whether a table is looked up for users: theirs, or that of an attribute of theirs."""
+    return table.partition("-")[0] == "user"
+
+
+def group_of(table: str) -> str:
+    """The options below --tables that hold for a table alone, or for those of all attributes."""
+    return "attributes" if is_attribute(table) else table
+
+
 @dataclass(kw_only=True)
 class TableChoice:
     """What holds for one table, or those of all attributes, instead of the choice for all tables."""
@@ -71,7 +81,7 @@ class Sharding:
         return self._choice(table).kernel or self.kernel
 
     def _choice(self, table: str) -> TableChoice:
-        choice = getattr(self, "attributes" if is_attribute(table) else table, None)
+        choice = getattr(self, group_of(table), None)
         return choice if isinstance(choice, TableChoice) else TableChoice()
 
 

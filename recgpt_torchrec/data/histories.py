@@ -46,6 +46,9 @@ class Histories:
     """[entries] int64 timestamps, in the dataset's unit; None: they are not read."""
     events: npt.NDArray[np.int16] | None = _per_entry()
     """[entries] int16 event types, from 1 on; 0: unknown. None: they are not read."""
+    known: npt.NDArray[np.bool_] | None = _per_entry()
+    """[entries] bool: in training, whether an entry was known at the request of the next interaction, which it may then
+    predict; None: all were."""
     weights: npt.NDArray[np.float32] | None = _per_entry()
     """[entries] float32: each one's weight as a target, 0 where it is none; None: all have 1."""
     places: npt.NDArray[np.int16] | None = _per_entry()

@@ -277,6 +277,7 @@ def encoding_stream(
     set_aside: SetAside | None = None,
     *,
     item_keys: int,
+    feedback: bool = False,
     sample: UserSample | None = None,
     inputs: Inputs | None = None,
     attributes: Attributes | None = None,
@@ -284,14 +285,15 @@ def encoding_stream(
 ) -> SequenceStream:
     """The stream of histories to encode: those before the held-out item of a split, or whole ones with `all`.
 
-    `item_keys`, `inputs` and `attributes` are those of the model that encodes them; `sample` says which users are read
-    (None: all), and `request` what is asked after their histories.
+    `item_keys`, `feedback`, `inputs` and `attributes` are those of the model that encodes them; `sample` says which
+    users are read (None: all), and `request` what is asked after their histories.
     """
     reader = HistoryReader(
         dataset=dataset,
         split=split,
         max_len=model.max_len,
         prompts=prompts,
+        feedback=feedback,
         set_aside=set_aside,
         sample=sample,
         inputs=inputs or Inputs(),

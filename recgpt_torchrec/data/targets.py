@@ -3,6 +3,7 @@
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.ragged import Float32, Int64, ragged_arange
@@ -34,7 +35,7 @@ def targets_of(histories: Histories, tokens: Int64, predict_from: PredictFrom) -
     """Which tokens predict, and the entries that are their targets: the next interacted ones.
 
     Args:
-        histories: their columns `segments`, `trained` and `weights` decide.
+        histories: their columns `segments`, `trained`, `known` and `weights` decide.
         tokens: [tokens] int64: entry of each token; every entry but the last of its history.
         predict_from: which tokens predict where prompts precede the target (see `pack_histories`).
 
@@ -62,12 +63,22 @@ def targets_of(histories: Histories, tokens: Int64, predict_from: PredictFrom) -
             predicts &= histories.weights[following] > 0
         if predict_from == "interacted":
             predicts &= interacted[tokens]
-        elif predict_from == "last":
-            predicts &= following == tokens + 1
+        else:
+            known = np.ones(tokens.size, dtype=bool) if histories.known is None else histories.known[tokens]
+            predicts &= known if predict_from == "every" else find_last(following, known)
     if predicts is None:
         return np.arange(tokens.size), following
     predicting = np.flatnonzero(predicts)
     return predicting, following[predicting]
+
+
+def find_last(following: Int64, known: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """[tokens] bool: whether a token is the last `known` [tokens] one before the target in `following` [tokens]."""
+    candidates = np.flatnonzero(known)
+    last = np.zeros(following.size, dtype=bool)
+    if candidates.size:
+        last[candidates] = np.append(following[candidates[1:]] != following[candidates[:-1]], True)
+    return last
 
 
 def soft_targets_of(

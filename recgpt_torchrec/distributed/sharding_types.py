@@ -10,6 +10,7 @@ from typing import NamedTuple, NoReturn
 from torchrec.distributed.types import ShardingType
 
 from recgpt_torchrec.config import Sharding
+from recgpt_torchrec.config.tables import group_of
 from recgpt_torchrec.errors import InputError
 
 COPY, TABLE, COLUMNS, ROWS = (
@@ -212,5 +213,5 @@ def _blocks(kind: str, size: Size, ranks: Ranks) -> int:
 def _refuse(table: str, kind: str, reason: str, size: Size, ranks: Ranks, fused: bool) -> NoReturn:
     others = (ROWS, NODE_ROWS, COLUMNS, TABLE, COPY)
     would = next((other for other in others if why_not(other, size, ranks, fused) is None), None)
-    remedy = f"--tables.{table}.sharding {would} would fit" if would else "Use another --model.dim"
+    remedy = f"--tables.{group_of(table)}.sharding {would} would fit" if would else "Use another --model.dim"
     raise InputError(f"the {table} table cannot be sharded {OPTION_NAMES.get(kind, kind)}: {reason}. {remedy}")

@@ -151,6 +151,7 @@ class RecallPaths:
             trained.prompts,
             grows,
             item_keys=keys,
+            feedback=trained.feedback,
             sample=sample,
             inputs=trained.inputs,
             attributes=trained.attributes,

@@ -83,6 +83,7 @@ def validation_of(
             model,
             batch,
             prompts=reader.prompts,
+            feedback=reader.feedback,
             set_aside=reader.set_aside,
             item_keys=item_keys,
             sample=sample,

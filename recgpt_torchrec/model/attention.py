@@ -3,7 +3,7 @@
 `DenseAttention` works everywhere, with any dropout, and is the reference of the variable-length path (`varlen`).
 """
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,21 @@ from recgpt_torchrec.model.dropout import draw_scales
 
 MASKED = 1e30
 """Subtracted from the score of what a slot may not see; finite, so that no row of scores has no maximum."""
+
+
+class Weighting(NamedTuple):
+    """Which slots a mean is over, and how their age is counted."""
+
+    weight: Tensor
+    """[rows, row_length] float: of each slot's value; 0: it is left out."""
+    clock: Tensor
+    """[rows, row_length] float, not falling along a row: the age of a value is the difference of two slots' clocks."""
+    prior: float = 0.0
+    """Added to the sum of the weights by which the sum of the values is divided."""
+
+
+LEAST_WEIGHT = 1e-6
+"""Sums of weights are at least this, where a weighting leaves all out."""
 
 
 class Attention(Protocol):
@@ -27,12 +42,13 @@ class Attention(Protocol):
         """
         ...
 
-    def mean(self, values: Tensor, decay: Tensor | None = None) -> Tensor:
+    def mean(self, values: Tensor, decay: Tensor | None = None, weighting: Weighting | None = None) -> Tensor:
         """Mean of a sequence's values up to and including each slot: [rows, row_length, dim] -> the same.
 
         Args:
             values: per slot.
             decay: []; a value's weight is exp(-decay x age), its age counted in slots. None: all weigh the same.
+            weighting: which slots it is over, and how age is counted; None: all of them, in slots.
         """
         ...
 
@@ -61,9 +77,16 @@ class DenseAttention:
             return attended
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias.to(q.dtype), dropout_p=dropout_p)
 
-    def mean(self, values: Tensor, decay: Tensor | None = None) -> Tensor:
+    def mean(self, values: Tensor, decay: Tensor | None = None, weighting: Weighting | None = None) -> Tensor:
         """See `Attention`."""
         weights = self.visible
+        if weighting is not None:
+            weights = weights * weighting.weight[:, None]
+            if decay is not None:
+                age = weighting.clock[:, :, None] - weighting.clock[:, None]
+                weights = weights * torch.exp(-decay * age.clamp(min=0))
+            total = weights.sum(-1, keepdim=True) + weighting.prior
+            return (weights @ values) / total.clamp(min=LEAST_WEIGHT)
         if decay is not None:
             slot = torch.arange(weights.shape[-1], device=weights.device)
             weights = weights * torch.exp(-decay * (slot[:, None] - slot).clamp(min=0))

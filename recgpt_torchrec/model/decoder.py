@@ -6,7 +6,8 @@ from torch.nn import functional as F
 
 from recgpt_torchrec.config import Model
 from recgpt_torchrec.data.inputs.spec import Feature
-from recgpt_torchrec.model.attention import Attention
+from recgpt_torchrec.data.segments import EXPOSED
+from recgpt_torchrec.model.attention import Attention, Weighting
 from recgpt_torchrec.model.dropout import dropout
 
 
@@ -61,6 +62,51 @@ class TokenFeatures(nn.ModuleDict):
         return torch.stack(added).sum(0)
 
 
+class Refused(nn.Module):
+    """How feedback (shown, disliked or skipped items) enters the decoder apart from what was chosen.
+
+    What a user refused is no part of the means of his history. At the input it is added, with a factor of its kind, to
+    the item chosen last, so that what follows is predicted as before it. Its item vectors have other factors in two
+    means over feedback alone that are added to the output. Both fade at a learned rate with each choice after the
+    feedback, one slowly and one fast: what is shown says where a user is, and what he refused since his last choice
+    says what he does not want now. All factors start at 0, so that tuning starts near the pre-trained model and learns
+    how feedback counts, from "alike" (above 0) to "rules out" (below).
+    """
+
+    def __init__(self, kinds: int) -> None:
+        super().__init__()
+        self.at_input, self.at_output = nn.Parameter(torch.zeros(kinds)), nn.Parameter(torch.zeros(2, kinds))
+        self.fading = nn.Parameter(torch.tensor([0.3, 3.0]))
+
+    AT_ONCE = 50.0
+    """Rate at which a mean fades that holds the newest choice alone."""
+    STEP_IN, STEP_OUT = 20.0, 100.0
+    """Factors are their parameters times this. Adam moves a parameter by the learning rate per step, however many
+    weights share the work; without, a factor of -5 would take thousands of steps."""
+    PRIOR = 1.0
+    """Added to the number of refusals by which their sum is divided: one alone counts half of many alike."""
+
+    def inputs(self, items: Tensor, newest: Tensor, segment: Tensor) -> Tensor:
+        """Item vectors at the input, [..., dim], given those of the entries and of the newest choices up to them."""
+        factors = self._spread(self.at_input * self.STEP_IN, 1.0)[segment][..., None]
+        return items * factors + newest * (segment >= EXPOSED)[..., None]
+
+    def outputs(self, segment: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Of each mean that is added to the output: factors of the item vectors [..., 1] by their segment ids [...]
+        int64, and the rate [] at which it fades."""
+        factors = [self._spread(each * self.STEP_OUT, 0.0)[segment][..., None] for each in self.at_output]
+        return list(zip(factors, self.fading.abs(), strict=True))
+
+    def _spread(self, own: Tensor, chosen: float) -> Tensor:
+        return torch.cat([own.new_full((EXPOSED,), chosen), own])
+
+    def weightings(self, segment: Tensor) -> tuple[Weighting, Weighting]:
+        """Those of the means of what was chosen and of what was refused; `segment` is [rows, row_length]."""
+        chosen = (segment < EXPOSED).float()
+        clock = chosen.cumsum(-1)
+        return Weighting(chosen, clock), Weighting(1 - chosen, clock, self.PRIOR)
+
+
 class Decoder(nn.Module):
     """h0 = item + user + position (+ segment), N causal blocks (paper, equations 2 and 3), and two means of the
     history.
@@ -69,12 +115,15 @@ class Decoder(nn.Module):
     linear map of the running mean is added to the input, and a mean that decays at a learned rate to the output.
     """
 
-    def __init__(self, config: Model, segments: int = 0, features: list[Feature] | None = None) -> None:
+    def __init__(
+        self, config: Model, segments: int = 0, features: list[Feature] | None = None, feedback: bool = False
+    ) -> None:
         """
         Args:
             config: of the decoder.
             segments: number of segment ids that it tells apart; 0: it reads none.
             features: of tokens; None: it reads none.
+            feedback: whether feedback enters apart from what was chosen, where it reads segments.
         """
         super().__init__()
         self.config, self.segments = config, segments
@@ -88,6 +137,7 @@ class Decoder(nn.Module):
         if segments:  # zeros, so that prompt-tuning starts from the pre-trained model
             self.segment = nn.Embedding(segments, config.dim)
             nn.init.zeros_(self.segment.weight)
+        self.refused = Refused(segments - EXPOSED) if feedback and segments else None
         if features:
             self.features = TokenFeatures(features, config.dim)
         if config.history_out:
@@ -121,12 +171,20 @@ class Decoder(nn.Module):
         Returns:
             [rows, row_length, dim] outputs; the next item is scored by the inner product of output and item vector.
         """
-        mean = attention.mean(items) if self.config.history_in else None
-        x = self.embed(items, users, position, segment, mean, features)
+        chosen, refused = (None, None) if self.refused is None else self.refused.weightings(segment)
+        mean = attention.mean(items, None, chosen) if self.config.history_in else None
+        inputs = items
+        if self.refused is not None:
+            at_once = items.new_tensor(self.refused.AT_ONCE)
+            inputs = self.refused.inputs(items, attention.mean(items, at_once, chosen), segment)
+        x = self.embed(inputs, users, position, segment, mean, features)
         for block in self.blocks:
             x = block(x, attention)
         if self.config.history_out:
-            x = x + self.mean_out * attention.mean(items, self.forgetting.abs())
+            x = x + self.mean_out * attention.mean(items, self.forgetting.abs(), chosen)
+        if self.refused is not None:
+            for factors, fading in self.refused.outputs(segment):
+                x = x + attention.mean(items * factors, fading, refused)
         return x
 
     def embed(

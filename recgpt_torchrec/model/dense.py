@@ -42,7 +42,9 @@ class Dense(nn.Module):
     def __init__(self, model: Model, loss: Loss, segments: bool = False, inputs: Inputs | None = None) -> None:
         super().__init__()
         self.model, self.loss, self.inputs = model, loss, inputs or Inputs()
-        self.decoder = Decoder(model, self.inputs.segments if segments else 0, self.inputs.features)
+        self.decoder = Decoder(
+            model, self.inputs.segments if segments else 0, self.inputs.features, self.inputs.feedback
+        )
         self.compute = Compute()
         self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
         self._shared_loss: SharedLoss | None = None

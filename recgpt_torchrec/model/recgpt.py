@@ -8,7 +8,8 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedTensor
-from torchrec.modules.embedding_configs import DataType, PoolingType
+from torchrec.modules.embedding_configs import DataType
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recgpt_torchrec.config import Loss, Model, Tuning
 from recgpt_torchrec.data.bags import ITEM, OUTPUT, USER, bags_of, names_of_attribute, names_of_keys, table_of
@@ -37,24 +38,52 @@ class Vectors(NamedTuple):
     """[item bags, dim], likewise."""
 
 
+class Pooled(NamedTuple):
+    """How an attribute's vectors are added to those of the other attributes."""
+
+    entity: str
+    table: str
+    weight: float
+    averages: bool
+    """Whether those of several values are averaged, not summed."""
+
+
 @torch.fx.wrap
-def vectors_of(lookup: KeyedTensor, weights: dict[str, float]) -> Vectors:
+def vectors_of(lookup: KeyedTensor, bags: KeyedJaggedTensor, attributes: list[Pooled]) -> Vectors:
     """The vectors of users and items, from what the collection returns: [stride, dim] per key, tables in any order.
 
-    `weights` has the factor of each attribute's table.
+    `bags` are what was looked up.
     """
     keys = zip(lookup.keys(), lookup.length_per_key(), strict=True)
     widths = {table: sum(dim for _, dim in some) for table, some in groupby(keys, lambda key: table_of(key[0]))}
     dim = widths[USER]
     parts = lookup.values().split(list(widths.values()), dim=1)
-    by_table = {table: part.reshape(-1, dim) for table, part in zip(widths, parts, strict=True)}
+    by_table = {table: part.unflatten(1, (-1, dim)) for table, part in zip(widths, parts, strict=True)}
 
     def add_up(entity: str) -> Tensor | None:
-        parts = [weight * by_table[table] for table, weight in weights.items() if table.startswith(f"{entity}-")]
-        return sum(parts[1:], parts[0]) if parts else None
+        total: Tensor | None = None
+        for each in attributes:
+            if each.entity == entity:
+                # In the layout of the exchange, [stride, keys, dim], so that only the sum is brought into that of bags.
+                part = by_table[each.table]
+                factor = each.weight / numbers_of_values(bags, each.table, part.shape[1]) if each.averages else None
+                if total is None:
+                    total = part * (each.weight if factor is None else factor)
+                elif factor is None:
+                    total = total.add(part, alpha=each.weight)
+                else:
+                    total = total.addcmul(part, factor)
+        return None if total is None else total.view(-1, dim)
 
-    outputs = by_table.get(OUTPUT, by_table[ITEM])
-    return Vectors(by_table[USER], by_table[ITEM], outputs, add_up(USER), add_up(ITEM))
+    users, items = by_table[USER].reshape(-1, dim), by_table[ITEM].reshape(-1, dim)
+    outputs = by_table[OUTPUT].reshape(-1, dim) if OUTPUT in by_table else items
+    return Vectors(users, items, outputs, add_up(USER), add_up(ITEM))
+
+
+def numbers_of_values(bags: KeyedJaggedTensor, table: str, keys: int) -> Tensor:
+    """Number of values in each bag of an attribute's table, at least 1, [stride, keys, 1]."""
+    first = bags.keys().index(f"{table}_0")
+    return bags.lengths().view(len(bags.keys()), -1)[first : first + keys].T.clamp(min=1)[:, :, None]
 
 
 class RecGPT(nn.Module):
@@ -89,15 +118,17 @@ class RecGPT(nn.Module):
         """
         super().__init__()
         self.item_keys, self.inputs, self.attributes = item_keys, inputs or Inputs(), attributes
-        self.weights = {each.table: each.weight for each in self.inputs.attributes}
-        item_names = names_of_keys(item_keys)
-        tables = [(USER, users, [USER], "sum"), (ITEM, items, item_names, "sum")]
-        if tuning is not None and tuning.output_table:
-            tables.append((OUTPUT, items, item_names, "sum"))
-        tables += [
-            (each.table, each.values, names_of_attribute(each, item_keys), each.pooling)
+        # torchrec's own mean is wrong where a table is sharded as a grid, so its tables sum.
+        several = set() if attributes is None else attributes.tables_of_several
+        self.pooled = [
+            Pooled(each.entity, each.table, each.weight, averages=each.pooling == "mean" and each.table in several)
             for each in self.inputs.attributes
         ]
+        item_names = names_of_keys(item_keys)
+        tables = [(USER, users, [USER]), (ITEM, items, item_names)]
+        if tuning is not None and tuning.output_table:
+            tables.append((OUTPUT, items, item_names))
+        tables += [(each.table, each.values, names_of_attribute(each, item_keys)) for each in self.inputs.attributes]
         configs = [
             EmbeddingBagConfig(
                 name=table,
@@ -105,16 +136,15 @@ class RecGPT(nn.Module):
                 num_embeddings=rows,
                 feature_names=names,
                 data_type=DataType[precision.upper()],
-                pooling=PoolingType[pooling.upper()],
             )
-            for table, rows, names, pooling in tables
+            for table, rows, names in tables
         ]
         self.tables = EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
         self.dense = Dense(model, loss, segments=tuning is not None and tuning.prompts, inputs=self.inputs)
 
     def forward(self, batch: SequenceBatch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """See `Dense.forward`."""
-        vectors = vectors_of(self.tables(batch.bags), self.weights)
+        vectors = vectors_of(self.tables(batch.bags), batch.bags, self.pooled)
         return self.dense(vectors[0], vectors[1], vectors[2], batch, vectors[3], vectors[4])
 
     @torch.no_grad()
@@ -131,8 +161,8 @@ class RecGPT(nn.Module):
         """
         sizes = users.size, items.size
         capacity = Capacity(max(room[0], sizes[0]), max(room[1], sizes[1]), self.item_keys)
-        bags: Any = bags_of(users, items, capacity, self.attributes)
-        vectors = vectors_of(self.tables(bags.to(device)).wait(), self.weights)
+        bags: Any = bags_of(users, items, capacity, self.attributes).to(device)
+        vectors = vectors_of(self.tables(bags).wait(), bags, self.pooled)
         of_users, of_items, outputs = (
             rows if added is None else rows + added
             for rows, added in zip(vectors[:3], (vectors[3], vectors[4], vectors[4]), strict=True)

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from recgpt_torchrec.model.attention import LEAST_WEIGHT, Weighting
+
 BLOCK = 64
 """Slots per block."""
 
@@ -56,17 +58,53 @@ def history_mean(x: Tensor, position: Tensor, decay: Tensor | None, max_seqlen: 
         return torch.addcmul(mean, entering / norm, left).view(-1, dim)[:tokens]
 
 
-def _left_sums(last: Tensor, place: Tensor, decay: Tensor | None, max_seqlen: int) -> Tensor:
+def weighted_mean(x: Tensor, position: Tensor, decay: Tensor | None, max_seqlen: int, weighting: Weighting) -> Tensor:
+    """Causal means over some slots, with the age counted by a clock; see `history_mean` and `attention.Weighting`."""
+    (tokens, dim), block = x.shape, BLOCK
+    fill = -tokens % block
+
+    def in_blocks(values: Tensor) -> Tensor:
+        return F.pad(values[0].float(), (0, fill)).view(-1, block, 1)
+
+    with torch.autocast(x.device.type, enabled=False):
+        weight, clock = in_blocks(weighting.weight), in_blocks(weighting.clock)
+        # The weights themselves are a column, so that both sums are one product.
+        columns = torch.cat([F.pad(x.float(), (0, 0, 0, fill)).view(-1, block, dim) * weight, weight], -1)
+        place = F.pad(position, (0, fill)).view(-1, block, 1).float()
+        slot = torch.arange(block, device=x.device, dtype=torch.float32)
+        age = slot[:, None] - slot[None, :]
+        within = (place >= torch.where(age >= 0, age, torch.inf)).float()
+        entering = (place > slot[:, None]).float()
+        ends = clock[:, -1:]
+        if decay is not None:
+            within = within * torch.exp(-decay * (clock - clock.transpose(1, 2)).clamp(min=0))
+            before = F.pad(ends, (0, 0, 0, 0, 1, 0))[:-1]
+            entering = entering * torch.exp(-decay * (clock - before).clamp(min=0))
+        sums = torch.bmm(within, columns)
+        left = _left_sums(sums[:, -1], place[:, -1], decay, max_seqlen, ends[:, 0])
+        sums = torch.addcmul(sums, entering, left).view(-1, dim + 1)[:tokens]
+        return sums[:, :-1] / (sums[:, -1:] + weighting.prior).clamp(min=LEAST_WEIGHT)
+
+
+def _left_sums(
+    last: Tensor, place: Tensor, decay: Tensor | None, max_seqlen: int, clock: Tensor | None = None
+) -> Tensor:
     """Sums up to the last slot of the block before each block, [blocks, 1, width]; zeros before the first.
 
     Args:
         last: [blocks, width] sums up to each block's last slot, over that slot's sequence in this block alone.
         place: [blocks, 1] float32 positions of the last slots.
         decay, max_seqlen: as in `history_mean`.
+        clock: [blocks, 1] by which the age of the last slots is counted; None: in slots.
     """
     shift, block = 1, BLOCK
     while shift * block < max_seqlen:
-        factor = 1.0 if decay is None else torch.exp(-decay * (shift * block))
+        factor: Tensor | float = 1.0
+        if decay is not None:
+            age = (
+                shift * block if clock is None else (clock - F.pad(clock, (0, 0, shift, 0))[: len(clock)]).clamp(min=0)
+            )
+            factor = torch.exp(-decay * age)
         reaches = torch.where(place >= shift * block, factor, 0.0)
         last = torch.addcmul(last, reaches, F.pad(last, (0, 0, shift, 0))[: len(last)])
         shift *= 2

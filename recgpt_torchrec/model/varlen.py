@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recgpt_torchrec.model.segmented import history_mean
+from recgpt_torchrec.model.attention import Weighting
+from recgpt_torchrec.model.segmented import history_mean, weighted_mean
 
 MAX_HEAD_DIM = 256
 """What torch's flash kernels take. They also want a multiple of 8, to which narrower heads are padded."""
@@ -119,6 +120,8 @@ class VarlenAttention:
         q, k, v = (part[0].transpose(0, 1) for part in (q, k, v))
         return varlen_attention(q, k, v, self.cu_seqlens, self.max_seqlen).transpose(0, 1)[None]
 
-    def mean(self, values: Tensor, decay: Tensor | None = None) -> Tensor:
+    def mean(self, values: Tensor, decay: Tensor | None = None, weighting: Weighting | None = None) -> Tensor:
         """See `Attention`; [1, slots, dim]."""
+        if weighting is not None:
+            return weighted_mean(values[0], self.position, decay, self.max_seqlen, weighting)[None]
         return history_mean(values[0], self.position, decay, self.max_seqlen)[None]

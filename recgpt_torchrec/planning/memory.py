@@ -16,13 +16,15 @@ from recgpt_torchrec.catalogue.vectors import BLOCK_BYTES
 from recgpt_torchrec.checkpoints.records import RECORD_BYTES
 from recgpt_torchrec.checkpoints.saving import COPY_SHARE
 from recgpt_torchrec.config import Tables
+from recgpt_torchrec.config.tables import is_of_users
 from recgpt_torchrec.distributed.placements import Placement
 from recgpt_torchrec.distributed.sharding_types import COPY
 from recgpt_torchrec.model import shared_loss
 from recgpt_torchrec.model.fused_loss import MAX_DIM, picoseconds_per_logit
 from recgpt_torchrec.planning.hardware import GIB, Hardware
 from recgpt_torchrec.planning.sharded import HOST_KERNELS, Sharded
-from recgpt_torchrec.planning.workload import Workload
+from recgpt_torchrec.planning.workload import VALUES, Workload
+from recgpt_torchrec.storage.buffers import IN_MEMORY
 
 CUDA_CONTEXT = 1.5 * GIB
 """Device memory of CUDA's context, the libraries' kernels and NCCL's buffers (assumed)."""
@@ -106,6 +108,7 @@ def estimate_memory(workload: Workload, sharded: Sharded, hardware: Hardware) ->
         Item("decoder AdamW", 2 * parameters),
         *_batches(workload, cuda),
         *_statistics(workload, cuda),
+        *_attribute_values(workload, cuda),
         *_step(workload, sharded, hardware),
     ]
     state = 3 * parameters + sum(sharded.bytes_of(placement) for placement in sharded.placements)
@@ -135,6 +138,8 @@ def _batches(workload: Workload, cuda: bool) -> list[Item]:
     """Batches that are read ahead, and those on the device, in 8-byte integers."""
     slots, bags = workload.tokens / (1.0 if cuda else 0.9), workload.capacity.stride * (workload.capacity.item_keys + 1)
     ids = workload.sequences + workload.distinct_items
+    for each in workload.inputs.attributes:
+        bags, ids = bags + bags_of_table(workload, each.table), ids + workload.ids_of(each.table)
     one = 8 * (5 * slots + 3 * workload.targets + ids + 2 * workload.own_candidates) + 4 * bags
     ahead = workload.plan.stream.prefetch * max(1, workload.plan.stream.workers) + 2
     groups = workload.plan.stream.window_groups * min(8192, max(16, workload.users // 64))
@@ -157,6 +162,20 @@ def _statistics(workload: Workload, cuda: bool) -> list[Item]:
     return [Item("item statistics", device, host, note="popularity of every item, on each rank")]
 
 
+def _attribute_values(workload: Workload, cuda: bool) -> list[Item]:
+    """The attribute values of all users and items, on every rank, where they are not mapped from a file."""
+    size = float(workload.items) if workload.inputs.of_entity("item") else 0.0  # whether its own row is trained
+    for each in workload.inputs.attributes:
+        rows = workload.users if each.entity == "user" else workload.items
+        size += (8 + 4 * VALUES if each.table in workload.several else 4) * rows
+    if not size:
+        return []
+    if size > IN_MEMORY:
+        return [Item("attribute values", note=f"{size / GIB:,.1f} GiB in a file that each node's ranks map")]
+    device, host = (0.0, size) if cuda else (size, 0.0)
+    return [Item("attribute values", device, host, note="of all users and items, on each rank")]
+
+
 def exchanged_rows(placement: Placement, bags: int, ranks: int) -> float:
     """Rows [dim] that a holder of a table makes for all ranks: with rows in shards a partial sum per bag of each."""
     return 0.0 if placement.sharding == COPY else bags * ranks / placement.blocks
@@ -164,7 +183,7 @@ def exchanged_rows(placement: Placement, bags: int, ranks: int) -> float:
 
 def bags_of_table(workload: Workload, table: str) -> int:
     """Bags per rank that a table is asked for in a step, empty ones included."""
-    return workload.capacity.stride * (1 if table == "user" else workload.capacity.item_keys)
+    return workload.capacity.stride * (1 if is_of_users(table) else workload.capacity.item_keys)
 
 
 def _step(workload: Workload, sharded: Sharded, hardware: Hardware) -> list[Item]:
@@ -238,7 +257,7 @@ def _validation(workload: Workload, sharded: Sharded, so_far: Memory) -> list[It
     """The catalogue's vectors of this rank, and the scores of a block of users."""
     own = -(-workload.items // workload.plan.ranks)
     whole = 4.0 * workload.plan.model.dim * own
-    sent = sum(exchanged_rows(p, 1, sharded.group) for p in sharded.placements if p.table != "user")
+    sent = sum(exchanged_rows(p, 1, sharded.group) for p in sharded.placements if not is_of_users(p.table))
     working = 4 * SCORES[so_far.hardware.device_type] + 2 * PASS_BYTES + BLOCK_BYTES * (sent + 3)
     left = so_far.device_limit - so_far.total("device", "always") - working
     held = whole <= HELD_SHARE * left

@@ -99,7 +99,7 @@ def _lookup(workload: Workload, sharded: Sharded, hardware: Hardware) -> TimePar
     size = 0.0
     for placement in sharded.placements:
         bags = bags_of_table(workload, placement.table)
-        used = workload.sequences if placement.table == "user" else workload.distinct_items
+        used = workload.ids_of(placement.table)
         sent = exchanged_rows(placement, bags, sharded.group)
         # Forward: read used rows, write and read what is sent, write, regroup. Backward: alike, then update the rows.
         size += 4.0 * placement.dim * (4 * used + 4 * sent + 6 * bags)

@@ -34,7 +34,7 @@ def step_traffic(workload: Workload, sharded: Sharded, precision: Precision) -> 
             bags_of_table(workload, placement.table),
             sharded.group,
             sharded.group_local,
-            ids=workload.sequences if placement.table == "user" else workload.distinct_items,
+            ids=workload.ids_of(placement.table),
             number_bytes=NUMBER_BYTES[plan.tables.communication],
         )
         if sharded.group < plan.ranks:

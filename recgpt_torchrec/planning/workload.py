@@ -1,6 +1,6 @@
 """What one rank works on in one training step: tokens, targets, candidates, bags, operations. Sizes in, sizes out."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -9,13 +9,19 @@ import torch
 
 from recgpt_torchrec.config.defaults import MOST, tokens_of_rank, tokens_of_step
 from recgpt_torchrec.config.plan import Plan
+from recgpt_torchrec.config.tables import is_of_users
 from recgpt_torchrec.data.dataset import Dataset, Manifest
+from recgpt_torchrec.data.inputs.choosing import choose_inputs
+from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.packed import Capacity
 from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.stream import BatchMaker
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.flops import Flops, step_flops
 from recgpt_torchrec.model.recgpt import RecGPT
+
+VALUES = 2
+"""Values per user or item of an attribute of which there may be several (assumed)."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,10 @@ class Workload:
     """With items, users and history filled in."""
     tokens: int
     """Maximum number of tokens of a batch, per rank; batches are taken to be full."""
+    inputs: Inputs = field(default_factory=Inputs)
+    """What the model reads beside ids: with `--data`, the attributes that a run would read."""
+    several: frozenset[str] = frozenset()
+    """Tables of attributes of which a user or item may have several values."""
 
     @classmethod
     def of(cls, plan: Plan) -> "Workload":
@@ -36,15 +46,20 @@ class Workload:
         """
         plan = with_sizes_of_data(plan)
         assert plan.users is not None
+        inputs, several = Inputs(), frozenset[str]()
+        if plan.data is not None:
+            dataset = Dataset(path=plan.data, manifest=Manifest.read(plan.data))
+            inputs = choose_inputs(plan, dataset)
+            several = frozenset(each.table for each in dataset.manifest.attributes if each.multiple)
         tokens, device = plan.batch.tokens, "cpu" if plan.gpu == "cpu" else "cuda"
         if tokens == "auto":
             epoch = cls(plan, 0).epoch_tokens or MOST[device] * plan.ranks * 10**6
             tokens = tokens_of_rank(tokens_of_step(epoch, plan.ranks, device), plan.ranks, plan.model.max_len)
-        return cls(plan, tokens)
+        return cls(plan, tokens, inputs, several)
 
     def on(self, nodes: int, gpus: int) -> "Workload":
         """The same batch per rank on another cluster."""
-        return Workload(replace(self.plan, nodes=nodes, gpus=gpus), self.tokens)
+        return replace(self, plan=replace(self.plan, nodes=nodes, gpus=gpus))
 
     @property
     def items(self) -> int:
@@ -111,6 +126,11 @@ class Workload:
         """Items that a rank looks up in a step, all taken to be distinct: histories, targets, candidates."""
         return min(self.items, self.tokens + self.sequences + self._room)
 
+    def ids_of(self, table: str) -> int:
+        """Ids that a rank looks up in a table in a step: of an attribute, values of distinct users or items."""
+        entities = self.sequences if is_of_users(table) else self.distinct_items
+        return entities * (VALUES if table in self.several else 1)
+
     @property
     def _room(self) -> int:
         """Bags that a batch has room for beyond those of its histories, as `CandidateSource.room`."""
@@ -137,6 +157,7 @@ class Workload:
                 self.items,
                 item_keys=self.capacity.item_keys,
                 precision=plan.tables.precision,
+                inputs=self.inputs,
             )
 
     @cached_property

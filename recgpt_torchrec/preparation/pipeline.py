@@ -126,8 +126,10 @@ def _write_dataset(
     user_keys = queries.user_table(user_ids.named, users)
     entities = {"item": (queries.name_items(item_ids.named, items), all_items), "user": (user_keys, all_users)}
     encoded = [encode_table(engine, config, each, *entities[each.table.entity], extended) for each in loaded_tables]
+    # Items of the catalogue that do not reach min_count have ids, but their interactions are not kept.
+    with_history = item_ids.codes if catalogue is None else item_ids.codes.semi_join(core.items, "item")
     kept = engine.save(
-        "kept_events", events.inner_join(user_ids.codes, "user").inner_join(item_ids.codes, "item").drop("user", "item")
+        "kept_events", events.inner_join(user_ids.codes, "user").inner_join(with_history, "item").drop("user", "item")
     )
     engine.drop(events.get_name())
     slots = [ids.slots for ids in (user_ids, item_ids) if ids.slots is not None]
@@ -214,10 +216,12 @@ def _write_dataset(
             "page": [*log.page, *describe_tables(encoded), *describe_keys(engine, config, users, items)],
         }
         manifest.id_tables = [replace(each.record, version=0) for each in slots]
-        if extended is not None:
-            present = {"user": core.left.users, "item": engine.count(kept_items)}
+        if extended is not None and known_items is not None:
+            absent_users = all_users - core.left.users
+            absent_items = engine.count(known_items.anti_join(core.items, "item"))
             if slots:
-                present = {name: engine.count(placed.select(f"{name}_id").distinct()) for name in present}
+                absent_users = all_users - engine.count(placed.select("user_id").distinct())
+                absent_items = all_items - engine.count(placed.select("item_id").distinct())
             manifest.lineage = earlier.lineage_of(extended, manifest.vocabulary)
             manifest.id_tables = [replace(each.record, version=len(manifest.lineage)) for each in slots]
             manifest.preparation["extends"] = {
@@ -225,8 +229,8 @@ def _write_dataset(
                 **earlier.record_of(extended),
                 "users": extended.manifest.users,
                 "items": extended.manifest.items,
-                "absent_users": all_users - present["user"],
-                "absent_items": all_items - present["item"],
+                "absent_users": absent_users,
+                "absent_items": absent_items,
                 "new_targets": engine.count(
                     placed.filter((placed.part == 0) & ~placed["first"] & (placed.trained == 0))
                 ),

@@ -128,7 +128,7 @@ def drop_outer_shown(events: ir.Table) -> ir.Table:
     """Keep interactions, and what was shown after the first of each user.
 
     What was shown before it follows no interaction, so it is no prompt. What was shown after the last one is known at
-    the next request. Which of it a split reads, `data.reading.histories` decides: nothing of the held-out item's future.
+    the next request; which of it a split reads, `data.reading.feedback` decides.
     """
     clicks = (events.segment == INTERACTED).cast("int64")
     so_far = ibis.cumulative_window(group_by="user_id", order_by=order_of(events))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from recgpt_torchrec.data.segments import EXPOSED
 from recgpt_torchrec.model.decoder import Decoder
 
 
@@ -44,6 +45,13 @@ class Decoding:
         """[users, dim] sum of the item vectors so far."""
         self.recent, self.recent_weight = weight.new_zeros(users, config.dim), weight.new_zeros(users, 1)
         """[users, dim] the same sum, decaying at the decoder's rate; and [users, 1] the sum of its weights."""
+        self.chosen = torch.zeros(users, 1, device=weight.device)
+        """[users, 1] number of entries that `sum` is over: all, or those that are no feedback."""
+        self.newest = weight.new_zeros(users, config.dim)
+        """[users, dim] item vector of the newest of these entries."""
+        self.feedback = weight.new_zeros(2, users, config.dim)
+        self.feedback_weight = weight.new_zeros(2, users, 1)
+        """[2, users, dim] and [2, users, 1]: both means of feedback, likewise, if the decoder has them (`Refused`)."""
         self.longest = 0
         """Upper bound of the users' numbers of entries, known without reading from the device."""
         self.level = True
@@ -59,6 +67,9 @@ class Decoding:
         self.keys, self.values = [k[:users] for k in self.keys], [v[:users] for v in self.values]
         self.entries, self.sum = self.entries[:users], self.sum[:users]
         self.recent, self.recent_weight = self.recent[:users], self.recent_weight[:users]
+        self.chosen, self.newest = self.chosen[:users], self.newest[:users]
+        self.feedback = self.feedback[:, :users]
+        self.feedback_weight = self.feedback_weight[:, :users]
 
     @torch.no_grad()
     def step(
@@ -86,9 +97,11 @@ class Decoding:
         assert self.longest < self.capacity or not self.level or active is not None, "more entries than the capacity"
         config = self.decoder.config
         level = self.level and active is None
-        self._add_to_sums(items, active)
-        mean = (self.sum / self.entries.clamp(min=1)[:, None]) if config.history_in else None
-        x = self.decoder.embed(items, user_vectors, positions, segments, mean, features)[:, None]
+        self._add_to_sums(items, segments, active)
+        mean = self.sum / self.chosen.clamp(min=1) if config.history_in else None
+        refused = self.decoder.refused
+        inputs = items if refused is None else refused.inputs(items, self.newest, segments)
+        x = self.decoder.embed(inputs, user_vectors, positions, segments, mean, features)[:, None]
         # Place of this entry in the cache; for inactive users the next free one, which stays free.
         place = self.entries - 1 if active is None else torch.where(active, self.entries - 1, self.entries)
         place = place.clamp(max=self.capacity)
@@ -105,22 +118,38 @@ class Decoding:
                 keys[all_users, :, place], values[all_users, :, place] = k[:, :, 0], v[:, :, 0]
             keys, values = keys[:, :, : self.longest], values[:, :, : self.longest]
             x = block.finish(x, F.scaled_dot_product_attention(q, keys, values, attn_mask=mask))
-        x = x[:, 0]
-        if config.history_out:
+        return self._add_means(x[:, 0])
+
+    def _add_means(self, x: Tensor) -> Tensor:
+        """Add the means of the history to outputs [users, dim]."""
+        if self.decoder.config.history_out:
             x = x + self.decoder.mean_out * (self.recent / self.recent_weight.clamp(min=1e-30))
+        if (refused := self.decoder.refused) is not None:
+            x = x + (self.feedback / (self.feedback_weight + refused.PRIOR)).sum(0)
         return x
 
-    def _add_to_sums(self, items: Tensor, active: Tensor | None) -> None:
+    def _add_to_sums(self, items: Tensor, segments: Tensor, active: Tensor | None) -> None:
         """Add an entry of each active user to the counts and sums."""
-        config = self.decoder.config
+        config, refused = self.decoder.config, self.decoder.refused
         added = torch.ones_like(self.entries) if active is None else active.long()
         self.entries = self.entries + added
+        chosen = added[:, None].to(items.dtype)
+        if refused is not None:
+            is_feedback = (segments >= EXPOSED)[:, None] * chosen
+            chosen = chosen - is_feedback
+            means = refused.outputs(segments)
+            decay = torch.stack([torch.exp(-fading * chosen) for _, fading in means])
+            factors = torch.stack([factors for factors, _ in means])
+            self.feedback = self.feedback * decay + items * factors * is_feedback
+            self.feedback_weight = self.feedback_weight * decay + is_feedback
+        self.chosen = self.chosen + chosen
+        self.newest = torch.where(chosen > 0, items, self.newest)
         if config.history_in:
-            self.sum = self.sum + items * added[:, None]
+            self.sum = self.sum + items * chosen
         if config.history_out:
-            decay = torch.exp(-self.decoder.forgetting.abs() * added)[:, None]
-            self.recent = self.recent * decay + items * added[:, None]
-            self.recent_weight = self.recent_weight * decay + added[:, None]
+            decay = torch.exp(-self.decoder.forgetting.abs() * chosen)
+            self.recent = self.recent * decay + items * chosen
+            self.recent_weight = self.recent_weight * decay + chosen
 
     @torch.no_grad()
     def prefill(
@@ -150,8 +179,15 @@ class Decoding:
         all_users, place = torch.arange(self.users, device=items.device), torch.arange(length, device=items.device)
         valid = place < lengths[:, None]
         newest = (lengths - 1).clamp(min=0)
-        mean = items.cumsum(1) / (place + 1)[:, None] if config.history_in else None
-        x = self.decoder.embed(items, user_vectors[:, None], positions, segments, mean, features)
+        refused, chosen = self.decoder.refused, valid.to(items.dtype)
+        if refused is not None:
+            chosen = chosen * (segments < EXPOSED)
+        counts = chosen.cumsum(1)
+        mean = (items * chosen[..., None]).cumsum(1) / counts.clamp(min=1)[..., None] if config.history_in else None
+        last = torch.where(chosen > 0, place, -1).cummax(1).values
+        newest_choices = items[all_users[:, None], last.clamp(min=0)] * (last >= 0)[..., None]
+        inputs = items if refused is None else refused.inputs(items, newest_choices, segments)
+        x = self.decoder.embed(inputs, user_vectors[:, None], positions, segments, mean, features)
         for block, keys, values in zip(self.blocks, self.keys, self.values, strict=True):
             q, k, v = block.project(x)
             keys[:, :, :length], values[:, :, :length] = k, v
@@ -164,11 +200,17 @@ class Decoding:
             else:
                 x = block.finish(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
         self.entries, self.longest, self.level = lengths.clone(), length, False
+        self.chosen, self.newest = counts[:, -1:], newest_choices[:, -1]
+        age = self.chosen - counts  # the number of choices after an entry
         if config.history_in:
-            self.sum = (items * valid[..., None]).sum(1)
+            self.sum = (items * chosen[..., None]).sum(1)
         if config.history_out:
-            age = (newest[:, None] - place).clamp(min=0)
-            weights = valid * torch.exp(-self.decoder.forgetting.abs() * age)
+            weights = chosen * torch.exp(-self.decoder.forgetting.abs() * age)
             self.recent, self.recent_weight = (weights[:, None] @ items)[:, 0], weights.sum(1, keepdim=True)
-            x = x + self.decoder.mean_out * (self.recent / self.recent_weight.clamp(min=1e-30))
-        return x
+        if refused is not None:
+            is_feedback, sums = valid.to(items.dtype) - chosen, []
+            for factors, fading in refused.outputs(segments):
+                weights = is_feedback * torch.exp(-fading * age)
+                sums.append(((weights[:, None] @ (items * factors))[:, 0], weights.sum(1, keepdim=True)))
+            self.feedback, self.feedback_weight = (torch.stack(each) for each in zip(*sums, strict=True))
+        return self._add_means(x)

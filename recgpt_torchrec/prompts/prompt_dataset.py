@@ -22,7 +22,7 @@ from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.data.reading.footers import column_bounds
 from recgpt_torchrec.data.reading.reader import Reader
-from recgpt_torchrec.data.segments import EXPOSED, GENERATED
+from recgpt_torchrec.data.segments import EXPOSED, FEEDBACK, GENERATED
 from recgpt_torchrec.data.split import STORED
 from recgpt_torchrec.data.windows import RowGroup, row_groups, user_bounds
 from recgpt_torchrec.distributed import shared_folder
@@ -42,6 +42,8 @@ RECORD = "prompts"
 NOT_COMPARED = ("dataset", "checkpoint")
 """Paths in the record, which may differ; the fingerprints beside them are compared."""
 GROUPS_PER_PART = 16
+PROMPTS = (GENERATED, *FEEDBACK.values())
+"""Segment ids of prompts."""
 LOOKUP = 4096
 """Number of users looked up at once."""
 
@@ -60,7 +62,15 @@ def record_of(dataset: Dataset, prompts: Prompts, max_len: int, checkpoint: str,
         "dataset": dataset.path,
         "dataset_fingerprint": hashlib.sha256(parts.encode()).hexdigest()[:32],
         **({} if dataset.manifest.hold_out == "last" else {"hold_out": dataset.manifest.hold_out}),
+        **({} if {*prompts.feedback} == {*FEEDBACK} else {"feedback": kinds_of(dataset, prompts)}),
     }
+
+
+def kinds_of(dataset: Dataset, prompts: Prompts) -> list[str]:
+    """The kinds of feedback of a dataset that become prompts, in the order of their segment ids."""
+    if prompts.source == "generated":
+        return []
+    return [kind for kind in dataset.manifest.feedback if kind in prompts.feedback]
 
 
 def check_input(dataset: Dataset, prompts: Prompts, groups: list[RowGroup], previous: str | None = None) -> None:
@@ -76,6 +86,12 @@ def check_input(dataset: Dataset, prompts: Prompts, groups: list[RowGroup], prev
         raise InputError(
             f"{dataset.path} has prompts already; give the dataset it was made from ({made_from}) as --data. If "
             "its histories have grown since, give this one as --previous"
+        )
+    told = dataset.manifest.feedback
+    if prompts.source != "generated" and told and not kinds_of(dataset, prompts):
+        raise InputError(
+            f"--prompts.feedback {','.join(prompts.feedback)}: {dataset.path} has only {' and '.join(told)} items. "
+            "Prepare the log with --dislike_to, --skip_to or words for them, or name one that it has"
         )
     if prompts.source != "generated" and not has_exposures(dataset, groups):
         raise InputError(
@@ -233,7 +249,7 @@ class PreviousPrompts:
 
     def _read_intervals(self, group: RowGroup) -> Intervals:
         table = read_rows(self.dataset, group)
-        return intervals_of(table, self.k, self.max_len, (GENERATED, EXPOSED), self.answers)
+        return intervals_of(table, self.k, self.max_len, PROMPTS, self.answers, bool(self.dataset.manifest.feedback))
 
 
 @dataclass
@@ -276,7 +292,8 @@ def write_prompts(
         progress: called with the number of users done since the last call, on this rank.
     """
     k, max_len, answers = record["k"], record["max_len"], record["answers"]
-    prompt_segments = () if record["source"] == "generated" else (EXPOSED,)
+    kinds = [] if record["source"] == "generated" else record.get("feedback", [*FEEDBACK])
+    prompt_segments, trailing = tuple(FEEDBACK[kind] for kind in kinds), bool(dataset.manifest.feedback)
     pools = pools_of(share_of(groups, rank(), world_size()), pool_users)
     earlier = None if previous is None else PreviousPrompts(previous, k, max_len, answers, columns)
     counted = PromptCounts()
@@ -284,7 +301,7 @@ def write_prompts(
     def fill_pools() -> Iterator[pa.Table]:
         for pool in pools:
             tables = [read_rows(dataset, group) for group in pool]
-            histories = intervals_of(pa.concat_tables(tables), k, max_len, prompt_segments, answers)
+            histories = intervals_of(pa.concat_tables(tables), k, max_len, prompt_segments, answers, trailing)
             known = None if earlier is None else earlier.fill(histories)
             if fill is not None and vectors is not None:
                 fill(histories, vectors.of(histories.users), known, progress)
@@ -292,7 +309,7 @@ def write_prompts(
                 progress(histories.users.size)
             counted.users += histories.users.size
             counted.generated += int((histories.segments == GENERATED).sum())
-            counted.exposed += int((histories.segments == EXPOSED).sum())
+            counted.exposed += int((histories.segments >= EXPOSED).sum())
             counted.reused += 0 if known is None else int(known.sum())
             whole, first = table_of(histories), 0
             for table in tables:
@@ -327,6 +344,7 @@ def write_prompts(
                 day=None,
                 interactions=sum(part.items for part in sequences) - total.generated - total.exposed,
                 settings={**described.settings, RECORD: record},
+                feedback=[kind for kind in described.feedback if kind in kinds],
             )
             folders.write_manifest(fs, folder, manifest.to_json())
             total.bytes = manifest.size

@@ -126,6 +126,7 @@ def training_stream(
         max_len=model.max_len,
         long_histories=config.batch.long_histories,
         prompts=tuning is not None and tuning.prompts,
+        feedback=tuning is not None and tuning.reads_feedback,
         answers=answers_of(dataset) if soft_targets else 0,
         new_targets=new_targets,
         set_aside=set_aside,
@@ -133,13 +134,15 @@ def training_stream(
         inputs=inputs or Inputs(),
         event_weights=weights_of_targets(config.events, dataset),
     )
+    predict_from = "every" if tuning is None else tuning.predict_from
+    assert predict_from != "auto", "the stage has chosen"
     maker = BatchMaker(
         reader=reader,
         batch=batch,
         attributes=Attributes.open(dataset, reader.inputs, read_on_node),
         source=candidate_source(config.loss, dataset, batch, rank(), world_size()),
         seed=config.seed,
-        predict_from="every" if tuning is None else tuning.predict_from,
+        predict_from=predict_from,
         soft_targets=soft_targets,
         layout="row" if execution.attention == "varlen" else "grid",
         pad=execution.compile and execution.attention == "varlen",

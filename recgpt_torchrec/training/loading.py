@@ -15,7 +15,7 @@ from recgpt_torchrec.data.bags import ITEM, OUTPUT
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.ids.slots import reassigned_ids
 from recgpt_torchrec.data.inputs.attributes import Attributes
-from recgpt_torchrec.data.inputs.choosing import check_inputs
+from recgpt_torchrec.data.inputs.choosing import add_feedback, check_inputs
 from recgpt_torchrec.data.inputs.events import check_events
 from recgpt_torchrec.data.inputs.growing import check_growth
 from recgpt_torchrec.data.inputs.spec import Inputs
@@ -45,6 +45,11 @@ class Trained:
     def prompts(self) -> bool:
         """Whether the model reads the prompts of a history."""
         return self.tuning is not None and self.tuning.prompts
+
+    @property
+    def feedback(self) -> bool:
+        """Whether it answers a request from the feedback that was known at it."""
+        return self.tuning is not None and self.tuning.reads_feedback
 
 
 def load(
@@ -166,15 +171,16 @@ def pretrained_model(checkpoint: str, dataset: Dataset, given: Model | None) -> 
     return given
 
 
-def pretrained_inputs(checkpoint: str, dataset: Dataset) -> Inputs:
-    """What a pre-trained checkpoint reads beside ids, which tuning keeps.
+def pretrained_inputs(checkpoint: str, dataset: Dataset, tuning: Tuning) -> Inputs:
+    """What a model tuned from a pre-trained checkpoint reads beside ids: what the checkpoint reads, and what tuning
+    adds.
 
     Raises:
         InputError: the dataset lacks it.
     """
     inputs = CheckpointSettings.read(checkpoint).inputs
     check_inputs(inputs, checkpoint, dataset)
-    return inputs
+    return add_feedback(inputs, dataset, tuning)
 
 
 def find_initial(path: str, config: Pretrain, dataset: Dataset, inputs: Inputs) -> str:

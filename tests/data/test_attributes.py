@@ -14,13 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recgpt_torchrec.config import AttributeChoice, Pretrain
+from recgpt_torchrec.config import AttributeChoice, Batch, Model, Pretrain
 from recgpt_torchrec.data.bags import bags_of
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.inputs.attributes import Attributes
 from recgpt_torchrec.data.inputs.choosing import check_inputs, choose_inputs
 from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.packed import Capacity
+from recgpt_torchrec.data.stream import encoding_stream
 from recgpt_torchrec.distributed import shared_folder
 from recgpt_torchrec.distributed.shared_folder import read_on_node
 from recgpt_torchrec.errors import InputError
@@ -47,6 +48,10 @@ def inputs_of(dataset: Dataset, **choice: Any) -> Inputs:
     return choose_inputs(Pretrain(data="", output="", attributes=AttributeChoice(**choice)), dataset)
 
 
+def open_attributes(dataset: Dataset, *read: Any) -> Any:
+    return Attributes.open(dataset, inputs_of(dataset), *read)
+
+
 def bags_by_key(bags: Any) -> dict[str, list[list[int]]]:
     """The values of each bag of each key."""
     lengths, values = bags.lengths().view(len(bags.keys()), -1).tolist(), iter(bags.values().tolist())
@@ -61,7 +66,7 @@ def bags_by_key(bags: Any) -> dict[str, list[list[int]]]:
 def test_bags_hold_the_values_of_each_user_and_item(tmp_path_factory, data, keys, room):
     """Against a plain loop over the lists."""
     dataset, attributes = small_dataset(tmp_path_factory.mktemp("data"))
-    found = Attributes.open(dataset, inputs_of(dataset))
+    found = open_attributes(dataset)
     users = data.draw(st.lists(st.integers(0, USERS - 1), unique=True))
     items = data.draw(st.lists(st.integers(0, ITEMS - 1), unique=True))
     capacity = Capacity(len(users) + room, len(items) + room, keys)
@@ -93,7 +98,7 @@ def trained_items(dataset: Dataset, part: Any) -> list[int]:
 
 def test_items_that_are_never_trained_are_among_those_tested(tmp_path):
     dataset, _ = small_dataset(tmp_path)
-    found = Attributes.open(dataset, inputs_of(dataset))
+    found = open_attributes(dataset)
     assert 0 < found.items.trained.sum() < ITEMS - 5
 
 
@@ -108,26 +113,43 @@ def values_of(found: Attributes) -> list[Any]:
 
 def test_large_ones_are_mapped_from_a_file_that_has_no_name(tmp_path, monkeypatch):
     dataset, _ = small_dataset(tmp_path / "data")
-    inputs = inputs_of(dataset)
-    plain = Attributes.open(dataset, inputs)
+    plain = open_attributes(dataset)
     monkeypatch.setattr(shared_folder, "IN_MEMORY", 0)
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(buffers.tempfile, "tempdir", str(tmp_path / "scratch"))
-    found = Attributes.open(dataset, inputs, read_on_node)
+    found = open_attributes(dataset, read_on_node)
     assert os.listdir(tmp_path / "scratch") == []
     assert values_of(found) == values_of(plain)
     mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path / "scratch") in line]
     assert mapped and all(line.endswith("(deleted)") for line in mapped)
     # Another process gets the file, not its content.
-    assert len(pickle.dumps(Attributes.open(dataset, inputs))) > plain.source[1].bytes.size
+    assert len(pickle.dumps(open_attributes(dataset))) > plain.source[1].bytes.size
     assert len(pickle.dumps(found)) < plain.source[1].bytes.size
+
+
+def test_a_loader_process_maps_the_same_file(tmp_path, monkeypatch):
+    dataset, _ = small_dataset(tmp_path)
+    monkeypatch.setattr(shared_folder, "IN_MEMORY", 0)
+    found = open_attributes(dataset, read_on_node)
+    stream = encoding_stream(
+        dataset,
+        "all",
+        Model(dim=8, max_len=10),
+        Batch(tokens=40),
+        item_keys=2,
+        inputs=inputs_of(dataset),
+        attributes=found,
+    )
+    expected = [bags_by_key(batch.bags) for batch in stream.batches()]
+    stream.settings.workers = 1
+    assert [bags_by_key(batch.bags) for batch in stream.batches()] == expected and len(expected) > 2
 
 
 def read_in_ranks(rank: int, world_size: int, data: str, scratch: str) -> tuple[list[Any], set[str], list[str]]:
     buffers.tempfile.tempdir = scratch
     shared_folder.IN_MEMORY = 0
     dataset = Dataset.open(data)
-    found = Attributes.open(dataset, inputs_of(dataset), read_on_node)
+    found = open_attributes(dataset, read_on_node)
     maps = Path("/proc/self/maps").read_text().splitlines()
     inodes = {line.split()[4] for line in maps if scratch in line}
     return values_of(found), inodes, os.listdir(scratch)
@@ -139,7 +161,7 @@ def test_ranks_of_a_node_map_one_file(tmp_path):
     (first, inodes, left), (second, others, _) = run_ranks(
         read_in_ranks, 2, str(tmp_path / "data"), str(tmp_path / "scratch")
     )
-    assert first == second == values_of(Attributes.open(dataset, inputs_of(dataset)))
+    assert first == second == values_of(open_attributes(dataset))
     assert len(inodes) == 1 and inodes == others and left == []
 
 
@@ -184,7 +206,7 @@ def test_a_damaged_part_is_refused_by_name(tmp_path, column, change, message):
     part = dataset.manifest.item_parts[1]
     write_part(dataset, part, replaced(pq.read_table(tmp_path / part.path), column, change))
     with pytest.raises(InputError) as error:
-        Attributes.open(dataset, inputs_of(dataset))
+        open_attributes(dataset)
     assert f"{tmp_path}: items/part-00001.parquet: " in str(error.value) and message in str(error.value)
 
 
@@ -198,7 +220,7 @@ def test_a_part_without_the_column_or_with_another_type_is_refused(tmp_path):
     ):
         write_part(dataset, part, changed)
         with pytest.raises(InputError, match="users/part-00000.parquet: it has no column attribute_country of lists"):
-            Attributes.open(dataset, inputs_of(dataset))
+            open_attributes(dataset)
 
 
 def test_a_full_disk_says_where_space_is_needed(tmp_path, monkeypatch):
@@ -209,7 +231,7 @@ def test_a_full_disk_says_where_space_is_needed(tmp_path, monkeypatch):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
         with pytest.raises(InputError, match="attributes cannot be kept in .*TMPDIR"):
-            Attributes.open(dataset, inputs_of(dataset), read_on_node)
+            open_attributes(dataset, read_on_node)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not [name for name in os.listdir(tmp_path) if name.startswith(buffers.PREFIX)]

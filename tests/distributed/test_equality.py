@@ -14,6 +14,8 @@ CASES = [
     Case("row_wise", "rowwise_adagrad", "sampled", idle=True),
     Case("table_wise", "adagrad", "all", few=True),
     Case("row_wise", "rowwise_adagrad", "all", idle=True),
+    Case("row_wise", "rowwise_adagrad", "all", weighted=True),
+    Case("table_wise", "adagrad", "sampled", weighted=True),
 ]
 NODE_CASES = [
     Case("table_row_wise", "rowwise_adagrad", "all"),

@@ -39,7 +39,7 @@ class ModifiesItsInput(RecGPT):
     def forward(self, batch: SequenceBatch) -> Any:
         values, lengths = batch.bags.values() + 0, batch.bags.lengths().clone()
         bags = KeyedJaggedTensor(keys=batch.bags.keys(), values=values, lengths=lengths)
-        vectors = recgpt.vectors_of(self.tables(bags), {})
+        vectors = recgpt.vectors_of(self.tables(bags), bags, [])
         return self.dense(vectors[0], vectors[1], vectors[2], batch)
 
 

@@ -6,7 +6,7 @@ The plain loop is independent: one process over two dense matrices, with Adagrad
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,13 +34,24 @@ from recgpt_torchrec.training.building import build
 from recgpt_torchrec.training.execution import Execution
 from recgpt_torchrec.training.schedule import Schedule
 from recgpt_torchrec.training.trainer import Trainer
-from tests.support import ids_by_bag, walks
+from tests.support import SmallAttribute, ids_by_bag, walks
+from tools.small_run import opened
 
 USERS, ITEMS, DIM, STEPS = 11, 23, 8, 6
 CAPACITY = Capacity(USERS, ITEMS, item_keys=3)
 TOKENS = 12
 """Of a global batch, as far as logQ is concerned."""
 TABLE_LR, LR, BETA2 = 0.05, 2e-3, 0.98
+ATTRIBUTES = [
+    SmallAttribute.draw("item", "brand", ITEMS, 6),
+    SmallAttribute.draw("user", "groups", USERS, 5, multiple=True),
+    SmallAttribute.draw("item", "tags", ITEMS, 7, multiple=True),
+    SmallAttribute.draw("user", "country", USERS, 4),
+]
+WEIGHTS = {"item-brand": 2.0, "user-country": 0.5}
+"""By table; the others have 1."""
+UNTRAINED = (3, 11, 12)
+"""Items that have no vector of their own."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +63,24 @@ class Case:
     """Rank 0 has all the data; the other ranks have none."""
     few: bool = False
     """Fewer targets in a step than ranks."""
+    weighted: bool = False
+    """Targets have weights of 0, 1 or 5 by their item."""
+    pooling: Any = None
+    """Of several values of an attribute, `mean` or `sum`; None: there are no attributes."""
 
     def __str__(self) -> str:
-        words = [self.sharding, self.optimizer, self.candidates, "idle" * self.idle, "few" * self.few]
+        ways = ["idle" * self.idle, "few" * self.few, "weighted" * self.weighted, self.pooling]
+        words = [self.sharding, self.optimizer, self.candidates, *ways]
         return "-".join(word for word in words if word)
+
+    @property
+    def opened(self) -> dict[str, Any]:
+        """What the model reads beside ids, and the values, by the names of `build`."""
+        if self.pooling is None:
+            return {}
+        weights = [f"{table.replace('-', '.')}={weight}" for table, weight in WEIGHTS.items()]
+        inputs, attributes = opened(ATTRIBUTES, UNTRAINED, weights=weights, pooling=self.pooling)
+        return {"inputs": inputs, "attributes": attributes}
 
     @property
     def config(self) -> Pretrain:
@@ -96,6 +121,8 @@ def make_batches(case: Case, rank: int, world_size: int) -> list[SequenceBatch]:
                 items=np.concatenate([drawn[n] for n in mine]),
                 offsets=np.concatenate([[0], np.cumsum([len(drawn[n]) for n in mine])]),
             )
+            if case.weighted:
+                histories = replace(histories, weights=np.array([0, 1, 5], np.float32)[histories.items % 3])
             rank_batches.append(pack_batch(case, histories, negatives, Place(rank, world_size)))
         elif not case.idle:
             rank_batches.append(pack_batch(case, no_histories(), negatives, Place(rank, world_size)))
@@ -114,6 +141,7 @@ def pack_batch(case: Case, histories: Histories, negatives: Candidates, place: P
         capacity=CAPACITY,
         predict=True,
         draw=lambda targets: negatives if source is None else source.draw(targets, rng),
+        attributes=case.opened.get("attributes"),
     )
 
 
@@ -144,7 +172,7 @@ def train(case: Case, rank: int, world_size: int) -> Trained:
     """Train on the case's batches with the project's own parts, as the trainer puts them together."""
     dataset = Dataset(path="", manifest=Manifest(users=USERS, items=ITEMS))
     device = torch.device("cpu")
-    model, optimizer = build(case.config, case.config.model, dataset, capacity=CAPACITY, device=device)
+    model, optimizer = build(case.config, case.config.model, dataset, capacity=CAPACITY, device=device, **case.opened)
 
     def tables() -> dict[str, Any]:
         return {table_name(name): gather_table(value) for name, value in sorted(tables_of(model).items())}
@@ -192,13 +220,25 @@ def train_plainly(case: Case, start: Trained) -> Trained:
     adamw = torch.optim.AdamW(dense.parameters(), lr=LR, betas=(0.9, BETA2), weight_decay=0)
     result = Trained(start.tables_before, start.dense_before)
 
-    def rows(weight: torch.Tensor, ids: list[int | None]) -> torch.Tensor:
-        return torch.stack([torch.zeros(DIM) if id is None else weight[id] for id in ids])
+    def rows(entity: str, ids: list[int | None]) -> torch.Tensor:
+        return torch.stack([torch.zeros(DIM) if id is None else vector(entity, id) for id in ids])
 
-    for step, batch in enumerate(make_batches(case, 0, 1)):
+    def vector(entity: str, id: int) -> torch.Tensor:
+        if case.pooling is None:
+            return weights[entity][id]
+        total = torch.zeros(DIM) if entity == "item" and id in UNTRAINED else weights[entity][id]
+        for each in ATTRIBUTES:
+            values = each.lists[id] if each.described.entity == entity else []
+            if values:
+                summed = sum((weights[each.described.table][value] for value in values), torch.zeros(DIM))
+                pooled = summed / len(values) if case.pooling == "mean" else summed
+                total = total + WEIGHTS.get(each.described.table, 1.0) * pooled
+        return total
+
+    for step, batch in enumerate(make_batches(replace(case, pooling=None), 0, 1)):
         user_ids, item_ids = ids_by_bag(batch.bags)
-        items = rows(weights["item"], item_ids)
-        loss, _ = dense(rows(weights["user"], user_ids), items, items, batch)
+        items = rows("item", item_ids)
+        loss, _ = dense(rows("user", user_ids), items, items, batch)
         adamw.zero_grad()
         loss.backward()
         adamw.param_groups[0]["lr"] = LR * case.learning_rate_share(step)

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from pipelines import inputs
+from recgpt_torchrec.checkpoints.folder import find_checkpoint
+from recgpt_torchrec.checkpoints.settings import CheckpointSettings
 from tests.pipelines.test_paper import InProcess, executor
 from tools import structured_log
 
@@ -80,11 +82,9 @@ def test_from_a_log_to_the_report_and_done_once(log: Path, tmp_path: Path, execu
 
     read = {}
     for arm in arms:
-        newest = json.loads((out / f"tiny/seed0/{arm}/best.json").read_text())["checkpoint"]
-        (settings,) = (out / f"tiny/seed0/{arm}/checkpoints" / Path(newest).name).glob("manifest.json")
-        recorded = json.loads(settings.read_text())["inputs"]
-        attributes = {f"{each['entity']}.{each['name']}" for each in recorded.get("attributes", [])}
-        read[arm] = attributes, {each["name"] for each in recorded.get("features", [])}
+        recorded = CheckpointSettings.read(find_checkpoint(str(out / f"tiny/seed0/{arm}"))).inputs
+        attributes = {f"{each.entity}.{each.name}" for each in recorded.attributes}
+        read[arm] = attributes, {each.name for each in recorded.features}
     items, times, events = {"item.category", "item.tags"}, {"past_gap", "next_gap", "hour", "weekday"}, {"event"}
     events |= {"asked_event"}
     assert read == {
@@ -108,6 +108,7 @@ def test_arms_are_those_that_tables_and_columns_allow(log: Path) -> None:
         "user_attributes": ["--attributes.use", "user.age"],
     }
     assert list(inputs.parse(["--input", str(log / "log.parquet")]).arms) == ["ids", "time"]
+    assert list(inputs.parse([*table_words(log), "--arms", "all", "time"]).arms) == ["ids", "time", "all"]
 
 
 def test_differences_are_those_of_the_same_seeds() -> None:
@@ -129,6 +130,8 @@ def test_differences_are_those_of_the_same_seeds() -> None:
         (["--truth", "/no/such/file"], "there is no /no/such/file"),
         (["--no_time"], "nothing to compare"),
         (["--asked", "buy"], "needs the --event_column"),
+        (["--arms", "events"], "--arms events is none of ids, time"),
+        (["--arms", "ids"], "nothing to compare"),
         (["--seeds", "0"], "at least 1"),
     ],
 )

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from recgpt_torchrec.config import Loss, Model, Plan, Tables, TrainingBatch
+from recgpt_torchrec.config import AttributeChoice, Loss, Model, Plan, Tables, TrainingBatch
 from recgpt_torchrec.data.candidates import candidate_source
 from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.stream import BatchMaker
@@ -16,7 +16,7 @@ from recgpt_torchrec.planning.hardware import RATINGS, Hardware, hardware_of
 from recgpt_torchrec.planning.report import Estimate
 from recgpt_torchrec.planning.sharded import shard_workload
 from recgpt_torchrec.planning.workload import Workload
-from tests.support import write_dataset
+from tests.support import SmallAttribute, write_dataset
 
 FAST: dict[str, Any] = {"peak": 0.1, "hbm_bandwidth": 10.0}
 """Rates of a CPU, which are measured otherwise."""
@@ -234,3 +234,34 @@ def test_an_epoch_has_the_newest_entries_of_each_history_or_all_of_them() -> Non
 def test_groups_of_ranks_that_would_need_a_cache_are_refused_as_a_run_refuses_them() -> None:
     with pytest.raises(InputError, match="has a cache"):
         Estimate.of(Plan(items=10**9, users=1000, gpus=4, hbm=40, tables=Tables(shard_ranks=2)))
+
+
+def test_attributes_of_the_dataset_count_with_their_tables_bags_and_ids(tmp_path: Any) -> None:
+    users, items = 30, 200
+    attributes = [
+        SmallAttribute.draw("item", "brand", items, 50),
+        SmallAttribute.draw("item", "tags", items, 90, multiple=True),
+        SmallAttribute.draw("user", "country", users, 20),
+    ]
+    write_dataset(tmp_path, [[1, 2, 3, 4, 5]] * users, items=items, attributes=attributes)
+    options: dict[str, Any] = {"data": str(tmp_path), "gpu": "cpu", "gpus": 2, "model": Model(dim=32), **FAST}
+    with_them = Estimate.of(Plan(**options))
+    without = Estimate.of(Plan(**options, attributes=AttributeChoice(use=[])))
+    assert {each.table: each.rows for each in with_them.sharded.placements} == {
+        "user": users,
+        "item": items,
+        "item-brand": 50,
+        "item-tags": 90,
+        "user-country": 20,
+    }
+    assert bytes_of(with_them, "table item-tags") == 90 * (32 + 1) * 4
+    assert bytes_of(with_them, "attribute values") == items * (4 + 16 + 1) + users * 4
+    assert not bytes_of(without, "attribute values")
+    capacity = with_them.workload.capacity
+    assert with_them.workload.ids_of("item-tags") == 2 * with_them.workload.distinct_items
+    assert with_them.workload.ids_of("user-country") == with_them.workload.sequences
+    more = bytes_of(with_them, "lookups") - bytes_of(without, "lookups")
+    assert more > 4 * 32 * capacity.stride * (2 * capacity.item_keys + 1)
+    one = Estimate.of(Plan(**options, attributes=AttributeChoice(use=["country"])))
+    assert "item-brand" not in {each.table for each in one.sharded.placements}
+    assert "item-tags" in with_them.text()

@@ -20,7 +20,7 @@ from tests.preparation.test_ids import write_days
 from tools import spark_plans
 from tools.check_engines import check_log, compare_datasets, write_logs
 
-LOGS = ("histories", "times", "clicks", "vocabulary", "by time")
+LOGS = ("histories", "times", "clicks", "events", "vocabulary", "by time", "attributes")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def logs(spark: Path) -> dict[str, dict[str, Any]]:
-    """The five logs, in few rows."""
+    """The logs, in few rows."""
     return write_logs(spark / "logs", users=90, items=40)
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from recgpt_torchrec.config import Model
+from recgpt_torchrec.data.segments import SEGMENTS
 from recgpt_torchrec.model.attention import DenseAttention
 from recgpt_torchrec.model.decoder import Decoder
 from recgpt_torchrec.prompts.decoding import Decoding
@@ -13,9 +14,10 @@ DIM, MAX_LEN = 8, 12
 LENGTHS = [7, 1, 12, 4]
 
 
-def random_decoder(layers: int = 3, **settings: bool) -> Decoder:
+def random_decoder(layers: int = 3, feedback: bool = False, **settings: bool) -> Decoder:
     torch.manual_seed(0)
-    decoder = Decoder(Model(dim=DIM, heads=2, layers=layers, max_len=MAX_LEN, **settings))
+    model = Model(dim=DIM, heads=2, layers=layers, max_len=MAX_LEN, **settings)
+    decoder = Decoder(model, SEGMENTS if feedback else 0, feedback=feedback)
     for parameter in decoder.parameters():  # what starts at zero or one would hide mistakes
         torch.nn.init.normal_(parameter, std=0.4)
     return decoder.eval()
@@ -27,7 +29,7 @@ def sequences(lengths: list[int]) -> tuple[list[Tensor], Tensor, list[Tensor], l
     items = [torch.randn(n, DIM, generator=generator) for n in lengths]
     users = torch.randn(len(lengths), DIM, generator=generator)
     positions = [torch.sort(torch.randint(0, MAX_LEN, (n,), generator=generator)).values for n in lengths]
-    segments = [torch.randint(0, 3, (n,), generator=generator) for n in lengths]
+    segments = [torch.randint(0, SEGMENTS, (n,), generator=generator) for n in lengths]
     return items, users, positions, segments
 
 
@@ -53,8 +55,9 @@ def padded(parts: list[Tensor], fill: float) -> Tensor:
 
 @pytest.mark.parametrize("history_in", [True, False])
 @pytest.mark.parametrize("history_out", [True, False])
-def test_step_by_step_is_the_full_forward_at_every_position(history_in, history_out):
-    decoder = random_decoder(history_in=history_in, history_out=history_out)
+@pytest.mark.parametrize("feedback", [False, True])
+def test_step_by_step_is_the_full_forward_at_every_position(history_in, history_out, feedback):
+    decoder = random_decoder(history_in=history_in, history_out=history_out, feedback=feedback)
     items, users, positions, segments = sequences([9, 9, 9])
     state = Decoding(decoder, users=3, capacity=9)
     stepped = [feed(state, t, items, users, positions, segments) for t in range(9)]
@@ -63,8 +66,9 @@ def test_step_by_step_is_the_full_forward_at_every_position(history_in, history_
         torch.testing.assert_close(torch.stack(stepped)[:, u], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_users_at_different_numbers_of_entries_do_not_touch_each_other():
-    decoder = random_decoder()
+@pytest.mark.parametrize("feedback", [False, True])
+def test_users_at_different_numbers_of_entries_do_not_touch_each_other(feedback):
+    decoder = random_decoder(feedback=feedback)
     items, users, positions, segments = sequences(LENGTHS)
     state = Decoding(decoder, users=len(LENGTHS), capacity=max(LENGTHS))
     generator = torch.Generator().manual_seed(2)
@@ -83,8 +87,9 @@ def test_users_at_different_numbers_of_entries_do_not_touch_each_other():
         torch.testing.assert_close(torch.stack(outputs[u]), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_prefilled_state_continues_like_one_that_was_fed_entry_by_entry():
-    decoder = random_decoder()
+@pytest.mark.parametrize("feedback", [False, True])
+def test_a_prefilled_state_continues_like_one_that_was_fed_entry_by_entry(feedback):
+    decoder = random_decoder(feedback=feedback)
     items, users, positions, segments = sequences(LENGTHS)
     state = Decoding(decoder, users=len(LENGTHS), capacity=max(LENGTHS) + 2)
     newest = state.prefill(padded(items, 9.0), users, padded(positions, 3), padded(segments, 1), torch.tensor(LENGTHS))

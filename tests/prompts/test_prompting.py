@@ -7,6 +7,11 @@ import torch
 
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import Loss, Model, Prompts
+from recgpt_torchrec.data.histories import Histories
+from recgpt_torchrec.data.inputs.features import compute_features
+from recgpt_torchrec.data.inputs.spec import Feature, Inputs
+from recgpt_torchrec.data.inputs.times import VALUES
+from recgpt_torchrec.data.ragged import Ragged
 from recgpt_torchrec.data.segments import EXPOSED, GENERATED
 from recgpt_torchrec.model.attention import DenseAttention
 from recgpt_torchrec.model.dense import Dense
@@ -46,6 +51,128 @@ def rows_of(rows: list[list[int]], segments: list[list[int]] | None = None) -> p
     if segments is not None:
         columns["segment_ids"] = pa.array(segments, pa.list_(pa.int8()))
     return pa.table(columns)
+
+
+INPUTS = Inputs(
+    features=[Feature(name=name, values=values) for name, values in {"event": 4, "asked_event": 4, **VALUES}.items()],
+    events=["view", "cart", "buy"],
+)
+
+
+@pytest.fixture(scope="module")
+def reading() -> Dense:
+    """A model that reads event types and times."""
+    torch.manual_seed(3)
+    made = Dense(Model(dim=DIM, heads=2, layers=2, max_len=MAX_LEN), Loss(), inputs=INPUTS)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    for parameter in made.decoder.features.parameters():
+        torch.nn.init.normal_(parameter, std=2.0)  # so that they decide
+    for module in made.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.reset_parameters()
+    torch.nn.init.constant_(made.decoder.mean_out, 0.1)
+    return made.eval()
+
+
+def add_columns(table: pa.Table, seed: int = 0, shift: int = 0) -> pa.Table:
+    """The table with event types and times of its entries, gaps from none to a year."""
+    rng = np.random.default_rng(seed)
+    lengths = [len(row) for row in table["item_ids"].to_pylist()]
+    times = [(1_700_000_000 + shift + rng.choice([0, 60, 10**4, 10**6, 10**7], n).cumsum()).tolist() for n in lengths]
+    events = [rng.integers(0, 4, n).tolist() for n in lengths]
+    table = table.drop(["timestamps"]).append_column("timestamps", pa.array(times, pa.list_(pa.int64())))
+    return table.append_column("event_ids", pa.array(events, pa.list_(pa.int16())))
+
+
+def features_of(table: pa.Table) -> list[np.ndarray]:
+    """[features, entries] of each row of a prompt dataset, as packing computes them."""
+    items = Ragged.from_arrow(table["item_ids"])
+    histories = Histories(
+        users=table["user_id"].to_numpy(),
+        items=items.values,
+        offsets=items.offsets,
+        segments=Ragged.from_arrow(table["segment_ids"]).values,
+        times=Ragged.from_arrow(table["timestamps"]).values,
+        events=Ragged.from_arrow(table["event_ids"]).values,
+    )
+    features = compute_features(INPUTS, histories, np.arange(items.values.size))
+    assert features is not None
+    return [features[:, a:b] for a, b in zip(items.offsets[:-1], items.offsets[1:], strict=True)]
+
+
+@torch.no_grad()
+def outputs_of(dense: Dense, catalogue: Catalogue, user: torch.Tensor, items, positions, segments, features):
+    """[entries, dim] outputs of one history by the decoder's whole forward pass."""
+    n = len(items)
+    zeros = torch.zeros(1, n, dtype=torch.int64)
+    vectors = catalogue.vectors_of(torch.tensor(items))[None]
+    return dense.decoder(
+        vectors,
+        user.expand(1, n, -1),
+        torch.tensor([positions]),
+        torch.tensor([segments]),
+        DenseAttention(zeros),
+        torch.from_numpy(features)[:, None],
+    )[0]
+
+
+@pytest.mark.parametrize("source", ["generated", "both"])
+def test_a_model_that_reads_times_generates_what_one_pass_over_the_packed_history_ranks_first(
+    reading, catalogue, source
+):
+    """Every generated item, of fresh and of reused prompts, is the best of the full pass over the dataset's rows."""
+    rows = random_rows([4, 0, 6, 1, 2, 5, 3])
+    segments = [[0] * len(row) for row in rows]
+    rows[0], segments[0] = [1, 9, 3, 2, 4], [0, 2, 0, 0, 0]
+    table, kept = add_columns(rows_of(rows, segments)), (EXPOSED,) if source == "both" else ()
+    prompts = Prompts(k=2, source=source)
+    made = fill(reading, catalogue, intervals_of(table, 2, MAX_LEN, kept), prompts)
+    known = np.array([1, 0, 3, 0, 0, 2, 2])
+    again = intervals_of(made, 2, MAX_LEN, (GENERATED, EXPOSED))
+    for row, count in enumerate(known):  # forget those after the known ones
+        unknown = slice(again.row(row).start + count, again.row(row).stop)
+        forgotten = again.segments[unknown] == GENERATED
+        again.prompts[unknown][forgotten], again.segments[unknown][forgotten] = -1, 0
+    assert fill(reading, catalogue, again, prompts, known).drop(["timestamps"]).equals(made.drop(["timestamps"]))
+    users, generated = random_user_vectors(len(rows)), 0
+    for u, features in enumerate(features_of(made)):
+        items, kinds = made["item_ids"][u].as_py(), made["segment_ids"][u].as_py()
+        at = [place for place, kind in enumerate(kinds) if kind == 0]
+        positions = []
+        for place in range(len(items)):
+            own = max(each for each in at if each <= place)
+            positions.append(min(at.index(own) + place - own, MAX_LEN - 1))
+        if not items:
+            continue
+        outputs = outputs_of(reading, catalogue, users[u], items, positions, kinds, features)
+        for place, kind in enumerate(kinds):
+            if kind != GENERATED:
+                continue
+            scores = catalogue.vectors_of(torch.arange(ITEMS)) @ outputs[place - 1]
+            own = max(each for each in at if each < place)
+            scores[[items[each] for each in at if each < place] + items[own:place]] = -torch.inf
+            assert int(scores.argmax()) == items[place]
+            generated += 1
+    assert generated > 20
+    assert made["event_ids"][4].as_py()[1:3] == [0, 0]  # generated prompts have no event type
+
+
+def test_other_times_give_other_prompts_and_none_of_the_earlier_ones_are_reused(reading, catalogue):
+    rows = random_rows([5, 6, 4])
+    table = add_columns(rows_of(rows))
+    old = fill(reading, catalogue, intervals_of(table, 2, MAX_LEN, ()), Prompts(k=2))
+    moved = add_columns(rows_of(rows), shift=50_000_000)  # the same gaps at other hours
+    new = fill(reading, catalogue, intervals_of(moved, 2, MAX_LEN, ()), Prompts(k=2))
+    assert not new["item_ids"].equals(old["item_ids"])
+    earlier = intervals_of(old, 2, MAX_LEN, (GENERATED, EXPOSED))
+
+    def known(table: pa.Table, columns: list[str]) -> list[int]:
+        return known_intervals(intervals_of(table, 2, MAX_LEN, ()), earlier, MAX_LEN, columns).tolist()
+
+    assert known(table, ["times", "events"]) == [4, 5, 3]
+    assert known(moved, ["times", "events"]) == [0, 0, 0] and known(moved, []) == [4, 5, 3]
+    assert known(table.drop(["event_ids"]), ["events"]) == [0, 0, 0]
 
 
 def fill(dense, catalogue, histories: Intervals, prompts: Prompts, known=None, batch_users: int = 3) -> pa.Table:

@@ -15,6 +15,7 @@ from recgpt_torchrec import cli
 from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.config import Pretrain
 from recgpt_torchrec.data.batch import SequenceBatch
+from recgpt_torchrec.data.inputs.choosing import choose_inputs
 from recgpt_torchrec.data.stream import BatchMaker, SequenceStream
 from recgpt_torchrec.data.windows import Position, Queue, Window
 from recgpt_torchrec.distributed.devices import choose_device
@@ -68,10 +69,17 @@ class Training:
         self.dataset, device = open_dataset(config), choose_device(config.device)
         execution = Execution.choose(config.train, config.model, config.loss, device)
         tokens = choose_tokens(config, config.model, self.dataset, device)
-        self.whole_stream = training_stream(config, config.model, self.dataset, tokens.rank, execution)
+        inputs = choose_inputs(config, self.dataset)
+        self.whole_stream = training_stream(config, config.model, self.dataset, tokens.rank, execution, inputs=inputs)
         self.stream = self._first(steps) if steps is not None else self.whole_stream
         self.model, optimizer = build(
-            config, config.model, self.dataset, capacity=self.stream.maker.capacity, device=device
+            config,
+            config.model,
+            self.dataset,
+            capacity=self.stream.maker.capacity,
+            device=device,
+            inputs=inputs,
+            attributes=self.stream.maker.attributes,
         )
         self.trainer = Trainer(
             model=self.model,

@@ -114,6 +114,14 @@ class Attributes:
         users, items = (each.view(own) for each, own in zip(layouts, _split(layouts, buffer.bytes), strict=True))
         return cls(users, items, (layouts, buffer))
 
+    @property
+    def tables_of_several(self) -> set[str]:
+        """Names of the attributes' tables of which a user or item may have several values."""
+        columns = [
+            pair for each in (self.users, self.items) for pair in zip(each.attributes, each.columns, strict=True)
+        ]
+        return {attribute.table for attribute, column in columns if column.offsets is not None}
+
     def __reduce__(self) -> Any:
         if self.source is None:
             return Attributes, (self.users, self.items)

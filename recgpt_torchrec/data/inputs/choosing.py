@@ -1,12 +1,15 @@
 """Chooses what a model reads beside ids, and checks that a dataset has what a checkpoint's model reads."""
 
-from recgpt_torchrec.config import AttributeChoice, Pretrain
+from dataclasses import replace
+
+from recgpt_torchrec.config import AttributeChoice, Pretrain, Tuning
 from recgpt_torchrec.config.command_line import nearest
 from recgpt_torchrec.config.inputs.attributes import ALL
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.inputs.events import add_events, check_events
+from recgpt_torchrec.data.inputs.places import PLACE_VALUES
 from recgpt_torchrec.data.inputs.records import DatasetAttribute
-from recgpt_torchrec.data.inputs.spec import TIMES, Attribute, Feature, Inputs
+from recgpt_torchrec.data.inputs.spec import PLACES, TIMES, Attribute, Feature, Inputs
 from recgpt_torchrec.data.inputs.time_units import check_times, choose_unit
 from recgpt_torchrec.data.inputs.times import VALUES
 from recgpt_torchrec.errors import InputError
@@ -97,6 +100,30 @@ def _find(name: str, option: str, dataset: Dataset) -> DatasetAttribute:
     raise InputError(f"--attributes.{option} names {name}, an attribute that {dataset.path} does not have; {hint}")
 
 
+def add_feedback(inputs: Inputs, dataset: Dataset, tuning: Tuning) -> Inputs:
+    """What a model reads beside ids once it is tuned: kinds of feedback and places as well.
+
+    Raises:
+        InputError: the dataset lacks places that are asked for.
+    """
+    if not tuning.prompts:
+        return inputs
+    features = inputs.features
+    if tuning.places:
+        check_places(dataset, "--tuning.places true")
+        features = [*features, Feature(name="place", values=PLACE_VALUES)]
+    manifest = dataset.manifest
+    return replace(inputs, segments=manifest.segments, feedback=bool(manifest.feedback), features=features)
+
+
+def check_places(dataset: Dataset, reader: str) -> None:
+    """Raise an `InputError` unless a dataset stores places; `reader` is what reads them."""
+    if not dataset.manifest.settings.get("position_column"):
+        raise InputError(
+            f"{reader} reads places in a list, and {dataset.path} stores none; prepare the log with --position_column"
+        )
+
+
 def check_inputs(inputs: Inputs, checkpoint: str, dataset: Dataset) -> None:
     """Check that a dataset has what the model of a checkpoint reads beside ids.
 
@@ -106,6 +133,8 @@ def check_inputs(inputs: Inputs, checkpoint: str, dataset: Dataset) -> None:
     check_events(inputs, checkpoint, dataset)
     if inputs.reads(*TIMES):
         check_times(inputs, checkpoint, dataset)
+    if inputs.reads(*PLACES):
+        check_places(dataset, f"the checkpoint {checkpoint}")
     present = {each.table: each for each in dataset.manifest.attributes}
     for each in inputs.attributes:
         found = present.get(each.table)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.inputs import times
+from recgpt_torchrec.data.inputs.places import places_in_lists
 from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.data.segments import INTERACTED
@@ -97,6 +98,7 @@ FEATURES: dict[str, Callable[[Entries], Int64]] = {
     "next_gap": times.next_gaps,
     "hour": times.hours,
     "weekday": times.weekdays,
+    "place": places_in_lists,
 }
 """How each feature is computed, [tokens] int64 from 0 to its number of values - 1."""
 

@@ -59,8 +59,9 @@ class DatasetAttribute:
         rising = all(map(math.isfinite, self.edges)) and all(a < b for a, b in pairwise(self.edges))
         if not rising or (self.edges and len(self.edges) != self.values - 1):
             raise ValueError(f"the edges {where} are not those of {self.values:,} buckets")
-        if self.parts and sum(part.rows for part in self.parts) != self.values:
-            raise ValueError(f"it promises {self.values:,} values {where}, but other rows in its parts")
+        rows = sum(part.rows for part in self.parts)
+        if self.parts and rows != self.values:
+            raise ValueError(f"it promises {self.values:,} values {where}, but {rows:,} rows in its parts")
         if not self.values:
             raise ValueError(f"it promises no values {where}")
 

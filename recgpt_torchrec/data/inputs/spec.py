@@ -102,6 +102,8 @@ class Inputs:
     """Seconds of a unit of the timestamps, where features read them."""
     segments: int = PLAIN_SEGMENTS
     """Number of segment ids that it tells apart, where it reads prompts."""
+    feedback: bool = False
+    """Whether feedback among the prompts enters the model apart from what was chosen, see `model.decoder.Refused`."""
     utc_offset_hours: float = 0.0
     """Added to UTC for features hour and weekday."""
 

@@ -50,7 +50,8 @@ def bucket_gaps(gaps: Int64, unit: float) -> Int64:
         gaps: [n] int64; negative ones count as 0.
         unit: seconds of a unit of the gaps.
     """
-    return np.searchsorted(EDGES / unit, gaps, side="right") + 1
+    edges = EDGES * round(1 / unit) if unit < 1 else EDGES / unit
+    return np.searchsorted(np.ceil(edges).astype(np.int64), gaps, side="right") + 1
 
 
 def past_gaps(entries: "Entries") -> Int64:

@@ -16,6 +16,7 @@ from recgpt_torchrec.data.inputs.request import Request
 from recgpt_torchrec.data.inputs.spec import EVENTS, PLACES, TIMES, Inputs
 from recgpt_torchrec.data.ragged import Int64, Ragged
 from recgpt_torchrec.data.reading.damage import SetAside
+from recgpt_torchrec.data.reading.feedback import extend_by_feedback, find_known
 from recgpt_torchrec.data.reading.reader import Reader, stored_starts
 from recgpt_torchrec.data.reading.sample import UserSample
 from recgpt_torchrec.data.segments import INTERACTED, Interacted
@@ -38,6 +39,9 @@ class HistoryReader:
     """How a longer history is trained on: its newest part, or all of it, cut into overlapping pieces."""
     prompts: bool = False
     """Whether prompts (generated, or shown but not clicked) are read; they are left out otherwise."""
+    feedback: bool = False
+    """Whether prompts predict, so that feedback which was known at a request is read to answer it: that after the
+    newest interaction too, where the dataset holds it (`Manifest.feedback`)."""
     answers: int = 0
     """Number of answers of the pre-trained model to read per interacted item."""
     new_targets: bool = False
@@ -62,6 +66,11 @@ class HistoryReader:
         """Whether histories hold targets to train on."""
         return self.split == "training"
 
+    @property
+    def reads_feedback(self) -> bool:
+        """Whether feedback is read by what was known at each request."""
+        return self.prompts and self.feedback and bool(self.dataset.manifest.feedback)
+
     def read(self, groups: Sequence[RowGroup], order: Callable[[int], Int64] | None = None) -> Histories:
         """The histories of some row groups.
 
@@ -77,7 +86,7 @@ class HistoryReader:
         reader = Reader(
             self.dataset,
             self.answers,
-            self.time_order or timed,
+            self.time_order or timed or self.reads_feedback,
             self.set_aside,
             self.new_targets,
             events=reads_events,
@@ -113,12 +122,18 @@ class HistoryReader:
         row, begin, end, target = parts
         first = items.offsets[:-1][row]
         last = np.where(end > begin, interacted.entries(np.maximum(end, 1)) if interacted.places.size else first, first)
+        known = None
+        if self.reads_feedback and segments is not None:
+            times = Ragged.from_arrow(table["timestamps"]).values if "timestamps" in table.schema.names else None
+            known = find_known(segments, times, interacted, items.offsets)
+            if not self.training:
+                last = extend_by_feedback(last, items.offsets[1:][row], segments, known)
         answers, answer_scores = self._read_answers(table, items.values.size, interacted)
         weights = None if self.event_weights is None else self.event_weights[columns["events"]]
         kept = self._find_kept(columns.get("events"), segments)
         if evented:  # types that were added to the dataset after the model was trained are unknown to it
-            known = columns["events"] <= len(self.inputs.events)
-            columns["events"] = np.where(known, columns["events"], np.int16(UNKNOWN))
+            is_known = columns["events"] <= len(self.inputs.events)
+            columns["events"] = np.where(is_known, columns["events"], np.int16(UNKNOWN))
         if kept is not None:  # from here on, entries are those that histories hold
             before = ragged.offsets_of(kept)
             first, last = before[first], before[last]
@@ -156,6 +171,7 @@ class HistoryReader:
             answers=entries(answers),
             answer_scores=entries(answer_scores),
             trained=entries(trained),
+            known=entries(known) if self.training else None,
             weights=entries(weights),
             **{name: entries(values) for name, values in columns.items() if name != "events" or evented},
             **self._requests(columns, interacted, target, rows),

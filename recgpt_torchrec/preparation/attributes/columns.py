@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import ibis.expr.datatypes as dt
 import pyarrow as pa
 
-from recgpt_torchrec.config.attribute_names import AskedAttribute
 from recgpt_torchrec.config.command_line import did_you_mean
+from recgpt_torchrec.config.inputs.attribute_names import AskedAttribute
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.attributes.tables import EntityTable
 from recgpt_torchrec.preparation.reading.dialect import Dialect, shorten

@@ -166,7 +166,7 @@ class _TableReader(DuckDBReader):
             f"CASE WHEN line IS NULL OR trim(line) = '' THEN {quote_sql(BLANK)} "
             f"WHEN object IS NULL THEN {quote_sql(MALFORMED_LINE)} END"
         )
-        self._store("json_rows", columns, fault)
+        self._store("json_rows", columns, fault, "CASE WHEN object IS NULL THEN line END")
 
     def _describe_json(self, pointers: Sequence[str]) -> None:
         """Fill `held` by the types of all values."""
@@ -228,8 +228,17 @@ class _TableReader(DuckDBReader):
             if name not in names:
                 raise explain_column(self.spec, self.file, name, names)
 
-    def _store(self, relation: str, columns: Sequence[Column], fault: str = "NULL::VARCHAR") -> None:
-        """Store key and attributes of every row as the table `table_rows`; `fault` is SQL of what is wrong with it."""
+    def _store(
+        self, relation: str, columns: Sequence[Column], fault: str = "NULL::VARCHAR", text: str = "NULL::VARCHAR"
+    ) -> None:
+        """Store key and attributes of every row as the table `table_rows`.
+
+        Args:
+            relation: SQL of the rows.
+            columns: of the key and of each attribute.
+            fault: SQL of what is wrong with a row, or null.
+            text: SQL of such a row, to be shown.
+        """
         assert self.taken is not None
         self._drop_faults()
         key = columns[0]
@@ -240,7 +249,7 @@ class _TableReader(DuckDBReader):
         self.types = [key.type, *(column.type for column in columns)]
         self.lists = [column.is_list for column in columns]
         each = [f"{column.sql} AS a{n}, {column.fault or 'NULL::VARCHAR'} AS f{n}" for n, column in enumerate(columns)]
-        selected = ", ".join([f"{key.sql} AS key", f"{fault} AS fault", *each])
+        selected = ", ".join([f"{key.sql} AS key", f"{fault} AS fault", f"{text} AS text", *each])
         self._run_text(f"CREATE TABLE table_rows AS SELECT {selected} FROM {relation}")
 
     def read(self, number: int) -> Iterator[pa.Table]:
@@ -254,14 +263,13 @@ class _TableReader(DuckDBReader):
             yield from self._run_values(number, place, self._select_values(place))
 
     def _select_rows(self) -> str:
-        source = ibis.table({"row": "int64", "key": self.types[0], "fault": "string"}, name="source")
+        source = ibis.table({"row": "int64", "key": self.types[0], "fault": "string", "text": "string"}, name="source")
         key = spell_key(source.key, self.config.null_words)
         problem = ibis.cases((source.fault.notnull(), source.fault), (key.isnull(), NO_KEY), else_=ibis.null("string"))
-        nothing = {"value": ibis.null("string"), "number": ibis.null("float64")}
         rows = source.filter(source.fault.isnull() | (source.fault != BLANK)).select(
-            "row", key=key, **nothing, problem=problem
+            "row", key=key, value=source.text, number=ibis.null("float64"), problem=problem
         )
-        return self._with_source("key, fault", rows)
+        return self._with_source("key, fault, text", rows)
 
     def _select_values(self, place: int) -> str:
         assert self.taken is not None

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from recgpt_torchrec.config import Prepare
-from recgpt_torchrec.config.attribute_names import AskedAttribute
+from recgpt_torchrec.config.inputs.attribute_names import AskedAttribute
 from recgpt_torchrec.config.prepare import NONE
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.inputs.spec import Entity, table_of_attribute

@@ -65,18 +65,24 @@ def find_event_types(engine: Engine, config: Prepare, usable: ir.Table, known: l
     Raises:
         InputError: the column has no words, or so many that it does not hold event types.
     """
-    by_word = usable.group_by("event").agg(n=usable.count())
-    counts = {row["event"]: row["n"] for row in engine.rows(by_word.limit(MOST + 2))}
-    unknown = counts.pop(None, 0)
     option = f"--event_column {config.event_column}"
+    by_word = usable.group_by("event").agg(n=usable.count())
+    if (distinct := engine.count(by_word)) > MOST + 1:  # one of them may be none
+        examples = engine.rows(by_word.order_by("event").limit(2))
+        raise _explain_many(option, distinct, [row["event"] for row in examples])
+    counts = {row["event"]: row["n"] for row in engine.rows(by_word)}
+    unknown = counts.pop(None, 0)
     if not counts:
         raise InputError(f"{option}: it has no value in any of {unknown:,} usable rows; name the column of event types")
     new = sorted(counts.keys() - {*known}, key=lambda word: (-counts[word], word))
     words = [*known, *new]
     if len(words) > MOST:
-        shown = ", ".join(repr(word) for word in sorted(new)[:3])
-        raise InputError(
-            f"{option}: it has more than {MOST} different values, such as {shown}, so it holds no event types; name "
-            "another column, or leave other rows out with --where"
-        )
+        raise _explain_many(option, len(words), words[-2:])
     return EventTypes(words=words, counts=[counts.get(word, 0) for word in words], unknown=unknown)
+
+
+def _explain_many(option: str, count: int, examples: list[str]) -> InputError:
+    return InputError(
+        f"{option}: it has {count:,} different values, such as {' and '.join(map(repr, examples))}, and there may be "
+        f"{MOST} event types; name another column, or leave rows out with --where"
+    )

@@ -1,4 +1,4 @@
-"""Tells clicks from what was only shown, disliked or skipped, and reads places in a list: Ibis expressions, any engine."""
+"""Tells clicks from what was shown, disliked or skipped, and reads places in a list: Ibis expressions, any engine."""
 
 from typing import Any
 
@@ -70,8 +70,8 @@ def count_exposed(engine: Engine, config: Prepare, usable: ir.Table, rows: int) 
     if not 0 < total["shown"] < rows:
         outcome = "every row was only shown" if total["shown"] else "no row was only shown, all were clicked"
         raise InputError(
-            f"--click_column {config.click_column} does not tell shown rows from clicked ones: {outcome}, as its values "
-            f"in {rows:,} usable rows are {range_} and a click is at least {config.click_from:g}. Give another "
+            f"--click_column {config.click_column} does not tell shown rows from clicked ones: {outcome}, as its "
+            f"values in {rows:,} usable rows are {range_} and a click is at least {config.click_from:g}. Give another "
             "--click_from or another column"
             + ("" if total["shown"] else "; or leave --click_column out, where the log holds interactions only")
         )

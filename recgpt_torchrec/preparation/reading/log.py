@@ -97,12 +97,12 @@ def read_log(engine: Engine, config: Prepare, inputs: InputFiles, known_events: 
     table, malformed = loaded.table, loaded.rejected.filter(loaded.rejected.malformed)
     usable = table.filter(table.problem.isnull())
     columns = ["user", "item", "time", "fraction", "order", *(["rating"] if config.rating_column else [])]
-    event_types, typed = None, {}
-    if config.event_column and engine.count(usable.limit(1)):
-        event_types = find_event_types(engine, config, usable, [*known_events])
-        typed = {"event": event_types.encode(usable.event)}
     rejected = {row["problem"]: row["n"] for row in engine.rows(table.group_by("problem").agg(n=table.count()))}
     rows, unknown = rejected.pop(None, 0), rejected.get(UNKNOWN, 0)
+    event_types, typed = None, {}
+    if config.event_column and rows:
+        event_types = find_event_types(engine, config, usable, [*known_events])
+        typed = {"event": event_types.encode(usable.event)}
     filtered = rejected.get(FILTERED, 0) + unknown
     for problem in SILENT:
         rejected.pop(problem, None)

@@ -112,11 +112,11 @@ def choose_unit(given: TimeUnit, low: int, high: int, dated: int, rows: int) -> 
     return 1.0 if dated == rows else guess_unit(low, high)
 
 
-def describe_unit(given: TimeUnit, unit: float | None) -> list[str] | None:
-    """The line on the unit of a log's times, where the range does not say it; None: there is none."""
+def describe_unit(given: TimeUnit, unit: float | None) -> str | None:
+    """The unit of a log's times in words, where their range does not say it; None: it does."""
     if unit is None:
-        return ["note", "the unit of the times is not known; give --time_unit, if pretrain --time.use is to read them"]
-    return None if given == "auto" else ["time unit", f"{unit_name(unit)} (--time_unit {given})"]
+        return "not known: give --time_unit, if pretrain is to read the times (--time.use)"
+    return None if given == "auto" else f"{unit_name(unit)} (--time_unit {given})"
 
 
 def unit_of(number: float) -> str | None:

@@ -109,8 +109,8 @@ def page(
     if found["low"] is not None:
         lines.append(["times", describe_range(found["low"], found["high"], found["dated"] == found["rows"])])
         unit = choose_unit(config.time_unit, found["low"], found["high"], found["dated"], found["rows"])
-        if line := describe_unit(config.time_unit, unit):
-            lines.append(line)
+        if words := describe_unit(config.time_unit, unit):
+            lines.append(["time unit", words])
     lines += [["note", note] for note in _notes(config, found)]
     lines += [["note", note] for report in loaded.reports for note in report.notes]
     return lines + [["note", note] for note in advice], unit
