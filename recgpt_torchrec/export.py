@@ -9,7 +9,7 @@ from recgpt_torchrec import cli
 from recgpt_torchrec.config import Export
 
 if TYPE_CHECKING:
-    from recgpt_torchrec.data.dataset import Dataset
+    from recgpt_torchrec.data.dataset import Dataset, Manifest
     from recgpt_torchrec.data.inputs.request import Request
     from recgpt_torchrec.data.inputs.spec import Inputs
     from recgpt_torchrec.retrieval.exports.chain import Chain
@@ -128,11 +128,24 @@ def main(config: Export) -> None:
         print_result(
             f"{'Already there' if already_there else 'Written'}: {config.output} ({manifest.items:,} items, "
             f"{manifest.users:,} users{vectors_each}{left_out_note})",
+            *explain_shared(dataset.manifest, config.data),
             *describe_request(request, inputs, dataset, chain),
             *index_summary,
             sep="\n",
         )
         print_result(*(next_steps(config) if chain is None else changes(config, manifest, chain)), sep="\n")
+
+
+def explain_shared(manifest: "Manifest", data: str) -> list[str]:
+    """Which vectors belong to several keys, where ids are hashes of keys."""
+    tables = manifest.preparation.get("ids", {}).get("tables", [])
+    return [
+        f"Note:    {table['shared']:,} {table['entity']} vectors belong to several keys each ({table['keys']:,} keys, "
+        f"{getattr(manifest, table['entity'] + 's'):,} vectors). The key beside a vector is the most frequent of its "
+        f"keys; {data}/{table['entity']}_keys lists all"
+        for table in tables
+        if table["shared"]
+    ]
 
 
 def describe_request(request: "Request", inputs: "Inputs", dataset: "Dataset", chain: "Chain | None") -> list[str]:

@@ -53,6 +53,7 @@ def summary(config: Prepare, result: Result) -> str:
         }
         if dropped := [f"{exposed[name]:,} {reason}" for name, reason in reasons_by_name.items() if exposed[name]]:
             lines.append(f"{'':<11} dropped {', '.join(dropped)}")
+    lines += describe_ids(manifest)
     if extends := record.get("extends"):
         lines.append(
             f"extends     {extends['dataset']}: {extends['users']:,} users and {extends['items']:,} items keep their "
@@ -80,6 +81,22 @@ def summary(config: Prepare, result: Result) -> str:
     more = " --initial EARLIER_RUN --targets new" if extends else ""
     lines.append(f"next        python -m recgpt_torchrec.pretrain --data {config.output} --output RUN_FOLDER{more}")
     return "\n".join(lines)
+
+
+def describe_ids(manifest: Manifest) -> list[str]:
+    """What became of keys where ids are slots of a table of fixed size; nothing of vocabularies."""
+    record, lines = manifest.preparation.get("ids"), []
+    for table in record["tables"] if record else []:
+        used, rows, entity = getattr(manifest, f"{table['entity']}s"), table["rows"], table["entity"]
+        text = f"{used:,} of {rows:,} rows of {entity}s are used ({used / rows:.0%})"
+        if table["ids"] == "hash":
+            text += f"; {table['shared']:,} of them are shared, {table['keys']:,} keys in all"
+        else:
+            text += f"; {table['evicted']:,} keys lost theirs to new ones, {table['refused']:,} keys have none"
+        lines.append(line("ids", text))
+    if record and record["left_out"]:
+        lines.append(line("", f"{record['left_out']:,} interactions left out, whose user or item has no row"))
+    return lines
 
 
 def describe_reading(config: Prepare, record: dict[str, Any]) -> list[str]:

@@ -43,7 +43,7 @@ def train_run(config: Pretrain, device: "torch.device", initial: str | None = No
     from recgpt_torchrec.evaluation.validation import METRIC, validation_of
     from recgpt_torchrec.training.building import choose_tokens, open_dataset, training_stream
     from recgpt_torchrec.training.execution import Execution
-    from recgpt_torchrec.training.loading import find_initial
+    from recgpt_torchrec.training.loading import find_initial, reset_reassigned
     from recgpt_torchrec.training.run import Run
     from recgpt_torchrec.training.session import train
     from recgpt_torchrec.training.trainer import Trainer
@@ -67,6 +67,7 @@ def train_run(config: Pretrain, device: "torch.device", initial: str | None = No
         assert run.initial is not None
         initialise = partial(initialise_tables, trainer.model, config.tables.init_std_of, config.seed)
         trainer.begin_from(run.initial, initialise)
+        reset_reassigned(trainer.model, trainer.optimizer, run.initial, config, dataset)
         log_message(f"Starting from {run.initial}")
 
     train(

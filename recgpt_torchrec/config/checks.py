@@ -43,3 +43,21 @@ def split_words(given: Sequence[str]) -> list[str]:
     """Words that may be given as `a,b`, as `a b` or as a list, each once."""
     words = [word.strip() for value in given for word in value.split(",")]
     return list(dict.fromkeys(word for word in words if word))
+
+
+def check_ids(ids: str, user_rows: int | None, item_rows: int | None, eviction_step: int) -> None:
+    """Check that the options of `prepare` about ids fit together.
+
+    Raises:
+        ValueError: they do not.
+    """
+    rows = {"user_rows": user_rows, "item_rows": item_rows}
+    given = [f"--{name} {value}" for name, value in rows.items() if value is not None]
+    if ids == "vocabulary" and given:
+        raise ValueError(f"{given[0]} belongs to --ids hash or managed; give one of them, or leave it out")
+    if ids != "vocabulary" and not given:
+        raise ValueError(f"--ids {ids} needs the size of a table; give --item_rows, --user_rows or both")
+    for name, value in rows.items():
+        if value is not None and not 1 <= value < 2**31:
+            raise ValueError(f"--{name} is {value}; it must be from 1 to {2**31 - 1}")
+    at_least("--eviction_step", eviction_step, 1)

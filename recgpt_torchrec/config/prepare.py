@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from recgpt_torchrec.config.boundaries import Boundary
-from recgpt_torchrec.config.checks import at_least, split_words, within
+from recgpt_torchrec.config.checks import at_least, check_ids, split_words, within
 from recgpt_torchrec.config.fields import changeable
 from recgpt_torchrec.config.inputs.attribute_names import parse_attributes
 from recgpt_torchrec.config.inputs.time import TimeUnit
@@ -151,6 +151,22 @@ class Prepare:
     """With --vocabulary: what becomes of rows whose user or item it does not have. add: the vocabulary is extended.
     leave_out: they are left out, so that the vocabulary stays as it is and the checkpoints of the earlier dataset fit,
     for vectors between two trainings."""
+    ids: Literal["vocabulary", "hash", "managed"] = "vocabulary"
+    """How users and items get ids, where they have a number of rows. vocabulary: each key has its own, and tables grow
+    with every new one. hash: a key's row is its hash modulo the number of rows; keys that collide share a row and its
+    vector, and users that do also a history. managed: torchrec's managed collision; a key has a row of its own, and
+    once all rows are taken --eviction decides which keys lose theirs to new ones. A key without a row is left out of
+    histories and targets."""
+    user_rows: int | None = None
+    """Number of rows of the users' table, with --ids hash or managed; null: users have a vocabulary."""
+    item_rows: int | None = None
+    """Number of rows of the items' table, with --ids hash or managed; null: items have a vocabulary."""
+    eviction: Literal["lru", "lfu", "distance_lfu"] = "lru"
+    """Which keys keep their rows with --ids managed. lru: those seen last. lfu: those with the most interactions.
+    distance_lfu: those with the most interactions, divided by the number of steps since the last one."""
+    eviction_step: int = 86400
+    """Length of a step in which lru and distance_lfu count time, in the unit of the time column: 86400 is a day where
+    that is seconds. Without times a step is one run of prepare."""
     append: bool = False
     """Append the input as a day to the folder of days --output, without reading the log before it. Users and items keep
     their ids, and new ones get the ids after them, however few interactions they have (min_count is not used). A user's
@@ -213,6 +229,9 @@ class Prepare:
         at_least("--groups_per_part", self.groups_per_part, 1)
         if self.new_keys == "leave_out" and self.vocabulary is None:
             raise ValueError("--new_keys leave_out belongs to --vocabulary; name the earlier dataset, or leave it out")
+        if self.new_keys == "leave_out" and self.ids == "hash":
+            raise ValueError("--new_keys leave_out: with --ids hash every key has an id; leave it out")
+        check_ids(self.ids, self.user_rows, self.item_rows, self.eviction_step)
         self.target_events = split_words(self.target_events)
         self._check_hold_out()
         self._check_attributes()
@@ -272,6 +291,8 @@ class Prepare:
                 )
         if self.catalogue == "items" and not self.items:
             raise ValueError("--catalogue items gives the items of a table ids; name the table with --items")
+        if self.catalogue == "items" and self.ids == "managed" and self.item_rows is not None:
+            raise ValueError("--catalogue items adds items that --ids managed gives no row, as it counts interactions")
         if self.catalogue == "items" and self.new_keys == "leave_out":
             raise ValueError("--catalogue items adds items, and --new_keys leave_out adds none; give one of them")
 
@@ -322,6 +343,11 @@ class Prepare:
             raise ValueError(f"--hold_out is {self.hold_out}; with --append it must be last or none")
         if self.vocabulary is not None:
             raise ValueError("--append extends the vocabulary of the days before; leave --vocabulary out")
+        if self.ids != "vocabulary":
+            raise ValueError(
+                f"--ids is {self.ids}, but the days of --append share one vocabulary, as their histories stay as they "
+                "were written; prepare each day with --vocabulary YESTERDAY instead, or leave --ids out"
+            )
         if self.engine != "duckdb":
             raise ValueError(f"--engine is {self.engine}; --append prepares a day on one machine: leave --engine out")
         if self.min_count not in (1, Prepare.min_count):

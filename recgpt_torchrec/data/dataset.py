@@ -8,6 +8,11 @@
                           of an attribute's values, and text_NAME
     attributes/*/*.parquet   of each attribute of categories: value_id int64 (dense, from 0), key, count
 
+Where ids are slots of a table of fixed size (`prepare --ids`), items/ or users/ have more columns, all int64. managed:
+since (version of the vocabulary in which the slot was given to another key), seen and last_seen (what the policy
+counts). hash: bucket (hash modulo the number of rows) and keys (number of keys that share the id; `key` is the most
+frequent); item_keys/ or user_keys/ list all keys.
+
 The manifest is written last: a folder without one is not a dataset.
 """
 
@@ -24,6 +29,7 @@ import pyarrow.parquet as pq
 
 from recgpt_torchrec.data.days.newest import Newest
 from recgpt_torchrec.data.days.records import DayRecord
+from recgpt_torchrec.data.ids.records import Entity, IdTable
 from recgpt_torchrec.data.inputs.records import DatasetAttribute
 from recgpt_torchrec.data.inputs.spec import check_unit
 from recgpt_torchrec.data.reading.records import check_records
@@ -109,13 +115,17 @@ class Manifest(FolderManifest):
     feedback: list[str] = field(default_factory=list)
     """Kinds of feedback (`segments.FEEDBACK`) among the entries, each with its own time, also after a user's last
     interaction. Empty in datasets whose shown entries are only those between two interactions."""
+    id_tables: list[IdTable] = field(default_factory=list)
+    """How ids are assigned that are slots of a table of fixed size; not written where there are none, like the next."""
+    key_parts: list[Part] = field(default_factory=list)
+    """Of `item_keys/` and `user_keys/`, where keys share ids: every key of the log, and its id, in order of ids."""
     day: DayRecord | None = None
     """Of a day that was appended (`prepare --append`); not written elsewhere."""
 
     @property
     def all_parts(self) -> list[Part]:
         """All parts that the manifest promises."""
-        parts = super().all_parts + [part for each in self.attributes for part in each.parts]
+        parts = super().all_parts + self.key_parts + [part for each in self.attributes for part in each.parts]
         return parts if self.day is None else [*parts, *self.day.tails, *self.day.newest]
 
     def count_targets(self, split: SplitName) -> int | None:
@@ -139,6 +149,17 @@ class Manifest(FolderManifest):
         """The vocabulary with this fingerprint, if this dataset has or extends it; else None."""
         own = Vocabulary(fingerprint=self.vocabulary, users=self.users, items=self.items)
         return next((each for each in (own, *self.lineage) if each.fingerprint == vocabulary), None)
+
+    def id_table(self, entity: Entity) -> IdTable | None:
+        """How the ids of users or items are assigned; None: from a vocabulary."""
+        return next((each for each in self.id_tables if each.entity == entity), None)
+
+    def reassigned_since(self, vocabulary: str) -> dict[Entity, int]:
+        """The version of a vocabulary that this one has or extends, by each entity of which a slot was given to
+        another key since: those whose `since` is greater. Empty: every id of that vocabulary means the same key."""
+        known = [each.fingerprint for each in self.lineage]
+        version = known.index(vocabulary) if vocabulary in known else len(known)
+        return {each.entity: version for each in self.id_tables if each.reassigned > version}
 
     @property
     def segments(self) -> int:
@@ -171,7 +192,7 @@ class Manifest(FolderManifest):
             del values["lineage"]
         if self.hold_out == "last":
             del values["hold_out"]
-        for name in ("attributes", "events", "time_unit", "feedback", "day"):
+        for name in ("attributes", "events", "time_unit", "feedback", "id_tables", "key_parts", "day"):
             if not values[name]:
                 del values[name]
         return json.dumps(values, indent=1)
@@ -187,6 +208,10 @@ class Manifest(FolderManifest):
         check_counts({name: getattr(manifest, name) for name in ("users", "items", "interactions")})
         for each in manifest.lineage:
             check_counts({f"{name} of the lineage": getattr(each, name) for name in ("users", "items")})
+        for table in manifest.id_tables:
+            table.check()
+            if (count := getattr(manifest, f"{table.entity}s")) > table.rows:
+                raise ValueError(f"it promises {count:,} {table.entity}s in a table of {table.rows:,} rows")
         for name, parts in (("users", manifest.user_parts), ("items", manifest.item_parts)):
             count, rows = getattr(manifest, name), sum(part.rows for part in parts)
             if count and count != rows:

@@ -11,12 +11,14 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torchrec.distributed.types import ShardedTensor
 
+from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.distributed.sharding import table_name, tables_of
 from recgpt_torchrec.distributed.watchdog import tracked_phase
 
@@ -44,16 +46,41 @@ def initialise_tables(
     """
     shards = []
     for name, value in tables_of(model).items():
-        parts = [(value, 0, 0)]
-        if isinstance(value, ShardedTensor):
-            parts = [(shard.tensor, *shard.metadata.shard_offsets) for shard in value.local_shards()]
-        for tensor, row, column in parts:
+        for tensor, row, column in shards_of(value):
             skipped = min(max(0, first_rows.get(name, 0) - row), tensor.shape[0])
             shards.append((table_name(name), tensor[skipped:], row + skipped, column))
     numbers = sum(tensor.numel() for _, tensor, _, _ in shards)
     with tracked_phase("making initial values", numbers, "numbers") as advance:
         for table, tensor, row, column in shards:
             fill_shard(tensor, row, column, std=std_of(table), key=key_of(seed, table), advance=advance)
+
+
+@torch.no_grad()
+def initialise_rows(value: Any, ids: Int64, *, table: str, std: float, seed: int) -> None:
+    """Fill some rows of a table with the initial values that `initialise_tables` gives them.
+
+    Args:
+        value: of `tables_of`: a `ShardedTensor`, or a tensor where every rank holds a copy; filled in place.
+        ids: [n] int64 rows, ascending, on all ranks the same.
+        table: its name.
+        std: standard deviation of the values; 0: they are zeros.
+        seed: of the run.
+    """
+    key = key_of(seed, table)
+    for tensor, row, column in shards_of(value):
+        own = ids[(ids >= row) & (ids < row + tensor.shape[0])]
+        for block in np.split(own, np.flatnonzero(np.diff(own // BLOCK_ROWS)) + 1) if len(own) else []:
+            drawn = torch.empty(int(block[-1] - block[0]) + 1, tensor.shape[1])
+            fill_shard(drawn, int(block[0]), column, std=std, key=key)
+            rows = drawn[torch.from_numpy(block - block[0])]
+            tensor[torch.from_numpy(block - row).to(tensor.device)] = rows.to(tensor)
+
+
+def shards_of(value: Any) -> list[tuple[Tensor, int, int]]:
+    """This rank's parts of a table or its moments, with the row and column of each one's first value."""
+    if isinstance(value, ShardedTensor):
+        return [(shard.tensor, *shard.metadata.shard_offsets) for shard in value.local_shards()]
+    return [(value, 0, 0)]
 
 
 def key_of(seed: int, table: str) -> int:

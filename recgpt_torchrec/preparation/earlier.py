@@ -148,7 +148,14 @@ def trained_parts(dataset: Dataset, groups: list[RowGroup]) -> Iterator[pa.Table
         yield pa.table([nulls if column is None else pa.array(column) for column in columns], schema=TRAINED)
 
 
-def mark_trained(engine: Engine, entries: ir.Table, dataset: Dataset, timed: bool) -> ir.Table:
+def mark_trained(
+    engine: Engine,
+    entries: ir.Table,
+    dataset: Dataset,
+    timed: bool,
+    changed_users: ir.Table | None = None,
+    changed_items: ir.Table | None = None,
+) -> ir.Table:
     """Add a column `trained` int8 to the entries: 1 for interactions of the earlier dataset's training part.
 
     Args:
@@ -156,12 +163,17 @@ def mark_trained(engine: Engine, entries: ir.Table, dataset: Dataset, timed: boo
         entries: `user_id`, `item_id`, `time`, `fraction`, `order` and `segment` beside other columns.
         dataset: the earlier one.
         timed: whether the entries have times.
+        changed_users, changed_items: `user_id` and `item_id` of those that mean another key now, which no entry of the
+            earlier dataset is about; None: there are none.
     """
     of_part = itertools.groupby(row_groups(dataset), lambda group: group.part)
     parts = [list(groups) for _, groups in of_part]
     by_time = timed and "timestamps" in dataset.columns
-    if dataset.manifest.hold_out == "given":
+    changed = {"user_id": changed_users, "item_id": changed_items}
+    if dataset.manifest.hold_out == "given" or any(ids is not None for ids in changed.values()):
         trained = engine.fill_from("trained_rows", parts, partial(trained_rows, dataset), TRAINED_ROWS)
+        for id, ids in changed.items():
+            trained = trained if ids is None else trained.anti_join(ids, id)
         return _mark_same_rows(entries, trained, by_time)
     trained = engine.fill_from("trained_parts", parts, partial(trained_parts, dataset), TRAINED)
     return _mark_beginnings(entries, trained, by_time)
@@ -171,6 +183,7 @@ def trained_rows(dataset: Dataset, groups: list[RowGroup]) -> Iterator[pa.Table]
     """Every interaction of the training part: one table per row group, with the schema `TRAINED_ROWS`.
 
     Needed where the user's own files divide the log: then a training part may hold later interactions than a test part.
+    And where an item lost its id: then a training part may have had more interactions up to some time than there are.
     """
     for group in groups:
         table, interacted, start, stop = _training_part(dataset, group)

@@ -7,7 +7,7 @@ Everything between reading and writing is Ibis expressions over tables in the en
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from recgpt_torchrec.preparation.attributes.tables import EntityTable, check_ear
 from recgpt_torchrec.preparation.earlier import Known, KnownCodes
 from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS, Engine
 from recgpt_torchrec.preparation.engines.opening import open_engine
+from recgpt_torchrec.preparation.ids.assigning import assign_ids, check_tables, describe_rules, describe_slots
 from recgpt_torchrec.preparation.kcore import Core, k_core
 from recgpt_torchrec.preparation.reading.files import InputFile
 from recgpt_torchrec.preparation.reading.log import RawLog, read_log
@@ -57,6 +58,7 @@ def prepare(config: Prepare) -> Result:
     inputs, file_parts = parts.list_input_files(config)
     tables = list_tables(config)
     extended = None if config.vocabulary is None else earlier.open_earlier(config.vocabulary, config.output)
+    check_tables(config, extended)
     if extended is not None:
         check_earlier(tables, extended)
     finished = _find_finished(config, record_inputs(config, inputs.files, file_parts), tables, extended)
@@ -115,19 +117,27 @@ def _write_dataset(
     if extended is not None and known is not None:
         _check_keys(engine, config, extended, core, known, items)
     known_users, known_items = (known.users, known.items) if known is not None else (None, None)
-    user_ids = engine.save("user_ids", queries.assign_ids(core.users, "user", "user_id", known_users))
     kept_items = core.items if catalogue is None else queries.add_catalogue(core.items, items, catalogue)
-    item_ids = engine.save("item_ids", queries.assign_ids(kept_items, "item", "item_id", known_items))
-    all_users, all_items = engine.count(user_ids), engine.count(item_ids)
-    user_keys = queries.user_table(user_ids, users)
-    entities = {"item": (queries.name_items(item_ids, items), all_items), "user": (user_keys, all_users)}
+    pairs = queries.select_interacted(events).semi_join(core.users, "user").semi_join(core.items, "item")
+    assign = partial(assign_ids, engine, config, pairs=pairs, extended=extended)
+    user_ids = assign("user", kept=core.users, codes=users, known=known_users)
+    item_ids = assign("item", kept=kept_items, codes=items, known=known_items)
+    all_users, all_items = user_ids.count, item_ids.count
+    user_keys = queries.user_table(user_ids.named, users)
+    entities = {"item": (queries.name_items(item_ids.named, items), all_items), "user": (user_keys, all_users)}
     encoded = [encode_table(engine, config, each, *entities[each.table.entity], extended) for each in loaded_tables]
     # Items of the catalogue that do not reach min_count have ids, but their interactions are not kept.
-    with_history = item_ids if catalogue is None else item_ids.semi_join(core.items, "item")
+    with_history = item_ids.codes if catalogue is None else item_ids.codes.semi_join(core.items, "item")
     kept = engine.save(
-        "kept_events", events.inner_join(user_ids, "user").inner_join(with_history, "item").drop("user", "item")
+        "kept_events", events.inner_join(user_ids.codes, "user").inner_join(with_history, "item").drop("user", "item")
     )
     engine.drop(events.get_name())
+    slots = [ids.slots for ids in (user_ids, item_ids) if ids.slots is not None]
+    if slots and not engine.count(queries.select_interacted(kept)):
+        raise InputError(
+            "no interaction of the log has both a user and an item with a row, so nothing is left; give more rows with "
+            "--user_rows and --item_rows"
+        )
     target_events = log.event_types.ids_of("--target_events", config.target_events) if log.event_types else []
     kept, boundaries = parts.mark_parts(engine, config, kept, log.first_rows, file_parts, target_events)
     entries, exposed = queries.select_interacted(kept), None
@@ -150,16 +160,18 @@ def _write_dataset(
 
     lengths = summarize_lengths(engine, kept)
     if extended is not None:
-        entries = engine.save("marked_entries", earlier.mark_trained(engine, entries, extended, log.timed))
+        changed = [ids.changed_since(extended) for ids in (user_ids, item_ids)]
+        entries = engine.save("marked_entries", earlier.mark_trained(engine, entries, extended, log.timed, *changed))
     placed = engine.save("placed", queries.place_interactions(queries.select_interacted(entries), config.hold_out))
     counts = engine.save("item_counts", queries.count_items(placed))
     histories, layout = lay_out_sequences(config, entries, all_users, log.timed, bool(exposed), extended is not None)
-    total = core.left.interactions + (exposed["left"] if exposed else 0)
+    interactions = core.left.interactions if not slots else engine.count(kept)
+    total = interactions + (exposed["left"] if exposed else 0)
     with folders.stage_folder(config.output) as (fs, folder):
         manifest = Manifest(
             users=all_users,
             items=all_items,
-            interactions=core.left.interactions,
+            interactions=interactions,
             settings=config.recorded(),
             hold_out=config.hold_out,
             events=log.event_types.words if log.event_types else [],
@@ -172,14 +184,18 @@ def _write_dataset(
             layout = lay_out_rows(name, list(table.columns), ids, BATCH_ROWS, config.groups_per_part)
             return engine.write_parts(table, layout, fs, folder, ids)
 
-        rows = {"item": queries.item_table(item_ids, items, counts), "user": user_keys}
+        item_rows = queries.item_table(item_ids.named, items, counts)
+        rows = {"item": item_ids.add_columns(item_rows), "user": user_ids.add_columns(user_keys)}
         rows |= {each.loaded.table.entity: each.join(rows[each.loaded.table.entity]) for each in encoded}
         manifest.item_parts = write("items", rows["item"], all_items)
         manifest.user_parts = write("users", rows["user"], all_users)
         write_vocabularies(encoded, fs, folder, write)
         manifest.attributes = [a.attribute for each in encoded for a in each.attributes if a.attribute is not None]
         keys = {"items": manifest.item_parts, "users": manifest.user_parts}
-        manifest.vocabulary = fingerprint_parts(fs, folder, keys)
+        manifest.vocabulary = fingerprint_parts(fs, folder, keys, describe_rules(slots))
+        for entity, ids, codes in (("item", item_ids, items), ("user", user_ids, users)):
+            if (shared := ids.list_keys(codes)) is not None:
+                manifest.key_parts += write(f"{entity}_keys", shared, engine.count(ids.codes))
         rejected = write("rejected", log.rejected_rows, sum(log.rejected.values())) if log.rejected else []
         manifest.preparation = {
             "inputs": record_inputs(config, log.files, file_parts),
@@ -195,18 +211,26 @@ def _write_dataset(
             "lengths": lengths,
             "split": parts.record_of(engine, placed, counts, all_items, boundaries),
             **({"exposed": exposed} if exposed else {}),
+            **({"ids": describe_slots(slots, core.left.interactions - interactions)} if slots else {}),
             **({"events": log.event_types.to_record()} if log.event_types else {}),
             "page": [*log.page, *describe_tables(encoded), *describe_keys(engine, config, users, items)],
         }
+        manifest.id_tables = [replace(each.record, version=0) for each in slots]
         if extended is not None and known_items is not None:
+            absent_users = all_users - core.left.users
+            absent_items = engine.count(known_items.anti_join(core.items, "item"))
+            if slots:
+                absent_users = all_users - engine.count(placed.select("user_id").distinct())
+                absent_items = all_items - engine.count(placed.select("item_id").distinct())
             manifest.lineage = earlier.lineage_of(extended, manifest.vocabulary)
+            manifest.id_tables = [replace(each.record, version=len(manifest.lineage)) for each in slots]
             manifest.preparation["extends"] = {
                 "dataset": extended.path,
                 **earlier.record_of(extended),
                 "users": extended.manifest.users,
                 "items": extended.manifest.items,
-                "absent_users": all_users - core.left.users,
-                "absent_items": engine.count(known_items.anti_join(core.items, "item")),
+                "absent_users": absent_users,
+                "absent_items": absent_items,
                 "new_targets": engine.count(
                     placed.filter((placed.part == 0) & ~placed["first"] & (placed.trained == 0))
                 ),

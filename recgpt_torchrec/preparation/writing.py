@@ -172,13 +172,24 @@ class Fingerprint:
         return hashlib.sha256(self.lengths.digest() + self.text.digest()).hexdigest()[:32]
 
 
-def fingerprint_parts(fs: pyarrow.fs.FileSystem, root: str, folders: dict[str, list[Part]]) -> str:
-    """The fingerprint of the keys in written parts, by the name of their folder, one row group in memory at a time."""
+def fingerprint_parts(
+    fs: pyarrow.fs.FileSystem, root: str, folders: dict[str, list[Part]], rules: Iterable[str] = ()
+) -> str:
+    """The fingerprint of what ids mean, from written parts, by the name of their folder, a row group at a time.
+
+    It is that of the keys and, where a slot may be given to another key, of when it was; where keys share a slot, of
+    their bucket. And of `rules`, which describe how slots are assigned.
+    """
     fingerprint = Fingerprint()
+    for rule in rules:
+        fingerprint.add(pa.chunked_array([[rule]]))
     for name, parts in folders.items():
         fingerprint.add(pa.chunked_array([[name]]))
         for part in parts:
             with open_parquet(fs, f"{root}/{part.path}") as file:
-                for batch in file.iter_batches(columns=["key"]):
-                    fingerprint.add(pa.chunked_array([batch.column("key")]))
+                names = file.schema_arrow.names
+                meaning = ["bucket"] if "bucket" in names else [name for name in ("key", "since") if name in names]
+                for batch in file.iter_batches(columns=meaning):
+                    for column in meaning:
+                        fingerprint.add(pa.chunked_array([batch.column(column).cast(pa.string())]))
     return fingerprint.hex()

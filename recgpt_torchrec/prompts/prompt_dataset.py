@@ -335,15 +335,16 @@ def write_prompts(
         )
         if rank() == 0:
             sequences = [part for share, _ in shares for part in share]
-            copied = [part for part in dataset.manifest.all_parts if part not in dataset.manifest.sequences]
+            described = dataset.manifest
+            copied = [part for part in described.all_parts if part not in described.sequences]
             copy_parts(dataset, copied, fs, folder)
             manifest = replace(
-                dataset.manifest,
+                described,
                 sequences=sequences,
                 day=None,
                 interactions=sum(part.items for part in sequences) - total.generated - total.exposed,
-                settings={**dataset.manifest.settings, RECORD: record},
-                feedback=[kind for kind in dataset.manifest.feedback if kind in kinds],
+                settings={**described.settings, RECORD: record},
+                feedback=[kind for kind in described.feedback if kind in kinds],
             )
             folders.write_manifest(fs, folder, manifest.to_json())
             total.bytes = manifest.size

@@ -1,15 +1,19 @@
 """Loads models from checkpoints: to evaluate, to export, or to prompt-tune."""
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
+from torchrec.optim.keyed import CombinedOptimizer
 
 from recgpt_torchrec.checkpoints.folder import find_checkpoint, read_tensor_metadata, read_tensors
+from recgpt_torchrec.checkpoints.reassigning import reset_rows
 from recgpt_torchrec.checkpoints.settings import CheckpointSettings
 from recgpt_torchrec.config import Model, Pretrain, Sharding, Tuning
 from recgpt_torchrec.data.bags import ITEM, OUTPUT
 from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.ids.slots import reassigned_ids
 from recgpt_torchrec.data.inputs.attributes import Attributes
 from recgpt_torchrec.data.inputs.choosing import add_feedback, check_inputs
 from recgpt_torchrec.data.inputs.events import check_events
@@ -17,6 +21,7 @@ from recgpt_torchrec.data.inputs.growing import check_growth
 from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.inputs.time_units import other_times
 from recgpt_torchrec.data.stream import TOKENS_PER_SEQUENCE
+from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import log_message
 from recgpt_torchrec.distributed.sharding import shard, table_name, tables_of
 from recgpt_torchrec.distributed.shared_folder import read_on_node
@@ -227,6 +232,33 @@ def find_initial(path: str, config: Pretrain, dataset: Dataset, inputs: Inputs) 
     return checkpoint
 
 
+def reset_reassigned(
+    model: nn.Module, optimizer: CombinedOptimizer, checkpoint: str, config: Pretrain, dataset: Dataset
+) -> None:
+    """Reset the rows of a model, just restored from an earlier dataset's checkpoint, that mean other keys in this
+    dataset (collective).
+
+    Args:
+        model, optimizer: restored; changed in place.
+        checkpoint: found by `find_initial`.
+        config: of the run.
+        dataset: the run's.
+
+    Raises:
+        InputError: a part of the dataset is damaged.
+    """
+    versions = dataset.manifest.reassigned_since(CheckpointSettings.read(checkpoint).vocabulary)
+    rows = {str(entity): partial(reassigned_ids, dataset, entity, version) for entity, version in versions.items()}
+    failure, counts = None, {}
+    try:
+        counts = reset_rows(model, optimizer, rows, config.tables.init_std_of, config.seed)
+    except Exception as error:  # a rank that cannot read its part; nothing in between waits for others
+        failure = error
+    raise_first_error(failure)
+    for entity, count in counts.items():
+        log_message(f"{count:,} rows of {entity}s belong to other keys than in {checkpoint}: they begin anew")
+
+
 def check_vocabulary(settings: CheckpointSettings, checkpoint: str, dataset: Dataset) -> None:
     """Check that a checkpoint was trained with the dataset's vocabulary.
 
@@ -237,9 +269,12 @@ def check_vocabulary(settings: CheckpointSettings, checkpoint: str, dataset: Dat
     if settings.vocabulary == manifest.vocabulary:
         return
     if (earlier := manifest.extends(settings.vocabulary)) is not None:
+        changed = [f"{entity}s" for entity in manifest.reassigned_since(settings.vocabulary)]
+        more = f", and rows of {' and '.join(changed)} belong to other keys now" if changed else ""
         raise InputError(
             f"the checkpoint {checkpoint} has no vectors for {manifest.items - earlier.items:,} items and "
-            f"{manifest.users - earlier.users:,} users that {dataset.path} added to its vocabulary. Train a new run: "
+            f"{manifest.users - earlier.users:,} users that {dataset.path} added to its vocabulary{more}. Train a new "
+            "run: "
             f"python -m recgpt_torchrec.pretrain --data {dataset.path} --initial {checkpoint} --output NEW_RUN; or "
             f"give the dataset it was trained on, {settings.data}"
         )

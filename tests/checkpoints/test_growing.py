@@ -1,4 +1,5 @@
-"""Tables that grow between two runs: old rows keep their optimizer state, new rows are initial."""
+"""Tables that grow between two runs: old rows keep their optimizer state, new rows are initial, and so are the rows
+that are reset."""
 
 import contextlib
 import io
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from recgpt_torchrec.checkpoints.folder import Checkpoints
+from recgpt_torchrec.checkpoints.reassigning import reset_rows
 from recgpt_torchrec.checkpoints.state import restore
 from recgpt_torchrec.config import Tables
 from recgpt_torchrec.distributed.initial_values import fill_shard, initialise_tables, key_of
@@ -63,6 +65,30 @@ def expected_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return expected
 
 
+RESET = {"user": [[0, 5, MORE_USERS - 1]], "item": [[1, 2], [], [ITEMS - 1, ITEMS, MORE_ITEMS - 1]]}
+"""Rows to reset, in blocks: of both ranks' shards, restored and new."""
+
+
+def state_after_reset(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The expected tensors once the rows of `RESET` begin anew, from all tensors before."""
+    expected = {key: value.clone() for key, value in state.items()}
+    for key, value in expected.items():
+        for table, blocks in RESET.items():
+            if f"embedding_bags.{table}." in key:
+                rows = [row for block in blocks for row in block]
+                is_moment = key.startswith("optimizer.")
+                value[rows] = 0 if is_moment else initial_rows(key, len(value))[rows]
+    return expected
+
+
+def reset(model: Any, optimizer: Any) -> None:
+    rows = {
+        table: lambda blocks=blocks: (np.array(each, np.int64) for each in blocks) for table, blocks in RESET.items()
+    }
+    counts = reset_rows(model, optimizer, rows, Tables().init_std_of, 7)
+    assert counts == {table: sum(map(len, blocks)) for table, blocks in RESET.items()}
+
+
 def restore_into_larger_tables(rank: int, world_size: int, folder: str) -> list[tuple[Layout, Layout, str]]:
     """Train and save each source, and restore it into larger tables of each target layout of the same optimizer."""
     silence_libraries()
@@ -102,6 +128,10 @@ def check_restored(source: Layout, target: Layout, folder: str) -> list[tuple[La
         same = torch.allclose if kind == "moments" and source.blocks() != target.blocks() else torch.equal
         assert value.shape == expected.shape and same(value, expected), (source, target, kind)
         kinds.add(kind)
+    reset(model, optimizer)
+    for kind, value, expected in reshard.pairs_to_compare(model, optimizer, state_after_reset(state)):
+        same = torch.allclose if kind == "moments" and source.blocks() != target.blocks() else torch.equal
+        assert value.shape == expected.shape and same(value, expected), (source, target, kind, "reset")
     counted: list[Any] = [state["step"] for state in optimizer.state.values() if "step" in state]
     fused = list(fused_steps(optimizer))
     assert counted and all(float(step) == STEPS for step in (*counted, *fused))

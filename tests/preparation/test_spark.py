@@ -16,6 +16,7 @@ from recgpt_torchrec.preparation.writing import Layout, lay_out_rows
 from recgpt_torchrec.storage.parts import regroup
 from tests.preparation.prepare_helpers import make, read_sequences, write_csv
 from tests.preparation.spark_helpers import EVENTS, fill_table, start_spark
+from tests.preparation.test_ids import write_days
 from tools import spark_plans
 from tools.check_engines import check_log, compare_datasets, write_logs
 
@@ -62,6 +63,18 @@ def test_parts_without_any_interaction_hold_empty_lists(spark, tmp_path):
     assert compare_datasets(tmp_path / "duckdb", tmp_path / "pyspark") == []
     sequences = read_sequences(tmp_path / "pyspark")
     assert [number for number, key in enumerate(keys) if not sequences[key]] == sorted(gone)
+
+
+@pytest.mark.parametrize("options", [{"ids": "managed", "user_rows": 22}, {"ids": "hash"}])
+def test_slots_are_the_same(options, spark, tmp_path):
+    options = {**options, "item_rows": 35, "groups_per_part": 2}
+    first, second = write_days(tmp_path, 2)
+    make(first, tmp_path / "earlier", **options)
+    for engine in ("duckdb", "pyspark"):
+        make(second, tmp_path / engine, vocabulary=str(tmp_path / "earlier"), engine=engine, **options)
+    assert compare_datasets(tmp_path / "duckdb", tmp_path / "pyspark") == []
+    manifest = json.loads((tmp_path / "pyspark/manifest.json").read_text())
+    assert manifest["id_tables"] and manifest["lineage"]
 
 
 def test_a_task_that_fails_halfway_and_runs_again_leaves_one_file(spark, tmp_path):

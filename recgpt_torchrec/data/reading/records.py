@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from recgpt_torchrec.data.ids.records import IdsRecord
 from recgpt_torchrec.storage.typed import make_typed
 
 
@@ -72,6 +73,7 @@ class PreparationRecord:
     exposed: dict[str, int] = field(default_factory=dict)
     events: EventsRecord = field(default_factory=EventsRecord)
     extends: ExtendsRecord = field(default_factory=ExtendsRecord)
+    ids: IdsRecord = field(default_factory=IdsRecord)
 
 
 def check_records(settings: dict[str, Any], preparation: dict[str, Any]) -> None:

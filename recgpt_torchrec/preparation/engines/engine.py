@@ -7,6 +7,7 @@ Ibis is the language and the compiler; an engine runs the SQL. Beside the engine
 import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
 import ibis
@@ -35,6 +36,8 @@ class Engine(Protocol):
 
     dialect: str
     """Ibis's name for the SQL of the engine."""
+    scratch: str | Path
+    """Folder of what it writes until it is closed: a local path, or a URI that all its workers reach."""
 
     def __enter__(self) -> Self:
         return self

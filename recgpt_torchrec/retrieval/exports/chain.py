@@ -86,6 +86,12 @@ class Chain:
                 f"(vocabulary {manifest.vocabulary[:SHOWN]}, not extended by {dataset.manifest.vocabulary[:SHOWN]}). "
                 f"Prepare the dataset with --vocabulary {manifest.dataset}, or export without --since"
             )
+        if changed := dataset.manifest.reassigned_since(manifest.vocabulary):
+            kinds = " and ".join(f"{entity}s" for entity in changed)
+            raise InputError(
+                f"in {dataset.path} some ids of {kinds} belong to other keys than in {self.last.path}, which a delta "
+                "cannot say; export without --since"
+            )
         earlier = _form_of(manifest)
         for name, value in form.items():
             if earlier[name] != value:
