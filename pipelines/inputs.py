@@ -1,0 +1,349 @@
+"""Do attributes, time and events help? One log, with and without each of them, over seeds.
+
+    python tools/structured_log.py --structure attributes --output runs/attributes
+    python pipelines/inputs.py --input runs/attributes/log.parquet --items runs/attributes/items.parquet \\
+        --item_attributes category brand tags --users runs/attributes/users.parquet --user_attributes country age \\
+        --event_column event --truth runs/attributes/truth.json --output runs/inputs/attributes
+
+Writes OUTPUT/report.md and report.json, updated after each seed; the same command resumes an interrupted pipeline. The
+log is prepared once, with everything. Per seed, each arm is pre-trained on it with the same configuration, and reads:
+
+    ids           ids alone, the control
+    attributes    also the attributes of items and users; item_attributes, user_attributes: those of one of them
+    time          also pauses, hour and weekday, and those of the request
+    events        also the type of each event, and the type that is asked for
+    all           everything
+
+The best epoch is chosen on validation. An arm's difference to the control is that of runs with the same seed.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pipelines import experiment, paper_report  # noqa: E402
+from pipelines.experiment import from_root  # noqa: E402
+from pipelines.paper_report import Row  # noqa: E402
+from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
+from recgpt_torchrec.evaluation.groups import BY_LENGTH, BY_POPULARITY  # noqa: E402
+
+CONTROL = "ids"
+METRICS = ("HR@10", "NDCG@10")
+NO_ATTRIBUTES, NO_TIME, NO_EVENTS = ["--attributes.use", "[]"], ["--time.features", "[]"], ["--events.features", "[]"]
+GROUPS = {BY_POPULARITY: "training interactions of the held-out item", BY_LENGTH: "items in the history"}
+
+
+@dataclass(kw_only=True)
+class Tables:
+    """What beside ids the log is prepared with; paths are relative to the project."""
+
+    items: str | None = None
+    item_attributes: list[str] = field(default_factory=list)
+    users: str | None = None
+    user_attributes: list[str] = field(default_factory=list)
+    event_column: str | None = None
+
+    def arguments(self) -> list[str]:
+        """Options of the stage prepare."""
+        words = []
+        for name, value in vars(self).items():
+            if value:
+                words += [f"--{name}", *(value if isinstance(value, list) else [value])]
+        return words
+
+    def attributes_of(self, *, items: bool = True, users: bool = True) -> list[str]:
+        """Names of attributes as `pretrain --attributes.use` takes them."""
+        named = [f"item.{name}" for name in self.item_attributes if items]
+        named += [f"user.{name}" for name in self.user_attributes if users]
+        return [name.partition(":")[0] for name in named]  # without the kind
+
+
+def add_table_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the tables."""
+    parser.add_argument("--items", help="table of the items, as in the stage prepare")
+    parser.add_argument("--item_attributes", nargs="+", default=[], metavar="COLUMN", help="its columns to read")
+    parser.add_argument("--users", help="table of the users, as in the stage prepare")
+    parser.add_argument("--user_attributes", nargs="+", default=[], metavar="COLUMN", help="its columns to read")
+
+
+def read_tables(parser: argparse.ArgumentParser, given: argparse.Namespace, event_column: str | None = None) -> Tables:
+    """The tables that a command line names; the parser ends the program where they do not fit."""
+    for table, columns in ((given.items, given.item_attributes), (given.users, given.user_attributes)):
+        if bool(table) != bool(columns):
+            parser.error("a table needs the names of its columns: --items with --item_attributes, --users likewise")
+    for path in (given.input, given.items, given.users):
+        if path and not os.path.exists(path):
+            parser.error(f"there is no {path}")
+    return Tables(
+        items=given.items and from_root(given.items),
+        item_attributes=given.item_attributes,
+        users=given.users and from_root(given.users),
+        user_attributes=given.user_attributes,
+        event_column=event_column,
+    )
+
+
+@dataclass(kw_only=True)
+class Options(experiment.Options):
+    """Options of this pipeline."""
+
+    input: str
+    """The log."""
+    name: str
+    """configs/NAME.yaml is the configuration."""
+    tables: Tables
+    time: bool
+    """Whether there is an arm that reads times."""
+    min_count: int
+    truth: str | None
+    """truth.json of `tools/structured_log.py`."""
+
+    @property
+    def arms(self) -> dict[str, list[str]]:
+        """The arms, the control first, and their options of pretrain."""
+        tables, timed = self.tables, ["--time.features", "all"]
+        without_time = NO_TIME if self.time else []
+        without_events = NO_EVENTS if tables.event_column else []
+        plain = [*without_time, *without_events]
+        both = tables.attributes_of()
+        without_attributes = NO_ATTRIBUTES if both else []
+        arms = {CONTROL: [*without_attributes, *plain]}
+        if both:
+            arms["attributes"] = ["--attributes.use", *both, *plain]
+        if tables.items and tables.users:
+            for name in ("item", "user"):
+                one = tables.attributes_of(items=name == "item", users=name == "user")
+                arms[f"{name}_attributes"] = ["--attributes.use", *one, *plain]
+        if self.time:
+            arms["time"] = [*without_attributes, *timed, *without_events]
+        if tables.event_column:
+            arms["events"] = [*without_attributes, *without_time]
+        if bool(both) + self.time + bool(tables.event_column) > 1:
+            arms["all"] = timed if self.time else []
+        return arms
+
+    def planned(self) -> list[str]:
+        """The kind of every step, see `RecordedSteps`."""
+        return [f"{self.name} {kind}" for kind in ["prepare", *self.seeds * len(self.arms) * ["train", "test"]]]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run every unfinished step, and write the report."""
+    options = parse(arguments)
+    with pipeline("inputs", options.output, options.planned()) as steps:
+        Comparison(options, steps).run()
+
+
+def parse(arguments: list[str] | None = None) -> Options:
+    """Parse the command line; paths become relative to the project, where commands run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", required=True, help="the log, in any format of prepare")
+    parser.add_argument("--output", default="runs/inputs", help="output folder (default: runs/inputs)")
+    parser.add_argument("--name", default="inputs", help="name of the configuration NAME.yaml (default: inputs)")
+    add_table_options(parser)
+    parser.add_argument("--event_column", help="as in the stage prepare")
+    parser.add_argument("--no_time", action="store_true", help="no arm that reads times")
+    parser.add_argument("--min_count", type=int, default=1, help="as in the stage prepare (default: 1)")
+    parser.add_argument("--truth", help="truth.json of tools/structured_log.py, for the report")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to SEEDS - 1 (default: 5)")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of each stage (default: 1)")
+    parser.add_argument("--configs", default="configs", help="folder of the configurations (default: configs)")
+    given = parser.parse_args(arguments)
+    tables = read_tables(parser, given, given.event_column)
+    if given.truth and not os.path.exists(given.truth):
+        parser.error(f"there is no {given.truth}")
+    if min(given.seeds, given.ranks, given.min_count) < 1:
+        parser.error("--seeds, --ranks and --min_count must be at least 1")
+    options = Options(
+        input=from_root(given.input),
+        output=from_root(given.output),
+        seeds=given.seeds,
+        ranks=given.ranks,
+        configs=from_root(given.configs),
+        name=given.name,
+        tables=tables,
+        time=not given.no_time,
+        min_count=given.min_count,
+        truth=given.truth and from_root(given.truth),
+    )
+    if len(options.arms) < 2:
+        parser.error("there is nothing to compare: give tables, an event column, or leave --no_time out")
+    return options
+
+
+class Comparison(experiment.Experiment):
+    """All arms on one log. Example: `Comparison(options, steps).run()`."""
+
+    options: Options
+
+    def __init__(self, options: Options, steps: RecordedSteps) -> None:
+        super().__init__(options.name, options, steps)
+
+    def run(self) -> None:
+        """Prepare the log, then run seed by seed; updates the report after each seed."""
+        options = self.options
+        arguments = [options.input, "--min_count", str(options.min_count), *options.tables.arguments()]
+        self._prepare("prepare", arguments, self.data)
+        for seed in range(options.seeds):
+            for arm, reads in options.arms.items():
+                self._train(f"seed{seed}/{arm}", "train", "pretrain", self.config, self.data, ("prepare",), seed, reads)
+                self._test(seed, arm, self.data, baselines=seed == 0 and arm == CONTROL)  # baselines have no seed
+            write_report(options, self.steps)
+
+
+# --------------------------------------------------------------------------------------------------------- report
+
+
+def write_report(options: Options, steps: RecordedSteps) -> None:
+    """Write report.json and report.md of the seeds that are finished."""
+    report = collect_report(options, steps)
+    output = ROOT / options.output
+    (output / "report.json").write_text(json.dumps(report, indent=1))
+    (output / "report.md").write_text(markdown(report))
+
+
+def collect_report(options: Options, steps: RecordedSteps) -> dict[str, Any]:
+    """The contents of the report, as JSON values."""
+    folder = ROOT / options.output / options.name
+    measured: dict[str, list[dict[str, Any]]] = {arm: [] for arm in options.arms}
+    seeds = []
+    for seed in range(options.seeds):
+        evaluations = {arm: paper_report.read_json(folder / f"seed{seed}/{arm}_test.json") for arm in options.arms}
+        if all(evaluations.values()):
+            seeds.append(seed)
+            for arm, evaluation in evaluations.items():
+                measured[arm].append(read_arm(evaluation, folder / f"seed{seed}/{arm}"))
+    results = {arm: paper_report.over_seeds([each["results"] for each in runs]) for arm, runs in measured.items()}
+    manifest = json.loads((folder / "data/manifest.json").read_text())
+    baselines = json.loads((folder / f"seed0/{CONTROL}_test.json").read_text())["results"]
+    return {
+        "made": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "name": options.name,
+        "input": options.input,
+        "seeds": seeds,
+        "versions": paper_report.versions(),
+        **{what: manifest[what] for what in ("users", "items", "interactions")},
+        "attributes": manifest.get("attributes", []),
+        "truth": paper_report.read_json(ROOT / options.truth) if options.truth else None,
+        "results": results,
+        "baselines": {path: baselines[path] for path in paper_report.BASELINES if path in baselines},
+        "differences": {
+            split: {arm: differences(results, arm, split) for arm in results if arm != CONTROL}
+            for split in ("validation", "test")
+        },
+        "groups": {name: groups_over_seeds(measured, name) for name in GROUPS},
+        "training": {arm: [each["training"] for each in runs] for arm, runs in measured.items()},
+        "steps": steps.records(),
+    }
+
+
+def read_arm(evaluation: dict[str, Any], run: Path) -> dict[str, Any]:
+    """Results of one run: on test, and on validation in its best epoch (masked); by groups; and its training."""
+    training = paper_report.read_training(run)
+    lines = map(json.loads, (run / "history.jsonl").read_text().splitlines())
+    of_epoch = [line for line in lines if line["epoch"] == training["best_epoch"] and "NDCG@10" in line]
+    best = max(of_epoch, key=lambda line: line["NDCG@10"])  # an epoch may have validations within it
+    return {
+        "results": {
+            "validation": {"masked": {metric: best[metric] for metric in METRICS}},
+            "test": evaluation["results"]["pretrain"],
+        },
+        "groups": evaluation["groups"]["pretrain"]["masked"],
+        "training": training,
+    }
+
+
+def differences(results: dict[str, Any], arm: str, split: str, control: str = CONTROL) -> dict[str, Any]:
+    """Masked figures of an arm minus those of the control, seed by seed."""
+    figures = {}
+    for metric in METRICS:
+        values, others = (results[name][split]["masked"][metric]["values"] for name in (arm, control))
+        figures[metric] = paper_report.mean_and_deviation([a - b for a, b in zip(values, others, strict=True)])
+    return figures
+
+
+def groups_over_seeds(measured: dict[str, list[dict[str, Any]]], name: str) -> list[dict[str, Any]]:
+    """Per group, its bounds and users, and the masked test figures of each arm over seeds."""
+    lines = []
+    runs = next(iter(measured.values()))
+    for number, line in enumerate(runs[0]["groups"][name] if runs else []):
+        if not line["users"]:
+            continue
+        arms = {}
+        for arm, each in measured.items():
+            own = [run["groups"][name][number] for run in each]
+            arms[arm] = {metric: paper_report.mean_and_deviation([one[metric] for one in own]) for metric in METRICS}
+        lines.append({"from": line["from"], "to": line["to"], "users": line["users"], "arms": arms})
+    return lines
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report in Markdown."""
+    lines = [
+        f"# {report['input']}: what attributes, time and events add to ids",
+        "",
+        f"{report['users']:,} users, {report['items']:,} items, {report['interactions']:,} interactions. "
+        f"{len(report['seeds'])} seeds; ± is the sample standard deviation over them. Leave-one-out, ranked over the "
+        "whole catalogue, masked. Bold: best of its column.",
+        "",
+    ]
+    for split in ("validation", "test"):
+        rows: list[Row] = [
+            (arm, [figures[split]["masked"][metric] for metric in METRICS])
+            for arm, figures in report["results"].items()
+        ]
+        lines += [f"## {split.capitalize()}", "", *paper_report.table("", METRICS, rows)]
+        if split == "test":
+            extra: dict[str, dict[str, float]] = {
+                paper_report.BASELINES[path]: figures["masked"] for path, figures in report["baselines"].items()
+            }
+            truth = report["truth"] or {}
+            names = {"best": "best possible", "best_without_request": "best possible without the request"}
+            extra |= {title: truth[name] for name, title in names.items() if name in truth}
+            for title, figures in extra.items():
+                lines.append(f"| {title} | " + " | ".join(f"{figures[metric]:.4f}" for metric in METRICS) + " |")
+        lines += ["", *difference_lines(report["differences"][split], CONTROL), ""]
+    for name, title in GROUPS.items():
+        lines += [f"## Test, HR@10 by {title}", "", *group_lines(report["groups"][name], list(report["results"])), ""]
+    lines += ["## Training", "", "One figure per seed.", ""]
+    lines += ["| arm | optimizer steps | best epoch | minutes |", "|---|---|---|---|"]
+    for arm, trainings in report["training"].items():
+        columns = [", ".join(str(each[what]) for each in trainings) for what in ("steps", "best_epoch")]
+        minutes = ", ".join(f"{each['train_s'] / 60:.1f}" for each in trainings)
+        lines.append(f"| {arm} | " + " | ".join([*columns, minutes]) + " |")
+    return "\n".join([*lines, "", *paper_report.origin(report)]) + "\n"
+
+
+def difference_lines(of_arms: dict[str, dict[str, Any]], control: str) -> list[str]:
+    """A table of each arm's differences to the control, seed by seed."""
+    lines = [f"Minus `{control}`, seed by seed:", ""]
+    lines += ["| | " + " | ".join(f"{metric} | seeds above 0" for metric in METRICS) + " |", "|---|---|---|---|---|"]
+    for arm, figures in of_arms.items():
+        cells = []
+        for metric in METRICS:
+            values = figures[metric]["values"]
+            cells += [paper_report.cell(figures[metric], sign="+"), f"{sum(v > 0 for v in values)} of {len(values)}"]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def group_lines(groups: list[dict[str, Any]], arms: list[str]) -> list[str]:
+    """A table of HR@10 by group and arm."""
+    lines = ["| | users | " + " | ".join(arms) + " |", "|---|---|" + "---|" * len(arms)]
+    for group in groups:
+        low, high = group["from"], group["to"]
+        bounds = "never trained" if high == 0 else f"{low:,} or more" if high is None else f"{low:,} to {high:,}"
+        cells = (paper_report.cell(group["arms"][arm]["HR@10"]) for arm in arms)
+        lines.append(f"| {bounds} | {group['users']:,} | " + " | ".join(cells) + " |")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
