@@ -13,14 +13,13 @@ whole. Three models are trained on the same rows:
     without_id_dropout    the same, with --attributes.id_dropout 0
 
 Each is measured in two rankings, masked: among all items (`evaluate`), and among the cold ones alone, by `export` and
-`retrieve --allow`: vectors of cold items come out of the same lookup as all others. Beside them: popularity in training,
-which is 0 for every cold item; chance among the cold items; and among them also the popularity that they had in the
-rows that were left out, which no model has seen. Writes OUTPUT/report.md and report.json, updated after each seed.
+`retrieve --allow`: vectors of cold items come out of the same lookup as others. Beside them: popularity in training, 0
+for every cold item; chance among the cold items; and the popularity that these had in the rows that were left out,
+which no model has seen. Writes OUTPUT/report.md and report.json, updated after each seed.
 """
 
 import argparse
 import json
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -127,6 +126,9 @@ class ColdStart(experiment.Experiment):
     """All arms and seeds on one log. Example: `ColdStart(options, steps).run()`."""
 
     options: Options
+
+    def __init__(self, options: Options, steps: RecordedSteps) -> None:
+        super().__init__(options.name, options, steps)
 
     def run(self) -> None:
         """Prepare the whole log, then draw, train and measure seed by seed; updates the report after each seed."""
@@ -285,13 +287,15 @@ def collect_report(options: Options, steps: RecordedSteps) -> dict[str, Any]:
         "draws": facts,
         "results": results,
         "baselines": {
-            name: {metric: paper_report.mean_and_deviation([each[name][metric] for each in baselines]) for metric in METRICS}
+            name: {
+                metric: paper_report.mean_and_deviation([each[name][metric] for each in baselines])
+                for metric in METRICS
+            }
             for among in BASELINES.values()
             for name in among
         },
         "differences": {
-            among: {arm: differences(results, arm, among) for arm in ARMS if arm != CONTROL}
-            for among in (ALL, COLD)
+            among: {arm: differences(results, arm, among) for arm in ARMS if arm != CONTROL} for among in (ALL, COLD)
         },
         "steps": steps.records(),
     }

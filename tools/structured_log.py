@@ -214,7 +214,8 @@ def generate(world: World, rng: np.random.Generator) -> Log:
         steps.append((active, item[active], time[active], event[active]))
     columns = [np.concatenate(parts) for parts in zip(*steps, strict=True)]
     order = np.argsort(columns[0], kind="stable")
-    return Log(*(column[order] for column in columns), lengths)
+    user, item, time, event = (column[order] for column in columns)
+    return Log(user, item, time, event, lengths)
 
 
 def _draw_events(number: int, rng: np.random.Generator) -> Ints:
