@@ -276,7 +276,7 @@ def collect_report(options: Options, steps: RecordedSteps) -> dict[str, Any]:
             figures[arm].append({ALL: {"masked": among_all}, COLD: {"masked": lists[arm]["measured"]["hits"]}})
         popularity = tests[CONTROL]["results"]["popularity"]["masked"]
         baselines.append({"popularity": popularity, **{name: facts[-1][name] for name in BASELINES[COLD]}})
-    results = {arm: paper_report.over_seeds([{"": each} for each in runs])[""] for arm, runs in figures.items()}
+    results = {arm: paper_report.over_seeds(runs) for arm, runs in figures.items()}
     return {
         "made": time.strftime("%Y-%m-%d %H:%M:%S"),
         "name": options.name,
