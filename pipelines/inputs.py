@@ -3,18 +3,20 @@
     python tools/structured_log.py --structure attributes --output runs/attributes
     python pipelines/inputs.py --input runs/attributes/log.parquet --items runs/attributes/items.parquet \\
         --item_attributes category brand tags --users runs/attributes/users.parquet --user_attributes country age \\
-        --event_column event --truth runs/attributes/truth.json --output runs/inputs/attributes
+        --event_column event --asked view buy --truth runs/attributes/truth.json --output runs/inputs/attributes
 
 Writes OUTPUT/report.md and report.json, updated after each seed; the same command resumes an interrupted pipeline. The
 log is prepared once, with everything. Per seed, each arm is pre-trained on it with the same configuration, and reads:
 
     ids           ids alone, the control
     attributes    also the attributes of items and users; item_attributes, user_attributes: those of one of them
-    time          also pauses, hour and weekday, and those of the request
+    time          also the time since the interaction before, and time, hour and weekday of the request
     events        also the type of each event, and the type that is asked for
     all           everything
 
-The best epoch is chosen on validation. An arm's difference to the control is that of runs with the same seed.
+The best epoch is chosen on validation. An arm's difference to the control is that of runs with the same seed. With
+--asked every arm is measured once more on the users whose held-out item is of each of these event types, and arms that
+read events are asked for it.
 """
 
 import argparse
@@ -36,7 +38,10 @@ from recgpt_torchrec.evaluation.groups import BY_LENGTH, BY_POPULARITY  # noqa: 
 
 CONTROL = "ids"
 METRICS = ("HR@10", "NDCG@10")
-NO_ATTRIBUTES, NO_TIME, NO_EVENTS = ["--attributes.use", "[]"], ["--time.features", "[]"], ["--events.features", "[]"]
+NO_ATTRIBUTES, NO_EVENTS = ["--attributes.use", "[]"], ["--events.input", "false", "--events.ask", "false"]
+TIME = ["--time.use", "past_gap", "next_gap", "hour", "weekday"]
+ASKING = ("events", "all")
+"""Arms that can be asked for an event type."""
 GROUPS = {BY_POPULARITY: "training interactions of the held-out item", BY_LENGTH: "items in the history"}
 
 
@@ -101,6 +106,8 @@ class Options(experiment.Options):
     tables: Tables
     time: bool
     """Whether there is an arm that reads times."""
+    asked: list[str]
+    """Event types to ask for."""
     min_count: int
     truth: str | None
     """truth.json of `tools/structured_log.py`."""
@@ -108,30 +115,29 @@ class Options(experiment.Options):
     @property
     def arms(self) -> dict[str, list[str]]:
         """The arms, the control first, and their options of pretrain."""
-        tables, timed = self.tables, ["--time.features", "all"]
-        without_time = NO_TIME if self.time else []
-        without_events = NO_EVENTS if tables.event_column else []
-        plain = [*without_time, *without_events]
+        tables = self.tables
         both = tables.attributes_of()
         without_attributes = NO_ATTRIBUTES if both else []
-        arms = {CONTROL: [*without_attributes, *plain]}
+        without_events = NO_EVENTS if tables.event_column else []
+        arms = {CONTROL: [*without_attributes, *without_events]}
         if both:
-            arms["attributes"] = ["--attributes.use", *both, *plain]
+            arms["attributes"] = without_events
         if tables.items and tables.users:
             for name in ("item", "user"):
                 one = tables.attributes_of(items=name == "item", users=name == "user")
-                arms[f"{name}_attributes"] = ["--attributes.use", *one, *plain]
+                arms[f"{name}_attributes"] = ["--attributes.use", *one, *without_events]
         if self.time:
-            arms["time"] = [*without_attributes, *timed, *without_events]
+            arms["time"] = [*without_attributes, *TIME, *without_events]
         if tables.event_column:
-            arms["events"] = [*without_attributes, *without_time]
+            arms["events"] = without_attributes
         if bool(both) + self.time + bool(tables.event_column) > 1:
-            arms["all"] = timed if self.time else []
+            arms["all"] = TIME if self.time else []
         return arms
 
     def planned(self) -> list[str]:
         """The kind of every step, see `RecordedSteps`."""
-        return [f"{self.name} {kind}" for kind in ["prepare", *self.seeds * len(self.arms) * ["train", "test"]]]
+        of_arm = ["train", *(1 + len(self.asked)) * ["test"]]
+        return [f"{self.name} {kind}" for kind in ["prepare", *self.seeds * len(self.arms) * of_arm]]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -149,6 +155,7 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument("--name", default="inputs", help="name of the configuration NAME.yaml (default: inputs)")
     add_table_options(parser)
     parser.add_argument("--event_column", help="as in the stage prepare")
+    parser.add_argument("--asked", nargs="+", default=[], metavar="TYPE", help="event types to ask for, such as buy")
     parser.add_argument("--no_time", action="store_true", help="no arm that reads times")
     parser.add_argument("--min_count", type=int, default=1, help="as in the stage prepare (default: 1)")
     parser.add_argument("--truth", help="truth.json of tools/structured_log.py, for the report")
@@ -159,6 +166,8 @@ def parse(arguments: list[str] | None = None) -> Options:
     tables = read_tables(parser, given, given.event_column)
     if given.truth and not os.path.exists(given.truth):
         parser.error(f"there is no {given.truth}")
+    if given.asked and not given.event_column:
+        parser.error("--asked needs the --event_column")
     if min(given.seeds, given.ranks, given.min_count) < 1:
         parser.error("--seeds, --ranks and --min_count must be at least 1")
     options = Options(
@@ -170,6 +179,7 @@ def parse(arguments: list[str] | None = None) -> Options:
         name=given.name,
         tables=tables,
         time=not given.no_time,
+        asked=sorted(set(given.asked)),
         min_count=given.min_count,
         truth=given.truth and from_root(given.truth),
     )
@@ -195,7 +205,24 @@ class Comparison(experiment.Experiment):
             for arm, reads in options.arms.items():
                 self._train(f"seed{seed}/{arm}", "train", "pretrain", self.config, self.data, ("prepare",), seed, reads)
                 self._test(seed, arm, self.data, baselines=seed == 0 and arm == CONTROL)  # baselines have no seed
+                for event in options.asked:
+                    self._test_event(seed, arm, event)
             write_report(options, self.steps)
+
+    def _test_event(self, seed: int, arm: str, event: str) -> None:
+        """Measure a run on the users whose test item is of an event type."""
+        run = f"seed{seed}/{arm}"
+        title = f"{run}_test_{event}"
+        arguments = ["--data", self.data, "--checkpoint", f"{self.folder}/{run}", "--event", event]
+        arguments += ["--ask", str(arm in ASKING).lower(), "--baselines", "false"]
+        self.steps.run(
+            f"{self.name}/{title}",
+            self._command("evaluate", [*arguments, "--output", f"{self.folder}/{title}.json"]),
+            kind=f"{self.name} test",
+            proof=f"{self.folder}/{title}.json",
+            needs=(f"{self.name}/{run}",),
+            repeatable=True,
+        )
 
 
 # --------------------------------------------------------------------------------------------------------- report
@@ -219,7 +246,10 @@ def collect_report(options: Options, steps: RecordedSteps) -> dict[str, Any]:
         if all(evaluations.values()):
             seeds.append(seed)
             for arm, evaluation in evaluations.items():
-                measured[arm].append(read_arm(evaluation, folder / f"seed{seed}/{arm}"))
+                by_event = [
+                    paper_report.read_json(folder / f"seed{seed}/{arm}_test_{event}.json") for event in options.asked
+                ]
+                measured[arm].append(read_arm(evaluation, folder / f"seed{seed}/{arm}", by_event))
     results = {arm: paper_report.over_seeds([each["results"] for each in runs]) for arm, runs in measured.items()}
     manifest = json.loads((folder / "data/manifest.json").read_text())
     baselines = json.loads((folder / f"seed0/{CONTROL}_test.json").read_text())["results"]
@@ -233,10 +263,11 @@ def collect_report(options: Options, steps: RecordedSteps) -> dict[str, Any]:
         "attributes": manifest.get("attributes", []),
         "truth": paper_report.read_json(ROOT / options.truth) if options.truth else None,
         "results": results,
+        "asked": options.asked,
         "baselines": {path: baselines[path] for path in paper_report.BASELINES if path in baselines},
         "differences": {
             split: {arm: differences(results, arm, split) for arm in results if arm != CONTROL}
-            for split in ("validation", "test")
+            for split in next(iter(results.values()))
         },
         "groups": {name: groups_over_seeds(measured, name) for name in GROUPS},
         "training": {arm: [each["training"] for each in runs] for arm, runs in measured.items()},
@@ -244,8 +275,17 @@ def collect_report(options: Options, steps: RecordedSteps) -> dict[str, Any]:
     }
 
 
-def read_arm(evaluation: dict[str, Any], run: Path) -> dict[str, Any]:
-    """Results of one run: on test, and on validation in its best epoch (masked); by groups; and its training."""
+ASKED = "test, asked for the event type"
+
+
+def read_arm(evaluation: dict[str, Any], run: Path, by_event: list[dict[str, Any]]) -> dict[str, Any]:
+    """Results of one run: on test, and on validation in its best epoch (masked); by groups; and its training.
+
+    Args:
+        evaluation: on all users.
+        run: folder of the run.
+        by_event: evaluations on the users of each event type that is asked for.
+    """
     training = paper_report.read_training(run)
     lines = map(json.loads, (run / "history.jsonl").read_text().splitlines())
     of_epoch = [line for line in lines if line["epoch"] == training["best_epoch"] and "NDCG@10" in line]
@@ -254,9 +294,20 @@ def read_arm(evaluation: dict[str, Any], run: Path) -> dict[str, Any]:
         "results": {
             "validation": {"masked": {metric: best[metric] for metric in METRICS}},
             "test": evaluation["results"]["pretrain"],
+            **({ASKED: {"masked": mean_over_users(by_event)}} if by_event else {}),
         },
         "groups": evaluation["groups"]["pretrain"]["masked"],
         "training": training,
+    }
+
+
+def mean_over_users(evaluations: list[dict[str, Any]]) -> dict[str, float]:
+    """The masked figures of several evaluations together, each user counted once."""
+    users = [each["users"] for each in evaluations]
+    figures = [each["results"]["pretrain"]["masked"] for each in evaluations]
+    return {
+        metric: sum(count * each[metric] for count, each in zip(users, figures, strict=True)) / max(sum(users), 1)
+        for metric in METRICS
     }
 
 
@@ -294,18 +345,23 @@ def markdown(report: dict[str, Any]) -> str:
         "whole catalogue, masked. Bold: best of its column.",
         "",
     ]
-    for split in ("validation", "test"):
+    for split in next(iter(report["results"].values())):
         rows: list[Row] = [
             (arm, [figures[split]["masked"][metric] for metric in METRICS])
             for arm, figures in report["results"].items()
         ]
-        lines += [f"## {split.capitalize()}", "", *paper_report.table("", METRICS, rows)]
-        if split == "test":
+        lines += [f"## {split.capitalize()}", ""]
+        if split == ASKED:
+            lines += [f"The users of each event type: {', '.join(report['asked'])}; together.", ""]
+        lines += [*paper_report.table("", METRICS, rows)]
+        if split != "validation":
             extra: dict[str, dict[str, float]] = {
-                paper_report.BASELINES[path]: figures["masked"] for path, figures in report["baselines"].items()
+                paper_report.BASELINES[path]: figures["masked"]
+                for path, figures in report["baselines"].items()
+                if split == "test"
             }
             truth = report["truth"] or {}
-            names = {"best": "best possible", "best_without_request": "best possible without the request"}
+            names = {"best": "best possible", "best_without_request": "best possible, time and event not told"}
             extra |= {title: truth[name] for name, title in names.items() if name in truth}
             for title, figures in extra.items():
                 lines.append(f"| {title} | " + " | ".join(f"{figures[metric]:.4f}" for metric in METRICS) + " |")

@@ -135,7 +135,7 @@ def vectors_of(export: Path) -> dict[str, Any]:
 
 
 def keys_in(lists: Path) -> list[str]:
-    return [key for row in read(lists) for key in row["items"]]
+    return [key for row in read(lists) for key in row["item_keys"]]
 
 
 @pytest.mark.parametrize(

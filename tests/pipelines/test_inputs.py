@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import pytest
 
@@ -37,29 +38,31 @@ def test_from_a_log_to_the_report_and_done_once(log: Path, tmp_path: Path, execu
     configs, out = tmp_path / "configs", tmp_path / "out"
     configs.mkdir()
     (configs / "tiny.yaml").write_text(CONFIG)
-    words = [*table_words(log), "--output", str(out), "--configs", str(configs), "--name", "tiny", "--seeds", "2"]
-    words += ["--event_column", "event", "--truth", str(log / "truth.json")]
+    words = [*table_words(log)[:-4], "--output", str(out), "--configs", str(configs), "--name", "tiny", "--seeds", "1"]
+    words += ["--event_column", "event", "--asked", "view", "buy", "--truth", str(log / "truth.json")]
     inputs.main(words)
     options = inputs.parse(words)
     assert len(executor.ran) == len(options.planned())
 
     report = json.loads((out / "report.json").read_text())
-    arms = ["ids", "attributes", "item_attributes", "user_attributes", "time", "events", "all"]
+    arms = ["ids", "attributes", "time", "events", "all"]
     assert list(report["results"]) == list(options.arms) == arms
-    tests = {arm: [json.loads((out / f"tiny/seed{s}/{arm}_test.json").read_text()) for s in (0, 1)] for arm in arms}
-    figures = {arm: [each["results"]["pretrain"]["masked"]["NDCG@10"] for each in tests[arm]] for arm in arms}
-    of_all = report["results"]["all"]["test"]["masked"]["NDCG@10"]
-    assert of_all["mean"] == pytest.approx(fmean(figures["all"])) and of_all["sd"] == pytest.approx(
-        stdev(figures["all"])
-    )
-    paired = [a - b for a, b in zip(figures["all"], figures["ids"], strict=True)]
-    assert report["differences"]["test"]["all"]["NDCG@10"]["values"] == pytest.approx(paired)
-    best = json.loads((out / "tiny/seed1/time/best.json").read_text())["value"]
-    assert report["results"]["time"]["validation"]["masked"]["NDCG@10"]["values"][1] == best
+    tests = {arm: json.loads((out / f"tiny/seed0/{arm}_test.json").read_text()) for arm in arms}
+    figures = {arm: tests[arm]["results"]["pretrain"]["masked"]["NDCG@10"] for arm in arms}
+    assert report["results"]["all"]["test"]["masked"]["NDCG@10"]["values"] == [figures["all"]]
+    difference = report["differences"]["test"]["all"]["NDCG@10"]["values"]
+    assert difference == pytest.approx([figures["all"] - figures["ids"]])
+    parts = [json.loads((out / f"tiny/seed0/all_test_{event}.json").read_text()) for event in ("view", "buy")]
+    assert sum(part["users"] for part in parts) == 80
+    hits = sum(part["users"] * part["results"]["pretrain"]["masked"]["HR@10"] for part in parts) / 80
+    asked = report["results"]["all"]["test, asked for the event type"]["masked"]["HR@10"]
+    assert asked["values"][0] == pytest.approx(hits)
+    best = json.loads((out / "tiny/seed0/time/best.json").read_text())["value"]
+    assert report["results"]["time"]["validation"]["masked"]["NDCG@10"]["values"] == [best]
     for lines in report["groups"].values():
         assert sum(line["users"] for line in lines) == 80
         of_users = sum(line["users"] * line["arms"]["ids"]["HR@10"]["values"][0] for line in lines) / 80
-        assert of_users == pytest.approx(tests["ids"][0]["results"]["pretrain"]["masked"]["HR@10"])
+        assert of_users == pytest.approx(tests["ids"]["results"]["pretrain"]["masked"]["HR@10"])
     text = (out / "report.md").read_text()
     for part in ("best possible", "popularity", "Minus `ids`", "items in the history", "--item_attributes category"):
         assert part in text
@@ -71,20 +74,39 @@ def test_from_a_log_to_the_report_and_done_once(log: Path, tmp_path: Path, execu
         recorded = json.loads(settings.read_text())["inputs"]
         attributes = {f"{each['entity']}.{each['name']}" for each in recorded.get("attributes", [])}
         read[arm] = attributes, {each["name"] for each in recorded.get("features", [])}
-    items, users, times = {"item.category", "item.tags"}, {"user.age"}, {"past_gap", "next_gap", "hour", "weekday"}
-    events = {"event", "asked_event"}
+    items, times, events = {"item.category", "item.tags"}, {"past_gap", "next_gap", "hour", "weekday"}, {"event"}
+    events |= {"asked_event"}
     assert read == {
         "ids": (set(), set()),
-        "attributes": (items | users, set()),
-        "item_attributes": (items, set()),
-        "user_attributes": (users, set()),
+        "attributes": (items, set()),
         "time": (set(), times),
         "events": (set(), events),
-        "all": (items | users, times | events),
+        "all": (items, times | events),
     }
 
     inputs.main(words)
     assert len(executor.ran) == len(options.planned())  # a second run starts no stage
+
+
+def test_arms_are_those_that_tables_and_columns_allow(log: Path) -> None:
+    options = inputs.parse([*table_words(log), "--no_time"])
+    assert options.arms == {
+        "ids": ["--attributes.use", "[]"],
+        "attributes": [],
+        "item_attributes": ["--attributes.use", "item.category", "item.tags"],
+        "user_attributes": ["--attributes.use", "user.age"],
+    }
+    assert list(inputs.parse(["--input", str(log / "log.parquet")]).arms) == ["ids", "time"]
+
+
+def test_differences_are_those_of_the_same_seeds() -> None:
+    def over_seeds(values: list[float]) -> dict[str, Any]:
+        return {"test": {"masked": {metric: {"values": values} for metric in inputs.METRICS}}}
+
+    results = {"ids": over_seeds([0.1, 0.5, 0.3]), "time": over_seeds([0.2, 0.5, 0.7])}
+    found = inputs.differences(results, "time", "test")["HR@10"]
+    assert found["values"] == pytest.approx([0.1, 0, 0.4])
+    assert (found["mean"], found["sd"]) == pytest.approx((fmean([0.1, 0, 0.4]), stdev([0.1, 0, 0.4])))
 
 
 @pytest.mark.parametrize(
@@ -95,6 +117,7 @@ def test_from_a_log_to_the_report_and_done_once(log: Path, tmp_path: Path, execu
         (["--users", "/no/such/file", "--user_attributes", "a"], "there is no /no/such/file"),
         (["--truth", "/no/such/file"], "there is no /no/such/file"),
         (["--no_time"], "nothing to compare"),
+        (["--asked", "buy"], "needs the --event_column"),
         (["--seeds", "0"], "at least 1"),
     ],
 )
