@@ -35,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pipelines import experiment, paper_report  # noqa: E402
 from pipelines.experiment import from_root  # noqa: E402
 from pipelines.feedback import keys_of  # noqa: E402
-from pipelines.inputs import METRICS, Tables, add_table_options, difference_lines, differences, read_tables  # noqa: E402
+from pipelines.input_tables import Tables, add_table_options, read_tables  # noqa: E402
+from pipelines.inputs import METRICS, difference_lines, differences  # noqa: E402
 from pipelines.paper_report import Row  # noqa: E402
 from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
 from recgpt_torchrec.data.dataset import Dataset  # noqa: E402

@@ -24,7 +24,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipelines import experiment, paper_report  # noqa: E402
 from pipelines.experiment import from_root  # noqa: E402
+from pipelines.input_tables import Tables, add_table_options, read_tables  # noqa: E402
 from pipelines.paper_report import Row  # noqa: E402
 from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
 from recgpt_torchrec.evaluation.groups import BY_LENGTH, BY_POPULARITY  # noqa: E402
@@ -43,56 +44,6 @@ TIME = ["--time.use", "past_gap", "next_gap", "hour", "weekday"]
 ASKING = ("events", "all")
 """Arms that can be asked for an event type."""
 GROUPS = {BY_POPULARITY: "training interactions of the held-out item", BY_LENGTH: "items in the history"}
-
-
-@dataclass(kw_only=True)
-class Tables:
-    """What beside ids the log is prepared with; paths are relative to the project."""
-
-    items: str | None = None
-    item_attributes: list[str] = field(default_factory=list)
-    users: str | None = None
-    user_attributes: list[str] = field(default_factory=list)
-    event_column: str | None = None
-
-    def arguments(self) -> list[str]:
-        """Options of the stage prepare."""
-        words = []
-        for name, value in vars(self).items():
-            if value:
-                words += [f"--{name}", *(value if isinstance(value, list) else [value])]
-        return words
-
-    def attributes_of(self, *, items: bool = True, users: bool = True) -> list[str]:
-        """Names of attributes as `pretrain --attributes.use` takes them."""
-        named = [f"item.{name}" for name in self.item_attributes if items]
-        named += [f"user.{name}" for name in self.user_attributes if users]
-        return [name.partition(":")[0] for name in named]  # without the kind
-
-
-def add_table_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the tables."""
-    parser.add_argument("--items", help="table of the items, as in the stage prepare")
-    parser.add_argument("--item_attributes", nargs="+", default=[], metavar="COLUMN", help="its columns to read")
-    parser.add_argument("--users", help="table of the users, as in the stage prepare")
-    parser.add_argument("--user_attributes", nargs="+", default=[], metavar="COLUMN", help="its columns to read")
-
-
-def read_tables(parser: argparse.ArgumentParser, given: argparse.Namespace, event_column: str | None = None) -> Tables:
-    """The tables that a command line names; the parser ends the program where they do not fit."""
-    for table, columns in ((given.items, given.item_attributes), (given.users, given.user_attributes)):
-        if bool(table) != bool(columns):
-            parser.error("a table needs the names of its columns: --items with --item_attributes, --users likewise")
-    for path in (given.input, given.items, given.users):
-        if path and not os.path.exists(path):
-            parser.error(f"there is no {path}")
-    return Tables(
-        items=given.items and from_root(given.items),
-        item_attributes=given.item_attributes,
-        users=given.users and from_root(given.users),
-        user_attributes=given.user_attributes,
-        event_column=event_column,
-    )
 
 
 @dataclass(kw_only=True)
@@ -108,13 +59,15 @@ class Options(experiment.Options):
     """Whether there is an arm that reads times."""
     asked: list[str]
     """Event types to ask for."""
+    chosen: list[str]
+    """Arms beside the control; empty: all."""
     min_count: int
     truth: str | None
     """truth.json of `tools/structured_log.py`."""
 
     @property
     def arms(self) -> dict[str, list[str]]:
-        """The arms, the control first, and their options of pretrain."""
+        """The chosen arms, the control first, and their options of pretrain."""
         tables = self.tables
         both = tables.attributes_of()
         without_attributes = NO_ATTRIBUTES if both else []
@@ -132,7 +85,7 @@ class Options(experiment.Options):
             arms["events"] = without_attributes
         if bool(both) + self.time + bool(tables.event_column) > 1:
             arms["all"] = TIME if self.time else []
-        return arms
+        return {arm: reads for arm, reads in arms.items() if not self.chosen or arm in (CONTROL, *self.chosen)}
 
     def planned(self) -> list[str]:
         """The kind of every step, see `RecordedSteps`."""
@@ -157,6 +110,7 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument("--event_column", help="as in the stage prepare")
     parser.add_argument("--asked", nargs="+", default=[], metavar="TYPE", help="event types to ask for, such as buy")
     parser.add_argument("--no_time", action="store_true", help="no arm that reads times")
+    parser.add_argument("--arms", nargs="+", default=[], help=f"arms beside {CONTROL} (default: all that there are)")
     parser.add_argument("--min_count", type=int, default=1, help="as in the stage prepare (default: 1)")
     parser.add_argument("--truth", help="truth.json of tools/structured_log.py, for the report")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to SEEDS - 1 (default: 5)")
@@ -180,9 +134,15 @@ def parse(arguments: list[str] | None = None) -> Options:
         tables=tables,
         time=not given.no_time,
         asked=sorted(set(given.asked)),
+        chosen=[],
         min_count=given.min_count,
         truth=given.truth and from_root(given.truth),
     )
+    if unknown := [arm for arm in given.arms if arm not in options.arms]:
+        parser.error(
+            f"--arms {unknown[0]} is none of {', '.join(options.arms)}, for which there are tables and columns"
+        )
+    options.chosen = given.arms
     if len(options.arms) < 2:
         parser.error("there is nothing to compare: give tables, an event column, or leave --no_time out")
     return options

@@ -16,8 +16,8 @@ All four columns of inputs are there in every log; which of them decides is the 
                  item are likelier. New starts are in categories that the user's age likes.
     time         items belong to series. Within a visit the next item is the successor of the last; after a pause of
                  more than 12 hours a user begins one of the series of that hour of the day, other ones on weekends.
-    events       items belong to groups of ten. The group of the next item follows from the last item's group, the last
-                 event and the event that comes: each pair has a rule of its own.
+    events       items belong to groups of ten. A buy is of the last item's group; a view is of the group that follows
+                 that one, in one order of the groups after a view and in another one after a buy.
     none         the next item is the successor of the last one, whatever attributes, times and events are.
 
 A rule holds with probability --follow; otherwise an item is drawn at random. Probabilities of all items are computed
@@ -62,7 +62,7 @@ BLOCK = 2**23
 """Probabilities computed at once."""
 REQUESTS = 64
 """Requests over which a ranker that does not know the request takes the mean."""
-ITEMS = {"attributes": 6000, "time": 1600, "events": 1000, "none": 1000}
+ITEMS = {"attributes": 6000, "time": 1600, "events": 500, "none": 1000}
 """Default number of items."""
 
 
@@ -122,7 +122,9 @@ class World:
         self.successor[order] = np.roll(order, -1)
         self.place = np.empty(items, np.int64)
         self.place[order] = np.arange(items)
-        self.next_group = np.stack([rng.permutation(-(-items // GROUP)) for _ in range(4)])
+        groups = np.arange(-(-items // GROUP))
+        self.next_group = np.stack([rng.permutation(groups), groups, rng.permutation(groups), groups])
+        """[4, groups] the group after each one, by twice the last event plus the event that comes."""
         self.rule: Callable[[Moment], Floats] = getattr(self, f"_{options.structure}")
 
     def chances(self, moment: Moment) -> Floats:

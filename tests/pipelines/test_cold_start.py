@@ -50,9 +50,9 @@ def test_rows_are_split_as_a_plain_loop_splits_them(tmp_path: Path) -> None:
     assert len(expected["test"]) > 30
     for name, rows_of_users in expected.items():
         assert read_rows(tmp_path / f"rows/{name}.parquet") == rows_of_users
-    before = (tmp_path / "rows/test.parquet").stat().st_mtime_ns
+    written = (tmp_path / "rows/test.parquet").stat().st_mtime_ns
     cold_start.split_rows(dataset, tmp_path / "rows", 0.25, seed=1)  # done before
-    assert (tmp_path / "rows/test.parquet").stat().st_mtime_ns == before
+    assert (tmp_path / "rows/test.parquet").stat().st_mtime_ns == written
     cold_start.split_rows(dataset, tmp_path / "other", 0.25, seed=2)
     assert (tmp_path / "other/cold.csv").read_text() != (tmp_path / "rows/cold.csv").read_text()
 

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from pipelines import inputs
+from recgpt_torchrec.checkpoints.folder import find_checkpoint
+from recgpt_torchrec.checkpoints.settings import CheckpointSettings
 from tests.pipelines.test_paper import InProcess, executor
 from tools import structured_log
 
@@ -28,17 +30,28 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def table_words(log: Path) -> list[str]:
-    words = ["--input", str(log / "log.parquet"), "--items", str(log / "items.parquet"), "--users"]
-    words += [str(log / "users.parquet"), "--item_attributes", "category", "tags", "--user_attributes", "age:number"]
-    return words
+def table_words(log: Path, *, users: bool = True) -> list[str]:
+    words = ["--input", str(log / "log.parquet"), "--items", str(log / "items.parquet")]
+    words += ["--item_attributes", "category", "tags"]
+    of_users = ["--users", str(log / "users.parquet"), "--user_attributes", "age:number"]
+    return words + of_users if users else words
 
 
 def test_from_a_log_to_the_report_and_done_once(log: Path, tmp_path: Path, executor: InProcess) -> None:  # noqa: F811
     configs, out = tmp_path / "configs", tmp_path / "out"
     configs.mkdir()
     (configs / "tiny.yaml").write_text(CONFIG)
-    words = [*table_words(log)[:-4], "--output", str(out), "--configs", str(configs), "--name", "tiny", "--seeds", "1"]
+    words = [
+        *table_words(log, users=False),
+        "--output",
+        str(out),
+        "--configs",
+        str(configs),
+        "--name",
+        "tiny",
+        "--seeds",
+        "1",
+    ]
     words += ["--event_column", "event", "--asked", "view", "buy", "--truth", str(log / "truth.json")]
     inputs.main(words)
     options = inputs.parse(words)
@@ -69,11 +82,9 @@ def test_from_a_log_to_the_report_and_done_once(log: Path, tmp_path: Path, execu
 
     read = {}
     for arm in arms:
-        newest = json.loads((out / f"tiny/seed0/{arm}/best.json").read_text())["checkpoint"]
-        (settings,) = (out / f"tiny/seed0/{arm}/checkpoints" / Path(newest).name).glob("manifest.json")
-        recorded = json.loads(settings.read_text())["inputs"]
-        attributes = {f"{each['entity']}.{each['name']}" for each in recorded.get("attributes", [])}
-        read[arm] = attributes, {each["name"] for each in recorded.get("features", [])}
+        recorded = CheckpointSettings.read(find_checkpoint(str(out / f"tiny/seed0/{arm}"))).inputs
+        attributes = {f"{each.entity}.{each.name}" for each in recorded.attributes}
+        read[arm] = attributes, {each.name for each in recorded.features}
     items, times, events = {"item.category", "item.tags"}, {"past_gap", "next_gap", "hour", "weekday"}, {"event"}
     events |= {"asked_event"}
     assert read == {
@@ -97,6 +108,7 @@ def test_arms_are_those_that_tables_and_columns_allow(log: Path) -> None:
         "user_attributes": ["--attributes.use", "user.age"],
     }
     assert list(inputs.parse(["--input", str(log / "log.parquet")]).arms) == ["ids", "time"]
+    assert list(inputs.parse([*table_words(log), "--arms", "all", "time"]).arms) == ["ids", "time", "all"]
 
 
 def test_differences_are_those_of_the_same_seeds() -> None:
@@ -118,6 +130,8 @@ def test_differences_are_those_of_the_same_seeds() -> None:
         (["--truth", "/no/such/file"], "there is no /no/such/file"),
         (["--no_time"], "nothing to compare"),
         (["--asked", "buy"], "needs the --event_column"),
+        (["--arms", "events"], "--arms events is none of ids, time"),
+        (["--arms", "ids"], "nothing to compare"),
         (["--seeds", "0"], "at least 1"),
     ],
 )

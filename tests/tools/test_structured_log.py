@@ -98,16 +98,16 @@ def test_after_a_pause_a_series_of_that_time_begins_and_within_a_visit_it_contin
     assert len(set.union(*starts.values())) == sum(map(len, starts.values()))
 
 
-def test_both_event_types_decide_the_next_group(tmp_path: Path) -> None:
+def test_a_buy_is_of_the_last_group_and_a_view_of_one_that_the_last_event_decides(tmp_path: Path) -> None:
     pairs = pairs_of(make(tmp_path, "events", follow=1, mean_events=200))
     following = values_by_key([((a["item_id"], a["event"], b["event"]), b["item_id"]) for a, b in pairs])
     assert max(map(len, following.values())) <= GROUP
-    one = next(
-        item
-        for (item, _, _) in following
-        if {(item, x, y) for x in ("view", "buy") for y in ("view", "buy")} <= set(following)
-    )
-    assert len({frozenset(following[one, x, y]) for x in ("view", "buy") for y in ("view", "buy")}) > 1
+    bought = [(item, items) for (item, _, event), items in following.items() if event == "buy" and len(items) == GROUP]
+    assert len(bought) > 10 and all(item in items for item, items in bought)
+    views = {key[:2]: items for key, items in following.items() if key[2] == "view"}
+    both = [item for item, event in views if event == "view" and (item, "buy") in views]
+    differing = sum(not views[item, "view"] & views[item, "buy"] for item in both)
+    assert differing > 0.8 * len(both) > 100
 
 
 def test_without_a_structure_the_item_alone_decides(tmp_path: Path) -> None:
