@@ -224,7 +224,7 @@ def train_plainly(case: Case, start: Trained) -> Trained:
     config = case.config
     weights = {name: table.clone().requires_grad_() for name, table in start.tables_before.items()}
     moments = {name: torch.zeros_like(table) for name, table in start.tables_before.items()}
-    dense = Dense(config.model, config.loss, inputs=case.inputs)
+    dense = Dense(config.model, config.loss, inputs=case.opened["inputs"])
     dense.load_state_dict(start.dense_before)
     adamw = torch.optim.AdamW(dense.parameters(), lr=LR, betas=(0.9, BETA2), weight_decay=0)
     result = Trained(start.tables_before, start.dense_before)
@@ -309,7 +309,7 @@ class FixedStream:
     def maker(self) -> Any:
         candidates = Candidates(np.arange(9), np.zeros(9, np.float32))
         return SimpleNamespace(
-            empty=lambda *_: pack_batch(self.case, no_histories(self.case.inputs), candidates, here())
+            empty=lambda *_: pack_batch(self.case, no_histories(self.case.opened["inputs"]), candidates, here())
         )
 
     def batches(self, epoch: int, position: Position, rank: int, world_size: int) -> "FixedShare":
