@@ -127,14 +127,16 @@ def make_batches(case: Case, rank: int, world_size: int) -> list[SequenceBatch]:
                 offsets=np.concatenate([[0], np.cumsum([len(drawn[n]) for n in mine])]),
             )
             if case.weighted:
-                histories = replace(histories, weights=np.float32([0, 1, 5])[histories.items % 3])
+                histories = replace(histories, weights=np.array([0, 1, 5], np.float32)[histories.items % 3])
             if case.timed:  # of each history by itself, so that they do not depend on the ranks
                 gaps = [np.random.default_rng((step, n)).integers(0, 10**6, len(drawn[n])) for n in mine]
                 times = np.concatenate([10**9 + each.cumsum() for each in gaps])
                 histories = replace(histories, times=times)
             rank_batches.append(pack_batch(case, histories, negatives, Place(rank, world_size)))
         elif not case.idle:
-            rank_batches.append(pack_batch(case, no_histories(case.opened["inputs"]), negatives, Place(rank, world_size)))
+            rank_batches.append(
+                pack_batch(case, no_histories(case.opened["inputs"]), negatives, Place(rank, world_size))
+            )
     return rank_batches
 
 
