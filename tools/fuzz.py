@@ -86,11 +86,19 @@ class Kind:
 
 LOGS = {"csv": "text", "csv.gz": "text", "tsv": "text", "inter": "text", "txt": "text", "jsonl": "json"}
 LOGS |= {"parquet": "parquet"}
+DESCRIBED = {"--input": "log.csv", "--item_attributes": "brand,tags:list,price:number,title:text"}
 KINDS = [
     *(
         Kind(f"log: {ending}", f"log.{ending}", "prepare", form, {"--input": f"log.{ending}"}, any_result=True)
         for ending, form in LOGS.items()
     ),
+    *(
+        Kind(f"table: {ending}", f"items.{ending}", "prepare", form,
+             DESCRIBED | {"--items": f"items.{ending}"}, any_result=True)
+        for ending, form in {"csv": "text", "jsonl": "json", "parquet": "parquet"}.items()
+    ),
+    Kind("dataset: values of attributes", "described/attributes/*/*.parquet", "prepare", "parquet",
+         DESCRIBED | {"--items": "items.csv", "--vocabulary": "described"}, is_part=True),
     Kind("dataset: manifest", "data/manifest.json", "evaluate", "json", result="new.json"),
     Kind("dataset: manifest, damaged rows left out", "data/manifest.json", "pretrain", "json",
          SKIP | {"--output": "new"}),
@@ -202,6 +210,11 @@ def write_inputs(folder: Path) -> None:
             raise SystemExit(f"{stage} ended with status {status}")
 
     run("prepare", input="log.csv", output="prepared")
+    write_tables(folder)
+    if status := run_stage(
+        "prepare", OPTIONS["prepare"] | DESCRIBED | {"--items": "items.csv", "--output": "described"}
+    ):
+        raise SystemExit(f"prepare with a table ended with status {status}")
     run("pretrain", output="run", train__epochs=1)
     run("pretrain", output="half")
     run("pretrain", output="skipped", data="damaged", stream__damaged="skip", stream__damaged_limit=9)
@@ -233,6 +246,22 @@ def write_inputs(folder: Path) -> None:
         groups.setdefault(group, {})[name] = value
     lines = [f"{g}:\n" + "".join(f"  {name}: {value}\n" for name, value in of.items()) for g, of in groups.items()]
     (folder / "config.yaml").write_text("seed: 3\n" + "".join(lines))
+
+
+def write_tables(folder: Path) -> None:
+    """Write tables of attributes of the log's items."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    items = [f"i{item}" for item in range(ITEMS)]
+    rows = [
+        {"item_id": item, "brand": f"b{n % 5}", "tags": f"t{n % 3}|t{n % 4}", "price": n / 4, "title": f"The {item}"}
+        for n, item in enumerate(items)
+    ]
+    lines = [",".join(map(str, row.values())) for row in rows]
+    (folder / "items.csv").write_text("\n".join([",".join(rows[0]), *lines, ""]))
+    (folder / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), folder / "items.parquet")
 
 
 def write_keys(folder: Path) -> None:
@@ -273,7 +302,7 @@ def correct_manifest(path: Path, folder: Path) -> None:
     manifest = json.loads((root / "manifest.json").read_text())
     manifest.pop("checksum", None)
     name = str(path.relative_to(root))
-    for parts in manifest.values():
+    for parts in [*manifest.values(), *(each["parts"] for each in manifest.get("attributes", []))]:
         for part in parts if isinstance(parts, list) else ():
             if isinstance(part, dict) and part.get("path") == name:
                 data = path.read_bytes()
