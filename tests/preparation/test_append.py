@@ -321,3 +321,47 @@ def test_a_damaged_list_of_days_is_told(tmp_path):
     path.write_text(json.dumps({**values, "days": ["0001", "0003"]}))
     with pytest.raises(InputError, match=r"days.json is damaged"):
         Dataset.open(str(tmp_path / "data"))
+
+
+def test_days_carry_event_types_and_tables_of_attributes_as_of_each_day(tmp_path):
+    logs = [["a,x,1,view", "b,y,2,buy"], ["a,z,3,gift", "b,x,4,view", "a,x,4,view", "a,x,4,buy"]]
+    items = [["x,red", "y,blue"], ["x,green", "y,blue", "z,red"]]
+    users = [["a,north", "b,south"], ["a,south", "b,south"]]
+    found = []
+    for day, (log, item_rows, user_rows) in enumerate(zip(logs, items, users, strict=True), 1):
+        for name, header, rows in (
+            ("log", "user_id,item_id,timestamp,kind", log),
+            ("items", "item_id,colour", item_rows),
+            ("users", "user_id,region", user_rows),
+        ):
+            (tmp_path / f"{name}{day}.csv").write_text("\n".join([header, *rows]) + "\n")
+        append(
+            Prepare(
+                append=True,
+                input=[str(tmp_path / f"log{day}.csv")],
+                output=str(tmp_path / "data"),
+                hold_out="none",
+                event_column="kind",
+                items=[str(tmp_path / f"items{day}.csv")],
+                item_attributes=["colour"],
+                users=[str(tmp_path / f"users{day}.csv")],
+                user_attributes=["region"],
+            )
+        )
+        manifest = Dataset.open(str(tmp_path / "data")).manifest
+        values: dict[str, Any] = {}
+        for attribute in manifest.attributes:
+            parts = [pq.read_table(tmp_path / "data" / part.path) for part in attribute.parts]
+            words = [word for part in parts for word in part["key"].to_pylist()]
+            of_entity = manifest.item_parts if attribute.entity == "item" else manifest.user_parts
+            rows = [row for part in of_entity for row in pq.read_table(tmp_path / "data" / part.path).to_pylist()]
+            values |= {row["key"]: [words[value] for value in row[attribute.column]] for row in rows}
+        found.append(values)
+    assert found[0] == {"x": ["red"], "y": ["blue"], "a": ["north"], "b": ["south"]}
+    assert found[1] == {"x": ["green"], "y": ["blue"], "z": ["red"], "a": ["south"], "b": ["south"]}
+    keys = keys_of(tmp_path / "data", "user")
+    events = {
+        keys[row["user_id"]]: [manifest.events[event - 1] for event in row["event_ids"]]
+        for row in pq.read_table(tmp_path / "data/days/0002/sequences").to_pylist()
+    }
+    assert events == {"a": ["view", "gift", "view", "buy"], "b": ["buy", "view"]}
