@@ -19,7 +19,7 @@ from torch import Tensor
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import Prompts
 from recgpt_torchrec.data.histories import Histories
-from recgpt_torchrec.data.inputs.features import compute_features
+from recgpt_torchrec.data.inputs.features import UNKNOWN, compute_features
 from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.data.segments import GENERATED, INTERACTED
 from recgpt_torchrec.model.dense import Dense
@@ -170,6 +170,10 @@ class Prompter:
         inputs, k = self.dense.inputs, self.prompts.k
         if not inputs.features:
             return None
+        columns = histories.columns()
+        if "events" in columns:  # types that were added to the dataset after the model was trained are unknown to it
+            events = columns["events"]
+            columns["events"] = np.where(events <= len(inputs.events), events, np.int16(UNKNOWN))
         # After each user's last interval comes the next item; users with fewer intervals repeat their last item.
         places = np.minimum(first[:, None] + np.arange(intervals + 1), histories.offsets[rows + 1][:, None] - 1)
         segments = np.full((*places.shape, 1 + k), GENERATED, np.int8)
@@ -181,7 +185,7 @@ class Prompter:
             items=np.full(segments.size, -1, np.int64),  # which no feature looks at
             offsets=np.arange(rows.size + 1) * size,
             segments=segments.ravel(),
-            **{name: values[places].ravel() for name, values in histories.columns().items()},
+            **{name: values[places].ravel() for name, values in columns.items()},
         )
         tokens = np.arange(segments.size).reshape(rows.size, -1)[:, : intervals * (1 + k)]
         features = compute_features(inputs, packed, tokens.ravel())
