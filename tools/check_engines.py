@@ -113,7 +113,9 @@ def _write_tables(folder: Path, rows: list[Any], random: np.random.Generator) ->
     pq.write_table(pa.table(table), folder / "items.parquet")
     ages = [str(age) if age < 60 else "NULL" for age in random.integers(18, 70, size=len(users)).tolist()]
     _write_csv(
-        folder / "users" / "1.csv", ["user_id", "age", "country"], [(u, a, a[0]) for u, a in zip(users, ages, strict=True)][::2]
+        folder / "users" / "1.csv",
+        ["user_id", "age", "country"],
+        [(u, a, a[0]) for u, a in zip(users, ages, strict=True)][::2],
     )
     lines = [{"user_id": user, "age": age, "country": "x"} for user, age in zip(users[1::2], ages[1::2], strict=True)]
     (folder / "users" / "2.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
