@@ -51,7 +51,7 @@ def test_refusals_pay_where_they_tell_and_cost_nothing_where_they_do_not(folder:
     assert 0.45 < without < 0.6
     telling = tune(folder, "refusals", "telling", {"--batch.tokens": 1000, "--tuning.places": "true"})
     assert telling > without + 0.2
-    noise = tune(folder, "noise", "noise", {"--batch.tokens": 1000})
+    noise = tune(folder, "noise", "noise_run", {"--batch.tokens": 1000})
     assert noise > without - 0.04
     settings = json.loads((folder / "telling/best.json").read_text())
     record = json.loads((folder / "telling" / "checkpoints" / settings["checkpoint"] / "checkpoint.json").read_text())
