@@ -354,8 +354,8 @@ def test_days_carry_event_types_and_tables_of_attributes_as_of_each_day(tmp_path
             parts = [pq.read_table(tmp_path / "data" / part.path) for part in attribute.parts]
             words = [word for part in parts for word in part["key"].to_pylist()]
             of_entity = manifest.item_parts if attribute.entity == "item" else manifest.user_parts
-            rows = [row for part in of_entity for row in pq.read_table(tmp_path / "data" / part.path).to_pylist()]
-            values |= {row["key"]: [words[value] for value in row[attribute.column]] for row in rows}
+            named = [row for part in of_entity for row in pq.read_table(tmp_path / "data" / part.path).to_pylist()]
+            values |= {row["key"]: [words[value] for value in row[attribute.column]] for row in named}
         found.append(values)
     assert found[0] == {"x": ["red"], "y": ["blue"], "a": ["north"], "b": ["south"]}
     assert found[1] == {"x": ["green"], "y": ["blue"], "z": ["red"], "a": ["south"], "b": ["south"]}
