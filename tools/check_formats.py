@@ -147,7 +147,8 @@ History = list[tuple[int, str, bool]]
 
 
 def expected_histories(rows: list[Row]) -> dict[str, History]:
-    """Time, item and whether only shown, per user in time order: k-core on what was clicked, shown rows between."""
+    """Time, item and whether only shown, per user in time order: k-core on what was clicked, and what was
+    shown after a user's first click."""
     clicked = [row for row in rows if not row.shown]
     while True:
         users, items = Counter(row.user for row in clicked), Counter(row.item for row in clicked)
@@ -163,7 +164,7 @@ def expected_histories(rows: list[Row]) -> dict[str, History]:
     for user, history in by_user.items():
         history.sort(key=lambda entry: entry[0])  # stable: rows with equal times keep their order
         places = [place for place, entry in enumerate(history) if not entry[2]]
-        by_user[user] = history[places[0] : places[-1] + 1]
+        by_user[user] = history[places[0] :]
     return by_user
 
 
