@@ -17,7 +17,7 @@ class Doctor(Pretrain):
 
     data: str | None = None  # type: ignore[assignment]
     """Folder of a dataset, as written by prepare, all of which is read; null: no dataset is looked at."""
-    output: str = "."  # type: ignore[assignment]
+    output: str = "."
     """Output folder of a run to come, whose disk is looked at."""
     ranks: int | None = None
     """Number of ranks that the run is going to have on this machine; null: one per GPU, or one."""

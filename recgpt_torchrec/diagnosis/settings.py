@@ -2,18 +2,17 @@
 
 from dataclasses import fields
 
-import torch
-
 from recgpt_torchrec.config import Pretrain
 from recgpt_torchrec.config.defaults import STEPS
 from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.reports.doctor import Doctor
-from recgpt_torchrec.doctor.contents import Contents
-from recgpt_torchrec.doctor.finding import Finding
-from recgpt_torchrec.doctor.machine import GIB, Machine
+from recgpt_torchrec.diagnosis.contents import Contents
+from recgpt_torchrec.diagnosis.finding import Finding
+from recgpt_torchrec.diagnosis.machine import GIB, Machine
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.planning.hardware import RATINGS
 from recgpt_torchrec.planning.report import Estimate
+from recgpt_torchrec.training.execution import BF16_FLAGS, cpu_flags
 
 FEW_STEPS = STEPS // 3
 """Steps per epoch under which the figures at `config.defaults.STEPS` fall off."""
@@ -107,14 +106,16 @@ def _check_lengths(config: Doctor, contents: Contents) -> list[Finding]:
     share = contents.share_longer_than(config.model.max_len + 1)
     if share < CUT or config.batch.long_histories == "windows":
         return []
-    text = f"{share:.0%} of the histories are longer than --model.max_len {config.model.max_len}: older items are not read"
+    text = (
+        f"{share:.0%} of the histories are longer than --model.max_len {config.model.max_len}: older items are not read"
+    )
     return [Finding("note", "lengths", text, "--batch.long_histories windows trains on all of them")]
 
 
 def _check_precision(config: Doctor) -> list[Finding]:
     if config.train.precision == "tf32":
         return [Finding("error", "precision", "tf32 is for GPUs", "leave --train.precision out")]
-    if config.train.precision == "bf16" and not torch.cpu._is_avx512_bf16_supported():
-        text = "bf16 on a CPU without AVX512-BF16 is many times slower than fp32"
+    if config.train.precision == "bf16" and not any(name in cpu_flags() for name in BF16_FLAGS):
+        text = "bf16 on a CPU without AVX512-BF16 or AMX is many times slower than fp32"
         return [Finding("warning", "precision", text, "leave --train.precision out")]
     return []

@@ -63,13 +63,13 @@ class Contents:
                     found._add(histories.items, histories.offsets, dataset.manifest.items)
                     bar.update(histories.users.size)
             found.damages = listed.listed()
-        found.damages += [
-            Damage(path, None, None, 1, why) for path, why in dataset.lost_parts.items()
-        ]
+        found.damages += [Damage(path, None, None, 1, why) for path, why in dataset.lost_parts.items()]
         found.times = time_range(dataset)
         for first in range(0, dataset.manifest.items, ITEMS_AT_ONCE):
             counts = read_counts(dataset, first, min(first + ITEMS_AT_ONCE, dataset.manifest.items))
-            found.items.update(dict(zip(*(each.tolist() for each in np.unique(counts, return_counts=True)), strict=True)))
+            found.items.update(
+                dict(zip(*(each.tolist() for each in np.unique(counts, return_counts=True)), strict=True))
+            )
         return found
 
     def _add(self, items: np.ndarray, offsets: np.ndarray, catalogue: int) -> None:

@@ -5,7 +5,7 @@ import importlib.metadata
 import platform
 from collections.abc import Callable, Mapping
 
-from recgpt_torchrec.doctor.finding import Finding
+from recgpt_torchrec.diagnosis.finding import Finding, Severity
 
 TOGETHER = {"torch": "2.13.0", "torchrec": "1.8.0", "fbgemm-gpu": "1.8.0", "torchmetrics": "1.0.3", "torchx": "0.7.0"}
 """Versions that were tried together; other pairs of torch, torchrec and fbgemm fail with undefined symbols."""
@@ -50,7 +50,7 @@ def check_versions(installed: Mapping[str, str], python: str = platform.python_v
         if found is None or found not in installed:
             findings.append(Finding("error", name, f"is not installed; {wanted} is needed", REINSTALL))
         elif (version := installed[found]).split("+")[0] != wanted:
-            severity = "warning" if name == "torchx" else "error"
+            severity: Severity = "warning" if name == "torchx" else "error"
             text = f"{found} {version} does not belong to the others: {name} {wanted} does"
             findings.append(Finding(severity, name, text, f"pip install {found}=={wanted}, or {REINSTALL}"))
         else:

@@ -3,8 +3,8 @@
 import time
 
 from recgpt_torchrec.data.dataset import Manifest
-from recgpt_torchrec.doctor.contents import Contents
-from recgpt_torchrec.doctor.finding import Finding
+from recgpt_torchrec.diagnosis.contents import Contents
+from recgpt_torchrec.diagnosis.finding import Finding, Severity
 
 REJECTED = 0.01
 """Share of the log's rows from which on their rejection is a warning."""
@@ -70,7 +70,7 @@ def _check_rejected(manifest: Manifest) -> Finding:
     if not count:
         return Finding("ok", "log", f"all {rows:,} rows were read" if rows else "not recorded")
     reasons = ", ".join(f"{number:,} {reason}" for reason, number in rejected.items())
-    severity = "warning" if count > REJECTED * max(rows, 1) else "note"
+    severity: Severity = "warning" if count > REJECTED * max(rows, 1) else "note"
     return Finding(severity, "log", f"{count:,} of {rows:,} rows were rejected: {reasons}", "mend them at their source")
 
 
@@ -103,7 +103,7 @@ def _check_lengths(contents: Contents) -> list[Finding]:
 
 
 def _check_held_out(manifest: Manifest) -> list[Finding]:
-    counts = {split: manifest.count_targets(split) for split in ("validation", "test")}  # type: ignore[arg-type]
+    counts = {split: manifest.count_targets(split) for split in ("validation", "test")}
     if manifest.hold_out == "none":
         text = "nothing is held out: every interaction is trained on, nothing can be measured"
         return [Finding("note", "held out", text)]

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Severity = Literal["ok", "note", "warning", "error"]
-"""ok: as it should be. note: worth knowing. warning: a run works, and slower or worse than it could. error: it fails."""
+"""ok: as it should be. note: worth knowing. warning: a run works, but slower or worse than it could. error: it cannot
+work."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recgpt_torchrec.doctor.finding import Finding, Severity
+from recgpt_torchrec.diagnosis.finding import Finding, Severity
 
 GIB = 2**30
 FILES = 4096
@@ -164,7 +164,9 @@ def _check_cores(machine: Machine, processes: int) -> Finding:
 def _check_memory(machine: Machine, workers: int) -> list[Finding]:
     findings = [_at_least("memory", machine.memory, 2 * GIB, "GiB available", "end other programs, or raise the limit")]
     if machine.address_space is not None:
-        text = f"address space is limited to {machine.address_space / GIB:,.1f} GiB; mapped files and CUDA count in full"
+        text = (
+            f"address space is limited to {machine.address_space / GIB:,.1f} GiB; mapped files and CUDA count in full"
+        )
         findings.append(Finding("warning", "memory", text, "ulimit -v unlimited"))
     needed = bool(workers or machine.gpus)
     if machine.shared_memory < SHARED:
