@@ -47,7 +47,7 @@ def test_the_site_has_every_page():
 def test_the_page_of_a_stage_explains_each_of_its_options(stage):
     rows = re.findall(r"^\| `--([\w.]+)` \| (.+) \| (.+) \| (.+) \|$", options_page(stage), re.MULTILINE)
     assert [name for name, *_ in rows] == [option.name for option in options(STAGES[stage].config)]
-    assert all(len(cell) > 1 for row in rows for cell in row)
+    assert all(len(cell) > 1 for row in rows for cell in row[1:])
 
 
 def test_docstrings_are_those_under_the_fields():
