@@ -6,8 +6,9 @@ set of ids and training does not depend on the number of ranks; a rank that has 
 are zero. Where candidates are *shared*, each rank draws its part of them, and
 the targets of all ranks are scored against all parts (`catalogue.softmax`).
 
-What a process holds per item, in bytes: `all` 20 per item of its own range, `in_batch` 5 (logQ, whether it is ever a target), `log_uniform` 4 (the
-items by popularity, 8 from 2^31 items on), `uniform` none. No draw costs time per item, except that of `all`.
+What a process holds per item, in bytes: `all` 20 per item of its own range, `in_batch` 5 (logQ, and whether it was ever
+trained), `log_uniform` 4 (the items by popularity, 8 from 2^31 items on), `uniform` none. No draw costs time per item,
+except that of `all`.
 """
 
 from abc import ABC, abstractmethod
@@ -82,7 +83,7 @@ class CandidateSource(ABC):
     seed: tuple[int, ...] = ()
     """What the seed of the generator needs besides the batch's own: the rank, where ranks draw different candidates."""
     ever: npt.NDArray[np.bool_] | None = None
-    """[items] bool: whether an item is ever a candidate; None: all are."""
+    """[items] bool: whether an item may be a candidate at all, by its interactions in training; None: all may."""
 
     @classmethod
     @abstractmethod

@@ -92,8 +92,8 @@ def soft_targets_of(
     """The answers that share a target's weight, [targets, answers] int64, and the weight of each, float32.
 
     A `share` of the target's weight is spread over the answers by the softmax of their scores. An answer that is
-    missing or is the target itself has weight 0; the target's id takes its place. So it does where the answer is never a
-    negative: its score would be pushed up in every step, and down in none. Its weight goes back to the target.
+    missing or is the target itself has weight 0; the target's id takes its place. So has one that is never a negative,
+    and its weight goes back to the target: else its score would be pushed up in every step, and down in none.
 
     Args:
         histories: with or without answers.
