@@ -382,8 +382,7 @@ def test_in_batch_an_answer_that_is_never_a_target_has_no_weight(tmp_path):
         "answer_scores": pa.array([[5.0, 0.0] * 5, [5.0, 0.0] * 5]),
     }
     dataset = write_dataset(tmp_path / "data", histories, items=10, more=more)
-    for candidates, found in (("in_batch", {1, 3}), ("all", {1, 3, 9})):
-        loss = Loss(candidates=candidates)
+    for loss, found in ((Loss(candidates="in_batch"), {1, 3}), (Loss(candidates="all"), {1, 3, 9})):
         (batch,) = stream_of(dataset, answers=2, soft_targets=0.5, loss=loss).batches(0, Position(0))
         assert {*items_of(batch)[batch.soft_bag[batch.soft_weight > 0]].tolist()} == found
 
