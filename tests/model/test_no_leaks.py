@@ -90,7 +90,7 @@ def run(histories: Histories, *, training: bool) -> torch.Tensor:
 
 
 def targets_of(histories: Histories) -> list[int]:
-    """The entries that are targets, in the order of the outputs: those that an entry known at their request predicts."""
+    """The entries that are targets, in the order of the outputs: where an entry was known at their request."""
     found = []
     assert histories.segments is not None and histories.known is not None
     for start, stop in zip(histories.offsets[:-1], histories.offsets[1:], strict=True):
