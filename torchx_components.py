@@ -73,3 +73,10 @@ def plan(*args: str, **options: Any) -> specs.AppDef:
     """Estimate sharding, memory, traffic and time of a pretrain run on a cluster. Runs in one process, without GPUs."""
     job.require_one_process("plan", options.get("j"))
     return job.make_job("recgpt_torchrec.plan", *args, **options)
+
+
+@job.with_launch_options
+def doctor(*args: str, **options: Any) -> specs.AppDef:
+    """Look at versions, a machine, a dataset and a configuration before a run. Runs in one process."""
+    job.require_one_process("doctor", options.get("j"))
+    return job.make_job("recgpt_torchrec.doctor", *args, **options)

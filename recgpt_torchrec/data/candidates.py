@@ -12,10 +12,11 @@ items by popularity, 8 from 2^31 items on), `uniform` none. No draw costs time p
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from recgpt_torchrec.config import Batch, Loss
 from recgpt_torchrec.data.ragged import Float32, Int64
@@ -37,6 +38,25 @@ class Candidates:
     are numbered with the batch's other items."""
     shared: bool = False
     """Whether the targets of all ranks are scored against them; `ids` ascend then."""
+
+
+def leave_out_untrained(candidates: Candidates, trained: npt.NDArray[np.bool_]) -> Candidates:
+    """The candidates that may be a target, where the model tells items that were never trained by their attributes.
+
+    As negatives, items that nobody could choose yet would teach that their attributes are not chosen. Without them HR@10
+    of MovieLens' cold items among all items is .0081 instead of .0002, among cold items .316 instead of .310 (five
+    draws, pipelines/cold_start.py).
+
+    Args:
+        candidates: as drawn among all items.
+        trained: [items] bool: whether an item is ever a target.
+    """
+    counts = trained.take(candidates.ids)
+    if counts.all():
+        return candidates
+    if candidates.bags is None:
+        return replace(candidates, ids=candidates.ids[counts], log_q=candidates.log_q[counts])
+    return replace(candidates, log_q=np.where(counts, candidates.log_q, np.float32(np.inf)))  # each keeps its bag
 
 
 def id_range(count: int, rank: int, ranks: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from recgpt_torchrec.config import Batch, Model, Stream
 from recgpt_torchrec.data.batch import SequenceBatch, make_batch
-from recgpt_torchrec.data.candidates import CandidateSource
+from recgpt_torchrec.data.candidates import Candidates, CandidateSource, leave_out_untrained
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.histories import Histories, join, no_histories
 from recgpt_torchrec.data.inputs.attributes import Attributes
@@ -17,7 +17,7 @@ from recgpt_torchrec.data.inputs.request import Request
 from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.loading import prefetch
 from recgpt_torchrec.data.packed import Capacity, FixedShape, Layout
-from recgpt_torchrec.data.ragged import offsets_of
+from recgpt_torchrec.data.ragged import Int64, offsets_of
 from recgpt_torchrec.data.reading.damage import SetAside
 from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.reading.sample import UserSample
@@ -112,9 +112,16 @@ class BatchMaker:
         cursor, source = cursor or Cursor(), self.source if self.training else None
         seed = () if source is None else source.seed
         rng = np.random.default_rng((self.seed, epoch, cursor.worker, cursor.batches, 3, *seed))
+        trained = None if self.attributes is None else self.attributes.items.trained
         inputs, hidden = self.reader.inputs, None
         if self.training and inputs.ask_dropout and inputs.reads("asked_event"):
             hidden = draw_hidden(histories, inputs.ask_dropout, self.seed, epoch)
+
+        def draw(targets: Int64) -> Candidates:
+            assert source is not None
+            drawn = source.draw(targets, rng)
+            return drawn if trained is None else leave_out_untrained(drawn, trained)
+
         return make_batch(
             histories,
             row_length=self.row_length,
@@ -123,7 +130,7 @@ class BatchMaker:
             predict_from=self.predict_from,
             max_position=self.max_len - 1,
             soft_targets=self.soft_targets,
-            draw=None if source is None else lambda targets: source.draw(targets, rng),
+            draw=None if source is None else draw,
             inputs=inputs,
             hidden=hidden,
             attributes=self.attributes,

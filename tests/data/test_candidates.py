@@ -20,6 +20,7 @@ from recgpt_torchrec.data.candidates import (
     DISTRIBUTIONS,
     SOURCES,
     AllItems,
+    Candidates,
     CandidateSource,
     InBatch,
     ItemStatistics,
@@ -27,6 +28,7 @@ from recgpt_torchrec.data.candidates import (
     Place,
     Uniform,
     id_range,
+    leave_out_untrained,
     no_candidates,
     training_counts,
 )
@@ -326,3 +328,23 @@ def test_different_negatives_are_for_sampled_ones(candidates):
 
 def test_what_is_held_per_item_is_small():
     assert LogUniform(COUNTS, 3).by_rank.dtype == np.int32 and InBatch(COUNTS, 3).log_q.dtype == np.float32
+
+
+@pytest.mark.parametrize("candidates", ["all", "sampled"])
+def test_items_that_were_never_trained_are_no_negatives(candidates):
+    trained = COUNTS > 0
+    source = make(Loss(candidates=candidates, negatives=10))
+    drawn = source.draw(np.array([1]), np.random.default_rng(0))
+    left = leave_out_untrained(drawn, trained)
+    counts = np.isfinite(left.log_q)
+    assert sorted(left.ids[counts].tolist()) == np.flatnonzero(trained).tolist()
+    before = dict(zip(drawn.ids.tolist(), drawn.log_q.tolist(), strict=True))
+    assert [before[item] for item in left.ids[counts].tolist()] == left.log_q[counts].tolist()
+    assert (left.bags is None) == (candidates == "sampled")
+    if left.bags is not None:
+        assert left.ids.tolist() == drawn.ids.tolist() and np.isposinf(left.log_q[~counts]).all()
+
+
+def test_nothing_is_copied_where_all_items_were_trained():
+    drawn = Candidates(np.arange(10), np.zeros(10, dtype=np.float32))
+    assert leave_out_untrained(drawn, np.ones(10, dtype=bool)) is drawn
