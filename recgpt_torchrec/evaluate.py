@@ -64,7 +64,8 @@ def main(config: Evaluate) -> None:
                 f"Note: {checkpoint} was trained on {trained_on.data} with --hold_out {trained_on.hold_out}; it may "
                 f"have seen items that {config.data} holds out (--hold_out {manifest.hold_out})"
             )
-        if trained.prompts and "prompts" not in manifest.settings and not manifest.feedback:
+        lacks_prompts = trained.prompts and "prompts" not in manifest.settings
+        if lacks_prompts:
             log_message(without_prompts(config, checkpoint))
         identity = {"vocabulary": manifest.vocabulary, "split": config.split, "hold_out": manifest.hold_out}
         other = run_on_first_rank(lambda: open_other(config, identity))
@@ -137,6 +138,7 @@ def main(config: Evaluate) -> None:
             "recall": chosen,
             "vocabulary": manifest.vocabulary,
             "histories": histories_fingerprint(dataset),
+            **({"without_prompts": True} if lacks_prompts else {}),
             **lists.result(dataset, list(results)),
             **({} if per_user is None else {"per_user": asdict(per_user)}),
             **({} if manifest.hold_out == "last" else {"hold_out": manifest.hold_out}),

@@ -6,7 +6,6 @@ such counts from a multinomial distribution: the plain bootstrap exactly, at a c
 the users.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +18,8 @@ DRAWS = 4000
 """Number of bootstrap samples."""
 LEVEL = 0.95
 """Of intervals."""
+CELLS = 2**21
+"""Numbers drawn at once."""
 SEED = 0
 PER_RANK = 2
 """Ranks are multiples of 1 / PER_RANK."""
@@ -63,12 +64,9 @@ class PairCounts:
     def add(self, first: Ranks, second: Ranks) -> "PairCounts":
         """Add users: their ranks [users] in both paths; returns itself."""
         size = len(self.counts)
-        index = self._levels(first) * size + self._levels(second)
+        index = _levels(first, self.k) * size + _levels(second, self.k)
         self.counts += np.bincount(index, minlength=size**2).reshape(size, size)
         return self
-
-    def _levels(self, ranks: Ranks) -> Int64:
-        return np.minimum(ranks * PER_RANK, PER_RANK * self.k).astype(np.int64)
 
     @property
     def users(self) -> int:
@@ -84,9 +82,39 @@ class PairCounts:
         gain = gains(metric, self.k)
         return bootstrap(self.counts.ravel(), (gain[:, None] - gain[None, :]).ravel(), seed)
 
+
+@dataclass
+class RankCounts:
+    """Users by their rank in one recall path.
+
+    Example: `RankCounts(10).add(ranks).interval("NDCG")`
+    """
+
+    k: int
+    counts: Int64 = field(init=False)
+    """[2 k + 1] int64 users by rank."""
+
+    def __post_init__(self) -> None:
+        self.counts = np.zeros(PER_RANK * self.k + 1, dtype=np.int64)
+
+    def add(self, ranks: Ranks) -> "RankCounts":
+        """Add users: their ranks [users]; returns itself."""
+        self.counts += np.bincount(_levels(ranks, self.k), minlength=self.counts.size)
+        return self
+
+    @property
+    def users(self) -> int:
+        """Number of users added."""
+        return int(self.counts.sum())
+
     def interval(self, metric: Metric, seed: int = SEED) -> Interval:
-        """The metric of the first path."""
-        return bootstrap(self.counts.sum(axis=1), gains(metric, self.k), seed)
+        """The metric."""
+        return bootstrap(self.counts, gains(metric, self.k), seed)
+
+
+def _levels(ranks: Ranks, k: int) -> Int64:
+    """[users] int64 index in `gains` of each rank."""
+    return np.minimum(ranks * PER_RANK, PER_RANK * k).astype(np.int64)
 
 
 def bootstrap(counts: Int64, values: npt.NDArray[np.float64], seed: int = SEED) -> Interval:
@@ -100,14 +128,10 @@ def bootstrap(counts: Int64, values: npt.NDArray[np.float64], seed: int = SEED) 
     present = np.flatnonzero(counts)
     counts, values = counts[present], values[present]
     users = int(counts.sum())
-    drawn = np.random.default_rng(seed).multinomial(users, counts / users, size=DRAWS)
-    low, high = np.quantile(drawn @ values / users, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    rng, means, at_once = np.random.default_rng(seed), [], max(1, CELLS // present.size)
+    for done in range(0, DRAWS, at_once):
+        drawn = rng.multinomial(users, counts / users, size=min(at_once, DRAWS - done))
+        means.append(drawn @ values / users)
+    low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(counts @ values / users), float(low), float(high))
 
-
-def count_ranks(k: int, batches: Iterable[Ranks]) -> PairCounts:
-    """Users by their rank in one path, given batch by batch, for `PairCounts.interval`."""
-    counts = PairCounts(k)
-    for ranks in batches:
-        counts.add(ranks, ranks)
-    return counts
