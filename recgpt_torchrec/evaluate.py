@@ -31,8 +31,8 @@ def main(config: Evaluate) -> None:
     from recgpt_torchrec.evaluation import baselines
     from recgpt_torchrec.evaluation.groups import GroupedMetrics, Grouping, group_table
     from recgpt_torchrec.evaluation.held_out import check_has_event, check_has_targets
-    from recgpt_torchrec.evaluation.metrics import reduce_metrics
     from recgpt_torchrec.evaluation.list_sample import ListSample
+    from recgpt_torchrec.evaluation.metrics import reduce_metrics
     from recgpt_torchrec.evaluation.per_user.facts import Facts
     from recgpt_torchrec.evaluation.per_user.files import PerUser
     from recgpt_torchrec.evaluation.per_user.recording import UserRecorder

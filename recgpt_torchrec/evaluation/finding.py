@@ -25,8 +25,8 @@ def find_evaluations(run: str) -> dict[str, dict[str, Any]]:
     found = {}
     for folder, path in ((run, run), (beside, shown)):
         for name in storage.names(folder):
-            if name.endswith(".json") and (values := _read(f"{folder}/{name}")) is not None:
-                if folder == run or _is_within(values["checkpoint"], run):
+            if name.endswith(".json") and (values := read_evaluation_json(f"{folder}/{name}")) is not None:
+                if folder == run or is_of_run(values["checkpoint"], run):
                     found[os.path.join(path, name)] = values
     return found
 
@@ -52,7 +52,7 @@ def find_evaluation(path: str, split: str) -> str:
     return found[0]
 
 
-def _read(path: str) -> dict[str, Any] | None:
+def read_evaluation_json(path: str) -> dict[str, Any] | None:
     """The values of an evaluation; None: the file is something else."""
     try:
         values = parse_object(storage.read(path, LARGEST))
@@ -62,7 +62,8 @@ def _read(path: str) -> dict[str, Any] | None:
     return values if is_evaluation and isinstance(values["checkpoint"], str) else None
 
 
-def _is_within(checkpoint: str, run: str) -> bool:
+def is_of_run(checkpoint: str, run: str) -> bool:
+    """Whether a checkpoint, as an evaluation names it, lies in a run's folder."""
     if storage.remote(run) or storage.remote(checkpoint):
         return f"{checkpoint}/".startswith(f"{run}/")
     return f"{os.path.realpath(checkpoint)}/".startswith(f"{os.path.realpath(run)}/")

@@ -32,8 +32,8 @@ NEWEST = 30
 class ListSample:
     """Keeps the masked lists of a sample of users, by recall path.
 
-    Example: `sample.add(histories, {"pretrain": items})` per batch, `sample.settle()`, then `sample.add_chosen(...)` for
-    paths that make lists of these users alone, and `sample.result(dataset)`
+    Example: `sample.add(histories, {"pretrain": items})` per batch, `sample.settle()`, then `sample.add_chosen(...)`
+    for paths that make lists of these users alone, and `sample.result(dataset, paths)`
     """
 
     def __init__(self, users: int = USERS, seed: int = 0) -> None:

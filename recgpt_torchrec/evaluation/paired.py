@@ -134,4 +134,3 @@ def bootstrap(counts: Int64, values: npt.NDArray[np.float64], seed: int = SEED) 
         means.append(drawn @ values / users)
     low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(counts @ values / users), float(low), float(high))
-

@@ -219,7 +219,10 @@ class RecallPaths:
                         of_users[grouped_as[name]][how] = ranks
                 if grouped_as and self.list_sample is not None and how == "masked":
                     one = path_names(self.trained)[0]
-                    of_lists = {one: lists.items[:, 0], **{grouped_as[name]: each.items for name, each in merged.items()}}
+                    of_lists = {
+                        one: lists.items[:, 0],
+                        **{grouped_as[name]: each.items for name, each in merged.items()},
+                    }
                     self.list_sample.add([histories for histories, _ in collected], of_lists)
             if self.recorder is not None:
                 for path, ranks_of in of_users.items():

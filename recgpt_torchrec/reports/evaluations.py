@@ -95,7 +95,7 @@ def _intervals(results: UserResults, ks: list[int]) -> dict[tuple[str, str, int]
     columns = [column_of(path, how) for path in results.record.paths for how in PROTOCOLS]
     counts = {(name, k): RankCounts(k) for name in columns for k in ks}
     for batch in results.read(columns):
-        for (name, k), each in counts.items():
+        for (name, _), each in counts.items():
             each.add(batch[name])
     paths = [(path, how) for path in results.record.paths for how in PROTOCOLS]
     return {(path, how, k): counts[column_of(path, how), k] for path, how in paths for k in ks}
@@ -135,7 +135,7 @@ def _groups(values: dict[str, Any], results: UserResults | None, k: int) -> dict
     groups: dict[str, list[Group]] = {}
     for name, words in (("by_length", BY_LENGTH), ("by_popularity", BY_POPULARITY)):
         by_path = {path: of["masked"][name] for path, of in values.get("groups", {}).items()}
-        rows = next(iter(by_path.values()), [])
+        rows: list[dict[str, Any]] = next(iter(by_path.values()), [])
         groups[words] = [
             Group(
                 label=_bounds(row["from"], row["to"]),

@@ -27,12 +27,12 @@ KINDS = {None: "pre-training", True: "prompt-tuning", False: "fine-tuning withou
 
 
 def names_of(runs: list[str]) -> list[str]:
-    """Short names of runs: the shortest ends of their paths by which all differ.
+    """Short names of runs: the shortest ends of their paths by which all differ; of a single one its last two steps.
 
     Example: `names_of(["a/seed0/run", "a/seed1/run"])` is `["seed0/run", "seed1/run"]`
     """
     steps = [[step for step in run.rstrip("/").split("/") if step not in ("", ".")] or [run] for run in runs]
-    for count in range(1, max(map(len, steps)) + 1):
+    for count in range(2 if len(runs) == 1 else 1, max(map(len, steps)) + 1):
         names = ["/".join(each[-count:]) for each in steps]
         if len(set(names)) == len(names):
             return names
@@ -99,7 +99,9 @@ def describe_progress(progress: Progress | None) -> str:
         return "unfinished: it has no checkpoint yet"
     if progress.finished:
         return f"finished after {progress.step:,} steps"
-    return f"unfinished: its newest checkpoint is that of step {progress.step:,}, in epoch {progress.position.epoch + 1}"
+    return (
+        f"unfinished: its newest checkpoint is that of step {progress.step:,}, in epoch {progress.position.epoch + 1}"
+    )
 
 
 def describe_data(record: Record) -> list[tuple[str, str]]:
@@ -145,7 +147,9 @@ def describe_training(
         validating = sum(_number(line.get("validate_s")) for line in epochs)
         facts.append(("Time", f"{_duration(seconds)} of training and {_duration(validating)} of validation"))
     if isinstance(best := metadata.get("best"), dict) and best.get("checkpoint"):
-        facts.append(("Best on validation", f"NDCG@10 {_number(best.get('value')):.4f} after epoch {best.get('epoch')}"))
+        facts.append(
+            ("Best on validation", f"NDCG@10 {_number(best.get('value')):.4f} after epoch {best.get('epoch')}")
+        )
     return facts
 
 

@@ -1,4 +1,4 @@
-"""Everything that a report shows, as plain values: what the page draws, and what it holds as JSON for other programs."""
+"""Everything that a report shows, as plain values: what the page draws, and the JSON in it for other programs."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any

@@ -78,7 +78,7 @@ class UserRecorder:
                     raise
 
     def add_ranks(self, path: str, users: Int64, ranks: Mapping[str, torch.Tensor]) -> None:
-        """Add the ranks [users] float32 of some users' held-out items by protocol; every user is added once per path."""
+        """Add the ranks [users] float32 of some users' held-out items by protocol; once per user and path."""
         self.add(path, users, {column_of(path, how): values.float().cpu().numpy() for how, values in ranks.items()})
 
     def add(self, name: str, users: Int64, columns: Values) -> None:
@@ -177,14 +177,18 @@ class _Joiner:
         self.schema = _joined_schema(self.fs, self.root)
         _, self.target = storage.filesystem(file)
         self.temporary = self.target if storage.remote(file) else f"{self.target}.tmp"
-        self._context = write_checksummed(self.fs, os.path.dirname(self.temporary), os.path.basename(self.temporary), part)
+        self._context = write_checksummed(
+            self.fs, os.path.dirname(self.temporary), os.path.basename(self.temporary), part
+        )
         self._sink = self._context.__enter__()
         self._writer = pq.ParquetWriter(self._sink, self.schema, compression="zstd", write_page_checksum=True)
 
     def join(self, first: int, stop: int) -> None:
         """Write the users `first` to `stop` - 1."""
         values = {
-            field.name: np.zeros(stop - first, field.type.to_pandas_dtype()) for field in self.schema if field.name != USER
+            field.name: np.zeros(stop - first, field.type.to_pandas_dtype())
+            for field in self.schema
+            if field.name != USER
         }
         given = {name: np.zeros(stop - first, bool) for name in values}
         try:
@@ -243,4 +247,3 @@ def _joined_schema(fs: pyarrow.fs.FileSystem, root: str) -> pa.Schema:
     for path in _files(fs, root):
         fields |= {field.name: field for field in pq.read_schema(path, filesystem=fs) if field.name != USER}
     return pa.schema(list(fields.values()))
-
