@@ -1,4 +1,4 @@
-"""The stages in the order in which data flows through them, then report, plan and doctor: options and purpose of each."""
+"""The stages in the order in which data flows through them, then report, plan and doctor: options, purpose of each."""
 
 from dataclasses import dataclass
 

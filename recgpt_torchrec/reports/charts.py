@@ -168,7 +168,7 @@ def line_chart(
         f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" width="100%" height="100%">{"".join(lines)}</svg>'
         f"{''.join(dots)}</svg>"
     )
-    ends = tag("span", f"{unit} {short(x.low)}") + tag("span", short(x.high))
+    ends = tag("span", f"{unit} {x.low:,.0f}") + tag("span", f"{x.high:,.0f}")
     body = tag("div", tag("div", *labels, class_="ys"), plot, class_="frame")
     return tag("figure", tag("figcaption", escape(title)), body, tag("div", ends, class_="xs"), class_="chart")
 

@@ -12,8 +12,8 @@ READ = 20_000
 CURVES = ("loss", "lr_share", "data_wait", "targets_per_s", "share_of_peak", "memory_mib")
 
 
-def read_curves(run: str) -> dict[str, Points]:
-    """Curves of a run by name of what `RunLog.log_step` records; none where there are no event files to read.
+def read_curves(run: str) -> dict[str, Points] | None:
+    """Curves of a run by name of what `RunLog.log_step` records; None: the event files are damaged.
 
     Points that a resumed run repeated are read once, as TensorBoard does. On an object store curves are left out, as
     the events are read from local files alone.
@@ -33,7 +33,7 @@ def read_curves(run: str) -> dict[str, Points]:
                 curves[name] = thin([(float(each.step), float(each.value)) for each in events.Scalars(tag)])
         return curves
     except Exception:  # a damaged event file has errors of many kinds, and only costs these curves
-        return {}
+        return None
 
 
 def thin(points: Points, most: int = POINTS) -> Points:

@@ -31,6 +31,7 @@ def make_values(config: Report) -> ReportValues:
     notes = [
         f"{run.name} is {run.state}. What is shown of it is what there is so far." for run in runs if not run.finished
     ]
+    notes += [f"{run.name}: {note}" for run in runs for note in run.notes]
     if len({values["vocabulary"] for each in found for values in each.values() if "vocabulary" in values}) > 1:
         notes.append("These runs are on different datasets: their figures are of other users and items.")
     return ReportValues(runs=runs, comparisons=compare_runs(names, found), notes=notes)

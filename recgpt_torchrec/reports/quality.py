@@ -62,6 +62,11 @@ def color_of(path: PathFigures | str, color: str) -> str:
     return BASELINE_COLORS.get(path if isinstance(path, str) else path.path, color)
 
 
+def path_text(path: str) -> str:
+    """The name of a path, which may be broken after each of its words."""
+    return escape(path).replace("_", "_<wbr>")
+
+
 def _path_rows(evaluation: EvaluationValues, color: str, scale: Scale) -> str:
     cells = []
     for path in evaluation.paths:
@@ -69,7 +74,7 @@ def _path_rows(evaluation: EvaluationValues, color: str, scale: Scale) -> str:
         told = f"{path.path}: {evaluation.metric} {describe(estimate)}"
         mark = Mark(estimate, color_of(path, color), told, hollow=path.is_baseline)
         kind = tag("small", " baseline") if path.is_baseline else ""
-        cells.append(_row(escape(path.path) + kind, interval_track([mark], scale), _figure(estimate)))
+        cells.append(_row(path_text(path.path) + kind, interval_track([mark], scale), _figure(estimate)))
     return _rows(cells, scale)
 
 
@@ -102,7 +107,7 @@ def _all_figures(evaluation: EvaluationValues) -> str:
                 each: Estimate = getattr(path, how)[name]
                 between = "" if each.low is None else tag("small", f"{each.low:.4f} to {each.high:.4f}")
                 cells.append(f"{each.value:.4f}{between}")
-            rows.append([escape(path.path), *cells])
+            rows.append([path_text(path.path), *cells])
         parts.append(table([words, *map(escape, names)], rows, name=f"{words} figures"))
     return "".join(parts) + tag("p", f"From {escape(evaluation.file)}", class_="label")
 
@@ -147,8 +152,8 @@ def comparison_section(comparisons: Sequence[Comparison], colors: dict[str, str]
 
 def _pair_name(difference: Ahead) -> str:
     if difference.path == difference.other:
-        return escape(difference.path)
-    return escape(f"{difference.path} against {difference.other}")
+        return path_text(difference.path)
+    return f"{path_text(difference.path)} against {path_text(difference.other)}"
 
 
 def _verdict(difference: Ahead) -> str:
@@ -223,7 +228,7 @@ def lists_section(runs: Sequence[RunValues], colors: dict[str, str]) -> str:
             color = color_of(path, colors[run.name])
             rows.append(
                 [
-                    dot(color) + escape(path.path),
+                    dot(color) + path_text(path.path),
                     f"{100 * (path.coverage or 0):.1f}%" + _meter(path.coverage or 0, color),
                     f"{path.novelty:.2f}" + _meter((path.novelty or 0) / most, color),
                 ]

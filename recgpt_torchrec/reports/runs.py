@@ -77,7 +77,12 @@ def read_run(path: str, name: str, evaluations: list[EvaluationValues]) -> RunVa
     metadata = {} if checkpoint is None else read_metadata(checkpoint)
     progress = None if checkpoint is None else Progress.of_checkpoint(checkpoint)
     tuning = record.config.get("tuning")
-    epochs = read_epochs(folder)
+    epochs, lost = read_epochs(folder)
+    curves, notes = read_curves(folder), []
+    if lost:
+        notes.append(f"{lost:,} lines of history.jsonl are damaged or incomplete, and left out.")
+    if curves is None:
+        notes.append("Its TensorBoard events cannot be read; curves are by epoch.")
     return RunValues(
         name=name,
         folder=path,
@@ -87,9 +92,10 @@ def read_run(path: str, name: str, evaluations: list[EvaluationValues]) -> RunVa
         facts=[*describe_data(record), *describe_training(record, metadata, epochs)],
         options=described_options(record.config),
         epochs=epochs,
-        steps=read_curves(folder),
+        steps=curves or {},
         tables=read_tables(metadata),
         evaluations=evaluations,
+        notes=notes,
     )
 
 
@@ -170,13 +176,13 @@ def described_options(config: dict[str, Any]) -> list[tuple[str, str, bool]]:
     return rows
 
 
-def read_epochs(folder: str) -> list[dict[str, Any]]:
-    """The complete lines of a run's history.jsonl; others are left out."""
+def read_epochs(folder: str) -> tuple[list[dict[str, Any]], int]:
+    """The complete lines of a run's history.jsonl, and the number of others, which are left out."""
     path = os.path.join(folder, "history.jsonl")
     try:
         lines = storage.read(path, HISTORY_BYTES).splitlines() if storage.exists(path) else []
     except (OSError, ValueError):
-        return []
+        return [], 1
     epochs = []
     for line in lines:
         try:
@@ -185,7 +191,7 @@ def read_epochs(folder: str) -> list[dict[str, Any]]:
             continue
         if isinstance(values, dict) and all(isinstance(values.get(name), int) for name in ("epoch", "step")):
             epochs.append(values)
-    return epochs
+    return epochs, len(lines) - len(epochs)
 
 
 def read_tables(metadata: Mapping[str, Any]) -> list[TableValues]:

@@ -63,7 +63,7 @@ circle.full, .full { fill: var(--color); } circle.hollow { fill: var(--card); st
 .axis text { fill: var(--faint); font-size: 11px; }
 .row { display: grid; grid-template-columns: 260px minmax(0, 1fr) 200px; gap: 0 16px; align-items: center;
   padding: 2px 0; }
-.wide .row { grid-template-columns: 260px minmax(0, 1fr) 250px; }
+.wide .row { grid-template-columns: 330px minmax(0, 1fr) 250px; }
   .slim .row { grid-template-columns: 150px minmax(0, 1fr); }
 .row > * { min-width: 0; }
 .name { font-size: 14px; overflow-wrap: anywhere; } .name small, .figure small, h3 small { color: var(--faint); }
@@ -82,7 +82,7 @@ polyline { fill: none; stroke: var(--color); stroke-width: 1.8; vector-effect: n
   stroke-linejoin: round; }
 .scroll { overflow-x: auto; margin: 8px 0; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
-td:first-child { overflow-wrap: anywhere; } th, td { text-align: left; padding: 6px 14px 6px 0;
+th, td { text-align: left; padding: 6px 14px 6px 0;
   border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 550; font-size: 13px; white-space: nowrap; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; padding: 6px 0 6px 14px; }

@@ -136,6 +136,8 @@ class RunValues:
     """Curves by step: loss, lr_share, data_wait, targets_per_s; empty where the event files cannot be read."""
     tables: list[TableValues]
     evaluations: list[EvaluationValues]
+    notes: list[str]
+    """What could not be read."""
 
 
 @dataclass(kw_only=True)
