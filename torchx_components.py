@@ -69,6 +69,13 @@ def retrieve(*args: str, **options: Any) -> specs.AppDef:
 
 
 @job.with_launch_options
+def report(*args: str, **options: Any) -> specs.AppDef:
+    """Write one HTML file about runs and their evaluations. Runs in one process, without GPUs."""
+    job.require_one_process("report", options.get("j"))
+    return job.make_job("recgpt_torchrec.report", *args, **options)
+
+
+@job.with_launch_options
 def plan(*args: str, **options: Any) -> specs.AppDef:
     """Estimate sharding, memory, traffic and time of a pretrain run on a cluster. Runs in one process, without GPUs."""
     job.require_one_process("plan", options.get("j"))

@@ -1,19 +1,24 @@
 """Stage `evaluate`: dataset and checkpoint -> HR and NDCG of every recall path, as a table and as JSON."""
 
 import os
-from typing import Any
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from recgpt_torchrec import cli, storage
 from recgpt_torchrec.config import Evaluate
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage.finished import check_same, differences
 
+if TYPE_CHECKING:
+    from recgpt_torchrec.evaluation.comparison import Difference, Evaluation
+
 
 def main(config: Evaluate) -> None:
     """Measure the checkpoint's recall paths and the baselines on all users of a split."""
     from recgpt_torchrec.checkpoints.folder import find_checkpoint
     from recgpt_torchrec.checkpoints.settings import CheckpointSettings
-    from recgpt_torchrec.data.dataset import Dataset
+    from recgpt_torchrec.data.dataset import Dataset, histories_fingerprint
     from recgpt_torchrec.data.inputs.events import request_for
     from recgpt_torchrec.distributed.processes import (
         log_message,
@@ -26,12 +31,16 @@ def main(config: Evaluate) -> None:
     from recgpt_torchrec.evaluation import baselines
     from recgpt_torchrec.evaluation.groups import GroupedMetrics, Grouping, group_table
     from recgpt_torchrec.evaluation.held_out import check_has_event, check_has_targets
+    from recgpt_torchrec.evaluation.list_sample import ListSample
     from recgpt_torchrec.evaluation.metrics import reduce_metrics
+    from recgpt_torchrec.evaluation.per_user.facts import Facts
+    from recgpt_torchrec.evaluation.per_user.files import PerUser
+    from recgpt_torchrec.evaluation.per_user.recording import UserRecorder
     from recgpt_torchrec.evaluation.recall_paths import RecallPaths, path_names
     from recgpt_torchrec.evaluation.sampling import check_sample
     from recgpt_torchrec.training.loading import load
 
-    with process_group(device=config.device) as device:
+    with process_group(device=config.device) as device, ExitStack() as resources:
         dataset, checkpoint = Dataset.open(config.data), find_checkpoint(config.checkpoint)
         run_on_first_rank(lambda: check_output(config))
         check_has_targets(
@@ -55,7 +64,14 @@ def main(config: Evaluate) -> None:
                 f"Note: {checkpoint} was trained on {trained_on.data} with --hold_out {trained_on.hold_out}; it may "
                 f"have seen items that {config.data} holds out (--hold_out {manifest.hold_out})"
             )
+        lacks_prompts = trained.prompts and "prompts" not in manifest.settings
+        if lacks_prompts:
+            log_message(without_prompts(config, checkpoint))
+        identity = {"vocabulary": manifest.vocabulary, "split": config.split, "hold_out": manifest.hold_out}
+        other = run_on_first_rank(lambda: open_other(config, identity))
         grouping = Grouping.read(dataset)
+        recorder = resources.enter_context(UserRecorder(config.output)) if config.per_user else None
+        lists = ListSample(seed=config.seed)
         paths = RecallPaths(
             trained,
             dataset,
@@ -65,6 +81,8 @@ def main(config: Evaluate) -> None:
             seed=config.seed,
             grouping=grouping,
             request=request,
+            recorder=recorder,
+            lists=lists,
         )
         is_sample = paths.sample(config.split) is not None
         of_all = "" if ranked is None else f"{ranked:,} of "
@@ -88,11 +106,25 @@ def main(config: Evaluate) -> None:
                 grouped=of_baselines,
                 inputs=trained.inputs,
                 request=request,
+                recorder=recorder,
+                lists=lists,
             )
             for name, protocols in measured.items():
                 results[name] = {protocol: reduce_metrics(metrics).result() for protocol, metrics in protocols.items()}
             grouped |= of_baselines
         groups = {path: metrics.result() for path, metrics in grouped.items()}
+        per_user: PerUser | None = None
+        if recorder is not None:
+            facts = Facts(
+                dataset=dataset,
+                split=config.split,
+                inputs=trained.inputs,
+                request=request,
+                sample=paths.sample(config.split),
+            )
+            has_age = facts.record(recorder)
+            unit = manifest.time_unit if has_age else None
+            per_user = recorder.join(manifest.users, paths=list(results), has_age=has_age, age_unit=unit)
         sample = {"of_users": ranked, "sample": {"users": config.users, "seed": config.seed}} if is_sample else {}
         evaluation = {
             "dataset": config.data,
@@ -104,12 +136,21 @@ def main(config: Evaluate) -> None:
             "results": results,
             "groups": groups,
             "recall": chosen,
+            "vocabulary": manifest.vocabulary,
+            "histories": histories_fingerprint(dataset),
+            **({"without_prompts": True} if lacks_prompts else {}),
+            **lists.result(dataset, list(results)),
+            **({} if per_user is None else {"per_user": asdict(per_user)}),
             **({} if manifest.hold_out == "last" else {"hold_out": manifest.hold_out}),
             **({"request_time": told} if (told := trained.inputs.of_request_time) else {}),
         }
+        one = path_names(trained)[0]
+        ahead = run_on_first_rank(lambda: find_ahead(config, evaluation, one))
+        if ahead:
+            evaluation["ahead"] = {"path": one, "protocol": "masked", "metric": ahead[0].metric}
+            evaluation["ahead"]["of"] = {each.other: each.to_json() for each in ahead}
         run_on_first_rank(lambda: storage.write_json(config.output, evaluation, sealed=False))
         print_result(table(results))
-        one = path_names(trained)[0]
         print_result(group_table(one, groups[one]["masked"]))
         if is_sample:
             with_item = "" if ranked is None else f" of {ranked:,}"
@@ -127,11 +168,64 @@ def main(config: Evaluate) -> None:
                 f"Two steps take m = {chosen['m']} items from the first interest and n = {chosen['n']} from the second "
                 f"({chosen['because']})."
             )
-        print_result(f"Written: {config.output}")
+        print_result(*(each.sentence() for each in ahead), sep="\n")
+        if other is not None:
+            print_result(run_on_first_rank(lambda: compare_text(config, evaluation, other)))
+        print_result(f"Written: {config.output}{'' if per_user is None else f' and {per_user.file}'}")
         print_result(
             f"Next:    python -m recgpt_torchrec.export --data {config.data} --checkpoint {config.checkpoint} "
             "--output EXPORT_FOLDER"
         )
+
+
+def without_prompts(config: Evaluate, checkpoint: str) -> str:
+    """The line about a model that was tuned on prompts, on a dataset without any."""
+    return (
+        f"Note: {checkpoint} was tuned on histories with prompts, but {config.data} has none: it is measured without "
+        "them. For the figures of its stage give --data the dataset that generate_prompts wrote"
+    )
+
+
+def open_other(config: Evaluate, identity: dict[str, Any]) -> "Evaluation | None":
+    """The evaluation to compare with; None: none is asked for.
+
+    Raises:
+        InputError: there is none, or it has other users or held-out items.
+    """
+    if config.compare is None:
+        return None
+    from recgpt_torchrec.evaluation.comparison import Evaluation, check_comparable
+    from recgpt_torchrec.evaluation.finding import find_evaluation
+
+    path = find_evaluation(config.compare, config.split)
+    if os.path.realpath(path) == os.path.realpath(config.output):
+        raise InputError(f"--compare {config.compare} is the evaluation that --output replaces; name another one")
+    other = Evaluation.open(path)
+    check_comparable(identity, other.values, (config.data, path))
+    return other
+
+
+def find_ahead(config: Evaluate, evaluation: dict[str, Any], path: str) -> "list[Difference]":
+    """By how much a path is ahead of each baseline; empty without results by user."""
+    from recgpt_torchrec.evaluation.comparison import against_baselines
+    from recgpt_torchrec.evaluation.per_user.files import UserResults
+
+    results = UserResults.of(config.output, evaluation)
+    return [] if results is None else against_baselines(results, path, evaluation)
+
+
+def compare_text(config: Evaluate, evaluation: dict[str, Any], other: "Evaluation") -> str:
+    """The differences between this evaluation and another one, as text.
+
+    Raises:
+        InputError: shared users have other held-out items or histories.
+    """
+    from recgpt_torchrec.evaluation.comparison import Evaluation, compare, comparison_text
+    from recgpt_torchrec.evaluation.per_user.files import UserResults
+
+    results = UserResults.of(config.output, evaluation)
+    assert results is not None
+    return comparison_text(compare(Evaluation(config.output, evaluation, results), other), other.path)
 
 
 def check_output(config: Evaluate) -> None:

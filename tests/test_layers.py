@@ -16,6 +16,7 @@ LAYERS = [
     {"training"},
     {"retrieval", "prompts", "planning"},
     {"evaluation", "diagnosis"},
+    {"reports"},
 ]
 """From the ground up; a package may import what lies below it. Above all of them are the stage programs."""
 LAUNCH = {"errors", "config"}

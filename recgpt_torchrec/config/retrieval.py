@@ -66,6 +66,14 @@ class Evaluate(Computing):
     """Also measure the baselines, popularity and item co-occurrence. One that may need more than 16 GiB per rank is
     left out, and so is one that does not fit into half of the memory left, together with the one before."""
     recall: Recall = field(default_factory=Recall)
+    per_user: bool = True
+    """Also write the rank of every user's held-out item by each path to a Parquet file beside the JSON, test.users.parquet
+    beside test.json: some 3 bytes per user and path, and a pass over the histories, two where the dataset has times. It
+    tells whether differences are beyond chance; --compare needs it, and report for metrics by item age. false: no such
+    file and none of these."""
+    compare: str | None = None
+    """Another evaluation to compare with user by user: its JSON file, or a run's folder with one evaluation on the same
+    split. Differences of all paths of the same kind are printed, with 95% intervals. null: none."""
     overwrite: bool = False
     """Replace the output file whatever it holds; false: replace only an evaluation of the same dataset and split."""
     batch: Batch = field(default_factory=Batch)
@@ -76,6 +84,8 @@ class Evaluate(Computing):
             raise ValueError(f"--ks is {self.ks}; it must be list lengths of at least 1, for example 5 10")
         at_least("--users", self.users, 0)
         within("--seed", self.seed, 0, MAX_SEED)
+        if self.compare is not None and not self.per_user:
+            raise ValueError(f"--compare is {self.compare}, but --per_user is false: no ranks of users to compare")
         if self.recall.m > max(self.ks):
             raise ValueError(f"--recall.m is {self.recall.m}; it must be at most {max(self.ks)}, the longest of --ks")
 

@@ -1,4 +1,4 @@
-"""The stages in the order in which data flows through them, then plan and doctor: name, options, purpose of each."""
+"""The stages in the order in which data flows through them, then report, plan and doctor: options, purpose of each."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.prepare import Prepare
 from recgpt_torchrec.config.prompts import GeneratePrompts, PromptTune
 from recgpt_torchrec.config.reports.doctor import Doctor
+from recgpt_torchrec.config.reports.report import Report
 from recgpt_torchrec.config.retrieval import Apply, BuildIndex, Evaluate, Export, Retrieve
 from recgpt_torchrec.config.training import Pretrain
 
@@ -30,6 +31,7 @@ STAGES = {
     "apply": Stage(Apply, "an export and the deltas after it -> the export that is whole after them"),
     "index": Stage(BuildIndex, "an export -> the same export with a FAISS index of its item vectors"),
     "retrieve": Stage(Retrieve, "an export -> a list of items for each user, from an exact or an approximate index"),
+    "report": Stage(Report, "runs and their evaluations -> one HTML file: curves, metrics, differences, lists"),
     "plan": Stage(Plan, "sizes and a cluster -> sharding, memory, traffic and time of pretrain, without a GPU"),
     "doctor": Stage(Doctor, "versions, this machine, a dataset, options -> what would make a run fail or disappoint"),
 }

@@ -30,7 +30,9 @@ from recgpt_torchrec.data.windows import row_groups
 from recgpt_torchrec.distributed.memory import available_bytes
 from recgpt_torchrec.distributed.processes import gather_objects, log_message
 from recgpt_torchrec.evaluation.groups import PROTOCOLS, GroupedMetrics
+from recgpt_torchrec.evaluation.list_sample import ListSample, best_unseen
 from recgpt_torchrec.evaluation.metrics import RankingMetrics
+from recgpt_torchrec.evaluation.per_user.recording import UserRecorder
 
 WHOLE = 2**40
 """Longer than any history: baselines read all of each."""
@@ -250,6 +252,8 @@ def evaluate_baselines(
     grouped: Mapping[str, GroupedMetrics] | None = None,
     inputs: Inputs = IDS_ALONE,
     request: Request = ANY,
+    recorder: UserRecorder | None = None,
+    lists: ListSample | None = None,
 ) -> dict[str, dict[str, RankingMetrics]]:
     """Rank the held-out items of a split by each baseline, masked and unmasked (collective with `grouped`).
 
@@ -264,6 +268,8 @@ def evaluate_baselines(
         grouped: where the ranks are also added by groups of users, by name of the baseline.
         inputs: of the model beside them: users of whom it reads no history are left out.
         request: which users are ranked. Baselines count events of all types.
+        recorder: takes the ranks of every user by path.
+        lists: a settled sample; takes the lists of its users.
 
     Returns:
         {"popularity": {"masked": metrics, "unmasked": metrics}, "cooccurrence": ...}.
@@ -281,8 +287,15 @@ def evaluate_baselines(
         for first in range(0, len(whole.held_out), users_at_once):
             last = min(first + users_at_once, len(whole.held_out))
             history, held_out = whole.seen.part(first, last), whole.held_out[first:last]
+            users = whole.users[first:last]
             for name, baseline in baselines.items():
-                both = both_ranks(baseline.scores(history), torch.from_numpy(held_out), history)
+                scores = baseline.scores(history)
+                both = both_ranks(scores, torch.from_numpy(held_out), history)
+                if recorder is not None:
+                    recorder.add_ranks(name, users, dict(zip(PROTOCOLS, both, strict=True)))
+                if lists is not None and (chosen := lists.find_chosen(users)).size:
+                    best = best_unseen(scores[torch.from_numpy(chosen)], history.take(chosen), max(ks))
+                    lists.add_chosen(name, users[chosen], best)
                 for how, ranks in zip(PROTOCOLS, both, strict=True):
                     results[name][how].update(ranks)
                     if grouped and find_groups is not None:

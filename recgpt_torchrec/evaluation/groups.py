@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 
 from recgpt_torchrec.data.candidates import id_range
 from recgpt_torchrec.data.dataset import Dataset
@@ -19,6 +18,7 @@ from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.data.reading.counts import read_counts
 from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import gather_objects, rank, world_size
+from recgpt_torchrec.evaluation.holders import ask_holders
 from recgpt_torchrec.evaluation.metrics import RankingMetrics, reduce_metrics
 
 SHARES = 4
@@ -91,8 +91,7 @@ class PopularityGroups:
             groups: [own items] int8 group of each item of this rank's id range.
             items: number of items.
         """
-        self.bounds, self.groups = bounds, groups
-        self.first, self.stop = id_range(items, rank(), world_size())
+        self.bounds, self.groups, self.items = bounds, groups, items
 
     @classmethod
     def read(cls, dataset: Dataset) -> "PopularityGroups":
@@ -121,16 +120,7 @@ class PopularityGroups:
     def find(self, items: Int64) -> Int64:
         """[n] int64 groups of this rank's `items` [n] int64: they travel to all ranks, and the holder answers
         (collective)."""
-        if world_size() == 1:
-            return self.groups[items].astype(np.int64)
-        asked: list[Int64] = gather_objects(items)
-        joined = np.concatenate(asked)
-        own = (joined >= self.first) & (joined < self.stop)
-        answers = torch.full((joined.size,), -1, dtype=torch.int64)
-        answers[torch.from_numpy(own)] = torch.from_numpy(self.groups[joined[own] - self.first].astype(np.int64))
-        dist.all_reduce(answers, op=dist.ReduceOp.MAX)
-        start = sum(each.size for each in asked[: rank()])
-        return answers[start : start + items.size].numpy()
+        return ask_holders(items, self.groups, self.items)
 
     def gather(self) -> npt.NDArray[np.int8]:
         """[items] int8 groups of all items, on every rank (collective)."""

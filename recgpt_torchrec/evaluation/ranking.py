@@ -1,6 +1,6 @@
 """HR and NDCG of held-out items among the whole catalogue, over the users of all ranks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -8,11 +8,13 @@ from torch import Tensor
 
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.data.histories import Histories
-from recgpt_torchrec.data.ragged import Ragged, join
+from recgpt_torchrec.data.ragged import Int64, Ragged, join
 from recgpt_torchrec.evaluation.groups import PROTOCOLS, GroupedMetrics
 from recgpt_torchrec.evaluation.metrics import RankingMetrics, reduce_metrics
 from recgpt_torchrec.retrieval.encoding import collect_batches
 
+Record = Callable[[Int64, Mapping[str, Tensor]], None]
+"""Takes user ids [users] int64, and the ranks [users] float32 of their held-out items by protocol, on CPU."""
 Results = dict[str, dict[str, float]]
 """{"masked": {"HR@5": ..., ...}, "unmasked": {...}}"""
 
@@ -22,6 +24,7 @@ def measure_ranks(
     catalogue: Catalogue,
     ks: tuple[int, ...],
     grouped: GroupedMetrics | None = None,
+    record: Record | None = None,
 ) -> tuple[int, Results]:
     """HR and NDCG at `ks`, masked and unmasked, over the users of all ranks (collective).
 
@@ -30,6 +33,7 @@ def measure_ranks(
         catalogue: items to rank among.
         ks: list lengths.
         grouped: where the ranks are also added by groups of users.
+        record: called with the user ids [users] and their ranks by protocol, for each batch.
 
     Returns:
         users: number of users ranked, on all ranks.
@@ -40,10 +44,13 @@ def measure_ranks(
         held_out, seen = targets_of([histories for histories, _ in collected])
         both = catalogue.ranks(torch.cat([vectors for _, vectors in collected]), held_out, seen)
         groups = None if grouped is None else grouped.grouping.find(held_out.numpy(), seen.lengths)
-        for how, ranks in zip(PROTOCOLS, (ranks.cpu() for ranks in both), strict=True):
+        by_protocol = dict(zip(PROTOCOLS, (ranks.cpu() for ranks in both), strict=True))
+        for how, ranks in by_protocol.items():
             metrics[how].update(ranks)
             if grouped is not None and groups is not None:
                 grouped.update(groups, how, ranks)
+        if record is not None:
+            record(users_of([histories for histories, _ in collected]), by_protocol)
     results = {how: reduce_metrics(each).result() for how, each in metrics.items()}
     return metrics["masked"].users, results
 
@@ -54,3 +61,8 @@ def targets_of(lists: Sequence[Histories]) -> tuple[Tensor, Ragged]:
     seen = [histories.seen for histories in lists if histories.seen is not None]
     assert len(held_out) == len(seen) == len(lists), "histories without a held-out item or without the whole history"
     return torch.from_numpy(np.concatenate(held_out)), join(seen)
+
+
+def users_of(lists: Sequence[Histories]) -> Int64:
+    """The user ids [sequences] int64 of lists of histories end to end."""
+    return np.concatenate([histories.users for histories in lists])

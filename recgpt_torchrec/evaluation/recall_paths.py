@@ -7,6 +7,7 @@ recgpt_1, recgpt               prompt-tuned: one step (the paper's Variant_2), a
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from recgpt_torchrec.data.split import SplitName
 from recgpt_torchrec.data.stream import ANY, SequenceStream, encoding_stream
 from recgpt_torchrec.evaluation.groups import PROTOCOLS, GroupedMetrics, Grouping
 from recgpt_torchrec.evaluation.held_out import has_users
+from recgpt_torchrec.evaluation.list_sample import ListSample
 from recgpt_torchrec.evaluation.metrics import RankingMetrics, list_ranks, reduce_metrics
-from recgpt_torchrec.evaluation.ranking import Results, measure_ranks, targets_of
+from recgpt_torchrec.evaluation.per_user.recording import UserRecorder
+from recgpt_torchrec.evaluation.ranking import Results, measure_ranks, targets_of, users_of
 from recgpt_torchrec.evaluation.sampling import choose_users
 from recgpt_torchrec.model.recgpt import unwrapped
 from recgpt_torchrec.retrieval.encoding import collect_batches, encode
@@ -58,6 +61,8 @@ class RecallPaths:
         seed: int = 0,
         grouping: Grouping | None = None,
         request: Request = ANY,
+        recorder: UserRecorder | None = None,
+        lists: ListSample | None = None,
     ) -> None:
         """
         Args:
@@ -69,7 +74,10 @@ class RecallPaths:
             seed: of the sample of users.
             grouping: divides users into groups, for `grouped`; None: there are none.
             request: what is asked after each history, and which users are ranked.
+            recorder: takes the ranks of every user by path; None: they are not kept.
+            lists: takes lists of a sample of users by path; None: they are not kept.
         """
+        self.recorder, self.list_sample = recorder, lists
         self.trained, self.dataset, self.batch, self.device = trained, dataset, batch, device
         self.users, self.seed, self.grouping, self.request = users, seed, grouping, request
         self._samples: dict[str, UserSample | None] = {}
@@ -97,7 +105,13 @@ class RecallPaths:
         longest = max(ks)
         results: dict[str, Results] = {}
         batches = encode(self.trained.model, self._encoding_stream(split), self.device)
-        users, results[one] = measure_ranks(batches, self.catalogue, ks, self._group(one, ks))
+        users, results[one] = measure_ranks(
+            batches,
+            self.catalogue,
+            ks,
+            self._group(one, ks),
+            None if self.recorder is None else partial(self.recorder.add_ranks, one),
+        )
         chosen: dict[str, Any] = {"m": recall.m, "n": longest - recall.m, "because": "given by --recall.m"}
         if not recall.m and self.dataset.manifest.count_targets("validation") == 0:
             chosen = self._default_quota(longest, "no user has a validation item to choose by")
@@ -117,6 +131,8 @@ class RecallPaths:
         m = str(chosen["m"])
         paths = {m: two} | {name: f"{one}_{name}" for name in _several(recall.interests)}
         lists = self._measure_lists(split, ks, [chosen["m"]], recall.interests, grouped_as=paths)
+        if self.list_sample is not None:
+            self.list_sample.settle()
         for name, figures in lists.items():
             results[paths[name]] = figures
         return users, results, chosen
@@ -181,7 +197,8 @@ class RecallPaths:
         for collected in collect_batches(batches, self.catalogue.rows_per_pass):
             vectors = predict_interests(self.trained.model, maker, collected, self.catalogue, max(2, count))
             targets, seen = targets_of([histories for histories, _ in collected])
-            groups = None
+            groups, users = None, users_of([histories for histories, _ in collected])
+            of_users: dict[str, dict[str, torch.Tensor]] = {path: {} for path in (grouped_as or {}).values()}
             if self.grouping is not None and grouped:
                 groups = self.grouping.find(targets.numpy(), seen.lengths)
             for how in protocols:
@@ -198,6 +215,18 @@ class RecallPaths:
                     by_protocol[how].update(ranks)
                     if groups is not None and (by_group := grouped[name]) is not None:
                         by_group.update(groups, how, ranks)
+                    if grouped_as:
+                        of_users[grouped_as[name]][how] = ranks
+                if grouped_as and self.list_sample is not None and how == "masked":
+                    one = path_names(self.trained)[0]
+                    of_lists = {
+                        one: lists.items[:, 0],
+                        **{grouped_as[name]: each.items for name, each in merged.items()},
+                    }
+                    self.list_sample.add([histories for histories, _ in collected], of_lists)
+            if self.recorder is not None:
+                for path, ranks_of in of_users.items():
+                    self.recorder.add_ranks(path, users, ranks_of)
         # Summed over all ranks; a rank without users adds zeros.
         names = [str(m) for m in ms]
         names += _several(count)

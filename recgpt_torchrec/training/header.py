@@ -1,11 +1,15 @@
 """The header logged before the first step: ranks, data, size of the model, length of an epoch."""
 
+import importlib.metadata
 import math
+import platform
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from recgpt_torchrec import __version__
 from recgpt_torchrec.config import Train
 from recgpt_torchrec.data.dataset import Manifest
 from recgpt_torchrec.data.inputs.spec import Inputs
@@ -39,8 +43,7 @@ def header(
         train: length of the training, and validations.
         validates: whether something is held out for validation, so that training may stop early.
     """
-    ranks = dist.get_world_size()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    ranks, name = dist.get_world_size(), _device_name(device)
     others = manifest.entries - manifest.interactions
     parameters = sum(parameter.numel() for parameter in unwrapped(model).dense.parameters())
     without = manifest.preparation.get("split", {}).get("items_without_target", 0)
@@ -61,6 +64,21 @@ def header(
             *_validation(train, manifest, validates),
         ]
     )
+
+
+def environment_of(device: torch.device, execution: Execution) -> dict[str, Any]:
+    """Ranks, device, way of computing and versions, as JSON values that checkpoints record for reports."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "torchrec")}
+    return {
+        "ranks": dist.get_world_size(),
+        "device": _device_name(device),
+        "compute": str(execution),
+        "versions": {"recgpt_torchrec": __version__, **versions, "python": platform.python_version()},
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def _attributes(inputs: Inputs, manifest: Manifest) -> list[str]:

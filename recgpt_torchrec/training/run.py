@@ -165,7 +165,12 @@ class Run:
         return latest is not None and Progress.of_checkpoint(latest).finished
 
     def metadata(
-        self, plan: str, placed: list[Placement], hold_out: str = "last", inputs: Inputs | None = None
+        self,
+        plan: str,
+        placed: list[Placement],
+        hold_out: str = "last",
+        inputs: Inputs | None = None,
+        environment: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """The run's part of each checkpoint's metadata.
 
@@ -174,10 +179,13 @@ class Run:
             placed: where the tables are.
             hold_out: what the dataset holds out; `last` is not recorded.
             inputs: what the model reads beside ids; nothing is not recorded.
+            environment: ranks, device and versions, for reports.
         """
         more: dict[str, Any] = {} if hold_out == "last" else {"hold_out": hold_out}
         if inputs is not None and (values := inputs.to_json()):
             more["inputs"] = values
+        if environment is not None:
+            more["environment"] = environment
         tables = [asdict(each) for each in placed]
         return {"config": self.config, "vocabulary": self.vocabulary, "plan": plan, "placements": tables, **more}
 

@@ -15,7 +15,7 @@ from recgpt_torchrec.distributed.replicas import Replicas
 from recgpt_torchrec.distributed.sharding import ranks_per_group
 from recgpt_torchrec.training.building import Tokens, build, check_lost
 from recgpt_torchrec.training.execution import Execution
-from recgpt_torchrec.training.header import header
+from recgpt_torchrec.training.header import environment_of, header
 from recgpt_torchrec.training.run import Run
 from recgpt_torchrec.training.trainer import Trainer
 
@@ -87,7 +87,9 @@ def train(
             schedule=config.optimizer,
             saving=config.saving,
             checkpoints=run.checkpoints,
-            metadata=run.metadata(str(built.plan), placed, dataset.manifest.hold_out, inputs),
+            metadata=run.metadata(
+                str(built.plan), placed, dataset.manifest.hold_out, inputs, environment_of(device, execution)
+            ),
             seed=config.seed,
             replicas=Replicas(table_tensors(built, optimizer), group, config.tables.sync_steps),
         )

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
@@ -122,4 +123,10 @@ def test_samples_give_the_same_figures_on_one_rank_and_on_two(tmp_path: Path) ->
                 assert sum(group["users"] for group in groups) == 30
                 for ours, theirs in zip(two["groups"][path][how][name], groups, strict=True):
                     assert ours == pytest.approx(theirs, abs=1e-6), (path, how, name)
+    rows = [pq.read_table(tmp_path / str(ranks) / "test.users.parquet") for ranks in (1, 2)]
+    assert rows[0].num_rows == 30 and rows[0].equals(rows[1])
+    assert one["lists"]["users"] == 30
+    for path, quality in one["lists"]["paths"].items():
+        assert two["lists"]["paths"][path] == pytest.approx(quality), path
+    assert one["examples"] == two["examples"] and len(one["examples"]) == 8
     shutil.rmtree(tmp_path)
