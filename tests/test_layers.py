@@ -15,7 +15,7 @@ LAYERS = [
     {"catalogue"},
     {"training"},
     {"retrieval", "prompts", "planning"},
-    {"evaluation"},
+    {"evaluation", "serving"},
 ]
 """From the ground up; a package may import what lies below it. Above all of them are the stage programs."""
 LAUNCH = {"errors", "config"}

@@ -97,9 +97,7 @@ def append_generated(columns: Columns, lengths: Tensor, items: Tensor, request: 
         values["times"] = columns["times"].gather(1, newest)[:, 0]
     if "events" in columns:
         values["events"] = torch.full_like(lengths, UNKNOWN) if request.events is None else request.events
-    return {
-        name: column.scatter(1, lengths[:, None], values[name][:, None]) for name, column in columns.items()
-    }
+    return {name: column.scatter(1, lengths[:, None], values[name][:, None]) for name, column in columns.items()}
 
 
 class Relations:
