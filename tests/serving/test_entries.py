@@ -17,11 +17,15 @@ from recgpt_torchrec.serving.encoder import FullEncoder, StepEncoder, Tower, nam
 ITEMS, USERS, MAX_LEN, DIM = 40, 6, 10, 8
 VALUES = {**times.VALUES, "event": 4, "asked_event": 4, "place": PLACE_VALUES}
 FEATURES = [Feature(name=name, values=values) for name, values in VALUES.items()]
+TIMED = Inputs(features=FEATURES, events=["view", "buy", "like"], time_unit=1e-3, utc_offset_hours=5.5)
 MODELS = {
     "plain": (Inputs(), False),
     "tuned": (Inputs(segments=5), True),
     "feedback": (Inputs(segments=5, feedback=True), True),
-    "features": (Inputs(features=FEATURES, events=["view", "buy", "like"], time_unit=1e-3, utc_offset_hours=5.5), False),
+    "features": (
+        Inputs(features=FEATURES, events=["view", "buy", "like"], time_unit=1e-3, utc_offset_hours=5.5),
+        False,
+    ),
     "all": (
         Inputs(
             features=FEATURES,
@@ -144,13 +148,11 @@ def test_vectors_are_those_of_the_stages_for_any_length_and_what_a_model_reads(n
     encoder = FullEncoder(tower, tables["inputs"], tables["outputs"], tables["users"], 4)
     alone = StepEncoder(tower)
     rng = np.random.default_rng(1)
-    drawn = [int(length) for length in rng.integers(0, 25, 20)]
-    for seed, lengths in enumerate(([1], [0], [MAX_LEN], [MAX_LEN + 1], [0, 1, 7, 9, 10, 11, 38, 120], drawn)):
+    drawn = [int(length) for length in rng.integers(0, 25, 6)]
+    for seed, lengths in enumerate(([1], [0], [MAX_LEN], [MAX_LEN + 1], [0, 1, 7, 9, 10, 11, 38], drawn)):
         arguments = histories_of(lengths, inputs, prompts, seed)
         given = {name: torch.from_numpy(values) for name, values in arguments.items()}
-        expected = np.stack(
-            [plain_vectors(dense, arguments, row, inputs, tables, 4) for row in range(len(lengths))]
-        )
+        expected = np.stack([plain_vectors(dense, arguments, row, inputs, tables, 4) for row in range(len(lengths))])
         np.testing.assert_allclose(encoder(**given).numpy(), expected, atol=1e-5)
         looked_up = {name: value for name, value in given.items() if name not in ("items", "users")}
         looked_up["item_vectors"] = tables["inputs"][given["items"]]
