@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from recgpt_torchrec import cli
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from recgpt_torchrec.data.inputs.spec import Inputs
     from recgpt_torchrec.retrieval.exports.chain import Chain
     from recgpt_torchrec.retrieval.exports.manifest import DeltaManifest, ExportManifest
+    from recgpt_torchrec.training.loading import Trained
 
 
 def main(config: Export) -> None:
@@ -45,12 +46,13 @@ def main(config: Export) -> None:
     from recgpt_torchrec.retrieval.exports.chain import open_chain
     from recgpt_torchrec.retrieval.exports.writing import write_delta, write_export
     from recgpt_torchrec.retrieval.interests import predict_interests
+    from recgpt_torchrec.serving.program import check_onnx
     from recgpt_torchrec.training.loading import load
 
     with process_group(TIMEOUT_S if config.index.kind == "none" else LONG_WORK_S, config.device) as device:
         dataset, checkpoint = Dataset.open(config.data), find_checkpoint(config.checkpoint)
         settings = {**asdict(config), "checkpoint": checkpoint}
-        del settings["index"]  # no part of what identifies an export
+        del settings["index"], settings["encoder"]  # no part of what identifies an export
         if config.history != "all":
             check_has_targets(dataset, config.history, "Export whole histories: --history all")
             if dataset.manifest.hold_out != "last":
@@ -70,8 +72,11 @@ def main(config: Export) -> None:
         manifest = run_on_first_rank(lambda: finished(config, settings, dataset, fingerprint, chain))
         already_there = manifest is not None
         absent = dataset.manifest.preparation.get("extends", {}).get("absent_users", 0)
+        load_model = cache(partial(load, checkpoint, dataset, config.tables, bags=config.batch.tokens, device=device))
+        if config.encoder.onnx:
+            check_onnx()
         if manifest is None:
-            trained = load(checkpoint, dataset, config.tables, bags=config.batch.tokens, device=device)
+            trained = load_model()
             model = unwrapped(trained.model)
             steps = config.interests - 1
             stream = encoding_stream(
@@ -120,7 +125,8 @@ def main(config: Export) -> None:
                 settings=settings,
             )
         index_summary, index_added = add_asked_index(config)
-        already_there &= not index_added
+        encoder_summary, encoder_added = add_asked_encoder(config, checkpoint, dataset, load_model)
+        already_there &= not (index_added or encoder_added)
         vectors_each = f", {manifest.interests} vectors each" if manifest.interests > 1 else ""
         left_out = dataset.manifest.users - manifest.users
         reason = explain_left_out(dataset.manifest, config.history, inputs)
@@ -131,6 +137,7 @@ def main(config: Export) -> None:
             *explain_shared(dataset.manifest, config.data),
             *describe_request(request, inputs, dataset, chain),
             *index_summary,
+            *encoder_summary,
             sep="\n",
         )
         print_result(*(next_steps(config) if chain is None else changes(config, manifest, chain)), sep="\n")
@@ -216,6 +223,24 @@ def add_asked_index(config: Export) -> tuple[list[str], bool]:
 
     index, already_there = add_index(open_on_all_ranks(config.output), config.index)
     return [summary(index)], not already_there
+
+
+def add_asked_encoder(
+    config: Export, checkpoint: str, dataset: "Dataset", load: "Callable[[], Trained]"
+) -> tuple[list[str], bool]:
+    """Add the encoder that the options ask for to the export, which is complete without it (collective).
+
+    Returns:
+        Lines for the summary, and whether an encoder was written.
+    """
+    if config.encoder.kind == "none":
+        return [], False
+    from recgpt_torchrec.retrieval.exports.reading import open_on_all_ranks
+    from recgpt_torchrec.serving.writing import add_encoder, describe
+
+    export = open_on_all_ranks(config.output)
+    encoder, already_there = add_encoder(export, config.encoder, checkpoint, dataset, load)
+    return [describe(encoder)], not already_there
 
 
 def finished(

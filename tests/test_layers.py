@@ -15,6 +15,7 @@ LAYERS = [
     {"catalogue"},
     {"training"},
     {"retrieval", "prompts", "planning"},
+    {"serving"},
     {"evaluation", "diagnosis"},
     {"reports"},
 ]

@@ -12,6 +12,7 @@ from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.prepare import Prepare
 from recgpt_torchrec.config.prompts import GeneratePrompts, Prompts, PromptTune, Tuning
 from recgpt_torchrec.config.retrieval import HNSW, IVF, PQ, Apply, BuildIndex, Evaluate, Export, Index, Recall, Retrieve
+from recgpt_torchrec.config.serving.encoder import Encoder
 from recgpt_torchrec.config.tables import Sharding, Tables
 from recgpt_torchrec.config.training import (
     Batch,
@@ -31,6 +32,7 @@ __all__ = [
     "AttributeChoice",
     "Batch",
     "BuildIndex",
+    "Encoder",
     "Evaluate",
     "Events",
     "Export",

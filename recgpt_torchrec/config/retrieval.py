@@ -8,6 +8,7 @@ from recgpt_torchrec.config.boundaries import parse_moment
 from recgpt_torchrec.config.checks import MAX_SEED, at_least, within
 from recgpt_torchrec.config.device import Computing
 from recgpt_torchrec.config.fields import changeable
+from recgpt_torchrec.config.serving.encoder import Encoder
 from recgpt_torchrec.config.tables import Sharding
 from recgpt_torchrec.config.training import Batch
 
@@ -206,6 +207,7 @@ class Export(Computing):
     """With --since: vectors that moved by no more than this, as a share of the length of the vector that the export and
     the deltas hold, are left out. 0: any vector that differs in a bit is in the delta."""
     index: Index = changeable(default_factory=Index)
+    encoder: Encoder = changeable(default_factory=Encoder)
     batch: Batch = field(default_factory=Batch)
     tables: Sharding = field(default_factory=Sharding)
 
@@ -225,10 +227,11 @@ class Export(Computing):
                 f"--tolerance is {self.tolerance}, but there is nothing to compare with; give --since EXPORT, or leave "
                 "it out"
             )
-        if self.since and self.index.kind != "none":
-            raise ValueError(
-                f"--index.kind is {self.index.kind}, but --since writes a delta, which holds no index; leave one out"
-            )
+        for name, kind in (("index", self.index.kind), ("encoder", self.encoder.kind)):
+            if self.since and kind != "none":
+                raise ValueError(
+                    f"--{name}.kind is {kind}, but --since writes a delta, which holds no {name}; leave one out"
+                )
 
 
 @dataclass(kw_only=True)

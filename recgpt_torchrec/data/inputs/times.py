@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from recgpt_torchrec.data.inputs.spec import UNITS
+from recgpt_torchrec.data.inputs.spec import UNITS, Inputs
 from recgpt_torchrec.data.ragged import Int64
 
 if TYPE_CHECKING:
@@ -50,8 +50,13 @@ def bucket_gaps(gaps: Int64, unit: float) -> Int64:
         gaps: [n] int64; negative ones count as 0.
         unit: seconds of a unit of the gaps.
     """
+    return np.searchsorted(edges_of_gaps(unit), gaps, side="right") + 1
+
+
+def edges_of_gaps(unit: float) -> Int64:
+    """Lower edges of the buckets from the second on, ascending, in a unit of so many seconds."""
     edges = EDGES * round(1 / unit) if unit < 1 else EDGES / unit
-    return np.searchsorted(np.ceil(edges).astype(np.int64), gaps, side="right") + 1
+    return np.ceil(edges).astype(np.int64)
 
 
 def past_gaps(entries: "Entries") -> Int64:
@@ -71,14 +76,14 @@ def next_gaps(entries: "Entries") -> Int64:
 def hours(entries: "Entries") -> Int64:
     """Hour of the day of each token's request, [tokens] int64 from 1 (midnight) to 24; 0: its time is unknown."""
     requests, known = request_times(entries)
-    of_day = _local(requests, entries) % _units(DAY, entries)
-    return np.where(known, of_day * 24 // _units(DAY, entries) + 1, 0)
+    of_day = _local(requests, entries) % units_of(DAY, entries.inputs)
+    return np.where(known, of_day * 24 // units_of(DAY, entries.inputs) + 1, 0)
 
 
 def weekdays(entries: "Entries") -> Int64:
     """Day of the week of each token's request, [tokens] int64 from 1 (Monday) to 7; 0: its time is unknown."""
     requests, known = request_times(entries)
-    day = _local(requests, entries) // _units(DAY, entries)
+    day = _local(requests, entries) // units_of(DAY, entries.inputs)
     return np.where(known, (day + 3) % 7 + 1, 0)  # 1970 began on a Thursday
 
 
@@ -97,14 +102,15 @@ def _times_of(entries: "Entries") -> Int64:
     return times
 
 
-def _units(seconds: int, entries: "Entries") -> int:
-    """So many seconds in units of the times."""
-    return max(round(seconds / entries.inputs.time_unit), 1)
-
-
 def _local(times: Int64, entries: "Entries") -> Int64:
-    """Times in the offset's zone; a day of a log in days has no zone."""
-    inputs = entries.inputs
-    if inputs.time_unit >= DAY:
-        return times
-    return times + round(inputs.utc_offset_hours * HOUR / inputs.time_unit)
+    return times + offset_of_zone(entries.inputs)
+
+
+def units_of(seconds: int, inputs: Inputs) -> int:
+    """So many seconds in units of the times."""
+    return max(round(seconds / inputs.time_unit), 1)
+
+
+def offset_of_zone(inputs: Inputs) -> int:
+    """What is added to times for hour and weekday, in their unit; a day of a log in days has no zone."""
+    return 0 if inputs.time_unit >= DAY else round(inputs.utc_offset_hours * HOUR / inputs.time_unit)

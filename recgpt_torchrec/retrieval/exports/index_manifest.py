@@ -69,6 +69,11 @@ class IndexManifest:
     """In order of their ids."""
 
     @property
+    def paths(self) -> list[str]:
+        """Of its files, relative to the export's folder."""
+        return [shard.path for shard in self.shards]
+
+    @property
     def bytes(self) -> int:
         """Total size of its files."""
         return sum(shard.bytes for shard in self.shards)

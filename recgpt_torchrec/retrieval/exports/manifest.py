@@ -5,6 +5,7 @@
     users/*.parquet    user_id int64, key string, vector fixed_size_list<float>[dim]; with several interests
                        vectors fixed_size_list<fixed_size_list<float>[dim]>[interests] instead
     index/*/*.faiss    FAISS index of the item vectors, if there is one, see `index_manifest`
+    encoder/*/*        the model as a program, if it is there, see `encoder_manifest`
 
 A score is the inner product of a user vector and an item vector. Every item appears once, and every user with an
 encoded history; rows are in no particular order (each process writes its share). Of several interests the first is that
@@ -31,6 +32,7 @@ from typing import Any, Self
 
 from recgpt_torchrec.config.retrieval import INTERESTS
 from recgpt_torchrec.data.split import EVALUATION
+from recgpt_torchrec.retrieval.exports.encoder_manifest import EncoderManifest
 from recgpt_torchrec.retrieval.exports.index_manifest import IndexManifest
 from recgpt_torchrec.storage.manifests import FolderManifest, Kind
 from recgpt_torchrec.storage.parts import VALUES_PER_BYTE, Part
@@ -88,6 +90,8 @@ class ExportManifest(FolderManifest):
     user_parts: list[Part] = field(default_factory=list)
     index: IndexManifest | None = None
     """The FAISS index that it holds; no part of the fingerprint."""
+    encoder: EncoderManifest | None = None
+    """The program of the model that it holds; no part of the fingerprint."""
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> Self:
@@ -99,6 +103,8 @@ class ExportManifest(FolderManifest):
         manifest = super().from_values(values)
         if manifest.index is not None:
             manifest.index.check(manifest.items)
+        if manifest.encoder is not None:
+            manifest.encoder.check(manifest.dim, manifest.items)
         check_counts({name: getattr(manifest, name) for name in ("items", "users", "dim", "interests")})
         for name, parts in (("items", manifest.item_parts), ("users", manifest.user_parts)):
             count, rows = getattr(manifest, name), sum(part.rows for part in parts)

@@ -38,7 +38,8 @@ class _VectorFolder:
         for each in fields(self.manifest):
             if LATER in each.metadata and values[each.name] == each.default:
                 del values[each.name]
-        values.pop("index", None)  # of an export: may be added and replaced
+        for name in ("index", "encoder"):  # of an export: may be added and replaced
+            values.pop(name, None)
         return hashlib.sha256(json.dumps(values, indent=1).encode()).hexdigest()[:32]
 
     def users(self, rows: int = ROWS, rank: int = 0, world_size: int = 1) -> Iterator[pa.RecordBatch]:

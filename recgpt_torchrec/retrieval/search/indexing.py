@@ -1,21 +1,15 @@
 """Builds the FAISS index of an export, one shard after another on each rank, measures it, and commits it.
 
-Shards get a folder of their own; then the manifest, which lists them, is replaced in one step. So the export has its
-old index or its new one whole, and none before that. The folder of the old one is deleted then, and those that nothing
-was written to for a day: a killed run left them. Another run may be writing to a newer one.
+`exports.additions` says how files and manifest are replaced.
 """
 
-import json
-import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from functools import partial
 
 import faiss
 import numpy as np
-import pyarrow.fs
 
 from recgpt_torchrec.catalogue.rounds import Rounds
 from recgpt_torchrec.config import Index, Retrieve
@@ -23,7 +17,6 @@ from recgpt_torchrec.data.candidates import id_range
 from recgpt_torchrec.data.ragged import Float32
 from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import (
-    LONG_WORK_S,
     gather_objects,
     log_message,
     rank,
@@ -32,7 +25,8 @@ from recgpt_torchrec.distributed.processes import (
 )
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.progress import progress_bar
-from recgpt_torchrec.retrieval.exports.index_manifest import FOLDER, IndexManifest, IndexShard, vectors_fingerprint
+from recgpt_torchrec.retrieval.exports.additions import commit_addition, new_folder
+from recgpt_torchrec.retrieval.exports.index_manifest import IndexManifest, IndexShard, vectors_fingerprint
 from recgpt_torchrec.retrieval.exports.manifest import ExportManifest
 from recgpt_torchrec.retrieval.exports.reading import Export
 from recgpt_torchrec.retrieval.exports.vectors import vectors_of
@@ -41,9 +35,6 @@ from recgpt_torchrec.retrieval.search.index import Shard, build
 from recgpt_torchrec.retrieval.search.index_files import open_shards, write_shard
 from recgpt_torchrec.retrieval.search.sharded_index import ShardedIndex
 from recgpt_torchrec.retrieval.search.stored import StoredExactSearch, vector_blocks
-from recgpt_torchrec.storage import exists, filesystem, names, remove, write
-from recgpt_torchrec.storage.folders import MANIFEST
-from recgpt_torchrec.storage.typed import seal
 
 DEPTHS = (10, 50)
 """List lengths k of the measured recall@k."""
@@ -143,10 +134,10 @@ def add_index(export: Export, settings: Index) -> tuple[IndexManifest, bool]:
                 if there.parameters == parameters and settings.sample in (0, there.sample):
                     return there, True
                 index = replace(index, sample=settings.sample, measured=_measure(export, own, settings.sample))
-                return _commit(export, index), False
+                return commit_addition(export, "index", index), False
     shards = min(settings.shards or world_size(), manifest.items)
     parameters = choosing.choose_parameters(kind, settings, manifest.items, manifest.dim, shards)
-    folder = f"{FOLDER}/{run_on_first_rank(lambda: secrets.token_hex(4))}"
+    folder = new_folder("index")
     log_message(f"{export.path}: {kind} index of {manifest.items:,} items, {_describe(parameters, shards)}")
     since = time.perf_counter()
     written: list[IndexShard] = []
@@ -169,7 +160,7 @@ def add_index(export: Export, settings: Index) -> tuple[IndexManifest, bool]:
         shards=entries,
     )
     index.measured = _measure(export, open_own_shards(export, index), settings.sample)
-    return _commit(export, index), False
+    return commit_addition(export, "index", index), False
 
 
 def _write_own_shards(
@@ -242,48 +233,6 @@ def _draw_queries(export: Export, count: int) -> Float32:
     raise_first_error(failure)
     vectors = np.concatenate(parts)
     return vectors[np.linspace(0, len(vectors) - 1, min(count, len(vectors))).astype(np.int64)]
-
-
-def _commit(export: Export, index: IndexManifest) -> IndexManifest:
-    """Put the index into the manifest, and delete the files of others (collective)."""
-
-    def replace_manifest() -> None:
-        current = ExportManifest.read(export.path)
-        if Export(path=export.path, manifest=current).fingerprint != export.fingerprint:
-            raise InputError(f"{export.path} was written anew while its index was built; run the same command again")
-        if not all(exists(f"{export.path}/{shard.path}") for shard in index.shards):
-            raise InputError(f"{export.path}: its index was replaced while it was measured; run the same command again")
-        replaced, current.index = current.index, index
-        text = json.dumps(seal(json.loads(current.to_json())), indent=1)
-        try:
-            write(f"{export.path}/{MANIFEST}", text.encode())
-        except OSError as error:
-            raise InputError(f"cannot write {export.path}: {error}") from None
-        try:
-            for name in names(f"{export.path}/{FOLDER}"):
-                if name not in _folders(index) and (name in _folders(replaced) or _is_abandoned(export, name)):
-                    remove(f"{export.path}/{FOLDER}/{name}")
-        except OSError as error:
-            log_message(f"Files of another index stay in {export.path}/{FOLDER}: {' '.join(str(error).split())}")
-
-    run_on_first_rank(replace_manifest)
-    export.manifest.index = index
-    return index
-
-
-def _folders(index: IndexManifest | None) -> set[str]:
-    """Names of the folders that hold the shards of an index."""
-    paths = [] if index is None else [shard.path.split("/") for shard in index.shards]
-    return {path[1] for path in paths if path[0] == FOLDER and len(path) > 1}
-
-
-def _is_abandoned(export: Export, name: str) -> bool:
-    """Whether nothing was written for a day to a folder of an index that the export does not have."""
-    fs, root = filesystem(f"{export.path}/{FOLDER}/{name}")
-    infos = [fs.get_file_info(root), *fs.get_file_info(pyarrow.fs.FileSelector(root, allow_not_found=True))]
-    limit = datetime.now(UTC) - timedelta(seconds=LONG_WORK_S)
-    times = [info.mtime for info in infos if info.mtime is not None]  # a store's folders have none
-    return bool(times) and max(times) < limit
 
 
 def summary(index: IndexManifest) -> str:
