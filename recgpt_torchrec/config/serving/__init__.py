@@ -1,0 +1,1 @@
+"""Options of serving: requests answered outside of the stages."""
