@@ -15,6 +15,7 @@ def main(config: Evaluate) -> None:
     from recgpt_torchrec.checkpoints.settings import CheckpointSettings
     from recgpt_torchrec.data.dataset import Dataset
     from recgpt_torchrec.data.inputs.events import request_for
+    from recgpt_torchrec.data.reading.targets import describe_untargeted
     from recgpt_torchrec.distributed.processes import (
         log_message,
         print_result,
@@ -127,6 +128,8 @@ def main(config: Evaluate) -> None:
                 f"Two steps take m = {chosen['m']} items from the first interest and n = {chosen['n']} from the second "
                 f"({chosen['because']})."
             )
+        for line in describe_untargeted(manifest, bool(trained.inputs.of_entity("item"))):
+            print_result(line)
         print_result(f"Written: {config.output}")
         print_result(
             f"Next:    python -m recgpt_torchrec.export --data {config.data} --checkpoint {config.checkpoint} "

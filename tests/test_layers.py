@@ -15,6 +15,7 @@ LAYERS = [
     {"catalogue"},
     {"training"},
     {"retrieval", "prompts", "planning"},
+    {"serving"},
     {"evaluation", "diagnosis"},
 ]
 """From the ground up; a package may import what lies below it. Above all of them are the stage programs."""

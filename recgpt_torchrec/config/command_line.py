@@ -88,7 +88,7 @@ class CommandLine:
         """
         known = {option.name: option for option in options(config_class)}
         groups = groups_of(known)
-        line, remaining = cls(), list(given)
+        line, remaining = cls(), _name_leading(given, known)
         while remaining:
             argument = remaining.pop(0)
             name, equals, text = argument.removeprefix("--").partition("=")
@@ -172,6 +172,14 @@ class CommandLine:
                 shown = " ".join(map(str, value)) if isinstance(value, list) and name.startswith("--") else value
                 return f"{name} is {shown}; it must be {describe_type(option.type)}"
         return " ".join(problem.split())
+
+
+def _name_leading(given: list[str], known: dict[str, Option]) -> list[str]:
+    """The arguments, with the name of the option before values that come first without it."""
+    name = next((option.name for option in known.values() if option.is_leading), None)
+    if name is None or not given or given[0].startswith("-"):
+        return list(given)
+    return [f"--{name}", *given]
 
 
 def values_of(path: str | os.PathLike[str], included_from: tuple[str, ...] = ()) -> dict[str, Any]:

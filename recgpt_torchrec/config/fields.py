@@ -7,6 +7,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 RESUME = "resume"
 """Key in a field's metadata: the option may change without changing the result."""
+LEADING = "leading"
+"""Key in the metadata of a list option whose values may come first on the command line, without its name."""
 RENAMED = {"checkpoint.": "saving.", "checkpointing.": "saving."}
 """Groups renamed since earlier versions: runs that recorded the old name still resume."""
 
@@ -44,6 +46,11 @@ class Option:
     def is_list(self) -> bool:
         """Whether the option takes several values."""
         return get_origin(self.type) is list
+
+    @property
+    def is_leading(self) -> bool:
+        """Whether its values may come first on the command line, without its name."""
+        return LEADING in self.field.metadata
 
     @property
     def may_change(self) -> bool:

@@ -1,5 +1,6 @@
 """Recommendations for requests: a checkpoint in this process, answering histories of raw keys."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from recgpt_torchrec.retrieval.search.retriever import ExactSearch, Retriever, S
 from recgpt_torchrec.serving.encoding import RequestEncoder
 from recgpt_torchrec.serving.histories import Read, RequestReader
 from recgpt_torchrec.serving.keys import UNKNOWN, Key, KeyTable
+from recgpt_torchrec.serving.names import ItemNames
 from recgpt_torchrec.serving.prompts import RequestPrompts
 from recgpt_torchrec.serving.requests import History, Time, is_one_history, make_requests
 from recgpt_torchrec.training.loading import load_unsharded
@@ -78,9 +80,12 @@ class Recommender:
         self._reader = RequestReader(dataset, trained, checkpoint, self._items, prompts)
         self._users: KeyTable | None = None
         self._alike: Catalogue | None = None
+        self._names: ItemNames | None = None
         self._popular: tuple[Int64, Int64] | None = None
         self.dim = trained.config.dim
         """Length of a vector."""
+        self.reads_attributes = bool(trained.inputs.of_entity("item"))
+        """Whether the model tells items by attributes too."""
 
     @classmethod
     def load(
@@ -100,8 +105,8 @@ class Recommender:
             InputError: checkpoint or dataset are missing, damaged, or do not belong together.
         """
         silence_libraries()
-        found = find_checkpoint(str(checkpoint))
-        dataset = Dataset.open(CheckpointSettings.read(found).data if data is None else str(data))
+        found = find_checkpoint(os.fspath(checkpoint))
+        dataset = Dataset.open(CheckpointSettings.read(found).data if data is None else os.fspath(data))
         return cls(found, dataset, choose_device(device), pretrained)
 
     # ------------------------------------------------------------------------------------------- what is asked
@@ -204,6 +209,15 @@ class Recommender:
         best = self._alike.top_k(query, k, Ragged.from_lists([[number]]))
         found = Merged(best.items.cpu(), best.scores.cpu(), torch.zeros_like(best.items).cpu())
         return self._name(found, 0, [], user_known=False)
+
+    def names(self, items: Sequence[Key]) -> tuple[str | None, list[str]]:
+        """The text attribute of the dataset that names items (None: it has none), and the name of each of `items`.
+
+        A name is empty where there is none.
+        """
+        if self._names is None:
+            self._names = ItemNames(self.dataset)
+        return self._names.column, self._names.of(self._items.ids_of(items))
 
     def vectors(self) -> tuple[pa.Array, Float32]:
         """The keys of all items, [items] large_string, and the vectors that score them, [items, dim] float32."""

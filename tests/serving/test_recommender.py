@@ -1,4 +1,4 @@
-"""Answers to requests of raw keys are those of `export` and `retrieve`, for every kind of model (15 s in all)."""
+"""Answers to requests of raw keys are those of `export` and `retrieve`, for every kind of model (20 s in all)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -203,7 +203,7 @@ def test_similar_items_are_those_at_the_smallest_angle(folder: Path) -> None:
         ({"histories": ["item 1"], "event": "buy"}, "not told which event type"),
         ({"histories": [["item 1"], ["item 2"]], "users": ["a"]}, "there are 2 histories, and user has 1"),
         ({"histories": [["item 1"], ["item 2"]], "users": "a"}, "there are 2 histories"),
-        ({"histories": [None]}, "a key"),
+        ({"histories": [None]}, "the key None is a NoneType"),
         ({"histories": ["item 1"], "merge": "two_step", "interests": 6}, "two_step merges 2"),
     ],
 )
