@@ -69,6 +69,20 @@ def retrieve(*args: str, **options: Any) -> specs.AppDef:
 
 
 @job.with_launch_options
+def recommend(*args: str, **options: Any) -> specs.AppDef:
+    """Recommend items after histories of raw keys. Runs in one process."""
+    job.require_one_process("recommend", options.get("j"))
+    return job.make_job("recgpt_torchrec.recommend", *args, **options)
+
+
+@job.with_launch_options
+def run(*args: str, **options: Any) -> specs.AppDef:
+    """Run the stages from a raw log to lists, one after the other. Runs in one process."""
+    job.require_one_process("run", options.get("j"))
+    return job.make_job("recgpt_torchrec.run", *args, **options)
+
+
+@job.with_launch_options
 def report(*args: str, **options: Any) -> specs.AppDef:
     """Write one HTML file about runs and their evaluations. Runs in one process, without GPUs."""
     job.require_one_process("report", options.get("j"))

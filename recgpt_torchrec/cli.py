@@ -4,10 +4,11 @@ Every stage program ends in `cli.run(ConfigClass, main, name)`. Options are the 
 dotted (`--model.dim 64`). All of them can also be set in a YAML file given as `--config`; later ones override earlier.
 """
 
+import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
@@ -76,15 +77,47 @@ def parse(config_class: type[Config], prog: str, arguments: list[str] | None = N
     line = CommandLine()
     try:
         line = CommandLine.of(config_class, sys.argv[1:] if arguments is None else arguments)
-        parser = parser_for(config_class, f"python -m {prog}" if prog.startswith("recgpt_torchrec.") else prog)
-        values = parser.parse_args(line.arguments)
-        values.pop("config", None)
-        built: Any = parser.instantiate(values)
-        fields = vars(built) if isinstance(built, Namespace) else built
-        # jsonargparse puts a mark before a name that is also a method of its namespaces, such as `items`.
-        return config_class(**{name.lstrip(NAMESPACE_MARK): value for name, value in fields.items()})
+        return _instantiate(config_class, prog, line)
     except ValueError as error:  # an OptionError, or one of a group's range checks
         refuse(prog, line.explain(str(error)))
+
+
+def make_config(config_class: type[Config], prog: str, values: Mapping[str, Any]) -> Config:
+    """Make a configuration object from dotted names of options and Python values, checked like a command line.
+
+    Args:
+        config_class: dataclass of the stage's options.
+        prog: the stage's name in messages.
+        values: for example `{"data": "data/mine", "train.epochs": 3}`.
+
+    Raises:
+        InputError: an option is unknown or missing, or a value is wrong.
+    """
+    line = CommandLine()
+    try:
+        line = CommandLine.of(config_class, [word for name, value in values.items() for word in _words(name, value)])
+        return _instantiate(config_class, prog, line)
+    except ValueError as error:
+        raise InputError(f"{prog}: {line.explain(str(error))}") from None
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """An option and its value as a command line has them."""
+    if isinstance(value, (list, tuple)):
+        return [f"--{name}", json.dumps([each if isinstance(each, (int, float)) else str(each) for each in value])]
+    plain = {None: "null", True: "true", False: "false"}
+    return [f"--{name}={plain[value] if value is None or isinstance(value, bool) else value}"]
+
+
+def _instantiate(config_class: type[Config], prog: str, line: CommandLine) -> Config:
+    """The configuration object of a checked command line."""
+    parser = parser_for(config_class, f"python -m {prog}" if prog.startswith("recgpt_torchrec.") else prog)
+    values = parser.parse_args(line.arguments)
+    values.pop("config", None)
+    built: Any = parser.instantiate(values)
+    fields = vars(built) if isinstance(built, Namespace) else built
+    # jsonargparse puts a mark before a name that is also a method of its namespaces, such as `items`.
+    return config_class(**{name.lstrip(NAMESPACE_MARK): value for name, value in fields.items()})
 
 
 def refuse(prog: str, message: str) -> NoReturn:

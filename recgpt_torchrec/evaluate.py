@@ -20,6 +20,7 @@ def main(config: Evaluate) -> None:
     from recgpt_torchrec.checkpoints.settings import CheckpointSettings
     from recgpt_torchrec.data.dataset import Dataset, histories_fingerprint
     from recgpt_torchrec.data.inputs.events import request_for
+    from recgpt_torchrec.data.reading.targets import describe_untargeted
     from recgpt_torchrec.distributed.processes import (
         log_message,
         print_result,
@@ -171,6 +172,8 @@ def main(config: Evaluate) -> None:
         print_result(*(each.sentence() for each in ahead), sep="\n")
         if other is not None:
             print_result(run_on_first_rank(lambda: compare_text(config, evaluation, other)))
+        for line in describe_untargeted(manifest, bool(trained.inputs.of_entity("item"))):
+            print_result(line)
         print_result(f"Written: {config.output}{'' if per_user is None else f' and {per_user.file}'}")
         print_result(
             f"Next:    python -m recgpt_torchrec.export --data {config.data} --checkpoint {config.checkpoint} "

@@ -29,6 +29,7 @@ def main(config: Export) -> None:
     from recgpt_torchrec.data.inputs.events import check_asked
     from recgpt_torchrec.data.inputs.request import Request
     from recgpt_torchrec.data.inputs.time_units import choose_request_time
+    from recgpt_torchrec.data.reading.targets import describe_untargeted
     from recgpt_torchrec.data.stream import encoding_stream
     from recgpt_torchrec.distributed.processes import (
         LONG_WORK_S,
@@ -135,6 +136,7 @@ def main(config: Export) -> None:
             f"{'Already there' if already_there else 'Written'}: {config.output} ({manifest.items:,} items, "
             f"{manifest.users:,} users{vectors_each}{left_out_note})",
             *explain_shared(dataset.manifest, config.data),
+            *describe_untargeted(dataset.manifest, bool(inputs.of_entity("item"))),
             *describe_request(request, inputs, dataset, chain),
             *index_summary,
             *encoder_summary,

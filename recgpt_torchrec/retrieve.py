@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 def main(config: Retrieve) -> None:
     """Search the items for every user, and write the lists."""
     from recgpt_torchrec.data.dataset import Dataset, histories_fingerprint
+    from recgpt_torchrec.data.reading.targets import describe_untargeted
     from recgpt_torchrec.distributed.processes import LONG_WORK_S, print_result, process_group, run_on_first_rank
     from recgpt_torchrec.retrieval.exports.reading import open_on_all_ranks
     from recgpt_torchrec.retrieval.list_folder import ListManifest
@@ -46,6 +47,9 @@ def main(config: Retrieve) -> None:
         if earlier is None:
             manifest = retrieve(config, export, dataset, rule, interests, manifest)
         print_result(describe_lists(config, export.manifest, earlier or manifest, rule, interests))
+        if dataset is not None:
+            for line in describe_untargeted(dataset.manifest, bool(dataset.manifest.attributes)):
+                print_result(line)
         print_result(f"{'Already there' if earlier else 'Written'}: {config.output}")
         print_result(
             f"Look:    python -c \"import pyarrow.parquet as pq; print(pq.read_table('{config.output}/lists')[:5])\""

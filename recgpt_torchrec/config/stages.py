@@ -8,6 +8,8 @@ from recgpt_torchrec.config.prompts import GeneratePrompts, PromptTune
 from recgpt_torchrec.config.reports.doctor import Doctor
 from recgpt_torchrec.config.reports.report import Report
 from recgpt_torchrec.config.retrieval import Apply, BuildIndex, Evaluate, Export, Retrieve
+from recgpt_torchrec.config.serving.recommend import Recommend
+from recgpt_torchrec.config.serving.run import RunAll
 from recgpt_torchrec.config.training import Pretrain
 
 
@@ -31,6 +33,8 @@ STAGES = {
     "apply": Stage(Apply, "an export and the deltas after it -> the export that is whole after them"),
     "index": Stage(BuildIndex, "an export -> the same export with a FAISS index of its item vectors"),
     "retrieve": Stage(Retrieve, "an export -> a list of items for each user, from an exact or an approximate index"),
+    "recommend": Stage(Recommend, "a checkpoint and histories of raw keys -> a list of items for each, at once"),
+    "run": Stage(RunAll, "a raw interaction log -> lists for all users: the stages above, one after the other"),
     "report": Stage(Report, "runs and their evaluations -> one HTML file: curves, metrics, differences, lists"),
     "plan": Stage(Plan, "sizes and a cluster -> sharding, memory, traffic and time of pretrain, without a GPU"),
     "doctor": Stage(Doctor, "versions, this machine, a dataset, options -> what would make a run fail or disappoint"),

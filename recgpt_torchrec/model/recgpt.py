@@ -151,8 +151,8 @@ class RecGPT(nn.Module):
     def look_up(
         self, device: torch.device, users: Int64 = NONE, items: Int64 = NONE, room: tuple[int, int] = (0, 0)
     ) -> Vectors:
-        """Vectors, float32, of `users` [n] int64 and `items` [m] int64 from the sharded tables (collective), with their
-        attributes.
+        """Vectors, float32, of `users` [n] int64 and `items` [m] int64 from the tables, with their attributes
+        (collective, where tables are sharded).
 
         Args:
             device: of this rank.
@@ -162,7 +162,8 @@ class RecGPT(nn.Module):
         sizes = users.size, items.size
         capacity = Capacity(max(room[0], sizes[0]), max(room[1], sizes[1]), self.item_keys)
         bags: Any = bags_of(users, items, capacity, self.attributes).to(device)
-        vectors = vectors_of(self.tables(bags).wait(), bags, self.pooled)
+        found = self.tables(bags)
+        vectors = vectors_of(found if isinstance(found, KeyedTensor) else found.wait(), bags, self.pooled)
         of_users, of_items, outputs = (
             rows if added is None else rows + added
             for rows, added in zip(vectors[:3], (vectors[3], vectors[4], vectors[4]), strict=True)

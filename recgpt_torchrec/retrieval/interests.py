@@ -4,6 +4,8 @@ The first interest is the output at the newest entry of a history. Its best new 
 the output at that entry is the second interest, and so on. `retrieval.merging` merges the lists they recall.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -69,6 +71,31 @@ def predict_interests(
     Args:
         model: to encode the growing histories, in evaluation mode meanwhile.
         maker: packs the growing histories of a batch into the next one.
+        batches, catalogue, count: see `extend_interests`.
+
+    Returns:
+        [sequences of all batches, count, dim] float32.
+    """
+    was_training = model.training
+    model.eval()
+
+    def encode(histories: Histories) -> Tensor:
+        vectors: Tensor = model(maker.make(histories).to(catalogue.device))[1][1]
+        return vectors.float()
+
+    vectors = extend_interests(encode, maker.max_len, batches, catalogue, count)
+    model.train(was_training)
+    return vectors
+
+
+def extend_interests(
+    encode: Callable[[Histories], Tensor], max_len: int, batches: list[Encoded], catalogue: Catalogue, count: int
+) -> Tensor:
+    """Compute `count` interest vectors per history, by whatever encodes histories (collective).
+
+    Args:
+        encode: returns the first interest of each of some histories, [sequences, dim] float32.
+        max_len: maximum number of entries of a history.
         batches: equally many on every rank. Histories with `seen`, whose items are never appended, and the first
             interest of each, [sequences, dim] float32. All of them are scored together.
         catalogue: all items, to find the best one of an interest.
@@ -77,13 +104,10 @@ def predict_interests(
     Returns:
         [sequences of all batches, count, dim] float32.
     """
-    was_training = model.training
-    model.eval()
     growing = [histories for histories, _ in batches]
     vectors = [torch.cat([first for _, first in batches])]
     seen = join([histories.seen for histories in growing if histories.seen is not None])
-    device = vectors[0].device
-    appended = torch.zeros(len(vectors[0]), 0, dtype=torch.int64, device=device)
+    appended = torch.zeros(len(vectors[0]), 0, dtype=torch.int64, device=vectors[0].device)
     for _ in range(count - 1):
         # Where no new item is left, item 0 is appended, so that there is a next interest.
         best = catalogue.top_k(vectors[-1], 1, seen, appended).items.clamp(min=0)
@@ -91,10 +115,9 @@ def predict_interests(
         items = np.split(best[:, 0].cpu().numpy(), np.cumsum([len(first) for _, first in batches])[:-1])
         outputs = []
         for number, of_batch in enumerate(items):
-            growing[number] = append_generated(growing[number], of_batch, maker.max_len)
-            outputs.append(model(maker.make(growing[number]).to(device))[1][1].float())
+            growing[number] = append_generated(growing[number], of_batch, max_len)
+            outputs.append(encode(growing[number]))
         vectors.append(torch.cat(outputs))
-    model.train(was_training)
     return torch.stack(vectors, dim=1)
 
 

@@ -14,7 +14,7 @@ from recgpt_torchrec.config import Model, Pretrain, Sharding, Tuning
 from recgpt_torchrec.data.bags import ITEM, OUTPUT
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.ids.slots import reassigned_ids
-from recgpt_torchrec.data.inputs.attributes import Attributes
+from recgpt_torchrec.data.inputs.attributes import Attributes, Read
 from recgpt_torchrec.data.inputs.choosing import add_feedback, check_inputs
 from recgpt_torchrec.data.inputs.events import check_events
 from recgpt_torchrec.data.inputs.growing import check_growth
@@ -27,6 +27,7 @@ from recgpt_torchrec.distributed.sharding import shard, table_name, tables_of
 from recgpt_torchrec.distributed.shared_folder import read_on_node
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import RecGPT
+from recgpt_torchrec.storage.buffers import fill_in_memory
 
 
 @dataclass
@@ -77,26 +78,61 @@ def load(
         InputError: the checkpoint belongs to another dataset, or is damaged.
     """
     settings = CheckpointSettings.read(checkpoint)
+    unsharded = _make_model(settings, checkpoint, dataset, item_keys, tables.precision, read_on_node)
+    model = shard(unsharded, tables, bags=bags, device=device, fused=False, trained=False)
+    state = {"model": model.state_dict()}
+    read_tensors(state, checkpoint)
+    model.load_state_dict(state["model"])
+    return Trained(model, settings.model, settings.tuning, settings.inputs, unsharded.attributes)
+
+
+def load_unsharded(checkpoint: str, dataset: Dataset, device: torch.device) -> Trained:
+    """Load the model of a checkpoint, with whole tables, in one process that needs no process group.
+
+    Its `look_up` deals items to one key: a bag is as good as another where nothing is exchanged.
+
+    Args:
+        checkpoint: its folder.
+        dataset: with the vocabulary that the model was trained with.
+        device: to hold tables and decoder.
+
+    Raises:
+        InputError: the checkpoint belongs to another dataset, or is damaged.
+    """
+    settings = CheckpointSettings.read(checkpoint)
+    model = _make_model(settings, checkpoint, dataset, 1, "fp32", fill_in_memory)
+    model.tables = model.tables.to_empty(device=device)
+    model.dense.to(device)
+    read_tensors({"model": model.state_dict()}, checkpoint)
+    return Trained(model.eval(), settings.model, settings.tuning, settings.inputs, model.attributes)
+
+
+def _make_model(
+    settings: CheckpointSettings, checkpoint: str, dataset: Dataset, item_keys: int, precision: str, read: Read
+) -> RecGPT:
+    """The model of a checkpoint, its tables without memory; `read` makes the buffer of its attributes."""
     check_vocabulary(settings, checkpoint, dataset)
-    manifest, tuning = dataset.manifest, settings.tuning
-    users, items = manifest.users, manifest.items
-    inputs = settings.inputs
+    manifest, tuning, inputs = dataset.manifest, settings.tuning, settings.inputs
     check_inputs(inputs, checkpoint, dataset)
     if tuning is not None and tuning.prompts and manifest.segments > inputs.segments:
         raise InputError(
             f"the checkpoint {checkpoint} does not tell dislikes and skips from what was only shown, and "
             f"{dataset.path} does; tune again on that dataset, or give the one it was tuned on"
         )
-    attributes = Attributes.open(dataset, inputs, read_on_node)
-    unsharded = RecGPT(
-        settings.model, settings.loss, users, items, tuning, item_keys, tables.precision, inputs, attributes
+    attributes = Attributes.open(dataset, inputs, read)
+    model = RecGPT(
+        settings.model,
+        settings.loss,
+        manifest.users,
+        manifest.items,
+        tuning,
+        item_keys,
+        precision,
+        inputs,
+        attributes,
     )
-    check_tables(unsharded, checkpoint)
-    model = shard(unsharded, tables, bags=bags, device=device, fused=False, trained=False)
-    state = {"model": model.state_dict()}
-    read_tensors(state, checkpoint)
-    model.load_state_dict(state["model"])
-    return Trained(model, settings.model, tuning, inputs, attributes)
+    check_tables(model, checkpoint)
+    return model
 
 
 def check_tables(model: nn.Module, checkpoint: str, made: str | None = None) -> None:

@@ -234,14 +234,17 @@ def _suggest_way(config: Any, recorded: dict[str, Any], differing: list[str]) ->
     if not longer or not Checkpoints(config.output, 1).latest():
         return "choose another --output, or the same options"
     unit = "step" if ends[1] else "epoch"
+    count = config.train.steps or config.train.epochs
+    more = f"--output NEW_RUN --train.{unit}s {count}"
+    command = f"python -m recgpt_torchrec.{{}} --data {config.data}"
     if hasattr(config, "initial"):
         return (
             f"its learning-rate schedule ends with its last {unit}. To train its model further, start a run from it: "
-            f"--initial {config.output} --output NEW_RUN"
+            f"{command.format('pretrain')} --initial {config.output} {more}, with its other options"
         )
     return (
-        f"its learning-rate schedule ends with its last {unit}. Tune again for more {unit}s with another --output, "
-        f"from the same --checkpoint {config.checkpoint}"
+        f"its learning-rate schedule ends with its last {unit}. Tune again for more {unit}s: "
+        f"{command.format('prompt_tune')} --checkpoint {config.checkpoint} {more}, with its other options"
     )
 
 

@@ -65,7 +65,8 @@ COMPUTING = ("pretrain", "generate_prompts", "prompt_tune", "evaluate", "export"
 
 def test_the_stages_that_compute_with_torch_have_the_option() -> None:
     having = {name for name, stage in STAGES.items() if any(each.name == "device" for each in options(stage.config))}
-    assert having == {*COMPUTING, "plan"}  # plan has the options of pretrain, and computes nothing
+    # plan and doctor have the options of pretrain, and run those of every stage.
+    assert having == {*COMPUTING, "plan", "doctor", "recommend", "run"}
 
 
 @pytest.mark.parametrize("name", COMPUTING)

@@ -71,6 +71,11 @@ class HistoryReader:
         """Whether feedback is read by what was known at each request."""
         return self.prompts and self.feedback and bool(self.dataset.manifest.feedback)
 
+    @property
+    def reads_events(self) -> bool:
+        """Whether event types are read."""
+        return self.inputs.reads_events or self.event_weights is not None or self.request.held_out_event > 0
+
     def read(self, groups: Sequence[RowGroup], order: Callable[[int], Int64] | None = None) -> Histories:
         """The histories of some row groups.
 
@@ -81,25 +86,39 @@ class HistoryReader:
         Raises:
             InputError: a row is damaged, and not set aside; names its place.
         """
-        timed, evented, placed = (self.inputs.reads(*names) for names in (TIMES, EVENTS, PLACES))
-        reads_events = self.inputs.reads_events or self.event_weights is not None or self.request.held_out_event > 0
         reader = Reader(
             self.dataset,
             self.answers,
-            self.time_order or timed or self.reads_feedback,
+            self.time_order or self.inputs.reads(*TIMES) or self.reads_feedback,
             self.set_aside,
             self.new_targets,
-            events=reads_events,
-            places=placed,
+            events=self.reads_events,
+            places=self.inputs.reads(*PLACES),
         )
         tables = [reader.read(group) for group in groups]
-        table, read = pa.concat_tables([r.table for r in tables]), np.concatenate([r.lengths for r in tables])
+        lengths = np.concatenate([each.lengths for each in tables])
+        return self.histories_of(pa.concat_tables([each.table for each in tables]), lengths, order)
+
+    def histories_of(
+        self,
+        table: pa.Table,
+        read: npt.NDArray[np.float64] | None = None,
+        order: Callable[[int], Int64] | None = None,
+    ) -> Histories:
+        """The histories of rows with the columns of a dataset's sequences, whose values were checked.
+
+        Args:
+            table: user_id, item_ids and what else `inputs` and prompts need.
+            read: [rows] float64 number of entries that each row accounts for, in training.
+            order: see `read`.
+        """
+        timed, evented, placed = (self.inputs.reads(*names) for names in (TIMES, EVENTS, PLACES))
         users, items = ragged.to_numpy(table["user_id"]), Ragged.from_arrow(table["item_ids"])
         segments = Ragged.from_arrow(table["segment_ids"]).values if "segment_ids" in table.schema.names else None
         trained = Ragged.from_arrow(table["trained"]).values != 0 if self.new_targets else None
         read_columns = {
             "times": ("timestamps", timed),
-            "events": ("event_ids", reads_events),
+            "events": ("event_ids", self.reads_events),
             "places": ("places", placed),
         }
         columns = {
@@ -147,6 +166,7 @@ class HistoryReader:
 
         if self.training and self.long_histories == "windows":
             owner, start, stop = cut_pieces(first, last, self.max_len)
+            assert read is not None
             users, read = users[owner], (read / np.bincount(owner, minlength=users.size))[owner]
         else:
             start, stop = np.maximum(first, last - self.max_len - self.training), last
@@ -175,7 +195,7 @@ class HistoryReader:
             weights=entries(weights),
             **{name: entries(values) for name, values in columns.items() if name != "events" or evented},
             **self._requests(columns, interacted, target, rows),
-            read=read[rows] if self.training else None,
+            read=read[rows] if self.training and read is not None else None,
             held_out=None if target is None else items.values[interacted.places[target]][rows],
             seen=None
             if self.training

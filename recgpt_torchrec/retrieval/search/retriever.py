@@ -35,7 +35,8 @@ class ExactSearch:
 
     def lists(self, vectors: Float32, k: int, seen: Ragged | None) -> Lists:
         """See `Search`."""
-        return recall_items(torch.tensor(vectors), self.catalogue, k, seen)
+        queries = torch.tensor(vectors, device=self.catalogue.device)
+        return Lists(*(values.cpu() for values in recall_items(queries, self.catalogue, k, seen)))
 
 
 @dataclass

@@ -1,0 +1,77 @@
+"""Stage `recommend`: a checkpoint and histories of raw keys -> a list of items for each, at once."""
+
+import json
+import os
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from recgpt_torchrec import cli
+from recgpt_torchrec.config.serving.recommend import Recommend
+from recgpt_torchrec.errors import InputError
+
+if TYPE_CHECKING:
+    from recgpt_torchrec.serving.recommender import Recommendation, Recommender
+
+
+def main(config: Recommend) -> None:
+    """Print the list of one history, or write those of a file of histories."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("recommend answers in one process; start it without torchrun, or with -j 1x1")
+    from recgpt_torchrec.serving.recommender import Recommender
+    from recgpt_torchrec.serving.request_file import answer_file, parse_command
+
+    recommender = Recommender.load(config.checkpoint, config.data, device=config.device, pretrained=config.pretrained)
+    options: dict[str, Any] = {"interests": config.interests, "merge": config.merge, "allow": config.allow or None}
+    options |= {"time": config.time, "event": config.event}
+    if config.input is not None:
+        counts = answer_file(recommender, config.input, config.output, config.k, options)
+        if config.output is not None:
+            print(counts.describe(), f"Written: {config.output}", sep="\n")
+        return
+    request = parse_command(config.history or "", config.user, config.times, config.events, config.shown)
+    answer = recommender.recommend(request, config.k, exclude=config.exclude, **options)
+    if config.json:
+        print(json.dumps(asdict(answer)))
+        return
+    print(table(recommender, answer))
+    for line in describe(recommender, config.user, answer):
+        print(line)
+
+
+def table(recommender: "Recommender", answer: "Recommendation") -> str:
+    """The list as text: rank, key, name where the dataset has one, score."""
+    column, names = recommender.names(answer.items)
+    heads = ["rank", "item", *([column] if column else []), "interactions" if answer.fallback else "score"]
+    rows = [heads]
+    for rank, (key, name, score) in enumerate(zip(answer.items, names, answer.scores, strict=True), 1):
+        rows.append(
+            [str(rank), key, *([name] if column else []), f"{score:,.0f}" if answer.fallback else f"{score:.4f}"]
+        )
+    widths = [max(len(row[place]) for row in rows) for place in range(len(heads))]
+    lines = []
+    for row in rows:
+        cells = [
+            row[0].rjust(widths[0]),
+            *(cell.ljust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)),
+        ]
+        lines.append("  ".join([*cells, row[-1].rjust(widths[-1])]))
+    return "\n".join(lines)
+
+
+def describe(recommender: "Recommender", user: str | None, answer: "Recommendation") -> list[str]:
+    """What the list was made of, where that is not all that was given."""
+    from recgpt_torchrec.data.reading.targets import describe_untargeted
+
+    lines = []
+    if answer.fallback:
+        lines.append(f"fallback    {answer.fallback}")
+    if answer.unknown:
+        keys = ", ".join(map(str, answer.unknown[:3])) + (", ..." if len(answer.unknown) > 3 else "")
+        lines.append(f"unknown     {len(answer.unknown)} items of the history left out: {keys}")
+    if user is not None and not answer.user_known:
+        lines.append(f"user        {recommender.dataset.path} does not know {user}: the user vector is 0")
+    return lines + describe_untargeted(recommender.dataset.manifest, recommender.reads_attributes)
+
+
+if __name__ == "__main__":
+    cli.run(Recommend, main, "recgpt_torchrec.recommend")

@@ -1,0 +1,72 @@
+"""Stage `run`: a raw log -> lists for all users, by the stages one after the other; a second run resumes."""
+
+import importlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from recgpt_torchrec import cli
+from recgpt_torchrec.config.serving.run import RunAll, stage_config
+from recgpt_torchrec.config.stages import STAGES, module_of
+from recgpt_torchrec.errors import InputError
+
+
+def main(config: RunAll) -> None:
+    """Run every stage that is asked for; each leaves alone what is there already."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("run starts the stages in one process; for several ranks give the stages one by one")
+    from recgpt_torchrec import storage
+
+    begun, done, steps = time.perf_counter(), f"{config.output}/run.json", list(plan_steps(config))
+    earlier = storage.read_json(done) or {}
+    fresh = False
+    for number, (name, options) in enumerate(steps, 1):
+        output = options["output"]
+        print(f"\n--- {number} of {len(steps)}: {name} -> {output}", flush=True)
+        started = time.perf_counter()
+        built = stage_config(STAGES[name].config, getattr(config, name), **options)
+        record, key = asdict(built), os.path.basename(output)
+        # evaluate, unlike the others, computes again what is there.
+        if name == "evaluate" and not fresh and storage.exists(output) and earlier.get(key) == record:
+            print(f"Already there: {output}")
+        else:
+            existed = storage.exists(output)
+            importlib.import_module(module_of(name)).main(built)
+            fresh = fresh or not existed or earlier.get(key) != record
+            earlier[key] = record
+            storage.make_folder(config.output)
+            storage.write_json(done, earlier)
+        print(f"--- {name} took {time.perf_counter() - started:.1f} s", flush=True)
+    model = f"{config.output}/{'tuned' if config.second_stage else 'model'}"
+    data = f"{config.output}/{'prompts' if config.second_stage else 'data'}"
+    state = "Written" if fresh else "Already there"
+    print(f"\n{state}: {config.output}/lists, in {time.perf_counter() - begun:.1f} s")
+    print(f"Next:    recgpt recommend --checkpoint {model} --data {data} --history ITEM_KEY,ITEM_KEY")
+
+
+def plan_steps(config: RunAll) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each stage's name, and the options that it gets from the runner."""
+    folder, device = config.output, {"device": config.device}
+    data, model = f"{folder}/data", f"{folder}/model"
+    yield "prepare", {"input": config.input, "output": data}
+    yield "pretrain", {"data": data, "output": model, **device}
+    holds_out = config.prepare.hold_out != "none"
+    if holds_out:
+        yield "evaluate", {"data": data, "checkpoint": model, "output": f"{folder}/test.json", **device}
+    if config.second_stage:
+        prompts, tuned = f"{folder}/prompts", f"{folder}/tuned"
+        yield "generate_prompts", {"data": data, "checkpoint": model, "output": prompts, **device}
+        yield "prompt_tune", {"data": prompts, "checkpoint": model, "output": tuned, **device}
+        data, model = prompts, tuned
+        if holds_out:
+            yield "evaluate", {"data": data, "checkpoint": model, "output": f"{folder}/tuned_test.json", **device}
+    vectors = f"{folder}/vectors"
+    made = {"data": data, "checkpoint": model, "output": vectors, "interests": config.interests}
+    yield "export", {**made, **device}
+    yield "retrieve", {"export": vectors, "data": data, "output": f"{folder}/lists", "k": config.k}
+
+
+if __name__ == "__main__":
+    cli.run(RunAll, main, "recgpt_torchrec.run")
