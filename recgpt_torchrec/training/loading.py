@@ -81,7 +81,7 @@ def load(
     manifest, tuning = dataset.manifest, settings.tuning
     users, items = manifest.users, manifest.items
     inputs = settings.inputs
-    check_inputs(inputs, checkpoint, dataset)
+    check_inputs(settings.inputs, checkpoint, dataset, settings.continue_command(checkpoint, dataset.path))
     if tuning is not None and tuning.prompts and manifest.segments > inputs.segments:
         raise InputError(
             f"the checkpoint {checkpoint} does not tell dislikes and skips from what was only shown, and "
@@ -184,9 +184,9 @@ def pretrained_inputs(checkpoint: str, dataset: Dataset, tuning: Tuning) -> Inpu
     Raises:
         InputError: the dataset lacks it.
     """
-    inputs = CheckpointSettings.read(checkpoint).inputs
-    check_inputs(inputs, checkpoint, dataset)
-    return add_feedback(inputs, dataset, tuning)
+    settings = CheckpointSettings.read(checkpoint)
+    check_inputs(settings.inputs, checkpoint, dataset, settings.continue_command(checkpoint, dataset.path))
+    return add_feedback(settings.inputs, dataset, tuning)
 
 
 def find_initial(path: str, config: Pretrain, dataset: Dataset, inputs: Inputs) -> str:
@@ -222,6 +222,8 @@ def find_initial(path: str, config: Pretrain, dataset: Dataset, inputs: Inputs) 
     for line in check_growth(settings.inputs, inputs, checkpoint, dataset):
         log_message(line)
     check_events(settings.inputs, checkpoint, dataset)
+    if left_out := [each.name for each in settings.inputs.features if not inputs.reads(each.name)]:
+        log_message(f"Note: {checkpoint} also reads {', '.join(left_out)}, which this run leaves out")
     extended = manifest.preparation.get("extends", {})
     if config.targets == "new" and manifest.day is None and settings.vocabulary != extended.get("vocabulary"):
         raise InputError(
@@ -274,9 +276,8 @@ def check_vocabulary(settings: CheckpointSettings, checkpoint: str, dataset: Dat
         raise InputError(
             f"the checkpoint {checkpoint} has no vectors for {manifest.items - earlier.items:,} items and "
             f"{manifest.users - earlier.users:,} users that {dataset.path} added to its vocabulary{more}. Train a new "
-            "run: "
-            f"python -m recgpt_torchrec.pretrain --data {dataset.path} --initial {checkpoint} --output NEW_RUN; or "
-            f"give the dataset it was trained on, {settings.data}"
+            f"run: {settings.continue_command(checkpoint, dataset.path)}; or give the dataset it was trained on, "
+            f"{settings.data}"
         )
     raise InputError(
         f"the checkpoint {checkpoint} was trained on another dataset than {dataset.path} (vocabulary "
