@@ -86,7 +86,7 @@ def main(config: Evaluate) -> None:
             lists=lists,
         )
         is_sample = paths.sample(config.split) is not None
-        of_all = "" if ranked is None else f"{ranked:,} of "
+        of_all = "some of " if ranked is None else f"{ranked:,} of "
         of_all = f"a sample of {config.users:,} of the " if is_sample else of_all
         log_message(
             f"{checkpoint}: ranking {manifest.items:,} items for {of_all}{manifest.users:,} users ({config.split})"

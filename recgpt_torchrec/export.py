@@ -158,15 +158,16 @@ def explain_shared(manifest: "Manifest", data: str) -> list[str]:
 
 
 def describe_request(request: "Request", inputs: "Inputs", dataset: "Dataset", chain: "Chain | None") -> list[str]:
-    """The time of the request that vectors are made for, and what it means for a delta."""
+    """The event type and the time of the request that vectors are made for, and what the time means for a delta."""
     from recgpt_torchrec.data.inputs.time_units import describe_time
     from recgpt_torchrec.data.reading.footers import time_range
 
+    lines = [f"event    asked for: {inputs.events[request.event - 1]}"] if request.event else []
     if request.time is None:
-        return []
+        return lines
     newest = (time_range(dataset) or (0, request.time))[1]
     which = "the newest time of the dataset" if newest == request.time else "given with --time"
-    lines = [f"time     of the request: {describe_time(request.time, inputs.time_unit)} ({which})"]
+    lines += [f"time     of the request: {describe_time(request.time, inputs.time_unit)} ({which})"]
     if newest > request.time:
         lines.append(
             f"note     the dataset has interactions up to {describe_time(newest, inputs.time_unit)}; a user whose last "

@@ -78,7 +78,7 @@ def summary(config: Prepare, result: Result) -> str:
     else:
         written = f"{size(manifest.size)} in {len(manifest.all_parts)} files"
         lines.append(f"wrote       {config.output} ({written}) in {result.seconds:.1f} s")
-    more = " --initial EARLIER_RUN --targets new" if extends else ""
+    more = " --initial EARLIER_RUN --targets new, with the --config and the options of that run" if extends else ""
     lines.append(f"next        python -m recgpt_torchrec.pretrain --data {config.output} --output RUN_FOLDER{more}")
     return "\n".join(lines)
 

@@ -86,6 +86,7 @@ def test_a_checkpoint_that_lacks_items_is_told_from_one_of_another_dataset(folde
     assert stage(name, {"--data": folder / "data1", **options}) == 2
     said = capsys.readouterr().err
     assert "has no vectors for" in said and f"pretrain --data {folder / 'data1'} --initial" in said
+    assert "--model.max_len 10" in said and "--model.dim 8" in said and "--model.layers" not in said  # 1 by default
     assert stage(name, {"--data": folder / "other", **options}) == 2
     said = capsys.readouterr().err
     assert "was trained on another dataset" in said and "--initial" not in said

@@ -215,6 +215,12 @@ def test_what_cannot_be_read_is_refused(folder, tmp_path, capfd):
     refused("export", {**options, "--time": "soon"}, "--time is soon")
     refused("export", {**options, "--time": "5", "--history": "test"}, "leave one out")
 
+    # Milliseconds where the log has seconds, the other way round, and before the log.
+    options |= {"--data": folder / "next_gap", "--checkpoint": folder / "next_gap_run"}
+    for time in (NOON * 1000, NOON // 1000, NOON - DAY, -NOON, "2125-12-31", "2025-11-24T12:00"):
+        refused("export", {**options, "--time": time}, r"from 2025-1\d.* to 20.* number of seconds since 1970")
+
+    options |= {"--data": counters.path, "--checkpoint": tmp_path / "run"}
     change_json(tmp_path / "counters" / "manifest.json", lambda values: values.update(time_unit=0.001))
     refused("evaluate", options, "trained on times in seconds, and those of .* are milliseconds")
     change_json(tmp_path / "counters" / "manifest.json", lambda values: values.update(time_unit=7))

@@ -8,8 +8,8 @@ import torch
 
 from recgpt_torchrec import storage
 from recgpt_torchrec.checkpoints.folder import METADATA, read_metadata, read_tensor_metadata
-from recgpt_torchrec.config import Loss, Model, Tuning
-from recgpt_torchrec.data.inputs.spec import Inputs
+from recgpt_torchrec.config import AttributeChoice, Loss, Model, Tables, Tuning
+from recgpt_torchrec.data.inputs.spec import TIMES, Inputs
 from recgpt_torchrec.data.split import HoldOut
 from recgpt_torchrec.model.dense import Dense
 from recgpt_torchrec.storage.typed import make_typed
@@ -109,3 +109,31 @@ class CheckpointSettings:
         """Names of the model's options in which `given` differs; dropout may, it changes no parameter."""
         saved, other = asdict(self.model), asdict(given)
         return [name for name in saved if "dropout" not in name and saved[name] != other[name]]
+
+    @property
+    def continuing_options(self) -> list[str]:
+        """What `pretrain --initial` needs beside this checkpoint: options that are not the defaults, as words."""
+        inputs = self.inputs
+        words = [f"--model.{name} {_spell(getattr(self.model, name))}" for name in self.other_shape(Model())]
+        if self.table_optimizer != Tables().optimizer:
+            words.append(f"--tables.optimizer {self.table_optimizer}")
+        if weights := [f"{each.full_name}={each.weight:g}" for each in inputs.attributes if each.weight != 1]:
+            words.append(f"--attributes.weights {' '.join(weights)}")
+        if pooling := {each.pooling for each in inputs.attributes} - {AttributeChoice().pooling}:
+            words.append(f"--attributes.pooling {pooling.pop()}")
+        if times := [each.name for each in inputs.features if each.name in TIMES]:
+            words.append(f"--time.use {' '.join(times)}")
+        if inputs.utc_offset_hours:
+            words.append(f"--time.utc_offset_hours {inputs.utc_offset_hours:g}")
+        if inputs.history_events:
+            words.append(f"--events.history {' '.join(inputs.history_events)}")
+        return words
+
+    def continue_command(self, checkpoint: str, data: str) -> str:
+        """The command that trains the model of this checkpoint further on the dataset in the folder `data`."""
+        words = ["python -m recgpt_torchrec.pretrain", f"--data {data}", f"--initial {checkpoint}"]
+        return " ".join([*words, *self.continuing_options, "--output NEW_RUN"])
+
+
+def _spell(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

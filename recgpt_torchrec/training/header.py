@@ -12,7 +12,9 @@ from torch import nn
 from recgpt_torchrec import __version__
 from recgpt_torchrec.config import Train
 from recgpt_torchrec.data.dataset import Manifest
-from recgpt_torchrec.data.inputs.spec import Inputs
+from recgpt_torchrec.data.inputs.events import ASKED
+from recgpt_torchrec.data.inputs.spec import TIMES, Inputs
+from recgpt_torchrec.data.inputs.times import unit_name
 from recgpt_torchrec.distributed.placements import Placement, table_text
 from recgpt_torchrec.model.recgpt import unwrapped
 from recgpt_torchrec.training.building import Tokens
@@ -57,6 +59,8 @@ def header(
             f"  decoder  {parameters:,} parameters",
             "  tables   " + table_text(placed).replace("\n", "\n" + " " * len("  tables   ")),
             *_attributes(unwrapped(model).inputs, manifest),
+            *_events(unwrapped(model).inputs, manifest),
+            *_times(unwrapped(model).inputs),
             f"  compute  {execution}",
             f"  tokens   {tokens.rank:,} per rank{auto}",
             _length(train, steps, "at most" if validates else "all"),
@@ -96,6 +100,28 @@ def _attributes(inputs: Inputs, manifest: Manifest) -> list[str]:
     if others := [each.full_name for each in manifest.attributes if each.table not in read]:
         line += f"; not read: {', '.join(others)}"
     return [line]
+
+
+def _events(inputs: Inputs, manifest: Manifest) -> list[str]:
+    """The line about event types, where the dataset has any."""
+    if not manifest.events:
+        return []
+    words = ["the type of each entry"] if inputs.reads("event") else []
+    if inputs.reads(ASKED):
+        words.append(f"the type asked for (hidden from {inputs.ask_dropout:.0%} of the tokens)")
+    line = "  events   " + (", ".join(words) or "none at the input")
+    if inputs.history_events:
+        line += f"; histories of {', '.join(inputs.history_events)} alone"
+    return [line]
+
+
+def _times(inputs: Inputs) -> list[str]:
+    """The line about times, where the model reads any."""
+    names = [each.name for each in inputs.features if each.name in TIMES]
+    if not names:
+        return []
+    offset = f", {inputs.utc_offset_hours:+g} hours from UTC" if inputs.utc_offset_hours else ""
+    return [f"  times    {', '.join(names)}; unit {unit_name(inputs.time_unit)}{offset}"]
 
 
 def _length(train: Train, steps: int, how: str) -> str:

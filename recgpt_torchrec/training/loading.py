@@ -220,9 +220,9 @@ def pretrained_inputs(checkpoint: str, dataset: Dataset, tuning: Tuning) -> Inpu
     Raises:
         InputError: the dataset lacks it.
     """
-    inputs = CheckpointSettings.read(checkpoint).inputs
-    check_inputs(inputs, checkpoint, dataset)
-    return add_feedback(inputs, dataset, tuning)
+    settings = CheckpointSettings.read(checkpoint)
+    check_inputs(settings.inputs, checkpoint, dataset, settings.continue_command(checkpoint, dataset.path))
+    return add_feedback(settings.inputs, dataset, tuning)
 
 
 def find_initial(path: str, config: Pretrain, dataset: Dataset, inputs: Inputs) -> str:
@@ -310,9 +310,8 @@ def check_vocabulary(settings: CheckpointSettings, checkpoint: str, dataset: Dat
         raise InputError(
             f"the checkpoint {checkpoint} has no vectors for {manifest.items - earlier.items:,} items and "
             f"{manifest.users - earlier.users:,} users that {dataset.path} added to its vocabulary{more}. Train a new "
-            "run: "
-            f"python -m recgpt_torchrec.pretrain --data {dataset.path} --initial {checkpoint} --output NEW_RUN; or "
-            f"give the dataset it was trained on, {settings.data}"
+            f"run: {settings.continue_command(checkpoint, dataset.path)}; or give the dataset it was trained on, "
+            f"{settings.data}"
         )
     raise InputError(
         f"the checkpoint {checkpoint} was trained on another dataset than {dataset.path} (vocabulary "

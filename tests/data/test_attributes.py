@@ -311,10 +311,10 @@ def test_a_name_may_have_an_equals_sign_and_a_dot():
 def test_a_checkpoint_reads_the_vocabularies_that_it_was_trained_with(tmp_path):
     dataset, _ = small_dataset(tmp_path)
     inputs = inputs_of(dataset)
-    check_inputs(inputs, "runs/mine", dataset)
+    check_inputs(inputs, "runs/mine", dataset, "pretrain --initial runs/mine")
     inputs.attributes[0].fingerprint = "another"
     with pytest.raises(InputError, match=r"runs/mine reads the attribute item.brand, and .* has other values for it"):
-        check_inputs(inputs, "runs/mine", dataset)
+        check_inputs(inputs, "runs/mine", dataset, "pretrain --initial runs/mine")
     inputs.attributes[0].name = "colour"
     with pytest.raises(InputError, match=r"reads the attribute item.colour, and .* lacks it"):
-        check_inputs(inputs, "runs/mine", dataset)
+        check_inputs(inputs, "runs/mine", dataset, "pretrain --initial runs/mine")

@@ -124,8 +124,14 @@ def check_places(dataset: Dataset, reader: str) -> None:
         )
 
 
-def check_inputs(inputs: Inputs, checkpoint: str, dataset: Dataset) -> None:
+def check_inputs(inputs: Inputs, checkpoint: str, dataset: Dataset, command: str) -> None:
     """Check that a dataset has what the model of a checkpoint reads beside ids.
+
+    Args:
+        inputs: of the model.
+        checkpoint: its folder.
+        dataset: to use it with.
+        command: that trains the model further on this dataset, for messages.
 
     Raises:
         InputError: an attribute or event types are missing, or their ids mean others.
@@ -144,8 +150,7 @@ def check_inputs(inputs: Inputs, checkpoint: str, dataset: Dataset) -> None:
         if found is not None and any(earlier.fingerprint == each.fingerprint for earlier in found.lineage):
             raise InputError(
                 f"{reads} and has no vectors for {found.values - each.values:,} values that {dataset.path} added to "
-                f"it. Train a new run: python -m recgpt_torchrec.pretrain --data {dataset.path} --initial {checkpoint} "
-                "--output NEW_RUN; or give the dataset it was trained on"
+                f"it. Train a new run: {command}; or give the dataset it was trained on"
             )
         why = "lacks it" if found is None else "has other values for it"
         raise InputError(f"{reads}, and {dataset.path} {why}; give the dataset that it was trained on")

@@ -13,6 +13,9 @@ from recgpt_torchrec.data.reading.footers import time_range
 from recgpt_torchrec.data.windows import row_groups
 from recgpt_torchrec.errors import InputError
 
+LONGEST_WAIT = Decimal(100 * 365 * 86_400)
+"""Seconds from the newest interaction to the latest request that is taken for meant."""
+
 
 def choose_unit(choice: TimeChoice, dataset: Dataset) -> float:
     """Seconds of a unit of a dataset's times, which a run is to read; 1 where it is unknown and gaps alone are read.
@@ -94,7 +97,8 @@ def choose_request_time(given: str | None, inputs: Inputs, checkpoint: str, data
 
     Raises:
         InputError: a time is given for a model that reads none; or it cannot be told in the dataset's unit; or the
-            newest time is not known.
+            newest time is not known; or the time is before all interactions or a hundred years after them, as one in
+            another unit is.
     """
     if not inputs.reads(*TIMES):
         if given is not None:
@@ -106,13 +110,22 @@ def choose_request_time(given: str | None, inputs: Inputs, checkpoint: str, data
             raise InputError(f"{dataset.path} does not say its newest time; give the time of the request with --time")
         return bounds[1]
     moment, is_date = parse_moment("--time", given)
-    if not is_date:
-        return int(moment)
-    if dataset.manifest.time_unit is None and (bounds is None or guess_unit(*bounds) is None):
+    is_unit_known = dataset.manifest.time_unit is not None or (bounds is not None and guess_unit(*bounds) is not None)
+    if is_date and not is_unit_known:
         raise InputError(
             f"--time {given}: the unit of the times of {dataset.path} is not known; give a number in that unit"
         )
-    return to_units(moment, inputs.time_unit)
+    time = to_units(moment, inputs.time_unit) if is_date else int(moment)
+    if bounds is not None:
+        latest = bounds[1] + to_units(LONGEST_WAIT, inputs.time_unit)
+        if time < bounds[0] or (is_unit_known and time > latest):
+            oldest, newest = (describe_time(each, inputs.time_unit) for each in bounds)
+            unit = f"{unit_name(inputs.time_unit)} since 1970" if is_unit_known else "its unit"
+            raise InputError(
+                f"--time {given}: the interactions of {dataset.path} are from {oldest} to {newest}, and a request "
+                f"comes after them, within a hundred years; give an ISO date-time, or a number of {unit}"
+            )
+    return time
 
 
 def to_units(seconds: Decimal, unit: float) -> int:
