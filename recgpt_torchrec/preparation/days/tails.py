@@ -1,7 +1,7 @@
 """Tails: a user's newest entries, from which the history in front of a later day's interactions is made.
 
-Each day has an Arrow file with the tails of its users, which `Newest` finds by day and row. Arrow's format can be read
-at any row, so an appended day reads what its own users have and no more; on an object store it reads batches of `ROWS`.
+Each day has an Arrow file with the tails of its users, which `Newest` finds by day and row. A batch of `ROWS` users is
+compressed by itself, so an appended day reads the batches that its own users are in and no others.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,6 +20,8 @@ from recgpt_torchrec.storage.parts import Part, write_checksummed
 
 ROWS = 1024
 """Users per batch of the file."""
+COMPRESSION = "zstd"
+"""Of each batch: ids, times and constant columns take about a fifth of their size in memory."""
 CUT = "cut"
 """Column that says of each entry whether its user has older ones that are not kept, 0 or 1."""
 BEFORE = -(2**40)
@@ -47,7 +49,10 @@ def write_tails(
     lists = {name: (name, kind) for name, kind in {**columns, CUT: pa.int8()}.items()}
     schema = pa.schema([(name, pa.list_(kind)) for name, (_, kind) in lists.items()])
     part = Part(path=path, rows=0, items=0, bytes=0, checksum="")
-    with write_checksummed(fs, root, path, part) as sink, pa.ipc.new_file(sink, schema) as writer:
+    with (
+        write_checksummed(fs, root, path, part) as sink,
+        pa.ipc.new_file(sink, schema, options=pa.ipc.IpcWriteOptions(compression=COMPRESSION)) as writer,
+    ):
         for table in sequence_groups(batches, ROWS, lists, stop=users):
             (batch,) = table.select(schema.names).combine_chunks().to_batches()
             writer.write_batch(batch)
