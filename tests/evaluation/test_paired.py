@@ -43,7 +43,9 @@ def test_the_interval_is_that_of_a_plain_bootstrap_over_users(metric: str) -> No
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 4.5, 9.0, 9.5, 10.0, 37.0, float("inf")]), min_size=1), st.integers(1, 12))
+@given(
+    st.lists(st.sampled_from([0.0, 0.5, 1.0, 4.5, 9.0, 9.5, 10.0, 37.0, float("inf")]), min_size=1), st.integers(1, 12)
+)
 def test_means_are_those_of_the_metrics_for_every_rank(drawn: list[float], k: int) -> None:
     import torch
 

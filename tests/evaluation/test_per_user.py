@@ -65,7 +65,9 @@ def test_a_file_that_is_not_the_one_named_is_refused(tmp_path: Path) -> None:
         record = recorder.join(20, paths=["one"])
     values = {"per_user": record.__dict__}
     results = UserResults.of(str(tmp_path / "test.json"), values)
-    assert results is not None and [each["one_masked"].tolist() for each in results.read(["one_masked"])] == [[*range(20)]]
+    assert results is not None and [each["one_masked"].tolist() for each in results.read(["one_masked"])] == [
+        [*range(20)]
+    ]
     with pytest.raises(InputError, match="has no column two_masked"):
         list(results.read(["two_masked"]))
     with open(tmp_path / "test.users.parquet", "ab") as file:

@@ -102,7 +102,9 @@ def test_numbers_are_those_of_evaluate(runs: Path, page: str) -> None:
                 got = [(group["users"], group["figures"].get(path, {}).get("value")) for group in groups]
                 assert got == [(line["users"], line.get("NDCG@10")) for line in lines]
         assert [line["loss"] for line in run["epochs"]] == [line["loss"] for line in read_epochs(Path(run["folder"]))]
-        assert run["finished"] and run["tables"] and any("1" == value for name, value in run["facts"] if name == "Ranks")
+        assert (
+            run["finished"] and run["tables"] and any("1" == value for name, value in run["facts"] if name == "Ranks")
+        )
 
 
 def gains(folder: Path, file: str, path: str) -> dict[int, float]:
@@ -123,10 +125,18 @@ def test_paired_differences_and_results_by_user_are_those_of_a_plain_loop(runs: 
     (comparison,) = values["comparisons"]
     assert comparison["reason"] is None
     told = {each["path"]: each for each in comparison["differences"] if each["metric"] == "NDCG@10"}
-    assert {path: each["other"] for path, each in told.items()} == {"recgpt_1": "pretrain", "recgpt": "pretrain_two_step"}
+    assert {path: each["other"] for path, each in told.items()} == {
+        "recgpt_1": "pretrain",
+        "recgpt": "pretrain_two_step",
+    }
     for path, each in told.items():
-        ours, theirs = gains(runs, "tuned_test.users.parquet", path), gains(runs / "run", "test.users.parquet", each["other"])
-        assert each["difference"]["value"] == pytest.approx(np.mean([ours[user] - theirs[user] for user in ours]), abs=1e-6)
+        ours, theirs = (
+            gains(runs, "tuned_test.users.parquet", path),
+            gains(runs / "run", "test.users.parquet", each["other"]),
+        )
+        assert each["difference"]["value"] == pytest.approx(
+            np.mean([ours[user] - theirs[user] for user in ours]), abs=1e-6
+        )
         assert each["difference"]["low"] <= each["difference"]["value"] <= each["difference"]["high"]
 
 
@@ -146,7 +156,9 @@ def test_a_page_is_closed_loads_nothing_and_runs_nothing(page: str) -> None:
 
 
 def test_examples_are_lists_with_prompts_in_readable_names(runs: Path, tmp_path: Path) -> None:
-    (tmp_path / "items.csv").write_text("item_id,title\n" + "".join(f"item {i},Thing <{i}>\n" for i in range(0, ITEMS, 2)))
+    (tmp_path / "items.csv").write_text(
+        "item_id,title\n" + "".join(f"item {i},Thing <{i}>\n" for i in range(0, ITEMS, 2))
+    )
     options = {"--runs": [runs / "tuned"], "--names": tmp_path / "items.csv", "--output": tmp_path / "report.html"}
     assert stage("report", options) == 0
     page = (tmp_path / "report.html").read_text()
@@ -187,7 +199,9 @@ def test_bad_input_is_told(runs: Path, tmp_path: Path, capfd: pytest.CaptureFixt
 
 def test_what_is_missing_is_said(runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """An unfinished run without evaluation; a run on another dataset; an evaluation without results by user."""
-    shutil.copytree(runs / "run", tmp_path / "begun", ignore=shutil.ignore_patterns("checkpoints", "*.json", "*.parquet"))
+    shutil.copytree(
+        runs / "run", tmp_path / "begun", ignore=shutil.ignore_patterns("checkpoints", "*.json", "*.parquet")
+    )
     shutil.copy(runs / "run" / "run.json", tmp_path / "begun")
     with open(tmp_path / "begun" / "history.jsonl", "a") as file:
         file.write('{"epoch": 3, "st')  # a kill
@@ -222,7 +236,9 @@ def test_evaluate_compares_with_a_run_and_refuses_what_cannot_be_compared(
     assert stage("evaluate", {**given, "--compare": runs / "run", "--users": 20}) == 0
     shown = capfd.readouterr()
     assert "20 shared users" in shown.out and "recgpt_1 against pretrain" in shown.out
-    assert "over cooccurrence" not in shown.out and re.search(r"recgpt_1 is (ahead of|behind|level with) popularity", shown.out)
+    assert "over cooccurrence" not in shown.out and re.search(
+        r"recgpt_1 is (ahead of|behind|level with) popularity", shown.out
+    )
     assert "was tuned on histories with prompts, but" in shown.out + shown.err
     assert json.loads((tmp_path / "test.json").read_text())["without_prompts"] is True
     again = {**given, "--output": tmp_path / "x.json"}
