@@ -3,7 +3,7 @@
 from typing import Any
 
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.evaluation.comparison import Evaluation, compare, why_incomparable
+from recgpt_torchrec.evaluation.comparing.comparison import Evaluation, compare, why_incomparable
 from recgpt_torchrec.evaluation.per_user.files import UserResults
 from recgpt_torchrec.reports.evaluations import ahead_of
 from recgpt_torchrec.reports.values import Comparison

@@ -11,7 +11,7 @@ import torch
 
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.evaluation.comparison import role_of, shared_users
+from recgpt_torchrec.evaluation.comparing.comparison import role_of, shared_users
 from recgpt_torchrec.evaluation.per_user import recording
 from recgpt_torchrec.evaluation.per_user.facts import Facts
 from recgpt_torchrec.evaluation.per_user.files import UserResults

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.evaluation.finding import read_evaluation_json
-from recgpt_torchrec.evaluation.paired import Interval, PairCounts
+from recgpt_torchrec.evaluation.comparing.finding import read_evaluation_json
+from recgpt_torchrec.evaluation.comparing.paired import Interval, PairCounts
 from recgpt_torchrec.evaluation.per_user.files import Columns, UserResults, column_of
 
 BASELINES = ("popularity", "cooccurrence")

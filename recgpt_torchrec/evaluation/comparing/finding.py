@@ -5,7 +5,7 @@ from typing import Any
 
 from recgpt_torchrec import storage
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.evaluation.records import check_evaluation
+from recgpt_torchrec.evaluation.comparing.records import check_evaluation
 from recgpt_torchrec.storage.typed import parse_object
 
 LARGEST = 2**24
