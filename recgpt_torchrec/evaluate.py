@@ -11,7 +11,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage.finished import check_same, differences
 
 if TYPE_CHECKING:
-    from recgpt_torchrec.evaluation.comparison import Difference, Evaluation
+    from recgpt_torchrec.evaluation.comparing.comparison import Difference, Evaluation
 
 
 def main(config: Evaluate) -> None:
@@ -197,8 +197,8 @@ def open_other(config: Evaluate, identity: dict[str, Any]) -> "Evaluation | None
     """
     if config.compare is None:
         return None
-    from recgpt_torchrec.evaluation.comparison import Evaluation, check_comparable
-    from recgpt_torchrec.evaluation.finding import find_evaluation
+    from recgpt_torchrec.evaluation.comparing.comparison import Evaluation, check_comparable
+    from recgpt_torchrec.evaluation.comparing.finding import find_evaluation
 
     path = find_evaluation(config.compare, config.split)
     if os.path.realpath(path) == os.path.realpath(config.output):
@@ -210,7 +210,7 @@ def open_other(config: Evaluate, identity: dict[str, Any]) -> "Evaluation | None
 
 def find_ahead(config: Evaluate, evaluation: dict[str, Any], path: str) -> "list[Difference]":
     """By how much a path is ahead of each baseline; empty without results by user."""
-    from recgpt_torchrec.evaluation.comparison import against_baselines
+    from recgpt_torchrec.evaluation.comparing.comparison import against_baselines
     from recgpt_torchrec.evaluation.per_user.files import UserResults
 
     results = UserResults.of(config.output, evaluation)
@@ -223,7 +223,7 @@ def compare_text(config: Evaluate, evaluation: dict[str, Any], other: "Evaluatio
     Raises:
         InputError: shared users have other held-out items or histories.
     """
-    from recgpt_torchrec.evaluation.comparison import Evaluation, compare, comparison_text
+    from recgpt_torchrec.evaluation.comparing.comparison import Evaluation, compare, comparison_text
     from recgpt_torchrec.evaluation.per_user.files import UserResults
 
     results = UserResults.of(config.output, evaluation)

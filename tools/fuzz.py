@@ -61,6 +61,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "export": {"--data": "data", "--checkpoint": "run", "--output": "new", "--interests": 2},
     "apply": {"--export": "vectors", "--deltas": "delta", "--output": "new"},
     "retrieve": {"--export": "vectors", "--data": "data", "--output": "new", "--k": 5},
+    "report": {"--runs": "run", "--evaluations": "test.json", "--output": "report.html"},
     "parse": {"--data": "data", "--output": "new", "--config": "config.yaml"},
 }
 
@@ -141,6 +142,8 @@ KINDS = [
     Kind("keys: table", "keys.parquet", "retrieve", "parquet",
          {"--items": "keys.parquet", "--where": "price < 9", "--fallback": "popular"}, any_result=True),
     Kind("evaluation, written again", "test.json", "evaluate", "json", {"--output": "test.json"}, "test.json"),
+    Kind("evaluation, reported", "test.json", "report", "json", result="report.html", any_result=True),
+    Kind("evaluation: ranks by user", "test.users.parquet", "report", "parquet", result="report.html"),
     Kind("configuration", "config.yaml", "parse", "yaml", any_result=True),
 ]  # fmt: skip
 
@@ -282,7 +285,7 @@ def folders_of(kind: Kind) -> set[str]:
     """Names of the inputs that a case of this kind needs, in the folder of inputs."""
     options = OPTIONS[kind.stage] | kind.options
     words = {str(value).split("/")[0] for value in options.values()} | {kind.file.split("/")[0]}
-    return words
+    return words | ({"test.users.parquet"} if "test.json" in words else set())
 
 
 def copy_inputs(kind: Kind, inputs: Path, folder: Path) -> None:

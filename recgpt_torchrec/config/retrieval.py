@@ -68,10 +68,10 @@ class Evaluate(Computing):
     left out, and so is one that does not fit into half of the memory left, together with the one before."""
     recall: Recall = field(default_factory=Recall)
     per_user: bool = True
-    """Also write the rank of every user's held-out item by each path to a Parquet file beside the JSON, test.users.parquet
-    beside test.json: some 3 bytes per user and path, and a pass over the histories, two where the dataset has times. It
-    tells whether differences are beyond chance; --compare needs it, and report for metrics by item age. false: no such
-    file and none of these."""
+    """Also write the rank of every user's held-out item by each path to a Parquet file beside the JSON, such as
+    test.users.parquet beside test.json: some 3 bytes per user and path, and a pass over the histories, two where the
+    dataset has times. It tells whether differences are beyond chance; --compare needs it, and report for metrics by
+    item age. false: no such file and none of these."""
     compare: str | None = None
     """Another evaluation to compare with user by user: its JSON file, or a run's folder with one evaluation on the same
     split. Differences of all paths of the same kind are printed, with 95% intervals. null: none."""

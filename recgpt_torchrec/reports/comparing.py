@@ -3,7 +3,7 @@
 from typing import Any
 
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.evaluation.comparison import Evaluation, compare, why_incomparable
+from recgpt_torchrec.evaluation.comparing.comparison import Evaluation, compare, why_incomparable
 from recgpt_torchrec.evaluation.per_user.files import UserResults
 from recgpt_torchrec.reports.evaluations import ahead_of
 from recgpt_torchrec.reports.values import Comparison
@@ -39,11 +39,11 @@ def _compare(name: str, reference: str, split: str, of_run: Evaluations, of_refe
     for file, values in sides[0].items():
         for other, other_values in sides[1].items():
             try:
-                if (reason := why_incomparable(values, other_values)) is not None:
-                    raise InputError(reason)
                 results = [UserResults.of(each, of) for each, of in ((file, values), (other, other_values))]
                 if any(each is None for each in results):
                     raise InputError("an evaluation has no results by user; evaluate again with --per_user true")
+                if (reason := why_incomparable(values, other_values)) is not None:
+                    raise InputError(reason)
                 first, second = (
                     Evaluation(each, of, result)
                     for each, of, result in zip((file, other), (values, other_values), results, strict=True)

@@ -4,14 +4,14 @@ from typing import Any
 
 import numpy as np
 
-from recgpt_torchrec.evaluation.comparison import (
+from recgpt_torchrec.evaluation.comparing.comparison import (
     BASELINES,
     Difference,
     against_baselines,
     choose_k,
     measured_ks,
 )
-from recgpt_torchrec.evaluation.paired import Interval, RankCounts
+from recgpt_torchrec.evaluation.comparing.paired import Interval, RankCounts
 from recgpt_torchrec.evaluation.per_user.files import UserResults, column_of
 from recgpt_torchrec.reports.values import Ahead, Estimate, EvaluationValues, Group, PathFigures
 

@@ -5,7 +5,7 @@ from typing import Any
 from recgpt_torchrec import storage
 from recgpt_torchrec.config.reports.report import Report
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.evaluation.finding import find_evaluations, is_of_run, read_evaluation_json
+from recgpt_torchrec.evaluation.comparing.finding import find_evaluations, is_of_run, read_evaluation_json
 from recgpt_torchrec.reports.comparing import Evaluations, compare_runs
 from recgpt_torchrec.reports.evaluations import read_evaluation
 from recgpt_torchrec.reports.examples import Labels, ids_of, make_examples, open_for_labels, read_names

@@ -1,9 +1,11 @@
 """Reads what a report shows of a run: its options, its progress, its curves, and where its tables are."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from contextlib import suppress
+from dataclasses import MISSING
 from typing import Any
 
 from recgpt_torchrec import storage
@@ -17,6 +19,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.reports.curves import read_curves
 from recgpt_torchrec.reports.values import EvaluationValues, RunValues, TableValues
 from recgpt_torchrec.storage.finished import flatten
+from recgpt_torchrec.storage.typed import is_count_or_negative, make_typed
 from recgpt_torchrec.training.progress import Progress
 from recgpt_torchrec.training.run import Record, read_record
 
@@ -186,27 +189,33 @@ def read_epochs(folder: str) -> tuple[list[dict[str, Any]], int]:
     epochs = []
     for line in lines:
         try:
-            values = json.loads(line)
+            values = json.loads(line, parse_constant=lambda _: None)  # a loss may be NaN
         except (ValueError, RecursionError):
             continue
-        if isinstance(values, dict) and all(isinstance(values.get(name), int) for name in ("epoch", "step")):
+        if isinstance(values, dict) and all(_is_count(values.get(name)) for name in ("epoch", "step")):
             epochs.append(values)
     return epochs, len(lines) - len(epochs)
 
 
 def read_tables(metadata: Mapping[str, Any]) -> list[TableValues]:
     """Where the tables of a checkpoint are; those that it does not describe are left out."""
-    placed = metadata.get("placements")
-    names = [each.name for each in fields(TableValues)]
-    return [
-        TableValues(**{name: each[name] for name in names})
-        for each in (placed if isinstance(placed, list) else [])
-        if isinstance(each, dict) and set(names) <= each.keys()
-    ]
+    placed, tables = metadata.get("placements"), []
+    for each in placed if isinstance(placed, list) else []:
+        with suppress(ValueError):
+            tables.append(make_typed(TableValues, each, others=True))
+    return tables
+
+
+def _is_count(value: Any) -> bool:
+    return is_count_or_negative(value) and value >= 0
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else 0.0
+    try:
+        number = float(value) if isinstance(value, int | float) else 0.0
+    except OverflowError:
+        return 0.0
+    return number if math.isfinite(number) else 0.0
 
 
 def _duration(seconds: float) -> str:

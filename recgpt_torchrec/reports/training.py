@@ -1,5 +1,6 @@
 """Sections about training: curves, where a step's time goes, tables and sharding, options."""
 
+import math
 from collections.abc import Sequence
 
 from recgpt_torchrec.reports.charts import Series, legend, line_chart, share_bar
@@ -32,7 +33,9 @@ def curves_section(runs: Sequence[RunValues], colors: dict[str, str]) -> str:
     for run in runs:
         split = next((line["split"] for line in reversed(run.epochs) if isinstance(line.get("split"), dict)), None)
         if split:
-            shares = [(str(name), float(share)) for name, share in split.items() if isinstance(share, int | float)]
+            shares = [
+                (str(name), s) for name, s in split.items() if isinstance(s, float) and math.isfinite(s) and s >= 0
+            ]
             name = tag("span", dot(colors[run.name]), escape(run.name))
             bars.append(tag("div", tag("p", name, class_="legend"), share_bar(shares)))
     if not shown and not bars:
@@ -51,7 +54,8 @@ def curve_of(run: RunValues, name: str) -> Points:
 
 def epoch_curve(run: RunValues, name: str) -> Points:
     """A figure of the lines of history.jsonl, by step."""
-    return [(float(line["step"]), float(line[name])) for line in run.epochs if isinstance(line.get(name), int | float)]
+    points = [(line["step"], line.get(name)) for line in run.epochs]
+    return [(float(step), y) for step, y in points if isinstance(y, float) and math.isfinite(y)]
 
 
 def tables_section(runs: Sequence[RunValues], colors: dict[str, str]) -> str:

@@ -1,5 +1,6 @@
 """Everything that a report shows, as plain values: what the page draws, and the JSON in it for other programs."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -161,5 +162,14 @@ class ReportValues:
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
+        """As JSON values; a number that is not finite is null, as JSON has none."""
+        finite: dict[str, Any] = _finite(asdict(self))
+        return finite
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recgpt_torchrec.evaluation import paired
+from recgpt_torchrec.evaluation.comparing import paired
+from recgpt_torchrec.evaluation.comparing.paired import Interval, PairCounts, RankCounts
 from recgpt_torchrec.evaluation.metrics import RankingMetrics
-from recgpt_torchrec.evaluation.paired import Interval, PairCounts, RankCounts
 
 
 def gain(rank: float, k: int, metric: str) -> float:

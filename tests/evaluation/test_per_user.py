@@ -11,7 +11,7 @@ import torch
 
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.evaluation.comparison import role_of, shared_users
+from recgpt_torchrec.evaluation.comparing.comparison import role_of, shared_users
 from recgpt_torchrec.evaluation.per_user import recording
 from recgpt_torchrec.evaluation.per_user.facts import Facts
 from recgpt_torchrec.evaluation.per_user.files import UserResults
@@ -120,7 +120,7 @@ def test_users_of_two_streams_are_joined_as_sets_are() -> None:
             yield {"user_id": part, "value": part * 10 + size}
 
     joined = list(shared_users(stream(sides[0], 7), stream(sides[1], 11)))
-    assert list(itertools.chain(*(one["user_id"] for one, _ in joined))) == np.intersect1d(*sides).tolist()
+    assert list(itertools.chain(*(one["user_id"] for one, _ in joined))) == np.intersect1d(sides[0], sides[1]).tolist()
     for one, two in joined:
         assert (one["user_id"] == two["user_id"]).all() and (one["value"] - 7 == two["value"] - 11).all()
 

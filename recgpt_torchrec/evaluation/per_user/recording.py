@@ -113,15 +113,15 @@ class UserRecorder:
             self._failure = self._failure or InputError(f"cannot write {self.folder}: {error}")
         raise_first_error(self._failure)
         part = Part(path=os.path.basename(self.file), rows=0, items=0, bytes=0, checksum="")
-        joiner = _Joiner(self.folder, self.file, part) if rank() == 0 else None
+        joiners: list[_Joiner] = []  # of rank 0
+        run_on_first_rank(lambda: joiners.append(_Joiner(self.folder, self.file, part)))
         for first in range(0, users, RANGE):  # a broadcast per range: no rank waits for long at once
 
             def join(first: int = first) -> None:
-                assert joiner is not None
-                joiner.join(first, min(first + RANGE, users))
+                joiners[0].join(first, min(first + RANGE, users))
 
             run_on_first_rank(join)
-        record: dict[str, object] = run_on_first_rank(lambda: joiner.finish() if joiner else {})
+        record: dict[str, object] = run_on_first_rank(lambda: joiners[0].finish())
         return PerUser(**{**record, **more})  # type: ignore[arg-type]
 
 
@@ -176,7 +176,7 @@ class _Joiner:
         self.groups = list(_row_groups(self.fs, self.root))
         self.schema = _joined_schema(self.fs, self.root)
         _, self.target = storage.filesystem(file)
-        self.temporary = self.target if storage.remote(file) else f"{self.target}.tmp"
+        self.temporary = self.target if storage.remote(file) else f"{self.root}/{self.part.path}"
         self._context = write_checksummed(
             self.fs, os.path.dirname(self.temporary), os.path.basename(self.temporary), part
         )

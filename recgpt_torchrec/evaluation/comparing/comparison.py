@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from recgpt_torchrec import storage
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.evaluation.paired import Interval, PairCounts
+from recgpt_torchrec.evaluation.comparing.finding import read_evaluation_json
+from recgpt_torchrec.evaluation.comparing.paired import Interval, PairCounts
 from recgpt_torchrec.evaluation.per_user.files import Columns, UserResults, column_of
 
 BASELINES = ("popularity", "cooccurrence")
@@ -134,8 +134,8 @@ class Evaluation:
         Raises:
             InputError: it is none, or has no results by user.
         """
-        values = storage.read_json(path)
-        if values is None or not isinstance(values.get("results"), dict) or not values["results"]:
+        values = read_evaluation_json(path)
+        if values is None:
             raise InputError(f"{path} is not an evaluation; give a JSON file that evaluate wrote, or a run's folder")
         results = UserResults.of(path, values)
         if results is None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from recgpt_torchrec import storage
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.evaluation.comparing.records import check_evaluation
 from recgpt_torchrec.storage.typed import parse_object
 
 LARGEST = 2**24
@@ -53,13 +54,22 @@ def find_evaluation(path: str, split: str) -> str:
 
 
 def read_evaluation_json(path: str) -> dict[str, Any] | None:
-    """The values of an evaluation; None: the file is something else."""
+    """The values of an evaluation; None: the file is missing or something else.
+
+    Raises:
+        InputError: it is an evaluation that is damaged.
+    """
     try:
         values = parse_object(storage.read(path, LARGEST))
     except (OSError, ValueError):
         return None
-    is_evaluation = FIELDS <= values.keys() and isinstance(values["results"], dict)
-    return values if is_evaluation and isinstance(values["checkpoint"], str) else None
+    if not FIELDS <= values.keys():
+        return None
+    try:
+        check_evaluation(values)
+    except ValueError as error:
+        raise storage.damaged(path, error) from None
+    return values
 
 
 def is_of_run(checkpoint: str, run: str) -> bool:
