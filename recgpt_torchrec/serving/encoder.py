@@ -100,7 +100,8 @@ class StepEncoder(nn.Module):
     """One interest vector of histories whose vectors are looked up by the caller.
 
     For the next interest the caller appends the input vector of its best new item, with the segment id 1, the time of
-    the entry before it, the event type that is asked for and the place 0, where the model reads these.
+    the entry before it, the event type that is asked for and the place 0, where the model reads these. Entries of event
+    types that histories do not hold are left out before that.
     """
 
     def __init__(self, tower: Tower) -> None:

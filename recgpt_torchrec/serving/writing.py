@@ -146,6 +146,7 @@ def _write(
             dim=tower.dim,
             segments=decoder.segments if trained.prompts else 0,
             events=trained.inputs.events,
+            history_events=trained.inputs.history_events,
             time_unit=trained.inputs.time_unit,
             torch=torch.__version__,
             tables=tables,

@@ -48,6 +48,9 @@ class EncoderManifest:
     """Number of segment ids that it tells apart; 0: it reads none."""
     events: list[str] = field(default_factory=list)
     """Words of the event types that it reads; the n-th has the id n + 1."""
+    history_events: list[str] = field(default_factory=list)
+    """The event types that histories hold; empty: all. The program leaves out the others; before the steps between
+    interests, the caller of a step program does."""
     time_unit: float = 1.0
     """Seconds of a unit of times, where it reads them."""
     torch: str = ""
@@ -98,6 +101,8 @@ class EncoderManifest:
         for each in (*self.inputs, *self.outputs):
             if each.dtype not in DTYPES:
                 raise ValueError(f"encoder.{each.name[:SHOWN]} has the type {each.dtype[:SHOWN]!r}")
+        if not {*self.history_events} <= {*self.events}:
+            raise ValueError("encoder.history_events has an event type that it does not read")
         if self.program(".pt2") is None:
             raise ValueError("its encoder has no program")
         ends = {"item": 0, "user": 0}
