@@ -89,7 +89,12 @@ class Recommender:
 
     @classmethod
     def load(
-        cls, checkpoint: str, data: str | None = None, *, device: Device = "cpu", pretrained: str | None = None
+        cls,
+        checkpoint: str | os.PathLike[str],
+        data: str | os.PathLike[str] | None = None,
+        *,
+        device: Device = "cpu",
+        pretrained: str | None = None,
     ) -> "Recommender":
         """Load a model to answer requests.
 

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,7 +87,12 @@ def make_run(folder: Path, options: argparse.Namespace) -> tuple[str, str]:
     rng = np.random.default_rng(1)
     histories = [rng.integers(0, options.items, 12).tolist() for _ in range(USERS)]
     write_dataset(folder / "data", histories, items=options.items, rows_per_group=USERS)
-    values = {"data": str(folder / "data"), "output": str(folder / "run"), "train.steps": 1, "model.max_len": 50}
+    values: dict[str, Any] = {
+        "data": str(folder / "data"),
+        "output": str(folder / "run"),
+        "train.steps": 1,
+        "model.max_len": 50,
+    }
     values |= {"model.dim": options.dim, "model.layers": options.layers, "loss.candidates": "sampled"}
     pretrain.main(cli.make_config(Pretrain, "pretrain", values))
     return values["output"], values["data"]
