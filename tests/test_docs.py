@@ -4,6 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+
+from recgpt_torchrec.config.fields import options
+from recgpt_torchrec.config.stages import STAGES
+from tools.site_hooks import docstrings, options_page
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,3 +40,21 @@ def test_every_page_can_be_reached_from_the_readme():
             linked = re.findall(r"\]\(([^)#\s]+\.md)", page.read_text())
             waiting += [(page.parent / link).resolve() for link in linked if not link.startswith("http")]
     assert {*PAGES} <= reached | {page for page in PAGES if page.parent == ROOT}
+
+
+def test_the_site_has_every_page():
+    text = (ROOT / "mkdocs.yml").read_text()
+    pages = set(re.findall(r": (\w+\.md)$", text, re.MULTILINE))
+    assert {page.name for page in PAGES if page.parent.name == "docs"} | {"index.md"} <= pages
+    assert yaml.safe_load(text)["strict"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_page_of_a_stage_explains_each_of_its_options(stage):
+    rows = re.findall(r"^\| `--([\w.]+)` \| (.+) \| (.+) \| (.+) \|$", options_page(stage), re.MULTILINE)
+    assert [name for name, *_ in rows] == [option.name for option in options(STAGES[stage].config)]
+    assert all(len(cell) > 1 for row in rows for cell in row[1:])
+
+
+def test_docstrings_are_those_under_the_fields():
+    assert docstrings(STAGES["retrieve"].config)["export"] == "Folder of the export."

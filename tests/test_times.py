@@ -183,6 +183,8 @@ def test_an_interrupted_run_resumes_to_the_same_result_and_another_starts_from_i
     started = tensors(next((tmp_path / "more" / "checkpoints").iterdir()))
     assert torch.equal(started[name], tensors(last)[name])
     assert not started[name.replace("next_gap", "weekday")].any()
+    assert stage("pretrain", {**more, "--time.use": ["weekday"], "--output": tmp_path / "fewer"}) == 2
+    assert "reads next_gap, which the run leaves out; give --time.use next_gap" in capfd.readouterr().err
     other = {**more, "--initial": folder / "weekday_run", "--output": tmp_path / "other", "--data": folder / "weekday"}
     assert stage("pretrain", {**other, "--time.use": ["weekday"], "--time.utc_offset_hours": 9}) == 2
     assert "was trained with --time.utc_offset_hours 0" in capfd.readouterr().err

@@ -94,7 +94,8 @@ class Tuning:
     trained: list[Literal["users", "items", "output", "decoder"]] = field(
         default_factory=lambda: ["users", "items", "output", "decoder"]
     )
-    """Parts of the model to train; the others stay as pre-trained. users, items, output: the tables."""
+    """Parts of the model to train; the others stay as pre-trained. users, items: their tables and those of their
+    attributes; output: the output table, to which the attributes of items are added."""
 
     @property
     def reads_feedback(self) -> bool:

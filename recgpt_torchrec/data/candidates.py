@@ -6,8 +6,9 @@ set of ids and training does not depend on the number of ranks; a rank that has 
 are zero. Where candidates are *shared*, each rank draws its part of them, and
 the targets of all ranks are scored against all parts (`catalogue.softmax`).
 
-What a process holds per item, in bytes: `all` 20 per item of its own range, `in_batch` 4 (logQ), `log_uniform` 4 (the
-items by popularity, 8 from 2^31 items on), `uniform` none. No draw costs time per item, except that of `all`.
+What a process holds per item, in bytes: `all` 20 per item of its own range, `in_batch` 5 (logQ, and whether it was ever
+trained), `log_uniform` 4 (the items by popularity, 8 from 2^31 items on), `uniform` none. No draw costs time per item,
+except that of `all`.
 """
 
 from abc import ABC, abstractmethod
@@ -43,9 +44,9 @@ class Candidates:
 def leave_out_untrained(candidates: Candidates, trained: npt.NDArray[np.bool_]) -> Candidates:
     """The candidates that may be a target, where the model tells items that were never trained by their attributes.
 
-    As negatives, items that nobody could choose yet would teach that their attributes are not chosen. Without them HR@10
-    of MovieLens' cold items among all items is .0081 instead of .0002, among cold items .316 instead of .310 (five
-    draws, pipelines/cold_start.py).
+    As negatives, items that nobody could choose yet would teach that their attributes are not chosen. Without them
+    HR@10 of MovieLens' cold items among all items is .0081 instead of .0002, among cold items .316 instead of .310
+    (five draws, pipelines/cold_start.py).
 
     Args:
         candidates: as drawn among all items.
@@ -100,6 +101,8 @@ class CandidateSource(ABC):
     """Maximum number of candidates of a batch, on any rank."""
     seed: tuple[int, ...] = ()
     """What the seed of the generator needs besides the batch's own: the rank, where ranks draw different candidates."""
+    ever: npt.NDArray[np.bool_] | None = None
+    """[items] bool: whether an item may be a candidate at all, by its interactions in training; None: all may."""
 
     @classmethod
     @abstractmethod
@@ -166,7 +169,7 @@ class InBatch(CandidateSource):
     """The distinct targets of the batch, each with the probability that it is among those of all ranks."""
 
     def __init__(self, counts: Int64, tokens: int, ranks: int = 1) -> None:
-        self.count, self.ranks = min(tokens, counts.size), ranks
+        self.count, self.ranks, self.ever = min(tokens, counts.size), ranks, counts > 0
         # log(1 - (1 - p) ** tokens) in one array, where there may be a hundred million items.
         values = np.maximum(counts, 0.5)
         values /= max(counts.sum(), 1)

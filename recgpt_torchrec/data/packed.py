@@ -157,6 +157,7 @@ def pack_histories(
     predict_from: PredictFrom = "every",
     max_position: int | None = None,
     soft_targets: float = 0.0,
+    negatives: npt.NDArray[np.bool_] | None = None,
     draw: Callable[[Int64], Candidates] | None = None,
     inputs: Inputs = IDS_ALONE,
     hidden: npt.NDArray[np.bool_] | None = None,
@@ -175,6 +176,7 @@ def pack_histories(
             `last` one before the target, or `every` one.
         max_position: largest position, which all later tokens share; None: `row_length` - 1.
         soft_targets: share of a target's weight that goes to the model's answers, where `histories` has them.
+        negatives: [items] bool: whether an item is ever a negative, else no answer either; None: all are.
         draw: returns the candidates for the targets [targets] int64; None: there are none.
         inputs: what the model reads beside ids; of that its features are here.
         hidden: [entries] bool: after which the event type asked for is hidden; None: after none.
@@ -196,7 +198,7 @@ def pack_histories(
         token_entries, tokens = np.arange(items.size), lengths
         predicting = target_entries = np.zeros(0, dtype=np.int64)
     targets = items.take(target_entries)
-    soft_items, soft_weights = soft_targets_of(histories, token_entries, predicting, targets, soft_targets)
+    soft_items, soft_weights = soft_targets_of(histories, token_entries, predicting, targets, soft_targets, negatives)
     weights = None if histories.weights is None else histories.weights.take(target_entries)
     if weights is not None:
         soft_weights *= weights[:, None]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from recgpt_torchrec.config import Batch, Model, Stream
 from recgpt_torchrec.data.batch import SequenceBatch, make_batch
@@ -88,6 +89,13 @@ class BatchMaker:
         """Maximum number of sequences in a batch."""
         return max(1, self.batch.tokens // TOKENS_PER_SEQUENCE)
 
+    @property
+    def negatives(self) -> npt.NDArray[np.bool_] | None:
+        """[items] bool: whether an item may be a negative that was trained; None: all may."""
+        if self.attributes is not None and self.attributes.items.trained is not None:
+            return self.attributes.items.trained
+        return None if self.source is None else self.source.ever
+
     @cached_property
     def capacity(self) -> Capacity:
         """Number of bags per table, the same in every batch."""
@@ -130,6 +138,7 @@ class BatchMaker:
             predict_from=self.predict_from,
             max_position=self.max_len - 1,
             soft_targets=self.soft_targets,
+            negatives=self.negatives,
             draw=None if source is None else draw,
             inputs=inputs,
             hidden=hidden,

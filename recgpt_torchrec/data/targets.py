@@ -82,18 +82,25 @@ def find_last(following: Int64, known: npt.NDArray[np.bool_]) -> npt.NDArray[np.
 
 
 def soft_targets_of(
-    histories: Histories, tokens: Int64, predicting: Int64, targets: Int64, share: float
+    histories: Histories,
+    tokens: Int64,
+    predicting: Int64,
+    targets: Int64,
+    share: float,
+    negatives: npt.NDArray[np.bool_] | None = None,
 ) -> tuple[Int64, Float32]:
     """The answers that share a target's weight, [targets, answers] int64, and the weight of each, float32.
 
     A `share` of the target's weight is spread over the answers by the softmax of their scores. An answer that is
-    missing or is the target itself has weight 0; the target's id takes its place.
+    missing or is the target itself has weight 0; the target's id takes its place. So has one that is never a negative,
+    and its weight goes back to the target: else its score would be pushed up in every step, and down in none.
 
     Args:
         histories: with or without answers.
         tokens, predicting: see `targets_of`.
         targets: [targets] int64: item ids of the targets.
         share: from 0 to 1.
+        negatives: [items] bool: whether an item is ever a negative; None: all are.
     """
     if not share or histories.answers is None or histories.answer_scores is None:
         return np.zeros((targets.size, 0), dtype=np.int64), np.zeros((targets.size, 0), dtype=np.float32)
@@ -105,4 +112,7 @@ def soft_targets_of(
     top = scores.max(1, initial=-np.inf, keepdims=True)
     weights = np.exp(scores - np.where(np.isfinite(top), top, 0.0))
     weights *= share / np.maximum(weights.sum(1, keepdims=True), 1e-30)
+    if negatives is not None:
+        valid &= negatives.take(np.maximum(answers, 0))
+        weights *= valid
     return np.where(valid, answers, targets[:, None]), weights.astype(np.float32)

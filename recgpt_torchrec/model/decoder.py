@@ -175,7 +175,7 @@ class Decoder(nn.Module):
         mean = attention.mean(items, None, chosen) if self.config.history_in else None
         inputs = items
         if self.refused is not None:
-            at_once = items.new_tensor(self.refused.AT_ONCE)
+            at_once = items.new_full((), self.refused.AT_ONCE)  # a copy of a number of Python would wait for the device
             inputs = self.refused.inputs(items, attention.mean(items, at_once, chosen), segment)
         x = self.embed(inputs, users, position, segment, mean, features)
         for block in self.blocks:

@@ -193,6 +193,8 @@ def build(
         model, config.loss, users, items, tuning, capacity.item_keys, config.tables.precision, inputs, attributes
     )
     frozen = set() if tuning is None else {part for name, part in PARTS.items() if name not in tuning.trained}
+    # Vectors of users or items that stay as they are stay so with their attributes, also where W_l reads these.
+    frozen |= {each.table for each in unsharded.inputs.attributes if each.entity in frozen}
     fuse_optimizers(unsharded, config.tables, device, frozen)
     fused = is_fused(config.tables.optimizer, device)
     optimizer = config.tables.optimizer

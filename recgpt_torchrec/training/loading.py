@@ -255,9 +255,9 @@ def find_initial(path: str, config: Pretrain, dataset: Dataset, inputs: Inputs) 
     differ += other_times(settings.inputs, config.time, dataset)
     if differ:
         raise InputError(f"--initial {path}: {checkpoint} was trained with {' '.join(differ)}; give the same here")
+    check_events(settings.inputs, checkpoint, dataset)
     for line in check_growth(settings.inputs, inputs, checkpoint, dataset):
         log_message(line)
-    check_events(settings.inputs, checkpoint, dataset)
     extended = manifest.preparation.get("extends", {})
     if config.targets == "new" and manifest.day is None and settings.vocabulary != extended.get("vocabulary"):
         raise InputError(

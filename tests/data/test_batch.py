@@ -314,6 +314,28 @@ def test_answers_that_are_not_the_target_become_its_soft_targets():
     torch.testing.assert_close(batch.soft_weight, expected)
 
 
+def test_the_weight_of_an_answer_that_is_never_a_negative_goes_back_to_the_target():
+    """Nothing would push its score down: its vector has no gradient, and the target the whole of its own."""
+    histories = Histories(
+        users=np.array([0]),
+        items=np.array([1, 2, 3]),
+        offsets=np.array([0, 3]),
+        answers=np.array([[7, 8], [8, -1], [-1, -1]]),
+        answer_scores=np.array([[0.0, np.log(3)], [2.0, 1.0], [0, 0]], dtype=np.float32),
+    )
+    batch = make_batch(
+        histories,
+        row_length=ROW,
+        capacity=Capacity(users=8, items=ITEMS),
+        predict=True,
+        soft_targets=0.4,
+        negatives=np.arange(ITEMS) != 8,
+    )
+    items = items_of(batch)
+    assert items[batch.soft_bag].tolist() == [[7, 2], [3, 3]] and 8 not in items
+    torch.testing.assert_close(batch.soft_weight, torch.tensor([[0.1, 0.0], [0.0, 0.0]]))
+
+
 def test_without_a_share_there_are_no_soft_targets():
     histories = Histories(users=np.array([0]), items=np.array([1, 2]), offsets=np.array([0, 2]))
     batch, *_ = build_batch_and_candidates(histories, True, "all")

@@ -374,6 +374,19 @@ def test_answers_stay_beside_their_items_whatever_is_cut_and_shuffled(tmp_path, 
     assert seen >= 40
 
 
+def test_in_batch_an_answer_that_is_never_a_target_has_no_weight(tmp_path):
+    histories = [[0, 1, 2, 3, 9], [3, 2, 1, 0, 9]]  # the last two of each are held out
+    answers = [[9, 3] * 5, [9, 1] * 5]
+    more = {
+        "answer_ids": pa.array(answers, pa.list_(pa.int64())),
+        "answer_scores": pa.array([[5.0, 0.0] * 5, [5.0, 0.0] * 5]),
+    }
+    dataset = write_dataset(tmp_path / "data", histories, items=10, more=more)
+    for loss, found in ((Loss(candidates="in_batch"), {1, 3}), (Loss(candidates="all"), {1, 3, 9})):
+        (batch,) = stream_of(dataset, answers=2, soft_targets=0.5, loss=loss).batches(0, Position(0))
+        assert {*items_of(batch)[batch.soft_bag[batch.soft_weight > 0]].tolist()} == found
+
+
 @pytest.mark.parametrize("long_histories", ["newest", "windows"])
 def test_only_new_targets_are_predicted_from_the_whole_history_before_them(tmp_path, long_histories):
     rng = np.random.default_rng(5)

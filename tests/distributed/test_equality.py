@@ -17,6 +17,8 @@ CASES = [
     Case("row_wise", "rowwise_adagrad", "all", weighted=True),
     Case("table_wise", "adagrad", "sampled", weighted=True),
     Case("row_wise", "rowwise_adagrad", "sampled", timed=True),
+    Case("row_wise", "rowwise_adagrad", "all", weighted=True, pooling="mean", timed=True, refused=True),
+    Case("table_wise", "adagrad", "in_batch", idle=True, weighted=True, pooling="sum", timed=True, refused=True),
 ]
 NODE_CASES = [
     Case("table_row_wise", "rowwise_adagrad", "all"),

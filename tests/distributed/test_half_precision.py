@@ -1,6 +1,6 @@
 """Tables and communication in half precision end close to float32's, and what would not is refused."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,9 @@ class HalfCase(Case):
 
 
 FULL = [HalfCase(sharding, "rowwise_adagrad", "all") for sharding in ("table_wise", "row_wise", "column_wise")]
-HALF = [HalfCase(case.sharding, case.optimizer, "all", precision="fp16") for case in FULL]
-SENT = [HalfCase(case.sharding, case.optimizer, "all", communication="fp16") for case in FULL]
+FULL.append(HalfCase("row_wise", "rowwise_adagrad", "all", weighted=True, pooling="mean", timed=True, refused=True))
+HALF = [replace(case, precision="fp16") for case in FULL]
+SENT = [replace(case, communication="fp16") for case in FULL]
 REFUSED = {
     "data_parallel": Tables(sharding="data_parallel", precision="fp16"),
     "adam": Tables(optimizer="adam", precision="fp16"),

@@ -51,6 +51,7 @@ CASES = [
     GroupCase("column_wise", "sgd", "sampled"),
     GroupCase("table_wise", "sgd", "sampled", idle=True),
     GroupCase("data_parallel", "adagrad", "sampled"),
+    GroupCase("row_wise", "sgd", "sampled", weighted=True, pooling="mean", timed=True, refused=True),
     # A group of two nodes of one rank.
     GroupCase("grid", "sgd", "sampled", local_world_size=1),
     GroupCase("table_row_wise", "sgd", "sampled", local_world_size=1),

@@ -18,14 +18,16 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.checkpoints.state import table_tensors
-from recgpt_torchrec.config import Loss, Model, Optimizer, Pretrain, Saving, Tables, Train
+from recgpt_torchrec.config import Loss, Model, Optimizer, Pretrain, Saving, Tables, Train, Tuning
 from recgpt_torchrec.data.batch import SequenceBatch, make_batch
 from recgpt_torchrec.data.candidates import AllItems, Candidates, CandidateSource, InBatch, Place
 from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.histories import Histories, no_histories
+from recgpt_torchrec.data.inputs.places import PLACE_VALUES
 from recgpt_torchrec.data.inputs.spec import TIMES, Feature, Inputs
 from recgpt_torchrec.data.inputs.times import VALUES
 from recgpt_torchrec.data.packed import Capacity
+from recgpt_torchrec.data.segments import DISLIKED, EXPOSED, INTERACTED, SEGMENTS
 from recgpt_torchrec.data.windows import Cursor, Position, Queue
 from recgpt_torchrec.distributed.lockstep import Lockstep
 from recgpt_torchrec.distributed.processes import gather_objects
@@ -54,6 +56,7 @@ WEIGHTS = {"item-brand": 2.0, "user-country": 0.5}
 """By table; the others have 1."""
 UNTRAINED = (3, 11, 12)
 """Items that have no vector of their own."""
+EVENTS = ["view", "buy"]
 
 
 @dataclass(frozen=True)
@@ -71,21 +74,32 @@ class Case:
     """Of several values of an attribute, `mean` or `sum`; None: there are no attributes."""
     timed: bool = False
     """The model reads the times of interactions and requests."""
+    refused: bool = False
+    """It is tuned on feedback, which enters apart, and reads event types and places."""
 
     def __str__(self) -> str:
         ways = ["idle" * self.idle, "few" * self.few, "weighted" * self.weighted, self.pooling, "timed" * self.timed]
-        words = [self.sharding, self.optimizer, self.candidates, *ways]
+        words = [self.sharding, self.optimizer, self.candidates, *ways, "refused" * self.refused]
         return "-".join(word for word in words if word)
 
     @property
     def opened(self) -> dict[str, Any]:
         """What the model reads beside ids, and the values, by the names of `build`."""
-        if self.pooling is None:
-            features = [Feature(name=name, values=VALUES[name]) for name in TIMES] if self.timed else []
-            return {"inputs": Inputs(features=features)}
-        weights = [f"{table.replace('-', '.')}={weight}" for table, weight in WEIGHTS.items()]
-        inputs, attributes = opened(ATTRIBUTES, UNTRAINED, weights=weights, pooling=self.pooling)
-        return {"inputs": inputs, "attributes": attributes}
+        inputs, attributes = Inputs(), None
+        if self.pooling is not None:
+            weights = [f"{table.replace('-', '.')}={weight}" for table, weight in WEIGHTS.items()]
+            inputs, attributes = opened(ATTRIBUTES, UNTRAINED, weights=weights, pooling=self.pooling)
+        features = [Feature(name=name, values=VALUES[name]) for name in TIMES] if self.timed else []
+        if self.refused:
+            features += [Feature(name=name, values=len(EVENTS) + 1) for name in ("event", "asked_event")]
+            features.append(Feature(name="place", values=PLACE_VALUES))
+            inputs = replace(inputs, events=EVENTS, segments=SEGMENTS, feedback=True)
+        return {"inputs": replace(inputs, features=features), "attributes": attributes}
+
+    @property
+    def tuning(self) -> Tuning | None:
+        """Options of the tuning; None: it is pre-training."""
+        return Tuning(predict_from="last", output_table=False) if self.refused else None
 
     @property
     def config(self) -> Pretrain:
@@ -132,12 +146,29 @@ def make_batches(case: Case, rank: int, world_size: int) -> list[SequenceBatch]:
                 gaps = [np.random.default_rng((step, n)).integers(0, 10**6, len(drawn[n])) for n in mine]
                 times = np.concatenate([10**9 + each.cumsum() for each in gaps])
                 histories = replace(histories, times=times)
+            if case.refused:
+                columns = [draw_feedback((step, n), len(drawn[n])) for n in mine]
+                joined: Any = {name: np.concatenate([each[name] for each in columns]) for name in columns[0]}
+                histories = replace(histories, **joined)
             rank_batches.append(pack_batch(case, histories, negatives, Place(rank, world_size)))
         elif not case.idle:
             rank_batches.append(
                 pack_batch(case, no_histories(case.opened["inputs"]), negatives, Place(rank, world_size))
             )
     return rank_batches
+
+
+def draw_feedback(seed: tuple[int, int], length: int) -> dict[str, Any]:
+    """What was shown, the event types and the places of a history: by itself, so that it does not depend on ranks."""
+    rng = np.random.default_rng((*seed, 1))
+    segments = rng.choice(np.array([INTERACTED, EXPOSED, DISLIKED], np.int8), length)
+    segments[[0, -1]] = INTERACTED
+    return {
+        "segments": segments,
+        "known": (segments == INTERACTED) | (rng.random(length) < 0.7),
+        "events": rng.integers(0, len(EVENTS) + 1, length).astype(np.int16),
+        "places": rng.integers(0, 20, length).astype(np.int16),
+    }
 
 
 def pack_batch(case: Case, histories: Histories, negatives: Candidates, place: Place) -> SequenceBatch:
@@ -151,6 +182,7 @@ def pack_batch(case: Case, histories: Histories, negatives: Candidates, place: P
         row_length=8,
         capacity=CAPACITY,
         predict=True,
+        predict_from="every" if case.tuning is None else "last",
         draw=lambda targets: negatives if source is None else source.draw(targets, rng),
         **case.opened,
     )
@@ -183,7 +215,10 @@ def train(case: Case, rank: int, world_size: int) -> Trained:
     """Train on the case's batches with the project's own parts, as the trainer puts them together."""
     dataset = Dataset(path="", manifest=Manifest(users=USERS, items=ITEMS))
     device = torch.device("cpu")
-    model, optimizer = build(case.config, case.config.model, dataset, capacity=CAPACITY, device=device, **case.opened)
+    config, tuning = case.config, case.tuning
+    model, optimizer = build(
+        config, config.model, dataset, capacity=CAPACITY, device=device, tuning=tuning, **case.opened
+    )
 
     def tables() -> dict[str, Any]:
         return {table_name(name): gather_table(value) for name, value in sorted(tables_of(model).items())}
@@ -226,7 +261,7 @@ def train_plainly(case: Case, start: Trained) -> Trained:
     config = case.config
     weights = {name: table.clone().requires_grad_() for name, table in start.tables_before.items()}
     moments = {name: torch.zeros_like(table) for name, table in start.tables_before.items()}
-    dense = Dense(config.model, config.loss, inputs=case.opened["inputs"])
+    dense = Dense(config.model, config.loss, segments=case.refused, inputs=case.opened["inputs"])
     dense.load_state_dict(start.dense_before)
     adamw = torch.optim.AdamW(dense.parameters(), lr=LR, betas=(0.9, BETA2), weight_decay=0)
     result = Trained(start.tables_before, start.dense_before)
@@ -282,6 +317,8 @@ def check_equal(case: Case, ours: Trained) -> None:
         )
         torch.testing.assert_close(ours.tables[name], table, rtol=1e-3, atol=2e-4, msg=name)
     assert ours.dense.keys() == reference.dense.keys()
+    for name in [name for name in ours.dense if "features." in name or "refused.at_" in name]:
+        assert (ours.dense[name] - ours.dense_before[name]).abs().max() > 2e-3, f"{name} was not read"
     for name, value in reference.dense.items():
         torch.testing.assert_close(ours.dense[name], value, rtol=1e-3, atol=2e-4, msg=name)
 

@@ -7,10 +7,12 @@ splits, and the host's own numbers in `data` and `lockstep`, which are never on 
 import sys
 import traceback
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,17 +20,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from recgpt_torchrec import pretrain
 from recgpt_torchrec.catalogue.softmax import SharedSoftmax
 from recgpt_torchrec.config import Loss, Model, Pretrain, Tables, Train, TrainingBatch
+from recgpt_torchrec.data.candidates import Candidates
+from recgpt_torchrec.data.histories import join
+from recgpt_torchrec.data.packed import Capacity, pack_histories
 from recgpt_torchrec.distributed.processes import process_group
 from recgpt_torchrec.model import shared_loss, waiting
+from recgpt_torchrec.model.dense import Dense
 from recgpt_torchrec.training.meter import LOG_EVERY
 from recgpt_torchrec.training.schedule import Schedule
+from tests.model.test_no_leaks import INPUTS, ITEMS, LONGEST, USERS, draw
 from tests.support import walks, write_dataset
 
 WAITING_OPERATIONS = {
     "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim",
-    "aten::unique_consecutive", "aten::equal", "aten::is_nonzero", "aten::repeat_interleave.Tensor",
+    "aten::unique_consecutive", "aten::equal", "aten::is_nonzero", "aten::repeat_interleave.Tensor", "aten::lift_fresh",
 }  # fmt: skip
-"""Operations that read a value of the device to go on: the size of their result, or a number for Python."""
+"""Operations that read a value of the device to go on: the size of their result, or a number for Python. `lift_fresh`:
+a tensor is made of numbers of Python, and would be copied from memory that is not pinned."""
 WAITING_METHODS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
 ON_HOST = ("recgpt_torchrec/data/", "recgpt_torchrec/distributed/lockstep.py")
 FIRST, LAST = LOG_EVERY + 2, LOG_EVERY + 12
@@ -134,3 +142,27 @@ def test_the_loss_over_the_candidates_of_all_ranks_waits_for_nothing(monkeypatch
         with waits:
             softmax(h, positive, candidates, batch, torch.float32).backward()
     assert waits.operations > 30 and not waits.asked and candidates.grad is not None
+
+
+def test_a_step_with_all_inputs_waits_for_nothing(monkeypatch: Any) -> None:
+    """Features, attributes with dropout of ids, and feedback that enters apart."""
+    monkeypatch.setattr(waiting, "WITHOUT_WAITING", ())
+    rng = np.random.default_rng(0)
+    histories = join([draw(rng, user) for user in range(3)])
+    histories = replace(histories, weights=rng.random(histories.items.size).astype(np.float32))
+    batch, _ = pack_histories(
+        histories,
+        row_length=LONGEST,
+        capacity=Capacity(USERS, ITEMS),
+        predict=True,
+        draw=lambda _: Candidates(np.arange(9), np.zeros(9, np.float32)),
+        inputs=INPUTS,
+    )
+    model = Model(dim=8, heads=2, layers=1, max_len=LONGEST)
+    dense = Dense(model, Loss(candidates="sampled"), segments=True, inputs=replace(INPUTS, id_dropout=0.5)).train()
+    users, items, of_users, of_items = (torch.randn(n, 8, requires_grad=True) for n in (USERS, ITEMS, USERS, ITEMS))
+    waits = Waits()
+    with waits:
+        dense(users, items, items, batch, of_users, of_items)[0].backward()
+    assert waits.operations > 300 and not waits.asked
+    assert dense.decoder.refused is not None and dense.decoder.refused.at_input.grad is not None

@@ -1,12 +1,16 @@
-"""Whether a run may start from a checkpoint that reads other attributes: `pretrain --initial`."""
+"""Whether a run may start from a checkpoint that reads other attributes and features: `pretrain --initial`."""
 
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.errors import InputError
 
+OPTIONS = {"event": "--events.input true", "asked_event": "--events.ask true"}
+"""What makes a run read a feature; others are named by --time.use."""
+
 
 def check_growth(earlier: Inputs, inputs: Inputs, checkpoint: str, dataset: Dataset) -> list[str]:
-    """Check that a run's attributes are those of a checkpoint, with the same values or more, and perhaps new ones.
+    """Check that a run's attributes and features are those of a checkpoint, with the same values or more, and perhaps
+    new ones.
 
     Args:
         earlier: what the checkpoint's model reads beside ids.
@@ -18,8 +22,16 @@ def check_growth(earlier: Inputs, inputs: Inputs, checkpoint: str, dataset: Data
         What grows, a line for each attribute.
 
     Raises:
-        InputError: an attribute is missing or not used, means other values, or is pooled in another way.
+        InputError: an attribute is missing or not used, means other values, or is pooled in another way; or a feature
+            is not used.
     """
+    features = {each.name for each in inputs.features}
+    if left_out := [each.name for each in earlier.features if each.name not in features]:
+        option = OPTIONS.get(left_out[0], f"--time.use {left_out[0]}")
+        raise InputError(
+            f"--initial: the checkpoint {checkpoint} reads {left_out[0]}, which the run leaves out; give {option}, or "
+            "leave --initial out"
+        )
     read = {each.table: each for each in inputs.attributes}
     present = {each.table: each for each in dataset.manifest.attributes}
     lines = []
