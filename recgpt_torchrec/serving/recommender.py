@@ -20,7 +20,6 @@ from recgpt_torchrec.data.ragged import Float32, Int64, Ragged
 from recgpt_torchrec.distributed.devices import choose_device
 from recgpt_torchrec.distributed.processes import silence_libraries
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.retrieval.fallback import find_popular
 from recgpt_torchrec.retrieval.interests import extend_interests
 from recgpt_torchrec.retrieval.merging import Lists, Merged, MergeRule, merge_rule
 from recgpt_torchrec.retrieval.search.restricted import RestrictedSearch
@@ -29,6 +28,7 @@ from recgpt_torchrec.serving.encoding import RequestEncoder
 from recgpt_torchrec.serving.histories import Read, RequestReader
 from recgpt_torchrec.serving.keys import UNKNOWN, Key, KeyTable
 from recgpt_torchrec.serving.names import ItemNames
+from recgpt_torchrec.serving.popular import Popular
 from recgpt_torchrec.serving.prompts import RequestPrompts
 from recgpt_torchrec.serving.requests import History, Time, is_one_history, make_requests
 from recgpt_torchrec.training.loading import load_unsharded
@@ -37,8 +37,6 @@ TOKENS = 2**14
 """Number of slots that are encoded at once."""
 CANDIDATES = 2**22
 """Maximum number of items that are held at once, as candidates or as items that are left out."""
-POPULAR = 1000
-"""Number of popular items that are kept for requests without a history."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +79,7 @@ class Recommender:
         self._users: KeyTable | None = None
         self._alike: Catalogue | None = None
         self._names: ItemNames | None = None
-        self._popular: tuple[Int64, Int64] | None = None
+        self._popular = Popular(dataset)
         self.dim = trained.config.dim
         """Length of a vector."""
         self.reads_attributes = bool(trained.inputs.of_entity("item"))
@@ -321,18 +319,7 @@ class Recommender:
         row: int,
     ) -> Recommendation:
         """The list of a request in whose history there is nothing that the model reads."""
-        if self._popular is None:
-            self._popular = find_popular(self.dataset, POPULAR, None, "count")
-        items, counts = self._popular
-        wanted = ~np.isin(items, np.concatenate([denied, excluded]))
-        if allowed is not None:
-            wanted &= np.isin(items, allowed)
-        if wanted.sum() < k and items.size < len(self._items):  # look among all
-            mask = np.ones(len(self._items), bool) if allowed is None else np.isin(np.arange(len(self._items)), allowed)
-            mask[denied] = mask[excluded] = False
-            items, counts = find_popular(self.dataset, k, mask, "count")
-            wanted = np.ones(items.size, bool)
-        items, counts = items[wanted][:k], counts[wanted][:k]
+        items, counts = self._popular.best(k, allowed, np.concatenate([denied, excluded]))
         skipped = len(read.unknown[row])
         why = "the history is empty" if not request.items else f"none of its {skipped} items is known"
         if request.items and skipped < len(request.items):
