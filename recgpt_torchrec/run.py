@@ -33,7 +33,10 @@ def main(config: RunAll) -> None:
             print(f"Already there: {output}")
         else:
             existed = storage.exists(output)
-            importlib.import_module(module_of(name)).main(built)
+            try:
+                importlib.import_module(module_of(name)).main(built)
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
             fresh = fresh or not existed or earlier.get(key) != record
             earlier[key] = record
             storage.make_folder(config.output)

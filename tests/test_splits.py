@@ -283,7 +283,8 @@ def test_a_finished_run_that_is_asked_for_more_epochs_names_the_way(prepared, ru
     assert stage("pretrain", options) == 2
     said = capfd.readouterr().err
     assert "--train.epochs: 1 there, 5 now" in said
-    assert f"start a run from it: --initial {runs['time']} --output NEW_RUN" in said
+    command = f"--data {prepared / 'time'} --initial {runs['time']} --output NEW_RUN --train.epochs 5"
+    assert f"start a run from it: python -m recgpt_torchrec.pretrain {command}" in said
     further = {**options, "--initial": runs["time"], "--output": tmp_path / "further", "--train.epochs": 1}
     assert stage("pretrain", further) == 0
 

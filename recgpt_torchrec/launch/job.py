@@ -9,11 +9,13 @@ import inspect
 import re
 import shlex
 import sys
+import threading
 from collections.abc import Callable
-from typing import Optional
+from typing import Any, Optional
 
 from torchx import specs
 from torchx.components import dist
+from torchx.schedulers.api import Stream
 from torchx.specs.finder import ComponentValidationException
 
 MEMORY_MB_PER_PROCESS = 4096
@@ -62,6 +64,7 @@ def make_job(
         mounts: mounts of a container, as in type=bind,src=/data,dst=/data,readonly
         debug: set PyTorch's flags for debugging distributed runs (slow)
     """
+    separate_output()
     try:
         processes = dist.parse_nnodes(j)[2]
     except ValueError as error:
@@ -90,6 +93,31 @@ def make_job(
     if cpu:
         role.env.setdefault("OMP_NUM_THREADS", str(max(1, cpu // processes)))
     return job
+
+
+def separate_output() -> None:
+    """Make `torchx run` print a local job's standard output to standard output, and its errors to standard error.
+
+    torchx prints both to standard error, where a pipe or a file does not get results. It has no option for it.
+    """
+    command = sys.modules.get("torchx.cli.cmd_run")
+    original = getattr(command, "get_logs", None)
+    if command is None or original is None or getattr(original, "separates", False):
+        return
+
+    def get_logs(identifier: str, **options: Any) -> None:
+        if not identifier.startswith("local"):
+            original(identifier=identifier, **options)
+            return
+        errors = threading.Thread(
+            target=original, kwargs={**options, "identifier": identifier, "streams": Stream.STDERR}, daemon=True
+        )
+        errors.start()
+        original(**{**options, "identifier": identifier, "file": sys.stdout, "streams": Stream.STDOUT})
+        errors.join()
+
+    get_logs.separates = True  # type: ignore[attr-defined]
+    command.get_logs = get_logs  # type: ignore[attr-defined]
 
 
 def require_one_process(stage_name: str, j: str | None) -> None:

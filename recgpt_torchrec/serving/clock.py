@@ -50,7 +50,7 @@ class Clock:
         Raises:
             InputError: it is no time, or its unit is not known.
         """
-        if isinstance(time, int) and not isinstance(time, bool):
+        if isinstance(time, int) and not isinstance(time, bool) and abs(time) < 2**63:
             return time
         if isinstance(time, datetime):
             time = (time if time.tzinfo is not None else time.replace(tzinfo=UTC)).isoformat()

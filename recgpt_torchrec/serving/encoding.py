@@ -1,9 +1,13 @@
 """Encodes histories of requests with a whole model in this process, in batches as large as the requests are."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from recgpt_torchrec.data.bags import ITEM, USER
 from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.packed import Capacity, pack_histories
 from recgpt_torchrec.data.ragged import Int64
@@ -22,7 +26,7 @@ class RequestEncoder:
         self.model, self.device = unwrapped(trained.model), device
         self.dense, self.max_len = unwrapped_dense(self.model), trained.config.max_len
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def encode(self, histories: Histories) -> Tensor:
         """[sequences, dim] float32 outputs at the newest entry of each history; none of them may be empty."""
         lengths = histories.lengths
@@ -59,9 +63,23 @@ def look_up_strangers(model: RecGPT, users: Int64, items: Int64, device: torch.d
     A stranger (-1) has the vector 0, as a user in training whose vector was dropped.
     """
     is_known = users != UNKNOWN
-    found = model.look_up(device, users=users[is_known], items=items)
+    found = _look_up(model, users[is_known], items, device)
     if is_known.all():
+        return found
+    vectors = found[1].new_zeros(users.size, found[1].shape[1])
+    vectors[torch.from_numpy(np.flatnonzero(is_known)).to(device)] = found[0]
+    return vectors, found[1]
+
+
+def _look_up(model: RecGPT, users: Int64, items: Int64, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Vectors of users and of items: through the collection of tables where attributes are pooled, else rows of two
+    whole tables, which takes a tenth of the time for a short history."""
+    if model.attributes is not None:
+        found = model.look_up(device, users=users, items=items)
         return found.users, found.items
-    vectors = found.items.new_zeros(users.size, found.items.shape[1])
-    vectors[torch.from_numpy(np.flatnonzero(is_known)).to(device)] = found.users
-    return vectors, found.items
+    tables: Any = model.tables.embedding_bags
+    of_users, of_items = (
+        F.embedding(torch.from_numpy(ids).to(device), tables[name].weight)
+        for name, ids in ((USER, users), (ITEM, items))
+    )
+    return of_users, of_items

@@ -20,15 +20,15 @@ from recgpt_torchrec.data.ragged import Float32, Int64, Ragged
 from recgpt_torchrec.distributed.devices import choose_device
 from recgpt_torchrec.distributed.processes import silence_libraries
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.retrieval.fallback import find_popular
 from recgpt_torchrec.retrieval.interests import extend_interests
-from recgpt_torchrec.retrieval.merging import Merged, MergeRule, merge_rule
+from recgpt_torchrec.retrieval.merging import Lists, Merged, MergeRule, merge_rule
 from recgpt_torchrec.retrieval.search.restricted import RestrictedSearch
 from recgpt_torchrec.retrieval.search.retriever import ExactSearch, Retriever, Search
 from recgpt_torchrec.serving.encoding import RequestEncoder
 from recgpt_torchrec.serving.histories import Read, RequestReader
 from recgpt_torchrec.serving.keys import UNKNOWN, Key, KeyTable
 from recgpt_torchrec.serving.names import ItemNames
+from recgpt_torchrec.serving.popular import Popular
 from recgpt_torchrec.serving.prompts import RequestPrompts
 from recgpt_torchrec.serving.requests import History, Time, is_one_history, make_requests
 from recgpt_torchrec.training.loading import load_unsharded
@@ -37,8 +37,6 @@ TOKENS = 2**14
 """Number of slots that are encoded at once."""
 CANDIDATES = 2**22
 """Maximum number of items that are held at once, as candidates or as items that are left out."""
-POPULAR = 1000
-"""Number of popular items that are kept for requests without a history."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +79,7 @@ class Recommender:
         self._users: KeyTable | None = None
         self._alike: Catalogue | None = None
         self._names: ItemNames | None = None
-        self._popular: tuple[Int64, Int64] | None = None
+        self._popular = Popular(dataset)
         self.dim = trained.config.dim
         """Length of a vector."""
         self.reads_attributes = bool(trained.inputs.of_entity("item"))
@@ -89,7 +87,12 @@ class Recommender:
 
     @classmethod
     def load(
-        cls, checkpoint: str, data: str | None = None, *, device: Device = "cpu", pretrained: str | None = None
+        cls,
+        checkpoint: str | os.PathLike[str],
+        data: str | os.PathLike[str] | None = None,
+        *,
+        device: Device = "cpu",
+        pretrained: str | None = None,
     ) -> "Recommender":
         """Load a model to answer requests.
 
@@ -254,7 +257,7 @@ class Recommender:
         vectors = np.zeros((requests, interests, self.dim), np.float32)
         histories = read.histories
         at_once = max(1, TOKENS // max(1, int(histories.lengths.max(initial=1)) + interests - 1))
-        with torch.no_grad():
+        with torch.inference_mode():
             for first in range(0, read.rows.size, at_once):
                 stop = min(first + at_once, read.rows.size)
                 part = histories.part(first, stop)
@@ -281,18 +284,11 @@ class Recommender:
         if read.rows.size:
             vectors = self._encode(read, len(requests), interests)[read.rows]
             assert read.histories.seen is not None
-            seen = Ragged.from_lists(
-                [
-                    [*read.histories.seen.values[start:stop], *excluded[row], *denied]
-                    for row, start, stop in zip(
-                        read.rows.tolist(),
-                        read.histories.seen.offsets[:-1].tolist(),
-                        read.histories.seen.offsets[1:].tolist(),
-                        strict=True,
-                    )
-                ]
-            )
-            lists = Retriever(search, k, lambda of_interests: rule.merge(of_interests, k)).lists(vectors, seen)
+            seen = read.histories.seen
+            if denied.size or any(each.size for each in excluded):
+                more = Ragged.from_lists([[*excluded[row], *denied] for row in read.rows.tolist()])
+                seen = _join_rows(seen, more)
+            lists = Retriever(search, k, lambda of_interests: _merge(of_interests, rule, k)).lists(vectors, seen)
             for place, row in enumerate(read.rows.tolist()):
                 answers[row] = self._name(lists, place, read.unknown[row], user_known=bool(users[row] != UNKNOWN))
         for row, answer in enumerate(answers):
@@ -323,18 +319,7 @@ class Recommender:
         row: int,
     ) -> Recommendation:
         """The list of a request in whose history there is nothing that the model reads."""
-        if self._popular is None:
-            self._popular = find_popular(self.dataset, POPULAR, None, "count")
-        items, counts = self._popular
-        wanted = ~np.isin(items, np.concatenate([denied, excluded]))
-        if allowed is not None:
-            wanted &= np.isin(items, allowed)
-        if wanted.sum() < k and items.size < len(self._items):  # look among all
-            mask = np.ones(len(self._items), bool) if allowed is None else np.isin(np.arange(len(self._items)), allowed)
-            mask[denied] = mask[excluded] = False
-            items, counts = find_popular(self.dataset, k, mask, "count")
-            wanted = np.ones(items.size, bool)
-        items, counts = items[wanted][:k], counts[wanted][:k]
+        items, counts = self._popular.best(k, allowed, np.concatenate([denied, excluded]))
         skipped = len(read.unknown[row])
         why = "the history is empty" if not request.items else f"none of its {skipped} items is known"
         if request.items and skipped < len(request.items):
@@ -379,6 +364,24 @@ def _choose_rule(merge: str, m: int, k: int, interests: int) -> tuple[MergeRule,
     if rule.interests is not None and rule.interests != interests:
         raise InputError(f"interests is {interests}, but two_step merges 2; give interests=2, or another rule")
     return rule, interests
+
+
+def _merge(lists: Lists, rule: MergeRule, k: int) -> Merged:
+    """One list per history; a single interest's is that list, whatever the rule."""
+    if lists.items.shape[1] > 1:
+        return rule.merge(lists, k)
+    items, scores = lists.items[:, 0], lists.scores[:, 0]
+    return Merged(items, scores, torch.where(items < 0, -1, 0))
+
+
+def _join_rows(first: Ragged, second: Ragged) -> Ragged:
+    """Each row of `first`, followed by the same row of `second`."""
+    both = Ragged(
+        np.concatenate([first.values, second.values]), np.append(first.offsets, second.offsets[1:] + first.offsets[-1])
+    )
+    rows = np.arange(first.rows)
+    taken = both.take(np.stack([rows, rows + first.rows], axis=1).ravel())
+    return Ragged(taken.values, taken.offsets[::2])
 
 
 def _check_whole(name: str, value: Any, least: int, most: int) -> None:

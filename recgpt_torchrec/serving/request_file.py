@@ -119,10 +119,10 @@ def _read_requests(path: str) -> Iterator[tuple[int, History]]:
                     )
                 try:
                     yield number, History.from_json(json.loads(line))
+                except InputError as error:  # also a ValueError
+                    raise InputError(f"--input {path}, line {number}: {error}") from None
                 except (ValueError, RecursionError) as error:
                     raise InputError(f"--input {path}, line {number} is no JSON object ({error})") from None
-                except InputError as error:
-                    raise InputError(f"--input {path}, line {number}: {error}") from None
     except OSError as error:
         raise InputError(f"--input {path} cannot be read: {error}") from None
 

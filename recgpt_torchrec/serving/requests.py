@@ -13,6 +13,10 @@ Time: TypeAlias = int | str | datetime
 """In the unit of the log's times, or an ISO date-time, UTC unless it has an offset."""
 
 
+LAST_PLACE = 2**15 - 1
+"""Largest place in a list that a dataset can store."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shown:
     """An item that was shown and not clicked."""
@@ -27,8 +31,9 @@ class Shown:
     event: str | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in FEEDBACK:
+        if not isinstance(self.kind, str) or self.kind not in FEEDBACK:
             raise InputError(f"the kind of the shown item {self.item!r} is {self.kind!r}; give {', '.join(FEEDBACK)}")
+        _check_place(self.place)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +73,11 @@ class History:
                 raise InputError(
                     f"a history has {len(self.items)} items and {len(value)} {name}; give one of {name} per item"
                 )
+        for place in self.places or ():
+            _check_place(place)
+        for word in (self.event, *(self.events or ())):
+            if word is not None and not isinstance(word, str):
+                raise InputError(f"the event type {word!r} of a history is no word; give one of the dataset's")
         for after in self.shown or ():
             if isinstance(after, (str, bytes)) or not isinstance(after, Sequence):
                 raise InputError(f"shown of a history has {after!r}; give a list for each item, empty where none was")
@@ -88,6 +98,11 @@ class History:
         if isinstance(given.get("shown"), list):
             given["shown"] = [_parse_shown(after) if isinstance(after, list) else after for after in given["shown"]]
         return cls(**given)
+
+
+def _check_place(place: Any) -> None:
+    if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place <= LAST_PLACE:
+        raise InputError(f"the place {place!r} is no whole number from 0 (unknown) to {LAST_PLACE}")
 
 
 def _parse_shown(after: list[Any]) -> list[Any]:

@@ -35,7 +35,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_dataset(folder / "plain", WALKS, items=30)
     assert stage("pretrain", {"--data": folder / "plain", "--output": folder / "pretrained", **TRAIN}) == 0
     run("generate_prompts", data=folder / "plain", checkpoint=folder / "pretrained", output=folder / "prompts")
-    tuned = {"--checkpoint": folder / "pretrained", "--data": folder / "prompts", "--output": folder / "tuned"}
+    tuned: dict[str, Any] = {
+        "--checkpoint": folder / "pretrained",
+        "--data": folder / "prompts",
+        "--output": folder / "tuned",
+    }
     assert stage("prompt_tune", {**tuned, **TUNE}) == 0
 
     log = folder / "feedback.csv"
@@ -47,9 +51,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     given = {"position_column": "place", "items": table, "item_attributes": "kind,title:text"}
     run("prepare", input=log, output=folder / "clicks", **clicks, **given)
     times = {"--time.use": ["past_gap", "next_gap", "hour", "weekday"]}
-    options = {"--data": folder / "clicks", "--output": folder / "feedback"}
+    options: dict[str, Any] = {"--data": folder / "clicks", "--output": folder / "feedback"}
     assert stage("pretrain", {**options, **TRAIN, **times, "--model.max_len": 8}) == 0
-    both = {"prompts__source": "both", "prompts__k": 3, "output": folder / "shown"}
+    both: dict[str, Any] = {"prompts__source": "both", "prompts__k": 3, "output": folder / "shown"}
     run("generate_prompts", data=folder / "clicks", checkpoint=folder / "feedback", **both)
     tuned = {"--checkpoint": folder / "feedback", "--data": folder / "shown", "--output": folder / "tuned_both"}
     assert stage("prompt_tune", {**tuned, **TUNE, "--tuning.places": "true"}) == 0
@@ -116,7 +120,7 @@ def test_vectors_and_lists_are_those_of_export_and_retrieve(folder: Path, kind: 
         assert stage("retrieve", {**options, "--interests": interests, "--merge": merge, "--output": output}) == 0
         table = pq.read_table(output / "lists").to_pylist()
         lists[interests] = {row["user_id"]: row["item_ids"] for row in table}
-    expected = {}
+    expected: dict[int, np.ndarray] = {}
     for batch in open_export(str(tmp_path / "vectors")).users():
         expected |= dict(zip(batch["user_id"].to_pylist(), vectors_of(batch), strict=True))
     recommender = Recommender.load(str(folder / kind), str(folder / DATA[kind]))
@@ -125,7 +129,7 @@ def test_vectors_and_lists_are_those_of_export_and_retrieve(folder: Path, kind: 
     requests = list(asked.values())
     vectors = recommender.encode(requests, interests=3)
     assert vectors.dtype == np.float32 and vectors.shape == (len(asked), 3, recommender.dim)
-    np.testing.assert_allclose(vectors, [expected[user] for user in asked], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(vectors, np.stack([expected[user] for user in asked]), rtol=0, atol=1e-5)
     np.testing.assert_allclose(recommender.encode(requests[3], interests=2), vectors[3:4, :2], rtol=0, atol=1e-5)
     items = keys_of(folder / DATA[kind], "item")
     for interests in (1, 3):
