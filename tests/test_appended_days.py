@@ -14,8 +14,10 @@ import torch
 
 from recgpt_torchrec import pretrain
 from recgpt_torchrec.checkpoints.folder import find_checkpoint
-from recgpt_torchrec.config import Pretrain
+from recgpt_torchrec.config import Pretrain, TimeChoice
+from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.planning.workload import Workload
 from recgpt_torchrec.retrieval.exports.reading import open_export
 from tests.preparation.prepare_helpers import Row, random_log
 from tests.preparation.test_append import append_day
@@ -144,6 +146,14 @@ def test_the_export_of_a_folder_of_days_has_each_user_once_with_the_newest_histo
     assert stage("retrieve", lists) == 0
     for row in pq.read_table(tmp_path / "lists/lists").to_pylist():
         assert not {*row["item_ids"]} & {*newest[row["user_id"]][1]}
+
+
+def test_a_folder_of_days_is_planned_for_as_everything_in_it(folder):
+    workload = Workload.of(Plan(data=str(folder / "data"), gpu="cpu", time=TimeChoice(use=["past_gap"])))
+    manifest = Dataset.open(str(folder / "data")).manifest
+    assert (workload.users, workload.items) == (manifest.users, manifest.items)
+    assert workload.plan.interactions == manifest.interactions and workload.inputs.reads("past_gap")
+    assert workload.history == pytest.approx(manifest.interactions / manifest.users - 1)
 
 
 def test_prompts_of_a_folder_of_days_have_each_user_once(folder, tmp_path):

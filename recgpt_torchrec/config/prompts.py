@@ -85,7 +85,8 @@ class Tuning:
     ones, and in datasets prepared before what was shown after the newest interaction was kept."""
     soft_targets: float = 0.0
     """Share of each target's weight, 0 to 1, that is spread over the stored answers of the pre-trained model; above 0
-    it needs a dataset generated with --prompts.answers."""
+    it needs a dataset generated with --prompts.answers. The share of an answer that is never a negative (one that was
+    never trained, with attributes or in_batch) stays with the target."""
     places: bool = False
     """Whether the model reads the place in the list in which an item was shown (prepare --position_column)."""
     output_table: bool = True

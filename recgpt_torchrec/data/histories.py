@@ -35,7 +35,7 @@ class Histories:
     offsets: Int64
     """[sequences + 1] int64."""
     segments: npt.NDArray[np.int8] | None = _per_entry()
-    """[entries] int8: 0 interacted, 1 generated, 2 shown but not clicked; None: all interacted."""
+    """[entries] int8, see `data.segments`; None: all interacted."""
     answers: Int64 | None = _per_entry()
     """[entries, answers] int64: items that the pre-trained model ranks high after each entry, best first; -1: none."""
     answer_scores: npt.NDArray[np.float32] | None = _per_entry()

@@ -91,7 +91,7 @@ class BatchMaker:
 
     @property
     def negatives(self) -> npt.NDArray[np.bool_] | None:
-        """[items] bool: whether an item may be a negative that was trained; None: all may."""
+        """[items] bool: whether an item may be a negative; None: all may."""
         if self.attributes is not None and self.attributes.items.trained is not None:
             return self.attributes.items.trained
         return None if self.source is None else self.source.ever
@@ -120,15 +120,14 @@ class BatchMaker:
         cursor, source = cursor or Cursor(), self.source if self.training else None
         seed = () if source is None else source.seed
         rng = np.random.default_rng((self.seed, epoch, cursor.worker, cursor.batches, 3, *seed))
-        trained = None if self.attributes is None else self.attributes.items.trained
-        inputs, hidden = self.reader.inputs, None
+        inputs, hidden, negatives = self.reader.inputs, None, self.negatives
         if self.training and inputs.ask_dropout and inputs.reads("asked_event"):
             hidden = draw_hidden(histories, inputs.ask_dropout, self.seed, epoch)
 
         def draw(targets: Int64) -> Candidates:
             assert source is not None
             drawn = source.draw(targets, rng)
-            return drawn if trained is None else leave_out_untrained(drawn, trained)
+            return drawn if negatives is None else leave_out_untrained(drawn, negatives)
 
         return make_batch(
             histories,
@@ -138,7 +137,7 @@ class BatchMaker:
             predict_from=self.predict_from,
             max_position=self.max_len - 1,
             soft_targets=self.soft_targets,
-            negatives=self.negatives,
+            negatives=negatives,
             draw=None if source is None else draw,
             inputs=inputs,
             hidden=hidden,

@@ -134,10 +134,12 @@ def bce_loss(
     """Sum over targets of the paper's binary cross-entropy (equation 4), with `negatives` negatives each (O^-).
 
     Target number t takes the `negatives` candidates from number t * negatives on, wrapping around; they come in random
-    order. A candidate that is the target does not count. Shapes and dtypes as in `softmax_loss`.
+    order. A candidate that is the target does not count, and where there are none, only the target does. Shapes and
+    dtypes as in `softmax_loss`.
     """
     h, positive, candidates = h.float(), positive.float(), candidates.float()
     targets, count = h.shape[0], candidates.shape[0]
+    negatives = negatives if count else 0
     index = torch.arange(targets * negatives, device=h.device).reshape(targets, negatives) % max(count, 1)
     scores = (h[:, None] * candidates[index]).sum(-1)
     is_negative = (index != target_index[:, None]).float()

@@ -11,6 +11,7 @@ from recgpt_torchrec.config.defaults import MOST, tokens_of_rank, tokens_of_step
 from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.tables import is_of_users
 from recgpt_torchrec.data.dataset import Dataset, Manifest
+from recgpt_torchrec.data.days.opening import find_manifest
 from recgpt_torchrec.data.inputs.choosing import choose_inputs
 from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.packed import Capacity
@@ -44,13 +45,13 @@ class Workload:
         Raises:
             InputError: the dataset is missing or damaged, or a batch does not hold the longest history.
         """
-        plan = with_sizes_of_data(plan)
-        assert plan.users is not None
         inputs, several = Inputs(), frozenset[str]()
         if plan.data is not None:
-            dataset = Dataset(path=plan.data, manifest=Manifest.read(plan.data))
-            inputs = choose_inputs(plan, dataset)
-            several = frozenset(each.table for each in dataset.manifest.attributes if each.multiple)
+            manifest, files, newest = find_manifest(plan.data)
+            dataset = Dataset(path=plan.data, manifest=manifest, files=files, newest=newest)
+            plan, inputs = with_sizes_of(plan, manifest), choose_inputs(plan, dataset)
+            several = frozenset(each.table for each in manifest.attributes if each.multiple)
+        assert plan.users is not None
         tokens, device = plan.batch.tokens, "cpu" if plan.gpu == "cpu" else "cuda"
         if tokens == "auto":
             epoch = cls(plan, 0).epoch_tokens or MOST[device] * plan.ranks * 10**6
@@ -185,23 +186,22 @@ class Workload:
         return None if epoch is None else max(1.0, epoch / (self.tokens * self.plan.ranks))
 
 
-def with_sizes_of_data(plan: Plan) -> Plan:
-    """The options with the sizes of the dataset `--data`, where there is one and they are not given.
+def with_sizes_of(plan: Plan, manifest: Manifest) -> Plan:
+    """The options with the sizes of the dataset `--data`, where they are not given.
 
     Raises:
-        InputError: the dataset is missing or damaged, or holds nothing.
+        InputError: the dataset holds nothing.
     """
-    if plan.data is None:
-        return plan
-    manifest = Manifest.read(plan.data)
     if not (manifest.users and manifest.items):
         raise InputError(f"{plan.data} has no users or no items; prepare a log with interactions in it")
-    targets = manifest.count_training_tokens(plan.model.max_len, prompts=False)
-    own = plan.items is None and plan.users is None
+    own, history = plan.items is None and plan.users is None, plan.history
+    if history is None and manifest.day is None:  # a day counts the targets that it added alone
+        targets = manifest.count_training_tokens(plan.model.max_len, prompts=False)
+        history = max(1.0, targets / max(sum(part.rows for part in manifest.sequences), 1))
     return replace(
         plan,
         items=plan.items or manifest.items,
         users=plan.users or manifest.users,
         interactions=plan.interactions or (manifest.interactions if own else None),
-        history=plan.history or max(1.0, targets / max(sum(part.rows for part in manifest.sequences), 1)),
+        history=history,
     )

@@ -228,12 +228,3 @@ def empty_rows(table: pa.Table, rows: Iterable[int]) -> pa.Table:
         kind = table.schema.field(name).type
         columns[name] = pc.if_else(mask, table[name], pa.scalar([] if pa.types.is_list(kind) else 0, kind))
     return pa.table(columns)
-
-
-def read_group(dataset: Dataset, group: RowGroup, answers: int = 0, times: bool = False) -> pa.Table:
-    """The rows of one row group, every value checked (see `Reader`).
-
-    Raises:
-        InputError: a row is damaged; names the part, the row group and the row.
-    """
-    return Reader(dataset, answers, times).read(group).table
