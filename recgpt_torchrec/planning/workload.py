@@ -11,6 +11,8 @@ from recgpt_torchrec.config.defaults import MOST, tokens_of_rank, tokens_of_step
 from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.tables import is_of_users
 from recgpt_torchrec.data.dataset import Dataset, Manifest
+from recgpt_torchrec.data.days.opening import read_days
+from recgpt_torchrec.data.days.records import Days
 from recgpt_torchrec.data.inputs.choosing import choose_inputs
 from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.packed import Capacity
@@ -48,7 +50,7 @@ class Workload:
         assert plan.users is not None
         inputs, several = Inputs(), frozenset[str]()
         if plan.data is not None:
-            dataset = Dataset(path=plan.data, manifest=Manifest.read(plan.data))
+            dataset = Dataset(path=plan.data, manifest=_read_manifest(plan.data))
             inputs = choose_inputs(plan, dataset)
             several = frozenset(each.table for each in dataset.manifest.attributes if each.multiple)
         tokens, device = plan.batch.tokens, "cpu" if plan.gpu == "cpu" else "cuda"
@@ -193,7 +195,7 @@ def with_sizes_of_data(plan: Plan) -> Plan:
     """
     if plan.data is None:
         return plan
-    manifest = Manifest.read(plan.data)
+    manifest = _read_manifest(plan.data)
     if not (manifest.users and manifest.items):
         raise InputError(f"{plan.data} has no users or no items; prepare a log with interactions in it")
     targets = manifest.count_training_tokens(plan.model.max_len, prompts=False)
@@ -205,3 +207,13 @@ def with_sizes_of_data(plan: Plan) -> Plan:
         interactions=plan.interactions or (manifest.interactions if own else None),
         history=plan.history or max(1.0, targets / max(sum(part.rows for part in manifest.sequences), 1)),
     )
+
+
+def _read_manifest(path: str) -> Manifest:
+    """The manifest of a dataset; of a folder of days, that of its newest day, which `pretrain` trains next.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    days = Days.read(path)
+    return Manifest.read(path) if days is None else read_days(path, days)[-1]

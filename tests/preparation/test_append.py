@@ -328,6 +328,20 @@ def test_days_carry_event_types_and_tables_of_attributes_as_of_each_day(tmp_path
     items = [["x,red", "y,blue"], ["x,green", "y,blue", "z,red"]]
     users = [["a,north", "b,south"], ["a,south", "b,south"]]
     found = []
+
+    def options(day: int, tables: int) -> Prepare:
+        return Prepare(
+            append=True,
+            input=[str(tmp_path / f"log{day}.csv")],
+            output=str(tmp_path / "data"),
+            hold_out="none",
+            event_column="kind",
+            items=[str(tmp_path / f"items{tables}.csv")],
+            item_attributes=["colour"],
+            users=[str(tmp_path / f"users{tables}.csv")],
+            user_attributes=["region"],
+        )
+
     for day, (log, item_rows, user_rows) in enumerate(zip(logs, items, users, strict=True), 1):
         for name, header, rows in (
             ("log", "user_id,item_id,timestamp,kind", log),
@@ -335,19 +349,7 @@ def test_days_carry_event_types_and_tables_of_attributes_as_of_each_day(tmp_path
             ("users", "user_id,region", user_rows),
         ):
             (tmp_path / f"{name}{day}.csv").write_text("\n".join([header, *rows]) + "\n")
-        append(
-            Prepare(
-                append=True,
-                input=[str(tmp_path / f"log{day}.csv")],
-                output=str(tmp_path / "data"),
-                hold_out="none",
-                event_column="kind",
-                items=[str(tmp_path / f"items{day}.csv")],
-                item_attributes=["colour"],
-                users=[str(tmp_path / f"users{day}.csv")],
-                user_attributes=["region"],
-            )
-        )
+        append(options(day, day))
         manifest = Dataset.open(str(tmp_path / "data")).manifest
         values: dict[str, Any] = {}
         for attribute in manifest.attributes:
@@ -365,3 +367,6 @@ def test_days_carry_event_types_and_tables_of_attributes_as_of_each_day(tmp_path
         for row in pq.read_table(tmp_path / "data/days/0002/sequences").to_pylist()
     }
     assert events == {"a": ["view", "gift", "view", "buy"], "b": ["buy", "view"]}
+    assert append(options(2, 2)).already_there
+    with pytest.raises(InputError, match=r"log2.csv: .* has it already, as day 2, with other tables of attributes"):
+        append(options(2, 1))
