@@ -11,7 +11,7 @@ from recgpt_torchrec.config.defaults import MOST, tokens_of_rank, tokens_of_step
 from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.tables import is_of_users
 from recgpt_torchrec.data.dataset import Dataset, Manifest
-from recgpt_torchrec.data.days.opening import read_days
+from recgpt_torchrec.data.days.opening import find_manifest, read_days
 from recgpt_torchrec.data.days.records import Days
 from recgpt_torchrec.data.inputs.choosing import choose_inputs
 from recgpt_torchrec.data.inputs.spec import Inputs
@@ -50,7 +50,7 @@ class Workload:
         assert plan.users is not None
         inputs, several = Inputs(), frozenset[str]()
         if plan.data is not None:
-            dataset = Dataset(path=plan.data, manifest=_read_manifest(plan.data))
+            dataset = _open_dataset(plan.data)
             inputs = choose_inputs(plan, dataset)
             several = frozenset(each.table for each in dataset.manifest.attributes if each.multiple)
         tokens, device = plan.batch.tokens, "cpu" if plan.gpu == "cpu" else "cuda"
@@ -195,7 +195,7 @@ def with_sizes_of_data(plan: Plan) -> Plan:
     """
     if plan.data is None:
         return plan
-    manifest = _read_manifest(plan.data)
+    manifest = _open_dataset(plan.data).manifest
     if not (manifest.users and manifest.items):
         raise InputError(f"{plan.data} has no users or no items; prepare a log with interactions in it")
     targets = manifest.count_training_tokens(plan.model.max_len, prompts=False)
@@ -209,11 +209,14 @@ def with_sizes_of_data(plan: Plan) -> Plan:
     )
 
 
-def _read_manifest(path: str) -> Manifest:
-    """The manifest of a dataset; of a folder of days, that of its newest day, which `pretrain` trains next.
+def _open_dataset(path: str) -> Dataset:
+    """A dataset, of which the manifest alone is read; of a folder of days the newest day, as `pretrain` trains it.
 
     Raises:
-        InputError: there is none, or it is damaged.
+        InputError: there is none, or its manifest is damaged.
     """
     days = Days.read(path)
-    return Manifest.read(path) if days is None else read_days(path, days)[-1]
+    if days is not None:
+        return Dataset(path=path, manifest=read_days(path, days)[-1])
+    manifest, files, _ = find_manifest(path)
+    return Dataset(path=path, manifest=manifest, files=files)

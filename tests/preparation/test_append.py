@@ -314,6 +314,23 @@ def test_shown_rows_stay_between_interactions_of_different_days(tmp_path):
     }
 
 
+def test_a_later_day_need_not_have_rows_of_every_word_of_the_options(tmp_path):
+    def append_rows(day: int, rows: list[str]) -> int:
+        (tmp_path / f"{day}.csv").write_text("user_id,item_id,timestamp,what\n" + "\n".join(rows) + "\n")
+        words = {"click_values": ["click", "buy"], "dislike_values": ["hide"]}
+        options: dict[str, Any] = {"click_column": "what", "hold_out": "none", **words}
+        config = Prepare(append=True, input=[str(tmp_path / f"{day}.csv")], output=str(tmp_path / "data"), **options)
+        return append(config).manifest.interactions
+
+    with pytest.raises(InputError, match="no row has 'buy'"):
+        append_rows(1, ["a,x,1,click", "a,y,2,hide"])
+    assert append_rows(1, ["a,x,1,click", "a,y,2,hide", "a,y,3,buy"]) == 2
+    assert append_rows(2, ["a,x,4,click", "a,y,5,show"]) == 3
+    assert append_rows(3, ["a,y,6,buy"]) == 4
+    with pytest.raises(InputError, match="no row has 'click' or 'buy'"):
+        append_rows(4, ["a,y,7,hide"])
+
+
 def test_a_damaged_list_of_days_is_told(tmp_path):
     append_day(tmp_path, [("a", "x", 1), ("b", "y", 2)], 1)
     path = tmp_path / "data/days.json"

@@ -63,7 +63,7 @@ def append(config: Prepare) -> Result:
     with open_engine(config) as engine:
         assert isinstance(engine, DuckDBEngine)
         known = [] if folder.newest is None else folder.newest.manifest.events
-        log = read_log(engine, config, inputs, known)
+        log = read_log(engine, config, inputs, known, is_later_day=folder.newest is not None)
         manifest = Day(engine, config, log, folder, files, tables, table_files).write()
     folder.commit()
     return Result(manifest=manifest, seconds=time.monotonic() - began)
