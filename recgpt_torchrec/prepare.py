@@ -36,10 +36,7 @@ def summary(config: Prepare, result: Result) -> str:
         lines.append(f"{f'{config.min_count}-core' if number == 1 else '':<11} round {number} removed {removed}")
     if not rounds:
         lines.append(f"{f'{config.min_count}-core':<11} removed nothing")
-    if events := record.get("events"):
-        counts = [f"{word} {count:,}" for word, count in events["rows"].items()]
-        counts += [f"unknown {events['unknown']:,}"] if events["unknown"] else []
-        lines.append(line("events", f"{', '.join(counts)} ({config.event_column})"))
+    lines += describe_events(config, record)
     if exposed := record.get("exposed"):
         lines.append(
             f"shown       {exposed['rows']:,} rows were not clicked; {exposed['left']:,} kept after an interaction"
@@ -81,6 +78,15 @@ def summary(config: Prepare, result: Result) -> str:
     more = " --initial EARLIER_RUN --targets new, with the --config and the options of that run" if extends else ""
     lines.append(f"next        python -m recgpt_torchrec.pretrain --data {config.output} --output RUN_FOLDER{more}")
     return "\n".join(lines)
+
+
+def describe_events(config: Prepare, record: dict[str, Any]) -> list[str]:
+    """How many rows of each event type were read, where there are types."""
+    if not (events := record.get("events")):
+        return []
+    counts = [f"{word} {count:,}" for word, count in events["rows"].items()]
+    counts += [f"unknown {events['unknown']:,}"] if events["unknown"] else []
+    return [line("events", f"{', '.join(counts)} ({config.event_column})")]
 
 
 def describe_ids(manifest: Manifest) -> list[str]:
@@ -137,6 +143,7 @@ def summarize_day(config: Prepare, result: Result) -> str:
         )
     if "repeats_collapsed" in record:
         lines.append(line("repeats", f"{record['repeats_collapsed']:,} of the item just before, collapsed"))
+    lines += describe_events(config, record)
     extends = record.get("extends", {"users": 0, "items": 0})
     rows = sum(part.rows for part in manifest.sequences)
     lines += [

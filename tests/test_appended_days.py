@@ -166,6 +166,14 @@ def test_prompts_of_a_folder_of_days_have_each_user_once(folder, tmp_path):
     assert stage("prompt_tune", {**tune, "--train.epochs": 1, "--batch.tokens": 200}) == 0
 
 
+def test_plan_takes_the_sizes_of_the_newest_day(folder, capfd):
+    manifest = Dataset.open(str(folder / "data")).manifest
+    assert (
+        stage("plan", {"--data": folder / "data", "--gpu": "cpu", "--gpus": 1, "--peak": 1, "--hbm_bandwidth": 9}) == 0
+    )
+    assert f"{manifest.items} items, {manifest.users} users on 1 rank" in capfd.readouterr().out
+
+
 def test_what_does_not_fit_a_folder_of_days_is_refused(folder, tmp_path, capfd):
     def said() -> str:
         return " ".join(capfd.readouterr().err.split())

@@ -19,6 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipelines.feedback import keys_of  # noqa: E402
 from recgpt_torchrec.data.dataset import Dataset  # noqa: E402
+from recgpt_torchrec.data.reading.reader import Reader  # noqa: E402
+from recgpt_torchrec.data.segments import INTERACTED  # noqa: E402
+from recgpt_torchrec.data.windows import row_groups  # noqa: E402
+from recgpt_torchrec.errors import InputError  # noqa: E402
 
 
 def keep_newest(dataset: Dataset, share: float, keep: int, seed: int) -> tuple[pa.Table, int]:
@@ -27,6 +31,9 @@ def keep_newest(dataset: Dataset, share: float, keep: int, seed: int) -> tuple[p
     Returns:
         log: user_id, item_id, timestamp; users in the order of the dataset.
         users: number of users that were drawn.
+
+    Raises:
+        InputError: the dataset is damaged, or has no timestamps.
     """
     count = dataset.manifest.users
     rare = np.zeros(count, dtype=bool)
@@ -37,10 +44,18 @@ def keep_newest(dataset: Dataset, share: float, keep: int, seed: int) -> tuple[p
     users: list[str] = []
     items: list[str] = []
     times: list[int] = []
-    for part in dataset.manifest.sequences:
-        with dataset.open_part(part) as parquet:
-            table = parquet.read(columns=["user_id", "item_ids", "timestamps"]).to_pydict()
-        for user, entries, moments in zip(*table.values(), strict=True):
+    for group in row_groups(dataset):
+        table = Reader(dataset, times=True).read(group).table
+        if "timestamps" not in table.schema.names:
+            raise InputError(f"{dataset.path} has no timestamps; prepare a log with --time_column")
+        names = ["user_id", "item_ids", "timestamps"]
+        segments = table["segment_ids"].to_pylist() if "segment_ids" in table.schema.names else [None] * table.num_rows
+        for (user, entries, moments), kinds in zip(
+            zip(*table.select(names).to_pydict().values(), strict=True), segments, strict=True
+        ):
+            if kinds is not None:  # what was shown is no interaction
+                chosen = [place for place, kind in enumerate(kinds) if kind == INTERACTED]
+                entries, moments = [entries[place] for place in chosen], [moments[place] for place in chosen]
             kept = slice(max(len(entries) - keep, 0) if rare[user] else 0, None)
             users += [user_keys[user]] * len(entries[kept])
             items += [item_keys[item] for item in entries[kept]]
@@ -59,7 +74,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not 0 <= options.share <= 1 or options.keep < 3 or not options.output.endswith(".parquet"):
         parser.error("--share is from 0 to 1, --keep at least 3, and --output ends in .parquet")
-    log, users = keep_newest(Dataset.open(options.data), options.share, options.keep, options.seed)
+    try:
+        log, users = keep_newest(Dataset.open(options.data), options.share, options.keep, options.seed)
+    except InputError as error:
+        parser.error(str(error))
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(log, options.output)
     print(
         f"wrote {options.output}: {log.num_rows:,} interactions; {users:,} users have the newest {options.keep} alone",

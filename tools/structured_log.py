@@ -51,6 +51,8 @@ GROUP = 10
 """Items of a group, in the structure `events`."""
 SERIES, CELLS = 20, 8
 """Items of a series, and cells of time (four blocks of six hours, on weekends or not), in the structure `time`."""
+FEWEST = 2 * SERIES * CELLS
+"""Smallest number of items: two series for each cell."""
 PAUSE = 43_200
 """Seconds from which on a pause ends a visit."""
 EVENTS = ("view", "buy")
@@ -323,7 +325,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(
         f"wrote {folder}: {truth['rows']:,} events of {options.users:,} users over {options.items:,} items; the best "
         f"possible ranker has {truth['best']}; next: python -m recgpt_torchrec.prepare --input {folder}/log.parquet "
-        "--min_count 1 --output DIR",
+        f"--items {folder}/items.parquet --item_attributes category,brand,tags --users {folder}/users.parquet "
+        "--user_attributes country,age:number --event_column event --min_count 1 --output DIR",
         file=sys.stderr,
     )
 
@@ -334,15 +337,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--structure", required=True, choices=list(ITEMS), help="what decides the next item")
     parser.add_argument("--output", required=True, help="folder of the log and its tables")
     parser.add_argument("--users", type=int, default=3000, help="number of users (default: 3000)")
-    parser.add_argument("--items", type=int, help=f"number of items (default by structure: {ITEMS})")
+    defaults = ", ".join(f"{items:,} for {structure}" for structure, items in ITEMS.items())
+    parser.add_argument("--items", type=int, help=f"number of items, at least {FEWEST} (default: {defaults})")
     parser.add_argument("--mean_events", type=float, default=20, help="events per user, at least 5 (default: 20)")
     parser.add_argument("--follow", type=float, default=0.85, help="probability that the rule holds (default: 0.85)")
     parser.add_argument("--leave", type=float, default=0.3, help="probability of a long pause (default: 0.3)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
     options = parser.parse_args(arguments)
-    options.items = options.items or ITEMS[options.structure]
-    if options.users < 1 or options.items < 2 * SERIES * CELLS or options.mean_events < 5 or options.seed < 0:
-        parser.error(f"there must be a user, {2 * SERIES * CELLS} items, 5 events per user, and a seed of at least 0")
+    options.items = ITEMS[options.structure] if options.items is None else options.items
+    for name, fewest in (("users", 1), ("items", FEWEST), ("mean_events", 5), ("seed", 0)):
+        if not getattr(options, name) >= fewest:
+            parser.error(f"--{name} {getattr(options, name)} must be at least {fewest}")
     if not (0 <= options.follow <= 1 and 0 <= options.leave <= 1):
         parser.error("--follow and --leave are probabilities, from 0 to 1")
     return options

@@ -40,7 +40,7 @@ def main() -> None:
     # This logger's only message, "failed (exitcode: ...)", would repeat the line printed below.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     renew_store_at_each_start()
-    args = run.parse_args(sys.argv[1:])
+    args = run.parse_args(guard_arguments(sys.argv[1:]))
     if args.nproc_per_node.isdigit():
         os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_process(available_cores(), int(args.nproc_per_node))))
     if "SIGUSR1" not in args.signals_to_handle:
@@ -61,6 +61,15 @@ def main() -> None:
         print(f"{args.training_script} was ended by {name}; exit status {status}", file=sys.stderr, flush=True)
     time.sleep(LAST_WORDS_SECONDS)
     sys.exit(status)
+
+
+def guard_arguments(words: list[str]) -> list[str]:
+    """The words with `--` before the module, so that torchrun does not take the module's options for its own.
+
+    Python 3.11's argparse looks at all words, and torchrun's would call `--event buy` a short form of several options.
+    """
+    place = words.index("-m") + 1 if "-m" in words else len(words)
+    return words if place == len(words) or words[place] == "--" else [*words[:place], "--", *words[place:]]
 
 
 def renew_store_at_each_start() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed import run
 from torchx.runner import get_runner
 from torchx.specs.builders import materialize_appdef
 from torchx.specs.finder import ComponentValidationException, get_component, get_components
@@ -157,6 +158,14 @@ def test_processes_share_the_cores_of_the_node(stand_in):
     assert done.returncode == 0, done.stderr
     threads = max(1, node.available_cores() // 2)
     assert done.stdout.count(f"threads {threads} python {sys.executable}") == 2
+
+
+def test_options_of_a_stage_are_not_taken_for_torchruns():
+    words = ["recgpt_torchrec.export", "--event", "buy", "--m", "7", "-m", "--", "x"]
+    args = run.parse_args(node.guard_arguments(["--nproc-per-node", "2", "-m", *words]))
+    assert (args.module, args.nproc_per_node) == (True, "2")
+    assert [args.training_script, *args.training_script_args] == words
+    assert node.guard_arguments(["train.py"]) == ["train.py"]
 
 
 def test_threads_are_an_even_share_and_never_none():

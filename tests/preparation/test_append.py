@@ -314,6 +314,23 @@ def test_shown_rows_stay_between_interactions_of_different_days(tmp_path):
     }
 
 
+def test_a_later_day_need_not_have_rows_of_every_word_of_the_options(tmp_path):
+    def append_rows(day: int, rows: list[str]) -> int:
+        (tmp_path / f"{day}.csv").write_text("user_id,item_id,timestamp,what\n" + "\n".join(rows) + "\n")
+        words = {"click_values": ["click", "buy"], "dislike_values": ["hide"]}
+        options: dict[str, Any] = {"click_column": "what", "hold_out": "none", **words}
+        config = Prepare(append=True, input=[str(tmp_path / f"{day}.csv")], output=str(tmp_path / "data"), **options)
+        return append(config).manifest.interactions
+
+    with pytest.raises(InputError, match="no row has 'buy'"):
+        append_rows(1, ["a,x,1,click", "a,y,2,hide"])
+    assert append_rows(1, ["a,x,1,click", "a,y,2,hide", "a,y,3,buy"]) == 2
+    assert append_rows(2, ["a,x,4,click", "a,y,5,show"]) == 3
+    assert append_rows(3, ["a,y,6,buy"]) == 4
+    with pytest.raises(InputError, match="no row has 'click' or 'buy'"):
+        append_rows(4, ["a,y,7,hide"])
+
+
 def test_a_damaged_list_of_days_is_told(tmp_path):
     append_day(tmp_path, [("a", "x", 1), ("b", "y", 2)], 1)
     path = tmp_path / "data/days.json"
@@ -328,6 +345,20 @@ def test_days_carry_event_types_and_tables_of_attributes_as_of_each_day(tmp_path
     items = [["x,red", "y,blue"], ["x,green", "y,blue", "z,red"]]
     users = [["a,north", "b,south"], ["a,south", "b,south"]]
     found = []
+
+    def options(day: int, tables: int) -> Prepare:
+        return Prepare(
+            append=True,
+            input=[str(tmp_path / f"log{day}.csv")],
+            output=str(tmp_path / "data"),
+            hold_out="none",
+            event_column="kind",
+            items=[str(tmp_path / f"items{tables}.csv")],
+            item_attributes=["colour"],
+            users=[str(tmp_path / f"users{tables}.csv")],
+            user_attributes=["region"],
+        )
+
     for day, (log, item_rows, user_rows) in enumerate(zip(logs, items, users, strict=True), 1):
         for name, header, rows in (
             ("log", "user_id,item_id,timestamp,kind", log),
@@ -335,19 +366,7 @@ def test_days_carry_event_types_and_tables_of_attributes_as_of_each_day(tmp_path
             ("users", "user_id,region", user_rows),
         ):
             (tmp_path / f"{name}{day}.csv").write_text("\n".join([header, *rows]) + "\n")
-        append(
-            Prepare(
-                append=True,
-                input=[str(tmp_path / f"log{day}.csv")],
-                output=str(tmp_path / "data"),
-                hold_out="none",
-                event_column="kind",
-                items=[str(tmp_path / f"items{day}.csv")],
-                item_attributes=["colour"],
-                users=[str(tmp_path / f"users{day}.csv")],
-                user_attributes=["region"],
-            )
-        )
+        append(options(day, day))
         manifest = Dataset.open(str(tmp_path / "data")).manifest
         values: dict[str, Any] = {}
         for attribute in manifest.attributes:
@@ -365,3 +384,6 @@ def test_days_carry_event_types_and_tables_of_attributes_as_of_each_day(tmp_path
         for row in pq.read_table(tmp_path / "data/days/0002/sequences").to_pylist()
     }
     assert events == {"a": ["view", "gift", "view", "buy"], "b": ["buy", "view"]}
+    assert append(options(2, 2)).already_there
+    with pytest.raises(InputError, match=r"log2.csv: .* has it already, as day 2, with other tables of attributes"):
+        append(options(2, 1))

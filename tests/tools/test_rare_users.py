@@ -28,6 +28,19 @@ def test_drawn_users_keep_their_newest_interactions_and_others_all(tmp_path: Pat
     assert rare_users.keep_newest(dataset, 0.0, 4, seed=0)[0].num_rows == sum(map(len, histories))
 
 
-def test_bad_options_are_refused(tmp_path: Path) -> None:
+def test_what_was_shown_is_no_interaction(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "data", [[0, 1, 2, 3, 4, 5, 6]], segments=[[0, 2, 0, 2, 0, 0, 2]])
+    log, _ = rare_users.keep_newest(dataset, 1.0, 3, seed=0)
+    assert log.to_pydict() == {
+        "user_id": ["user 0"] * 3,
+        "item_id": ["item 2", "item 4", "item 5"],
+        "timestamp": [2, 4, 5],
+    }
+
+
+def test_bad_options_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         rare_users.main(["--data", str(tmp_path), "--output", str(tmp_path / "x.parquet"), "--keep", "2"])
+    with pytest.raises(SystemExit):
+        rare_users.main(["--data", str(tmp_path), "--output", str(tmp_path / "x.parquet")])
+    assert "is not a dataset" in capsys.readouterr().err

@@ -158,8 +158,9 @@ def test_the_same_seed_gives_the_same_log_and_another_seed_another(tmp_path: Pat
     assert rows_of(one) == rows_of(two) != rows_of(other)
 
 
-@pytest.mark.parametrize("words", [["--items", "100"], ["--follow", "2"], ["--mean_events", "4"], ["--users", "0"]])
+@pytest.mark.parametrize("words", [["--items", "0"], ["--follow", "2"], ["--mean_events", "4"], ["--users", "0"]])
 def test_bad_options_are_refused(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         structured_log.main(["--structure", "time", "--output", str(tmp_path / "x"), *words])
     assert ended.value.code == 2 and not (tmp_path / "x").exists()
+    assert words[0] in capsys.readouterr().err.splitlines()[-1]

@@ -55,7 +55,8 @@ def check_growth(earlier: Inputs, inputs: Inputs, checkpoint: str, dataset: Data
         if now.pooling != each.pooling:
             raise InputError(f"{reads} as the {each.pooling} of its values; give --attributes.pooling {each.pooling}")
         if now.values > each.values:
-            lines.append(f"{each.full_name}: {now.values - each.values:,} new values")
+            more = now.values - each.values
+            lines.append(f"{each.full_name}: {more:,} new value{'s' * (more > 1)}")
     old = {each.table for each in earlier.attributes}
     lines += [f"{each.full_name}: new, starts at 0" for each in inputs.attributes if each.table not in old]
     return lines

@@ -57,20 +57,21 @@ def append(config: Prepare) -> Result:
     tables = list_tables(config)
     folder = DaysFolder.find(config)
     files = folder.record_inputs(inputs.files)
-    if (appended := folder.find_appended(files)) is not None:
+    table_files = folder.record_tables(tables)
+    if (appended := folder.find_appended(files, table_files)) is not None:
         return Result(manifest=appended, seconds=time.monotonic() - began, already_there=True)
     with open_engine(config) as engine:
         assert isinstance(engine, DuckDBEngine)
         known = [] if folder.newest is None else folder.newest.manifest.events
-        log = read_log(engine, config, inputs, known)
-        manifest = Day(engine, config, log, folder, files, tables).write()
+        log = read_log(engine, config, inputs, known, is_later_day=folder.newest is not None)
+        manifest = Day(engine, config, log, folder, files, tables, table_files).write()
     folder.commit()
     return Result(manifest=manifest, seconds=time.monotonic() - began)
 
 
 @dataclass
 class Day:
-    """A day that is being appended. Example: `Day(engine, config, log, folder, files).write()`."""
+    """A day that is being appended. Example: `Day(engine, config, log, folder, files, [], []).write()`."""
 
     engine: DuckDBEngine
     config: Prepare
@@ -80,6 +81,8 @@ class Day:
     """The input files, as the manifest records them."""
     tables: list[EntityTable]
     """Tables of attributes; that of items first."""
+    table_files: list[dict[str, Any]]
+    """Their files, as the manifest records them."""
 
     def __post_init__(self) -> None:
         self.number = len(self.folder.manifests) + 1
@@ -323,7 +326,7 @@ class Day:
         }
         return {
             "inputs": self.files,
-            **({"tables": [file for table in self.tables for file in table.record()]} if self.tables else {}),
+            **({"tables": self.table_files} if self.tables else {}),
             "rows": log.rows,
             **({"filtered": log.filtered, "uncomputed": log.uncomputed} if log.filtered else {}),
             "rejected": log.rejected,

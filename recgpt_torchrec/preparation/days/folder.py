@@ -14,6 +14,7 @@ from recgpt_torchrec.data.days.newest import Newest
 from recgpt_torchrec.data.days.opening import read_days
 from recgpt_torchrec.data.days.records import DAYS, FOLDER, MAX_DAYS, Days, name_of, path_of
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.preparation.attributes.tables import EntityTable
 from recgpt_torchrec.preparation.days.tails import Tails
 from recgpt_torchrec.preparation.reading.files import InputFile
 from recgpt_torchrec.storage import filesystem
@@ -94,11 +95,17 @@ class DaysFolder:
         """The input files as the manifest records them, each with the checksum of its content."""
         return [{**asdict(file), "checksum": checksum_of(*filesystem(file.path))} for file in files]
 
-    def find_appended(self, files: list[dict[str, Any]]) -> Manifest | None:
-        """The newest day, if it is of these files; None: none of them was appended before.
+    def record_tables(self, tables: list[EntityTable]) -> list[dict[str, Any]]:
+        """The files of the tables of attributes as the manifest records them, each with the checksum of its content."""
+        files = [(file, table.entity) for table in tables for file in table.files]
+        checked = self.record_inputs([file for file, _ in files])
+        return [{**record, "entity": entity} for record, (_, entity) in zip(checked, files, strict=True)]
+
+    def find_appended(self, files: list[dict[str, Any]], tables: list[dict[str, Any]]) -> Manifest | None:
+        """The newest day, if it is of these files and tables; None: none of the files was appended before.
 
         Raises:
-            InputError: some were, or an earlier day is of these.
+            InputError: some were, or an earlier day is of these, or the newest one with other tables.
         """
 
         def content(file: dict[str, Any]) -> tuple[Any, ...]:
@@ -107,6 +114,12 @@ class DaysFolder:
         for number, manifest in reversed([*enumerate(self.manifests, 1)]):
             recorded = manifest.preparation.get("inputs", [])
             if number == len(self.manifests) and [*map(content, recorded)] == [*map(content, files)]:
+                known = manifest.preparation.get("tables", [])
+                if all("checksum" in file for file in known) and [*map(content, known)] != [*map(content, tables)]:
+                    raise InputError(
+                        f"--input {files[0]['path']}: {self.path} has it already, as day {number}, with other tables "
+                        "of attributes. Give them with the next day, or append the days to another --output"
+                    )
                 return manifest
             there = {content(file) for file in recorded if file.get("bytes")}
             if again := [file["path"] for file in files if content(file) in there]:

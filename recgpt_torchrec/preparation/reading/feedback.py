@@ -31,8 +31,15 @@ def segment_of(usable: ir.Table, config: Prepare) -> Any:
     return ibis.cases(*kinds, else_=EXPOSED).cast("int8")
 
 
-def count_exposed(engine: Engine, config: Prepare, usable: ir.Table, rows: int) -> int:
+def count_exposed(engine: Engine, config: Prepare, usable: ir.Table, rows: int, is_later_day: bool = False) -> int:
     """Count the usable rows, of `rows`, that were not clicked: shown, disliked or skipped.
+
+    Args:
+        engine: holds the rows.
+        config: options of the stage.
+        usable: the rows.
+        rows: their number.
+        is_later_day: whether a day before had rows of all words and ranges of the options, so that this one need not.
 
     Raises:
         InputError: these are all rows or none, although there is a click column; or a word or a range of an option is
@@ -45,6 +52,8 @@ def count_exposed(engine: Engine, config: Prepare, usable: ir.Table, rows: int) 
     by_value = usable.group_by("click").agg(n=usable.count(), shown=(segment != INTERACTED).cast("int64").sum(), **sums)
     values = engine.rows(by_value.order_by(ibis.desc("n"), "click").limit(20))
     total = engine.row(by_value.agg(**{name: by_value[name].sum() for name in ("shown", "disliked", "skipped")}))
+    if is_later_day and total["shown"] < rows:
+        return int(total["shown"])
     counts = ", ".join(f"{row['click']} ({row['n']:,})" for row in values)
     for option in ("click_values", "dislike_values", "skip_values"):
         if not (words := getattr(config, option)):

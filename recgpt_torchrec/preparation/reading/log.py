@@ -59,7 +59,13 @@ class RawLog:
     """Seconds of a unit of the times; None: it is not known, or there are none."""
 
 
-def read_log(engine: Engine, config: Prepare, inputs: InputFiles, known_events: Sequence[str] = ()) -> RawLog:
+def read_log(
+    engine: Engine,
+    config: Prepare,
+    inputs: InputFiles,
+    known_events: Sequence[str] = (),
+    is_later_day: bool = False,
+) -> RawLog:
     """Read every file into the engine.
 
     Args:
@@ -67,6 +73,7 @@ def read_log(engine: Engine, config: Prepare, inputs: InputFiles, known_events: 
         config: options of the stage.
         inputs: the files, in the order in which they are read.
         known_events: event types of the dataset that is extended, which keep their ids.
+        is_later_day: whether it is appended to a day with the same options, see `count_exposed`.
 
     Raises:
         InputError: a file is not of its format or lacks a column, no row can be used, the column that should tell
@@ -112,7 +119,7 @@ def read_log(engine: Engine, config: Prepare, inputs: InputFiles, known_events: 
         events=usable.select(
             *columns, segment=segment_of(usable, config), **typed, **place_columns(usable, config, timed)
         ),
-        exposed=count_exposed(engine, config, usable, rows),
+        exposed=count_exposed(engine, config, usable, rows, is_later_day),
         timed=timed,
         rows=rows + filtered + sum(rejected.values()),
         filtered=filtered,
