@@ -19,7 +19,7 @@ from tests.preparation.prepare_helpers import Row
 from tests.preparation.test_append import append_day
 from tests.preparation.test_ids import DAY, MANAGED, growing_log, prepare_days
 
-DAYS = 4
+DAYS = 3
 HASHED: dict[str, Any] = {"ids": "hash", "user_rows": 15, "item_rows": 20}
 
 
@@ -36,7 +36,7 @@ def read_table(folder: Path, day: int, name: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def managed(tmp_path_factory) -> Path:
-    """Four days in managed tables, of which the first alone names the options of ids."""
+    """Three days in managed tables, of which the first alone names the options of ids."""
     folder = tmp_path_factory.mktemp("managed_days")
     log = growing_log(DAYS)
     for day in range(DAYS):
@@ -135,7 +135,8 @@ def test_histories_hold_what_a_plain_loop_leaves_of_them(managed):
     assert whole.manifest.count_targets("test") is None
     test = HistoryReader(dataset=whole, split="test", max_len=1000).read(row_groups(whole))
     expected_targets = {user: own[-1][0] for user, own in plain.rows.items() if len(own) >= 3}
-    assert {users[u]: items[i] for u, i in zip(test.users, test.targets, strict=True)} == expected_targets
+    assert test.held_out is not None
+    assert {users[u]: items[i] for u, i in zip(test.users, test.held_out, strict=True)} == expected_targets
 
 
 def test_an_item_whose_row_changed_hands_has_the_counts_of_its_new_key(managed):
