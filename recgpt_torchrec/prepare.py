@@ -102,6 +102,8 @@ def describe_ids(manifest: Manifest) -> list[str]:
         lines.append(line("ids", text))
     if record and record["left_out"]:
         lines.append(line("", f"{record['left_out']:,} interactions left out, whose user or item has no row"))
+    if record and record.get("forgotten"):
+        lines.append(line("", f"{record['forgotten']:,} entries of earlier days left out, whose item has lost its row"))
     return lines
 
 
@@ -153,14 +155,15 @@ def summarize_day(config: Prepare, result: Result) -> str:
             "keys",
             f"{manifest.users - extends['users']:,} users and {manifest.items - extends['items']:,} items are new",
         ),
+        *describe_ids(manifest),
         line("so far", f"{manifest.users:,} users, {manifest.items:,} items, {day.total:,} interactions"),
     ]
     if config.hold_out == "none":
         lines.append(line("held out", "nothing (--hold_out none)"))
     else:
-        lines.append(
-            line("held out", f"the last two interactions of {day.held_out_users:,} users, until later ones come")
-        )
+        of_day = " of the day" if any(table.ids == "managed" for table in manifest.id_tables) else ""
+        users = f"{day.held_out_users:,} users{of_day}"
+        lines.append(line("held out", f"the last two interactions of {users}, until later ones come"))
     lines += [line(label, text) for label, text in record.get("page", []) if label == "note"]
     if result.already_there:
         lines.append(f"nothing to do: {config.output} already holds this input, as day {day.number}")

@@ -45,8 +45,10 @@ def split_words(given: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(word for word in words if word))
 
 
-def check_ids(ids: str, user_rows: int | None, item_rows: int | None, eviction_step: int) -> None:
-    """Check that the options of `prepare` about ids fit together.
+def check_ids(
+    ids: str, user_rows: int | None, item_rows: int | None, eviction_step: int, need_rows: bool = True
+) -> None:
+    """Check that the options of `prepare` about ids fit together; without `need_rows` they may lack numbers of rows.
 
     Raises:
         ValueError: they do not.
@@ -55,7 +57,7 @@ def check_ids(ids: str, user_rows: int | None, item_rows: int | None, eviction_s
     given = [f"--{name} {value}" for name, value in rows.items() if value is not None]
     if ids == "vocabulary" and given:
         raise ValueError(f"{given[0]} belongs to --ids hash or managed; give one of them, or leave it out")
-    if ids != "vocabulary" and not given:
+    if ids != "vocabulary" and not given and need_rows:
         raise ValueError(f"--ids {ids} needs the size of a table; give --item_rows, --user_rows or both")
     for name, value in rows.items():
         if value is not None and not 1 <= value < 2**31:

@@ -171,8 +171,8 @@ class Prepare:
     """Append the input as a day to the folder of days --output, without reading the log before it. Users and items keep
     their ids, and new ones get the ids after them, however few interactions they have (min_count is not used). A user's
     new interactions follow their newest earlier ones, which are marked as trained where they were. pretrain --data on
-    the folder trains each day once. The first call makes the folder; later ones take the same options. Of hold_out,
-    last and none."""
+    the folder trains each day once. The first call makes the folder; later ones take the same options, where ids,
+    user_rows, item_rows, eviction and eviction_step may be left out. Of hold_out, last and none."""
     history: int = 200
     """With --append: number of a user's newest earlier interactions that are kept for the days to come; at least the
     model.max_len of runs on the folder."""
@@ -231,7 +231,7 @@ class Prepare:
             raise ValueError("--new_keys leave_out belongs to --vocabulary; name the earlier dataset, or leave it out")
         if self.new_keys == "leave_out" and self.ids == "hash":
             raise ValueError("--new_keys leave_out: with --ids hash every key has an id; leave it out")
-        check_ids(self.ids, self.user_rows, self.item_rows, self.eviction_step)
+        check_ids(self.ids, self.user_rows, self.item_rows, self.eviction_step, need_rows=not self.append)
         self.target_events = split_words(self.target_events)
         self._check_hold_out()
         self._check_attributes()
@@ -343,11 +343,6 @@ class Prepare:
             raise ValueError(f"--hold_out is {self.hold_out}; with --append it must be last or none")
         if self.vocabulary is not None:
             raise ValueError("--append extends the vocabulary of the days before; leave --vocabulary out")
-        if self.ids != "vocabulary":
-            raise ValueError(
-                f"--ids is {self.ids}, but the days of --append share one vocabulary, as their histories stay as they "
-                "were written; prepare each day with --vocabulary YESTERDAY instead, or leave --ids out"
-            )
         if self.engine != "duckdb":
             raise ValueError(f"--engine is {self.engine}; --append prepares a day on one machine: leave --engine out")
         if self.min_count not in (1, Prepare.min_count):

@@ -133,7 +133,8 @@ class Manifest(FolderManifest):
         if self.hold_out == "none":
             return 0
         if (recorded := self.preparation.get("split")) is not None:
-            return int(recorded[f"{split}_users"])
+            count = recorded[f"{split}_users"]
+            return None if count is None else int(count)
         longest = self.preparation.get("lengths", {}).get("max", FEWEST_ITEMS)
         return 0 if self.hold_out == "last" and longest < FEWEST_ITEMS else None
 

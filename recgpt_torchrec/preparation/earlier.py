@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from recgpt_torchrec.data.dataset import Dataset, Vocabulary, histories_fingerprint
+from recgpt_torchrec.data.ids.records import Entity
 from recgpt_torchrec.data.inputs.times import unit_name
 from recgpt_torchrec.data.ragged import Int64, Ragged
 from recgpt_torchrec.data.reading.reader import Reader, stored_starts
@@ -103,6 +104,23 @@ class Known:
             load("known_users", manifest.user_parts, "user_id"),
             load("known_items", manifest.item_parts, "item_id"),
         )
+
+    @classmethod
+    def load_day(cls, engine: Engine, dataset: Dataset) -> "Known":
+        """Load the keys of a day of a folder of days: where keys share an id, all of them, with the number of their
+        interactions in `before`."""
+
+        def load(entity: Entity, parts: list[Part]) -> ir.Table:
+            id = f"{entity}_id"
+            table = dataset.manifest.id_table(entity)
+            shared = table is not None and table.ids == "hash"
+            if shared:
+                parts = [part for part in dataset.manifest.key_parts if f"/{entity}_keys/" in part.path]
+            schema = _make_schema(id).append(pa.field("before", pa.int64())) if shared else _make_schema(id)
+            read = partial(_read_counted if shared else _read_keys, dataset, id)
+            return engine.fill_from(f"known_{entity}s", parts, read, schema)
+
+        return cls(dataset, load("user", dataset.manifest.user_parts), load("item", dataset.manifest.item_parts))
 
     def join_codes(self, engine: Engine, users: ir.Table, items: ir.Table) -> "KnownCodes":
         """The ids by code, given the codes by key (`queries.build_codes`)."""
@@ -242,6 +260,15 @@ def _read_keys(dataset: Dataset, name: str, part: Part) -> Iterator[pa.Table]:
     with dataset.open_part(part) as file:
         for batch in file.iter_batches(columns=["key", name]):
             yield pa.Table.from_batches([batch]).select(["key", name]).cast(_make_schema(name))
+
+
+def _read_counted(dataset: Dataset, name: str, part: Part) -> Iterator[pa.Table]:
+    schema = _make_schema(name).append(pa.field("before", pa.int64()))
+    with dataset.open_part(part) as file:
+        for batch in file.iter_batches(columns=["key", name, "count"]):
+            yield (
+                pa.Table.from_batches([batch]).select(["key", name, "count"]).rename_columns(schema.names).cast(schema)
+            )
 
 
 def _make_schema(name: str) -> pa.Schema:

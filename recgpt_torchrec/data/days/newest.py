@@ -8,6 +8,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs
 
+from recgpt_torchrec.data.ids.changes import SlotChanges
 from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import filesystem
@@ -31,6 +32,8 @@ class Newest:
     folder: str
     """Folder that the paths of the parts are relative to."""
     parts: list[Part]
+    changes: SlotChanges | None = None
+    """Which items lost their slots after a day; None: all keep their ids."""
     _groups: dict[int, tuple[npt.NDArray[np.int32], Int64]] = field(default_factory=dict, repr=False, compare=False)
 
     def find(self, users: Int64) -> tuple[npt.NDArray[np.int32], Int64]:
@@ -70,7 +73,13 @@ class Newest:
 
 
 def write_newest(
-    fs: pyarrow.fs.FileSystem, root: str, before: Newest | None, users: int, day: int, active: Iterable[Int64]
+    fs: pyarrow.fs.FileSystem,
+    root: str,
+    before: Newest | None,
+    users: int,
+    day: int,
+    active: Iterable[Int64],
+    reassigned: Int64,
 ) -> list[Part]:
     """Write the newest day of every user to `root`/newest, one row group in memory at a time.
 
@@ -81,6 +90,7 @@ def write_newest(
         users: number of users.
         day: number of the day.
         active: ids of the day's users, ascending, in pieces; the n-th of all is row n of the day.
+        reassigned: [n] ids, ascending, that other users had before the day, so that no earlier row is theirs.
     """
 
     def groups() -> Iterator[pa.Table]:
@@ -91,6 +101,8 @@ def write_newest(
             if before is not None:
                 earlier, places = before.read(first // ROWS)
                 days[: earlier.size], rows[: places.size] = earlier, places
+                others = reassigned[slice(*np.searchsorted(reassigned, [first, last]).tolist())] - first
+                days[others], rows[others] = 0, 0
             while not pending.size or pending[-1] < last:
                 piece = next(pieces, None)
                 if piece is None:

@@ -2,7 +2,7 @@
 
 A day holds the sequences of the users who did something in it, with their newest entries of earlier days in front. The
 folder holds everyone: each user's row of the newest day that has one; `Dataset.newest` says which that is, and readers
-read the others as users without a history.
+read the others as users without a history, and the row without the items that have lost their slots since.
 """
 
 from dataclasses import replace
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from recgpt_torchrec import storage
 from recgpt_torchrec.data.days.newest import Newest
 from recgpt_torchrec.data.days.records import Days, folder_of, path_of
+from recgpt_torchrec.data.ids.changes import SlotChanges
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage.folders import MANIFEST
 
@@ -35,10 +36,16 @@ def find_manifest(path: str) -> "tuple[Manifest, str, Newest | None]":
     assert last.day is not None
     split = {**last.preparation["split"], "validation_users": last.day.held_out_users}
     split["test_users"] = last.day.held_out_users
+    changes = None
+    if any(each.ids == "managed" for each in last.id_tables):  # users may have lost their slot, or entries
+        split |= {"validation_users": None, "test_users": None}
+    if (items := last.id_table("item")) is not None and items.reassigned:
+        versions = [0, *(len(each.lineage) for each in manifests)]
+        changes = SlotChanges(path, last.item_parts, versions, items.reassigned)
     preparation = {name: value for name, value in last.preparation.items() if name != "extends"} | {"split": split}
     sequences = [part for each in manifests for part in each.sequences]
     whole = replace(last, preparation=preparation, interactions=last.day.total, sequences=sequences)
-    return whole, path, Newest(path, last.day.newest)
+    return whole, path, Newest(path, last.day.newest, changes)
 
 
 def read_days(path: str, days: Days) -> "list[Manifest]":

@@ -42,7 +42,7 @@ class DayRecord:
     total: int = 0
     """Number of interactions of all days so far."""
     held_out_users: int = 0
-    """Number of users with held-out items, of all days so far."""
+    """Number of users with held-out items, of all days so far; with managed ids of this day."""
     newest_time: int | None = None
     """Time of the newest interaction so far; None: the log has no times."""
     tails: list[Part] = field(default_factory=list)

@@ -75,4 +75,6 @@ class IdsRecord:
 
     left_out: int = 0
     """Number of interactions that are left out, because their user or item has no slot."""
+    forgotten: int = 0
+    """Of an appended day: number of its users' earlier entries that are left out, because their item lost its slot."""
     tables: list[CountedTable] = field(default_factory=list)

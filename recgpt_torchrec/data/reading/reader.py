@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from recgpt_torchrec import storage
 from recgpt_torchrec.data.dataset import ANSWERS, COLUMNS, STARTS, Dataset, Manifest
 from recgpt_torchrec.data.days.records import day_of
-from recgpt_torchrec.data.ragged import offsets_of, read_nullable, to_numpy
+from recgpt_torchrec.data.ragged import Ragged, offsets_of, read_nullable, to_numpy
 from recgpt_torchrec.data.reading.damage import Damage, SetAside
 from recgpt_torchrec.data.segments import INTERACTED, PLAIN_SEGMENTS
 from recgpt_torchrec.data.split import STORED, Starts
@@ -80,6 +80,9 @@ class Reader:
         if self.dataset.newest is not None:
             day, _ = self.dataset.newest.find(to_numpy(table["user_id"]))
             table = empty_rows(table, np.flatnonzero(day != day_of(part)))
+            if (changes := self.dataset.newest.changes) is not None:
+                items = Ragged.from_arrow(table["item_ids"]).values
+                table = drop_entries(table, changes.find_lost(items, day_of(part)))
         return Rows(table, lengths)
 
     def _check_reachable(self) -> None:
@@ -227,4 +230,28 @@ def empty_rows(table: pa.Table, rows: Iterable[int]) -> pa.Table:
     for name in table.schema.names:
         kind = table.schema.field(name).type
         columns[name] = pc.if_else(mask, table[name], pa.scalar([] if pa.types.is_list(kind) else 0, kind))
+    return pa.table(columns)
+
+
+def drop_entries(table: pa.Table, dropped: npt.NDArray[np.bool_]) -> pa.Table:
+    """The table without some entries, nor those that were shown before the first interaction that is left.
+
+    Args:
+        table: rows whose lists have a value per entry.
+        dropped: [entries] whether to drop each.
+    """
+    if not dropped.any():
+        return table
+    kept = ~dropped
+    if "segment_ids" in table.schema.names:
+        segments = Ragged.from_arrow(table["segment_ids"])
+        through = offsets_of(kept & (segments.values == INTERACTED))
+        kept &= through[1:] > np.repeat(through[segments.offsets[:-1]], segments.lengths)
+    columns = {}
+    for field in table.schema:
+        columns[field.name] = table[field.name]
+        if pa.types.is_list(field.type):
+            lists = Ragged.from_arrow(table[field.name]).keep(kept)
+            values = pa.array(lists.values, field.type.value_type)
+            columns[field.name] = pa.ListArray.from_arrays(pa.array(lists.offsets, pa.int32()), values)
     return pa.table(columns)

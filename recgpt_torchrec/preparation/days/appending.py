@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.fs
 
 from recgpt_torchrec.config import Prepare
-from recgpt_torchrec.data.dataset import Dataset, Manifest
+from recgpt_torchrec.data.dataset import Manifest
 from recgpt_torchrec.data.days.newest import write_newest
 from recgpt_torchrec.data.days.records import DayRecord, name_of, path_of
 from recgpt_torchrec.errors import InputError
@@ -27,18 +27,21 @@ from recgpt_torchrec.preparation.attributes.encoding import encode_table, write_
 from recgpt_torchrec.preparation.attributes.loading import load_table
 from recgpt_torchrec.preparation.attributes.page import describe_tables
 from recgpt_torchrec.preparation.attributes.tables import EntityTable, check_earlier, list_tables
+from recgpt_torchrec.preparation.days.counts import count_items
 from recgpt_torchrec.preparation.days.folder import DaysFolder
 from recgpt_torchrec.preparation.days.histories import EARLIER, NEW, Histories
-from recgpt_torchrec.preparation.days.ids import DayIds
+from recgpt_torchrec.preparation.days.ids import DayIds, fingerprint_keys
 from recgpt_torchrec.preparation.days.tails import CUT, write_tails
 from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
 from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS
 from recgpt_torchrec.preparation.engines.opening import open_engine
+from recgpt_torchrec.preparation.ids.assigning import describe_rules, describe_slots
+from recgpt_torchrec.preparation.ids.tables import Slots
 from recgpt_torchrec.preparation.pipeline import Result, lay_out_sequences, summarize_lengths
 from recgpt_torchrec.preparation.queries import IN_TIME
 from recgpt_torchrec.preparation.reading.log import RawLog, read_log
 from recgpt_torchrec.preparation.reading.understanding import describe_keys
-from recgpt_torchrec.preparation.writing import Fingerprint, Layout, fingerprint_parts, lay_out_rows
+from recgpt_torchrec.preparation.writing import NUMBER, Layout, fingerprint_parts, lay_out_rows
 from recgpt_torchrec.storage import folders
 from recgpt_torchrec.storage.parts import Part
 
@@ -56,6 +59,7 @@ def append(config: Prepare) -> Result:
     inputs, _ = parts.list_input_files(config)
     tables = list_tables(config)
     folder = DaysFolder.find(config)
+    config = folder.config
     files = folder.record_inputs(inputs.files)
     table_files = folder.record_tables(tables)
     if (appended := folder.find_appended(files, table_files)) is not None:
@@ -137,6 +141,11 @@ class Day:
         entries, active = self.histories.join()
         users, items = self.histories.users, self.histories.items
         count = engine.count(active)
+        if not count and self.histories.left_out:
+            raise InputError(
+                f"--input {config.input[0]}: none of its interactions is new and has both a user and an item with a "
+                "row; append a longer day, or begin a new folder with more --user_rows and --item_rows"
+            )
         if not count:
             raise InputError(
                 f"--input {config.input[0]}: {self.folder.path} has all of its interactions already; give a new day"
@@ -147,8 +156,8 @@ class Day:
         self.folder.begin()
         with folders.stage_folder(path_of(self.folder.path, self.number)) as (fs, root):
             manifest = Manifest(
-                users=self.histories.known_users + users.new_count,
-                items=self.histories.known_items + items.new_count,
+                users=users.count,
+                items=items.count,
                 interactions=engine.count(interacted),
                 settings=config.recorded(),
                 hold_out=config.hold_out,
@@ -158,21 +167,31 @@ class Day:
                 day=self.record,
             )
             manifest.sequences = self.write_sequences(fs, root, entries, count)
-            self.items = engine.save("counted_items", self.count_items(items, interacted, targets))
+            self.items = engine.save("counted_items", count_items(engine, self.before, items, interacted, targets))
             self.encode_tables(manifest, users)
-            manifest.item_parts = self.write_rows(fs, root, "items", self.join("item", self.items), manifest.items)
+            manifest.item_parts = self.write_rows(
+                fs, root, "items", self.join("item", self.items, items), manifest.items
+            )
             manifest.user_parts = self.write_users(fs, root, users, manifest.users)
+            for name, each in (("item_keys", items), ("user_keys", users)):
+                if each.slots is not None and (keys := each.slots.keys) is not None:
+                    manifest.key_parts += self.write_rows(fs, root, name, keys, engine.count(keys))
             self.write_vocabularies(fs, root, manifest)
             self.record.tails = self.written(
                 write_tails(fs, root, self.tail_batches(entries), self.histories.columns, count)
             )
             ids = (batch.column(0).to_numpy() for batch in engine.batches(active.order_by("user_id").select("user_id")))
             newest = None if self.before is None else self.folder.newest_users
-            self.record.newest = self.written(write_newest(fs, root, newest, manifest.users, self.number, ids))
+            reassigned = users.slots.reassigned if users.slots is not None else np.zeros(0, np.int64)
+            self.record.newest = self.written(
+                write_newest(fs, root, newest, manifest.users, self.number, ids, reassigned)
+            )
             manifest.vocabulary = self.fingerprint(fs, root, manifest, users, items)
             manifest.preparation = self.describe(fs, root, interacted, targets)
+            manifest.id_tables = [replace(each.record, version=0) for each in self.slots]
             if self.before is not None:
                 manifest.lineage = earlier.lineage_of(self.before, manifest.vocabulary)
+                manifest.id_tables = [replace(each, version=len(manifest.lineage)) for each in manifest.id_tables]
                 manifest.preparation["extends"] = {
                     "dataset": path_of(self.folder.path, self.number - 1),
                     **earlier.record_of(self.before),
@@ -193,7 +212,7 @@ class Day:
 
     def write_rows(self, fs: pyarrow.fs.FileSystem, root: str, name: str, table: ir.Table, rows: int) -> list[Part]:
         """Write a table with one row per id, which is its first column after ordering."""
-        id = f"{name.removesuffix('s')}_id"
+        id = NUMBER if NUMBER in table.columns else f"{name.removesuffix('s')}_id"
         columns = [id, *(column for column in table.columns if column != id)]
         layout = lay_out_rows(name, columns, rows, BATCH_ROWS, self.config.groups_per_part)
         return self.written(self.engine.write_parts(table, layout, fs, root, rows))
@@ -208,33 +227,12 @@ class Day:
         layout = replace(layout, make_groups=partial(_name_users, layout))
         return self.written(self.engine.write_parts(table, layout, fs, root, self.engine.count(rows)))
 
-    def count_items(self, items: DayIds, interacted: ir.Table, targets: ir.Table) -> ir.Table:
-        """All items with their counts after the day: rows of items/, without attributes."""
-        engine = self.engine
-        new = interacted.filter(interacted.new == NEW)
-        of_day = new.group_by("item_id").agg(more=new.count()).rename(of_item="item_id")
-        trained = targets.group_by("item_id").agg(more_trained=targets.count()).rename(trained_item="item_id")
-        zero = ibis.literal(0, "int64")
-        rows = items.new.select("item_id", "key", count=zero, train_count=zero)
-        if self.before is not None:
-            schema = pa.schema([("item_id", pa.int64()), ("key", pa.string()), ("count", pa.int64())])
-            schema = schema.append(pa.field("train_count", pa.int64()))
-            read = partial(_read_rows, self.before, schema)
-            known = engine.fill_from("known_counts", self.before.manifest.item_parts, read, schema)
-            rows = known.union(rows)
-        joined = rows.left_join(of_day, rows.item_id == of_day.of_item)
-        joined = joined.left_join(trained, joined.item_id == trained.trained_item)
-        return joined.select(
-            "item_id",
-            "key",
-            count=joined["count"] + joined.more.fill_null(0),
-            train_count=joined.train_count + joined.more_trained.fill_null(0),
-        )
-
     def encode_tables(self, manifest: Manifest, users: DayIds) -> None:
         """Give the values of attributes of all users and items ids."""
         self.all_users = users.new
-        if self.before is not None:
+        if users.slots is not None:
+            self.all_users = users.slots.named
+        elif self.before is not None:
             known = ibis.table({"key": "string", "user_id": "int64"}, name="known_users")
             self.all_users = known.select("user_id", "key").union(users.new.select("user_id", "key"))
         ids = {"item": (self.items.select("key", "item_id"), manifest.items), "user": (self.all_users, manifest.users)}
@@ -242,17 +240,25 @@ class Day:
             encode_table(self.engine, self.config, each, *ids[each.table.entity], self.before) for each in self.loaded
         ]
 
-    def join(self, entity: str, rows: ir.Table) -> ir.Table:
-        """The rows of users/ or items/ with their attributes, where a table has any."""
+    @property
+    def slots(self) -> list[Slots]:
+        """What the tables of fixed size hold, of users, items or both."""
+        both = (self.histories.users.slots, self.histories.items.slots)
+        return [each.ids.slots for each in both if each is not None and each.ids.slots is not None]
+
+    def join(self, entity: str, rows: ir.Table, ids: DayIds) -> ir.Table:
+        """The rows of users/ or items/ with what is known of their slots, and their attributes where there are any."""
+        rows = rows if ids.slots is None else ids.slots.ids.add_columns(rows)
         for each in self.encoded:
             rows = each.join(rows) if each.loaded.table.entity == entity else rows
         return rows
 
     def write_users(self, fs: pyarrow.fs.FileSystem, root: str, users: DayIds, count: int) -> list[Part]:
-        """Write the new users, or all where a table says what their attributes are today; returns the parts of all."""
-        if any(each.table.entity == "user" for each in self.loaded):
+        """Write the new users, or all where a table says what their attributes are today or where their ids are slots;
+        returns the parts of all."""
+        if users.slots is not None or any(each.table.entity == "user" for each in self.loaded):
             rows = self.all_users.select("user_id", "key")
-            return self.write_rows(fs, root, "users", self.join("user", rows), count)
+            return self.write_rows(fs, root, "users", self.join("user", rows, users), count)
         earlier_users = [] if self.before is None else self.before.manifest.user_parts
         return earlier_users + self.write_rows(fs, root, "users", users.new, users.new_count)
 
@@ -297,8 +303,11 @@ class Day:
             sizes = interacted.group_by("user_id").agg(
                 all=interacted.count(), old=(interacted.new == EARLIER).cast("int64").sum()
             )
-            gained = engine.count(sizes.filter((sizes["all"] >= 3) & (sizes.old < 3)))
-            record.held_out_users = gained + (0 if before is None else before.held_out_users)
+            if self.slots:  # users of earlier days may have lost theirs
+                record.held_out_users = engine.count(sizes.filter(sizes["all"] >= 3))
+            else:
+                gained = engine.count(sizes.filter((sizes["all"] >= 3) & (sizes.old < 3)))
+                record.held_out_users = gained + (0 if before is None else before.held_out_users)
 
     def describe(
         self,
@@ -341,6 +350,7 @@ class Day:
                 "training_targets": engine.count(new_targets),
                 "items_without_target": engine.count(self.items.filter(self.items.train_count == 0)),
             },
+            **({"ids": describe_slots(self.slots, histories.left_out, histories.forgotten)} if self.slots else {}),
             **({"events": log.event_types.to_record()} if log.event_types else {}),
             "page": [
                 *log.page,
@@ -352,20 +362,14 @@ class Day:
     def fingerprint(
         self, fs: pyarrow.fs.FileSystem, root: str, manifest: Manifest, users: DayIds, items: DayIds
     ) -> str:
-        """The fingerprint of the vocabulary: of the one before and the new keys, in the order of their ids."""
+        """The fingerprint of the vocabulary."""
         if self.before is None:
             keys = {"items": manifest.item_parts, "users": manifest.user_parts}
             own = {name: [replace(p, path=p.path.split("/", 2)[2]) for p in files] for name, files in keys.items()}
-            return fingerprint_parts(fs, root, own)
+            return fingerprint_parts(fs, root, own, describe_rules(self.slots))
         if not users.new_count and not items.new_count:
             return self.before.manifest.vocabulary
-        fingerprint = Fingerprint()
-        fingerprint.add(pa.chunked_array([[self.before.manifest.vocabulary]]))
-        for name, id, ids in (("items", "item_id", items), ("users", "user_id", users)):
-            fingerprint.add(pa.chunked_array([[name]]))
-            for batch in self.engine.batches(ids.new.order_by(id).select("key")):
-                fingerprint.add(pa.chunked_array([batch.column(0)]))
-        return fingerprint.hex()
+        return fingerprint_keys(self.engine, self.before.manifest.vocabulary, users, items)
 
 
 def _name_users(layout: Layout, batches: Any, *, start: int, stop: int) -> Iterator[pa.Table]:
@@ -374,9 +378,3 @@ def _name_users(layout: Layout, batches: Any, *, start: int, stop: int) -> Itera
         lists = table["of_user"].combine_chunks()
         first = lists.flatten().take(pa.array(np.asarray(lists.offsets)[:-1] - np.asarray(lists.offsets)[0]))
         yield table.drop_columns(["of_user"]).set_column(0, "user_id", first)
-
-
-def _read_rows(dataset: Dataset, schema: pa.Schema, part: Part) -> Iterator[pa.Table]:
-    with dataset.read_part(part) as file:
-        for batch in file.iter_batches(columns=schema.names):
-            yield pa.Table.from_batches([batch]).select(schema.names).cast(schema)

@@ -1,9 +1,11 @@
 """The folder that `prepare --append` writes to: its options, its days, and whether an input is in it already."""
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from recgpt_torchrec import storage
@@ -13,6 +15,7 @@ from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.days.newest import Newest
 from recgpt_torchrec.data.days.opening import read_days
 from recgpt_torchrec.data.days.records import DAYS, FOLDER, MAX_DAYS, Days, name_of, path_of
+from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.attributes.tables import EntityTable
 from recgpt_torchrec.preparation.days.tails import Tails
@@ -27,6 +30,8 @@ READING = {
     *("partition_columns", "time_format"),
 }
 """Options that say how files are written, which days may differ in."""
+ID_OPTIONS = ("ids", "user_rows", "item_rows", "eviction", "eviction_step")
+"""Options that the first day fixes, and later days may leave out."""
 
 
 @dataclass
@@ -35,6 +40,7 @@ class DaysFolder:
 
     path: str
     config: Prepare
+    """Of the stage, with the `ID_OPTIONS` of the first day."""
     days: Days
     manifests: list[Manifest] = field(default_factory=list)
     """Of the days, in order."""
@@ -52,9 +58,16 @@ class DaysFolder:
                 f"--append: {path} is a dataset, not a folder of days; name another --output, and give it the log so "
                 "far as its first day"
             )
+        days = Days.read(path)
+        if days is not None and days.days:
+            config = _fill_in(config, days)
+        elif config.ids != "vocabulary" and config.user_rows is None and config.item_rows is None:
+            raise InputError(
+                f"--ids {config.ids} needs the size of a table, which the first day fixes; give --item_rows, "
+                "--user_rows or both"
+            )
         settings = {name: value for name, value in asdict(config).items() if name not in changeable_names(Prepare)}
         settings["min_count"] = 1
-        days = Days.read(path)
         if days is None:
             if storage.names(path) != [f"{DAYS}.tmp"]:  # left by a kill at the very start
                 check_free(path, "folder of days")
@@ -85,11 +98,18 @@ class DaysFolder:
         assert record is not None
         return Newest(self.path, record.newest)
 
-    def open_tails(self, columns: dict[str, pa.DataType]) -> Tails:
-        """The tails of all users, with the columns of the day's entries."""
+    def open_tails(self, columns: dict[str, pa.DataType], since: Mapping[str, Int64]) -> Tails:
+        """The tails of all users.
+
+        Args:
+            columns: of the day's entries.
+            since: of `user` and `item`, [slots] int64 version in which each slot was given to its key; those without
+                keep their ids.
+        """
         records = [manifest.day for manifest in self.manifests]
         files = {record.number: record.tails[0] for record in records if record is not None}
-        return Tails(self.path, files, self.newest_users, columns)
+        versions = np.array([0, *(len(manifest.lineage) for manifest in self.manifests)])
+        return Tails(self.path, files, self.newest_users, columns, versions, since)
 
     def record_inputs(self, files: list[InputFile]) -> list[dict[str, Any]]:
         """The input files as the manifest records them, each with the checksum of its content."""
@@ -159,3 +179,11 @@ class DaysFolder:
             self.days.write(self.path)
         except OSError as error:
             raise InputError(f"cannot write {self.path}/{DAYS}: {error}") from None
+
+
+def _fill_in(config: Prepare, days: Days) -> Prepare:
+    """The configuration with the first day's `ID_OPTIONS` where it leaves them out, which is to give the default."""
+    defaults = default_values(config)
+    given = {name for name in ID_OPTIONS if getattr(config, name) != defaults[name]}
+    known = {name: days.settings[name] for name in ID_OPTIONS if name in days.settings and name not in given}
+    return replace(config, **known) if days.settings.get("ids", "vocabulary") != "vocabulary" else config

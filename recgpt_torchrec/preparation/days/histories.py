@@ -8,13 +8,15 @@ import ibis.expr.types as ir
 import pyarrow as pa
 
 from recgpt_torchrec.config import Prepare
+from recgpt_torchrec.data.ids.records import Entity
 from recgpt_torchrec.data.segments import INTERACTED
 from recgpt_torchrec.data.split import is_held_out
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation import earlier, queries
 from recgpt_torchrec.preparation.days.folder import DaysFolder
 from recgpt_torchrec.preparation.days.ids import DayIds, assign_day_ids
-from recgpt_torchrec.preparation.days.tails import CUT
+from recgpt_torchrec.preparation.days.slots import assign_day_slots
+from recgpt_torchrec.preparation.days.tails import CUT, STALE
 from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
 from recgpt_torchrec.preparation.queries import IN_TIME
 from recgpt_torchrec.preparation.reading.log import RawLog
@@ -43,6 +45,10 @@ class Histories:
     late: int = 0
     too_late: int = 0
     """These three: see `DayRecord`."""
+    left_out: int = 0
+    """Number of interactions whose user or item has no slot."""
+    forgotten: int = 0
+    """Number of entries of tails whose item has lost its slot."""
 
     def __post_init__(self) -> None:
         self.before = self.folder.newest
@@ -68,29 +74,38 @@ class Histories:
         """The ids of the day's users and items."""
         known: dict[str, ir.Table | None] = {"user_id": None, "item_id": None}
         if self.before is not None:
-            loaded = earlier.Known.load(self.engine, self.before)
+            loaded = earlier.Known.load_day(self.engine, self.before)
             known = {"user_id": loaded.users, "item_id": loaded.items}
-        counts = {"user_id": self.known_users, "item_id": self.known_items}
         rows = self.log.events
-
-        def assign(name: str) -> DayIds:
-            column = name.removesuffix("_id")
-            keys, others = (table.select(key=table[column]) for table in (clicks, rows))
-            if column == "item" and self.catalogue is not None:
-                keys = keys.union(self.catalogue.select("key"))
-            return assign_day_ids(self.engine, name, keys, others, known[name], counts[name], self.config.seed)
-
-        users, items = assign("user_id"), assign("item_id")
-        if self.before is not None and items.new_count == self.engine.count(items.of_day):
-            (new,) = self.engine.rows(items.new.limit(1))
-            assert known["item_id"] is not None
-            (old,) = self.engine.rows(known["item_id"].limit(1))
+        keys_of_items = rows.select(key=rows.item)
+        if (there := known["item_id"]) is not None and not self.engine.count(there.semi_join(keys_of_items, "key")):
+            (new,), (old,) = (self.engine.rows(table.limit(1)) for table in (keys_of_items, there))
             raise InputError(
                 f"--append: none of the {self.known_items:,} items of {self.folder.path} is in the day; its keys are "
                 f"like {old['key']!r}, those of --item_column {self.config.item_column} like {new['key']!r}. Give the "
                 "column of the days before"
             )
-        return users, items
+        return self.assign("user", clicks, known["user_id"]), self.assign("item", clicks, known["item_id"])
+
+    def assign(self, entity: Entity, clicks: ir.Table, known: ir.Table | None) -> DayIds:
+        """The ids of the day's users or items."""
+        rows, name = self.log.events, f"{entity}_id"
+        keys, others = (table.select(key=table[entity]) for table in (clicks, rows))
+        catalogue = self.catalogue if entity == "item" else None
+        if self.config.ids != "vocabulary" and getattr(self.config, f"{entity}_rows") is not None:
+            return assign_day_slots(
+                self.engine,
+                self.config,
+                entity,
+                clicks=clicks,
+                others=others,
+                known=known,
+                catalogue=catalogue,
+                before=self.before,
+            )
+        keys = keys if catalogue is None else keys.union(catalogue.select("key"))
+        count = self.known_users if entity == "user" else self.known_items
+        return assign_day_ids(self.engine, name, keys, others, known, count, self.config.seed)
 
     def join_tails(self) -> ir.Table:
         """The day's rows that no earlier day has, and their users' tails: `user_id`, `item_id`, the columns of the log,
@@ -99,6 +114,8 @@ class Histories:
         coded_users = self.users.of_day.select("key", user="user_id")
         coded_items = self.items.of_day.select("key", item="item_id")
         events = engine.save("events", queries.encode_keys(self.log.events, coded_users, coded_items))
+        clicks = queries.select_interacted
+        self.left_out = engine.count(clicks(self.log.events)) - engine.count(clicks(events))
         if config.duplicates == "drop":
             unique = engine.save("unique_events", queries.drop_repeats(events))
             self.duplicates = engine.count(events) - engine.count(unique)
@@ -125,7 +142,10 @@ class Histories:
     def add_tails(self, day: ir.Table) -> ir.Table:
         """The day's rows behind the tails of their users, without rows that an earlier day has or that are too old."""
         engine = self.engine
-        tails = self.folder.open_tails(self.columns)
+        slots = {"user": self.users.slots, "item": self.items.slots}
+        changes = {name: each.ids.slots.columns for name, each in slots.items() if each is not None and each.ids.slots}
+        since = {name: columns["since"] for name, columns in changes.items() if "since" in columns}
+        tails = self.folder.open_tails(self.columns, since)
 
         def read() -> Iterator[pa.Table]:
             ids = day.select("user_id").distinct().order_by("user_id")
@@ -133,10 +153,12 @@ class Histories:
                 yield from tails.read(batch.column(0).to_numpy())
 
         context = engine.fill("context", read(), tails.schema)
+        kept = context.filter(context[STALE] == 0)
+        self.forgotten = engine.count(context) - engine.count(kept) if since else 0
         if self.log.timed:
             day = engine.save("unseen_rows", self.leave_out_seen(day, context))
         names = [*self.columns, "user_id", "order"]
-        older = context.select(*names, new=ibis.literal(EARLIER, "int8"))
+        older = kept.select(*names, new=ibis.literal(EARLIER, "int8"))
         return older.union(day.select(*names, new=ibis.literal(NEW, "int8")))
 
     def leave_out_seen(self, day: ir.Table, context: ir.Table) -> ir.Table:
@@ -145,7 +167,8 @@ class Histories:
         engine, same = self.engine, ["user_id", "item_id", "time", "fraction", "segment"]
         same += [name for name in day.columns if name == "event"]
         place = ibis.row_number().over(ibis.window(group_by=same, order_by="order"))
-        counts = context.group_by(same).agg(there=context.count()).rename({f"of_{name}": name for name in same})
+        there = context.filter(context[STALE] == 0)
+        counts = there.group_by(same).agg(there=there.count()).rename({f"of_{name}": name for name in same})
         placed = day.mutate(place=place)
         matched = placed.left_join(counts, [placed[name] == counts[f"of_{name}"] for name in same])
         unseen = engine.save(

@@ -4,7 +4,7 @@ Each day has an Arrow file with the tails of its users, which `Newest` finds by 
 compressed by itself, so an appended day reads the batches that its own users are in and no others.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +24,8 @@ COMPRESSION = "zstd"
 """Of each batch: ids, times and constant columns take about a fifth of their size in memory."""
 CUT = "cut"
 """Column that says of each entry whether its user has older ones that are not kept, 0 or 1."""
+STALE = "stale"
+"""Column that says of each entry that is read whether its item has lost its slot since, 0 or 1."""
 BEFORE = -(2**40)
 """Order of the first entry of a tail: before all rows of the day."""
 
@@ -75,6 +77,10 @@ class Tails:
     newest: Newest
     columns: dict[str, pa.DataType]
     """Columns of the entries."""
+    versions: Int64
+    """[days + 1] version of the vocabulary of each day, from day 1 on."""
+    since: Mapping[str, Int64] = field(default_factory=dict)
+    """Of `user` and `item`, [slots] version in which each slot was given to its key; those without keep their ids."""
     bytes: int = 0
     """Size of the tails that were read, in memory."""
     _files: dict[int, pa.ipc.RecordBatchFileReader] = field(default_factory=dict, repr=False)
@@ -82,16 +88,19 @@ class Tails:
     @property
     def schema(self) -> pa.Schema:
         """Columns of `read`."""
-        more = {"user_id": pa.int64(), "order": pa.int64(), CUT: pa.int8()}
+        more = {"user_id": pa.int64(), "order": pa.int64(), CUT: pa.int8(), STALE: pa.int8()}
         return pa.schema([*more.items(), *self.columns.items()])
 
     def read(self, users: Int64) -> Iterator[pa.Table]:
-        """The entries of some users' tails: `user_id`, `order` (before all of the day), `cut` and `columns`.
+        """The entries of some users' tails: `user_id`, `order` (before all of the day), `cut`, `stale` and `columns`.
 
         Args:
-            users: ids, ascending; those without an earlier day have no entry.
+            users: ids, ascending; those without an earlier day have no entry, nor have those whose slot was another
+                user's then.
         """
         days, rows = self.newest.find(users)
+        if "user" in self.since:
+            days = np.where(self.since["user"][users] > self.versions[days], 0, days)
         for day in np.unique(days[days > 0]).tolist():
             mine = np.flatnonzero(days == day)
             of_batch = rows[mine] // ROWS
@@ -114,7 +123,11 @@ class Tails:
             name: pa.array(column.combine_chunks().flatten(), self.schema.field(name).type)
             for name, column in zip(table.column_names, table.columns, strict=True)
         }
+        stale = np.zeros(len(items.values), bool)
+        if "item" in self.since:
+            stale = self.since["item"][items.values] > self.versions[day]
         of_entry = {"user_id": np.repeat(users, items.lengths), "order": BEFORE + ragged_arange(items.lengths)}
+        of_entry[STALE] = stale.astype(np.int8)
         return pa.table({**of_entry, **values}).select(self.schema.names).cast(self.schema)
 
     def _open(self, day: int) -> pa.ipc.RecordBatchFileReader:

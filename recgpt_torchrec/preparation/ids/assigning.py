@@ -120,6 +120,7 @@ def assign_ids(
     pairs: ir.Table,
     extended: Dataset | None,
     all_new: bool = False,
+    counted: ir.Table | None = None,
 ) -> Ids:
     """Assign the ids of users or items.
 
@@ -134,6 +135,7 @@ def assign_ids(
         extended: the earlier dataset.
         all_new: whether no interaction of the log was counted before, as where it holds later days alone; otherwise
             those are that are later than all that were counted.
+        counted: code and `before`, the number of interactions of a key that the log does not hold; None: it holds all.
     """
     record = _tables(config)[entity]
     if record is None or (config.new_keys == "leave_out" and extended is not None):
@@ -146,7 +148,7 @@ def assign_ids(
         assert there is not None, "see check_tables"
         record, used, version = there, getattr(extended.manifest, f"{entity}s"), len(extended.manifest.lineage) + 1
     until = None if all_new else record.until
-    stream = _write_stream(engine, entity, record.seed, kept, codes, known, pairs, until)
+    stream = _write_stream(engine, entity, record.seed, kept, codes, known, pairs, until, counted)
     if record.ids == "hash":
         return _store(engine, entity, *assign_hashed(stream, record, used))
     if extended is not None:
@@ -164,6 +166,7 @@ def _write_stream(
     known: ir.Table | None,
     pairs: ir.Table,
     until: int | None,
+    counted: ir.Table | None,
 ) -> Stream:
     """Write the keys of the log and those with slots to the engine's scratch folder, to be read several times."""
     id = f"{entity}_id"
@@ -176,6 +179,12 @@ def _write_stream(
         every = every.union(known.select(entity)).distinct()
     rows = every.inner_join(codes, entity).select(entity, "key")
     rows = rows.left_join(counts, entity).select(entity, "key", "kept", "count", "last")
+    if counted is not None:
+        joined = rows.left_join(counted.select(entity, "before"), entity)
+        rows = joined.select(
+            *(name for name in rows.columns if name != "kept"),
+            kept=joined.kept.fill_null(0) + joined.before.fill_null(0),
+        )
     if known is not None:
         rows = rows.left_join(known, entity).select(*rows.columns, id)
     hashed = (ibis.literal(f"{seed}:") + rows.key).hexdigest("md5").left(16)
@@ -252,12 +261,13 @@ def describe_rules(slots: list[Slots]) -> list[str]:
     return [f"{each.record.entity}: {each.record.ids} {each.record.rows} {each.record.seed}" for each in slots]
 
 
-def describe_slots(slots: list[Slots], left_out: int) -> dict[str, Any]:
+def describe_slots(slots: list[Slots], left_out: int, forgotten: int = 0) -> dict[str, Any]:
     """What the manifest's preparation records of the slots.
 
     Args:
         slots: of users, items or both.
         left_out: number of interactions that are left out because their user or item has no slot.
+        forgotten: number of an appended day's earlier entries that are left out because their item lost its slot.
     """
     tables = []
     for each in slots:
@@ -273,4 +283,4 @@ def describe_slots(slots: list[Slots], left_out: int) -> dict[str, Any]:
                 keys=int(keys.sum()),
             )
         )
-    return asdict(IdsRecord(left_out=left_out, tables=tables))
+    return asdict(IdsRecord(left_out=left_out, forgotten=forgotten, tables=tables))
