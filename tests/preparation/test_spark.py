@@ -21,7 +21,7 @@ from tools import spark_plans
 from tools.check_engines import check_log, compare_datasets, write_logs
 
 LOGS = ("histories", "times", "events", "by time", "attributes")
-"""Not `clicks`, all of whose options `events` has, nor `vocabulary`, which `attributes` and two tests here extend as well.
+"""Not `clicks`, all of whose options `events` has, nor `vocabulary`: `attributes` and two tests extend one.
 `tools/check_engines.py` compares all seven."""
 
 
