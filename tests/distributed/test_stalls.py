@@ -98,17 +98,20 @@ def keeps_others_waiting(rank: int, world_size: int, port: int, folder: str) -> 
     dist.destroy_process_group()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.dup2(os.open(f"{folder}/rank{rank}", os.O_WRONLY | os.O_CREAT), 2)
-    status, since = None, 0.0
+    status, since, ended = None, 0.0, Path(folder, "ended")
     try:
         with process_group(2.0), Watchdog(folder, stall_seconds=0):
             dist.barrier()
             since = time.monotonic()
             if rank == 0:
                 dist.barrier()
-            time.sleep(10)
+            while not ended.exists() and time.monotonic() - since < 10:
+                time.sleep(0.1)
     except SystemExit as end:
         status = end.code
-    return status, time.monotonic() - since
+    seconds = time.monotonic() - since
+    ended.touch()
+    return status, seconds
 
 
 @pytest.mark.alone
