@@ -4,6 +4,7 @@ Every stage program ends in `cli.run(ConfigClass, main, name)`. Options are the 
 dotted (`--model.dim 64`). All of them can also be set in a YAML file given as `--config`; later ones override earlier.
 """
 
+import functools
 import json
 import os
 import sys
@@ -42,6 +43,7 @@ class _Parser(ArgumentParser):
         raise OptionError(message)
 
 
+@functools.cache  # its making reads the source of every class of options: 0.1 s, for each stage run in a process
 def parser_for(config_class: type, prog: str) -> ArgumentParser:
     """The parser of one stage: one option per field, explained by the docstring under the field."""
     parser = _Parser(prog=prog, description=config_class.__doc__, exit_on_error=True, allow_abbrev=False)
@@ -111,7 +113,8 @@ def _words(name: str, value: Any) -> list[str]:
 
 def _instantiate(config_class: type[Config], prog: str, line: CommandLine) -> Config:
     """The configuration object of a checked command line."""
-    parser = parser_for(config_class, f"python -m {prog}" if prog.startswith("recgpt_torchrec.") else prog)
+    name = f"python -m {prog}" if prog.startswith("recgpt_torchrec.") else prog
+    parser = parser_for(config_class, name)  # type: ignore[arg-type] # mypy takes no type for hashable
     values = parser.parse_args(line.arguments)
     values.pop("config", None)
     built: Any = parser.instantiate(values)

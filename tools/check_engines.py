@@ -4,11 +4,11 @@
     python -m tools.check_engines --output runs/engines --input Beauty.txt
     python -m tools.check_engines --output runs/rows --rows 20000000
 
-The seven logs: histories (a line per user), rows with repeats and duplicates in several files, rows that were shown
-beside clicks and some that cannot be read, the same with event types, a later day of a log whose vocabulary is
-extended, one that is divided by time, and a later day with tables of attributes. `--input` names others, which are
-prepared with the defaults. Exits with 1 if two datasets differ in anything but the engine, if a plan of Spark puts rows
-in one place whose number grows with the log, or if a statement brings too many rows to the driver.
+The seven logs: histories (a line per user), rows with repeats and duplicates in several files, rows that were shown,
+disliked or skipped beside clicks and some that cannot be read, the same with event types, a later day of a log whose
+vocabulary is extended, one that is divided by time, and a later day with tables of attributes. `--input` names others,
+which are prepared with the defaults. Exits with 1 if two datasets differ in anything but the engine, if a plan of Spark
+puts rows in one place whose number grows with the log, or if a statement brings too many rows to the driver.
 
 With `--rows` it writes one log of that size in Parquet files and shows the rows per second of both engines instead,
 each in a process of its own.
@@ -41,6 +41,8 @@ OWN = ("engine", "output", "scratch", "memory_limit")
 ATTRIBUTES = {"item_attributes": ["genres", "price", "title:text"], "user_attributes": ["age:number", "country"]}
 FILES = 8
 """Number of files of the large log."""
+LIST_SECONDS = 600
+"""Rows of a user in so many seconds are shown in one list, in the order of their places."""
 
 
 def write_logs(folder: Path, users: int = 400, items: int = 120) -> dict[str, dict[str, Any]]:
@@ -69,12 +71,14 @@ def write_logs(folder: Path, users: int = 400, items: int = 120) -> dict[str, di
     for number in range(3):
         _write_csv(folder / "times" / f"{number}.csv", header, repeated[number::3])
 
-    words = random.choice(["buy", "cart", "view"], p=[0.5, 0.2, 0.3], size=len(rows))
-    shown = [
-        (*row, word, round(value, 2)) for row, word, value in zip(rows, words, random.random(len(rows)), strict=True)
+    words = random.choice(["buy", "cart", "view", "hide", "skip"], p=[0.5, 0.2, 0.15, 0.1, 0.05], size=len(rows))
+    prices, places = random.random(len(rows)).round(2), random.choice(["", *"1234", "40000"], size=len(rows))
+    requests = [(user, item, time // LIST_SECONDS * LIST_SECONDS) for user, item, time in rows]
+    shown: list[Any] = [
+        (*row, *more) for row, *more in zip(requests, words, prices.tolist(), places.tolist(), strict=True)
     ]
-    shown += [("u", "", 5, "buy", 1), ("u", "i", "soon", "buy", 1)] * 40
-    _write_csv(folder / "clicks.csv", [*header, "event", "price"], shown)
+    shown += [("u", "", 5, "buy", 1, 1), ("u", "i", "soon", "buy", 1, 1)] * 40
+    _write_csv(folder / "clicks.csv", [*header, "event", "price", "place"], shown)
 
     day = sorted(rows, key=lambda row: row[2])
     _write_csv(folder / "days" / "1.csv", header, day[: len(day) * 2 // 3])
@@ -87,6 +91,7 @@ def write_logs(folder: Path, users: int = 400, items: int = 120) -> dict[str, di
     prepare(before)
     described = {**tables, "vocabulary": before.output, "catalogue": "items", "attribute_buckets": 5}
     clicks = {"click_column": "event", "click_values": ["buy", "cart"], "rating_column": "price"}
+    clicks |= {"dislike_values": ["hide"], "skip_values": ["skip"], "position_column": "place"}
     types = {"event_column": "event", "hold_out": "targets", "target_events": ["buy"]}
     return {
         "histories": {"input": [str(folder / "histories.txt")], **small},

@@ -5,6 +5,7 @@ makes smaller ones, so that all pairs of layouts cost one start of processes.
 """
 
 import contextlib
+import functools
 import io
 import itertools
 import os
@@ -253,8 +254,9 @@ def output_folder(folder: str, source: Layout) -> str:
     return f"{folder}/{source.ranks}-{source.sharding}-{source.optimizer}-{source.precision}-{source.shard_ranks}{more}"
 
 
+@functools.cache  # compared with many models
 def load_tensors(folder: str, source: Layout) -> dict[str, torch.Tensor]:
-    """Load every tensor of a layout's checkpoint by name, without the code under test."""
+    """Load every tensor of a layout's checkpoint by name, without the code under test; they are not to be changed."""
     return load_latest(output_folder(folder, source))
 
 

@@ -3,18 +3,20 @@
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from recgpt_torchrec.data.batch import SequenceBatch
 from recgpt_torchrec.data.windows import Cursor
 from recgpt_torchrec.distributed import signals, watchdog
 from recgpt_torchrec.distributed.processes import gather_objects
 from recgpt_torchrec.distributed.signals import Stopped
 from recgpt_torchrec.errors import InputError
+
+if TYPE_CHECKING:  # it needs torchrec, whose import takes 2.5 s: searching an export does without
+    from recgpt_torchrec.data.batch import SequenceBatch
 
 
 class Step(NamedTuple):
@@ -62,8 +64,8 @@ class Lockstep:
 
     def __init__(
         self,
-        batches: Iterator[SequenceBatch],
-        make_empty: Callable[[], SequenceBatch],
+        batches: Iterator["SequenceBatch"],
+        make_empty: Callable[[], "SequenceBatch"],
         requests_checkpoint: Callable[[], bool] = lambda: False,
     ) -> None:
         """
@@ -108,7 +110,7 @@ class Lockstep:
         self._ahead.append((batch or self.make_empty(), batch is not None, agreed, work))
         self.fetched += 1
 
-    def __iter__(self) -> Iterator[SequenceBatch]:
+    def __iter__(self) -> Iterator["SequenceBatch"]:
         return self
 
     def has_next(self) -> bool:
@@ -141,7 +143,7 @@ class Lockstep:
                 started.wait()
         self._ahead.clear()
 
-    def __next__(self) -> SequenceBatch:
+    def __next__(self) -> "SequenceBatch":
         """The next batch, with `global_targets` and `most_targets` set.
 
         Raises:

@@ -4,15 +4,16 @@ import socket
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torchrec import EmbeddingBagCollection
-from torchrec.distributed.types import EnumerableShardingSpec, ParameterSharding, ShardingPlan
-from torchrec.modules.embedding_configs import data_type_to_dtype
 
 from recgpt_torchrec.distributed.processes import gather_objects, local_world_size, rank
 from recgpt_torchrec.errors import InputError
+
+if TYPE_CHECKING:  # its import takes 2.5 s, and without tables nobody needs it
+    from torchrec.distributed.types import ParameterSharding, ShardingPlan
 
 CGROUP = Path("/sys/fs/cgroup")
 MOMENT_BYTES = 4
@@ -58,15 +59,17 @@ def find_shortage(needed: int, device: torch.device) -> Shortage | None:
     return None
 
 
-def parts_of(sharding: ParameterSharding, rows: int, dim: int) -> list[tuple[int, int, int]]:
+def parts_of(sharding: "ParameterSharding", rows: int, dim: int) -> list[tuple[int, int, int]]:
     """The parts of a table [rows, dim] by its plan: the rank that holds each, its rows, its columns."""
+    from torchrec.distributed.types import EnumerableShardingSpec
+
     spec = sharding.sharding_spec
     if isinstance(spec, EnumerableShardingSpec):
         return [(shard.placement.rank(), *shard.shard_sizes) for shard in spec.shards]
     return [(holder, rows, dim) for holder in sharding.ranks or []]
 
 
-def table_bytes(plan: ShardingPlan, model: nn.Module, optimizer: str | None) -> Counter[tuple[int, str]]:
+def table_bytes(plan: "ShardingPlan", model: nn.Module, optimizer: str | None) -> Counter[tuple[int, str]]:
     """Bytes that each rank needs for tables by a plan: weights, and in training moments and gradients of whole tables.
 
     Args:
@@ -77,6 +80,9 @@ def table_bytes(plan: ShardingPlan, model: nn.Module, optimizer: str | None) -> 
     Returns:
         Bytes by (rank, where): `device`, or `host` for kernels that keep a table in unified memory.
     """
+    from torchrec import EmbeddingBagCollection
+    from torchrec.modules.embedding_configs import data_type_to_dtype
+
     configs = {
         config.name: config
         for module in model.modules()
@@ -102,7 +108,7 @@ def moment_bytes(optimizer: str | None, rows: int, columns: int) -> int:
     return MOMENT_BYTES * numbers.get(optimizer or "", 0)
 
 
-def check_tables_fit(plan: ShardingPlan, model: nn.Module, optimizer: str | None, device: torch.device) -> None:
+def check_tables_fit(plan: "ShardingPlan", model: nn.Module, optimizer: str | None, device: torch.device) -> None:
     """Check that every rank has the memory for its part of the tables, before they get any (collective).
 
     Args:

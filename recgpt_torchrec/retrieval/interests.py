@@ -5,6 +5,7 @@ the output at that entry is the second interest, and so on. `retrieval.merging` 
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,9 +16,11 @@ from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.inputs.features import UNKNOWN
 from recgpt_torchrec.data.ragged import Int64, Ragged, join, offsets_of
 from recgpt_torchrec.data.segments import GENERATED
-from recgpt_torchrec.data.stream import BatchMaker
-from recgpt_torchrec.retrieval.encoding import Encoded
 from recgpt_torchrec.retrieval.merging import Lists
+
+if TYPE_CHECKING:  # they need torchrec, and the lists of vectors that are there need none
+    from recgpt_torchrec.data.stream import BatchMaker
+    from recgpt_torchrec.retrieval.encoding import Encoded
 
 
 def append_generated(histories: Histories, items: Int64, max_len: int) -> Histories:
@@ -64,7 +67,7 @@ def newest_times(histories: Histories) -> Int64:
 
 @torch.no_grad()
 def predict_interests(
-    model: nn.Module, maker: BatchMaker, batches: list[Encoded], catalogue: Catalogue, count: int
+    model: nn.Module, maker: "BatchMaker", batches: "list[Encoded]", catalogue: Catalogue, count: int
 ) -> Tensor:
     """Compute `count` interest vectors per history (collective: every rank takes part, even without histories).
 

@@ -7,6 +7,7 @@ A part's time runs from its mark to the next one. What runs beside another part 
 gradients and the fused table optimizers are within `backward`.
 """
 
+import functools
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from torch import nn
 from recgpt_torchrec.data.batch import SequenceBatch
 from recgpt_torchrec.distributed.processes import rank, world_size
 from recgpt_torchrec.model.flops import step_flops
-from recgpt_torchrec.model.peaks import measured_peak, rated_peak
+from recgpt_torchrec.model.peaks import Precision, measured_peak, rated_peak
 from recgpt_torchrec.model.recgpt import unwrapped, unwrapped_dense
 from recgpt_torchrec.training.execution import Execution
 
@@ -262,6 +263,10 @@ class StepMeter:
 def peak_of(device: torch.device, execution: Execution) -> float:
     """Operations per second that a device can reach in a run's precision: its maker's rating, or measured (50 ms)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    rated = rated_peak(name, execution.precision)
+    return rated_peak(name, execution.precision) or _measure_once(device, execution.precision, torch.get_num_threads())
+
+
+@functools.cache  # a process may train several runs
+def _measure_once(device: torch.device, precision: Precision, threads: int) -> float:
     size = None if device.type == "cuda" else 512
-    return rated or measured_peak(device, execution.precision, size=size, seconds=PEAK_SECONDS)
+    return measured_peak(device, precision, size=size, seconds=PEAK_SECONDS)

@@ -8,8 +8,6 @@ import torch.distributed as dist
 
 from tools.ranks import RankFailed, run_ranks
 
-pytestmark = pytest.mark.alone
-
 
 def sum_of_ranks(rank: int, world_size: int, offset: int) -> tuple[int, torch.Tensor]:
     total = torch.tensor([rank + offset])
@@ -82,6 +80,7 @@ def test_a_result_that_cannot_be_pickled_is_an_error_and_no_hang():
         run_ranks(unpicklable, 1, timeout=100)
 
 
+@pytest.mark.alone
 def test_the_time_limit_kills_every_rank_and_shows_where_each_was(tmp_path):
     run_ranks(sum_of_ranks, 1, 0)  # starts the fork server, whose time must not count in the limit below
     with pytest.raises(TimeoutError, match=r"(?s)ranks \[0, 1\] of 2.*rank 1:.*rank_1_never_comes"):

@@ -90,13 +90,13 @@ def plainly(events: list[Event], min_count: int, drop: bool) -> tuple[dict[str, 
 
 
 EVENTS = st.lists(
-    st.builds(Event, st.sampled_from("uv"), st.sampled_from("abcde"), st.integers(0, 6), st.booleans()),
+    st.builds(Event, st.sampled_from("uvwx"), st.sampled_from("abcde"), st.integers(0, 6), st.booleans()),
     min_size=2,
-    max_size=40,
+    max_size=80,
 )
 
 
-@hypothesis_settings(max_examples=25)
+@hypothesis_settings(max_examples=12)
 @given(events=EVENTS, min_count=st.integers(1, 3), duplicates=st.sampled_from(["keep", "drop"]))
 def test_shown_rows_are_placed_between_interactions_as_by_a_plain_loop(
     tmp_path_factory: pytest.TempPathFactory, events: list[Event], min_count: int, duplicates: Any

@@ -1,6 +1,5 @@
-"""Places, dislikes and skips of a raw log, on both engines; and what of it a split reads."""
+"""Places, dislikes and skips of a raw log, and what of it a split reads; `test_spark.py` compares the engines."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.windows import row_groups
 from recgpt_torchrec.prepare import summary
 from tests.preparation.prepare_helpers import make, read_keys, read_sequences
-from tests.preparation.spark_helpers import start_spark
 from tests.preparation.test_prepare_bad_input import message
 
 LOG = """user_id,item_id,timestamp,label,place
@@ -71,19 +69,8 @@ EXPECTED = [
 ]
 
 
-@pytest.fixture(scope="module")
-def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One Spark for this file."""
-    yield from start_spark(str(tmp_path_factory.mktemp("spark")))
-
-
-@pytest.mark.parametrize("engine", ["duckdb", "pyspark"])
-def test_kinds_of_feedback_and_places_in_the_order_of_the_list(
-    tmp_path: Path, log: Path, engine: Any, request: pytest.FixtureRequest
-) -> None:
-    if engine == "pyspark":
-        request.getfixturevalue("spark")
-    result = make(log, tmp_path / "data", engine=engine, **OPTIONS)
+def test_kinds_of_feedback_and_places_in_the_order_of_the_list(tmp_path: Path, log: Path) -> None:
+    result = make(log, tmp_path / "data", **OPTIONS)
     assert entries_of(tmp_path / "data") == EXPECTED
     manifest = result.manifest
     assert manifest.feedback == ["shown", "disliked", "skipped"] and manifest.segments == 5

@@ -49,12 +49,12 @@ def write_numbers(folder: Path, format: str, users: list[float | None]) -> Path:
     return parquet(path, user_id=column, item_id=[7] * len(users), timestamp=range(len(users)))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     st.lists(
         st.one_of(st.none(), st.integers(-5, 2**53 - 1).map(float), st.sampled_from([0.5, -2.25])),
         min_size=1,
-        max_size=8,
+        max_size=24,
     )
 )
 def test_a_key_has_one_spelling_in_every_format(

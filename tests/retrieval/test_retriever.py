@@ -1,5 +1,8 @@
 """Searching, leaving the history out and filling up: against plain sorting, with every index."""
 
+import subprocess
+import sys
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -66,3 +69,10 @@ def test_where_an_approximate_search_finds_too_few_the_exact_one_is_asked():
         assert sorted(found.items[u].tolist()) == sorted(set(range(ITEMS)) - set(seen[u]))
     alone = Retriever(poor, k, lambda lists: merge_by_score(lists, k)).lists(queries, Ragged.from_lists(seen))
     assert (alone.items < 0).any()  # or the test proves nothing
+
+
+def test_lists_of_an_export_and_their_metrics_are_made_without_torchrec():
+    """Its import takes 2.5 s of each start; ranks, metrics, exact and approximate search are imported with them."""
+    modules = "recgpt_torchrec.retrieval.search.searching, recgpt_torchrec.evaluation.list_quality"
+    code = f"import sys; sys.modules['torchrec'] = None; import {modules}"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
