@@ -47,7 +47,7 @@ def main(config: Export) -> None:
     from recgpt_torchrec.retrieval.exports.chain import open_chain
     from recgpt_torchrec.retrieval.exports.writing import write_delta, write_export
     from recgpt_torchrec.retrieval.interests import predict_interests
-    from recgpt_torchrec.serving.program import check_onnx
+    from recgpt_torchrec.serving.exported.program import check_onnx
     from recgpt_torchrec.training.loading import load
 
     with process_group(TIMEOUT_S if config.index.kind == "none" else LONG_WORK_S, config.device) as device:
@@ -239,7 +239,7 @@ def add_asked_encoder(
     if config.encoder.kind == "none":
         return [], False
     from recgpt_torchrec.retrieval.exports.reading import open_on_all_ranks
-    from recgpt_torchrec.serving.writing import add_encoder, describe
+    from recgpt_torchrec.serving.exported.writing import add_encoder, describe
 
     export = open_on_all_ranks(config.output)
     encoder, already_there = add_encoder(export, config.encoder, checkpoint, dataset, load)

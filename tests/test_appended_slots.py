@@ -55,7 +55,8 @@ def keys_of(folder: Path, day: int, name: str) -> list[str]:
 def expected_targets(folder: Path) -> list[Counter[tuple[str, str, str]]]:
     """Per day, (user, item before, item) of every interaction that has a row and a history, by a plain loop."""
     histories: dict[str, list[str]] = {}
-    days, before = [], ([], [])
+    days: list[Counter[tuple[str, str, str]]] = []
+    before: tuple[list[str], list[str]] = ([], [])
     for day in range(DAYS):
         users, items = (keys_of(folder, day + 1, name) for name in ("users", "items"))
         gone = [

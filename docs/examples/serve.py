@@ -27,7 +27,7 @@ from recgpt_torchrec.data.segments import FEEDBACK, GENERATED, INTERACTED
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.exports.reading import Export, open_export
 from recgpt_torchrec.retrieval.merging import Lists, merge_rule
-from recgpt_torchrec.serving.opening import open_encoder
+from recgpt_torchrec.serving.exported.opening import open_encoder
 
 KINDS = {"clicked": INTERACTED, "generated": GENERATED, **FEEDBACK}
 """Segment ids by the word of an entry's `kind`."""

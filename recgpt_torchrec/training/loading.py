@@ -113,7 +113,7 @@ def _make_model(
     """The model of a checkpoint, its tables without memory; `read` makes the buffer of its attributes."""
     check_vocabulary(settings, checkpoint, dataset)
     manifest, tuning, inputs = dataset.manifest, settings.tuning, settings.inputs
-    check_inputs(inputs, checkpoint, dataset)
+    check_inputs(inputs, checkpoint, dataset, settings.continue_command(checkpoint, dataset.path))
     if tuning is not None and tuning.prompts and manifest.segments > inputs.segments:
         raise InputError(
             f"the checkpoint {checkpoint} does not tell dislikes and skips from what was only shown, and "

@@ -16,9 +16,9 @@ from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.exports.reading import open_export
 from recgpt_torchrec.retrieval.exports.vectors import vectors_of
-from recgpt_torchrec.serving.opening import open_encoder
-from recgpt_torchrec.serving.program import check_onnx
-from recgpt_torchrec.serving.writing import Layout
+from recgpt_torchrec.serving.exported.opening import open_encoder
+from recgpt_torchrec.serving.exported.program import check_onnx
+from recgpt_torchrec.serving.exported.writing import Layout
 from tests.serving.conftest import INTERESTS, options
 from tests.support import stage
 
@@ -148,6 +148,6 @@ def test_what_is_inside_the_program_follows_from_sizes():
 
 
 def test_onnx_without_its_packages_names_the_extra(monkeypatch):
-    monkeypatch.setattr("recgpt_torchrec.serving.program.ONNX_PACKAGES", ("onnx_that_is_missing",))
+    monkeypatch.setattr("recgpt_torchrec.serving.exported.program.ONNX_PACKAGES", ("onnx_that_is_missing",))
     with pytest.raises(InputError, match=r"recgpt-torchrec\[onnx\]"):
         check_onnx()

@@ -12,7 +12,7 @@ from recgpt_torchrec.data.inputs.spec import Feature, Inputs
 from recgpt_torchrec.data.packed import Capacity, pack_histories
 from recgpt_torchrec.model.dense import Dense
 from recgpt_torchrec.retrieval.interests import append_generated
-from recgpt_torchrec.serving.encoder import FullEncoder, StepEncoder, Tower, names_of_columns, names_of_request
+from recgpt_torchrec.serving.exported.encoder import FullEncoder, StepEncoder, Tower, names_of_columns, names_of_request
 
 ITEMS, USERS, MAX_LEN, DIM = 40, 6, 10, 8
 VALUES = {**times.VALUES, "event": 4, "asked_event": 4, "place": PLACE_VALUES}

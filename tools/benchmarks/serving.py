@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from recgpt_torchrec.retrieval.exports.reading import Export, open_export
-from recgpt_torchrec.serving.opening import OpenedEncoder, open_encoder
+from recgpt_torchrec.serving.exported.opening import OpenedEncoder, open_encoder
 
 WARM_UP = 5
 """Calls before those that are measured."""

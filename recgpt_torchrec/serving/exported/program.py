@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.serving.encoder import FullEncoder, StepEncoder, names_of_columns, names_of_request
+from recgpt_torchrec.serving.exported.encoder import FullEncoder, StepEncoder, names_of_columns, names_of_request
 
 OPSET = 18
 """Of ONNX."""

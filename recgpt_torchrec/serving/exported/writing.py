@@ -25,8 +25,8 @@ from recgpt_torchrec.model.recgpt import NONE, Vectors, unwrapped, unwrapped_den
 from recgpt_torchrec.retrieval.exports.additions import commit_addition, new_folder
 from recgpt_torchrec.retrieval.exports.encoder_manifest import Argument, EncoderManifest, TablePart
 from recgpt_torchrec.retrieval.exports.reading import Export
-from recgpt_torchrec.serving.encoder import FullEncoder, StepEncoder, Tower
-from recgpt_torchrec.serving.program import check_onnx, describe_inputs, export_program, write_onnx
+from recgpt_torchrec.serving.exported.encoder import FullEncoder, StepEncoder, Tower
+from recgpt_torchrec.serving.exported.program import check_onnx, describe_inputs, export_program, write_onnx
 from recgpt_torchrec.storage import filesystem, scratch_beside
 from recgpt_torchrec.storage.parts import Part, write_checksummed
 from recgpt_torchrec.training.loading import Trained

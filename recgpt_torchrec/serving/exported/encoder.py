@@ -14,7 +14,7 @@ from recgpt_torchrec.data.inputs.spec import EVENTS, PLACES, TIMES, Inputs
 from recgpt_torchrec.data.segments import INTERACTED
 from recgpt_torchrec.model.attention import DenseAttention
 from recgpt_torchrec.model.decoder import Decoder
-from recgpt_torchrec.serving.entries import (
+from recgpt_torchrec.serving.exported.entries import (
     Columns,
     Relations,
     Request,
