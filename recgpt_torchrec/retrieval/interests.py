@@ -92,7 +92,7 @@ def predict_interests(
 
 
 def extend_interests(
-    encode: Callable[[Histories], Tensor], max_len: int, batches: list[Encoded], catalogue: Catalogue, count: int
+    encode: Callable[[Histories], Tensor], max_len: int, batches: "list[Encoded]", catalogue: Catalogue, count: int
 ) -> Tensor:
     """Compute `count` interest vectors per history, by whatever encodes histories (collective).
 
