@@ -149,8 +149,8 @@ class Prepare:
     vocabulary."""
     new_keys: Literal["add", "leave_out"] = "add"
     """With --vocabulary: what becomes of rows whose user or item it does not have. add: the vocabulary is extended.
-    leave_out: they are left out, so that the vocabulary stays as it is and the checkpoints of the earlier dataset fit,
-    for vectors between two trainings."""
+    leave_out: they are left out, and new values of attributes are left empty, so that the vocabularies stay as they are
+    and the checkpoints of the earlier dataset fit, for vectors between two trainings."""
     ids: Literal["vocabulary", "hash", "managed"] = "vocabulary"
     """How users and items get ids, where they have a number of rows. vocabulary: each key has its own, and tables grow
     with every new one. hash: a key's row is its hash modulo the number of rows; keys that collide share a row and its

@@ -74,7 +74,7 @@ def mark_parts(
         The events, and the boundaries for the manifest, by the name of their option.
 
     Raises:
-        InputError: a part has no interaction, or a boundary is outside the log's times.
+        InputError: a part or a target event type has no interaction, or a boundary is outside the log's times.
     """
     if config.hold_out == "given":
         starts = [next(row for row, of in zip(first_rows, file_parts, strict=True) if of >= part) for part in (1, 2)]
@@ -84,6 +84,12 @@ def mark_parts(
     if config.hold_out == "time":
         return _divide_by_time(engine, config, events)
     if config.hold_out == "targets":
+        clicks = queries.select_interacted(events)
+        if not engine.count(clicks.filter(clicks.event.isin(target_events))):
+            raise InputError(
+                f"--target_events {','.join(config.target_events)}: none of the {engine.count(clicks):,} interactions "
+                "that are kept is of these event types (rows that were only shown are none); give types of interactions"
+            )
         return engine.save("parted_events", _divide_at_targets(events, target_events)), {}
     return events, {}
 
@@ -102,7 +108,7 @@ def _divide_at_targets(events: ir.Table, target_events: list[int]) -> ir.Table:
     targets = (clicked & events.event.isin(target_events)).cast("int64")
     user = ibis.window(group_by="user_id")
     counted = events.mutate(
-        targets=targets.sum().over(ibis.cumulative_window(group_by="user_id", order_by=queries.IN_TIME)),
+        targets=targets.sum().over(ibis.cumulative_window(group_by="user_id", order_by=queries.order_of(events))),
         all_targets=targets.sum().over(user),
     )
     begins = counted.mutate(is_before=(counted.targets < counted.all_targets - 1) & (counted.segment == INTERACTED))

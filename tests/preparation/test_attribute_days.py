@@ -72,6 +72,19 @@ def test_a_day_without_new_values_has_the_same_vocabulary_and_lineage(days, tmp_
     assert vocabulary(tmp_path / "third", "item", "brand") == vocabulary(tmp_path / "second", "item", "brand")
 
 
+def test_leaving_new_keys_out_leaves_new_values_out_too(days, tmp_path):
+    first, options = days
+    result = make(tmp_path / "second.csv", tmp_path / "data", new_keys="leave_out", **options)
+    assert read_values(tmp_path / "data", "item", "brand") == {"1": [], "2": [], "3": ["a"], "4": []}
+    before, after = (Dataset.open(str(each)).manifest for each in (first, tmp_path / "data"))
+    assert [(e.values, e.fingerprint) for e in before.attributes] == [
+        (e.values, e.fingerprint) for e in after.attributes
+    ]
+    assert after.attributes[0].missing == 3
+    notes = [text for label, text in result.manifest.preparation["page"] if label == "note"]
+    assert "--item_attributes brand: 1 values that --vocabulary lacks were left empty (--new_keys leave_out)" in notes
+
+
 def test_one_value_may_become_several_and_an_attribute_may_be_new(days, tmp_path):
     _, options = days
     rows = [{**row, "brand": [row["brand"], "e"], "colour": "red"} for row in SECOND]
@@ -98,9 +111,11 @@ def test_a_kind_that_changed_between_days(days, tmp_path):
 
 def test_an_attribute_of_the_earlier_day_must_be_given(days, tmp_path):
     _, options = days
-    for fewer in ({"item_attributes": ["brand,tags"]}, {"item_attributes": ["brand,tags,price:text"]}):
-        with pytest.raises(InputError, match="has the item attribute price, which is not given now; name its table"):
-            make(tmp_path / "second.csv", tmp_path / "new", **{**options, **fewer})
+    absent = "has the item attribute price, which is not given now; name its table"
+    as_text = "price:text: --vocabulary .* has it as a number; pass price:number"
+    for asked, message in (("brand,tags", absent), ("brand,tags,price:text", as_text)):
+        with pytest.raises(InputError, match=message):
+            make(tmp_path / "second.csv", tmp_path / "new", **{**options, "item_attributes": [asked]})
     with pytest.raises(InputError, match="has the item attribute brand, which is not given now"):
         make(tmp_path / "second.csv", tmp_path / "new", vocabulary=options["vocabulary"])
 
@@ -199,6 +214,11 @@ def test_columns_that_hold_no_values(tmp_path):
     path.write_text('{"item_id": 1, "a": {"b": 1}, "l": [{"c": 1}]}\n')
     refuse(tmp_path, path, "a", "'a' holds objects; name a column with one value or a list of values per row, such as")
     refuse(tmp_path, path, "l", "'l' holds lists of objects or lists")
+    path.write_text('{"item_id": 1, "a": ["x", ["y"]]}\n')
+    refuse(tmp_path, path, "a", "'a' holds lists of objects or lists")
+    path = tmp_path / "items.csv"
+    path.write_text("item_id,a\n1,soon\n2,\n")
+    refuse(tmp_path, path, "a:number", "1 values cannot be read as one, such as 'soon'. Pass a:category")
 
 
 def test_files_that_differ_in_type(tmp_path):

@@ -126,6 +126,7 @@ COLUMNS: list[tuple[Any, str, list[Any]]] = [
         "category",
         [["1970-01-11"], ["1970-01-21"], ["1970-01-31"]],
     ),
+    (pa.array([[1], [1, 2], None], pa.list_(pa.time32("s"))), "category", [["00:00:01"], {"00:00:01", "00:00:02"}, []]),
     (pa.array(["1.50", "2.00", None]).cast(pa.decimal128(10, 2)), "number", [[0], [1], []]),
 ]
 """Columns of Parquet, what each is taken for, and the values of items 1 to 3."""
@@ -281,6 +282,21 @@ def test_an_id_in_disguise_is_noted(tmp_path):
     assert "--item_attributes title: 40 values for 40 items, nearly one each: an id in disguise" in text
     assert "Pass title:text to keep it as a name" in text and "Pass price:number for buckets" in text
     assert "fine: 4 values for" not in text
+
+
+def test_tags_that_several_items_share_are_no_ids_and_one_value_tells_nothing(tmp_path):
+    log = [(f"u{item % 7}", str(item), item) for item in range(40)]
+    rows = [
+        {"item_id": item, "tags": [(item + k) % 40 for k in range(3)], "own": [2 * item, 2 * item + 1], "one": "x"}
+        | {"added": f"2026-01-{1 + item % 9:02d} 10:00:00"}
+        for item in range(40)
+    ]
+    table = write_table(tmp_path / "items.parquet", rows)
+    options = {"items": [str(table)], "item_attributes": ["tags,own,one,added"]}
+    text = summary_of(make(write_csv(tmp_path / "log.csv", log), tmp_path / "data", **options))
+    assert "own: 80 values for 40 items, nearly all of one item alone: an id in disguise" in text
+    assert "one: it is 'x' for every item, which tells nothing; leave it out" in text
+    assert "tags: 40 values for" not in text and "added: its values seem to be lists" not in text
 
 
 def test_lists_in_text_with_another_separator_or_none(log, tmp_path):

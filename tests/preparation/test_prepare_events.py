@@ -153,6 +153,23 @@ def test_the_last_two_of_the_target_types_are_held_out_after_everything_before(t
     assert {row["key"]: row["train_count"] for row in table} == {row["key"]: trained[row["key"]] for row in table}
 
 
+def test_parts_begin_in_the_order_of_places_where_times_are_equal(tmp_path):
+    rows = ["a,view,1,1", "b,buy,2,2", "c,view,2,1", "d,buy,3,2", "e,view,3,1"]
+    (tmp_path / "log.csv").write_text("item_id,event,timestamp,place,user_id\n" + "".join(f"{r},u\n" for r in rows))
+    options = {"hold_out": "targets", "target_events": ["buy"], "event_column": "event", "position_column": "place"}
+    make(tmp_path / "log.csv", tmp_path / "data", **options)
+    assert read_sequences(tmp_path / "data") == {"u": ["a", "c", "b", "e", "d"]}
+    (row,) = pq.read_table(tmp_path / "data" / "sequences").to_pylist()
+    assert (row["validation_start"], row["test_start"]) == (2, 4)
+
+
+def test_a_type_of_shown_rows_alone_is_no_target(tmp_path):
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp,event\nu,a,1,buy\nu,b,2,view\nu,c,3,buy\n")
+    options = {"event_column": "event", "click_column": "event", "click_values": ["buy"]}
+    with pytest.raises(InputError, match="--target_events view: none of the 2 interactions that are kept is of these"):
+        make(tmp_path / "log.csv", tmp_path / "data", hold_out="targets", target_events=["view"], **options)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

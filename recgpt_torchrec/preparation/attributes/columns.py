@@ -80,7 +80,7 @@ def held_in_json(found: set[str], inside: set[str]) -> Held:
 
     Args:
         found: the types of its values, as the engine names them.
-        inside: the types of the first elements of lists.
+        inside: the types of the elements of lists.
 
     Raises:
         ValueError: an object, or a list of objects or lists.

@@ -18,8 +18,9 @@ from recgpt_torchrec.preparation.attributes.buckets import find_edges, fingerpri
 from recgpt_torchrec.preparation.attributes.columns import Taken
 from recgpt_torchrec.preparation.attributes.loading import LoadedTable
 from recgpt_torchrec.preparation.attributes.tables import TEXT
-from recgpt_torchrec.preparation.attributes.vocabulary import assign_values, find_earlier, lineage_of
+from recgpt_torchrec.preparation.attributes.vocabulary import assign_values, find_earlier, lineage_of, load_known
 from recgpt_torchrec.preparation.engines.engine import Engine
+from recgpt_torchrec.preparation.reading.dialect import shorten
 from recgpt_torchrec.preparation.writing import fingerprint_parts
 from recgpt_torchrec.storage.parts import Part
 
@@ -46,8 +47,14 @@ class EncodedAttribute:
     """`key` and `count` of the most frequent values."""
     ends: tuple[float, float] | None = None
     """Least and greatest number."""
+    pairs: int = 0
+    """Number of values of all users or items together."""
     most: int = 1
     """Maximum number of values of a user or item."""
+    used: int = 0
+    """Number of distinct values that a user or item has."""
+    left_out: int = 0
+    """Number of values that were left out because the earlier dataset lacks them (--new_keys leave_out)."""
     before: DatasetAttribute | None = None
     """The attribute of the earlier dataset, if it has it."""
 
@@ -131,20 +138,26 @@ def _encode_attribute(
     table, taken = loaded.table, loaded.taken[place]
     id = f"{table.entity}_id"
     values = values.filter(values.attribute == place)
+    before = None if taken.kind == TEXT else find_earlier(earlier, table, taken)
+    known, left_out = None, 0
+    if earlier is not None and before is not None and before.kind == "category":
+        known = load_known(engine, f"{table.entity}_known_values_{place}", earlier, before)
+        if config.new_keys == "leave_out":
+            given = engine.count(values)
+            values = values.semi_join(known, values.value == known.key)
+            left_out = given - engine.count(values)
     sizes = values.group_by(id).agg(n=values.count())
-    found = engine.row(sizes.agg(present=sizes.count(), most=sizes.n.max()))
-    present, most = int(found["present"]), int(found["most"] or 0)
+    found = engine.row(sizes.agg(present=sizes.count(), most=sizes.n.max(), pairs=sizes.n.sum()))
+    present, most, pairs = int(found["present"]), int(found["most"] or 0), int(found["pairs"] or 0)
     none = ibis.null("string")
     if taken.kind == TEXT:
         rows = values.select(id, value_id=ibis.null("int32"), value=values.value)
         return EncodedAttribute(taken=taken, attribute=None, present=present), rows
-    before = find_earlier(earlier, table, taken)
     if not present and before is None:
-        raise InputError(
-            f"{table.attributes_option} {taken.name}: no {table.entity} of the dataset has a value in {loaded.names}; "
-            "leave the column out, or give a table with values"
-        )
-    result = EncodedAttribute(taken=taken, attribute=None, present=present, most=most)
+        raise _explain_nothing(loaded, place)
+    result = EncodedAttribute(
+        taken=taken, attribute=None, present=present, pairs=pairs, most=most, left_out=left_out, before=before
+    )
     result.attribute = DatasetAttribute(
         entity=table.entity,
         name=taken.name,
@@ -160,15 +173,35 @@ def _encode_attribute(
         ends = engine.row(values.agg(low=values.number.min(), high=values.number.max()))
         result.ends = (ends["low"], ends["high"])
         return result, values.select(id, value_id=number_bucket(values.number, edges), value=none)
-    vocabulary = assign_values(engine, f"{table.entity}_vocabulary_{place}", values, config.seed, earlier, before)
+    vocabulary = assign_values(
+        engine, f"{table.entity}_vocabulary_{place}", values, config.seed, known, before.values if before else 0
+    )
     result.vocabulary = vocabulary
     result.attribute.values = engine.count(vocabulary)
-    result.before = before
-    ordered = vocabulary.filter(vocabulary["count"] > 0).order_by(ibis.desc("count"), "key")
+    used = vocabulary.filter(vocabulary["count"] > 0)
+    result.used = engine.count(used)
+    ordered = used.order_by(ibis.desc("count"), "key")
     result.frequent = engine.rows(ordered.select("key", "count").limit(SAMPLE))
     numbered = vocabulary.select(of_value="key", id_of_value="value_id")
     joined = values.inner_join(numbered, values.value == numbered.of_value)
     return result, joined.select(id, value_id=joined.id_of_value.cast("int32"), value=none)
+
+
+def _explain_nothing(loaded: LoadedTable, place: int) -> InputError:
+    """The error for an attribute that no user or item of the dataset has."""
+    table, name = loaded.table, loaded.taken[place].name
+    unread = [each for each in loaded.problems if each["attribute"] == place]
+    if loaded.taken[place].kind == "number" and unread:
+        example = f", such as {shorten(unread[0]['example'], 40)!r}" if unread[0]["example"] else ""
+        return InputError(
+            f"{table.attributes_option} {name}: no {table.entity} of the dataset has a number in {loaded.names}; "
+            f"{sum(each['n'] for each in unread):,} values cannot be read as one{example}. Pass {name}:category, or "
+            "leave the column out"
+        )
+    return InputError(
+        f"{table.attributes_option} {name}: no {table.entity} of the dataset has a value in {loaded.names}; leave the "
+        "column out, or give a table with values"
+    )
 
 
 def write_vocabularies(tables: list[EncodedTable], fs: pyarrow.fs.FileSystem, root: str, write: Write) -> None:

@@ -11,11 +11,13 @@ from recgpt_torchrec.preparation.reading.formats.lists import find_list_separato
 Line = list[str]
 """A label and a text."""
 DISGUISED = 0.8
-"""Number of distinct values per user or item from which on a category is rather a key."""
+"""Share of distinct ones among the values of all users or items from which on a category is rather a key."""
 FEWEST = 20
-"""Minimum number of users or items for that."""
+"""Minimum number of values for that."""
 SINGLE = ("text", "string", "large_string", "RecBole's token")
 """Words for columns of text, whose lists are divided by a separator."""
+MOMENT = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[ T]")
+"""How a date-time begins, whose blank separates no values."""
 DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$")
 
 
@@ -81,19 +83,24 @@ def _describe_problem(encoded: EncodedTable, attribute: int, problem: str, n: in
 def _notes(encoded: EncodedTable, each: EncodedAttribute) -> list[str]:
     """What may be wrong about an attribute."""
     name, attribute, entity = each.taken.name, each.attribute, encoded.loaded.table.entity
-    if attribute is None or not each.present:
-        return []
     notes = []
+    if each.left_out:
+        notes.append(f"{each.left_out:,} values that --vocabulary lacks were left empty (--new_keys leave_out)")
+    if attribute is None or not each.present:
+        return notes
     values = [value["key"] for value in each.frequent]
     if attribute.kind == "number" and attribute.values == 1 and each.ends is not None:
         constant = f"always {each.ends[0]:g}" if each.ends[0] == each.ends[1] else "infinite or equal"
         notes.append(f"its numbers are {constant}, so there is one bucket, which tells nothing")
-    if attribute.kind == "category" and attribute.values >= DISGUISED * each.present and each.present >= FEWEST:
+    if attribute.kind == "category" and each.used == 1 and each.present == encoded.total:
+        notes.append(f"it is {shorten(values[0], 40)!r} for every {entity}, which tells nothing; leave it out")
+    if attribute.kind == "category" and each.used >= DISGUISED * each.pairs and each.pairs >= FEWEST:
         numbers = all(DECIMAL.match(value) for value in values)
         meant = f"{name}:number for buckets" if numbers else f"{name}:text to keep it as a name"
+        distinct = "one each" if each.most == 1 else f"all of one {entity} alone"
         notes.append(
-            f"{attribute.values:,} values for {each.present:,} {entity}s, nearly one each: an id in disguise, which "
-            f"tells nothing of a new {entity}. Pass {meant}, or leave it out"
+            f"{each.used:,} values for {each.present:,} {entity}s, nearly {distinct}: an id in disguise, which tells "
+            f"nothing of a new {entity}. Pass {meant}, or leave it out"
         )
     if each.taken.kind == "list" and each.taken.words in SINGLE and each.most == 1:
         separator = encoded.loaded.table.separator
@@ -101,7 +108,8 @@ def _notes(encoded: EncodedTable, each: EncodedAttribute) -> list[str]:
             f"no value holds the separator {shell_word(separator)}, so no list has more than one; name another with "
             "--attribute_separator"
         )
-    seen = find_list_separator(values) if each.taken.kind == "category" else None
+    may_be_lists = each.taken.kind == "category" and not all(map(MOMENT.match, values))
+    seen = find_list_separator(values) if may_be_lists else None
     if seen is not None:
         example = next(value for value in values if find_list_separator([value]) is not None)
         notes.append(

@@ -169,10 +169,13 @@ class _TableReader(DuckDBReader):
         self._store("json_rows", columns, fault, "CASE WHEN object IS NULL THEN line END")
 
     def _describe_json(self, pointers: Sequence[str]) -> None:
-        """Fill `held` by the types of all values."""
+        """Fill `held` by the types of all values, and of the elements of all lists."""
+        kinds_of_elements = (
+            "list_sort(list_distinct(list_transform(TRY_CAST(object->{} AS JSON[]), lambda each: json_type(each))))"
+        )
         each = ", ".join(
             f"bool_or(json_exists(object, {pointer})), list(DISTINCT json_type(object, {pointer})), "
-            f"list(DISTINCT json_type(object, {pointer[:-1]}/0'))"
+            f"list(DISTINCT {kinds_of_elements.format(pointer)})"
             for pointer in pointers
         )
         found = self._fetch(f"SELECT {each} FROM json_rows WHERE object IS NOT NULL")
@@ -183,7 +186,7 @@ class _TableReader(DuckDBReader):
             if not exists:
                 raise explain_column(self.spec, self.file, name, usable_keys(self._fetch, "json_rows"))
             try:
-                held = held_in_json({*(kinds or [])}, {*(inside or [])} if "ARRAY" in (kinds or []) else set())
+                held = held_in_json({*(kinds or [])}, {kind for each in inside or [] for kind in each or []})
             except ValueError as error:
                 raise explain_nested(self.spec, self.file, name, str(error)) from None
             if place == 0 and held.kind == "list":

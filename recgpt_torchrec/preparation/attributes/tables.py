@@ -112,8 +112,13 @@ def check_earlier(tables: Sequence[EntityTable], earlier: Dataset) -> None:
     Raises:
         InputError: names the first that is not.
     """
-    asked = {(table.entity, each.name) for table in tables for each in table.asked if each.kind != TEXT}
+    asked = {(table.entity, each.name): each.kind for table in tables for each in table.asked}
     for each in earlier.manifest.attributes:
+        if asked.get((each.entity, each.name)) == TEXT:
+            raise InputError(
+                f"--{each.entity}_attributes {each.name}:text: --vocabulary {earlier.path} has it as a {each.kind}; "
+                f"pass {each.name}:{each.kind}, or prepare without --vocabulary"
+            )
         if (each.entity, each.name) not in asked:
             raise InputError(
                 f"--vocabulary {earlier.path} has the {each.entity} attribute {each.name}, which is not given now; "

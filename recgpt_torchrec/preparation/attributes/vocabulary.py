@@ -40,7 +40,7 @@ def find_earlier(earlier: Dataset | None, table: EntityTable, taken: Taken) -> D
 
 
 def assign_values(
-    engine: Engine, name: str, values: ir.Table, seed: int, earlier: Dataset | None, before: DatasetAttribute | None
+    engine: Engine, name: str, values: ir.Table, seed: int, known: ir.Table | None, known_values: int
 ) -> ir.Table:
     """The vocabulary of an attribute, stored as the table `name`: value_id int64, key, count.
 
@@ -53,22 +53,21 @@ def assign_values(
         name: of the table.
         values: `value` once for each user or item that has it.
         seed: of the order.
-        earlier: the dataset that is extended.
-        before: its attribute.
+        known: the vocabulary of the earlier dataset, with the schema `KNOWN`; None: there is none.
+        known_values: number of its values.
     """
     counts = values.group_by("value").agg(count=values.count()).rename(key="value")
-    if before is None or earlier is None:
+    if known is None:
         ids = assign_codes(counts.select("key"), "value_id", seed)
     else:
-        known = _load_known(engine, f"{name}_known", earlier, before)
         new = assign_codes(counts.select("key").anti_join(known, "key"), "value_id", seed)
-        after = new.select("key", value_id=new.value_id + before.values)
+        after = new.select("key", value_id=new.value_id + known_values)
         ids = known.select("key", "value_id").union(after)
     numbered = ids.left_join(counts, "key")
     return engine.save(name, numbered.select("value_id", "key", count=numbered["count"].fill_null(0)))
 
 
-def _load_known(engine: Engine, name: str, earlier: Dataset, attribute: DatasetAttribute) -> ir.Table:
+def load_known(engine: Engine, name: str, earlier: Dataset, attribute: DatasetAttribute) -> ir.Table:
     """The vocabulary of an earlier dataset's attribute, in the engine.
 
     Raises:

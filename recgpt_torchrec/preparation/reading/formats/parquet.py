@@ -143,7 +143,8 @@ class Parquet:
             sql = f"{sql}::VARCHAR{'[]' if is_list else ''}"
             return Column(name=name, sql=sql, kind="uuid", is_list=is_list)
         if not role and not (_is_number(value) or _is_time(value)):
-            return Column(name=name, sql=sql, type=dt.json, kind=words)  # only --where looks at it
+            # Only --where and attributes look at it.
+            return Column(name=name, sql=sql, type=dt.json, kind=words, is_list=is_list)
         if types.is_large_string(value) or types.is_string_view(value):
             value = pa.string()
         return Column(name=name, sql=sql, type=dt.DataType.from_pyarrow(value), kind=words, is_list=is_list)
