@@ -15,8 +15,7 @@ from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.distributed.initial_values import fill_shard, key_of
 from recgpt_torchrec.retrieval.exports.reading import open_export
 from tests.preparation.test_append import append_day
-from tests.preparation.test_append_slots import read_table, rows_of
-from tests.preparation.test_ids import MANAGED, growing_log
+from tests.preparation.test_append_slots import MANAGED, moving_log, read_table, rows_of
 from tests.support import SMALL, stage
 from tests.test_appended_days import observed_places
 from tests.test_pretrain import checkpoints, tensors
@@ -36,7 +35,7 @@ def folder(tmp_path_factory) -> Path:
                 patch.setattr(module, name, getattr(module, name))  # restored after the module's runs
         observe(str(folder / "trained.jsonl"))
         for day in range(DAYS):
-            append_day(folder, rows_of(growing_log(DAYS), day), day + 1, hold_out="none", history=12, **MANAGED)
+            append_day(folder, rows_of(moving_log(DAYS), day), day + 1, hold_out="none", history=12, **MANAGED)
             assert run(folder, folder / "run") == 0
             if day == 1:
                 shutil.copytree(folder / "run", folder / "two")
@@ -69,7 +68,7 @@ def expected_targets(folder: Path) -> list[Counter[tuple[str, str, str]]]:
             if user not in gone[0]
         }
         counted: Counter[tuple[str, str, str]] = Counter()
-        for user, item, _ in rows_of(growing_log(DAYS), day):
+        for user, item, _ in rows_of(moving_log(DAYS), day):
             if user not in users or item not in items:
                 continue
             own = histories.setdefault(user, [])

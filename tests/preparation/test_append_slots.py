@@ -1,6 +1,7 @@
 """`prepare --append` with ids that are slots of a table of fixed size, against days prepared anew with --vocabulary."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,24 @@ from recgpt_torchrec.data.windows import row_groups
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.days.appending import append
 from recgpt_torchrec.prepare import summarize_day
-from tests.preparation.prepare_helpers import Row
+from tests.preparation.prepare_helpers import Row, write_csv
 from tests.preparation.test_append import append_day
-from tests.preparation.test_ids import DAY, MANAGED, growing_log, prepare_days
+from tests.preparation.test_ids import DAY, prepare_days
 
 DAYS = 3
+MANAGED: dict[str, Any] = {"ids": "managed", "user_rows": 30, "item_rows": 35}
+"""On the third day users who are gone for two days lose their rows, and those who are gone for one keep theirs."""
 HASHED: dict[str, Any] = {"ids": "hash", "user_rows": 15, "item_rows": 20}
+
+
+def moving_log(days: int) -> list[Row]:
+    """Each day has its own ten items beside twenty of the days around it, and its own six users beside eighteen."""
+    source = random.Random(0)
+    return [
+        (f"u{source.randrange(6 * day, 24 + 6 * day)}", f"i{source.randrange(10 * day, 30 + 10 * day)}", day * DAY + n)
+        for day in range(days)
+        for n in sorted(source.sample(range(DAY), 150))
+    ]
 
 
 def rows_of(log: list[Row], day: int) -> list[Row]:
@@ -38,7 +51,7 @@ def read_table(folder: Path, day: int, name: str) -> list[dict[str, Any]]:
 def managed(tmp_path_factory) -> Path:
     """Three days in managed tables, of which the first alone names the options of ids."""
     folder = tmp_path_factory.mktemp("managed_days")
-    log = growing_log(DAYS)
+    log = moving_log(DAYS)
     for day in range(DAYS):
         append_day(folder, rows_of(log, day), day + 1, history=12, hold_out="last", **({} if day else MANAGED))
     return folder
@@ -47,12 +60,15 @@ def managed(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("days, options", [(DAYS, MANAGED), (2, HASHED)])
 def test_slots_are_those_of_days_prepared_anew(managed, tmp_path, days, options):
     """The ids, and all that the policy knows of each slot, are those of a chain of datasets of the whole log."""
-    folder, log = managed, growing_log(DAYS)
+    folder, log = managed, moving_log(DAYS)
     if options is HASHED:
         folder = tmp_path
         for day in range(days):
             append_day(folder, rows_of(log, day), day + 1, **options)
-    chain = prepare_days(tmp_path / "chain", days, **options)
+    logs = [
+        write_csv(tmp_path / f"to{day}.csv", [row for row in log if row[2] < (day + 1) * DAY]) for day in range(days)
+    ]
+    chain = prepare_days(tmp_path / "chain", days, logs, **options)
     ids = "item_id", "user_id", "key", "since", "seen", "last_seen", "bucket", "keys"
     for day in range(days):
         for name in ("items", "users"):
@@ -104,7 +120,7 @@ class PlainSlots:
 
 
 def test_histories_hold_what_a_plain_loop_leaves_of_them(managed):
-    plain, log, forgotten = PlainSlots(), growing_log(DAYS), 0
+    plain, log, forgotten = PlainSlots(), moving_log(DAYS), 0
     for day in range(DAYS):
         users, items = ([row["key"] for row in read_table(managed, day + 1, name)] for name in ("users", "items"))
         expected = plain.append(sorted(rows_of(log, day), key=lambda row: row[2]), users, items)
@@ -132,6 +148,7 @@ def test_histories_hold_what_a_plain_loop_leaves_of_them(managed):
         history = [item for item, _, _ in own]
         assert newest.pop(user, [])[-14:] == history, user
     assert not newest
+    assert {*plain.rows} - {row[0] for row in rows_of(log, DAYS - 1)}, "some have a row, and no interaction this day"
     assert whole.manifest.count_targets("test") is None
     test = HistoryReader(dataset=whole, split="test", max_len=1000).read(row_groups(whole))
     expected_targets = {user: own[-1][0] for user, own in plain.rows.items() if len(own) >= 3}
@@ -140,7 +157,7 @@ def test_histories_hold_what_a_plain_loop_leaves_of_them(managed):
 
 
 def test_an_item_whose_row_changed_hands_has_the_counts_of_its_new_key(managed):
-    log = growing_log(DAYS)
+    log = moving_log(DAYS)
     before, now = (read_table(managed, day, "items") for day in (DAYS - 1, DAYS))
     users = {row["key"] for row in read_table(managed, DAYS, "users")}
     changed = [slot for slot, row in enumerate(now) if slot < len(before) and before[slot]["key"] != row["key"]]
@@ -153,7 +170,7 @@ def test_an_item_whose_row_changed_hands_has_the_counts_of_its_new_key(managed):
 
 
 def test_options_of_ids_are_fixed_at_the_first_day(managed, tmp_path):
-    log = growing_log(DAYS + 1)
+    log = moving_log(DAYS + 1)
     later: dict[str, Any] = {"history": 12, "hold_out": "last"}
     for changed, message in (
         ({"item_rows": 36}, "--item_rows: 35 there, 36 now"),
@@ -167,7 +184,7 @@ def test_options_of_ids_are_fixed_at_the_first_day(managed, tmp_path):
     append_day(tmp_path, rows_of(log, 0), 1)
     with pytest.raises(InputError, match="--ids: vocabulary there, managed now"):
         append_day(tmp_path, rows_of(log, 1), 2, **MANAGED)
-    result = append_day(managed, rows_of(growing_log(DAYS), DAYS - 1), DAYS, **{**later, **MANAGED})
+    result = append_day(managed, rows_of(moving_log(DAYS), DAYS - 1), DAYS, **{**later, **MANAGED})
     assert result.already_there
     text = summarize_day(Prepare(append=True, input=["x"], output=str(managed / "data"), **later), result)
     assert "35 of 35 rows of items are used (100%)" in text and "whose item has lost its row" in text
@@ -204,6 +221,6 @@ def test_days_without_times_are_a_step_each_and_bring_attributes_of_the_rows_new
             ]
         )
     keys = [row["key"] for row in read_table(tmp_path, 3, "items")]
-    histories = [[keys[item] for item in row["item_ids"]] for row in read_table(tmp_path, 3, "sequences")]
-    assert sorted(histories) == [["y", "w"], ["y", "y", "y", "w"]]
+    last = {row["user_id"]: [keys[item] for item in row["item_ids"]] for row in read_table(tmp_path, 3, "sequences")}
+    assert sorted(last.values()) == [["y", "w"], ["y", "y", "y", "w"]]
     assert json.loads((tmp_path / "data/days/0003/manifest.json").read_text())["id_tables"][0]["now"] == 3

@@ -186,4 +186,9 @@ def _fill_in(config: Prepare, days: Days) -> Prepare:
     defaults = default_values(config)
     given = {name for name in ID_OPTIONS if getattr(config, name) != defaults[name]}
     known = {name: days.settings[name] for name in ID_OPTIONS if name in days.settings and name not in given}
-    return replace(config, **known) if days.settings.get("ids", "vocabulary") != "vocabulary" else config
+    if known.get("ids", "vocabulary") == "vocabulary" and "ids" not in given:
+        return config
+    try:
+        return replace(config, **known)
+    except ValueError as error:  # an option that does not go with those of the first day
+        raise InputError(f"--append: {error}") from None
