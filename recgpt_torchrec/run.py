@@ -18,6 +18,7 @@ def main(config: RunAll) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("run starts the stages in one process; for several ranks give the stages one by one")
     from recgpt_torchrec import storage
+    from recgpt_torchrec.data.dataset import Dataset
 
     begun, done, steps = time.perf_counter(), f"{config.output}/run.json", list(plan_steps(config))
     earlier = storage.read_json(done) or {}
@@ -29,7 +30,9 @@ def main(config: RunAll) -> None:
         built = stage_config(STAGES[name].config, getattr(config, name), **options)
         record, key = asdict(built), os.path.basename(output)
         # evaluate, unlike the others, computes again what is there.
-        if name == "evaluate" and not fresh and storage.exists(output) and earlier.get(key) == record:
+        if name == "evaluate" and Dataset.open(options["data"]).manifest.count_targets("test") == 0:
+            print("Left out: nobody's interactions are enough to hold one out as a test item")
+        elif name == "evaluate" and not fresh and storage.exists(output) and earlier.get(key) == record:
             print(f"Already there: {output}")
         else:
             existed = storage.exists(output)
