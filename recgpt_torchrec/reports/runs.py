@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING
 from typing import Any
@@ -92,7 +92,10 @@ def read_run(path: str, name: str, evaluations: list[EvaluationValues]) -> RunVa
         kind=KINDS[bool(tuning.get("prompts", True)) if isinstance(tuning, dict) else None],
         state=describe_progress(progress),
         finished=progress is not None and progress.finished,
-        facts=[*describe_data(record), *describe_training(record, metadata, epochs)],
+        facts=[
+            *describe_data(record, [each.dataset for each in evaluations]),
+            *describe_training(record, metadata, epochs),
+        ],
         options=described_options(record.config),
         epochs=epochs,
         steps=curves or {},
@@ -113,20 +116,21 @@ def describe_progress(progress: Progress | None) -> str:
     )
 
 
-def describe_data(record: Record) -> list[tuple[str, str]]:
-    """What a run was trained on: label and value."""
+def describe_data(record: Record, datasets: Sequence[str]) -> list[tuple[str, str]]:
+    """What a run was trained on: label and value; sizes are of the first of the folders with its users and items."""
     data = str(record.config.get("data"))
     facts = [("Dataset", data)]
-    try:
-        manifest = Manifest.read(data)
-    except InputError:
-        return [*facts, ("Size of the dataset", "not known: it is no longer there, or is a folder of days")]
-    if manifest.vocabulary != record.vocabulary:
-        return [*facts, ("Size of the dataset", "not known: another dataset is there now")]
-    size = f"{manifest.users:,} users, {manifest.items:,} items, {manifest.interactions:,} interactions"
-    if (others := manifest.entries - manifest.interactions) > 0:
-        size += f", {others:,} prompts or shown items"
-    return [*facts, ("Size of the dataset", size), ("Held out", MEANINGS[manifest.hold_out])]
+    for path in dict.fromkeys([data, *datasets]):
+        try:
+            manifest = Manifest.read(path)
+        except InputError:
+            continue
+        if manifest.vocabulary == record.vocabulary:
+            size = f"{manifest.users:,} users, {manifest.items:,} items, {manifest.interactions:,} interactions"
+            if (others := manifest.entries - manifest.interactions) > 0:
+                size += f", {others:,} prompts or shown items"
+            return [*facts, ("Size of the dataset", size), ("Held out", MEANINGS[manifest.hold_out])]
+    return [*facts, ("Size of the dataset", "not known: it is not there, holds other users or items, or has days")]
 
 
 def describe_training(

@@ -87,6 +87,7 @@ th, td { text-align: left; padding: 6px 14px 6px 0;
 th { color: var(--soft); font-weight: 550; font-size: 13px; white-space: nowrap; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; padding: 6px 0 6px 14px; }
 .n small { display: block; color: var(--faint); font-size: 11px; }
+.n + :not(.n) { padding-left: 14px; }
 dl { display: grid; grid-template-columns: minmax(120px, 190px) minmax(0, 1fr); gap: 4px 16px; margin: 8px 0;
   font-size: 14px; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
@@ -120,7 +121,9 @@ footer { color: var(--faint); font-size: 13px; padding-top: 24px; padding-bottom
   .row .plot-cell { grid-area: 2 / 1 / 3 / 3; margin-top: 2px; } .figure small { display: none; }
   .axis-row .plot-cell { grid-area: 1 / 1 / 2 / 3; } .gap { display: none; }
   dl { grid-template-columns: minmax(0, 1fr); gap: 0; } dd { margin-bottom: 8px; }
-  .charts { grid-template-columns: minmax(0, 1fr); } .meter { display: none; } th, td { padding-right: 8px; }
+  .charts { grid-template-columns: minmax(0, 1fr); } .meter { display: none; }
+  .lists { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 8px 14px; }
+  th, td { padding-right: 8px; }
   .n { padding-left: 8px; } }
 @media print { section, .card { break-inside: avoid; } nav { display: none; } }
 """
