@@ -252,7 +252,9 @@ def test_the_unit_of_a_log_is_told_given_or_not_known(tmp_path, capfd):
     assert prepare("one_missing", [0, *seconds[1:]]) is None
     capfd.readouterr()
     assert prepare("days", list(range(20_000, 20_012)), time_unit="day") == 86_400
-    assert re.search("time unit +days", capfd.readouterr().out)
+    page = capfd.readouterr().out
+    assert re.search("time unit +days", page)
+    assert "(as days since 1970: 2024-10-04 00:00:00 to 2024-10-15 00:00:00 UTC)" in page
     with pytest.raises(ValueError, match="times are date-times, which become seconds"):
         prepare("dates_ms", [f"2025-11-{n + 1:02}" for n in range(12)], time_unit="ms")
     with pytest.raises(ValueError, match="times are in seconds, those of the log in milliseconds"):

@@ -78,14 +78,17 @@ def explain_unreadable(texts: Sequence[str], given: str | None) -> str:
     return f"times are {FORMS}; for {texts[0]!r} pass {options}{either}"
 
 
-def describe_range(low: int, high: int, dated: bool) -> str:
-    """The range of a log's times in words."""
+def describe_range(low: int, high: int, dated: bool, given: TimeUnit) -> str:
+    """The range of a log's times in words, as moments in the unit `--time_unit`, or in one that they are likely in."""
     if dated:
         return f"{_date(low, 1)} to {_date(high, 1)} UTC, kept as seconds since 1970"
-    unit = unit_of(low)
     words = f"numbers from {low:,} to {high:,}"
+    if given != "auto":
+        scale = 1 / SECONDS[given]
+        return f"{words} (as {unit_name(SECONDS[given])} since 1970: {_date(low, scale)} to {_date(high, scale)} UTC)"
+    unit = unit_of(low)
     if unit is not None and unit == unit_of(high):
-        scale = UNITS[unit]
+        scale = float(UNITS[unit])
         words += f" (as {unit} since 1970: {_date(low, scale)} to {_date(high, scale)} UTC)"
     return words
 
@@ -124,7 +127,7 @@ def unit_of(number: float) -> str | None:
     return next((unit for unit, scale in UNITS.items() if 1e8 <= number / scale < 1e10), None)
 
 
-def _date(time: int, scale: int) -> str:
+def _date(time: int, scale: float) -> str:
     try:
         return datetime.fromtimestamp(math.floor(time / scale), UTC).strftime("%Y-%m-%d %H:%M:%S")
     except (ValueError, OverflowError, OSError):

@@ -107,7 +107,8 @@ def page(
     )
     unit = None
     if found["low"] is not None:
-        lines.append(["times", describe_range(found["low"], found["high"], found["dated"] == found["rows"])])
+        is_dated = found["dated"] == found["rows"]
+        lines.append(["times", describe_range(found["low"], found["high"], is_dated, config.time_unit)])
         unit = choose_unit(config.time_unit, found["low"], found["high"], found["dated"], found["rows"])
         if words := describe_unit(config.time_unit, unit):
             lines.append(["time unit", words])
