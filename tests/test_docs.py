@@ -27,5 +27,11 @@ def test_links_lead_to_files_and_headings(page):
 
 
 def test_every_page_can_be_reached_from_the_readme():
-    linked = {link for link in re.findall(r"\]\((docs/[^)#]+)", (ROOT / "README.md").read_text())}
-    assert {f"docs/{page.name}" for page in PAGES if page.parent.name == "docs"} <= linked
+    reached, found = set[Path](), [ROOT / "README.md"]
+    while found:
+        page = found.pop()
+        if page not in reached and page in PAGES:
+            reached.add(page)
+            links = re.findall(r"\]\(([^)#\s]+\.md)", page.read_text())
+            found += [(page.parent / link).resolve() for link in links if not link.startswith("http")]
+    assert {page for page in PAGES if page.parent.name == "docs"} <= reached
