@@ -171,7 +171,7 @@ def test_plan_takes_the_sizes_of_the_newest_day(folder, capfd):
     assert (
         stage("plan", {"--data": folder / "data", "--gpu": "cpu", "--gpus": 1, "--peak": 1, "--hbm_bandwidth": 9}) == 0
     )
-    assert f"{manifest.items} items, {manifest.users} users on 1 rank" in capfd.readouterr().out
+    assert f"{manifest.items} items, {manifest.users} users on 1 ranks (1 x 1)" in capfd.readouterr().out
 
 
 def test_what_does_not_fit_a_folder_of_days_is_refused(folder, tmp_path, capfd):
