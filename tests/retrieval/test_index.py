@@ -17,10 +17,12 @@ from recgpt_torchrec.config import HNSW, IVF, PQ, Index, Retrieve
 from recgpt_torchrec.data.ragged import Ragged
 from recgpt_torchrec.distributed import processes
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.retrieval.exports import additions
+from recgpt_torchrec.retrieval.exports.additions import commit_addition
 from recgpt_torchrec.retrieval.exports.index_manifest import IndexManifest, IndexShard
 from recgpt_torchrec.retrieval.exports.reading import Export, open_export, open_on_all_ranks
 from recgpt_torchrec.retrieval.merging import merge_rule
-from recgpt_torchrec.retrieval.search import choosing, index_files, indexing, stored
+from recgpt_torchrec.retrieval.search import choosing, index_files, stored
 from recgpt_torchrec.retrieval.search.choosing import choose_kind, resolve
 from recgpt_torchrec.retrieval.search.indexing import add_index, open_own_shards
 from recgpt_torchrec.retrieval.search.searching import build_retrievers
@@ -529,14 +531,14 @@ def test_an_index_that_is_replaced_while_it_is_opened_is_not_called_damaged(tmp_
     with pytest.raises(InputError, match="its index was replaced while it was opened; run the same command again"):
         open_own_shards(before, index_of(before))
     files = read_files(tmp_path / "e")
-    with pytest.raises(InputError, match="its index was replaced while it was measured; run the same command again"):
-        indexing._commit(before, index_of(before))
+    with pytest.raises(InputError, match="its index was replaced meanwhile; run the same command again"):
+        commit_addition(before, "index", index_of(before))
     assert read_files(tmp_path / "e") == files
 
     def fail(path):
         raise OSError("no permission")
 
-    monkeypatch.setattr(indexing, "remove", fail)
+    monkeypatch.setattr(additions, "remove", fail)
     index, _ = add_index(export, settings("flat", shards=3))  # the old files stay, the index is whole
     assert open_export(export.path).manifest.index == index and len(list((tmp_path / "e").rglob("*.faiss"))) == 5
 

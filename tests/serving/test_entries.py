@@ -1,5 +1,7 @@
 """The encoder's tensors against what the stages compute: packed batches, numpy features, and growing histories."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -70,7 +72,7 @@ def plain_vectors(
 ) -> np.ndarray:
     """[interests, dim] of one history, as the stages compute it: read, cut, packed, decoded; appended to and again."""
     length = int(arguments["lengths"][row])
-    entries = {name: values[row, :length] for name, values in arguments.items() if values.ndim == 2}
+    entries: dict[str, Any] = {name: values[row, :length] for name, values in arguments.items() if values.ndim == 2}
     segments = entries.get("segments", np.zeros(length, np.int64))
     seen = {int(item) for item in entries["items"][segments == 0]}
     if inputs.history_events:
@@ -83,7 +85,7 @@ def plain_vectors(
         return np.zeros((interests, DIM), np.float32)
     entries = {name: values[-MAX_LEN:] for name, values in entries.items()}
     user = max(int(arguments["users"][row]), 0)
-    of_request = {
+    of_request: dict[str, Any] = {
         name: arguments[name][[row]] if name in arguments else None for name in ("request_times", "asked_events")
     }
     grown = Histories(
@@ -91,7 +93,9 @@ def plain_vectors(
         items=entries["items"],
         offsets=np.array([0, entries["items"].size]),
         segments=entries["segments"].astype(np.int8) if "segments" in entries else None,
-        **{name: entries.get(name) for name in ("times", "events", "places")},
+        times=entries.get("times"),
+        events=entries.get("events"),
+        places=entries.get("places"),
         **of_request,
     )
     vectors = []
