@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -66,7 +67,8 @@ def test_the_program_makes_the_vectors_of_the_stage_where_only_torch_is_installe
     assert [each.name for each in encoder.inputs] == ["items", "lengths", "users", "segments"]
     arguments, expected = exported_histories(folder)
     assert arguments["lengths"].max() > 10 > 1 == arguments["lengths"].min()  # longer than the model reads, and one
-    np.savez(tmp_path / "given.npz", **arguments)  # type: ignore[arg-type] # its stubs take options alone
+    named: dict[str, Any] = dict(arguments)
+    np.savez(tmp_path / "given.npz", **named)
     program = folder / "full" / encoder.paths[0]
     words = [sys.executable, "-c", ALONE, program, tmp_path / "given.npz", tmp_path / "made.npz"]
     subprocess.run(words, check=True, cwd=tmp_path, env={"OMP_NUM_THREADS": "1", "PATH": ""}, timeout=300)

@@ -72,7 +72,7 @@ def plain_vectors(
 ) -> np.ndarray:
     """[interests, dim] of one history, as the stages compute it: read, cut, packed, decoded; appended to and again."""
     length = int(arguments["lengths"][row])
-    entries = {name: values[row, :length] for name, values in arguments.items() if values.ndim == 2}
+    entries: dict[str, Any] = {name: values[row, :length] for name, values in arguments.items() if values.ndim == 2}
     segments = entries.get("segments", np.zeros(length, np.int64))
     seen = {int(item) for item in entries["items"][segments == 0]}
     if inputs.history_events:

@@ -79,7 +79,7 @@ class Tower(nn.Module):
             columns: of all entries, [batch, length] each.
             request: after each history.
         """
-        columns = {name: column.gather(1, window.places) for name, column in columns.items()}
+        columns = {name: column.gather(1, window.entries) for name, column in columns.items()}
         relations = Relations(columns["segments"], window.valid)
         features = compute_features(self.inputs, columns, relations, request, window.valid)
         segments = torch.where(window.valid, columns["segments"], INTERACTED)
@@ -143,7 +143,7 @@ class StepEncoder(nn.Module):
             item_vectors = _gather_vectors(item_vectors, kept)
         columns = hide_unknown_events(columns, tower.inputs)
         window = find_newest(lengths, tower.max_len, find_width(lengths, tower.max_len), room)
-        items = _gather_vectors(item_vectors, window.places) * window.valid[:, :, None]
+        items = _gather_vectors(item_vectors, window.entries) * window.valid[:, :, None]
         vectors: Tensor = tower(items, user_vectors, window, columns, Request(request_times, asked_events))
         return vectors
 
@@ -218,7 +218,7 @@ class FullEncoder(nn.Module):
         vectors: list[Tensor] = []
         while True:
             window = find_newest(lengths, tower.max_len, width, room + grows)
-            ids = columns["items"].gather(1, window.places)
+            ids = columns["items"].gather(1, window.entries)
             vectors.append(tower(F.embedding(ids, table), user_vectors, window, columns, request))
             if len(vectors) == self.interests:
                 return torch.stack(vectors, dim=1) * (~is_empty)[:, None, None]

@@ -32,7 +32,7 @@ class Request(NamedTuple):
 class Window(NamedTuple):
     """The newest entries of each history."""
 
-    places: Tensor
+    entries: Tensor
     """[batch, width] int64 places among the entries; any place where there is no entry."""
     valid: Tensor
     """[batch, width] bool: whether there is an entry."""
