@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import math
 import multiprocessing
 import os
 import pickle
@@ -18,6 +19,8 @@ from typing import Any
 
 SIGNAL_ALLOWANCE_SECONDS = 10
 """A rank whose parent was killed ends itself this many seconds after the time limit."""
+DEATH_SECONDS = 0.2
+"""How long after a failure the death of another rank, which may be its cause, is waited for."""
 JOINING = "while the ranks joined: "
 """Prefix of the error of a rank that failed before its function was called."""
 
@@ -102,17 +105,19 @@ def _collect(ranks: list[tuple[Any, Connection]], deadline: float, timeout: floa
             stacks = "".join(_stack(rank, ranks[rank][0], folder) for rank in unfinished)
             raise TimeoutError(f"ranks {unfinished} of {len(ranks)} were not done after {timeout} s\n{stacks}")
         failures = []  # among failures received together, the earliest is reported
-        for receiver in ready:
-            assert isinstance(receiver, Connection)
-            rank = waiting.pop(receiver)
-            try:
-                when, error, result = pickle.loads(receiver.recv_bytes())
-            except EOFError:
-                ranks[rank][0].join(5)
-                when, error, result = time.monotonic(), f"it died with exit code {ranks[rank][0].exitcode}", None
-            results[rank] = result
-            if error is not None:
-                failures.append((when, rank, error))
+        while ready:
+            for receiver in ready:
+                assert isinstance(receiver, Connection)
+                rank = waiting.pop(receiver)
+                try:
+                    when, error, result = pickle.loads(receiver.recv_bytes())
+                except EOFError:  # what other ranks raise is its consequence, and may be told first
+                    ranks[rank][0].join(5)
+                    when, error, result = -math.inf, f"it died with exit code {ranks[rank][0].exitcode}", None
+                results[rank] = result
+                if error is not None:
+                    failures.append((when, rank, error))
+            ready = wait(list(waiting), timeout=DEATH_SECONDS) if failures and waiting else []
         if failures:
             _, rank, error = min(failures)
             raise (NotJoined if error.startswith(JOINING) else RankFailed)(rank, error)
