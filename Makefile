@@ -60,6 +60,10 @@ $(VENV)/.locked: requirements-cpu.lock
 	    echo "make: or name one: PYTHON=/path/to/python3.11 make $(MAKECMDGOALS)" >&2
 	    exit 1
 	fi
+	if [ -L $(VENV) ]; then
+	    echo "make: $(VENV) is a link to another environment, which would be emptied: remove the link" >&2
+	    exit 1
+	fi
 	echo "Installing $$(grep -c '==' $<) packages into $(VENV) with $$("$$python" --version) (once, about two minutes)"
 	rm -f $(VENV)/.locked $(VENV)/.installed
 	"$$python" -m venv --clear $(VENV)
