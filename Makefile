@@ -64,7 +64,7 @@ $(VENV)/.locked: requirements-cpu.lock
 	    echo "make: $(VENV) is a link to another environment, which would be emptied: remove the link" >&2
 	    exit 1
 	fi
-	echo "Installing $$(grep -c '==' $<) packages into $(VENV) with $$("$$python" --version) (once, about two minutes)"
+	echo "Installing $$(grep -c '==' $<) packages into $(VENV) with $$("$$python" --version) (once: 2 GB, some minutes, silent while it downloads)"
 	rm -f $(VENV)/.locked $(VENV)/.installed
 	"$$python" -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --no-deps -r $<

@@ -20,7 +20,7 @@ def main(config: RunAll) -> None:
     from recgpt_torchrec import storage
     from recgpt_torchrec.data.dataset import Dataset
 
-    begun, done, steps = time.perf_counter(), f"{config.output}/run.json", list(plan_steps(config))
+    begun, done, steps = time.perf_counter(), f"{config.output}/steps.json", list(plan_steps(config))
     earlier = storage.read_json(done) or {}
     fresh = False
     for number, (name, options) in enumerate(steps, 1):

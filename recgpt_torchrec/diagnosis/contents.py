@@ -63,7 +63,10 @@ class Contents:
                     found._add(histories.items, histories.offsets, dataset.manifest.items)
                     bar.update(histories.users.size)
             found.damages = listed.listed()
-        found.damages += [Damage(path, None, None, 1, why) for path, why in dataset.lost_parts.items()]
+        listed_parts = {each.part for each in found.damages if each.row_group is None}
+        found.damages += [
+            Damage(path, None, None, 1, why) for path, why in dataset.lost_parts.items() if path not in listed_parts
+        ]
         found.times = time_range(dataset)
         for first in range(0, dataset.manifest.items, ITEMS_AT_ONCE):
             counts = read_counts(dataset, first, min(first + ITEMS_AT_ONCE, dataset.manifest.items))

@@ -9,7 +9,7 @@ from dataclasses import MISSING
 from typing import Any
 
 from recgpt_torchrec import storage
-from recgpt_torchrec.checkpoints.folder import TRAINED_DAYS, Checkpoints, read_metadata
+from recgpt_torchrec.checkpoints.folder import MADE_BY_RUN, TRAINED_DAYS, Checkpoints, read_metadata
 from recgpt_torchrec.config import Pretrain, PromptTune
 from recgpt_torchrec.config.fields import options
 from recgpt_torchrec.data.dataset import Manifest
@@ -55,9 +55,15 @@ def run_folder(path: str) -> str:
     folder = path if days is None else path_of(path, len(days.get("days", [])))
     if read_record(folder) is None:
         what = "is not a run" if storage.exists(path) else "does not exist"
+        below = [each for each in (f"{path}/{name}" for name in MADE_BY_RUN) if storage.is_folder(each)]
         raise InputError(
-            f"{path} {what}: it has no run.json. Give the --output of pretrain or prompt_tune; evaluations are given "
-            "with --evaluations"
+            f"{path} {what}"
+            + (": it has no run.json. " if storage.exists(path) else ". ")
+            + (
+                f"Did you mean {' '.join(below)}?"
+                if below
+                else "Give the --output of pretrain or prompt_tune; evaluations are given with --evaluations"
+            )
         )
     return folder
 

@@ -164,7 +164,7 @@ def test_run_goes_from_a_log_to_lists_and_a_second_run_finds_them(tmp_path: Path
     steps = ["prepare", "pretrain", "evaluate", "export", "retrieve"]
     assert [line.split()[4] for line in printed.splitlines() if line.startswith("--- ") and " -> " in line] == steps
     assert f"\nWritten: {tmp_path / 'all'}/lists, in " in printed
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "all").rglob("*") if path.name != "run.json"}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "all").rglob("*") if path.name != "steps.json"}
     assert stage("run", given) == 0
     printed = capsys.readouterr().out
     assert f"\nAlready there: {tmp_path / 'all'}/lists, in " in printed
@@ -176,3 +176,11 @@ def test_run_goes_from_a_log_to_lists_and_a_second_run_finds_them(tmp_path: Path
     assert "--pretrain.data is filled in by run" in capsys.readouterr().err
     assert stage("run", {**given, "--retrieve.k": 3}) == 2
     assert "--retrieve.k is set by --k" in capsys.readouterr().err
+    # The folder of all stages is no run.
+    whole = tmp_path / "all"
+    for name, asked in (
+        ("recommend", {"--checkpoint": whole, "--data": whole / "data", "--history": "a"}),
+        ("report", {"--runs": [whole], "--output": tmp_path / "report.html"}),
+    ):
+        assert stage(name, asked) == 2
+        assert f"Did you mean {whole}/model?" in capsys.readouterr().err
