@@ -137,7 +137,7 @@ def evaluate(
 
     The arguments are those of `pretrain`, and the run to measure.
 
-    Example: `rg.evaluate(data, run, "test.json")["results"]["pretrain"]["masked"]["HR@10"]`
+    Example: `rg.api.evaluate(data, run, "test.json")["results"]["pretrain"]["masked"]["HR@10"]`
     """
     from recgpt_torchrec import storage
 

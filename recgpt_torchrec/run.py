@@ -2,12 +2,14 @@
 
 import importlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 from recgpt_torchrec import cli
+from recgpt_torchrec.config.fields import options as options_of
 from recgpt_torchrec.config.serving.run import RunAll, stage_config
 from recgpt_torchrec.config.stages import STAGES, module_of
 from recgpt_torchrec.errors import InputError
@@ -39,7 +41,7 @@ def main(config: RunAll) -> None:
             try:
                 importlib.import_module(module_of(name)).main(built)
             except InputError as error:
-                raise InputError(f"{name}: {error}") from None
+                raise InputError(f"{name}: {name_options(str(error), name, STAGES[name].config)}") from None
             fresh = fresh or not existed or earlier.get(key) != record
             earlier[key] = record
             storage.make_folder(config.output)
@@ -50,6 +52,15 @@ def main(config: RunAll) -> None:
     state = "Written" if fresh else "Already there"
     print(f"\n{state}: {config.output}/lists, in {time.perf_counter() - begun:.1f} s")
     print(f"Next:    recgpt recommend --checkpoint {model} --data {data} --history ITEM_KEY,ITEM_KEY")
+
+
+def name_options(message: str, stage: str, config_class: type) -> str:
+    """A stage's message with its options as `run` calls them: --user_column is --prepare.user_column. One that gives a
+    command of its own is left as it is."""
+    if "python -m " in message:
+        return message
+    names = {option.name for option in options_of(config_class)}
+    return re.sub(r"--([\w.]*\w)", lambda found: f"--{stage}.{found[1]}" if found[1] in names else found[0], message)
 
 
 def plan_steps(config: RunAll) -> Iterator[tuple[str, dict[str, Any]]]:

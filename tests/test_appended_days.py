@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,7 @@ def log_of_days() -> list[list[Row]]:
 def folder(tmp_path_factory) -> Path:
     """Three days, and a run on the first two and then the third, of which every target was written down."""
     folder = tmp_path_factory.mktemp("days")
-    with pytest.MonkeyPatch.context() as patch:
-        for module, names in observed_places():
-            for name in names:
-                patch.setattr(module, name, getattr(module, name))  # restored after the module's runs
-        observe(str(folder / "trained.jsonl"))
+    with observing(folder / "trained.jsonl"):
         for number, rows in enumerate(log_of_days(), 1):
             append_day(folder, rows, number, hold_out="none", history=12)
             if number > 1:
@@ -55,11 +52,17 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def observed_places() -> list[tuple[Any, list[str]]]:
+@contextlib.contextmanager
+def observing(path: Path) -> Iterator[None]:
+    """Write down every target that is trained within the `with`, see `tools.observed_pretrain`."""
     from recgpt_torchrec.data.stream import Share
     from recgpt_torchrec.training.trainer import Trainer
 
-    return [(Share, ["__iter__", "done"]), (Trainer, ["fit"])]
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((Share, "__iter__"), (Share, "done"), (Trainer, "fit")):
+            patch.setattr(module, name, getattr(module, name))  # restored after the runs
+        observe(str(path))
+        yield
 
 
 def run(folder: Path, output: Path, **more: Any) -> int:

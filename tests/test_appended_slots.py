@@ -17,9 +17,9 @@ from recgpt_torchrec.retrieval.exports.reading import open_export
 from tests.preparation.test_append import append_day
 from tests.preparation.test_append_slots import MANAGED, moving_log, read_table, rows_of
 from tests.support import SMALL, stage
-from tests.test_appended_days import observed_places
+from tests.test_appended_days import observing
 from tests.test_pretrain import checkpoints, tensors
-from tools.observed_pretrain import observe, read_targets
+from tools.observed_pretrain import read_targets
 
 DAYS, EPOCHS = 3, 2
 OPTIONS = {**SMALL, "--loss.candidates": "all", "--saving.every_steps": 3, "--saving.keep": 100, "--seed": 3}
@@ -29,11 +29,7 @@ OPTIONS = {**SMALL, "--loss.candidates": "all", "--saving.every_steps": 3, "--sa
 def folder(tmp_path_factory) -> Path:
     """Three days, a run that trained each once it was appended, and a copy of it after the second day."""
     folder = tmp_path_factory.mktemp("days")
-    with pytest.MonkeyPatch.context() as patch:
-        for module, names in observed_places():
-            for name in names:
-                patch.setattr(module, name, getattr(module, name))  # restored after the module's runs
-        observe(str(folder / "trained.jsonl"))
+    with observing(folder / "trained.jsonl"):
         for day in range(DAYS):
             append_day(folder, rows_of(moving_log(DAYS), day), day + 1, hold_out="none", history=12, **MANAGED)
             assert run(folder, folder / "run") == 0

@@ -1,6 +1,5 @@
 """The program doctor: each broken set-up gives its finding, and a sound one none."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,7 +121,7 @@ def test_this_machine_is_found(tmp_path):
         (replace(WITH_GPUS, gpus=[replace(H100, capability=(7, 5))]), {}, [("note", "precision")]),
         (MACHINE, {"ranks": 4, "workers": 2}, [("warning", "cores")]),
         (replace(MACHINE, threads=4), {"ranks": 4}, [("warning", "cores")]),
-        (replace(MACHINE, cores=0.5), {}, [("warning", "cores")]),
+        (replace(MACHINE, cores=1), {"ranks": 2}, [("warning", "cores")]),
         (replace(MACHINE, open_files=1024), {}, [("warning", "open files")]),
         (replace(MACHINE, open_files=256), {}, [("error", "open files")]),
         (replace(MACHINE, memory=GIB), {}, [("warning", "memory")]),
@@ -158,7 +157,7 @@ def look(folder: Path) -> tuple[Dataset, Contents, list[Finding]]:
 def test_a_sound_dataset_has_no_findings(tmp_path):
     write_dataset(tmp_path, walks(), items=20)
     _, contents, findings = look(tmp_path)
-    assert bad(findings) == [("note", "times")] or bad(findings) == []
+    assert bad(findings) == [("note", "times")]  # it has none
     assert contents.entries == 480 and contents.lengths == {12: 40} and contents.repeats == 0
 
 
@@ -270,7 +269,7 @@ def test_the_program_ends_with_1_only_where_a_finding_is_an_error(tmp_path, caps
     assert said.splitlines()[-1].startswith("Next:    python -m recgpt_torchrec.pretrain --data")
     assert stage("doctor", {"--data": tmp_path / "nowhere", "--output": tmp_path}) == 1
     assert "is not a dataset" in capsys.readouterr().out
-    assert not json.dumps(sorted(path.name for path in tmp_path.iterdir())).count("doctor")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_what_to_do_is_below_what_was_found():

@@ -20,7 +20,7 @@ LAYERS = [
     {"reports"},
 ]
 """From the ground up; a package may import what lies below it. Above all of them are the stage programs."""
-TOP = {("__main__", "cli"), ("", "api"), ("", "serving"), ("", "errors")}
+TOP = {("__main__", "cli"), ("", "api")}
 """What the command and the package itself may import beside that: the package imports it when it is used."""
 LAUNCH = {"errors", "config"}
 """What jobs may know: torchx imports them to list components."""

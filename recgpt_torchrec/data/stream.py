@@ -108,6 +108,14 @@ class BatchMaker:
         return Capacity.of(users, min(items, max_items), self.item_keys)
 
     @cached_property
+    def _whole_catalogue(self) -> Candidates:
+        """The candidates of a source whose candidates are the same in every batch, less those that are never trained:
+        found once, since it takes time per item."""
+        assert self.source is not None and self.negatives is not None
+        every = self.source.draw(np.zeros(0, dtype=np.int64), np.random.default_rng(0))
+        return leave_out_untrained(every, self.negatives)
+
+    @cached_property
     def fixed_shape(self) -> FixedShape | None:
         """Sizes that batches are padded to; None: they are as large as needed."""
         if not self.pad:
@@ -127,7 +135,9 @@ class BatchMaker:
         def draw(targets: Int64) -> Candidates:
             assert source is not None
             drawn = source.draw(targets, rng)
-            return drawn if negatives is None else leave_out_untrained(drawn, negatives)
+            if negatives is None:
+                return drawn
+            return leave_out_untrained(drawn, negatives) if drawn.bags is None else self._whole_catalogue
 
         return make_batch(
             histories,

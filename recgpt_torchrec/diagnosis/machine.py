@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from recgpt_torchrec.diagnosis.finding import Finding, Severity
+from recgpt_torchrec.launch.node import available_cores
 
 GIB = 2**30
 FILES = 4096
@@ -38,7 +39,7 @@ class Gpu:
 class Machine:
     """What there is on this machine, as `Machine.here` finds it. Sizes in bytes."""
 
-    cores: float
+    cores: int
     """Cores that this process may use, by its affinity and its container."""
     threads: int | None
     """OMP_NUM_THREADS; None: not set."""
@@ -84,7 +85,7 @@ class Machine:
         devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
         threads = os.environ.get("OMP_NUM_THREADS", "")
         return cls(
-            cores=_usable_cores(),
+            cores=available_cores(),
             threads=int(threads) if threads.isdigit() else None,
             open_files=_unlimited(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
             address_space=None if space == resource.RLIM_INFINITY else space,
@@ -152,12 +153,12 @@ def _check_gpus(machine: Machine, ranks: int, device: str) -> list[Finding]:
 
 
 def _check_cores(machine: Machine, processes: int) -> Finding:
-    text = f"{machine.cores:g} for {processes} process{'es' * (processes > 1)}"
+    text = f"{machine.cores} for {processes} process{'es' * (processes > 1)}"
     if processes > machine.cores:
         return Finding("warning", "cores", text, "start fewer ranks, or fewer --stream.workers")
     if machine.threads is not None and machine.threads * processes > machine.cores:
-        text = f"OMP_NUM_THREADS {machine.threads} for {processes} processes on {machine.cores:g} cores"
-        return Finding("warning", "cores", text, f"export OMP_NUM_THREADS={max(1, int(machine.cores // processes))}")
+        text = f"OMP_NUM_THREADS {machine.threads} for {processes} processes on {machine.cores} cores"
+        return Finding("warning", "cores", text, f"export OMP_NUM_THREADS={max(1, machine.cores // processes)}")
     return Finding("ok", "cores", text)
 
 
@@ -211,15 +212,6 @@ def _at_least(subject: str, found: int, least: int, unit: str, cure: str) -> Fin
     text = f"{found / scale:,.1f} {unit}" if unit else f"at most {found:,}"
     severity: Severity = "ok" if found >= least else "warning" if 4 * found >= least else "error"
     return Finding(severity, subject, text, "" if severity == "ok" else cure)
-
-
-def _usable_cores() -> float:
-    cores = float(len(os.sched_getaffinity(0)))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else min(cores, int(quota) / int(period))
 
 
 def _unlimited(limit: int) -> int:

@@ -1,10 +1,9 @@
 """Example users of an evaluation in readable names: their histories, held-out items and lists."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
+import numpy as np
 
 from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.config.prepare import NONE
@@ -12,16 +11,14 @@ from recgpt_torchrec.config.reports.report import Report
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.reports.values import Example, Item
+from recgpt_torchrec.retrieval.exports.keys import Keys
+from recgpt_torchrec.serving.names import ItemNames
 from recgpt_torchrec.storage import scratch_beside
 
 MEMORY = "1GB"
 """Memory that reading a table of names takes before it spills to disk."""
 SEGMENTS = {1: "generated", 2: "shown, not clicked", 3: "disliked", 4: "skipped"}
 """Words for segment ids other than that of interactions."""
-TEXT = "text_"
-"""Prefix of the columns of texts in items/."""
-TITLES = ("text_title", "text_name")
-"""Those that are taken for names before any other."""
 
 
 class Labels:
@@ -42,8 +39,12 @@ class Labels:
         """
         if dataset is None:
             return cls({}, {}, {})
-        keys, names = _lookup(dataset, "item", items)
-        return cls(keys, _lookup(dataset, "user", users)[0], names)
+        of_items, of_users = (np.array(sorted(ids), np.int64) for ids in (items, users))
+        return cls(
+            dict(zip(of_items.tolist(), Keys(dataset, "items").of(of_items).to_pylist(), strict=True)),
+            dict(zip(of_users.tolist(), Keys(dataset, "users").of(of_users).to_pylist(), strict=True)),
+            {item: name for item, name in zip(of_items.tolist(), ItemNames(dataset).of(of_items), strict=True) if name},
+        )
 
     def rename(self, by_key: Mapping[str, str]) -> "Labels":
         """The same with names of items by their keys."""
@@ -59,26 +60,6 @@ class Labels:
     def user(self, number: int) -> str:
         """A user by its id."""
         return self.users.get(number, f"id {number}")
-
-
-def _lookup(dataset: Dataset, entity: Literal["item", "user"], ids: set[int]) -> tuple[dict[int, str], dict[int, str]]:
-    """Keys and names by id."""
-    keys: dict[int, str] = {}
-    names: dict[int, str] = {}
-    wanted = pa.array(sorted(ids), pa.int64())
-    for part in getattr(dataset.manifest, f"{entity}_parts"):
-        with dataset.read_part(part) as file:
-            texts = [name for name in file.schema_arrow.names if name.startswith(TEXT)]
-            text = next((name for name in TITLES if name in texts), texts[0] if texts else None)
-            columns = [f"{entity}_id", "key", *([text] if text else [])]
-            for batch in file.iter_batches(columns=columns):
-                found = batch.filter(pc.is_in(batch[f"{entity}_id"].cast(pa.int64()), wanted))
-                numbers = found[f"{entity}_id"].to_pylist()
-                keys |= dict(zip(numbers, map(str, found["key"].to_pylist()), strict=True))
-                if text:
-                    pairs = zip(numbers, found[text].to_pylist(), strict=True)
-                    names |= {number: str(name) for number, name in pairs if name}
-    return keys, names
 
 
 def open_for_labels(path: str, vocabulary: str | None) -> Dataset | None:

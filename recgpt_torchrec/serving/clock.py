@@ -29,8 +29,7 @@ class Clock:
         """The newest time of the dataset, that of a request that names none; None: the model reads no times."""
         bounds = None if self.is_read else time_range(dataset)
         guessed = None if bounds is None else guess_unit(*bounds)
-        unit = inputs.time_unit if self.is_read else dataset.manifest.time_unit or guessed
-        self._unit = unit if self.is_read or unit is not None else None
+        self._unit = inputs.time_unit if self.is_read else dataset.manifest.time_unit or guessed
 
     def time_of_request(self, time: Time | None) -> int | None:
         """The time of a request; None: the model reads none.

@@ -39,8 +39,7 @@ def made(log: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     table.write_text("item_id,title\n" + "".join(f"i{n},Title {n}\n" for n in range(29)))
     options = {"items": [str(table)], "item_attributes": ["title:text"]}
     data = rg.Dataset.prepare(log, output=folder / "data", min_count=1, options=options)
-    pretrain: Any = rg.pretrain  # a module that can be called
-    assert pretrain(data, folder / "run", options=SHORT, seed=3) == str(folder / "run")
+    assert rg.api.pretrain(data, folder / "run", options=SHORT, seed=3) == str(folder / "run")
     return folder, data
 
 
@@ -176,6 +175,8 @@ def test_run_goes_from_a_log_to_lists_and_a_second_run_finds_them(tmp_path: Path
     assert "--pretrain.data is filled in by run" in capsys.readouterr().err
     assert stage("run", {**given, "--retrieve.k": 3}) == 2
     assert "--retrieve.k is set by --k" in capsys.readouterr().err
+    assert stage("run", {**given, "--output": tmp_path / "other", "--prepare.user_column": "who"}) == 2
+    assert "prepare: " in (said := capsys.readouterr().err) and "Name the right one with --prepare.user_column" in said
     # The folder of all stages is no run.
     whole = tmp_path / "all"
     for name, asked in (

@@ -63,7 +63,7 @@ class Facts:
             error = caught
         raise_first_error(error)
         first_times = None
-        if "timestamps" in self.dataset.columns:
+        if "timestamps" in self.dataset.columns and self.sample is None:  # else all of the log for some users
             try:
                 first_times = self.read_first_times(groups)
             except InputError as error:

@@ -1,4 +1,4 @@
-"""Raw keys of dense ids, read from a dataset's vocabulary on demand."""
+"""Raw keys of dense ids, or another text about them, read from a dataset's vocabulary on demand."""
 
 import numpy as np
 import pyarrow as pa
@@ -19,10 +19,16 @@ class Keys:
 
     KEPT = 4
 
-    def __init__(self, dataset: Dataset, kind: str) -> None:
+    def __init__(self, dataset: Dataset, kind: str, column: str = "key") -> None:
+        """
+        Args:
+            dataset: with the parts.
+            kind: `items` or `users`.
+            column: of text; of any but `key` values may be null.
+        """
         if kind not in ("items", "users"):
             raise ValueError(f"kind is {kind!r}; it must be 'items' or 'users'")
-        self.dataset, self.kind = dataset, kind
+        self.dataset, self.kind, self.column = dataset, kind, column
         self.parts = dataset.manifest.item_parts if kind == "items" else dataset.manifest.user_parts
         self.groups: list[tuple[Part, int]] = []
         rows = [0]
@@ -72,16 +78,16 @@ class Keys:
         if index not in self._read:
             part, group = self.groups[index]
             with self.dataset.read_part(part) as file:
-                table = file.read_row_group(group, columns=[f"{self.kind[:-1]}_id", "key"])
-                table = table.select([f"{self.kind[:-1]}_id", "key"])
-                table = table.set_column(1, "key", table["key"].cast(pa.string()))
+                columns = [f"{self.kind[:-1]}_id", self.column]
+                table = file.read_row_group(group, columns=columns).select(columns)
+                table = table.set_column(1, self.column, table[self.column].cast(pa.string()))
             expected = np.arange(self.first[index], self.first[index + 1])
             if not np.array_equal(table.column(0).to_numpy(), expected):
                 raise InputError(
                     f"{self.dataset.path}: {part.path}, row group {group}: ids are not the dense ids from "
                     f"{expected[0]} to {expected[-1]} in order; restore the file or run prepare again"
                 )
-            if table.column(1).null_count:
+            if self.column == "key" and table.column(1).null_count:
                 raise InputError(
                     f"{self.dataset.path}: {part.path}, row group {group}: a key is null; restore the file or run "
                     "prepare again"
