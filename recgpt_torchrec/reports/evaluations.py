@@ -5,17 +5,16 @@ from typing import Any
 import numpy as np
 
 from recgpt_torchrec.evaluation.comparing.comparison import (
-    BASELINES,
     Difference,
     against_baselines,
     choose_k,
     measured_ks,
 )
 from recgpt_torchrec.evaluation.comparing.paired import Interval, RankCounts
+from recgpt_torchrec.evaluation.comparing.records import BASELINES, PROTOCOLS
 from recgpt_torchrec.evaluation.per_user.files import UserResults, column_of
 from recgpt_torchrec.reports.values import Ahead, Estimate, EvaluationValues, Group, PathFigures
 
-PROTOCOLS = ("masked", "unmasked")
 DAYS = ((1, "up to a day"), (7, "1 to 7 days"), (30, "7 to 30 days"), (180, "30 to 180 days"), (None, "over 180 days"))
 """Upper bounds of the groups by item age in days, where the unit of time is known; None: no limit."""
 QUARTERS = 4

@@ -100,7 +100,7 @@ def _against(ahead: Ahead) -> str:
     return (
         f"{ahead.difference.value:+.4f} over {ahead.other}"
         if ahead.difference.value >= 0
-        else (f"{ahead.difference.value:+.4f} under {ahead.other}")
+        else (f"{-ahead.difference.value:.4f} under {ahead.other}")
     )
 
 

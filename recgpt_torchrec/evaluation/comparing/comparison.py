@@ -9,9 +9,9 @@ import numpy as np
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.evaluation.comparing.finding import read_evaluation_json
 from recgpt_torchrec.evaluation.comparing.paired import Interval, PairCounts
+from recgpt_torchrec.evaluation.comparing.records import BASELINES
 from recgpt_torchrec.evaluation.per_user.files import Columns, UserResults, column_of
 
-BASELINES = ("popularity", "cooccurrence")
 ONE_STEP = {"pretrain", "fine_tuning", "recgpt_1"}
 """Paths of one step, each of another kind of model."""
 TWO_STEPS = {"pretrain_two_step", "fine_tuning_two_step", "recgpt"}

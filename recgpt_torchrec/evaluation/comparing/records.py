@@ -11,6 +11,8 @@ from recgpt_torchrec.storage.typed import check_counts, make_typed
 METRIC = re.compile(r"(HR|NDCG)@([1-9][0-9]{0,5})")
 PATH = re.compile(r"[a-z][a-z0-9_]{0,80}")
 PROTOCOLS = ("masked", "unmasked")
+BASELINES = ("popularity", "cooccurrence")
+"""Recall paths that need no training."""
 
 
 @dataclass(kw_only=True)
@@ -99,10 +101,7 @@ def check_evaluation(values: dict[str, Any]) -> None:
                 raise ValueError(f"the {how} results of {path} are not HR@k and NDCG@k, the same for all paths")
             if not all(math.isfinite(value) for value in figures.values()):
                 raise ValueError(f"the {how} results of {path} hold a number that is not finite")
-    if not any(name.startswith("NDCG@") for name in names or []) or set(record.results) <= {
-        "popularity",
-        "cooccurrence",
-    }:
+    if not any(name.startswith("NDCG@") for name in names or []) or set(record.results) <= {*BASELINES}:
         raise ValueError("its results lack NDCG or a recall path of the model")
     if record.per_user is not None and set(record.per_user.paths) != set(record.results):
         raise ValueError("its results by user are of other paths than its results")
