@@ -20,7 +20,7 @@ from typing import Any
 SIGNAL_ALLOWANCE_SECONDS = 10
 """A rank whose parent was killed ends itself this many seconds after the time limit."""
 DEATH_SECONDS = 0.2
-"""How long after a failure the death of another rank, which may be its cause, is waited for."""
+"""How long after a rank raised the death of another one, which may be its cause, is waited for."""
 JOINING = "while the ranks joined: "
 """Prefix of the error of a rank that failed before its function was called."""
 
@@ -117,7 +117,8 @@ def _collect(ranks: list[tuple[Any, Connection]], deadline: float, timeout: floa
                 results[rank] = result
                 if error is not None:
                     failures.append((when, rank, error))
-            ready = wait(list(waiting), timeout=DEATH_SECONDS) if failures and waiting else []
+            is_raised = failures and min(failures)[0] > -math.inf  # its cause may be a death that is told after it
+            ready = wait(list(waiting), timeout=DEATH_SECONDS) if is_raised and waiting else []
         if failures:
             _, rank, error = min(failures)
             raise (NotJoined if error.startswith(JOINING) else RankFailed)(rank, error)
