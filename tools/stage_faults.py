@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m tools.stage_faults --folder /tmp/faults
 
-Each stage runs on two ranks with a launcher each, as on two nodes. When rank 1 has reached a phase it is killed, stopped
-(SIGSTOP), or made to hang. The table shows the seconds until both launchers had ended, their statuses, and what rank 0
-said of the culprit. Then the same command is given again, and its result must be the undisturbed one, bit for bit.
+Each stage runs on two ranks with a launcher each, as on two nodes. When rank 1 has reached a phase it is killed,
+stopped (SIGSTOP), or made to hang. The table shows the seconds until both launchers had ended, their statuses, and what
+rank 0 said of the culprit. Then the same command is given again; its result must be the undisturbed one, bit for bit.
 """
 
 import argparse
@@ -34,6 +34,15 @@ PHASES = {
     "retrieve": "searching",
 }
 """The stages, in the order in which each finds what it reads, and the phase in which something happens to each."""
+NEEDS = {
+    "generate_prompts": ["pretrain"],
+    "prompt_tune": ["pretrain", "generate_prompts"],
+    "evaluate": ["pretrain"],
+    "export": ["pretrain"],
+    "index": ["pretrain", "export"],
+    "retrieve": ["pretrain", "export"],
+}
+"""The stages whose results each stage reads."""
 FAULTS = ("killed", "stopped", "hangs")
 STALL_SECONDS = 10
 CULPRIT = re.compile(r"(lost rank 1 \([^)]*\)|rank 1: (no heartbeat for|ended|.* for \d+ s)[^\n]*)")
@@ -61,10 +70,8 @@ def options_of(stage: str, folder: Path, output: Path) -> dict[str, Any]:
     return {**reads[stage], **stalls, **written}
 
 
-def do_at_phase(phase: str, fault: str) -> None:
+def do_at_phase(watchdog: Any, phase: str, fault: str) -> None:
     """Do something to this process once it has reached a phase; runs in a thread."""
-    from recgpt_torchrec.distributed import watchdog
-
     while watchdog.current_status().phase != phase:
         time.sleep(0.0003)
     os.write(2, f"now: {time.time()}\n".encode())
@@ -81,9 +88,10 @@ def rank_main(stage: str, phase: str, fault: str, words: list[str]) -> None:
 
     from recgpt_torchrec import cli
     from recgpt_torchrec.config.stages import STAGES, module_of
+    from recgpt_torchrec.distributed import watchdog
 
     if os.environ["RANK"] == "1" and fault != "none":
-        threading.Thread(target=do_at_phase, args=(phase, fault), daemon=True).start()
+        threading.Thread(target=do_at_phase, args=(watchdog, phase, fault), daemon=True).start()
     sys.argv = [stage, *words]
     cli.run(STAGES[stage].config, importlib.import_module(module_of(stage)).main, module_of(stage))
 
@@ -130,11 +138,12 @@ def run_faults(folder: Path, stages: list[str], faults: list[str]) -> list[str]:
 
     write_dataset(folder / "data", walks(400, 60, shortest=3, longest=14), items=60, rows_per_group=8)
     lines = []
-    for stage in PHASES:
+    needed = {*stages, *(each for stage in stages for each in NEEDS.get(stage, []))}
+    for stage in [each for each in PHASES if each in needed]:
         alone = folder / ("export" if stage == "index" else stage)
         undisturbed = launch(stage, options_of(stage, folder, alone))
         assert undisturbed.statuses == [0, 0], undisturbed.said
-        for fault in faults if stage in stages else ():
+        for fault in faults if stage in stages else []:
             output = folder / f"{stage}-{fault}"
             if stage == "index":
                 first = launch("export", options_of("export", folder, output))

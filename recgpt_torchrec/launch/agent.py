@@ -25,9 +25,9 @@ def renew_store_at_each_start() -> None:
 
 
 def start_no_refused_run_again() -> None:
-    """Make torchrun end a job of which a rank was refused, as no further start can help; `--max_restarts` is for others.
+    """Make torchrun end a job of which a rank was refused: no further start can help.
 
-    torchrun itself starts the processes again after any failure.
+    torchrun itself starts the processes again after any failure, up to `--max_restarts` times.
     """
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 

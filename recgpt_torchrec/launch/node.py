@@ -39,6 +39,8 @@ HINTS = {
 
 def main() -> None:
     """Run torchrun with this process's arguments, and exit with the status of the first rank that failed."""
+    # Else a store that is closed is reported with a stack of C++ for each connection to it.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -46,6 +48,8 @@ def main() -> None:
 
     # This logger's only message, "failed (exitcode: ...)", would repeat the line printed below.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    # It warns when it cannot close the rendezvous, after the node that serves it has ended.
+    logging.getLogger("torch.distributed.elastic.rendezvous.dynamic_rendezvous").setLevel(logging.ERROR)
     renew_store_at_each_start()
     start_no_refused_run_again()
     args = run.parse_args(guard_arguments(sys.argv[1:]))
