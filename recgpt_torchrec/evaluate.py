@@ -24,11 +24,11 @@ def main(config: Evaluate) -> None:
     from recgpt_torchrec.distributed.processes import (
         log_message,
         print_result,
-        process_group,
         rank,
         run_on_first_rank,
         world_size,
     )
+    from recgpt_torchrec.distributed.watchdog import phase, report_phase, watched_group
     from recgpt_torchrec.evaluation import baselines
     from recgpt_torchrec.evaluation.groups import GroupedMetrics, Grouping, group_table
     from recgpt_torchrec.evaluation.held_out import check_has_event, check_has_targets
@@ -41,7 +41,7 @@ def main(config: Evaluate) -> None:
     from recgpt_torchrec.evaluation.sampling import check_sample
     from recgpt_torchrec.training.loading import load
 
-    with process_group(device=config.device) as device, ExitStack() as resources:
+    with watched_group(config.stall_seconds, config.device) as device, ExitStack() as resources:
         dataset, checkpoint = Dataset.open(config.data), find_checkpoint(config.checkpoint)
         run_on_first_rank(lambda: check_output(config))
         check_has_targets(
@@ -51,6 +51,7 @@ def main(config: Evaluate) -> None:
         )
         check_sample("--users", config.users, dataset, config.split)
         ks = tuple(config.ks)
+        report_phase("loading the checkpoint")
         trained = load(checkpoint, dataset, config.tables, bags=config.batch.tokens, device=device)
         manifest = dataset.manifest
         are_all_ranked = config.event is None and not trained.inputs.history_events
@@ -91,25 +92,27 @@ def main(config: Evaluate) -> None:
         log_message(
             f"{checkpoint}: ranking {manifest.items:,} items for {of_all}{manifest.users:,} users ({config.split})"
         )
+        report_phase("ranking users")
         users, results, chosen = paths.measure(config.split, ks, config.recall)
         grouped = dict(paths.grouped)
         if config.baselines:
             names = baselines.choose_baselines(manifest)
             of_baselines = {name: GroupedMetrics(grouping, ks) for name in names}
-            measured = baselines.evaluate_baselines(
-                dataset,
-                config.split,
-                ks=ks,
-                rank=rank(),
-                world_size=world_size(),
-                names=names,
-                sample=paths.sample(config.split),
-                grouped=of_baselines,
-                inputs=trained.inputs,
-                request=request,
-                recorder=recorder,
-                lists=lists,
-            )
+            with phase("ranking users by baselines", computes=True):
+                measured = baselines.evaluate_baselines(
+                    dataset,
+                    config.split,
+                    ks=ks,
+                    rank=rank(),
+                    world_size=world_size(),
+                    names=names,
+                    sample=paths.sample(config.split),
+                    grouped=of_baselines,
+                    inputs=trained.inputs,
+                    request=request,
+                    recorder=recorder,
+                    lists=lists,
+                )
             for name, protocols in measured.items():
                 results[name] = {protocol: reduce_metrics(metrics).result() for protocol, metrics in protocols.items()}
             grouped |= of_baselines
@@ -123,9 +126,10 @@ def main(config: Evaluate) -> None:
                 request=request,
                 sample=paths.sample(config.split),
             )
-            has_age = facts.record(recorder)
-            unit = manifest.time_unit if has_age else None
-            per_user = recorder.join(manifest.users, paths=list(results), has_age=has_age, age_unit=unit)
+            with phase("joining results by user", computes=True):
+                has_age = facts.record(recorder)
+                unit = manifest.time_unit if has_age else None
+                per_user = recorder.join(manifest.users, paths=list(results), has_age=has_age, age_unit=unit)
         sample = {"of_users": ranked, "sample": {"users": config.users, "seed": config.seed}} if is_sample else {}
         evaluation = {
             "dataset": config.data,
@@ -146,7 +150,8 @@ def main(config: Evaluate) -> None:
             **({"request_time": told} if (told := trained.inputs.of_request_time) else {}),
         }
         one = path_names(trained)[0]
-        ahead = run_on_first_rank(lambda: find_ahead(config, evaluation, one))
+        with phase("comparing with baselines", computes=True):
+            ahead = run_on_first_rank(lambda: find_ahead(config, evaluation, one))
         if ahead:
             evaluation["ahead"] = {"path": one, "protocol": "masked", "metric": ahead[0].metric}
             evaluation["ahead"]["of"] = {each.other: each.to_json() for each in ahead}

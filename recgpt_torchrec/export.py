@@ -31,15 +31,8 @@ def main(config: Export) -> None:
     from recgpt_torchrec.data.inputs.time_units import choose_request_time
     from recgpt_torchrec.data.reading.targets import describe_untargeted
     from recgpt_torchrec.data.stream import encoding_stream
-    from recgpt_torchrec.distributed.processes import (
-        LONG_WORK_S,
-        TIMEOUT_S,
-        print_result,
-        process_group,
-        rank,
-        run_on_first_rank,
-        world_size,
-    )
+    from recgpt_torchrec.distributed.processes import print_result, rank, run_on_first_rank, world_size
+    from recgpt_torchrec.distributed.watchdog import phase, report_phase, watched_group
     from recgpt_torchrec.evaluation.held_out import check_has_targets, explain_left_out
     from recgpt_torchrec.model.recgpt import unwrapped
     from recgpt_torchrec.progress import progress_bar
@@ -50,7 +43,7 @@ def main(config: Export) -> None:
     from recgpt_torchrec.serving.exported.program import check_onnx
     from recgpt_torchrec.training.loading import load
 
-    with process_group(TIMEOUT_S if config.index.kind == "none" else LONG_WORK_S, config.device) as device:
+    with watched_group(config.stall_seconds, config.device) as device:
         dataset, checkpoint = Dataset.open(config.data), find_checkpoint(config.checkpoint)
         settings = {**asdict(config), "checkpoint": checkpoint}
         del settings["index"], settings["encoder"]  # no part of what identifies an export
@@ -77,6 +70,7 @@ def main(config: Export) -> None:
         if config.encoder.onnx:
             check_onnx()
         if manifest is None:
+            report_phase("loading the checkpoint")
             trained = load_model()
             model = unwrapped(trained.model)
             steps = config.interests - 1
@@ -115,6 +109,7 @@ def main(config: Export) -> None:
             else:
                 chain.check_fits(dataset, dim=trained.config.dim)
                 write = partial(write_delta, chain=chain, tolerance=config.tolerance)
+            report_phase("encoding items and users")
             manifest = write(
                 config.output,
                 dataset,
@@ -125,8 +120,10 @@ def main(config: Export) -> None:
                 checkpoint_fingerprint=fingerprint,
                 settings=settings,
             )
-        index_summary, index_added = add_asked_index(config)
-        encoder_summary, encoder_added = add_asked_encoder(config, checkpoint, dataset, load_model)
+        with phase("adding the index", computes=True):
+            index_summary, index_added = add_asked_index(config)
+        with phase("adding the encoder", computes=True):
+            encoder_summary, encoder_added = add_asked_encoder(config, checkpoint, dataset, load_model)
         already_there &= not (index_added or encoder_added)
         vectors_each = f", {manifest.interests} vectors each" if manifest.interests > 1 else ""
         left_out = dataset.manifest.users - manifest.users

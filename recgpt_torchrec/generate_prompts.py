@@ -14,13 +14,14 @@ def main(config: GeneratePrompts) -> None:
     from recgpt_torchrec.checkpoints.folder import checkpoint_fingerprint, find_checkpoint
     from recgpt_torchrec.data.dataset import Dataset
     from recgpt_torchrec.data.windows import row_groups
-    from recgpt_torchrec.distributed.processes import print_result, process_group, rank, run_on_first_rank, world_size
+    from recgpt_torchrec.distributed.processes import print_result, rank, run_on_first_rank, world_size
+    from recgpt_torchrec.distributed.watchdog import beat, report_phase, watched_group
     from recgpt_torchrec.model.recgpt import unwrapped, unwrapped_dense
     from recgpt_torchrec.prompts import prompt_dataset
     from recgpt_torchrec.prompts.prompting import Prompter
     from recgpt_torchrec.training.loading import load, read_pretrained
 
-    with process_group(device=config.device) as device:
+    with watched_group(config.stall_seconds, config.device) as device:
         dataset, checkpoint = Dataset.open(config.data), find_checkpoint(config.checkpoint)
         vocabulary, groups = dataset.manifest.vocabulary, row_groups(dataset)
         settings = read_pretrained(checkpoint, dataset)
@@ -47,6 +48,7 @@ def main(config: GeneratePrompts) -> None:
         fill = vectors = None
         if config.prompts.k and config.prompts.source != "exposed":
             size = prompt_dataset.LOOKUP
+            report_phase("loading the checkpoint")
             trained = load(checkpoint, dataset, config.tables, bags=size, device=device, item_keys=1)
             model = unwrapped(trained.model.eval())
             dense = unwrapped_dense(model)
@@ -55,8 +57,14 @@ def main(config: GeneratePrompts) -> None:
                 raise InputError(f"{checkpoint} has diverged: item vectors are not finite; give an earlier checkpoint")
             fill = Prompter(dense, catalogue, config.prompts, max_len, config.batch_users).fill
             vectors = prompt_dataset.UserVectors(model, catalogue.rounds, device)
+        report_phase("generating prompts")
         started = time.perf_counter()
         with progress.progress_bar(dataset.manifest.users, "users", active=rank() == 0) as bar:
+
+            def done(users: int) -> None:
+                beat()
+                bar.update(min(users * world_size(), bar.total - bar.n))
+
             written = prompt_dataset.write_prompts(
                 config.output,
                 dataset,
@@ -67,7 +75,7 @@ def main(config: GeneratePrompts) -> None:
                 pool_users=4 * config.batch_users,
                 previous=previous,
                 columns=settings.inputs.columns,
-                progress=lambda users: bar.update(min(users * world_size(), bar.total - bar.n)),
+                progress=done,
             )
         seconds = time.perf_counter() - started
         reused = f" (those of {written.reused:,} intervals reused from {config.previous})" if config.previous else ""

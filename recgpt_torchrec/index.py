@@ -6,11 +6,12 @@ from recgpt_torchrec.config import BuildIndex
 
 def main(config: BuildIndex) -> None:
     """Build the index, measure it, and put it into the export."""
-    from recgpt_torchrec.distributed.processes import LONG_WORK_S, print_result, process_group
+    from recgpt_torchrec.distributed.processes import print_result
+    from recgpt_torchrec.distributed.watchdog import watched_group
     from recgpt_torchrec.retrieval.exports.reading import open_on_all_ranks
     from recgpt_torchrec.retrieval.search.indexing import add_index, summary
 
-    with process_group(LONG_WORK_S, "cpu"):
+    with watched_group(config.stall_seconds):
         index, already_there = add_index(open_on_all_ranks(config.export), config.index)
         print_result(
             summary(index),

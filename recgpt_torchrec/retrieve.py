@@ -23,13 +23,14 @@ def main(config: Retrieve) -> None:
     """Search the items for every user, and write the lists."""
     from recgpt_torchrec.data.dataset import Dataset, histories_fingerprint
     from recgpt_torchrec.data.reading.targets import describe_untargeted
-    from recgpt_torchrec.distributed.processes import LONG_WORK_S, print_result, process_group, run_on_first_rank
+    from recgpt_torchrec.distributed.processes import print_result, run_on_first_rank
+    from recgpt_torchrec.distributed.watchdog import watched_group
     from recgpt_torchrec.retrieval.exports.reading import open_on_all_ranks
     from recgpt_torchrec.retrieval.list_folder import ListManifest
     from recgpt_torchrec.retrieval.list_summary import describe_lists
     from recgpt_torchrec.retrieval.search.choosing import resolve
 
-    with process_group(LONG_WORK_S, "cpu"):  # no search runs on a GPU
+    with watched_group(config.stall_seconds):  # no search runs on a GPU
         export = open_on_all_ranks(config.export)
         given, config = config, resolve(config, export)
         dataset = Dataset.open(config.data) if config.data is not None else None
@@ -156,6 +157,7 @@ def retrieve(
     Collective: each rank has a share of the users, and a share of the items.
     """
     from recgpt_torchrec.distributed.processes import log_message
+    from recgpt_torchrec.distributed.watchdog import report_phase
     from recgpt_torchrec.evaluation.list_quality import ListQuality
     from recgpt_torchrec.retrieval.exports.item_keys import ItemKeys
     from recgpt_torchrec.retrieval.fallback import popular_lists
@@ -174,6 +176,7 @@ def retrieve(
         if allowed is not None:
             manifest.allowed = int(allowed.sum())
     started = time.perf_counter()
+    report_phase("opening the index")
     exact, retriever, finish = build_retrievers(config, export, rule, allowed)
     index_seconds = time.perf_counter() - started
     split = export.manifest.settings.get("history", "all")
@@ -202,6 +205,7 @@ def retrieve(
             searched = manifest.users - manifest.popular
             return {"index_seconds": index_seconds, "users_per_second": searched / seconds, **quality.result()}
 
+        report_phase("searching")
         with ItemKeys(export, config.output) as keys:
             return write_lists(config.output, manifest, batches(), keys, measurements, finish)
 

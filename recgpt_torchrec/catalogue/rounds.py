@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.distributed.processes import rank, world_size
+from recgpt_torchrec.distributed.watchdog import beat
 
 SIZES = 3
 """Numbers that a question may come with."""
@@ -63,6 +64,7 @@ class Rounds:
 
     def _take_part(self, number: int, question: Any, sizes: tuple[int, ...]) -> tuple[Int64, Any]:
         """One round: the number of each rank's operation [ranks] int64, and the answer to this rank's question."""
+        beat()
         header = torch.from_numpy(np.concatenate([[number], _padded(sizes)]))
         received = [torch.empty_like(header) for _ in range(world_size())]
         dist.all_gather(received, header)  # on the host: over gloo, whatever the device

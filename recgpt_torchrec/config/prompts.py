@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from recgpt_torchrec.config.checks import MAX_SEED, at_least, within
-from recgpt_torchrec.config.device import Computing
+from recgpt_torchrec.config.device import Computing, Watched
 from recgpt_torchrec.config.fields import changeable
 from recgpt_torchrec.config.inputs.events import TargetEvents
 from recgpt_torchrec.config.model import Loss, Model
@@ -46,7 +46,7 @@ class Prompts:
 
 
 @dataclass(kw_only=True)
-class GeneratePrompts(Computing):
+class GeneratePrompts(Computing, Watched):
     """Insert prompts between the interactions of every history: items that a pre-trained model generates, or items that
     were shown and not clicked (paper, Algorithm 1). Writes a new dataset with segment ids.
 
@@ -68,6 +68,7 @@ class GeneratePrompts(Computing):
     tables: Sharding = field(default_factory=Sharding)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least("--batch_users", self.batch_users, 1)
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from recgpt_torchrec.config.boundaries import parse_moment
 from recgpt_torchrec.config.checks import MAX_SEED, at_least, within
-from recgpt_torchrec.config.device import Computing
+from recgpt_torchrec.config.device import Computing, Watched
 from recgpt_torchrec.config.fields import changeable
 from recgpt_torchrec.config.serving.encoder import Encoder
 from recgpt_torchrec.config.tables import Sharding
@@ -33,7 +33,7 @@ class Recall:
 
 
 @dataclass(kw_only=True)
-class Evaluate(Computing):
+class Evaluate(Computing, Watched):
     """Rank the whole catalogue for every user: HR@k and NDCG@k of a checkpoint, next to baselines that need no
     training.
 
@@ -81,6 +81,7 @@ class Evaluate(Computing):
     tables: Sharding = field(default_factory=Sharding)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.ks or min(self.ks) < 1:
             raise ValueError(f"--ks is {self.ks}; it must be list lengths of at least 1, for example 5 10")
         at_least("--users", self.users, 0)
@@ -171,7 +172,7 @@ class Index:
 
 
 @dataclass(kw_only=True)
-class Export(Computing):
+class Export(Computing, Watched):
     """Write the item vectors and user vectors of a checkpoint as Parquet, for an ANN index: one vector per user, or
     several from autoregressive steps (paper, section 4.4). With --since only what has changed.
 
@@ -212,6 +213,7 @@ class Export(Computing):
     tables: Sharding = field(default_factory=Sharding)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         within("--interests", self.interests, 1, INTERESTS)
         if self.time is not None:
             parse_moment("--time", self.time)
@@ -255,7 +257,7 @@ class Apply:
 
 
 @dataclass(kw_only=True)
-class BuildIndex:
+class BuildIndex(Watched):
     """Build a FAISS index of an export's item vectors and keep it in the export, in place of one that is there; the
     vectors stay as they are.
 
@@ -267,12 +269,13 @@ class BuildIndex:
     index: Index = field(default_factory=lambda: Index(kind="auto"))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.index.kind == "none":
             raise ValueError("--index.kind is none; name a kind, or auto")
 
 
 @dataclass(kw_only=True)
-class Retrieve:
+class Retrieve(Watched):
     """Turn an export into a list of items for each user, with an exact or an approximate index; needs no model.
 
     Example: python -m recgpt_torchrec.retrieve --export vectors/mine --data data/mine --output lists/mine --k 50
@@ -339,6 +342,7 @@ class Retrieve:
         return [path for path in (self.allow, self.deny, self.items, self.users) if path is not None]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least("--k", self.k, 1)
         if self.where is not None and self.items is None:
             raise ValueError(f"--where is {self.where!r}; name the table whose columns it is about with --items FILE")

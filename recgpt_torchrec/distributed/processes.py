@@ -8,23 +8,25 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from recgpt_torchrec.config.device import Device
 from recgpt_torchrec.distributed.devices import choose_device
+from recgpt_torchrec.distributed.group.joining import NotJoined, is_launched, meet
 from recgpt_torchrec.errors import LOST
 from recgpt_torchrec.progress import LOGGER, report_failure
 
 T = TypeVar("T")
 
-TIMEOUT_S = 600.0
-"""Timeout of a collective operation, in seconds, where ranks are at work for about as long as each other."""
+JOIN_S = 600.0
+"""Maximum time that ranks wait for each other before the first collective operation, in seconds."""
 LONG_WORK_S = 86_400.0
 """Timeout of a collective operation, in seconds, where a rank may be at work for hours while the others wait for it:
-ranks build shards of different sizes, and rank 0 alone joins keys. A rank that ends is noticed at once all the same."""
+ranks build shards of different sizes, and rank 0 alone joins keys. A rank that ends is noticed at once all the same,
+and a watchdog ends a run in which nothing progresses."""
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 """Numbers of glibc's options of `mallopt`."""
@@ -63,7 +65,7 @@ def keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def process_group(timeout_s: float = TIMEOUT_S, device: Device = "auto") -> Iterator[torch.device]:
+def process_group(timeout_s: float = LONG_WORK_S, device: Device = "auto") -> Iterator[torch.device]:
     """Join the job's process group within the `with`, and yield this rank's device.
 
     Without a launcher (no WORLD_SIZE in the environment) the group is this one process.
@@ -73,31 +75,39 @@ def process_group(timeout_s: float = TIMEOUT_S, device: Device = "auto") -> Iter
         device: to compute on, see `choose_device`.
 
     Raises:
-        InputError: there is no such device, or too few for the processes.
+        InputError: there is no such device, or too few for the processes; or the launcher does not say which processes
+            there are.
         SystemExit: with status `LOST`, the other ranks could not be reached.
     """
     silence_libraries()
     keep_freed_memory()
+    store: dist.Store = dist.HashStore()
+    own, count = 0, 1
+    try:
+        if is_launched():
+            store, own, count = meet(min(timeout_s, JOIN_S))
+    except NotJoined as error:
+        _end_alone(error)
     chosen = choose_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    store = None
-    if "WORLD_SIZE" not in os.environ:
-        store = dist.HashStore()
     # gloo beside NCCL, for the collectives on the host (see `lockstep`).
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    single: dict[str, Any] = {"store": store, "rank": 0, "world_size": 1} if store is not None else {}
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **single)
-    except RuntimeError as error:  # a wrong environment is a ValueError
-        reason = " ".join(str(error).split())
-        report_failure(f"rank {os.environ.get('RANK', 0)} cannot reach the other ranks: {reason}")
-        raise SystemExit(LOST) from None
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), store=store, rank=own, world_size=count)
+    except RuntimeError as error:
+        _end_alone(error)
     try:
         yield chosen
     finally:
         # Without this the process aborts at exit.
         dist.destroy_process_group()
+
+
+def _end_alone(error: Exception) -> NoReturn:
+    """End this process, which could not reach the others, with status `LOST`."""
+    report_failure(f"rank {os.environ.get('RANK', 0)} cannot reach the other ranks: {' '.join(str(error).split())}")
+    raise SystemExit(LOST) from None
 
 
 def rank() -> int:
@@ -111,8 +121,10 @@ def world_size() -> int:
 
 
 def local_world_size() -> int:
-    """Number of the job's processes on this node: what the launcher says, or else all of them."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    """Number of the job's processes on this node, which the launcher says or `process_group` has found."""
+    if "LOCAL_WORLD_SIZE" not in os.environ and world_size() > 1:
+        raise RuntimeError("LOCAL_WORLD_SIZE is not set; join the ranks with process_group, which finds it")
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def log_message(*words: object, sep: str = " ") -> None:

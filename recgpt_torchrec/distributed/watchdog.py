@@ -1,17 +1,15 @@
-"""Heartbeats of all ranks: ends a run that makes no progress, and names ranks that are lost.
+"""Ends a run in which a rank is lost or nothing progresses, and names the rank.
 
-Code reports its phase: `with phase("reading data"): ...`. A thread of each rank's `Watchdog` writes the phase into the
-job's store once a second, where it stays readable after the process is stopped or killed. When a rank makes no
-progress, or loses a connection, it reads the others' heartbeats and reports which ranks are lost.
+Code reports its phase: `with phase("reading data"): ...`. Each rank's `Watchdog` writes it into the job's store once a
+second (see `group.heartbeats`). A rank that hears nothing of another for too long, that sees no progress on any rank,
+or that loses a connection, reads the others' heartbeats and reports which ranks are lost.
 """
 
 import contextlib
 import faulthandler
-import json
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
@@ -19,9 +17,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
+import torch
 
-from recgpt_torchrec.distributed.processes import rank, world_size
+from recgpt_torchrec.config.device import Device
+from recgpt_torchrec.distributed.group.heartbeats import (
+    Heartbeat,
+    Heartbeats,
+    Listener,
+    describe_rank,
+    has_ended_here,
+    is_running_here,
+)
+from recgpt_torchrec.distributed.processes import LONG_WORK_S, process_group, rank, world_size
 from recgpt_torchrec.errors import LOST, STALLED
 from recgpt_torchrec.progress import progress_bar, report_failure
 
@@ -29,7 +36,8 @@ MAX_LISTED = 16
 """Maximum number of ranks listed in a report."""
 AFTER_LOSS = "because it lost another rank"
 """End reason of a rank that ended because another one was lost first."""
-
+COMPUTING_SHARE = 0.05
+"""Share of one core that a process has to use to make progress where CPU time counts."""
 SHOWN_AFTER = 3.0
 """Seconds after which the progress of a long phase is shown on a terminal."""
 
@@ -45,6 +53,8 @@ class Status(NamedTuple):
     """Optimizer steps done."""
     since: float
     """Start of the phase by `time.monotonic`, in seconds."""
+    computes: bool = False
+    """Whether CPU time that the process uses counts as progress."""
 
 
 _status = Status("starting", 0, time.monotonic())
@@ -68,16 +78,25 @@ def report_phase(phase: str, step: int | None = None) -> None:
 
 def beat() -> None:
     """Report that this rank makes progress in its phase."""
-    report_phase(_status.phase)
+    global _status
+    _status = _status._replace(since=time.monotonic())
 
 
 @contextlib.contextmanager
-def phase(name: str) -> Iterator[None]:
-    """Report the phase `name` within the `with`; after an error it stays, so that reports say where the rank failed."""
+def phase(name: str, *, computes: bool = False) -> Iterator[None]:
+    """Report the phase `name` within the `with`; after an error it stays, so that reports say where the rank failed.
+
+    Args:
+        name: of the phase.
+        computes: whether CPU time that this process uses counts as progress: of work without steps to report, which
+            waits for no other rank.
+    """
+    global _status
     previous = _status
     report_phase(name)
+    _status = _status._replace(computes=computes)
     yield
-    report_phase(previous.phase)
+    _status = Status(previous.phase, _status.step, time.monotonic(), previous.computes)
 
 
 @contextlib.contextmanager
@@ -105,7 +124,7 @@ def tracked_phase(name: str, total: float | None, unit: str) -> Iterator[Callabl
 
 
 class Watchdog:
-    """Ends this rank, and so the run, after some time without progress; names lost ranks.
+    """Ends this rank, and so the run, after some time without progress or without a sign of another rank; names it.
 
     Example: `with process_group(), Watchdog("runs/mine", stall_seconds=600): ...`
 
@@ -113,45 +132,49 @@ class Watchdog:
         SystemExit: with status `LOST`, instead of a `RuntimeError` that the loss of another rank caused.
     """
 
-    def __init__(self, output: str, stall_seconds: float, marker: str = "") -> None:
+    def __init__(
+        self, output: str | None, stall_seconds: float, marker: str = "", *, counts_cpu_time: bool = False
+    ) -> None:
         """
         Args:
-            output: the run's folder, to which a stalled rank writes its stacks (stacks/rank-N.txt).
+            output: the run's folder, to which a stalled rank writes its stacks (stacks/rank-N.txt); None: nowhere.
             stall_seconds: seconds without progress until the run ends; 0: never.
             marker: name of a file that the folder must hold before stacks are written to it.
+            counts_cpu_time: whether CPU time that a process uses counts as progress in every phase. Not on CUDA, where
+                a process that waits for others uses a core.
         """
         self.output, self.stall_seconds, self.marker = output, stall_seconds, marker
+        self.counts_cpu_time = counts_cpu_time
         self.interval = min(1.0, stall_seconds / 10) if stall_seconds else 1.0
-        self.store: Any = _clone_store() if world_size() > 1 else None
-        self._heartbeats = 0
+        self.heartbeats = Heartbeats(self.interval, self._describe) if world_size() > 1 else None
+        self._computed = 0.0
         self._progress_elsewhere = 0.0
-        self._end_reason: str | None = None
         self._finished = threading.Event()
-        self._lock = threading.Lock()
+        self._parent = os.getppid()
 
     def __enter__(self) -> "Watchdog":
         report_phase("starting")
         if not faulthandler.is_enabled():
             # On SIGABRT it prints the stack of the current thread only: the others may be running.
             faulthandler.enable(sys.__stderr__ or 2, all_threads=False)
-        self._write_heartbeat()
-        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
-        self._thread.start()
+        if self.heartbeats is not None:
+            self.heartbeats.start(self._finished)
+        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *trace: object) -> None:
-        lost = isinstance(error, RuntimeError) and world_size() > 1 and _BROKEN.search(str(error)) is not None
         self._finished.set()
-        self._end_reason = None
-        if error is not None:
-            # The other ranks see only that the connection is closed.
-            self._end_reason = AFTER_LOSS if lost else f"with {type(error).__name__}"
-            with contextlib.suppress(Exception):
-                self._write_heartbeat()
+        if self.heartbeats is None:
+            return
+        if error is None:
+            self.heartbeats.write_last(finished=True)
+            return
+        lost = isinstance(error, RuntimeError) and _BROKEN.search(str(error)) is not None
+        # The other ranks see only that the connection is closed.
+        self.heartbeats.write_last(end_reason=AFTER_LOSS if lost else f"with {type(error).__name__}")
         if lost:
-            assert error is not None
             try:
-                lost_ranks = self._describe_lost_ranks() if self.store is not None else "the launcher"
+                lost_ranks = "the launcher" if self.heartbeats.is_lost else self._describe_lost_ranks(self.heartbeats)
             except Exception as unknown:  # the store may be lost as well
                 lost_ranks = f"another rank ({type(unknown).__name__} while reading heartbeats)"
             reason = " ".join(str(error).split())[:200]
@@ -159,104 +182,114 @@ class Watchdog:
             report_failure(f"lost {lost_ranks}; {place} ({reason})")
             raise SystemExit(LOST) from None
 
+    def _describe(self) -> Heartbeat:
+        """What this rank is doing, for its heartbeat."""
+        phase, step, since, _ = _status
+        now = time.monotonic()
+        return {"phase": phase, "step": step, "phase_seconds": now - since, "idle_seconds": now - self._progressed()}
+
+    def _progressed(self) -> float:
+        """When this rank last made progress, by `time.monotonic`."""
+        return max(_status.since, self._computed)
+
     # ------------------------------------------------------------------------------------------------ the thread
 
     def _watch(self) -> None:
-        last = time.monotonic()
+        last, used = time.monotonic(), time.process_time()
+        listener = None if self.heartbeats is None else Listener(self.heartbeats)
+        period, listened, is_stopping = max(self.interval, self.stall_seconds / 10), last, False
         while not self._finished.wait(self.interval):
-            now = time.monotonic()
+            now, use = time.monotonic(), time.process_time()
             if now - last > 5 * self.interval + 1:
                 # This process was itself stopped for a while, perhaps with all others: start counting again.
                 beat()
-            last = now
-            stalled_elsewhere = False
-            try:
-                self._write_heartbeat()
-                stalled_elsewhere = self.store is not None and self.store.check(["stalled"])
-            except Exception:  # the store is lost, and so is the process that served it: the launcher, or else rank 0
-                if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-                    return
+                if listener is not None:
+                    listener.forget()
+            if (self.counts_cpu_time or _status.computes) and use - used > COMPUTING_SHARE * (now - last):
+                self._computed = now
+            if not is_stopping and self._is_launcher_gone():
+                is_stopping = True
                 self._stop_without_launcher()
-            if stalled_elsewhere:
+            if self.heartbeats is not None and self.heartbeats.is_stalled:
                 self._exit_stalled("another rank found the run stalled")
+            if listener is not None and self.stall_seconds and now - listened >= period:
+                listened = now
+                with contextlib.suppress(Exception):  # a lost store shows when nothing progresses
+                    listener.listen()
+                if silent := listener.silent(self.stall_seconds - 2 * period):
+                    self._end_stalled(f"no heartbeat of another rank for {self.stall_seconds:g} s", silent)
             # `_confirm_stall` takes two intervals, which count towards stall_seconds.
-            since = max(_status.since, self._progress_elsewhere)
+            since = max(self._progressed(), self._progress_elsewhere)
             if self.stall_seconds and now - since >= self.stall_seconds - 3 * self.interval:
                 self._confirm_stall(_status)
-                last = time.monotonic()
+            last, used = time.monotonic(), time.process_time()
+
+    def _is_launcher_gone(self) -> bool:
+        """Whether this rank's launcher has ended, or the one that serves the store; without a launcher, False."""
+        by_launcher = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self._parent
+        serves_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return by_launcher or (serves_store and self.heartbeats is not None and self.heartbeats.is_lost)
 
     def _stop_without_launcher(self) -> None:
         """Request a stop in the lost launcher's place: this rank must have ended before the job is started again."""
-        self.store = None
         if not self._finished.wait(3 * self.interval):  # else this rank is ending, and perhaps the launcher with it
             with contextlib.suppress(OSError):  # the launcher may have held the other end of the pipe
                 report_failure(f"rank {rank()}: the launcher is gone; stopping the run")
             os.kill(os.getpid(), signal.SIGTERM)
-
-    def _write_heartbeat(self) -> None:
-        if self.store is None:
-            return
-        with self._lock:
-            self._heartbeats += 1
-            phase, step, since = _status
-            heartbeat = {
-                "number": self._heartbeats,
-                "time": time.time(),
-                "phase": phase,
-                "phase_seconds": time.monotonic() - since,
-                "step": step,
-                "end_reason": self._end_reason,
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "process_start": _process_start(os.getpid()),
-            }
-            self.store.set(f"heartbeat/{rank()}", json.dumps(heartbeat))
-
-    def _read_heartbeats(self) -> dict[int, dict[str, Any]]:
-        """The last heartbeat of each other rank, by rank; without those that have not written any."""
-        ranks = [other for other in range(world_size()) if other != rank() and self.store.check([f"heartbeat/{other}"])]
-        return {other: json.loads(self.store.get(f"heartbeat/{other}")) for other in ranks} if ranks else {}
 
     def _confirm_stall(self, status: Status) -> None:
         """Watch all ranks for two intervals; if none makes progress, or has made any lately, report and end.
 
         A rank may wait long for another that restores, draws or writes a larger shard.
         """
-        earlier = self._read_heartbeats() if self.store is not None else {}
-        time.sleep(2 * self.interval)
+        reason = f"no progress for {self.stall_seconds:g} s"
+        try:
+            earlier = {} if self.heartbeats is None else self.heartbeats.read()
+            time.sleep(2 * self.interval)
+            latest = {} if self.heartbeats is None else self.heartbeats.read()
+        except Exception as error:
+            if _status == status and not self._finished.is_set():
+                text = f"{reason}, and the job's store cannot be read ({error}): its node or the network to it is lost"
+                self._exit_stalled(text)
+            return
         if _status != status or self._finished.is_set():
             return
-        age = time.monotonic() - status.since
-        lines = [f"rank {rank()}: {status.phase} for {age:.0f} s, after step {status.step}"]
-        silent = []
-        if self.store is not None:
-            latest = self._read_heartbeats()
-            silent = [other for other, beat in earlier.items() if beat["number"] == latest[other]["number"]]
-            ages = [beat["phase_seconds"] for other, beat in latest.items() if other not in silent]
-            if ages and min(ages) < self.stall_seconds - 3 * self.interval:
-                self._progress_elsewhere = time.monotonic() - min(ages)
-                return
-            if self.store.add("stalled", 1) > 1:
-                self._exit_stalled("another rank found the run stalled")
+        silent = [other for other, beat in earlier.items() if beat["number"] == latest[other]["number"]]
+        ages = [beat["idle_seconds"] for other, beat in latest.items() if other not in silent]
+        if ages and min(ages) < self.stall_seconds - 3 * self.interval:
+            self._progress_elsewhere = time.monotonic() - min(ages)
+            return
+        self._end_stalled(reason, silent)
+
+    def _end_stalled(self, reason: str, silent: list[int]) -> None:
+        """Report the phase of each rank, the silent ones first, and end this rank, and the silent ones of this node."""
+        latest: dict[int, Heartbeat] = {}
+        status = _status
+        lines = [f"rank {rank()}: {status.phase} for {time.monotonic() - status.since:.0f} s, after step {status.step}"]
+        if self.heartbeats is not None:
+            with contextlib.suppress(Exception):
+                if not self.heartbeats.report_stall():
+                    self._exit_stalled("another rank found the run stalled")
+            with contextlib.suppress(Exception):
+                latest = self.heartbeats.read()
             counts = Counter((beat["phase"], beat["step"]) for beat in latest.values())
             # Silent ranks first, then those whose place is shared by the fewest.
             order = sorted(latest, key=lambda o: (o not in silent, counts[latest[o]["phase"], latest[o]["step"]], o))
-            lines = [_describe_rank(other, latest[other], other in silent) for other in order[:MAX_LISTED]] + lines
+            lines = [describe_rank(other, latest[other], other in silent) for other in order[:MAX_LISTED]] + lines
             for other in range(world_size()):
                 if other != rank() and other not in latest:
                     lines.insert(0, f"rank {other}: never sent a heartbeat")
-        text = "\n  ".join([f"no progress for {self.stall_seconds:g} s; ending the run. Phase of each rank:", *lines])
-        report_failure(text)
+        report_failure("\n  ".join([f"{reason}; ending the run. Phase of each rank:", *lines]))
         self._dump_stacks()
         for other in silent:  # a stopped process does not handle SIGTERM, and the launcher would wait for it
-            if _is_running_here(latest[other]):
+            if other in latest and is_running_here(latest[other]):
                 os.kill(latest[other]["pid"], signal.SIGABRT)
                 os.kill(latest[other]["pid"], signal.SIGCONT)
         os._exit(STALLED)
 
     def _dump_stacks(self) -> None:
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
-        if not os.path.exists(os.path.join(self.output, self.marker)):
+        if self.output is None or not os.path.exists(os.path.join(self.output, self.marker)):
             return  # the folder is not this run's yet
         with contextlib.suppress(OSError):
             folder = os.path.join(self.output, "stacks")
@@ -274,17 +307,17 @@ class Watchdog:
 
     # ---------------------------------------------------------------------------------------------- lost ranks
 
-    def _describe_lost_ranks(self) -> str:
+    def _describe_lost_ranks(self, heartbeats: Heartbeats) -> str:
         """List the lost ranks in words, each with the reason if it is known."""
-        earlier = self._read_heartbeats()
-        reasons = {other: "its process ended" for other, beat in earlier.items() if _has_ended_here(beat)}
+        earlier = heartbeats.read()
+        reasons = {other: "its process ended" for other, beat in earlier.items() if has_ended_here(beat)}
         if not reasons:
             time.sleep(3 * self.interval)
-            latest = self._read_heartbeats()
+            latest = heartbeats.read()
             silent = [other for other, beat in latest.items() if beat["number"] == earlier[other]["number"]]
-            reasons = dict.fromkeys(silent, "no heartbeat")
-        for other, beat in self._read_heartbeats().items():
-            if beat["end_reason"]:
+            reasons = {other: "no heartbeat" for other in silent if not latest[other].get("finished")}
+        for other, beat in heartbeats.read().items():
+            if beat.get("end_reason"):
                 reasons[other] = f"it ended {beat['end_reason']}"
         causes = {other: reason for other, reason in reasons.items() if AFTER_LOSS not in reason} or reasons
         if not causes:
@@ -293,37 +326,22 @@ class Watchdog:
         return ", ".join(listed) + (f" and {len(causes) - MAX_LISTED} more" if len(causes) > MAX_LISTED else "")
 
 
-def _clone_store() -> Any:
-    """A separate connection to the job's store: on a shared one, a thread that waits would block this one."""
-    store: Any = dist.distributed_c10d._get_default_store()
-    return store.clone()
+@contextlib.contextmanager
+def watched_group(stall_seconds: float, device: Device = "cpu") -> Iterator[torch.device]:
+    """Join the job's process group within the `with`, watched, for a stage that does not train; yields the device.
 
+    A rank may work for hours while the others wait for it, so that a collective operation has no time limit of its own:
+    the watchdog ends a run in which a rank is lost or nothing progresses.
 
-def _describe_rank(other: int, beat: dict[str, Any], silent: bool) -> str:
-    place = f"{beat['phase']}, after step {beat['step']}, on {beat['host']}, process {beat['pid']}"
-    if beat["end_reason"]:
-        return f"rank {other}: ended {beat['end_reason']}; it was at: {place}"
-    if silent:
-        return f"rank {other}: no heartbeat for {time.time() - beat['time']:.0f} s; it was at: {place}"
-    phase = f"{beat['phase']} for {beat['phase_seconds']:.0f} s"
-    return f"rank {other}: {phase}, after step {beat['step']}, on {beat['host']}"
+    Args:
+        stall_seconds: see `Watchdog`.
+        device: to compute on, see `choose_device`.
 
-
-def _process_start(process: int) -> str | None:
-    """When a process was started, in clock ticks since boot; None: it does not exist, or has ended."""
-    try:
-        with open(f"/proc/{process}/stat") as file:
-            fields = file.read().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
-
-
-def _is_running_here(beat: dict[str, Any]) -> bool:
-    start = beat["process_start"]
-    return beat["host"] == socket.gethostname() and start is not None and _process_start(beat["pid"]) == start
-
-
-def _has_ended_here(beat: dict[str, Any]) -> bool:
-    start = beat["process_start"]
-    return beat["host"] == socket.gethostname() and start is not None and _process_start(beat["pid"]) != start
+    Raises:
+        InputError, SystemExit: as for `process_group` and `Watchdog`.
+    """
+    with (
+        process_group(LONG_WORK_S, device) as chosen,
+        Watchdog(None, stall_seconds, counts_cpu_time=chosen.type == "cpu"),
+    ):
+        yield chosen

@@ -12,10 +12,11 @@ import os
 import signal
 import sys
 import time
+import zlib
 from pathlib import Path
-from typing import Any
 
-from recgpt_torchrec.errors import REFUSED, STOP_SIGNALS, STOPPED
+from recgpt_torchrec.errors import LOST, REFUSED, STOP_SIGNALS, STOPPED
+from recgpt_torchrec.launch.agent import renew_store_at_each_start, start_no_refused_run_again
 
 LAST_WORDS_SECONDS = 0.3
 """Wait before the exit: torchx's local scheduler copies output every 0.1 s and may lose what is printed at the end."""
@@ -24,6 +25,11 @@ SHUTDOWN_SECONDS = 600
 scheduler's own limit, after which the scheduler kills them."""
 QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")
 """Where a container finds its share of the cores."""
+FIRST_PORT, PORTS = 20_000, 12_000
+"""Range of ports from which a job of several nodes takes one."""
+RENDEZVOUS = {"last_call_timeout": 15}
+"""Defaults of `--rdzv_conf`. A node is lost after 3 heartbeats of 5 s; then the others wait this long for more nodes
+before they go on, torch for 30 s."""
 HINTS = {
     "SIGKILL": " (is there enough memory? the system kills a process that takes too much)",
     "SIGABRT": " (by another rank, if that rank reported above that the run made no progress)",
@@ -33,16 +39,26 @@ HINTS = {
 
 def main() -> None:
     """Run torchrun with this process's arguments, and exit with the status of the first rank that failed."""
+    # Else a store that is closed is reported with a stack of C++ for each connection to it.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
 
     # This logger's only message, "failed (exitcode: ...)", would repeat the line printed below.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    # It warns when it cannot close the rendezvous, after the node that serves it has ended.
+    logging.getLogger("torch.distributed.elastic.rendezvous.dynamic_rendezvous").setLevel(logging.ERROR)
     renew_store_at_each_start()
+    start_no_refused_run_again()
     args = run.parse_args(guard_arguments(sys.argv[1:]))
     if args.nproc_per_node.isdigit():
         os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_process(available_cores(), int(args.nproc_per_node))))
+    if args.nnodes != "1" and not args.standalone and args.rdzv_backend == "c10d":
+        args.rdzv_endpoint = with_port(args.rdzv_endpoint, args.rdzv_id)
+        given = [pair for pair in args.rdzv_conf.split(",") if pair]
+        args.rdzv_conf = ",".join([*(f"{name}={value}" for name, value in RENDEZVOUS.items()), *given])
     if "SIGUSR1" not in args.signals_to_handle:
         args.signals_to_handle += ",SIGUSR1"
     if args.shutdown_timeout is None:
@@ -59,6 +75,10 @@ def main() -> None:
         status = STOPPED if asked.sigval in STOP_SIGNALS else 128 + asked.sigval
         name = signal.Signals(asked.sigval).name
         print(f"{args.training_script} was ended by {name}; exit status {status}", file=sys.stderr, flush=True)
+    except RendezvousError as error:
+        status = LOST
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"{args.training_script} failed: another node has ended the job, or is lost ({reason})", file=sys.stderr)
     time.sleep(LAST_WORDS_SECONDS)
     sys.exit(status)
 
@@ -72,21 +92,14 @@ def guard_arguments(words: list[str]) -> list[str]:
     return words if place == len(words) or words[place] == "--" else [*words[:place], "--", *words[place:]]
 
 
-def renew_store_at_each_start() -> None:
-    """Make torchrun create a new store each time it starts the processes.
+def with_port(endpoint: str, job_id: str) -> str:
+    """The address where nodes meet; the port 0 becomes one that follows from the job's id, the same on every node.
 
-    torch 2.13 keeps the first store, where a restarted rank finds the address of a process that is gone: "Gloo
-    connectFullMesh failed ... Connection refused", seen after a rank was killed while the process group was created.
+    Two jobs on one node then have different ports, but for 1 pair in 12,000. Linux gives the ports above 32,767 to
+    connections.
     """
-    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
-
-    original = DynamicRendezvousHandler.next_rendezvous
-
-    def next_rendezvous(self: Any) -> Any:
-        self._bootstrap_store_info = self._shared_tcp_store_server = None
-        return original(self)
-
-    DynamicRendezvousHandler.next_rendezvous = next_rendezvous  # type: ignore[method-assign]
+    host, _, port = endpoint.rpartition(":")
+    return f"{host}:{FIRST_PORT + zlib.crc32(job_id.encode()) % PORTS}" if host and port == "0" else endpoint
 
 
 def describe(rank: int, exit_code: int) -> str:

@@ -23,6 +23,7 @@ from recgpt_torchrec.distributed.processes import (
     run_on_first_rank,
     world_size,
 )
+from recgpt_torchrec.distributed.watchdog import phase
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.progress import progress_bar
 from recgpt_torchrec.retrieval.exports.additions import commit_addition, new_folder
@@ -60,7 +61,8 @@ def build_own_shard(config: Retrieve, export: Export) -> list[Shard]:
     try:
         if rank() < shards:
             first, stop = id_range(manifest.items, rank(), shards)
-            built = build(kind, partial(vector_blocks, export, first, stop), stop - first, manifest.dim, parameters)
+            with phase("building the index", computes=True):
+                built = build(kind, partial(vector_blocks, export, first, stop), stop - first, manifest.dim, parameters)
             own = [Shard(built, kind, parameters, first)]
     except Exception as error:
         failure = error
@@ -143,7 +145,8 @@ def add_index(export: Export, settings: Index) -> tuple[IndexManifest, bool]:
     written: list[IndexShard] = []
     failure: Exception | None = None
     try:
-        written = _write_own_shards(export, kind, parameters, shards, folder)
+        with phase("building the index", computes=True):
+            written = _write_own_shards(export, kind, parameters, shards, folder)
     except InputError as error:
         failure = error
     except (OSError, RuntimeError, MemoryError) as error:  # of FAISS, or of its file
@@ -159,7 +162,8 @@ def add_index(export: Export, settings: Index) -> tuple[IndexManifest, bool]:
         sample=settings.sample,
         shards=entries,
     )
-    index.measured = _measure(export, open_own_shards(export, index), settings.sample)
+    with phase("measuring the index", computes=True):
+        index.measured = _measure(export, open_own_shards(export, index), settings.sample)
     return commit_addition(export, "index", index), False
 
 

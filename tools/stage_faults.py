@@ -1,0 +1,181 @@
+"""Stops or kills a rank of every stage on two nodes, and looks at what becomes of the others.
+
+    OMP_NUM_THREADS=1 python -m tools.stage_faults --folder /tmp/faults
+
+Each stage runs on two ranks with a launcher each, as on two nodes. When rank 1 has reached a phase it is killed,
+stopped (SIGSTOP), or made to hang. The table shows the seconds until both launchers had ended, their statuses, and what
+rank 0 said of the culprit. Then the same command is given again; its result must be the undisturbed one, bit for bit.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tools.small_run import SMALL
+
+PHASES = {
+    "pretrain": "a training step",
+    "generate_prompts": "generating prompts",
+    "prompt_tune": "a training step",
+    "evaluate": "ranking users",
+    "export": "encoding items and users",
+    "index": "building the index",
+    "retrieve": "searching",
+}
+"""The stages, in the order in which each finds what it reads, and the phase in which something happens to each."""
+NEEDS = {
+    "generate_prompts": ["pretrain"],
+    "prompt_tune": ["pretrain", "generate_prompts"],
+    "evaluate": ["pretrain"],
+    "export": ["pretrain"],
+    "index": ["pretrain", "export"],
+    "retrieve": ["pretrain", "export"],
+}
+"""The stages whose results each stage reads."""
+FAULTS = ("killed", "stopped", "hangs")
+STALL_SECONDS = 10
+CULPRIT = re.compile(r"(lost rank 1 \([^)]*\)|rank 1: (no heartbeat for|ended|.* for \d+ s)[^\n]*)")
+
+
+def options_of(stage: str, folder: Path, output: Path) -> dict[str, Any]:
+    """The command line of a stage, which reads what the stages before it have written to `folder`."""
+    data, run, prompts = folder / "data", folder / "pretrain", folder / "generate_prompts"
+    training = {**SMALL, "--train.stall_seconds": STALL_SECONDS, "--saving.every_steps": 4, "--train.epochs": 6}
+    reads: dict[str, dict[str, Any]] = {
+        "pretrain": {"--data": data, **training},
+        "generate_prompts": {"--data": data, "--checkpoint": run, "--batch_users": 8},
+        "prompt_tune": {
+            **{name: value for name, value in training.items() if not name.startswith("--model")},
+            "--data": prompts,
+            "--checkpoint": run,
+        },
+        "evaluate": {"--data": data, "--checkpoint": run, "--batch.tokens": 60},
+        "export": {"--data": data, "--checkpoint": run, "--batch.tokens": 60},
+        "index": {"--export": output, "--index.kind": "hnsw"},
+        "retrieve": {"--export": folder / "export", "--data": data, "--k": 5, "--index": "exact"},
+    }
+    stalls = {} if "--train.stall_seconds" in reads[stage] else {"--stall_seconds": STALL_SECONDS}
+    written = {} if stage == "index" else {"--output": f"{output}.json" if stage == "evaluate" else output}
+    return {**reads[stage], **stalls, **written}
+
+
+def do_at_phase(watchdog: Any, phase: str, fault: str) -> None:
+    """Do something to this process once it has reached a phase; runs in a thread."""
+    while watchdog.current_status().phase != phase:
+        time.sleep(0.0003)
+    os.write(2, f"now: {time.time()}\n".encode())
+    if fault == "hangs":
+        # The main thread waits for ever in the next report of its progress; heartbeats go on.
+        watchdog.report_phase = watchdog.beat = lambda *_: threading.Event().wait()  # type: ignore[assignment]
+    else:
+        os.kill(os.getpid(), signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
+
+
+def rank_main(stage: str, phase: str, fault: str, words: list[str]) -> None:
+    """Run a stage as one rank, with the thread that does something to rank 1."""
+    import importlib
+
+    from recgpt_torchrec import cli
+    from recgpt_torchrec.config.stages import STAGES, module_of
+    from recgpt_torchrec.distributed import watchdog
+
+    if os.environ["RANK"] == "1" and fault != "none":
+        threading.Thread(target=do_at_phase, args=(watchdog, phase, fault), daemon=True).start()
+    sys.argv = [stage, *words]
+    cli.run(STAGES[stage].config, importlib.import_module(module_of(stage)).main, module_of(stage))
+
+
+@dataclass
+class End:
+    """How a job ended."""
+
+    statuses: list[int]
+    """Of the launchers."""
+    seconds: float
+    """From the fault, or else from the start."""
+    said: list[str]
+
+
+def launch(stage: str, options: dict[str, Any], fault: str = "none") -> End:
+    """Run a stage on two ranks with a launcher each."""
+    words = [str(word) for option in options.items() for word in option]
+    job = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_id", f"{time.time_ns()}"]
+    job += ["--rdzv_endpoint", "localhost:0", "-m", "tools.stage_faults", "rank", stage, PHASES[stage], fault]
+    command = [sys.executable, "-m", "recgpt_torchrec.launch.node", *job, *words]
+    files = [tempfile.TemporaryFile("w+") for _ in range(2)]
+    since = time.time()
+    nodes = [subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True) for file in files]
+    try:
+        statuses = [node.wait(180) for node in nodes]
+    finally:
+        ended = time.time()
+        for node in nodes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(node.pid, signal.SIGKILL)
+    said = []
+    for file in files:
+        file.seek(0)
+        said.append(file.read())
+    happened = re.search(r"now: ([\d.]+)", "".join(said))
+    return End(statuses, ended - (float(happened.group(1)) if happened else since), said)
+
+
+def run_faults(folder: Path, stages: list[str], faults: list[str]) -> list[str]:
+    """Run every stage once undisturbed, and once for each fault; returns the lines of the table."""
+    from tools.small_run import walks, write_dataset
+    from tools.stage_process import digest
+
+    write_dataset(folder / "data", walks(400, 60, shortest=3, longest=14), items=60, rows_per_group=8)
+    lines = []
+    needed = {*stages, *(each for stage in stages for each in NEEDS.get(stage, []))}
+    for stage in [each for each in PHASES if each in needed]:
+        alone = folder / ("export" if stage == "index" else stage)
+        undisturbed = launch(stage, options_of(stage, folder, alone))
+        assert undisturbed.statuses == [0, 0], undisturbed.said
+        for fault in faults if stage in stages else []:
+            output = folder / f"{stage}-{fault}"
+            if stage == "index":
+                first = launch("export", options_of("export", folder, output))
+                assert first.statuses == [0, 0], first.said
+            end = launch(stage, options_of(stage, folder, output), fault)
+            again = launch(stage, options_of(stage, folder, output))
+            results = [digest(f"{each}.json" if stage == "evaluate" else str(each)) for each in (output, alone)]
+            named = next((found.group(1) for text in end.said if (found := CULPRIT.search(text))), "nobody")
+            result = "equal" if again.statuses == [0, 0] and results[0] == results[1] else "DIFFERS"
+            text = f"{stage:17}{fault:9}{end.seconds:6.1f} s  {end.statuses!s:11} {result:8} {named}"
+            print(text, flush=True)
+            lines.append(text)
+            (folder / f"{stage}-{fault}.said").write_text(json.dumps([end.__dict__, again.__dict__], indent=1))
+    return lines
+
+
+def main() -> int:
+    """Print the table; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", nargs="+", default=list(PHASES))
+    parser.add_argument("--faults", nargs="+", default=list(FAULTS))
+    parser.add_argument("--folder", type=Path, help="folder that keeps what was said; must not exist")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        folder.mkdir(exist_ok=True)
+        lines = run_faults(folder, options.stages, options.faults)
+    return any("DIFFERS" in line or line.endswith("nobody") or "[0, 0]" in line for line in lines)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["rank"]:
+        rank_main(sys.argv[2], sys.argv[3], sys.argv[4], sys.argv[5:])
+    else:
+        sys.exit(main())
