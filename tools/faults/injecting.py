@@ -1,0 +1,142 @@
+"""The faults: what each does to a node, how it is mended, and how a job with it is launched."""
+
+import contextlib
+import errno
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tools.faults.nodes import Nodes, other_clock, scratch_disk
+
+DISK_MEBIBYTES = 64
+"""Size of the disk for results."""
+SLOW_SECONDS = 0.15
+"""A slow node's processes are stopped for this long, and then run for a third of it."""
+
+
+@dataclass
+class Place:
+    """Where a fault happens."""
+
+    nodes: Nodes
+    disk: Path
+    """The disk for results, which both nodes mount."""
+    ended: threading.Event = field(default_factory=threading.Event)
+    """Set once the job has ended."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault of a node."""
+
+    text: str
+    node: int | None
+    """The node that it happens to, which is to be named; None: the disk of both."""
+    inject: Callable[[Place], None] = lambda place: None
+    mend: Callable[[Place], None] = lambda place: None
+    environment: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+    """Environment variables of the processes of some nodes."""
+    goes_on: bool = False
+    """Whether the job is to end as if nothing had happened."""
+
+
+def _unplug(place: Place, node: int, *, kill: bool) -> None:
+    place.nodes.plug(node, "down")
+    if kill:
+        place.nodes.kill(node)
+
+
+def _slow_down(place: Place, node: int) -> None:
+    def alternate() -> None:
+        while not place.ended.wait(SLOW_SECONDS / 3):
+            place.nodes.send(node, signal.SIGSTOP)
+            place.ended.wait(SLOW_SECONDS)
+            place.nodes.send(node, signal.SIGCONT)
+
+    threading.Thread(target=alternate, daemon=True).start()
+
+
+def _fill(place: Place) -> None:
+    with open(place.disk / "filling", "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(2**16))
+
+
+def _fill_at_once(place: Place) -> None:
+    """Fill the disk, and keep it full while files on it are deleted."""
+    _fill(place)
+
+    def keep_full() -> None:
+        while not place.ended.wait(0.05):
+            with open(place.disk / "filling", "ab", buffering=0) as file:
+                try:
+                    while True:
+                        file.write(bytes(4096))
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise
+
+    threading.Thread(target=keep_full, daemon=True).start()
+
+
+FAULTS = {
+    "node 1 killed": Fault(
+        "all processes of node 1 end by SIGKILL; its connections are closed",
+        1,
+        lambda place: place.nodes.kill(1),
+    ),
+    "node 0 killed": Fault("the same of node 0, which serves the job's store", 0, lambda place: place.nodes.kill(0)),
+    "node 1 unplugged": Fault(
+        "node 1 is disconnected, then killed: no packet says so",
+        1,
+        lambda place: _unplug(place, 1, kill=True),
+        lambda place: place.nodes.plug(1, "up"),
+    ),
+    "node 0 unplugged": Fault(
+        "the same of node 0",
+        0,
+        lambda place: _unplug(place, 0, kill=True),
+        lambda place: place.nodes.plug(0, "up"),
+    ),
+    "network cut": Fault(
+        "the nodes are disconnected, and both live",
+        1,
+        lambda place: _unplug(place, 1, kill=False),
+        lambda place: place.nodes.plug(1, "up"),
+    ),
+    "node 1 slow": Fault(
+        "processes of node 1 run a quarter of the time", 1, lambda place: _slow_down(place, 1), goes_on=True
+    ),
+    "clock 30 h ahead": Fault(
+        "the clock of node 1 is 30 hours ahead", 1, environment={1: other_clock("+30h")}, goes_on=True
+    ),
+    "clock 30 h behind": Fault(
+        "the clock of node 1 is 30 hours behind", 1, environment={1: other_clock("-30h")}, goes_on=True
+    ),
+    "disk full": Fault(
+        "the disk for results is full, and stays so",
+        None,
+        _fill_at_once,
+        lambda place: os.remove(place.disk / "filling"),
+    ),
+    "disk gone from node 1": Fault(
+        "node 1 loses the mount of the disk for results; an empty folder is there instead",
+        1,
+        lambda place: place.nodes.unmount(1, place.disk),
+    ),
+    "disk gone": Fault(
+        "both nodes lose it",
+        None,
+        lambda place: [place.nodes.unmount(node, place.disk) for node in (0, 1)] and None,
+    ),
+}
+
+
+@contextlib.contextmanager
+def place_of_faults(folder: Path) -> Iterator[Place]:
+    """Two nodes and a disk for results, within the `with`."""
+    with scratch_disk(folder / "disk", DISK_MEBIBYTES) as disk, Nodes() as nodes:
+        yield Place(nodes, disk)

@@ -1,0 +1,216 @@
+"""Faults of two nodes in every stage: how long until the job has ended, whom it names, and what it does when resumed.
+
+    OMP_NUM_THREADS=1 python -m tools.node_faults --folder /tmp/faults          (root; about a minute a cell)
+    OMP_NUM_THREADS=1 python -m tools.node_faults --folder /tmp/faults --only training "node 1 killed"
+
+The nodes are network namespaces with host names of their own, joined by a switch; each has its own launcher, and both
+share a disk. When the victim's rank reaches a moment, the fault happens. Then the fault is mended, and the same command
+is given again: its result must be the undisturbed one, tensor by tensor. Each cell of the table is kept in the folder
+as JSON, and what is there is not run again.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tools.faults.injecting import FAULTS, Fault, Place, place_of_faults
+from tools.faults.jobs import MOMENTS, TRACEBACK, End, Moment, run_job
+from tools.faults.nodes import explain_missing
+from tools.small_run import SMALL
+from tools.stage_process import preload
+
+STALL_SECONDS = 15
+NEEDS = {
+    "pretrain": (),
+    "generate_prompts": ("pretrain",),
+    "prompt_tune": ("pretrain", "generate_prompts"),
+    "evaluate": ("pretrain",),
+    "export": ("pretrain",),
+    "index": ("pretrain", "export"),
+    "retrieve": ("pretrain", "export"),
+}
+"""The stages whose results each stage reads, in the order in which they can be run."""
+
+
+def options_of(stage: str, folder: Path, output: Path) -> dict[str, Any]:
+    """The command line of a stage, which reads what the stages before it have written to `folder`."""
+    data, run, prompts = folder / "data", folder / "pretrain", folder / "generate_prompts"
+    training = {
+        "--train.stall_seconds": STALL_SECONDS,
+        "--train.timeout_seconds": 60,
+        "--saving.every_steps": 4,
+        "--train.epochs": 3,
+    }
+    small = {name: value for name, value in SMALL.items() if name != "--train.epochs"}
+    tuning = {name: value for name, value in small.items() if not name.startswith("--model")}
+    reads: dict[str, dict[str, Any]] = {
+        "pretrain": {"--data": data, **small, **training},
+        "generate_prompts": {"--data": data, "--checkpoint": run, "--batch_users": 8},
+        "prompt_tune": {"--data": prompts, "--checkpoint": run, **tuning, **training},
+        "evaluate": {"--data": data, "--checkpoint": run, "--batch.tokens": 60},
+        "export": {"--data": data, "--checkpoint": run, "--batch.tokens": 60},
+        "index": {"--export": output, "--index.kind": "hnsw"},
+        "retrieve": {"--export": folder / "export", "--data": data, "--k": 5, "--index": "exact"},
+    }
+    limits = {} if "--train.stall_seconds" in reads[stage] else {"--stall_seconds": STALL_SECONDS}
+    written = {} if stage == "index" else {"--output": result_of(stage, output)}
+    return {**reads[stage], **limits, **written}
+
+
+def result_of(stage: str, output: Path) -> Path:
+    """The file or folder that a stage writes."""
+    return output.with_suffix(".json") if stage == "evaluate" else output
+
+
+def differ(stage: str, output: Path, undisturbed: Path) -> list[str]:
+    """What differs between two results, one line each."""
+    from tools.kill_test import find_differences
+    from tools.stage_process import digest
+
+    def compare() -> list[str]:
+        if stage in ("pretrain", "prompt_tune"):
+            return find_differences(output, undisturbed)
+        equal = digest(str(result_of(stage, output))) == digest(str(result_of(stage, undisturbed)))
+        return [] if equal else [f"{output.name} differs"]
+
+    return in_fork(compare)
+
+
+def in_fork(function: Callable[[], list[str]]) -> list[str]:
+    """Call a function in a fork of this process: it may start threads, and launchers are forked from this one."""
+    with tempfile.NamedTemporaryFile("r") as file:
+        pid = os.fork()
+        if not pid:
+            try:
+                Path(file.name).write_text(json.dumps(function()))
+            except BaseException as error:
+                Path(file.name).write_text(json.dumps([repr(error)]))
+            os._exit(0)
+        os.waitpid(pid, 0)
+        return json.loads(file.read())  # type: ignore[no-any-return]
+
+
+def is_complete(stage: str, output: Path) -> bool:
+    """Whether a reader would take a result for a complete one."""
+    result = result_of(stage, output)
+    return result.exists() if stage == "evaluate" else (result / "manifest.json").exists()
+
+
+def run_cell(place: Place, folder: Path, fault: Fault, moment: Moment, cell: str) -> dict[str, Any]:
+    """Run a stage with a fault, then again without; returns the values of a cell of the table."""
+    stage = moment.stage
+    output, logs, alone = place.disk / cell, folder / "said" / cell, folder / _writer(stage)
+    if stage == "index":
+        first = run_job(place, Moment("export", ""), options_of("export", folder, output), logs)
+        assert first.statuses == [0, 0], first.said
+    options = options_of(stage, folder, output)
+    end = run_job(place, moment, options, logs, fault)
+    happened = bool(end.place) or bool(fault.environment)
+    values: dict[str, Any] = {"happened": happened, **end.to_json()}
+    if not end.statuses == [0, 0]:
+        fault.mend(place)
+    elif not fault.environment and not fault.goes_on:
+        fault.mend(place)
+    if end.statuses != [0, 0] and stage not in ("pretrain", "prompt_tune", "index"):
+        values["half"] = is_complete(stage, output) and bool(differ(stage, output, alone))
+    if end.statuses != [0, 0]:
+        again = run_job(place, moment, options, folder / "said" / f"{cell}-again")
+        values |= {"again": again.statuses, "again_said": [] if again.statuses == [0, 0] else again.said}
+    complete = values.get("again", end.statuses) == [0, 0]
+    values["differences"] = differ(stage, output, alone) if complete else ["it did not resume"]
+    values["tracebacks"] = sum(text.count(TRACEBACK) for text in end.said)
+    values["named"] = name_culprit(end, fault)
+    return values
+
+
+def name_culprit(end: End, fault: Fault) -> str:
+    """The first line that says whose fault it was; empty: none does."""
+    survivors = [0, 1] if fault.node is None or end.statuses == [0, 0] else [1 - fault.node]
+    words = ("disk", "No space", "/disk") if fault.node is None else (f"rank {fault.node}", f"node{fault.node}")
+    if fault.text.startswith("node 1 loses"):
+        survivors, words = [0, 1], (*words, "/disk")
+    stamp = f"rank {survivors[0]}: "
+    lines = [line for node in survivors for line in end.lines(node)]
+    return next((line for line in lines if any(word in line.split(stamp)[-1] for word in words)), "")
+
+
+def _writer(stage: str) -> str:
+    return "export" if stage == "index" else stage
+
+
+def write_data(folder: Path) -> list[str]:
+    """Write the dataset."""
+    from tools.small_run import walks, write_dataset
+
+    write_dataset(folder, walks(400, 60, shortest=3, longest=14), items=60, rows_per_group=8)
+    return []
+
+
+def prepare(place: Place, folder: Path, stages: set[str]) -> None:
+    """Write the dataset, and run each stage that is needed once undisturbed, as far as that is not done yet."""
+    (folder / "said").mkdir(parents=True, exist_ok=True)
+    (folder / "cells").mkdir(exist_ok=True)
+    if not (folder / "data" / "manifest.json").exists():
+        in_fork(lambda: write_data(folder / "data"))
+    needed = {*stages, *(each for stage in stages for each in NEEDS[stage])} - {"index"}
+    for stage in [each for each in NEEDS if each in needed]:
+        done = folder / f"{stage}.done"
+        if not done.exists():
+            options = options_of(stage, folder, folder / stage)
+            end = run_job(place, Moment(stage, ""), options, folder / "said" / stage)
+            assert end.statuses == [0, 0], "\n".join(end.said)
+            done.write_text(json.dumps(end.to_json()))
+
+
+def show(cells: dict[tuple[str, str], dict[str, Any]]) -> str:
+    """The table: a line for each cell."""
+    lines = [f"{'fault':22}{'moment':17}{'ended':>8}  {'statuses':14}{'result':10}culprit"]
+    for (fault, moment), values in sorted(cells.items(), key=lambda cell: cell[0]):
+        seconds = f"{values['seconds']:.1f} s" if values["ended"] else "never"
+        result = "DIFFERS" if values["differences"] else "HALF" if values.get("half") else "equal"
+        statuses = ", ".join("killed" if each is None or each == -9 else str(each) for each in values["statuses"])
+        trace = f" [{values['tracebacks']} tracebacks]" * bool(values["tracebacks"])
+        text = "the fault did not happen" if not values["happened"] else values["named"][:150] or "NOBODY"
+        lines.append(f"{fault:22}{moment:17}{seconds:>8}  {statuses:14}{result:10}{text}{trace}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run the cells that are asked for and not there yet; print the table and return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="folder that keeps cells and what was said")
+    parser.add_argument("--only", nargs="+", default=[], help="names of faults and moments; default: all")
+    options = parser.parse_args()
+    if (missing := explain_missing()) is not None:
+        raise SystemExit(f"no nodes can be made here: {missing}")
+    if unknown := set(options.only) - {*FAULTS, *MOMENTS}:
+        raise SystemExit(f"no fault or moment is named {', '.join(sorted(unknown))}; there are {[*FAULTS, *MOMENTS]}")
+    preload()
+    folder = options.folder.resolve()
+    faults, moments = (
+        {n: v for n, v in all_.items() if n in options.only or not set(all_) & set(options.only)}
+        for all_ in (FAULTS, MOMENTS)
+    )
+    cells: dict[tuple[str, str], dict[str, Any]] = {}
+    for moment_name, moment in moments.items():
+        for fault_name, fault in faults.items():
+            cell = f"{fault_name}-{moment_name}".replace(" ", "_")
+            path = folder / "cells" / f"{cell}.json"
+            if not path.exists():
+                with place_of_faults(folder) as place:
+                    prepare(place, folder, {moment.stage})
+                    values = run_cell(place, folder, fault, moment, cell)
+                path.write_text(json.dumps(values, indent=1))
+            cells[fault_name, moment_name] = json.loads(path.read_text())
+            print(show({(fault_name, moment_name): cells[fault_name, moment_name]}).splitlines()[1], flush=True)
+    print(f"\n{show(cells)}")
+    return any(bool(v["differences"]) or not v["ended"] or not v["named"] for v in cells.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
