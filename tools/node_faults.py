@@ -25,6 +25,7 @@ from tools.small_run import SMALL
 from tools.stage_process import preload
 
 STALL_SECONDS = 15
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the launcher does, before torch is imported
 NEEDS = {
     "pretrain": (),
     "generate_prompts": ("pretrain",),
@@ -42,7 +43,7 @@ def options_of(stage: str, folder: Path, output: Path) -> dict[str, Any]:
     data, run, prompts = folder / "data", folder / "pretrain", folder / "generate_prompts"
     training = {
         "--train.stall_seconds": STALL_SECONDS,
-        "--train.timeout_seconds": 60,
+        "--train.timeout_seconds": 30,
         "--saving.every_steps": 4,
         "--train.epochs": 3,
     }
@@ -92,7 +93,8 @@ def in_fork(function: Callable[[], list[str]]) -> list[str]:
                 Path(file.name).write_text(json.dumps([repr(error)]))
             os._exit(0)
         os.waitpid(pid, 0)
-        return json.loads(file.read())  # type: ignore[no-any-return]
+        lines: list[str] = json.loads(file.read())
+        return lines
 
 
 def is_complete(stage: str, output: Path) -> bool:
@@ -111,7 +113,7 @@ def run_cell(place: Place, folder: Path, fault: Fault, moment: Moment, cell: str
     options = options_of(stage, folder, output)
     end = run_job(place, moment, options, logs, fault)
     happened = bool(end.place) or bool(fault.environment)
-    values: dict[str, Any] = {"happened": happened, **end.to_json()}
+    values: dict[str, Any] = {"commit": os.environ.get("COMMIT", ""), "happened": happened, **end.to_json()}
     if not end.statuses == [0, 0]:
         fault.mend(place)
     elif not fault.environment and not fault.goes_on:
@@ -192,10 +194,8 @@ def main() -> int:
         raise SystemExit(f"no fault or moment is named {', '.join(sorted(unknown))}; there are {[*FAULTS, *MOMENTS]}")
     preload()
     folder = options.folder.resolve()
-    faults, moments = (
-        {n: v for n, v in all_.items() if n in options.only or not set(all_) & set(options.only)}
-        for all_ in (FAULTS, MOMENTS)
-    )
+    faults = {name: fault for name, fault in FAULTS.items() if name in options.only or not {*FAULTS} & {*options.only}}
+    moments = {name: each for name, each in MOMENTS.items() if name in options.only or not {*MOMENTS} & {*options.only}}
     cells: dict[tuple[str, str], dict[str, Any]] = {}
     for moment_name, moment in moments.items():
         for fault_name, fault in faults.items():

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from recgpt_torchrec.config.device import Device
 from recgpt_torchrec.distributed.devices import choose_device
 from recgpt_torchrec.distributed.group.joining import NotJoined, is_launched, meet
+from recgpt_torchrec.distributed.group.waiting import expected_wait
 from recgpt_torchrec.errors import LOST
 from recgpt_torchrec.progress import LOGGER, report_failure
 
@@ -165,7 +166,8 @@ def run_on_first_rank(function: Callable[[], T], group: dist.ProcessGroup | None
         except Exception as error:
             outcome[1] = error
     if dist.is_initialized():
-        dist.broadcast_object_list(outcome, src=0, group=group)
+        with expected_wait():
+            dist.broadcast_object_list(outcome, src=0, group=group)
     result, failure = outcome
     if failure is not None:
         raise failure

@@ -28,9 +28,10 @@ from recgpt_torchrec.distributed.group.heartbeats import (
     has_ended_here,
     is_running_here,
 )
+from recgpt_torchrec.distributed.group.waiting import WaitWatch
 from recgpt_torchrec.distributed.processes import LONG_WORK_S, process_group, rank, world_size
 from recgpt_torchrec.errors import LOST, STALLED
-from recgpt_torchrec.progress import progress_bar, report_failure
+from recgpt_torchrec.progress import LOGGER, progress_bar, report_failure
 
 MAX_LISTED = 16
 """Maximum number of ranks listed in a report."""
@@ -174,9 +175,10 @@ class Watchdog:
         self.heartbeats.write_last(end_reason=AFTER_LOSS if lost else f"with {type(error).__name__}")
         if lost:
             try:
-                lost_ranks = "the launcher" if self.heartbeats.is_lost else self._describe_lost_ranks(self.heartbeats)
-            except Exception as unknown:  # the store may be lost as well
-                lost_ranks = f"another rank ({type(unknown).__name__} while reading heartbeats)"
+                lost_ranks = None if self.heartbeats.is_lost else self._describe_lost_ranks(self.heartbeats)
+            except Exception:  # the store is lost as well
+                lost_ranks = None
+            lost_ranks = lost_ranks or f"{self.heartbeats.hosts[0]}, whose launcher served the job's store"
             reason = " ".join(str(error).split())[:200]
             place = f"rank {rank()} was at: {_status.phase}, after step {_status.step}"
             report_failure(f"lost {lost_ranks}; {place} ({reason})")
@@ -197,6 +199,7 @@ class Watchdog:
     def _watch(self) -> None:
         last, used = time.monotonic(), time.process_time()
         listener = None if self.heartbeats is None else Listener(self.heartbeats)
+        waits = WaitWatch() if rank() == 0 else None
         period, listened, is_stopping = max(self.interval, self.stall_seconds / 10), last, False
         while not self._finished.wait(self.interval):
             now, use = time.monotonic(), time.process_time()
@@ -215,7 +218,7 @@ class Watchdog:
             if listener is not None and self.stall_seconds and now - listened >= period:
                 listened = now
                 with contextlib.suppress(Exception):  # a lost store shows when nothing progresses
-                    listener.listen()
+                    self._compare_waits(waits, listener.listen())
                 if silent := listener.silent(self.stall_seconds - 2 * period):
                     self._end_stalled(f"no heartbeat of another rank for {self.stall_seconds:g} s", silent)
             # `_confirm_stall` takes two intervals, which count towards stall_seconds.
@@ -223,6 +226,12 @@ class Watchdog:
             if self.stall_seconds and now - since >= self.stall_seconds - 3 * self.interval:
                 self._confirm_stall(_status)
             last, used = time.monotonic(), time.process_time()
+
+    def _compare_waits(self, waits: WaitWatch | None, latest: dict[int, Heartbeat]) -> None:
+        """Log, on rank 0, which rank the others wait for."""
+        if waits is not None and self.heartbeats is not None:
+            if text := waits.name_slowest({rank(): self.heartbeats.own(), **latest}):
+                LOGGER.info(text)
 
     def _is_launcher_gone(self) -> bool:
         """Whether this rank's launcher has ended, or the one that serves the store; without a launcher, False."""
@@ -249,8 +258,10 @@ class Watchdog:
             latest = {} if self.heartbeats is None else self.heartbeats.read()
         except Exception as error:
             if _status == status and not self._finished.is_set():
-                text = f"{reason}, and the job's store cannot be read ({error}): its node or the network to it is lost"
-                self._exit_stalled(text)
+                store = (
+                    "the job's store" if self.heartbeats is None else f"the job's store on {self.heartbeats.hosts[0]}"
+                )
+                self._exit_stalled(f"{reason}, and {store} cannot be read: the node or the network is lost ({error})")
             return
         if _status != status or self._finished.is_set():
             return
@@ -275,7 +286,9 @@ class Watchdog:
             counts = Counter((beat["phase"], beat["step"]) for beat in latest.values())
             # Silent ranks first, then those whose place is shared by the fewest.
             order = sorted(latest, key=lambda o: (o not in silent, counts[latest[o]["phase"], latest[o]["step"]], o))
-            lines = [describe_rank(other, latest[other], other in silent) for other in order[:MAX_LISTED]] + lines
+            now = self.heartbeats.clock()
+            ages = {other: now - latest[other]["clock"] if other in silent else None for other in order}
+            lines = [describe_rank(other, latest[other], ages[other]) for other in order[:MAX_LISTED]] + lines
             for other in range(world_size()):
                 if other != rank() and other not in latest:
                     lines.insert(0, f"rank {other}: never sent a heartbeat")
@@ -322,7 +335,10 @@ class Watchdog:
         causes = {other: reason for other, reason in reasons.items() if AFTER_LOSS not in reason} or reasons
         if not causes:
             return "the connection to another rank"
-        listed = [f"rank {other} ({reason})" for other, reason in sorted(causes.items())[:MAX_LISTED]]
+        hosts = {other: beat["host"] for other, beat in heartbeats.read().items()}
+        listed = [
+            f"rank {other} ({reason}; on {hosts[other]})" for other, reason in sorted(causes.items())[:MAX_LISTED]
+        ]
         return ", ".join(listed) + (f" and {len(causes) - MAX_LISTED} more" if len(causes) > MAX_LISTED else "")
 
 

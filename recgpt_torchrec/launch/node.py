@@ -78,7 +78,8 @@ def main() -> None:
     except RendezvousError as error:
         status = LOST
         reason = " ".join(str(error).split()) or type(error).__name__
-        print(f"{args.training_script} failed: another node has ended the job, or is lost ({reason})", file=sys.stderr)
+        where = f"the nodes of the job, which meet at {args.rdzv_endpoint}"
+        print(f"{args.training_script} failed: lost {where}: one has ended it, or is gone ({reason})", file=sys.stderr)
     time.sleep(LAST_WORDS_SECONDS)
     sys.exit(status)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tools.faults.nodes import Nodes, other_clock, scratch_disk
+from tools.faults.nodes import NODES, Nodes, other_clock, scratch_disk
 
 DISK_MEBIBYTES = 64
 """Size of the disk for results."""
@@ -82,6 +82,11 @@ def _fill_at_once(place: Place) -> None:
     threading.Thread(target=keep_full, daemon=True).start()
 
 
+def _unmount_everywhere(place: Place) -> None:
+    for node in range(NODES):
+        place.nodes.unmount(node, place.disk)
+
+
 FAULTS = {
     "node 1 killed": Fault(
         "all processes of node 1 end by SIGKILL; its connections are closed",
@@ -130,7 +135,7 @@ FAULTS = {
     "disk gone": Fault(
         "both nodes lose it",
         None,
-        lambda place: [place.nodes.unmount(node, place.disk) for node in (0, 1)] and None,
+        _unmount_everywhere,
     ),
 }
 

@@ -127,7 +127,8 @@ def _wait_for(mark: Path, launched: list[Launched]) -> dict[str, Any]:
         if all([one.poll() is not None for one in launched]):
             return {}
         time.sleep(0.005)
-    return json.loads(mark.read_text())  # type: ignore[no-any-return]
+    stopped: dict[str, Any] = json.loads(mark.read_text())
+    return stopped
 
 
 def _wait_for_end(place: Place, launched: list[Launched], deadline: float) -> bool:

@@ -227,7 +227,7 @@ def _run_launcher(words: list[str], entry: tuple[Callable[..., None], Sequence[A
         config.start_method = "fork"
         return config, function, arguments
 
-    run.config_from_args = config_from_args
+    run.config_from_args = config_from_args  # type: ignore[assignment]
     try:
         node.main()
     except SystemExit as end:

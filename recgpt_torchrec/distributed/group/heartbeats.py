@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from recgpt_torchrec.distributed.group.waiting import count_waits, waited_seconds
+
 T = TypeVar("T")
 Heartbeat = dict[str, Any]
 ANSWER_SECONDS = 10.0
@@ -64,6 +66,11 @@ class Heartbeats:
         # rank 0 draws, a run that torchrun has restarted would read the heartbeats of the processes before.
         name = [secrets.token_hex(4)]
         dist.broadcast_object_list(name, src=0)
+        self.hosts = [""] * self.world_size
+        """Of each rank."""
+        dist.all_gather_object(self.hosts, socket.gethostname())
+        self._started = time.monotonic()
+        count_waits()
         connection: Any = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore(f"heartbeats-{name[0]}", connection.clone())
         self._number, self._has_ended = 0, False
@@ -90,9 +97,17 @@ class Heartbeats:
             if self._has_ended:
                 return
             self._number, self._has_ended = self._number + 1, bool(more)
-            process = {"host": socket.gethostname(), "pid": os.getpid(), "process_start": _process_start(os.getpid())}
-            heartbeat = {"number": self._number, "time": time.time(), **process, **self.describe(), **more}
+            heartbeat = {"number": self._number, **self.own(), **more}
             self._store.set(f"rank-{self.rank}", json.dumps(heartbeat))
+
+    def own(self) -> Heartbeat:
+        """What this rank's heartbeat says now."""
+        process = {"host": socket.gethostname(), "pid": os.getpid(), "process_start": _process_start(os.getpid())}
+        return {**process, "clock": self.clock(), "waited": waited_seconds(), **self.describe()}
+
+    def clock(self) -> float:
+        """Seconds since the ranks met, on every node the same: clocks that tell the time of day may differ by hours."""
+        return time.monotonic() - self._started
 
     def write_last(self, **more: Any) -> None:
         """Write the heartbeat of a rank that ends, if the store answers."""
@@ -132,8 +147,8 @@ class Listener:
         self._followed = [0] if heartbeats.rank else list(range(1, heartbeats.world_size))
         self._heard: dict[int, tuple[int, float]] = {}
 
-    def listen(self) -> None:
-        """Read the heartbeats.
+    def listen(self) -> dict[int, Heartbeat]:
+        """Read the heartbeats; returns those of the ranks that this one follows.
 
         Raises:
             Exception: the store is lost, or does not answer.
@@ -144,6 +159,7 @@ class Listener:
             number = -1 if beat.get("finished") else beat["number"]
             if self._heard.get(each, (None, 0.0))[0] != number:
                 self._heard[each] = number, now
+        return latest
 
     def silent(self, seconds: float) -> list[int]:
         """Ranks of which nothing was heard for that long, without those that have finished."""
@@ -177,12 +193,18 @@ def has_ended_here(beat: Heartbeat) -> bool:
     return beat["host"] == socket.gethostname() and start is not None and _process_start(beat["pid"]) != start
 
 
-def describe_rank(other: int, beat: Heartbeat, silent: bool) -> str:
-    """What another rank is doing, or was when it was last heard of, in words."""
+def describe_rank(other: int, beat: Heartbeat, silent_seconds: float | None) -> str:
+    """What another rank is doing, or was when it was last heard of, in words.
+
+    Args:
+        other: the rank.
+        beat: its last heartbeat.
+        silent_seconds: how old that is; None: the rank lives.
+    """
     place = f"{beat['phase']}, after step {beat['step']}, on {beat['host']}, process {beat['pid']}"
     if beat.get("end_reason"):
         return f"rank {other}: ended {beat['end_reason']}; it was at: {place}"
-    if silent:
-        return f"rank {other}: no heartbeat for {time.time() - beat['time']:.0f} s; it was at: {place}"
+    if silent_seconds is not None:
+        return f"rank {other}: no heartbeat for {silent_seconds:.0f} s; it was at: {place}"
     phase = f"{beat['phase']} for {beat['phase_seconds']:.0f} s"
     return f"rank {other}: {phase}, after step {beat['step']}, on {beat['host']}"
