@@ -18,17 +18,20 @@ from typing import Any, cast
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from recgpt_torchrec import storage
 from recgpt_torchrec.checkpoints.direct_io import DirectFiles
 from recgpt_torchrec.checkpoints.records import tensors_of
 from recgpt_torchrec.checkpoints.safe_reading import SafeReader, TensorPlanner, UnsafeCheckpoint
 from recgpt_torchrec.data.days.records import path_of
+from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import gather_objects, rank, run_on_first_rank, world_size
-from recgpt_torchrec.distributed.watchdog import tracked_phase
+from recgpt_torchrec.distributed.watchdog import beat, tracked_phase
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage.parts import checksum_of
 from recgpt_torchrec.storage.typed import SHOWN, make_typed
+from recgpt_torchrec.storage.visibility import await_files, await_sight
 
 METADATA = "checkpoint.json"
 BEST = "best.json"
@@ -129,6 +132,22 @@ class Checkpoints:
         storage.remove(self.temporary_path(step), first=METADATA)
         storage.make_folder(self.temporary_path(step))
 
+    def await_files(self, step: int, written: Metadata) -> None:
+        """Wait until this node sees what all ranks have written since `start` (call on one rank).
+
+        Args:
+            step: as for `start`.
+            written: what `dcp.save` returned.
+
+        Raises:
+            InputError: a file is not there: not all nodes write to the same disk.
+        """
+        sizes: dict[str, int] = {}
+        for each in (written.storage_data or {}).values():
+            sizes[each.relative_path] = max(sizes.get(each.relative_path, 0), each.offset + each.length)
+        fs, folder = storage.filesystem(self.temporary_path(step))
+        await_files(fs, folder, sizes.items(), beat)
+
     def commit(self, step: int, metadata: dict[str, Any]) -> None:
         """Commit what was written since `start`, then `clean_up` (call on one rank).
 
@@ -175,6 +194,25 @@ class Checkpoints:
 def is_complete(checkpoint: str) -> bool:
     """Whether a folder is a committed checkpoint."""
     return storage.exists(os.path.join(checkpoint, METADATA))
+
+
+def await_checkpoint(checkpoint: str) -> None:
+    """Wait until every rank sees a checkpoint that rank 0 has found (collective).
+
+    Raises:
+        InputError: on every rank, if one does not see it.
+    """
+
+    def find_missing() -> str | None:
+        storage.names(os.path.dirname(checkpoint))  # a client of NFS then looks anew
+        return None if is_complete(checkpoint) else METADATA
+
+    failure = None
+    try:
+        await_sight(find_missing, checkpoint, beat)
+    except InputError as error:
+        failure = error
+    raise_first_error(failure)
 
 
 def make_writer(path: str) -> dcp.FileSystemWriter:
@@ -262,7 +300,9 @@ def find_checkpoint(path: str) -> str:
     Raises:
         InputError: there is no committed checkpoint.
     """
-    return run_on_first_rank(lambda: _find_checkpoint(path))
+    checkpoint = run_on_first_rank(lambda: _find_checkpoint(path))
+    await_checkpoint(checkpoint)
+    return checkpoint
 
 
 def _find_checkpoint(path: str) -> str:

@@ -191,7 +191,8 @@ class Saver:
             if step != self.saved_step:  # else nothing was trained since, and only the metadata is new
                 run_on_first_rank(lambda: self.checkpoints.start(step), self.group)
                 writer, planner = make_writer(temporary), RecordPlanner(on_record)
-                dcp.save(state, storage_writer=writer, planner=planner, process_group=self.group)
+                written: Any = dcp.save(state, storage_writer=writer, planner=planner, process_group=self.group)
+                run_on_first_rank(lambda: self.checkpoints.await_files(step, written), self.group)
             run_on_first_rank(lambda: self.checkpoints.commit(step, metadata), self.group)
             self.saved_step = step
         except (CheckpointException, OSError) as error:

@@ -9,10 +9,12 @@ import pyarrow.fs
 
 from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import gather_objects, local_world_size, rank, run_on_first_rank
-from recgpt_torchrec.distributed.watchdog import tracked_phase
+from recgpt_torchrec.distributed.watchdog import beat, tracked_phase
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import filesystem, folders
 from recgpt_torchrec.storage.buffers import IN_MEMORY, Buffer, Fill, named_buffer, open_buffer
+from recgpt_torchrec.storage.manifests import FolderManifest
+from recgpt_torchrec.storage.visibility import await_parts
 
 
 @contextmanager
@@ -39,6 +41,16 @@ def stage_shared_folder(path: str, name: str) -> Iterator[tuple[pyarrow.fs.FileS
             staged.__exit__(type(error), error, error.__traceback__)
         raise
     run_on_first_rank(lambda: staged.__exit__(None, None, None))  # no rank returns before the folder is committed
+
+
+def write_shared_manifest(fs: pyarrow.fs.FileSystem, folder: str, manifest: FolderManifest) -> None:
+    """Write the manifest of a folder that all ranks have written parts into (call on one rank, after all have).
+
+    Raises:
+        InputError: this node does not see all parts, or the manifest cannot be written.
+    """
+    await_parts(fs, folder, manifest.all_parts, beat)
+    folders.write_manifest(fs, folder, manifest.to_json())
 
 
 def read_on_node(name: str, size: int, fill: Fill, total: float, unit: str) -> Buffer:

@@ -31,7 +31,7 @@ from recgpt_torchrec.distributed.processes import gather_objects, rank, world_si
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import RecGPT
 from recgpt_torchrec.prompts.intervals import Intervals, intervals_of, known_intervals, table_of
-from recgpt_torchrec.storage import filesystem, folders
+from recgpt_torchrec.storage import filesystem
 from recgpt_torchrec.storage.finished import check_same, differences, find_finished
 from recgpt_torchrec.storage.parts import Part, write_parts
 
@@ -346,7 +346,7 @@ def write_prompts(
                 settings={**described.settings, RECORD: record},
                 feedback=[kind for kind in described.feedback if kind in kinds],
             )
-            folders.write_manifest(fs, folder, manifest.to_json())
+            shared_folder.write_shared_manifest(fs, folder, manifest)
             total.bytes = manifest.size
     return gather_objects(total)[0]
 

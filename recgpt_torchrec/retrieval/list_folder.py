@@ -23,7 +23,6 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.exports.item_keys import ItemKeys
 from recgpt_torchrec.retrieval.filters import FilterRecord
 from recgpt_torchrec.retrieval.merging import Merged
-from recgpt_torchrec.storage import folders
 from recgpt_torchrec.storage.manifests import FolderManifest, Kind
 from recgpt_torchrec.storage.parts import Part, regroup, write_parts
 from recgpt_torchrec.storage.typed import check_counts, make_typed
@@ -181,7 +180,7 @@ def write_lists(
             )
         manifest.measured = measured()
         if rank() == 0:
-            folders.write_manifest(fs, folder, manifest.to_json())
+            shared_folder.write_shared_manifest(fs, folder, manifest)
     return manifest
 
 

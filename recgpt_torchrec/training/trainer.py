@@ -17,7 +17,7 @@ from torch import nn
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.optim.keyed import KeyedOptimizer
 
-from recgpt_torchrec.checkpoints.folder import Checkpoints
+from recgpt_torchrec.checkpoints.folder import Checkpoints, await_checkpoint
 from recgpt_torchrec.checkpoints.saving import Saver
 from recgpt_torchrec.checkpoints.state import restore, state_of
 from recgpt_torchrec.config import Optimizer, Saving, Train
@@ -348,6 +348,7 @@ class Trainer:
         Raises:
             InputError: the checkpoint cannot be read.
         """
+        await_checkpoint(checkpoint)
         self.progress = run_on_first_rank(lambda: Progress.of_checkpoint(checkpoint))
         restore(self.model, self.optimizer, checkpoint, self.progress.before + self.progress.step)
         self.saver.saved_step = self.progress.step

@@ -7,7 +7,7 @@ written to for a day: a killed run left them. Another run may be writing to a ne
 
 import json
 import secrets
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import TypeVar
 
 import pyarrow.fs
@@ -78,9 +78,13 @@ def _folders(paths: list[str], folder: str) -> set[str]:
 
 
 def _is_abandoned(export: Export, folder: str) -> bool:
-    """Whether nothing was written for a day to a folder that the export does not use."""
+    """Whether nothing was written for a day to a folder that the export does not use.
+
+    By the clock of the disk, which has just written the manifest: that of this node may be another.
+    """
     fs, root = filesystem(f"{export.path}/{folder}")
     infos = [fs.get_file_info(root), *fs.get_file_info(pyarrow.fs.FileSelector(root, allow_not_found=True))]
-    limit = datetime.now(UTC) - timedelta(seconds=LONG_WORK_S)
+    now = fs.get_file_info(filesystem(f"{export.path}/{MANIFEST}")[1]).mtime
+    limit = now - timedelta(seconds=LONG_WORK_S)
     times = [info.mtime for info in infos if info.mtime is not None]  # a store's folders have none
     return bool(times) and max(times) < limit

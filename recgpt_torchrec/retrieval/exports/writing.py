@@ -10,7 +10,6 @@ from recgpt_torchrec.retrieval.exports.chain import Chain
 from recgpt_torchrec.retrieval.exports.changes import Changes, removed_users
 from recgpt_torchrec.retrieval.exports.manifest import DeltaManifest, ExportManifest
 from recgpt_torchrec.retrieval.exports.share import Share, VectorBatch, write_groups
-from recgpt_torchrec.storage import folders
 from recgpt_torchrec.storage.parts import regroup
 
 REMOVED_ROWS = 2**17
@@ -72,7 +71,7 @@ def write_export(
         share = Share(dataset, "users", user_shape(manifest), dtype)
         manifest.user_parts = share.write(users, fs, folder, path)
         manifest.users = share.check_complete(dataset.manifest.users, everyone)
-        run_on_first_rank(lambda: folders.write_manifest(fs, folder, manifest.to_json()))
+        run_on_first_rank(lambda: shared_folder.write_shared_manifest(fs, folder, manifest))
     return manifest
 
 
@@ -136,7 +135,7 @@ def write_delta(
             gone = regroup(removed_users(chain, changed.gather_seen()), REMOVED_ROWS)
             options = {"use_dictionary": False}
             manifest.removed_user_parts = write_groups(gone, fs, folder, path, "removed_users", options)
-        run_on_first_rank(lambda: folders.write_manifest(fs, folder, manifest.to_json()))
+        run_on_first_rank(lambda: shared_folder.write_shared_manifest(fs, folder, manifest))
     return manifest
 
 
