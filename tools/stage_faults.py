@@ -77,7 +77,7 @@ def do_at_phase(watchdog: Any, phase: str, fault: str) -> None:
     os.write(2, f"now: {time.time()}\n".encode())
     if fault == "hangs":
         # The main thread waits for ever in the next report of its progress; heartbeats go on.
-        watchdog.report_phase = watchdog.beat = lambda *_: threading.Event().wait()  # type: ignore[assignment]
+        watchdog.report_phase = watchdog.beat = lambda *_: threading.Event().wait()
     else:
         os.kill(os.getpid(), signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
 
