@@ -99,7 +99,12 @@ def guard_arguments(words: list[str]) -> list[str]:
     if place == len(words):
         return words
     place += words[place] == "--"
-    return [*words[:place], *([] if words[place - 1] == "--" else ["--"]), *map(unpack, words[place:])]
+    return [*words[:place], *([] if words[place - 1] == "--" else ["--"]), *map(_whole, words[place:])]
+
+
+def _whole(word: str) -> str:
+    """A word of a job so that the stage gets it as it was given: torchrun reads `$` in its own way as well."""
+    return unpack(word).replace("$", "$$")
 
 
 def with_port(endpoint: str, job_id: str) -> str:
