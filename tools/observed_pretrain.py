@@ -6,9 +6,11 @@ The targets are read from the packed batches, where the loss reads them. Each fi
 from which step; what an earlier, killed process trained after it is not in the model, and `read_targets` leaves it out.
 """
 
+import contextlib
 import json
 import os
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,7 +57,7 @@ def observe(path: str) -> None:
 
     def write(line: dict[str, Any]) -> None:
         with open(path, "a") as file:
-            file.write("\n" + json.dumps(line))
+            file.write("\n" + json.dumps({**line, "time": time.time()}))
 
     def watched(share: Share) -> Iterator[Any]:
         for batch in iterate(share):
@@ -78,14 +80,14 @@ def observe(path: str) -> None:
         setattr(place, name, function)
 
 
-def read_targets(path: str | Path) -> dict[str, list[Target]]:
-    """The targets that are in each run's model, by the run's folder, from a file of `observe`."""
+def read_targets(*paths: str | Path) -> dict[str, list[Target]]:
+    """The targets that are in each run's model, by the run's folder, from the files of `observe` of all its ranks."""
     steps: dict[str, list[tuple[int, list[Target]]]] = defaultdict(list)
-    for text in Path(path).read_text().splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:  # blank, or cut by a kill
-            continue
+    lines = []
+    for text in [text for path in paths for text in Path(path).read_text().splitlines()]:
+        with contextlib.suppress(ValueError):  # blank, or cut by a kill
+            lines.append(json.loads(text))
+    for line in sorted(lines, key=lambda line: line["time"]):
         if "from" in line:
             steps[line["run"]] = [each for each in steps[line["run"]] if each[0] <= line["from"]]
         else:

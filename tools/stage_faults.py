@@ -44,14 +44,16 @@ NEEDS = {
 }
 """The stages whose results each stage reads."""
 FAULTS = ("killed", "stopped", "hangs")
-STALL_SECONDS = 10
-CULPRIT = re.compile(r"(lost rank 1 \([^)]*\)|rank 1: (no heartbeat for|ended|.* for \d+ s)[^\n]*)")
+STALL_SECONDS = 20
+"""Of the run to which something happens."""
+CULPRIT = re.compile(r"(lost rank 1 \([^)]*\)|rank 1: (?!no progress)[^\n]*)")
 
 
-def options_of(stage: str, folder: Path, output: Path) -> dict[str, Any]:
+def options_of(stage: str, folder: Path, output: Path, stall_seconds: float = 600) -> dict[str, Any]:
     """The command line of a stage, which reads what the stages before it have written to `folder`."""
     data, run, prompts = folder / "data", folder / "pretrain", folder / "generate_prompts"
-    training = {**SMALL, "--train.stall_seconds": STALL_SECONDS, "--saving.every_steps": 4, "--train.epochs": 6}
+    training = {**SMALL, "--train.stall_seconds": stall_seconds, "--saving.every_steps": 4, "--train.epochs": 6}
+    training |= {"--train.precision": "fp32"}
     reads: dict[str, dict[str, Any]] = {
         "pretrain": {"--data": data, **training},
         "generate_prompts": {"--data": data, "--checkpoint": run, "--batch_users": 8},
@@ -65,7 +67,7 @@ def options_of(stage: str, folder: Path, output: Path) -> dict[str, Any]:
         "index": {"--export": output, "--index.kind": "hnsw"},
         "retrieve": {"--export": folder / "export", "--data": data, "--k": 5, "--index": "exact"},
     }
-    stalls = {} if "--train.stall_seconds" in reads[stage] else {"--stall_seconds": STALL_SECONDS}
+    stalls = {} if "--train.stall_seconds" in reads[stage] else {"--stall_seconds": stall_seconds}
     written = {} if stage == "index" else {"--output": f"{output}.json" if stage == "evaluate" else output}
     return {**reads[stage], **stalls, **written}
 
@@ -77,7 +79,7 @@ def do_at_phase(watchdog: Any, phase: str, fault: str) -> None:
     os.write(2, f"now: {time.time()}\n".encode())
     if fault == "hangs":
         # The main thread waits for ever in the next report of its progress; heartbeats go on.
-        watchdog.report_phase = watchdog.beat = lambda *_: threading.Event().wait()  # type: ignore[assignment]
+        watchdog.report_phase = watchdog.beat = lambda *_: threading.Event().wait()
     else:
         os.kill(os.getpid(), signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
 
@@ -148,10 +150,17 @@ def run_faults(folder: Path, stages: list[str], faults: list[str]) -> list[str]:
             if stage == "index":
                 first = launch("export", options_of("export", folder, output))
                 assert first.statuses == [0, 0], first.said
-            end = launch(stage, options_of(stage, folder, output), fault)
+            end = launch(stage, options_of(stage, folder, output, STALL_SECONDS), fault)
             again = launch(stage, options_of(stage, folder, output))
             results = [digest(f"{each}.json" if stage == "evaluate" else str(each)) for each in (output, alone)]
-            named = next((found.group(1) for text in end.said if (found := CULPRIT.search(text))), "nobody")
+            named = next(
+                (
+                    found.group(1)
+                    for text in sorted(end.said, key=lambda text: "lost rank 1" not in text)
+                    if (found := CULPRIT.search(text))
+                ),
+                "nobody",
+            )
             result = "equal" if again.statuses == [0, 0] and results[0] == results[1] else "DIFFERS"
             text = f"{stage:17}{fault:9}{end.seconds:6.1f} s  {end.statuses!s:11} {result:8} {named}"
             print(text, flush=True)

@@ -219,7 +219,7 @@ class Watchdog:
                 listened = now
                 with contextlib.suppress(Exception):  # a lost store shows when nothing progresses
                     self._compare_waits(waits, listener.listen())
-                if silent := listener.silent(self.stall_seconds - 2 * period):
+                if silent := listener.silent(self.stall_seconds - period):
                     self._end_stalled(f"no heartbeat of another rank for {self.stall_seconds:g} s", silent)
             # `_confirm_stall` takes two intervals, which count towards stall_seconds.
             since = max(self._progressed(), self._progress_elsewhere)

@@ -1,5 +1,7 @@
 """What torch's agent, which starts a node's ranks, does otherwise here: the only place that knows its private names."""
 
+import time
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from recgpt_torchrec.errors import REFUSED
@@ -40,3 +42,30 @@ def start_no_refused_run_again() -> None:
         return result
 
     LocalElasticAgent._monitor_workers = monitor_workers  # type: ignore[method-assign]
+
+
+def judge_nodes_by_own_clock() -> None:
+    """Make torchrun take a node for lost when it has seen no new heartbeat of it for a while.
+
+    torchrun itself compares the time in a heartbeat, by the clock of the node that sent it, with its own clock: nodes
+    whose clocks differ by more than 15 s take each other for lost, and never start.
+    """
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _BackendRendezvousStateHolder
+
+    original = _BackendRendezvousStateHolder._sanitize
+
+    def sanitize(self: Any) -> None:
+        state, now, current = self._state, time.monotonic(), datetime.now(UTC)
+        sent = dict(state.last_heartbeats)
+        earlier = getattr(self, "seen_heartbeats", {})
+        self.seen_heartbeats = {
+            node: earlier[node] if node in earlier and earlier[node][0] == at else (at, now)
+            for node, at in sent.items()
+        }
+        state.last_heartbeats = {
+            node: current - timedelta(seconds=now - seen) for node, (_, seen) in self.seen_heartbeats.items()
+        }
+        original(self)
+        state.last_heartbeats = {node: sent[node] for node in state.last_heartbeats}
+
+    _BackendRendezvousStateHolder._sanitize = sanitize  # type: ignore[method-assign]

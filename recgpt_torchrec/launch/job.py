@@ -1,27 +1,25 @@
 """Makes the torchx job that runs one stage under torchrun.
 
-Built on `torchx.components.dist.ddp`, with three differences: memory and CPU defaults that fit training, the Python
-interpreter of the submitting environment where it exists, and `recgpt_torchrec.launch.node` around torchrun. This file
-knows nothing of what a stage does, and does not import torch, because torchx loads it to list components.
+Built on `torchx.components.dist.ddp`, with these differences: memory and cores that fit the stage, the Python
+interpreter of the submitting environment where it exists, and `recgpt_torchrec.launch.node` around torchrun, to which
+all arguments come whole. This file knows nothing of what a stage does, and does not import torch, because torchx loads
+it to list components.
 """
 
 import inspect
 import re
 import shlex
 import sys
-import threading
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Optional
 
 from torchx import specs
 from torchx.components import dist
-from torchx.schedulers.api import Stream
 from torchx.specs.finder import ComponentValidationException
 
-MEMORY_MB_PER_PROCESS = 4096
-"""Memory requested per process, in MB; importing torch and torchrec alone takes about 330 MB."""
-CPUS_PER_PROCESS = 2
-"""CPU cores requested per process: one for the step, one for the loader and the pipeline's communication."""
+from recgpt_torchrec.launch.arguments import pack
+from recgpt_torchrec.launch.command import improve_torchx_run
+from recgpt_torchrec.launch.resources import request_resources
 
 # The interpreter of the submitting environment where the job finds it (local, Slurm with a shared file system), else
 # that of the image. `$$` is torchx's escape for `$`.
@@ -41,7 +39,7 @@ def make_job(
     env: Optional[dict[str, str]] = None,  # noqa: UP045
     max_retries: int = 0,
     max_restarts: int = 0,
-    rdzv_port: int = 29500,
+    rdzv_port: int = 0,
     mounts: Optional[list[str]] = None,  # noqa: UP045
     debug: bool = False,
 ) -> specs.AppDef:
@@ -51,8 +49,9 @@ def make_job(
         module: Python module of the stage
         args: options of the stage, after `--`; `-- --help` lists them
         j: nodes x processes per node, as in 1x2 or 2x8; 2:4x8 runs on two to four nodes
-        cpu: CPU cores per node; 0 requests 2 per process from a scheduler, and uses all cores in a local job
-        memMB: memory per node in MB; 0 requests 4096 per process
+        cpu: CPU cores per node; 0 requests 2 per process and 1 per loader process from a scheduler, and uses all cores
+            in a local job
+        memMB: memory per node in MB; 0 requests what recgpt plan estimates for pretrain, else 4096 per process
         gpu: GPUs per node
         h: named resource of torchx, instead of cpu, memMB and gpu
         image: container image with this project installed; local and Slurm jobs do not use it
@@ -60,21 +59,22 @@ def make_job(
         env: environment variables of the job, as in A=1,B=2
         max_retries: how often the scheduler restarts a failed job; training resumes from its newest checkpoint
         max_restarts: how often torchrun restarts the processes when one fails; training resumes in the same way
-        rdzv_port: port on the first node where the nodes meet
+        rdzv_port: port on the first node where the nodes meet; 0 derives it from the job's id
         mounts: mounts of a container, as in type=bind,src=/data,dst=/data,readonly
         debug: set PyTorch's flags for debugging distributed runs (slow)
     """
-    separate_output()
+    improve_torchx_run()
     try:
-        processes = dist.parse_nnodes(j)[2]
+        nodes, _, processes, _ = dist.parse_nnodes(j)
     except ValueError as error:
         raise ComponentValidationException(str(error)) from None
+    resources = request_resources(module, args, nodes, processes, gpus=gpu, cpu=cpu, memory_mb=memMB)
     job = dist.ddp(
-        *args,
+        *map(pack, args),
         m=module,
         j=j,
-        cpu=cpu or CPUS_PER_PROCESS * processes,
-        memMB=memMB or MEMORY_MB_PER_PROCESS * processes,
+        cpu=resources.cpu,
+        memMB=resources.memory_mb,
         gpu=gpu,
         h=h,
         image=image,
@@ -90,34 +90,11 @@ def make_job(
     assert command.startswith("torchrun "), command
     node = _COMMAND.format(python=shlex.quote(sys.executable))
     role.args = [shell, f"{node} --max_restarts {max_restarts}{command.removeprefix('torchrun')}"]
+    if not rdzv_port:
+        role.port_map = {}
     if cpu:
         role.env.setdefault("OMP_NUM_THREADS", str(max(1, cpu // processes)))
     return job
-
-
-def separate_output() -> None:
-    """Make `torchx run` print a local job's standard output to standard output, and its errors to standard error.
-
-    torchx prints both to standard error, where a pipe or a file does not get results. It has no option for it.
-    """
-    command = sys.modules.get("torchx.cli.cmd_run")
-    original = getattr(command, "get_logs", None)
-    if command is None or original is None or getattr(original, "separates", False):
-        return
-
-    def get_logs(identifier: str, **options: Any) -> None:
-        if not identifier.startswith("local"):
-            original(identifier=identifier, **options)
-            return
-        errors = threading.Thread(
-            target=original, kwargs={**options, "identifier": identifier, "streams": Stream.STDERR}, daemon=True
-        )
-        errors.start()
-        original(**{**options, "identifier": identifier, "file": sys.stdout, "streams": Stream.STDOUT})
-        errors.join()
-
-    get_logs.separates = True  # type: ignore[attr-defined]
-    command.get_logs = get_logs  # type: ignore[attr-defined]
 
 
 def require_one_process(stage_name: str, j: str | None) -> None:

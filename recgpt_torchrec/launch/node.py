@@ -1,22 +1,26 @@
 """The launcher of a job, run once on each node: torchrun with a fitting number of threads and one line for a failure.
 
 `python -m recgpt_torchrec.launch.node <options of torchrun> -m MODULE <options of MODULE>` differs from `torchrun ...`
-in three ways. If `OMP_NUM_THREADS` is not set, each process gets its share of the cores (torchrun gives it one). If a
-rank fails, the last line says how; torchrun's own traceback would bury the messages of that rank. And a signal that
-asks the job to end (SIGTERM, SIGUSR1) is passed on to the ranks, which have time to save, as far as the scheduler
-allows; the exit status is then 75, which tells schedulers to try again.
+in these ways. If `OMP_NUM_THREADS` is not set, each process gets its share of the cores (torchrun gives it one). If a
+rank fails, the last line says how; torchrun's own traceback would bury the messages of that rank. A signal that asks
+the job to end (SIGTERM, SIGUSR1) is passed on to the ranks, which have time to save, as far as the scheduler allows;
+the exit status is then 75, which tells schedulers to try again. What was refused (status 2) is not started again. And
+nodes meet at a port that follows from the job's id, where the endpoint's is 0.
 """
 
+import contextlib
 import logging
 import os
 import signal
+import subprocess
 import sys
 import time
 import zlib
 from pathlib import Path
 
 from recgpt_torchrec.errors import LOST, REFUSED, STOP_SIGNALS, STOPPED
-from recgpt_torchrec.launch.agent import renew_store_at_each_start, start_no_refused_run_again
+from recgpt_torchrec.launch.agent import judge_nodes_by_own_clock, renew_store_at_each_start, start_no_refused_run_again
+from recgpt_torchrec.launch.arguments import unpack
 
 LAST_WORDS_SECONDS = 0.3
 """Wait before the exit: torchx's local scheduler copies output every 0.1 s and may lose what is printed at the end."""
@@ -52,6 +56,7 @@ def main() -> None:
     logging.getLogger("torch.distributed.elastic.rendezvous.dynamic_rendezvous").setLevel(logging.ERROR)
     renew_store_at_each_start()
     start_no_refused_run_again()
+    judge_nodes_by_own_clock()
     args = run.parse_args(guard_arguments(sys.argv[1:]))
     if args.nproc_per_node.isdigit():
         os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_process(available_cores(), int(args.nproc_per_node))))
@@ -80,17 +85,28 @@ def main() -> None:
         reason = " ".join(str(error).split()) or type(error).__name__
         where = f"the nodes of the job, which meet at {args.rdzv_endpoint}"
         print(f"{args.training_script} failed: lost {where}: one has ended it, or is gone ({reason})", file=sys.stderr)
+    if status == REFUSED:
+        forbid_requeue()
     time.sleep(LAST_WORDS_SECONDS)
     sys.exit(status)
 
 
 def guard_arguments(words: list[str]) -> list[str]:
-    """The words with `--` before the module, so that torchrun does not take the module's options for its own.
+    """The words with `--` before the module, so that torchrun does not take the module's options for its own, which
+    are as they were given to the job (see `arguments`).
 
     Python 3.11's argparse looks at all words, and torchrun's would call `--event buy` a short form of several options.
     """
     place = words.index("-m") + 1 if "-m" in words else len(words)
-    return words if place == len(words) or words[place] == "--" else [*words[:place], "--", *words[place:]]
+    if place == len(words):
+        return words
+    place += words[place] == "--"
+    return [*words[:place], *([] if words[place - 1] == "--" else ["--"]), *map(_whole, words[place:])]
+
+
+def _whole(word: str) -> str:
+    """A word of a job so that the stage gets it as it was given: torchrun reads `$` in its own way as well."""
+    return unpack(word).replace("$", "$$")
 
 
 def with_port(endpoint: str, job_id: str) -> str:
@@ -101,6 +117,14 @@ def with_port(endpoint: str, job_id: str) -> str:
     """
     host, _, port = endpoint.rpartition(":")
     return f"{host}:{FIRST_PORT + zlib.crc32(job_id.encode()) % PORTS}" if host and port == "0" else endpoint
+
+
+def forbid_requeue() -> None:
+    """Tell Slurm not to start this job again: torchx's script asks for it after any failure (`--max_retries`)."""
+    job = os.environ.get("SLURM_HET_JOB_ID") or os.environ.get("SLURM_JOB_ID")
+    if job and os.environ.get("TORCHX_MAX_RETRIES", "0") != "0":
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run(["scontrol", "update", f"JobId={job}", "Requeue=0"], capture_output=True, timeout=30)
 
 
 def describe(rank: int, exit_code: int) -> str:

@@ -1,7 +1,7 @@
 """Waits until this node sees what another node has written.
 
-A network file system may show a node an older state of a folder for up to a minute (NFS keeps attributes for 60 s). What
-is still missing then is on another disk: it is not mounted on one of the nodes, or was lost.
+A network file system may show a node an older state of a folder for up to a minute (NFS keeps attributes for 60 s).
+What is still missing then is on another disk: it is not mounted on one of the nodes, or was lost.
 """
 
 import socket

@@ -1,4 +1,6 @@
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -8,14 +10,26 @@ from pathlib import Path
 import pytest
 import yaml
 from torch.distributed import run
+from torch.distributed.elastic.utils import macros as torchrun
 from torchx.runner import get_runner
+from torchx.schedulers.slurm_scheduler import create_scheduler
+from torchx.specs import macros
 from torchx.specs.builders import materialize_appdef
 from torchx.specs.finder import ComponentValidationException, get_component, get_components
 
 from recgpt_torchrec.config.stages import STAGES
+from recgpt_torchrec.errors import LOST, REFUSED, STOPPED
 from recgpt_torchrec.launch import node
+from recgpt_torchrec.launch.arguments import MARK, pack, unpack
+from recgpt_torchrec.launch.command import choose_status
+from recgpt_torchrec.launch.resources import named_scheduler
 from tests.support import walks, write_dataset
 
+NASTY = [
+    *("--data", "a,b c", "'single' \"double\"", "$HOME $$ $(HOME) ${app_id} $app_id `id`", "", "two\nlines\ttab"),
+    *("\\back\\", "é漢", "--", "*", "--where", "price < 20 && x != '$5'"),
+]
+"""Arguments that shells, torchx and schedulers read in their own way."""
 ROOT = Path(__file__).parents[2]
 TORCHX = Path(sys.executable).with_name("torchx")
 
@@ -37,11 +51,13 @@ def torchx(*arguments, cwd):
 def stand_in(tmp_path):
     """A module beside the job, to stand for a stage: it does what its argument says."""
     (tmp_path / "stand_in.py").write_text(
-        "import os, sys, time\n"
+        "import json, os, sys, time\n"
         "rank = os.environ['RANK']\n"
         "print('rank', rank, 'threads', os.environ['OMP_NUM_THREADS'], 'python', sys.executable, flush=True)\n"
+        "open(f'given-{rank}', 'w').write(json.dumps(sys.argv[1:]))\n"
         "if sys.argv[1] == 'fail' and rank == '1':\n"
-        "    sys.exit('the cause: no such column')\n"
+        "    print('the cause: no such column', file=sys.stderr)\n"
+        "    sys.exit(3)\n"
         "if sys.argv[1] == 'fail':\n"
         "    time.sleep(60)\n"
     )
@@ -77,9 +93,43 @@ def test_the_users_environment_wins():
     assert (role.env["OMP_NUM_THREADS"], role.env["A"]) == ("5", "b")
 
 
-def test_arguments_reach_the_stage_whole():
+def test_plain_arguments_can_be_read_in_a_dry_run():
     (role,) = job("pretrain", "-j", "1x2", "--", "--data", "my data", "--train.epochs", "3").roles
     assert role.args[1].endswith("-m recgpt_torchrec.pretrain --data 'my data' --train.epochs 3")
+
+
+def kubelet(word, environment):
+    """What Kubernetes makes of a word of a container's command: `$$` is `$`, and a known `$(NAME)` its value."""
+    return re.sub(r"\$\$|\$\((\w+)\)", lambda m: environment.get(m[1], m[0]) if m[1] else "$", word)
+
+
+@pytest.mark.parametrize("scheduler", ["slurm", "kubernetes"])
+def test_arguments_reach_the_stage_whole(scheduler, tmp_path, monkeypatch):
+    """The command that a scheduler runs, with stand-ins for srun and for the interpreter."""
+    interpreter = tmp_path / "python"
+    interpreter.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv))\n")
+    (tmp_path / "srun").write_text('#!/bin/bash\nwhile [ "$1" != bash ]; do shift; done\nexec "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    interpreter.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(interpreter))
+    app = job("pretrain", "--", *NASTY)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "42", "HOME": "/home/me"}
+    if scheduler == "slurm":
+        command = ["bash", "-c", create_scheduler("test").submit_dryrun(app, {}).request.materialize()]
+    else:
+        values = macros.Values(img_root="", app_id="x", replica_id="0", rank0_env="RANK0")
+        (role,) = app.roles
+        command = [kubelet(word, environment) for word in [role.entrypoint, *values.apply(role).args]]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    words = json.loads(done.stdout.splitlines()[0])
+    assert words[1:3] == ["-m", "recgpt_torchrec.launch.node"], done.stderr
+    given = torchrun.substitute(node.guard_arguments(words[3:]), "0")
+    assert given[given.index("-m") :] == ["-m", "--", "recgpt_torchrec.pretrain", *NASTY]
+
+
+@pytest.mark.parametrize("word", [*NASTY, "\udcff no text", MARK, f"{MARK}%24", "%24$", "\x00\x1b"])
+def test_a_packed_argument_is_unpacked_to_itself_and_holds_no_dollar(word):
+    assert unpack(pack(word)) == word and "$" not in pack(word)
 
 
 @pytest.mark.parametrize(("stage", "j"), [("prepare", "1x2"), ("prepare", "2x1"), ("pretrain", "two")])
@@ -92,7 +142,7 @@ def test_slurm_gets_a_task_a_node_with_memory_cores_and_the_first_nodes_name():
     with get_runner() as runner:
         script = repr(runner.dryrun(job("pretrain", "-j", "2x2", "--", "--data", "d"), "slurm").request)
     assert script.count("--ntasks-per-node=1 --cpus-per-task=4 --mem=8192") == 2
-    assert "--rdzv_endpoint ${SLURM_JOB_NODELIST_HET_GROUP_0:=localhost}:29500" in script
+    assert "--rdzv_endpoint ${SLURM_JOB_NODELIST_HET_GROUP_0:=localhost}:0" in script
     assert f"python={sys.executable};" in script
 
 
@@ -124,8 +174,12 @@ def test_in_a_clone_a_job_runs_on_this_machine_without_naming_a_scheduler(tmp_pa
     done = torchx("run", "recgpt_torchrec.pretrain", "--", *words, cwd=clone)
     assert done.returncode == 0, done.stderr
     assert (clone / "run/best.json").exists()
-    cluster = torchx("run", "-s", "slurm", "--dryrun", "recgpt_torchrec.pretrain", "--", *words, cwd=clone)
+    more = [*words, "--stream.workers", "1"]
+    cluster = torchx("run", "-s", "slurm", "--dryrun", "recgpt_torchrec.pretrain", "-j", "1x2", "--", *more, cwd=clone)
     assert cluster.returncode == 0 and "#SBATCH" in cluster.stdout, cluster.stderr
+    planned = re.search(r"--cpus-per-task=(\d+) --mem=(\d+)", cluster.stdout)
+    assert planned is not None and int(planned[1]) == 6 and 2000 < int(planned[2]) < 4096, cluster.stdout
+    assert f"6 cores and {int(planned[2]):,} MB, as recgpt plan estimates this run" in cluster.stderr
 
 
 def test_a_failed_rank_ends_the_job_with_its_own_words_and_no_foreign_traceback(stand_in):
@@ -137,11 +191,86 @@ def test_a_failed_rank_ends_the_job_with_its_own_words_and_no_foreign_traceback(
         '    """A stage that fails."""\n'
         "    return job.make_job('stand_in', *args, j='1x2')\n"
     )
-    done = torchx("run", "-s", "local_cwd", f"{component}:broken", "--", "fail", cwd=stand_in)
-    assert done.returncode != 0
+    done = torchx("run", "-s", "local_cwd", f"{component}:broken", "--", "fail", *NASTY, cwd=stand_in)
+    assert done.returncode == 3, "torchx's own is 1"
     assert "[1]:the cause: no such column" in done.stderr
-    assert "stand_in failed: rank 1 ended with exit status 1" in done.stderr
+    assert "stand_in failed: rank 1 ended with exit status 3" in done.stderr
     assert "Traceback" not in done.stderr
+    assert json.loads((stand_in / "given-1").read_text()) == ["fail", *NASTY]
+
+
+def test_the_status_of_a_job_is_that_of_the_cause():
+    assert choose_status([LOST, 137]) == 137 and choose_status([1, REFUSED]) == REFUSED
+    assert choose_status([0, -signal.SIGKILL]) == 137 and choose_status([LOST, 0]) == LOST
+    assert choose_status([]) == choose_status([0]) == 0
+
+
+def start_node(cwd, *options, job_id="job", **environment):
+    run = [sys.executable, "-m", "recgpt_torchrec.launch.node", "--rdzv_backend", "c10d", "--rdzv_id", job_id]
+    return subprocess.Popen(
+        [*run, *options],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{cwd}", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_jobs_of_two_nodes_each_run_on_one_machine_at_a_time(tmp_path):
+    (tmp_path / "meets.py").write_text(
+        "import os, sys, time, torch.distributed as dist\n"
+        "store = next(iter(dist.rendezvous('env://')))[0]\n"
+        "store.set(os.environ['RANK'], sys.argv[1])\n"
+        "print(os.environ['WORLD_SIZE'], [store.get(str(rank)).decode() for rank in range(2)])\n"
+        "store.add('done', 1)\n"
+        "while store.add('done', 0) < 2: time.sleep(.05)\n"
+        "time.sleep(1)\n"
+    )
+    options = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_endpoint", "localhost:0", "-m", "meets"]
+    nodes = [(each, start_node(tmp_path, *options, each, job_id=each)) for each in ("one", "two") for _ in range(2)]
+    for each, launcher in nodes:
+        said, errors = launcher.communicate(timeout=120)
+        assert (launcher.returncode, said) == (0, f"2 ['{each}', '{each}']\n"), errors
+
+
+def test_the_port_of_a_job_follows_from_its_id_and_not_where_one_is_given():
+    ports = {int(node.with_port("host:0", str(job)).removeprefix("host:")) for job in range(1000, 1100)}
+    assert len(ports) > 95 and 20_000 <= min(ports) and max(ports) < 32_000
+    assert node.with_port("host:0", "7") == node.with_port("host:0", "7")
+    assert node.with_port("host:1234", "7") == "host:1234" and node.with_port("[::1]:0", "7").startswith("[::1]:2")
+
+
+@pytest.mark.parametrize(("status", "starts"), [(REFUSED, 1), (STOPPED, 2)])
+def test_a_refused_run_is_not_started_again(tmp_path, status, starts):
+    (tmp_path / "ends.py").write_text(f"import sys\nopen('starts', 'a').write('x')\nsys.exit({status})\n")
+    options = ["--nnodes", "1", "--nproc_per_node", "1", "--rdzv_endpoint", "localhost:0", "--max_restarts", "1"]
+    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$@" > asked\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    slurm = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "42", "TORCHX_MAX_RETRIES": "3"}
+    launcher = start_node(tmp_path, *options, "-m", "ends", **slurm)
+    _, errors = launcher.communicate(timeout=120)
+    assert (launcher.returncode, (tmp_path / "starts").read_text()) == (status, "x" * starts), errors
+    asked = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else None
+    assert asked == ("update JobId=42 Requeue=0\n" if status == REFUSED else None)
+
+
+def test_the_scheduler_is_that_of_the_command_line(tmp_path, monkeypatch):
+    for words in (["run", "-s", "slurm", "x"], ["run", "--scheduler", "slurm"], ["run", "--scheduler=slurm"]):
+        assert named_scheduler(words) == "slurm"
+    monkeypatch.chdir(tmp_path)
+    assert named_scheduler(["run", "recgpt_torchrec.pretrain", "--", "-s", "slurm"]) == "local_cwd"
+    (tmp_path / ".torchxconfig").write_text("[cli:run]\nscheduler = kubernetes\n")
+    assert named_scheduler(["run", "recgpt_torchrec.pretrain"]) == "kubernetes"
+
+
+def test_memory_that_cannot_be_planned_is_the_default_and_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["torchx", "run", "-s", "slurm"])
+    (role,) = job("evaluate", "-j", "1x3").roles
+    assert (role.resource.cpu, role.resource.memMB) == (6, 3 * 4096)
+    assert "6 cores and 12,288 MB, whatever this run needs (it can be estimated for pretrain" in capsys.readouterr().err
+    (role,) = job("evaluate", "-j", "1x3", "--cpu", "1", "--memMB", "2").roles
+    assert (role.resource.cpu, role.resource.memMB, capsys.readouterr().err) == (1, 2, "")
 
 
 def test_processes_share_the_cores_of_the_node(stand_in):

@@ -17,10 +17,15 @@ from tools.faults.rank import JOINING, WRITING, run_stage
 PATIENCE_SECONDS = 150.0
 """A job that has not ended so long after a fault is killed: it does not end."""
 FAILURE = re.compile(
-    r"(lost rank|no heartbeat|no progress|cannot|error|failed|refused|slowest|did not join|is lost|is gone)", re.I
+    r"(\blost\b|no heartbeat|no progress|cannot|error|failed|refused|slowest|did not join|is lost|is gone)", re.I
 )
 """In lines that say what has happened."""
 TRACEBACK = "Traceback (most recent call last)"
+
+
+def failures_in(said: str) -> list[str]:
+    """The lines that say what has happened."""
+    return [line for line in said.splitlines() if FAILURE.search(line)]
 
 
 @dataclass(frozen=True)
@@ -61,11 +66,6 @@ class End:
     ended: bool = True
     said: list[str] = field(default_factory=list)
     """What the launchers and ranks of each node said."""
-
-    def lines(self, node: int | None = None) -> list[str]:
-        """What was said of failures, on a node or all."""
-        texts = self.said if node is None else [self.said[node]]
-        return [line for text in texts for line in text.splitlines() if FAILURE.search(line)]
 
     def to_json(self) -> dict[str, Any]:
         """JSON values."""

@@ -1,0 +1,56 @@
+"""Memory and cores of each node that a pretrain run needs from a scheduler, as JSON: `launch.resources` asks for it.
+
+python -m recgpt_torchrec.planning.resources NODES PROCESSES GPUS OPTIONS_OF_PRETRAIN...
+"""
+
+import json
+import math
+import sys
+
+from recgpt_torchrec import cli
+from recgpt_torchrec.config.plan import Plan
+from recgpt_torchrec.distributed.processes import silence_libraries
+from recgpt_torchrec.planning.hardware import hardware_of
+from recgpt_torchrec.planning.memory import estimate_memory
+from recgpt_torchrec.planning.sharded import shard_workload
+from recgpt_torchrec.planning.workload import Workload
+
+MARGIN = 1.3
+"""How much more than estimated is asked for: beyond its request a job is killed."""
+LEAST_MB = 1024
+"""Least memory per process, in MB."""
+WORKER_MB = 600
+"""Memory of a loader process beside its batches, in MB: Python, Arrow and torch (assumed)."""
+CORES = 2
+"""Cores per process: one for the step, one for the loader and communication."""
+
+
+def plan_node(plan: Plan) -> dict[str, int]:
+    """Cores, and memory in MB, that each node of a run needs.
+
+    Raises:
+        InputError: the run cannot be planned.
+    """
+    workload, hardware = Workload.of(plan), hardware_of(plan)
+    memory = estimate_memory(workload, shard_workload(workload, hardware), hardware)
+    workers = plan.gpus * plan.stream.workers
+    needed = MARGIN * memory.host_total / 2**20 + WORKER_MB * workers
+    return {
+        "cpu": CORES * plan.gpus + workers,
+        "memory_mb": max(LEAST_MB * plan.gpus, 256 * math.ceil(needed / 256)),
+    }
+
+
+def main() -> None:
+    """Print what the command line's run needs."""
+    nodes, processes, gpus, *words = sys.argv[1:]
+    # A node with room for all; and figures of its speed, which a plan on CPUs would measure here.
+    there = ["--nodes", nodes, "--gpus", processes, "--memory", "1e6", "--peak", "1", "--hbm_bandwidth", "1"]
+    kind = "cpu" if gpus == "0" else "h100"
+    silence_libraries()
+    plan = cli.parse(Plan, "recgpt_torchrec.planning.resources", [*words, *there, "--gpu", kind, "--device", "auto"])
+    print(json.dumps(plan_node(plan)))
+
+
+if __name__ == "__main__":
+    main()
