@@ -1,10 +1,15 @@
 """What torch's agent, which starts a node's ranks, does otherwise here: the only place that knows its private names."""
 
+import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from recgpt_torchrec.errors import REFUSED
+
+LEAVE_SECONDS = 20.0
+"""How long after its ranks have failed a launcher may take to tell the other nodes."""
 
 
 def renew_store_at_each_start() -> None:
@@ -39,6 +44,31 @@ def start_no_refused_run_again() -> None:
         result = original(self, worker_group)
         if any(failure.exitcode == REFUSED for failure in result.failures.values()):
             self._remaining_restarts = 0
+        return result
+
+    LocalElasticAgent._monitor_workers = monitor_workers  # type: ignore[method-assign]
+
+
+def leave_in_time(leave: Callable[[int, int], None]) -> None:
+    """Make torchrun end soon after its ranks have failed, where it does not start them again.
+
+    It tells the other nodes through the store. Where the store's node is cut off, that waits until the system gives
+    the connection up, which took longer than 150 s.
+
+    Args:
+        leave: ends the process; takes the number of the first rank that failed, and its exit code.
+    """
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+    original = LocalElasticAgent._monitor_workers
+
+    def monitor_workers(self: Any, worker_group: Any) -> Any:
+        result = original(self, worker_group)
+        if result.failures and not self._remaining_restarts:
+            rank, failure = min(result.failures.items(), key=lambda each: each[1].timestamp)
+            timer = threading.Timer(LEAVE_SECONDS, leave, (rank, failure.exitcode))
+            timer.daemon = True
+            timer.start()
         return result
 
     LocalElasticAgent._monitor_workers = monitor_workers  # type: ignore[method-assign]

@@ -19,7 +19,12 @@ import zlib
 from pathlib import Path
 
 from recgpt_torchrec.errors import LOST, REFUSED, STOP_SIGNALS, STOPPED
-from recgpt_torchrec.launch.agent import judge_nodes_by_own_clock, renew_store_at_each_start, start_no_refused_run_again
+from recgpt_torchrec.launch.agent import (
+    judge_nodes_by_own_clock,
+    leave_in_time,
+    renew_store_at_each_start,
+    start_no_refused_run_again,
+)
 from recgpt_torchrec.launch.arguments import unpack
 
 LAST_WORDS_SECONDS = 0.3
@@ -58,6 +63,7 @@ def main() -> None:
     start_no_refused_run_again()
     judge_nodes_by_own_clock()
     args = run.parse_args(guard_arguments(sys.argv[1:]))
+    leave_in_time(lambda rank, exit_code: os._exit(report_failed_rank(args.training_script, rank, exit_code)))
     if args.nproc_per_node.isdigit():
         os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_process(available_cores(), int(args.nproc_per_node))))
     if args.nnodes != "1" and not args.standalone and args.rdzv_backend == "c10d":
@@ -73,9 +79,7 @@ def main() -> None:
         run.run(args)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-        outcome = "stopped" if status == STOPPED else "failed"
-        print(f"{args.training_script} {outcome}: {describe(rank, failure.exitcode)}", file=sys.stderr, flush=True)
+        status = report_failed_rank(args.training_script, rank, failure.exitcode)
     except SignalException as asked:
         status = STOPPED if asked.sigval in STOP_SIGNALS else 128 + asked.sigval
         name = signal.Signals(asked.sigval).name
@@ -89,6 +93,19 @@ def main() -> None:
         forbid_requeue()
     time.sleep(LAST_WORDS_SECONDS)
     sys.exit(status)
+
+
+def report_failed_rank(module: str, rank: int, exit_code: int) -> int:
+    """Print how the first failing rank ended; returns the launcher's exit status.
+
+    Args:
+        module: of the stage.
+        rank, exit_code: see `describe`.
+    """
+    status = exit_code if exit_code > 0 else 128 - exit_code
+    outcome = "stopped" if status == STOPPED else "failed"
+    print(f"{module} {outcome}: {describe(rank, exit_code)}", file=sys.stderr, flush=True)
+    return status
 
 
 def guard_arguments(words: list[str]) -> list[str]:
