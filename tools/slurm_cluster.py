@@ -46,8 +46,8 @@ UP_SECONDS = 60.0
 """Maximum wait for a daemon, and for all nodes to be idle."""
 GRACE_SECONDS, KILL_SECONDS, NODE_TIMEOUT = 20, 20, 10
 """Preemption's GraceTime, KillWait of cancelled jobs, and how long a node may be silent before it counts as down."""
-REQUEUE_SECONDS = 3
-"""How long a requeued job waits before it starts again: Slurm's `cred_expire`, 120 s by default."""
+REQUEUE_SECONDS = 5
+"""How long a requeued job waits before it starts again: Slurm's `cred_expire`, 120 s by default, 5 or more."""
 
 
 class ClusterError(RuntimeError):

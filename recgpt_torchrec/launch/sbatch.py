@@ -1,6 +1,6 @@
 """Writes the sbatch script of a stage: one homogeneous Slurm job, one task per node, without torchx.
 
-    python -m recgpt_torchrec.launch.sbatch --nodes 2 --processes 8 --gpus 8 -- pretrain --data DIR --output DIR | sbatch
+    python -m recgpt_torchrec.launch.sbatch --nodes 2 --gpus 8 --processes 8 -- pretrain --data D --output R | sbatch
 
 The script saves and requeues itself before its time limit and when it is preempted, resumes after the loss of a node,
 and is not requeued if a stage refused its options. `launch.flow` submits several stages that wait for each other.
@@ -206,7 +206,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             continue
         default: Any = each.default if each.default is not MISSING else ""
         more: dict[str, Any] = {"action": "append"} if isinstance(default, tuple) else {"type": type(default)}
-        parser.add_argument(f"--{each.name}", help=text[each.name].replace("%", "%%"), metavar=each.name.upper(), **more)
+        parser.add_argument(
+            f"--{each.name}", help=text[each.name].replace("%", "%%"), metavar=each.name.upper(), **more
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
