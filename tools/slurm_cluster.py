@@ -115,10 +115,22 @@ class Cluster:
         """Run a command in the cluster's environment."""
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout)
 
+    def job_processes(self, node: str) -> dict[int, dict[str, str]]:
+        """Process ids and environments of what jobs run on a node: scripts, launchers and ranks."""
+        return {pid: values for pid, values in self._processes() if _job_node(values) == node}
+
     def kill_node(self, name: str) -> None:
         """Kill a node's daemon and all of its jobs' processes at once, as when a machine loses its power."""
-        doomed = [pid for pid, values in self._processes() if name in (values.get(NODE_MARK), _job_node(values))]
-        _signal(doomed, signal.SIGKILL)
+        daemons = [pid for pid, values in self._processes() if values.get(NODE_MARK) == name]
+        _signal([*daemons, *self.job_processes(name)], signal.SIGKILL)
+
+    def kill_daemon(self, name: str) -> None:
+        """Kill one daemon by the name of its file in run/, as `slurmctld` or `slurmd.node1`, and nothing else."""
+        _signal([int((self.folder / "run" / f"{name}.pid").read_text())], signal.SIGKILL)
+
+    def start_controller(self) -> None:
+        """Start the controller, which finds the jobs as they were."""
+        self._daemon("slurmctld", ["slurmctld", "-D", "-f", str(self.configuration)])
 
     def start_node(self, name: str) -> None:
         """Start a node's daemon."""
@@ -247,7 +259,7 @@ class Cluster:
         self._wait("MariaDB", lambda: _answers(self._database_port))
         self._daemon("slurmdbd", ["slurmdbd", "-D"])
         self._wait("slurmdbd", lambda: self.run("sacctmgr", "-i", "add", "cluster", "recgpt").returncode == 0)
-        self._daemon("slurmctld", ["slurmctld", "-D", "-f", str(self.configuration)])
+        self.start_controller()
         for name in self.names:
             self.start_node(name)
         self._wait("all nodes to be idle", lambda: list(self.states().values()) == ["idle"] * len(self.names))
