@@ -35,7 +35,9 @@ Fault = Callable[[Cluster, str], None]
 
 def training_words(data: Path, output: Path, epochs: int = EPOCHS) -> tuple[str, ...]:
     """The stage and options of a small run."""
-    options = {"--data": data, "--output": output, **TRAINING, "--train.epochs": epochs}
+    # With `auto` a start on a busy machine may measure otherwise, and choose another precision than the one before.
+    fixed = {"--train.epochs": epochs, "--train.precision": "fp32"}
+    options = {"--data": data, "--output": output, **TRAINING, **fixed}
     return ("pretrain", *(str(word) for option in options.items() for word in option))
 
 
@@ -107,7 +109,8 @@ def wait_for_end(cluster: Cluster, job: str) -> str:
     return state
 
 
-def _signal_script(cluster: Cluster, job: str) -> None:
+def signal_script(cluster: Cluster, job: str) -> None:
+    """Send SIGUSR1 to the job's script, as Slurm does before the time limit."""
     run(cluster, "scancel", "--signal=USR1", "--batch", job)
 
 
@@ -134,7 +137,8 @@ def _kill(cluster: Cluster, node: str, only_ranks: bool) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _kill_rank(cluster: Cluster, job: str) -> None:
+def kill_rank(cluster: Cluster, job: str) -> None:
+    """Kill the rank on the second node, but not its launcher."""
     _kill(cluster, "node2", only_ranks=True)
 
 
@@ -174,13 +178,13 @@ def _suspend(cluster: Cluster, job: str) -> None:
 
 
 FAULTS: dict[str, Fault] = {
-    "scancel --signal=USR1 --batch": _signal_script,
+    "scancel --signal=USR1 --batch": signal_script,
     "scancel --signal=USR1": _signal_all,
     "time limit 3 min, --signal=B:USR1@120": _reach_time_limit,
     f"preempted, GraceTime {GRACE_SECONDS} s": _preempt,
     "scontrol requeue": _requeue,
     "node drained, job requeued": _drain,
-    "a rank killed": _kill_rank,
+    "a rank killed": kill_rank,
     "a node's launcher and ranks killed": _kill_step,
     "second node lost": _kill_second_node,
     "first node lost, with the job's script": _kill_first_node,
@@ -190,7 +194,7 @@ FAULTS: dict[str, Fault] = {
 }
 TORCHX: dict[str, tuple[Fault, tuple[str, ...]]] = {
     "torchx: scontrol requeue": (_requeue, ()),
-    "torchx: a rank killed, --max_retries 3": (_kill_rank, ("--max_retries", "3")),
+    "torchx: a rank killed, --max_retries 3": (kill_rank, ("--max_retries", "3")),
     "torchx: preempted": (_preempt, ("--max_retries", "3")),
 }
 
