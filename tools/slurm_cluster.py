@@ -119,6 +119,10 @@ class Cluster:
         """Process ids and environments of what jobs run on a node: scripts, launchers and ranks."""
         return {pid: values for pid, values in self._processes() if _job_node(values) == node}
 
+    def has_daemon(self, node: str) -> bool:
+        """Whether a node's daemon runs."""
+        return any(values.get(NODE_MARK) == node for _, values in self._processes())
+
     def kill_node(self, name: str) -> None:
         """Kill a node's daemon and all of its jobs' processes at once, as when a machine loses its power."""
         daemons = [pid for pid, values in self._processes() if values.get(NODE_MARK) == name]

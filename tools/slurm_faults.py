@@ -41,6 +41,14 @@ def training_words(data: Path, output: Path, epochs: int = EPOCHS) -> tuple[str,
     return ("pretrain", *(str(word) for option in options.items() for word in option))
 
 
+def run_here(data: Path, output: Path, epochs: int = EPOCHS) -> None:
+    """Train the same without Slurm: two ranks of this machine, through the launcher."""
+    launcher = ["--nnodes", "1", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    stage, *words = training_words(data, output, epochs)
+    command = [sys.executable, "-m", "recgpt_torchrec.launch.node", *launcher, "-m", f"recgpt_torchrec.{stage}", *words]
+    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+
+
 def submit(cluster: Cluster, data: Path, output: Path, epochs: int = EPOCHS) -> str:
     """Submit a run on two nodes with the sbatch script; its log is beside its output. Returns the job's id."""
     job = Job(
@@ -203,7 +211,7 @@ def mend(cluster: Cluster) -> None:
     """Bring back nodes that a fault took away, and wait until all are idle."""
     for name in cluster.names:
         state = cluster.states().get(name, "")
-        if not any(values.get("RECGPT_SLURM_NODE") == name for _, values in cluster._processes()):
+        if not cluster.has_daemon(name):
             cluster.start_node(name)
         if state.startswith(("drain", "down")):
             cluster.run("scontrol", "update", f"NodeName={name}", "State=RESUME")

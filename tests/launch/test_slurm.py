@@ -53,7 +53,8 @@ def disturbed(cluster, folder, torchx_job):
 
 @pytest.fixture(scope="module")
 def alone(folder, cluster, torchx_job, disturbed):
-    kill_test.launch(folder / "data", folder / "alone", EPOCHS, {"kills": 0})
+    """The same run on two ranks of this machine, without Slurm."""
+    slurm_faults.run_here(folder / "data", folder / "alone", EPOCHS)
     return folder / "alone"
 
 
