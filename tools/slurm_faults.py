@@ -139,19 +139,20 @@ def _preempt(cluster: Cluster, job: str) -> None:
     run(cluster, "sbatch", *words)
 
 
-def _kill(cluster: Cluster, node: str, only_ranks: bool) -> None:
+def _kill(cluster: Cluster, job: str, node: str, only_ranks: bool) -> None:
     for pid, values in cluster.job_processes(node).items():
-        if values.get("SLURM_STEP_ID") == "0" and ("RANK" in values or not only_ranks):
+        jobs = (values.get("SLURM_JOB_ID"), values.get("SLURM_JOB_ID_HET_GROUP_0"))  # torchx's has one per node
+        if job in jobs and values.get("SLURM_STEP_ID") == "0" and ("RANK" in values or not only_ranks):
             os.kill(pid, signal.SIGKILL)
 
 
 def kill_rank(cluster: Cluster, job: str) -> None:
     """Kill the rank on the second node, but not its launcher."""
-    _kill(cluster, "node2", only_ranks=True)
+    _kill(cluster, job, "node2", only_ranks=True)
 
 
 def _kill_step(cluster: Cluster, job: str) -> None:
-    _kill(cluster, "node2", only_ranks=False)
+    _kill(cluster, job, "node2", only_ranks=False)
 
 
 def _drain(cluster: Cluster, job: str) -> None:
@@ -228,16 +229,16 @@ def run_fault(cluster: Cluster, folder: Path, data: Path, number: int, name: str
     if name in TORCHX:
         fault, options = TORCHX[name]
         job = submit_torchx(cluster, data, output, *options)
-        log = folder / f"slurm-{job}-pretrain-0.err"
+        logs = [folder / f"slurm-{job}-pretrain-{node}.err" for node in (0, 1)]
     else:
-        fault, log = FAULTS[name], Path(f"{output}.log")
+        fault, logs = FAULTS[name], [Path(f"{output}.log")]
         job = submit(cluster, data, output)
     wait_for_step(cluster, job, output, FAULT_STEP)
     nodes, before, start = job_field(cluster, job, "NodeList"), time.monotonic(), time.time()
     fault(cluster, job)
     state = wait_for_end(cluster, job)
     seconds = time.monotonic() - before
-    text = log.read_text(errors="replace")
+    text = "".join(log.read_text(errors="replace") for log in logs)
     resumed = re.findall(r"^(\S+ \S+) .*Resuming from \S*step-0*(\d+)", text, re.MULTILINE)
     back = [time.mktime(time.strptime(when, "%Y-%m-%d %H:%M:%S")) - start for when, _ in resumed]
     after = job_field(cluster, job, "NodeList")
