@@ -17,6 +17,7 @@ LONGEST = (
     "tools/test_fuzz.py",
     "preparation/test_spark.py",
     "golden/test_golden.py",
+    "launch/test_slurm.py",
     "distributed/test_reshard.py",
     "tools/test_check_gpu.py",
     "preparation/test_spark_faults.py",
