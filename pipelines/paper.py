@@ -1,14 +1,16 @@
 """From raw files to the paper's tables: every recall path, over several seeds, with mean and standard deviation.
 
-    python pipelines/paper.py --dataset beauty=../shared/data/Beauty.txt --output runs/paper --seeds 5 --k 1 2 3
+    python pipelines/paper.py --dataset beauty=../shared/data/Beauty.txt --output runs/paper --seeds 5 --k 0 1 2 3
 
 Writes Table 2 (Pre-train, Fine-tuning, RecGPT_1, RecGPT), Table 3 (the ablation) and the sensitivity of K and m_n (Fig.
-4 to 6) of RecGPT (arXiv 2404.08675): OUTPUT/report.md, report.json, figures/*.png, updated after each seed. The
-same command resumes an interrupted pipeline. A data set NAME is pre-trained with configs/NAME.yaml, gets prompts with
-configs/NAME_prompts.yaml and is tuned with configs/NAME_tune.yaml; a missing file is replaced by that of `paper`.
+4 to 6) of RecGPT (arXiv 2404.08675), longer lists, coverage and differences between methods: OUTPUT/report.md,
+report.json, figures/*.png, updated after each seed. The same command resumes an interrupted pipeline. A data set NAME
+is pre-trained with configs/NAME.yaml, gets prompts with configs/NAME_prompts.yaml and is tuned with
+configs/NAME_tune.yaml; a missing file is replaced by that of `paper`. `--settings original` has the paper's own.
 
-K is chosen on validation with the first seed, m_n on validation with each seed; test chooses nothing. Fine-tuning is
-prompt-tuning without prompts: the same loss, epochs and optimizer steps, for which prompted batches have more tokens.
+K is chosen on validation with the first seed, m_n on validation with each seed; test chooses nothing. K = 0 is drawn
+beside the others and never chosen: it is Fine-tuning, which is prompt-tuning without prompts: the same loss, epochs and
+optimizer steps, for which prompted batches have more tokens.
 """
 
 import argparse
@@ -22,9 +24,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipelines import experiment, paper_report  # noqa: E402
-from pipelines.experiment import config_file, from_root  # noqa: E402
+from pipelines.experiment import from_root  # noqa: E402
 from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
-from recgpt_torchrec.config.command_line import values_of  # noqa: E402
 
 SPLITS = ("validation", "test")
 LONGEST = 10
@@ -35,13 +36,18 @@ LONGEST = 10
 class Options(experiment.Options):
     """Options of this pipeline."""
 
-    datasets: dict[str, str]
-    """Raw file by name."""
+    datasets: dict[str, "Source"]
+    """By name."""
     ks: list[int]
     input_format: str
     test_grid: bool
-    hold_out: list[str] = field(default_factory=list)
-    """Options of the stage prepare on what is held out; empty: the last two items of each user."""
+    lists: list[int] = field(default_factory=list)
+    """Lengths of further lists to measure on test, beside 5 and 10."""
+
+    @property
+    def prompted_ks(self) -> list[int]:
+        """Numbers of prompts that are tuned on; K = 0 is fine-tuning."""
+        return [k for k in self.ks if k]
 
     def planned(self) -> list[str]:
         """The kind of every step, see `RecordedSteps`."""
@@ -49,11 +55,23 @@ class Options(experiment.Options):
         for name in self.datasets:
             kinds.append(f"{name} prepare")
             for seed in range(self.seeds):
-                ks = len(self.ks) if seed == 0 else 1
+                ks = len(self.prompted_ks) if seed == 0 else 1
                 kinds += [f"{name} pretrain", f"{name} fine_tuning"] + ks * [f"{name} generate", f"{name} tune"]
                 kinds += (2 + ks) * [f"{name} {split}" for split in SPLITS]
+                kinds += 3 * len(self.lists) * [f"{name} test"]
             kinds += [f"{name} test"] * (LONGEST - 1) * self.test_grid
         return kinds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A raw file, and what is held out of it."""
+
+    file: str
+    configured_as: str
+    """The data set whose configurations it has."""
+    hold_out: list[str]
+    """Options of the stage prepare; empty: the last two items of each user."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -75,16 +93,39 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument(
         "--k", type=int, nargs="+", default=[1, 2, 3], help="numbers of prompts per interval to try (default: 1 2 3)"
     )
+    parser.add_argument(
+        "--lists",
+        type=int,
+        nargs="*",
+        default=[],
+        help="further lists to measure on test, such as 20 50 100",
+    )
     parser.add_argument("--input_format", default="auto", help="as in the stage prepare (default: auto)")
     parser.add_argument("--configs", default="configs", help="folder of the configurations (default: configs)")
+    parser.add_argument(
+        "--settings", choices=["paper", "original"], default="paper", help="ours, or the paper's own (default: paper)"
+    )
     parser.add_argument("--test_grid", action="store_true", help="measure every m_n on test too, with the first seed")
     parser.add_argument(
-        "--hold_out", choices=["last", "time"], default="last", help="as in the stage prepare (default: last)"
+        "--hold_out",
+        nargs="+",
+        choices=["last", "time"],
+        default=["last"],
+        help="as in the stage prepare; with both, NAME_time is the data set split by time (default: last)",
     )
     parser.add_argument("--test_from", help="as in the stage prepare, with --hold_out time")
     parser.add_argument("--validation_from", help="as in the stage prepare, with --hold_out time")
     given = parser.parse_args(arguments)
-    datasets: dict[str, str] = {}
+    if given.seeds < 1 or given.ranks < 1:
+        parser.error("--seeds and --ranks must be at least 1")
+    boundaries = []
+    for name in ("test_from", "validation_from"):
+        if (value := getattr(given, name)) is not None:
+            boundaries += [f"--{name}", value]
+    by_time = "time" in given.hold_out
+    if (given.test_from is None) == by_time or (given.validation_from and not by_time):
+        parser.error("--hold_out time takes --test_from, and may take --validation_from; both belong to it")
+    datasets: dict[str, Source] = {}
     for pair in given.dataset:
         name, _, path = pair.partition("=")
         if not path or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
@@ -93,18 +134,16 @@ def parse(arguments: list[str] | None = None) -> Options:
             parser.error(f"--dataset {pair}: choose another name than {name}, which is taken")
         if "://" not in path and not os.path.exists(path):
             parser.error(f"--dataset {pair}: there is no {path}")
-        datasets[name] = path if "://" in path else from_root(path)
-    if given.seeds < 1 or given.ranks < 1:
-        parser.error("--seeds and --ranks must be at least 1")
-    hold_out = [] if given.hold_out == "last" else ["--hold_out", given.hold_out]
-    for name in ("test_from", "validation_from"):
-        if (value := getattr(given, name)) is not None:
-            hold_out += [f"--{name}", value]
-    if (given.test_from is None) == (given.hold_out == "time") or (given.validation_from and given.hold_out == "last"):
-        parser.error("--hold_out time takes --test_from, and may take --validation_from; both belong to it")
+        file = path if "://" in path else from_root(path)
+        for kind in dict.fromkeys(given.hold_out):
+            title = f"{name}_{kind}" if kind == "time" and "last" in given.hold_out else name
+            hold_out = ["--hold_out", kind, *boundaries] if kind == "time" else []
+            datasets[title] = Source(file=file, configured_as=name, hold_out=hold_out)
     ks = sorted(set(given.k))
-    if not 1 <= ks[0] <= ks[-1] <= 8:
-        parser.error(f"--k {' '.join(map(str, given.k))}: K must be 1 to 8 prompts")
+    if not 0 <= ks[0] <= ks[-1] <= 8 or ks == [0]:
+        parser.error(f"--k {' '.join(map(str, given.k))}: K must be 0 to 8 prompts, and one of them at least 1")
+    if any(length <= LONGEST for length in given.lists):
+        parser.error(f"--lists {' '.join(map(str, given.lists))}: lists of 5 and {LONGEST} are always measured")
     return Options(
         datasets=datasets,
         output=from_root(given.output),
@@ -113,8 +152,9 @@ def parse(arguments: list[str] | None = None) -> Options:
         ks=ks,
         input_format=given.input_format,
         configs=from_root(given.configs),
+        settings=given.settings,
         test_grid=given.test_grid,
-        hold_out=hold_out,
+        lists=sorted(set(given.lists)),
     )
 
 
@@ -124,13 +164,13 @@ class Paper(experiment.Experiment):
     options: Options
 
     def __init__(self, name: str, options: Options, steps: RecordedSteps) -> None:
-        super().__init__(name, options, steps)
-        self.k: int | None = None if len(options.ks) > 1 else options.ks[0]
+        super().__init__(name, options, steps, options.datasets[name].configured_as)
+        self.k: int | None = None if len(options.prompted_ks) > 1 else options.prompted_ks[0]
 
     def run(self) -> None:
         """Prepare once, then run seed by seed; updates the report after each seed."""
-        prepare = ["--input", self.options.datasets[self.name], "--input_format", self.options.input_format]
-        prepare += self.options.hold_out
+        source = self.options.datasets[self.name]
+        prepare = ["--input", source.file, "--input_format", self.options.input_format, *source.hold_out]
         self.steps.run(
             f"{self.name}/prepare",
             ["python", "-m", "recgpt_torchrec.prepare", *prepare, "--output", self.data],
@@ -150,9 +190,9 @@ class Paper(experiment.Experiment):
         self._train(f"{folder}/pretrain", "pretrain", "pretrain", self.config, self.data, ("prepare",), seed)
         self._measure(seed, "pretrain")
         tuned = ["--checkpoint", f"{self.folder}/{folder}/pretrain"]
-        ks = self.options.ks if seed == 0 else [self.chosen_k()]
+        ks = self.options.prompted_ks if seed == 0 else [self.chosen_k()]
         for k in ks:
-            self._generate(seed, k, tuned)
+            self._generate_prompts(f"{folder}/k{k}", k, f"{folder}/pretrain")
         self._train(
             f"{folder}/fine_tuning",
             "fine_tuning",
@@ -169,24 +209,14 @@ class Paper(experiment.Experiment):
         if self.k is None:
             self.k = self.chosen_k()
             print(f"\n{self.name}: K = {self.k} is best on validation with the first seed")
-
-    def _generate(self, seed: int, k: int, tuned: list[str]) -> None:
-        place = f"seed{seed}/k{k}"
-        prompts, config = f"{self.folder}/{place}/prompts", config_file(self.options.configs, self.name, "_prompts")
-        arguments = ["--config", config, "--data", self.data, *tuned, "--prompts.k", str(k), "--output", prompts]
-        self.steps.run(
-            f"{self.name}/{place}/prompts",
-            self._command("generate_prompts", arguments),
-            kind=f"{self.name} generate",
-            proof=f"{prompts}/manifest.json",
-            needs=(f"{self.name}/prepare", f"{self.name}/seed{seed}/pretrain"),
-            settings=values_of(ROOT / config),
-        )
+        for length in self.options.lists:
+            for run in ("pretrain", "fine_tuning", f"k{self.k}/recgpt"):
+                self._evaluate(seed, run, f"test_{length}", "test", 0, length)
 
     def _tune(self, seed: int, k: int, tuned: list[str]) -> None:
         place = f"seed{seed}/k{k}"
         prompts = f"{self.folder}/{place}/prompts"
-        tokens = ["--batch.tokens", str(self._equal_step_tokens(prompts))]
+        tokens = self._equal_steps(prompts)
         needs = (f"seed{seed}/pretrain", f"{place}/prompts")
         self._train(f"{place}/recgpt", "tune", "prompt_tune", self.tune_config, prompts, needs, seed, [*tuned, *tokens])
         self._measure(seed, f"k{k}/recgpt")
@@ -197,7 +227,7 @@ class Paper(experiment.Experiment):
         chosen = json.loads((ROOT / self.folder / f"seed{seed}/{run}_validation.json").read_text())["recall"]["m"]
         self._evaluate(seed, run, "test", "test", chosen)
 
-    def _evaluate(self, seed: int, run: str, file: str, split: str, m: int) -> None:
+    def _evaluate(self, seed: int, run: str, file: str, split: str, m: int, length: int = LONGEST) -> None:
         title = f"seed{seed}/{run}_{file}"
         prompted = run.endswith("recgpt")
         data = f"{self.folder}/seed{seed}/{run.removesuffix('recgpt')}prompts" if prompted else self.data
@@ -205,6 +235,7 @@ class Paper(experiment.Experiment):
         output = f"{self.folder}/{title}.json"
         arguments = ["--data", data, "--checkpoint", f"{self.folder}/seed{seed}/{run}", "--output", output]
         arguments += ["--split", split, "--baselines", baselines] + (["--recall.m", str(m)] if m else [])
+        arguments += ["--ks", str(length)] if length != LONGEST else []
         self.steps.run(
             f"{self.name}/{title}",
             self._command("evaluate", arguments),
@@ -218,7 +249,7 @@ class Paper(experiment.Experiment):
         """The K whose two-step list is best on validation with the first seed."""
         if self.k is not None:
             return self.k
-        values = paper_report.k_on_validation(ROOT / self.folder, self.options.ks)
+        values = paper_report.k_on_validation(ROOT / self.folder, self.options.prompted_ks)
         return max(values, key=lambda k: (values[k], -k))
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 TABLE_2 = {"pretrain": "Pre-train", "fine_tuning": "Fine-tuning", "recgpt_1": "RecGPT_1", "recgpt": "RecGPT"}
 """Recall paths, and their names in the paper's Table 2."""
+SMALLEST_M = 5
+"""The figure of m_n goes from 10_0 to 5_5, as the paper's."""
 
 
 def draw_figures(report: dict[str, Any], output: Path) -> dict[str, list[str]]:
@@ -69,7 +71,10 @@ def draw_k(pyplot: Any, name: str, measured: dict[str, Any]) -> Any:
 def draw_m_n(pyplot: Any, name: str, measured: dict[str, Any]) -> Any:
     """Plot NDCG@10 by m_n on validation, and on test if measured."""
     figure, axes = pyplot.subplots(figsize=(6, 4))
-    grid, on_test = measured["m_n"]["validation"], measured["m_n"]["test_first_seed"]
+    grid, on_test = (
+        {m: figure for m, figure in measured["m_n"][what].items() if int(m.partition("_")[0]) >= SMALLEST_M}
+        for what in ("validation", "test_first_seed")
+    )
     errors = [value["sd"] or 0 for value in grid.values()]
     means = [value["mean"] for value in grid.values()]
     axes.errorbar(

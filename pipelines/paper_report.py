@@ -1,24 +1,23 @@
 """The report of `pipelines/paper.py`: report.json, report.md and figures. Only reads files; runs nothing."""
 
 import json
-import math
 import os
 import platform
-import statistics
 import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
+from pipelines import paper_methods
 from pipelines.paper_figures import TABLE_2, draw_figures
 from pipelines.steps import ROOT, RecordedSteps, clock
+from pipelines.tables import PROTOCOLS, Row, cell, mark_best, mean_and_deviation, over_seeds, read_json, table
 
 if TYPE_CHECKING:
     from pipelines.paper import Options
 
 METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
-PROTOCOLS = {"masked": "items of the history do not compete", "unmasked": "every item competes"}
 TABLE_3 = {
     "recgpt": "RecGPT: prompt-tuned, two-step recall (`recgpt`)",
     "pretrain_two_step": "Variant_1: without prompt-tuning, two-step recall (`pretrain_two_step`)",
@@ -28,46 +27,14 @@ TABLE_3 = {
 }
 """The paper's ablation variants, and our control."""
 BASELINES = {"cooccurrence": "co-occurrence (measured here)", "popularity": "popularity (measured here)"}
+CONTROL = {"recgpt_1": "fine_tuning", "recgpt": "fine_tuning_two_step"}
+"""The paths of K = 0, fine-tuning, that stand for those with prompts."""
 STEPS_UP = (("recgpt", "recgpt_1"), ("recgpt_1", "fine_tuning"), ("fine_tuning", "pretrain"))
-Row: TypeAlias = tuple[str, list[dict[str, Any] | None]]
-
-
-def mean_and_deviation(values: list[float]) -> dict[str, Any]:
-    """Mean, sample standard deviation (over n - 1; None for one value), and the values.
-
-    Example: `mean_and_deviation([1.0, 3.0])` is `{"mean": 2.0, "sd": 1.414..., "values": [1.0, 3.0]}`.
-    """
-    if not values:
-        raise ValueError("no value to take the mean of")
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "sd": deviation, "values": values}
-
-
-def over_seeds(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and deviation over seeds of every figure in the `results` of evaluations.
-
-    Args:
-        results: per seed, {PATH: {"masked": {"HR@5": ...}, "unmasked": {...}}}; paths that a seed lacks are left out.
-    """
-    paths = [path for path in results[0] if all(path in result for result in results)]
-    return {
-        path: {
-            how: {
-                metric: mean_and_deviation([result[path][how][metric] for result in results])
-                for metric in results[0][path][how]
-            }
-            for how in results[0][path]
-        }
-        for path in paths
-    }
 
 
 def k_on_validation(folder: Path, ks: list[int]) -> dict[int, float]:
     """Masked NDCG@10 of the two-step list on validation with the first seed, by each K that was measured."""
-    evaluations = {k: read_json(folder / f"seed0/k{k}/recgpt_validation.json") for k in ks}
-    return {
-        k: evaluation["results"]["recgpt"]["masked"]["NDCG@10"] for k, evaluation in evaluations.items() if evaluation
-    }
+    return {k: figures["recgpt"]["NDCG@10"] for k, figures in read_each_k(folder, ks, "validation").items()}
 
 
 def write_report(options: "Options", steps: RecordedSteps) -> None:
@@ -88,7 +55,6 @@ def collect_report(options: "Options", steps: RecordedSteps) -> dict[str, Any]:
         "seeds": options.seeds,
         "ranks": options.ranks,
         "ks": options.ks,
-        "hold_out": options.hold_out,
         "versions": versions(),
         "datasets": {name: measured for name, measured in datasets.items() if measured},
         "published": published,
@@ -102,7 +68,7 @@ def collect_dataset(options: "Options", name: str) -> dict[str, Any] | None:
     by_k = k_on_validation(folder, options.ks)
     if len(by_k) < len(options.ks):
         return None
-    k = max(by_k, key=lambda k: (by_k[k], -k))
+    k = max(options.prompted_ks, key=lambda k: (by_k[k], -k))
     runs = ("pretrain", "fine_tuning", f"k{k}/recgpt")
     seeds, evaluations, trainings = [], [], []
     for seed in range(options.seeds):
@@ -126,16 +92,21 @@ def collect_dataset(options: "Options", name: str) -> dict[str, Any] | None:
     baselines = evaluations[0]["pretrain", "test"]["results"]
     manifest = json.loads((folder / "data/manifest.json").read_text())
     recalls = [by_run[f"k{k}/recgpt", "validation"]["recall"] for by_run in evaluations]
-    grids = [recall.get("validation", {}) for recall in recalls]
+    grids = [m_n_grid(by_run[f"k{k}/recgpt", "validation"]) for by_run in evaluations]
     tests = {m: read_json(folder / f"seed0/k{k}/recgpt_test_{m}.json") for m in grids[0]}
+    on_test = {m: a["results"]["recgpt"]["masked"] for m, a in tests.items() if a}
+    if on_test:
+        one_step = evaluations[0][f"k{k}/recgpt", "test"]["results"]["recgpt_1"]["masked"]
+        on_test = {m: one_step for m in grids[0] if m.endswith("_0")} | on_test
     return {
+        "hold_out": options.datasets[name].hold_out,
         **{what: manifest[what] for what in ("users", "items", "interactions")},
         "seeds": seeds,
         "k": {"chosen": k, "validation": by_k, "test": read_each_k(folder, options.ks)},
         "m_n": {
             "chosen": [f"{recall['m']}_{recall['n']}" for recall in recalls],
             "validation": {m: mean_and_deviation([grid[m] for grid in grids]) for m in grids[0]},
-            "test_first_seed": {m: a["results"]["recgpt"]["masked"] for m, a in tests.items() if a},
+            "test_first_seed": on_test,
         },
         "results": results,
         "baselines": {path: baselines[path] for path in BASELINES if path in baselines},
@@ -153,17 +124,27 @@ def collect_dataset(options: "Options", name: str) -> dict[str, Any] | None:
             for better, worse in STEPS_UP
         },
         "training": trainings,
+        **paper_methods.collect_methods(folder, seeds, f"k{k}/recgpt", options.lists),
     }
 
 
-def read_each_k(folder: Path, ks: list[int]) -> dict[int, dict[str, dict[str, float]]]:
-    """Masked test figures of both prompt-tuned paths with the first seed, by K."""
-    evaluations = {k: read_json(folder / f"seed0/k{k}/recgpt_test.json") for k in ks}
-    return {
-        k: {path: evaluation["results"][path]["masked"] for path in ("recgpt_1", "recgpt")}
-        for k, evaluation in evaluations.items()
-        if evaluation
-    }
+def read_each_k(folder: Path, ks: list[int], split: str = "test") -> dict[int, dict[str, dict[str, float]]]:
+    """Masked figures of both prompt-tuned paths with the first seed, by each K that was measured."""
+    found = {}
+    for k in ks:
+        evaluation = read_json(folder / f"seed0/{f'k{k}/recgpt' if k else 'fine_tuning'}_{split}.json")
+        if evaluation:
+            found[k] = {p: evaluation["results"][p if k else control]["masked"] for p, control in CONTROL.items()}
+    return found
+
+
+def m_n_grid(evaluation: dict[str, Any]) -> dict[str, float]:
+    """NDCG@10 on validation by m_n, from 10_0, which is one step, to the smallest m; empty if it was not measured."""
+    grid = evaluation["recall"].get("validation", {})
+    if not grid:
+        return {}
+    of_one_step = evaluation["results"]["recgpt_1"]["masked"]["NDCG@10"]
+    return {"10_0": of_one_step} | dict(sorted(grid.items(), key=lambda pair: -int(pair[0].partition("_")[0])))
 
 
 def read_training(run: Path) -> dict[str, Any]:
@@ -211,8 +192,14 @@ def markdown(report: dict[str, Any]) -> str:
     lines = ["# RecGPT (arXiv 2404.08675): the paper's tables, measured", ""]
     if not report["datasets"]:
         return "\n".join([*lines, "No seed is finished yet.", ""])
+    protocols: dict[str, list[str]] = {}
+    for name, measured in report["datasets"].items():
+        protocols.setdefault(describe_protocol(measured["hold_out"]), []).append(name)
+    held_out = "; ".join(
+        text if len(protocols) == 1 else f"{', '.join(names)}: {text}" for text, names in protocols.items()
+    )
     lines += [
-        f"{describe_protocol(report['hold_out'])}, ranked over the whole catalogue. "
+        f"{held_out}, ranked over the whole catalogue. "
         "± is the sample standard deviation over seeds. Bold: best of its column. All choices were made on validation.",
         "",
         "Fine-tuning and prompt-tuning start from the same pre-trained model and have the same loss and epochs. "
@@ -222,6 +209,7 @@ def markdown(report: dict[str, Any]) -> str:
         *table_2(report),
         *table_3(report),
         *sensitivity(report),
+        *paper_methods.sections(report),
         *effort(report),
         *origin(report),
     ]
@@ -241,7 +229,8 @@ def choices(report: dict[str, Any]) -> list[str]:
             f"| {name} | {counts} | {seeds} | {measured['k']['chosen']} | {', '.join(measured['m_n']['chosen'])} |"
         )
     tried = ", ".join(map(str, report["ks"]))
-    return [*lines, "", f"K was chosen among {tried} with the first seed, by the two-step list's NDCG@10 (masked).", ""]
+    tried = f"K was chosen among {tried} with the first seed, by the two-step list's NDCG@10 (masked)."
+    return [*lines, "", tried + (" K = 0 is Fine-tuning, and never chosen." if 0 in report["ks"] else ""), ""]
 
 
 def table_2(report: dict[str, Any]) -> list[str]:
@@ -334,37 +323,3 @@ def origin(report: dict[str, Any]) -> list[str]:
         lines += [f"# {title}: {state}", record["command"]]
         spent += record["seconds"]
     return [*lines, "```", "", f"All steps together: {clock(spent)}."]
-
-
-def table(corner: str, columns: tuple[str, ...], rows: list[Row]) -> list[str]:
-    """A Markdown table with the best of each column in bold. Rows may be short, or hold None."""
-    best = [
-        max((row[column]["mean"] for _, row in rows if column < len(row) and row[column]), default=math.nan)  # type: ignore[index]
-        for column in range(len(columns))
-    ]
-    lines = [f"| {corner} | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-    for title, row in rows:
-        shown = [
-            "–" if figure is None else cell({**figure, "best": round(figure["mean"], 4) == round(best[column], 4)})
-            for column, figure in enumerate(row)
-        ]
-        lines.append(f"| {title} | " + " | ".join(shown) + " |")
-    return lines
-
-
-def mark_best(figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The figures, with `best` in each."""
-    best = max(figure["mean"] for figure in figures)
-    return [{**figure, "best": figure["mean"] == best} for figure in figures]
-
-
-def cell(figure: dict[str, Any], sign: str = "") -> str:
-    """A mean, with its deviation if it has one."""
-    text = f"{figure['mean']:{sign}.4f}"
-    text = f"**{text}**" if figure.get("best") else text
-    return text if figure["sd"] is None else f"{text} ± {figure['sd']:.4f}"
-
-
-def read_json(path: Path) -> Any:
-    """Contents of a JSON file; None if there is none."""
-    return json.loads(path.read_text()) if path.exists() else None

@@ -20,6 +20,13 @@ class Model:
     """Maximum number of history entries that the decoder reads at once; of a longer history it reads the newest."""
     feed_forward: int = 4
     """Width of the feed-forward layer, as a multiple of dim."""
+    activation: Literal["gelu", "relu"] = "gelu"
+    """Activation of the feed-forward layer."""
+    attention_scale: Literal["head", "dim"] = "head"
+    """What the scores of attention are divided by. head: the square root of a head's width, dim / heads. dim: the
+    square root of dim (paper, equation 3)."""
+    norm_in: bool = True
+    """Normalise the decoder's input (layer norm) before the first block."""
     dropout: float = 0.5
     """Dropout probability after the input embedding and after both sublayers of each block, 0 to 1."""
     attention_dropout: float = 0.5

@@ -84,6 +84,9 @@ class Tuning:
     it, also after the newest interaction (see generate_prompts --prompts.source exposed); what was shown at the same
     time as the item does not. auto: last for exposed prompts, every for both; interacted for generated
     ones, and in datasets prepared before what was shown after the newest interaction was kept."""
+    targets: Literal["all", "last"] = "all"
+    """Which interactions of a history are targets. all: every one that entries predict. last: the last one alone, or of
+    each window (paper, equation 5)."""
     soft_targets: float = 0.0
     """Share of each target's weight, 0 to 1, that is spread over the stored answers of the pre-trained model; above 0
     it needs a dataset generated with --prompts.answers. The share of an answer that is never a negative (one that was

@@ -107,16 +107,22 @@ class Tables(Sharding):
     tables' rate the model memorises users."""
     attribute_lr: float | None = None
     """Peak learning rate of the attributes' tables, those of users too: their rows are shared by many. null: lr."""
+    beta2: float = 0.98
+    """Decay rate of adam's second moment, from 0 and less than 1 (adam)."""
     weight_decay: float = 0.0
     """L2 penalty, added to the gradient."""
     init_std: float = 0.02
-    """Standard deviation of the item tables' initial values; vectors of users and attributes start at 0."""
+    """Standard deviation of the item tables' initial values; vectors of attributes start at 0."""
+    user_init_std: float = 0.0
+    """Standard deviation of the user table's initial values."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("--tables.sync_steps", self.sync_steps, 1)
-        for name in ("shard_ranks", "lr", "user_lr", "weight_decay", "init_std"):
+        for name in ("shard_ranks", "lr", "user_lr", "weight_decay", "init_std", "user_init_std"):
             at_least(f"--tables.{name}", getattr(self, name), 0)
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"--tables.beta2 is {self.beta2}; it must be at least 0 and less than 1")
         if self.attribute_lr is not None:
             at_least("--tables.attribute_lr", self.attribute_lr, 0)
 
@@ -128,4 +134,6 @@ class Tables(Sharding):
 
     def init_std_of(self, table: str) -> float:
         """The standard deviation of a table's initial values."""
-        return 0.0 if table == "user" or is_attribute(table) else self.init_std
+        if is_attribute(table):
+            return 0.0
+        return self.user_init_std if table == "user" else self.init_std

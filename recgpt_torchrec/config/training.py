@@ -34,7 +34,10 @@ class TrainingBatch:
     tokens: int | Literal["auto"] = "auto"
     """Maximum number of tokens per batch and rank; at least model.max_len. auto: as many as give about 100 steps per
     epoch, at least 128 over all ranks, at most 2,048 per rank on CPU and 16,384 on CUDA; a resumed run keeps the number
-    over all ranks."""
+    over all ranks. With users, as many as that many of the longest histories have."""
+    users: int = 0
+    """Maximum number of users per batch and rank (with long_histories windows, of windows); 0: as many as fit into the
+    tokens."""
     long_histories: Literal["newest", "windows"] = "newest"
     """How to train on histories longer than model.max_len. newest: on the newest entries only. windows: on all entries,
     cut into overlapping windows."""
@@ -42,6 +45,15 @@ class TrainingBatch:
     def __post_init__(self) -> None:
         if self.tokens != "auto":
             at_least("--batch.tokens", self.tokens, 1)
+        at_least("--batch.users", self.users, 0)
+
+    def given_tokens(self, max_len: int) -> int | None:
+        """The number of tokens that these options fix; None: it is chosen by the data.
+
+        Args:
+            max_len: maximum number of entries of a history.
+        """
+        return (self.users * max_len or None) if self.tokens == "auto" else self.tokens
 
     def of(self, tokens: int) -> Batch:
         """The batch with a number of tokens."""

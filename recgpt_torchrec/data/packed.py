@@ -155,6 +155,7 @@ def pack_histories(
     capacity: Capacity,
     predict: bool,
     predict_from: PredictFrom = "every",
+    last_target: bool = False,
     max_position: int | None = None,
     soft_targets: float = 0.0,
     negatives: npt.NDArray[np.bool_] | None = None,
@@ -174,6 +175,7 @@ def pack_histories(
             (segment 0). Otherwise all entries are tokens and nothing is predicted.
         predict_from: which tokens predict where prompts precede the target: the `interacted` one before them, the
             `last` one before the target, or `every` one.
+        last_target: whether only the last target of each history is predicted.
         max_position: largest position, which all later tokens share; None: `row_length` - 1.
         soft_targets: share of a target's weight that goes to the model's answers, where `histories` has them.
         negatives: [items] bool: whether an item is ever a negative, else no answer either; None: all are.
@@ -193,7 +195,7 @@ def pack_histories(
         is_token = np.ones(items.size, dtype=bool)
         is_token[histories.offsets[1:][lengths > 0] - 1] = False
         token_entries, tokens = np.flatnonzero(is_token), np.maximum(lengths - 1, 0)
-        predicting, target_entries = targets_of(histories, token_entries, predict_from)
+        predicting, target_entries = targets_of(histories, token_entries, predict_from, last_target)
     else:
         token_entries, tokens = np.arange(items.size), lengths
         predicting = target_entries = np.zeros(0, dtype=np.int64)

@@ -38,6 +38,8 @@ class BatchMaker:
 
     reader: HistoryReader
     batch: Batch
+    users: int = 0
+    """Maximum number of histories of a batch; 0: as many as it has room for."""
     attributes: Attributes | None = None
     """Of users and items, where the model reads any."""
     source: CandidateSource | None = None
@@ -45,6 +47,8 @@ class BatchMaker:
     seed: int = 0
     predict_from: PredictFrom = "every"
     """Which tokens predict a target that prompts precede (see `make_batch`)."""
+    last_target: bool = False
+    """Whether only the last target of each history is predicted (see `make_batch`)."""
     soft_targets: float = 0.0
     """Share of a target's weight that goes to the pre-trained model's answers in the dataset (see `make_batch`)."""
     grows: int = 0
@@ -87,7 +91,7 @@ class BatchMaker:
     @property
     def max_sequences(self) -> int:
         """Maximum number of sequences in a batch."""
-        return max(1, self.batch.tokens // TOKENS_PER_SEQUENCE)
+        return self.users or max(1, self.batch.tokens // TOKENS_PER_SEQUENCE)
 
     @property
     def negatives(self) -> npt.NDArray[np.bool_] | None:
@@ -145,6 +149,7 @@ class BatchMaker:
             capacity=self.capacity,
             predict=self.training,
             predict_from=self.predict_from,
+            last_target=self.last_target,
             max_position=self.max_len - 1,
             soft_targets=self.soft_targets,
             negatives=negatives,

@@ -31,13 +31,16 @@ def positions_of(histories: Histories) -> Int64:
     return np.where(interacted, interacted_count - 1, interacted_count - 1 + since)
 
 
-def targets_of(histories: Histories, tokens: Int64, predict_from: PredictFrom) -> tuple[Int64, Int64]:
+def targets_of(
+    histories: Histories, tokens: Int64, predict_from: PredictFrom, last_target: bool = False
+) -> tuple[Int64, Int64]:
     """Which tokens predict, and the entries that are their targets: the next interacted ones.
 
     Args:
         histories: their columns `segments`, `trained`, `known` and `weights` decide.
         tokens: [tokens] int64: entry of each token; every entry but the last of its history.
         predict_from: which tokens predict where prompts precede the target (see `pack_histories`).
+        last_target: whether only the last target of each history is predicted (paper, equation 5).
 
     Returns:
         predicting: [targets] int64, index of each predicting token among the tokens, ascending.
@@ -66,10 +69,14 @@ def targets_of(histories: Histories, tokens: Int64, predict_from: PredictFrom) -
         else:
             known = np.ones(tokens.size, dtype=bool) if histories.known is None else histories.known[tokens]
             predicts &= known if predict_from == "every" else find_last(following, known)
-    if predicts is None:
-        return np.arange(tokens.size), following
-    predicting = np.flatnonzero(predicts)
-    return predicting, following[predicting]
+    predicting = np.arange(tokens.size) if predicts is None else np.flatnonzero(predicts)
+    targets = following[predicting]
+    if last_target and targets.size:
+        history = np.searchsorted(histories.offsets, targets, side="right") - 1
+        ends = np.append(history[1:] != history[:-1], True)  # targets ascend
+        last = targets[ends][np.cumsum(ends) - ends]
+        predicting, targets = predicting[targets == last], targets[targets == last]
+    return predicting, targets
 
 
 def find_last(following: Int64, known: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:

@@ -18,6 +18,9 @@ class Block(nn.Module):
         super().__init__()
         dim = config.dim
         self.heads, self.dropout, self.attention_dropout = config.heads, config.dropout, config.attention_dropout
+        self.activation = F.relu if config.activation == "relu" else F.gelu
+        # Attention divides by the square root of a head's width, however it is computed; queries make up the rest.
+        self.query_scale = config.heads**-0.5 if config.attention_scale == "dim" else 1.0
         self.norm_attention, self.norm_feed = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.up, self.down = nn.Linear(dim, config.feed_forward * dim), nn.Linear(config.feed_forward * dim, dim)
@@ -34,14 +37,14 @@ class Block(nn.Module):
         if x.device.type == "cpu":  # one copy here instead of one per operand of every product
             packed = packed.contiguous()
         q, k, v = packed
-        return q, k, v
+        return q if self.query_scale == 1.0 else q * self.query_scale, k, v
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Run the block from attention's result on: block input `x` [rows, length, dim] and `attended` [rows, heads,
         length, head_dim] -> block output [rows, length, dim]."""
         attended = self.out(attended.transpose(1, 2).reshape(x.shape))
         x = self.norm_attention(x + dropout(attended, self.dropout, self.training))
-        return self.norm_feed(x + dropout(self.down(F.gelu(self.up(x))), self.dropout, self.training))
+        return self.norm_feed(x + dropout(self.down(self.activation(self.up(x))), self.dropout, self.training))
 
 
 class TokenFeatures(nn.ModuleDict):
@@ -128,7 +131,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.segments = config, segments
         self.position = nn.Embedding(config.max_len, config.dim)
-        self.norm_in = nn.LayerNorm(config.dim)
+        self.norm_in = nn.LayerNorm(config.dim) if config.norm_in else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.apply(self._init)
         if config.history_in:

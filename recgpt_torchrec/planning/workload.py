@@ -52,8 +52,10 @@ class Workload:
             plan, inputs = with_sizes_of(plan, manifest), choose_inputs(plan, dataset)
             several = frozenset(each.table for each in manifest.attributes if each.multiple)
         assert plan.users is not None
-        tokens, device = plan.batch.tokens, "cpu" if plan.gpu == "cpu" else "cuda"
-        if tokens == "auto":
+        tokens, device = plan.batch.given_tokens(plan.model.max_len), "cpu" if plan.gpu == "cpu" else "cuda"
+        if tokens is not None and plan.batch.users:
+            tokens = min(tokens, max(1, round(plan.batch.users * cls(plan, 0).history)))
+        elif tokens is None:
             epoch = cls(plan, 0).epoch_tokens or MOST[device] * plan.ranks * 10**6
             tokens = tokens_of_rank(tokens_of_step(epoch, plan.ranks, device), plan.ranks, plan.model.max_len)
         return cls(plan, tokens, inputs, several)
@@ -144,7 +146,8 @@ class Workload:
         model = self.plan.model
         reader = HistoryReader(dataset=dataset, split="training", max_len=model.max_len)
         source: Any = SimpleNamespace(room=self._room)
-        return BatchMaker(reader=reader, batch=self.plan.batch.of(self.tokens), source=source).capacity
+        batch, most = self.plan.batch, self.plan.batch.given_tokens(model.max_len) or self.tokens
+        return BatchMaker(reader=reader, batch=batch.of(most), users=batch.users, source=source).capacity
 
     @cached_property
     def meta_model(self) -> RecGPT:

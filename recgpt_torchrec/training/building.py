@@ -79,8 +79,8 @@ def choose_tokens(
     """
     max_len = model.max_len if config.batch.long_histories == "newest" else None
     epoch = dataset.manifest.count_training_tokens(max_len, prompts=tuning is not None and tuning.prompts)
-    given = config.batch.tokens
-    if given != "auto":
+    given = config.batch.given_tokens(model.max_len)
+    if given is not None:
         return Tokens(given, None, epoch)
     record, ranks = run_on_first_rank(lambda: read_record(config.output)), world_size()
     if record is not None and record.rank_tokens is not None:
@@ -139,11 +139,13 @@ def training_stream(
     maker = BatchMaker(
         reader=reader,
         batch=batch,
+        users=config.batch.users,
         attributes=Attributes.open(dataset, reader.inputs, read_on_node),
         source=candidate_source(config.loss, dataset, batch, rank(), world_size()),
         seed=config.seed,
         predict_from=predict_from,
         soft_targets=soft_targets,
+        last_target=tuning is not None and tuning.targets == "last",
         layout="row" if execution.attention == "varlen" else "grid",
         pad=execution.compile and execution.attention == "varlen",
     )

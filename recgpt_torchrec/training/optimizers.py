@@ -24,7 +24,6 @@ FUSED: dict[str, tuple[Any, dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {}),
 }
 """Table optimizers that fbgemm fuses into the backward on CPU and CUDA; it fuses Adam on CUDA only."""
-ADAM: tuple[Any, dict[str, Any]] = (torch.optim.Adam, {"betas": (0.9, 0.98)})
 
 
 def torch_optimizers(optimizer: CombinedOptimizer) -> Iterator[torch.optim.Optimizer]:
@@ -95,7 +94,7 @@ def optimizers_of(
 
 def _table_optimizer(table: str, tables: Tables, frozen: Set[str]) -> tuple[Any, dict[str, Any]]:
     """Class and arguments of a table's optimizer."""
-    kind, settings = FUSED.get(tables.optimizer, ADAM)
+    kind, settings = FUSED.get(tables.optimizer, (torch.optim.Adam, {"betas": (0.9, tables.beta2)}))
     if table in frozen:
         return kind, {"lr": 0.0, "weight_decay": 0.0, **settings}
     return kind, {"lr": tables.lr_of(table), "weight_decay": tables.weight_decay, **settings}

@@ -23,6 +23,7 @@ def stream_of(
     *,
     split: SplitName = "training",
     tokens: int = 40,
+    users: int = 0,
     window_groups: int = 2,
     workers: int = 0,
     max_len: int = MAX_LEN,
@@ -43,6 +44,7 @@ def stream_of(
     maker = BatchMaker(
         reader=HistoryReader(dataset=dataset, split=split, max_len=max_len, **reads),
         batch=batch,
+        users=users,
         source=source,
         seed=seed,
         predict_from=predict_from,

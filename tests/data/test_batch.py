@@ -46,12 +46,17 @@ LAYOUTS: dict[str, dict] = {"grid": {}, "row": {"layout": "row"}, "padded row": 
 
 
 def build_batch_and_candidates(
-    histories: Histories, predict: bool, how: str, predict_from: str = "every", layout: str = "grid"
+    histories: Histories,
+    predict: bool,
+    how: str,
+    predict_from: str = "every",
+    layout: str = "grid",
+    last_target: bool = False,
 ) -> tuple[SequenceBatch, np.ndarray, np.ndarray]:
     """Make a batch; returns it with the candidates it must hold and their logQ."""
     capacity = Capacity(users=8, items=ITEMS, item_keys=3)
     arguments: dict = {"row_length": ROW, "capacity": capacity, "predict": predict, "predict_from": predict_from}
-    arguments |= LAYOUTS[layout]
+    arguments |= {**LAYOUTS[layout], "last_target": last_target}
     ids, log_q = np.zeros(0, np.int64), np.zeros(0, np.float32)
     rng = np.random.default_rng(0)
     if how == "all":
@@ -68,14 +73,16 @@ def build_batch_and_candidates(
     elif how == "in_batch":
         in_batch = InBatch(np.arange(ITEMS), tokens=5)
         arguments["draw"] = lambda targets: in_batch.draw(targets, rng)
-        targets = {target for *_, target in expected(histories, predict, predict_from) if target is not None}
-        ids = np.array(sorted(targets), np.int64)
+        targets = {target for *_, target in expected(histories, predict, predict_from, last_target)}
+        ids = np.array(sorted(targets - {None}), np.int64)
         log_q = in_batch.log_q[ids]
         assert np.unique(in_batch.log_q).size == ITEMS
     return make_batch(histories, **arguments), ids, log_q
 
 
-def expected(histories: Histories, predict: bool, predict_from: str = "every") -> list[tuple]:
+def expected(
+    histories: Histories, predict: bool, predict_from: str = "every", last_target: bool = False
+) -> list[tuple]:
     """(sequence, position, user, item, segment, target or None) of every input entry, by a plain loop."""
     entries = []
     for s, user in enumerate(histories.users.tolist()):
@@ -83,11 +90,13 @@ def expected(histories: Histories, predict: bool, predict_from: str = "every") -
         items = histories.items[part].tolist()
         segments = histories.segments[part].tolist() if histories.segments is not None else [0] * len(items)
         seen = since = 0
+        last = max((q for q in range(len(items)) if segments[q] == 0), default=0)
         for p in range(len(items) - predict):
             seen, since = (seen + 1, 0) if segments[p] == 0 else (seen, since + 1)
             position = min(seen - 1 + since, ROW - 1)
             coming = [q for q in range(p + 1, len(items)) if segments[q] == 0]
             allowed = {"every": True, "interacted": segments[p] == 0, "last": coming[:1] == [p + 1]}[predict_from]
+            allowed &= not last_target or coming[:1] == [last]
             target = items[coming[0]] if predict and coming and allowed else None
             entries.append((s, position, user, items[p], segments[p], target))
     return sorted(entries, key=str)
@@ -98,10 +107,11 @@ def expected(histories: Histories, predict: bool, predict_from: str = "every") -
     st.sampled_from(["none", "all", "a range", "sampled", "in_batch"]),
     st.sampled_from(["every", "interacted", "last"]),
     st.sampled_from(list(LAYOUTS)),
+    st.booleans(),
 )
-def test_a_batch_equals_a_plain_loop(case, how, predict_from, layout):
+def test_a_batch_equals_a_plain_loop(case, how, predict_from, layout, last_target):
     histories, predict = case
-    batch, candidates, log_q = build_batch_and_candidates(histories, predict, how, predict_from, layout)
+    batch, candidates, log_q = build_batch_and_candidates(histories, predict, how, predict_from, layout, last_target)
     users, items = ids_by_bag(batch.bags)
     assert len(users) >= 8 and len(items) >= ITEMS
     for filled in ([id for id in ids if id is not None] for ids in (users, items)):
@@ -125,7 +135,7 @@ def test_a_batch_equals_a_plain_loop(case, how, predict_from, layout):
         if sequence >= 0
     ]
     found = sorted(found, key=str)
-    wanted = expected(histories, predict, predict_from)
+    wanted = expected(histories, predict, predict_from, last_target)
     assert found == wanted
     assert len(targets) == count == float(batch.global_targets)
     assert all(flat["sequence"][slot] >= 0 for slot in targets)

@@ -209,6 +209,16 @@ def test_evaluation_encodes_each_history_once_with_its_held_out_item(tmp_path, s
     assert found == wanted
 
 
+def test_a_batch_holds_as_many_users_as_given_and_every_target_comes_once(tmp_path):
+    histories = walks(23, 30, shortest=4, longest=15)
+    stream = stream_of(write_dataset(tmp_path, histories, items=30), tokens=5 * MAX_LEN, users=5)
+    batches = list(stream.batches(epoch=1))
+    assert [batch.histories.users.size for batch in batches] == [5, 5, 5, 5, 3]
+    found = Counter(pair for batch in batches for pair in pairs(batch))
+    assert found == expected_pairs(histories, "newest", MAX_LEN)
+    assert stream.maker.capacity.users == 5
+
+
 def test_users_with_one_two_and_three_items(tmp_path):
     dataset = write_dataset(tmp_path / "data", [[0], [1, 2], [3, 4, 5], [6, 7, 8, 9]], rows_per_group=2)
     stream = stream_of(dataset)

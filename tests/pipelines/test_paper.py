@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines import paper, paper_report, steps
+from pipelines import paper, paper_methods, paper_report, steps, tables
 from recgpt_torchrec import cli, config
 from tools import synthetic_log
 
@@ -83,7 +83,7 @@ def test_from_a_log_to_the_report_interrupted_and_done_once(tmp_path, executor, 
     (configs / "paper_prompts.yaml").write_text(PROMPTS)
     (configs / "tiny_tune.yaml").write_text(TUNE)
     words = ["--dataset", f"tiny={log}", "--output", str(tmp_path / "out"), "--configs", str(configs)]
-    words += ["--seeds", "1", "--ranks", "1", "--k", "1"]
+    words += ["--seeds", "1", "--ranks", "1", "--k", "0", "1"]
 
     executor.interrupt_at = 6
     with pytest.raises(SystemExit) as ended:
@@ -111,6 +111,15 @@ def test_from_a_log_to_the_report_interrupted_and_done_once(tmp_path, executor, 
     grid = json.loads((out / "tiny/seed0/k1/recgpt_validation.json").read_text())["recall"]
     assert grid["validation"][f"{grid['m']}_{grid['n']}"] == max(grid["validation"].values())
     assert f"--recall.m {grid['m']}" in report["steps"]["tiny/seed0/k1/recgpt_test"]["command"]
+    # K = 0 is fine-tuning, drawn and never chosen; 10_0 is one step
+    control = json.loads((out / "tiny/seed0/fine_tuning_test.json").read_text())["results"]
+    assert found["k"]["chosen"] == 1 and found["k"]["test"]["0"] == {
+        "recgpt_1": control["fine_tuning"]["masked"],
+        "recgpt": control["fine_tuning_two_step"]["masked"],
+    }
+    on_validation = json.loads((out / "tiny/seed0/k1/recgpt_validation.json").read_text())["results"]["recgpt_1"]
+    assert list(found["m_n"]["validation"]) == [f"{m}_{10 - m}" for m in range(10, 0, -1)]
+    assert found["m_n"]["validation"]["10_0"]["mean"] == on_validation["masked"]["NDCG@10"]
     # the control takes as many optimizer steps as the prompted run
     (training,) = found["training"]
     assert training["k1/recgpt"]["steps"] == pytest.approx(training["fine_tuning"]["steps"], abs=1)
@@ -129,20 +138,49 @@ def test_from_a_log_to_the_report_interrupted_and_done_once(tmp_path, executor, 
     assert "settings.train.epochs: 1 there, 2 now" in capsys.readouterr().err
 
 
-def test_the_split_by_time_is_passed_on_and_the_report_says_it(tmp_path, executor):
+def test_a_split_by_time_longer_lists_and_methods_are_in_the_report(tmp_path, executor):
     log, configs = tmp_path / "log.csv", tmp_path / "configs"
     synthetic_log.main(["--output", str(log), "--users", "120", "--items", "60", "--mean_events", "10"])
     configs.mkdir()
     for name, text in (("paper", CONFIG), ("paper_prompts", PROMPTS), ("paper_tune", TUNE)):
         (configs / f"{name}.yaml").write_text(text)
     words = ["--dataset", f"tiny={log}", "--output", str(tmp_path / "out"), "--configs", str(configs)]
-    paper.main([*words, "--seeds", "1", "--ranks", "1", "--k", "1", "--hold_out", "time", "--test_from", "85%"])
-    report = json.loads((tmp_path / "out/report.json").read_text())
-    assert report["hold_out"] == ["--hold_out", "time", "--test_from", "85%"]
-    assert report["datasets"]["tiny"]["baselines"].keys() == paper_report.BASELINES.keys()
-    assert "Split by time (`--hold_out time --test_from 85%`" in (tmp_path / "out/report.md").read_text()
-    prompted = json.loads((tmp_path / "out/tiny/seed0/k1/prompts/manifest.json").read_text())
-    assert prompted["hold_out"] == "time"
+    words += ["--seeds", "1", "--ranks", "1", "--k", "1", "--lists", "20"]
+    paper.main([*words, "--hold_out", "time", "--test_from", "85%"])
+    found = json.loads((tmp_path / "out/report.json").read_text())["datasets"]["tiny"]
+    assert found["hold_out"] == ["--hold_out", "time", "--test_from", "85%"]
+    assert found["baselines"].keys() == paper_report.BASELINES.keys()
+    folder = tmp_path / "out/tiny/seed0"
+    assert json.loads((folder / "k1/prompts/manifest.json").read_text())["hold_out"] == "time"
+    for path, run in (("recgpt", "k1/recgpt"), ("cooccurrence", "pretrain")):
+        ten, twenty = (json.loads((folder / f"{run}_test{ending}.json").read_text()) for ending in ("", "_20"))
+        for metric, value in {**ten["results"][path]["masked"], **twenty["results"][path]["masked"]}.items():
+            assert found["lists"][path]["masked"][metric]["mean"] == value
+        assert found["quality"][path] == {"10": ten["lists"]["paths"][path], "20": twenty["lists"]["paths"][path]}
+    for row in found["paired"]:
+        one, other = (found["lists"][row[side]]["masked"][row["metric"]]["mean"] for side in ("path", "other"))
+        assert row["difference"] == pytest.approx(one - other, abs=1e-6)
+        assert row["low"] <= row["difference"] <= row["high"]
+    assert {(row["path"], row["other"]) for row in found["paired"]} == set(paper_methods.AGAINST)
+    assert {row["metric"] for row in found["paired"]} == {"HR@10", "NDCG@10", "HR@20", "NDCG@20"}
+    text = (tmp_path / "out/report.md").read_text()
+    assert "Split by time (`--hold_out time --test_from 85%`" in text and "| HR@20 | NDCG@20 |" in text
+
+
+def test_a_data_set_is_measured_on_both_splits_with_its_own_configurations():
+    words = ["--dataset", f"ml100k={__file__}", "--hold_out", "last", "time", "--test_from", "90%"]
+    options = paper.parse(words)
+    assert {name: source.hold_out for name, source in options.datasets.items()} == {
+        "ml100k": [],
+        "ml100k_time": ["--hold_out", "time", "--test_from", "90%"],
+    }
+    by_time = paper.Paper("ml100k_time", options, steps.RecordedSteps("x", "x", []))
+    assert (by_time.config, by_time.tune_config) == ("configs/ml100k.yaml", "configs/ml100k_tune.yaml")
+    assert by_time.folder.endswith("/ml100k_time")
+    original = paper.Paper("ml100k", paper.parse([*words, "--settings", "original"]), by_time.steps)
+    assert (original.config, original.tune_config) == ("configs/original.yaml", "configs/original_tune.yaml")
+    assert original.prompts_config == "configs/paper_prompts.yaml"
+    assert original._share_users(original.config) == ["--batch.users", "128"]  # on two ranks
 
 
 @pytest.mark.parametrize(
@@ -154,7 +192,9 @@ def test_the_split_by_time_is_passed_on_and_the_report_says_it(tmp_path, executo
         (["--dataset", "no-equals"], "is not NAME=FILE"),
         (["--dataset", "x=/no/such/file"], "there is no /no/such/file"),
         (["--dataset", f"x={__file__}", f"x={__file__}"], "choose another name"),
-        (["--dataset", f"x={__file__}", "--k", "0"], "1 to 8 prompts"),
+        (["--dataset", f"x={__file__}", "--k", "0"], "one of them at least 1"),
+        (["--dataset", f"x={__file__}", "--k", "9"], "0 to 8 prompts"),
+        (["--dataset", f"x={__file__}", "--lists", "10"], "lists of 5 and 10 are always measured"),
         (["--dataset", f"x={__file__}", "--seeds", "0"], "at least 1"),
     ],
 )
@@ -167,18 +207,18 @@ def test_bad_options_are_refused_before_anything_is_written(words, said, tmp_pat
 
 def test_mean_and_sample_deviation():
     values = [0.05, 0.06, 0.055, 0.0525]
-    made = paper_report.mean_and_deviation(values)
+    made = tables.mean_and_deviation(values)
     assert made["mean"] == pytest.approx(np.mean(values)) and made["sd"] == pytest.approx(np.std(values, ddof=1))
-    assert paper_report.mean_and_deviation([0.3]) == {"mean": 0.3, "sd": None, "values": [0.3]}
+    assert tables.mean_and_deviation([0.3]) == {"mean": 0.3, "sd": None, "values": [0.3]}
     with pytest.raises(ValueError, match="no value"):
-        paper_report.mean_and_deviation([])
+        tables.mean_and_deviation([])
 
 
 def test_figures_are_taken_over_seeds_path_by_path():
     def result(value: float) -> dict[str, Any]:
         return {"masked": {"HR@5": value}, "unmasked": {"HR@5": value + 1}}
 
-    made = paper_report.over_seeds([{"recgpt": result(1), "only here": result(9)}, {"recgpt": result(3)}])
+    made = tables.over_seeds([{"recgpt": result(1), "only here": result(9)}, {"recgpt": result(3)}])
     assert list(made) == ["recgpt"]
     assert made["recgpt"]["masked"]["HR@5"] == {"mean": 2, "sd": pytest.approx(2**0.5), "values": [1, 3]}
     assert made["recgpt"]["unmasked"]["HR@5"]["mean"] == 3
@@ -188,7 +228,7 @@ def test_the_best_of_each_column_is_bold_and_missing_figures_are_dashes():
     def one(mean: float, sd: float | None = None) -> dict[str, Any]:
         return {"mean": mean, "sd": sd}
 
-    lines = paper_report.table("", ("a", "b"), [("x", [one(0.5, 0.01), one(0.1)]), ("y", [None, one(0.2)])])
+    lines = tables.table("", ("a", "b"), [("x", [one(0.5, 0.01), one(0.1)]), ("y", [None, one(0.2)])])
     assert lines[2:] == ["| x | **0.5000** ± 0.0100 | 0.1000 |", "| y | – | **0.2000** |"]
 
 

@@ -44,6 +44,14 @@ def test_bags_and_parameters_are_those_of_a_run(tmp_path: Any, candidates: Any, 
     assert workload.dense_parameters == sum(p.numel() for p in Dense(model, loss).parameters())
 
 
+def test_users_per_batch_decide_steps_and_bags() -> None:
+    batch = TrainingBatch(users=50)
+    workload = Workload.of(on_cpu(batch=batch, history=6.0, gpus=1))
+    assert (workload.tokens, workload.sequences, workload.capacity.users) == (300, 50, 50)
+    assert workload.steps is None
+    assert Workload.of(on_cpu(batch=batch, interactions=35_000, gpus=1)).steps == 100  # 5,000 users
+
+
 def test_sizes_come_from_the_dataset_where_they_are_not_given(tmp_path: Any) -> None:
     write_dataset(tmp_path, [[1, 2, 3, 4, 5]] * 20, items=30)
     taken = Workload.of(Plan(data=str(tmp_path), gpu="cpu", **FAST))

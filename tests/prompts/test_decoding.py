@@ -1,5 +1,7 @@
 """Cached decoding against the decoder's own forward pass over the whole sequence."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ DIM, MAX_LEN = 8, 12
 LENGTHS = [7, 1, 12, 4]
 
 
-def random_decoder(layers: int = 3, feedback: bool = False, **settings: bool) -> Decoder:
+def random_decoder(layers: int = 3, feedback: bool = False, **settings: Any) -> Decoder:
     torch.manual_seed(0)
     model = Model(dim=DIM, heads=2, layers=layers, max_len=MAX_LEN, **settings)
     decoder = Decoder(model, SEGMENTS if feedback else 0, feedback=feedback)
@@ -53,11 +55,16 @@ def padded(parts: list[Tensor], fill: float) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=fill)
 
 
+PAPER = {"activation": "relu", "attention_scale": "dim", "norm_in": False}
+"""The decoder's settings in `configs/original.yaml`."""
+
+
 @pytest.mark.parametrize("history_in", [True, False])
 @pytest.mark.parametrize("history_out", [True, False])
 @pytest.mark.parametrize("feedback", [False, True])
-def test_step_by_step_is_the_full_forward_at_every_position(history_in, history_out, feedback):
-    decoder = random_decoder(history_in=history_in, history_out=history_out, feedback=feedback)
+@pytest.mark.parametrize("settings", [{}, PAPER])
+def test_step_by_step_is_the_full_forward_at_every_position(history_in, history_out, feedback, settings):
+    decoder = random_decoder(history_in=history_in, history_out=history_out, feedback=feedback, **settings)
     items, users, positions, segments = sequences([9, 9, 9])
     state = Decoding(decoder, users=3, capacity=9)
     stepped = [feed(state, t, items, users, positions, segments) for t in range(9)]

@@ -121,6 +121,19 @@ def test_a_number_of_tokens_in_a_record_is_checked(
     assert tokens is None or "run.json" in capsys.readouterr().err
 
 
+def test_users_per_batch_give_it_the_tokens_of_their_longest_histories(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "data", walks(users=60, items=20), items=20)
+    config = config_of(tmp_path, max_len=7)
+    config.batch = TrainingBatch(users=16)
+    chosen = choose_tokens(config, config.model, dataset, CPU)
+    assert (chosen.rank, chosen.step) == (16 * 7, None)
+    options = {"--data": tmp_path / "data", "--output": tmp_path / "run", **AUTO, "--batch.users": 16}
+    assert stage("pretrain", options) == 0
+    assert read_epochs(tmp_path / "run")[0]["step"] == 4  # 60 users
+    with pytest.raises(ValueError, match="--batch.users is -1; it must be at least 0"):
+        TrainingBatch(users=-1)
+
+
 def test_a_number_that_is_given_stays_one_per_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = write_dataset(tmp_path / "data", walks(users=60, items=20), items=20)
     monkeypatch.setattr(building, "world_size", lambda: 4)

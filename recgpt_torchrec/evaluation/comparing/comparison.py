@@ -179,15 +179,22 @@ def shared_paths(first: UserResults, second: UserResults) -> list[tuple[str, str
     return [(path, by_role[role]) for path in first.record.paths if (role := role_of(path)) in by_role]
 
 
-def compare(first: Evaluation, second: Evaluation, protocol: str = "masked") -> list[Difference]:
-    """Paired differences, first minus second, of all shared paths over the shared users: NDCG@k and HR@k of each.
+def compare(
+    first: Evaluation, second: Evaluation, protocol: str = "masked", pairs: list[tuple[str, str]] | None = None
+) -> list[Difference]:
+    """Paired differences, first minus second, over the shared users: NDCG@k and HR@k of each pair of paths.
+
+    Args:
+        first, second: the evaluations; they may be the same.
+        protocol: `masked` or `unmasked`.
+        pairs: a path of the first and one of the second; None: all paths with the same role in both.
 
     Raises:
         InputError: they cannot be compared, or share no user.
     """
     names = (first.path, second.path)
     check_comparable(first.values, second.values, names)
-    pairs = shared_paths(first.results, second.results)
+    pairs = shared_paths(first.results, second.results) if pairs is None else pairs
     k = choose_k(sorted({*measured_ks(first.values)} & {*measured_ks(second.values)}) or [0])
     if not k:
         raise InputError(f"{names[0]} and {names[1]} have no list length in common; evaluate both with the same --ks")

@@ -1,0 +1,331 @@
+"""From the paper's own settings to ours, one choice at a time, over seeds: what each of our choices is worth.
+
+    python pipelines/ladder.py --dataset beauty=../shared/data/Beauty.txt --output runs/ladder --seeds 5
+
+Starts at configs/original.yaml and original_tune.yaml and ends at the data set's own configuration, or that of `paper`.
+Each rung takes some options of ours and keeps those of the rungs before it; pre-training first, then prompt-tuning,
+which starts from the last rung of pre-training. OUTPUT/report.md and report.json have HR@10 and NDCG@10 on test of
+every rung, its gain over the rung before, seed by seed, and the time to train; they are updated after each seed, and
+the same command resumes an interrupted ladder. Test chooses nothing: each rung keeps its best epoch by validation.
+"""
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pipelines import experiment  # noqa: E402
+from pipelines.experiment import config_file, from_root  # noqa: E402
+from pipelines.paper_report import read_training  # noqa: E402
+from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
+from pipelines.tables import Row, cell, mean_and_deviation, read_json, table  # noqa: E402
+from recgpt_torchrec import cli, config  # noqa: E402
+from recgpt_torchrec.storage.finished import flatten  # noqa: E402
+
+METRICS = ("HR@10", "NDCG@10")
+ORIGINAL = "original"
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A choice of ours, added to those before it."""
+
+    name: str
+    meaning: str
+    options: tuple[str, ...] = ()
+    """Options that it takes from ours: dotted names, or groups of them."""
+
+
+PRETRAIN = (
+    Rung(ORIGINAL, "the paper's settings: binary cross-entropy, Adam, batches of 256 users"),
+    Rung("loss", "softmax over sampled items", ("loss",)),
+    Rung("history_in", "mean of the history at the input", ("model.history_in",)),
+    Rung("history_out", "decaying mean of the history at the output", ("model.history_out",)),
+    Rung(
+        "decoder",
+        "GELU, scores over sqrt(d / heads), wider feed-forward layer, norm at the input",
+        ("model.activation", "model.attention_scale", "model.feed_forward", "model.norm_in"),
+    ),
+    Rung("dropout", "more dropout, of attention too", ("model.dropout", "model.attention_dropout")),
+    Rung(
+        "users",
+        "user vectors start at 0, learn slowly and are dropped at random",
+        ("model.user_dropout", "tables.user_lr", "tables.user_init_std"),
+    ),
+    Rung("batch", "smaller batches, by tokens", ("batch",)),
+    Rung("optimizer", "row-wise Adagrad of the tables; warm-up and cosine decay", ("tables", "optimizer")),
+    Rung("length", "epochs, validation and early stopping", ("train",)),
+    Rung("rest", "all other options", ("",)),
+)
+TUNE = (
+    Rung(ORIGINAL, "the paper's settings, from the model above: loss at the last item"),
+    Rung("targets", "loss at every interaction, which predicts the next", ("tuning.targets", "tuning.predict_from")),
+    Rung("batch", "smaller batches, by tokens", ("batch",)),
+    Rung("optimizer", "row-wise Adagrad of the tables; warm-up and cosine decay", ("tables", "optimizer")),
+    Rung("length", "epochs and early stopping", ("train",)),
+    Rung("loss", "softmax over sampled items", ("loss",)),
+    Rung("soft_targets", "part of each target's weight on the model's own answers", ("tuning.soft_targets",)),
+    Rung("rest", "all other options", ("",)),
+)
+STAGES: dict[str, tuple[type, tuple[Rung, ...], tuple[str, ...]]] = {
+    "pretrain": (config.Pretrain, PRETRAIN, ("pretrain",)),
+    "prompt_tune": (config.PromptTune, TUNE, ("recgpt_1", "recgpt")),
+}
+"""Of each stage its configuration, its rungs, and the paths that measure it."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A rung on one data set: the options of ours that it adds."""
+
+    rung: Rung
+    added: dict[str, Any]
+
+
+def climb(kind: type, rungs: tuple[Rung, ...], original: str, ours: str) -> list[Step]:
+    """The rungs from one configuration file to another, each with what it adds; one that adds nothing is left out.
+
+    Args:
+        kind: configuration of the stage.
+        rungs: in order, the original first.
+        original, ours: configuration files, relative to the project.
+    """
+    first, last = (read_options(kind, file) for file in (original, ours))
+    left = {name: value for name, value in last.items() if value != first[name]}
+    steps = []
+    for rung in rungs:
+        added = {name: left.pop(name) for name in list(left) if takes(rung, name)}
+        if added or rung.name == ORIGINAL:
+            steps.append(Step(rung, added))
+    return steps
+
+
+def takes(rung: Rung, name: str) -> bool:
+    """Whether a rung takes an option."""
+    return any(not option or name == option or name.startswith(f"{option}.") for option in rung.options)
+
+
+def read_options(kind: type, file: str) -> dict[str, Any]:
+    """All options of a configuration file by dotted name, defaults included."""
+    words = ["--config", str(ROOT / file), "--data", "", "--output", ""]
+    words += ["--checkpoint", ""] if kind is config.PromptTune else []
+    return flatten(asdict(cli.parse(kind, "ladder", words)))
+
+
+def words_of(options: dict[str, Any]) -> list[str]:
+    """Options as words of a command line."""
+    words = []
+    for name, value in options.items():
+        spelled = str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+        words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [spelled])]
+    return words
+
+
+@dataclass(kw_only=True)
+class Options(experiment.Options):
+    """Options of this pipeline."""
+
+    datasets: dict[str, str]
+    """Raw file by name."""
+    rungs: list[str]
+    """Names of the rungs to measure; empty: all."""
+    epochs: int
+    """Epochs of every rung; 0: each has its own."""
+
+
+class Climb:
+    """The rungs of one data set.
+
+    Example: `Climb("beauty", options).measured("pretrain")`
+    """
+
+    def __init__(self, name: str, options: Options) -> None:
+        self.name, self.options = name, options
+        endings = {"pretrain": "", "prompt_tune": "_tune"}
+        self.start = {stage: f"{options.configs}/{ORIGINAL}{ending}.yaml" for stage, ending in endings.items()}
+        self.rungs = {
+            stage: climb(kind, rungs, self.start[stage], config_file(options.configs, name, endings[stage]))
+            for stage, (kind, rungs, _) in STAGES.items()
+        }
+        """By stage."""
+
+    @property
+    def last(self) -> str:
+        """Name of the last rung of pre-training, from which tuning starts."""
+        return self.rungs["pretrain"][-1].rung.name
+
+    def measured(self, stage: str) -> list[str]:
+        """Names of the rungs of a stage that are measured: those that were asked for, and what tuning starts from."""
+        names = [step.rung.name for step in self.rungs[stage]]
+        if not self.options.rungs:
+            return names
+        wanted = {rung.partition(".")[2] for rung in self.options.rungs if rung.startswith(f"{stage}.")}
+        if stage == "pretrain" and self.measured("prompt_tune"):
+            wanted.add(self.last)
+        return [name for name in names if name in wanted]
+
+    def planned(self) -> list[str]:
+        """The kind of every step, see `RecordedSteps`."""
+        kinds = []
+        for stage in STAGES:
+            kinds += len(self.measured(stage)) * [f"{self.name} {stage}", f"{self.name} test"]
+        kinds += [f"{self.name} generate"] * bool(self.measured("prompt_tune"))
+        return [f"{self.name} prepare", *kinds * self.options.seeds]
+
+
+class Ladder(experiment.Experiment):
+    """All steps on one data set. Example: `Ladder("beauty", options, steps).run()`."""
+
+    options: Options
+
+    def __init__(self, name: str, options: Options, steps: RecordedSteps) -> None:
+        super().__init__(name, options, steps)
+        self.climb = Climb(name, options)
+
+    def run(self) -> None:
+        """Run every unfinished step; the report is written after each seed."""
+        self._prepare("prepare", [self.options.datasets[self.name]], self.data)
+        for seed in range(self.options.seeds):
+            self._train_rungs("pretrain", seed, self.data, ("prepare",))
+            if self.climb.measured("prompt_tune"):
+                last = f"seed{seed}/pretrain/{self.climb.last}"
+                prompts = self._generate_prompts(f"seed{seed}", 1, last)
+                more = ["--checkpoint", f"{self.folder}/{last}"]
+                self._train_rungs("prompt_tune", seed, f"{self.folder}/{prompts}", (last, prompts), more)
+            write_report(self.options)
+
+    def _train_rungs(
+        self, stage: str, seed: int, data: str, needs: tuple[str, ...], more: list[str] | None = None
+    ) -> None:
+        added: dict[str, Any] = {}
+        for step in self.climb.rungs[stage]:
+            added |= step.added
+            if step.rung.name not in self.climb.measured(stage):
+                continue
+            options = added | ({"train.epochs": self.options.epochs} if self.options.epochs else {})
+            if stage == "prompt_tune" and "batch.tokens" in options:
+                options["batch.tokens"] = self._equal_step_tokens(data)  # as many optimizer steps as without prompts
+            run = f"{stage}/{step.rung.name}"
+            words = [*(more or []), *words_of(options)]
+            self._train(f"seed{seed}/{run}", stage, stage, self.climb.start[stage], data, needs, seed, words)
+            self._test(seed, run, data)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run every unfinished step, and write the report."""
+    options = parse(arguments)
+    planned = [kind for name in options.datasets for kind in Climb(name, options).planned()]
+    with pipeline("ladder", options.output, planned) as steps:
+        for name in options.datasets:
+            Ladder(name, options, steps).run()
+
+
+def parse(arguments: list[str] | None = None) -> Options:
+    """Parse the command line; paths become relative to the project, where commands run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", nargs="+", required=True, metavar="NAME=FILE", help="raw files and their names")
+    parser.add_argument("--output", default="runs/ladder", help="output folder (default: runs/ladder)")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to SEEDS - 1 (default: 5)")
+    parser.add_argument("--ranks", type=int, default=2, help="processes of each stage (default: 2)")
+    parser.add_argument("--configs", default="configs", help="folder of the configurations (default: configs)")
+    names = [f"{stage}.{rung.name}" for stage, (_, rungs, _) in STAGES.items() for rung in rungs]
+    parser.add_argument(
+        "--rungs", nargs="+", default=[], metavar="RUNG", help=f"rungs to measure (default: all): {', '.join(names)}"
+    )
+    parser.add_argument("--epochs", type=int, default=0, help="epochs of every rung, for a try (default: its own)")
+    given = parser.parse_args(arguments)
+    datasets: dict[str, str] = {}
+    for pair in given.dataset:
+        name, _, path = pair.partition("=")
+        if not path or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in (*datasets, "steps"):
+            parser.error(f"--dataset {pair} is not NAME=FILE with a new name, for example beauty=Beauty.txt")
+        if "://" not in path and not Path(path).exists():
+            parser.error(f"--dataset {pair}: there is no {path}")
+        datasets[name] = path if "://" in path else from_root(path)
+    if given.seeds < 1 or given.ranks < 1 or given.epochs < 0:
+        parser.error("--seeds and --ranks must be at least 1, and --epochs at least 0")
+    if unknown := set(given.rungs) - set(names):
+        parser.error(f"--rungs {' '.join(sorted(unknown))}: choose among {', '.join(names)}")
+    return Options(
+        datasets=datasets,
+        output=from_root(given.output),
+        seeds=given.seeds,
+        ranks=given.ranks,
+        configs=from_root(given.configs),
+        rungs=given.rungs,
+        epochs=given.epochs,
+    )
+
+
+def write_report(options: Options) -> None:
+    """Write report.json and report.md of the seeds that are finished."""
+    output = ROOT / options.output
+    report = {name: collect(Climb(name, options)) for name in options.datasets}
+    (output / "report.json").write_text(json.dumps(report, indent=1))
+    (output / "report.md").write_text(markdown(report))
+
+
+def collect(climbed: Climb) -> list[dict[str, Any]]:
+    """The rungs of a data set in order, with their figures over seeds and their gains over the rung before."""
+    folder, seeds = ROOT / climbed.options.output / climbed.name, range(climbed.options.seeds)
+    rows = []
+    before: dict[int, dict[str, float]] = {}
+    for stage, (_, _, paths) in STAGES.items():
+        for step in climbed.rungs[stage]:
+            runs = {seed: folder / f"seed{seed}/{stage}/{step.rung.name}" for seed in seeds}
+            tests = {seed: read_json(run.with_name(f"{run.name}_test.json")) for seed, run in runs.items()}
+            by_seed = {seed: test["results"] for seed, test in tests.items() if test}
+            if not by_seed:
+                continue
+            last = {seed: results[paths[-1]]["masked"] for seed, results in by_seed.items()}
+            shared = [seed for seed in last if seed in before]
+            gain = {m: mean_and_deviation([last[s][m] - before[s][m] for s in shared]) for m in METRICS * bool(shared)}
+            training = [read_training(runs[seed]) for seed in by_seed]
+            rows.append(
+                {
+                    "stage": stage,
+                    "rung": step.rung.name,
+                    "meaning": step.rung.meaning,
+                    "options": step.added,
+                    "results": {
+                        path: {m: mean_and_deviation([r[path]["masked"][m] for r in by_seed.values()]) for m in METRICS}
+                        for path in paths
+                    },
+                    "gain": gain or None,
+                    "train_s": mean_and_deviation([each["train_s"] for each in training]),
+                    "best_epochs": [each["best_epoch"] for each in training],
+                }
+            )
+            before = last
+    return rows
+
+
+def markdown(report: dict[str, list[dict[str, Any]]]) -> str:
+    """The report in Markdown."""
+    about = (
+        "Test, masked, ranked over the whole catalogue; ± is the sample standard deviation over seeds. The gain is "
+        "over the rung before, seed by seed; of tuning that of two steps. Bold: best of its column."
+    )
+    lines = ["# From the paper's settings to ours", "", about]
+    for name, rungs in report.items():
+        rows: list[Row] = []
+        ends = ["gain in NDCG@10 | best epochs | minutes |", "---|---|---|"]
+        for rung in rungs:
+            for path, figures in rung["results"].items():
+                rows.append((f"`{rung['stage']}.{rung['rung']}` {path}: {rung['meaning']}", [*figures.values()]))
+                has_gain = rung["gain"] and path == list(rung["results"])[-1]
+                gain = cell(rung["gain"]["NDCG@10"], sign="+") if has_gain else ""
+                epochs = ", ".join(map(str, rung["best_epochs"]))
+                ends.append(f"{gain} | {epochs} | {rung['train_s']['mean'] / 60:.1f} |")
+        made = table(name, METRICS, rows)
+        lines += ["", *(f"{line} {end}" for line, end in zip(made, ends, strict=True))]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""`pipelines/ladder.py`: its rungs lead from the paper's settings to ours, and a small ladder is climbed once."""
+
+import json
+
+import pytest
+
+from pipelines import ladder, steps
+from pipelines.ladder import PRETRAIN, TUNE, climb, read_options
+from recgpt_torchrec.config import Pretrain, PromptTune
+from tests.pipelines.test_paper import CONFIG, PROMPTS, InProcess
+from tests.pipelines.test_paper import TUNE as TUNE_CONFIG
+from tools import synthetic_log
+
+ORIGINAL = """
+model: {dim: 8, layers: 1, max_len: 10, activation: relu, history_in: false}
+loss: {candidates: bce}
+batch: {users: 30}
+train: {epochs: 1}
+"""
+ORIGINAL_TUNE = """
+tuning: {targets: last, predict_from: last}
+batch: {users: 30}
+train: {epochs: 1}
+"""
+
+
+@pytest.mark.parametrize("ours", ["paper", "beauty"])
+@pytest.mark.parametrize(("kind", "rungs", "ending"), [(Pretrain, PRETRAIN, ""), (PromptTune, TUNE, "_tune")])
+def test_the_rungs_lead_from_the_papers_settings_to_ours_option_by_option(kind, rungs, ending, ours):
+    ours = f"configs/{ours if not ending else 'paper'}{ending}.yaml"
+    reached = read_options(kind, f"configs/original{ending}.yaml")
+    made = climb(kind, rungs, f"configs/original{ending}.yaml", ours)
+    for step in made:
+        assert all(reached[name] != value for name, value in step.added.items()), step.rung
+        reached |= step.added
+    assert reached == read_options(kind, ours)
+    assert [step.rung.name for step in made] == [rung.name for rung in rungs if rung.name != "rest"]
+
+
+def test_a_small_ladder_is_climbed_once_and_says_what_each_rung_gains(tmp_path, monkeypatch):
+    executor = InProcess()
+    monkeypatch.setattr(steps, "execute", executor)
+    log, configs, out = tmp_path / "log.csv", tmp_path / "configs", tmp_path / "out"
+    synthetic_log.main(["--output", str(log), "--users", "120", "--items", "60", "--mean_events", "10"])
+    configs.mkdir()
+    files = {"paper": CONFIG, "paper_prompts": PROMPTS, "paper_tune": TUNE_CONFIG}
+    for name, text in {**files, "original": ORIGINAL, "original_tune": ORIGINAL_TUNE}.items():
+        (configs / f"{name}.yaml").write_text(text)
+    words = ["--dataset", f"tiny={log}", "--output", str(out), "--configs", str(configs), "--seeds", "1"]
+    words += ["--ranks", "1", "--rungs", "pretrain.original", "prompt_tune.soft_targets"]
+    ladder.main(words)
+    ran = len(executor.ran)
+    # prepare; two rungs of pre-training, the last of which is tuned from, and one of tuning, each measured
+    assert ran == 1 + 2 * 2 + 1 + 2
+    rows = json.loads((out / "report.json").read_text())["tiny"]
+    names = [f"{row['stage']}.{row['rung']}" for row in rows]
+    assert names == ["pretrain.original", "pretrain.batch", "prompt_tune.soft_targets"]
+    trained = [command for command in executor.ran if command[2].endswith(("pretrain", "prompt_tune"))]
+    original, batch, tuned = (" ".join(command) for command in trained)
+    assert "--loss" not in original and "--loss.candidates all" in batch and "--model.activation gelu" in batch
+    assert "--batch.users 0" in batch and "--tuning.soft_targets 0.3" in tuned
+    before = None
+    for row, path in zip(rows, ["pretrain"] * 2 + ["recgpt"], strict=True):
+        file = out / f"tiny/seed0/{row['stage']}/{row['rung']}_test.json"
+        figures = json.loads(file.read_text())["results"][path]["masked"]
+        assert row["results"][path]["NDCG@10"]["mean"] == figures["NDCG@10"]
+        assert (row["gain"] or {}).get("NDCG@10", {}).get("mean") == (before and figures["NDCG@10"] - before)
+        before = figures["NDCG@10"]
+    text = (out / "report.md").read_text()
+    assert "| `pretrain.batch` pretrain: smaller batches" in text and "gain in NDCG@10" in text
+    ladder.main(words)
+    assert len(executor.ran) == ran
+
+
+def test_an_unknown_rung_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        ladder.main(["--dataset", f"x={__file__}", "--rungs", "pretrain.magic", "--output", str(tmp_path / "out")])
+    assert ended.value.code == 2 and "choose among pretrain.original" in capsys.readouterr().err
