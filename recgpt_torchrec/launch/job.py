@@ -18,6 +18,8 @@ from torchx.components import dist
 from torchx.schedulers.api import Stream
 from torchx.specs.finder import ComponentValidationException
 
+from recgpt_torchrec.texts.commands import JOB
+
 MEMORY_MB_PER_PROCESS = 4096
 """Memory requested per process, in MB; importing torch and torchrec alone takes about 330 MB."""
 CPUS_PER_PROCESS = 2
@@ -90,9 +92,36 @@ def make_job(
     assert command.startswith("torchrun "), command
     node = _COMMAND.format(python=shlex.quote(sys.executable))
     role.args = [shell, f"{node} --max_restarts {max_restarts}{command.removeprefix('torchrun')}"]
+    role.env.setdefault(JOB, words_of_command(module.rpartition(".")[2], j, sys.argv))
     if cpu:
         role.env.setdefault("OMP_NUM_THREADS", str(max(1, cpu // processes)))
     return job
+
+
+def words_of_command(stage: str, j: str, given: list[str]) -> str:
+    """The words with which torchx was started up to the stage's options, {} for its name, quoted for a shell.
+
+    The program prints commands to go on with in this form. Names, environment variables and what torchx itself prints
+    are left out: they may differ from job to job.
+
+    Args:
+        stage: name of the stage.
+        j: nodes x processes.
+        given: `sys.argv` of torchx; of another program, it is the plain command for these processes.
+    """
+    component = f"recgpt_torchrec.{stage}"
+    if "run" not in given or component not in given:
+        words = ["torchx", "run", "recgpt_torchrec.{}", *([] if j == "1x1" else ["-j", j])]
+        return shlex.join([*words, "--"])
+    words, rest = ["torchx"], iter(given[given.index("run") : given.index("--") if "--" in given else len(given)])
+    for word in rest:
+        name = word.partition("=")[0]
+        if name in ("--name", "--env", "--parent_run_id", "--tee_logs"):
+            if "=" not in word and name != "--tee_logs":
+                next(rest, None)
+        elif name not in ("--wait", "--log", "--dryrun"):
+            words.append("recgpt_torchrec.{}" if word == component else word)
+    return shlex.join([*words, "--"])
 
 
 def separate_output() -> None:
