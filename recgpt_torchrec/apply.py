@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from recgpt_torchrec import cli
 from recgpt_torchrec.config import Apply
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.texts.commands import next_line
 
 if TYPE_CHECKING:
     from recgpt_torchrec.retrieval.exports.chain import Chain
@@ -30,10 +31,7 @@ def main(config: Apply) -> None:
         f"{'Already there' if already_there else 'Written'}: {config.output} ({manifest.items:,} items, "
         f"{manifest.users:,} users; {config.export} after {len(config.deltas)} deltas)"
     )
-    print(
-        f"Next:    python -m recgpt_torchrec.retrieve --export {config.output} --data {manifest.dataset} "
-        "--output LISTS_FOLDER"
-    )
+    print(next_line("retrieve", {"export": config.output, "data": manifest.dataset, "output": "LISTS_FOLDER"}))
 
 
 def finished(config: Apply, chain: "Chain") -> "ExportManifest | None":

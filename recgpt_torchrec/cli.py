@@ -7,6 +7,7 @@ dotted (`--model.dim 64`). All of them can also be set in a YAML file given as `
 import functools
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from recgpt_torchrec.config.command_line import CommandLine, OptionError
 from recgpt_torchrec.config.fields import options
 from recgpt_torchrec.errors import REFUSED, InputError
+from recgpt_torchrec.texts.commands import set_form
 
 Config = TypeVar("Config")
 RANK_0_SECONDS = 3.0
@@ -46,7 +48,9 @@ class _Parser(ArgumentParser):
 @functools.cache  # its making reads the source of every class of options: 0.1 s, for each stage run in a process
 def parser_for(config_class: type, prog: str) -> ArgumentParser:
     """The parser of one stage: one option per field, explained by the docstring under the field."""
-    parser = _Parser(prog=prog, description=config_class.__doc__, exit_on_error=True, allow_abbrev=False)
+    # An example begins like the command that was given.
+    about = re.sub(r"Example: recgpt \w+", f"Example: {prog}", config_class.__doc__ or "")
+    parser = _Parser(prog=prog, description=about, exit_on_error=True, allow_abbrev=False)
     parser.add_argument(
         "--config",
         action="config",
@@ -146,6 +150,7 @@ def run(config_class: type[Config], function: Callable[[Config], None], prog: st
         function: the stage.
         prog: the program's name in messages, for example `recgpt_torchrec.pretrain`.
     """
+    set_form(prog)
     config = parse(config_class, prog)
     try:
         function(config)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from recgpt_torchrec import cli
 from recgpt_torchrec.config.reports.doctor import Doctor
+from recgpt_torchrec.texts.commands import next_line
 
 if TYPE_CHECKING:
     from recgpt_torchrec.diagnosis.finding import Finding
@@ -61,8 +62,8 @@ def examine(config: Doctor) -> "dict[str, Sequence[Finding]]":
 def next_step(config: Doctor) -> str:
     """The command to give next."""
     if config.data is None:
-        return "Next:    recgpt doctor --data DATASET_FOLDER looks at a dataset too"
-    return f"Next:    python -m recgpt_torchrec.pretrain --data {config.data} --output RUN_FOLDER"
+        return f"{next_line('doctor', {'data': 'DATASET_FOLDER'})}    (looks at a dataset too)"
+    return next_line("pretrain", {"data": config.data, "output": "RUN_FOLDER"})
 
 
 if __name__ == "__main__":

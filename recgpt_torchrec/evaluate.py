@@ -9,6 +9,7 @@ from recgpt_torchrec import cli, storage
 from recgpt_torchrec.config import Evaluate
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage.finished import check_same, differences
+from recgpt_torchrec.texts.commands import next_line
 
 if TYPE_CHECKING:
     from recgpt_torchrec.evaluation.comparing.comparison import Difference, Evaluation
@@ -180,10 +181,8 @@ def main(config: Evaluate) -> None:
         for line in describe_untargeted(manifest, bool(trained.inputs.of_entity("item"))):
             print_result(line)
         print_result(f"Written: {config.output}{'' if per_user is None else f' and {per_user.file}'}")
-        print_result(
-            f"Next:    python -m recgpt_torchrec.export --data {config.data} --checkpoint {config.checkpoint} "
-            "--output EXPORT_FOLDER"
-        )
+        following = {"data": config.data, "checkpoint": config.checkpoint, "output": "EXPORT_FOLDER"}
+        print_result(next_line("export", following))
 
 
 def without_prompts(config: Evaluate, checkpoint: str) -> str:

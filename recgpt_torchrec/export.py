@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from recgpt_torchrec import cli
 from recgpt_torchrec.config import Export
+from recgpt_torchrec.texts.commands import next_line
 
 if TYPE_CHECKING:
+    from recgpt_torchrec.checkpoints.trained import Trained
     from recgpt_torchrec.data.dataset import Dataset, Manifest
     from recgpt_torchrec.data.inputs.request import Request
     from recgpt_torchrec.data.inputs.spec import Inputs
     from recgpt_torchrec.retrieval.exports.chain import Chain
     from recgpt_torchrec.retrieval.exports.manifest import DeltaManifest, ExportManifest
-    from recgpt_torchrec.training.loading import Trained
 
 
 def main(config: Export) -> None:
@@ -34,7 +35,7 @@ def main(config: Export) -> None:
     from recgpt_torchrec.distributed.processes import print_result, rank, run_on_first_rank, world_size
     from recgpt_torchrec.distributed.watchdog import phase, report_phase, watched_group
     from recgpt_torchrec.evaluation.held_out import check_has_targets, explain_left_out
-    from recgpt_torchrec.model.recgpt import unwrapped
+    from recgpt_torchrec.model.tables import unwrapped
     from recgpt_torchrec.progress import progress_bar
     from recgpt_torchrec.retrieval.encoding import collect_batches, encode
     from recgpt_torchrec.retrieval.exports.chain import open_chain
@@ -184,8 +185,7 @@ def next_steps(config: Export) -> list[str]:
     return [
         "A user's score for an item is the inner product of their vectors: index items/*.parquet for maximum inner "
         "product and query it with users/*.parquet, or let retrieve do both",
-        f"Next:    python -m recgpt_torchrec.retrieve --export {config.output} --data {config.data} "
-        "--output LISTS_FOLDER",
+        next_line("retrieve", {"export": config.output, "data": config.data, "output": "LISTS_FOLDER"}),
     ]
 
 
@@ -205,8 +205,10 @@ def changes(config: Export, manifest: "DeltaManifest", chain: "Chain") -> list[s
         *lines,
         f"size     {manifest.size:,} bytes, {share:.2%} of {chain.export.path}",
         "A vector store that holds the state of --since takes it as it is: upsert items/ and users/, delete removed_*/",
-        f"Next:    python -m recgpt_torchrec.apply --export {chain.export.path} --deltas "
-        f"{' '.join([*chain.paths[1:], config.output])} --output NEW_EXPORT",
+        next_line(
+            "apply",
+            {"export": chain.export.path, "deltas": [*chain.paths[1:], config.output], "output": "NEW_EXPORT"},
+        ),
     ]
 
 

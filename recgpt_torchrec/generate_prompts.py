@@ -5,6 +5,7 @@ import time
 from recgpt_torchrec import cli
 from recgpt_torchrec.config import GeneratePrompts
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.texts.commands import next_line
 
 
 def main(config: GeneratePrompts) -> None:
@@ -16,7 +17,7 @@ def main(config: GeneratePrompts) -> None:
     from recgpt_torchrec.data.windows import row_groups
     from recgpt_torchrec.distributed.processes import print_result, rank, run_on_first_rank, world_size
     from recgpt_torchrec.distributed.watchdog import beat, report_phase, watched_group
-    from recgpt_torchrec.model.recgpt import unwrapped, unwrapped_dense
+    from recgpt_torchrec.model.tables import unwrapped, unwrapped_dense
     from recgpt_torchrec.prompts import prompt_dataset
     from recgpt_torchrec.prompts.prompting import Prompter
     from recgpt_torchrec.training.loading import load, read_pretrained
@@ -35,10 +36,8 @@ def main(config: GeneratePrompts) -> None:
         record = prompt_dataset.record_of(
             dataset, config.prompts, max_len, checkpoint, checkpoint_fingerprint(checkpoint)
         )
-        next_command = (
-            f"Next:    python -m recgpt_torchrec.prompt_tune --config CONFIG --data {config.output} "
-            f"--checkpoint {config.checkpoint} --output RUN_FOLDER"
-        )
+        following = {"data": config.output, "checkpoint": config.checkpoint, "output": "RUN_FOLDER"}
+        next_command = next_line("prompt_tune", following)
         if run_on_first_rank(lambda: prompt_dataset.finished(config.output, record, vocabulary)):
             print_result(f"Already there: {config.output}", next_command, sep="\n")
             return

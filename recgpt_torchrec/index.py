@@ -2,6 +2,7 @@
 
 from recgpt_torchrec import cli
 from recgpt_torchrec.config import BuildIndex
+from recgpt_torchrec.texts.commands import next_line
 
 
 def main(config: BuildIndex) -> None:
@@ -12,11 +13,13 @@ def main(config: BuildIndex) -> None:
     from recgpt_torchrec.retrieval.search.indexing import add_index, summary
 
     with watched_group(config.stall_seconds):
-        index, already_there = add_index(open_on_all_ranks(config.export), config.index)
+        export = open_on_all_ranks(config.export)
+        index, already_there = add_index(export, config.index)
+        following = {"export": config.export, "data": export.manifest.dataset, "output": "LISTS_FOLDER"}
         print_result(
             summary(index),
             f"{'Already there' if already_there else 'Written'}: {config.export} ({index.kind} index)",
-            f"Next:    python -m recgpt_torchrec.retrieve --export {config.export} --output LISTS_FOLDER",
+            next_line("retrieve", following),
             sep="\n",
         )
 

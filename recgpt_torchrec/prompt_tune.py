@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from recgpt_torchrec import cli
 from recgpt_torchrec.config import PromptTune
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.texts.commands import command
 
 if TYPE_CHECKING:
     from recgpt_torchrec.config import Tuning
@@ -82,9 +83,11 @@ def check_dataset(config: PromptTune, dataset: "Dataset") -> None:
 
     tuning = config.tuning
     if tuning.prompts and "prompts" not in dataset.manifest.settings:
+        made = {"data": config.data, "checkpoint": config.checkpoint, "output": "PROMPTS_FOLDER"}
+        generate = command("generate_prompts", made)
         raise InputError(
-            f"{config.data} has no prompts; generate them with python -m recgpt_torchrec.generate_prompts, "
-            "or fine-tune without prompts: --tuning.prompts false"
+            f"{config.data} has no prompts; generate them with {generate}, or fine-tune without prompts: "
+            "--tuning.prompts false"
         )
     if tuning.soft_targets and not answers_of(dataset):
         raise InputError(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from recgpt_torchrec import cli
 from recgpt_torchrec.config.serving.recommend import Recommend
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.texts.tables import table as text_table
 
 if TYPE_CHECKING:
     from recgpt_torchrec.serving.recommender import Recommendation, Recommender
@@ -47,15 +48,7 @@ def table(recommender: "Recommender", answer: "Recommendation") -> str:
         rows.append(
             [str(rank), key, *([name] if column else []), f"{score:,.0f}" if answer.fallback else f"{score:.4f}"]
         )
-    widths = [max(len(row[place]) for row in rows) for place in range(len(heads))]
-    lines = []
-    for row in rows:
-        cells = [
-            row[0].rjust(widths[0]),
-            *(cell.ljust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)),
-        ]
-        lines.append("  ".join([*cells, row[-1].rjust(widths[-1])]))
-    return "\n".join(lines)
+    return text_table(rows, right=(0, len(heads) - 1))
 
 
 def describe(recommender: "Recommender", user: str | None, answer: "Recommendation") -> list[str]:

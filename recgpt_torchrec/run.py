@@ -13,6 +13,7 @@ from recgpt_torchrec.config.fields import options as options_of
 from recgpt_torchrec.config.serving.run import RunAll, stage_config
 from recgpt_torchrec.config.stages import STAGES, module_of
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.texts.commands import holds_command, next_line
 
 
 def main(config: RunAll) -> None:
@@ -51,13 +52,25 @@ def main(config: RunAll) -> None:
     data = f"{config.output}/{'prompts' if config.second_stage else 'data'}"
     state = "Written" if fresh else "Already there"
     print(f"\n{state}: {config.output}/lists, in {time.perf_counter() - begun:.1f} s")
-    print(f"Next:    recgpt recommend --checkpoint {model} --data {data} --history ITEM_KEY,ITEM_KEY")
+    print(next_line("recommend", {"checkpoint": model, "data": data, "history": example_history(data)}))
+
+
+def example_history(data: str) -> str:
+    """Keys of two items of a dataset, as `recommend --history` takes them."""
+    import numpy as np
+
+    from recgpt_torchrec.data.dataset import Dataset
+    from recgpt_torchrec.retrieval.exports.keys import Keys
+
+    dataset = Dataset.open(data)
+    keys = Keys(dataset, "items").of(np.arange(min(2, dataset.manifest.items))).to_pylist()
+    return ",".join(str(key) for key in keys if "," not in str(key)) or "ITEM_KEY"
 
 
 def name_options(message: str, stage: str, config_class: type) -> str:
     """A stage's message with its options as `run` calls them: --user_column is --prepare.user_column. One that gives a
     command of its own is left as it is."""
-    if "python -m " in message:
+    if holds_command(message):
         return message
     names = {option.name for option in options_of(config_class)}
     return re.sub(r"--([\w.]*\w)", lambda found: f"--{stage}.{found[1]}" if found[1] in names else found[0], message)

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "recgpt_torchrec"
 LAYERS = [
-    {"errors"},
+    {"errors", "texts"},
     {"progress", "storage", "config"},
     {"cli", "launch", "data"},
     {"model", "distributed", "preparation"},
@@ -22,7 +22,7 @@ LAYERS = [
 """From the ground up; a package may import what lies below it. Above all of them are the stage programs."""
 TOP = {("__main__", "cli"), ("", "api")}
 """What the command and the package itself may import beside that: the package imports it when it is used."""
-LAUNCH = {"errors", "config"}
+LAUNCH = {"errors", "config", "texts"}
 """What jobs may know: torchx imports them to list components."""
 FILES = 14
 """Maximum number of modules in a folder."""

@@ -26,6 +26,7 @@ from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.checkpoints.saving import Saver
 from recgpt_torchrec.checkpoints.state import restore, state_of, table_tensors
 from recgpt_torchrec.config import Loss, Model, Optimizer, Pretrain, Saving, Tables
+from recgpt_torchrec.data.bags import tables_of
 from recgpt_torchrec.data.batch import SequenceBatch, make_batch
 from recgpt_torchrec.data.candidates import AllItems
 from recgpt_torchrec.data.dataset import Dataset, Manifest
@@ -34,8 +35,7 @@ from recgpt_torchrec.data.inputs.attributes import Attributes
 from recgpt_torchrec.data.packed import Capacity
 from recgpt_torchrec.distributed.processes import silence_libraries
 from recgpt_torchrec.distributed.replicas import Replicas
-from recgpt_torchrec.distributed.sharding import tables_of
-from recgpt_torchrec.model.recgpt import unwrapped
+from recgpt_torchrec.model.tables import unwrapped
 from recgpt_torchrec.training.building import build
 from tools.small_run import SmallAttribute, opened, walks
 

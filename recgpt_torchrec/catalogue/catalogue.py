@@ -29,7 +29,7 @@ from recgpt_torchrec.distributed.memory import available_bytes
 from recgpt_torchrec.distributed.processes import log_message, rank, world_size
 
 if TYPE_CHECKING:  # scoring needs no torchrec
-    from recgpt_torchrec.model.recgpt import RecGPT
+    from recgpt_torchrec.model.tables import TabledModel
 
 HELD_SHARE = 0.5
 """Vectors are held where they take at most this share of the memory that is left."""
@@ -74,12 +74,12 @@ class Catalogue:
 
     @classmethod
     @torch.no_grad()
-    def of_model(cls, model: "RecGPT", items: int, device: torch.device) -> "Catalogue":
+    def of_model(cls, model: "TabledModel", items: int, device: torch.device) -> "Catalogue":
         """The vectors of all `items` ids that score outputs, from a sharded model (collective).
 
         They are held where they fit into the memory that is left, and otherwise looked up anew for each pass.
         """
-        from recgpt_torchrec.model.recgpt import unwrapped_dense
+        from recgpt_torchrec.model.tables import unwrapped_dense
 
         dim = unwrapped_dense(model).decoder.config.dim
         id_ranges = [id_range(items, each, world_size()) for each in range(world_size())]

@@ -29,14 +29,13 @@ from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import gather_objects, rank, run_on_first_rank, world_size
 from recgpt_torchrec.distributed.watchdog import beat, tracked_phase
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.storage.manifests import suggest_below
 from recgpt_torchrec.storage.parts import checksum_of
 from recgpt_torchrec.storage.typed import SHOWN, make_typed
 from recgpt_torchrec.storage.visibility import await_files, await_sight
 
 METADATA = "checkpoint.json"
 BEST = "best.json"
-MADE_BY_RUN = ("tuned", "model")
-"""Folders of training runs below that of `recgpt run`, the best first."""
 FOLDER = "checkpoints"
 TRAINED_DAYS = "trained_days.json"
 """Lists the days that a run on a folder of days has trained."""
@@ -313,10 +312,10 @@ def _find_checkpoint(path: str) -> str:
     checkpoints = Checkpoints(path, keep=0)
     checkpoint = checkpoints.best() or checkpoints.latest()
     if checkpoint is None:
-        below = next((each for each in (f"{path}/{name}" for name in MADE_BY_RUN) if storage.is_folder(each)), None)
+        meant = suggest_below(path, lambda folder: storage.is_folder(f"{folder}/{FOLDER}"))
         raise InputError(
             f"{path} holds no finished checkpoint; give a run's output folder or one of its {FOLDER}/step-* folders"
-            + (f". Did you mean {below}?" if below else "")
+            + (f". {meant}" if meant else "")
         )
     return checkpoint
 

@@ -10,9 +10,9 @@ from torch import nn
 from torchrec.optim.keyed import CombinedOptimizer
 
 from recgpt_torchrec.checkpoints.state import state_of
+from recgpt_torchrec.data.bags import table_name, tables_of
 from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.distributed.initial_values import initialise_rows, shards_of
-from recgpt_torchrec.distributed.sharding import table_name, tables_of
 
 
 @torch.no_grad()

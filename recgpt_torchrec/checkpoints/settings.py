@@ -13,6 +13,7 @@ from recgpt_torchrec.data.inputs.spec import TIMES, Inputs
 from recgpt_torchrec.data.split import HoldOut
 from recgpt_torchrec.model.dense import Dense
 from recgpt_torchrec.storage.typed import make_typed
+from recgpt_torchrec.texts.commands import command
 
 DENSE = "model.dense."
 """Prefix of the names of the decoder's parameters in a checkpoint."""
@@ -111,29 +112,25 @@ class CheckpointSettings:
         return [name for name in saved if "dropout" not in name and saved[name] != other[name]]
 
     @property
-    def continuing_options(self) -> list[str]:
-        """What `pretrain --initial` needs beside this checkpoint: options that are not the defaults, as words."""
+    def continuing_options(self) -> dict[str, Any]:
+        """What `pretrain --initial` needs beside this checkpoint: options that are not the defaults, by name."""
         inputs = self.inputs
-        words = [f"--model.{name} {_spell(getattr(self.model, name))}" for name in self.other_shape(Model())]
+        options = {f"model.{name}": getattr(self.model, name) for name in self.other_shape(Model())}
         if self.table_optimizer != Tables().optimizer:
-            words.append(f"--tables.optimizer {self.table_optimizer}")
+            options["tables.optimizer"] = self.table_optimizer
         if weights := [f"{each.full_name}={each.weight:g}" for each in inputs.attributes if each.weight != 1]:
-            words.append(f"--attributes.weights {' '.join(weights)}")
+            options["attributes.weights"] = weights
         if pooling := {each.pooling for each in inputs.attributes} - {AttributeChoice().pooling}:
-            words.append(f"--attributes.pooling {pooling.pop()}")
+            options["attributes.pooling"] = pooling.pop()
         if times := [each.name for each in inputs.features if each.name in TIMES]:
-            words.append(f"--time.use {' '.join(times)}")
+            options["time.use"] = times
         if inputs.utc_offset_hours:
-            words.append(f"--time.utc_offset_hours {inputs.utc_offset_hours:g}")
+            options["time.utc_offset_hours"] = f"{inputs.utc_offset_hours:g}"
         if inputs.history_events:
-            words.append(f"--events.history {' '.join(inputs.history_events)}")
-        return words
+            options["events.history"] = inputs.history_events
+        return options
 
     def continue_command(self, checkpoint: str, data: str) -> str:
         """The command that trains the model of this checkpoint further on the dataset in the folder `data`."""
-        words = ["python -m recgpt_torchrec.pretrain", f"--data {data}", f"--initial {checkpoint}"]
-        return " ".join([*words, *self.continuing_options, "--output NEW_RUN"])
-
-
-def _spell(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        options = {"data": data, "initial": checkpoint, **self.continuing_options, "output": "NEW_RUN"}
+        return command("pretrain", options)

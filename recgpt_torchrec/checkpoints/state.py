@@ -27,8 +27,8 @@ from torchrec.optim.keyed import CombinedOptimizer
 from recgpt_torchrec.checkpoints.folder import read_tensor_metadata, read_tensors
 from recgpt_torchrec.checkpoints.growing import feature_rows, first_rows
 from recgpt_torchrec.config.tables import is_attribute
+from recgpt_torchrec.data.bags import table_name, tables_of
 from recgpt_torchrec.distributed.processes import log_message
-from recgpt_torchrec.distributed.sharding import table_name, tables_of
 from recgpt_torchrec.errors import InputError
 
 MOMENTS = {0: (), 1: ("sum",), 2: ("exp_avg", "exp_avg_sq")}

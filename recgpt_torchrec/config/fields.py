@@ -101,6 +101,22 @@ def default_values(config: Any) -> dict[str, Any]:
     return values
 
 
+def given_options(config: Any) -> dict[str, Any]:
+    """The options of a configuration whose values are not the defaults, by their dotted names."""
+    return _unlike(asdict(config), default_values(config))
+
+
+def _unlike(values: dict[str, Any], defaults: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        default = defaults.get(name, MISSING)
+        if isinstance(value, dict) and isinstance(default, dict):
+            found |= _unlike(value, default, f"{prefix}{name}.")
+        elif value != default:
+            found[prefix + name] = value
+    return found
+
+
 def current_name(name: str) -> str:
     """The current name of an option, given its current or a former name.
 

@@ -14,7 +14,7 @@ MOST_NODES = 64
 class Plan(Pretrain):
     """Estimate sharding, memory, traffic and time of a pretrain run, on the meta device: without GPUs, in seconds.
 
-    Example: python -m recgpt_torchrec.plan --items 1e8 --users 1e9 --nodes 8 --gpus 8 --gpu h100
+    Example: recgpt plan --items 1e8 --users 1e9 --nodes 8 --gpus 8 --gpu h100
     """
 
     data: str | None = None  # type: ignore[assignment]

@@ -29,7 +29,7 @@ InputFormat = Literal["auto", "csv", "tsv", "jsonl", "parquet", "sequences", "re
 class Prepare:
     """Turn a raw interaction log into a dataset: k-core filtering, dense ids in seeded random order, Parquet parts.
 
-    Example: python -m recgpt_torchrec.prepare --input log.csv --output data/mine
+    Example: recgpt prepare --input log.csv --output data/mine
     """
 
     input: list[str] = changeable()

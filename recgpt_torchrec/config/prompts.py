@@ -50,7 +50,7 @@ class GeneratePrompts(Computing, Watched):
     """Insert prompts between the interactions of every history: items that a pre-trained model generates, or items that
     were shown and not clicked (paper, Algorithm 1). Writes a new dataset with segment ids.
 
-    Example: python -m recgpt_torchrec.generate_prompts --data data/mine --checkpoint runs/mine --output data/prompts
+    Example: recgpt generate_prompts --data data/mine --checkpoint runs/mine --output data/prompts
     """
 
     data: str
@@ -119,7 +119,7 @@ class Tuning:
 class PromptTune(Computing):
     """Continue training a pre-trained model on histories with prompts (paper, section 4.3), or without, as the control.
 
-    Example: python -m recgpt_torchrec.prompt_tune --data data/prompts --checkpoint runs/mine --output runs/tuned
+    Example: recgpt prompt_tune --data data/prompts --checkpoint runs/mine --output runs/tuned
     """
 
     data: str = changeable()

@@ -37,7 +37,7 @@ class Evaluate(Computing, Watched):
     """Rank the whole catalogue for every user: HR@k and NDCG@k of a checkpoint, next to baselines that need no
     training.
 
-    Example: python -m recgpt_torchrec.evaluate --data data/mine --checkpoint runs/mine --output runs/mine.json
+    Example: recgpt evaluate --data data/mine --checkpoint runs/mine --output runs/mine.json
     """
 
     data: str
@@ -176,7 +176,7 @@ class Export(Computing, Watched):
     """Write the item vectors and user vectors of a checkpoint as Parquet, for an ANN index: one vector per user, or
     several from autoregressive steps (paper, section 4.4). With --since only what has changed.
 
-    Example: python -m recgpt_torchrec.export --data data/mine --checkpoint runs/mine --output vectors/mine
+    Example: recgpt export --data data/mine --checkpoint runs/mine --output vectors/mine
     """
 
     data: str = changeable()
@@ -240,7 +240,7 @@ class Export(Computing, Watched):
 class Apply:
     """Apply deltas to the export they were made from, and write the export that is whole after them.
 
-    Example: python -m recgpt_torchrec.apply --export vectors/monday --deltas vectors/tuesday vectors/wednesday
+    Example: recgpt apply --export vectors/monday --deltas vectors/tuesday vectors/wednesday
     --output vectors/now
     """
 
@@ -261,7 +261,7 @@ class BuildIndex(Watched):
     """Build a FAISS index of an export's item vectors and keep it in the export, in place of one that is there; the
     vectors stay as they are.
 
-    Example: python -m recgpt_torchrec.index --export vectors/mine --index.kind hnsw
+    Example: recgpt index --export vectors/mine --index.kind hnsw
     """
 
     export: str
@@ -278,7 +278,7 @@ class BuildIndex(Watched):
 class Retrieve(Watched):
     """Turn an export into a list of items for each user, with an exact or an approximate index; needs no model.
 
-    Example: python -m recgpt_torchrec.retrieve --export vectors/mine --data data/mine --output lists/mine --k 50
+    Example: recgpt retrieve --export vectors/mine --data data/mine --output lists/mine --k 50
     """
 
     export: str = changeable()

@@ -195,7 +195,7 @@ class Saving:
 class Pretrain(Computing):
     """Pre-train the decoder and the tables autoregressively on a dataset's training part (paper, section 4.2).
 
-    Example: python -m recgpt_torchrec.pretrain --data data/mine --output runs/mine
+    Example: recgpt pretrain --data data/mine --output runs/mine
     """
 
     data: str = changeable()

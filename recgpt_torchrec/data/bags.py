@@ -11,15 +11,19 @@ b % keys. In a row of the looked-up vectors, [stride, user and items], those of 
 
 import re
 from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torch import nn
 
 from recgpt_torchrec.data.inputs.attributes import Attributes, EntityAttributes
 from recgpt_torchrec.data.inputs.spec import Attribute
 from recgpt_torchrec.data.packed import Capacity
 from recgpt_torchrec.data.ragged import Int64
+
+if TYPE_CHECKING:
+    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 USER = "user"
 ITEM = "item"
@@ -43,7 +47,19 @@ def table_of(key: str) -> str:
     return re.sub(r"^.*@|_\d+$", "", key)
 
 
-def bags_of(users: Int64, items: Int64, capacity: Capacity, attributes: Attributes | None = None) -> KeyedJaggedTensor:
+def table_name(parameter: str) -> str:
+    """The name of a table, from the name of its parameter or state: `user` of `tables.embedding_bags.user.weight`."""
+    return parameter.split("embedding_bags.")[1].split(".")[0]
+
+
+def tables_of(model: nn.Module) -> dict[str, Any]:
+    """A model's tables by parameter name: each a `ShardedTensor`, or a tensor where every rank holds a copy."""
+    return {name: value for name, value in model.state_dict().items() if "embedding_bags" in name}
+
+
+def bags_of(
+    users: Int64, items: Int64, capacity: Capacity, attributes: Attributes | None = None
+) -> "KeyedJaggedTensor":
     """One bag per id of `users` [n] int64 and `items` [m] int64, in order, and empty bags up to the stride.
 
     Args:
@@ -89,7 +105,9 @@ def _bags_of_entity(
 
 def _jagged(
     keys: list[str], values: list[np.ndarray], counts: list[int], lengths: np.ndarray, stride: int
-) -> KeyedJaggedTensor:
+) -> "KeyedJaggedTensor":
+    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor  # here: names of tables are needed without torchrec
+
     # Given here, where they are known: torchrec would read them from the device, a wait for each exchange.
     known = {"length_per_key": counts, "offset_per_key": [0, *np.cumsum(counts).tolist()]}
     return KeyedJaggedTensor(

@@ -12,6 +12,7 @@ from recgpt_torchrec.diagnosis.machine import GIB, Machine
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.planning.hardware import RATINGS
 from recgpt_torchrec.planning.report import Estimate
+from recgpt_torchrec.texts.commands import program
 from recgpt_torchrec.training.execution import BF16_FLAGS, cpu_flags
 
 FEW_STEPS = STEPS // 3
@@ -96,7 +97,7 @@ def _check_memory(estimate: Estimate) -> Finding:
     if not memory.fits:
         cure = (
             "smaller --batch.tokens or --model.dim, --tables.precision fp16, sampled candidates, or more machines; "
-            "python -m recgpt_torchrec.plan says what takes how much"
+            f"{program('plan')} says what takes how much"
         )
         return Finding("error", "memory", f"does not fit: {text}", cure)
     return Finding("ok", "memory", text)

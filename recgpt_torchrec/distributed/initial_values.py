@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torchrec.distributed.types import ShardedTensor
 
+from recgpt_torchrec.data.bags import table_name, tables_of
 from recgpt_torchrec.data.ragged import Int64
-from recgpt_torchrec.distributed.sharding import table_name, tables_of
 from recgpt_torchrec.distributed.watchdog import tracked_phase
 
 BLOCK_ROWS = 4096

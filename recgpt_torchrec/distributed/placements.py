@@ -5,16 +5,17 @@ Knows nothing of devices and process groups: a plan and a model on the meta devi
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torchrec.distributed.types import EnumerableShardingSpec, ParameterSharding, ShardingPlan
 
+from recgpt_torchrec.data.bags import table_name, tables_of
 from recgpt_torchrec.distributed.memory import moment_bytes, parts_of
-from recgpt_torchrec.distributed.sharding import KERNELS, table_name, tables_of
-from recgpt_torchrec.distributed.sharding_types import OPTION_NAMES
+from recgpt_torchrec.texts.tables import table
 
-OPTION_KERNELS = {value: name for name, value in KERNELS.items()}
+if TYPE_CHECKING:  # reports read placements without torchrec
+    from torchrec.distributed.types import ParameterSharding, ShardingPlan
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ class Placement:
         return getattr(torch, self.dtype).itemsize
 
 
-def placements(plan: ShardingPlan, model: nn.Module, optimizer: str | None = None, groups: int = 1) -> list[Placement]:
+def placements(
+    plan: "ShardingPlan", model: nn.Module, optimizer: str | None = None, groups: int = 1
+) -> list[Placement]:
     """The placement of every table of a model, in the model's order.
 
     Args:
@@ -61,7 +64,13 @@ def placements(plan: ShardingPlan, model: nn.Module, optimizer: str | None = Non
     ]
 
 
-def _place(name: str, value: object, sharding: ParameterSharding, optimizer: str | None, groups: int) -> Placement:
+def _place(name: str, value: object, sharding: "ParameterSharding", optimizer: str | None, groups: int) -> Placement:
+    from torchrec.distributed.types import EnumerableShardingSpec
+
+    from recgpt_torchrec.distributed.sharding import KERNELS
+    from recgpt_torchrec.distributed.sharding_types import OPTION_NAMES
+
+    kernels = {kernel: option for option, kernel in KERNELS.items()}
     rows, dim = value.size()  # type: ignore[attr-defined]
     dtype = value.dtype  # type: ignore[attr-defined]
     spec, blocks = sharding.sharding_spec, 1
@@ -76,7 +85,7 @@ def _place(name: str, value: object, sharding: ParameterSharding, optimizer: str
         dim=dim,
         dtype=str(dtype).removeprefix("torch."),
         sharding=OPTION_NAMES.get(sharding.sharding_type, sharding.sharding_type),
-        kernel=OPTION_KERNELS.get(sharding.compute_kernel, sharding.compute_kernel),
+        kernel=kernels.get(sharding.compute_kernel, sharding.compute_kernel),
         ranks=groups * sum(size > 0 for size in by_rank.values()),
         blocks=blocks,
         bytes_per_rank=max(by_rank.values()),
@@ -86,16 +95,9 @@ def _place(name: str, value: object, sharding: ParameterSharding, optimizer: str
 
 def table_text(placed: list[Placement]) -> str:
     """Placements as an aligned table of text: a heading, a line per table, and their sum."""
-    heading = ("table", "rows x dim", "dtype", "sharding", "kernel", "ranks", "MiB per rank")
-    rows = [
-        (each.table, f"{each.rows:,} x {each.dim}", each.dtype, each.sharding, each.kernel, f"{each.ranks:,}")
-        + (f"{each.bytes_per_rank / 2**20:,.1f}",)
-        for each in placed
-    ]
-    widths = [max(map(len, column)) for column in zip(heading, *rows, strict=True)]
-    lines = []
-    for row in (heading, *rows):
-        left = [cell.ljust(width) for cell, width in zip(row[:5], widths[:5], strict=True)]
-        right = [cell.rjust(width) for cell, width in zip(row[5:], widths[5:], strict=True)]
-        lines.append("  ".join(left + right))
-    return "\n".join(lines)
+    rows = [("table", "rows x dim", "dtype", "sharding", "kernel", "ranks", "MiB per rank")]
+    for each in placed:
+        size = f"{each.rows:,} x {each.dim}"
+        bytes_per_rank = f"{each.bytes_per_rank / 2**20:,.1f}"
+        rows.append((each.table, size, each.dtype, each.sharding, each.kernel, f"{each.ranks:,}", bytes_per_rank))
+    return table(rows, right=(5, 6))

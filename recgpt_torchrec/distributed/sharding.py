@@ -276,13 +276,3 @@ def _codecs(communication: str, device: torch.device) -> Any:
     scale = GRADIENT_SCALE if communication == "fp16" else None
     config = QCommsConfig(forward_precision=precision, backward_precision=precision, backward_loss_scale=scale)
     return get_qcomm_codecs_registry(config, device=device)
-
-
-def table_name(parameter: str) -> str:
-    """The table's name in a parameter's: `item` of `tables.embedding_bags.item.weight`."""
-    return parameter.split("embedding_bags.")[1].split(".")[0]
-
-
-def tables_of(model: nn.Module) -> dict[str, Any]:
-    """A model's tables by parameter name: each a `ShardedTensor`, or a tensor where every rank holds a copy."""
-    return {name: value for name, value in model.state_dict().items() if "embedding_bags" in name}

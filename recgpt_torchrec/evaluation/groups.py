@@ -20,6 +20,7 @@ from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import gather_objects, rank, world_size
 from recgpt_torchrec.evaluation.holders import ask_holders
 from recgpt_torchrec.evaluation.metrics import RankingMetrics, reduce_metrics
+from recgpt_torchrec.texts.tables import figures_table
 
 SHARES = 4
 """Number of popularity groups with about equal shares of the training interactions."""
@@ -216,10 +217,11 @@ def group_table(path: str, groups: dict[str, list[dict[str, Any]]]) -> str:
     lines = []
     for name, rows in groups.items():
         names = [key for key in max(rows, key=len) if key not in ("from", "to", "users")]
-        lines.append(f"\n{path}, masked, by {titles[name]}")
-        lines.append(f"{'':<18}{'users':>10}" + "".join(f"{each:>9}" for each in names))
+        cells = [["", "users", *names]]
         for row in rows:
-            bounds = f"{row['from']:,} or more" if row["to"] is None else f"{row['from']:,} to {row['to']:,}"
-            figures = (f"{row[each]:>9.4f}" if each in row else f"{'-':>9}" for each in names)
-            lines.append(f"{'never trained' if row['to'] == 0 else bounds:<18}{row['users']:>10,}" + "".join(figures))
+            if row["users"]:  # a small dataset has none in some groups
+                bounds = f"{row['from']:,} or more" if row["to"] is None else f"{row['from']:,} to {row['to']:,}"
+                bounds = "never trained" if row["to"] == 0 else bounds
+                cells.append([bounds, f"{row['users']:,}", *(f"{row[each]:.4f}" for each in names)])
+        lines += [f"\n{path}, masked, by {titles[name]}", figures_table(cells)]
     return "\n".join(lines) + "\n"

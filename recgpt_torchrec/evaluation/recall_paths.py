@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from recgpt_torchrec.catalogue.catalogue import Catalogue
+from recgpt_torchrec.checkpoints.trained import Trained
 from recgpt_torchrec.config import Batch, Recall
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.inputs.request import Request
@@ -26,11 +27,10 @@ from recgpt_torchrec.evaluation.metrics import RankingMetrics, list_ranks, reduc
 from recgpt_torchrec.evaluation.per_user.recording import UserRecorder
 from recgpt_torchrec.evaluation.ranking import Results, measure_ranks, targets_of, users_of
 from recgpt_torchrec.evaluation.sampling import choose_users
-from recgpt_torchrec.model.recgpt import unwrapped
+from recgpt_torchrec.model.tables import unwrapped
 from recgpt_torchrec.retrieval.encoding import collect_batches, encode
 from recgpt_torchrec.retrieval.interests import predict_interests, recall_items
 from recgpt_torchrec.retrieval.merging import SEVERAL, Lists, TwoStep
-from recgpt_torchrec.training.loading import Trained
 
 GRID = 10
 """m is tried at each 1 / GRID of the longest list: 1 to 9 for a list of ten."""

@@ -20,6 +20,7 @@ from torchx.specs.finder import ComponentValidationException
 from recgpt_torchrec.launch.arguments import pack
 from recgpt_torchrec.launch.command import improve_torchx_run
 from recgpt_torchrec.launch.resources import request_resources
+from recgpt_torchrec.texts.commands import JOB
 
 # The interpreter of the submitting environment where the job finds it (local, Slurm with a shared file system), else
 # that of the image. `$$` is torchx's escape for `$`.
@@ -92,9 +93,36 @@ def make_job(
     role.args = [shell, f"{node} --max_restarts {max_restarts}{command.removeprefix('torchrun')}"]
     if not rdzv_port:
         role.port_map = {}
+    role.env.setdefault(JOB, words_of_command(module.rpartition(".")[2], j, sys.argv))
     if cpu:
         role.env.setdefault("OMP_NUM_THREADS", str(max(1, cpu // processes)))
     return job
+
+
+def words_of_command(stage: str, j: str, given: list[str]) -> str:
+    """The words with which torchx was started up to the stage's options, {} for its name, quoted for a shell.
+
+    The program prints commands to go on with in this form. Names, environment variables and what torchx itself prints
+    are left out: they may differ from job to job.
+
+    Args:
+        stage: name of the stage.
+        j: nodes x processes.
+        given: `sys.argv` of torchx; of another program, it is the plain command for these processes.
+    """
+    component = f"recgpt_torchrec.{stage}"
+    if "run" not in given or component not in given:
+        words = ["torchx", "run", "recgpt_torchrec.{}", *([] if j == "1x1" else ["-j", j])]
+        return shlex.join([*words, "--"])
+    words, rest = ["torchx"], iter(given[given.index("run") : given.index("--") if "--" in given else len(given)])
+    for word in rest:
+        name = word.partition("=")[0]
+        if name in ("--name", "--env", "--parent_run_id", "--tee_logs"):
+            if "=" not in word and name != "--tee_logs":
+                next(rest, None)
+        elif name not in ("--wait", "--log", "--dryrun"):
+            words.append("recgpt_torchrec.{}" if word == component else word)
+    return shlex.join([*words, "--"])
 
 
 def require_one_process(stage_name: str, j: str | None) -> None:

@@ -1,51 +1,23 @@
 """RecGPT: user and item tables around the dense part, from a `SequenceBatch` to a loss and interest vectors."""
 
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import torch.fx
-from torch import Tensor, nn
+from torch import Tensor
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedTensor
 from torchrec.modules.embedding_configs import DataType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recgpt_torchrec.config import Loss, Model, Tuning
-from recgpt_torchrec.data.bags import ITEM, OUTPUT, USER, bags_of, names_of_attribute, names_of_keys, table_of
+from recgpt_torchrec.data.bags import ITEM, OUTPUT, USER, bags_of, table_of
 from recgpt_torchrec.data.batch import SequenceBatch
 from recgpt_torchrec.data.inputs.attributes import Attributes
 from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.packed import Capacity
 from recgpt_torchrec.data.ragged import Int64
-from recgpt_torchrec.model.dense import Dense
-
-NONE = np.zeros(0, dtype=np.int64)
-
-
-class Vectors(NamedTuple):
-    """Looked-up vectors, one row per bag; empty bags have zeros."""
-
-    users: Tensor
-    """[user bags, dim]."""
-    items: Tensor
-    """[item bags, dim]."""
-    outputs: Tensor
-    """[item bags, dim] that score outputs: of W_l (paper, section 4.3) where there is one, else the same as `items`."""
-    user_attributes: Tensor | None = None
-    """[user bags, dim] weighted sum of the attributes' vectors; None: there are none."""
-    item_attributes: Tensor | None = None
-    """[item bags, dim], likewise."""
-
-
-class Pooled(NamedTuple):
-    """How an attribute's vectors are added to those of the other attributes."""
-
-    entity: str
-    table: str
-    weight: float
-    averages: bool
-    """Whether those of several values are averaged, not summed."""
+from recgpt_torchrec.model.tables import NONE, Pooled, TabledModel, Vectors
 
 
 @torch.fx.wrap
@@ -86,7 +58,7 @@ def numbers_of_values(bags: KeyedJaggedTensor, table: str, keys: int) -> Tensor:
     return bags.lengths().view(len(bags.keys()), -1)[first : first + keys].T.clamp(min=1)[:, :, None]
 
 
-class RecGPT(nn.Module):
+class RecGPT(TabledModel):
     """The whole model, from a batch of distinct ids to a loss (paper, section 4.2).
 
     `forward` itself calls the sharded tables, with the jagged tensor straight from the batch, so that the train
@@ -106,29 +78,12 @@ class RecGPT(nn.Module):
         inputs: Inputs | None = None,
         attributes: Attributes | None = None,
     ) -> None:
-        """
+        """See `TabledModel`; the tables are on the meta device until they are sharded.
+
         Args:
-            model, loss: configuration of the dense part.
-            users, items: rows of the tables, on the meta device until they are sharded.
-            tuning: what prompt-tuning adds; None: pre-training.
-            item_keys: number of keys that item bags are dealt to (see `data.bags`); no parameter depends on it.
             precision: of the tables' weights, `fp32` or `fp16`; looked-up vectors are float32.
-            inputs: what it reads beside ids; None: nothing.
-            attributes: the values of all users and items, for `look_up`; None: there are none.
         """
-        super().__init__()
-        self.item_keys, self.inputs, self.attributes = item_keys, inputs or Inputs(), attributes
-        # torchrec's own mean is wrong where a table is sharded as a grid, so its tables sum.
-        several = set() if attributes is None else attributes.tables_of_several
-        self.pooled = [
-            Pooled(each.entity, each.table, each.weight, averages=each.pooling == "mean" and each.table in several)
-            for each in self.inputs.attributes
-        ]
-        item_names = names_of_keys(item_keys)
-        tables = [(USER, users, [USER]), (ITEM, items, item_names)]
-        if tuning is not None and tuning.output_table:
-            tables.append((OUTPUT, items, item_names))
-        tables += [(each.table, each.values, names_of_attribute(each, item_keys)) for each in self.inputs.attributes]
+        super().__init__(model, loss, users, items, tuning, item_keys, inputs, attributes)
         configs = [
             EmbeddingBagConfig(
                 name=table,
@@ -137,10 +92,9 @@ class RecGPT(nn.Module):
                 feature_names=names,
                 data_type=DataType[precision.upper()],
             )
-            for table, rows, names in tables
+            for table, rows, names in self.shapes
         ]
         self.tables = EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
-        self.dense = Dense(model, loss, segments=tuning is not None and tuning.prompts, inputs=self.inputs)
 
     def forward(self, batch: SequenceBatch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """See `Dense.forward`."""
@@ -151,14 +105,7 @@ class RecGPT(nn.Module):
     def look_up(
         self, device: torch.device, users: Int64 = NONE, items: Int64 = NONE, room: tuple[int, int] = (0, 0)
     ) -> Vectors:
-        """Vectors, float32, of `users` [n] int64 and `items` [m] int64 from the tables, with their attributes
-        (collective, where tables are sharded).
-
-        Args:
-            device: of this rank.
-            users, items: ids.
-            room: number of users and of items for which there are bags, where other ranks may look up more than n or m.
-        """
+        """See `TabledModel.look_up`."""
         sizes = users.size, items.size
         capacity = Capacity(max(room[0], sizes[0]), max(room[1], sizes[1]), self.item_keys)
         bags: Any = bags_of(users, items, capacity, self.attributes).to(device)
@@ -169,19 +116,3 @@ class RecGPT(nn.Module):
             for rows, added in zip(vectors[:3], (vectors[3], vectors[4], vectors[4]), strict=True)
         )
         return Vectors(of_users[: sizes[0]].float(), of_items[: sizes[1]].float(), outputs[: sizes[1]].float())
-
-
-def unwrapped(model: nn.Module) -> RecGPT:
-    """The RecGPT inside DistributedModelParallel and DDP; its tables are sharded, and calling them is collective."""
-    while not isinstance(model, RecGPT):
-        inner = model.module
-        assert isinstance(inner, nn.Module)
-        model = inner
-    return model
-
-
-def unwrapped_dense(model: RecGPT) -> Dense:
-    """The dense part of a model, without DDP around it."""
-    dense = getattr(model.dense, "module", model.dense)
-    assert isinstance(dense, Dense)
-    return dense

@@ -1,6 +1,5 @@
 """The text that the program plan prints: sharding, memory, traffic, time, and the smallest cluster that fits."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from recgpt_torchrec.config.plan import MOST_NODES, Plan
@@ -12,6 +11,7 @@ from recgpt_torchrec.planning.sharded import Sharded, shard_workload
 from recgpt_torchrec.planning.step_time import StepTime, estimate_step_time
 from recgpt_torchrec.planning.traffic import Cause, step_traffic
 from recgpt_torchrec.planning.workload import Workload
+from recgpt_torchrec.texts.tables import table
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ def _memory_text(memory: Memory, sharded: Sharded) -> str:
         verdict += "; " + _room("node", memory.host_total, memory.host_limit)
     else:
         verdict = _room("node", memory.host_total, memory.host_limit)
-    lines = _table(heading, rows, numbers=2 if cuda else 1)
+    lines = table([heading, *rows], right=(1, 2) if cuda else (1,), indent="  ")
     return (
-        f"Memory of the fullest rank, number {sharded.fullest}\n{_indent(lines)}\n"
+        f"Memory of the fullest rank, number {sharded.fullest}\n{lines}\n"
         f"  {'Fits' if memory.fits else 'DOES NOT FIT'}: {verdict}"
     )
 
@@ -113,7 +113,7 @@ def _traffic_text(traffic: list[Cause], workload: Workload) -> str:
     within, between = (sum(getattr(t.sent, name) for t in traffic) / 1e6 for name in ("within", "between"))
     rows.append(["total", f"{within:,.2f}", f"{between:,.2f}", ""])
     heading = ["MB", "within a node", "between nodes", ""]
-    return f"Sent per step by the busiest rank\n{_indent(_table(heading, rows, numbers=2))}"
+    return f"Sent per step by the busiest rank\n{table([heading, *rows], right=(1, 2), indent='  ')}"
 
 
 def _time_text(time: StepTime, workload: Workload, hardware: Hardware) -> str:
@@ -124,7 +124,7 @@ def _time_text(time: StepTime, workload: Workload, hardware: Hardware) -> str:
     share = workload.flops.total / seconds / hardware.peak
     per_rank = workload.targets / seconds
     lines = [
-        f"Estimated time of a step\n{_indent(_table(['ms', '', ''], rows, numbers=1))}",
+        f"Estimated time of a step\n{table([['ms', '', ''], *rows], right=(1,), indent='  ')}",
         f"  A step takes {seconds * 1e3:,.3g} ms: {per_rank:,.0f} targets/s per rank, {per_rank * ranks:,.0f} in all; "
         f"{workload.flops.total / 1e9:,.3g} GFLOP per rank, {share:.1%} of the peak",
     ]
@@ -155,19 +155,6 @@ def _cluster_text(cluster: Cluster | None, plan: Plan) -> str:
         f"Smallest cluster that fits, with this batch per rank: {nodes} x {cluster.gpus} {plan.gpu}, "
         f"{_gib(cluster.memory.total('device'))} of {cluster.memory.device_limit / GIB:,.0f} GiB {place}"
     )
-
-
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]], numbers: int) -> str:
-    """Rows of text, aligned: the first column to the left, `numbers` columns to the right, the others to the left."""
-    widths = [max(map(len, column)) for column in zip(heading, *rows, strict=True)]
-    lines = []
-    for row in (heading, *rows):
-        cells = [
-            cell.rjust(width) if 0 < place <= numbers else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def _indent(text: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import MISSING
 from typing import Any
 
 from recgpt_torchrec import storage
-from recgpt_torchrec.checkpoints.folder import MADE_BY_RUN, TRAINED_DAYS, Checkpoints, read_metadata
+from recgpt_torchrec.checkpoints.folder import TRAINED_DAYS, Checkpoints, read_metadata
 from recgpt_torchrec.config import Pretrain, PromptTune
 from recgpt_torchrec.config.fields import options
 from recgpt_torchrec.data.dataset import Manifest
@@ -19,6 +19,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.reports.curves import read_curves
 from recgpt_torchrec.reports.values import EvaluationValues, RunValues, TableValues
 from recgpt_torchrec.storage.finished import flatten
+from recgpt_torchrec.storage.manifests import suggest_below
 from recgpt_torchrec.storage.typed import is_count_or_negative, make_typed
 from recgpt_torchrec.training.progress import Progress
 from recgpt_torchrec.training.run import Record, read_record
@@ -55,15 +56,11 @@ def run_folder(path: str) -> str:
     folder = path if days is None else path_of(path, len(days.get("days", [])))
     if read_record(folder) is None:
         what = "is not a run" if storage.exists(path) else "does not exist"
-        below = [each for each in (f"{path}/{name}" for name in MADE_BY_RUN) if storage.is_folder(each)]
+        meant = suggest_below(path, lambda below: read_record(below) is not None)
         raise InputError(
             f"{path} {what}"
             + (": it has no run.json. " if storage.exists(path) else ". ")
-            + (
-                f"Did you mean {' '.join(below)}?"
-                if below
-                else "Give the --output of pretrain or prompt_tune; evaluations are given with --evaluations"
-            )
+            + (meant or "Give the --output of pretrain or prompt_tune; evaluations are given with --evaluations")
         )
     return folder
 

@@ -1,23 +1,19 @@
 """Encodes histories of requests with a whole model in this process, in batches as large as the requests are."""
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from recgpt_torchrec.data.bags import ITEM, USER
+from recgpt_torchrec.checkpoints.trained import Trained
 from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.packed import Capacity, pack_histories
 from recgpt_torchrec.data.ragged import Int64
-from recgpt_torchrec.model.recgpt import RecGPT, unwrapped, unwrapped_dense
+from recgpt_torchrec.model.tables import TabledModel, unwrapped, unwrapped_dense
 from recgpt_torchrec.serving.keys import UNKNOWN
-from recgpt_torchrec.training.loading import Trained
 
 
 class RequestEncoder:
-    """From histories to interest vectors, with the model of `training.loading.load_unsharded`.
+    """From histories to interest vectors, with the model of `checkpoints.trained.load_unsharded`.
 
     Example: `RequestEncoder(trained, device).encode(histories)`
     """
@@ -57,29 +53,15 @@ class RequestEncoder:
         return vectors.float()
 
 
-def look_up_strangers(model: RecGPT, users: Int64, items: Int64, device: torch.device) -> tuple[Tensor, Tensor]:
+def look_up_strangers(model: TabledModel, users: Int64, items: Int64, device: torch.device) -> tuple[Tensor, Tensor]:
     """Vectors of users [n, dim] and of items [m, dim], float32, with their attributes.
 
     A stranger (-1) has the vector 0, as a user in training whose vector was dropped.
     """
     is_known = users != UNKNOWN
-    found = _look_up(model, users[is_known], items, device)
+    found = model.look_up(device, users=users[is_known], items=items)
     if is_known.all():
-        return found
-    vectors = found[1].new_zeros(users.size, found[1].shape[1])
-    vectors[torch.from_numpy(np.flatnonzero(is_known)).to(device)] = found[0]
-    return vectors, found[1]
-
-
-def _look_up(model: RecGPT, users: Int64, items: Int64, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Vectors of users and of items: through the collection of tables where attributes are pooled, else rows of two
-    whole tables, which takes a tenth of the time for a short history."""
-    if model.attributes is not None:
-        found = model.look_up(device, users=users, items=items)
         return found.users, found.items
-    tables: Any = model.tables.embedding_bags
-    of_users, of_items = (
-        F.embedding(torch.from_numpy(ids).to(device), tables[name].weight)
-        for name, ids in ((USER, users), (ITEM, items))
-    )
-    return of_users, of_items
+    vectors = found.items.new_zeros(users.size, found.items.shape[1])
+    vectors[torch.from_numpy(np.flatnonzero(is_known)).to(device)] = found.users
+    return vectors, found.items

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from recgpt_torchrec.checkpoints.trained import Trained
 from recgpt_torchrec.data.dataset import COLUMNS, Dataset
 from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.inputs.events import check_asked, find_event
@@ -23,7 +24,6 @@ from recgpt_torchrec.serving.clock import Clock
 from recgpt_torchrec.serving.keys import UNKNOWN, Key, KeyTable
 from recgpt_torchrec.serving.prompts import RequestPrompts
 from recgpt_torchrec.serving.requests import History, Shown
-from recgpt_torchrec.training.loading import Trained
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,17 @@ import torch
 
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.checkpoints.folder import checkpoint_fingerprint, find_checkpoint
+from recgpt_torchrec.checkpoints.trained import load_unsharded
 from recgpt_torchrec.config import Prompts
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.data.segments import FEEDBACK
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.model.recgpt import RecGPT, unwrapped, unwrapped_dense
+from recgpt_torchrec.model.tables import TabledModel, unwrapped, unwrapped_dense
 from recgpt_torchrec.prompts.intervals import intervals_of, table_of
 from recgpt_torchrec.prompts.prompt_dataset import RECORD
 from recgpt_torchrec.prompts.prompting import Prompter
 from recgpt_torchrec.serving.encoding import look_up_strangers
-from recgpt_torchrec.training.loading import load_unsharded
 
 USERS = 512
 """Number of requests whose prompts are generated at once."""
@@ -59,7 +59,7 @@ class RequestPrompts:
             self.kinds = tuple(kind for kind in kinds if kind in (told or ["shown"]))
         self.keeps_newest = bool(dataset.manifest.feedback)
         self.device = device
-        self.generator: tuple[RecGPT, Prompter] | None = None
+        self.generator: tuple[TabledModel, Prompter] | None = None
         """The pre-trained model and what generates prompts with it; None: none are generated."""
         if self.k and record["source"] != "exposed":
             self._load(dataset, record, pretrained)

@@ -13,6 +13,7 @@ from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.catalogue.vectors import HeldVectors
 from recgpt_torchrec.checkpoints.folder import find_checkpoint
 from recgpt_torchrec.checkpoints.settings import CheckpointSettings
+from recgpt_torchrec.checkpoints.trained import load_unsharded
 from recgpt_torchrec.config.device import Device
 from recgpt_torchrec.config.retrieval import INTERESTS
 from recgpt_torchrec.data.dataset import Dataset
@@ -31,7 +32,6 @@ from recgpt_torchrec.serving.names import ItemNames
 from recgpt_torchrec.serving.popular import Popular
 from recgpt_torchrec.serving.prompts import RequestPrompts
 from recgpt_torchrec.serving.requests import History, Time, is_one_history, make_requests
-from recgpt_torchrec.training.loading import load_unsharded
 
 TOKENS = 2**14
 """Number of slots that are encoded at once."""

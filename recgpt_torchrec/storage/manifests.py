@@ -12,10 +12,11 @@ from typing import Any, ClassVar, Self
 import pyarrow.fs
 
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.storage.files import exists, filesystem, read
+from recgpt_torchrec.storage.files import exists, filesystem, is_folder, names, read
 from recgpt_torchrec.storage.folders import MANIFEST
 from recgpt_torchrec.storage.parts import Part, checksum_of
 from recgpt_torchrec.storage.typed import JSON_BYTES, SHOWN, check_seal, make_typed, parse_object
+from recgpt_torchrec.texts.commands import command, program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +98,8 @@ class FolderManifest:
         """
         kind, file = cls.KIND, f"{path}/{MANIFEST}"
         if not exists(file):
-            raise InputError(
-                f"{path} is not {_with_article(kind)}: it has no {MANIFEST}. "
-                f"Make one with: python -m recgpt_torchrec.{kind.stage} --output {path} ..."
-            )
+            remedy = suggest_below(path, cls._is_of_kind) or _make_remedy(kind, path)
+            raise InputError(f"{path} is not {_with_article(kind)}: it has no {MANIFEST}. {remedy}")
         try:
             values = parse_object(read(file, JSON_BYTES), sealed=False)
         except (OSError, ValueError) as error:
@@ -122,6 +121,14 @@ class FolderManifest:
             return cls.from_values(check_seal(values))
         except ValueError as error:
             raise InputError(f"{file} is damaged: {error}; restore it or run {kind.stage} again") from None
+
+    @classmethod
+    def _is_of_kind(cls, path: str) -> bool:
+        """Whether a folder has a manifest that begins like one of this kind."""
+        try:
+            return cls.KIND.version_field in parse_object(read(f"{path}/{MANIFEST}", JSON_BYTES), sealed=False)
+        except (OSError, ValueError):
+            return False
 
     def check_parts(
         self,
@@ -157,6 +164,19 @@ class FolderManifest:
             if report is None:
                 raise InputError(f"{path}: the part {part.path} {reason}; {self.KIND.repair}")
             report(part, reason)
+
+
+def suggest_below(path: str, is_meant: Callable[[str], bool]) -> str:
+    """A question where a folder in `path` may be meant, such as runs/all/data for runs/all; else an empty text."""
+    below = sorted(f"{path.rstrip('/')}/{name}" for name in names(path)) if is_folder(path) else []
+    meant = [each for each in below if is_folder(each) and is_meant(each)]
+    return f"Did you mean {' or '.join(meant[:3])}?" if meant else ""
+
+
+def _make_remedy(kind: Kind, path: str) -> str:
+    if kind.stage != "prepare":
+        return f"Make one with the stage {kind.stage}: {program(kind.stage)} --help"
+    return f"Make one of a log: {command('prepare', {'input': 'LOG', 'output': path})}"
 
 
 def _with_article(kind: Kind) -> str:

@@ -1,6 +1,5 @@
 """Loads models from checkpoints: to evaluate, to export, or to prompt-tune."""
 
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -10,11 +9,11 @@ from torchrec.optim.keyed import CombinedOptimizer
 from recgpt_torchrec.checkpoints.folder import find_checkpoint, read_tensor_metadata, read_tensors
 from recgpt_torchrec.checkpoints.reassigning import reset_rows
 from recgpt_torchrec.checkpoints.settings import CheckpointSettings
+from recgpt_torchrec.checkpoints.trained import Trained, check_tables, check_vocabulary, make_model
 from recgpt_torchrec.config import Model, Pretrain, Sharding, Tuning
-from recgpt_torchrec.data.bags import ITEM, OUTPUT
+from recgpt_torchrec.data.bags import ITEM, OUTPUT, table_name, tables_of
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.ids.slots import reassigned_ids
-from recgpt_torchrec.data.inputs.attributes import Attributes, Read
 from recgpt_torchrec.data.inputs.choosing import add_feedback, check_inputs
 from recgpt_torchrec.data.inputs.events import check_events
 from recgpt_torchrec.data.inputs.growing import check_growth
@@ -23,35 +22,10 @@ from recgpt_torchrec.data.inputs.time_units import other_times
 from recgpt_torchrec.data.stream import TOKENS_PER_SEQUENCE
 from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import log_message
-from recgpt_torchrec.distributed.sharding import shard, table_name, tables_of
+from recgpt_torchrec.distributed.sharding import shard
 from recgpt_torchrec.distributed.shared_folder import read_on_node
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import RecGPT
-from recgpt_torchrec.storage.buffers import fill_in_memory
-
-
-@dataclass
-class Trained:
-    """A model loaded from a checkpoint, with its configuration."""
-
-    model: nn.Module
-    config: Model
-    tuning: Tuning | None
-    """Options it was prompt-tuned with; None: it is a pre-trained model."""
-    inputs: Inputs = field(default_factory=Inputs)
-    """What it reads beside ids."""
-    attributes: Attributes | None = None
-    """The attribute values of all users and items; None: it reads none."""
-
-    @property
-    def prompts(self) -> bool:
-        """Whether the model reads the prompts of a history."""
-        return self.tuning is not None and self.tuning.prompts
-
-    @property
-    def feedback(self) -> bool:
-        """Whether it answers a request from the feedback that was known at it."""
-        return self.tuning is not None and self.tuning.reads_feedback
 
 
 def load(
@@ -78,84 +52,13 @@ def load(
         InputError: the checkpoint belongs to another dataset, or is damaged.
     """
     settings = CheckpointSettings.read(checkpoint)
-    unsharded = _make_model(settings, checkpoint, dataset, item_keys, tables.precision, read_on_node)
+    options = {"item_keys": item_keys, "precision": tables.precision}
+    unsharded = make_model(settings, checkpoint, dataset, RecGPT, read_on_node, **options)
     model = shard(unsharded, tables, bags=bags, device=device, fused=False, trained=False)
     state = {"model": model.state_dict()}
     read_tensors(state, checkpoint)
     model.load_state_dict(state["model"])
     return Trained(model, settings.model, settings.tuning, settings.inputs, unsharded.attributes)
-
-
-def load_unsharded(checkpoint: str, dataset: Dataset, device: torch.device) -> Trained:
-    """Load the model of a checkpoint, with whole tables, in one process that needs no process group.
-
-    Its `look_up` deals items to one key: a bag is as good as another where nothing is exchanged.
-
-    Args:
-        checkpoint: its folder.
-        dataset: with the vocabulary that the model was trained with.
-        device: to hold tables and decoder.
-
-    Raises:
-        InputError: the checkpoint belongs to another dataset, or is damaged.
-    """
-    settings = CheckpointSettings.read(checkpoint)
-    model = _make_model(settings, checkpoint, dataset, 1, "fp32", fill_in_memory)
-    model.tables = model.tables.to_empty(device=device)
-    model.dense.to(device)
-    read_tensors({"model": model.state_dict()}, checkpoint)
-    return Trained(model.eval(), settings.model, settings.tuning, settings.inputs, model.attributes)
-
-
-def _make_model(
-    settings: CheckpointSettings, checkpoint: str, dataset: Dataset, item_keys: int, precision: str, read: Read
-) -> RecGPT:
-    """The model of a checkpoint, its tables without memory; `read` makes the buffer of its attributes."""
-    check_vocabulary(settings, checkpoint, dataset)
-    manifest, tuning, inputs = dataset.manifest, settings.tuning, settings.inputs
-    check_inputs(inputs, checkpoint, dataset, settings.continue_command(checkpoint, dataset.path))
-    if tuning is not None and tuning.prompts and manifest.segments > inputs.segments:
-        raise InputError(
-            f"the checkpoint {checkpoint} does not tell dislikes and skips from what was only shown, and "
-            f"{dataset.path} does; tune again on that dataset, or give the one it was tuned on"
-        )
-    attributes = Attributes.open(dataset, inputs, read)
-    model = RecGPT(
-        settings.model,
-        settings.loss,
-        manifest.users,
-        manifest.items,
-        tuning,
-        item_keys,
-        precision,
-        inputs,
-        attributes,
-    )
-    check_tables(model, checkpoint)
-    return model
-
-
-def check_tables(model: nn.Module, checkpoint: str, made: str | None = None) -> None:
-    """Check that a checkpoint has all rows and columns of a model's tables, which nothing else fills.
-
-    Args:
-        model: made for the dataset to use; its tables need no memory yet.
-        checkpoint: its folder.
-        made: name of a table that is not read from the checkpoint.
-
-    Raises:
-        InputError: a table is missing, or has another size.
-    """
-    saved = read_tensor_metadata(checkpoint)
-    for name, table in tables_of(model).items():
-        if table_name(name) == made:
-            continue
-        size = list(saved[f"model.{name}"].size) if f"model.{name}" in saved else None
-        if size != list(table.shape):
-            raise InputError(
-                f"the {table_name(name)} table of {checkpoint} has size {size}, for the dataset it must be "
-                f"{list(table.shape)}: the checkpoint or the dataset is damaged. Restore it, or give another one"
-            )
 
 
 def load_pretrained(model: nn.Module, checkpoint: str) -> None:
@@ -293,28 +196,3 @@ def reset_reassigned(
     raise_first_error(failure)
     for entity, count in counts.items():
         log_message(f"{count:,} rows of {entity}s belong to other keys than in {checkpoint}: they begin anew")
-
-
-def check_vocabulary(settings: CheckpointSettings, checkpoint: str, dataset: Dataset) -> None:
-    """Check that a checkpoint was trained with the dataset's vocabulary.
-
-    Raises:
-        InputError: it was trained with another one, or before users or items were added to it.
-    """
-    manifest = dataset.manifest
-    if settings.vocabulary == manifest.vocabulary:
-        return
-    if (earlier := manifest.extends(settings.vocabulary)) is not None:
-        changed = [f"{entity}s" for entity in manifest.reassigned_since(settings.vocabulary)]
-        more = f", and rows of {' and '.join(changed)} belong to other keys now" if changed else ""
-        raise InputError(
-            f"the checkpoint {checkpoint} has no vectors for {manifest.items - earlier.items:,} items and "
-            f"{manifest.users - earlier.users:,} users that {dataset.path} added to its vocabulary{more}. Train a new "
-            f"run: {settings.continue_command(checkpoint, dataset.path)}; or give the dataset it was trained on, "
-            f"{settings.data}"
-        )
-    raise InputError(
-        f"the checkpoint {checkpoint} was trained on another dataset than {dataset.path} (vocabulary "
-        f"{settings.vocabulary[:12]}, not {manifest.vocabulary[:12]}): its ids mean other items. It was trained on "
-        f"{settings.data}"
-    )

@@ -13,7 +13,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from recgpt_torchrec.config import Optimizer, Tables
-from recgpt_torchrec.distributed.sharding import table_name
+from recgpt_torchrec.data.bags import table_name
 
 DENSE = "dense"
 """Name of all parameters that are not tables, beside the tables' names."""

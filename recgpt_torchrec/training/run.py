@@ -10,7 +10,7 @@ from typing import Any
 
 from recgpt_torchrec import storage
 from recgpt_torchrec.checkpoints.folder import Checkpoints
-from recgpt_torchrec.config.fields import changeable_names, current_name, default_values
+from recgpt_torchrec.config.fields import changeable_names, current_name, default_values, given_options
 from recgpt_torchrec.data.dataset import Manifest
 from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.distributed.placements import Placement
@@ -19,6 +19,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import read_json, write_json
 from recgpt_torchrec.storage.finished import check_same, differences, flatten
 from recgpt_torchrec.storage.typed import make_typed
+from recgpt_torchrec.texts.commands import command, next_line
 from recgpt_torchrec.training.progress import Progress
 
 RUN = "run.json"
@@ -205,15 +206,12 @@ class Run:
             if train["validate_users"]:
                 sample = f" on {describe_users(manifest, train['validate_users'])}"
             trained = f"validation NDCG@10 {best.value:.4f}{sample} after {moment}, in {self.checkpoints.best()}"
-        stage, more = "evaluate", f"{output}/test.json --split test"
+        done = {"data": self.config["data"], "checkpoint": output}
         if manifest.count_targets("test") == 0:
-            stage, more = "export", "EXPORT_FOLDER"
-        return (
-            f"Trained: {trained}\n"
-            f"Curves:  tensorboard --logdir {output}/tensorboard\n"
-            f"Next:    python -m recgpt_torchrec.{stage} --data {self.config['data']} --checkpoint {output} "
-            f"--output {more}"
-        )
+            following = next_line("export", {**done, "output": "EXPORT_FOLDER"})
+        else:
+            following = next_line("evaluate", {**done, "output": f"{output}/test.json", "split": "test"})
+        return f"Trained: {trained}\nCurves:  tensorboard --logdir {output}/tensorboard\n{following}"
 
 
 def describe_users(manifest: Manifest, sample: int) -> str:
@@ -234,18 +232,14 @@ def _suggest_way(config: Any, recorded: dict[str, Any], differing: list[str]) ->
     if not longer or not Checkpoints(config.output, 1).latest():
         return "choose another --output, or the same options"
     unit = "step" if ends[1] else "epoch"
-    count = config.train.steps or config.train.epochs
-    more = f"--output NEW_RUN --train.{unit}s {count}"
-    command = f"python -m recgpt_torchrec.{{}} --data {config.data}"
+    ended, asked = (ends[1], config.train.steps) if ends[1] else (ends[0], config.train.epochs)
+    new = f"{config.output.rstrip('/')}_{asked}_{unit}s"
+    options = {**given_options(config), "output": new}
+    why = f"its learning-rate schedule ends with its last {unit}"
     if hasattr(config, "initial"):
-        return (
-            f"its learning-rate schedule ends with its last {unit}. To train its model further, start a run from it: "
-            f"{command.format('pretrain')} --initial {config.output} {more}, with its other options"
-        )
-    return (
-        f"its learning-rate schedule ends with its last {unit}. Tune again for more {unit}s: "
-        f"{command.format('prompt_tune')} --checkpoint {config.checkpoint} {more}, with its other options"
-    )
+        options |= {"initial": config.output, f"train.{unit}s": asked - ended}
+        return f"{why}. {asked - ended} more, from its model, in a run of their own: {command('pretrain', options)}"
+    return f"{why}. Tune again for {asked}: {command('prompt_tune', options)}"
 
 
 @contextmanager

@@ -190,10 +190,10 @@ def test_a_nan_of_one_ranks_items_is_an_error_on_all():
 def serve_a_model(rank: int, world_size: int) -> list[str]:
     """Vectors of a sharded model, held and streamed, are the rows of its table."""
     from recgpt_torchrec.config import Loss, Model, Pretrain, Tables
+    from recgpt_torchrec.data.bags import tables_of
     from recgpt_torchrec.data.dataset import Dataset, Manifest
     from recgpt_torchrec.data.packed import Capacity
-    from recgpt_torchrec.distributed.sharding import tables_of
-    from recgpt_torchrec.model.recgpt import unwrapped
+    from recgpt_torchrec.model.tables import unwrapped
     from recgpt_torchrec.training.building import build
 
     items, device, sources = 23, torch.device("cpu"), []

@@ -8,8 +8,8 @@ from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.checkpoints.saving import Saver
 from recgpt_torchrec.checkpoints.state import restore, state_of
 from recgpt_torchrec.config import Saving
+from recgpt_torchrec.data.bags import table_name, tables_of
 from recgpt_torchrec.data.dataset import Dataset, Manifest
-from recgpt_torchrec.distributed.sharding import table_name, tables_of
 from recgpt_torchrec.training.building import build
 from tests.distributed.training_helpers import Case, gather_table
 from tools.ranks import run_ranks

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from recgpt_torchrec.config import Pretrain, Tables
+from recgpt_torchrec.data.bags import tables_of
 from recgpt_torchrec.data.dataset import Dataset, Manifest
-from recgpt_torchrec.distributed.sharding import tables_of
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.training.building import build
 from tests.distributed.training_helpers import CAPACITY, ITEMS, USERS, Case, Trained, train

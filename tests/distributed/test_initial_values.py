@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recgpt_torchrec.config import Tables
+from recgpt_torchrec.data.bags import table_name, tables_of
 from recgpt_torchrec.distributed import initial_values
 from recgpt_torchrec.distributed.initial_values import BLOCK_ROWS, fill_shard, initialise_tables, key_of
 from recgpt_torchrec.distributed.processes import silence_libraries
-from recgpt_torchrec.distributed.sharding import table_name, tables_of
 from tests.distributed.training_helpers import gather_table
 from tools.ranks import run_ranks
 from tools.reshard import DIM, ITEMS, Layout, build_model

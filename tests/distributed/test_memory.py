@@ -9,9 +9,9 @@ import torch
 from recgpt_torchrec.checkpoints.records import tensors_of
 from recgpt_torchrec.checkpoints.state import state_of
 from recgpt_torchrec.config import Loss, Model
+from recgpt_torchrec.data.bags import tables_of
 from recgpt_torchrec.distributed import memory
 from recgpt_torchrec.distributed.processes import silence_libraries
-from recgpt_torchrec.distributed.sharding import tables_of
 from recgpt_torchrec.model.recgpt import RecGPT
 from tests.support import SMALL, stage, walks, write_dataset
 from tools.ranks import run_ranks

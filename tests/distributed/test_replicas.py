@@ -11,9 +11,9 @@ from torchrec.distributed import comm
 
 from recgpt_torchrec.checkpoints.state import table_tensors
 from recgpt_torchrec.config import Pretrain
+from recgpt_torchrec.data.bags import table_name, tables_of
 from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.distributed.replicas import Replicas, group_size
-from recgpt_torchrec.distributed.sharding import table_name, tables_of
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.training.building import build
 from tests.distributed.training_helpers import (

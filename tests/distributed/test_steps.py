@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from recgpt_torchrec.config import Train
+from recgpt_torchrec.data.bags import table_name, tables_of
 from recgpt_torchrec.data.dataset import Dataset, Manifest
-from recgpt_torchrec.distributed.sharding import table_name, tables_of
 from recgpt_torchrec.training.building import build
 from tests.distributed.training_helpers import (
     CAPACITY,

@@ -19,6 +19,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.checkpoints.state import table_tensors
 from recgpt_torchrec.config import Loss, Model, Optimizer, Pretrain, Saving, Tables, Train, Tuning
+from recgpt_torchrec.data.bags import table_name, tables_of
 from recgpt_torchrec.data.batch import SequenceBatch, make_batch
 from recgpt_torchrec.data.candidates import AllItems, Candidates, CandidateSource, InBatch, Place
 from recgpt_torchrec.data.dataset import Dataset, Manifest
@@ -32,7 +33,7 @@ from recgpt_torchrec.data.windows import Cursor, Position, Queue
 from recgpt_torchrec.distributed.lockstep import Lockstep
 from recgpt_torchrec.distributed.processes import gather_objects
 from recgpt_torchrec.distributed.replicas import Replicas
-from recgpt_torchrec.distributed.sharding import ranks_per_group, table_name, tables_of
+from recgpt_torchrec.distributed.sharding import ranks_per_group
 from recgpt_torchrec.model.dense import Dense
 from recgpt_torchrec.training.building import build
 from recgpt_torchrec.training.execution import Execution

@@ -12,7 +12,7 @@ class Doctor(Pretrain):
 
     Nothing is written. Exit status 0 unless a finding is an error.
 
-    Example: python -m recgpt_torchrec.doctor --data data/mine --config configs/beauty.yaml
+    Example: recgpt doctor --data data/mine --config configs/beauty.yaml
     """
 
     data: str | None = None  # type: ignore[assignment]

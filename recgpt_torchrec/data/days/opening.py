@@ -14,6 +14,7 @@ from recgpt_torchrec.data.days.records import Days, folder_of, path_of
 from recgpt_torchrec.data.ids.changes import SlotChanges
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage.folders import MANIFEST
+from recgpt_torchrec.texts.commands import command
 
 if TYPE_CHECKING:
     from recgpt_torchrec.data.dataset import Manifest
@@ -57,7 +58,8 @@ def read_days(path: str, days: Days) -> "list[Manifest]":
     from recgpt_torchrec.data.dataset import Manifest
 
     if not days.days:
-        raise InputError(f"{path} holds no day yet; append one: python -m recgpt_torchrec.prepare --append true")
+        add = command("prepare", {"append": True, "input": "LOG", "output": path})
+        raise InputError(f"{path} holds no day yet; append one: {add}")
     manifests = []
     for number in range(1, len(days.days) + 1):
         day = path_of(path, number)

@@ -11,6 +11,7 @@ from recgpt_torchrec.evaluation.comparing.finding import read_evaluation_json
 from recgpt_torchrec.evaluation.comparing.paired import Interval, PairCounts
 from recgpt_torchrec.evaluation.comparing.records import BASELINES
 from recgpt_torchrec.evaluation.per_user.files import Columns, UserResults, column_of
+from recgpt_torchrec.texts.tables import table
 
 ONE_STEP = {"pretrain", "fine_tuning", "recgpt_1"}
 """Paths of one step, each of another kind of model."""
@@ -239,17 +240,16 @@ def _take(columns: Columns, rows: Any) -> Columns:
 def comparison_text(differences: list[Difference], other: str, protocol: str = "masked") -> str:
     """Differences with another evaluation as a table of text; baselines that are equal have one line."""
     lines = [f"\nAgainst {other}, {protocol}, {differences[0].users:,} shared users, 95% intervals by paired bootstrap"]
-    lines.append(f"{'':<44}{'metric':>9}{'this':>9}{'other':>9}{'difference':>12}   interval")
+    rows = [["", "metric", "this", "other", "difference", "interval"]]
     equal = [each.path for each in differences if each.path in BASELINES and each.interval == Interval(0, 0, 0)]
     for each in differences:
         if each.path in equal:
             continue
         name = each.path if each.path == each.other else f"{each.path} against {each.other}"
         bounds = f"{each.interval.low:+.4f} to {each.interval.high:+.4f}"
-        lines.append(
-            f"{name:<44}{each.metric:>9}{each.value:>9.4f}{each.other_value:>9.4f}{each.interval.mean:>+12.4f}   "
-            f"{bounds}  {each.verdict}"
-        )
+        figures = f"{each.value:.4f}", f"{each.other_value:.4f}", f"{each.interval.mean:+.4f}"
+        rows.append([name, each.metric, *figures, f"{bounds}  {each.verdict}"])
+    lines.append(table(rows, right=(1, 2, 3, 4)))
     if equal:
         lines.append(f"{' and '.join(dict.fromkeys(equal))}: equal")
     return "\n".join(lines) + "\n"

@@ -130,8 +130,7 @@ class DeltaManifest(FolderManifest):
         version_field="delta_version",
         version=1,
         parts=("item_parts", "user_parts", "removed_item_parts", "removed_user_parts"),
-        use="name the export that is whole after it, which python -m recgpt_torchrec.apply --export EXPORT --deltas "
-        "DELTA ... --output NEW writes",
+        use="name the export that is whole after it, which the stage apply writes from --export and --deltas",
     )
     delta_version: int = KIND.version
     base: str = ""

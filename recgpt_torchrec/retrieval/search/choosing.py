@@ -8,6 +8,7 @@ from recgpt_torchrec.config import HNSW, IVF, PQ, Index, Retrieve
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.exports.index_manifest import PARAMETERS, IndexManifest, vectors_fingerprint
 from recgpt_torchrec.retrieval.exports.reading import Export
+from recgpt_torchrec.texts.commands import command
 
 FLAT_ITEMS = 100_000
 """Up to this number of items, auto chooses flat."""
@@ -109,7 +110,7 @@ def held_index(config: Retrieve, export: Export) -> IndexManifest | None:
     index = export.manifest.index
     if index is None or config.index not in ("auto", index.kind):
         return None
-    rebuild = f"python -m recgpt_torchrec.index --export {export.path} --index.kind {index.kind}"
+    rebuild = command("index", {"export": export.path, "index.kind": index.kind})
     if index.vectors != vectors_fingerprint(export.manifest):
         raise InputError(
             f"{export.path}: its index was made of other vectors than those it holds now; build it again with "

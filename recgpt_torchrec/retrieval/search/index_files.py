@@ -21,6 +21,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.exports.index_manifest import BLOCK_BYTES, IndexManifest, IndexShard
 from recgpt_torchrec.retrieval.search.index import FAISS, Shard
 from recgpt_torchrec.storage import filesystem, remote
+from recgpt_torchrec.texts.commands import command
 
 READ_BYTES = 2**20
 """Bytes of a local file that a thread reads at once: they are still in its cache when their checksum is computed."""
@@ -86,7 +87,7 @@ def damaged(export: str, path: str, kind: str, reason: str) -> InputError:
     """The error for a shard that cannot be used."""
     return InputError(
         f"{export}: the shard {path} {reason}; restore the file, or build the index again with "
-        f"python -m recgpt_torchrec.index --export {export} --index.kind {kind}"
+        f"{command('index', {'export': export, 'index.kind': kind})}"
     )
 
 

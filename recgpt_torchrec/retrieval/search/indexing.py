@@ -36,6 +36,7 @@ from recgpt_torchrec.retrieval.search.index import Shard, build
 from recgpt_torchrec.retrieval.search.index_files import open_shards, write_shard
 from recgpt_torchrec.retrieval.search.sharded_index import ShardedIndex
 from recgpt_torchrec.retrieval.search.stored import StoredExactSearch, vector_blocks
+from recgpt_torchrec.texts.commands import command
 
 DEPTHS = (10, 50)
 """List lengths k of the measured recall@k."""
@@ -54,7 +55,7 @@ def build_own_shard(config: Retrieve, export: Export) -> list[Shard]:
     parameters = choosing.choose_parameters(kind, config, manifest.items, manifest.dim, shards)
     log_message(
         f"{export.path} holds no {kind} index: it is built now and not kept. To keep one: "
-        f"python -m recgpt_torchrec.index --export {export.path} --index.kind {kind}"
+        f"{command('index', {'export': export.path, 'index.kind': kind})}"
     )
     own: list[Shard] = []
     failure = None

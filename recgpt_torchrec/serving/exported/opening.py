@@ -16,6 +16,7 @@ from recgpt_torchrec.retrieval.exports.encoder_manifest import EncoderManifest, 
 from recgpt_torchrec.retrieval.exports.reading import Export
 from recgpt_torchrec.storage import filesystem, remote
 from recgpt_torchrec.storage.parts import Part, checksum_of
+from recgpt_torchrec.texts.commands import command
 
 
 class Table:
@@ -69,8 +70,8 @@ def open_encoder(export: Export) -> OpenedEncoder:
     encoder = export.manifest.encoder
     if encoder is None:
         raise InputError(
-            f"{export.path} holds no encoder; add one: python -m recgpt_torchrec.export, as before, "
-            "with --encoder.kind auto"
+            f"{export.path} holds no encoder; add one: {command('export', {})}, with the options as before and "
+            "--encoder.kind auto"
         )
     if remote(export.path):
         raise InputError(f"{export.path}: an encoder is opened from a local folder; copy the export")

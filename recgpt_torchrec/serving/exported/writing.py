@@ -13,6 +13,7 @@ from torch import Tensor
 
 from recgpt_torchrec.catalogue.vectors import BLOCK_BYTES
 from recgpt_torchrec.checkpoints.settings import CheckpointSettings
+from recgpt_torchrec.checkpoints.trained import Trained
 from recgpt_torchrec.config import Encoder
 from recgpt_torchrec.data.bags import ITEM, USER
 from recgpt_torchrec.data.candidates import id_range
@@ -21,7 +22,7 @@ from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import gather_objects, log_message, rank, run_on_first_rank, world_size
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.model.recgpt import NONE, Vectors, unwrapped, unwrapped_dense
+from recgpt_torchrec.model.tables import NONE, Vectors, unwrapped, unwrapped_dense
 from recgpt_torchrec.retrieval.exports.additions import commit_addition, new_folder
 from recgpt_torchrec.retrieval.exports.encoder_manifest import Argument, EncoderManifest, TablePart
 from recgpt_torchrec.retrieval.exports.reading import Export
@@ -29,7 +30,6 @@ from recgpt_torchrec.serving.exported.encoder import FullEncoder, StepEncoder, T
 from recgpt_torchrec.serving.exported.program import check_onnx, describe_inputs, export_program, write_onnx
 from recgpt_torchrec.storage import filesystem, scratch_beside
 from recgpt_torchrec.storage.parts import Part, write_checksummed
-from recgpt_torchrec.training.loading import Trained
 
 COPIED_BYTES = 2**22
 """Bytes of a program that are copied at once."""

@@ -18,6 +18,7 @@ from recgpt_torchrec.data.days.opening import read_days
 from recgpt_torchrec.data.days.records import FOLDER, Days, path_of
 from recgpt_torchrec.distributed.processes import log_message, print_result, run_on_first_rank
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.texts.commands import next_line
 from recgpt_torchrec.training.days.record import TrainedDay, TrainedDays
 from recgpt_torchrec.training.progress import Progress
 from recgpt_torchrec.training.run import RUN
@@ -167,7 +168,5 @@ def _remove_checkpoints(run: str) -> None:
 
 
 def _next_step(config: Pretrain) -> str:
-    return (
-        f"Next:    python -m recgpt_torchrec.export --data {config.data} --checkpoint {config.output} --output "
-        "EXPORT_FOLDER; after the next prepare --append, give the same command again"
-    )
+    line = next_line("export", {"data": config.data, "checkpoint": config.output, "output": "EXPORT_FOLDER"})
+    return f"{line}\n         after the next prepare --append, give the command of this training again"
