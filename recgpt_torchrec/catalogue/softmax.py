@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recgpt_torchrec.data.packed import PackedBatch
-from recgpt_torchrec.model.shared_loss import shared_softmax_loss
+from recgpt_torchrec.model.losses.shared_loss import shared_softmax_loss
 
 
 class ProcessRanks:

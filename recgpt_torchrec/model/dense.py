@@ -11,8 +11,8 @@ from recgpt_torchrec.config import Loss, Model
 from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.model.attention import Attention, DenseAttention
 from recgpt_torchrec.model.decoder import Decoder
-from recgpt_torchrec.model.fused_loss import fused_softmax_loss
-from recgpt_torchrec.model.loss import bce_loss, softmax_loss
+from recgpt_torchrec.model.losses.fused_loss import fused_softmax_loss
+from recgpt_torchrec.model.losses.loss import bce_loss, softmax_loss
 from recgpt_torchrec.model.varlen import VarlenAttention
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from recgpt_torchrec.config import Tables
 from recgpt_torchrec.config.tables import is_of_users
 from recgpt_torchrec.distributed.placements import Placement
 from recgpt_torchrec.distributed.sharding_types import COPY
-from recgpt_torchrec.model import shared_loss
-from recgpt_torchrec.model.fused_loss import MAX_DIM, picoseconds_per_logit
+from recgpt_torchrec.model.losses import shared_loss
+from recgpt_torchrec.model.losses.fused_loss import MAX_DIM, picoseconds_per_logit
 from recgpt_torchrec.planning.hardware import GIB, Hardware
 from recgpt_torchrec.planning.sharded import HOST_KERNELS, Sharded
 from recgpt_torchrec.planning.workload import VALUES, Workload

@@ -7,7 +7,7 @@ are exchanged one step ahead. The host launches operations meanwhile: a step tak
 
 from dataclasses import dataclass
 
-from recgpt_torchrec.model.fused_loss import picoseconds_per_logit
+from recgpt_torchrec.model.losses.fused_loss import picoseconds_per_logit
 from recgpt_torchrec.model.peaks import rated_peak
 from recgpt_torchrec.planning.hardware import LINK_SHARE, Hardware
 from recgpt_torchrec.planning.memory import CHUNK, bags_of_table, exchanged_rows, fuses_loss

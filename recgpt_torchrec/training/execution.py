@@ -19,7 +19,7 @@ from recgpt_torchrec.config import Loss, Model, Train
 from recgpt_torchrec.distributed.processes import run_on_first_rank, world_size
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.dense import Compute
-from recgpt_torchrec.model.fused_loss import MAX_DIM, prefers_fused
+from recgpt_torchrec.model.losses.fused_loss import MAX_DIM, prefers_fused
 from recgpt_torchrec.model.peaks import Precision, measured_peak
 
 BF16_FLAGS = ("avx512_bf16", "amx_bf16")

@@ -13,7 +13,7 @@ from recgpt_torchrec.catalogue.softmax import SharedSoftmax
 from recgpt_torchrec.config import Loss
 from recgpt_torchrec.data.candidates import SOURCES, Candidates, ItemStatistics, Place
 from recgpt_torchrec.data.packed import LAST_ID
-from recgpt_torchrec.model import shared_loss
+from recgpt_torchrec.model.losses import shared_loss
 from tools.ranks import run_ranks
 
 ITEMS, DIM, SCALE = 37, 8, 0.25

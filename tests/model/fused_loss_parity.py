@@ -14,9 +14,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from recgpt_torchrec.model import fused_loss
-from recgpt_torchrec.model.fused_loss import fused_softmax_loss
-from recgpt_torchrec.model.loss import softmax_loss
+from recgpt_torchrec.model.losses import fused_loss
+from recgpt_torchrec.model.losses.fused_loss import fused_softmax_loss
+from recgpt_torchrec.model.losses.loss import softmax_loss
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from recgpt_torchrec.model.fused_loss import picoseconds_per_logit, prefers_fused, shared_bytes, tiles
+from recgpt_torchrec.model.losses.fused_loss import picoseconds_per_logit, prefers_fused, shared_bytes, tiles
 
 NO_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 LIMITS = {90: 227, 80: 163}
@@ -37,7 +37,7 @@ def test_the_kernels_compile_for_gpus_and_fit_their_shared_memory(capability, di
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from recgpt_torchrec.model import fused_loss_kernels as kernels
+    from recgpt_torchrec.model.losses import fused_loss_kernels as kernels
 
     precision, itemsize, dtype = ("tf32", 2, "bf16") if kind == "half" else (kind, 4, "fp32")
     width, rows, columns, warps, stages = tiles(dim, itemsize, precision)
@@ -80,7 +80,7 @@ def test_it_is_taken_for_narrow_vectors_on_gpus_that_can(monkeypatch):
         major, shared_memory_per_block_optin = 9, 227 * 1024
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100)
-    monkeypatch.setattr("recgpt_torchrec.model.fused_loss.find_spec", lambda name: object())
+    monkeypatch.setattr("recgpt_torchrec.model.losses.fused_loss.find_spec", lambda name: object())
     cuda = torch.device("cuda")
     assert prefers_fused(64, 32768, cuda) and prefers_fused(128, 3000, cuda) and prefers_fused(64, 32768, cuda, "tf32")
     assert not prefers_fused(512, 32768, cuda), "the loss in chunks is estimated to be faster"
@@ -91,15 +91,16 @@ def test_it_is_taken_for_narrow_vectors_on_gpus_that_can(monkeypatch):
     H100.major, H100.shared_memory_per_block_optin = 7, 227 * 1024
     assert not prefers_fused(64, 32768, cuda)
     H100.major = 9
-    monkeypatch.setattr("recgpt_torchrec.model.fused_loss.find_spec", lambda name: None)
+    monkeypatch.setattr("recgpt_torchrec.model.losses.fused_loss.find_spec", lambda name: None)
     assert not prefers_fused(64, 32768, cuda)
 
 
 def test_a_machine_without_triton_imports_all_but_the_kernels():
     program = (
         "import sys; sys.modules |= dict.fromkeys(('triton', 'torchrec', 'pyarrow'))\n"
-        "from recgpt_torchrec.model import fused_loss, segmented, varlen\n"
-        "try: from recgpt_torchrec.model import fused_loss_kernels\n"
+        "from recgpt_torchrec.model.losses import fused_loss\n"
+        "from recgpt_torchrec.model import segmented, varlen\n"
+        "try: from recgpt_torchrec.model.losses import fused_loss_kernels\n"
         "except ImportError: print('without')"
     )
     done = subprocess.run(

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recgpt_torchrec.config import Loss, Model
-from recgpt_torchrec.model import shared_loss
 from recgpt_torchrec.model.dense import Dense
-from recgpt_torchrec.model.loss import bce_loss, softmax_loss
+from recgpt_torchrec.model.losses import shared_loss
+from recgpt_torchrec.model.losses.loss import bce_loss, softmax_loss
 
 
 def vectors(*shape: int, seed: int = 0) -> Tensor:

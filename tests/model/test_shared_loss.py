@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recgpt_torchrec.model import shared_loss
-from recgpt_torchrec.model.loss import softmax_loss
-from recgpt_torchrec.model.shared_loss import Alone, rows_at_once, shared_softmax_loss
+from recgpt_torchrec.model.losses import shared_loss
+from recgpt_torchrec.model.losses.loss import softmax_loss
+from recgpt_torchrec.model.losses.shared_loss import Alone, rows_at_once, shared_softmax_loss
 
 DIM, TARGETS = 8, 50
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

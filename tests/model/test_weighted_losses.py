@@ -13,8 +13,8 @@ from recgpt_torchrec.config import Loss, Model
 from recgpt_torchrec.data.candidates import Candidates
 from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.packed import Capacity, FixedShape, pack_histories
-from recgpt_torchrec.model import loss as losses
 from recgpt_torchrec.model.dense import Dense
+from recgpt_torchrec.model.losses import loss as losses
 
 TARGETS, CANDIDATES, DIM = 7, 11, 8
 WEIGHTS = torch.tensor([1.0, 0.25, 5.0, 0.0, 0.5, 3.0, 1.0])

@@ -24,8 +24,9 @@ from recgpt_torchrec.data.candidates import Candidates
 from recgpt_torchrec.data.histories import join
 from recgpt_torchrec.data.packed import Capacity, pack_histories
 from recgpt_torchrec.distributed.processes import process_group
-from recgpt_torchrec.model import shared_loss, waiting
+from recgpt_torchrec.model import waiting
 from recgpt_torchrec.model.dense import Dense
+from recgpt_torchrec.model.losses import shared_loss
 from recgpt_torchrec.training.meter import LOG_EVERY
 from recgpt_torchrec.training.schedule import Schedule
 from tests.model.test_no_leaks import INPUTS, ITEMS, LONGEST, USERS, draw

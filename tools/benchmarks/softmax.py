@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from recgpt_torchrec.catalogue.softmax import SharedSoftmax
 from recgpt_torchrec.data.candidates import AllItems, Place
-from recgpt_torchrec.model.loss import softmax_loss
+from recgpt_torchrec.model.losses.loss import softmax_loss
 from tools.ranks import run_ranks
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

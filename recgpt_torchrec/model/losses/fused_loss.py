@@ -101,7 +101,7 @@ def _forward(
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss [], gradient of h [targets, dim] (no rows without `gradient`), error and log2 of the norm [targets]."""
-    from recgpt_torchrec.model import fused_loss_kernels as kernels
+    from recgpt_torchrec.model.losses import fused_loss_kernels as kernels
 
     (targets, dim), count = h.shape, len(candidates)
     width, rows, columns, warps, stages = tiles(dim, h.itemsize, precision)
@@ -153,7 +153,7 @@ def _candidates_gradient(
     precision: str,
 ) -> Tensor:
     """Gradient of the candidates, [candidates, dim] float32."""
-    from recgpt_torchrec.model import fused_loss_kernels as kernels
+    from recgpt_torchrec.model.losses import fused_loss_kernels as kernels
 
     (targets, dim), count = h.shape, len(candidates)
     width, rows, columns, warps, stages = tiles(dim, h.itemsize, precision)

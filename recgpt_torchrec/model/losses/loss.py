@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recgpt_torchrec.model.shared_loss import Alone, Scored, add_product, rows_at_once, shared_softmax_loss
+from recgpt_torchrec.model.losses.shared_loss import Alone, Scored, add_product, rows_at_once, shared_softmax_loss
 from recgpt_torchrec.model.waiting import waits
 
 

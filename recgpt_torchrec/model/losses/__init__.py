@@ -1,0 +1,1 @@
+"""Losses of next-item prediction, and the kernels that compute them."""
