@@ -18,6 +18,7 @@ import torch
 from recgpt_torchrec import cli
 from recgpt_torchrec.config.stages import STAGES, module_of
 from recgpt_torchrec.data.dataset import Dataset, Manifest
+from recgpt_torchrec.storage.parts import checksum_of_footer
 from tools.small_run import SMALL, SmallAttribute, training_part, walks, write_dataset
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "ids_by_bag",
     "items_of",
     "overwrite",
+    "promise_of",
     "read_epochs",
     "read_files",
     "read_sequences",
@@ -106,9 +108,14 @@ def rewrite(
     schema = pa.schema([(name, kind) for name, kind in fields.items() if kind is not None])
     rows = [{name: row[name] for name in schema.names} for row in rows]
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, row_group_size=rows_per_group or groups)
-    entry.rows, entry.bytes = len(rows), path.stat().st_size
-    entry.checksum = f"{zlib.crc32(path.read_bytes()):08x}"
+    vars(entry).update(promise_of(path), rows=len(rows))
     (folder / "manifest.json").write_text(json.dumps(asdict(manifest)))
+
+
+def promise_of(path: Path) -> dict[str, Any]:
+    """The fields of a manifest's entry of a part that hold what its file is, to be updated where a test rewrites it."""
+    data = path.read_bytes()
+    return {"bytes": len(data), "checksum": f"{zlib.crc32(data):08x}", "footer": checksum_of_footer(data)}
 
 
 def change_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 
+from recgpt_torchrec.storage.parts import checksum_of_footer
 from tools import mutations
 from tools.mutations import Mutation
 from tools.stage_process import End, preload, run_in_process, run_stage
@@ -299,8 +300,14 @@ def copy_inputs(kind: Kind, inputs: Path, folder: Path) -> None:
             shutil.copy2(source, folder / name)  # with its time, which prepare compares
 
 
-def correct_manifest(path: Path, folder: Path) -> None:
-    """Let the manifest promise the size and checksum that a changed part has."""
+def correct_manifest(path: Path, folder: Path, with_footer: bool) -> None:
+    """Let the manifest promise the size and checksum that a changed part has, so that what is in it is read.
+
+    Args:
+        path: of the part.
+        folder: of the case.
+        with_footer: whether it promises the footer too; False: its checksum has to keep the footer from pyarrow.
+    """
     root = folder / path.relative_to(folder).parts[0]
     manifest = json.loads((root / "manifest.json").read_text())
     manifest.pop("checksum", None)
@@ -310,6 +317,8 @@ def correct_manifest(path: Path, folder: Path) -> None:
             if isinstance(part, dict) and part.get("path") == name:
                 data = path.read_bytes()
                 part.update(bytes=len(data), checksum=f"{zlib.crc32(data):08x}")
+                if with_footer:
+                    part["footer"] = checksum_of_footer(data)
     (root / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -389,7 +398,7 @@ def fuzz(
                 before = path.read_bytes()
                 path.write_bytes(mutation(before, rng))
                 if kind.is_part and (is_chosen or rng.random() < 0.5):
-                    correct_manifest(path, place)
+                    correct_manifest(path, place, is_chosen and name not in mutations.DAMAGED_FOOTERS)
                 ended = run_in_process(place, lambda: run_stage(kind.stage, options), kind.result)  # noqa: B023
                 outcome = judge(kind, ended, results[unchanged], is_chosen, place, canary)
                 if path.exists() and path.read_bytes() == before and outcome == "wrong":

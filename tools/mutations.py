@@ -360,12 +360,16 @@ def damage_footer(data: bytes, rng: np.random.Generator) -> bytes:
     return data[:at] + rng.bytes(1) + data[at + 1 :]
 
 
+DAMAGED_FOOTERS: dict[str, Mutation] = {
+    **{f"2^60 in the footer {number}": promise_rows for number in range(40)},
+    **{f"a byte of the footer {number}": damage_footer for number in range(20)},
+}
+"""Footers that can end the process that parses them: pyarrow calls constructors that throw, unguarded."""
 PARQUET: dict[str, Mutation] = {
     "empty": replace_by(b""),
     "magic bytes only": replace_by(b"PAR1PAR1"),
     "a footer of gigabytes": lambda data, rng: data[:-8] + b"\xff\xff\xff\x7fPAR1",
-    **{f"2^60 in the footer {number}": promise_rows for number in range(40)},
-    **{f"a byte of the footer {number}": damage_footer for number in range(20)},
+    **DAMAGED_FOOTERS,
     **{f"renamed column {number}": rewrite_parquet(_rename) for number in range(3)},
     **{f"column twice {number}": rewrite_parquet(_twice) for number in range(3)},
     **{f"null column {number}": rewrite_parquet(_null) for number in range(3)},

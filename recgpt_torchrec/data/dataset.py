@@ -38,7 +38,7 @@ from recgpt_torchrec.data.split import EVALUATION, FEWEST_ITEMS, HoldOut, SplitN
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import filesystem
 from recgpt_torchrec.storage.manifests import FolderManifest, Kind
-from recgpt_torchrec.storage.parts import Part, open_parquet
+from recgpt_torchrec.storage.parts import Part, open_part, without_footers
 from recgpt_torchrec.storage.typed import check_counts
 
 if TYPE_CHECKING:
@@ -312,7 +312,7 @@ class Dataset:
         """
         fs, root = filesystem(self.files or self.path)
         try:
-            return open_parquet(fs, f"{root}/{part.path}")
+            return open_part(fs, root, part)
         except Exception as error:
             raise InputError(
                 f"{self.path}: the part {part.path} cannot be read as Parquet ({error}); {self.remedy}"
@@ -346,7 +346,7 @@ def histories_fingerprint(dataset: Dataset) -> str:
     stored."""
     manifest = dataset.manifest
     with_values = [*manifest.user_parts, *manifest.item_parts] if manifest.attributes else []
-    parts = json.dumps([asdict(part) for part in (*manifest.sequences, *with_values)])
+    parts = json.dumps([asdict(part, dict_factory=without_footers) for part in (*manifest.sequences, *with_values)])
     if dataset.manifest.hold_out != "last":  # with `none` the same files mean other training parts
         parts += dataset.manifest.hold_out
     return hashlib.sha256(parts.encode()).hexdigest()[:32]

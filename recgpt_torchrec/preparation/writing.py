@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.fs
 
 from recgpt_torchrec.data.ragged import offsets_of
-from recgpt_torchrec.storage.parts import Part, open_parquet, regroup, write_parts
+from recgpt_torchrec.storage.parts import Part, open_part, regroup, write_parts
 
 NUMBER = "number"
 """Column that numbers rows which have no id of their own."""
@@ -186,7 +186,7 @@ def fingerprint_parts(
     for name, parts in folders.items():
         fingerprint.add(pa.chunked_array([[name]]))
         for part in parts:
-            with open_parquet(fs, f"{root}/{part.path}") as file:
+            with open_part(fs, root, part) as file:
                 names = file.schema_arrow.names
                 meaning = ["bucket"] if "bucket" in names else [name for name in ("key", "since") if name in names]
                 for batch in file.iter_batches(columns=meaning):

@@ -19,6 +19,8 @@ ROWS_PER_BYTE = 16
 """Maximum number of rows per byte of a part. Each row has an id of its own: three million rows of nothing else, ids in
 order, have 0.98 rows per byte; with keys, histories or vectors it is 0.2 to 0.6. So memory that is allocated by the
 number of rows is bounded by the size of the files."""
+FOOTER_READ = 2**16
+"""Bytes read from the end of a part for its footer, in one request; Arrow's own number."""
 VALUES_PER_BYTE = 1024
 """Maximum number of entries of lists per byte of a part. Random ids take 1 to 3 bytes each; only lists of one repeated
 id come near it."""
@@ -36,6 +38,9 @@ class Part:
     bytes: int
     checksum: str
     """crc32 of the file's bytes as eight hex digits."""
+    footer: str | None = None
+    """crc32 of a Parquet file's footer, its length and magic bytes, as eight hex digits; None: it was written by an
+    earlier version, or is of another format. Not part of any fingerprint (`without_footers`)."""
 
     def check(self) -> None:
         """Check a part that a manifest promises, before its file is looked for.
@@ -48,6 +53,11 @@ class Part:
         for name, limit in {"rows": ROWS_PER_BYTE, "items": VALUES_PER_BYTE}.items():
             if getattr(self, name) > limit * self.bytes:
                 raise ValueError(f"it promises {getattr(self, name):,} {name} in the {self.bytes:,} bytes of {shown}")
+
+
+def without_footers(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A `dict_factory` of `asdict` for fingerprints: those of earlier versions, whose parts had no `footer`, hold."""
+    return {name: value for name, value in pairs if name != "footer"}
 
 
 def check_path(path: str) -> str:
@@ -138,6 +148,7 @@ class _PartWriter:
         self.items += group.num_rows if lists is None else pc.sum(pc.list_value_length(lists)).as_py()
 
     def close(self) -> Part:
+        self.sink.tail = bytearray()
         self.writer.close()
         self.sink.close()
         return Part(
@@ -146,6 +157,7 @@ class _PartWriter:
             items=self.items,
             bytes=self.sink.size,
             checksum=f"{self.sink.crc:08x}",
+            footer=checksum_of_footer(self.sink.tail),
         )
 
     def abandon(self) -> None:
@@ -180,6 +192,8 @@ class _ChecksummedFile:
         self.stream = stream
         self.size = 0
         self.crc = 0
+        self.tail: bytearray | None = None
+        """What is written from now on, if it is set."""
 
     @property
     def closed(self) -> bool:
@@ -188,6 +202,8 @@ class _ChecksummedFile:
     def write(self, data: bytes) -> int:
         self.stream.write(data)
         self.crc = zlib.crc32(data, self.crc)
+        if self.tail is not None:
+            self.tail += data
         size = memoryview(data).nbytes
         self.size += size
         return size
@@ -202,21 +218,68 @@ class _ChecksummedFile:
         self.stream.close()
 
 
-def open_parquet(fs: pyarrow.fs.FileSystem, path: str) -> pq.ParquetFile:
+def open_part(fs: pyarrow.fs.FileSystem, root: str, part: Part) -> pq.ParquetFile:
+    """Open the Parquet file of a part; its footer is compared with the manifest before anything parses it.
+
+    Arrow ends the whole process on some changed bytes of a footer: a histogram of another size is a C++ exception in a
+    constructor that Python calls unguarded. Opening 2,000 parts of 31 KB on a local disk took 0.19 s of a core with the
+    comparison and 0.14 s without; each is one request to a store, as before.
+
+    Args:
+        fs: file system of `root`.
+        root: the folder of the manifest.
+        part: as the manifest lists it.
+
+    Raises:
+        OSError, ArrowException: it does not exist, has another footer, or is no Parquet file.
+    """
+    return open_parquet(fs, f"{root}/{part.path}", part.footer)
+
+
+def open_parquet(fs: pyarrow.fs.FileSystem, path: str, footer: str | None = None) -> pq.ParquetFile:
     """Open a Parquet file; the checksums of its pages, where it has any, are verified as they are read.
 
     Reading 39 MB of histories took 0.229 s without this and 0.233 s with it; an epoch of batches of 2.3 million entries
     0.44 and 0.45 s (least of six, two other processes beside).
 
+    Args:
+        fs: file system of `path`.
+        path: of the file.
+        footer: checksum of its footer, see `Part`; None: unknown.
+
     Raises:
-        OSError, ArrowException: it does not exist, or is no Parquet file.
+        OSError, ArrowException: it does not exist, has another footer, or is no Parquet file.
     """
+    source = fs.open_input_file(path)
     try:
-        file = pq.ParquetFile(fs.open_input_file(path), page_checksum_verification=True)
+        metadata = None if footer is None else _read_footer(source, footer)
+        file = pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True)
         str(file.schema_arrow)  # decodes all names
     except UnicodeDecodeError:
         raise OSError("a name in its footer is not UTF-8") from None
     return file
+
+
+def _read_footer(source: pa.NativeFile, promised: str) -> pq.FileMetaData:
+    """Read and parse the footer of a file, if its checksum is the promised one."""
+    size = source.size()
+    tail = source.read_at(min(size, FOOTER_READ), max(0, size - FOOTER_READ))
+    missing = min(size, _length_of_footer(tail)) - len(tail)
+    if missing > 0:
+        tail = source.read_at(missing, size - len(tail) - missing) + tail
+    if (checksum := checksum_of_footer(tail)) != promised:
+        raise OSError(f"the checksum of its footer is {checksum}, the manifest promises {promised}")
+    return pq.read_metadata(pa.BufferReader(tail))
+
+
+def _length_of_footer(tail: bytes | bytearray) -> int:
+    """Number of bytes of the footer at the end of a file, with its length and magic bytes."""
+    return int.from_bytes(tail[-8:-4], "little") + 8
+
+
+def checksum_of_footer(tail: bytes | bytearray) -> str:
+    """crc32 of the footer of a Parquet file as eight hex digits, given the file or the end of it."""
+    return f"{zlib.crc32(tail[-_length_of_footer(tail) :]):08x}"
 
 
 def regroup(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:

@@ -3,7 +3,6 @@
 import os
 import pickle
 import resource
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from recgpt_torchrec.distributed import shared_folder
 from recgpt_torchrec.distributed.shared_folder import read_on_node
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import buffers
-from tests.support import SmallAttribute, walks, write_dataset
+from tests.support import SmallAttribute, promise_of, walks, write_dataset
 from tools.ranks import run_ranks
 
 USERS, ITEMS = 21, 37
@@ -169,8 +168,7 @@ def write_part(dataset: Dataset, part: Any, table: pa.Table) -> None:
     """Write other rows into a part, as if they were those that its manifest promises."""
     path = Path(dataset.path) / part.path
     pq.write_table(table, path)
-    part.bytes, part.rows = path.stat().st_size, table.num_rows
-    part.checksum = f"{zlib.crc32(path.read_bytes()):08x}"
+    vars(part).update(promise_of(path), rows=table.num_rows)
 
 
 def replaced(table: pa.Table, column: str, change: Any) -> pa.Table:

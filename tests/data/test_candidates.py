@@ -33,7 +33,7 @@ from recgpt_torchrec.data.candidates import (
     training_counts,
 )
 from recgpt_torchrec.errors import InputError
-from tests.support import write_dataset
+from tests.support import promise_of, write_dataset
 
 COUNTS = np.array([3, 50, 0, 12, 7, 1, 30, 5, 2, 9])
 
@@ -255,6 +255,7 @@ def test_item_counts_that_are_damaged_are_refused(changes: dict[str, list[Any] |
     path = tmp_path / "data" / dataset.manifest.item_parts[0].path
     columns = {**pq.read_table(path).to_pydict(), **changes}
     pq.write_table(pa.table({name: values for name, values in columns.items() if values is not None}), path)
+    vars(dataset.manifest.item_parts[0]).update(promise_of(path))
     with pytest.raises(InputError, match=f"items/part-00000.parquet.*{message}"):
         training_counts(dataset)
 

@@ -8,7 +8,7 @@ import pytest
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.windows import RowGroup, row_groups
 from recgpt_torchrec.errors import InputError
-from tests.support import walks, write_dataset
+from tests.support import promise_of, walks, write_dataset
 
 
 @pytest.fixture
@@ -69,10 +69,12 @@ def test_of_several_damaged_parts_the_first_is_named(folder):
     sound = pq.read_table(paths[3])
     paths[7].write_bytes(b"PAR1" * 9)
     pq.write_table(sound.drop_columns("item_ids"), paths[3])
+    vars(dataset.manifest.sequences[3]).update(promise_of(paths[3]))
     paths[5].write_bytes(b"")
     with pytest.raises(InputError, match=r"00003\.parquet has no column item_ids"):
         row_groups(dataset)
     pq.write_table(sound, paths[3])  # nothing is remembered of a part that could not be used
+    vars(dataset.manifest.sequences[3]).update(promise_of(paths[3]))
     with pytest.raises(InputError, match=r"00005\.parquet cannot be read as Parquet"):
         row_groups(dataset)
 

@@ -171,6 +171,10 @@ def without_footer(data: Path) -> None:
     overwrite(data / PART, slice(-300, None))
 
 
+def with_changed_footer(data: Path) -> None:
+    overwrite(data / PART, slice(-100, -99))
+
+
 def of_other_rows(data: Path) -> None:
     def add_row(manifest: dict[str, Any]) -> None:
         manifest["sequences"][1]["rows"] += 1
@@ -193,6 +197,10 @@ PARTS = [
     (removed, r"is missing \(the manifest promises 8 rows in \d+ bytes\)"),
     (truncated, r"is damaged: it has \d+ bytes, the manifest promises \d+"),
     (without_footer, "cannot be read as Parquet"),
+    (
+        with_changed_footer,
+        r"cannot be read as Parquet \(the checksum of its footer is \w{8}, the manifest",
+    ),
     (of_other_rows, "has 8 rows, the manifest promises 9"),
     (with_types(item_ids=None), "has no column item_ids, only .*user_id"),
     (with_types(user_id=None), "has no column user_id, only .*item_ids"),
@@ -278,6 +286,9 @@ def test_a_part_that_is_replaced_while_a_run_reads_it_is_named(data):
     dataset = Dataset.open(str(data))
     groups = row_groups(dataset)
     pq.write_table(pq.read_table(data / PART), data / PART, row_group_size=3)
+    with pytest.raises(InputError, match=f"{PART} cannot be read as Parquet .the checksum of its footer is"):
+        Reader(dataset).read(groups[2])
+    dataset.manifest.sequences[1].footer = None  # as of an earlier version
     with pytest.raises(InputError, match=f"{PART}, row group 0: has 3 rows, it had 4 when its file was first opened"):
         Reader(dataset).read(groups[2])
 

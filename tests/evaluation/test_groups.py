@@ -12,13 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.reading.counts import read_counts
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.evaluation import groups
 from recgpt_torchrec.evaluation.groups import GroupedMetrics, Grouping, count_values, popularity_bounds
 from recgpt_torchrec.evaluation.metrics import RankingMetrics
-from tests.support import training_part, walks, write_dataset
+from tests.support import promise_of, training_part, walks, write_dataset
 from tools.ranks import run_ranks
 
 ITEMS, USERS = 41, 150
@@ -147,7 +147,8 @@ def test_an_item_that_is_not_in_the_vocabulary_is_refused(dataset: Dataset, tmp_
     (path,) = (folder / "items").iterdir()
     table = pq.read_table(path)
     pq.write_table(table.set_column(0, "item_id", pa.array([99, *range(1, ITEMS)], pa.int64())), path)
-    opened = Dataset(path=str(folder), manifest=dataset.manifest)
+    opened = Dataset(path=str(folder), manifest=Manifest.read(str(folder)))
+    vars(opened.manifest.item_parts[0]).update(promise_of(path))
     with pytest.raises(InputError, match="an item has no count, or an id outside 0 to 40"):
         read_counts(opened, 0, ITEMS)
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.retrieval.exports.writing import write_export
-from tests.support import change_json, stage, walks, write_dataset
+from tests.support import change_json, promise_of, stage, walks, write_dataset
 
 ITEMS, USERS, DIM = 40, 30, 4
 WALKS = walks(USERS, ITEMS)
@@ -45,7 +45,7 @@ def make_export(
     pq.write_table(pq.read_table(part), part, row_group_size=4)  # so that every rank has some
 
     def record_bytes(manifest: dict[str, Any]) -> None:
-        manifest["user_parts"][0]["bytes"] = part.stat().st_size
+        manifest["user_parts"][0].update(promise_of(part))
 
     change_json(folder / "vectors" / "manifest.json", record_bytes)
     return folder / "data", folder / "vectors"

@@ -17,7 +17,7 @@ from recgpt_torchrec.retrieval.exports.keys import Keys
 from recgpt_torchrec.retrieval.exports.reading import open_export
 from recgpt_torchrec.retrieval.exports.vectors import vectors_of as stored_vectors
 from recgpt_torchrec.retrieval.exports.writing import write_export
-from tests.support import change_json, walks, write_dataset
+from tests.support import change_json, promise_of, walks, write_dataset
 from tools.ranks import run_ranks
 
 ITEMS, USERS, DIM = 30, 50, 4
@@ -108,6 +108,7 @@ def test_keys_come_from_several_row_groups(dataset, tmp_path):
     table = pq.read_table(tmp_path / "data" / dataset.manifest.user_parts[0].path)
     path = tmp_path / "data" / dataset.manifest.user_parts[0].path
     pq.write_table(table, path, row_group_size=6)
+    vars(dataset.manifest.user_parts[0]).update(promise_of(path))
     orders = [np.random.default_rng(0).permutation(USERS), np.arange(USERS), np.arange(5, 18), np.arange(6, 12)]
     for ids in [*orders, np.arange(7, 8), np.array([7, 9, 8]), np.arange(5)[::-1]]:
         assert Keys(dataset, "users").of(ids).to_pylist() == [f"user {u}" for u in ids]
@@ -215,7 +216,7 @@ def rewrite_items(folder: Path, change: Callable[[pa.Table], pa.Table]) -> None:
     def correct(manifest: dict[str, Any]) -> None:
         (part,) = manifest["item_parts"]
         pq.write_table(change(pq.read_table(folder / part["path"])), folder / part["path"])
-        part["bytes"] = (folder / part["path"]).stat().st_size
+        part.update(promise_of(folder / part["path"]))
 
     change_json(folder / "manifest.json", correct)
 
@@ -283,5 +284,6 @@ def test_keys_that_are_null_or_of_other_rows_are_refused(dataset, tmp_path):
         (lambda table: table.slice(1), "has 29 rows, the manifest promises 30"),
     ):
         pq.write_table(change(table), path)
+        vars(part).update(promise_of(path))
         with pytest.raises(InputError, match=message):
             Keys(dataset, "items").of(np.array([1]))

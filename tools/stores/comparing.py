@@ -283,9 +283,9 @@ def read_lists(path: str, parts: list[Any], users: Int64, k: int) -> tuple[Int64
 
 def _read_parts(path: str, parts: list[Any]) -> Iterator[pa.RecordBatch]:
     from recgpt_torchrec.storage import filesystem
-    from recgpt_torchrec.storage.parts import open_parquet
+    from recgpt_torchrec.storage.parts import open_part
 
     fs, root = filesystem(path)
     for part in parts:
-        with open_parquet(fs, f"{root}/{part.path}") as file:
+        with open_part(fs, root, part) as file:
             yield from file.iter_batches(columns=["user_id", "item_ids", "scores"])

@@ -12,7 +12,7 @@ from recgpt_torchrec.data.ids.changes import SlotChanges
 from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import filesystem
-from recgpt_torchrec.storage.parts import Part, open_parquet, write_parts
+from recgpt_torchrec.storage.parts import Part, open_part, write_parts
 
 ROWS = 65_536
 """Users per row group."""
@@ -59,13 +59,13 @@ class Newest:
             if number >= len(self.parts) or within * ROWS >= self.parts[number].rows:
                 return np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64)
             fs, root = filesystem(self.folder)
-            path = self.parts[number].path
+            part = self.parts[number]
             try:
-                with open_parquet(fs, f"{root}/{path}") as file:
+                with open_part(fs, root, part) as file:
                     table = file.read_row_group(within, columns=SCHEMA.names, use_threads=False).cast(SCHEMA)
             except (OSError, KeyError, pa.ArrowException) as error:
                 reason = " ".join(str(error).split())
-                raise InputError(f"{self.folder}: {path} cannot be read ({reason}); restore the file") from None
+                raise InputError(f"{self.folder}: {part.path} cannot be read ({reason}); restore the file") from None
             while len(self._groups) >= KEPT:
                 del self._groups[next(iter(self._groups))]
             self._groups[group] = table["day"].to_numpy(), table["row"].to_numpy()

@@ -9,7 +9,7 @@ import pyarrow as pa
 from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import filesystem
-from recgpt_torchrec.storage.parts import Part, open_parquet
+from recgpt_torchrec.storage.parts import Part, open_part
 
 KEPT = 256
 """Number of row groups that are held, each of about 512 KiB."""
@@ -32,8 +32,8 @@ class SlotChanges:
     """The newest version in which a slot was given to another key."""
     _starts: Int64 | None = field(default=None, repr=False, compare=False)
     """[groups] first id of each row group."""
-    _places: list[tuple[str, int]] = field(default_factory=list, repr=False, compare=False)
-    """Path and number in its part of each row group."""
+    _places: list[tuple[Part, int]] = field(default_factory=list, repr=False, compare=False)
+    """Part and number in it of each row group."""
     _groups: dict[int, Int64] = field(default_factory=dict, repr=False, compare=False)
 
     def find_lost(self, items: Int64, day: int) -> npt.NDArray[np.bool_]:
@@ -58,24 +58,24 @@ class SlotChanges:
             sizes = []
             for part in self.parts:
                 try:
-                    with open_parquet(fs, f"{root}/{part.path}") as file:
+                    with open_part(fs, root, part) as file:
                         rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
                 except (OSError, pa.ArrowException) as error:
                     raise self._damaged(part.path, error) from None
                 sizes += rows
-                self._places += [(part.path, group) for group in range(len(rows))]
+                self._places += [(part, group) for group in range(len(rows))]
             self._starts = np.cumsum([0, *sizes[:-1]])
         return self._starts
 
     def _read(self, group: int) -> Int64:
         if group not in self._groups:
             fs, root = filesystem(self.folder)
-            path, within = self._places[group]
+            part, within = self._places[group]
             try:
-                with open_parquet(fs, f"{root}/{path}") as file:
+                with open_part(fs, root, part) as file:
                     column = file.read_row_group(within, columns=["since"], use_threads=False)["since"]
             except (OSError, KeyError, pa.ArrowException) as error:
-                raise self._damaged(path, error) from None
+                raise self._damaged(part.path, error) from None
             while len(self._groups) >= KEPT:
                 del self._groups[next(iter(self._groups))]
             self._groups[group] = column.to_numpy()

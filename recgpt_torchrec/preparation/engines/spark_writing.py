@@ -22,7 +22,7 @@ ATTEMPT = ".attempt"
 """Prefix of the files of attempts."""
 RENAMES = 32
 """Number of files renamed at once: an object store copies each."""
-RECORD = "path string, rows long, items long, bytes long, checksum string"
+RECORD = "path string, rows long, items long, bytes long, checksum string, footer string"
 """Columns of a `Part`, for Spark."""
 
 

@@ -19,7 +19,7 @@ from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS, Engine
 from recgpt_torchrec.preparation.ids.tables import COLUMNS, Slots, Stream, assign_hashed, assign_managed
 from recgpt_torchrec.preparation.writing import NUMBER, lay_out_rows
 from recgpt_torchrec.storage import filesystem
-from recgpt_torchrec.storage.parts import Part, open_parquet, write_parts
+from recgpt_torchrec.storage.parts import Part, open_part, write_parts
 
 GROUPS_PER_PART = 16
 STATE = ("since", "seen", "last_seen")
@@ -207,7 +207,7 @@ def _write_stream(
 
     def read() -> Iterator[pa.RecordBatch]:
         for part in parts:
-            with open_parquet(fs, f"{root}/{part.path}") as file:
+            with open_part(fs, root, part) as file:
                 for batch in file.iter_batches(BATCH_ROWS, columns=list(COLUMNS)):
                     yield batch.select(list(COLUMNS))
 
@@ -247,11 +247,11 @@ def _load(engine: Engine, name: str, tables: Iterator[pa.Table]) -> ir.Table:
     parts = write_parts(fs, root, f"loading {name}", tables, GROUPS_PER_PART)
 
     def read(part: Part) -> Iterator[pa.Table]:
-        with open_parquet(fs, f"{root}/{part.path}") as file:
+        with open_part(fs, root, part) as file:
             for batch in file.iter_batches(BATCH_ROWS):
                 yield pa.Table.from_batches([batch])
 
-    with open_parquet(fs, f"{root}/{parts[0].path}") as file:
+    with open_part(fs, root, parts[0]) as file:
         schema = file.schema_arrow
     return engine.fill_from(name, parts, read, schema)
 

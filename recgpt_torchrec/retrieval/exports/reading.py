@@ -16,7 +16,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.exports.manifest import LATER, DeltaManifest, ExportManifest
 from recgpt_torchrec.retrieval.exports.vectors import vector_columns, vectors_of
 from recgpt_torchrec.storage import filesystem
-from recgpt_torchrec.storage.parts import Part, open_parquet
+from recgpt_torchrec.storage.parts import Part, open_part, without_footers
 from recgpt_torchrec.storage.typed import COUNT
 
 Bool = npt.NDArray[np.bool_]
@@ -34,7 +34,7 @@ class _VectorFolder:
     @property
     def fingerprint(self) -> str:
         """Fingerprint of the contents, 32 hex digits; moving the folder does not change it, nor an index."""
-        values = asdict(self.manifest)
+        values = asdict(self.manifest, dict_factory=without_footers)
         for each in fields(self.manifest):
             if LATER in each.metadata and values[each.name] == each.default:
                 del values[each.name]
@@ -84,7 +84,7 @@ class _VectorFolder:
         """
         fs, root = filesystem(self.path)
         try:
-            file = open_parquet(fs, f"{root}/{part.path}")
+            file = open_part(fs, root, part)
         except (OSError, pa.ArrowException) as error:
             raise self._unreadable(part, error) from None
         schema = file.schema_arrow
