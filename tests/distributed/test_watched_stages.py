@@ -43,6 +43,7 @@ def stops_in_a_stage(rank: int, world_size: int, port: int, folder: str, options
     def stop(phase: str, step: int | None = None) -> None:
         report(phase, step)
         if phase == "ranking users" and rank == 1:
+            time.sleep(1)  # until a heartbeat says so
             Path(folder, "since").write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGSTOP)
 
