@@ -24,7 +24,6 @@ from tools.faults.nodes import explain_missing
 from tools.small_run import SMALL
 from tools.stage_process import preload
 
-STALL_SECONDS = 15
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the launcher does, before torch is imported
 NEEDS = {
     "pretrain": (),
@@ -38,11 +37,11 @@ NEEDS = {
 """The stages whose results each stage reads, in the order in which they can be run."""
 
 
-def options_of(stage: str, folder: Path, output: Path) -> dict[str, Any]:
+def options_of(stage: str, folder: Path, output: Path, stall_seconds: int = 15) -> dict[str, Any]:
     """The command line of a stage, which reads what the stages before it have written to `folder`."""
     data, run, prompts = folder / "data", folder / "pretrain", folder / "generate_prompts"
     training = {
-        "--train.stall_seconds": STALL_SECONDS,
+        "--train.stall_seconds": stall_seconds,
         "--train.timeout_seconds": 30,
         "--saving.every_steps": 4,
         "--train.epochs": 3,
@@ -58,7 +57,7 @@ def options_of(stage: str, folder: Path, output: Path) -> dict[str, Any]:
         "index": {"--export": output, "--index.kind": "hnsw"},
         "retrieve": {"--export": folder / "export", "--data": data, "--k": 5, "--index": "exact"},
     }
-    limits = {} if "--train.stall_seconds" in reads[stage] else {"--stall_seconds": STALL_SECONDS}
+    limits = {} if "--train.stall_seconds" in reads[stage] else {"--stall_seconds": stall_seconds}
     written = {} if stage == "index" else {"--output": result_of(stage, output)}
     return {**reads[stage], **limits, **written}
 
