@@ -49,7 +49,7 @@ def train_run(config: Pretrain, device: "torch.device", initial: str | None = No
     from recgpt_torchrec.training.trainer import Trainer
 
     limits, dataset = config.train, open_dataset(config)
-    execution = Execution.choose(limits, config.model, config.loss, device)
+    execution = Execution.choose(limits, config.model, config.loss, device, config.output)
     tokens = choose_tokens(config, config.model, dataset, device)
     # The stream comes first, so that damaged data is reported before the output folder is checked.
     new_targets, inputs = config.targets == "new", choose_inputs(config, dataset)

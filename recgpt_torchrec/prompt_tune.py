@@ -36,7 +36,7 @@ def main(config: PromptTune) -> None:
         tuning = choose_predicting(tuning, dataset)
         model = pretrained_model(checkpoint, dataset, config.model)
         config = replace(config, model=model, tuning=tuning)
-        execution = Execution.choose(limits, model, config.loss, device)
+        execution = Execution.choose(limits, model, config.loss, device, config.output)
         tokens = choose_tokens(config, model, dataset, device, tuning)
         inputs = pretrained_inputs(checkpoint, dataset, tuning)
         stream = training_stream(config, model, dataset, tokens.rank, execution, tuning=tuning, inputs=inputs)

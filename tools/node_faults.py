@@ -24,7 +24,6 @@ from tools.faults.nodes import explain_missing
 from tools.small_run import SMALL
 from tools.stage_process import preload
 
-STALL_SECONDS = 15
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the launcher does, before torch is imported
 NEEDS = {
     "pretrain": (),
@@ -38,11 +37,11 @@ NEEDS = {
 """The stages whose results each stage reads, in the order in which they can be run."""
 
 
-def options_of(stage: str, folder: Path, output: Path) -> dict[str, Any]:
+def options_of(stage: str, folder: Path, output: Path, stall_seconds: float) -> dict[str, Any]:
     """The command line of a stage, which reads what the stages before it have written to `folder`."""
     data, run, prompts = folder / "data", folder / "pretrain", folder / "generate_prompts"
     training = {
-        "--train.stall_seconds": STALL_SECONDS,
+        "--train.stall_seconds": stall_seconds,
         "--train.timeout_seconds": 30,
         "--saving.every_steps": 4,
         "--train.epochs": 3,
@@ -58,7 +57,7 @@ def options_of(stage: str, folder: Path, output: Path) -> dict[str, Any]:
         "index": {"--export": output, "--index.kind": "hnsw"},
         "retrieve": {"--export": folder / "export", "--data": data, "--k": 5, "--index": "exact"},
     }
-    limits = {} if "--train.stall_seconds" in reads[stage] else {"--stall_seconds": STALL_SECONDS}
+    limits = {} if "--train.stall_seconds" in reads[stage] else {"--stall_seconds": stall_seconds}
     written = {} if stage == "index" else {"--output": result_of(stage, output)}
     return {**reads[stage], **limits, **written}
 
@@ -108,9 +107,9 @@ def run_cell(place: Place, folder: Path, fault: Fault, moment: Moment, cell: str
     stage = moment.stage
     output, logs, alone = place.disk / cell, folder / "said" / cell, folder / _writer(stage)
     if stage == "index":
-        first = run_job(place, Moment("export", ""), options_of("export", folder, output), logs)
+        first = run_job(place, Moment("export", ""), options_of("export", folder, output, place.stall_seconds), logs)
         assert first.statuses == [0, 0], first.said
-    options = options_of(stage, folder, output)
+    options = options_of(stage, folder, output, place.stall_seconds)
     end = run_job(place, moment, options, logs, fault)
     happened = bool(end.place) or bool(fault.environment)
     values: dict[str, Any] = {"commit": os.environ.get("COMMIT", ""), "happened": happened, **end.to_json()}
@@ -165,7 +164,7 @@ def prepare(place: Place, folder: Path, stages: set[str]) -> None:
     for stage in [each for each in NEEDS if each in needed]:
         done = folder / f"{stage}.done"
         if not done.exists():
-            options = options_of(stage, folder, folder / stage)
+            options = options_of(stage, folder, folder / stage, place.stall_seconds)
             end = run_job(place, Moment(stage, ""), options, folder / "said" / stage)
             assert end.statuses == [0, 0], "\n".join(end.said)
             done.write_text(json.dumps(end.to_json()))
@@ -190,6 +189,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="folder that keeps cells and what was said")
     parser.add_argument("--only", nargs="+", default=[], help="names of faults and moments; default: all")
+    parser.add_argument("--stall_seconds", type=float, default=15.0, help="of the stages")
     options = parser.parse_args()
     if (missing := explain_missing()) is not None:
         raise SystemExit(f"no nodes can be made here: {missing}")
@@ -205,7 +205,7 @@ def main() -> int:
             cell = f"{fault_name}-{moment_name}".replace(" ", "_")
             path = folder / "cells" / f"{cell}.json"
             if not path.exists():
-                with place_of_faults(folder) as place:
+                with place_of_faults(folder, options.stall_seconds) as place:
                     prepare(place, folder, {moment.stage})
                     values = run_cell(place, folder, fault, moment, cell)
                 path.write_text(json.dumps(values, indent=1))

@@ -1,5 +1,6 @@
 """What torch's agent, which starts a node's ranks, does otherwise here: the only place that knows its private names."""
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from recgpt_torchrec.errors import REFUSED
 
 LEAVE_SECONDS = 20.0
 """How long after its ranks have failed a launcher may take to tell the other nodes."""
+LOOK_SECONDS = 1.0
+"""Time between two looks at whether a rank has ended."""
 
 
 def renew_store_at_each_start() -> None:
@@ -52,26 +55,55 @@ def start_no_refused_run_again() -> None:
 def leave_in_time(leave: Callable[[int, int], None]) -> None:
     """Make torchrun end soon after its ranks have failed, where it does not start them again.
 
-    It tells the other nodes through the store. Where the store's node is cut off, that waits until the system gives
-    the connection up, which took longer than 150 s.
+    It asks the job's store every 0.1 s for news, and first of all tells it that it ends. Where the store's node is cut
+    off, no answer comes and no error: torchrun was still there 150 s after its ranks had ended.
 
     Args:
-        leave: ends the process; takes the number of the first rank that failed, and its exit code.
+        leave: ends the process; takes the number of a rank that failed, and its exit code.
     """
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
-    original = LocalElasticAgent._monitor_workers
+    original, monitor = LocalElasticAgent._start_workers, LocalElasticAgent._monitor_workers
+
+    def start_workers(self: Any, worker_group: Any) -> Any:
+        self.rank_failures = {}
+        pids = original(self, worker_group)
+        ranks = {pids[worker.local_rank]: worker.global_rank for worker in worker_group.workers}
+        threading.Thread(target=_leave_after, args=(self, ranks, leave), daemon=True, name="leaving").start()
+        return pids
 
     def monitor_workers(self: Any, worker_group: Any) -> Any:
-        result = original(self, worker_group)
-        if result.failures and not self._remaining_restarts:
-            rank, failure = min(result.failures.items(), key=lambda each: each[1].timestamp)
-            timer = threading.Timer(LEAVE_SECONDS, leave, (rank, failure.exitcode))
-            timer.daemon = True
-            timer.start()
+        result = monitor(self, worker_group)
+        self.rank_failures = {rank: failure.exitcode for rank, failure in result.failures.items()}
         return result
 
+    LocalElasticAgent._start_workers = start_workers  # type: ignore[method-assign]
     LocalElasticAgent._monitor_workers = monitor_workers  # type: ignore[method-assign]
+
+
+def _leave_after(agent: Any, ranks: dict[int, int], leave: Callable[[int, int], None]) -> None:
+    """Wait until all ranks have ended, and `LEAVE_SECONDS` more; then leave, if one failed and none is started again.
+
+    Args:
+        agent: of torch.
+        ranks: the number of each rank by its process.
+        leave: see `leave_in_time`.
+    """
+    ended: dict[int, int] = {}
+    while len(ended) < len(ranks):
+        time.sleep(LOOK_SECONDS)
+        for pid in ranks.keys() - ended.keys():
+            try:  # without reaping it, which is torch's part
+                state = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:  # torch has seen its end
+                ended[pid] = 0
+                continue
+            if state is not None:
+                ended[pid] = state.si_status if state.si_code == os.CLD_EXITED else -state.si_status
+    time.sleep(LEAVE_SECONDS)
+    failed = agent.rank_failures or {ranks[pid]: code for pid, code in ended.items() if code}
+    if failed and not agent._remaining_restarts:
+        leave(min(failed), failed[min(failed)])
 
 
 def judge_nodes_by_own_clock() -> None:

@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from recgpt_torchrec.checkpoints.folder import Checkpoints, read_metadata
 from recgpt_torchrec.config import Loss, Model, Train
 from recgpt_torchrec.distributed.processes import run_on_first_rank, world_size
 from recgpt_torchrec.errors import InputError
@@ -55,7 +56,9 @@ class Execution:
     """Why `auto` chose dense attention on CUDA."""
 
     @classmethod
-    def choose(cls, train: Train, model: Model, loss: Loss, device: torch.device) -> "Execution":
+    def choose(
+        cls, train: Train, model: Model, loss: Loss, device: torch.device, output: str | None = None
+    ) -> "Execution":
         """Choose how to compute the steps of a run (collective: all ranks take rank 0's measurement).
 
         Args:
@@ -63,12 +66,13 @@ class Execution:
             model: options of the decoder.
             loss: options of the loss.
             device: of this rank.
+            output: the run's folder; where `auto` measures, a run that resumes keeps what it has chosen before.
 
         Raises:
             InputError: this device or this model cannot do what an option asks for.
         """
         cuda = device.type == "cuda"
-        precision, why_precision = _precision(train.precision, device)
+        precision, why_precision = _precision(train.precision, device, output)
         obstacle = _varlen_obstacle(model, device, precision)
         if train.attention == "varlen" and obstacle:
             raise InputError(f"--train.attention varlen {obstacle[0]}; {obstacle[1]}, or give --train.attention dense")
@@ -129,7 +133,7 @@ class Execution:
         )
 
 
-def _precision(option: str, device: torch.device) -> tuple[Precision, str]:
+def _precision(option: str, device: torch.device, output: str | None) -> tuple[Precision, str]:
     """The precision for an option, and why `auto` chose it."""
     if device.type == "cuda":
         has_bf16, since_ampere = supports_bf16(), torch.cuda.get_device_capability(device) >= AMPERE
@@ -143,15 +147,22 @@ def _precision(option: str, device: torch.device) -> tuple[Precision, str]:
     elif option == "tf32":
         raise InputError("--train.precision tf32 needs CUDA, and this run is on the CPU; give --train.precision auto")
     elif option == "auto":
-        return run_on_first_rank(_cpu_precision)
+        return run_on_first_rank(lambda: _cpu_precision(output))
     return option, ""  # type: ignore[return-value]
 
 
-def _cpu_precision() -> tuple[Precision, str]:
-    """What `auto` chooses on this CPU, and why."""
+def _cpu_precision(output: str | None) -> tuple[Precision, str]:
+    """What `auto` chooses on this CPU, and why.
+
+    What is measured on a busy machine may be another value the next time: 1.1 and 8.7 were seen in one hour.
+    """
     flags = [name for name in BF16_FLAGS if name in cpu_flags()]
     if not flags:
         return "fp32", "the CPU has neither AVX512-BF16 nor AMX"
+    if output is not None and (newest := Checkpoints(output, keep=0).latest()) is not None:
+        earlier = read_metadata(newest).get("environment", {}).get("cpu_precision")
+        if earlier in ("bf16", "fp32"):
+            return earlier, "as the run began"
     speedup = measure_bf16_speedup()
     return "bf16" if speedup >= SPEEDUP else "fp32", f"with {flags[-1]} bf16 is {speedup:.1f} times as fast as fp32"
 

@@ -77,6 +77,7 @@ def environment_of(device: torch.device, execution: Execution) -> dict[str, Any]
         "ranks": dist.get_world_size(),
         "device": _device_name(device),
         "compute": str(execution),
+        **({"cpu_precision": execution.precision} if device.type == "cpu" else {}),
         "versions": {"recgpt_torchrec": __version__, **versions, "python": platform.python_version()},
     }
 

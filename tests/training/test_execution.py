@@ -1,12 +1,14 @@
 """How steps are computed: what auto chooses on each machine, and what is refused; torch.cuda is replaced."""
 
 import importlib.util
+import json
 import shutil
 from typing import Any
 
 import pytest
 import torch
 
+from recgpt_torchrec.checkpoints.folder import METADATA
 from recgpt_torchrec.config import Loss, Model, Train
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.training import execution
@@ -166,6 +168,18 @@ def test_settings_of_the_process_hold_within_training_alone(before: bool) -> Non
             raise KeyError
         assert matmul.allow_tf32 is before
     matmul.allow_tf32 = at_first
+
+
+def test_a_resumed_run_keeps_what_was_measured_when_it_began(machine: Any, tmp_path: Any) -> None:
+    machine(flags={"avx512_bf16"}, speedup=8.7)
+    assert Execution.choose(Train(), NO_DROPOUT, Loss(), CPU, str(tmp_path)).precision == "bf16"
+    checkpoint = tmp_path / "checkpoints" / "step-00000004"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / METADATA).write_text(json.dumps({"environment": {"cpu_precision": "bf16"}}))
+    machine(flags={"avx512_bf16"}, speedup=1.1)
+    resumed = Execution.choose(Train(), NO_DROPOUT, Loss(), CPU, str(tmp_path))
+    assert (resumed.precision, resumed.precision_reason) == ("bf16", "as the run began")
+    assert Execution.choose(Train(), NO_DROPOUT, Loss(), CPU, str(tmp_path / "new")).precision == "fp32"
 
 
 def choose_on_a_rank(rank: int, world_size: int) -> tuple[str, str]:

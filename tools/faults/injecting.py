@@ -24,6 +24,8 @@ class Place:
     nodes: Nodes
     disk: Path
     """The disk for results, which both nodes mount."""
+    stall_seconds: float
+    """Of the stages."""
     ended: threading.Event = field(default_factory=threading.Event)
     """Set once the job has ended."""
 
@@ -141,7 +143,7 @@ FAULTS = {
 
 
 @contextlib.contextmanager
-def place_of_faults(folder: Path) -> Iterator[Place]:
+def place_of_faults(folder: Path, stall_seconds: float) -> Iterator[Place]:
     """Two nodes and a disk for results, within the `with`."""
     with scratch_disk(folder / "disk", DISK_MEBIBYTES) as disk, Nodes() as nodes:
-        yield Place(nodes, disk)
+        yield Place(nodes, disk, stall_seconds)
