@@ -58,6 +58,12 @@ def alone(folder, cluster, torchx_job, disturbed):
     return folder / "alone"
 
 
+def test_a_second_up_changes_nothing(cluster):
+    daemons = {file.name: file.read_text() for file in (cluster.folder / "run").glob("*.pid")}
+    assert not cluster.up()
+    assert daemons == {file.name: file.read_text() for file in (cluster.folder / "run").glob("*.pid")}
+
+
 def test_torchx_runs_two_nodes_to_the_result_of_a_run_without_slurm(cluster, folder, torchx_job, alone):
     assert slurm_faults.wait_for_end(cluster, torchx_job) == "COMPLETED"
     assert kill_test.find_differences(folder / "torchx", alone) == []
