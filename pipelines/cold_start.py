@@ -32,12 +32,12 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipelines import experiment, paper_report  # noqa: E402
+from pipelines import experiment, paper_report, seed_tables  # noqa: E402
 from pipelines.experiment import from_root  # noqa: E402
 from pipelines.feedback import keys_of  # noqa: E402
 from pipelines.input_tables import Tables, add_table_options, read_tables  # noqa: E402
 from pipelines.inputs import METRICS, difference_lines, differences  # noqa: E402
-from pipelines.paper_report import Row  # noqa: E402
+from pipelines.seed_tables import Row  # noqa: E402
 from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
 from recgpt_torchrec.data.dataset import Dataset  # noqa: E402
 
@@ -266,8 +266,8 @@ def collect_report(options: Options, steps: RecordedSteps) -> dict[str, Any]:
     seeds, facts = [], []
     for seed in options.drawn:
         place = folder / f"seed{seed}"
-        tests = {arm: paper_report.read_json(place / f"{arm}_test.json") for arm in ARMS}
-        lists = {arm: paper_report.read_json(place / f"{arm}_lists/manifest.json") for arm in ARMS}
+        tests = {arm: seed_tables.read_json(place / f"{arm}_test.json") for arm in ARMS}
+        lists = {arm: seed_tables.read_json(place / f"{arm}_lists/manifest.json") for arm in ARMS}
         if not all([*tests.values(), *lists.values()]):
             continue
         seeds.append(seed)
@@ -277,7 +277,7 @@ def collect_report(options: Options, steps: RecordedSteps) -> dict[str, Any]:
             figures[arm].append({ALL: {"masked": among_all}, COLD: {"masked": lists[arm]["measured"]["hits"]}})
         popularity = tests[CONTROL]["results"]["popularity"]["masked"]
         baselines.append({"popularity": popularity, **{name: facts[-1][name] for name in BASELINES[COLD]}})
-    results = {arm: paper_report.over_seeds(runs) for arm, runs in figures.items()}
+    results = {arm: seed_tables.over_seeds(runs) for arm, runs in figures.items()}
     return {
         "made": time.strftime("%Y-%m-%d %H:%M:%S"),
         "name": options.name,
@@ -289,8 +289,7 @@ def collect_report(options: Options, steps: RecordedSteps) -> dict[str, Any]:
         "results": results,
         "baselines": {
             name: {
-                metric: paper_report.mean_and_deviation([each[name][metric] for each in baselines])
-                for metric in METRICS
+                metric: seed_tables.mean_and_deviation([each[name][metric] for each in baselines]) for metric in METRICS
             }
             for among in BASELINES.values()
             for name in among
@@ -332,7 +331,7 @@ def markdown(report: dict[str, Any]) -> str:
             (title, [report["baselines"][name][metric] for metric in METRICS])
             for name, title in BASELINES[among].items()
         ]
-        lines += [f"## Cold test items among {among}", "", *paper_report.table("", METRICS, rows), ""]
+        lines += [f"## Cold test items among {among}", "", *seed_tables.table("", METRICS, rows), ""]
         lines += [*difference_lines(report["differences"][among], CONTROL), ""]
     return "\n".join([*lines, *paper_report.origin(report)]) + "\n"
 

@@ -31,10 +31,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipelines import experiment, paper_report  # noqa: E402
+from pipelines import experiment, paper_report, seed_tables  # noqa: E402
 from pipelines.daily_deltas import delta_lines, delta_of, read_delta  # noqa: E402
 from pipelines.experiment import config_file, from_root  # noqa: E402
-from pipelines.paper_report import METRICS, Row  # noqa: E402
+from pipelines.paper_report import METRICS  # noqa: E402
+from pipelines.seed_tables import Row  # noqa: E402
 from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
 from recgpt_torchrec.config import Prepare  # noqa: E402
 from recgpt_torchrec.errors import InputError  # noqa: E402
@@ -292,11 +293,11 @@ def collect_report(options: Options, steps: RecordedSteps) -> dict[str, Any]:
     folder, records = ROOT / options.output / options.name, steps.records()
     days = []
     for day in range(options.days + 1):
-        manifest = paper_report.read_json(folder / f"day{day}/data/manifest.json")
+        manifest = seed_tables.read_json(folder / f"day{day}/data/manifest.json")
         runs: dict[str, Any] = {}
         for run in options.runs(day):
             places = [f"seed{seed}/day{day}/{run}" for seed in range(options.seeds)]
-            tests = [paper_report.read_json(folder / f"{place}_test.json") for place in places]
+            tests = [seed_tables.read_json(folder / f"{place}_test.json") for place in places]
             if not all(tests):
                 continue
             training = [paper_report.read_training(folder / place) for place in places]
@@ -304,7 +305,7 @@ def collect_report(options: Options, steps: RecordedSteps) -> dict[str, Any]:
                 each["seconds"] = records[f"{options.name}/{place}"]["seconds"]
             runs[run] = {
                 "users": tests[0]["users"],
-                "test": paper_report.over_seeds([test["results"] for test in tests])["pretrain"],
+                "test": seed_tables.over_seeds([test["results"] for test in tests])["pretrain"],
                 "baselines": {path: tests[0]["results"].get(path) for path in paper_report.BASELINES},
                 "training": training,
             }
@@ -356,7 +357,7 @@ def markdown(report: dict[str, Any]) -> str:
         for path, title in paper_report.BASELINES.items():
             if figures := day["runs"][SCRATCH]["baselines"][path]:
                 rows.append((title, [{"mean": figures["masked"][metric], "sd": None} for metric in METRICS]))
-        lines += ["", f"## Day {day['day']}, test", "", *paper_report.table("", METRICS, rows)]
+        lines += ["", f"## Day {day['day']}, test", "", *seed_tables.table("", METRICS, rows)]
     if any(day["deltas"] for day in report["days"]):
         lines += delta_lines(report["days"])
     lines += [
@@ -371,7 +372,7 @@ def markdown(report: dict[str, Any]) -> str:
     for day in report["days"]:
         for run, results in day["runs"].items():
             names = ("steps", "best_epoch", "seconds", "train_s")
-            means = [paper_report.mean_and_deviation([t[name] for t in results["training"]])["mean"] for name in names]
+            means = [seed_tables.mean_and_deviation([t[name] for t in results["training"]])["mean"] for name in names]
             lines.append(f"| {day['day']} | {run} | " + " | ".join(f"{mean:,.0f}" for mean in means) + " |")
             if day["day"]:
                 total[run] = total.get(run, 0.0) + means[2]

@@ -31,9 +31,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipelines import experiment, paper_report  # noqa: E402
+from pipelines import experiment, paper_report, seed_tables  # noqa: E402
 from pipelines.experiment import from_root  # noqa: E402
-from pipelines.paper_report import METRICS, PROTOCOLS, Row  # noqa: E402
+from pipelines.paper_report import METRICS  # noqa: E402
+from pipelines.seed_tables import PROTOCOLS, Row  # noqa: E402
 from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
 from recgpt_torchrec.data.dataset import Dataset, Part  # noqa: E402
 
@@ -262,12 +263,12 @@ def collect_report(options: Options, steps: RecordedSteps) -> dict[str, Any]:
     measured: dict[str, list[dict[str, Any]]] = {run: [] for run in runs}
     seeds = []
     for seed in range(options.seeds):
-        evaluations = {run: paper_report.read_json(folder / f"seed{seed}/{run}_test.json") for run in runs}
+        evaluations = {run: seed_tables.read_json(folder / f"seed{seed}/{run}_test.json") for run in runs}
         if all(evaluations.values()):
             seeds.append(seed)
             for run, evaluation in evaluations.items():
                 measured[run].append(read_results(evaluation, folder / f"seed{seed}/{run}"))
-    results = {run: paper_report.over_seeds([result["results"] for result in measured[run]]) for run in runs}
+    results = {run: seed_tables.over_seeds([result["results"] for result in measured[run]]) for run in runs}
     manifest = json.loads((folder / "data/manifest.json").read_text())
     baselines = json.loads((folder / "seed0/pretrain_test.json").read_text())["results"]
     return {
@@ -305,7 +306,7 @@ def read_results(evaluation: dict[str, Any], run: Path) -> dict[str, Any]:
 def difference(results: dict[str, Any], run: str, split: str) -> dict[str, Any]:
     """Masked NDCG@10 of a run minus that of the control, seed by seed."""
     values, control = (results[name][split]["masked"]["NDCG@10"]["values"] for name in (run, CONTROL))
-    return paper_report.mean_and_deviation([a - b for a, b in zip(values, control, strict=True)])
+    return seed_tables.mean_and_deviation([a - b for a, b in zip(values, control, strict=True)])
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -330,7 +331,7 @@ def markdown(report: dict[str, Any]) -> str:
     splits = list(report["differences"])
     lines += ["| | " + " | ".join(splits) + " |", "|---|" + "---|" * len(splits)]
     for run in runs:
-        differences = (paper_report.cell(report["differences"][split][run], sign="+") for split in splits)
+        differences = (seed_tables.cell(report["differences"][split][run], sign="+") for split in splits)
         lines.append(f"| {run} | " + " | ".join(differences) + " |")
     for split in splits:
         for how in PROTOCOLS:
@@ -345,7 +346,7 @@ def markdown(report: dict[str, Any]) -> str:
                         (paper_report.BASELINES[path], [{"mean": figures[how][m], "sd": None} for m in METRICS])
                     )
             if rows:
-                lines += ["", f"## {split}, {how}", "", *paper_report.table("", METRICS, rows)]
+                lines += ["", f"## {split}, {how}", "", *seed_tables.table("", METRICS, rows)]
     lines += ["", "## Training", "", "One figure per seed.", ""]
     lines += ["| run | optimizer steps | best epoch | m of the two-step list | minutes |", "|---|---|---|---|---|"]
     for run, trainings in report["training"].items():

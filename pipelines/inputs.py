@@ -30,10 +30,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipelines import experiment, paper_report  # noqa: E402
+from pipelines import experiment, paper_report, seed_tables  # noqa: E402
 from pipelines.experiment import from_root  # noqa: E402
 from pipelines.input_tables import Tables, add_table_options, read_tables  # noqa: E402
-from pipelines.paper_report import Row  # noqa: E402
+from pipelines.seed_tables import Row  # noqa: E402
 from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
 from recgpt_torchrec.evaluation.groups import BY_LENGTH, BY_POPULARITY  # noqa: E402
 
@@ -202,15 +202,15 @@ def collect_report(options: Options, steps: RecordedSteps) -> dict[str, Any]:
     measured: dict[str, list[dict[str, Any]]] = {arm: [] for arm in options.arms}
     seeds = []
     for seed in range(options.seeds):
-        evaluations = {arm: paper_report.read_json(folder / f"seed{seed}/{arm}_test.json") for arm in options.arms}
+        evaluations = {arm: seed_tables.read_json(folder / f"seed{seed}/{arm}_test.json") for arm in options.arms}
         if all(evaluations.values()):
             seeds.append(seed)
             for arm, evaluation in evaluations.items():
                 by_event = [
-                    paper_report.read_json(folder / f"seed{seed}/{arm}_test_{event}.json") for event in options.asked
+                    seed_tables.read_json(folder / f"seed{seed}/{arm}_test_{event}.json") for event in options.asked
                 ]
                 measured[arm].append(read_arm(evaluation, folder / f"seed{seed}/{arm}", by_event))
-    results = {arm: paper_report.over_seeds([each["results"] for each in runs]) for arm, runs in measured.items()}
+    results = {arm: seed_tables.over_seeds([each["results"] for each in runs]) for arm, runs in measured.items()}
     manifest = json.loads((folder / "data/manifest.json").read_text())
     baselines = json.loads((folder / f"seed0/{CONTROL}_test.json").read_text())["results"]
     return {
@@ -221,7 +221,7 @@ def collect_report(options: Options, steps: RecordedSteps) -> dict[str, Any]:
         "versions": paper_report.versions(),
         **{what: manifest[what] for what in ("users", "items", "interactions")},
         "attributes": manifest.get("attributes", []),
-        "truth": paper_report.read_json(ROOT / options.truth) if options.truth else None,
+        "truth": seed_tables.read_json(ROOT / options.truth) if options.truth else None,
         "results": results,
         "asked": options.asked,
         "baselines": {path: baselines[path] for path in paper_report.BASELINES if path in baselines},
@@ -276,7 +276,7 @@ def differences(results: dict[str, Any], arm: str, split: str, control: str = CO
     figures = {}
     for metric in METRICS:
         values, others = (results[name][split]["masked"][metric]["values"] for name in (arm, control))
-        figures[metric] = paper_report.mean_and_deviation([a - b for a, b in zip(values, others, strict=True)])
+        figures[metric] = seed_tables.mean_and_deviation([a - b for a, b in zip(values, others, strict=True)])
     return figures
 
 
@@ -290,7 +290,7 @@ def groups_over_seeds(measured: dict[str, list[dict[str, Any]]], name: str) -> l
         arms = {}
         for arm, each in measured.items():
             own = [run["groups"][name][number] for run in each]
-            arms[arm] = {metric: paper_report.mean_and_deviation([one[metric] for one in own]) for metric in METRICS}
+            arms[arm] = {metric: seed_tables.mean_and_deviation([one[metric] for one in own]) for metric in METRICS}
         lines.append({"from": line["from"], "to": line["to"], "users": line["users"], "arms": arms})
     return lines
 
@@ -313,7 +313,7 @@ def markdown(report: dict[str, Any]) -> str:
         lines += [f"## {split.capitalize()}", ""]
         if split == ASKED:
             lines += [f"The users of each event type: {', '.join(report['asked'])}; together.", ""]
-        lines += [*paper_report.table("", METRICS, rows)]
+        lines += [*seed_tables.table("", METRICS, rows)]
         if split != "validation":
             extra: dict[str, dict[str, float]] = {
                 paper_report.BASELINES[path]: figures["masked"]
@@ -345,7 +345,7 @@ def difference_lines(of_arms: dict[str, dict[str, Any]], control: str) -> list[s
         cells = []
         for metric in METRICS:
             values = figures[metric]["values"]
-            cells += [paper_report.cell(figures[metric], sign="+"), f"{sum(v > 0 for v in values)} of {len(values)}"]
+            cells += [seed_tables.cell(figures[metric], sign="+"), f"{sum(v > 0 for v in values)} of {len(values)}"]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return lines
 
@@ -356,7 +356,7 @@ def group_lines(groups: list[dict[str, Any]], arms: list[str]) -> list[str]:
     for group in groups:
         low, high = group["from"], group["to"]
         bounds = "never trained" if high == 0 else f"{low:,} or more" if high is None else f"{low:,} to {high:,}"
-        cells = (paper_report.cell(group["arms"][arm]["HR@10"]) for arm in arms)
+        cells = (seed_tables.cell(group["arms"][arm]["HR@10"]) for arm in arms)
         lines.append(f"| {bounds} | {group['users']:,} | " + " | ".join(cells) + " |")
     return lines
 

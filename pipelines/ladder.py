@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pipelines import experiment  # noqa: E402
 from pipelines.experiment import config_file, from_root  # noqa: E402
 from pipelines.paper_report import read_training  # noqa: E402
+from pipelines.seed_tables import Row, cell, mean_and_deviation, read_json, table  # noqa: E402
 from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
-from pipelines.tables import Row, cell, mean_and_deviation, read_json, table  # noqa: E402
 from recgpt_torchrec import cli, config  # noqa: E402
 from recgpt_torchrec.storage.finished import flatten  # noqa: E402
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.paper_figures import TABLE_2
-from pipelines.tables import PROTOCOLS, Row, over_seeds, read_json, table
+from pipelines.seed_tables import PROTOCOLS, Row, over_seeds, read_json, table
 
 NAMES = {**TABLE_2, "cooccurrence": "co-occurrence", "popularity": "popularity"}
 """Methods in words, by path."""

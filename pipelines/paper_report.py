@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import paper_methods
 from pipelines.paper_figures import TABLE_2, draw_figures
+from pipelines.seed_tables import PROTOCOLS, Row, cell, mark_best, mean_and_deviation, over_seeds, read_json, table
 from pipelines.steps import ROOT, RecordedSteps, clock
-from pipelines.tables import PROTOCOLS, Row, cell, mark_best, mean_and_deviation, over_seeds, read_json, table
 
 if TYPE_CHECKING:
     from pipelines.paper import Options

@@ -32,8 +32,8 @@ from recgpt_torchrec.data.reading.histories import HistoryReader  # noqa: E402
 from recgpt_torchrec.data.split import SplitName  # noqa: E402
 from recgpt_torchrec.data.windows import row_groups  # noqa: E402
 from recgpt_torchrec.evaluation.metrics import RankingMetrics  # noqa: E402
+from tools.recbole_model import MODELS  # noqa: E402
 
-MODELS = ("BPR", "GRU4Rec", "NARM", "STAMP", "BERT4Rec", "SASRec")
 KS = (5, 10, 20, 50, 100)
 ENVIRONMENT = ".venv-recbole/bin/python"
 USERS = 512
@@ -143,13 +143,10 @@ def write_report(options: argparse.Namespace, output: Path) -> None:
     found = {name: output / f"{name}.json" for name in MODELS}
     models = {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
     ours = {file: json.loads(Path(file).read_text())["results"] for file in options.ours}
-    lines = [
-        "# RecBole's models beside ours",
-        "",
-        "Test, leave-one-out, the whole catalogue is ranked. Minutes: of",
-        "",
-    ]
-    lines[-2] += " training, up to the best epoch and in all; their validations count."
+    about = (
+        "Test, leave-one-out, the whole catalogue is ranked. Minutes of training, with its validations: up to the best"
+    )
+    lines = ["# RecBole's models beside ours", "", f"{about} epoch, and in all.", ""]
     for how in ("masked", "unmasked"):
         columns = [f"{metric}@{k}" for k in KS for metric in ("HR", "NDCG")]
         lines += [f"## {how}", "", "| | " + " | ".join(columns) + " | best at | minutes |"]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines import paper, paper_methods, paper_report, steps, tables
+from pipelines import paper, paper_methods, paper_report, seed_tables, steps
 from recgpt_torchrec import cli, config
 from tools import synthetic_log
 
@@ -207,18 +207,18 @@ def test_bad_options_are_refused_before_anything_is_written(words, said, tmp_pat
 
 def test_mean_and_sample_deviation():
     values = [0.05, 0.06, 0.055, 0.0525]
-    made = tables.mean_and_deviation(values)
+    made = seed_tables.mean_and_deviation(values)
     assert made["mean"] == pytest.approx(np.mean(values)) and made["sd"] == pytest.approx(np.std(values, ddof=1))
-    assert tables.mean_and_deviation([0.3]) == {"mean": 0.3, "sd": None, "values": [0.3]}
+    assert seed_tables.mean_and_deviation([0.3]) == {"mean": 0.3, "sd": None, "values": [0.3]}
     with pytest.raises(ValueError, match="no value"):
-        tables.mean_and_deviation([])
+        seed_tables.mean_and_deviation([])
 
 
 def test_figures_are_taken_over_seeds_path_by_path():
     def result(value: float) -> dict[str, Any]:
         return {"masked": {"HR@5": value}, "unmasked": {"HR@5": value + 1}}
 
-    made = tables.over_seeds([{"recgpt": result(1), "only here": result(9)}, {"recgpt": result(3)}])
+    made = seed_tables.over_seeds([{"recgpt": result(1), "only here": result(9)}, {"recgpt": result(3)}])
     assert list(made) == ["recgpt"]
     assert made["recgpt"]["masked"]["HR@5"] == {"mean": 2, "sd": pytest.approx(2**0.5), "values": [1, 3]}
     assert made["recgpt"]["unmasked"]["HR@5"]["mean"] == 3
@@ -228,7 +228,7 @@ def test_the_best_of_each_column_is_bold_and_missing_figures_are_dashes():
     def one(mean: float, sd: float | None = None) -> dict[str, Any]:
         return {"mean": mean, "sd": sd}
 
-    lines = tables.table("", ("a", "b"), [("x", [one(0.5, 0.01), one(0.1)]), ("y", [None, one(0.2)])])
+    lines = seed_tables.table("", ("a", "b"), [("x", [one(0.5, 0.01), one(0.1)]), ("y", [None, one(0.2)])])
     assert lines[2:] == ["| x | **0.5000** ± 0.0100 | 0.1000 |", "| y | – | **0.2000** |"]
 
 
