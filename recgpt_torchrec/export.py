@@ -42,7 +42,7 @@ def main(config: Export) -> None:
         world_size,
     )
     from recgpt_torchrec.evaluation.held_out import check_has_targets, explain_left_out
-    from recgpt_torchrec.model.tables import unwrapped
+    from recgpt_torchrec.model.tabled.base import unwrapped
     from recgpt_torchrec.progress import progress_bar
     from recgpt_torchrec.retrieval.encoding import collect_batches, encode
     from recgpt_torchrec.retrieval.exports.chain import open_chain

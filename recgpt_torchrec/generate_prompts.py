@@ -16,7 +16,7 @@ def main(config: GeneratePrompts) -> None:
     from recgpt_torchrec.data.dataset import Dataset
     from recgpt_torchrec.data.windows import row_groups
     from recgpt_torchrec.distributed.processes import print_result, process_group, rank, run_on_first_rank, world_size
-    from recgpt_torchrec.model.tables import unwrapped, unwrapped_dense
+    from recgpt_torchrec.model.tabled.base import unwrapped, unwrapped_dense
     from recgpt_torchrec.prompts import prompt_dataset
     from recgpt_torchrec.prompts.prompting import Prompter
     from recgpt_torchrec.training.loading import load, read_pretrained
