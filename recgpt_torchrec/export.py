@@ -35,7 +35,7 @@ def main(config: Export) -> None:
     from recgpt_torchrec.distributed.processes import print_result, rank, run_on_first_rank, world_size
     from recgpt_torchrec.distributed.watchdog import phase, report_phase, watched_group
     from recgpt_torchrec.evaluation.held_out import check_has_targets, explain_left_out
-    from recgpt_torchrec.model.tables import unwrapped
+    from recgpt_torchrec.model.tabled.base import unwrapped
     from recgpt_torchrec.progress import progress_bar
     from recgpt_torchrec.retrieval.encoding import collect_batches, encode
     from recgpt_torchrec.retrieval.exports.chain import open_chain

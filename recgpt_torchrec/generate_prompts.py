@@ -17,7 +17,7 @@ def main(config: GeneratePrompts) -> None:
     from recgpt_torchrec.data.windows import row_groups
     from recgpt_torchrec.distributed.processes import print_result, rank, run_on_first_rank, world_size
     from recgpt_torchrec.distributed.watchdog import beat, report_phase, watched_group
-    from recgpt_torchrec.model.tables import unwrapped, unwrapped_dense
+    from recgpt_torchrec.model.tabled.base import unwrapped, unwrapped_dense
     from recgpt_torchrec.prompts import prompt_dataset
     from recgpt_torchrec.prompts.prompting import Prompter
     from recgpt_torchrec.training.loading import load, read_pretrained

@@ -9,9 +9,11 @@ from recgpt_torchrec import cli
 from recgpt_torchrec.config.serving.recommend import Recommend
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.texts.tables import table as text_table
+from recgpt_torchrec.texts.words import count
 
 if TYPE_CHECKING:
     from recgpt_torchrec.serving.recommender import Recommendation, Recommender
+    from recgpt_torchrec.serving.requests import History
 
 
 def main(config: Recommend) -> None:
@@ -22,6 +24,10 @@ def main(config: Recommend) -> None:
     from recgpt_torchrec.serving.request_file import answer_file, parse_command
 
     recommender = Recommender.load(config.checkpoint, config.data, device=config.device, pretrained=config.pretrained)
+    items = recommender.dataset.manifest.items
+    if config.k > items:
+        place = recommender.dataset.path
+        raise InputError(f"--k is {config.k}, but {place} has {count(items, 'item')}; give at most that many")
     options: dict[str, Any] = {"interests": config.interests, "merge": config.merge, "allow": config.allow or None}
     options |= {"time": config.time, "event": config.event}
     if config.input is not None:
@@ -35,7 +41,7 @@ def main(config: Recommend) -> None:
         print(json.dumps(asdict(answer)))
         return
     print(table(recommender, answer))
-    for line in describe(recommender, config.user, answer):
+    for line in describe(recommender, request, answer):
         print(line)
 
 
@@ -51,7 +57,7 @@ def table(recommender: "Recommender", answer: "Recommendation") -> str:
     return text_table(rows, right=(0, len(heads) - 1))
 
 
-def describe(recommender: "Recommender", user: str | None, answer: "Recommendation") -> list[str]:
+def describe(recommender: "Recommender", request: "History", answer: "Recommendation") -> list[str]:
     """What the list was made of, where that is not all that was given."""
     from recgpt_torchrec.data.reading.targets import describe_untargeted
 
@@ -60,9 +66,15 @@ def describe(recommender: "Recommender", user: str | None, answer: "Recommendati
         lines.append(f"fallback    {answer.fallback}")
     if answer.unknown:
         keys = ", ".join(map(str, answer.unknown[:3])) + (", ..." if len(answer.unknown) > 3 else "")
-        lines.append(f"unknown     {len(answer.unknown)} items of the history left out: {keys}")
-    if user is not None and not answer.user_known:
-        lines.append(f"user        {recommender.dataset.path} does not know {user}: the user vector is 0")
+        lines.append(f"unknown     {count(len(answer.unknown), 'item')} of the history left out: {keys}")
+        if answer.fallback:
+            like = ", ".join(recommender.keys[:2].to_pylist())
+            lines.append(f"{'':<11} keys of {recommender.dataset.path} are such as {like}")
+    read = len(request.items) - len(answer.unknown)
+    if read > recommender.max_len:
+        lines.append(f"history     of its {read:,} items the newest {recommender.max_len:,} are read, as in training")
+    if request.user is not None and not answer.user_known:
+        lines.append(f"user        {recommender.dataset.path} does not know {request.user}: the user vector is 0")
     return lines + describe_untargeted(recommender.dataset.manifest, recommender.reads_attributes)
 
 

@@ -27,7 +27,7 @@ def main(config: Retrieve) -> None:
     from recgpt_torchrec.distributed.watchdog import watched_group
     from recgpt_torchrec.retrieval.exports.reading import open_on_all_ranks
     from recgpt_torchrec.retrieval.list_folder import ListManifest
-    from recgpt_torchrec.retrieval.list_summary import describe_lists
+    from recgpt_torchrec.retrieval.list_summary import describe_lists, look_line
     from recgpt_torchrec.retrieval.search.choosing import resolve
 
     with watched_group(config.stall_seconds):  # no search runs on a GPU
@@ -52,9 +52,7 @@ def main(config: Retrieve) -> None:
             for line in describe_untargeted(dataset.manifest, bool(dataset.manifest.attributes)):
                 print_result(line)
         print_result(f"{'Already there' if earlier else 'Written'}: {config.output}")
-        print_result(
-            f"Look:    python -c \"import pyarrow.parquet as pq; print(pq.read_table('{config.output}/lists')[:5])\""
-        )
+        print_result(look_line(config.output))
 
 
 def start_filters(config: Retrieve) -> "dict[str, FilterRecord]":

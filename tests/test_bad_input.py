@@ -263,7 +263,7 @@ CASES = [
     Bad("prepare", "the output holds something else", write_foreign_file, "thesis.txt",
         "Name a folder that does not exist or is empty"),
     # ------------------------------------------------------------------------------------------------ pretrain
-    Bad("pretrain", "no dataset", lambda f: shutil.rmtree(f / "data"), "data", "recgpt_torchrec.prepare --output"),
+    Bad("pretrain", "no dataset", lambda f: shutil.rmtree(f / "data"), "data", "prepare --input LOG --output"),
     Bad("pretrain", "manifest: no JSON", lambda f: (f / "data/manifest.json").write_text("{"), "data/manifest.json",
         PREPARE_AGAIN),
     Bad("pretrain", "manifest: of a newer version", manifest(lambda m: m.update(format_version=2)),

@@ -80,7 +80,11 @@ def refused(capsys: Any, stage: type, words: list[str]) -> str:
         (Pretrain, ["--targets", "old"], "--targets is old; it must be one of all, new"),
         (Pretrain, ["--seed", "-1"], "--seed is -1; it must be from 0 to 4294967295"),
         (Pretrain, ["--seed"], "--seed needs a value"),
-        (Pretrain, ["--seed", "1", "2"], "unexpected '2' after --seed; an option begins with -- and takes one value"),
+        (
+            Pretrain,
+            ["--seed", "1", "2"],
+            "unexpected '2' after --seed; an option begins with -- and takes one value, quoted where it has spaces",
+        ),
         (Evaluate, ["--ks", "5", "x"], "--ks is 5 x; it must be one or more whole numbers"),
         (Evaluate, ["--ks", "--split", "test"], "--ks needs a value"),
         (Pretrain, ["--config", "gone.yaml"], "--config gone.yaml: no such file"),

@@ -86,9 +86,7 @@ def test_the_summary_names_result_and_next_command_and_a_second_run_finds_the_re
     said = capfd.readouterr().out
     generated = sum(s.count(1) for s in read_sequences(tmp_path / "out")["segment_ids"])
     assert f"{USERS} users, {generated:,} generated and 0 shown prompts" in said and "users/s" in said
-    following = (
-        f"python -m recgpt_torchrec.prompt_tune --config CONFIG --data {tmp_path}/out --checkpoint {run} --output RUN"
-    )
+    following = f"python -m recgpt_torchrec.prompt_tune --data {tmp_path}/out --checkpoint {run} --output RUN"
     assert following in said
     before = read_files(tmp_path / "out")
     assert stage("generate_prompts", options) == 0

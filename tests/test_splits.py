@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shlex
 import socket
 from collections import Counter
 from pathlib import Path
@@ -283,10 +284,12 @@ def test_a_finished_run_that_is_asked_for_more_epochs_names_the_way(prepared, ru
     assert stage("pretrain", options) == 2
     said = capfd.readouterr().err
     assert "--train.epochs: 1 there, 5 now" in said
-    command = f"--data {prepared / 'time'} --initial {runs['time']} --output NEW_RUN --train.epochs 5"
-    assert f"start a run from it: python -m recgpt_torchrec.pretrain {command}" in said
-    further = {**options, "--initial": runs["time"], "--output": tmp_path / "further", "--train.epochs": 1}
-    assert stage("pretrain", further) == 0
+    assert "4 more, from its model, in a run of their own: python -m recgpt_torchrec.pretrain " in said
+    words = shlex.split(said.strip().splitlines()[-1].partition("recgpt_torchrec.pretrain ")[2])
+    further = dict(zip(words[::2], words[1::2], strict=True))
+    assert (further["--initial"], further["--train.epochs"]) == (str(runs["time"]), "4")
+    assert {name: str(value) for name, value in TRAINING.items()}.items() <= {**further, "--train.epochs": "1"}.items()
+    assert stage("pretrain", {**further, "--output": tmp_path / "further", "--train.epochs": 1}) == 0
 
 
 def test_a_dataset_continues_one_that_held_out_otherwise(prepared, runs, tmp_path, capfd):

@@ -35,7 +35,7 @@ from recgpt_torchrec.data.inputs.attributes import Attributes
 from recgpt_torchrec.data.packed import Capacity
 from recgpt_torchrec.distributed.processes import silence_libraries
 from recgpt_torchrec.distributed.replicas import Replicas
-from recgpt_torchrec.model.tables import unwrapped
+from recgpt_torchrec.model.tabled.base import unwrapped
 from recgpt_torchrec.training.building import build
 from tools.small_run import SmallAttribute, opened, walks
 

@@ -29,7 +29,7 @@ from recgpt_torchrec.distributed.memory import available_bytes
 from recgpt_torchrec.distributed.processes import log_message, rank, world_size
 
 if TYPE_CHECKING:  # scoring needs no torchrec
-    from recgpt_torchrec.model.tables import TabledModel
+    from recgpt_torchrec.model.tabled.base import TabledModel
 
 HELD_SHARE = 0.5
 """Vectors are held where they take at most this share of the memory that is left."""
@@ -79,7 +79,7 @@ class Catalogue:
 
         They are held where they fit into the memory that is left, and otherwise looked up anew for each pass.
         """
-        from recgpt_torchrec.model.tables import unwrapped_dense
+        from recgpt_torchrec.model.tabled.base import unwrapped_dense
 
         dim = unwrapped_dense(model).decoder.config.dim
         id_ranges = [id_range(items, each, world_size()) for each in range(world_size())]

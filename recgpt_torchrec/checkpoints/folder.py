@@ -14,16 +14,9 @@ import os
 import re
 import shutil
 from dataclasses import dataclass
-from typing import Any, cast
-
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+from typing import TYPE_CHECKING, Any, cast
 
 from recgpt_torchrec import storage
-from recgpt_torchrec.checkpoints.direct_io import DirectFiles
-from recgpt_torchrec.checkpoints.records import tensors_of
-from recgpt_torchrec.checkpoints.safe_reading import SafeReader, TensorPlanner, UnsafeCheckpoint
 from recgpt_torchrec.data.days.records import path_of
 from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import gather_objects, rank, run_on_first_rank, world_size
@@ -33,6 +26,9 @@ from recgpt_torchrec.storage.manifests import suggest_below
 from recgpt_torchrec.storage.parts import checksum_of
 from recgpt_torchrec.storage.typed import SHOWN, make_typed
 from recgpt_torchrec.storage.visibility import await_files, await_sight
+
+if TYPE_CHECKING:  # torch.distributed.checkpoint takes 0.9 s to import: only where tensors are read or written
+    import torch.distributed.checkpoint as dcp
 
 METADATA = "checkpoint.json"
 BEST = "best.json"
@@ -214,8 +210,12 @@ def await_checkpoint(checkpoint: str) -> None:
     raise_first_error(failure)
 
 
-def make_writer(path: str) -> dcp.FileSystemWriter:
+def make_writer(path: str) -> "dcp.FileSystemWriter":
     """A writer of torch.distributed.checkpoint for a local folder or a URI."""
+    import torch.distributed.checkpoint as dcp
+
+    from recgpt_torchrec.checkpoints.direct_io import DirectFiles
+
     writer = dcp.FileSystemWriter(path, sync_files=False)  # DirectFile syncs by itself; object stores have no sync
     if storage.remote(path):
         writer.fs, writer.path = cast(Any, storage.Streams(path)), path
@@ -230,6 +230,8 @@ def read_tensor_metadata(checkpoint: str) -> dict[str, Any]:
     Raises:
         InputError: the checkpoint is damaged.
     """
+    from recgpt_torchrec.checkpoints.safe_reading import SafeReader, UnsafeCheckpoint
+
     try:
         return SafeReader(checkpoint).read_metadata().state_dict_metadata
     except (UnsafeCheckpoint, OSError) as error:
@@ -242,6 +244,12 @@ def read_tensors(state: dict[str, Any], checkpoint: str) -> None:
     Raises:
         InputError: files of the checkpoint are missing or damaged.
     """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import CheckpointException
+
+    from recgpt_torchrec.checkpoints.records import tensors_of
+    from recgpt_torchrec.checkpoints.safe_reading import SafeReader, TensorPlanner
+
     numbers = sum(tensor.numel() for tensor in tensors_of(state))
     try:
         with tracked_phase("restoring", numbers, "numbers") as advance:
@@ -251,6 +259,8 @@ def read_tensors(state: dict[str, Any], checkpoint: str) -> None:
 
 
 def _make_read_error(checkpoint: str, errors: list[BaseException]) -> InputError:
+    from recgpt_torchrec.checkpoints.safe_reading import UnsafeCheckpoint
+
     texts = {" ".join(str(error).removeprefix(NO_METADATA).split())[:300]: error for error in errors}
     reasons = sorted(
         text if isinstance(error, (UnsafeCheckpoint, AssertionError)) else f"{type(error).__name__}: {text}"

@@ -15,8 +15,8 @@ from recgpt_torchrec.data.inputs.attributes import Attributes, Read
 from recgpt_torchrec.data.inputs.choosing import check_inputs
 from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.model.tables import TabledModel
-from recgpt_torchrec.model.whole import WholeModel
+from recgpt_torchrec.model.tabled.base import TabledModel
+from recgpt_torchrec.model.tabled.whole import WholeModel
 from recgpt_torchrec.storage.buffers import fill_in_memory
 
 Made = TypeVar("Made", bound=TabledModel)

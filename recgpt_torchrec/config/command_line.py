@@ -98,7 +98,8 @@ class CommandLine:
                 continue
             if not argument.startswith("--"):
                 previous = f" after {line.arguments[-2]}" if len(line.arguments) > 1 else ""
-                raise OptionError(f"unexpected {argument!r}{previous}; an option begins with -- and takes one value")
+                how = "an option begins with -- and takes one value, quoted where it has spaces"
+                raise OptionError(f"unexpected {argument!r}{previous}; {how}")
             option = known.get(name)
             if option is None and name != "config" and name not in groups:
                 raise OptionError(f"unknown option --{name}{did_you_mean(name, known, '--')}")

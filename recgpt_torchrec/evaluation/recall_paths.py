@@ -27,7 +27,7 @@ from recgpt_torchrec.evaluation.metrics import RankingMetrics, list_ranks, reduc
 from recgpt_torchrec.evaluation.per_user.recording import UserRecorder
 from recgpt_torchrec.evaluation.ranking import Results, measure_ranks, targets_of, users_of
 from recgpt_torchrec.evaluation.sampling import choose_users
-from recgpt_torchrec.model.tables import unwrapped
+from recgpt_torchrec.model.tabled.base import unwrapped
 from recgpt_torchrec.retrieval.encoding import collect_batches, encode
 from recgpt_torchrec.retrieval.interests import predict_interests, recall_items
 from recgpt_torchrec.retrieval.merging import SEVERAL, Lists, TwoStep

@@ -13,7 +13,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.evaluation.held_out import check_has_event, check_has_targets
 from recgpt_torchrec.evaluation.ranking import measure_ranks
 from recgpt_torchrec.evaluation.sampling import check_sample, choose_users
-from recgpt_torchrec.model.tables import unwrapped
+from recgpt_torchrec.model.tabled.base import unwrapped
 from recgpt_torchrec.retrieval.encoding import encode
 
 METRIC = "NDCG@10"

@@ -17,7 +17,7 @@ from recgpt_torchrec.data.inputs.attributes import Attributes
 from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.packed import Capacity
 from recgpt_torchrec.data.ragged import Int64
-from recgpt_torchrec.model.tables import NONE, Pooled, TabledModel, Vectors
+from recgpt_torchrec.model.tabled.base import NONE, Pooled, TabledModel, Vectors
 
 
 @torch.fx.wrap

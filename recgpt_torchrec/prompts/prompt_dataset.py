@@ -29,7 +29,7 @@ from recgpt_torchrec.distributed import shared_folder
 from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import gather_objects, rank, world_size
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.model.tables import TabledModel
+from recgpt_torchrec.model.tabled.base import TabledModel
 from recgpt_torchrec.prompts.intervals import Intervals, intervals_of, known_intervals, table_of
 from recgpt_torchrec.storage import filesystem
 from recgpt_torchrec.storage.finished import check_same, differences, find_finished

@@ -1,5 +1,8 @@
 """The summary of a set of lists: what they hold, how they were made, and how good they are."""
 
+import json
+import shlex
+
 from recgpt_torchrec.config import Retrieve
 from recgpt_torchrec.retrieval.exports.manifest import ExportManifest
 from recgpt_torchrec.retrieval.list_folder import ListManifest
@@ -51,3 +54,10 @@ def describe_lists(
         figures = "  ".join(f"{name} {value:.4f}" for name, value in measured["hits"].items())
         lines.append(f"hits        {figures} (the {history} item of each user, history masked)")
     return "\n".join(lines)
+
+
+def look_line(output: str) -> str:
+    """A command that prints some users' lists by their raw keys."""
+    table = f'pq.read_table({json.dumps(f"{output}/lists")}, columns=["key", "item_keys"])'
+    code = f"import pyarrow.parquet as pq; [print(*row.values()) for row in {table}[:5].to_pylist()]"
+    return f"Look:    python -c {shlex.quote(code)}"

@@ -8,7 +8,7 @@ from recgpt_torchrec.checkpoints.trained import Trained
 from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.packed import Capacity, pack_histories
 from recgpt_torchrec.data.ragged import Int64
-from recgpt_torchrec.model.tables import TabledModel, unwrapped, unwrapped_dense
+from recgpt_torchrec.model.tabled.base import TabledModel, unwrapped, unwrapped_dense
 from recgpt_torchrec.serving.keys import UNKNOWN
 
 

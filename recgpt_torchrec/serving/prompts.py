@@ -15,7 +15,7 @@ from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.data.segments import FEEDBACK
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.model.tables import TabledModel, unwrapped, unwrapped_dense
+from recgpt_torchrec.model.tabled.base import TabledModel, unwrapped, unwrapped_dense
 from recgpt_torchrec.prompts.intervals import intervals_of, table_of
 from recgpt_torchrec.prompts.prompt_dataset import RECORD
 from recgpt_torchrec.prompts.prompting import Prompter

@@ -82,6 +82,8 @@ class Recommender:
         self._popular = Popular(dataset)
         self.dim = trained.config.dim
         """Length of a vector."""
+        self.max_len = trained.config.max_len
+        """Maximum number of entries of a history that the model reads: the newest."""
         self.reads_attributes = bool(trained.inputs.of_entity("item"))
         """Whether the model tells items by attributes too."""
 
@@ -222,6 +224,11 @@ class Recommender:
             self._names = ItemNames(self.dataset)
         return self._names.column, self._names.of(self._items.ids_of(items))
 
+    @property
+    def keys(self) -> pa.Array:
+        """The keys of all items, [items] large_string."""
+        return self._items.keys
+
     def vectors(self) -> tuple[pa.Array, Float32]:
         """The keys of all items, [items] large_string, and the vectors that score them, [items, dim] float32."""
         return self._items.keys, self._vectors().cpu().numpy()
@@ -320,9 +327,8 @@ class Recommender:
     ) -> Recommendation:
         """The list of a request in whose history there is nothing that the model reads."""
         items, counts = self._popular.best(k, allowed, np.concatenate([denied, excluded]))
-        skipped = len(read.unknown[row])
-        why = "the history is empty" if not request.items else f"none of its {skipped} items is known"
-        if request.items and skipped < len(request.items):
+        why = "the history is empty" if not request.items else "none of its items is known"
+        if request.items and len(read.unknown[row]) < len(request.items):
             kept = ", ".join(self._reader.inputs.history_events)
             why = f"none of its items is of the event types that the model reads ({kept})"
         return Recommendation(

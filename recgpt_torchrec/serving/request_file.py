@@ -1,5 +1,6 @@
 """Requests from a command line and from files of JSON lines, and the answers to them as JSON lines."""
 
+import csv
 import io
 import json
 import os
@@ -13,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.serving.requests import History
 from recgpt_torchrec.storage import filesystem, remote
+from recgpt_torchrec.texts.words import count
 
 if TYPE_CHECKING:
     from recgpt_torchrec.serving.recommender import Recommender
@@ -37,8 +39,8 @@ class Counts:
 
     def describe(self) -> str:
         """One line for the summary."""
-        words = [f"{self.requests:,} histories"]
-        words += [f"{self.unknown:,} unknown items left out"] if self.unknown else []
+        words = [count(self.requests, "history")]
+        words += [f"{count(self.unknown, 'unknown item')} left out"] if self.unknown else []
         words += [f"{self.strangers:,} of strangers (user vector 0)"] if self.strangers else []
         words += [f"{self.popular:,} got popular items"] if self.popular else []
         return f"answered    {', '.join(words)}"
@@ -122,7 +124,10 @@ def _read_requests(path: str) -> Iterator[tuple[int, History]]:
                 except InputError as error:  # also a ValueError
                     raise InputError(f"--input {path}, line {number}: {error}") from None
                 except (ValueError, RecursionError) as error:
-                    raise InputError(f"--input {path}, line {number} is no JSON object ({error})") from None
+                    raise InputError(
+                        f"--input {path}, line {number} is no JSON object ({error}); a line is a history, such as "
+                        f'{{"items": ["shoe", "hat"]}}'
+                    ) from None
     except OSError as error:
         raise InputError(f"--input {path} cannot be read: {error}") from None
 
@@ -152,4 +157,6 @@ def _open_output(path: str | None) -> Iterator[IO[str]]:
 
 
 def _split(text: str) -> list[Any]:
-    return [word.strip() for word in text.split(",") if word.strip()]
+    """The words between commas, as a line of CSV has them: one with a comma is in double quotes."""
+    rows = csv.reader([" ".join(text.splitlines())], skipinitialspace=True)
+    return [word.strip() for row in rows for word in row if word.strip()]

@@ -28,7 +28,7 @@ from recgpt_torchrec.distributed.shared_folder import read_on_node
 from recgpt_torchrec.distributed.watchdog import tracked_phase
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import RecGPT
-from recgpt_torchrec.model.tables import unwrapped, unwrapped_dense
+from recgpt_torchrec.model.tabled.base import unwrapped, unwrapped_dense
 from recgpt_torchrec.training.execution import Execution
 from recgpt_torchrec.training.optimizers import DENSE, fuse_optimizers, is_fused, optimizers_of
 from recgpt_torchrec.training.run import read_record

@@ -16,7 +16,7 @@ from recgpt_torchrec.data.inputs.events import ASKED
 from recgpt_torchrec.data.inputs.spec import TIMES, Inputs
 from recgpt_torchrec.data.inputs.times import unit_name
 from recgpt_torchrec.distributed.placements import Placement, table_text
-from recgpt_torchrec.model.tables import unwrapped
+from recgpt_torchrec.model.tabled.base import unwrapped
 from recgpt_torchrec.training.building import Tokens
 from recgpt_torchrec.training.execution import Execution
 from recgpt_torchrec.training.run import describe_users

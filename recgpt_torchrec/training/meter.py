@@ -23,7 +23,7 @@ from recgpt_torchrec.data.batch import SequenceBatch
 from recgpt_torchrec.distributed.processes import rank, world_size
 from recgpt_torchrec.model.flops import step_flops
 from recgpt_torchrec.model.peaks import Precision, measured_peak, rated_peak
-from recgpt_torchrec.model.tables import unwrapped, unwrapped_dense
+from recgpt_torchrec.model.tabled.base import unwrapped, unwrapped_dense
 from recgpt_torchrec.training.execution import Execution
 
 LOG_EVERY = 20

@@ -30,7 +30,7 @@ from recgpt_torchrec.distributed.replicas import Replicas
 from recgpt_torchrec.distributed.signals import Stopped
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.dropout import seed_device
-from recgpt_torchrec.model.tables import unwrapped, unwrapped_dense
+from recgpt_torchrec.model.tabled.base import unwrapped, unwrapped_dense
 from recgpt_torchrec.training.execution import Execution
 from recgpt_torchrec.training.finite import FiniteGuard, GuardedPipeline, Place, describe_step, find_rows
 from recgpt_torchrec.training.meter import LOG_EVERY, StepMeter

@@ -193,7 +193,7 @@ def serve_a_model(rank: int, world_size: int) -> list[str]:
     from recgpt_torchrec.data.bags import tables_of
     from recgpt_torchrec.data.dataset import Dataset, Manifest
     from recgpt_torchrec.data.packed import Capacity
-    from recgpt_torchrec.model.tables import unwrapped
+    from recgpt_torchrec.model.tabled.base import unwrapped
     from recgpt_torchrec.training.building import build
 
     items, device, sources = 23, torch.device("cpu"), []

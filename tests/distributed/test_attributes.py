@@ -10,7 +10,7 @@ from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config.tables import TableChoice
 from recgpt_torchrec.data.bags import table_name, tables_of
 from recgpt_torchrec.data.dataset import Dataset, Manifest
-from recgpt_torchrec.model.tables import unwrapped
+from recgpt_torchrec.model.tabled.base import unwrapped
 from recgpt_torchrec.training.building import build
 from tests.distributed.training_helpers import (
     ATTRIBUTES,

@@ -342,7 +342,7 @@ def test_deltas_out_of_order_or_of_another_export_are_refused(chained: Path, cap
 def test_the_other_kind_of_folder_is_refused_with_what_it_is(chained: Path, capfd: Any) -> None:
     said = refused(capfd, chained, "delta1 delta2")
     assert f"{chained / 'delta1'} is a delta, not an export: name the export that is whole after it" in said
-    assert "recgpt_torchrec.apply --export EXPORT" in said
+    assert "which the stage apply writes from --export and --deltas" in said
     assert "full1 is an export, not a delta" in refused(capfd, chained, "full0 full1")
     options = {"--export": chained / "delta1", "--output": chained / "refused", "--k": 3}
     assert stage("retrieve", options) == 2

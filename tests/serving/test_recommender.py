@@ -164,7 +164,7 @@ def test_unknown_items_are_skipped_and_counted_and_an_empty_history_gets_popular
     for answer in (empty, strange):
         assert answer.items == popular and answer.interests == [-1] * 4
     assert empty.fallback == "popular items: the history is empty"
-    assert strange.fallback == "popular items: none of its 2 items is known"
+    assert strange.fallback == "popular items: none of its items is known"
     assert known.fallback is None and not recommender.encode([[]]).any()
     only = recommender.recommend([[]], 2, allow=["item 7", "item 9", "item 11"], exclude=[["item 7"]])
     assert sorted(only[0].items) == ["item 11", "item 9"]

@@ -56,7 +56,7 @@ def test_a_manifest_is_read_back_as_it_was_written(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "is not an archive: it has no manifest.json. Make one with: .*recgpt_torchrec.export --output "),
+        (None, "is not an archive: it has no manifest.json. Make one with the stage export: .*export --help"),
         (b"{", "manifest.json is not valid JSON .*; run export again"),
         (b"\xff", "manifest.json is not valid JSON .*; run export again"),
         (b"[]", r"manifest.json is not valid JSON \(not an object\); run export again"),

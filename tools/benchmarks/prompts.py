@@ -14,7 +14,7 @@ from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.config import Prompts
 from recgpt_torchrec.data.windows import row_groups
 from recgpt_torchrec.model.attention import DenseAttention
-from recgpt_torchrec.model.tables import unwrapped, unwrapped_dense
+from recgpt_torchrec.model.tabled.base import unwrapped, unwrapped_dense
 from recgpt_torchrec.prompts.decoding import Decoding
 from recgpt_torchrec.prompts.intervals import Intervals, intervals_of
 from recgpt_torchrec.prompts.prompt_dataset import UserVectors, read_rows

@@ -29,7 +29,7 @@ from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.packed import Capacity
 from recgpt_torchrec.distributed.processes import print_result, process_group, rank, world_size
-from recgpt_torchrec.model.tables import unwrapped
+from recgpt_torchrec.model.tabled.base import unwrapped
 from recgpt_torchrec.training.building import build
 from recgpt_torchrec.training.finite import FiniteGuard, GuardedPipeline
 

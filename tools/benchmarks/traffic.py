@@ -33,7 +33,7 @@ from recgpt_torchrec.distributed.sharding_types import Ranks
 from recgpt_torchrec.distributed.traffic import Traffic, all_reduced, bytes_sent
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.recgpt import RecGPT
-from recgpt_torchrec.model.tables import unwrapped
+from recgpt_torchrec.model.tabled.base import unwrapped
 from recgpt_torchrec.storage import write_json
 from recgpt_torchrec.training.building import build
 from tools.ranks import run_ranks

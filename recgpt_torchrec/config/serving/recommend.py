@@ -21,9 +21,9 @@ class Recommend:
     """Folder of the dataset; of a model tuned on prompts, that with the prompts. null: where the model was trained
     on."""
     history: str | None = None
-    """Keys of the items of the history, oldest first, separated by commas; items that the dataset does not know are
-    left out and counted. Keys with commas go into a file, see --input. Empty: popular items are listed. null: --input
-    is given."""
+    """Keys of the items of the history, oldest first, separated by commas; a key with a comma is put in double quotes.
+    Items that the dataset does not know are left out and counted. Empty: popular items are listed. null: --input is
+    given."""
     user: str | None = None
     """Key of the user. null, or one that the dataset does not know: a stranger, whose user vector is 0."""
     times: str | None = None

@@ -8,7 +8,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from recgpt_torchrec.config import Prepare
@@ -117,7 +117,15 @@ def find_dialect(file: InputFile, config: Prepare) -> Dialect:
         return Dialect(format="jsonl")
     if file.format == "recbole":
         return Dialect(format="csv", separator="\t", recbole=True)
-    return _table(config, "\t" if file.format == "tsv" else ",")
+    table = _table(config, "\t" if file.format == "tsv" else ",")
+    return replace(table, recbole=bool(lines) and _is_recbole(lines[0], table, config))
+
+
+def _is_recbole(line: str, table: Dialect, config: Prepare) -> bool:
+    """Whether a header has RecBole's types, whatever the ending of the file; not where options name columns so."""
+    names = [name.strip().strip(table.quote or None) for name in line.split(table.separator)]
+    are_typed = all(name.rpartition(":")[2] in RECBOLE_TYPES and ":" in name for name in names)
+    return table.header and are_typed and not {*_columns(config)} & {*names}
 
 
 def _table(config: Prepare, separator: str) -> Dialect:

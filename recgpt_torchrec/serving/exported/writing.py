@@ -22,7 +22,7 @@ from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import gather_objects, log_message, rank, run_on_first_rank, world_size
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.model.tables import NONE, Vectors, unwrapped, unwrapped_dense
+from recgpt_torchrec.model.tabled.base import NONE, Vectors, unwrapped, unwrapped_dense
 from recgpt_torchrec.retrieval.exports.additions import commit_addition, new_folder
 from recgpt_torchrec.retrieval.exports.encoder_manifest import Argument, EncoderManifest, TablePart
 from recgpt_torchrec.retrieval.exports.reading import Export

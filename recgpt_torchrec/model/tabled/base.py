@@ -1,6 +1,6 @@
 """What a model of users and items is made of: the shapes of its tables, the dense part, and what is looked up.
 
-Needs torch alone. `recgpt` builds the tables with torchrec, to be sharded; `whole` with torch, for one process.
+Needs torch alone. `model.recgpt` builds the tables with torchrec, to be sharded; `whole` with torch, for one process.
 """
 
 from typing import Any, NamedTuple

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from recgpt_torchrec.data.bags import ITEM, OUTPUT, USER
 from recgpt_torchrec.data.inputs.attributes import EntityAttributes, Values
 from recgpt_torchrec.data.ragged import Int64
-from recgpt_torchrec.model.tables import NONE, TabledModel, Vectors
+from recgpt_torchrec.model.tabled.base import NONE, TabledModel, Vectors
 
 
 class WholeModel(TabledModel):
