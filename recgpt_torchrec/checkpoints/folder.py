@@ -29,6 +29,7 @@ from recgpt_torchrec.storage.visibility import await_files, await_sight
 
 if TYPE_CHECKING:  # torch.distributed.checkpoint takes 0.9 s to import: only where tensors are read or written
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import Metadata
 
 METADATA = "checkpoint.json"
 BEST = "best.json"
@@ -127,7 +128,7 @@ class Checkpoints:
         storage.remove(self.temporary_path(step), first=METADATA)
         storage.make_folder(self.temporary_path(step))
 
-    def await_files(self, step: int, written: Metadata) -> None:
+    def await_files(self, step: int, written: "Metadata") -> None:
         """Wait until this node sees what all ranks have written since `start` (call on one rank).
 
         Args:
