@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from typing import Any
 
 import pytest
@@ -87,3 +88,19 @@ def test_processes_that_do_not_know_of_each_other_are_refused(given, message, mo
     for name in joining.NEEDED:
         monkeypatch.setenv(name, "0")
     assert joining.is_launched() is True
+
+
+def refuses(rank: int, world_size: int, port: int, texts: list[str]) -> bool:
+    dist.destroy_process_group()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        with process_group(30.0):
+            raise InputError(texts[rank])
+    except InputError as error:
+        if rank == 0:
+            time.sleep(2)  # it serves the store
+        return error.is_told
+
+
+def test_what_all_ranks_refuse_one_of_them_says():
+    assert run_ranks(refuses, 3, free_port(), ["no data", "no data", "row 7 is damaged"]) == [False, True, False]
