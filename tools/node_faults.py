@@ -45,6 +45,7 @@ def options_of(stage: str, folder: Path, output: Path, stall_seconds: float) -> 
         "--train.timeout_seconds": 30,
         "--saving.every_steps": 4,
         "--train.epochs": 3,
+        "--train.precision": "fp32",
     }
     small = {name: value for name, value in SMALL.items() if name != "--train.epochs"}
     tuning = {name: value for name, value in small.items() if not name.startswith("--model")}
