@@ -13,6 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from recgpt_torchrec.checkpoints.folder import Checkpoints
+from recgpt_torchrec.distributed import watchdog
 from recgpt_torchrec.distributed.processes import process_group
 from recgpt_torchrec.distributed.watchdog import Watchdog
 from recgpt_torchrec.errors import LOST, STALLED
@@ -112,6 +113,19 @@ def keeps_others_waiting(rank: int, world_size: int, port: int, folder: str) -> 
     seconds = time.monotonic() - since
     ended.touch()
     return status, seconds
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.77.0.1]:4489",
+        "Application timeout caused pair closure",  # of the nodes that are disconnected, after --train.timeout_seconds
+        "Timed out waiting 30000ms for recv operation to complete",
+    ],
+)
+def test_an_error_after_the_loss_of_another_rank_is_told_from_one_of_this_rank(error):
+    assert watchdog._BROKEN.search(error)
+    assert not watchdog._BROKEN.search("shape mismatch")
 
 
 @pytest.mark.alone
