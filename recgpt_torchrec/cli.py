@@ -20,7 +20,7 @@ from recgpt_torchrec.errors import REFUSED, InputError
 
 Config = TypeVar("Config")
 RANK_0_SECONDS = 3.0
-"""Seconds that another rank waits before it exits, so that rank 0 can print what is wrong with the options."""
+"""Seconds that another rank waits before it exits, so that the one that prints the message can do so."""
 
 # OpenMP reads this when torch is imported: how often a waiting thread checks for the others before it sleeps. By
 # default it spins for milliseconds. On busy cores each short operation of a decoder may then cost whole time slices of
@@ -151,6 +151,9 @@ def run(config_class: type[Config], function: Callable[[Config], None], prog: st
         function(config)
     except InputError as error:
         rank = os.environ.get("RANK", "0")
+        if error.is_told:
+            time.sleep(RANK_0_SECONDS)
+            raise SystemExit(REFUSED) from None
         print(f"{prog}: error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(REFUSED) from None
     except OSError as error:  # a disk, a network or a store failed: the operating system's message says why

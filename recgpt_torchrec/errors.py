@@ -20,3 +20,6 @@ class InputError(ValueError):
     The message says what is wrong, where (file, row, option), and how to fix it. `cli.run` prints it without a
     traceback and exits with status 2.
     """
+
+    is_told = False
+    """Whether another rank prints the same message, so that this one need not."""

@@ -7,6 +7,7 @@ second node's launcher is killed, and another one is started. Then every target 
 """
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -19,10 +20,10 @@ from typing import Any
 
 from tools.small_run import SMALL
 
-EPOCHS = 3
+EPOCHS = 4
 RENDEZVOUS = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=2"
 """So that a lost node is noticed within seconds; the defaults are for clusters."""
-HOLD_AT = {2: 5, 1: 12}
+HOLD_AT = {2: 3, 1: 9}
 """By number of ranks: the step before which the run waits for a stop signal, once."""
 
 
@@ -87,6 +88,14 @@ class Nodes:
         return "\n".join(f"{path}:\n{path.read_text()}" for path in sorted(self.folder.glob("node-*.log")))
 
 
+def options_of(folder: Path, name: str) -> dict[str, Any]:
+    """The command line of the run. Of the batch the tokens over all ranks are given, which stay when ranks change."""
+    options = {**SMALL, "--batch.tokens": "auto", "--loss.candidates": "all", "--tables.sharding": "row_wise"}
+    options |= {"--train.epochs": EPOCHS, "--train.patience": 0, "--train.precision": "fp32"}
+    del options["--loss.negatives"]
+    return {**options, "--data": folder / "data", "--output": folder / name}
+
+
 def run(folder: Path, seconds: float = 120.0) -> tuple[list[tuple[str, float]], str, Counter[Any], Counter[Any]]:
     """Train through the loss of a node and the coming of another.
 
@@ -103,8 +112,7 @@ def run(folder: Path, seconds: float = 120.0) -> tuple[list[tuple[str, float]], 
 
     histories = walks(120, 30, shortest=4, longest=9)
     write_dataset(folder / "data", histories, items=30, rows_per_group=8, groups_per_part=4)
-    options = {**SMALL, "--train.epochs": EPOCHS, "--train.patience": 0, "--train.precision": "fp32"}
-    options |= {"--data": folder / "data", "--output": folder / "run", "--tables.sharding": "row_wise"}
+    options = options_of(folder, "run")
     happened, since = [], time.monotonic()
 
     def note(text: str) -> None:
@@ -127,6 +135,12 @@ def run(folder: Path, seconds: float = 120.0) -> tuple[list[tuple[str, float]], 
         part = training_part(history)
         wanted.update({Target(user, after, item): EPOCHS for after, item in zip(part, part[1:], strict=False)})
     return happened, said, trained, wanted
+
+
+def last_loss(folder: Path, name: str) -> float:
+    """The loss of the last epoch of a run."""
+    lines = (folder / name / "history.jsonl").read_text().splitlines()
+    return float(json.loads(lines[-1])["loss"])
 
 
 def main() -> int:

@@ -5,7 +5,9 @@ import ctypes
 import logging
 import os
 import threading
+import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -15,19 +17,25 @@ import torch.distributed as dist
 
 from recgpt_torchrec.config.device import Device
 from recgpt_torchrec.distributed.devices import choose_device
+from recgpt_torchrec.distributed.group.heartbeats import ANSWER_SECONDS, ask_within
 from recgpt_torchrec.distributed.group.joining import NotJoined, is_launched, meet
 from recgpt_torchrec.distributed.group.waiting import expected_wait
-from recgpt_torchrec.errors import LOST
+from recgpt_torchrec.errors import LOST, InputError
 from recgpt_torchrec.progress import LOGGER, report_failure
 
 T = TypeVar("T")
 
+SAY_S = 0.2
+"""Time that rank 0 has before the others to say what is wrong, in seconds."""
 JOIN_S = 600.0
 """Maximum time that ranks wait for each other before the first collective operation, in seconds."""
 LONG_WORK_S = 86_400.0
 """Timeout of a collective operation, in seconds, where a rank may be at work for hours while the others wait for it:
 ranks build shards of different sizes, and rank 0 alone joins keys. A rank that ends is noticed at once all the same,
 and a watchdog ends a run in which nothing progresses."""
+
+_stores: list[dist.Store] = []
+"""What this process serves to others it serves until it ends."""
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 """Numbers of glibc's options of `mallopt`."""
@@ -87,6 +95,7 @@ def process_group(timeout_s: float = LONG_WORK_S, device: Device = "auto") -> It
     try:
         if is_launched():
             store, own, count = meet(min(timeout_s, JOIN_S))
+            _stores.append(store)
     except NotJoined as error:
         _end_alone(error)
     chosen = choose_device(device)
@@ -100,9 +109,23 @@ def process_group(timeout_s: float = LONG_WORK_S, device: Device = "auto") -> It
         _end_alone(error)
     try:
         yield chosen
+    except InputError as error:
+        error.is_told = not _is_first_to_say(store, str(error))
+        raise
     finally:
         # Without this the process aborts at exit.
         dist.destroy_process_group()
+
+
+def _is_first_to_say(store: dist.Store, text: str) -> bool:
+    """Whether no other rank has said so yet; all ranks meet most errors, and rank 0 is to say so for them."""
+    key = f"said-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-{zlib.crc32(text.encode())}"
+    if rank() > 0:
+        time.sleep(SAY_S)
+    try:
+        return ask_within(ANSWER_SECONDS, lambda: store.add(key, 1)) == 1
+    except Exception:  # the store is lost with the rank that served it
+        return True
 
 
 def _end_alone(error: Exception) -> NoReturn:

@@ -154,8 +154,8 @@ def describe(rank: int, exit_code: int) -> str:
     if exit_code == STOPPED:
         return f"rank {rank} or another received a stop signal; the same command resumes"
     if exit_code >= 0:
-        # Only rank 0 prints what is wrong with the options.
-        prefix = f"[{rank}]" if rank == 0 or exit_code != REFUSED else f"[{rank}] or [0]"
+        # What all ranks refuse one of them prints, mostly rank 0.
+        prefix = f"[{rank}]" if rank == 0 or exit_code != REFUSED else f"[{rank}] or another rank's number"
         return f"rank {rank} ended with exit status {exit_code}; its messages are above, after {prefix}"
     name = signal.Signals(-exit_code).name
     return f"rank {rank} was killed by {name}{HINTS.get(name, '')}"

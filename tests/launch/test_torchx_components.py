@@ -258,9 +258,11 @@ def test_a_refused_run_is_not_started_again(tmp_path, status, starts):
 def test_the_scheduler_is_that_of_the_command_line(tmp_path, monkeypatch):
     for words in (["run", "-s", "slurm", "x"], ["run", "--scheduler", "slurm"], ["run", "--scheduler=slurm"]):
         assert named_scheduler(words) == "slurm"
-    monkeypatch.chdir(tmp_path)
+    settings = tmp_path / "settings"
+    monkeypatch.setenv("TORCHXCONFIG", str(settings))
+    settings.write_text("")
     assert named_scheduler(["run", "recgpt_torchrec.pretrain", "--", "-s", "slurm"]) == "local_cwd"
-    (tmp_path / ".torchxconfig").write_text("[cli:run]\nscheduler = kubernetes\n")
+    settings.write_text("[cli:run]\nscheduler = kubernetes\n")
     assert named_scheduler(["run", "recgpt_torchrec.pretrain"]) == "kubernetes"
 
 

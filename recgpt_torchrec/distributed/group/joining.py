@@ -60,8 +60,14 @@ def meet(timeout_s: float) -> tuple[dist.Store, int, int]:
         NotJoined: the store cannot be reached, or a rank did not come in time.
     """
     limit = timedelta(seconds=timeout_s)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else a launcher serves the store
     try:
-        store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=limit)))
+        # torch's own way to make it waits for the others too, and does not say which it has waited for.
+        store = dist.TCPStore(
+            host, port, world_size, is_master=serves, timeout=limit, wait_for_workers=False, multi_tenant=True
+        )
     except RuntimeError as error:
         raise NotJoined(" ".join(str(error).split())) from None
     keys = [f"joined/{each}" for each in range(world_size)]
