@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from tools.faults.injecting import FAULTS, Fault, Place, place_of_faults
-from tools.faults.jobs import MOMENTS, TRACEBACK, Moment, failures_in, run_job
+from tools.faults.jobs import MOMENTS, TRACEBACK, Moment, run_job
 from tools.faults.nodes import explain_missing
+from tools.faults.table import find_faulty, show_cells, show_matrix
 from tools.small_run import SMALL
 from tools.stage_process import preload
 
@@ -45,6 +46,7 @@ def options_of(stage: str, folder: Path, output: Path, stall_seconds: float) -> 
         "--train.timeout_seconds": 30,
         "--saving.every_steps": 4,
         "--train.epochs": 3,
+        "--train.precision": "fp32",
     }
     small = {name: value for name, value in SMALL.items() if name != "--train.epochs"}
     tuning = {name: value for name, value in small.items() if not name.startswith("--model")}
@@ -70,15 +72,29 @@ def result_of(stage: str, output: Path) -> Path:
 def differ(stage: str, output: Path, undisturbed: Path) -> list[str]:
     """What differs between two results, one line each."""
     from tools.kill_test import find_differences
-    from tools.stage_process import digest
 
     def compare() -> list[str]:
         if stage in ("pretrain", "prompt_tune"):
             return find_differences(output, undisturbed)
-        equal = digest(str(result_of(stage, output))) == digest(str(result_of(stage, undisturbed)))
-        return [] if equal else [f"{output.name} differs"]
+        if stage == "evaluate":
+            results = [json.loads(result_of(stage, each).read_text())["results"] for each in (output, undisturbed)]
+            return [] if results[0] == results[1] else [f"{output.name} has other results"]
+        tables = [read_tables(each) for each in (output, undisturbed)]
+        if tables[0].keys() != tables[1].keys():
+            return [f"{output.name} holds {[*tables[0]]}, undisturbed {[*tables[1]]}"]
+        return [f"{name} of {output.name} differs" for name, rows in tables[0].items() if rows != tables[1][name]]
 
     return in_fork(compare)
+
+
+def read_tables(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each table of a result, by id: which rank wrote which is left to chance."""
+    import pyarrow.parquet as pq
+
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*/*.parquet")):
+        tables.setdefault(path.parent.name, []).extend(pq.read_table(path, use_threads=False).to_pylist())
+    return {name: sorted(rows, key=lambda row: next(iter(row.values()))) for name, rows in tables.items()}
 
 
 def in_fork(function: Callable[[], list[str]]) -> list[str]:
@@ -128,20 +144,6 @@ def run_cell(place: Place, folder: Path, fault: Fault, moment: Moment, cell: str
     return values
 
 
-def name_culprit(values: dict[str, Any], fault: Fault) -> str:
-    """The first line that says whose fault it was; empty: none does."""
-    survivors = [0, 1] if fault.node is None or values["statuses"] == [0, 0] else [1 - fault.node]
-    words = ("/disk/",) if fault.node is None else (f"rank {fault.node}", f"node{fault.node}")
-    if fault is FAULTS["disk gone from node 1"]:
-        survivors, words = [0, 1], ("/disk/",)
-    for node in survivors:
-        for line in failures_in(values["said"][node]):
-            text = line.split(f" rank {node}: ", 1)[-1]
-            if any(word in text for word in words):
-                return text
-    return ""
-
-
 def _writer(stage: str) -> str:
     return "export" if stage == "index" else stage
 
@@ -170,20 +172,6 @@ def prepare(place: Place, folder: Path, stages: set[str]) -> None:
             done.write_text(json.dumps(end.to_json()))
 
 
-def show(cells: dict[tuple[str, str], dict[str, Any]]) -> str:
-    """The table: a line for each cell."""
-    lines = [f"{'fault':22}{'moment':17}{'ended':>8}  {'statuses':14}{'result':10}culprit"]
-    for (fault, moment), values in cells.items():
-        named = name_culprit(values, FAULTS[fault]) or ("NOBODY" if not FAULTS[fault].environment else "")
-        seconds = f"{values['seconds']:.1f} s" if values["ended"] else "never"
-        result = "DIFFERS" if values["differences"] else "HALF" if values.get("half") else "equal"
-        statuses = ", ".join("killed" if each is None or each == -9 else str(each) for each in values["statuses"])
-        trace = f" [{values['tracebacks']} tracebacks]" * bool(values["tracebacks"])
-        text = "the fault did not happen" if not values["happened"] else named[:150]
-        lines.append(f"{fault:22}{moment:17}{seconds:>8}  {statuses:14}{result:10}{text}{trace}")
-    return "\n".join(lines)
-
-
 def main() -> int:
     """Run the cells that are asked for and not there yet; print the table and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -210,10 +198,9 @@ def main() -> int:
                     values = run_cell(place, folder, fault, moment, cell)
                 path.write_text(json.dumps(values, indent=1))
             cells[fault_name, moment_name] = json.loads(path.read_text())
-            print(show({(fault_name, moment_name): cells[fault_name, moment_name]}).splitlines()[1], flush=True)
-    text = show(cells)
-    print(f"\n{text}")
-    return any(word in text for word in ("NOBODY", "DIFFERS", "HALF", "never ", "did not happen"))
+            print(show_cells({(fault_name, moment_name): cells[fault_name, moment_name]}), flush=True)
+    print(f"\n{show_matrix(cells)}")
+    return bool(find_faulty(cells))
 
 
 if __name__ == "__main__":

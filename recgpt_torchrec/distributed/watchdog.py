@@ -42,7 +42,9 @@ COMPUTING_SHARE = 0.05
 SHOWN_AFTER = 3.0
 """Seconds after which the progress of a long phase is shown on a terminal."""
 
-_BROKEN = re.compile(r"gloo|NCCL|Connection (closed|reset)|Broken pipe|Timed out waiting|Socket", re.IGNORECASE)
+_BROKEN = re.compile(
+    r"gloo|NCCL|Connection (closed|reset)|Broken pipe|Timed out waiting|pair closure|Socket", re.IGNORECASE
+)
 """Found in the errors of collective operations after another rank is lost."""
 
 

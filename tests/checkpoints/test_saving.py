@@ -168,7 +168,7 @@ def pretrain(rank: int, world_size: int, data: str, output: str, kill: str | Non
             loss=Loss(negatives=10),
             batch=TrainingBatch(tokens=60),
             tables=Tables(lr=0.01),  # slow, so that each epoch is better than the one before
-            train=Train(epochs=3),
+            train=Train(epochs=3, precision="fp32"),  # auto measures, and may choose another the next time
             **options,
         )
     )

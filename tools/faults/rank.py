@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from typing import Any
 
 WRITING = "writing a checkpoint"
@@ -62,7 +63,11 @@ def run_stage(moment: str, stage: str, *words: str) -> None:
             output = words[words.index("--output") + 1] if "--output" in words else ""
             threading.Thread(target=stop_at, args=(watchdog, stops, output), daemon=True).start()
     sys.argv = [stage, *words]
-    cli.run(STAGES[stage].config, importlib.import_module(module_of(stage)).main, module_of(stage))
+    try:
+        cli.run(STAGES[stage].config, importlib.import_module(module_of(stage)).main, module_of(stage))
+    except Exception:
+        traceback.print_exc()  # torch would not
+        sys.exit(1)
 
 
 if __name__ == "__main__":
