@@ -1,6 +1,5 @@
 """Small runs on a real Slurm cluster of two nodes, disturbed and not, against a run of this machine without Slurm."""
 
-import os
 import subprocess
 import sys
 import time
@@ -101,7 +100,8 @@ def test_a_flow_goes_on_after_success_and_ends_at_a_refusal_without_another_try(
     defaults = {"log": "%x.out", "environment": f"PYTHONPATH={Path(__file__).parents[2]}"}
     (tmp_path / "flow.yaml").write_text(yaml.safe_dump({"defaults": defaults, "jobs": jobs}))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "environ", cluster.environment)
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, cluster.environment[name])
     ids = flow.submit(flow.read_flow("flow.yaml"))
     ends = {name: slurm_faults.wait_for_end(cluster, job) for name, job in ids.items()}
     assert ends == {"prepare": "COMPLETED", "refused": "FAILED", "doctor": "CANCELLED"}
