@@ -154,6 +154,8 @@ def parse(arguments: list[str] | None = None) -> Options:
         file = path if "://" in path else from_root(path)
         for kind in dict.fromkeys(given.hold_out):
             title = f"{name}_{kind}" if kind == "time" and "last" in given.hold_out else name
+            if title in datasets:
+                parser.error(f"--dataset {pair}: choose another name than {name}, {title} is taken")
             hold_out = ["--hold_out", kind, *boundaries] if kind == "time" else []
             datasets[title] = Source(file=file, configured_as=name, hold_out=hold_out)
     ks = sorted(set(given.k))
