@@ -28,6 +28,7 @@ from pipelines.experiment import from_root  # noqa: E402
 from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
 
 SPLITS = ("validation", "test")
+RECBOLE = ".venv-recbole/bin/python"
 LONGEST = 10
 """Length of the longest list that is measured; m + n of the two-step list."""
 
@@ -43,17 +44,24 @@ class Options(experiment.Options):
     test_grid: bool
     lists: list[int] = field(default_factory=list)
     """Lengths of further lists to measure on test, beside 5 and 10."""
+    recbole_minutes: float = 0
+    """Minutes of training of each of RecBole's models, where nothing but the last items is held out; 0: none."""
 
     @property
     def prompted_ks(self) -> list[int]:
         """Numbers of prompts that are tuned on; K = 0 is fine-tuning."""
         return [k for k in self.ks if k]
 
+    def has_recbole(self, name: str) -> bool:
+        """Whether RecBole's models are measured on a data set: their split is leave-one-out."""
+        return self.recbole_minutes > 0 and not self.datasets[name].hold_out
+
     def planned(self) -> list[str]:
         """The kind of every step, see `RecordedSteps`."""
         kinds = []
         for name in self.datasets:
             kinds.append(f"{name} prepare")
+            kinds += [f"{name} recbole"] * self.has_recbole(name)
             for seed in range(self.seeds):
                 ks = len(self.prompted_ks) if seed == 0 else 1
                 kinds += [f"{name} pretrain", f"{name} fine_tuning"] + ks * [f"{name} generate", f"{name} tune"]
@@ -100,6 +108,13 @@ def parse(arguments: list[str] | None = None) -> Options:
         default=[],
         help="further lists to measure on test, such as 20 50 100",
     )
+    parser.add_argument(
+        "--baselines",
+        choices=["own", "all"],
+        default="own",
+        help="own: popularity and co-occurrence; all: RecBole's models too, on leave-one-out (default: own)",
+    )
+    parser.add_argument("--minutes", type=float, default=30, help="of training per RecBole model (default: 30)")
     parser.add_argument("--input_format", default="auto", help="as in the stage prepare (default: auto)")
     parser.add_argument("--configs", default="configs", help="folder of the configurations (default: configs)")
     parser.add_argument(
@@ -116,8 +131,10 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument("--test_from", help="as in the stage prepare, with --hold_out time")
     parser.add_argument("--validation_from", help="as in the stage prepare, with --hold_out time")
     given = parser.parse_args(arguments)
-    if given.seeds < 1 or given.ranks < 1:
-        parser.error("--seeds and --ranks must be at least 1")
+    if given.seeds < 1 or given.ranks < 1 or given.minutes <= 0:
+        parser.error("--seeds and --ranks must be at least 1, and --minutes more than 0")
+    if given.baselines == "all" and not (ROOT / RECBOLE).exists():
+        parser.error(f"--baselines all: there is no {RECBOLE}; run make recbole")
     boundaries = []
     for name in ("test_from", "validation_from"):
         if (value := getattr(given, name)) is not None:
@@ -137,6 +154,8 @@ def parse(arguments: list[str] | None = None) -> Options:
         file = path if "://" in path else from_root(path)
         for kind in dict.fromkeys(given.hold_out):
             title = f"{name}_{kind}" if kind == "time" and "last" in given.hold_out else name
+            if title in datasets:
+                parser.error(f"--dataset {pair}: choose another name than {name}, {title} is taken")
             hold_out = ["--hold_out", kind, *boundaries] if kind == "time" else []
             datasets[title] = Source(file=file, configured_as=name, hold_out=hold_out)
     ks = sorted(set(given.k))
@@ -155,6 +174,7 @@ def parse(arguments: list[str] | None = None) -> Options:
         settings=given.settings,
         test_grid=given.test_grid,
         lists=sorted(set(given.lists)),
+        recbole_minutes=given.minutes if given.baselines == "all" else 0,
     )
 
 
@@ -177,6 +197,8 @@ class Paper(experiment.Experiment):
             kind=f"{self.name} prepare",
             proof=f"{self.data}/manifest.json",
         )
+        if self.options.has_recbole(self.name):
+            self._train_recbole()
         for seed in range(self.options.seeds):
             self._run_seed(seed)
             paper_report.write_report(self.options, self.steps)
@@ -212,6 +234,17 @@ class Paper(experiment.Experiment):
         for length in self.options.lists:
             for run in ("pretrain", "fine_tuning", f"k{self.k}/recgpt"):
                 self._evaluate(seed, run, f"test_{length}", "test", 0, length)
+
+    def _train_recbole(self) -> None:
+        output = f"{self.folder}/recbole"
+        arguments = ["--data", self.data, "--output", output, "--minutes", str(self.options.recbole_minutes)]
+        self.steps.run(
+            f"{self.name}/recbole",
+            ["python", "-m", "tools.compare_recbole", *arguments],
+            kind=f"{self.name} recbole",
+            proof=f"{output}/report.json",
+            needs=(f"{self.name}/prepare",),
+        )
 
     def _tune(self, seed: int, k: int, tuned: list[str]) -> None:
         place = f"seed{seed}/k{k}"

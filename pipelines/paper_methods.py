@@ -58,6 +58,10 @@ def collect_methods(folder: Path, seeds: list[int], recgpt: str, lists: list[int
             told = (read_json(folder / f"seed0/{run}_test{ending}.json") or {}).get("lists", {})
             if path in told.get("paths", {}):
                 quality.setdefault(path, {})[length] = told["paths"][path]
+    recbole = (read_json(folder / "recbole/report.json") or {}).get("models", {})
+    for name, result in recbole.items():
+        title = f"{name} (RecBole, {result['train_s'] / 60:.1f} minutes)"
+        baselines[title] = {how: result[how] for how in PROTOCOLS}
     return {
         "lists": over | over_seeds([baselines]),
         "quality": quality,
@@ -96,7 +100,7 @@ def sections(report: dict[str, Any]) -> list[str]:
         columns = tuple(next(iter(measured["lists"].values()))["masked"])
         for how in PROTOCOLS:
             rows: list[Row] = [
-                (NAMES[path], [figures[how].get(metric) for metric in columns])
+                (NAMES.get(path, path), [figures[how].get(metric) for metric in columns])
                 for path, figures in measured["lists"].items()
             ]
             lines += [f"### {name}, test, {how}", "", *table("", columns, rows), ""]

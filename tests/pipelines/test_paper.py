@@ -163,6 +163,16 @@ def test_a_split_by_time_longer_lists_and_methods_are_in_the_report(tmp_path, ex
         assert row["low"] <= row["difference"] <= row["high"]
     assert {(row["path"], row["other"]) for row in found["paired"]} == set(paper_methods.AGAINST)
     assert {row["metric"] for row in found["paired"]} == {"HR@10", "NDCG@10", "HR@20", "NDCG@20"}
+    (tmp_path / "out/tiny/recbole").mkdir()
+    of_bpr = {
+        how: {f"{m}@{k}": k / 1000 for k in (5, 10, 20, 50) for m in ("HR", "NDCG")} for how in seed_tables.PROTOCOLS
+    }
+    recbole = {"models": {"BPR": {"train_s": 90, **of_bpr}}}
+    (tmp_path / "out/tiny/recbole/report.json").write_text(json.dumps(recbole))
+    again = paper_methods.collect_methods(tmp_path / "out/tiny", [0], "k1/recgpt", [20])
+    rows = paper_methods.sections({"datasets": {"tiny": again}})
+    (row,) = [line for line in rows[: rows.index("### tiny, test, unmasked")] if "BPR (RecBole, 1.5 minutes)" in line]
+    assert row.endswith("| 0.0050 | 0.0050 | 0.0100 | 0.0100 | 0.0200 | 0.0200 |")
     text = (tmp_path / "out/report.md").read_text()
     assert "Split by time (`--hold_out time --test_from 85%`" in text and "| HR@20 | NDCG@20 |" in text
 
@@ -174,6 +184,9 @@ def test_a_data_set_is_measured_on_both_splits_with_its_own_configurations():
         "ml100k": [],
         "ml100k_time": ["--hold_out", "time", "--test_from", "90%"],
     }
+    assert options.planned().count("ml100k recbole") == 0
+    options.recbole_minutes = 30  # which is leave-one-out alone
+    assert [kind for kind in options.planned() if "recbole" in kind] == ["ml100k recbole"]
     by_time = paper.Paper("ml100k_time", options, steps.RecordedSteps("x", "x", []))
     assert (by_time.config, by_time.tune_config) == ("configs/ml100k.yaml", "configs/ml100k_tune.yaml")
     assert by_time.folder.endswith("/ml100k_time")
@@ -194,6 +207,7 @@ def test_a_data_set_is_measured_on_both_splits_with_its_own_configurations():
         (["--dataset", f"x={__file__}", f"x={__file__}"], "choose another name"),
         (["--dataset", f"x={__file__}", "--k", "0"], "one of them at least 1"),
         (["--dataset", f"x={__file__}", "--k", "9"], "0 to 8 prompts"),
+        (["--dataset", f"x={__file__}", "--minutes", "0"], "--minutes more than 0"),
         (["--dataset", f"x={__file__}", "--lists", "10"], "lists of 5 and 10 are always measured"),
         (["--dataset", f"x={__file__}", "--seeds", "0"], "at least 1"),
     ],
