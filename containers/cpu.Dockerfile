@@ -19,15 +19,15 @@ COPY requirements-cpu.lock containers/development.txt ./
 RUN grep --invert-match --file=development.txt requirements-cpu.lock > run.lock \
     && python3 -m venv /opt/recgpt \
     && /opt/recgpt/bin/pip install --no-compile --no-deps --requirement run.lock \
-    && cd /opt/recgpt/lib/python3*/site-packages \
-    && rm -rf torch/include torch/bin torch/share torch/test pyarrow/include pyarrow/tests pandas/tests
+    && for folder in torch/include torch/bin torch/share torch/test pyarrow/include pyarrow/tests pandas/tests; do \
+        rm -rf /opt/recgpt/lib/python3*/site-packages/"${folder}"; \
+    done
 COPY pyproject.toml README.md torchx_components.py ./
 COPY recgpt_torchrec recgpt_torchrec
 # The user of the image writes no byte code, and pip would compile ten times as much as is used: importing each stage
 # compiles what it needs.
 RUN /opt/recgpt/bin/pip install --no-compile --no-deps --no-build-isolation . \
     && /opt/recgpt/bin/pip uninstall --yes pip \
-    && cd / \
     && for stage in prepare pretrain generate_prompts prompt_tune evaluate export index retrieve launch.node; do \
         /opt/recgpt/bin/python -m "recgpt_torchrec.${stage}" --help > /dev/null || exit 1; \
     done \

@@ -1,4 +1,4 @@
-"""Builds the CPU image without a registry: a base system of Debian's packages, the container file, a trial of the image.
+"""Builds the CPU image without a registry: a base system of Debian's packages, the container file, a trial.
 
     apt-get install buildah mmdebstrap crun
     python -m tools.build_image --storage DIR
@@ -8,16 +8,16 @@ image's entry point runs as the image's user: the help of a stage, and the stage
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 BASE, IMAGE = "localhost/debian:bookworm-slim", "localhost/recgpt-torchrec:cpu"
-PIP_CONFIGURATION = Path("/etc/pip.conf")
-"""Where this machine's pip is told of its package index, if it is."""
 TRIAL = """set -e
 id -u | grep -qx 10001
 cd /tmp
@@ -63,12 +63,20 @@ def make_base(storage: Path) -> None:
     buildah(storage, "commit", "--rm", container, BASE)
 
 
-def build(storage: Path) -> None:
-    """Run the steps of the container file."""
-    configuration = [f"--volume={PIP_CONFIGURATION}:/etc/pip.conf:ro"] if PIP_CONFIGURATION.exists() else []
+def build(storage: Path, wheels: Path | None) -> None:
+    """Run the steps of the container file; pip also takes wheels of a folder, and this machine's certificates."""
+    lines, mounts = ["[global]"], []
+    if wheels:
+        lines.append("find-links = /wheels")
+        mounts.append(f"--volume={wheels.resolve()}:/wheels:ro")
+    if certificates := os.environ.get("SSL_CERT_FILE"):
+        lines.append("cert = /tmp/certificates.crt")
+        mounts.append(f"--volume={certificates}:/tmp/certificates.crt:ro")
+    (storage / "pip.conf").write_text("\n".join(lines) + "\n")
+    mounts.append(f"--volume={storage / 'pip.conf'}:/etc/pip.conf:ro")
     buildah(
         storage, "build", "--isolation=chroot", "--network=host", "--format=docker", f"--build-arg=BASE={BASE}",
-        *configuration, "--file", str(ROOT / "containers/cpu.Dockerfile"), "--tag", IMAGE, str(ROOT),
+        *mounts, "--file", str(ROOT / "containers/cpu.Dockerfile"), "--tag", IMAGE, str(ROOT),
     )  # fmt: skip
 
 
@@ -90,15 +98,22 @@ def main() -> int:
     """Build and try the image; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--storage", type=Path, required=True, help="folder for images; 6 GB")
-    storage = parser.parse_args().storage.resolve()
+    parser.add_argument("--wheels", type=Path, help="folder of wheels: torch's CPU build, where the index has another")
+    arguments = parser.parse_args()
+    storage = arguments.storage.resolve()
     for program in ("buildah", "mmdebstrap"):
         if shutil.which(program) is None:
             print(f"tools.build_image: {program} is missing; apt-get install buildah mmdebstrap crun", file=sys.stderr)
             return 2
-    for step in (make_base, build, try_image):
+    steps: dict[str, Callable[[], None]] = {
+        "base system": lambda: make_base(storage),
+        "container file": lambda: build(storage, arguments.wheels),
+        "trial": lambda: try_image(storage),
+    }
+    for name, step in steps.items():
         started = time.perf_counter()
-        step(storage)
-        print(f"== {step.__name__}: {time.perf_counter() - started:.0f} s", flush=True)
+        step()
+        print(f"== {name}: {time.perf_counter() - started:.0f} s", flush=True)
     return 0
 
 
