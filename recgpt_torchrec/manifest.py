@@ -118,8 +118,13 @@ def check_place(config: Manifest, name: str, path: str) -> None:
         InputError: it is not.
     """
     found = [(claim, only_read) for claim, place, only_read in config.mounts if is_in(path, place)]
-    if config.scratch is not None and is_in(path, SCRATCH) and not (name == "output" or (name in READ - {"data"})):
-        return
+    if config.scratch is not None and is_in(path, SCRATCH):
+        if name == "data" and not config.copy_data:
+            raise InputError(
+                f"--data is {path}, which is empty at first; give --copy_data the folder that is copied there"
+            )
+        if name in ("data", "scratch"):
+            return
     if not found:
         raise InputError(
             f"--{name} is {path}, which no volume of the pods holds; mount a claim with --volumes CLAIM:/FOLDER and "

@@ -131,8 +131,8 @@ class Manifest:
                 )
         if self.copy_data is not None and (self.scratch is None or "://" not in self.copy_data):
             raise ValueError(
-                f"--copy_data is {self.copy_data}; it must be a URI as s3://bucket/folder, and --scratch the size of the "
-                "disk that it is copied to"
+                f"--copy_data is {self.copy_data}; it must be a URI as s3://bucket/folder, and --scratch the size of "
+                "the disk that it is copied to"
             )
 
     @property
