@@ -23,6 +23,7 @@ help:
 	@echo "make spark    Apache Spark and Java, for prepare --engine pyspark, beside what install gives"
 	@echo "make stores   .venv-stores: vector stores for tools/stores, on top of .venv"
 	@echo "make recbole  .venv-recbole: RecBole, for tools/compare_recbole.py"
+	@echo "make kubernetes  .venv-kubernetes: schemas of Kubernetes' objects, for tests, on top of .venv"
 	@echo "make docs     docs/ as a site in site/, with a page of options per stage"
 	@echo "make clean    remove the virtual environment and caches"
 
@@ -107,6 +108,22 @@ $(RECBOLE)/.installed: requirements-recbole.lock $(VENV)/.installed
 	$(RECBOLE)/bin/python -W ignore -c 'import recbole.data, recbole.utils'
 	touch $@
 
+# Schemas of Kubernetes' objects, the client that torchx uses there, a linter of container files: on top of .venv too.
+KUBERNETES := .venv-kubernetes
+
+.PHONY: kubernetes
+kubernetes: $(KUBERNETES)/.installed
+
+$(KUBERNETES)/.installed: requirements-kubernetes.lock $(VENV)/.installed
+	@echo "Installing $$(grep -c '==' $<) packages into $(KUBERNETES)"
+	$(BIN)/python -m venv --clear --without-pip $(KUBERNETES)
+	$(BIN)/python -m pip --python $(KUBERNETES)/bin/python install -qq --no-compile --disable-pip-version-check --no-deps -r $<
+	below=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	packages=$$($(KUBERNETES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	echo "import site; site.addsitedir('$$below')" > "$$packages/recgpt_torchrec.pth"
+	$(KUBERNETES)/bin/python -W ignore -c 'import kubeflow_trainer_api, kubernetes, kubernetes_validate, torchx'
+	touch $@
+
 # The pages as a site; MkDocs is in an environment of its own, and needs nothing of .venv but its interpreter.
 DOCS := .venv-docs
 
@@ -145,4 +162,4 @@ $(VENV)/.spark: requirements-spark.lock $(VENV)/.installed
 
 .PHONY: clean
 clean:
-	@rm -rf $(VENV) $(STORES) $(RECBOLE) $(DOCS) site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(STORES) $(KUBERNETES) $(RECBOLE) $(DOCS) site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

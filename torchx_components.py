@@ -101,3 +101,10 @@ def doctor(*args: str, **options: Any) -> specs.AppDef:
     """Look at versions, a machine, a dataset and a configuration before a run. Runs in one process."""
     job.require_one_process("doctor", options.get("j"))
     return job.make_job("recgpt_torchrec.doctor", *args, **options)
+
+
+@job.with_launch_options
+def manifest(*args: str, **options: Any) -> specs.AppDef:
+    """Write a job for Kubernetes that runs a stage: JobSet, TrainJob or Volcano Job. Runs in one process."""
+    job.require_one_process("manifest", options.get("j"))
+    return job.make_job("recgpt_torchrec.manifest", *args, **options)

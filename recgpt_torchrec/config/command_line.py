@@ -88,6 +88,7 @@ class CommandLine:
         """
         known = {option.name: option for option in options(config_class)}
         groups = groups_of(known)
+        given, rest = _split_at_dashes(given, known)
         line, remaining = cls(), _name_leading(given, known)
         while remaining:
             argument = remaining.pop(0)
@@ -124,6 +125,9 @@ class CommandLine:
                     value = str(whole_number(option.type, value))
                     line.values.append((option, f"--{name}", value))
                 line.arguments += [f"--{name}", value]
+        for option, words in rest:
+            line.values.append((option, f"--{option.name}", words))
+            line.arguments += [f"--{option.name}", yaml.safe_dump(words, default_flow_style=True, width=10**9).strip()]
         given_names = {option.name for option, *_ in line.values}
         missing = [f"--{name}" for name, option in known.items() if option.required and name not in given_names]
         if missing and not line.asks_for_help:
@@ -173,6 +177,15 @@ class CommandLine:
                 shown = " ".join(map(str, value)) if isinstance(value, list) and name.startswith("--") else value
                 return f"{name} is {shown}; it must be {describe_type(option.type)}"
         return " ".join(problem.split())
+
+
+def _split_at_dashes(given: list[str], known: dict[str, Option]) -> tuple[list[str], list[tuple[Option, list[str]]]]:
+    """The arguments before --, and the option that takes those after it with them, if there is one."""
+    option = next((option for option in known.values() if option.is_after_dashes), None)
+    if option is None or "--" not in given:
+        return given, []
+    place = given.index("--")
+    return given[:place], [(option, given[place + 1 :])]
 
 
 def _name_leading(given: list[str], known: dict[str, Option]) -> list[str]:

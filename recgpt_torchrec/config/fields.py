@@ -9,6 +9,8 @@ RESUME = "resume"
 """Key in a field's metadata: the option may change without changing the result."""
 LEADING = "leading"
 """Key in the metadata of a list option whose values may come first on the command line, without its name."""
+AFTER_DASHES = "after dashes"
+"""Key in the metadata of the list option that takes all that comes after -- on the command line, as it is."""
 RENAMED = {"checkpoint.": "saving.", "checkpointing.": "saving."}
 """Groups renamed since earlier versions: runs that recorded the old name still resume."""
 
@@ -51,6 +53,11 @@ class Option:
     def is_leading(self) -> bool:
         """Whether its values may come first on the command line, without its name."""
         return LEADING in self.field.metadata
+
+    @property
+    def is_after_dashes(self) -> bool:
+        """Whether its values are what comes after -- on the command line."""
+        return AFTER_DASHES in self.field.metadata
 
     @property
     def may_change(self) -> bool:

@@ -1,7 +1,8 @@
-"""The stages in the order in which data flows through them, then report, plan and doctor: options, purpose of each."""
+"""The stages in the order in which data flows through them, then what helps: options and purpose of each."""
 
 from dataclasses import dataclass
 
+from recgpt_torchrec.config.launch.manifest import Manifest
 from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.prepare import Prepare
 from recgpt_torchrec.config.prompts import GeneratePrompts, PromptTune
@@ -38,7 +39,10 @@ STAGES = {
     "report": Stage(Report, "runs and their evaluations -> one HTML file: curves, metrics, differences, lists"),
     "plan": Stage(Plan, "sizes and a cluster -> sharding, memory, traffic and time of pretrain, without a GPU"),
     "doctor": Stage(Doctor, "versions, this machine, a dataset, options -> what would make a run fail or disappoint"),
+    "manifest": Stage(Manifest, "a stage's command line -> a job for Kubernetes: JobSet, TrainJob or Volcano Job"),
 }
+ONE_PROCESS = {"prepare", "apply", "recommend", "run", "report", "plan", "doctor", "manifest"}
+"""Stages that run in one process: of several, each would do all the work."""
 
 
 def module_of(name: str) -> str:

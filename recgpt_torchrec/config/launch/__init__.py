@@ -1,0 +1,1 @@
+"""Options of the program that writes jobs for clusters."""
