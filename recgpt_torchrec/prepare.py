@@ -10,14 +10,15 @@ from recgpt_torchrec.data.split import EVALUATION
 from recgpt_torchrec.preparation.days.appending import append
 from recgpt_torchrec.preparation.pipeline import Result, prepare
 from recgpt_torchrec.texts.commands import command
+from recgpt_torchrec.texts.words import agree
 
 
 def main(config: Prepare) -> None:
     """Prepare the dataset, and print what became of the log."""
     if config.append:
-        print(summarize_day(config, append(config)))
+        print(agree(summarize_day(config, append(config))))
     else:
-        print(summary(config, prepare(config)))
+        print(agree(summary(config, prepare(config))))
 
 
 def summary(config: Prepare, result: Result) -> str:
