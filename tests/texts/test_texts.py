@@ -87,3 +87,9 @@ def test_nouns_agree_with_their_number():
 def test_summaries_agree_with_the_number_1():
     said = "1 users have 1 histories of 11 items, 2.1 items, 1 new interactions; 1 rows are left of run-1 users"
     assert agree(said) == "1 user has 1 history of 11 items, 2.1 items, 1 new interaction; 1 row is left of run-1 users"
+
+
+def test_no_next_command_is_given_where_the_runner_goes_on():
+    with commands.run_goes_on():
+        assert commands.next_line("export", {"data": "d"}) == "Next:    run goes on with the next stage"
+    assert commands.next_line("export", {"data": "d"}) == "Next:    python -m recgpt_torchrec.export --data d"
