@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pipelines.experiment import from_root  # noqa: E402
 from pipelines.steps import ROOT, Steps  # noqa: E402
 from recgpt_torchrec.data.dataset import Manifest  # noqa: E402
+from recgpt_torchrec.texts.commands import command  # noqa: E402
 
 PATHS = ("--input", "--validation_input", "--test_input", "--vocabulary", "--scratch", "--config")
 """Options of prepare that take paths."""
@@ -67,7 +68,16 @@ def main() -> None:
     print(f"vectors       {vectors}       items/*.parquet and users/*.parquet for an ANN index, two interests per user")
     print(f"lists         {lists}         ten new items for every user")
     print("\nTry next      your own log: see 'Your own data' in README.md")
-    print("              the paper's loss: add --loss.candidates bce to the pretrain command, with another --output")
+    asked = {"checkpoint": run, "data": data, "history": ",".join(some_keys(ROOT / data)), "k": 5}
+    print(f"              a list for a history: {command('recommend', asked)}")
+
+
+def some_keys(data: Path) -> list[str]:
+    """Keys of two items of a dataset."""
+    import pyarrow.parquet as pq
+
+    part = sorted((data / "items").glob("*.parquet"))[0]
+    return [str(key) for key in pq.read_table(part, columns=["key"])["key"][:2].to_pylist()]
 
 
 def divide(words: list[str]) -> tuple[list[str], list[str]]:

@@ -7,6 +7,7 @@ from recgpt_torchrec import cli
 from recgpt_torchrec.config import Apply
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.texts.commands import next_line
+from recgpt_torchrec.texts.words import agree
 
 if TYPE_CHECKING:
     from recgpt_torchrec.retrieval.exports.chain import Chain
@@ -27,10 +28,11 @@ def main(config: Apply) -> None:
     already_there = manifest is not None
     if manifest is None:
         manifest = apply_deltas(config.output, chain)
-    print(
+    said = (
         f"{'Already there' if already_there else 'Written'}: {config.output} ({manifest.items:,} items, "
         f"{manifest.users:,} users; {config.export} after {len(config.deltas)} deltas)"
     )
+    print(agree(said))
     print(next_line("retrieve", {"export": config.output, "data": manifest.dataset, "output": "LISTS_FOLDER"}))
 
 

@@ -62,7 +62,7 @@ def examine(config: Doctor) -> "dict[str, Sequence[Finding]]":
 def next_step(config: Doctor) -> str:
     """The command to give next."""
     if config.data is None:
-        return f"{next_line('doctor', {'data': 'DATASET_FOLDER'})}    (looks at a dataset too)"
+        return next_line("doctor", {"data": "DATASET_FOLDER"})
     return next_line("pretrain", {"data": config.data, "output": "RUN_FOLDER"})
 
 

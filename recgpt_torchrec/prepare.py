@@ -9,15 +9,16 @@ from recgpt_torchrec.data.days.records import day_of, path_of
 from recgpt_torchrec.data.split import EVALUATION
 from recgpt_torchrec.preparation.days.appending import append
 from recgpt_torchrec.preparation.pipeline import Result, prepare
-from recgpt_torchrec.texts.commands import command
+from recgpt_torchrec.texts.commands import following
+from recgpt_torchrec.texts.words import agree
 
 
 def main(config: Prepare) -> None:
     """Prepare the dataset, and print what became of the log."""
     if config.append:
-        print(summarize_day(config, append(config)))
+        print(agree(summarize_day(config, append(config))))
     else:
-        print(summary(config, prepare(config)))
+        print(agree(summary(config, prepare(config))))
 
 
 def summary(config: Prepare, result: Result) -> str:
@@ -77,7 +78,7 @@ def summary(config: Prepare, result: Result) -> str:
         written = f"{size(manifest.size)} in {len(manifest.all_parts)} files"
         lines.append(f"wrote       {config.output} ({written}) in {result.seconds:.1f} s")
     more = {"initial": "EARLIER_RUN", "targets": "new"} if extends else {}
-    lines.append(line("next", command("pretrain", {"data": config.output, "output": "RUN_FOLDER", **more})))
+    lines.append(line("next", following("pretrain", {"data": config.output, "output": "RUN_FOLDER", **more})))
     if extends:
         lines.append(line("", "with the --config and the options of that run"))
     return "\n".join(lines)
@@ -174,7 +175,7 @@ def summarize_day(config: Prepare, result: Result) -> str:
         own = [part for part in manifest.all_parts if day_of(part) == day.number]
         written = f"{size(sum(part.bytes for part in own))} in {len(own)} files"
         lines.append(f"wrote       {path_of(config.output, day.number)} ({written}) in {result.seconds:.1f} s")
-    lines.append(line("next", command("pretrain", {"data": config.output, "output": "RUN_FOLDER"})))
+    lines.append(line("next", following("pretrain", {"data": config.output, "output": "RUN_FOLDER"})))
     return "\n".join(lines)
 
 

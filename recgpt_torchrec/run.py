@@ -5,15 +5,16 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
 from recgpt_torchrec import cli
 from recgpt_torchrec.config.fields import options as options_of
-from recgpt_torchrec.config.serving.run import RunAll, stage_config
+from recgpt_torchrec.config.serving.run import SET_FOR_ALL, RunAll, stage_config
 from recgpt_torchrec.config.stages import STAGES, module_of
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.texts.commands import holds_command, next_line
+from recgpt_torchrec.texts.commands import holds_command, next_line, run_goes_on
 
 
 def main(config: RunAll) -> None:
@@ -30,6 +31,8 @@ def main(config: RunAll) -> None:
         output = options["output"]
         print(f"\n--- {number} of {len(steps)}: {name} -> {output}", flush=True)
         started = time.perf_counter()
+        if name == "retrieve":  # a small catalogue is listed as a whole
+            options["k"] = min(config.k, Dataset.open(options["data"]).manifest.items)
         built = stage_config(STAGES[name].config, getattr(config, name), **options)
         record, key = asdict(built), os.path.basename(output)
         # evaluate, unlike the others, computes again what is there.
@@ -40,7 +43,8 @@ def main(config: RunAll) -> None:
         else:
             existed = storage.exists(output)
             try:
-                importlib.import_module(module_of(name)).main(built)
+                with run_goes_on() if number < len(steps) else nullcontext():
+                    importlib.import_module(module_of(name)).main(built)
             except InputError as error:
                 raise InputError(f"{name}: {name_options(str(error), name, STAGES[name].config)}") from None
             fresh = fresh or not existed or earlier.get(key) != record
@@ -72,7 +76,7 @@ def name_options(message: str, stage: str, config_class: type) -> str:
     command of its own is left as it is."""
     if holds_command(message):
         return message
-    names = {option.name for option in options_of(config_class)}
+    names = {option.name for option in options_of(config_class)} - {*SET_FOR_ALL}
     return re.sub(r"--([\w.]*\w)", lambda found: f"--{stage}.{found[1]}" if found[1] in names else found[0], message)
 
 

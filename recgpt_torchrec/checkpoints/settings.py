@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from recgpt_torchrec import storage
 from recgpt_torchrec.checkpoints.folder import METADATA, read_metadata, read_tensor_metadata
@@ -17,6 +18,16 @@ from recgpt_torchrec.texts.commands import command
 
 DENSE = "model.dense."
 """Prefix of the names of the decoder's parameters in a checkpoint."""
+
+
+class _WithoutDrawing(TorchFunctionMode):
+    """Leaves parameters as they are made: torch draws them on the meta device with torch._dynamo, 0.6 s to import."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return kwargs["out"] if "out" in kwargs else func(*args, **kwargs)  # as torch.nn.init.eye_ fills a parameter
 
 
 @dataclass(kw_only=True)
@@ -97,7 +108,7 @@ class CheckpointSettings:
         if len(layers) != self.model.layers:
             raise ValueError(f"config.model.layers is {self.model.layers}, its tensors are of {len(layers)} layers")
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _WithoutDrawing():
                 segments = self.tuning is not None and self.tuning.prompts
                 dense = Dense(self.model, self.loss, segments, self.inputs)
         except RuntimeError:  # an overflow

@@ -22,6 +22,7 @@ from recgpt_torchrec.distributed.group.joining import NotJoined, is_launched, me
 from recgpt_torchrec.distributed.group.waiting import expected_wait
 from recgpt_torchrec.errors import LOST, InputError
 from recgpt_torchrec.progress import LOGGER, report_failure
+from recgpt_torchrec.texts.words import agree
 
 T = TypeVar("T")
 
@@ -154,13 +155,13 @@ def local_world_size() -> int:
 def log_message(*words: object, sep: str = " ") -> None:
     """Log a message on rank 0, through the logger `recgpt_torchrec`: with time and rank in a job's log file."""
     if rank() == 0:
-        LOGGER.info(sep.join(map(str, words)))
+        LOGGER.info(agree(sep.join(map(str, words))))
 
 
 def print_result(*words: object, sep: str = " ") -> None:
     """Print a result on rank 0 without time and rank: a table, a summary, what to do next."""
     if rank() == 0:
-        print(*words, sep=sep, flush=True)
+        print(agree(sep.join(map(str, words))), flush=True)
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -140,6 +140,8 @@ def table(results: dict[str, Any]) -> str:
 
 def describe_end(config: Evaluate, evaluation: dict[str, Any]) -> list[str]:
     """What was written, and the next command."""
-    per_user = f" and {evaluation['per_user']['file']}" if "per_user" in evaluation else ""
+    beside, per_user = os.path.dirname(config.output), ""
+    if "per_user" in evaluation:
+        per_user = f" and {os.path.join(beside, evaluation['per_user']['file'])}"
     following = {"data": config.data, "checkpoint": config.checkpoint, "output": "EXPORT_FOLDER"}
     return [f"Written: {config.output}{per_user}", next_line("export", following)]

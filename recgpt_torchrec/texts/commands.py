@@ -6,6 +6,8 @@ The only place that writes them. Values with spaces or quotes are quoted as a sh
 import os
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 JOB = "RECGPT_JOB"
@@ -16,6 +18,7 @@ PORT = 29500
 """Port on the first node where the nodes of torchrun meet."""
 
 _started_as_recgpt = False
+_run_goes_on = False
 
 
 def set_form(prog: str) -> None:
@@ -48,9 +51,25 @@ def command(stage: str, options: dict[str, Any]) -> str:
     return " ".join([program(stage), *map(shlex.quote, words)])
 
 
+def following(stage: str, options: dict[str, Any]) -> str:
+    """What comes after a stage, at the end of its summary: the command that takes its result, or that `run` goes on."""
+    return "run goes on with the next stage" if _run_goes_on else command(stage, options)
+
+
 def next_line(stage: str, options: dict[str, Any]) -> str:
-    """The last line of a stage's summary: what to do with its result."""
-    return f"Next:    {command(stage, options)}"
+    """The last line of a stage's summary."""
+    return f"Next:    {following(stage, options)}"
+
+
+@contextmanager
+def run_goes_on() -> Iterator[None]:
+    """Within the `with`, stages are parts of a longer run: nobody need give the next command."""
+    global _run_goes_on
+    _run_goes_on = True
+    try:
+        yield
+    finally:
+        _run_goes_on = False
 
 
 def holds_command(text: str) -> bool:

@@ -1,5 +1,11 @@
 """Counted nouns."""
 
+import re
+
+NOUNS = "users items interactions histories rows files lists deltas targets ranks steps epochs days keys places prompts"
+"""What programs count in their summaries."""
+ONE = re.compile(rf"(?<![\d.,/-])1((?: new| earlier| unknown)?) ({'|'.join(NOUNS.split())})\b( (?:are|have|were)\b)?")
+
 
 def count(number: int, noun: str, plural: str | None = None) -> str:
     """A number with its noun: `1 item`, `1,200 items`, `1 history`.
@@ -17,3 +23,17 @@ def pluralize(noun: str) -> str:
     if noun.endswith("y") and noun[-2:-1] not in "aeiou":
         return f"{noun[:-1]}ies"
     return f"{noun}s"
+
+
+def agree(text: str) -> str:
+    """A summary whose nouns and verbs agree with the number 1 before them: `1 user has` for `1 users have`.
+
+    Its lines are written for many users and items, and those of a first try have one of something now and then.
+    """
+
+    def in_singular(found: re.Match[str]) -> str:
+        noun = next(each for each in (f"{found[2][:-3]}y", found[2][:-1]) if pluralize(each) == found[2])
+        verb = {None: "", " are": " is", " have": " has", " were": " was"}[found[3]]
+        return f"1{found[1]} {noun}{verb}"
+
+    return ONE.sub(in_singular, text)

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shlex
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -211,7 +212,7 @@ class Run:
             following = next_line("export", {**done, "output": "EXPORT_FOLDER"})
         else:
             following = next_line("evaluate", {**done, "output": f"{output}/test.json", "split": "test"})
-        return f"Trained: {trained}\nCurves:  tensorboard --logdir {output}/tensorboard\n{following}"
+        return f"Trained: {trained}\nCurves:  tensorboard --logdir {shlex.quote(f'{output}/tensorboard')}\n{following}"
 
 
 def describe_users(manifest: Manifest, sample: int) -> str:

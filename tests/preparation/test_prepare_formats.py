@@ -49,6 +49,19 @@ def test_every_format_with_times_gives_the_same_dataset(tmp_path: Path, ending: 
     assert read_sequences(tmp_path / "data") == in_time_order(ROWS)
 
 
+@pytest.mark.parametrize(("ending", "separator"), [("csv", ","), ("tsv", "\t")])
+def test_recbole_headers_are_read_in_any_table(tmp_path: Path, ending: str, separator: str) -> None:
+    text = write_recbole(tmp_path / "log.inter", ROWS).read_text().replace("\t", separator)
+    (tmp_path / f"log.{ending}").write_text(text)
+    result = make(tmp_path / f"log.{ending}", tmp_path / "data")
+    assert read_sequences(tmp_path / "data") == in_time_order(ROWS)
+    assert any("RecBole's header" in words for _, words in result.manifest.preparation["page"])
+    (tmp_path / "own.csv").write_text("user_id:token,item_id:token\nu,b\nu,a\n")
+    columns = {"user_column": "user_id:token", "item_column": "item_id:token", "time_column": None}
+    make(tmp_path / "own.csv", tmp_path / "own", **columns)  # names that are given hold as they are
+    assert read_sequences(tmp_path / "own") == {"u": ["b", "a"]}
+
+
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "inter"])
 def test_text_formats_may_be_gzipped(tmp_path: Path, ending: str) -> None:
     plain = WRITERS[ending](tmp_path / f"log.{ending}", ROWS)

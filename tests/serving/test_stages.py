@@ -96,6 +96,39 @@ def test_examples_in_docstrings_are_right(module: str) -> None:
     assert found.attempted and not found.failed
 
 
+def test_recommend_says_what_became_of_an_unusual_history(made: tuple[Path, Any], capsys: Any) -> None:
+    folder, data = made
+    given = {"--checkpoint": folder / "run", "--data": data.path, "--k": 3}
+    assert stage("recommend", {**given, "--history": "i1", "--k": 31}) == 2
+    assert f"--k is 31, but {data.path} has 30 items; give at most that many" in capsys.readouterr().err
+    assert stage("recommend", {**given, "--history": "no,nope"}) == 0
+    said = capsys.readouterr().out
+    assert "popular items: none of its items is known" in said and "2 items of the history left out: no, nope" in said
+    keys = said.rpartition("are such as ")[2].splitlines()[0].split(", ")
+    assert len(keys) == 2 and {*keys} <= {f"i{item}" for item in range(30)}
+    assert stage("recommend", {**given, "--history": '"a,b", i1'}) == 0  # quoted as in CSV
+    assert "1 item of the history left out: a,b" in capsys.readouterr().out
+    long = [f"i{item % 30}" for item in range(50)]
+    assert stage("recommend", {**given, "--history": ",".join(long)}) == 0
+    said = capsys.readouterr().out
+    newest = SMALL["--model.max_len"]
+    assert f"of its 50 items the newest {newest} are read" in said
+    lines = folder / "histories.csv"
+    lines.write_text("i1,i2\n")
+    assert stage("recommend", {**{name: given[name] for name in ("--checkpoint", "--data")}, "--input": lines}) == 2
+    assert "line 1 is no JSON object" in (said := capsys.readouterr().err) and '{"items": ["shoe", "hat"]}' in said
+
+
+def test_a_folder_above_the_right_one_is_told_from_it(made: tuple[Path, Any], capsys: Any) -> None:
+    folder, data = made
+    assert stage("recommend", {"--checkpoint": folder, "--data": data.path, "--history": "i1"}) == 2
+    assert f"Did you mean {folder}/run?" in capsys.readouterr().err
+    assert stage("recommend", {"--checkpoint": folder / "run", "--data": folder, "--history": "i1"}) == 2
+    assert f"Did you mean {folder}/data?" in capsys.readouterr().err
+    assert stage("doctor", {"--data": folder, "--output": folder}) == 1
+    assert f"Did you mean {folder}/data?" in capsys.readouterr().out
+
+
 def test_recommend_prints_a_table_with_names_and_what_it_left_out(made: tuple[Path, Any], capsys: Any) -> None:
     folder, data = made
     given = {"--checkpoint": folder / "run", "--data": data.path, "--k": 3, "--user": "nobody"}
@@ -107,7 +140,7 @@ def test_recommend_prints_a_table_with_names_and_what_it_left_out(made: tuple[Pa
         name = f"Title {key[1:]}" if key != "i29" else ""
         assert f"{rank}  {key:<4}" in printed and name in printed and f"{score:.4f}" in printed
     assert "rank  item  title" in printed
-    assert "unknown     1 items of the history left out: none" in printed
+    assert "unknown     1 item of the history left out: none" in printed
     assert "does not know nobody: the user vector is 0" in printed
     assert stage("recommend", {**given, "--history": "i3,none,i4", "--exclude": "i5", "--json": "true"}) == 0
     read = json.loads(capsys.readouterr().out)

@@ -9,7 +9,7 @@ from recgpt_torchrec.config.stages import STAGES
 from recgpt_torchrec.launch import job
 from recgpt_torchrec.texts import commands
 from recgpt_torchrec.texts.tables import figures_table, table
-from recgpt_torchrec.texts.words import count
+from recgpt_torchrec.texts.words import agree, count
 
 
 @pytest.fixture(autouse=True)
@@ -82,3 +82,14 @@ def test_columns_are_as_wide_as_their_widest_cell():
 def test_nouns_agree_with_their_number():
     assert [count(n, "history") for n in (0, 1, 1200)] == ["0 histories", "1 history", "1,200 histories"]
     assert (count(1, "day"), count(2, "day"), count(2, "index", "indexes")) == ("1 day", "2 days", "2 indexes")
+
+
+def test_summaries_agree_with_the_number_1():
+    said = "1 users have 1 histories of 11 items, 2.1 items, 1 new interactions; 1 rows are left of run-1 users"
+    assert agree(said) == "1 user has 1 history of 11 items, 2.1 items, 1 new interaction; 1 row is left of run-1 users"
+
+
+def test_no_next_command_is_given_where_the_runner_goes_on():
+    with commands.run_goes_on():
+        assert commands.next_line("export", {"data": "d"}) == "Next:    run goes on with the next stage"
+    assert commands.next_line("export", {"data": "d"}) == "Next:    python -m recgpt_torchrec.export --data d"

@@ -13,6 +13,8 @@ from recgpt_torchrec.config.training import Pretrain
 
 GIVEN = "-"
 """Value of the options that the runner fills in."""
+SET_FOR_ALL = ("k", "interests", "device")
+"""Options of stages that an option of the runner with the same name sets."""
 
 
 @dataclass(kw_only=True)
@@ -137,10 +139,10 @@ class RunAll:
             for name in filled:
                 if getattr(step, name, GIVEN) not in (GIVEN, [GIVEN]):
                     raise ValueError(f"--{group}.{name} is filled in by run; leave it out")
-            for name, own in (("k", "k"), ("interests", "interests"), ("device", "device")):
+            for name in SET_FOR_ALL:
                 default = type(step).__dataclass_fields__[name].default if hasattr(step, name) else None
                 if hasattr(step, name) and getattr(step, name) != default:
-                    raise ValueError(f"--{group}.{name} is set by --{own} for all stages; leave it out")
+                    raise ValueError(f"--{group}.{name} is set by --{name} for all stages; leave it out")
         if self.prepare.append:
             raise ValueError("--prepare.append adds a day to a folder of days; run prepare and pretrain for that")
 
