@@ -30,6 +30,7 @@ def make_log(users: int = 100, items: int = 60, length: int = 18) -> pd.DataFram
     log["item_id"] = log["item_id"].map(lambda item: NAMED.get(item, f"{item}"))
     log["event"] = np.array(["view", "view", "cart", "buy"])[numbers % 4]
     log["clicked"] = (numbers % 5 > 0).astype(int)
+    log["label"] = np.array(["click", "click", "shown", "click", "dislike"])[numbers % 5]
     log["price"] = numbers % 7
     return log
 
