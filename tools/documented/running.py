@@ -24,7 +24,16 @@ from tools.documented.pages import Page
 
 SECONDS = 600
 """Time limit of a command."""
-LINKED = ("configs", "docs", "pipelines", "recgpt_torchrec", "tools", "torchx_components.py", ".torchxconfig", ".venv-stores")
+LINKED = (
+    "configs",
+    "docs",
+    "pipelines",
+    "recgpt_torchrec",
+    "tools",
+    "torchx_components.py",
+    ".torchxconfig",
+    ".venv-stores",
+)
 """What a reader sees who is in the repository's folder."""
 PORT = "8080"
 
