@@ -4,8 +4,8 @@
     python -m tools.documented --all                # also what is run by hand (some minutes)
     python -m tools.documented docs/tutorial.md --show
 
-What a page assumes is in `pages.py` and `files.py`. A command is typed as the page shows it, except that the service gets
-a free port. The exit status is 0 if every command's was.
+What a page assumes is in `pages.py` and `files.py`. A command is typed as the page shows it, except that the service
+gets a free port. The exit status is 0 if every command's was.
 """
 
 import argparse
@@ -26,9 +26,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", nargs="*", metavar="PAGE", help="such as docs/daily.md; none: all that CI runs")
     parser.add_argument("--all", action="store_true", help="also pages and blocks that are run by hand")
-    parser.add_argument(
-        "--keep", type=Path, metavar="DIR", help="a new folder for the pages' scratch folders, to look at"
-    )
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="new folder for the scratch folders, to look at")
     parser.add_argument("--show", action="store_true", help="print what commands say")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="pages at the same time")
     given = parser.parse_args()
