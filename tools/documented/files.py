@@ -1,4 +1,4 @@
-"""The small files that the pages read: one log of 100 users and 60 items over three days, in the forms that they name."""
+"""The small files that the pages read: a log of 100 users and 60 items over three days, in the forms that they name."""
 
 import gzip
 import json
@@ -28,8 +28,9 @@ def make_log(users: int = 100, items: int = 60, length: int = 18) -> pd.DataFram
     numbers = np.arange(len(log))
     log["user_id"] = log["user_id"].map(lambda user: "ann" if user == 0 else f"user {user}")
     log["item_id"] = log["item_id"].map(lambda item: NAMED.get(item, f"{item}"))
-    log["event"] = np.array(["view", "view", "cart", "buy"])[numbers % 4]
-    log["clicked"] = (numbers % 5 > 0).astype(int)
+    log["event"] = random.choice(["view", "view", "cart", "buy"], len(log))
+    log["clicked"] = (random.random(len(log)) < 0.8).astype(int)
+    log["label"] = random.choice(["click", "click", "click", "shown", "dislike"], len(log))
     log["price"] = numbers % 7
     return log
 

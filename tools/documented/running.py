@@ -80,7 +80,8 @@ class PageRun:
             function(log)
         except BaseException as error:
             said = log.read_text(errors="replace")[-4000:] if log.exists() else ""
-            raise CommandFailed(f"{self.name}:{number}: {text}\n{said}{traceback.format_exc()}") from error
+            reason = str(error) if isinstance(error, CommandFailed) else traceback.format_exc()
+            raise CommandFailed(f"{self.name}:{number}: {text}\n{said}{reason}") from error
         print(f"{time.monotonic() - started:6.1f} s  {self.name}:{number}  {text[:150]}", flush=True)
         if self.show and log.exists():
             print(log.read_text(errors="replace"), flush=True)

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ class DuckDBEngine(Engine):
         try:
             self.connection = duckdb.connect(str(self.scratch / "prepare.duckdb"))
             self.connection.execute("SET TimeZone = 'UTC'")  # a date-time without an offset is UTC, on every machine
-            self.connection.execute("SET enable_progress_bar = false")
+            with suppress(duckdb.InvalidInputException):  # in Jupyter without ipywidgets there is none to switch off
+                self.connection.execute("SET enable_progress_bar = false")
             self.connection.execute(f"SET temp_directory = {quote_sql(str(self.scratch / 'spill'))}")
             if threads is not None:
                 self.connection.execute(f"SET threads = {threads}")
