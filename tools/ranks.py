@@ -17,8 +17,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from tools.stage_process import STAGE_MODULES
-
 SIGNAL_ALLOWANCE_SECONDS = 10
 """A rank whose parent was killed ends itself this many seconds after the time limit."""
 DEATH_SECONDS = 0.2
@@ -27,9 +25,19 @@ JOINING = "while the ranks joined: "
 """Prefix of the error of a rank that failed before its function was called."""
 
 # Ranks are forked from one process that has imported these modules: their import, about 8 s, is not repeated per rank.
-# Of it, pandas alone would be 0.4 s of each rank that reads a dataset, and what evaluates 0.2 s.
+# Arrow imports pandas, if it is installed, when an array becomes numpy's: 0.4 s of each rank that reads a dataset.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(STAGE_MODULES)
+_context.set_forkserver_preload(
+    [
+        "torch.distributed.checkpoint",
+        "torch.utils.tensorboard",
+        "torchrec.distributed.model_parallel",
+        "torchrec.distributed.train_pipeline",
+        "recgpt_torchrec.training.session",
+        "recgpt_torchrec.evaluation.validation",
+        "pandas",
+    ]
+)
 
 
 class RankFailed(Exception):  # noqa: N818 (names the rank that failed)

@@ -24,34 +24,28 @@ MEMORY = 6 * 2**30
 """Bytes of address space that it may use beyond what it starts with."""
 
 
-STAGE_MODULES = [
-    "ibis.backends.sql.compilers",
-    "jsonargparse",
-    "pyarrow.dataset",
-    "recgpt_torchrec.cli",
-    "recgpt_torchrec.preparation.pipeline",
-    "recgpt_torchrec.evaluation.baselines",
-    "recgpt_torchrec.evaluation.list_quality",
-    "recgpt_torchrec.evaluation.recall_paths",
-    "recgpt_torchrec.evaluation.validation",
-    "recgpt_torchrec.prompts.prompting",
-    "recgpt_torchrec.retrieval.search.searching",
-    "recgpt_torchrec.training.session",
-    "torch.distributed.checkpoint",
-    "torch.utils.tensorboard",
-    "torchrec.distributed.model_parallel",
-    "torchrec.distributed.train_pipeline",
-    "tools.small_run",
-]
-"""What stages import. None of them starts a thread, so that processes may be forked from one that has them."""
-if importlib.util.find_spec("pandas"):  # which Arrow imports when an array becomes numpy's, if it is installed
-    STAGE_MODULES.append("pandas")
-
-
 def preload() -> None:
     """Import what stages import, so that processes forked from this one need not; no thread may be started."""
-    for name in STAGE_MODULES:
+    for name in (
+        "ibis.backends.sql.compilers",
+        "jsonargparse",
+        "pyarrow.dataset",
+        "recgpt_torchrec.cli",
+        "recgpt_torchrec.preparation.pipeline",
+        "recgpt_torchrec.evaluation.baselines",
+        "recgpt_torchrec.evaluation.list_quality",
+        "recgpt_torchrec.evaluation.recall_paths",
+        "recgpt_torchrec.evaluation.validation",
+        "recgpt_torchrec.prompts.prompting",
+        "recgpt_torchrec.retrieval.search.searching",
+        "recgpt_torchrec.training.session",
+        "torch.utils.tensorboard",
+        "torchrec.distributed.train_pipeline",
+        "tools.small_run",
+    ):
         importlib.import_module(name)
+    if importlib.util.find_spec("pandas"):  # which Arrow imports when an array becomes numpy's, if it is installed
+        importlib.import_module("pandas")
 
 
 def run_stage(stage: str, options: dict[str, Any]) -> int:

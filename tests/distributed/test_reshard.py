@@ -14,9 +14,9 @@ from tools.check_reshard import is_wrong
 from tools.ranks import run_ranks
 from tools.reshard import Difference, Layout, output_folder, reshard
 
-RECORD_BYTES = 1200
-"""Of a record: a table of 29 items takes three, one rank's half of it two, a matrix of the decoder eight. Each record
-is a file format of its own to torch, so twenty times as many take most of the time of this test."""
+RECORD_BYTES = 600
+"""Of a record: a table of 29 items takes five, one rank's third of it two, a matrix of the decoder fifteen. Each record
+is a file format of its own to torch, so ten times as many take most of the time of this test."""
 
 # Each sharding is a source and a target, on more ranks and on fewer, under each kind of optimizer state: one moment per
 # row, one per number, two of them updated by torch (Adam on CPU), none.
