@@ -22,6 +22,7 @@ help:
 	@echo "make install  the virtual environment only"
 	@echo "make spark    Apache Spark and Java, for prepare --engine pyspark, beside what install gives"
 	@echo "make stores   .venv-stores: vector stores for tools/stores, on top of .venv"
+	@echo "make test-stores  the tests of these scripts against real stores"
 	@echo "make recbole  .venv-recbole: RecBole, for tools/compare_recbole.py"
 	@echo "make kubernetes  .venv-kubernetes: schemas of Kubernetes' objects, for tests, on top of .venv"
 	@echo "make docs     docs/ as a site in site/, with a page of options per stage"
@@ -34,11 +35,12 @@ demo: $(VENV)/.installed
 	@$(BIN)/python pipelines/demo.py
 
 # Without its own order of files (the most tests first) xdist keeps that of tests/conftest.py: the longest first.
-# The second pytest is given the files that hold such tests: collecting the others is 15 s of imports.
+# The second pytest is given the files that hold such tests: collecting the others is 15 s of imports. They run two at a
+# time, beside nothing else: nearly all of their time is waiting (20 s of a core in 110 s one after the other).
 .PHONY: test
 test: $(VENV)/.installed
 	@$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder -m "not alone"
-	$(BIN)/python -m pytest -m alone $$(grep -lR --include='test_*.py' 'pytest\.mark\.alone' tests)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m alone $$(grep -lR --include='test_*.py' 'pytest\.mark\.alone' tests)
 
 .PHONY: check
 check: $(VENV)/.installed
@@ -102,6 +104,10 @@ modules-docs := ipykernel, mkdocs, nbclient, recgpt_torchrec
 
 .PHONY: stores recbole kubernetes
 stores recbole kubernetes: %: .venv-%/.installed
+
+.PHONY: test-stores
+test-stores: .venv-stores/.installed
+	@.venv-stores/bin/python -m pytest -q tests/tools/test_stores.py tests/tools/test_vector_stores_page.py
 
 .PHONY: docs
 docs: .venv-docs/.installed

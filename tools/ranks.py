@@ -25,6 +25,7 @@ JOINING = "while the ranks joined: "
 """Prefix of the error of a rank that failed before its function was called."""
 
 # Ranks are forked from one process that has imported these modules: their import, about 8 s, is not repeated per rank.
+# Arrow imports pandas, if it is installed, when an array becomes numpy's: 0.4 s of each rank that reads a dataset.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
@@ -33,6 +34,8 @@ CONTEXT.set_forkserver_preload(
         "torchrec.distributed.model_parallel",
         "torchrec.distributed.train_pipeline",
         "recgpt_torchrec.training.session",
+        "recgpt_torchrec.evaluation.validation",
+        "pandas",
     ]
 )
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.alone
 
 LIMIT = 2.0
 """Stall limit, in seconds."""
-PAUSE = 0.1
+PAUSE = 0.06
 """Seconds that each record takes, and each block of initial values."""
 
 
@@ -43,7 +43,7 @@ def slow_down(owner: Any, name: str, stall_after: int | None) -> None:
 
 
 def initialise(layout: Layout, folder: str, stall_after: int | None) -> None:
-    initial_values.BLOCK_ROWS = 4
+    initial_values.BLOCK_ROWS = 2
     slow_down(initial_values, "_draw", stall_after)
     with Watchdog(folder, LIMIT):
         build_model(layout)
@@ -82,7 +82,7 @@ def save_state_synchronously(layout: Layout, folder: str, stall_after: int | Non
 def run(rank: int, world_size: int, do: Callable[..., None], folder: str, stall_after: int | None) -> float:
     """Seconds that the phase takes; the tables are on one rank each, so that the others wait."""
     silence_libraries()
-    records.RECORD_BYTES = 1000
+    records.RECORD_BYTES = 2000
     since = time.monotonic()
     do(Layout(world_size, "table_wise", "sgd"), folder, stall_after)
     return time.monotonic() - since

@@ -21,13 +21,13 @@ REFUSED = "recgpt_torchrec.evaluate: error: a.json is damaged\n"
 
 @pytest.mark.timeout(290)
 def test_every_kind_of_file_with_changed_bytes_is_refused_or_gives_the_right_result() -> None:
-    """Four cases of each kind; `python -m tools.fuzz --cases 300` tries more."""
+    """Three cases of each kind; `python -m tools.fuzz --cases 300` tries more."""
     kinds = ["log", "table", "dataset", "prompts", "run", "export", "index", "delta", "lists", "keys", "evaluation"]
-    command = [sys.executable, "-m", "tools.fuzz", "--cases", "4", "--seed", "7", "--kinds", *kinds, "configuration"]
+    command = [sys.executable, "-m", "tools.fuzz", "--cases", "3", "--seed", "7", "--kinds", *kinds, "configuration"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1].split()[:2] == ["all", str(4 * len(fuzz.KINDS))]
+    assert done.stdout.splitlines()[-1].split()[:2] == ["all", str(3 * len(fuzz.KINDS))]
 
 
 def test_the_same_seed_tries_the_same_cases() -> None:
