@@ -8,6 +8,7 @@ what was said of the culprit. Then the same command is given again; its result m
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -21,9 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from tools.ranks import CONTEXT, one_thread_environment
 from tools.small_run import SMALL
-from tools.stage_process import run_stage
+from tools.stage_process import digest, run_stage
 
 PHASES = {
     "pretrain": "a training step",
@@ -81,8 +84,9 @@ def do_at_phase(watchdog: Any, phase: str, fault: str) -> None:
         time.sleep(0.0003)
     os.write(2, f"now: {time.time()}\n".encode())
     if fault == "hangs":
-        # The main thread waits for ever in the next report of its progress; heartbeats go on.
-        watchdog.report_phase = watchdog.beat = lambda *_: threading.Event().wait()
+        # The main thread waits for ever where it would next meet the others; heartbeats go on.
+        for name in ("all_reduce", "all_gather", "all_gather_object", "broadcast_object_list"):
+            setattr(dist, name, lambda *_, **more: threading.Event().wait())
     else:
         os.kill(os.getpid(), signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
 
@@ -144,10 +148,15 @@ def launch(stage: str, options: dict[str, Any], fault: str = "none") -> End:
     return End([process.exitcode or 0 for process in ranks], seconds, said)
 
 
+def digest_of(stage: str, output: Path) -> str:
+    """A hash of a stage's result, wherever it is."""
+    with contextlib.chdir(output.parent if stage == "evaluate" else output):
+        return digest(f"{output.name}.json" if stage == "evaluate" else ".")
+
+
 def run_faults(folder: Path, stages: list[str], faults: list[str]) -> list[str]:
     """Run every stage once undisturbed, and once for each fault; returns the lines of the table."""
     from tools.small_run import walks, write_dataset
-    from tools.stage_process import digest
 
     write_dataset(folder / "data", walks(400, 60, shortest=3, longest=14), items=60, rows_per_group=8)
     lines = []
@@ -163,7 +172,7 @@ def run_faults(folder: Path, stages: list[str], faults: list[str]) -> list[str]:
                 assert first.statuses == [0, 0], first.said
             end = launch(stage, options_of(stage, folder, output, STALL_SECONDS), fault)
             again = launch(stage, options_of(stage, folder, output))
-            results = [digest(f"{each}.json" if stage == "evaluate" else str(each)) for each in (output, alone)]
+            results = [digest_of(stage, each) for each in (output, alone)]
             named = next(
                 (
                     found.group(1)
