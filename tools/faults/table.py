@@ -27,7 +27,7 @@ def show_cells(cells: Cells) -> str:
     """A line for each cell."""
     lines = []
     for (fault, moment), values in cells.items():
-        named = name_culprit(values, FAULTS[fault]) or ("NOBODY" if not FAULTS[fault].environment else "")
+        named = name_culprit(values, FAULTS[fault]) or ("NOBODY" if not FAULTS[fault].hours else "")
         seconds = f"{values['seconds']:.1f} s" if values["ended"] else "never"
         result = "DIFFERS" if values["differences"] else "HALF" if values.get("half") else "equal"
         statuses = ", ".join("killed" if each is None or each == -9 else str(each) for each in values["statuses"])
@@ -42,7 +42,7 @@ def what_is_wrong(values: dict[str, Any], fault: Fault) -> str:
     wrong = {
         "did not happen": not values["happened"],
         "never ends": not values["ended"],
-        "names nobody": not fault.environment and not name_culprit(values, fault),
+        "names nobody": not fault.hours and not name_culprit(values, fault),
         "differs": bool(values["differences"]),
         "half a result": bool(values.get("half")),
         "traceback": bool(values["tracebacks"]),
