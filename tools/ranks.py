@@ -25,8 +25,8 @@ JOINING = "while the ranks joined: "
 """Prefix of the error of a rank that failed before its function was called."""
 
 # Ranks are forked from one process that has imported these modules: their import, about 8 s, is not repeated per rank.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
     [
         "torch.distributed.checkpoint",
         "torch.utils.tensorboard",
@@ -79,11 +79,11 @@ def _run(function: Callable[..., Any], world_size: int, args: tuple[Any, ...], t
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder, contextlib.ExitStack() as stack:
         ranks = []
         for rank in range(world_size):
-            receiver, sender = _context.Pipe(duplex=False)
+            receiver, sender = CONTEXT.Pipe(duplex=False)
             stack.enter_context(receiver)
             environment = dict(os.environ) | _rank_environment(rank, world_size)
             call = (function, rank, world_size, args)
-            process = _context.Process(
+            process = CONTEXT.Process(
                 target=_rank_main, args=(call, sender, folder, environment, os.getcwd(), timeout), daemon=True
             )
             with one_thread_environment():

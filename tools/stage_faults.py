@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m tools.stage_faults --folder /tmp/faults
 
-Each stage runs on two ranks with a launcher each, as on two nodes. When rank 1 has reached a phase it is killed,
-stopped (SIGSTOP), or made to hang. The table shows the seconds until both launchers had ended, their statuses, and what
-rank 0 said of the culprit. Then the same command is given again; its result must be the undisturbed one, bit for bit.
+Each stage runs on two ranks without a launcher, which would end the others of its node. When rank 1 has reached a phase
+it is killed, stopped (SIGSTOP), or made to hang. The table shows the seconds until both had ended, their statuses, and
+what was said of the culprit. Then the same command is given again; its result must be the undisturbed one, bit for bit.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import json
 import os
 import re
 import signal
-import subprocess
+import socket
 import sys
 import tempfile
 import threading
@@ -22,7 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
+from tools.ranks import CONTEXT, one_thread_environment
 from tools.small_run import SMALL
+from tools.stage_process import digest, run_stage
 
 PHASES = {
     "pretrain": "a training step",
@@ -44,6 +48,8 @@ NEEDS = {
 }
 """The stages whose results each stage reads."""
 FAULTS = ("killed", "stopped", "hangs")
+SECONDS = 180
+"""Maximum time of one run."""
 STALL_SECONDS = 20
 """Of the run to which something happens."""
 CULPRIT = re.compile(r"(lost rank 1 \([^)]*\)|rank 1: (?!no progress)[^\n]*)")
@@ -78,24 +84,27 @@ def do_at_phase(watchdog: Any, phase: str, fault: str) -> None:
         time.sleep(0.0003)
     os.write(2, f"now: {time.time()}\n".encode())
     if fault == "hangs":
-        # The main thread waits for ever in the next report of its progress; heartbeats go on.
-        watchdog.report_phase = watchdog.beat = lambda *_: threading.Event().wait()
+        # The main thread waits for ever where it would next meet the others; heartbeats go on.
+        for name in ("all_reduce", "all_gather", "all_gather_object", "broadcast_object_list"):
+            setattr(dist, name, lambda *_, **more: threading.Event().wait())
     else:
         os.kill(os.getpid(), signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
 
 
-def rank_main(stage: str, phase: str, fault: str, words: list[str]) -> None:
+def rank_main(stage: str, words: list[str], fault: str, environment: dict[str, str], said: str) -> None:
     """Run a stage as one rank, with the thread that does something to rank 1."""
-    import importlib
-
-    from recgpt_torchrec import cli
-    from recgpt_torchrec.config.stages import STAGES, module_of
+    handle = os.open(said, os.O_WRONLY | os.O_CREAT)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.environ |= environment
     from recgpt_torchrec.distributed import watchdog
 
-    if os.environ["RANK"] == "1" and fault != "none":
-        threading.Thread(target=do_at_phase, args=(watchdog, phase, fault), daemon=True).start()
-    sys.argv = [stage, *words]
-    cli.run(STAGES[stage].config, importlib.import_module(module_of(stage)).main, module_of(stage))
+    if environment["RANK"] == "1" and fault != "none":
+        threading.Thread(target=do_at_phase, args=(watchdog, PHASES[stage], fault), daemon=True).start()
+    status = run_stage(stage, dict(zip(words[::2], words[1::2], strict=True)))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @dataclass
@@ -103,40 +112,51 @@ class End:
     """How a job ended."""
 
     statuses: list[int]
-    """Of the launchers."""
+    """Of the ranks; negative: by a signal."""
     seconds: float
     """From the fault, or else from the start."""
     said: list[str]
 
 
 def launch(stage: str, options: dict[str, Any], fault: str = "none") -> End:
-    """Run a stage on two ranks with a launcher each."""
+    """Run a stage on two ranks, forked from a process that has imported all of it."""
     words = [str(word) for option in options.items() for word in option]
-    job = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_id", f"{time.time_ns()}"]
-    job += ["--rdzv_endpoint", "localhost:0", "-m", "tools.stage_faults", "rank", stage, PHASES[stage], fault]
-    command = [sys.executable, "-m", "recgpt_torchrec.launch.node", *job, *words]
-    files = [tempfile.TemporaryFile("w+") for _ in range(2)]
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(one.getsockname()[1]), "WORLD_SIZE": "2"}
+    job |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "lo"}
     since = time.time()
-    nodes = [subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True) for file in files]
-    try:
-        statuses = [node.wait(180) for node in nodes]
-    finally:
-        ended = time.time()
-        for node in nodes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(node.pid, signal.SIGKILL)
-    said = []
-    for file in files:
-        file.seek(0)
-        said.append(file.read())
+    with tempfile.TemporaryDirectory() as folder, one_thread_environment():
+        files = [f"{folder}/rank{rank}" for rank in range(2)]
+        ranks = [
+            CONTEXT.Process(target=rank_main, args=(stage, words, fault, {**job, "RANK": str(rank)}, files[rank]))
+            for rank in range(2)
+        ]
+        for process in ranks:
+            process.start()
+        try:
+            for process in ranks:
+                process.join(SECONDS)
+        finally:
+            ended = time.time()
+            for process in ranks:
+                process.kill()
+                process.join()
+        said = [Path(file).read_text(errors="replace") for file in files]
     happened = re.search(r"now: ([\d.]+)", "".join(said))
-    return End(statuses, ended - (float(happened.group(1)) if happened else since), said)
+    seconds = ended - (float(happened.group(1)) if happened else since)
+    return End([process.exitcode or 0 for process in ranks], seconds, said)
+
+
+def digest_of(stage: str, output: Path) -> str:
+    """A hash of a stage's result, wherever it is."""
+    with contextlib.chdir(output.parent if stage == "evaluate" else output):
+        return digest(f"{output.name}.json" if stage == "evaluate" else ".")
 
 
 def run_faults(folder: Path, stages: list[str], faults: list[str]) -> list[str]:
     """Run every stage once undisturbed, and once for each fault; returns the lines of the table."""
     from tools.small_run import walks, write_dataset
-    from tools.stage_process import digest
 
     write_dataset(folder / "data", walks(400, 60, shortest=3, longest=14), items=60, rows_per_group=8)
     lines = []
@@ -152,7 +172,7 @@ def run_faults(folder: Path, stages: list[str], faults: list[str]) -> list[str]:
                 assert first.statuses == [0, 0], first.said
             end = launch(stage, options_of(stage, folder, output, STALL_SECONDS), fault)
             again = launch(stage, options_of(stage, folder, output))
-            results = [digest(f"{each}.json" if stage == "evaluate" else str(each)) for each in (output, alone)]
+            results = [digest_of(stage, each) for each in (output, alone)]
             named = next(
                 (
                     found.group(1)
@@ -184,7 +204,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["rank"]:
-        rank_main(sys.argv[2], sys.argv[3], sys.argv[4], sys.argv[5:])
-    else:
-        sys.exit(main())
+    sys.exit(main())
