@@ -12,9 +12,9 @@ Cells = dict[tuple[str, str], dict[str, Any]]
 def name_culprit(values: dict[str, Any], fault: Fault) -> str:
     """The first line that says whose fault it was; empty: none does."""
     survivors = [0, 1] if fault.node is None or values["statuses"] == [0, 0] else [1 - fault.node]
-    words = ("/disk/",) if fault.node is None else (f"rank {fault.node}", f"node{fault.node}")
+    words = ("/disk",) if fault.node is None else (f"rank {fault.node}", f"node{fault.node}")
     if fault is FAULTS["disk gone from node 1"]:
-        survivors, words = [0, 1], ("/disk/",)
+        survivors, words = [0, 1], ("/disk",)
     for node in survivors:
         for line in failures_in(values["said"][node]):
             text = line.split(f" rank {node}: ", 1)[-1]
