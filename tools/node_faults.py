@@ -127,11 +127,11 @@ def run_cell(place: Place, folder: Path, fault: Fault, moment: Moment, cell: str
         assert first.statuses == [0, 0], first.said
     options = options_of(stage, folder, output, place.stall_seconds)
     end = run_job(place, moment, options, logs, fault)
-    happened = bool(end.place) or bool(fault.environment)
+    happened = bool(end.place) or bool(fault.hours)
     values: dict[str, Any] = {"commit": os.environ.get("COMMIT", ""), "happened": happened, **end.to_json()}
     if not end.statuses == [0, 0]:
         fault.mend(place)
-    elif not fault.environment and not fault.goes_on:
+    elif not fault.goes_on:
         fault.mend(place)
     if end.statuses != [0, 0] and stage not in ("pretrain", "prompt_tune", "index"):
         values["half"] = is_complete(stage, output) and bool(differ(stage, output, alone))

@@ -5,11 +5,11 @@ import errno
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tools.faults.nodes import NODES, Nodes, other_clock, scratch_disk
+from tools.faults.nodes import NODES, Nodes, scratch_disk
 
 DISK_MEBIBYTES = 64
 """Size of the disk for results."""
@@ -39,8 +39,8 @@ class Fault:
     """The node that it happens to, which is to be named; None: the disk of both."""
     inject: Callable[[Place], None] = lambda place: None
     mend: Callable[[Place], None] = lambda place: None
-    environment: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
-    """Environment variables of the processes of some nodes."""
+    hours: float = 0.0
+    """By which the clock of node 1 is ahead, from the start on."""
     goes_on: bool = False
     """Whether the job is to end as if nothing had happened."""
 
@@ -117,12 +117,8 @@ FAULTS = {
     "node 1 slow": Fault(
         "processes of node 1 run a quarter of the time", 1, lambda place: _slow_down(place, 1), goes_on=True
     ),
-    "clock 30 h ahead": Fault(
-        "the clock of node 1 is 30 hours ahead", 1, environment={1: other_clock("+30h")}, goes_on=True
-    ),
-    "clock 30 h behind": Fault(
-        "the clock of node 1 is 30 hours behind", 1, environment={1: other_clock("-30h")}, goes_on=True
-    ),
+    "clock 30 h ahead": Fault("the clock of node 1 is 30 hours ahead", 1, hours=30, goes_on=True),
+    "clock 30 h behind": Fault("the clock of node 1 is 30 hours behind", 1, hours=-30, goes_on=True),
     "disk full": Fault(
         "the disk for results is full, and stays so",
         None,

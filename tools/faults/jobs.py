@@ -86,13 +86,14 @@ def run_job(place: Place, moment: Moment, options: dict[str, Any], logs: Path, f
     words = [str(word) for option in options.items() for word in option]
     mark = Path(f"{logs}.mark")
     mark.unlink(missing_ok=True)
-    happens = fault is not None and not fault.environment
+    happens = fault is not None and not fault.hours
     victim = 1 if fault is None or fault.node is None else fault.node
     stops = {"rank": victim, "phase": moment.phase, "occurrence": moment.occurrence, "mark": str(mark)}
     since, job = time.monotonic(), f"{time.time_ns()}"
     entry = run_stage, [json.dumps(stops if happens else {}), moment.stage, *words]
+    hours = 0.0 if fault is None else fault.hours
     launched = [
-        place.nodes.launch(node, entry, Path(f"{logs}.node{node}"), job, fault.environment.get(node) if fault else None)
+        place.nodes.launch(node, entry, Path(f"{logs}.node{node}"), job, hours if node else 0.0)
         for node in range(NODES)
     ]
     stopped: dict[str, Any] = {}

@@ -15,16 +15,16 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tools.faults.clock import shift_clock
+
 NODES = 2
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWNET = 0x20000, 0x4000000, 0x40000000
 MS_BIND, MS_REC, MS_SLAVE = 0x1000, 0x4000, 0x80000
-FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
-"""Of Debian's package `faketime`: gives the processes of a node another clock."""
 
 
 def explain_missing() -> str | None:
@@ -113,7 +113,7 @@ class Nodes:
         entry: tuple[Callable[..., None], Sequence[Any]],
         output: Path,
         job: str,
-        more: Mapping[str, str] | None = None,
+        hours: float = 0.0,
     ) -> Launched:
         """Start the launcher of a job on a node, with one rank.
 
@@ -122,11 +122,11 @@ class Nodes:
             entry: what the rank calls, and with which arguments.
             output: file for what is said.
             job: its id, the same on both nodes.
-            more: environment variables; with any, the launcher and its rank are new processes of Python, else forks.
+            hours: by which the clock of launcher and rank is ahead.
         """
         words = ["--nnodes", str(NODES), "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_id", job]
         words += ["--local_addr", self.address(node), "--rdzv_endpoint", f"{self.address(0)}:29400"]
-        environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0", **(more or {})}
+        environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
         pid = os.fork()
         if not pid:
             status = 1
@@ -137,7 +137,9 @@ class Nodes:
                 os.dup2(handle, 2)
                 self._enter(node)
                 os.environ |= environment
-                status = _run_launcher(words, entry, forks=not more)
+                if hours:
+                    shift_clock(hours)
+                status = _run_launcher(words, entry)
             except BaseException:
                 traceback.print_exc()
             os._exit(status)
@@ -201,15 +203,10 @@ def scratch_disk(path: Path, mebibytes: int) -> Any:
         subprocess.run(["umount", "--lazy", str(path)])
 
 
-def other_clock(offset: str) -> dict[str, str]:
-    """Environment of processes whose clock is off, for example by `+5h`; their time since boot is right."""
-    return {"LD_PRELOAD": str(FAKETIME), "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
-
-
-def _run_launcher(words: list[str], entry: tuple[Callable[..., None], Sequence[Any]], *, forks: bool) -> int:
+def _run_launcher(words: list[str], entry: tuple[Callable[..., None], Sequence[Any]]) -> int:
     """The launcher's main program; returns its exit status.
 
-    Where its rank is a fork of it, nothing is imported again: a job starts in 2 s instead of 20.
+    Its rank is a fork of it, and nothing is imported again: a job starts in 2 s instead of 20.
     """
     from torch.distributed import run
 
@@ -218,8 +215,6 @@ def _run_launcher(words: list[str], entry: tuple[Callable[..., None], Sequence[A
     function, arguments = entry
     module = function.__module__
     sys.argv = ["node", *words, "-m", module, *arguments]
-    if not forks:
-        os.execv(sys.executable, [sys.executable, "-m", "recgpt_torchrec.launch.node", *sys.argv[1:]])
     made = run.config_from_args
 
     def config_from_args(given: Any) -> Any:

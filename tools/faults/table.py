@@ -12,9 +12,9 @@ Cells = dict[tuple[str, str], dict[str, Any]]
 def name_culprit(values: dict[str, Any], fault: Fault) -> str:
     """The first line that says whose fault it was; empty: none does."""
     survivors = [0, 1] if fault.node is None or values["statuses"] == [0, 0] else [1 - fault.node]
-    words = ("/disk/",) if fault.node is None else (f"rank {fault.node}", f"node{fault.node}")
+    words = ("/disk",) if fault.node is None else (f"rank {fault.node}", f"node{fault.node}")
     if fault is FAULTS["disk gone from node 1"]:
-        survivors, words = [0, 1], ("/disk/",)
+        survivors, words = [0, 1], ("/disk",)
     for node in survivors:
         for line in failures_in(values["said"][node]):
             text = line.split(f" rank {node}: ", 1)[-1]
@@ -27,7 +27,7 @@ def show_cells(cells: Cells) -> str:
     """A line for each cell."""
     lines = []
     for (fault, moment), values in cells.items():
-        named = name_culprit(values, FAULTS[fault]) or ("NOBODY" if not FAULTS[fault].environment else "")
+        named = name_culprit(values, FAULTS[fault]) or ("NOBODY" if not FAULTS[fault].hours else "")
         seconds = f"{values['seconds']:.1f} s" if values["ended"] else "never"
         result = "DIFFERS" if values["differences"] else "HALF" if values.get("half") else "equal"
         statuses = ", ".join("killed" if each is None or each == -9 else str(each) for each in values["statuses"])
@@ -42,7 +42,7 @@ def what_is_wrong(values: dict[str, Any], fault: Fault) -> str:
     wrong = {
         "did not happen": not values["happened"],
         "never ends": not values["ended"],
-        "names nobody": not fault.environment and not name_culprit(values, fault),
+        "names nobody": not fault.hours and not name_culprit(values, fault),
         "differs": bool(values["differences"]),
         "half a result": bool(values.get("half")),
         "traceback": bool(values["tracebacks"]),
