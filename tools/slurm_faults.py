@@ -239,7 +239,7 @@ def run_fault(cluster: Cluster, folder: Path, data: Path, number: int, name: str
     state = wait_for_end(cluster, job)
     seconds = time.monotonic() - before
     text = "".join(log.read_text(errors="replace") for log in logs)
-    resumed = re.findall(r"^(\S+ \S+) .*Resuming from \S*step-0*(\d+)", text, re.MULTILINE)
+    resumed = re.findall(r"(\d+-\d+-\d+ \d+:\d+:\d+) .*Resuming from \S*step-0*(\d+)", text)
     back = [time.mktime(time.strptime(when, "%Y-%m-%d %H:%M:%S")) - start for when, _ in resumed]
     after = job_field(cluster, job, "NodeList")
     differences = find_differences(output, folder / "undisturbed") if state == "COMPLETED" else [state]

@@ -184,11 +184,13 @@ while kill -0 "$step" 2>/dev/null; do wait "$step"; done # a signal ends `wait` 
 wait "$step"
 status=$?
 
-if [ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)" = RUNNING ]; then # not cancelled meanwhile
+job=$SLURM_JOB_ID
+[ -z "${{SLURM_ARRAY_TASK_ID:-}}" ] || job=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID # this task, not the array
+if [ "$(squeue --noheader --jobs "$job" --format %T)" = RUNNING ]; then # not cancelled meanwhile
     case $status in
         0 | {refused}) ;; # complete; or refused: another start does not help
-        {stopped}) scontrol requeue "$SLURM_JOB_ID" ;;
-        *) [ "${{SLURM_RESTART_COUNT:-0}}" -ge {requeues} ] || scontrol requeue "$SLURM_JOB_ID" ;;
+        {stopped}) scontrol requeue "$job" ;;
+        *) [ "${{SLURM_RESTART_COUNT:-0}}" -ge {requeues} ] || scontrol requeue "$job" ;;
     esac
 fi
 exit "$status"

@@ -121,6 +121,17 @@ def test_only_a_job_that_another_start_can_help_is_requeued(slurm, status, start
     assert (slurm / "calls").read_text() == ("requeue 40123\n" if requeued else "")
 
 
+def test_a_task_of_an_array_requeues_itself_and_not_the_array(slurm):
+    (slurm / "step").write_text("exit 75")
+    (slurm / "bin/squeue").write_text(
+        '#!/bin/bash\n[ "$3" = 40123_2 ] && echo RUNNING || printf "RUNNING\\nPENDING\\n"\n'
+    )
+    script = write_script(Job(words=("pretrain",), array="0-3"))
+    process = start(script, SLURM_ARRAY_JOB_ID="40123", SLURM_ARRAY_TASK_ID="2")
+    assert process.wait(20) == 75
+    assert (slurm / "calls").read_text() == "requeue 40123_2\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_to_the_script_reaches_the_step_which_has_time_to_save(slurm, number):
     (slurm / "step").write_text("trap 'sleep 1; exit 75' USR1; touch ready; while :; do sleep 0.05; done")

@@ -10,7 +10,7 @@ import yaml
 
 from recgpt_torchrec.launch import flow
 from tools import kill_test, slurm_faults
-from tools.slurm_cluster import Cluster
+from tools.slurm_cluster import Cluster, ClusterError
 from tools.small_run import walks, write_dataset
 
 EPOCHS, FAULT_STEP = 8, 8
@@ -61,6 +61,14 @@ def test_a_second_up_changes_nothing(cluster):
     daemons = {file.name: file.read_text() for file in (cluster.folder / "run").glob("*.pid")}
     assert not cluster.up()
     assert daemons == {file.name: file.read_text() for file in (cluster.folder / "run").glob("*.pid")}
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    for action in (Cluster(tmp_path).up, Cluster(tmp_path).down):
+        with pytest.raises(ClusterError, match="give another --folder"):
+            action()
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
 def test_torchx_runs_two_nodes_to_the_result_of_a_run_without_slurm(cluster, folder, torchx_job, alone):
