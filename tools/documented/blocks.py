@@ -37,9 +37,9 @@ class Block:
     def shows_commands(self) -> bool:
         """Whether the block holds commands, whatever its language says."""
         first = (self.code.split() or [""])[0]
-        return self.language == "bash" or (
-            self.language != "python" and (first in PROGRAMS or first.startswith(".venv"))
-        )
+        if self.language == "python":
+            return False
+        return self.language == "bash" or first in PROGRAMS or first.startswith(".venv")
 
 
 def read_blocks(page: Path) -> Iterator[Block]:
