@@ -111,7 +111,7 @@ documented: $(VENV)/.installed $(STORES)/.installed
 # Executed in memory: the file keeps the outputs that it has.
 .PHONY: notebook
 notebook: $(DOCS)/.installed
-	@OMP_NUM_THREADS=1 $(DOCS)/bin/jupyter-execute --log-level ERROR docs/notebook.ipynb
+	@OMP_NUM_THREADS=1 $(DOCS)/bin/jupyter-execute docs/notebook.ipynb
 	echo "Executed: docs/notebook.ipynb"
 
 $(DOCS)/.installed: requirements-docs.lock $(VENV)/.installed
