@@ -117,7 +117,7 @@ docs: .venv-docs/.installed
 # Executed in memory: the file keeps the outputs that it has.
 .PHONY: notebook
 notebook: .venv-docs/.installed
-	@OMP_NUM_THREADS=1 .venv-docs/bin/jupyter-execute --log-level ERROR docs/notebook.ipynb
+	@OMP_NUM_THREADS=1 .venv-docs/bin/jupyter-execute docs/notebook.ipynb
 	echo "Executed: docs/notebook.ipynb"
 
 # The commands that the pages show, in scratch folders: those that are cheap.

@@ -68,8 +68,6 @@ def test_the_notebook_is_a_page_with_what_it_gave():
     page = notebook_page(ROOT / "docs" / "notebook.ipynb")
     assert page.startswith("# From a data frame to lists\n")
     assert re.search(r"k=5\).items\n```\n\n(```text\n\[.*\]\n```\n\n)?```text\n\['series ", page)
-        "print(history)\n", ""
-    )
 
 
 @pytest.mark.parametrize("page", DOCUMENTED, ids=lambda page: str(page.relative_to(ROOT)))

@@ -51,7 +51,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if page.file.src_uri in AT_THE_ROOT.values():
         markdown = re.sub(r"\]\(docs/", "](", markdown)
     markdown = markdown.replace(f"({NOTEBOOK})", "(notebook.md)")
-    markdown = re.sub(r"<!-- not run: (.+?) -->", r"*Not run by a test: \1.*", markdown)
+    markdown = re.sub(r"<!-- not run: (.+?) -->", r"*Not run with this page: \1.*", markdown)
     markdown = re.sub(r"<!-- (run by hand|stays running).*? -->\n", "", markdown)
     for source, name in AT_THE_ROOT.items():
         markdown = re.sub(rf"\]\((\.\./)?{source}", f"]({name}", markdown)

@@ -43,7 +43,9 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     started = time.monotonic()
     preload()
-    failed, running, count = [], {}, len(waiting)
+    failed: list[str] = []
+    running: dict[int, str] = {}
+    count = len(waiting)
     while waiting or running:
         while waiting and len(running) < given.jobs:
             name = waiting.pop(0)

@@ -15,20 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = (
-    "recgpt",
-    "python",
-    "python3.11",
-    "torchx",
-    "torchrun",
-    "make",
-    "curl",
-    "pip",
-    "docker",
-    "export",
-    "source",
-    ".venv",
-)
+PROGRAMS = {"recgpt", "python", "python3.11", "torchx", "torchrun", "make", "curl", "pip", "docker", "export", "source"}
 """First words of commands: a block that begins so is one, whatever its fence says."""
 
 Mark = Literal["", "not run", "run by hand", "stays running"]
@@ -49,8 +36,10 @@ class Block:
     @property
     def shows_commands(self) -> bool:
         """Whether the block holds commands, whatever its language says."""
-        words = self.code.split()
-        return self.language == "bash" or (bool(words) and words[0].startswith(PROGRAMS) and self.language != "python")
+        first = (self.code.split() or [""])[0]
+        if self.language == "python":
+            return False
+        return self.language == "bash" or first in PROGRAMS or first.startswith(".venv")
 
 
 def read_blocks(page: Path) -> Iterator[Block]:

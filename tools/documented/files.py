@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 DAY = 86_400
-START = 1_714_435_200
-"""30 April 2024, so that --test_from 2024-05-01 of docs/logs.md has rows on both sides."""
+START = 1_714_348_800
+"""29 April 2024, so that --test_from 2024-05-01 of docs/logs.md has rows on both sides."""
 NAMED = {0: "shoe", 1: "hat", 2: "glove", 3: "scarf"}
 """Items that the pages name; the others are numbers."""
 

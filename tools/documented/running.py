@@ -55,15 +55,16 @@ class PageRun:
     def run_block(self, block: Block) -> None:
         """Run a block of commands or of Python."""
         if block.language == "python":
-            self.watch(block.line, block.code.splitlines()[0], lambda _: self.run_python(block))
+            self.watch(block.line, block.code.splitlines()[0], lambda log: self.run_python(block, log))
             return
         for line in commands(block.code):
             self.run_command(block.line, line, block.mark == "stays running")
 
-    def run_python(self, block: Block) -> None:
+    def run_python(self, block: Block, log: Path) -> None:
         """Run Python in the page's own names, as a reader types one block after the other."""
         source = "\n" * block.line + block.code
-        exec(compile(source, self.name, "exec"), self.names)
+        with log.open("w") as file, contextlib.redirect_stdout(file):
+            exec(compile(source, self.name, "exec"), self.names)
 
     def run_command(self, number: int, line: str, stays: bool = False) -> None:
         """Run one command, and wait for its end, or until a service says where it is."""
