@@ -16,19 +16,20 @@ BIN := $(VENV)/bin
 
 .PHONY: help
 help:
-	@echo "make demo     synthetic log -> dataset -> training on two ranks -> evaluation -> vectors -> lists, in minutes"
-	@echo "make test     the whole test suite"
-	@echo "make check    ruff (lint and format) and mypy"
-	@echo "make install  the virtual environment only"
-	@echo "make spark    Apache Spark and Java, for prepare --engine pyspark, beside what install gives"
-	@echo "make stores   .venv-stores: vector stores for tools/stores, on top of .venv"
-	@echo "make test-stores  the tests of these scripts against real stores"
-	@echo "make recbole  .venv-recbole: RecBole, for tools/compare_recbole.py"
-	@echo "make kubernetes  .venv-kubernetes: schemas of Kubernetes' objects, for tests, on top of .venv"
-	@echo "make docs     docs/ as a site in site/, with a page of options per stage"
-	@echo "make notebook     executes docs/notebook.ipynb"
-	@echo "make documented   runs the commands that the pages show, those that are cheap"
-	@echo "make clean    remove the virtual environment and caches"
+	@echo "make demo             synthetic log -> dataset -> training on two ranks -> evaluation -> vectors -> lists, in minutes"
+	@echo "make test             the whole test suite"
+	@echo "make check            ruff (lint and format) and mypy"
+	@echo "make install          the virtual environment only"
+	@echo "make spark            Apache Spark and Java, for prepare --engine pyspark, beside what install gives"
+	@echo "make stores           .venv-stores: vector stores for tools/stores, on top of .venv"
+	@echo "make test-stores      tests of these scripts against real stores"
+	@echo "make recbole          .venv-recbole: RecBole, for tools/compare_recbole.py"
+	@echo "make kubernetes       .venv-kubernetes: schemas of Kubernetes' objects, for tests, on top of .venv"
+	@echo "make test-kubernetes  Kubernetes jobs against these schemas"
+	@echo "make docs             docs/ as a site in site/, with a page of options per stage"
+	@echo "make notebook         executes docs/notebook.ipynb"
+	@echo "make documented       runs the commands that the pages show, those that are cheap"
+	@echo "make clean            remove the virtual environment and caches"
 
 .PHONY: demo
 demo: $(VENV)/.installed
@@ -108,6 +109,10 @@ stores recbole kubernetes: %: .venv-%/.installed
 .PHONY: test-stores
 test-stores: .venv-stores/.installed
 	@.venv-stores/bin/python -m pytest -q tests/tools/test_stores.py tests/tools/test_vector_stores_page.py
+
+.PHONY: test-kubernetes
+test-kubernetes: .venv-kubernetes/.installed
+	@.venv-kubernetes/bin/python -m pytest -q tests/launch/test_manifest_schemas.py tests/launch/test_torchx_components.py -k "schemas or kubernetes"
 
 .PHONY: docs
 docs: .venv-docs/.installed

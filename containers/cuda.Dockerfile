@@ -16,7 +16,8 @@ RUN apt-get update \
 WORKDIR /src
 COPY requirements-cpu.lock containers/development.txt pyproject.toml README.md torchx_components.py ./
 COPY recgpt_torchrec recgpt_torchrec
-RUN grep --invert-match --file=development.txt requirements-cpu.lock | grep --invert-match ^fbgemm > run.lock \
+RUN echo '^fbgemm-gpu-cpu==' >> development.txt \
+    && grep --invert-match --file=development.txt requirements-cpu.lock > run.lock \
     && python3 -m venv /opt/recgpt \
     && /opt/recgpt/bin/pip install --no-compile --constraint run.lock . \
     && /opt/recgpt/bin/pip uninstall --yes pip \

@@ -5,6 +5,7 @@ import json
 import os
 import posixpath
 from collections.abc import Iterator
+from typing import Any
 
 import yaml
 
@@ -65,7 +66,7 @@ def describe_job(config: Manifest) -> Job:
     stage, *words = config.command
     if stage not in STAGES or stage == "manifest":
         raise InputError(f"{stage} is not a stage{did_you_mean(stage, STAGES)}")
-    parsed = cli.parse(STAGES[stage].config, f"recgpt {stage}", words)
+    parsed: Any = cli.parse(STAGES[stage].config, f"recgpt {stage}", words)
     line = CommandLine.of(STAGES[stage].config, words)
     values = {option.name: value for option, _, value in line.values}
     if "--config" in line.arguments:  # the file is here, not in the pods
@@ -120,9 +121,7 @@ def check_place(config: Manifest, name: str, path: str) -> None:
     found = [(claim, only_read) for claim, place, only_read in config.mounts if is_in(path, place)]
     if config.scratch is not None and is_in(path, SCRATCH):
         if name == "data" and not config.copy_data:
-            raise InputError(
-                f"--data is {path}, which is empty at first; give --copy_data the folder that is copied there"
-            )
+            raise InputError(f"--data is {path}, which is empty at first; give --copy_data what is copied there")
         if name in ("data", "scratch"):
             return
     if not found:

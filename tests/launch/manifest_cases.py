@@ -13,8 +13,9 @@ KINDS = ("jobset", "trainjob", "volcano")
 CASES = {
     "gpu": "--name day-1 --namespace ml --image registry.example/recgpt:1 --pull_secret pull --nodes 2 --gpus 8 "
     "--cpus 96 --memory 900 --shm 64 --rdma rdma/hca_shared_devices_a=8 --volumes datasets:/data:ro runs:/runs "
-    "--scratch 500 --copy_data s3://logs/mine --secrets s3-keys --env NCCL_DEBUG=INFO --queue team-a --priority_class high "
-    "--service_account trainer --node_selector pool=h100 --grace_seconds 600 --retries 50 --max_restarts 2 -- pretrain "
+    "--scratch 500 --copy_data s3://logs/mine --secrets s3-keys --env NCCL_DEBUG=INFO --queue team-a "
+    "--priority_class high --service_account trainer "
+    "--node_selector pool=h100 --grace_seconds 600 --retries 50 --max_restarts 2 -- pretrain "
     "--data /scratch/mine --output /runs/first --initial /runs/before --train.precision bf16 "
     "--saving.every_minutes 10".split(),
     "cpu": "--nodes 2 --processes 2 --volumes shared:/shared -- evaluate --data /shared/d --checkpoint /shared/r "

@@ -94,7 +94,7 @@ def test_a_file_of_options_is_written_out(tmp_path: Path) -> None:
     args = place_container(list(yaml.safe_load_all(text)))["args"]
     words = args[args.index("recgpt_torchrec.pretrain") + 1 :]
     assert str(file) not in text
-    parsed = cli.parse(STAGES["pretrain"].config, "recgpt pretrain", words)
+    parsed: Any = cli.parse(STAGES["pretrain"].config, "recgpt pretrain", words)
     given = cli.parse(
         STAGES["pretrain"].config, "recgpt pretrain", [*PRETRAIN[2:], "--config", str(file), "--seed", "3"]
     )
@@ -204,7 +204,7 @@ def test_the_step_before_a_stage_says_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_the_image_leaves_out_what_only_development_needs() -> None:
-    """containers/development.txt is the lock without what pyproject.toml's dependencies need, by the packages' metadata."""
+    """containers/development.txt is the lock without what pyproject.toml's dependencies need."""
     root = Path(cli.__file__).parents[1]
     locked = {
         normal(line.partition("==")[0]) for line in (root / "requirements-cpu.lock").read_text().split() if "==" in line
