@@ -128,17 +128,16 @@ def test_figures_of_groups_equal_those_of_their_users_on_any_number_of_ranks(dat
                 assert line == pytest.approx({"users": own.sum()} | expected_line(drawn[how][own]))
 
 
-def test_a_group_without_users_has_no_figures_and_a_line_in_the_table(dataset: Dataset) -> None:
+def test_a_group_without_users_has_no_figures_and_no_line_in_the_table(dataset: Dataset) -> None:
     grouping = Grouping.read(dataset)
     metrics = GroupedMetrics(grouping, (5,))
     metrics.update(grouping.find(np.array([3]), np.array([7])), "masked", torch.tensor([0.0]))
     result = metrics.result()["masked"]
     assert result["by_length"][0] == {"from": 1, "to": 5, "users": 0}
     assert result["by_length"][1] == {"from": 6, "to": 10, "users": 1, "HR@5": 1.0, "NDCG@5": 1.0}
-    table = groups.group_table("pretrain", result)
-    assert (
-        "51 or more" in table and "never trained" in table and "6 to 10                    1   1.0000   1.0000" in table
-    )
+    table = [line.split() for line in groups.group_table("pretrain", result).splitlines()]
+    assert ["6", "to", "10", "1", "1.0000", "1.0000"] in table
+    assert not any(line[:3] == ["51", "or", "more"] or line[:1] == ["never"] for line in table)
 
 
 def test_an_item_that_is_not_in_the_vocabulary_is_refused(dataset: Dataset, tmp_path: Path) -> None:
