@@ -91,18 +91,24 @@ def test_opening_a_part_asks_as_often_as_arrow_does(columns: int, requests: int,
     table = pa.table({f"a column with a name of some length {n}": [n] for n in range(columns)})
     (part,) = write_parts(LOCAL, str(tmp_path), "x", [table], 1)
     counted, plain = CountedFiles(), CountedFiles()
-    with open_part(counted, str(tmp_path), part) as file:  # type: ignore[arg-type]
+    with open_part(counted, str(tmp_path), part) as file:
         assert file.metadata.num_columns == columns
         asked = [*counted.asked]
         assert file.read().equals(table)
-    open_parquet(plain, str(tmp_path / part.path))  # type: ignore[arg-type]
+    open_parquet(plain, str(tmp_path / part.path))
     assert len(asked) == len(plain.asked) == requests and sum(asked) <= sum(plain.asked)
 
 
 def test_a_part_of_an_earlier_version_is_read_and_fingerprints_are_what_they_were(tmp_path: Path) -> None:
     (part,) = write_parts(LOCAL, str(tmp_path), "x", [TABLE], 1)
     earlier = replace(part, footer=None)
-    values = {"path": part.path, "rows": 500, "items": 1000, "bytes": part.bytes, "checksum": part.checksum}
+    values: dict[str, Any] = {
+        "path": part.path,
+        "rows": 500,
+        "items": 1000,
+        "bytes": part.bytes,
+        "checksum": part.checksum,
+    }
     assert Part(**values) == earlier
     with open_part(LOCAL, str(tmp_path), earlier) as file:
         assert file.read().equals(TABLE)
