@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from recgpt_torchrec.launch.node import with_port
 from tools.small_run import SMALL
 
 EPOCHS = 4
@@ -75,6 +77,15 @@ class Nodes:
         self.launchers.append(node)
         return node
 
+    def wait_for_rendezvous(self, seconds: float) -> None:
+        """Wait until the first node serves the rendezvous."""
+        host, _, port = with_port("localhost:0", f"{self.folder}").rpartition(":")
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                return socket.create_connection((host, int(port)), 1).close()
+            time.sleep(0.05)
+
     def wait_for(self, name: str, seconds: float) -> None:
         """Wait for a file of the run; a message with what the nodes said if it does not come."""
         deadline = time.monotonic() + seconds
@@ -119,7 +130,9 @@ def run(folder: Path, seconds: float = 120.0) -> tuple[list[tuple[str, float]], 
         happened.append((text, time.monotonic() - since))
 
     with Nodes(folder, [str(word) for option in options.items() for word in option]) as nodes:
-        first, second = nodes.start(), nodes.start()
+        first = nodes.start()
+        nodes.wait_for_rendezvous(seconds)  # so that it is not the second node which serves it
+        second = nodes.start()
         nodes.wait_for("trained.held-2", seconds)
         note("two ranks train")
         second.kill()

@@ -35,7 +35,7 @@ ranks build shards of different sizes, and rank 0 alone joins keys. A rank that 
 and a watchdog ends a run in which nothing progresses."""
 
 _stores: list[dist.Store] = []
-"""What this process serves to others it serves until it ends."""
+"""The store that this process may serve: until it ends, or joins another group."""
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 """Numbers of glibc's options of `mallopt`."""
@@ -94,6 +94,7 @@ def process_group(timeout_s: float = LONG_WORK_S, device: Device = "auto") -> It
     own, count = 0, 1
     try:
         if is_launched():
+            _stores.clear()
             store, own, count = meet(min(timeout_s, JOIN_S))
             _stores.append(store)
     except NotJoined as error:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from recgpt_torchrec.config.device import Device
+from recgpt_torchrec.distributed import processes
 from recgpt_torchrec.distributed.group.heartbeats import (
     Heartbeat,
     Heartbeats,
@@ -29,7 +30,7 @@ from recgpt_torchrec.distributed.group.heartbeats import (
     is_running_here,
 )
 from recgpt_torchrec.distributed.group.waiting import WaitWatch
-from recgpt_torchrec.distributed.processes import LONG_WORK_S, process_group, rank, world_size
+from recgpt_torchrec.distributed.processes import LONG_WORK_S, rank, world_size
 from recgpt_torchrec.errors import LOST, STALLED
 from recgpt_torchrec.progress import LOGGER, progress_bar, report_failure
 
@@ -359,7 +360,7 @@ def watched_group(stall_seconds: float, device: Device = "cpu") -> Iterator[torc
         InputError, SystemExit: as for `process_group` and `Watchdog`.
     """
     with (
-        process_group(LONG_WORK_S, device) as chosen,
+        processes.process_group(LONG_WORK_S, device) as chosen,
         Watchdog(None, stall_seconds, counts_cpu_time=chosen.type == "cpu"),
     ):
         yield chosen
