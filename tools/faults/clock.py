@@ -28,7 +28,10 @@ def shift_clock(hours: float) -> None:
         def today(cls) -> Self:
             return cls.now()
 
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return real.fromtimestamp, (self.timestamp(), self.tzinfo)
+
     time.time, time.time_ns = lambda: true_time() + seconds, lambda: true_time_ns() + int(seconds * 1e9)
     for module in [*sys.modules.values()]:
-        if getattr(module, "datetime", None) is real:
+        if module is not datetime and getattr(module, "datetime", None) is real:
             module.datetime = Shifted  # type: ignore[attr-defined]
