@@ -15,11 +15,11 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY requirements-cpu.lock containers/development.txt ./
-# Headers and test programs of torch and Arrow are left out: nothing is compiled in the image.
+# Headers and tests of torch, Arrow and pandas are left out: nothing is compiled in the image.
 RUN grep --invert-match --file=development.txt requirements-cpu.lock > run.lock \
     && python3 -m venv /opt/recgpt \
     && /opt/recgpt/bin/pip install --no-compile --no-deps --requirement run.lock \
-    && for folder in torch/include torch/bin torch/share torch/test pyarrow/include pyarrow/tests pandas/tests; do \
+    && for folder in torch/include torch/share torch/test pyarrow/include pyarrow/tests pandas/tests; do \
         rm -rf /opt/recgpt/lib/python3*/site-packages/"${folder}"; \
     done
 COPY pyproject.toml README.md torchx_components.py ./

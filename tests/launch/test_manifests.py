@@ -95,7 +95,7 @@ def test_a_file_of_options_is_written_out(tmp_path: Path) -> None:
     words = args[args.index("recgpt_torchrec.pretrain") + 1 :]
     assert str(file) not in text
     parsed: Any = cli.parse(STAGES["pretrain"].config, "recgpt pretrain", words)
-    given = cli.parse(
+    given: Any = cli.parse(
         STAGES["pretrain"].config, "recgpt pretrain", [*PRETRAIN[2:], "--config", str(file), "--seed", "3"]
     )
     assert parsed == given
