@@ -109,7 +109,7 @@ def test_recall_is_measured_among_the_chosen_users_or_not_told(folder, tmp_path,
     users.write_text(f"user {ABSENT[0]}\n")
     retrieve(folder, tmp_path / "none", **options, fallback="popular")
     said = capfd.readouterr().out
-    assert "of the exact lists" not in said and "fallback    1 users without a vector" in said
+    assert "of the exact lists" not in said and "fallback    1 user without a vector" in said
     users.write_text("user 1\n")
     retrieve(folder, tmp_path / "one", **options, fallback="popular")
     assert "not needed: every chosen user of --data has a vector" in capfd.readouterr().out

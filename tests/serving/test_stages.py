@@ -155,7 +155,7 @@ def test_recommend_answers_a_file_and_names_a_line_that_is_wrong(made: tuple[Pat
     (folder / "in.jsonl").write_text("\n\n".join(map(json.dumps, requests)))
     given = {"--checkpoint": folder / "run", "--data": data.path, "--k": 4, "--input": folder / "in.jsonl"}
     assert stage("recommend", {**given, "--output": folder / "out.jsonl"}) == 0
-    assert "answered    3 histories, 1 unknown items left out, 2 of strangers" in capsys.readouterr().out
+    assert "answered    3 histories, 1 unknown item left out, 2 of strangers" in capsys.readouterr().out
     answers = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     recommender = rg.Recommender.load(folder / "run", data)
     one = recommender.recommend(["i1", "i2"], 4, users="u1")
