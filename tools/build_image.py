@@ -83,7 +83,7 @@ def build(storage: Path, wheels: Path | None) -> None:
 def try_image(storage: Path) -> None:
     """Run the entry point's program and a toy run in the image, as its user."""
     container = buildah(storage, "from", IMAGE, quiet=True).strip()
-    run = ("run", "--isolation=chroot", "--network=host", container, "--")
+    run = ("run", "--isolation=chroot", "--network=host", "--hostname=localhost", container, "--")
     help_text = buildah(storage, *run, "python", "-m", "recgpt_torchrec", "pretrain", "--help", quiet=True)
     assert "--model.dim" in help_text, help_text
     buildah(storage, *run, "bash", "-c", TRIAL)
