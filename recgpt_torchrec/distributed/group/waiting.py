@@ -1,8 +1,8 @@
 """How long each rank waits for the others, and which rank they wait for.
 
 Every rank of a job takes as long as the slowest, so its speed says nothing of who that is; the slowest waits least.
-Counted is the main thread's time in waits of collective operations, 0.6 us for each: on CPU these are all waits but a
-part of DDP's, on CUDA those of the host alone, which show a rank that is slow at its data or on its host.
+Counted is the main thread's time in waits of collective operations, at 0.4 us of its own for each: on CPU these are all
+waits but a part of DDP's, on CUDA those of the host alone, which show a rank that is slow at its data or on its host.
 """
 
 import contextlib
