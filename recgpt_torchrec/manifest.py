@@ -13,9 +13,10 @@ from recgpt_torchrec import cli
 from recgpt_torchrec.config.command_line import CommandLine, did_you_mean
 from recgpt_torchrec.config.fields import options as options_of
 from recgpt_torchrec.config.launch.manifest import SCRATCH, Manifest
-from recgpt_torchrec.config.stages import ONE_PROCESS, STAGES
+from recgpt_torchrec.config.stages import STAGES
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.launch.manifests.pod import Job
+from recgpt_torchrec.texts.commands import ONE_PROCESS
 
 READ = {
     "data",

@@ -1,5 +1,6 @@
 """Shared by tests: small datasets and options, deliberate damage, stages run in this process, and reading results."""
 
+import contextlib
 import importlib
 import json
 import multiprocessing.forkserver
@@ -35,6 +36,7 @@ __all__ = [
     "rewrite",
     "stage",
     "start_forkserver",
+    "stay_in_group",
     "training_part",
     "walks",
     "write_dataset",
@@ -110,6 +112,14 @@ def rewrite(
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, row_group_size=rows_per_group or groups)
     vars(entry).update(promise_of(path), rows=len(rows))
     (folder / "manifest.json").write_text(json.dumps(asdict(manifest)))
+
+
+def stay_in_group() -> None:
+    """Let the stages that a test rank runs share its process group, on CPU, instead of joining one of their own."""
+    from recgpt_torchrec.distributed import processes
+
+    there: Any = lambda *_, **__: contextlib.nullcontext(torch.device("cpu"))  # noqa: E731
+    processes.process_group = there
 
 
 def promise_of(path: Path) -> dict[str, Any]:

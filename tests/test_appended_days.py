@@ -22,7 +22,7 @@ from recgpt_torchrec.planning.workload import Workload
 from recgpt_torchrec.retrieval.exports.reading import open_export
 from tests.preparation.prepare_helpers import Row, random_log
 from tests.preparation.test_append import append_day
-from tests.support import SMALL, stage
+from tests.support import SMALL, stage, stay_in_group
 from tests.test_pretrain import checkpoints, tensors
 from tools import observed_pretrain
 from tools.observed_pretrain import observe, read_targets
@@ -204,18 +204,14 @@ def test_what_does_not_fit_a_folder_of_days_is_refused(folder, tmp_path, capfd):
 
 def days_on_ranks(rank: int, world_size: int, folder: str, output: str, tokens: int) -> None:
     """Train a folder of days on several ranks, all of an epoch in a step."""
-    from recgpt_torchrec.distributed import processes
-
-    def group_that_is_there(*_: Any, **__: Any) -> Any:
-        return contextlib.nullcontext(torch.device("cpu"))
-
-    processes.process_group = group_that_is_there
+    stay_in_group()
     observed_pretrain.observe(f"{output}.{rank}.jsonl")
     values: dict[str, Any] = {}
     config = Pretrain(data=f"{folder}/data", output=output, **values)
     config.model.dim, config.model.max_len, config.model.layers, config.model.heads = 8, 10, 1, 1
     config.model.user_dropout = config.model.dropout = config.model.attention_dropout = 0.0
     config.batch.tokens, config.train.epochs, config.loss.candidates = tokens, 2, "all"
+    config.train.precision = "fp32"  # auto may choose another on each start
     pretrain.main(config)
 
 

@@ -1,6 +1,5 @@
 """Day after day: a dataset that extends another, and a run on it that starts from the run of the day before."""
 
-import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +13,7 @@ from recgpt_torchrec.config import Export
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.retrieval.exports.reading import open_delta, open_export
 from tests.preparation.prepare_helpers import make, random_log, read_keys, write_csv
-from tests.support import SMALL, stage
+from tests.support import SMALL, stage, stay_in_group
 from tests.test_pretrain import checkpoints, tensors
 from tools.ranks import run_ranks
 
@@ -205,12 +204,7 @@ def test_between_two_trainings_a_delta_holds_the_users_who_did_something(folder,
 
 def delta_on_ranks(rank: int, world_size: int, folder: str, output: str) -> None:
     """Export a day and its delta on several ranks."""
-    from recgpt_torchrec.distributed import processes
-
-    def group_that_is_there(*_: Any, **__: Any) -> Any:
-        return contextlib.nullcontext(torch.device("cpu"))
-
-    processes.process_group = group_that_is_there
+    stay_in_group()
     here = Path(folder)
     given: dict[str, Any] = {"data": str(here / "data1"), "checkpoint": str(here / "run1"), "interests": 2}
     for name, since in (("full", []), ("delta", [f"{output}/first"])):

@@ -17,7 +17,7 @@ from recgpt_torchrec.config import Batch, Export, Retrieve, Sharding
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.retrieval.exports.reading import open_export
 from recgpt_torchrec.retrieval.exports.vectors import vectors_of
-from tests.support import SMALL, change_json, stage, walks, write_dataset
+from tests.support import SMALL, change_json, stage, stay_in_group, walks, write_dataset
 from tools.ranks import run_ranks
 
 USERS, ITEMS, INTERESTS = 60, 30, 4
@@ -177,20 +177,11 @@ def one_rank(rank: int, world_size: int, made: str, output: str) -> str:
     options = options_of(Path(made), "tuned", Path(output) / "vectors")
     config = {name.removeprefix("--"): value for name, value in options.items()}
     config = {name: str(value) if isinstance(value, Path) else value for name, value in config.items()}
-    from recgpt_torchrec.distributed import processes
-
-    # The ranks are in a process group already.
-    processes.process_group = group_that_is_there
+    stay_in_group()
     export.main(Export(**config))
     vectors, found = f"{output}/vectors", f"{output}/lists"
     retrieve.main(Retrieve(export=vectors, output=found, data=config["data"], k=10, index="ivf"))
     return ""
-
-
-def group_that_is_there(*_: Any, **__: Any) -> Any:
-    import contextlib
-
-    return contextlib.nullcontext(torch.device("cpu"))
 
 
 def test_two_ranks_write_what_one_writes(made, tmp_path):

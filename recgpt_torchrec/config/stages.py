@@ -41,8 +41,6 @@ STAGES = {
     "doctor": Stage(Doctor, "versions, this machine, a dataset, options -> what would make a run fail or disappoint"),
     "manifest": Stage(Manifest, "a stage's command line -> a job for Kubernetes: JobSet, TrainJob or Volcano Job"),
 }
-ONE_PROCESS = {"prepare", "apply", "recommend", "run", "report", "plan", "doctor", "manifest"}
-"""Stages that run in one process: of several, each would do all the work."""
 
 
 def module_of(name: str) -> str:

@@ -1,5 +1,6 @@
 """What torch's agent, which starts a node's ranks, does otherwise here: the only place that knows its private names."""
 
+import functools
 import os
 import threading
 import time
@@ -116,6 +117,7 @@ def judge_nodes_by_own_clock() -> None:
 
     original = _BackendRendezvousStateHolder._sanitize
 
+    @functools.wraps(original)
     def sanitize(self: Any) -> None:
         state, now, current = self._state, time.monotonic(), datetime.now(UTC)
         sent = dict(state.last_heartbeats)

@@ -12,8 +12,8 @@ from typing import Any
 
 JOB = "RECGPT_JOB"
 """Environment variable in which a job of torchx finds the words of its own command, with {} for the stage's name."""
-ONE_PROCESS = ("prepare", "apply", "recommend", "run", "report", "plan", "doctor")
-"""Programs that run in one process: no launcher is written before them."""
+ONE_PROCESS = ("prepare", "apply", "recommend", "run", "report", "plan", "doctor", "manifest")
+"""Programs that run in one process: of several, each would do all the work."""
 PORT = 29500
 """Port on the first node where the nodes of torchrun meet."""
 

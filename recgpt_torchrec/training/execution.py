@@ -15,7 +15,6 @@ from typing import Literal
 
 import torch
 
-from recgpt_torchrec.checkpoints.folder import Checkpoints, read_metadata
 from recgpt_torchrec.config import Loss, Model, Train
 from recgpt_torchrec.distributed.processes import run_on_first_rank, world_size
 from recgpt_torchrec.errors import InputError
@@ -159,6 +158,8 @@ def _cpu_precision(output: str | None) -> tuple[Precision, str]:
     flags = [name for name in BF16_FLAGS if name in cpu_flags()]
     if not flags:
         return "fp32", "the CPU has neither AVX512-BF16 nor AMX"
+    from recgpt_torchrec.checkpoints.folder import Checkpoints, read_metadata  # not where torch alone is installed
+
     if output is not None and (newest := Checkpoints(output, keep=0).latest()) is not None:
         earlier = read_metadata(newest).get("environment", {}).get("cpu_precision")
         if earlier in ("bf16", "fp32"):

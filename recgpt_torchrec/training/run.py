@@ -232,8 +232,8 @@ def _suggest_way(config: Any, recorded: dict[str, Any], differing: list[str]) ->
     )
     if not longer or not Checkpoints(config.output, 1).latest():
         return "choose another --output, or the same options"
-    unit = "step" if ends[1] else "epoch"
-    ended, asked = (ends[1], config.train.steps) if ends[1] else (ends[0], config.train.epochs)
+    unit = "step" if config.train.steps else "epoch"
+    ended, asked = (ends[1], config.train.steps) if config.train.steps else (ends[0], config.train.epochs)
     new = f"{config.output.rstrip('/')}_{asked}_{unit}s"
     options = {**given_options(config), "output": new}
     why = f"its learning-rate schedule ends with its last {unit}"

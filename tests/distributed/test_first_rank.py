@@ -5,10 +5,12 @@ from typing import Any
 import torch
 
 from recgpt_torchrec import storage
+from recgpt_torchrec.checkpoints import folder as folders
 from recgpt_torchrec.checkpoints.folder import Checkpoints, checkpoint_fingerprint, find_checkpoint
 from recgpt_torchrec.checkpoints.saving import Saver
 from recgpt_torchrec.config import Pretrain, Saving
 from recgpt_torchrec.training import run as training_run
+from recgpt_torchrec.training import trainer as trainers
 from recgpt_torchrec.training.run import Run
 from recgpt_torchrec.training.trainer import Trainer
 from tools.ranks import run_ranks
@@ -27,14 +29,14 @@ def look(rank: int, world_size: int, folder: str) -> dict[str, Any]:
         storage.names = lambda folder: []
         storage.exists = lambda path: False
         storage.read_json = training_run.read_json = lambda path: None
+    # That it comes into sight is a test of the shared disk.
+    folders.await_checkpoint = trainers.await_checkpoint = lambda checkpoint: None
     checkpoint = find_checkpoint(folder)
 
     def restored(model: Any, optimizer: Any, path: str, steps: int) -> None:
         assert (path, steps) == (checkpoint, 7)
 
-    from recgpt_torchrec.training import trainer
-
-    trainer.restore = restored  # type: ignore[assignment]
+    trainers.restore = restored  # type: ignore[assignment]
     blank = object.__new__(Trainer)
     blank.model, blank.optimizer, blank.saver = None, None, saver  # type: ignore[assignment]
     blank.resume(checkpoint)

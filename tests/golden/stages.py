@@ -4,7 +4,6 @@ FOLDER/figures.json holds losses, metrics and fingerprints, FOLDER/arrays.npz pr
 by their command-line options alone, so that this file need not change when the code behind them does.
 """
 
-import contextlib
 import csv
 import json
 from pathlib import Path
@@ -12,12 +11,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 import torch.distributed as dist
 
-from recgpt_torchrec.distributed import processes
 from recgpt_torchrec.training.runlog import TIMINGS
-from tests.support import read_epochs, stage
+from tests.support import read_epochs, stage, stay_in_group
 
 USERS, ITEMS = 160, 50
 SMALL = {
@@ -29,6 +26,7 @@ SMALL = {
     "--train.validate_every": 5,
     "--optimizer.warmup_steps": 5,
     "--seed": 3,
+    "--train.precision": "fp32",
 }
 PRETRAIN: dict[str, dict[str, Any]] = {
     "all": {"--loss.candidates": "all", "--batch.long_histories": "windows"},
@@ -83,8 +81,7 @@ def read_sorted_columns(folder: Path) -> dict[str, list[Any]]:
 def all_stages(rank: int, world_size: int, folder: Path) -> None:
     """Run all stages in `folder`; the first rank writes the results down. For `run_ranks`."""
     # Every stage joins a process group and leaves it; here all of them share the one there is.
-    there: Any = lambda *_, **__: contextlib.nullcontext(torch.device("cpu"))  # noqa: E731
-    processes.process_group = there
+    stay_in_group()
     first = rank == 0
     log, data, prompts = folder / "log.csv", folder / "data", folder / "prompts"
     if first:

@@ -16,9 +16,10 @@ from torch.distributed import run
 from recgpt_torchrec import cli
 from recgpt_torchrec import manifest as program
 from recgpt_torchrec.config.launch.manifest import Manifest
-from recgpt_torchrec.config.stages import ONE_PROCESS, STAGES
+from recgpt_torchrec.config.stages import STAGES
 from recgpt_torchrec.errors import REFUSED, STOPPED, InputError
 from recgpt_torchrec.launch import fetch, node
+from recgpt_torchrec.texts.commands import ONE_PROCESS
 from tests.launch.manifest_cases import CASES, GOLDEN, KINDS, place_container, pod_of, write
 
 PRETRAIN = ["--", "pretrain", "--data", "/data/d", "--output", "/runs/r"]
@@ -169,7 +170,7 @@ def test_another_file_is_not_replaced_unasked(tmp_path: Path) -> None:
 def test_stages_of_one_process_are_those_that_torchx_refuses_several_for() -> None:
     source = (Path(cli.__file__).parents[1] / "torchx_components.py").read_text()
     named = {line.split('"')[1] for line in source.splitlines() if "require_one_process(" in line}
-    assert named == ONE_PROCESS
+    assert named == set(ONE_PROCESS)
 
 
 def fetch_status(*words: str) -> tuple[int, str]:

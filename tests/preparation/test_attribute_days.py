@@ -134,7 +134,7 @@ def test_a_vocabulary_that_is_damaged_or_shrank(days, tmp_path):
     pq.write_table(shrunk, path)
     with (first / "manifest.json").open() as file:
         attribute = json.load(file)["attributes"][0]
-    attribute["parts"][0] |= {"bytes": path.stat().st_size}
+    attribute["parts"][0] |= {"bytes": path.stat().st_size, "footer": None}
 
     def put(values: dict[str, Any]) -> None:
         values["attributes"][0] = attribute

@@ -188,7 +188,7 @@ def test_the_program_prints_a_summary_and_the_next_command(tmp_path: Path) -> No
     done = program("--input", str(first), str(second), "--output", str(tmp_path / "data"), "--min_count", "2")
     assert (done.returncode, done.stderr) == (0, "")
     assert "read        302 rows of 2 files" in done.stdout
-    assert "rejected    1 rows (0.33%): 1 no user" in done.stdout
+    assert "rejected    1 row (0.33%): 1 no user" in done.stdout
     assert "round 1 removed 1 user, 1 item, 1 interaction" in done.stdout
     assert "10 users, 10 items, 300 interactions" in done.stdout
     assert f"python -m recgpt_torchrec.pretrain --data {tmp_path / 'data'} --output" in done.stdout

@@ -21,7 +21,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def train(data: str, output: Path, execution: Execution | None, **train: Any) -> list[dict[str, Any]]:
-    """The epochs of a run, with `execution` instead of what its options would choose."""
+    """The epochs of a run, with `execution` instead of what its options would choose; in float32 unless they say so."""
+    train = {"precision": "fp32", **train}
     with pytest.MonkeyPatch.context() as patch:
         if execution is not None:
             patch.setattr(Execution, "choose", lambda *_: execution)
