@@ -71,6 +71,12 @@ def _make_memory_format(code: Any = None) -> _MEM_FORMAT_ENCODING:
     return _MEM_FORMAT_ENCODING(code)
 
 
+def _get_member(kind: Any = None, name: Any = None) -> _MEM_FORMAT_ENCODING:
+    if kind is not _make_memory_format or type(name) is not str or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise UnsafeCheckpoint("it asks for an attribute that is no memory format")
+    return _MEM_FORMAT_ENCODING[name]
+
+
 def _make_path(*parts: Any) -> str:
     return "/".join(str(part) for part in parts if type(part) is str)  # only a note of where it was written
 
@@ -79,6 +85,8 @@ FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch", "Size"): _make_size,
     ("torch.serialization", "_get_layout"): _make_layout,
     (_MEM_FORMAT_ENCODING.__module__, _MEM_FORMAT_ENCODING.__name__): _make_memory_format,
+    # Members of an enum are written as getattr(kind, name) by Python 3.11.0 to 3.11.3, that of Debian 12 among them.
+    **{(module, "getattr"): _get_member for module in ("builtins", "__builtin__")},
     **{
         (module, f"{kind}Path"): _make_path for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")
     },

@@ -1,5 +1,6 @@
 """Checkpoints are read without running code or believing their sizes; those of plain torch are read as ever."""
 
+import enum
 import io
 import os
 import pickle
@@ -34,6 +35,7 @@ STATE: dict[str, Any] = {
     "half": torch.ones(5).half(),
 }
 NAME = "model.table"
+MEMORY_FORMAT = safe_reading._MEM_FORMAT_ENCODING
 
 
 @pytest.fixture
@@ -60,6 +62,34 @@ def test_metadata_that_torch_pickled_are_read_as_torch_reads_them(checkpoint: Pa
     read = check_metadata(unpickle_metadata(pickle.dumps(expected, protocol)), files_of(checkpoint))
     assert read.state_dict_metadata == expected.state_dict_metadata
     assert read.storage_data == expected.storage_data
+
+
+class EarlyPython(pickle._Pickler):
+    """Writes members of an enum as Python 3.11.0 to 3.11.3 do."""
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_metadata_that_an_early_python_3_11_pickled_are_read(checkpoint: Path, protocol: int) -> None:
+    expected, written = plain_metadata(checkpoint), io.BytesIO()
+    EarlyPython(written, protocol).dump(expected)
+    assert b"getattr" in written.getvalue()
+    read = check_metadata(unpickle_metadata(written.getvalue()), files_of(checkpoint))
+    assert read.state_dict_metadata == expected.state_dict_metadata
+
+
+@pytest.mark.parametrize("asked", [(TensorProperties, "__init__"), (MEMORY_FORMAT, "mro"), (MEMORY_FORMAT, 3), ()])
+def test_only_members_of_an_enum_are_got_as_attributes(asked: tuple[Any, ...]) -> None:
+    class Asks:
+        def __reduce__(self) -> Any:
+            return getattr, asked
+
+    with pytest.raises(UnsafeCheckpoint, match="no memory format"):
+        unpickle_metadata(pickle.dumps(Asks()))
 
 
 def load_both(rank: int, world_size: int, folder: str) -> dict[str, Any]:
