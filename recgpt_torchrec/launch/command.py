@@ -1,4 +1,4 @@
-"""What the command `torchx run` lacks: a job's results on standard output, and its exit status.
+"""The command `torchx run`: its words, and what it lacks, a job's results on standard output and its exit status.
 
 torchx has options for neither. This is the only place that knows its functions; where a later torchx has others, its
 own behaviour stays.
@@ -6,14 +6,54 @@ own behaviour stays.
 
 import json
 import os
+import shlex
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from torchx.runner.config import get_config
 from torchx.schedulers.api import Stream
 
 from recgpt_torchrec.errors import LOST, REFUSED
+
+
+def named_scheduler(words: Sequence[str]) -> str:
+    """The scheduler of the command `torchx run`, from its options or .torchxconfig; without one, `local_cwd`."""
+    for number, word in enumerate(words):
+        if word == "--":
+            break
+        if word in ("-s", "--scheduler") and number + 1 < len(words):
+            return words[number + 1]
+        if word.startswith("--scheduler="):
+            return word.partition("=")[2]
+    return get_config(prefix="cli", name="run", key="scheduler") or "local_cwd"
+
+
+def words_of_command(stage: str, j: str, given: list[str]) -> str:
+    """The words with which torchx was started up to the stage's options, {} for its name, quoted for a shell.
+
+    The program prints commands to go on with in this form. Names, environment variables and what torchx itself prints
+    are left out: they may differ from job to job.
+
+    Args:
+        stage: name of the stage.
+        j: nodes x processes.
+        given: `sys.argv` of torchx; of another program, it is the plain command for these processes.
+    """
+    component = f"recgpt_torchrec.{stage}"
+    if "run" not in given or component not in given:
+        words = ["torchx", "run", "recgpt_torchrec.{}", *([] if j == "1x1" else ["-j", j])]
+        return shlex.join([*words, "--"])
+    words, rest = ["torchx"], iter(given[given.index("run") : given.index("--") if "--" in given else len(given)])
+    for word in rest:
+        name = word.partition("=")[0]
+        if name in ("--name", "--env", "--parent_run_id", "--tee_logs"):
+            if "=" not in word and name != "--tee_logs":
+                next(rest, None)
+        elif name not in ("--wait", "--log", "--dryrun"):
+            words.append("recgpt_torchrec.{}" if word == component else word)
+    return shlex.join([*words, "--"])
 
 
 def improve_torchx_run() -> None:

@@ -18,7 +18,7 @@ from torchx.components import dist
 from torchx.specs.finder import ComponentValidationException
 
 from recgpt_torchrec.launch.arguments import pack
-from recgpt_torchrec.launch.command import improve_torchx_run
+from recgpt_torchrec.launch.command import improve_torchx_run, words_of_command
 from recgpt_torchrec.launch.resources import request_resources
 from recgpt_torchrec.texts.commands import JOB
 
@@ -97,32 +97,6 @@ def make_job(
     if cpu:
         role.env.setdefault("OMP_NUM_THREADS", str(max(1, cpu // processes)))
     return job
-
-
-def words_of_command(stage: str, j: str, given: list[str]) -> str:
-    """The words with which torchx was started up to the stage's options, {} for its name, quoted for a shell.
-
-    The program prints commands to go on with in this form. Names, environment variables and what torchx itself prints
-    are left out: they may differ from job to job.
-
-    Args:
-        stage: name of the stage.
-        j: nodes x processes.
-        given: `sys.argv` of torchx; of another program, it is the plain command for these processes.
-    """
-    component = f"recgpt_torchrec.{stage}"
-    if "run" not in given or component not in given:
-        words = ["torchx", "run", "recgpt_torchrec.{}", *([] if j == "1x1" else ["-j", j])]
-        return shlex.join([*words, "--"])
-    words, rest = ["torchx"], iter(given[given.index("run") : given.index("--") if "--" in given else len(given)])
-    for word in rest:
-        name = word.partition("=")[0]
-        if name in ("--name", "--env", "--parent_run_id", "--tee_logs"):
-            if "=" not in word and name != "--tee_logs":
-                next(rest, None)
-        elif name not in ("--wait", "--log", "--dryrun"):
-            words.append("recgpt_torchrec.{}" if word == component else word)
-    return shlex.join([*words, "--"])
 
 
 def require_one_process(stage_name: str, j: str | None) -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torchx.runner.config import get_config
+from recgpt_torchrec.launch.command import named_scheduler
 
 MEMORY_MB_PER_PROCESS = 4096
 """Memory requested per process without a plan, in MB; importing torch and torchrec alone takes about 330 MB."""
@@ -78,18 +78,6 @@ def plan_resources(args: Sequence[str], nodes: int, processes: int, gpus: int) -
     except json.JSONDecodeError:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise ValueError(f"no plan can be made here: {reason}") from None
-
-
-def named_scheduler(words: Sequence[str]) -> str:
-    """The scheduler of the command `torchx run`, from its options or .torchxconfig; without one, `local_cwd`."""
-    for number, word in enumerate(words):
-        if word == "--":
-            break
-        if word in ("-s", "--scheduler") and number + 1 < len(words):
-            return words[number + 1]
-        if word.startswith("--scheduler="):
-            return word.partition("=")[2]
-    return get_config(prefix="cli", name="run", key="scheduler") or "local_cwd"
 
 
 def _say(text: str) -> None:

@@ -17,8 +17,6 @@ from recgpt_torchrec.errors import REFUSED, STOPPED, InputError
 
 TASK = "{task}"
 """Stands in a stage's options for the index of an array's task."""
-PORTS = (10_000, 20_000)
-"""First port and number of ports that jobs meet at: below the range that Linux hands out (from 32,768 on)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +123,6 @@ def write_script(job: Job) -> str:
         size=f"{job.nodes} x {job.processes}",
         options="\n".join(f"#SBATCH {line}" for line in lines),
         exports="\n".join(exports),
-        first_port=PORTS[0],
-        ports=PORTS[1],
         python=shlex.quote(job.python if not job.container else "python3"),
         srun=" ".join(["srun --ntasks-per-node=1 --kill-on-bad-exit=0", *_container(job)]),
         torchrun=" ".join(
@@ -167,7 +163,6 @@ export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" # since Slurm 22.05 srun does n
 export PYTHONUNBUFFERED=1
 {exports}
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-port=$(({first_port} + SLURM_JOB_ID % {ports})) # its own, so that two jobs on a node do not meet
 python={python}
 [ -x "$python" ] || python=python3
 
@@ -176,7 +171,7 @@ step=
 trap '[ -z "$step" ] || kill -USR1 "$step"' USR1 TERM
 {srun} \\
     "$python" -m recgpt_torchrec.launch.node {torchrun} \\
-    --nnodes "$SLURM_JOB_NUM_NODES" --rdzv_backend c10d --rdzv_endpoint "$first:$port" \\
+    --nnodes "$SLURM_JOB_NUM_NODES" --rdzv_backend c10d --rdzv_endpoint "$first:0" \\
     --rdzv_id "$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}" \\
     {words} &
 step=$!

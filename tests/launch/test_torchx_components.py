@@ -21,8 +21,7 @@ from recgpt_torchrec.config.stages import STAGES
 from recgpt_torchrec.errors import LOST, REFUSED
 from recgpt_torchrec.launch import node
 from recgpt_torchrec.launch.arguments import MARK, pack, unpack
-from recgpt_torchrec.launch.command import choose_status
-from recgpt_torchrec.launch.resources import named_scheduler
+from recgpt_torchrec.launch.command import choose_status, named_scheduler
 from tests.support import walks, write_dataset
 
 NASTY = [

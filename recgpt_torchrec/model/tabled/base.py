@@ -3,6 +3,7 @@
 Needs torch alone. `model.recgpt` builds the tables with torchrec, to be sharded; `whole` with torch, for one process.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,7 +53,7 @@ class TableShape(NamedTuple):
     keys: list[str]
 
 
-class TabledModel(nn.Module):
+class TabledModel(nn.Module, ABC):
     """Tables, which a subclass builds as `tables`, and the dense part (paper, section 4.2)."""
 
     tables: Any
@@ -94,6 +95,7 @@ class TabledModel(nn.Module):
         ]
         self.dense = Dense(model, loss, segments=tuning is not None and tuning.prompts, inputs=self.inputs)
 
+    @abstractmethod
     def look_up(
         self, device: torch.device, users: Int64 = NONE, items: Int64 = NONE, room: tuple[int, int] = (0, 0)
     ) -> Vectors:
@@ -105,7 +107,6 @@ class TabledModel(nn.Module):
             users, items: ids.
             room: number of users and of items for which there are bags, where other ranks may look up more than n or m.
         """
-        raise NotImplementedError
 
 
 def unwrapped(model: nn.Module) -> TabledModel:
