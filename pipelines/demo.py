@@ -69,7 +69,7 @@ def main() -> None:
     print(f"lists         {lists}         ten new items for every user")
     print("\nTry next      your own log: see 'Your own data' in README.md")
     asked = {"checkpoint": run, "data": data, "history": ",".join(some_keys(ROOT / data)), "k": 5}
-    print(f"              a list for a history: {command('recommend', asked)}")
+    print(f"              a list for a history: source .venv/bin/activate && {command('recommend', asked)}")
 
 
 def some_keys(data: Path) -> list[str]:
