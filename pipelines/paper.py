@@ -44,24 +44,24 @@ class Options(experiment.Options):
     test_grid: bool
     lists: list[int] = field(default_factory=list)
     """Lengths of further lists to measure on test, beside 5 and 10."""
-    recbole_minutes: float = 0
-    """Minutes of training of each of RecBole's models, where nothing but the last items is held out; 0: none."""
+    baseline_minutes: float = 0
+    """Minutes of training of each of the paper's baselines; 0: they are not trained."""
+    items: dict[str, str] = field(default_factory=dict)
+    """By data set: table of its items, for the baseline that needs an attribute of items."""
+    item_attribute: str = ""
 
     @property
     def prompted_ks(self) -> list[int]:
         """Numbers of prompts that are tuned on; K = 0 is fine-tuning."""
         return [k for k in self.ks if k]
 
-    def has_recbole(self, name: str) -> bool:
-        """Whether RecBole's models are measured on a data set: their split is leave-one-out."""
-        return self.recbole_minutes > 0 and not self.datasets[name].hold_out
-
     def planned(self) -> list[str]:
         """The kind of every step, see `RecordedSteps`."""
         kinds = []
         for name in self.datasets:
             kinds.append(f"{name} prepare")
-            kinds += [f"{name} recbole"] * self.has_recbole(name)
+            if self.baseline_minutes:
+                kinds += [f"{name} prepare"] * (self.datasets[name].configured_as in self.items) + [f"{name} baselines"]
             for seed in range(self.seeds):
                 ks = len(self.prompted_ks) if seed == 0 else 1
                 kinds += [f"{name} pretrain", f"{name} fine_tuning"] + ks * [f"{name} generate", f"{name} tune"]
@@ -112,9 +112,13 @@ def parse(arguments: list[str] | None = None) -> Options:
         "--baselines",
         choices=["own", "all"],
         default="own",
-        help="own: popularity and co-occurrence; all: RecBole's models too, on leave-one-out (default: own)",
+        help="own: popularity and co-occurrence; all: the paper's too, see tools/compare_recbole.py (default: own)",
     )
-    parser.add_argument("--minutes", type=float, default=30, help="of training per RecBole model (default: 30)")
+    parser.add_argument("--minutes", type=float, default=30, help="of training per baseline (default: 30)")
+    parser.add_argument(
+        "--items", nargs="+", default=[], metavar="NAME=FILE", help="tables of items, for the baseline S3-Rec alone"
+    )
+    parser.add_argument("--item_attribute", default="class", help="column of --items (default: class)")
     parser.add_argument("--input_format", default="auto", help="as in the stage prepare (default: auto)")
     parser.add_argument("--configs", default="configs", help="folder of the configurations (default: configs)")
     parser.add_argument(
@@ -163,6 +167,14 @@ def parse(arguments: list[str] | None = None) -> Options:
         parser.error(f"--k {' '.join(map(str, given.k))}: K must be 0 to 8 prompts, and one of them at least 1")
     if any(length <= LONGEST for length in given.lists):
         parser.error(f"--lists {' '.join(map(str, given.lists))}: lists of 5 and {LONGEST} are always measured")
+    items = {}
+    for pair in given.items:
+        name, _, path = pair.partition("=")
+        if given.baselines != "all" or name not in {source.configured_as for source in datasets.values()}:
+            parser.error(f"--items {pair}: it must begin with a data set's name, and takes --baselines all")
+        if "://" not in path and not os.path.exists(path):
+            parser.error(f"--items {pair}: there is no {path}")
+        items[name] = path if "://" in path else from_root(path)
     return Options(
         datasets=datasets,
         output=from_root(given.output),
@@ -174,7 +186,9 @@ def parse(arguments: list[str] | None = None) -> Options:
         settings=given.settings,
         test_grid=given.test_grid,
         lists=sorted(set(given.lists)),
-        recbole_minutes=given.minutes if given.baselines == "all" else 0,
+        baseline_minutes=given.minutes if given.baselines == "all" else 0,
+        items=items,
+        item_attribute=given.item_attribute,
     )
 
 
@@ -189,16 +203,9 @@ class Paper(experiment.Experiment):
 
     def run(self) -> None:
         """Prepare once, then run seed by seed; updates the report after each seed."""
-        source = self.options.datasets[self.name]
-        prepare = ["--input", source.file, "--input_format", self.options.input_format, *source.hold_out]
-        self.steps.run(
-            f"{self.name}/prepare",
-            ["python", "-m", "recgpt_torchrec.prepare", *prepare, "--output", self.data],
-            kind=f"{self.name} prepare",
-            proof=f"{self.data}/manifest.json",
-        )
-        if self.options.has_recbole(self.name):
-            self._train_recbole()
+        self._prepare_source("prepare", self.data)
+        if self.options.baseline_minutes:
+            self._train_baselines()
         for seed in range(self.options.seeds):
             self._run_seed(seed)
             paper_report.write_report(self.options, self.steps)
@@ -235,15 +242,29 @@ class Paper(experiment.Experiment):
             for run in ("pretrain", "fine_tuning", f"k{self.k}/recgpt"):
                 self._evaluate(seed, run, f"test_{length}", "test", 0, length)
 
-    def _train_recbole(self) -> None:
-        output = f"{self.folder}/recbole"
-        arguments = ["--data", self.data, "--output", output, "--minutes", str(self.options.recbole_minutes)]
+    def _prepare_source(self, title: str, output: str, more: list[str] | None = None) -> None:
+        source = self.options.datasets[self.name]
+        arguments = ["--input", source.file, "--input_format", self.options.input_format, *source.hold_out]
         self.steps.run(
-            f"{self.name}/recbole",
+            f"{self.name}/{title}",
+            ["python", "-m", "recgpt_torchrec.prepare", *arguments, *(more or []), "--output", output],
+            kind=f"{self.name} prepare",
+            proof=f"{output}/manifest.json",
+        )
+
+    def _train_baselines(self) -> None:
+        data, output, needs = self.data, f"{self.folder}/baselines", "prepare"
+        table = self.options.items.get(self.options.datasets[self.name].configured_as)
+        if table:  # beside ours, whose model would read the attribute; ids and split are the same
+            data, needs = f"{self.folder}/data_items", "prepare_items"
+            self._prepare_source(needs, data, ["--items", table, "--item_attributes", self.options.item_attribute])
+        arguments = ["--data", data, "--output", output, "--minutes", str(self.options.baseline_minutes)]
+        self.steps.run(
+            f"{self.name}/baselines",
             ["python", "-m", "tools.compare_recbole", *arguments],
-            kind=f"{self.name} recbole",
+            kind=f"{self.name} baselines",
             proof=f"{output}/report.json",
-            needs=(f"{self.name}/prepare",),
+            needs=(f"{self.name}/{needs}",),
         )
 
     def _tune(self, seed: int, k: int, tuned: list[str]) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from pipelines import paper_baselines
 from pipelines.paper_figures import TABLE_2
 from pipelines.seed_tables import PROTOCOLS, Row, over_seeds, read_json, table
 
@@ -58,10 +59,8 @@ def collect_methods(folder: Path, seeds: list[int], recgpt: str, lists: list[int
             told = (read_json(folder / f"seed0/{run}_test{ending}.json") or {}).get("lists", {})
             if path in told.get("paths", {}):
                 quality.setdefault(path, {})[length] = told["paths"][path]
-    recbole = (read_json(folder / "recbole/report.json") or {}).get("models", {})
-    for name, result in recbole.items():
-        title = f"{name} (RecBole, {result['train_s'] / 60:.1f} minutes)"
-        baselines[title] = {how: result[how] for how in PROTOCOLS}
+    for name, result in paper_baselines.read_baselines(folder).items():
+        baselines[name] = {how: result[how] for how in PROTOCOLS}
     return {
         "lists": over | over_seeds([baselines]),
         "quality": quality,

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import paper_methods
+from pipelines import paper_baselines, paper_methods
 from pipelines.paper_figures import TABLE_2, draw_figures
 from pipelines.seed_tables import PROTOCOLS, Row, cell, mark_best, mean_and_deviation, over_seeds, read_json, table
 from pipelines.steps import ROOT, RecordedSteps, clock
@@ -124,6 +124,7 @@ def collect_dataset(options: "Options", name: str) -> dict[str, Any] | None:
             for better, worse in STEPS_UP
         },
         "training": trainings,
+        "trained_baselines": paper_baselines.read_baselines(folder),
         **paper_methods.collect_methods(folder, seeds, f"k{k}/recgpt", options.lists),
     }
 
@@ -209,6 +210,7 @@ def markdown(report: dict[str, Any]) -> str:
         *table_2(report),
         *table_3(report),
         *sensitivity(report),
+        *paper_baselines.section(report),
         *paper_methods.sections(report),
         *effort(report),
         *origin(report),

@@ -1,137 +1,156 @@
-"""Trains one of RecBole's models on a log for some minutes and writes its scores: for `tools/compare_recbole.py`.
+"""Trains one of RecBole's models within its minutes: for `tools/compare_recbole.py`.
 
-Runs in RecBole's own environment (`make recbole`), so it imports nothing of this project:
+Runs in RecBole's own environment (`make recbole`):
 
     .venv-recbole/bin/python tools/recbole_model.py JOB.json
 
-JOB.json: {"model", "log" (folder with log.inter), "users", "items", "minutes", "seed", "threads", "scores", "result"}.
-Items and users are numbers from 0 on. Written are SCORES, [users, items] float32 for the history before each user's
-last item, with NaN in the rows of users without one, and RESULT as JSON: seconds, epochs, the validation curve, and
-NDCG@10 on test as RecBole measures it (which masks the history for BPR alone).
+JOB.json is a `tools.budgeted.Job`. RecBole reads the log, makes batches, the model and its loss; what is trained on and
+what is held out is this project's split, and so are ranks and metrics (`tools/budgeted.py`).
 """
 
-import json
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-ATTENTION = {"hidden_size": 64, "inner_size": 256, "n_layers": 1, "n_heads": 2}
-SOFTMAX = {"loss_type": "CE", "train_neg_sample_args": None}
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import budgeted  # noqa: E402
+
+SOFTMAX: dict[str, Any] = {"loss_type": "CE", "train_neg_sample_args": None}
 MODELS: dict[str, dict[str, Any]] = {
     "BPR": {"embedding_size": 64},
-    "GRU4Rec": {"embedding_size": 64, "hidden_size": 64, "num_layers": 1, **SOFTMAX},
-    "NARM": {"embedding_size": 64, "hidden_size": 64, **SOFTMAX},
+    "GRU4Rec": {"embedding_size": 64, **SOFTMAX},
+    "NARM": {"embedding_size": 64, **SOFTMAX},
     "STAMP": {"embedding_size": 64, **SOFTMAX},
-    "BERT4Rec": {**ATTENTION, **SOFTMAX},
-    "SASRec": {**ATTENTION, **SOFTMAX},
+    "BERT4Rec": {"hidden_size": 64, **SOFTMAX},
+    "SASRec": {"hidden_size": 64, **SOFTMAX},
+    "S3Rec": {"hidden_size": 64, **SOFTMAX},
 }
-"""Options beside RecBole's defaults: 64 dimensions, one block, softmax over all items where the model has it."""
+"""Options beside RecBole's own for the architecture: 64 dimensions, softmax over all items where a model has it."""
+PRETRAINED = "S3Rec"
+"""The model that is pre-trained, on the attribute of the items that the log has."""
+PRETRAINING_SHARE = 0.5
+"""Share of the minutes of pre-training; it has no validation that could end it."""
 COMMON: dict[str, Any] = {
-    "dataset": "log",
-    "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
     "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"},
-    "metrics": ["NDCG"],
-    "topk": [10],
-    "valid_metric": "NDCG@10",
     "MAX_ITEM_LIST_LENGTH": 50,
-    "epochs": 10**6,
-    "stopping_step": 10,
     "learning_rate": 0.001,
     "train_batch_size": 2048,
     "use_gpu": False,
-    "show_progress": False,
     "save_dataset": False,
     "state": "ERROR",
 }
+PARTS = {"training": 0, "validation": 1, "test": 2}
+"""Values of the log's column `part`; another one: neither trained on nor a target."""
 USERS = 256
 """Scored at once."""
 
 
-class TimeUp(Exception):
-    """The minutes are over."""
-
-
 def main() -> None:
-    """Train, score, and write both."""
-    job = json.loads(Path(sys.argv[1]).read_text())
-    torch.set_num_threads(job["threads"])
-    load = torch.load
-    torch.load = lambda *args, **options: load(*args, **{**options, "weights_only": False})
+    """Train, measure, and write the result."""
+    job = budgeted.Job.read(sys.argv[1])
     sys.argv = sys.argv[:1]  # RecBole reads options from it
+    load = torch.load  # RecBole's files hold more than weights
+    torch.load = lambda *args, **options: load(*args, **{**options, "weights_only": False})
 
-    from recbole.config import Config
-    from recbole.data import create_dataset, data_preparation
-    from recbole.utils import ModelType, get_model, get_trainer, init_seed
+    model = Model(job, {"train_stage": "pretrain"} if job.model == PRETRAINED else {})
+    budget = budgeted.Budget(job, len(model.loaders["training"]))
+    pretraining = None
+    if job.model == PRETRAINED:
+        pretraining = pretrain(model, budget)
+        model = Model(job, {"train_stage": "finetune", "pre_model_path": pretraining.pop("file")})
+        budget.start("", 1.0)
+    model.count_in(budget)
+    result = budgeted.train(budget, model.model, model.train_epoch, model.score)
+    budgeted.write_result(job, budget, model.model, result | {"options": model.settings(), "pretraining": pretraining})
 
-    folder = Path(job["log"])
-    own = {"data_path": str(folder.parent), "checkpoint_dir": str(folder / "checkpoints"), "seed": job["seed"]}
-    config = Config(model=job["model"], config_dict={**COMMON, **MODELS[job["model"]], **own, "dataset": folder.name})
-    sequential = config["MODEL_TYPE"] == ModelType.SEQUENTIAL
-    config["eval_batch_size"] = USERS if sequential else USERS * (job["items"] + 1)
-    init_seed(config["seed"], config["reproducibility"])
-    dataset = create_dataset(config)
-    train, valid, test = data_preparation(config, dataset)
-    model = get_model(config["model"])(config, train.dataset).to(config["device"])
-    trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
 
-    began = time.perf_counter()
-    curve: list[dict[str, Any]] = []
-    deadline, calculate_loss = began + 60 * job["minutes"], model.calculate_loss
-
-    def until_time_is_up(interaction: Any) -> Any:
-        if time.perf_counter() > deadline:
-            raise TimeUp
-        return calculate_loss(interaction)
-
-    model.calculate_loss = until_time_is_up
-    best: dict[str, Any] = {"value": -1.0, "state": None}
-
-    def keep_best(epoch: int, value: float) -> None:
-        curve.append({"epoch": epoch + 1, "seconds": time.perf_counter() - began, "NDCG@10": float(value)})
-        if value > best["value"]:
-            best.update(value=float(value), state={name: each.clone() for name, each in model.state_dict().items()})
-
-    stopped = "early"
+def pretrain(model: "Model", budget: budgeted.Budget) -> dict[str, Any]:
+    """Pre-train for its share of the minutes, or as many epochs as RecBole would; returns file, epochs and seconds."""
+    budget.start("pre-training, ", PRETRAINING_SHARE)
+    model.count_in(budget)
     try:
-        trainer.fit(train, valid, saved=False, verbose=False, callback_fn=keep_best)
-    except TimeUp:
-        stopped = "minutes"
-        seconds = time.perf_counter() - began
-        keep_best(curve[-1]["epoch"] if curve else 0, trainer._valid_epoch(valid)[0])
-        curve[-1]["seconds"] = seconds  # without this last validation
-    model.load_state_dict(best["state"])
-    write_scores(model, dataset, test, job)
-    result = {
-        "model": job["model"],
-        "stopped": stopped,
-        "train_s": curve[-1]["seconds"],
-        "epochs": curve[-1]["epoch"] - (stopped == "minutes"),
-        "validation": best["value"],
-        "test_by_recbole": float(trainer._valid_epoch(test)[0]),
-        "curve": curve,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "options": MODELS[job["model"]],
-    }
-    Path(job["result"]).write_text(json.dumps(result, indent=1))
+        for epoch in range(model.config["pretrain_epochs"]):
+            model.train_epoch(epoch)
+    except budgeted.TimeUp:
+        pass
+    file = f"{budget.job.scratch}/pretrained.pth"
+    model.trainer.save_pretrained_model(0, file)
+    return {"file": file, "epochs": budget.epochs, "seconds": budget.seconds}
 
 
-@torch.no_grad()
-def write_scores(model: Any, dataset: Any, test: Any, job: dict[str, Any]) -> None:
-    """Write the scores of all items for every user with a test item, by this project's numbers."""
-    shape = (job["users"], job["items"])
-    scores = np.lib.format.open_memmap(job["scores"], mode="w+", dtype=np.float32, shape=shape)
-    scores[:] = np.nan
-    columns = dataset.token2id(dataset.iid_field, [str(item) for item in range(job["items"])])
-    model.eval()
-    for interaction, *_ in test:
-        of_users = model.full_sort_predict(interaction).view(-1, dataset.item_num)
-        users = dataset.id2token(dataset.uid_field, interaction[dataset.uid_field].numpy())
-        scores[np.array([int(user) for user in users])] = of_users[:, columns].numpy()
-    scores.flush()
+class Model:
+    """A model of RecBole with its data and trainer. Example: `Model(job, {}).train_epoch(0)`."""
+
+    def __init__(self, job: budgeted.Job, options: dict[str, Any]) -> None:
+        from recbole.config import Config
+        from recbole.data import create_dataset, data_preparation
+        from recbole.utils import ModelType, get_model, get_trainer, init_seed
+
+        folder = Path(job.log)
+        self.job, columns = job, {"inter": ["user_id", "item_id", "timestamp", "part"]}
+        if job.model == PRETRAINED:
+            attribute = (folder / f"{folder.name}.item").read_text().partition("\n")[0].split("\t")[1].split(":")[0]
+            columns["item"] = ["item_id", attribute]
+            options = {**options, "item_attribute": attribute}
+        own = {"load_col": columns, "data_path": str(folder.parent), "dataset": folder.name, "seed": job.seed}
+        own |= {"checkpoint_dir": f"{job.scratch}/checkpoints"}
+        own |= MODELS[job.model] | job.options | options
+        self.config = config = Config(model=job.model, config_dict={**COMMON, **own})
+        sequential = config["MODEL_TYPE"] == ModelType.SEQUENTIAL
+        config["eval_batch_size"] = USERS if sequential else USERS * (job.items + 1)
+        init_seed(config["seed"], config["reproducibility"])
+        self.dataset = dataset = create_dataset(config)
+        dataset.leave_one_out = lambda group_by, leave_one_mode: split_by_part(dataset)
+        self.loaders = dict(zip(PARTS, data_preparation(config, dataset), strict=True))
+        self.model = get_model(config["model"])(config, self.loaders["training"].dataset).to(config["device"])
+        self.trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, self.model)
+        self.train_epoch: Callable[[int], object] = lambda epoch: self.trainer._train_epoch(
+            self.loaders["training"], epoch
+        )
+
+    def count_in(self, budget: budgeted.Budget) -> None:
+        """Count every batch of this model in a budget, which may end the training before any."""
+        calculate_loss = self.model.calculate_loss
+
+        def counted(interaction: Any) -> Any:
+            budget.tick(len(interaction))
+            return calculate_loss(interaction)
+
+        self.model.calculate_loss = counted
+
+    @torch.no_grad()
+    def score(self, split: str) -> budgeted.Scored:
+        """Score all items for the users of a split, in batches."""
+        ids = self.dataset.field2token_id[self.dataset.iid_field]
+        columns = np.array([ids.get(str(item), -1) for item in range(self.job.items)])
+        self.model.eval()
+        for interaction, *_ in self.loaders[split]:
+            scores = self.model.full_sort_predict(interaction).view(-1, self.dataset.item_num)[:, columns]
+            scores[:, columns < 0] = -torch.inf  # items of the catalogue that the log lacks
+            users = self.dataset.id2token(self.dataset.uid_field, interaction[self.dataset.uid_field].numpy())
+            yield np.array([int(user) for user in users]), scores
+
+    def settings(self) -> dict[str, Any]:
+        """Every option of the model, and of its training."""
+        import recbole
+        import yaml
+
+        file = Path(recbole.__file__).parent / f"properties/model/{self.job.model}.yaml"
+        left_out = ("pre_model_path", "train_stage", "save_step")
+        names = [name for name in yaml.safe_load(file.read_text()) if name not in left_out]
+        common = ("learning_rate", "train_batch_size", "MAX_ITEM_LIST_LENGTH", "train_neg_sample_args")
+        return {name: self.config[name] for name in (*names, *common)}
+
+
+def split_by_part(dataset: Any) -> list[Any]:
+    """Training, validation and test of a dataset whose rows are targets with a column `part`."""
+    part = dataset.inter_feat["part"]
+    return [dataset.copy(dataset.inter_feat[part == value]) for value in PARTS.values()]
 
 
 if __name__ == "__main__":
