@@ -22,9 +22,9 @@ def section(report: dict[str, Any]) -> list[str]:
     if not measured:
         return []
     lines = ["## The paper's baselines", ""]
-    lines += ["Each was trained for some minutes at most and chosen by NDCG@10 (masked) of the validation items: seed 0,"]
-    lines += ["`tools/compare_recbole.py`. Scores of all items are ranked as ours are. Our rows: mean over seeds; minutes"]
-    lines += ["of the first seed without validations, from the first step of pre-training on.", ""]
+    lines += ["Each was trained for some minutes at most, with seed 0, and chosen by NDCG@10 (masked) of validation"]
+    lines += ["items (`tools/compare_recbole.py`). Its scores of all items are ranked as ours are. Our rows: mean over"]
+    lines += ["seeds; minutes of the first seed, from the first step of pre-training on, without validations.", ""]
     for name, each in measured.items():
         for how in PROTOCOLS:
             rows: list[Row] = [

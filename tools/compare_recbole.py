@@ -23,7 +23,7 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -135,8 +135,8 @@ def write_log(dataset: Dataset, attribute: DatasetAttribute | None, folder: Path
     log.inter has a row per interaction, with its place in the history as its time and the part that it is a target of.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {split: read(dataset, split) for split in ("training", *HELD_OUT, "all")}
-    arrays = {}
+    parts = {split: read(dataset, split) for split in get_args(SplitName)}
+    arrays: dict[str, Any] = {}
     for split in ("training", *HELD_OUT):
         users, history, targets = parts[split]
         values = {"users": users, "values": history.values, "offsets": history.offsets, "targets": targets}

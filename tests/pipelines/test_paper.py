@@ -1,8 +1,11 @@
 """`pipelines/paper.py` from a log to its report, interrupted on the way, and the arithmetic of its tables."""
 
+import csv
 import importlib
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,8 @@ import pytest
 
 from pipelines import paper, paper_methods, paper_report, seed_tables, steps
 from recgpt_torchrec import cli, config
-from tools import synthetic_log
+from tests.tools.test_compare_recbole import stand_in
+from tools import compare_recbole, synthetic_log
 
 CONFIG = """
 model: {dim: 8, layers: 1, max_len: 10}
@@ -28,6 +32,7 @@ loss: {candidates: all}
 batch: {tokens: 200}
 train: {epochs: 1}
 """
+DATASETS = ("data", "data_items")
 TITLES = [
     "prepare",
     "seed0/pretrain",
@@ -49,12 +54,18 @@ class InProcess:
     def __init__(self) -> None:
         self.ran: list[list[str]] = []
         self.interrupt_at: int | None = None
+        self.baselines: Callable[[list[str]], None] | None = None
+        """In the place of `tools/compare_recbole.py`."""
 
     def __call__(self, command: list[str], log: Path | None = None) -> int:
         if len(self.ran) == self.interrupt_at:
             raise KeyboardInterrupt
         assert command[:2] == ["python", "-m"]
         self.ran.append(command)
+        if command[2] == "tools.compare_recbole":
+            assert self.baselines is not None
+            self.baselines(command[3:])
+            return 0
         module = importlib.import_module(command[2])
         stage = command[2].rpartition(".")[2]
         config_class = getattr(config, "".join(word.title() for word in stage.split("_")))
@@ -138,7 +149,7 @@ def test_from_a_log_to_the_report_interrupted_and_done_once(tmp_path, executor, 
     assert "settings.train.epochs: 1 there, 2 now" in capsys.readouterr().err
 
 
-def test_a_split_by_time_longer_lists_and_methods_are_in_the_report(tmp_path, executor):
+def test_a_split_by_time_longer_lists_methods_and_baselines_are_in_the_report(tmp_path, executor, monkeypatch):
     log, configs = tmp_path / "log.csv", tmp_path / "configs"
     synthetic_log.main(["--output", str(log), "--users", "120", "--items", "60", "--mean_events", "10"])
     configs.mkdir()
@@ -146,6 +157,18 @@ def test_a_split_by_time_longer_lists_and_methods_are_in_the_report(tmp_path, ex
         (configs / f"{name}.yaml").write_text(text)
     words = ["--dataset", f"tiny={log}", "--output", str(tmp_path / "out"), "--configs", str(configs)]
     words += ["--seeds", "1", "--ranks", "1", "--k", "1", "--lists", "20"]
+    items = sorted({row["item_id"] for row in csv.DictReader(log.open())})
+    (tmp_path / "items.csv").write_text("\n".join(["item_id,class", *(f"{item},{item[-1]}" for item in items)]))
+    words += ["--baselines", "all", "--minutes", "2", "--items", f"tiny={tmp_path}/items.csv"]
+    monkeypatch.setattr(paper, "RECBOLE", __file__)  # as if it were there
+    python = stand_in(tmp_path)
+
+    def train_baselines(arguments: list[str]) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "executable", str(python))  # of ComiRec
+            compare_recbole.main([*arguments, "--python", str(python)])
+
+    executor.baselines = train_baselines
     paper.main([*words, "--hold_out", "time", "--test_from", "85%"])
     found = json.loads((tmp_path / "out/report.json").read_text())["datasets"]["tiny"]
     assert found["hold_out"] == ["--hold_out", "time", "--test_from", "85%"]
@@ -163,16 +186,23 @@ def test_a_split_by_time_longer_lists_and_methods_are_in_the_report(tmp_path, ex
         assert row["low"] <= row["difference"] <= row["high"]
     assert {(row["path"], row["other"]) for row in found["paired"]} == set(paper_methods.AGAINST)
     assert {row["metric"] for row in found["paired"]} == {"HR@10", "NDCG@10", "HR@20", "NDCG@20"}
-    (tmp_path / "out/tiny/recbole").mkdir()
-    of_bpr = {
-        how: {f"{m}@{k}": k / 1000 for k in (5, 10, 20, 50) for m in ("HR", "NDCG")} for how in seed_tables.PROTOCOLS
-    }
-    recbole = {"models": {"BPR": {"train_s": 90, **of_bpr}}}
-    (tmp_path / "out/tiny/recbole/report.json").write_text(json.dumps(recbole))
-    again = paper_methods.collect_methods(tmp_path / "out/tiny", [0], "k1/recgpt", [20])
-    rows = paper_methods.sections({"datasets": {"tiny": again}})
-    (row,) = [line for line in rows[: rows.index("### tiny, test, unmasked")] if "BPR (RecBole, 1.5 minutes)" in line]
-    assert row.endswith("| 0.0050 | 0.0050 | 0.0100 | 0.0100 | 0.0200 | 0.0200 |")
+    # each baseline beside ours, measured on the same users of a dataset with the same ids and split
+    assert list(found["trained_baselines"]) == list(compare_recbole.MODELS)
+    manifests = [json.loads((tmp_path / f"out/tiny/{data}/manifest.json").read_text()) for data in DATASETS]
+    assert manifests[0]["vocabulary"] == manifests[1]["vocabulary"] and "attributes" not in manifests[0]
+    assert [part["checksum"] for part in manifests[0]["sequences"]] == [
+        p["checksum"] for p in manifests[1]["sequences"]
+    ]
+    rows = (tmp_path / "out/report.md").read_text().splitlines()
+    at = rows.index("## The paper's baselines")
+    assert rows[at:].index("### tiny, test, masked") < rows[at:].index("### tiny, test, unmasked")
+    assert "| ComiRec-SA | 0.0050 | 0.0050 | 0.0100 | 0.0100 |" in rows[at:]
+    threads = f"{os.cpu_count()} threads"
+    assert f"| S3Rec, {threads} | 1.0 | 0.8 | 1.5 | 2 | 0.5000 | time over |" in rows[at:]
+    ours = found["results"]["validation"]["pretrain"]["masked"]["NDCG@10"]["mean"]
+    spent = found["training"][0]["pretrain"]["train_s"] / 60
+    assert f"| Pre-train |  |  | {spent:.1f} |  | {ours:.4f} |  |" in rows[at:]
+    assert found["lists"]["SASRec"]["masked"]["HR@20"]["mean"] == 0.02
     text = (tmp_path / "out/report.md").read_text()
     assert "Split by time (`--hold_out time --test_from 85%`" in text and "| HR@20 | NDCG@20 |" in text
 
@@ -184,9 +214,12 @@ def test_a_data_set_is_measured_on_both_splits_with_its_own_configurations():
         "ml100k": [],
         "ml100k_time": ["--hold_out", "time", "--test_from", "90%"],
     }
-    assert options.planned().count("ml100k recbole") == 0
-    options.recbole_minutes = 30  # which is leave-one-out alone
-    assert [kind for kind in options.planned() if "recbole" in kind] == ["ml100k recbole"]
+    assert not any("baselines" in kind for kind in options.planned())
+    options.baseline_minutes, options.items = 30, {"ml100k": "items.csv"}
+    planned = [kind for kind in options.planned() if kind.rpartition(" ")[2] in ("prepare", "baselines")]
+    assert planned == [
+        f"{name} {kind}" for name in ("ml100k", "ml100k_time") for kind in ("prepare", "prepare", "baselines")
+    ]
     by_time = paper.Paper("ml100k_time", options, steps.RecordedSteps("x", "x", []))
     assert (by_time.config, by_time.tune_config) == ("configs/ml100k.yaml", "configs/ml100k_tune.yaml")
     assert by_time.folder.endswith("/ml100k_time")

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,12 +69,12 @@ class Fake(torch.nn.Module):
 def job(tmp_path: Path) -> budgeted.Job:
     users = np.arange(3)
     part = budgeted.Part(users, Ragged.from_lists([[90], [91], [92]]), np.array([99, 98, 97]))
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for split in budgeted.HELD_OUT:
         values = (part.users, part.history.values, part.history.offsets, part.targets)
         arrays |= {f"{split}_{n}": v for n, v in zip(("users", "values", "offsets", "targets"), values, strict=True)}
     np.savez(tmp_path / "parts.npz", **arrays)
-    names = {"log": str(tmp_path), "scratch": str(tmp_path), "result": str(tmp_path / "result.json")}
+    names: dict[str, Any] = {"log": str(tmp_path), "scratch": str(tmp_path), "result": str(tmp_path / "result.json")}
     return budgeted.Job(model="Fake", items=100, minutes=5.0, seed=0, threads=1, started=0.0, **names)
 
 

@@ -81,12 +81,8 @@ def test_gradients_pass_the_last_step_of_the_routing_alone():
     for row, length in enumerate(LENGTHS):
         items = history[row, :length].tolist()
         weights = torch.from_numpy(routed(model, items)[1]).float()  # constants
-        total = (
-            total
-            + comirec.squash(
-                sum(weights[n, 1] * (model.bilinear[n, 1] @ model.items[item]) for n, item in enumerate(items))
-            ).sum()
-        )
+        votes = [weights[n, 1] * (model.bilinear[n, 1] @ model.items[item]) for n, item in enumerate(items)]
+        total = total + comirec.squash(torch.stack(votes).sum(0)).sum()
     total.backward()
     torch.testing.assert_close(found, model.bilinear.grad, rtol=1e-3, atol=1e-5)
 

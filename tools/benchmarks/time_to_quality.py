@@ -5,9 +5,9 @@
         --output time.json
 
 Both with one thread, one after the other, on the same validation items of all users, ranked over the whole catalogue
-with the history masked, by the same code. RecBole is validated after each epoch and where its minutes are over, ours after
-each epoch, which may be later than the moment at which it reaches the value. Two times of each: `train_s` without start
-and validations, `wall_s` from the start of the process with both. Our run ends where it has reached the value.
+with the history masked, by the same code. RecBole is validated after each epoch and where its minutes are over, ours
+after each epoch, which may be later than the moment at which it reaches the value. Two times of each: `train_s` without
+start and validations, `wall_s` from the start of the process with both. Our run ends where it has reached the value.
 """
 
 import argparse
