@@ -23,14 +23,14 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from recgpt_torchrec.data.dataset import Dataset  # noqa: E402
+from recgpt_torchrec.data.dataset import Dataset, histories_fingerprint  # noqa: E402
 from recgpt_torchrec.data.inputs.attributes import Attributes  # noqa: E402
 from recgpt_torchrec.data.inputs.records import DatasetAttribute  # noqa: E402
 from recgpt_torchrec.data.inputs.spec import Attribute, Inputs  # noqa: E402
@@ -49,7 +49,6 @@ NEEDS_ATTRIBUTE = recbole_model.PRETRAINED
 def main(arguments: list[str] | None = None) -> None:
     """Train every model that has no result yet, and write the report."""
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the model's process ends too
     run(options)
     print(f"report        {options.output}/report.md, report.json")
 
@@ -58,24 +57,24 @@ def run(options: argparse.Namespace) -> None:
     """Train and report as the options of `parse` say."""
     dataset = Dataset.open(options.data)
     if dataset.manifest.hold_out == "none":
-        raise SystemExit(f"--data {options.data} holds nothing out; prepare it with --hold_out last or time")
+        refuse(f"--data {options.data} holds nothing out; prepare it with --hold_out last or time")
     attribute = choose_attribute(dataset, options.attribute)
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
     settings = {"minutes": options.minutes, "seed": options.seed, "threads": options.threads}
-    settings |= {"vocabulary": dataset.manifest.vocabulary, "hold_out": dataset.manifest.hold_out}
+    settings |= {"histories": histories_fingerprint(dataset), **options.model_options}
     names = [name for name in options.models or MODELS if name != NEEDS_ATTRIBUTE or attribute or options.models]
     missing = []
     for name in names:
         if name == NEEDS_ATTRIBUTE and attribute is None:
-            raise SystemExit(f"{name} needs an attribute of items, which --data has not; name one in prepare --items")
+            refuse(f"{name} needs an attribute of items, which --data has not; name one in prepare --items")
         path = output / f"{name}.json"
         earlier = json.loads(path.read_text()) if path.exists() else None
         if earlier is not None and earlier["settings"] != settings:
-            raise SystemExit(f"{path} has other minutes, seed, threads or data; give another --output, or remove it")
+            refuse(f"{path} has other minutes, seed, threads or data; give another --output, or remove it")
         missing += [name] * (earlier is None)
     if any(name in recbole_model.MODELS for name in missing) and not Path(options.python).exists():
-        raise SystemExit(f"there is no {options.python}; run make recbole, or name an interpreter with --python")
+        refuse(f"there is no {options.python}; run make recbole, or name an interpreter with --python")
     for number, name in enumerate(missing):
         left = (len(missing) - number) * options.minutes
         said = f"up to {options.minutes:g} minutes, at most {left:g} left in all"
@@ -108,15 +107,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def refuse(message: str) -> NoReturn:
+    """End with status 2 and a message."""
+    print(f"compare_recbole: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
 def choose_attribute(dataset: Dataset, name: str | None) -> DatasetAttribute | None:
     """The items' attribute of a name, or their first one; None: they have none.
 
     Raises:
-        SystemExit: there is none of that name.
+        SystemExit: there is none of that name; with status 2.
     """
     attributes = {each.name: each for each in dataset.manifest.attributes if each.entity == "item"}
     if name is not None and name not in attributes:
-        raise SystemExit(f"--attribute {name}: items have {', '.join(attributes) or 'no attributes'}")
+        refuse(f"--attribute {name}: items have {', '.join(attributes) or 'no attributes'}")
     return attributes[name] if name is not None else next(iter(attributes.values()), None)
 
 
@@ -175,9 +180,10 @@ def train(
 ) -> dict[str, Any]:
     """Train and measure a model in its environment; returns its result."""
     log = output / "log"
-    if not (log / "written").exists():
+    source = f"{histories_fingerprint(dataset)} {attribute.name if attribute else ''}"
+    if not (log / "source").exists() or (log / "source").read_text() != source:
         write_log(dataset, attribute, log)
-        (log / "written").touch()
+        (log / "source").write_text(source)
     of_recbole = name in recbole_model.MODELS
     python, program = (options.python, recbole_model) if of_recbole else (sys.executable, comirec)
     with tempfile.TemporaryDirectory(dir=output) as scratch:
@@ -247,4 +253,5 @@ ENDS = {"early": "no better for 10 validations", "minutes": "time over"}
 """Why a training ended, in words."""
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the model's process ends too
     main()
