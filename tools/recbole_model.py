@@ -62,7 +62,7 @@ def main() -> None:
     pretraining = None
     if job.model == PRETRAINED:
         pretraining = pretrain(model, budget)
-        model = Model(job, {"train_stage": "finetune", "pre_model_path": pretraining.pop("file")})
+        model = Model(job, {"train_stage": "finetune", "pre_model_path": pretraining.pop("file")}, model)
         budget.start("", 1.0)
     model.count_in(budget)
     result = budgeted.train(budget, model.model, model.train_epoch, model.score)
@@ -86,7 +86,8 @@ def pretrain(model: "Model", budget: budgeted.Budget) -> dict[str, Any]:
 class Model:
     """A model of RecBole with its data and trainer. Example: `Model(job, {}).train_epoch(0)`."""
 
-    def __init__(self, job: budgeted.Job, options: dict[str, Any]) -> None:
+    def __init__(self, job: budgeted.Job, options: dict[str, Any], same_data: "Model | None" = None) -> None:
+        """`same_data`: a model whose data is taken, instead of reading it."""
         from recbole.config import Config
         from recbole.data import create_dataset, data_preparation
         from recbole.utils import ModelType, get_model, get_trainer, init_seed
@@ -104,9 +105,12 @@ class Model:
         sequential = config["MODEL_TYPE"] == ModelType.SEQUENTIAL
         config["eval_batch_size"] = USERS if sequential else USERS * (job.items + 1)
         init_seed(config["seed"], config["reproducibility"])
-        self.dataset = dataset = create_dataset(config)
-        dataset.leave_one_out = lambda group_by, leave_one_mode: split_by_part(dataset)
-        self.loaders = dict(zip(PARTS, data_preparation(config, dataset), strict=True))
+        if same_data is None:
+            self.dataset = dataset = create_dataset(config)
+            dataset.leave_one_out = lambda group_by, leave_one_mode: split_by_part(dataset)
+            self.loaders = dict(zip(PARTS, data_preparation(config, dataset), strict=True))
+        else:
+            self.dataset, self.loaders = same_data.dataset, same_data.loaders
         self.model = get_model(config["model"])(config, self.loaders["training"].dataset).to(config["device"])
         self.trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, self.model)
         self.train_epoch: Callable[[int], object] = lambda epoch: self.trainer._train_epoch(
