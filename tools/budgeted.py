@@ -115,6 +115,7 @@ class Budget:
     def start(self, phase: str, share: float) -> None:
         """Begin a phase that gets a share of the minutes, counted from the start; its epochs begin at 0."""
         self.phase, self.batches = phase, 0
+        self.shown, self._shown = time.perf_counter(), (self.targets, self.seconds - self.validating)
         self.deadline = self.began + share * (self.end - self.began)
 
     def tick(self, targets: int) -> None:

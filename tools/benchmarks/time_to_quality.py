@@ -6,12 +6,13 @@
 
 Both with one thread, one after the other, on the same validation items of all users, ranked over the whole catalogue
 with the history masked, by the same code. RecBole is validated after each epoch and where its minutes are over, ours
-after each epoch, which may be later than the moment at which it reaches the value. Two times of each: `train_s` without
-start and validations, `wall_s` from the start of the process with both. Our run ends where it has reached the value.
+after each --steps steps and epoch. Two times of each: `train_s` without start and validations, `wall_s` from the start
+of the process with both. Our run ends where it has reached the value.
 """
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -34,6 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="dataset that holds items out")
     parser.add_argument("--config", required=True, help="of recgpt pretrain")
     parser.add_argument("--minutes", type=float, default=30, help="of RecBole's training (default: 30)")
+    parser.add_argument("--steps", type=int, default=40, help="of ours between validations (default: 40)")
     parser.add_argument("--layers", type=int, default=2, help="blocks of RecBole's SASRec (default: 2, its own)")
     parser.add_argument("--seed", type=int, default=0, help="of both (default: 0)")
     parser.add_argument("--output", required=True, help="JSON file")
@@ -51,7 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"RecBole's SASRec: {METRIC} {best['masked']:.4f} after {of_recbole['train_s']:.0f} s of training")
         command = [sys.executable, "-m", "recgpt_torchrec.pretrain", "--config", options.config, "--data", options.data]
         command += ["--output", f"{scratch}/ours", "--seed", str(options.seed), "--train.validate_every", "1"]
-        ours = reach(best["masked"], command, Path(scratch) / "ours/history.jsonl")
+        command += ["--train.validate_steps", str(options.steps)]
+        ours = reach(best["masked"], command, Path(scratch) / "ours")
     ratios = {name: of_recbole[name] / ours[name] for name in ("train_s", "wall_s") if ours["reached"]}
     figures = {"machine": before, "load_after": os.getloadavg()[0], "options": vars(options), "recbole": of_recbole}
     figures |= {"recbole_curve": result["curve"], "ours": ours, "ratios": ratios, "goal": GOAL}
@@ -62,32 +65,36 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"ratio {ratios['train_s']:.0f} (goal {GOAL}); with start and validations {ratios['wall_s']:.0f}")
 
 
-def reach(value: float, command: list[str], history: Path) -> dict[str, Any]:
+def reach(value: float, command: list[str], output: Path) -> dict[str, Any]:
     """Run a training until its validation reaches a value, and end it there.
 
     Args:
         value: of masked NDCG@10.
         command: of the stage pretrain.
-        history: the run's history.jsonl.
+        output: its output folder.
 
     Returns:
-        reached; of the epoch that reached the value, or of the best one: value, epoch, `train_s` of all epochs up to
-        it, and `wall_s` from the start of the process to the end of its validation.
+        reached; of the validation that reached the value, or of the best one: value, epoch, step; `train_s` from the
+        first step on without validations, checkpoints within; `wall_s` from the start of the process.
     """
-    since = time.perf_counter()
+    history = output / "history.jsonl"
+    since, before, trained = time.perf_counter(), math.inf, 0.0
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     points: list[dict[str, Any]] = []
     try:
-        while not any(point["value"] >= value for point in points):
+        ended = False
+        while not ended and not any(point["value"] >= value for point in points):
             ended = process.poll() is not None
+            now = time.perf_counter()
+            if (output / "tensorboard").exists():  # made when all is ready for the first step
+                before = min(before, now)
             lines = history.read_text().splitlines(keepends=True) if history.exists() else []
             for line in map(json.loads, [each for each in lines if each.endswith("\n")][len(points) :]):
-                spent = sum(point["epoch_s"] for point in points) + line["train_s"]
-                point = {"value": line[METRIC], "epoch": line["epoch"], "epoch_s": line["train_s"], "train_s": spent}
-                points.append(point | {"wall_s": time.perf_counter() - since})
-            if ended and not any(point["value"] >= value for point in points):
-                break
-            time.sleep(0.05)
+                trained += now - before - line["validate_s"]
+                before = now
+                point = {"value": line[METRIC], **{name: line[name] for name in ("epoch", "step")}}
+                points.append({**point, "train_s": trained, "wall_s": now - since})
+            time.sleep(0.02)
     finally:
         process.terminate()  # at the next step it saves and ends
         process.wait()
