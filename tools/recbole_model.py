@@ -38,6 +38,10 @@ PRETRAINING_SHARE = 0.5
 COMMON: dict[str, Any] = {
     "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"},
     "MAX_ITEM_LIST_LENGTH": 50,
+    "metrics": ["NDCG"],
+    "topk": [10],
+    "valid_metric": "NDCG@10",
+    "metric_decimal_place": 6,
     "learning_rate": 0.001,
     "train_batch_size": 2048,
     "use_gpu": False,
@@ -66,6 +70,8 @@ def main() -> None:
         budget.start("", 1.0)
     model.count_in(budget)
     result = budgeted.train(budget, model.model, model.train_epoch, model.score)
+    # A check of ours, unmasked; RecBole masks the history for BPR alone, and no target in it.
+    result["test_by_recbole"] = float(model.trainer._valid_epoch(model.loaders["test"])[0])
     budgeted.write_result(job, budget, model.model, result | {"options": model.settings(), "pretraining": pretraining})
 
 
