@@ -153,8 +153,9 @@ class Model:
         file = Path(recbole.__file__).parent / f"properties/model/{self.job.model}.yaml"
         left_out = ("pre_model_path", "train_stage", "save_step")
         names = [name for name in yaml.safe_load(file.read_text()) if name not in left_out]
-        common = ("learning_rate", "train_batch_size", "MAX_ITEM_LIST_LENGTH", "train_neg_sample_args")
-        return {name: self.config[name] for name in (*names, *common)}
+        common = ("learning_rate", "train_batch_size", "MAX_ITEM_LIST_LENGTH")
+        negatives = self.config["train_neg_sample_args"]["distribution"]
+        return {name: self.config[name] for name in (*names, *common)} | {"negatives": negatives}
 
 
 def split_by_part(dataset: Any) -> list[Any]:
