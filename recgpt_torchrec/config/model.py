@@ -36,6 +36,9 @@ class Model:
     history_out: bool = True
     """Add an exponentially decayed mean of the history's item vectors, with a learned decay rate, to the decoder's
     output."""
+    output_map: bool = False
+    """Map the decoder's output, with the history's mean in it, by a linear layer that starts as the identity. Without,
+    the mean scores two items alike whichever came first."""
     user_dropout: float = 0.5
     """Probability that a user's whole vector is dropped in a training step, 0 to 1; 1: the user module is off."""
 

@@ -41,8 +41,16 @@ class TrainingBatch:
     long_histories: Literal["newest", "windows"] = "newest"
     """How to train on histories longer than model.max_len. newest: on the newest entries only. windows: on all entries,
     cut into overlapping windows."""
+    thinning: float = 0.0
+    """Probability with which an entry of a thinned history is left out, 0 to less than 1: it is then neither read nor
+    predicted in that epoch, and others are left out in the next. 0: none."""
+    thinned: float = 0.5
+    """Share of the histories that are thinned, drawn anew for each epoch, 0 to 1."""
 
     def __post_init__(self) -> None:
+        within("--batch.thinned", self.thinned, 0, 1)
+        if not 0 <= self.thinning < 1:
+            raise ValueError(f"--batch.thinning is {self.thinning}; it must be at least 0 and less than 1")
         if self.tokens != "auto":
             at_least("--batch.tokens", self.tokens, 1)
         at_least("--batch.users", self.users, 0)

@@ -87,6 +87,11 @@ class Histories:
             ragged.offsets_of(stop - start),
         )
 
+    def keep(self, mask: npt.NDArray[np.bool_]) -> "Histories":
+        """The entries where `mask` [entries] is true, in the same sequences."""
+        offsets = ragged.offsets_of(mask)[self.offsets]
+        return self._map_columns(lambda values: values[mask], lambda values: values, offsets)
+
     def _map_columns(
         self, of_entries: Callable[[Any], Any], of_sequences: Callable[[Any], Any], offsets: Int64
     ) -> "Histories":

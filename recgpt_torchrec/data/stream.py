@@ -22,6 +22,7 @@ from recgpt_torchrec.data.ragged import Int64, offsets_of
 from recgpt_torchrec.data.reading.damage import SetAside
 from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.reading.sample import UserSample
+from recgpt_torchrec.data.reading.thinning import thin
 from recgpt_torchrec.data.split import SplitName
 from recgpt_torchrec.data.targets import PredictFrom
 from recgpt_torchrec.data.windows import Cursor, Position, Queue, RowGroup, Window, deal_windows, row_groups, windows_of
@@ -51,6 +52,8 @@ class BatchMaker:
     """Whether only the last target of each history is predicted (see `make_batch`)."""
     soft_targets: float = 0.0
     """Share of a target's weight that goes to the pre-trained model's answers in the dataset (see `make_batch`)."""
+    thinning: tuple[float, float] = (0.0, 0.0)
+    """Probability with which an entry of a thinned history is left out, and share of the histories that are thinned."""
     grows: int = 0
     """Maximum number of entries appended to a history after it is read (see `retrieval.interests`)."""
     item_keys: int | None = None
@@ -204,7 +207,8 @@ class BatchMaker:
     def read(self, window: Window, epoch: int, shuffle: bool) -> Histories:
         """The histories of a window; with `shuffle`, their order is drawn by (seed, epoch, window)."""
         rng = np.random.default_rng((self.seed, epoch, window.index, 2))
-        return self.reader.read(window.groups, rng.permutation if shuffle else None)
+        histories = self.reader.read(window.groups, rng.permutation if shuffle else None)
+        return thin(histories, *self.thinning, self.seed, epoch) if self.training else histories
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,10 @@ class Decoder(nn.Module):
             self.features = TokenFeatures(features, config.dim)
         if config.history_out:
             self.mean_out, self.forgetting = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(0.5))
+        self.map_out: nn.Module = nn.Identity()
+        if config.output_map:
+            self.map_out = nn.Linear(config.dim, config.dim, bias=False)
+            nn.init.eye_(self.map_out.weight)
 
     @staticmethod
     def _init(module: nn.Module) -> None:
@@ -188,7 +192,7 @@ class Decoder(nn.Module):
         if self.refused is not None:
             for factors, fading in self.refused.outputs(segment):
                 x = x + attention.mean(items * factors, fading, refused)
-        return x
+        return self.map_out(x)
 
     def embed(
         self,

@@ -16,7 +16,7 @@ class Flops:
     """Operations of one step, by part."""
 
     decoder: float
-    """The linear layers of the blocks and of the history's mean."""
+    """The linear layers of the blocks, of the history's mean and of the output."""
     attention: float
     """Scores and weighted sums of attention."""
     loss: float
@@ -43,7 +43,8 @@ def step_flops(model: Model, loss: Loss, *, tokens: float, targets: float, candi
     """
     dim = model.dim
     # Queries, keys, values and output: 4 dim^2 weights; up and down: 2 feed_forward dim^2.
-    weights = model.layers * (4 + 2 * model.feed_forward) * dim**2 + model.history_in * dim**2
+    weights = model.layers * (4 + 2 * model.feed_forward) * dim**2
+    weights += (model.history_in + model.output_map) * dim**2
     scored = loss.bce_negatives if loss.candidates == "bce" else candidates
     return Flops(
         decoder=3 * 2.0 * tokens * weights,

@@ -118,15 +118,15 @@ class Decoding:
                 keys[all_users, :, place], values[all_users, :, place] = k[:, :, 0], v[:, :, 0]
             keys, values = keys[:, :, : self.longest], values[:, :, : self.longest]
             x = block.finish(x, F.scaled_dot_product_attention(q, keys, values, attn_mask=mask))
-        return self._add_means(x[:, 0])
+        return self._finish(x[:, 0])
 
-    def _add_means(self, x: Tensor) -> Tensor:
-        """Add the means of the history to outputs [users, dim]."""
+    def _finish(self, x: Tensor) -> Tensor:
+        """Add the means of the history to the last block's output [users, dim], and map it."""
         if self.decoder.config.history_out:
             x = x + self.decoder.mean_out * (self.recent / self.recent_weight.clamp(min=1e-30))
         if (refused := self.decoder.refused) is not None:
             x = x + (self.feedback / (self.feedback_weight + refused.PRIOR)).sum(0)
-        return x
+        return self.decoder.map_out(x)
 
     def _add_to_sums(self, items: Tensor, segments: Tensor, active: Tensor | None) -> None:
         """Add an entry of each active user to the counts and sums."""
@@ -213,4 +213,4 @@ class Decoding:
                 weights = is_feedback * torch.exp(-fading * age)
                 sums.append(((weights[:, None] @ (items * factors))[:, 0], weights.sum(1, keepdim=True)))
             self.feedback, self.feedback_weight = (torch.stack(each) for each in zip(*sums, strict=True))
-        return self._add_means(x)
+        return self._finish(x)

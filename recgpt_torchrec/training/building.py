@@ -147,6 +147,7 @@ def training_stream(
         predict_from=predict_from,
         soft_targets=soft_targets,
         last_target=tuning is not None and tuning.targets == "last",
+        thinning=(config.batch.thinning, config.batch.thinned),
         layout="row" if execution.attention == "varlen" else "grid",
         pad=execution.compile and execution.attention == "varlen",
     )

@@ -34,6 +34,7 @@ def stream_of(
     layout: Layout = "grid",
     pad: bool = False,
     place: Place = ALONE,
+    thinning: tuple[float, float] = (0.0, 0.0),
     **reads: Any,
 ) -> SequenceStream:
     """Make a training stream; `reads` are further arguments of the `HistoryReader`."""
@@ -51,6 +52,7 @@ def stream_of(
         soft_targets=soft_targets,
         layout=layout,
         pad=pad,
+        thinning=thinning,
     )
     return SequenceStream(maker, Stream(window_groups=window_groups, workers=workers))
 

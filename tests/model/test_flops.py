@@ -1,5 +1,7 @@
 """The formulas of a step's operations against those that torch counts in one; the table of peaks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -27,13 +29,14 @@ def test_decoder_and_attention_are_what_torch_counts_where_every_pair_is_compute
     assert flops.decoder + flops.attention == flops.total == counted.get_total_flops()
 
 
-def test_the_linear_map_of_the_history_mean_counts_as_a_linear_layer():
-    with_mean, without = Model(history_in=True), Model(history_in=False)
+@pytest.mark.parametrize("name", ["history_in", "output_map"])
+def test_the_linear_maps_of_the_history_mean_and_of_the_output_count_as_linear_layers(name):
+    with_map, without = (replace(Model(), **{name: value}) for value in (True, False))  # type: ignore[arg-type]
     sizes = {"tokens": 30, "targets": 0, "candidates": 0, "attended": 0}
     layer, x = torch.nn.Linear(64, 64, bias=False), torch.randn(30, 64, requires_grad=True)
     with FlopCounterMode(display=False) as counted:
         layer(x).sum().backward()
-    more = step_flops(with_mean, Loss(), **sizes).total - step_flops(without, Loss(), **sizes).total
+    more = step_flops(with_map, Loss(), **sizes).total - step_flops(without, Loss(), **sizes).total
     assert more == counted.get_total_flops()
 
 

@@ -62,7 +62,7 @@ PAPER = {"activation": "relu", "attention_scale": "dim", "norm_in": False}
 @pytest.mark.parametrize("history_in", [True, False])
 @pytest.mark.parametrize("history_out", [True, False])
 @pytest.mark.parametrize("feedback", [False, True])
-@pytest.mark.parametrize("settings", [{}, PAPER])
+@pytest.mark.parametrize("settings", [{}, PAPER, {"output_map": True}])
 def test_step_by_step_is_the_full_forward_at_every_position(history_in, history_out, feedback, settings):
     decoder = random_decoder(history_in=history_in, history_out=history_out, feedback=feedback, **settings)
     items, users, positions, segments = sequences([9, 9, 9])
@@ -94,9 +94,10 @@ def test_users_at_different_numbers_of_entries_do_not_touch_each_other(feedback)
         torch.testing.assert_close(torch.stack(outputs[u]), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("output_map", [False, True])
 @pytest.mark.parametrize("feedback", [False, True])
-def test_a_prefilled_state_continues_like_one_that_was_fed_entry_by_entry(feedback):
-    decoder = random_decoder(feedback=feedback)
+def test_a_prefilled_state_continues_like_one_that_was_fed_entry_by_entry(feedback, output_map):
+    decoder = random_decoder(feedback=feedback, output_map=output_map)
     items, users, positions, segments = sequences(LENGTHS)
     state = Decoding(decoder, users=len(LENGTHS), capacity=max(LENGTHS) + 2)
     newest = state.prefill(padded(items, 9.0), users, padded(positions, 3), padded(segments, 1), torch.tensor(LENGTHS))
