@@ -36,7 +36,8 @@ def main(config: Manifest) -> None:
         with open(config.output, "w", encoding="utf-8") as file:
             file.write(text)
         print(f"Written: {config.output}")
-    print(*re.findall(r"^# (Each node .*)", text, re.MULTILINE), sep="\n")
+    if config.flow is None:
+        print(*re.findall(r"^# (Each node .*)", text, re.MULTILINE))
     print(f"Next:    {following(config)} {shlex.quote(config.output)}")
 
 

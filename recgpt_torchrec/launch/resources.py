@@ -45,7 +45,7 @@ def count_resources(
     """
     try:
         if stage == PLANNED and data is not None and "://" not in data and not os.path.exists(data):
-            raise ValueError(f"its data, {data}, cannot be read here")
+            raise ValueError(f"--data {data} is not here")
         return plan_resources(stage, args, nodes, processes, gpus)
     except ValueError as error:
         how = f"whatever this run needs ({error})"
