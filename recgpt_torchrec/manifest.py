@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -27,15 +28,12 @@ def main(config: Manifest) -> None:
     if config.output is None:
         print(text, end="")
         return
-    there = read_text(config.output)
-    if there == text:
-        print(f"Already there: {config.output}")
-    elif there is not None and not config.overwrite:
+    file = Path(config.output)
+    there = file.read_text("utf-8", errors="replace") if file.exists() else None
+    if there not in (text, None) and not config.overwrite:
         raise InputError(f"{config.output} is there and differs; give --overwrite true, or another --output")
-    else:
-        with open(config.output, "w", encoding="utf-8") as file:
-            file.write(text)
-        print(f"Written: {config.output}")
+    file.write_text(text, "utf-8")
+    print(f"{'Already there' if there == text else 'Written'}: {config.output}")
     if config.flow is None:
         print(*re.findall(r"^# (Each node .*)", text, re.MULTILINE))
     print(f"Next:    {following(config)} {shlex.quote(config.output)}")
@@ -126,15 +124,6 @@ def write_out(values: dict[str, object]) -> list[str]:
         else:
             words.append(f"--{name}={plain[value] if value is None or isinstance(value, bool) else value}")
     return words
-
-
-def read_text(path: str | os.PathLike[str]) -> str | None:
-    """The text of a file; None: there is none."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except FileNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

@@ -196,9 +196,7 @@ def _name_leading(given: list[str], known: dict[str, Option]) -> list[str]:
     return [f"--{name}", *given]
 
 
-def values_of(
-    path: str | os.PathLike[str], included_from: tuple[str, ...] = (), option: str = "config"
-) -> dict[str, Any]:
+def values_of(path: str | os.PathLike[str], included_from: tuple[str, ...] = ()) -> dict[str, Any]:
     """The values of a YAML file of options, on top of those of the file that it names as `config`, if any.
 
     A value of the file replaces the other's of the same name; so does a group (`model`, ...), as a whole.
@@ -206,7 +204,6 @@ def values_of(
     Args:
         path: of the file; `config` in it is relative to its folder.
         included_from: absolute paths of the files that led to this one.
-        option: that named the file, for messages.
 
     Raises:
         OptionError: a file cannot be read, is not YAML or holds no options, or includes itself.
@@ -216,33 +213,31 @@ def values_of(
         with open(path, encoding="utf-8") as file:
             text = file.read(YAML_CHARACTERS + 1)
         if len(text) > YAML_CHARACTERS:
-            raise OptionError(f"--{option} {path} has more than {YAML_CHARACTERS:,} characters; no file of options has")
+            raise OptionError(f"--config {path} has more than {YAML_CHARACTERS:,} characters; no file of options has")
         values = yaml.load(text, _PlainLoader) or {}
     except FileNotFoundError:
-        raise OptionError(f"--{option} {path}: no such file") from None
+        raise OptionError(f"--config {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"--{option} {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise OptionError(f"--config {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise OptionError(f"--{option} {path}{line} is not YAML: {error.problem}") from None
+        raise OptionError(f"--config {path}{line} is not YAML: {error.problem}") from None
     except yaml.YAMLError as error:
-        raise OptionError(f"--{option} {path} is not YAML: {' '.join(str(error).split())}") from None
+        raise OptionError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
-        raise OptionError(f"--{option} {path} is nested too deeply") from None
+        raise OptionError(f"--config {path} is nested too deeply") from None
     except ValueError as error:  # a number or a date that is none
         if isinstance(error, OptionError):
             raise
-        raise OptionError(f"--{option} {path} holds a value that cannot be read: {error}") from None
+        raise OptionError(f"--config {path} holds a value that cannot be read: {error}") from None
     if not isinstance(values, dict):
-        raise OptionError(f"--{option} {path} holds no options; write them as lines like seed: 1")
+        raise OptionError(f"--config {path} holds no options; write them as lines like seed: 1")
     base = values.pop("config", None)
     if base is None:
         return values
     if os.path.abspath(path) in included_from:
-        raise OptionError(f"--{option} {path} names itself as config, directly or through others")
-    base_values = values_of(
-        os.path.join(os.path.dirname(path), str(base)), (*included_from, os.path.abspath(path)), option
-    )
+        raise OptionError(f"--config {path} names itself as config, directly or through others")
+    base_values = values_of(os.path.join(os.path.dirname(path), str(base)), (*included_from, os.path.abspath(path)))
     return {**base_values, **values}
 
 

@@ -1,5 +1,6 @@
 """Options of the program manifest: the kind of job, its size, and what its nodes get."""
 
+import functools
 import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -21,17 +22,12 @@ TASK = "{task}"
 """Stands in a stage's options for the index of an array's task."""
 
 
-def _of_slurm(default: Any = None) -> Any:
-    return _of(("slurm",), default)
-
-
-def _of_pods(default: Any = None) -> Any:
-    return _of(PODS, default)
-
-
-def _of(kinds: tuple[str, ...], default: Any) -> Any:
+def _of_pods(default: Any = None, kinds: tuple[str, ...] = PODS) -> Any:
     values: dict[str, Any] = {"default_factory": list} if default == [] else {"default": default}
     return field(metadata={KINDS: kinds}, **values)
+
+
+_of_slurm = functools.partial(_of_pods, kinds=("slurm",))
 
 
 @dataclass(kw_only=True)
@@ -139,31 +135,23 @@ class Manifest:
         if self.flow is not None:
             beside = sorted(given.keys() - {"kind", "flow", "output", "overwrite"})
             if beside:
-                raise ValueError(
-                    f"--{beside[0]} is given beside --flow, whose file has the stages and the options of their jobs; "
-                    "write it there, below defaults or the job"
-                )
+                raise ValueError(f"--{beside[0]} is given beside --flow; write it in its file, below defaults or a job")
             return
         if not self.command:
             raise ValueError("--command is empty; give a stage and its options after --, as in -- pretrain --data ...")
-        within("--nodes", self.nodes, 1, 4096)
-        within("--gpus", self.gpus, 0, 64)
-        for name, minimum in (("retries", 0), ("max_restarts", 0), ("user", 1), ("shm", 0.0625), ("grace_seconds", 1)):
+        for name, least, most in (("nodes", 1, 4096), ("gpus", 0, 64), ("port", 1024, 65535)):
+            if getattr(self, name) is not None:
+                within(f"--{name}", getattr(self, name), least, most)
+        counts = {"retries": 0, "max_restarts": 0, "user": 1, "grace_seconds": 1, "processes": 1}
+        for name, minimum in {**counts, "cpus": 0.1, "memory": 0.25, "shm": 0.0625, "scratch": 0.001}.items():
             if getattr(self, name) is not None:
                 at_least(f"--{name}", getattr(self, name), minimum)
-        for name, minimum in (("processes", 1), ("cpus", 0.1), ("memory", 0.25), ("scratch", 0.001)):
-            if getattr(self, name) is not None:
-                at_least(f"--{name}", getattr(self, name), minimum)
-        if self.port is not None:
-            within("--port", self.port, 1024, 65535)
         if self.gpus and self.processes_per_node > self.gpus:
             raise ValueError(
                 f"--processes is {self.processes}, but a node has --gpus {self.gpus}; each needs a GPU of its own"
             )
         if self.numa_binding is not None and not self.gpus:
-            raise ValueError(
-                "--numa_binding binds processes to the cores near their GPUs; give --gpus, or leave it out"
-            )
+            raise ValueError("--numa_binding binds processes near their GPUs; give --gpus, or leave it out")
         claim = r"/[^:,]+" if self.kind == "slurm" else r"[a-z0-9][-.a-z0-9]*"
         for option, shape, example in (
             ("volumes", rf"{claim}:/[^:,]+(:ro)?", "/data:/data" if self.kind == "slurm" else "datasets:/data"),
@@ -190,8 +178,6 @@ class Manifest:
                 raise ValueError(
                     f"--time is {self.time}, of which --grace_seconds {self.grace_seconds} are for saving; give more"
                 )
-        if not re.fullmatch(r"[-.\w]+", self.job_name):
-            raise ValueError(f"--name is {self.job_name}; it must have letters, digits, dots and dashes alone")
         if self.array is not None and not re.fullmatch(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?", self.array):
             raise ValueError(f"--array is {self.array}; give indices like 0-3, 1,5,7 or 0-9%2")
         if self.array is None and any(TASK in word for word in self.command):

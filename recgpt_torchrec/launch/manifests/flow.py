@@ -7,8 +7,7 @@ Slurm cancels those that wait for it. Submit them again: what is complete ends a
 
 import os
 import shlex
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from recgpt_torchrec.config.command_line import describe_type, fits, values_of
 from recgpt_torchrec.config.fields import options
@@ -21,8 +20,7 @@ NO_OPTIONS = ("kind", "command", "flow", "output", "overwrite")
 """Options of the program that are not a job's."""
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A job as the file has it."""
 
     place: str
@@ -40,9 +38,9 @@ def read_flow(path: str) -> list[Entry]:
         InputError: what cannot be used, with file and job.
     """
     try:
-        content = values_of(path, option="flow")
+        content = values_of(path)
     except ValueError as error:
-        raise InputError(str(error)) from None
+        raise InputError(str(error).replace("--config", "--flow", 1)) from None
     jobs, defaults = content.get("jobs"), content.get("defaults") or {}
     if not isinstance(jobs, list) or not jobs or not isinstance(defaults, dict):
         raise InputError(f"{path} has no list 'jobs', or 'defaults' are no options; see configs/slurm/flow.yaml")
@@ -56,7 +54,11 @@ def _read_entry(place: str, defaults: dict[str, Any], entry: Any) -> Entry:
         raise InputError(f"{place} has no 'run', as in run: pretrain --data data --output runs/first")
     known = {option.name: option for option in options(Manifest)}
     values: dict[str, Any] = {**defaults, **entry}
-    command, after = shlex.split(values.pop("run")), values.pop("after", None)
+    run, after = values.pop("run"), values.pop("after", None)
+    try:
+        command = shlex.split(run)
+    except ValueError as error:
+        raise InputError(f"{place}: 'run' cannot be read: {error}") from None
     for name, value in values.items():
         if name in NO_OPTIONS:
             raise InputError(f"{place} has '{name}', which is no option of a job in a flow; leave it out")
@@ -64,7 +66,7 @@ def _read_entry(place: str, defaults: dict[str, Any], entry: Any) -> Entry:
             values[name] = value = [value]
         if name in known and not fits(known[name].type, value):  # 12:00:00 without quotes is a number in YAML
             raise InputError(f"{place}: '{name}' is {value!r}; it must be {describe_type(known[name].type)}")
-    after = [after] if isinstance(after, str) else after
+    after = after if after is None or isinstance(after, list) else [after]
     return Entry(place, {"kind": "slurm", **values, "command": command}, after)
 
 
@@ -84,8 +86,8 @@ def write_flow(path: str, entries: list[Entry], jobs: list[Job]) -> str:
     for entry, job in zip(entries, jobs, strict=True):
         after = [*before][-1:] if entry.after is None else entry.after
         name = job.options.job_name
-        if missing := set(after) - set(before):
-            raise InputError(f"{entry.place} is after '{min(missing)}', which is no job before it")
+        if missing := [each for each in after if each not in before]:
+            raise InputError(f"{entry.place} is after '{missing[0]}', which is no job before it")
         if name in before:
             raise InputError(f"{entry.place} is the second with the name '{name}'; give it a 'name' of its own")
         what = name + (f" after {', '.join(after)}" if after else "")

@@ -6,20 +6,8 @@ from collections.abc import Iterator
 from recgpt_torchrec.config.launch.manifest import SCRATCH, Manifest
 from recgpt_torchrec.errors import InputError
 
-READ = {
-    "data",
-    "checkpoint",
-    "export",
-    "input",
-    "initial",
-    "items",
-    "users",
-    "vocabulary",
-    "previous",
-    "since",
-    "deltas",
-}
-READ |= {"allow", "deny", "runs", "evaluations", "validation_input", "test_input", "compare", "pretrained"}
+READ = {"data", "checkpoint", "export", "input", "initial", "items", "users", "vocabulary", "previous", "since"}
+READ |= {"deltas", "allow", "deny", "runs", "evaluations", "validation_input", "test_input", "compare", "pretrained"}
 """Options of stages that name files and folders which are read."""
 WRITTEN = {"output", "scratch"}
 """Options that name files and folders which are written."""
@@ -40,8 +28,20 @@ def check_places(config: Manifest, values: dict[str, object]) -> tuple[str, ...]
         raise InputError(f"--copy_data is copied to the stage's --data, which is {data}; give it a folder in {SCRATCH}")
     required = set()
     for name, path in paths(values):
-        check_place(config, name, path)
-        if name in READ and not is_in(path, SCRATCH):
+        in_scratch = is_in(path, SCRATCH)
+        if in_scratch and config.scratch is not None and name in ("data", "scratch"):
+            if name == "data" and not config.copy_data:
+                raise InputError(f"--data is {path}, which is empty at first; give --copy_data what is copied there")
+            continue
+        found = [(claim, only_read) for claim, place, only_read in config.mounts if is_in(path, place)]
+        if not found:
+            raise InputError(
+                f"--{name} is {path}, which no volume of the pods holds; mount a claim with --volumes CLAIM:/FOLDER "
+                "and give a path in it, or a URI as s3://..."
+            )
+        if name in WRITTEN and found[-1][1]:
+            raise InputError(f"--{name} is {path}, but claim {found[-1][0]} is mounted to be read; leave its :ro out")
+        if name in READ and not in_scratch:
             required.add(path)
     return tuple(sorted(required))
 
@@ -53,27 +53,6 @@ def paths(values: dict[str, object]) -> Iterator[tuple[str, str]]:
             if name in READ | WRITTEN and isinstance(path, str) and path != "null" and "://" not in path:
                 # A pattern is there if its folder is.
                 yield name, path.partition("*")[0].rpartition("/")[0] if "*" in path else path
-
-
-def check_place(config: Manifest, name: str, path: str) -> None:
-    """Check that a path is on a volume, which is not only read if the stage writes there.
-
-    Raises:
-        InputError: it is not.
-    """
-    found = [(claim, only_read) for claim, place, only_read in config.mounts if is_in(path, place)]
-    if config.scratch is not None and is_in(path, SCRATCH):
-        if name == "data" and not config.copy_data:
-            raise InputError(f"--data is {path}, which is empty at first; give --copy_data what is copied there")
-        if name in ("data", "scratch"):
-            return
-    if not found:
-        raise InputError(
-            f"--{name} is {path}, which no volume of the pods holds; mount a claim with --volumes CLAIM:/FOLDER and "
-            "give a path in it, or a URI as s3://..."
-        )
-    if name in WRITTEN and found[-1][1]:
-        raise InputError(f"--{name} is {path}, but claim {found[-1][0]} is mounted to be read; leave its :ro out")
 
 
 def is_in(path: str, folder: str) -> bool:
