@@ -227,7 +227,7 @@ def run_fault(cluster: Cluster, folder: Path, data: Path, number: int, name: str
     if name in TORCHX:
         fault, options = TORCHX[name]
         job = submit_torchx(cluster, data, output, *options)
-        logs = [folder / f"slurm-{job}-pretrain-0.out"]  # a requeued job writes it anew
+        logs = [folder / f"slurm-{job}-pretrain-{node}.out" for node in (0, 1)]
     else:
         fault, logs = FAULTS[name], [Path(f"{output}.log")]
         job = submit(cluster, data, output)
