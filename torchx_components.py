@@ -105,6 +105,6 @@ def doctor(*args: str, **options: Any) -> specs.AppDef:
 
 @job.with_launch_options
 def manifest(*args: str, **options: Any) -> specs.AppDef:
-    """Write a job for Kubernetes that runs a stage: JobSet, TrainJob or Volcano Job. Runs in one process."""
+    """Write a job that runs a stage: a script for Slurm, or YAML for Kubernetes. Runs in one process."""
     job.require_one_process("manifest", options.get("j"))
     return job.make_job("recgpt_torchrec.manifest", *args, **options)

@@ -21,7 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from recgpt_torchrec.launch.sbatch import Job, write_script
+from recgpt_torchrec import cli, manifest
+from recgpt_torchrec.config.launch.manifest import Manifest
 from tools.kill_test import TRAINING, find_differences
 from tools.slurm_cluster import GRACE_SECONDS, Cluster
 
@@ -50,15 +51,12 @@ def run_here(data: Path, output: Path, epochs: int = EPOCHS) -> None:
 
 
 def submit(cluster: Cluster, data: Path, output: Path, epochs: int = EPOCHS) -> str:
-    """Submit a run on two nodes with the sbatch script; its log is beside its output. Returns the job's id."""
-    job = Job(
-        words=training_words(data, output, epochs),
-        nodes=2,
-        log=f"{output}.log",
-        environment=("OMP_NUM_THREADS=1", f"PYTHONPATH={Path(__file__).parents[1]}"),
-    )
+    """Submit a run on two nodes with a script for sbatch; its log is beside its output. Returns the job's id."""
+    sizes = ["--nodes", "2", "--cpus", "2", "--memory", "2", "--log", f"{output}.log"]
+    environment = ["--env", "OMP_NUM_THREADS=1", f"PYTHONPATH={Path(__file__).parents[1]}"]
+    words = ["--kind", "slurm", *sizes, *environment, "--", *training_words(data, output, epochs)]
     script = output.with_suffix(".sbatch")
-    script.write_text(write_script(job))
+    script.write_text(manifest.make_text(cli.parse(Manifest, "recgpt manifest", words)))
     return run(cluster, "sbatch", "--parsable", str(script))
 
 
@@ -229,7 +227,7 @@ def run_fault(cluster: Cluster, folder: Path, data: Path, number: int, name: str
     if name in TORCHX:
         fault, options = TORCHX[name]
         job = submit_torchx(cluster, data, output, *options)
-        logs = [folder / f"slurm-{job}-pretrain-{node}.err" for node in (0, 1)]
+        logs = [folder / f"slurm-{job}-pretrain-{node}.out" for node in (0, 1)]
     else:
         fault, logs = FAULTS[name], [Path(f"{output}.log")]
         job = submit(cluster, data, output)

@@ -39,7 +39,7 @@ STAGES = {
     "report": Stage(Report, "runs and their evaluations -> one HTML file: curves, metrics, differences, lists"),
     "plan": Stage(Plan, "sizes and a cluster -> sharding, memory, traffic and time of pretrain, without a GPU"),
     "doctor": Stage(Doctor, "versions, this machine, a dataset, options -> what would make a run fail or disappoint"),
-    "manifest": Stage(Manifest, "a stage's command line -> a job for Kubernetes: JobSet, TrainJob or Volcano Job"),
+    "manifest": Stage(Manifest, "a stage's command line -> a job: a script for Slurm, or YAML for Kubernetes"),
 }
 
 

@@ -18,8 +18,8 @@ from torchx.components import dist
 from torchx.specs.finder import ComponentValidationException
 
 from recgpt_torchrec.launch.arguments import pack
-from recgpt_torchrec.launch.command import improve_torchx_run, words_of_command
-from recgpt_torchrec.launch.resources import request_resources
+from recgpt_torchrec.launch.command import improve_torchx_run, named_scheduler, words_of_command
+from recgpt_torchrec.launch.resources import CPUS_PER_PROCESS, MEMORY_MB_PER_PROCESS, count_resources
 from recgpt_torchrec.texts.commands import JOB
 
 # The interpreter of the submitting environment where the job finds it (local, Slurm with a shared file system), else
@@ -69,13 +69,20 @@ def make_job(
         nodes, _, processes, _ = dist.parse_nnodes(j)
     except ValueError as error:
         raise ComponentValidationException(str(error)) from None
-    resources = request_resources(module, args, nodes, processes, gpus=gpu, cpu=cpu, memory_mb=memMB)
+    stage = module.rpartition(".")[2]
+    cores, memory_mb = cpu or CPUS_PER_PROCESS * processes, memMB or MEMORY_MB_PER_PROCESS * processes
+    # A job on this machine asks for nothing.
+    if not (cpu and memMB) and not named_scheduler(sys.argv[1:]).startswith("local"):
+        needed = count_resources(stage, args, nodes, processes, gpu)
+        cores, memory_mb = cpu or needed.cpu, memMB or needed.memory_mb
+        said = f"each node gets {cores} cores and {memory_mb:,} MB, {needed.how}; --cpu and --memMB set it"
+        print(f"recgpt_torchrec: {said}", file=sys.stderr, flush=True)
     job = dist.ddp(
         *map(pack, args),
         m=module,
         j=j,
-        cpu=resources.cpu,
-        memMB=resources.memory_mb,
+        cpu=cores,
+        memMB=memory_mb,
         gpu=gpu,
         h=h,
         image=image,
@@ -93,7 +100,7 @@ def make_job(
     role.args = [shell, f"{node} --max_restarts {max_restarts}{command.removeprefix('torchrun')}"]
     if not rdzv_port:
         role.port_map = {}
-    role.env.setdefault(JOB, words_of_command(module.rpartition(".")[2], j, sys.argv))
+    role.env.setdefault(JOB, words_of_command(stage, j, sys.argv))
     if cpu:
         role.env.setdefault("OMP_NUM_THREADS", str(max(1, cpu // processes)))
     return job

@@ -14,6 +14,7 @@ from recgpt_torchrec.planning.hardware import hardware_of
 from recgpt_torchrec.planning.memory import estimate_memory
 from recgpt_torchrec.planning.sharded import shard_workload
 from recgpt_torchrec.planning.workload import Workload
+from recgpt_torchrec.texts.words import count
 
 MARGIN = 1.3
 """How much more than estimated is asked for: beyond its request a job is killed."""
@@ -25,20 +26,20 @@ CORES = 2
 """Cores per process: one for the step, one for the loader and communication."""
 
 
-def plan_node(plan: Plan) -> dict[str, int]:
-    """Cores, and memory in MB, that each node of a run needs.
+def plan_node(plan: Plan) -> dict[str, int | str]:
+    """Cores, and memory in MB, that each node of a run needs; and how the memory is counted, in words.
 
     Raises:
         InputError: the run cannot be planned.
     """
     workload, hardware = Workload.of(plan), hardware_of(plan)
-    memory = estimate_memory(workload, shard_workload(workload, hardware), hardware)
+    estimated = estimate_memory(workload, shard_workload(workload, hardware), hardware).host_total / 2**20
     workers = plan.gpus * plan.stream.workers
-    needed = MARGIN * memory.host_total / 2**20 + WORKER_MB * workers
-    return {
-        "cpu": CORES * plan.gpus + workers,
-        "memory_mb": max(LEAST_MB * plan.gpus, 256 * math.ceil(needed / 256)),
-    }
+    needed, least = MARGIN * estimated + WORKER_MB * workers, LEAST_MB * plan.gpus
+    how = f"{MARGIN:g} x {estimated:,.0f} MB"
+    how += f", and {WORKER_MB} MB for each of {count(workers, 'loader process', 'loader processes')}" if workers else ""
+    how += f", but at least {LEAST_MB:,} MB per process" if needed < least else ""
+    return {"cpu": CORES * plan.gpus + workers, "memory_mb": max(least, 256 * math.ceil(needed / 256)), "how": how}
 
 
 def main() -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from recgpt_torchrec import cli, manifest
+from recgpt_torchrec.config.launch.manifest import PODS as KINDS
 from recgpt_torchrec.config.launch.manifest import Manifest
 
 GOLDEN = Path(__file__).with_name("manifests")
-KINDS = ("jobset", "trainjob", "volcano")
 CASES = {
     "gpu": "--name day-1 --namespace ml --image registry.example/recgpt:1 --pull_secret pull --nodes 2 --gpus 8 "
     "--cpus 96 --memory 900 --shm 64 --rdma rdma/hca_shared_devices_a=8 --volumes datasets:/data:ro runs:/runs "

@@ -18,7 +18,7 @@ from recgpt_torchrec import manifest as program
 from recgpt_torchrec.config.launch.manifest import Manifest
 from recgpt_torchrec.config.stages import STAGES
 from recgpt_torchrec.errors import REFUSED, STOPPED, InputError
-from recgpt_torchrec.launch import fetch, node
+from recgpt_torchrec.launch import fetch, node, resources
 from recgpt_torchrec.texts.commands import ONE_PROCESS
 from tests.launch.manifest_cases import CASES, GOLDEN, KINDS, place_container, pod_of, write
 
@@ -85,7 +85,7 @@ def test_exit_statuses_retry_or_end_the_job(tmp_path: Path) -> None:
     assert policy["maxRestarts"] == 5
     assert [(r["action"], r["onJobFailureReasons"]) for r in policy["rules"]] == [("FailJobSet", ["PodFailurePolicy"])]
     (volcano,) = yaml.safe_load_all(write("volcano", ["--retries", "5", *CLAIMS, *PRETRAIN], tmp_path))
-    assert volcano["spec"]["maxRetry"] == 5
+    assert volcano["spec"]["maxRetry"] == 6  # Volcano gives up when its count, which the first failure makes 1, is this
     assert volcano["spec"]["policies"][0] == {"exitCode": REFUSED, "action": "TerminateJob"}
 
 
@@ -145,12 +145,65 @@ def test_what_cannot_work_is_refused(words: list[str], message: str) -> None:
         ["--copy_data", "s3://b/d"],
         ["--memory", "3", "--shm", "4"],
         ["--nodes", "0"],
+        ["--time", "1:00:00"],
+        ["--flow", "flow.yaml"],
     ],
 )
 def test_options_that_cannot_work_are_refused(words: list[str], capsys: Any) -> None:
     with pytest.raises(SystemExit) as end:
         cli.parse(Manifest, "recgpt manifest", ["--kind", "jobset", *words, *PRETRAIN])
     assert end.value.code == REFUSED and f"{words[0]} " in capsys.readouterr().err
+
+
+def share(kind: str, words: list[str], folder: Path) -> tuple[float, str, str]:
+    """Cores and memory per node of the job that a command line gives, and the comment on them."""
+    text = write(kind, words, folder)
+    comment = next(line for line in text.splitlines() if line.startswith("# Each node gets"))
+    if kind == "slurm":
+        (cores,), memory = re.findall(r"--cpus-per-task=(\d+)", text), re.findall(r"--mem=(\d+)M", text)
+        return float(cores), f"{memory[0]}Mi" if memory else "", comment
+    asked = place_container(list(yaml.safe_load_all(text)))["resources"]["requests"]
+    return float(asked["cpu"].removesuffix("m")) / 1000, asked["memory"], comment
+
+
+@pytest.mark.parametrize("kind", ["slurm", *KINDS])
+def test_memory_is_what_is_planned_where_the_data_is_here_and_what_is_given_wins(
+    kind: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def plan(stage: str, words: list[str], *sizes: int) -> resources.Resources:
+        asked.append((stage, sizes, words[words.index("--data") + 1]))
+        return resources.Resources(7, 2560, "as recgpt plan estimates this run (so and so)", is_planned=True)
+
+    asked: list[Any] = []
+    monkeypatch.setattr(resources, "plan_resources", plan)
+    claims = [] if kind == "slurm" else ["--volumes", f"shared:{tmp_path}"]
+    sizes = ["--nodes", "2", "--processes", "3", *claims]
+    words = ["--", "pretrain", "--data", str(tmp_path), "--output", f"{tmp_path}/r"]
+    with_shm = 0 if kind == "slurm" else 4096
+    assert share(kind, [*sizes, *words], tmp_path)[:2] == (7, f"{2560 + with_shm}Mi")
+    assert "(so and so)" in share(kind, [*sizes, *words], tmp_path)[2]
+    assert share(kind, [*sizes, "--cpus", "5", *words], tmp_path)[:2] == (5, f"{2560 + with_shm}Mi")
+    assert set(map(repr, asked)) == {repr(("pretrain", (2, 3, 0), str(tmp_path)))}
+    asked.clear()
+    assert share(kind, [*sizes, "--memory", "9", *words], tmp_path)[:2] == (6, "9216Mi")
+    absent = ["--", "pretrain", "--data", f"{tmp_path}/none", "--output", f"{tmp_path}/r"]
+    cores, memory, comment = share(kind, [*sizes, *absent], tmp_path)
+    assert (cores, memory) == (6, "" if kind == "slurm" else "16384Mi") and f"--data {tmp_path}/none is not" in comment
+    assert not asked  # no seconds are spent on a plan that is not needed, or cannot be made
+
+
+def test_the_plan_is_made_with_the_data_that_pods_copy(tmp_path: Path, monkeypatch: Any) -> None:
+    asked: list[list[str]] = []
+
+    def plan(stage: str, words: list[str], *sizes: int) -> resources.Resources:
+        asked.append(words)
+        raise ValueError("no such bucket")
+
+    monkeypatch.setattr(resources, "plan_resources", plan)
+    copied = ["--volumes", "runs:/runs", "--scratch", "9", "--copy_data", "s3://b/d"]
+    words = ["--", "pretrain", "--data", "/scratch/d", "--output", "/runs/r"]
+    assert "no such bucket" in share("jobset", [*copied, *words], tmp_path)[2]
+    assert asked == [["--data", "/scratch/d", "--output", "/runs/r", "--data", "s3://b/d"]]
 
 
 def test_another_file_is_not_replaced_unasked(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recgpt_torchrec.launch import flow
+from recgpt_torchrec import cli, manifest
+from recgpt_torchrec.config.launch.manifest import Manifest
 from tools import kill_test, slurm_faults
 from tools.slurm_cluster import Cluster, ClusterError
 from tools.small_run import walks, write_dataset
@@ -105,12 +106,13 @@ def test_a_flow_goes_on_after_success_and_ends_at_a_refusal_without_another_try(
         {"run": "prepare --input missing.csv --output none", "name": "refused"},
         {"run": "doctor --data data"},
     ]
-    defaults = {"log": "%x.out", "environment": f"PYTHONPATH={Path(__file__).parents[2]}"}
+    defaults = {"log": "%x.out", "env": f"PYTHONPATH={Path(__file__).parents[2]}"}
     (tmp_path / "flow.yaml").write_text(yaml.safe_dump({"defaults": defaults, "jobs": jobs}))
     monkeypatch.chdir(tmp_path)
-    for name in ("SLURM_CONF", "PATH"):
-        monkeypatch.setenv(name, cluster.environment[name])
-    ids = flow.submit(flow.read_flow("flow.yaml"))
+    words = ["--kind", "slurm", "--flow", "flow.yaml", "--output", "flow.sh"]
+    manifest.main(cli.parse(Manifest, "recgpt manifest", words))
+    said = subprocess.run(["bash", "flow.sh"], env=cluster.environment, capture_output=True, text=True, check=True)
+    ids = {line.split()[1]: line.split()[0] for line in said.stdout.splitlines()}
     ends = {name: slurm_faults.wait_for_end(cluster, job) for name, job in ids.items()}
     assert ends == {"prepare": "COMPLETED", "refused": "FAILED", "doctor": "CANCELLED"}
     assert (tmp_path / "data/manifest.json").exists()

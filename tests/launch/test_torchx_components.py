@@ -178,7 +178,10 @@ def test_in_a_clone_a_job_runs_on_this_machine_without_naming_a_scheduler(tmp_pa
     assert cluster.returncode == 0 and "#SBATCH" in cluster.stdout, cluster.stderr
     planned = re.search(r"--cpus-per-task=(\d+) --mem=(\d+)", cluster.stdout)
     assert planned is not None and int(planned[1]) == 6 and 2000 < int(planned[2]) < 4096, cluster.stdout
-    assert f"6 cores and {int(planned[2]):,} MB, as recgpt plan estimates this run" in cluster.stderr
+    said = rf"6 cores and {int(planned[2]):,} MB, as recgpt plan estimates this run \(1\.3 x ([\d,]+) MB, and 600 MB"
+    counted = re.search(said, cluster.stderr)
+    assert counted is not None, cluster.stderr
+    assert 0 <= int(planned[2]) - 1.3 * int(counted[1].replace(",", "")) - 2 * 600 < 256 + 1.3  # rounded up
 
 
 def test_a_failed_rank_ends_the_job_with_its_own_words_and_no_foreign_traceback(stand_in):

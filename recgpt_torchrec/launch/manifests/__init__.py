@@ -1,1 +1,1 @@
-"""Writes jobs for Kubernetes: the pod that all kinds share, and a file for each kind."""
+"""Writes jobs for clusters: what all kinds share, a file for each kind, and the pod of those for Kubernetes."""

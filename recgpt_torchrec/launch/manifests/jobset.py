@@ -1,7 +1,8 @@
 """A JobSet: one indexed Job with a pod per node, under a headless service that JobSet makes."""
 
 from recgpt_torchrec.errors import REFUSED, STOPPED
-from recgpt_torchrec.launch.manifests.pod import CONTAINER, Job, Spec, metadata, pod_template
+from recgpt_torchrec.launch.manifests.job import Job
+from recgpt_torchrec.launch.manifests.pod import CONTAINER, Spec, metadata, pod_template
 
 
 def write(job: Job) -> list[Spec]:

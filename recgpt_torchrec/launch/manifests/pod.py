@@ -1,9 +1,9 @@
 """The pod of a node: its containers, volumes and resources, which are the same for every kind of job."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from recgpt_torchrec.config.launch.manifest import SCRATCH, Manifest
+from recgpt_torchrec.launch.manifests.job import Job, Share
 
 CONTAINER = "node"
 """Name of the container, of the task and of the replicated job; Kubeflow's Trainer asks for this one."""
@@ -14,24 +14,6 @@ Spec = dict[str, Any]
 """An object of Kubernetes, as it is written in YAML."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a kind of job is written from."""
-
-    options: Manifest
-    words: list[str]
-    """Options of the stage."""
-    required: list[str]
-    """Files and folders on volumes that the stage reads."""
-    data: str | None = None
-    """Folder that --copy_data is copied to."""
-
-    @property
-    def stage(self) -> str:
-        """Name of the stage."""
-        return self.options.command[0]
-
-
 def launcher_args(job: Job, first_pod: str) -> list[str]:
     """Arguments of the launcher on each node.
 
@@ -40,11 +22,10 @@ def launcher_args(job: Job, first_pod: str) -> list[str]:
         first_pod: host name at which the other pods find the first one.
     """
     options = job.options
-    sizes = ["--nnodes", str(options.nodes), "--nproc_per_node", str(options.processes_per_node)]
-    restarts = ["--max_restarts", str(options.max_restarts)]
-    meeting = ["--rdzv_backend", "c10d", "--rdzv_id", options.job_name]
+    meeting = ["--nnodes", str(options.nodes)]
+    meeting += ["--rdzv_backend", "c10d", "--rdzv_id", options.job_name]
     meeting += ["--rdzv_endpoint", f"{first_pod}:{options.port}"]
-    return escape([*sizes, *restarts, *meeting, "-m", f"recgpt_torchrec.{job.stage}", *job.words])
+    return escape([*job.launcher_options, *meeting, "-m", f"recgpt_torchrec.{job.stage}", *job.words])
 
 
 def escape(words: list[str]) -> list[str]:
@@ -65,7 +46,7 @@ def pod_template(job: Job, first_pod: str) -> Spec:
         "args": launcher_args(job, first_pod),
         **environment(options),
         "ports": [{"name": "rendezvous", "containerPort": options.port}],
-        "resources": resources(options),
+        "resources": resources(options, job.share),
         "securityContext": security(options),
         "volumeMounts": mounts(options),
     }
@@ -122,16 +103,15 @@ def init_container(job: Job, first_pod: str) -> Spec:
 
 def environment(options: Manifest) -> Spec:
     """Environment variables, and the secrets that bring more."""
-    pairs = [each.split("=", 1) for each in options.env]
     made: Spec = {}
-    if pairs:
-        made["env"] = [{"name": name, "value": value.replace("$", "$$")} for name, value in pairs]
+    if pairs := options.environment:
+        made["env"] = [{"name": name, "value": value.replace("$", "$$")} for name, value in pairs.items()]
     if options.secrets:
         made["envFrom"] = [{"secretRef": {"name": name}} for name in options.secrets]
     return made
 
 
-def resources(options: Manifest) -> Spec:
+def resources(options: Manifest, share: Share) -> Spec:
     """What a pod asks for. Cores are asked for and not limited: a limit would stop threads for parts of each 0.1 s."""
     devices = {}
     if options.gpus:
@@ -139,9 +119,9 @@ def resources(options: Manifest) -> Spec:
     if options.rdma:
         name, _, count = options.rdma.partition("=")
         devices[name] = int(count)
-    memory = f"{round(options.memory_gib * 1024)}Mi"
+    memory = f"{round((share.memory_gib or 0) * 1024)}Mi"
     return {
-        "requests": {"cpu": f"{round(options.cores * 1000)}m", "memory": memory, **devices},
+        "requests": {"cpu": f"{round(share.cores * 1000)}m", "memory": memory, **devices},
         "limits": {"memory": memory, **devices},
     }
 

@@ -4,8 +4,9 @@ The runtime holds what a team sets once (volumes, retries, security), the TrainJ
 nodes, resources. The Trainer makes a JobSet of both.
 """
 
+from recgpt_torchrec.launch.manifests.job import Job
 from recgpt_torchrec.launch.manifests.jobset import first_pod, jobset_spec
-from recgpt_torchrec.launch.manifests.pod import CONTAINER, LAUNCHER, Job, Spec, environment, launcher_args, metadata
+from recgpt_torchrec.launch.manifests.pod import CONTAINER, LAUNCHER, Spec, environment, launcher_args, metadata
 from recgpt_torchrec.launch.manifests.pod import resources as resources_per_node
 
 API = "trainer.kubeflow.org"
@@ -36,7 +37,7 @@ def write(job: Job) -> list[Spec]:
         "args": launcher_args(job, first_pod(job)),
         "numNodes": options.nodes,
         "numProcPerNode": options.processes_per_node,
-        "resourcesPerNode": resources_per_node(options),
+        "resourcesPerNode": resources_per_node(options, job.share),
         **({"env": given["env"]} if "env" in given else {}),
     }
     trainjob = {
