@@ -46,6 +46,7 @@ PRETRAIN = (
     Rung("loss", "softmax over sampled items", ("loss",)),
     Rung("history_in", "mean of the history at the input", ("model.history_in",)),
     Rung("history_out", "decaying mean of the history at the output", ("model.history_out",)),
+    Rung("output_map", "linear map of the output", ("model.output_map",)),
     Rung(
         "decoder",
         "GELU, scores over sqrt(d / heads), wider feed-forward layer, norm at the input",
@@ -57,6 +58,7 @@ PRETRAIN = (
         "user vectors start at 0, learn slowly and are dropped at random",
         ("model.user_dropout", "tables.user_lr", "tables.user_init_std"),
     ),
+    Rung("thinning", "entries of histories left out at random", ("batch.thinning", "batch.thinned")),
     Rung("batch", "smaller batches, by tokens", ("batch",)),
     Rung("optimizer", "row-wise Adagrad of the tables; warm-up and cosine decay", ("tables", "optimizer")),
     Rung("length", "epochs, validation and early stopping", ("train",)),
