@@ -159,21 +159,22 @@ class Catalogue:
         k: int,
         seen: Ragged | None = None,
         forbidden: Tensor | None = None,
-        bias: float | None = None,
+        weighed: Ragged | None = None,
+        bias: float = 0.0,
     ) -> Best:
         """The `k` items with the largest inner product with each query, exactly.
 
         Args:
             queries: [rows, dim] float32, of this rank.
             k: items per query.
-            seen: items to leave out, by row; with `bias` they compete.
+            seen: items to leave out, by row.
             forbidden: [rows, any] int64 further items to leave out, by row.
-            bias: added to the scores of `seen`; None: these are left out.
+            weighed: items to whose scores `bias` is added, by row.
+            bias: see `weighed`.
         """
-        pairs = pairs_of(seen if bias is None else None, forbidden)
-        weighed = pairs_of(None if bias is None else seen).distinct()
-        question = _Question(queries, pairs, weighed, _biases(queries, bias or 0.0))
-        best: Best = self._ask_best(question, len(queries), k, pairs.rows.size, weighed.rows.size)
+        pairs, raised = pairs_of(seen, forbidden), pairs_of(weighed).distinct()
+        question = _Question(queries, pairs, raised, _biases(queries, bias))
+        best: Best = self._ask_best(question, len(queries), k, pairs.rows.size, raised.rows.size)
         return best
 
     def ranks(self, queries: Tensor, targets: Tensor, seen: Ragged, bias: float = 0.0) -> tuple[Tensor, Tensor]:
