@@ -110,8 +110,8 @@ def check(config: Retrieve, export: "Export", dataset: Any) -> "tuple[MergeRule,
         )
     if config.seen == "weigh" and manifest.repeat_bias > 0 and config.index != "exact":
         raise InputError(
-            f"--seen weigh: {config.export} has the repeat bias {manifest.repeat_bias:g}, which lifts items of a history "
-            f"into a list that --index {config.index} does not find; give --index exact"
+            f"--seen weigh: {config.export} has the repeat bias {manifest.repeat_bias:g}, which lifts items of a "
+            f"history that --index {config.index} does not find; give --index exact"
         )
     made_from = manifest.settings.get("hold_out", "last")
     if dataset is not None and manifest.settings.get("history") != "all" and made_from != dataset.manifest.hold_out:

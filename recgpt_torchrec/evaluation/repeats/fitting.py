@@ -41,9 +41,9 @@ def fit_bias(log_odds: Float64, is_repeat: npt.NDArray[np.bool_]) -> float | Non
         return float(_logistic(odds + bias).sum()) > repeats
 
     low, high = -BOUND, BOUND
-    if exceeds(low):
+    if not repeats or exceeds(low):
         return low
-    if not exceeds(high):
+    if repeats == odds.size or not exceeds(high):
         return high
     for _ in range(STEPS):
         middle = (low + high) / 2
@@ -52,5 +52,5 @@ def fit_bias(log_odds: Float64, is_repeat: npt.NDArray[np.bool_]) -> float | Non
 
 
 def _logistic(values: Float64) -> Float64:
-    shares: Float64 = (1 + np.tanh(values / 2)) / 2
+    shares: Float64 = 1 / (1 + np.exp(-np.maximum(values, -700)))  # e^700 is the largest that float64 holds, about
     return shares

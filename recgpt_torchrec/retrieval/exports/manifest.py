@@ -76,8 +76,8 @@ class ExportManifest(FolderManifest):
     metric: str = field(default="inner_product", metadata={LATER: True})
     """How a user's score for an item is made of their vectors."""
     repeat_bias: float = field(default=0.0, metadata={LATER: True})
-    """Of the model, see `checkpoints.repeat_bias`: what a score has beside the inner product where an item of the user's
-    history competes."""
+    """Of the model, see `checkpoints.repeat_bias`: what a score has beside the inner product where an item of the
+    user's history competes."""
     state: str = field(default="", metadata={LATER: True})
     """Where deltas were applied: the fingerprint of the last one, see `DeltaManifest`; empty: this export's own."""
     dataset: str = ""

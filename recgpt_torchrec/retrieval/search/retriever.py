@@ -68,7 +68,7 @@ class ApproximateSearch:
             complete = (nearest < 0).any(axis=1) | (depth == self.index.items)
             if seen_pairs is not None:
                 is_seen = wanted & _is_in_sorted(owner[unfinished, None] * self.index.items + nearest, seen_pairs)
-                # What is not found scores no more than the least found: k unseen items are before it, whatever the bias.
+                # What is not found scores no more than the least found: k unseen items are before it.
                 complete |= (wanted & ~is_seen).sum(axis=1) >= k
                 if repeats is None:
                     wanted &= ~is_seen
@@ -135,7 +135,7 @@ def _is_in_sorted(values: Int64, ascending: Int64) -> Bool:
 
 
 def _weigh(items: Int64, scores: Float32, is_seen: Bool, bias: float) -> tuple[Int64, Float32]:
-    """Items and scores [rows, any] with the bias added to those that are seen, best first, of equal ones the smaller id.
+    """Items and scores [rows, any] with the bias added where seen, best first, of equal ones the smaller id.
 
     -1 with -inf stays at the end.
     """
