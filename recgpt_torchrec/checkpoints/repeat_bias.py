@@ -23,7 +23,7 @@ def check_bias(bias: float, name: str = NAME) -> None:
 
 
 def describe_bias(bias: float) -> str:
-    """A repeat bias and what it means, in words."""
+    """A repeat bias and what it means, as the rest of a line that begins with `repeat`."""
     if bias <= -BOUND:
         meaning = "no item of a history comes back"
     elif bias >= BOUND:
@@ -32,4 +32,4 @@ def describe_bias(bias: float) -> str:
         meaning = f"items of a history weigh {math.exp(bias):.3g} times as much as by their vectors alone"
     else:
         meaning = "items of a history weigh as much as any others"
-    return f"repeat bias {bias:g}: {meaning}"
+    return f"bias {bias:g}: {meaning}"

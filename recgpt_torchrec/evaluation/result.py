@@ -132,7 +132,7 @@ def describe(
 def table(results: dict[str, Any], repeat_bias: float) -> str:
     """The results as text: one line per recall path, masked and unmasked."""
     lines = []
-    every = "every item is ranked" + (f"; {describe_bias(repeat_bias)}" if repeat_bias else "")
+    every = "every item is ranked" + (f"; repeat {describe_bias(repeat_bias)}" if repeat_bias else "")
     for protocol, meaning in (("masked", "items of the history are left out"), ("unmasked", every)):
         names = list(next(iter(results.values()))[protocol])
         rows = [[path, *(f"{figures[protocol][name]:.4f}" for name in names)] for path, figures in results.items()]

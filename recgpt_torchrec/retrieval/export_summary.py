@@ -64,7 +64,7 @@ def describe_following(config: Export, manifest: ExportManifest | DeltaManifest,
 
 def next_steps(config: Export, repeat_bias: float) -> list[str]:
     """What to do with an export."""
-    repeats = [f"repeats  {describe_bias(repeat_bias)} (retrieve --seen weigh)"] if repeat_bias else []
+    repeats = [f"repeat   {describe_bias(repeat_bias)} (retrieve --seen weigh)"] if repeat_bias else []
     return [
         "A user's score for an item is the inner product of their vectors: index items/*.parquet for maximum inner "
         "product and query it with users/*.parquet, or let retrieve do both",

@@ -64,7 +64,7 @@ def _describe_seen(config: Retrieve, export: ExportManifest) -> str:
         return ", items of the history not left out (no --data)"
     if config.seen == "leave_out":
         return ", items of the history left out"
-    return f", items of the history weighed ({describe_bias(export.repeat_bias)})"
+    return f", items of the history weighed (repeat {describe_bias(export.repeat_bias)})"
 
 
 def look_line(output: str) -> str:

@@ -149,5 +149,5 @@ def _validation(train: Train, manifest: Manifest, validates: bool) -> list[str]:
 def _repeats(validates: bool, repeat_bias: float) -> list[str]:
     """The line about the repeat bias, where it is known already or is not going to be fitted."""
     if not validates:
-        return [f"  repeats  {describe_bias(repeat_bias)}; nothing is held out to fit it on"]
-    return [f"  repeats  {describe_bias(repeat_bias)}; fitted anew at each validation"] if repeat_bias else []
+        return [f"  repeat   {describe_bias(repeat_bias)}; nothing is held out to fit it on"]
+    return [f"  repeat   {describe_bias(repeat_bias)}; fitted anew at each validation"] if repeat_bias else []

@@ -217,7 +217,7 @@ class Run:
         else:
             following = next_line("evaluate", {**done, "output": f"{output}/test.json", "split": "test"})
         found = self.checkpoints.best() or self.checkpoints.latest()
-        repeats = "" if found is None else f"\nRepeats: {describe_bias(Progress.of_checkpoint(found).repeat_bias)}"
+        repeats = "" if found is None else f"\nRepeat {describe_bias(Progress.of_checkpoint(found).repeat_bias)}"
         curves = f"tensorboard --logdir {shlex.quote(f'{output}/tensorboard')}"
         return f"Trained: {trained}{repeats}\nCurves:  {curves}\n{following}"
 

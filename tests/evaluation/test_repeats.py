@@ -128,8 +128,8 @@ def test_it_is_the_same_on_any_number_of_ranks_and_of_the_users_with_the_smalles
 
 
 def test_a_bias_is_told_with_its_meaning():
-    assert describe_bias(-30) == "repeat bias -30: no item of a history comes back"
-    assert describe_bias(30) == "repeat bias 30: only items of the history come"
+    assert describe_bias(-30) == "bias -30: no item of a history comes back"
+    assert describe_bias(30) == "bias 30: only items of the history come"
     assert "0.135 times" in describe_bias(-2.0) and "as much as any others" in describe_bias(0.0)
 
 
@@ -204,7 +204,7 @@ def test_a_run_says_its_bias_and_resuming_initial_and_tuning_keep_it(trained, ca
     folder, repeats = trained
     bias = CheckpointSettings.read(find_checkpoint(str(folder / "run"))).repeat_bias
     assert stage("pretrain", run_options(folder, repeats)) == 0
-    assert f"Repeats: {describe_bias(bias)}" in capfd.readouterr().out
+    assert f"Repeat {describe_bias(bias)}" in capfd.readouterr().out
     # A run on a dataset that holds nothing out fits none: it keeps that of the checkpoint it starts from.
     write_dataset(folder / "all", [[0, 1, 2], [3, 4, 59]] * 100, items=60, hold_out="none")
     more = {"--data": folder / "all", "--output": folder / "more", "--initial": folder / "run", **TRAIN}
