@@ -58,10 +58,9 @@ class RepeatSample:
         self._seen = [join(self._seen).take(rows)]
 
     def fit(self, catalogue: Catalogue) -> float:
-        """The bias, the same on every rank (collective, after a batch of every rank).
-
-        0, with a message, where no user says anything of it.
-        """
+        """The bias, the same on every rank (collective); 0, with a message, where no user says anything of it."""
+        nobody = torch.zeros(0, catalogue.dim, device=catalogue.device)
+        self.add(np.zeros(0, np.int64), nobody, torch.zeros(0, dtype=torch.int64), Ragged.from_lists([]))
         hashes = np.sort(np.concatenate(gather_objects(self._hashes)))[: self.users]
         largest = hashes[-1] if hashes.size else np.uint64(0)
         self._keep(np.flatnonzero(self._hashes <= largest))
