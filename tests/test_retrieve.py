@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,10 @@ def test_two_ranks_write_what_one_writes(made, tmp_path):
     assert found == lists(alone, tmp_path / "exact", k=10, merge="two_step", data=made / "prompts")
 
 
+def changed_by(changed: dict[str, Any]) -> Callable[[dict[str, Any]], object]:
+    return lambda values: values.update(changed)
+
+
 def test_items_of_the_history_may_compete_with_the_bias_of_the_export(made, tmp_path, capfd):
     """Lists of one interest are a sort of biased scores, with an index too; without --seen they are as ever."""
     exported, items = pretrained(made), open_export(str(pretrained(made))).item_vectors()[1]
@@ -214,7 +219,7 @@ def test_items_of_the_history_may_compete_with_the_bias_of_the_export(made, tmp_
     assert not any(set(row) & set(WALKS[user][:-1]) for user, row in left_out.items())
     for bias in (-0.1, 0.5):
         weighed = Path(shutil.copytree(exported, tmp_path / f"bias {bias}"))
-        change_json(weighed / "manifest.json", lambda values, bias=bias: values.update(repeat_bias=bias))
+        change_json(weighed / "manifest.json", changed_by({"repeat_bias": bias}))
         expected = {}
         for user, vectors in vectors_by_user(open_export(str(weighed))).items():
             scores = items @ vectors[0]

@@ -82,7 +82,8 @@ class Case:
             self.k,
             self.seen_of(rank) if self.masks[0] else None,
             torch.from_numpy(self.forbidden[rank]) if self.masks[1] else None,
-            **({} if self.masks[0] else {"weighed": self.seen_of(rank), "bias": self.bias}),
+            weighed=None if self.masks[0] else self.seen_of(rank),
+            bias=self.bias,
         )
         assert found.items.shape == found.scores.shape == (self.rows[rank], self.k)
         return found.items.tolist(), found.scores.tolist()
