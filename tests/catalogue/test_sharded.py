@@ -123,7 +123,8 @@ class Case:
         return both
 
     def log_odds(self, catalogue: Catalogue, rank: int) -> list[float]:
-        with mock.patch.multiple(odds, SCORES={"cpu": self.limits["held"]}, WIDTH=self.limits["rows"]):
+        width = max(1, self.items // 3)
+        with mock.patch.multiple(odds, SCORES={"cpu": 4 * width}, WIDTH=width):
             found = catalogue.log_odds(torch.from_numpy(self.queries[rank]), self.seen_of(rank))
         assert found.dtype == torch.float64
         return found.numpy().round(5).tolist()
