@@ -11,11 +11,13 @@ from recgpt_torchrec.texts.commands import command
 if TYPE_CHECKING:
     from recgpt_torchrec.config import Tuning
     from recgpt_torchrec.data.dataset import Dataset
+    from recgpt_torchrec.training.trainer import Trainer
 
 
 def main(config: PromptTune) -> None:
     """Tune the pre-trained model; `config.output` then holds the best and the newest checkpoints."""
     from recgpt_torchrec.checkpoints.folder import find_checkpoint
+    from recgpt_torchrec.checkpoints.settings import CheckpointSettings
     from recgpt_torchrec.data.dataset import histories_fingerprint
     from recgpt_torchrec.distributed.processes import print_result, process_group, run_on_first_rank
     from recgpt_torchrec.distributed.watchdog import Watchdog
@@ -45,6 +47,11 @@ def main(config: PromptTune) -> None:
         if run_on_first_rank(lambda: run.finished):
             print_result(f"{config.output} is already trained.", run.summary(dataset.manifest), sep="\n")
             return
+
+        def begin(trainer: "Trainer") -> None:
+            load_pretrained(trainer.model, checkpoint)
+            trainer.progress.repeat_bias = CheckpointSettings.read(checkpoint).repeat_bias
+
         validation = validation_of(stream, model, stream.maker.batch, device, limits, config.events.validate)
         train(
             config,
@@ -54,7 +61,7 @@ def main(config: PromptTune) -> None:
             device,
             tokens,
             execution,
-            begin=lambda trainer: load_pretrained(trainer.model, checkpoint),
+            begin=begin,
             validation=validation,
             metric=METRIC,
             tuning=tuning,

@@ -29,7 +29,7 @@ def main(config: Recommend) -> None:
         place = recommender.dataset.path
         raise InputError(f"--k is {config.k}, but {place} has {count(items, 'item')}; give at most that many")
     options: dict[str, Any] = {"interests": config.interests, "merge": config.merge, "allow": config.allow or None}
-    options |= {"time": config.time, "event": config.event}
+    options |= {"time": config.time, "event": config.event, "seen": config.seen}
     if config.input is not None:
         counts = answer_file(recommender, config.input, config.output, config.k, options)
         if config.output is not None:

@@ -80,7 +80,8 @@ def check(config: Retrieve, export: "Export", dataset: Any) -> "tuple[MergeRule,
         The rule that merges interests, and the number of interests to use.
 
     Raises:
-        InputError: the export has fewer items or interests than asked for, or is from another dataset.
+        InputError: the export has fewer items or interests than asked for, or is from another dataset; or an
+            approximate index cannot weigh the items of the history.
     """
     from recgpt_torchrec.retrieval.merging import merge_rule
 
@@ -106,6 +107,11 @@ def check(config: Retrieve, export: "Export", dataset: Any) -> "tuple[MergeRule,
         raise InputError(
             f"{config.export} was made from another dataset than {config.data}: its ids mean other items (vocabulary "
             f"{manifest.vocabulary[:12]}, not {dataset.manifest.vocabulary[:12]}). Give --data {manifest.dataset}"
+        )
+    if config.seen == "weigh" and manifest.repeat_bias > 0 and config.index != "exact":
+        raise InputError(
+            f"--seen weigh: {config.export} has the repeat bias {manifest.repeat_bias:g}, which lifts items of a "
+            f"history that --index {config.index} does not find; give --index exact"
         )
     made_from = manifest.settings.get("hold_out", "last")
     if dataset is not None and manifest.settings.get("history") != "all" and made_from != dataset.manifest.hold_out:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 from recgpt_torchrec import export, retrieve
+from recgpt_torchrec.checkpoints.folder import find_checkpoint
+from recgpt_torchrec.checkpoints.settings import CheckpointSettings
 from recgpt_torchrec.config import Batch, Export, Retrieve, Sharding
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.retrieval.exports.reading import open_export
@@ -203,6 +206,39 @@ def test_two_ranks_write_what_one_writes(made, tmp_path):
     assert found == lists(alone, tmp_path / "exact", k=10, merge="two_step", data=made / "prompts")
 
 
+def changed_by(changed: dict[str, Any]) -> Callable[[dict[str, Any]], object]:
+    return lambda values: values.update(changed)
+
+
+def test_items_of_the_history_may_compete_with_the_bias_of_the_export(made, tmp_path, capfd):
+    """Lists of one interest are a sort of biased scores, with an index too; without --seen they are as ever."""
+    exported, items = pretrained(made), open_export(str(pretrained(made))).item_vectors()[1]
+    bias = CheckpointSettings.read(find_checkpoint(str(made / "run"))).repeat_bias
+    assert json.loads((exported / "manifest.json").read_text())["repeat_bias"] == bias != 0
+    left_out = lists(exported, tmp_path / "left_out", k=8, interests=1, merge="score", data=made / "data")
+    assert not any(set(row) & set(WALKS[user][:-1]) for user, row in left_out.items())
+    for bias in (-0.1, 0.5):
+        weighed = Path(shutil.copytree(exported, tmp_path / f"bias {bias}"))
+        change_json(weighed / "manifest.json", changed_by({"repeat_bias": bias}))
+        expected = {}
+        for user, vectors in vectors_by_user(open_export(str(weighed))).items():
+            scores = items @ vectors[0]
+            scores[sorted(set(WALKS[user][:-1]))] += np.float32(bias)
+            expected[user] = np.argsort(-scores, kind="stable")[:8].tolist()
+        assert expected != left_out
+        for index in ("exact", "flat", "ivf"):
+            options = {"k": 8, "interests": 1, "merge": "score", "data": made / "data", "seen": "weigh", "index": index}
+            output = tmp_path / f"{index} {bias}"
+            if index == "exact" or bias < 0:
+                assert lists(weighed, output, **options) == expected
+                said = capfd.readouterr().out
+                assert f"items of the history weighed (repeat bias {bias}: " in said and "history weighed)" in said
+                continue
+            given = {"--export": weighed, "--output": output} | {f"--{name}": value for name, value in options.items()}
+            assert stage("retrieve", given) == 2
+            assert f"a history that --index {index} does not find; give --index exact" in capfd.readouterr().err
+
+
 def rows_of(path: Path) -> list[tuple[int, list[int]]]:
     table = pq.read_table(path)
     return list(zip(table["user_id"].to_pylist(), table["item_ids"].to_pylist(), strict=True))
@@ -319,6 +355,7 @@ def harmed(made: Path, folder: Path, how: str) -> Path:
         ("", {"--interests": 33}, "--interests is 33; it must be from 0 to 32 (0: all)"),
         ("", {"--k": ITEMS + 1}, f"--k is {ITEMS + 1}, but"),
         ("", {"--k": 0}, "--k is 0"),
+        ("", {"--seen": "weigh"}, "--seen is weigh; give the dataset whose histories are weighed: --data"),
         ("", {"--m": 11, "--merge": "two_step"}, "--m is 11"),
         ("", {"--m": 5, "--merge": "quota"}, "only two_step uses m"),
         ("", {"--merge": "two_step", "--interests": 3}, "two_step merges 2"),

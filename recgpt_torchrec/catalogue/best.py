@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recgpt_torchrec.catalogue.pairs import Excluded, Pairs
+from recgpt_torchrec.catalogue.pairs import Excluded, Pairs, Weighed
 
 SCORES = {"cpu": 2**18, "cuda": 2**26}
 """Number of scores held at once: on CPU what fits its cache (1 MiB took half the time of 25 MiB), on a GPU 256 MiB."""
@@ -43,13 +43,22 @@ class BestFinder:
         finder.best
     """
 
-    def __init__(self, queries: Tensor, k: int, excluded: Pairs | None, items: int) -> None:
+    def __init__(
+        self,
+        queries: Tensor,
+        k: int,
+        excluded: Pairs | None,
+        items: int,
+        weighed: Pairs | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
         """
         Args:
             queries: [rows, dim] float32.
             k: items per query.
             excluded: items that do not compete, by row.
             items: number of items that will come; decides how tiles are cut.
+            weighed: items, by row and each once, that compete with `bias` [rows] float32 added to their scores.
         """
         self.queries, self.k = queries, k
         rows, held = len(queries), SCORES[queries.device.type]
@@ -59,6 +68,8 @@ class BestFinder:
             self.width = max(1, held // self.rows)
         self.pairs, self.items = excluded, items
         self.excluded: Excluded | None = None
+        self.weighed_pairs, self.bias = weighed, bias
+        self.weighed: Weighed | None = None
         self._blocks: list[Best] = []
 
     @property
@@ -75,9 +86,12 @@ class BestFinder:
         if not len(vectors):
             return
         is_new, blocks = not self._blocks, []
+        whole = len(vectors) == self.items <= self.width
         if is_new and self.pairs is not None:
-            whole = len(vectors) == self.items <= self.width
             self.excluded = Excluded(self.pairs, self.rows, vectors.device, whole=whole)
+        if is_new and self.weighed_pairs is not None:
+            assert self.bias is not None
+            self.weighed = Weighed(self.weighed_pairs, self.bias, self.rows, whole=whole)
         for number, start in enumerate(range(0, len(self.queries), self.rows)):
             queries = self.queries[start : start + self.rows]
             best = None if is_new else self._blocks[number]
@@ -85,6 +99,8 @@ class BestFinder:
                 scores = queries @ vectors[place : place + self.width].t()
                 if self.excluded is not None:
                     self.excluded.mask(scores, number, first + place)
+                if self.weighed is not None:
+                    self.weighed.add(scores, number, first + place)
                 if best is None:
                     items, values = best_items(scores, self.k)
                     best = Best(torch.where(items < 0, items, items + (first + place)), values)

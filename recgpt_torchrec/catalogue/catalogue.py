@@ -19,8 +19,9 @@ from torch import Tensor
 from recgpt_torchrec.catalogue.best import Best, BestFinder, merge_best
 from recgpt_torchrec.catalogue.counting import CountFinder
 from recgpt_torchrec.catalogue.exchange import gather_rows, return_rows, send, sort_by_rank
+from recgpt_torchrec.catalogue.odds import OddsFinder
 from recgpt_torchrec.catalogue.pairs import Pairs, pairs_of
-from recgpt_torchrec.catalogue.ranks import check_ids, ranks_of
+from recgpt_torchrec.catalogue.ranks import COUNTS, check_ids, in_history, ranks_of
 from recgpt_torchrec.catalogue.rounds import Rounds
 from recgpt_torchrec.catalogue.vectors import BLOCK_BYTES, HeldVectors, StreamedVectors
 from recgpt_torchrec.data.candidates import id_range
@@ -44,6 +45,10 @@ class _Question(NamedTuple):
     """[rows, dim] float32."""
     pairs: Pairs
     """Items that do not compete."""
+    weighed: Pairs
+    """Items whose scores get the row's bias, each once."""
+    biases: Tensor
+    """[rows, 2] float32: the bias, and what of it the target gets."""
     targets: Tensor | None = None
     """[rows] int64 items whose ranks are asked for."""
 
@@ -71,6 +76,7 @@ class Catalogue:
         self._ask_best = self.rounds.add(self._serve_best)
         self._ask_counts = self.rounds.add(self._serve_counts)
         self._ask_vectors = self.rounds.add(self._serve_vectors)
+        self._ask_odds = self.rounds.add(self._serve_odds)
 
     @classmethod
     @torch.no_grad()
@@ -147,7 +153,15 @@ class Catalogue:
         vectors: Tensor = self._ask_vectors(items.reshape(-1), items.numel())
         return vectors.view(*items.shape, self.dim)
 
-    def top_k(self, queries: Tensor, k: int, seen: Ragged | None = None, forbidden: Tensor | None = None) -> Best:
+    def top_k(
+        self,
+        queries: Tensor,
+        k: int,
+        seen: Ragged | None = None,
+        forbidden: Tensor | None = None,
+        weighed: Ragged | None = None,
+        bias: float = 0.0,
+    ) -> Best:
         """The `k` items with the largest inner product with each query, exactly.
 
         Args:
@@ -155,18 +169,22 @@ class Catalogue:
             k: items per query.
             seen: items to leave out, by row.
             forbidden: [rows, any] int64 further items to leave out, by row.
+            weighed: items to whose scores `bias` is added, by row.
+            bias: see `weighed`.
         """
-        pairs = pairs_of(seen, forbidden)
-        best: Best = self._ask_best(_Question(queries, pairs), len(queries), k, pairs.rows.size)
+        pairs, raised = pairs_of(seen, forbidden), pairs_of(weighed).distinct()
+        question = _Question(queries, pairs, raised, _biases(queries, bias))
+        best: Best = self._ask_best(question, len(queries), k, pairs.rows.size, raised.rows.size)
         return best
 
-    def ranks(self, queries: Tensor, targets: Tensor, seen: Ragged) -> tuple[Tensor, Tensor]:
+    def ranks(self, queries: Tensor, targets: Tensor, seen: Ragged, bias: float = 0.0) -> tuple[Tensor, Tensor]:
         """The masked and the unmasked rank of each row's target among all items (see `catalogue.ranks`).
 
         Args:
             queries: [rows, dim] float32, of this rank.
             targets: [rows] int64 item ids.
             seen: items of each row's history.
+            bias: added to their scores when unmasked.
 
         Returns:
             [rows] float32 each; inf where the target is in the history (masked).
@@ -175,8 +193,23 @@ class Catalogue:
             ValueError: a score of any rank is NaN, on every rank.
         """
         check_ids(targets, self.items, "targets")
-        question = _Question(queries, pairs_of(seen), targets.to(queries.device))
+        biases = _biases(queries, bias, in_history(targets.cpu(), seen))
+        question = _Question(queries, pairs_of(seen), pairs_of(None), biases, targets.to(queries.device))
         return ranks_of(self._ask_counts(question, len(queries), 0, question.pairs.rows.size))
+
+    def log_odds(self, queries: Tensor, seen: Ragged) -> Tensor:
+        """[rows] float64 log of the odds that the next item is one of those `seen`, by the softmax over all items.
+
+        -inf where nothing is seen, inf where all items are.
+
+        Args:
+            queries: [rows, dim] float32, of this rank.
+            seen: items of each row's history.
+        """
+        question = _Question(queries, pairs_of(seen).distinct(), pairs_of(None), _biases(queries, 0.0))
+        of_seen, of_others = self._ask_odds(question, len(queries))
+        odds: Tensor = of_seen - of_others
+        return odds
 
     # ------------------------------------------------------------------------------------------- what rounds serve
 
@@ -188,7 +221,10 @@ class Catalogue:
         for part, counts in self._parts(question, rows, k):
             queries = gather_rows(part.queries, counts)
             pairs = self._send_pairs(part.pairs, counts) if sizes[:, 2].any() else None
-            finder = BestFinder(queries, k, pairs, self.vectors.stop - self.vectors.first)
+            weighed, bias = None, None
+            if sizes[:, 3].any():
+                weighed, bias = self._send_pairs(part.weighed, counts), gather_rows(part.biases, counts)[:, 0]
+            finder = BestFinder(queries, k, pairs, self.vectors.stop - self.vectors.first, weighed, bias)
             for first, block in self.vectors.blocks():
                 finder.update(block, first)
             items, scores = (return_rows(values, counts)[..., :own_k] for values in finder.best)
@@ -205,22 +241,24 @@ class Catalogue:
 
     def _serve_counts(self, sizes: Int64, question: _Question | None) -> Tensor:
         question = question or self._no_question()
-        answers = [torch.zeros(6, 0, dtype=torch.int64, device=self.device)]
+        answers = [torch.zeros(COUNTS, 0, dtype=torch.int64, device=self.device)]
         for part, counts in self._parts(question, sizes[:, 0], k=0):
             assert part.targets is not None
             target_vectors = gather_rows(self._vectors_of(part.targets, counts), counts)
             queries, targets = gather_rows(part.queries, counts), gather_rows(part.targets, counts)
             pairs = self._send_pairs(part.pairs, counts)
-            found = self._count(queries, targets, target_vectors, pairs)
+            found = self._count(queries, targets, target_vectors, pairs, gather_rows(part.biases, counts))
             first = int(counts[: rank()].sum())
             answers.append(found[:, first : first + int(counts[rank()])])
         return torch.cat(answers, dim=1)
 
-    def _count(self, queries: Tensor, targets: Tensor, target_vectors: Tensor, history: Pairs) -> Tensor:
-        """[6, rows] int64 counts over the items of all ranks, for the same queries on every rank."""
+    def _count(
+        self, queries: Tensor, targets: Tensor, target_vectors: Tensor, history: Pairs, biases: Tensor
+    ) -> Tensor:
+        """[8, rows] int64 counts over the items of all ranks, for the same queries on every rank."""
         failure = None
-        counts = torch.zeros(6, len(targets) + 1, dtype=torch.int64, device=self.device)
-        finder = CountFinder(queries, targets, target_vectors, history, self.vectors.stop - self.vectors.first)
+        counts = torch.zeros(COUNTS, len(targets) + 1, dtype=torch.int64, device=self.device)
+        finder = CountFinder(queries, targets, target_vectors, history, self.vectors.stop - self.vectors.first, biases)
         for first, block in self.vectors.blocks():  # to the end, even after a failure: it may be collective
             try:
                 if failure is None:
@@ -237,6 +275,18 @@ class Catalogue:
         if counts[0, -1]:
             raise ValueError("scores of another rank's items are NaN; the model has diverged")
         return counts[:, :-1]
+
+    def _serve_odds(self, sizes: Int64, question: _Question | None) -> Tensor:
+        """[2, rows] float64, see `OddsFinder.log_sums`, over the items of all ranks."""
+        question = question or self._no_question()
+        answers = [torch.zeros(2, 0, dtype=torch.float64, device=self.device)]
+        for part, counts in self._parts(question, sizes[:, 0], k=0):
+            queries, pairs = gather_rows(part.queries, counts), self._send_pairs(part.pairs, counts)
+            finder = OddsFinder(queries, pairs, self.vectors.stop - self.vectors.first)
+            for first, block in self.vectors.blocks():
+                finder.update(block, first)
+            answers.append(return_rows(finder.log_sums.t().contiguous(), counts).logsumexp(0).t())
+        return torch.cat(answers, dim=1)
 
     def _serve_vectors(self, sizes: Int64, items: Tensor | None) -> Tensor:
         if items is None:
@@ -265,7 +315,8 @@ class Catalogue:
 
     def _no_question(self) -> _Question:
         no_items = torch.zeros(0, dtype=torch.int64, device=self.device)
-        return _Question(torch.zeros(0, self.dim, device=self.device), pairs_of(None), no_items)
+        queries = torch.zeros(0, self.dim, device=self.device)
+        return _Question(queries, pairs_of(None), pairs_of(None), _biases(queries, 0.0), no_items)
 
     def _rows_at_once(self, k: int) -> int:
         """Number of queries of each rank that one pass serves; an answer of k items is there about twice."""
@@ -275,10 +326,14 @@ class Catalogue:
         """Yield the question in parts for one pass each, equally many on every rank, and each rank's rows of a part."""
         at_once = self._rows_at_once(k)
         for start in range(0, int(rows.max()), at_once):
-            queries, pairs, targets = question
-            part = slice(start, start + at_once)
+            queries, pairs, weighed, biases, targets = question
+            stop = start + at_once
             own = _Question(
-                queries[part], pairs.part(start, start + at_once), None if targets is None else targets[part]
+                queries[start:stop],
+                pairs.part(start, stop),
+                weighed.part(start, stop),
+                biases[start:stop],
+                None if targets is None else targets[start:stop],
             )
             yield own, (rows - start).clip(0, at_once)
 
@@ -303,6 +358,12 @@ class Catalogue:
         for first, block in self.vectors.blocks():
             for start in range(0, len(block), rows):
                 yield first + start, block[start : start + rows]
+
+
+def _biases(queries: Tensor, bias: float, is_seen: Tensor | None = None) -> Tensor:
+    """[rows, 2] float32, see `_Question.biases`, on the device of `queries`; `is_seen` [rows] bool of the targets."""
+    of_target = torch.zeros(len(queries)) if is_seen is None else bias * is_seen.float()
+    return torch.stack([torch.full((len(queries),), bias), of_target], dim=1).to(queries.device)
 
 
 def _all_ranks(value: bool) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recgpt_torchrec.catalogue.pairs import Pairs
-from recgpt_torchrec.catalogue.ranks import RankCounter
+from recgpt_torchrec.catalogue.ranks import COUNTS, RankCounter
 
 SCORES = {"cpu": 2**20, "cuda": 2**26}
 """Number of scores held at once while ranks are counted: 4 MiB, on a GPU 256 MiB."""
@@ -34,7 +34,15 @@ class CountFinder:
         masked, unmasked = ranks_of(finder.counts)
     """
 
-    def __init__(self, queries: Tensor, targets: Tensor, target_vectors: Tensor, history: Pairs, items: int) -> None:
+    def __init__(
+        self,
+        queries: Tensor,
+        targets: Tensor,
+        target_vectors: Tensor,
+        history: Pairs,
+        items: int,
+        biases: Tensor | None = None,
+    ) -> None:
         """
         Args:
             queries: [rows, dim] float32.
@@ -42,7 +50,10 @@ class CountFinder:
             target_vectors: [rows, dim] float32.
             history: items that do not compete when masked, by row.
             items: number of items that will come; decides how tiles are cut.
+            biases: [rows, 2] float32, what is added when unmasked to the scores of the history's items, and to that of
+                the target, which may be one of them; None: nothing.
         """
+        self.biases = queries.new_zeros(len(queries), 2) if biases is None else biases
         self.queries, self.targets, self.target_vectors = queries, targets, target_vectors
         self.history = history
         rows, held, narrowest = len(queries), SCORES[queries.device.type], NARROWEST[queries.device.type]
@@ -54,9 +65,9 @@ class CountFinder:
 
     @property
     def counts(self) -> Tensor:
-        """[6, rows] int64 so far, see `RankCounter`; zeros before the first update."""
+        """[8, rows] int64 so far, see `RankCounter`; zeros before the first update."""
         if not self._counters:
-            return torch.zeros(6, len(self.queries), dtype=torch.int64, device=self.queries.device)
+            return torch.zeros(COUNTS, len(self.queries), dtype=torch.int64, device=self.queries.device)
         return torch.cat([counter.counts for counter in self._counters], dim=1)
 
     def update(self, vectors: Tensor, first: int) -> None:
@@ -82,7 +93,7 @@ class CountFinder:
         else:
             own = self._score_targets(self.queries[rows], self.target_vectors[rows])
         seen = self.history.part(rows.start, rows.start + len(places)).to_ragged(len(places))
-        return RankCounter(self.targets[rows], own, seen)
+        return RankCounter(self.targets[rows], own + self.biases[rows, 1], seen, self.biases[rows, 0])
 
     def _score(self, queries: Tensor, vectors: Tensor) -> Tensor:
         """[rows, width] scores, 0 beyond the vectors' number."""

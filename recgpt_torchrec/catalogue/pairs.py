@@ -1,4 +1,4 @@
-"""Pairs of a row and an item that does not compete for it: items of a history, or otherwise forbidden ones."""
+"""Pairs of a row and an item whose score is changed: left out, or raised or lowered by the repeat bias."""
 
 from dataclasses import dataclass
 
@@ -23,6 +23,12 @@ class Pairs:
         first, last = np.searchsorted(self.rows, (start, stop))
         return Pairs(self.rows[first:last] - start, self.items[first:last])
 
+    def distinct(self) -> "Pairs":
+        """The same pairs, each once."""
+        span = int(self.items.max(initial=0)) + 1
+        keys = np.unique(self.rows * span + self.items)
+        return Pairs(keys // span, keys % span)
+
     def to_ragged(self, rows: int) -> Ragged:
         """The items of each of `rows` rows."""
         return Ragged(self.items, offsets_of(np.bincount(self.rows, minlength=rows)))
@@ -46,38 +52,68 @@ def pairs_of(seen: Ragged | None, forbidden: Tensor | None = None) -> Pairs:
     return Pairs(all_rows, all_items)
 
 
-class Excluded:
-    """Masks the pairs that fall into a tile of scores, whatever the numbers of pairs and of tiles."""
+class TilePairs:
+    """Finds the pairs that fall into a tile of scores, whatever the numbers of pairs and of tiles."""
 
     def __init__(self, pairs: Pairs, rows: int, device: torch.device, *, whole: bool) -> None:
         """
         Args:
-            pairs: to mask.
+            pairs: to find.
             rows: number of rows of a block; the last may have fewer.
             device: of the scores.
             whole: whether a tile has all items of the pairs; they are in order of the tiles then.
         """
         self.whole, self.span = whole, int(pairs.items.max(initial=0)) + 1
         self.keys, own_rows, items = pairs.rows // rows, pairs.rows % rows, pairs.items
+        self.order: Int64 | None = None
+        """[pairs] int64 order in which they are found; None: the one they came in."""
         if not whole:
             keys = self.keys * self.span + items
-            order = np.argsort(keys)
+            self.order = order = np.argsort(keys)
             self.keys, own_rows, items = keys[order], own_rows[order], items[order]
         self.rows, self.items = torch.from_numpy(own_rows).to(device), torch.from_numpy(items).to(device)
 
-    def mask(self, scores: Tensor, block: int, first: int) -> None:
-        """Set the scores [rows, items] of a block of rows and of the items from `first` on to -inf, in place.
+    def find(self, items: int, block: int, first: int) -> tuple[slice, Tensor]:
+        """The pairs of a tile, in `order`, and their flat places [found] int64 in its scores [rows, items].
 
         Args:
-            scores: contiguous.
-            block: number of the block.
+            items: number of items of the tile.
+            block: number of the block of rows.
             first: id of the first item.
         """
-        base, items = block * self.span, scores.shape[1]
+        base = block * self.span
         bounds = base + min(first, self.span), base + min(first + items, self.span)
         if self.whole:
             bounds = block, block + 1
         start, stop = np.searchsorted(self.keys, bounds).tolist()
-        if start < stop:  # scatter takes a fraction of the time of an assignment by two indices
-            places = self.rows[start:stop] * items + (self.items[start:stop] - first)
+        return slice(start, stop), self.rows[start:stop] * items + (self.items[start:stop] - first)
+
+
+class Excluded(TilePairs):
+    """Pairs that do not compete."""
+
+    def mask(self, scores: Tensor, block: int, first: int) -> None:
+        """Set the scores [rows, items] of a tile's pairs to -inf, in place; `scores` is contiguous."""
+        _, places = self.find(scores.shape[1], block, first)
+        if len(places):  # scatter takes a fraction of the time of an assignment by two indices
             scores.view(-1).scatter_(0, places, -torch.inf)
+
+
+class Weighed(TilePairs):
+    """Pairs, each of them once, to whose scores something is added."""
+
+    def __init__(self, pairs: Pairs, added: Tensor, rows: int, *, whole: bool) -> None:
+        """
+        Args:
+            pairs, rows, whole: see `TilePairs`.
+            added: [all rows] float32, what is added to the scores of each row's pairs.
+        """
+        super().__init__(pairs, rows, added.device, whole=whole)
+        of_pairs = pairs.rows if self.order is None else pairs.rows[self.order]
+        self.added = added[torch.from_numpy(of_pairs).to(added.device)]
+
+    def add(self, scores: Tensor, block: int, first: int) -> None:
+        """Add to the scores [rows, items] of a tile's pairs, in place; `scores` is contiguous."""
+        found, places = self.find(scores.shape[1], block, first)
+        if len(places):
+            scores.view(-1).scatter_add_(0, places, self.added[found])

@@ -5,6 +5,8 @@ a model with equal scores for all items gets the metrics of chance, whatever the
 
 Two protocols, which must not be compared with each other. *Unmasked*: every item competes. *Masked*: the items of the
 user's history do not compete (score -inf). A target in that history has an infinite rank then: a miss at every k.
+
+A model has a repeat bias: what is added to the score of an item of the history when it competes (unmasked).
 """
 
 import math
@@ -13,6 +15,9 @@ import numpy as np
 import torch
 
 from recgpt_torchrec.data.ragged import Ragged
+
+COUNTS = 8
+"""Number of counts by user, see `RankCounter`."""
 
 
 def both_ranks(scores: torch.Tensor, targets: torch.Tensor, history: Ragged) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,8 +61,15 @@ class RankCounter:
         masked, unmasked = ranks_of(counter.counts)
     """
 
-    def __init__(self, targets: torch.Tensor, target_scores: torch.Tensor, history: Ragged) -> None:
-        """Args as in `both_ranks`; target_scores: [users] float32."""
+    def __init__(
+        self, targets: torch.Tensor, target_scores: torch.Tensor, history: Ragged, bias: torch.Tensor | None = None
+    ) -> None:
+        """
+        Args:
+            targets, history: as in `both_ranks`.
+            target_scores: [users] float32, with the bias where the target is in the history.
+            bias: [users] float32, added to the scores of the history's items when unmasked; None: nothing is.
+        """
         device = target_scores.device
         if target_scores.shape != targets.shape or targets.ndim != 1:
             raise ValueError(
@@ -67,9 +79,11 @@ class RankCounter:
         _check_scores(target_scores)
         self.targets = targets.to(device)
         self.scores = target_scores
-        self.counts = torch.zeros(6, len(targets), dtype=torch.int64, device=device)
-        """[6, users] int64: how many items score higher than the target, how many others equal it, and how many of
-        each are in the history; whether the target is in the history, and whether its score is -inf (not 0)."""
+        self.bias = self.scores.new_zeros(len(targets)) if bias is None else bias.to(device)
+        self.counts = torch.zeros(COUNTS, len(targets), dtype=torch.int64, device=device)
+        """[8, users] int64: how many items score higher than the target without the bias, how many others equal it, and
+        how many of each are in the history; whether the target is in the history, and whether its score is -inf (not
+        0); how many items of the history score higher with the bias, and how many others equal it."""
         users, items = _distinct_pairs(history, len(targets), device)
         order = items.argsort()  # so that those of a block follow each other
         users, items = users[order], items[order]
@@ -94,17 +108,27 @@ class RankCounter:
             compared[users, self.targets[users] - first] = False
             self.counts[row] += _count_rows(compared)
             self.counts[2 + row].index_add_(0, owners, compared[owners, items].long())
+        biased, bounds = scores[owners, items] + self.bias[owners], self.scores[owners]
+        self.counts[6].index_add_(0, owners, (biased > bounds).long())
+        self.counts[7].index_add_(0, owners, (biased == bounds).long())
 
 
 def ranks_of(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The masked and the unmasked ranks, [users] float32 each, of the `counts` [6, users] of all blocks."""
-    higher, equal = counts[:2] - counts[2:4]
-    masked, unmasked = higher.double() + equal.double() / 2, counts[0].double() + counts[1].double() / 2
-    in_history, unreachable = counts[4:6] > 0
+    """The masked and the unmasked ranks, [users] float32 each, of the `counts` [8, users] of all blocks."""
+    unseen, seen = counts[:2] - counts[2:4], counts[6:8]
+    masked, unmasked = (higher.double() + equal.double() / 2 for higher, equal in (unseen, unseen + seen))
+    is_seen, unreachable = counts[4:6] > 0
     return (
-        masked.masked_fill(in_history | unreachable, math.inf).float(),
+        masked.masked_fill(is_seen | unreachable, math.inf).float(),
         unmasked.masked_fill(unreachable, math.inf).float(),
     )
+
+
+def in_history(targets: torch.Tensor, history: Ragged) -> torch.Tensor:
+    """Whether each of `targets` [users] int64, on the host, is in its user's history, [users] bool."""
+    is_target = history.values == targets.numpy()[history.owners]
+    found = np.bincount(history.owners[is_target], minlength=history.rows) > 0
+    return torch.from_numpy(found)
 
 
 def _check_scores(scores: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.distributed.processes import rank, world_size
 from recgpt_torchrec.distributed.watchdog import beat
 
-SIZES = 3
+SIZES = 4
 """Numbers that a question may come with."""
 FINISHED = -1
 """Says that a rank asks for nothing more."""

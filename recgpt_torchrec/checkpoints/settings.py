@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from recgpt_torchrec import storage
 from recgpt_torchrec.checkpoints.folder import METADATA, read_metadata, read_tensor_metadata
+from recgpt_torchrec.checkpoints.repeat_bias import check_bias
 from recgpt_torchrec.config import AttributeChoice, Loss, Model, Tables, Tuning
 from recgpt_torchrec.data.inputs.spec import TIMES, Inputs
 from recgpt_torchrec.data.split import HoldOut
@@ -36,6 +37,11 @@ class _StoredTables:
 
 
 @dataclass(kw_only=True)
+class _StoredProgress:
+    repeat_bias: float = 0.0
+
+
+@dataclass(kw_only=True)
 class _StoredConfig:
     model: dict[str, Any]
     loss: dict[str, Any]
@@ -52,6 +58,7 @@ class _Stored:
     vocabulary: str
     hold_out: HoldOut = "last"
     inputs: Inputs = field(default_factory=Inputs)
+    progress: _StoredProgress = field(default_factory=_StoredProgress)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +78,8 @@ class CheckpointSettings:
     """What that dataset held out of training."""
     inputs: Inputs = field(default_factory=Inputs)
     """What it reads beside ids."""
+    repeat_bias: float = 0.0
+    """See `checkpoints.repeat_bias`; 0 in checkpoints of earlier versions."""
 
     @classmethod
     def read(cls, checkpoint: str) -> "CheckpointSettings":
@@ -91,7 +100,9 @@ class CheckpointSettings:
                 data=stored.config.data,
                 hold_out=stored.hold_out,
                 inputs=stored.inputs,
+                repeat_bias=stored.progress.repeat_bias,
             )
+            check_bias(settings.repeat_bias, "progress.repeat_bias")
             settings._check_sizes({name: tuple(tensor.size) for name, tensor in sizes.items()})
         except ValueError as error:
             raise storage.damaged(os.path.join(checkpoint, METADATA), error) from None

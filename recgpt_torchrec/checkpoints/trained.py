@@ -34,6 +34,8 @@ class Trained:
     """What it reads beside ids."""
     attributes: Attributes | None = None
     """The attribute values of all users and items; None: it reads none."""
+    repeat_bias: float = 0.0
+    """See `checkpoints.repeat_bias`."""
 
     @property
     def prompts(self) -> bool:
@@ -62,7 +64,9 @@ def load_unsharded(checkpoint: str, dataset: Dataset, device: torch.device) -> T
     model.tables = model.tables.to_empty(device=device)
     model.dense.to(device)
     read_tensors({"model": model.state_dict()}, checkpoint)
-    return Trained(model.eval(), settings.model, settings.tuning, settings.inputs, model.attributes)
+    return Trained(
+        model.eval(), settings.model, settings.tuning, settings.inputs, model.attributes, settings.repeat_bias
+    )
 
 
 def make_model(

@@ -26,6 +26,9 @@ class Recall:
     tenths, as in retrieve."""
     interests: int = 1
     """Number of interests of the multi-interest paths, 1 to 32; 1: these paths are not measured."""
+    repeat_bias: bool = True
+    """Whether unmasked ranks and lists are by the model's whole score: with its repeat bias added to the items of the
+    history. false: by inner products alone. Masked figures are the same."""
 
     def __post_init__(self) -> None:
         at_least("--recall.m", self.m, 0)
@@ -296,9 +299,12 @@ class Retrieve(Watched):
     interests: int = 0
     """Number of interests to use, from the first on, 1 to 32; 0: all, or two with two_step."""
     data: str | None = changeable(None)
-    """Folder of the dataset. Items of the history that a user's vectors were made of are left out of the list. If the
-    export was made with --history test or validation, the lists are measured against the held-out items. null: any item
-    may be retrieved."""
+    """Folder of the dataset. Items of the history that a user's vectors were made of are left out of the list, or
+    weighed, see --seen. If the export was made with --history test or validation, the lists are measured against the
+    held-out items. null: any item may be retrieved, by its inner product alone."""
+    seen: Literal["leave_out", "weigh"] = "leave_out"
+    """Items of the history, which --data tells. leave_out: they are in no list. weigh: they compete, with the repeat
+    bias of the export added to their scores. Where that is above 0, only --index exact can."""
     index: Literal["auto", "exact", "flat", "ivf", "ivf_pq", "hnsw"] = "auto"
     """auto: the index that the export holds (see export --index.kind), or exact. exact: score every item. flat, ivf,
     ivf_pq, hnsw: this kind of index, from the export if it holds one of that kind; otherwise each rank builds one over
@@ -352,6 +358,8 @@ class Retrieve(Watched):
             )
         if self.fallback != "none" and self.data is None:
             raise ValueError(f"--fallback is {self.fallback}; give the dataset whose users and counts it needs: --data")
+        if self.seen == "weigh" and self.data is None:
+            raise ValueError("--seen is weigh; give the dataset whose histories are weighed: --data")
         at_least("--sample", self.sample, 0)
         within("--m", self.m, 0, self.k, ", the length of the list (--k)")
         if self.m and self.merge not in ("auto", "two_step"):

@@ -45,7 +45,7 @@ class ListQuality:
         Args:
             users: [users] int64 ids.
             queries: [users, interests, dim] float32 interest vectors of the lists.
-            history: items left out, and the held-out item; None: nothing was left out or held out.
+            history: items left out or weighed, and the held-out item; None: none are known or held out.
             lists: [users, k].
         """
         if history is not None and history.held_out is not None:

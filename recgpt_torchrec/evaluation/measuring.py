@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from recgpt_torchrec.checkpoints.repeat_bias import NAME
 from recgpt_torchrec.config import Evaluate
 from recgpt_torchrec.data.dataset import Dataset, histories_fingerprint
 from recgpt_torchrec.data.inputs.request import Request
@@ -112,6 +113,7 @@ def measure(
         "users": users,
         **({} if chosen_users is None else sample),
         "results": results,
+        NAME: paths.bias,
         "groups": groups,
         "recall": chosen,
         "vocabulary": manifest.vocabulary,

@@ -11,6 +11,7 @@ from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.ragged import Int64, Ragged, join
 from recgpt_torchrec.evaluation.groups import PROTOCOLS, GroupedMetrics
 from recgpt_torchrec.evaluation.metrics import RankingMetrics, reduce_metrics
+from recgpt_torchrec.evaluation.repeats.sample import RepeatSample
 from recgpt_torchrec.retrieval.encoding import collect_batches
 
 Record = Callable[[Int64, Mapping[str, Tensor]], None]
@@ -25,6 +26,8 @@ def measure_ranks(
     ks: tuple[int, ...],
     grouped: GroupedMetrics | None = None,
     record: Record | None = None,
+    repeat_bias: float = 0.0,
+    repeats: RepeatSample | None = None,
 ) -> tuple[int, Results]:
     """HR and NDCG at `ks`, masked and unmasked, over the users of all ranks (collective).
 
@@ -34,6 +37,8 @@ def measure_ranks(
         ks: list lengths.
         grouped: where the ranks are also added by groups of users.
         record: called with the user ids [users] and their ranks by protocol, for each batch.
+        repeat_bias: added to the scores of items of the history when unmasked.
+        repeats: takes what the bias is fitted on; None: it is not fitted.
 
     Returns:
         users: number of users ranked, on all ranks.
@@ -42,15 +47,19 @@ def measure_ranks(
     metrics = {how: RankingMetrics(ks) for how in PROTOCOLS}
     for collected in collect_batches(batches, catalogue.rows_per_pass):
         held_out, seen = targets_of([histories for histories, _ in collected])
-        both = catalogue.ranks(torch.cat([vectors for _, vectors in collected]), held_out, seen)
+        queries = torch.cat([vectors for _, vectors in collected])
+        both = catalogue.ranks(queries, held_out, seen, repeat_bias)
         groups = None if grouped is None else grouped.grouping.find(held_out.numpy(), seen.lengths)
         by_protocol = dict(zip(PROTOCOLS, (ranks.cpu() for ranks in both), strict=True))
         for how, ranks in by_protocol.items():
             metrics[how].update(ranks)
             if grouped is not None and groups is not None:
                 grouped.update(groups, how, ranks)
+        users = users_of([histories for histories, _ in collected])
         if record is not None:
-            record(users_of([histories for histories, _ in collected]), by_protocol)
+            record(users, by_protocol)
+        if repeats is not None:
+            repeats.add(users, queries, held_out, seen)
     results = {how: reduce_metrics(each).result() for how, each in metrics.items()}
     return metrics["masked"].users, results
 

@@ -29,7 +29,7 @@ from recgpt_torchrec.evaluation.ranking import Results, measure_ranks, targets_o
 from recgpt_torchrec.evaluation.sampling import choose_users
 from recgpt_torchrec.model.tabled.base import unwrapped
 from recgpt_torchrec.retrieval.encoding import collect_batches, encode
-from recgpt_torchrec.retrieval.interests import predict_interests, recall_items
+from recgpt_torchrec.retrieval.interests import Repeats, predict_interests, recall_items
 from recgpt_torchrec.retrieval.merging import SEVERAL, Lists, TwoStep
 
 GRID = 10
@@ -83,6 +83,8 @@ class RecallPaths:
         self._samples: dict[str, UserSample | None] = {}
         self.grouped: dict[str, GroupedMetrics] = {}
         """By path: what `measure` measured by groups of users."""
+        self.bias = 0.0
+        """Repeat bias of unmasked scores, chosen by `measure`."""
         self.item_keys = unwrapped(trained.model).item_keys
         self.catalogue = Catalogue.of_model(unwrapped(trained.model), dataset.manifest.items, device)
 
@@ -94,7 +96,8 @@ class RecallPaths:
         Args:
             split: `validation` or `test`.
             ks: list lengths.
-            recall: m of the two-step list (0: choose on validation), and the number of interests.
+            recall: m of the two-step list (0: choose on validation), the number of interests, and whether unmasked
+                scores have the repeat bias.
 
         Returns:
             users: number of users ranked.
@@ -103,6 +106,7 @@ class RecallPaths:
         """
         one, two = path_names(self.trained)
         longest = max(ks)
+        self.bias = self.trained.repeat_bias if recall.repeat_bias else 0.0
         results: dict[str, Results] = {}
         batches = encode(self.trained.model, self._encoding_stream(split), self.device)
         users, results[one] = measure_ranks(
@@ -111,6 +115,7 @@ class RecallPaths:
             ks,
             self._group(one, ks),
             None if self.recorder is None else partial(self.recorder.add_ranks, one),
+            repeat_bias=self.bias,
         )
         chosen: dict[str, Any] = {"m": recall.m, "n": longest - recall.m, "because": "given by --recall.m"}
         if not recall.m and self.dataset.manifest.count_targets("validation") == 0:
@@ -202,7 +207,8 @@ class RecallPaths:
             if self.grouping is not None and grouped:
                 groups = self.grouping.find(targets.numpy(), seen.lengths)
             for how in protocols:
-                lists = recall_items(vectors, self.catalogue, longest, seen if how == "masked" else None)
+                of_history = (seen, None) if how == "masked" else (None, Repeats(seen, self.bias))
+                lists = recall_items(vectors, self.catalogue, longest, *of_history)
                 two, several = (Lists(*(part[:, :i] for part in lists)) for i in (2, count))
                 merged = {str(m): TwoStep(m).merge(two, longest) for m in ms}
                 if count > 1:

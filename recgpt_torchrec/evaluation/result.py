@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from recgpt_torchrec import storage
+from recgpt_torchrec.checkpoints.repeat_bias import NAME, describe_bias
 from recgpt_torchrec.config import Evaluate
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.inputs.spec import Inputs
@@ -103,7 +104,7 @@ def describe(
         ahead: by how much it is ahead of each baseline.
     """
     users, whole = evaluation["users"], dataset.manifest.users
-    lines = [table(evaluation["results"]), group_table(path, evaluation["groups"][path]["masked"])]
+    lines = [table(evaluation["results"], evaluation[NAME]), group_table(path, evaluation["groups"][path]["masked"])]
     if "sample" in evaluation:
         of = "" if evaluation["of_users"] is None else f" of {evaluation['of_users']:,}"
         lines.append(f"evaluation on {users:,}{of} users with a {config.split} item (sample)")
@@ -128,10 +129,11 @@ def describe(
     ]
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: dict[str, Any], repeat_bias: float) -> str:
     """The results as text: one line per recall path, masked and unmasked."""
     lines = []
-    for protocol, meaning in (("masked", "items of the history are left out"), ("unmasked", "every item is ranked")):
+    every = "every item is ranked" + (f"; repeat {describe_bias(repeat_bias)}" if repeat_bias else "")
+    for protocol, meaning in (("masked", "items of the history are left out"), ("unmasked", every)):
         names = list(next(iter(results.values()))[protocol])
         rows = [[path, *(f"{figures[protocol][name]:.4f}" for name in names)] for path, figures in results.items()]
         lines += [f"\n{protocol} ({meaning})", figures_table([["", *names], *rows])]

@@ -6,12 +6,14 @@ import torch
 from torch import nn
 
 from recgpt_torchrec.catalogue.catalogue import Catalogue
+from recgpt_torchrec.checkpoints.repeat_bias import NAME
 from recgpt_torchrec.config import Batch, Model, Train
 from recgpt_torchrec.data.inputs.events import request_for
 from recgpt_torchrec.data.stream import SequenceStream, encoding_stream
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.evaluation.held_out import check_has_event, check_has_targets
 from recgpt_torchrec.evaluation.ranking import measure_ranks
+from recgpt_torchrec.evaluation.repeats.sample import RepeatSample
 from recgpt_torchrec.evaluation.sampling import check_sample, choose_users
 from recgpt_torchrec.model.tabled.base import unwrapped
 from recgpt_torchrec.retrieval.encoding import encode
@@ -106,9 +108,11 @@ class Validation:
         self.model, self.stream, self.device = model, stream, device
 
     def __call__(self) -> dict[str, float]:
-        """Masked HR and NDCG at 5 and 10 over all users with a validation item, or over the sample of them."""
+        """Masked HR and NDCG at 5 and 10 over all users with a validation item, or over the sample of them; and the
+        repeat bias that is fitted on them."""
         self.model.eval()
         items = self.stream.dataset.manifest.items
         catalogue = Catalogue.of_model(unwrapped(self.model), items, self.device)
-        _, results = measure_ranks(encode(self.model, self.stream, self.device), catalogue, (5, 10))
-        return results["masked"]
+        repeats = RepeatSample(seed=self.stream.maker.seed)
+        _, results = measure_ranks(encode(self.model, self.stream, self.device), catalogue, (5, 10), repeats=repeats)
+        return {**results["masked"], NAME: repeats.fit(catalogue)}

@@ -124,6 +124,7 @@ class Asked:
             "checkpoint": self.checkpoint,
             "checkpoint_fingerprint": self.fingerprint,
             "settings": self.settings,
+            "repeat_bias": trained.repeat_bias,
         }
         if self.chain is None:
             form: dict[str, Any] = {"interests": config.interests, "dtype": config.dtype}

@@ -1,5 +1,6 @@
 """The text of an export: what is in it, for which request, what changed in a delta, and what to do with it."""
 
+from recgpt_torchrec.checkpoints.repeat_bias import describe_bias
 from recgpt_torchrec.config import Export
 from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.inputs.request import Request
@@ -58,14 +59,16 @@ def describe_following(config: Export, manifest: ExportManifest | DeltaManifest,
     """What a delta holds, and what to do with it or with an export."""
     if chain is not None and isinstance(manifest, DeltaManifest):
         return changes(config, manifest, chain)
-    return next_steps(config)
+    return next_steps(config, manifest.repeat_bias)
 
 
-def next_steps(config: Export) -> list[str]:
+def next_steps(config: Export, repeat_bias: float) -> list[str]:
     """What to do with an export."""
+    repeats = [f"repeat   {describe_bias(repeat_bias)} (retrieve --seen weigh)"] if repeat_bias else []
     return [
         "A user's score for an item is the inner product of their vectors: index items/*.parquet for maximum inner "
         "product and query it with users/*.parquet, or let retrieve do both",
+        *repeats,
         next_line("retrieve", {"export": config.output, "data": config.data, "output": "LISTS_FOLDER"}),
     ]
 

@@ -5,7 +5,7 @@ the output at that entry is the second interest, and so on. `retrieval.merging` 
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,15 @@ from recgpt_torchrec.retrieval.merging import Lists
 if TYPE_CHECKING:  # they need torchrec, and the lists of vectors that are there need none
     from recgpt_torchrec.data.stream import BatchMaker
     from recgpt_torchrec.retrieval.encoding import Encoded
+
+
+class Repeats(NamedTuple):
+    """Items that users already have, and that may come again."""
+
+    items: Ragged
+    """By user, repeats allowed."""
+    bias: float
+    """Added to their scores."""
 
 
 def append_generated(histories: Histories, items: Int64, max_len: int) -> Histories:
@@ -124,7 +133,9 @@ def extend_interests(
     return torch.stack(vectors, dim=1)
 
 
-def recall_items(vectors: Tensor, catalogue: Catalogue, n: int, seen: Ragged | None) -> Lists:
+def recall_items(
+    vectors: Tensor, catalogue: Catalogue, n: int, seen: Ragged | None, repeats: Repeats | None = None
+) -> Lists:
     """The `n` best items of every interest, by exact search (collective).
 
     Args:
@@ -132,9 +143,12 @@ def recall_items(vectors: Tensor, catalogue: Catalogue, n: int, seen: Ragged | N
         catalogue: all items, with the scores.
         n: length of each list.
         seen: items to leave out, by user; None: none.
+        repeats: items that compete with a bias; None: none.
     """
     users, interests, dim = vectors.shape
     # All interests at once: where item vectors are looked up anew, a call is a pass over all of them.
-    by_query = None if seen is None else seen.take(np.repeat(np.arange(users), interests))
-    best = catalogue.top_k(vectors.reshape(users * interests, dim), n, by_query)
+    owners = np.repeat(np.arange(users), interests)
+    left_out = None if seen is None else seen.take(owners)
+    weighed, bias = (None, 0.0) if repeats is None or not repeats.bias else (repeats.items.take(owners), repeats.bias)
+    best = catalogue.top_k(vectors.reshape(users * interests, dim), n, left_out, weighed=weighed, bias=bias)
     return Lists(best.items.view(users, interests, n), best.scores.view(users, interests, n))

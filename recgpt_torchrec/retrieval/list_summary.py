@@ -3,6 +3,7 @@
 import json
 import shlex
 
+from recgpt_torchrec.checkpoints.repeat_bias import describe_bias
 from recgpt_torchrec.config import Retrieve
 from recgpt_torchrec.retrieval.exports.manifest import ExportManifest
 from recgpt_torchrec.retrieval.list_folder import ListManifest
@@ -28,7 +29,7 @@ def describe_lists(
         + (f" ({places - items:,} places are empty: no items are left)" if items < places else ""),
         "from        "
         + (rule.describe(interests, config.k) if interests > 1 else "one vector per user")
-        + (", items of the history left out" if config.data else ", items of the history not left out (no --data)"),
+        + _describe_seen(config, export),
         f"index       {manifest.settings.get('index', config.index)}, ready in {measured['index_seconds']:.1f} s; "
         f"{measured['users_per_second']:,.0f} users/s",
     ]
@@ -52,8 +53,18 @@ def describe_lists(
         lines.append(f"recall      {recall[f'recall@{config.k}']:.4f} of the exact lists of {recall['users']:,} users")
     if "hits" in measured:
         figures = "  ".join(f"{name} {value:.4f}" for name, value in measured["hits"].items())
-        lines.append(f"hits        {figures} (the {history} item of each user, history masked)")
+        how = "masked" if config.seen == "leave_out" else "weighed"
+        lines.append(f"hits        {figures} (the {history} item of each user, history {how})")
     return "\n".join(lines)
+
+
+def _describe_seen(config: Retrieve, export: ExportManifest) -> str:
+    """What became of the items of the history."""
+    if config.data is None:
+        return ", items of the history not left out (no --data)"
+    if config.seen == "leave_out":
+        return ", items of the history left out"
+    return f", items of the history weighed (repeat {describe_bias(export.repeat_bias)})"
 
 
 def look_line(output: str) -> str:

@@ -22,12 +22,13 @@ from recgpt_torchrec.distributed.devices import choose_device
 from recgpt_torchrec.distributed.processes import silence_libraries
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.interests import extend_interests
-from recgpt_torchrec.retrieval.merging import Lists, Merged, MergeRule, merge_rule
+from recgpt_torchrec.retrieval.merging import Merged, MergeRule
 from recgpt_torchrec.retrieval.search.restricted import RestrictedSearch
 from recgpt_torchrec.retrieval.search.retriever import ExactSearch, Retriever, Search
 from recgpt_torchrec.serving.encoding import RequestEncoder
 from recgpt_torchrec.serving.histories import Read, RequestReader
 from recgpt_torchrec.serving.keys import UNKNOWN, Key, KeyTable
+from recgpt_torchrec.serving.merging import check_whole, choose_rule, merge_interests
 from recgpt_torchrec.serving.names import ItemNames
 from recgpt_torchrec.serving.popular import Popular
 from recgpt_torchrec.serving.prompts import RequestPrompts
@@ -82,6 +83,8 @@ class Recommender:
         self._popular = Popular(dataset)
         self.dim = trained.config.dim
         """Length of a vector."""
+        self.repeat_bias = trained.repeat_bias
+        """Added to the scores of items of the history, where these compete (`seen="weigh"`)."""
         self.max_len = trained.config.max_len
         """Maximum number of entries of a history that the model reads: the newest."""
         self.reads_attributes = bool(trained.inputs.of_entity("item"))
@@ -133,10 +136,11 @@ class Recommender:
         event: str | None = None,
         merge: Literal["auto", "two_step", "quota", "score"] = "auto",
         m: int = 0,
+        seen: Literal["leave_out", "weigh"] = "leave_out",
     ) -> Any:
         """Recommend items after one history, or after each of a batch of them.
 
-        The lists are those of stages `export` and `retrieve`. Items of the history are never in its list.
+        The lists are those of stages `export` and `retrieve`.
 
         Args:
             histories: one list of raw keys, oldest first, or a `History`; or a list of such: a batch.
@@ -153,6 +157,8 @@ class Recommender:
             merge: rule that merges the lists of several interests, as in `retrieve`. auto: score for one interest,
                 two_step for two, quota for more.
             m: number of items of the first interest with two_step; 0: nine tenths.
+            seen: leave_out: items of a history are not in its list. weigh: they compete, with `repeat_bias` added to
+                their scores.
 
         Returns:
             A `Recommendation`; of a batch a list of them.
@@ -161,14 +167,17 @@ class Recommender:
             InputError: an argument is malformed or out of range, or the model cannot read or answer it.
         """
         requests = self._requests(histories, users, shown, exclude, times, events, time, event)
-        _check_whole("k", k, 1, len(self._items))
-        rule, interests = _choose_rule(merge, m, k, interests)
+        if seen not in ("leave_out", "weigh"):
+            raise InputError(f"seen is {seen!r}; give leave_out or weigh")
+        bias = self.repeat_bias if seen == "weigh" else None
+        check_whole("k", k, 1, len(self._items))
+        rule, interests = choose_rule(merge, m, k, interests)
         search, allowed = self._search(allow)
         denied = _known(self._items.ids_of(deny))
         rows = max(1, min(len(requests), CANDIDATES // max(1, interests * k, denied.size)))
         answers: list[Recommendation] = []
         for first in range(0, len(requests), rows):
-            answers += self._answer(requests[first : first + rows], k, interests, rule, search, allowed, denied)
+            answers += self._answer(requests[first : first + rows], k, interests, rule, search, allowed, denied, bias)
         return answers[0] if is_one_history(histories) else answers
 
     def encode(
@@ -192,7 +201,7 @@ class Recommender:
             [histories, interests, dim] float32.
         """
         requests = self._requests(histories, users, shown, None, times, events, time, event)
-        _check_whole("interests", interests, 1, INTERESTS)
+        check_whole("interests", interests, 1, INTERESTS)
         read = self._reader.read(requests, self._ids_of_users(requests))
         return self._encode(read, len(requests), interests)
 
@@ -204,7 +213,7 @@ class Recommender:
         Raises:
             InputError: the dataset does not know the item.
         """
-        _check_whole("k", k, 1, len(self._items))
+        check_whole("k", k, 1, len(self._items))
         (number,) = self._items.ids_of([item]).tolist()
         if number == UNKNOWN:
             raise InputError(f"{self.dataset.path} has no item {item!r}; give a key as in the log")
@@ -283,6 +292,7 @@ class Recommender:
         search: Search,
         allowed: Int64 | None,
         denied: Int64,
+        bias: float | None,
     ) -> list[Recommendation]:
         users = self._ids_of_users(requests)
         read = self._reader.read(requests, users)
@@ -291,11 +301,12 @@ class Recommender:
         if read.rows.size:
             vectors = self._encode(read, len(requests), interests)[read.rows]
             assert read.histories.seen is not None
-            seen = read.histories.seen
+            seen, more = read.histories.seen, None
             if denied.size or any(each.size for each in excluded):
                 more = Ragged.from_lists([[*excluded[row], *denied] for row in read.rows.tolist()])
-                seen = _join_rows(seen, more)
-            lists = Retriever(search, k, lambda of_interests: _merge(of_interests, rule, k)).lists(vectors, seen)
+                seen = _join_rows(seen, more) if bias is None else seen
+            retriever = Retriever(search, k, lambda of_interests: merge_interests(of_interests, rule, k), bias=bias)
+            lists = retriever.lists(vectors, seen, more)
             for place, row in enumerate(read.rows.tolist()):
                 answers[row] = self._name(lists, place, read.unknown[row], user_known=bool(users[row] != UNKNOWN))
         for row, answer in enumerate(answers):
@@ -357,29 +368,6 @@ class Recommender:
         return torch.cat([torch.from_numpy(vectors) for _, vectors in self._catalogue.share()]).to(self.device)
 
 
-def _choose_rule(merge: str, m: int, k: int, interests: int) -> tuple[MergeRule, int]:
-    """The rule that merges interests, and their number."""
-    _check_whole("interests", interests, 1, INTERESTS)
-    _check_whole("m", m, 0, k)
-    if merge not in ("auto", "two_step", "quota", "score"):
-        raise InputError(f"merge is {merge!r}; give auto, two_step, quota or score")
-    name = merge if merge != "auto" else {1: "score", 2: "two_step"}.get(interests, "quota")
-    if m and name != "two_step":
-        raise InputError(f"m is {m}, but merge is {name}; only two_step uses m, leave it out")
-    rule = merge_rule(name, m)
-    if rule.interests is not None and rule.interests != interests:
-        raise InputError(f"interests is {interests}, but two_step merges 2; give interests=2, or another rule")
-    return rule, interests
-
-
-def _merge(lists: Lists, rule: MergeRule, k: int) -> Merged:
-    """One list per history; a single interest's is that list, whatever the rule."""
-    if lists.items.shape[1] > 1:
-        return rule.merge(lists, k)
-    items, scores = lists.items[:, 0], lists.scores[:, 0]
-    return Merged(items, scores, torch.where(items < 0, -1, 0))
-
-
 def _join_rows(first: Ragged, second: Ragged) -> Ragged:
     """Each row of `first`, followed by the same row of `second`."""
     both = Ragged(
@@ -388,11 +376,6 @@ def _join_rows(first: Ragged, second: Ragged) -> Ragged:
     rows = np.arange(first.rows)
     taken = both.take(np.stack([rows, rows + first.rows], axis=1).ravel())
     return Ragged(taken.values, taken.offsets[::2])
-
-
-def _check_whole(name: str, value: Any, least: int, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise InputError(f"{name} is {value!r}; it must be a whole number from {least} to {most}")
 
 
 def _known(ids: Int64) -> Int64:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from recgpt_torchrec import __version__
+from recgpt_torchrec.checkpoints.repeat_bias import describe_bias
 from recgpt_torchrec.config import Train
 from recgpt_torchrec.data.dataset import Manifest
 from recgpt_torchrec.data.inputs.events import ASKED
@@ -32,6 +33,7 @@ def header(
     tokens: Tokens,
     train: Train,
     validates: bool = True,
+    repeat_bias: float = 0.0,
 ) -> str:
     """The lines logged before training: ranks, data, decoder, tables, length, validation.
 
@@ -44,6 +46,7 @@ def header(
         tokens: of a batch.
         train: length of the training, and validations.
         validates: whether something is held out for validation, so that training may stop early.
+        repeat_bias: of the checkpoint that training starts or resumes from.
     """
     ranks, name = dist.get_world_size(), _device_name(device)
     others = manifest.entries - manifest.interactions
@@ -66,6 +69,7 @@ def header(
             _length(train, steps, "at most" if validates else "all"),
             *([f"  targets  {without:,} of the items are never one, see the summary of prepare"] if without else []),
             *_validation(train, manifest, validates),
+            *_repeats(validates, repeat_bias),
         ]
     )
 
@@ -140,3 +144,10 @@ def _validation(train: Train, manifest: Manifest, validates: bool) -> list[str]:
         return []
     often = f", every {train.validate_steps:,} steps" if train.validate_steps else ""
     return [f"  validation on {describe_users(manifest, train.validate_users)}{often}"]
+
+
+def _repeats(validates: bool, repeat_bias: float) -> list[str]:
+    """The line about the repeat bias, where it is known already or is not going to be fitted."""
+    if not validates:
+        return [f"  repeat   {describe_bias(repeat_bias)}; nothing is held out to fit it on"]
+    return [f"  repeat   {describe_bias(repeat_bias)}; fitted anew at each validation"] if repeat_bias else []

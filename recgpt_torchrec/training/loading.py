@@ -58,7 +58,7 @@ def load(
     state = {"model": model.state_dict()}
     read_tensors(state, checkpoint)
     model.load_state_dict(state["model"])
-    return Trained(model, settings.model, settings.tuning, settings.inputs, unsharded.attributes)
+    return Trained(model, settings.model, settings.tuning, settings.inputs, unsharded.attributes, settings.repeat_bias)
 
 
 def load_pretrained(model: nn.Module, checkpoint: str) -> None:

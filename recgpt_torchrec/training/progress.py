@@ -6,6 +6,7 @@ from typing import Any
 
 from recgpt_torchrec import storage
 from recgpt_torchrec.checkpoints.folder import METADATA, read_metadata
+from recgpt_torchrec.checkpoints.repeat_bias import check_bias
 from recgpt_torchrec.data.windows import Position
 from recgpt_torchrec.storage.typed import check_counts, check_finite, make_typed
 
@@ -39,6 +40,9 @@ class Progress:
     """Loss summed over the targets of the epoch so far, in nats."""
     targets: float = 0.0
     """Targets of the epoch so far."""
+    repeat_bias: float = 0.0
+    """Added to the scores of items of a user's history where these compete, as fitted at the newest validation; 0:
+    never fitted, as in checkpoints of earlier versions."""
     skipped: int = 0
     """Steps skipped in the run because their loss or gradients were not finite."""
 
@@ -64,6 +68,7 @@ class Progress:
             progress.position = Position.from_state_dict(state["position"])
         check_counts({f"progress.{name}": getattr(progress, name) for name in COUNTS})
         check_finite({f"progress.{name}": getattr(progress, name) for name in ("read", "targets")})
+        check_bias(progress.repeat_bias, "progress.repeat_bias")
         if max(progress.step, progress.before) > MAX_STEPS:
             raise ValueError(f"progress.step and progress.before must be at most {MAX_STEPS:,}")
         return progress

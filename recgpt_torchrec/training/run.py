@@ -11,6 +11,7 @@ from typing import Any
 
 from recgpt_torchrec import storage
 from recgpt_torchrec.checkpoints.folder import Checkpoints
+from recgpt_torchrec.checkpoints.repeat_bias import describe_bias
 from recgpt_torchrec.config.fields import changeable_names, current_name, default_values, given_options
 from recgpt_torchrec.data.dataset import Manifest
 from recgpt_torchrec.data.inputs.spec import Inputs
@@ -192,7 +193,10 @@ class Run:
         return {"config": self.config, "vocabulary": self.vocabulary, "plan": plan, "placements": tables, **more}
 
     def summary(self, manifest: Manifest) -> str:
-        """The best validation figure, its checkpoint, and the next command, as text; `manifest` is the dataset's."""
+        """The best validation figure, its checkpoint and repeat bias, and the next command, as text.
+
+        `manifest` is the dataset's.
+        """
         output, train = self.checkpoints.output, self.config["train"]
         unit = "step" if train["steps"] else "epoch"
         count = train[f"{unit}s"]
@@ -212,7 +216,10 @@ class Run:
             following = next_line("export", {**done, "output": "EXPORT_FOLDER"})
         else:
             following = next_line("evaluate", {**done, "output": f"{output}/test.json", "split": "test"})
-        return f"Trained: {trained}\nCurves:  tensorboard --logdir {shlex.quote(f'{output}/tensorboard')}\n{following}"
+        found = self.checkpoints.best() or self.checkpoints.latest()
+        repeats = "" if found is None else f"\nRepeat {describe_bias(Progress.of_checkpoint(found).repeat_bias)}"
+        curves = f"tensorboard --logdir {shlex.quote(f'{output}/tensorboard')}"
+        return f"Trained: {trained}{repeats}\nCurves:  {curves}\n{following}"
 
 
 def describe_users(manifest: Manifest, sample: int) -> str:

@@ -109,6 +109,7 @@ def train(
                 tokens=tokens,
                 train=config.train,
                 validates=validates,
+                repeat_bias=trainer.progress.repeat_bias,
             )
         )
         trainer.fit(None if validation is None else validation(built), metric)

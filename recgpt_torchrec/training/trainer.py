@@ -18,6 +18,7 @@ from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.optim.keyed import KeyedOptimizer
 
 from recgpt_torchrec.checkpoints.folder import Checkpoints, await_checkpoint
+from recgpt_torchrec.checkpoints.repeat_bias import NAME as REPEAT_BIAS
 from recgpt_torchrec.checkpoints.saving import Saver
 from recgpt_torchrec.checkpoints.state import restore, state_of
 from recgpt_torchrec.config import Optimizer, Saving, Train
@@ -94,8 +95,8 @@ class Trainer:
         """Train to the run's last step, or until `metric` has not improved for `train.patience` epochs (collective).
 
         Args:
-            validate: returns the validation figures by name, the same on all ranks (collective); None: the whole run is
-                trained, and no checkpoint is best.
+            validate: returns the validation figures by name, and the model's repeat bias (`repeat_bias`), the
+                same on all ranks (collective); None: the whole run is trained, and no checkpoint is best.
             metric: the figure that decides the best checkpoint and early stopping; higher is better.
 
         Raises:
@@ -197,6 +198,7 @@ class Trainer:
         with watchdog.phase("validating"):
             figures = validate()
         progress.validated = progress.step
+        progress.repeat_bias = figures.pop(REPEAT_BIAS, progress.repeat_bias)
         if figures[metric] > progress.best_value:
             progress.best_value, progress.best_step = figures[metric], progress.step
             progress.best_epoch = progress.position.epoch
@@ -354,7 +356,7 @@ class Trainer:
         self.saver.saved_step = self.progress.step
 
     def begin_from(self, checkpoint: str, initialise: Callable[[Mapping[str, int]], None]) -> None:
-        """Start from the model and optimizer state of another run's checkpoint (collective).
+        """Start from the model, its repeat bias and the optimizer state of another run's checkpoint (collective).
 
         Progress and the learning-rate schedule start at 0.
 
@@ -366,5 +368,5 @@ class Trainer:
             InputError: the checkpoint cannot be read.
         """
         earlier = run_on_first_rank(lambda: Progress.of_checkpoint(checkpoint))
-        self.progress.before = earlier.before + earlier.step
+        self.progress.before, self.progress.repeat_bias = earlier.before + earlier.step, earlier.repeat_bias
         restore(self.model, self.optimizer, checkpoint, self.progress.before, initialise)

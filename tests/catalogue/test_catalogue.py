@@ -77,6 +77,21 @@ def test_top_k_is_a_plain_sort_however_tiles_are_cut_and_vectors_come(case, k, h
     assert torch.equal(vectors, before[0]) and torch.equal(queries, before[1])
 
 
+@given(cases(), K, st.sampled_from([-30.0, -1.0, 1.0, 30.0]), st.integers(1, 100), st.integers(1, 12))
+def test_items_with_a_bias_compete_with_it_each_once_however_tiles_are_cut(case, k, bias, held, rows):
+    vectors, queries, seen, forbidden = case
+    scores = queries @ vectors.t()
+    weighed: list[list[int]] = seen if seen is not None else [[] for _ in scores]
+    for row, items in enumerate(weighed):
+        scores[row, sorted(set(items))] += bias
+    left_out = [[]] * len(queries) if forbidden is None else forbidden.tolist()
+    expected = [plain(row, gone, k) for row, gone in zip(scores.tolist(), left_out, strict=True)]
+    asked = {"forbidden": forbidden, "weighed": Ragged.from_lists(weighed), "bias": bias}
+    assert same(Catalogue.of_vectors(vectors).top_k(queries, k, **asked), expected)
+    with mock.patch.multiple(best_module, SCORES={"cpu": held}, ROWS=rows):
+        assert same(streamed(vectors, 1 + held % 40).top_k(queries, k, **asked), expected)
+
+
 @given(cases(), K, st.sampled_from([1, best_module.MANY]))
 def test_the_best_of_scores_some_of_which_are_left_out_are_a_plain_sort(case, k, many):
     vectors, queries, seen, _ = case

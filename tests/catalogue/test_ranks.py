@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recgpt_torchrec.catalogue.ranks import RankCounter, both_ranks, ranks_of
+from recgpt_torchrec.catalogue.ranks import RankCounter, both_ranks, in_history, ranks_of
 from recgpt_torchrec.data.ragged import Ragged
 
 
@@ -64,6 +64,26 @@ def test_ranks_agree_with_a_plain_loop_ties_and_masks_included(case):
         assert got.dtype == torch.float32
         assert got.tolist() == expected
     assert torch.equal(scores, before)
+
+
+@given(cases(), st.sampled_from([-30.0, -1.5, -1.0, 0.0, 0.5, 1.0, 3.0]), st.integers(1, 9))
+def test_with_a_bias_unmasked_ranks_are_those_of_the_biased_scores_and_masked_ones_stay(case, bias, block):
+    scores, targets, histories = case
+    history, biased = Ragged.from_lists(histories), scores.clone()
+    for row, items in enumerate(histories):
+        biased[row, sorted(set(items))] += bias  # each item once, however often it is in the history
+    own = biased.gather(1, targets[:, None])[:, 0]
+    counter = RankCounter(targets, own, history, torch.full((len(targets),), bias))
+    for first in range(0, scores.shape[1], block):
+        counter.update(scores[:, first : first + block], first)
+    masked, unmasked = ranks_of(counter.counts)
+    assert torch.equal(masked, both_ranks(scores, targets, history)[0])
+    assert unmasked.tolist() == [
+        plain_rank(row.tolist(), int(target), []) for row, target in zip(biased, targets, strict=True)
+    ]
+    assert in_history(targets, history).tolist() == [
+        int(target) in items for target, items in zip(targets, histories, strict=True)
+    ]
 
 
 @given(cases(), st.integers(1, 3))

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-from recgpt_torchrec.catalogue import best, counting
+from recgpt_torchrec.catalogue import best, counting, odds
 from recgpt_torchrec.catalogue import catalogue as catalogue_module
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.catalogue.vectors import HeldVectors, StreamedVectors
@@ -37,6 +37,7 @@ class Case:
         width = int(rng.integers(0, 4))
         self.forbidden = [rng.integers(0, self.items, (rows, width)) for rows in self.rows]
         self.targets = [rng.integers(0, self.items, rows) for rows in self.rows]
+        self.bias = float(rng.choice([-30, -2, -1, 0, 1, 2, 30]))
         self.masks = bool(rng.integers(2)), bool(rng.integers(2))
         self.limits = {
             "held": int(rng.choice([1, 30, 2000])),
@@ -81,6 +82,8 @@ class Case:
             self.k,
             self.seen_of(rank) if self.masks[0] else None,
             torch.from_numpy(self.forbidden[rank]) if self.masks[1] else None,
+            weighed=None if self.masks[0] else self.seen_of(rank),
+            bias=self.bias,
         )
         assert found.items.shape == found.scores.shape == (self.rows[rank], self.k)
         return found.items.tolist(), found.scores.tolist()
@@ -91,6 +94,8 @@ class Case:
             out = set(self.seen[rank][row]) if self.masks[0] else set()
             out |= set(self.forbidden[rank][row].tolist()) if self.masks[1] else set()
             scores = self.vectors @ query
+            if not self.masks[0]:
+                scores[list(set(self.seen[rank][row]))] += self.bias
             order = sorted((-scores[item], item) for item in range(self.items) if item not in out)[: self.k]
             short = self.k - len(order)
             items.append([item for _, item in order] + [-1] * short)
@@ -101,19 +106,37 @@ class Case:
         targets = torch.from_numpy(self.targets[rank])
         return [
             ranks.tolist()
-            for ranks in catalogue.ranks(torch.from_numpy(self.queries[rank]), targets, self.seen_of(rank))
+            for ranks in catalogue.ranks(torch.from_numpy(self.queries[rank]), targets, self.seen_of(rank), self.bias)
         ]
 
     def plain_ranks(self, rank: int) -> list[list[float]]:
         both: list[list[float]] = [[], []]
         for query, target, seen in zip(self.queries[rank], self.targets[rank], self.seen[rank], strict=True):
-            scores = self.vectors @ query
-            for ranks, hidden in zip(both, (set(seen), set()), strict=True):
+            raw = self.vectors @ query
+            biased = raw.copy()
+            biased[list(set(seen))] += self.bias
+            for ranks, hidden, scores in zip(both, (set(seen), set()), (raw, biased), strict=True):
                 others = [item for item in range(self.items) if item not in hidden and item != target]
                 higher = sum(scores[item] > scores[target] for item in others)
                 equal = sum(scores[item] == scores[target] for item in others)
                 ranks.append(np.inf if target in hidden else float(higher + equal / 2))
         return both
+
+    def log_odds(self, catalogue: Catalogue, rank: int) -> list[float]:
+        width = max(1, self.items // 3)
+        with mock.patch.multiple(odds, SCORES={"cpu": 4 * width}, WIDTH=width):
+            found = catalogue.log_odds(torch.from_numpy(self.queries[rank]), self.seen_of(rank))
+        assert found.dtype == torch.float64
+        return found.tolist()
+
+    def plain_log_odds(self, rank: int) -> Any:
+        found = []
+        for query, seen in zip(self.queries[rank], self.seen[rank], strict=True):
+            masses = np.exp((self.vectors @ query).astype(np.float64))
+            is_seen = np.isin(np.arange(self.items), seen)
+            with np.errstate(divide="ignore"):
+                found.append(np.log(masses[is_seen].sum()) - np.log(masses[~is_seen].sum()))
+        return pytest.approx(found, abs=1e-4)
 
     def vectors_of(self, catalogue: Catalogue, rank: int) -> list[Any]:
         return catalogue.vectors_of(torch.from_numpy(self.forbidden[rank])).tolist()
@@ -125,6 +148,7 @@ class Case:
 OPERATIONS: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
     (Case.top_k, Case.plain_top_k),
     (Case.ranks, Case.plain_ranks),
+    (Case.log_odds, Case.plain_log_odds),
     (Case.vectors_of, Case.plain_vectors_of),
 ]
 
@@ -143,7 +167,7 @@ def compare_with_plain(rank: int, world_size: int, seeds: range) -> int:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_each_rank_gets_the_plain_answer_held_and_streamed(world_size):
-    assert run_ranks(compare_with_plain, world_size, range(CASES)) == [6 * CASES] * world_size
+    assert run_ranks(compare_with_plain, world_size, range(CASES)) == [8 * CASES] * world_size
 
 
 def ask_as_often_as_one_likes(rank: int, world_size: int, seeds: range) -> int:

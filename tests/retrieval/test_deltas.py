@@ -195,6 +195,28 @@ def test_a_delta_holds_what_is_new_or_moved_and_names_who_is_gone(tmp_path: Path
             del held.users[id]
 
 
+def test_an_export_has_the_bias_of_its_last_delta_and_without_one_its_fingerprint_stays(tmp_path: Path) -> None:
+    dataset, *_ = make_datasets(tmp_path)
+    day = make_days()[0]
+    own: dict[str, Any] = {"everyone": True, **SOURCE}
+    full, delta = str(tmp_path / "full"), str(tmp_path / "delta")
+
+    def rows(vectors: dict[int, np.ndarray]) -> Any:
+        return batches(vectors, 0, 1)
+
+    write_export(full, dataset, items=rows(day.items), users=rows(day.users), dim=DIM, interests=1, **own)
+    before = open_export(full).fingerprint
+    change_json(tmp_path / "full/manifest.json", lambda values: values.pop("repeat_bias"))
+    assert open_export(full).manifest.repeat_bias == 0 and open_export(full).fingerprint == before
+    chain = open_chain([full])
+    write_delta(delta, dataset, chain, 0.0, items=rows(day.items), users=rows(day.users), repeat_bias=-2.5, **own)
+    apply_deltas(str(tmp_path / "applied"), open_chain([full, delta]))
+    assert open_export(str(tmp_path / "applied")).manifest.repeat_bias == -2.5
+    change_json(tmp_path / "full/manifest.json", lambda values: values.update(repeat_bias=99))
+    with pytest.raises(InputError, match="repeat_bias is 99.0, it must be from -30 to 30"):
+        open_export(full)
+
+
 def test_a_chain_with_a_tolerance_does_not_drift(tmp_path: Path) -> None:
     """Vectors that move by less than the tolerance each day are sent once they have moved by more in all."""
     dataset, *_ = make_datasets(tmp_path)

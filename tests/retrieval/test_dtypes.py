@@ -1,6 +1,7 @@
 """Vectors in float16 and int8: what they are read as, how far that is from the numbers, and what is refused."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -125,7 +126,7 @@ def test_bytes_of_an_export_follow_the_type(tmp_path: Path) -> None:
     sizes = {}
     for dtype in STORED:
         shares = {"items": (items, dim), "users": (5, dim)}
-        given_vectors = {
+        given_vectors: dict[str, Any] = {
             kind: [(np.arange(shape[0]), rng.normal(size=shape).astype(np.float32))] for kind, shape in shares.items()
         }
         manifest = write_export(

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from recgpt_torchrec.catalogue.rounds import Rounds
 from recgpt_torchrec.data.ragged import Ragged
 from recgpt_torchrec.retrieval.merging import merge_by_score, merge_quota
 from recgpt_torchrec.retrieval.search.index import Shard, build
+from recgpt_torchrec.retrieval.search.restricted import RestrictedSearch
 from recgpt_torchrec.retrieval.search.retriever import ApproximateSearch, ExactSearch, Retriever
 from recgpt_torchrec.retrieval.search.sharded_index import ShardedIndex
 
@@ -46,6 +48,33 @@ def test_one_interest_gives_the_best_unseen_items_however_long_the_history(data)
     for u, row in enumerate(expected):
         there = [item for item in row if item >= 0]
         np.testing.assert_allclose(found.scores[u, : len(there)], items[there] @ queries[u, 0], rtol=1e-5, atol=1e-6)
+
+
+@given(st.data())
+def test_items_of_the_history_compete_with_a_bias_exactly_and_by_an_index_and_among_allowed_ones(data):
+    """Against a sort of all biased scores; an index serves biases of at most 0 alone."""
+    k, users = data.draw(st.integers(1, ITEMS)), data.draw(st.integers(1, 6))
+    bias = data.draw(st.sampled_from([-30.0, -1.0, -0.1, 0.0, 0.5, 30.0]))
+    history = st.lists(st.integers(0, ITEMS - 1), max_size=data.draw(st.sampled_from([3, 2 * ITEMS])))
+    seen, excluded = ([data.draw(history) for _ in range(users)] for _ in range(2))
+    items, queries = vectors(ITEMS), vectors(users, 1, seed=1)
+    scores = queries[:, 0] @ items.T
+    for row, of_user in enumerate(seen):
+        scores[row, sorted(set(of_user))] += np.float32(bias)
+
+    def lists(search: Any, out: list[list[int]] | None = None) -> list[list[int]]:
+        retriever = Retriever(search, k, lambda lists: merge_by_score(lists, k), bias=bias)
+        left_out = None if out is None else Ragged.from_lists(out)
+        return retriever.lists(queries, Ragged.from_lists(seen), left_out).items.tolist()
+
+    assert lists(exact(items)) == [plain(row, [], k) for row in scores]
+    assert lists(exact(items), excluded) == [plain(row, out, k) for row, out in zip(scores, excluded, strict=True)]
+    allowed = np.sort(np.random.default_rng(k).choice(ITEMS, ITEMS // 2, replace=False))
+    others = sorted({*range(ITEMS)} - {*allowed.tolist()})
+    assert lists(RestrictedSearch(exact(items[allowed]), allowed)) == [plain(row, others, k) for row in scores]
+    if bias <= 0:
+        shard = Shard(build("flat", lambda: iter([items]), ITEMS, DIM, {}), "flat", {})
+        assert lists(ApproximateSearch(ShardedIndex([shard], ITEMS, DIM, Rounds()))) == lists(exact(items))
 
 
 def test_without_a_history_everything_may_be_found():

@@ -139,6 +139,27 @@ def test_vectors_and_lists_are_those_of_export_and_retrieve(folder: Path, kind: 
             assert answer.user_known and not answer.unknown and answer.fallback is None
 
 
+@pytest.mark.parametrize("bias", [-0.05, 30.0])
+def test_items_of_a_history_may_compete_with_the_bias_of_the_model(folder: Path, bias: float) -> None:
+    """Against a sort of biased scores; what is excluded, or not allowed, stays out."""
+    recommender = Recommender.load(str(folder / "pretrained"), str(folder / "plain"))
+    recommender.repeat_bias = bias
+    keys, vectors = recommender.vectors()
+    history, out, allow = WALKS[3], ["item 4", f"item {WALKS[3][0]}"], [f"item {n}" for n in range(0, 30, 2)]
+    scores = vectors @ recommender.encode([f"item {item}" for item in history])[0, 0]
+    scores[sorted(set(history))] += np.float32(bias)
+    order = [keys[int(place)].as_py() for place in np.argsort(-scores, kind="stable")]
+    asked: dict[str, Any] = {"k": 6, "seen": "weigh"}
+    items = [f"item {item}" for item in history]
+    assert recommender.recommend(items, **asked).items == order[:6]
+    assert recommender.recommend(items, **asked, exclude=out).items == [key for key in order if key not in out][:6]
+    assert recommender.recommend(items, **asked, deny=out).items == [key for key in order if key not in out][:6]
+    assert recommender.recommend(items, **asked, allow=allow).items == [key for key in order if key in allow][:6]
+    assert not set(recommender.recommend(items, 6).items) & set(items)
+    with pytest.raises(InputError, match="seen is 'mask'; give leave_out or weigh"):
+        recommender.recommend(items, seen="mask")  # type: ignore[arg-type]
+
+
 def test_a_stranger_has_the_user_vector_zero(folder: Path) -> None:
     """As the model computes it once his row of the table is 0; and users with rows differ from it."""
     recommender = Recommender.load(str(folder / "pretrained"), str(folder / "plain"))

@@ -48,7 +48,10 @@ class Recommend:
     """How the lists of several interests are merged, as in retrieve. auto: score for one interest, two_step for two,
     quota for more."""
     exclude: list[str] = field(default_factory=list)
-    """Keys of items to leave out, separated by commas; those of the history always are."""
+    """Keys of items to leave out, separated by commas; those of the history are by --seen leave_out."""
+    seen: Literal["leave_out", "weigh"] = "leave_out"
+    """Items of the history. leave_out: they are not in the list. weigh: they compete, with the model's repeat bias
+    added to their scores."""
     allow: list[str] = field(default_factory=list)
     """Keys of the only items that may be listed, separated by commas. []: any."""
     pretrained: str | None = None

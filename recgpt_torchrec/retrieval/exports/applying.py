@@ -14,8 +14,8 @@ from recgpt_torchrec.storage import folders
 from recgpt_torchrec.storage.parts import Part, regroup, write_parts
 
 SAME = (
-    "items users dim interests dtype metric dataset vocabulary dataset_fingerprint checkpoint checkpoint_fingerprint "
-    "settings"
+    "items users dim interests dtype metric repeat_bias dataset vocabulary dataset_fingerprint checkpoint "
+    "checkpoint_fingerprint settings"
 ).split()
 """Fields of a manifest that an export has of the last delta applied to it."""
 

@@ -7,7 +7,8 @@
     index/*/*.faiss    FAISS index of the item vectors, if there is one, see `index_manifest`
     encoder/*/*        the model as a program, if it is there, see `encoder_manifest`
 
-A score is the inner product of a user vector and an item vector. Every item appears once, and every user with an
+A score is the inner product of a user vector and an item vector; for an item of the user's history that competes, plus
+the manifest's `repeat_bias`. Every item appears once, and every user with an
 encoded history; rows are in no particular order (each process writes its share). Of several interests the first is that
 of one-step recall; each further one is the output after the best new item of the one before joins the history:
 
@@ -30,6 +31,7 @@ knows models: vectors are numpy arrays, batch by batch.
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from recgpt_torchrec.checkpoints.repeat_bias import check_bias
 from recgpt_torchrec.config.retrieval import INTERESTS
 from recgpt_torchrec.data.split import EVALUATION
 from recgpt_torchrec.retrieval.exports.encoder_manifest import EncoderManifest
@@ -73,6 +75,9 @@ class ExportManifest(FolderManifest):
     """Type of the stored numbers, one of `DTYPES`, see `vectors`."""
     metric: str = field(default="inner_product", metadata={LATER: True})
     """How a user's score for an item is made of their vectors."""
+    repeat_bias: float = field(default=0.0, metadata={LATER: True})
+    """Of the model, see `checkpoints.repeat_bias`: what a score has beside the inner product where an item of the
+    user's history competes."""
     state: str = field(default="", metadata={LATER: True})
     """Where deltas were applied: the fingerprint of the last one, see `DeltaManifest`; empty: this export's own."""
     dataset: str = ""
@@ -149,6 +154,8 @@ class DeltaManifest(FolderManifest):
     interests: int = 1
     dtype: str = "float32"
     metric: str = "inner_product"
+    repeat_bias: float = field(default=0.0, metadata={LATER: True})
+    """Of the model that the moved vectors are of."""
     dataset: str = ""
     vocabulary: str = ""
     dataset_fingerprint: str = ""
@@ -189,6 +196,7 @@ def _check_vectors(manifest: ExportManifest | DeltaManifest) -> None:
     Raises:
         ValueError: names what is impossible.
     """
+    check_bias(manifest.repeat_bias)
     if not (0 < manifest.dim <= MAX_DIM and 0 < manifest.interests <= INTERESTS):
         raise ValueError(f"it promises {manifest.interests:,} vectors of {manifest.dim:,} numbers per user")
     for name, value, allowed in (

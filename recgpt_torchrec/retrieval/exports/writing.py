@@ -29,6 +29,7 @@ def write_export(
     checkpoint_fingerprint: str,
     settings: dict[str, Any],
     dtype: str = "float32",
+    repeat_bias: float = 0.0,
 ) -> ExportManifest:
     """Write an export and commit it whole (collective: each process gives its share).
 
@@ -44,6 +45,7 @@ def write_export(
         checkpoint_fingerprint: its fingerprint, for the manifest.
         settings: the stage's options, for the manifest.
         dtype: of the stored numbers, see `vectors`.
+        repeat_bias: of the model, for the manifest.
 
     Returns:
         The manifest, on every process.
@@ -57,6 +59,7 @@ def write_export(
         dim=dim,
         interests=interests,
         dtype=dtype,
+        repeat_bias=repeat_bias,
         dataset=dataset.path,
         vocabulary=dataset.manifest.vocabulary,
         dataset_fingerprint=histories_fingerprint(dataset),
@@ -87,6 +90,7 @@ def write_delta(
     checkpoint: str,
     checkpoint_fingerprint: str,
     settings: dict[str, Any],
+    repeat_bias: float = 0.0,
 ) -> DeltaManifest:
     """Write what changes from a chain to new vectors, and commit it whole (collective: each process gives its share).
 
@@ -113,6 +117,7 @@ def write_delta(
         interests=before.interests,
         dtype=before.dtype,
         metric=before.metric,
+        repeat_bias=repeat_bias,
         dataset=dataset.path,
         vocabulary=dataset.manifest.vocabulary,
         dataset_fingerprint=histories_fingerprint(dataset),

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 
 from recgpt_torchrec.data.ragged import Float32, Ragged
+from recgpt_torchrec.retrieval.interests import Repeats
 from recgpt_torchrec.retrieval.merging import Lists
 from recgpt_torchrec.retrieval.search.retriever import Search
 
@@ -37,9 +38,11 @@ class RestrictedSearch:
     ids: Ids
     """[allowed items] rising, at least one; every rank has all of them."""
 
-    def lists(self, vectors: Float32, k: int, seen: Ragged | None) -> Lists:
+    def lists(self, vectors: Float32, k: int, seen: Ragged | None, repeats: Repeats | None = None) -> Lists:
         """See `Search`."""
-        found = self.search.lists(vectors, k, None if seen is None else self._place(seen))
+        left_out = None if seen is None else self._place(seen)
+        weighed = None if repeats is None else Repeats(self._place(repeats.items), repeats.bias)
+        found = self.search.lists(vectors, k, left_out, weighed)
         places = found.items.numpy()
         ids = self.ids[np.maximum(places, 0)].astype(np.int64)
         return Lists(torch.from_numpy(np.where(places < 0, -1, ids)), found.scores)

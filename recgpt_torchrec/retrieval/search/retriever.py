@@ -1,4 +1,4 @@
-"""From interest vectors to one list per user: search, leave out the history, merge. Knows nothing of files."""
+"""From interest vectors to one list per user: search, leave out or weigh the history, merge; without files."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.data.ragged import Float32, Int64, Ragged
-from recgpt_torchrec.retrieval.interests import recall_items
+from recgpt_torchrec.retrieval.interests import Repeats, recall_items
 from recgpt_torchrec.retrieval.merging import Lists, Merged
 
 if TYPE_CHECKING:  # exact lists need no FAISS
@@ -22,8 +22,11 @@ Bool = npt.NDArray[np.bool_]
 class Search(Protocol):
     """Finds items for interest vectors."""
 
-    def lists(self, vectors: Float32, k: int, seen: Ragged | None) -> Lists:
-        """The `k` best items of every interest [users, interests, dim] float32, without those `seen` by its user."""
+    def lists(self, vectors: Float32, k: int, seen: Ragged | None, repeats: Repeats | None = None) -> Lists:
+        """The `k` best items of every interest [users, interests, dim] float32, without those `seen` by its user.
+
+        `repeats` compete, with their bias.
+        """
         ...
 
 
@@ -33,10 +36,10 @@ class ExactSearch:
 
     catalogue: Catalogue
 
-    def lists(self, vectors: Float32, k: int, seen: Ragged | None) -> Lists:
+    def lists(self, vectors: Float32, k: int, seen: Ragged | None, repeats: Repeats | None = None) -> Lists:
         """See `Search`."""
         queries = torch.tensor(vectors, device=self.catalogue.device)
-        return Lists(*(values.cpu() for values in recall_items(queries, self.catalogue, k, seen)))
+        return Lists(*(values.cpu() for values in recall_items(queries, self.catalogue, k, seen, repeats)))
 
 
 @dataclass
@@ -45,8 +48,10 @@ class ApproximateSearch:
 
     index: "ShardedIndex"
 
-    def lists(self, vectors: Float32, k: int, seen: Ragged | None) -> Lists:
-        """See `Search`."""
+    def lists(self, vectors: Float32, k: int, seen: Ragged | None, repeats: Repeats | None = None) -> Lists:
+        """See `Search`. A bias is at most 0: items of the history that the index does not find stay behind."""
+        assert repeats is None or (seen is None and repeats.bias <= 0)
+        seen = seen if repeats is None else repeats.items
         users, interests, dim = vectors.shape
         queries = vectors.reshape(-1, dim)
         owner = np.repeat(np.arange(users), interests)
@@ -60,11 +65,18 @@ class ApproximateSearch:
             depth = min(depth, self.index.items)
             nearest, values = self.index.search(queries[unfinished], depth)
             wanted = nearest >= 0
+            complete = (nearest < 0).any(axis=1) | (depth == self.index.items)
             if seen_pairs is not None:
-                wanted &= ~_is_in_sorted(owner[unfinished, None] * self.index.items + nearest, seen_pairs)
+                is_seen = wanted & _is_in_sorted(owner[unfinished, None] * self.index.items + nearest, seen_pairs)
+                # What is not found scores no more than the least found: k unseen items are before it.
+                complete |= (wanted & ~is_seen).sum(axis=1) >= k
+                if repeats is None:
+                    wanted &= ~is_seen
+                else:
+                    nearest, values = _weigh(nearest, values, is_seen, repeats.bias)
+                    wanted = nearest >= 0
             items[unfinished], scores[unfinished] = _pick_first(nearest, values, wanted, k)
-            enough = wanted.sum(axis=1) >= k
-            done = enough | (nearest < 0).any(axis=1) | (depth == self.index.items)
+            done = complete if seen_pairs is not None else complete | (wanted.sum(axis=1) >= k)
             unfinished, depth = unfinished[~done], 2 * depth
         shape = (users, interests, k)
         return Lists(torch.from_numpy(items.reshape(shape)), torch.from_numpy(scores.reshape(shape)))
@@ -72,7 +84,7 @@ class ApproximateSearch:
 
 @dataclass
 class Retriever:
-    """Retrieves one list of `k` distinct items per user, none from the history; shorter only where no items are left.
+    """Retrieves one list of `k` distinct items per user; shorter only where no items are left.
 
     Example: `Retriever(ExactSearch(catalogue), k=50, merge=lambda lists: merge_by_score(lists, 50))`
     """
@@ -83,20 +95,27 @@ class Retriever:
     """Merges the lists of several interests into one of `k` items."""
     exact: Search | None = None
     """Searches for the users for whom an approximate search finds fewer than k items."""
+    bias: float | None = None
+    """Added to the scores of items of the history, which then compete; None: they are left out."""
 
-    def lists(self, vectors: Float32, seen: Ragged | None = None) -> Merged:
+    def lists(self, vectors: Float32, seen: Ragged | None = None, excluded: Ragged | None = None) -> Merged:
         """Retrieve one list per user.
 
         Args:
             vectors: [users, interests, dim] float32.
-            seen: items to leave out, by user, repeats allowed; None: none.
+            seen: items of the history, by user, repeats allowed: left out, or with the `bias`; None: none.
+            excluded: with a `bias`, items that are left out, by user; None: none.
         """
+        left_out, repeats = seen, None
+        if self.bias is not None:
+            left_out, repeats = excluded, None if seen is None else Repeats(seen, self.bias)
         # Merging never needs more than k items of an interest.
-        merged = self.merge(self.search.lists(vectors, self.k, seen))
+        merged = self.merge(self.search.lists(vectors, self.k, left_out, repeats))
         (short,) = np.nonzero((merged.items < 0).any(dim=1).numpy())
         if short.size and self.exact is not None:
-            seen_by_short = None if seen is None else seen.take(short)
-            exact = self.merge(self.exact.lists(vectors[short], self.k, seen_by_short))
+            left_out = None if left_out is None else left_out.take(short)
+            repeats = None if repeats is None else Repeats(repeats.items.take(short), repeats.bias)
+            exact = self.merge(self.exact.lists(vectors[short], self.k, left_out, repeats))
             for values, replacements in zip(merged, exact, strict=True):
                 values[torch.from_numpy(short)] = replacements
         return merged
@@ -113,6 +132,16 @@ def _is_in_sorted(values: Int64, ascending: Int64) -> Bool:
         return np.zeros(values.shape, dtype=bool)
     place = np.minimum(np.searchsorted(ascending, values), ascending.size - 1)
     return ascending[place] == values
+
+
+def _weigh(items: Int64, scores: Float32, is_seen: Bool, bias: float) -> tuple[Int64, Float32]:
+    """Items and scores [rows, any] with the bias added where seen, best first, of equal ones the smaller id.
+
+    -1 with -inf stays at the end.
+    """
+    scores = np.where(is_seen, scores + np.float32(bias), scores)
+    order = np.lexsort((np.where(items < 0, np.iinfo(np.int64).max, items), -scores), axis=1)
+    return np.take_along_axis(items, order, axis=1), np.take_along_axis(scores, order, axis=1)
 
 
 def _pick_first(items: Int64, scores: Float32, wanted: Bool, count: int) -> tuple[Int64, Float32]:

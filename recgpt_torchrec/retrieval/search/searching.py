@@ -60,16 +60,17 @@ def build_retrievers(
     def merge(lists: Lists) -> Merged:
         return rule.merge(lists, config.k)
 
+    bias = export.manifest.repeat_bias if config.seen == "weigh" else None
     rounds = Rounds()
     exact_search = StoredExactSearch(export, rounds, allowed)
-    exact = Retriever(exact_search, config.k, merge)
+    exact = Retriever(exact_search, config.k, merge, bias=bias)
     if config.index == "exact":
         exact_search.read()
         return exact, exact, rounds.finish
     held = held_index(config, export)
     shards = build_own_shard(config, export) if held is None else open_own_shards(export, held, config)
     index = ShardedIndex(shards, export.manifest.items, export.manifest.dim, rounds, allowed)
-    approximate = Retriever(ApproximateSearch(index), config.k, merge, exact_search)
+    approximate = Retriever(ApproximateSearch(index), config.k, merge, exact_search, bias)
     return exact, approximate, rounds.finish
 
 
@@ -86,7 +87,7 @@ def search_users(
     Args:
         export: whose user vectors are the queries.
         retriever: makes the lists.
-        histories: whose items are left out; None: nothing is.
+        histories: whose items are left out or weighed; None: none are known.
         interests: number of interests to use, from the first on.
         measure: called with each batch.
         chosen: the users whose lists are asked for; None: all.
