@@ -4,6 +4,7 @@ from typing import Any
 
 from tools.faults.injecting import FAULTS, Fault
 from tools.faults.jobs import MOMENTS, failures_in
+from tools.faults.nodes import address
 
 Cells = dict[tuple[str, str], dict[str, Any]]
 """Values of `node_faults.run_cell` by the names of fault and moment."""
@@ -12,7 +13,8 @@ Cells = dict[tuple[str, str], dict[str, Any]]
 def name_culprit(values: dict[str, Any], fault: Fault) -> str:
     """The first line that says whose fault it was; empty: none does."""
     survivors = [0, 1] if fault.node is None or values["statuses"] == [0, 0] else [1 - fault.node]
-    words = ("/disk",) if fault.node is None else (f"rank {fault.node}", f"node{fault.node}")
+    # Before the ranks have met, a launcher knows the node that serves the job's store by its address alone.
+    words = ("/disk",) if fault.node is None else (f"rank {fault.node}", f"node{fault.node}", address(fault.node))
     if fault is FAULTS["disk gone from node 1"]:
         survivors, words = [0, 1], ("/disk",)
     for node in survivors:
