@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tools.faults import storage_errors
 from tools.faults.injecting import FAULTS, Fault, Place, place_of_faults
 from tools.faults.jobs import MOMENTS, TRACEBACK, Moment, run_job
 from tools.faults.nodes import explain_missing
@@ -183,10 +184,14 @@ def main() -> int:
         raise SystemExit(f"no nodes can be made here: {missing}")
     if unknown := set(options.only) - {*FAULTS, *MOMENTS}:
         raise SystemExit(f"no fault or moment is named {', '.join(sorted(unknown))}; there are {[*FAULTS, *MOMENTS]}")
-    preload()
     folder = options.folder.resolve()
     faults = {name: fault for name, fault in FAULTS.items() if name in options.only or not {*FAULTS} & {*options.only}}
     moments = {name: each for name, each in MOMENTS.items() if name in options.only or not {*MOMENTS} & {*options.only}}
+    if any(fault.needs_library for fault in faults.values()):
+        if (missing := storage_errors.explain_missing()) is not None:
+            raise SystemExit(f"calls to the system cannot be let fail here: {missing}")
+        storage_errors.preload(folder)
+    preload()
     cells: dict[tuple[str, str], dict[str, Any]] = {}
     for moment_name, moment in moments.items():
         for fault_name, fault in faults.items():

@@ -12,11 +12,9 @@ Cells = dict[tuple[str, str], dict[str, Any]]
 
 def name_culprit(values: dict[str, Any], fault: Fault) -> str:
     """The first line that says whose fault it was; empty: none does."""
-    survivors = [0, 1] if fault.node is None or values["statuses"] == [0, 0] else [1 - fault.node]
     # Before the ranks have met, a launcher knows the node that serves the job's store by its address alone.
-    words = ("/disk",) if fault.node is None else (f"rank {fault.node}", f"node{fault.node}", address(fault.node))
-    if fault is FAULTS["disk gone from node 1"]:
-        survivors, words = [0, 1], ("/disk",)
+    words = fault.names or (f"rank {fault.node}", f"node{fault.node}", address(fault.node or 0))
+    survivors = [0, 1] if fault.names or values["statuses"] == [0, 0] else [1 - (fault.node or 0)]
     for node in survivors:
         for line in failures_in(values["said"][node]):
             text = line.split(f" rank {node}: ", 1)[-1]
