@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from recgpt_torchrec.config.command_line import CommandLine, OptionError
 from recgpt_torchrec.config.fields import options
-from recgpt_torchrec.errors import REFUSED, InputError
+from recgpt_torchrec.errors import REFUSED, InputError, OtherRanksError, StorageError
 from recgpt_torchrec.texts.commands import set_form
 
 Config = TypeVar("Config")
@@ -162,8 +162,14 @@ def run(config_class: type[Config], function: Callable[[Config], None], prog: st
         print(f"{prog}: error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(REFUSED) from None
     except OSError as error:  # a disk, a network or a store failed: the operating system's message says why
+        if getattr(error, "is_told", False):
+            time.sleep(RANK_0_SECONDS)
+            raise SystemExit(1) from None
         where = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        print(f"{prog}: error{where}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, OtherRanksError):
+            where = f" (on {error.host})"
+        kind = "" if isinstance(error, StorageError) else f"{type(error).__name__}: "
+        print(f"{prog}: error{where}: {kind}{error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; give the same command again to resume", file=sys.stderr)

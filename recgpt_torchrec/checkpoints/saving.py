@@ -33,7 +33,7 @@ from recgpt_torchrec.config import Saving
 from recgpt_torchrec.distributed import watchdog
 from recgpt_torchrec.distributed.memory import find_shortage
 from recgpt_torchrec.distributed.processes import log_message, rank, run_on_first_rank
-from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.errors import InputError, StorageError
 
 LAST_WAIT_S = 60.0
 """Seconds that a run that ends with an error waits for its last checkpoint."""
@@ -146,6 +146,7 @@ class Saver:
 
         Raises:
             InputError: it could not be written.
+            StorageError: it could not, because the disk, the mount or the network failed.
         """
         while self._thread is not None:
             records = self._records
@@ -202,23 +203,24 @@ class Saver:
         except BaseException as error:
             self._error = error
 
-    def _make_error(self, error: BaseException) -> InputError:
-        where, cause = "", error
+    def _make_error(self, error: BaseException) -> InputError | StorageError:
+        failed, cause = 0, error
         if isinstance(error, CheckpointException) and error.failures:
             failed = min(error.failures)
-            where, cause = f" (rank {failed})", error.failures[failed][0]
+            cause = error.failures[failed][0]
         try:
             free = f"{shutil.disk_usage(self.checkpoints.folder).free / 2**20:,.0f} MiB free. "
         except OSError:
             free = ""
         folder = self.checkpoints.folder
-        problem = f"cannot write a checkpoint to {folder}{where}: {type(cause).__name__}: {cause}. {free}"
+        problem = f"cannot write a checkpoint to {folder} (rank {failed}): {type(cause).__name__}: {cause}. {free}"
+        kind = StorageError if storage.find_storage_failure(cause, folder) else InputError
         try:
             latest = self.checkpoints.latest()
         except OSError:  # a store that does not answer
-            return InputError(f"{problem}The same command resumes from the newest complete one")
+            return kind(f"{problem}The same command resumes from the newest complete one")
         remedy = f"The same command resumes from {latest}" if latest else "No checkpoint was written before"
-        return InputError(problem + remedy)
+        return kind(problem + remedy)
 
 
 def _allocate_copy(value: Any) -> Any:

@@ -45,7 +45,7 @@ class Fault:
     goes_on: bool = False
     """Whether the job is to end as if nothing had happened."""
     names: tuple[str, ...] = ()
-    """What a message of either node has to name, where that is not `node`: a part of the path of a disk or file."""
+    """Parts of messages of either node, one of which has to say what failed; none: a living one has to name `node`."""
     needs_library: bool = False
     """Whether calls to the system fail, see `storage_errors`."""
 
@@ -106,7 +106,7 @@ def _storage_error(number: int, *, writes: bool) -> Fault:
         1,
         inject,
         lambda place: storage_errors.mend(),
-        names=("/disk/",) if writes else ("/data/", "/pretrain/", "/export/", "/generate_prompts/", "/disk/"),
+        names=(f"node1 cannot {'write' if writes else 'read'}", "rank 1 cannot read", "(rank 1): OSError"),
         needs_library=True,
     )
 

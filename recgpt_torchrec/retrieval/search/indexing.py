@@ -24,7 +24,7 @@ from recgpt_torchrec.distributed.processes import (
     world_size,
 )
 from recgpt_torchrec.distributed.watchdog import phase
-from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.errors import InputError, StorageError
 from recgpt_torchrec.progress import progress_bar
 from recgpt_torchrec.retrieval.exports.additions import commit_addition, new_folder
 from recgpt_torchrec.retrieval.exports.index_manifest import IndexManifest, IndexShard, vectors_fingerprint
@@ -148,7 +148,7 @@ def add_index(export: Export, settings: Index) -> tuple[IndexManifest, bool]:
     try:
         with phase("building the index", computes=True):
             written = _write_own_shards(export, kind, parameters, shards, folder)
-    except InputError as error:
+    except (InputError, StorageError) as error:
         failure = error
     except (OSError, RuntimeError, MemoryError) as error:  # of FAISS, or of its file
         failure = InputError(f"the index of {export.path} cannot be built: {' '.join(str(error).split())}")
