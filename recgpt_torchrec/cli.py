@@ -165,11 +165,12 @@ def run(config_class: type[Config], function: Callable[[Config], None], prog: st
         if getattr(error, "is_told", False):
             time.sleep(RANK_0_SECONDS)
             raise SystemExit(1) from None
-        where = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        if isinstance(error, OtherRanksError):
-            where = f" (on {error.host})"
-        kind = "" if isinstance(error, StorageError) else f"{type(error).__name__}: "
-        print(f"{prog}: error{where}: {kind}{error}", file=sys.stderr, flush=True)
+        place = f"rank {os.environ['RANK']}" if "RANK" in os.environ else ""
+        place = f"on {error.host}" if isinstance(error, OtherRanksError) else place
+        text = f"{type(error).__name__}: {error}"
+        if isinstance(error, StorageError):  # which names its node
+            place, text = "", str(error)
+        print(f"{prog}: error{place and f' ({place})'}: {text}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; give the same command again to resume", file=sys.stderr)

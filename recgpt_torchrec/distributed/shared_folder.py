@@ -10,8 +10,8 @@ import pyarrow.fs
 from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import gather_objects, local_world_size, rank, run_on_first_rank
 from recgpt_torchrec.distributed.watchdog import beat, tracked_phase
-from recgpt_torchrec.errors import InputError, StorageError
-from recgpt_torchrec.storage import filesystem, folders
+from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.storage import filesystem, find_storage_failure, folders
 from recgpt_torchrec.storage.buffers import IN_MEMORY, Buffer, Fill, named_buffer, open_buffer
 from recgpt_torchrec.storage.manifests import FolderManifest
 from recgpt_torchrec.storage.visibility import await_parts
@@ -85,10 +85,8 @@ def read_on_node(name: str, size: int, fill: Fill, total: float, unit: str) -> B
             elif rank() == first:
                 path, empty = until_mapped.enter_context(named_buffer(size))
                 buffer = filled(empty)
-        except StorageError as error:  # of what is read
-            failure = error
         except OSError as error:
-            failure = InputError(
+            failure = find_storage_failure(error, tempfile.gettempdir(), f"keep {name} in") or InputError(
                 f"{name} cannot be kept in {tempfile.gettempdir()}: {error}; free {size:,} bytes there, or set TMPDIR "
                 "to another folder on a local disk"
             )

@@ -90,17 +90,18 @@ def test_processes_that_do_not_know_of_each_other_are_refused(given, message, mo
     assert joining.is_launched() is True
 
 
-def refuses(rank: int, world_size: int, port: int, texts: list[str]) -> bool:
+def refuses(rank: int, world_size: int, port: int, texts: list[str], kind: type[Exception]) -> Any:
     dist.destroy_process_group()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
         with process_group(30.0):
-            raise InputError(texts[rank])
-    except InputError as error:
+            raise kind(texts[rank])
+    except (InputError, OSError) as error:
         if rank == 0:
             time.sleep(2)  # it serves the store
-        return error.is_told
+        return error.is_told  # type: ignore[union-attr]
 
 
-def test_what_all_ranks_refuse_one_of_them_says():
-    assert run_ranks(refuses, 3, free_port(), ["no data", "no data", "row 7 is damaged"]) == [False, True, False]
+@pytest.mark.parametrize("kind", [InputError, OSError])
+def test_what_all_ranks_refuse_one_of_them_says(kind):
+    assert run_ranks(refuses, 3, free_port(), ["no data", "no data", "row 7 is damaged"], kind) == [False, True, False]

@@ -106,7 +106,12 @@ def _storage_error(number: int, *, writes: bool) -> Fault:
         1,
         inject,
         lambda place: storage_errors.mend(),
-        names=(f"node1 cannot {'write' if writes else 'read'}", "rank 1 cannot read", "(rank 1): OSError"),
+        names=(
+            f"node1 cannot {'write' if writes else 'read'}",
+            "node1 cannot keep",
+            "rank 1 cannot read",
+            "(rank 1): OSError",
+        ),
         needs_library=True,
     )
 

@@ -9,9 +9,9 @@ import pyarrow as pa
 
 from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.distributed.lockstep import raise_first_error
-from recgpt_torchrec.errors import InputError, StorageError
+from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.exports.reading import Export
-from recgpt_torchrec.storage import scratch_beside
+from recgpt_torchrec.storage import find_storage_failure, scratch_beside
 
 
 class ItemKeys:
@@ -35,10 +35,10 @@ class ItemKeys:
             try:
                 folder = tempfile.TemporaryDirectory(prefix=".keys-", dir=scratch_beside(output))
                 self._load(export, resources.enter_context(folder))
-            except StorageError as error:  # of the export
-                failure = error
             except OSError as error:
-                failure = InputError(f"keys cannot be kept in {scratch_beside(output)}: {error}; free space there")
+                failure = find_storage_failure(error, scratch_beside(output), "keep keys in") or InputError(
+                    f"keys cannot be kept in {scratch_beside(output)}: {error}; free space there"
+                )
             except Exception as error:
                 failure = error
             raise_first_error(failure)
