@@ -5,6 +5,7 @@ dotted (`--model.dim 64`). All of them can also be set in a YAML file given as `
 """
 
 import functools
+import gc
 import json
 import os
 import re
@@ -140,6 +141,17 @@ def refuse(prog: str, message: str) -> NoReturn:
     raise SystemExit(REFUSED)
 
 
+def _free_groups() -> None:
+    """Free the process groups of a job's rank, whose threads then end, while the interpreter still works.
+
+    Models and optimizers refer to each other in circles, so that groups outlived `destroy_process_group` with six to
+    nine threads of gloo until the interpreter was taken down; a thread that then asks for the interpreter's lock aborts
+    the process. A rank that fails does without: its groups may wait for others. It takes 0.2 to 0.3 s.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        gc.collect()
+
+
 def run(config_class: type[Config], function: Callable[[Config], None], prog: str) -> None:
     """Run a stage program: parse the command line and call the stage; exit status 0 means the result is complete.
 
@@ -154,6 +166,7 @@ def run(config_class: type[Config], function: Callable[[Config], None], prog: st
     config = parse(config_class, prog)
     try:
         function(config)
+        _free_groups()
     except InputError as error:
         rank = os.environ.get("RANK", "0")
         if error.is_told:

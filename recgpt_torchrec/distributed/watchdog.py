@@ -40,6 +40,8 @@ AFTER_LOSS = "because it lost another rank"
 """End reason of a rank that ended because another one was lost first."""
 COMPUTING_SHARE = 0.05
 """Share of one core that a process has to use to make progress where CPU time counts."""
+JOIN_SECONDS = 10.0
+"""How long a rank that is done waits for its threads to end; after an error a tenth of it, as the store may be lost."""
 SHOWN_AFTER = 3.0
 """Seconds after which the progress of a long phase is shown on a terminal."""
 
@@ -155,6 +157,7 @@ class Watchdog:
         self._progress_elsewhere = 0.0
         self._finished = threading.Event()
         self._parent = os.getppid()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
     def __enter__(self) -> "Watchdog":
         report_phase("starting")
@@ -163,11 +166,23 @@ class Watchdog:
             faulthandler.enable(sys.__stderr__ or 2, all_threads=False)
         if self.heartbeats is not None:
             self.heartbeats.start(self._finished)
-        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+        self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *trace: object) -> None:
         self._finished.set()
+        try:
+            self._report_end(error)
+        finally:
+            # Python ends a daemon thread that comes back from the store while the interpreter is taken down by
+            # unwinding its stack, and C++ then aborts the process: "terminate called without an active exception".
+            seconds = JOIN_SECONDS if error is None else JOIN_SECONDS / 10
+            self._thread.join(seconds)
+            if self.heartbeats is not None:
+                self.heartbeats.join(seconds)
+
+    def _report_end(self, error: BaseException | None) -> None:
+        """Tell the other ranks how this one ends, and the user if it has lost one."""
         if self.heartbeats is None:
             return
         if error is None:
