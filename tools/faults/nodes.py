@@ -184,13 +184,18 @@ class Nodes:
         _run("ip", "-n", self.switch, "link", "set", f"port{node}", state)
 
     def unmount(self, node: int, path: Path) -> None:
-        """Take a mount away from all processes of a node, and of no other."""
+        """Take a mount away from all processes of a node, and of no other; an empty folder of the node's own is there.
+
+        Where the mount was both nodes would else see the same folder of this machine's disk.
+        """
         spaces: dict[Any, int] = {}
         for pid in self.pids(node):
             with contextlib.suppress(OSError):
                 spaces[os.readlink(f"/proc/{pid}/ns/mnt")] = pid
         for pid in spaces.values():
-            _run("nsenter", "--target", str(pid), "--mount", "umount", "--lazy", str(path))
+            in_node = ["nsenter", "--target", str(pid), "--mount"]
+            _run(*in_node, "umount", "--lazy", str(path))
+            _run(*in_node, "mount", "-t", "tmpfs", "-o", "size=64m", "recgpt-own", str(path))
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from recgpt_torchrec.distributed.processes import (
     world_size,
 )
 from recgpt_torchrec.distributed.watchdog import phase
-from recgpt_torchrec.errors import InputError, StorageError
+from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.progress import progress_bar
 from recgpt_torchrec.retrieval.exports.additions import commit_addition, new_folder
 from recgpt_torchrec.retrieval.exports.index_manifest import IndexManifest, IndexShard, vectors_fingerprint
@@ -36,6 +36,7 @@ from recgpt_torchrec.retrieval.search.index import Shard, build
 from recgpt_torchrec.retrieval.search.index_files import open_shards, write_shard
 from recgpt_torchrec.retrieval.search.sharded_index import ShardedIndex
 from recgpt_torchrec.retrieval.search.stored import StoredExactSearch, vector_blocks
+from recgpt_torchrec.storage import find_storage_failure
 from recgpt_torchrec.texts.commands import command
 
 DEPTHS = (10, 50)
@@ -148,10 +149,12 @@ def add_index(export: Export, settings: Index) -> tuple[IndexManifest, bool]:
     try:
         with phase("building the index", computes=True):
             written = _write_own_shards(export, kind, parameters, shards, folder)
-    except (InputError, StorageError) as error:
+    except InputError as error:
         failure = error
     except (OSError, RuntimeError, MemoryError) as error:  # of FAISS, or of its file
-        failure = InputError(f"the index of {export.path} cannot be built: {' '.join(str(error).split())}")
+        failure = find_storage_failure(error, f"the index of {export.path}", "write") or InputError(
+            f"the index of {export.path} cannot be built: {' '.join(str(error).split())}"
+        )
     raise_first_error(failure)
     entries = sorted((shard for each in gather_objects(written) for shard in each), key=lambda shard: shard.first)
     index = IndexManifest(
