@@ -156,6 +156,7 @@ class Watchdog:
         self._computed = 0.0
         self._progress_elsewhere = 0.0
         self._finished = threading.Event()
+        self._waits = WaitWatch() if rank() == 0 else None
         self._parent = os.getppid()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
@@ -186,6 +187,8 @@ class Watchdog:
         if self.heartbeats is None:
             return
         if error is None:
+            if self._waits is not None and (text := self._waits.summarize()):
+                LOGGER.info(text)
             self.heartbeats.write_last(finished=True)
             return
         lost = isinstance(error, RuntimeError) and _BROKEN.search(str(error)) is not None
@@ -217,7 +220,6 @@ class Watchdog:
     def _watch(self) -> None:
         last, used = time.monotonic(), time.process_time()
         listener = None if self.heartbeats is None else Listener(self.heartbeats)
-        waits = WaitWatch() if rank() == 0 else None
         period, listened, is_stopping = max(self.interval, self.stall_seconds / 10), last, False
         while not self._finished.wait(self.interval):
             now, use = time.monotonic(), time.process_time()
@@ -236,7 +238,7 @@ class Watchdog:
             if listener is not None and self.stall_seconds and now - listened >= period:
                 listened = now
                 with contextlib.suppress(Exception):  # a lost store shows when nothing progresses
-                    self._compare_waits(waits, listener.listen())
+                    self._compare_waits(listener.listen())
                 if silent := listener.silent(self.stall_seconds - period):
                     self._end_stalled(f"no heartbeat of another rank for {self.stall_seconds:g} s", silent)
             # `_confirm_stall` takes two intervals, which count towards stall_seconds.
@@ -245,10 +247,10 @@ class Watchdog:
                 self._confirm_stall(_status)
             last, used = time.monotonic(), time.process_time()
 
-    def _compare_waits(self, waits: WaitWatch | None, latest: dict[int, Heartbeat]) -> None:
+    def _compare_waits(self, latest: dict[int, Heartbeat]) -> None:
         """Log, on rank 0, which rank the others wait for."""
-        if waits is not None and self.heartbeats is not None:
-            if text := waits.name_slowest({rank(): self.heartbeats.own(), **latest}):
+        if self._waits is not None and self.heartbeats is not None:
+            if text := self._waits.name_slowest({rank(): self.heartbeats.own(), **latest}):
                 LOGGER.info(text)
 
     def _is_launcher_gone(self) -> bool:
