@@ -113,6 +113,6 @@ class WaitWatch:
         hosts, others, own = zip(*periods, strict=True)
         waited, waits = statistics.fmean(others), statistics.fmean(own)
         return (
-            f"rank {slowest} ({hosts[-1]}) was the slowest in {len(periods)} of {count(self._periods, 'period')} compared:"
-            f" the others waited {waited:.0%} of the time for other ranks, it {waits:.0%}"
+            f"rank {slowest} ({hosts[-1]}) was the slowest in {len(periods)} of {count(self._periods, 'period')} "
+            f"compared: the others waited {waited:.0%} of the time for other ranks, it {waits:.0%}"
         )
