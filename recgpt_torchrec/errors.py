@@ -23,6 +23,8 @@ class InputError(ValueError):
 
     is_told = False
     """Whether another rank prints the same message, so that this one need not."""
+    identity = ""
+    """What is the same on every rank that meets this error, where the message is not."""
 
 
 class StorageError(OSError):
@@ -30,6 +32,9 @@ class StorageError(OSError):
 
     The message names the node and the file or folder. `cli.run` prints it and exits with status 1.
     """
+
+    identity = ""
+    """See `InputError`."""
 
 
 class OtherRanksError(OSError):

@@ -213,14 +213,16 @@ class Saver:
         except OSError:
             free = ""
         folder = self.checkpoints.folder
-        problem = f"cannot write a checkpoint to {folder} (rank {failed}): {type(cause).__name__}: {cause}. {free}"
+        problem = f"cannot write a checkpoint to {folder} (rank {failed}): {type(cause).__name__}: {cause}. "
         kind = StorageError if storage.find_storage_failure(cause, folder) else InputError
         try:
             latest = self.checkpoints.latest()
+            remedy = f"The same command resumes from {latest}" if latest else "No checkpoint was written before"
         except OSError:  # a store that does not answer
-            return kind(f"{problem}The same command resumes from the newest complete one")
-        remedy = f"The same command resumes from {latest}" if latest else "No checkpoint was written before"
-        return kind(problem + remedy)
+            remedy = "The same command resumes from the newest complete one"
+        made = kind(f"{problem}{free}{remedy}")
+        made.identity = problem  # nodes may see another free space, and rank 0 has deleted what was written
+        return made
 
 
 def _allocate_copy(value: Any) -> Any:

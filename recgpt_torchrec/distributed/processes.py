@@ -112,7 +112,8 @@ def process_group(timeout_s: float = LONG_WORK_S, device: Device = "auto") -> It
     try:
         yield chosen
     except (InputError, OSError) as error:
-        error.is_told = not _is_first_to_say(store, str(error))  # type: ignore[union-attr]
+        text = getattr(error, "identity", "") or str(error)
+        error.is_told = not _is_first_to_say(store, text)  # type: ignore[union-attr]
         raise
     finally:
         # Without this the process aborts at exit.
