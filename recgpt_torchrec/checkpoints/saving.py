@@ -32,7 +32,7 @@ from recgpt_torchrec.checkpoints.records import RecordPlanner, cut_into_records,
 from recgpt_torchrec.config import Saving
 from recgpt_torchrec.distributed import watchdog
 from recgpt_torchrec.distributed.memory import find_shortage
-from recgpt_torchrec.distributed.processes import log_message, rank, run_on_first_rank
+from recgpt_torchrec.distributed.processes import log_message, rank, run_on_first_rank, world_size
 from recgpt_torchrec.errors import InputError, StorageError
 
 LAST_WAIT_S = 60.0
@@ -204,16 +204,16 @@ class Saver:
             self._error = error
 
     def _make_error(self, error: BaseException) -> InputError | StorageError:
-        failed, cause = 0, error
+        where, cause = " (rank 0)" if world_size() > 1 else "", error
         if isinstance(error, CheckpointException) and error.failures:
             failed = min(error.failures)
-            cause = error.failures[failed][0]
+            where, cause = f" (rank {failed})", error.failures[failed][0]
         try:
             free = f"{shutil.disk_usage(self.checkpoints.folder).free / 2**20:,.0f} MiB free. "
         except OSError:
             free = ""
         folder = self.checkpoints.folder
-        problem = f"cannot write a checkpoint to {folder} (rank {failed}): {type(cause).__name__}: {cause}. "
+        problem = f"cannot write a checkpoint to {folder}{where}: {type(cause).__name__}: {cause}. "
         kind = StorageError if storage.find_storage_failure(cause, folder) else InputError
         try:
             latest = self.checkpoints.latest()
