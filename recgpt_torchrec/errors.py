@@ -23,3 +23,22 @@ class InputError(ValueError):
 
     is_told = False
     """Whether another rank prints the same message, so that this one need not."""
+    identity = ""
+    """What is the same on every rank that meets this error, where the message is not."""
+
+
+class StorageError(OSError):
+    """A disk, a mount or a network failed, which another start may find mended.
+
+    The message names the node and the file or folder. `cli.run` prints it and exits with status 1.
+    """
+
+    identity = ""
+    """See `InputError`."""
+
+
+class OtherRanksError(OSError):
+    """An error of the system that another rank has met, with its number."""
+
+    host = ""
+    """Name of that rank's node."""

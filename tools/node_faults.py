@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tools.faults import storage_errors
 from tools.faults.injecting import FAULTS, Fault, Place, place_of_faults
 from tools.faults.jobs import MOMENTS, TRACEBACK, Moment, run_job
 from tools.faults.nodes import explain_missing
@@ -172,26 +173,39 @@ def prepare(place: Place, folder: Path, stages: set[str]) -> None:
             done.write_text(json.dumps(end.to_json()))
 
 
+def make_ready(folder: Path, faults: dict[str, Fault]) -> None:
+    """Import what stages import, in a process that can let calls to the system fail, where a fault needs it."""
+    if any(fault.needs_library for fault in faults.values()):
+        if (missing := storage_errors.explain_missing()) is not None:
+            raise SystemExit(f"calls to the system cannot be let fail here: {missing}")
+        storage_errors.preload(folder)
+    preload()
+
+
 def main() -> int:
     """Run the cells that are asked for and not there yet; print the table and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="folder that keeps cells and what was said")
     parser.add_argument("--only", nargs="+", default=[], help="names of faults and moments; default: all")
+    parser.add_argument("--show", action="store_true", help="run nothing: show the cells that are there")
     parser.add_argument("--stall_seconds", type=float, default=15.0, help="of the stages")
     options = parser.parse_args()
-    if (missing := explain_missing()) is not None:
+    if not options.show and (missing := explain_missing()) is not None:
         raise SystemExit(f"no nodes can be made here: {missing}")
     if unknown := set(options.only) - {*FAULTS, *MOMENTS}:
         raise SystemExit(f"no fault or moment is named {', '.join(sorted(unknown))}; there are {[*FAULTS, *MOMENTS]}")
-    preload()
     folder = options.folder.resolve()
     faults = {name: fault for name, fault in FAULTS.items() if name in options.only or not {*FAULTS} & {*options.only}}
     moments = {name: each for name, each in MOMENTS.items() if name in options.only or not {*MOMENTS} & {*options.only}}
+    if not options.show:
+        make_ready(folder, faults)
     cells: dict[tuple[str, str], dict[str, Any]] = {}
     for moment_name, moment in moments.items():
         for fault_name, fault in faults.items():
             cell = f"{fault_name}-{moment_name}".replace(" ", "_")
             path = folder / "cells" / f"{cell}.json"
+            if options.show and not path.exists():
+                continue
             if not path.exists():
                 with place_of_faults(folder, options.stall_seconds) as place:
                     prepare(place, folder, {moment.stage})

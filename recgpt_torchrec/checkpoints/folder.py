@@ -236,6 +236,7 @@ def read_tensor_metadata(checkpoint: str) -> dict[str, Any]:
     try:
         return SafeReader(checkpoint).read_metadata().state_dict_metadata
     except (UnsafeCheckpoint, OSError) as error:
+        storage.raise_storage_failure(error, checkpoint)
         raise _make_read_error(checkpoint, [error]) from None
 
 
@@ -256,7 +257,11 @@ def read_tensors(state: dict[str, Any], checkpoint: str) -> None:
         with tracked_phase("restoring", numbers, "numbers") as advance:
             dcp.load(state, storage_reader=SafeReader(checkpoint), planner=TensorPlanner(advance))
     except CheckpointException as error:
-        raise _make_read_error(checkpoint, [failure[0] for failure in error.failures.values()]) from None
+        failures = {number: failure[0] for number, failure in error.failures.items()}
+        for number, failure in failures.items():
+            if failed := storage.find_storage_failure(failure, checkpoint, who=f"rank {number}"):
+                raise failed from None
+        raise _make_read_error(checkpoint, [*failures.values()]) from None
 
 
 def _make_read_error(checkpoint: str, errors: list[BaseException]) -> InputError:

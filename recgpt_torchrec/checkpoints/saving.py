@@ -32,8 +32,8 @@ from recgpt_torchrec.checkpoints.records import RecordPlanner, cut_into_records,
 from recgpt_torchrec.config import Saving
 from recgpt_torchrec.distributed import watchdog
 from recgpt_torchrec.distributed.memory import find_shortage
-from recgpt_torchrec.distributed.processes import log_message, rank, run_on_first_rank
-from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.distributed.processes import log_message, rank, run_on_first_rank, world_size
+from recgpt_torchrec.errors import InputError, StorageError
 
 LAST_WAIT_S = 60.0
 """Seconds that a run that ends with an error waits for its last checkpoint."""
@@ -146,6 +146,7 @@ class Saver:
 
         Raises:
             InputError: it could not be written.
+            StorageError: it could not, because the disk, the mount or the network failed.
         """
         while self._thread is not None:
             records = self._records
@@ -202,8 +203,8 @@ class Saver:
         except BaseException as error:
             self._error = error
 
-    def _make_error(self, error: BaseException) -> InputError:
-        where, cause = "", error
+    def _make_error(self, error: BaseException) -> InputError | StorageError:
+        where, cause = " (rank 0)" if world_size() > 1 else "", error
         if isinstance(error, CheckpointException) and error.failures:
             failed = min(error.failures)
             where, cause = f" (rank {failed})", error.failures[failed][0]
@@ -212,13 +213,16 @@ class Saver:
         except OSError:
             free = ""
         folder = self.checkpoints.folder
-        problem = f"cannot write a checkpoint to {folder}{where}: {type(cause).__name__}: {cause}. {free}"
+        problem = f"cannot write a checkpoint to {folder}{where}: {type(cause).__name__}: {cause}. "
+        kind = StorageError if storage.find_storage_failure(cause, folder) else InputError
         try:
             latest = self.checkpoints.latest()
+            remedy = f"The same command resumes from {latest}" if latest else "No checkpoint was written before"
         except OSError:  # a store that does not answer
-            return InputError(f"{problem}The same command resumes from the newest complete one")
-        remedy = f"The same command resumes from {latest}" if latest else "No checkpoint was written before"
-        return InputError(problem + remedy)
+            remedy = "The same command resumes from the newest complete one"
+        made = kind(f"{problem}{free}{remedy}")
+        made.identity = problem  # nodes may see another free space, and rank 0 has deleted what was written
+        return made
 
 
 def _allocate_copy(value: Any) -> Any:

@@ -36,7 +36,7 @@ from recgpt_torchrec.data.reading.records import check_records
 from recgpt_torchrec.data.segments import FEEDBACK, PLAIN_SEGMENTS, SEGMENTS
 from recgpt_torchrec.data.split import EVALUATION, FEWEST_ITEMS, HoldOut, SplitName
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.storage import filesystem
+from recgpt_torchrec.storage import filesystem, raise_storage_failure
 from recgpt_torchrec.storage.manifests import FolderManifest, Kind
 from recgpt_torchrec.storage.parts import Part, open_part, without_footers
 from recgpt_torchrec.storage.typed import check_counts
@@ -314,6 +314,7 @@ class Dataset:
         try:
             return open_part(fs, root, part)
         except Exception as error:
+            raise_storage_failure(error, f"{self.path}/{part.path}")
             raise InputError(
                 f"{self.path}: the part {part.path} cannot be read as Parquet ({error}); {self.remedy}"
             ) from None
@@ -335,6 +336,7 @@ class Dataset:
             try:
                 yield file
             except (OSError, KeyError, pa.ArrowException) as error:
+                raise_storage_failure(error, f"{self.path}/{part.path}")
                 reason = " ".join(str(error).split())
                 raise InputError(
                     f"{self.path}: the part {part.path} cannot be read ({reason}); {self.remedy}"

@@ -1,9 +1,10 @@
 """Keeps ranks in lockstep: all take the same number of steps, and each knows every step's global target count."""
 
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from recgpt_torchrec.data.windows import Cursor
 from recgpt_torchrec.distributed import signals, watchdog
 from recgpt_torchrec.distributed.processes import gather_objects
 from recgpt_torchrec.distributed.signals import Stopped
-from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.errors import InputError, OtherRanksError, StorageError
 
 if TYPE_CHECKING:  # it needs torchrec, whose import takes 2.5 s: searching an export does without
     from recgpt_torchrec.data.batch import SequenceBatch
@@ -182,16 +183,31 @@ def raise_first_error(error: Exception | None) -> None:
         error: this rank's error, which it raises itself; None: it raises that of the first rank that has one.
 
     Raises:
-        InputError: the first failed rank's error is an `InputError`.
+        InputError, StorageError: the first failed rank's error is one.
+        OtherRanksError: it is another error of the system.
         RuntimeError: it is any other; names the rank.
     """
-    is_input_error = isinstance(error, InputError)
-    failures = gather_objects(
-        None if error is None else (is_input_error, str(error) if is_input_error else repr(error))
-    )
+    failures = gather_objects(None if error is None else _describe_error(error))
     if error is not None:
         raise error
     for rank, failure in enumerate(failures):
         if failure is not None:
-            is_input_error, text = failure
-            raise InputError(text) if is_input_error else RuntimeError(f"rank {rank} failed: {text}")
+            raise _make_error(rank, *failure)
+
+
+def _describe_error(error: Exception) -> tuple[type[Exception], tuple[Any, ...], str]:
+    """The type of an error for other ranks, what it is made of, and this node's name."""
+    kind = next(each for each in (InputError, StorageError, OSError, Exception) if isinstance(error, each))
+    if kind is OSError and isinstance(error, OSError) and error.errno is not None:
+        return kind, (error.errno, error.strerror), socket.gethostname()
+    return kind, (repr(error) if kind is Exception else str(error),), socket.gethostname()
+
+
+def _make_error(rank: int, kind: type[Exception], arguments: tuple[Any, ...], host: str) -> Exception:
+    if kind is Exception:
+        return RuntimeError(f"rank {rank} failed: {arguments[0]}")
+    if kind is not OSError:
+        return kind(*arguments)
+    error = OtherRanksError(*arguments)
+    error.host = host
+    return error

@@ -111,8 +111,9 @@ def process_group(timeout_s: float = LONG_WORK_S, device: Device = "auto") -> It
         _end_alone(error)
     try:
         yield chosen
-    except InputError as error:
-        error.is_told = not _is_first_to_say(store, str(error))
+    except (InputError, OSError) as error:
+        text = getattr(error, "identity", "") or str(error)
+        error.is_told = not _is_first_to_say(store, text)  # type: ignore[union-attr]
         raise
     finally:
         # Without this the process aborts at exit.

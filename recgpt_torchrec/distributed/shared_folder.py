@@ -11,7 +11,7 @@ from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import gather_objects, local_world_size, rank, run_on_first_rank
 from recgpt_torchrec.distributed.watchdog import beat, tracked_phase
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.storage import filesystem, folders
+from recgpt_torchrec.storage import filesystem, find_storage_failure, folders
 from recgpt_torchrec.storage.buffers import IN_MEMORY, Buffer, Fill, named_buffer, open_buffer
 from recgpt_torchrec.storage.manifests import FolderManifest
 from recgpt_torchrec.storage.visibility import await_parts
@@ -39,6 +39,7 @@ def stage_shared_folder(path: str, name: str) -> Iterator[tuple[pyarrow.fs.FileS
     except BaseException as error:
         if rank() == 0:
             staged.__exit__(type(error), error, error.__traceback__)
+        folders.raise_write_error(error, path)
         raise
     run_on_first_rank(lambda: staged.__exit__(None, None, None))  # no rank returns before the folder is committed
 
@@ -85,7 +86,7 @@ def read_on_node(name: str, size: int, fill: Fill, total: float, unit: str) -> B
                 path, empty = until_mapped.enter_context(named_buffer(size))
                 buffer = filled(empty)
         except OSError as error:
-            failure = InputError(
+            failure = find_storage_failure(error, tempfile.gettempdir(), f"keep {name} in") or InputError(
                 f"{name} cannot be kept in {tempfile.gettempdir()}: {error}; free {size:,} bytes there, or set TMPDIR "
                 "to another folder on a local disk"
             )

@@ -40,6 +40,8 @@ AFTER_LOSS = "because it lost another rank"
 """End reason of a rank that ended because another one was lost first."""
 COMPUTING_SHARE = 0.05
 """Share of one core that a process has to use to make progress where CPU time counts."""
+JOIN_SECONDS = 10.0
+"""How long a rank that is done waits for its threads to end; after an error a tenth of it, as the store may be lost."""
 SHOWN_AFTER = 3.0
 """Seconds after which the progress of a long phase is shown on a terminal."""
 
@@ -154,7 +156,9 @@ class Watchdog:
         self._computed = 0.0
         self._progress_elsewhere = 0.0
         self._finished = threading.Event()
+        self._waits = WaitWatch() if rank() == 0 else None
         self._parent = os.getppid()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
     def __enter__(self) -> "Watchdog":
         report_phase("starting")
@@ -163,14 +167,28 @@ class Watchdog:
             faulthandler.enable(sys.__stderr__ or 2, all_threads=False)
         if self.heartbeats is not None:
             self.heartbeats.start(self._finished)
-        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+        self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *trace: object) -> None:
         self._finished.set()
+        try:
+            self._report_end(error)
+        finally:
+            # Python ends a daemon thread that comes back from the store while the interpreter is taken down by
+            # unwinding its stack, and C++ then aborts the process: "terminate called without an active exception".
+            seconds = JOIN_SECONDS if error is None else JOIN_SECONDS / 10
+            self._thread.join(seconds)
+            if self.heartbeats is not None:
+                self.heartbeats.join(seconds)
+
+    def _report_end(self, error: BaseException | None) -> None:
+        """Tell the other ranks how this one ends, and the user if it has lost one."""
         if self.heartbeats is None:
             return
         if error is None:
+            if self._waits is not None and (text := self._waits.summarize()):
+                LOGGER.info(text)
             self.heartbeats.write_last(finished=True)
             return
         lost = isinstance(error, RuntimeError) and _BROKEN.search(str(error)) is not None
@@ -202,7 +220,6 @@ class Watchdog:
     def _watch(self) -> None:
         last, used = time.monotonic(), time.process_time()
         listener = None if self.heartbeats is None else Listener(self.heartbeats)
-        waits = WaitWatch() if rank() == 0 else None
         period, listened, is_stopping = max(self.interval, self.stall_seconds / 10), last, False
         while not self._finished.wait(self.interval):
             now, use = time.monotonic(), time.process_time()
@@ -221,7 +238,7 @@ class Watchdog:
             if listener is not None and self.stall_seconds and now - listened >= period:
                 listened = now
                 with contextlib.suppress(Exception):  # a lost store shows when nothing progresses
-                    self._compare_waits(waits, listener.listen())
+                    self._compare_waits(listener.listen())
                 if silent := listener.silent(self.stall_seconds - period):
                     self._end_stalled(f"no heartbeat of another rank for {self.stall_seconds:g} s", silent)
             # `_confirm_stall` takes two intervals, which count towards stall_seconds.
@@ -230,10 +247,10 @@ class Watchdog:
                 self._confirm_stall(_status)
             last, used = time.monotonic(), time.process_time()
 
-    def _compare_waits(self, waits: WaitWatch | None, latest: dict[int, Heartbeat]) -> None:
+    def _compare_waits(self, latest: dict[int, Heartbeat]) -> None:
         """Log, on rank 0, which rank the others wait for."""
-        if waits is not None and self.heartbeats is not None:
-            if text := waits.name_slowest({rank(): self.heartbeats.own(), **latest}):
+        if self._waits is not None and self.heartbeats is not None:
+            if text := self._waits.name_slowest({rank(): self.heartbeats.own(), **latest}):
                 LOGGER.info(text)
 
     def _is_launcher_gone(self) -> bool:

@@ -22,6 +22,7 @@ import pyarrow.fs
 from fsspec.implementations.arrow import ArrowFSWrapper
 
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.storage.failing import raise_storage_failure
 from recgpt_torchrec.storage.typed import JSON_BYTES, parse_object, seal
 
 READ_AHEAD = 2**20
@@ -103,14 +104,19 @@ def read(path: str, limit: int | None = None) -> bytes:
     """Read a small file.
 
     Raises:
+        StorageError: the disk, the mount or the network failed.
         OSError: it does not exist, or the store does not answer.
         ValueError: it has more bytes than `limit`.
     """
     fs, root = filesystem(path)
-    if limit is not None and (size := fs.get_file_info(root).size or 0) > limit:
-        raise ValueError(f"it has {size:,} bytes, more than {limit:,}")
-    with fs.open_input_stream(root, compression=None) as stream:
-        return stream.read()
+    try:
+        if limit is not None and (size := fs.get_file_info(root).size or 0) > limit:
+            raise ValueError(f"it has {size:,} bytes, more than {limit:,}")
+        with fs.open_input_stream(root, compression=None) as stream:
+            return stream.read()
+    except OSError as error:
+        raise_storage_failure(error, path)
+        raise
 
 
 def write(path: str, data: bytes) -> None:

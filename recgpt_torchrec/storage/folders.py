@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext, suppress
 import pyarrow.fs
 
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.storage.failing import raise_storage_failure
 from recgpt_torchrec.storage.files import filesystem
 from recgpt_torchrec.storage.typed import seal
 
@@ -61,9 +62,20 @@ def stage_folder(path: str) -> Iterator[tuple[pyarrow.fs.FileSystem, str]]:
                 fs.delete_dir_contents(folder, missing_dir_ok=True)
                 if renames:
                     fs.delete_dir(folder)
-        if isinstance(error, OSError):
-            raise InputError(f"cannot write {path}: {error}") from error
+        raise_write_error(error, path)
         raise
+
+
+def raise_write_error(error: BaseException, path: str) -> None:
+    """Raise the error of a folder that cannot be written, where the system or storage has refused it.
+
+    Raises:
+        StorageError: the disk, the mount or the network failed.
+        InputError: any other error of the system; the disk is full, for example.
+    """
+    raise_storage_failure(error, path, "write")
+    if isinstance(error, OSError):
+        raise InputError(f"cannot write {path}: {error}") from error
 
 
 @contextmanager
@@ -111,4 +123,5 @@ def write_manifest(fs: pyarrow.fs.FileSystem, folder: str, manifest: str) -> Non
         with fs.open_output_stream(f"{folder}/{MANIFEST}", compression=None) as stream:
             stream.write(json.dumps(seal(json.loads(manifest)), indent=1).encode())
     except OSError as error:
+        raise_storage_failure(error, f"{folder}/{MANIFEST}", "write")
         raise InputError(f"cannot write {folder}/{MANIFEST}: {error}") from error

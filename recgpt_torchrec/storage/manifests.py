@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 import pyarrow.fs
 
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.storage.failing import raise_storage_failure
 from recgpt_torchrec.storage.files import exists, filesystem, is_folder, names, read
 from recgpt_torchrec.storage.folders import MANIFEST
 from recgpt_torchrec.storage.parts import Part, checksum_of
@@ -103,6 +104,7 @@ class FolderManifest:
         try:
             values = parse_object(read(file, JSON_BYTES), sealed=False)
         except (OSError, ValueError) as error:
+            raise_storage_failure(error, file)
             raise InputError(f"{file} is not valid JSON ({error}); run {kind.stage} again into a new folder") from None
         if kind.version_field not in values:
             for other in (each.KIND for each in FolderManifest.__subclasses__()):

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.fs
 import pyarrow.parquet as pq
 
+from recgpt_torchrec.storage.failing import raise_storage_failure
 from recgpt_torchrec.storage.typed import SHOWN, check_counts
 
 PATH_LENGTH = 200
@@ -299,9 +300,17 @@ def regroup(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:
 
 
 def checksum_of(fs: pyarrow.fs.FileSystem, path: str) -> str:
-    """crc32 of a file's bytes as eight hex digits."""
+    """crc32 of a file's bytes as eight hex digits.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     crc = 0
-    with fs.open_input_stream(path, compression=None) as stream:
-        while block := stream.read(2**22):
-            crc = zlib.crc32(block, crc)
+    try:
+        with fs.open_input_stream(path, compression=None) as stream:
+            while block := stream.read(2**22):
+                crc = zlib.crc32(block, crc)
+    except OSError as error:
+        raise_storage_failure(error, path)
+        raise
     return f"{crc:08x}"

@@ -18,7 +18,7 @@ from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.distributed.placements import Placement
 from recgpt_torchrec.distributed.processes import run_on_first_rank
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.storage import read_json, write_json
+from recgpt_torchrec.storage import raise_storage_failure, read_json, write_json
 from recgpt_torchrec.storage.finished import check_same, differences, flatten
 from recgpt_torchrec.storage.typed import make_typed
 from recgpt_torchrec.texts.commands import command, next_line
@@ -156,6 +156,7 @@ class Run:
                         write_json(os.path.join(output, RUN), record)
                     self.checkpoints.clean_up()
                 except OSError as error:
+                    raise_storage_failure(error, output, "write to")
                     raise InputError(f"cannot write to --output {output}: {error}") from None
 
             run_on_first_rank(set_up)

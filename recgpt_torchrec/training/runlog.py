@@ -96,6 +96,7 @@ class RunLog:
         try:
             yield
         except OSError as error:
+            storage.raise_storage_failure(error, self.output, "write to")
             raise InputError(
                 f"cannot write to {self.output}: {error}. Make room, or make sure that it can be reached; the same "
                 "command resumes from the newest checkpoint"

@@ -30,7 +30,7 @@ from tools.ranks import RankFailed, run_ranks
 
 needs_moto = pytest.mark.skipif(find_spec("moto") is None, reason="moto[server] is not installed")
 
-TRAINING = {**SMALL, "--saving.every_steps": 4, "--saving.keep": 2}
+TRAINING = {**SMALL, "--saving.every_steps": 4, "--saving.keep": 2, "--train.precision": "fp32"}
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from recgpt_torchrec.distributed.group import joining
 from recgpt_torchrec.distributed.processes import local_world_size, process_group
-from recgpt_torchrec.errors import LOST, InputError
+from recgpt_torchrec.errors import LOST, InputError, StorageError
 from tests.distributed.fault_helpers import free_port
 from tools.ranks import run_ranks
 
@@ -90,17 +90,21 @@ def test_processes_that_do_not_know_of_each_other_are_refused(given, message, mo
     assert joining.is_launched() is True
 
 
-def refuses(rank: int, world_size: int, port: int, texts: list[str]) -> bool:
+def refuses(rank: int, world_size: int, port: int, texts: list[str], kind: type[Exception]) -> Any:
     dist.destroy_process_group()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
         with process_group(30.0):
-            raise InputError(texts[rank])
-    except InputError as error:
+            error = kind(texts[rank])
+            if kind is StorageError:
+                error.identity, error.args = texts[rank], (f"{texts[rank]}, {rank} MiB free",)  # type: ignore[attr-defined]
+            raise error
+    except (InputError, OSError) as error:
         if rank == 0:
             time.sleep(2)  # it serves the store
-        return error.is_told
+        return error.is_told  # type: ignore[union-attr]
 
 
-def test_what_all_ranks_refuse_one_of_them_says():
-    assert run_ranks(refuses, 3, free_port(), ["no data", "no data", "row 7 is damaged"]) == [False, True, False]
+@pytest.mark.parametrize("kind", [InputError, OSError, StorageError])
+def test_what_all_ranks_refuse_one_of_them_says(kind):
+    assert run_ranks(refuses, 3, free_port(), ["no data", "no data", "row 7 is damaged"], kind) == [False, True, False]

@@ -5,13 +5,16 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
+from recgpt_torchrec import cli
 from recgpt_torchrec.checkpoints.folder import Checkpoints
 from recgpt_torchrec.distributed import watchdog
 from recgpt_torchrec.distributed.processes import process_group
@@ -165,3 +168,40 @@ def test_a_rank_that_is_killed_ends_the_other_within_seconds_which_says_so(tmp_p
         for rank in ranks:
             rank.kill()
             rank.communicate()
+
+
+def gloo_threads() -> int:
+    names = [Path(f"/proc/self/task/{thread}/comm").read_text() for thread in os.listdir("/proc/self/task")]
+    return sum("gloo" in name for name in names)
+
+
+@dataclass(kw_only=True)
+class NoOptions:
+    """A stage without options."""
+
+
+def is_done(rank: int, world_size: int, port: int) -> tuple[int, int, list[str]]:
+    """Threads of gloo during and after a stage whose groups are held in circles, and this program's own after it."""
+    dist.destroy_process_group()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    during = 0
+
+    def stage(config: NoOptions) -> None:
+        nonlocal during
+        with process_group(30.0), Watchdog(None, 60.0) as watched:
+            watched.heartbeats.interval = 0.0  # type: ignore[union-attr] # its thread is mostly in the store
+            circle: list[Any] = [dist.new_group()]
+            circle.append(circle)
+            dist.barrier(circle[0])
+            during = gloo_threads()
+
+    sys.argv = ["stage"]
+    cli.run(NoOptions, stage, "stage")
+    names = [each.name for each in threading.enumerate()]
+    return during, gloo_threads(), [name for name in names if name in ("heartbeats", "watchdog", "store")]
+
+
+def test_a_rank_that_is_done_leaves_no_thread_to_the_end_of_its_interpreter():
+    """C++ aborts where a thread comes back to an interpreter that ends: status 134 after the result was there."""
+    for during, after, own in run_ranks(is_done, 2, free_port()):
+        assert during > 0 and after == 0 and own == []

@@ -18,14 +18,17 @@ def beats(clock: float, *waited: float) -> dict[int, dict[str, Any]]:
 
 def test_the_rank_that_waits_least_is_named_once_and_again_after_another():
     watch = WaitWatch()
-    assert watch.name_slowest(beats(0, 0, 0, 0)) is None
+    assert watch.name_slowest(beats(0, 0, 0, 0)) is None and watch.summarize() is None
     assert watch.name_slowest(beats(5, 4, 0, 4)) is None  # too short a time
     named = watch.name_slowest(beats(20, 10, 1, 12))
     assert named == ("rank 1 (node1) is the slowest: the others waited 55% of the last 20 s for other ranks, it 5%")
     assert watch.name_slowest(beats(40, 20, 2, 24)) is None  # still it
+    slowest = "rank 1 (node1) was the slowest in 2 of 2 periods compared: the others waited "
+    assert watch.summarize() == slowest + "55% of the time for other ranks, it 5%"
     assert (watch.name_slowest(beats(60, 20, 12, 34)) or "").startswith("rank 0 (node0) is the slowest")
     assert watch.name_slowest(beats(80, 30, 22, 44)) is None  # all wait alike, as for the network
     assert (watch.name_slowest(beats(100, 30, 32, 54)) or "").startswith("rank 0 (node0) is the slowest")
+    assert watch.summarize() is None  # rank 0 and 1 in 2 of 5 each
 
 
 def work_unevenly(rank: int, world_size: int) -> tuple[float, float]:

@@ -9,13 +9,27 @@ import sys
 import time
 from typing import Any, Self
 
+TRUE_DATETIME = datetime.datetime
+
+
+def at_time(seconds: float, zone: Any) -> datetime.datetime:
+    """The `datetime` of this process at a time: what a shifted one is pickled as."""
+    return datetime.datetime.fromtimestamp(seconds, zone)
+
 
 def shift_clock(hours: float) -> None:
-    """Let this process think that it is some hours later."""
-    seconds, real = hours * 3600, datetime.datetime
-    true_time, true_time_ns = time.time, time.time_ns
+    """Let this process think that it is some hours later, also modules that it imports afterwards.
 
-    class Shifted(real):  # type: ignore[misc, valid-type]
+    A part of a program with another clock than the rest is no wrong clock: torchrun then takes its own node for lost
+    again and again.
+    """
+    seconds, true_time, true_time_ns = hours * 3600, time.time, time.time_ns
+
+    class AnyDatetime(type):
+        def __instancecheck__(cls, value: Any) -> bool:
+            return isinstance(value, TRUE_DATETIME)
+
+    class Shifted(TRUE_DATETIME, metaclass=AnyDatetime):
         @classmethod
         def now(cls, tz: Any = None) -> Self:
             return cls.fromtimestamp(true_time() + seconds, tz)
@@ -29,9 +43,9 @@ def shift_clock(hours: float) -> None:
             return cls.now()
 
         def __reduce_ex__(self, protocol: Any) -> Any:
-            return real.fromtimestamp, (self.timestamp(), self.tzinfo)
+            return at_time, (self.timestamp(), self.tzinfo)
 
     time.time, time.time_ns = lambda: true_time() + seconds, lambda: true_time_ns() + int(seconds * 1e9)
     for module in [*sys.modules.values()]:
-        if module is not datetime and getattr(module, "datetime", None) is real:
+        if getattr(module, "datetime", None) is TRUE_DATETIME:
             module.datetime = Shifted  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tools.faults import storage_errors
 from tools.faults.nodes import NODES, Nodes, scratch_disk
 
 DISK_MEBIBYTES = 64
@@ -43,6 +44,10 @@ class Fault:
     """By which the clock of node 1 is ahead, from the start on."""
     goes_on: bool = False
     """Whether the job is to end as if nothing had happened."""
+    names: tuple[str, ...] = ()
+    """Parts of messages of either node, one of which has to say what failed; none: a living one has to name `node`."""
+    needs_library: bool = False
+    """Whether calls to the system fail, see `storage_errors`."""
 
 
 def _unplug(place: Place, node: int, *, kill: bool) -> None:
@@ -89,6 +94,28 @@ def _unmount_everywhere(place: Place) -> None:
         place.nodes.unmount(node, place.disk)
 
 
+def _storage_error(number: int, *, writes: bool) -> Fault:
+    """Reads, or writes, of node 1 fail: of all files that the job reads or of all that it writes."""
+
+    def inject(place: Place) -> None:
+        folder = place.disk if writes else place.disk.parent
+        storage_errors.let_fail(folder, place.nodes.host(1), number, writes=writes)
+
+    return Fault(
+        f"{'writes' if writes else 'reads'} of node 1 fail with {errno.errorcode[number]}: {os.strerror(number)}",
+        1,
+        inject,
+        lambda place: storage_errors.mend(),
+        names=(
+            f"node1 cannot {'write' if writes else 'read'}",
+            "node1 cannot keep",
+            "rank 1 cannot read",
+            "(rank 1): OSError",
+        ),
+        needs_library=True,
+    )
+
+
 FAULTS = {
     "node 1 killed": Fault(
         "all processes of node 1 end by SIGKILL; its connections are closed",
@@ -124,17 +151,24 @@ FAULTS = {
         None,
         _fill_at_once,
         lambda place: os.remove(place.disk / "filling"),
+        names=("/disk",),
     ),
     "disk gone from node 1": Fault(
         "node 1 loses the mount of the disk for results; an empty folder is there instead",
         1,
         lambda place: place.nodes.unmount(1, place.disk),
+        names=("/disk",),
     ),
     "disk gone": Fault(
         "both nodes lose it",
         None,
         _unmount_everywhere,
+        names=("/disk",),
     ),
+    "reads fail (EIO)": _storage_error(errno.EIO, writes=False),
+    "reads fail (ESTALE)": _storage_error(errno.ESTALE, writes=False),
+    "writes fail (EIO)": _storage_error(errno.EIO, writes=True),
+    "writes fail (ESTALE)": _storage_error(errno.ESTALE, writes=True),
 }
 
 

@@ -63,6 +63,11 @@ class Launched:
             time.sleep(0.01)
 
 
+def address(node: int) -> str:
+    """The address of a node, which the other can reach."""
+    return f"10.77.0.{node + 1}"
+
+
 class Nodes:
     """The two nodes, `node0` and `node1`.
 
@@ -76,7 +81,7 @@ class Nodes:
         self.folder = tempfile.mkdtemp(prefix="recgpt-nodes-")
 
     def __enter__(self) -> "Nodes":
-        hosts = "127.0.0.1 localhost\n" + "".join(f"{self.address(n)} {self.host(n)}\n" for n in range(NODES))
+        hosts = "127.0.0.1 localhost\n" + "".join(f"{address(n)} {self.host(n)}\n" for n in range(NODES))
         Path(self.folder, "hosts").write_text(hosts)
         Path(self.folder, "resolv.conf").write_text("")
         _run("ip", "netns", "add", self.switch)
@@ -87,7 +92,7 @@ class Nodes:
             end = ["peer", "name", "eth0", "netns", space]
             _run("ip", "-n", self.switch, "link", "add", f"port{node}", "type", "veth", *end)
             _run("ip", "-n", self.switch, "link", "set", f"port{node}", "master", "bridge0", "up")
-            _run("ip", "-n", space, "address", "add", f"{self.address(node)}/24", "dev", "eth0")
+            _run("ip", "-n", space, "address", "add", f"{address(node)}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
                 _run("ip", "-n", space, "link", "set", device, "up")
         return self
@@ -98,10 +103,6 @@ class Nodes:
             subprocess.run(["ip", "netns", "delete", space])
         subprocess.run(["ip", "netns", "delete", self.switch])
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def address(self, node: int) -> str:
-        """The address of a node, which the other can reach."""
-        return f"10.77.0.{node + 1}"
 
     def host(self, node: int) -> str:
         """The host name of a node."""
@@ -125,7 +126,7 @@ class Nodes:
             hours: by which the clock of launcher and rank is ahead.
         """
         words = ["--nnodes", str(NODES), "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_id", job]
-        words += ["--local_addr", self.address(node), "--rdzv_endpoint", f"{self.address(0)}:29400"]
+        words += ["--local_addr", address(node), "--rdzv_endpoint", f"{address(0)}:29400"]
         environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
         pid = os.fork()
         if not pid:
@@ -183,13 +184,18 @@ class Nodes:
         _run("ip", "-n", self.switch, "link", "set", f"port{node}", state)
 
     def unmount(self, node: int, path: Path) -> None:
-        """Take a mount away from all processes of a node, and of no other."""
+        """Take a mount away from all processes of a node, and of no other; an empty folder of the node's own is there.
+
+        Where the mount was both nodes would else see the same folder of this machine's disk.
+        """
         spaces: dict[Any, int] = {}
         for pid in self.pids(node):
             with contextlib.suppress(OSError):
                 spaces[os.readlink(f"/proc/{pid}/ns/mnt")] = pid
         for pid in spaces.values():
-            _run("nsenter", "--target", str(pid), "--mount", "umount", "--lazy", str(path))
+            in_node = ["nsenter", "--target", str(pid), "--mount"]
+            _run(*in_node, "umount", "--lazy", str(path))
+            _run(*in_node, "mount", "-t", "tmpfs", "-o", "size=64m", "recgpt-own", str(path))
 
 
 @contextlib.contextmanager

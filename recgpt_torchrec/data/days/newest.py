@@ -11,7 +11,7 @@ import pyarrow.fs
 from recgpt_torchrec.data.ids.changes import SlotChanges
 from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.storage import filesystem
+from recgpt_torchrec.storage import filesystem, raise_storage_failure
 from recgpt_torchrec.storage.parts import Part, open_part, write_parts
 
 ROWS = 65_536
@@ -64,6 +64,7 @@ class Newest:
                 with open_part(fs, root, part) as file:
                     table = file.read_row_group(within, columns=SCHEMA.names, use_threads=False).cast(SCHEMA)
             except (OSError, KeyError, pa.ArrowException) as error:
+                raise_storage_failure(error, f"{self.folder}/{part.path}")
                 reason = " ".join(str(error).split())
                 raise InputError(f"{self.folder}: {part.path} cannot be read ({reason}); restore the file") from None
             while len(self._groups) >= KEPT:

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.storage import filesystem
+from recgpt_torchrec.storage import filesystem, raise_storage_failure
 from recgpt_torchrec.storage.parts import Part, open_part
 
 KEPT = 256
@@ -82,5 +82,6 @@ class SlotChanges:
         return self._groups[group]
 
     def _damaged(self, path: str, error: Exception) -> InputError:
+        raise_storage_failure(error, f"{self.folder}/{path}")
         reason = " ".join(str(error).split())
         return InputError(f"{self.folder}: {path} cannot be read ({reason}); restore the file")

@@ -52,6 +52,7 @@ class Reader:
 
         Raises:
             InputError: a row is damaged, and not set aside; names the part, the row group and the row.
+            StorageError: the disk, the mount or the network failed, which is no damage.
         """
         part = self.dataset.manifest.sequences[group.part]
         if part.path in self.dataset.lost_parts:
@@ -64,6 +65,7 @@ class Reader:
                 table = file.read_row_group(group.group, columns=self.columns, use_threads=False).select(self.columns)
             table = table.cast(pa.schema([(name, COLUMNS[name]) for name in self.columns]))
         except (InputError, OSError, KeyError, pa.ArrowException) as error:
+            storage.raise_storage_failure(error, f"{self.dataset.path}/{part.path}")
             self._check_reachable()
             if isinstance(error, InputError) and self.set_aside is None:
                 raise

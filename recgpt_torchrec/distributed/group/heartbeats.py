@@ -75,11 +75,18 @@ class Heartbeats:
         self._store = dist.PrefixStore(f"heartbeats-{name[0]}", connection.clone())
         self._number, self._has_ended = 0, False
         self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
 
     def start(self, finished: threading.Event) -> None:
         """Write the first heartbeat, then one in each interval until `finished`."""
         self.write()
-        threading.Thread(target=self._run, args=(finished,), daemon=True, name="heartbeats").start()
+        self._thread = threading.Thread(target=self._run, args=(finished,), daemon=True, name="heartbeats")
+        self._thread.start()
+
+    def join(self, seconds: float) -> None:
+        """Wait, at most so long, until the thread has ended; it does soon after `finished`, if the store answers."""
+        if self._thread is not None:
+            self._thread.join(seconds)
 
     def _run(self, finished: threading.Event) -> None:
         while not finished.wait(self.interval):

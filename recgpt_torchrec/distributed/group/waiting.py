@@ -15,6 +15,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from recgpt_torchrec.texts.words import count
+
 WINDOW_SECONDS = 10.0
 """Minimum time over which waits are compared."""
 NOTICEABLE = 0.2
@@ -67,6 +69,8 @@ class WaitWatch:
     def __init__(self) -> None:
         self._earlier: Mapping[int, Mapping[str, Any]] = {}
         self._named: int | None = None
+        self._periods = 0
+        self._slow: dict[int, list[tuple[str, float, float]]] = {}
 
     def name_slowest(self, latest: Mapping[int, Mapping[str, Any]]) -> str | None:
         """Name the rank that the others wait for, once until it is another or none; None: nothing new.
@@ -85,13 +89,30 @@ class WaitWatch:
         shares = {each: (beat["waited"] - earlier[each]["waited"]) / seconds[each] for each, beat in latest.items()}
         slowest = min(shares, key=shares.__getitem__)
         others = statistics.median(share for each, share in shares.items() if each != slowest)
+        self._periods += 1
         if others - shares[slowest] < NOTICEABLE:
             self._named = None
             return None
+        self._slow.setdefault(slowest, []).append((latest[slowest]["host"], others, shares[slowest]))
         if slowest == self._named:
             return None
         self._named = slowest
         return (
             f"rank {slowest} ({latest[slowest]['host']}) is the slowest: the others waited {others:.0%} of the last "
             f"{seconds[slowest]:.0f} s for other ranks, it {shares[slowest]:.0%}"
+        )
+
+    def summarize(self) -> str | None:
+        """The rank that was the slowest in at least half of what was compared, for the end of a stage; None: none was.
+
+        Its shares are means over the periods in which it was.
+        """
+        slowest = max(self._slow, key=lambda each: len(self._slow[each]), default=None)
+        if slowest is None or 2 * len(periods := self._slow[slowest]) < self._periods:
+            return None
+        hosts, others, own = zip(*periods, strict=True)
+        waited, waits = statistics.fmean(others), statistics.fmean(own)
+        return (
+            f"rank {slowest} ({hosts[-1]}) was the slowest in {len(periods)} of {count(self._periods, 'period')} "
+            f"compared: the others waited {waited:.0%} of the time for other ranks, it {waits:.0%}"
         )

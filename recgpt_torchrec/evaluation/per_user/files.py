@@ -120,6 +120,7 @@ class UserResults:
                     if batch.num_rows:
                         yield {name: _to_numpy(batch[name]) for name in names}
         except (OSError, pa.ArrowException) as error:
+            storage.raise_storage_failure(error, self.path)
             raise InputError(f"{self.path} cannot be read ({' '.join(str(error).split())}); evaluate again") from None
 
 

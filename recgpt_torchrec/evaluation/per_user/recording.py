@@ -58,7 +58,7 @@ class UserRecorder:
                 storage.remove(self.folder)  # of an evaluation that was killed
                 storage.make_folder(self.folder)
             except OSError as error:
-                raise InputError(f"cannot write {self.folder}: {error}") from None
+                raise _make_write_error(self.folder, error) from None
 
         run_on_first_rank(make)
 
@@ -94,7 +94,7 @@ class UserRecorder:
                 self._writers[name] = _Writer(fs, f"{root}/{name}-{rank():05d}.parquet")
             self._writers[name].add({USER: users, **columns})
         except OSError as error:
-            self._failure = InputError(f"cannot write {self.folder}: {error}")
+            self._failure = _make_write_error(self.folder, error)
 
     def join(self, users: int, **more: object) -> PerUser:
         """Join what was added into the file, in order of user ids (collective).
@@ -110,7 +110,7 @@ class UserRecorder:
             for writer in self._writers.values():
                 writer.close()
         except OSError as error:
-            self._failure = self._failure or InputError(f"cannot write {self.folder}: {error}")
+            self._failure = self._failure or _make_write_error(self.folder, error)
         raise_first_error(self._failure)
         part = Part(path=os.path.basename(self.file), rows=0, items=0, bytes=0, checksum="")
         joiners: list[_Joiner] = []  # of rank 0
@@ -123,6 +123,10 @@ class UserRecorder:
             run_on_first_rank(join)
         record: dict[str, object] = run_on_first_rank(lambda: joiners[0].finish())
         return PerUser(**{**record, **more})  # type: ignore[arg-type]
+
+
+def _make_write_error(path: str, error: OSError) -> Exception:
+    return storage.find_storage_failure(error, path, "write") or InputError(f"cannot write {path}: {error}")
 
 
 class _Writer:
@@ -211,7 +215,7 @@ class _Joiner:
                 self._writer.write_table(pa.Table.from_arrays(columns, schema=self.schema))
                 self.part.rows += rows.size
         except OSError as error:
-            raise InputError(f"cannot write {self.file}: {error}") from None
+            raise _make_write_error(self.file, error) from None
 
     def finish(self) -> dict[str, object]:
         """Commit the file; returns what is recorded of it."""
@@ -221,7 +225,7 @@ class _Joiner:
             if self.temporary != self.target:
                 self.fs.move(self.temporary, self.target)
         except OSError as error:
-            raise InputError(f"cannot write {self.file}: {error}") from None
+            raise _make_write_error(self.file, error) from None
         return {name: getattr(self.part, name) for name in ("rows", "bytes", "checksum")} | {"file": self.part.path}
 
 

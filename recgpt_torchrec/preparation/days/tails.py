@@ -15,7 +15,7 @@ from recgpt_torchrec.data.days.newest import Newest
 from recgpt_torchrec.data.ragged import Int64, Ragged, ragged_arange
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.writing import sequence_groups
-from recgpt_torchrec.storage import filesystem
+from recgpt_torchrec.storage import filesystem, raise_storage_failure
 from recgpt_torchrec.storage.parts import Part, write_checksummed
 
 ROWS = 1024
@@ -114,6 +114,7 @@ class Tails:
             stored = self._open(day).get_batch(batch).select([*self.columns, CUT])
             table = pa.Table.from_batches([stored.take(pa.array(rows))])
         except (OSError, pa.ArrowException, KeyError, IndexError) as error:
+            raise_storage_failure(error, f"{self.folder}/{path}")
             raise InputError(
                 f"{self.folder}: {path} cannot be read ({' '.join(str(error).split())}); restore the file"
             ) from None

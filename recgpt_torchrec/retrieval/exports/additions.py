@@ -18,7 +18,7 @@ from recgpt_torchrec.retrieval.exports.encoder_manifest import ENCODER_FOLDER, E
 from recgpt_torchrec.retrieval.exports.index_manifest import FOLDER, IndexManifest
 from recgpt_torchrec.retrieval.exports.manifest import ExportManifest
 from recgpt_torchrec.retrieval.exports.reading import Export
-from recgpt_torchrec.storage import exists, filesystem, names, remove, write
+from recgpt_torchrec.storage import exists, filesystem, names, raise_storage_failure, remove, write
 from recgpt_torchrec.storage.folders import MANIFEST
 from recgpt_torchrec.storage.typed import seal
 
@@ -57,6 +57,7 @@ def commit_addition(export: Export, name: str, added: Addition) -> Addition:
         try:
             write(f"{export.path}/{MANIFEST}", text.encode())
         except OSError as error:
+            raise_storage_failure(error, export.path, "write")
             raise InputError(f"cannot write {export.path}: {error}") from None
         old, new = (_folders([] if each is None else each.paths, folder) for each in (replaced, added))
         try:

@@ -11,7 +11,7 @@ from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.exports.reading import Export
-from recgpt_torchrec.storage import scratch_beside
+from recgpt_torchrec.storage import find_storage_failure, scratch_beside
 
 
 class ItemKeys:
@@ -36,7 +36,9 @@ class ItemKeys:
                 folder = tempfile.TemporaryDirectory(prefix=".keys-", dir=scratch_beside(output))
                 self._load(export, resources.enter_context(folder))
             except OSError as error:
-                failure = InputError(f"keys cannot be kept in {scratch_beside(output)}: {error}; free space there")
+                failure = find_storage_failure(error, scratch_beside(output), "keep keys in") or InputError(
+                    f"keys cannot be kept in {scratch_beside(output)}: {error}; free space there"
+                )
             except Exception as error:
                 failure = error
             raise_first_error(failure)

@@ -15,7 +15,7 @@ from recgpt_torchrec.data.reading.footers import column_bounds
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.exports.manifest import LATER, DeltaManifest, ExportManifest
 from recgpt_torchrec.retrieval.exports.vectors import vector_columns, vectors_of
-from recgpt_torchrec.storage import filesystem
+from recgpt_torchrec.storage import filesystem, raise_storage_failure
 from recgpt_torchrec.storage.parts import Part, open_part, without_footers
 from recgpt_torchrec.storage.typed import COUNT
 
@@ -138,6 +138,7 @@ class _VectorFolder:
                 raise self.error(part.path, "has a vector that is not finite")
 
     def _unreadable(self, part: Part, error: Exception) -> InputError:
+        raise_storage_failure(error, f"{self.path}/{part.path}")
         return self.error(part.path, f"cannot be read as Parquet ({' '.join(str(error).split())})")
 
 

@@ -16,6 +16,7 @@ from recgpt_torchrec.distributed.processes import gather_objects, rank
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.exports.keys import Keys
 from recgpt_torchrec.retrieval.exports.vectors import encode_vectors, parquet_options, vectors_of
+from recgpt_torchrec.storage import find_storage_failure
 from recgpt_torchrec.storage.parts import Part, regroup, write_parts
 
 GROUP_BYTES = 2**24
@@ -153,7 +154,9 @@ def write_groups(
     except Exception as error:
         if source is not None and source.failed:
             raise
-        failure = InputError(f"cannot write {path}: {error}") if isinstance(error, OSError) else error
+        failure = find_storage_failure(error, path, "write") or (
+            InputError(f"cannot write {path}: {error}") if isinstance(error, OSError) else error
+        )
         deque(source or (), maxlen=0)
     raise_first_error(failure)
     return [part for of_rank in gather_objects(parts) for part in of_rank]

@@ -20,7 +20,7 @@ import pyarrow.fs
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.exports.index_manifest import BLOCK_BYTES, IndexManifest, IndexShard
 from recgpt_torchrec.retrieval.search.index import FAISS, Shard
-from recgpt_torchrec.storage import filesystem, remote
+from recgpt_torchrec.storage import filesystem, raise_storage_failure, remote
 from recgpt_torchrec.texts.commands import command
 
 READ_BYTES = 2**20
@@ -113,6 +113,7 @@ def _open(export: str, shard: IndexShard, kind: str) -> Any:
                 f"{zlib.crc32(blocks[start : start + BLOCK_BYTES]):08x}" for start in range(0, shard.bytes, BLOCK_BYTES)
             ]
     except OSError as error:
+        raise_storage_failure(error, file)
         raise damaged(export, shard.path, kind, f"cannot be read ({error})") from None
     wrong = [number for number, pair in enumerate(zip(checksums, shard.checksums, strict=True)) if pair[0] != pair[1]]
     if wrong:

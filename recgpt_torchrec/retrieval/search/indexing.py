@@ -36,6 +36,7 @@ from recgpt_torchrec.retrieval.search.index import Shard, build
 from recgpt_torchrec.retrieval.search.index_files import open_shards, write_shard
 from recgpt_torchrec.retrieval.search.sharded_index import ShardedIndex
 from recgpt_torchrec.retrieval.search.stored import StoredExactSearch, vector_blocks
+from recgpt_torchrec.storage import find_storage_failure
 from recgpt_torchrec.texts.commands import command
 
 DEPTHS = (10, 50)
@@ -151,7 +152,9 @@ def add_index(export: Export, settings: Index) -> tuple[IndexManifest, bool]:
     except InputError as error:
         failure = error
     except (OSError, RuntimeError, MemoryError) as error:  # of FAISS, or of its file
-        failure = InputError(f"the index of {export.path} cannot be built: {' '.join(str(error).split())}")
+        failure = find_storage_failure(error, f"the index of {export.path}", "write") or InputError(
+            f"the index of {export.path} cannot be built: {' '.join(str(error).split())}"
+        )
     raise_first_error(failure)
     entries = sorted((shard for each in gather_objects(written) for shard in each), key=lambda shard: shard.first)
     index = IndexManifest(

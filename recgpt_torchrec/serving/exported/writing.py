@@ -28,7 +28,7 @@ from recgpt_torchrec.retrieval.exports.encoder_manifest import Argument, Encoder
 from recgpt_torchrec.retrieval.exports.reading import Export
 from recgpt_torchrec.serving.exported.encoder import FullEncoder, StepEncoder, Tower
 from recgpt_torchrec.serving.exported.program import check_onnx, describe_inputs, export_program, write_onnx
-from recgpt_torchrec.storage import filesystem, scratch_beside
+from recgpt_torchrec.storage import filesystem, find_storage_failure, raise_storage_failure, scratch_beside
 from recgpt_torchrec.storage.parts import Part, write_checksummed
 
 COPIED_BYTES = 2**22
@@ -166,6 +166,7 @@ def _write(
     try:
         return run_on_first_rank(write_programs)
     except OSError as error:
+        raise_storage_failure(error, export.path, "write")
         raise InputError(f"cannot write {export.path}: {error}") from error
 
 
@@ -214,7 +215,7 @@ def _write_table(
             for block in blocks:
                 file.write(_numbers(block.users if entity == USER else block.items))
     except OSError as error:
-        failure = InputError(f"cannot write {root}: {error}")
+        failure = find_storage_failure(error, root, "write") or InputError(f"cannot write {root}: {error}")
         for _ in blocks:  # the look-ups are collective
             pass
     raise_first_error(failure)

@@ -156,6 +156,7 @@ def _record(config: Pretrain, day: Day) -> None:
         for earlier in range(1, day.number):
             _remove_checkpoints(path_of(config.output, earlier))
     except OSError as error:
+        storage.raise_storage_failure(error, config.output, "write to")
         raise InputError(f"cannot write to --output {config.output}: {error}") from None
 
 
