@@ -313,7 +313,7 @@ def test_evaluate_writes_what_other_tools_read(run, data, tmp_path):
     output, _ = run
     result = evaluated(data, output, tmp_path / "test.json")
     fingerprints, by_user = {"vocabulary", "histories"}, {"lists", "examples", "per_user", "ahead"}
-    figures = {"dataset", "checkpoint", "split", "users", "results", "groups", "recall"}
+    figures = {"dataset", "checkpoint", "split", "users", "results", "groups", "recall", "repeat_bias"}
     assert result.keys() == figures | fingerprints | by_user
     assert (result["dataset"], result["split"]) == (str(data), "test")
     best = json.loads((output / "best.json").read_text())["checkpoint"]
