@@ -1,7 +1,7 @@
 """Faults of two nodes in every stage: how long until the job has ended, whom it names, and what it does when resumed.
 
-    OMP_NUM_THREADS=1 python -m tools.node_faults --folder /tmp/faults          (root; about a minute a cell)
-    OMP_NUM_THREADS=1 python -m tools.node_faults --folder /tmp/faults --only training "node 1 killed"
+    OMP_NUM_THREADS=1 python -m tools.node_faults --folder runs/faults          (root; about a minute a cell)
+    OMP_NUM_THREADS=1 python -m tools.node_faults --folder runs/faults --only training "node 1 killed"
 
 The nodes are network namespaces with host names of their own, joined by a switch; each has its own launcher, and both
 share a disk. When the victim's rank reaches a moment, the fault happens. Then the fault is mended, and the same command

@@ -4,11 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from recgpt_torchrec.data.histories import Histories
-from recgpt_torchrec.data.ragged import ragged_arange
-from recgpt_torchrec.data.reading.sample import hash_users
-
-PLACES = 2**24
-"""Users are numbered so far apart, that each entry of a history has a number of its own."""
+from recgpt_torchrec.data.reading.draws import HIDING, draw_for_entries
 
 
 def draw_hidden(histories: Histories, probability: float, seed: int, epoch: int) -> npt.NDArray[np.bool_]:
@@ -22,7 +18,4 @@ def draw_hidden(histories: Histories, probability: float, seed: int, epoch: int)
         seed: of the run.
         epoch: from 0.
     """
-    lengths = histories.lengths
-    numbers = np.repeat(histories.users * PLACES, lengths) + ragged_arange(lengths)
-    drawn = hash_users(numbers, int(hash_users(np.array([epoch]), seed)[0]))
-    return (drawn >> np.uint64(11)).astype(np.float64) < probability * 2.0**53
+    return draw_for_entries(histories, HIDING, seed, epoch) < probability

@@ -5,15 +5,11 @@ learns less by heart. The same on any number of ranks, and after any resume.
 """
 
 import numpy as np
-import numpy.typing as npt
 
 from recgpt_torchrec.data.histories import Histories
-from recgpt_torchrec.data.ragged import Int64, ragged_arange
-from recgpt_torchrec.data.reading.sample import hash_users
+from recgpt_torchrec.data.reading.draws import THINNED, THINNING, draw_for_entries, draw_for_users
 from recgpt_torchrec.data.segments import INTERACTED
 
-PLACES = 2**24
-"""Users are numbered so far apart, that each entry of a history has a number of its own."""
 FEWEST = 2
 """Interacted entries that a history keeps at least: one to predict from, and its target. Shorter ones stay whole."""
 
@@ -33,12 +29,9 @@ def thin(histories: Histories, probability: float, share: float, seed: int, epoc
     if not probability or not share or not histories.items.size:
         return histories
     lengths, owner = histories.lengths, np.repeat(np.arange(histories.users.size), histories.lengths)
-    place, interacted = ragged_arange(lengths), np.ones(owner.size, dtype=bool)
-    if histories.segments is not None:
-        interacted = histories.segments == INTERACTED
-    key = int(hash_users(np.array([epoch]), seed)[0])
-    thinned = _uniform(histories.users, key ^ 1) < share
-    kept = _uniform(histories.users[owner] * PLACES + place, key) >= probability
+    interacted = np.ones(owner.size, dtype=bool) if histories.segments is None else histories.segments == INTERACTED
+    thinned = draw_for_users(histories.users, THINNED, seed, epoch) < share
+    kept = draw_for_entries(histories, THINNING, seed, epoch) >= probability
     kept |= ~thinned[owner] | ~interacted
     counts = np.bincount(owner[kept & interacted], minlength=lengths.size)
     kept |= (counts < FEWEST)[owner]
@@ -46,9 +39,3 @@ def thin(histories: Histories, probability: float, share: float, seed: int, epoc
     newest = np.maximum.accumulate(np.where(interacted, np.arange(owner.size), -1))
     follows = np.where(newest >= histories.offsets[:-1][owner], newest, np.arange(owner.size))
     return histories.keep(kept[follows])
-
-
-def _uniform(numbers: Int64, seed: int) -> npt.NDArray[np.float64]:
-    """Numbers from 0 to less than 1, drawn by the seed and each of `numbers`."""
-    drawn: npt.NDArray[np.float64] = (hash_users(numbers, seed) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return drawn

@@ -8,9 +8,9 @@
     encoder/*/*        the model as a program, if it is there, see `encoder_manifest`
 
 A score is the inner product of a user vector and an item vector; for an item of the user's history that competes, plus
-the manifest's `repeat_bias`. Every item appears once, and every user with an
-encoded history; rows are in no particular order (each process writes its share). Of several interests the first is that
-of one-step recall; each further one is the output after the best new item of the one before joins the history:
+the manifest's `repeat_bias`. Every item appears once, and every user with an encoded history; rows are in no particular
+order (each process writes its share). Of several interests the first is that of one-step recall; each further one is
+the output after the best new item of the one before joins the history:
 
     vectors = pq.read_table("users")["vectors"].combine_chunks()
     vectors.flatten().flatten().to_numpy().reshape(len(vectors), interests, dim)

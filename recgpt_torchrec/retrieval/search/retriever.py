@@ -64,19 +64,16 @@ class ApproximateSearch:
         while unfinished.size:
             depth = min(depth, self.index.items)
             nearest, values = self.index.search(queries[unfinished], depth)
-            wanted = nearest >= 0
-            complete = (nearest < 0).any(axis=1) | (depth == self.index.items)
+            is_found = nearest >= 0
+            unseen = is_found
             if seen_pairs is not None:
-                is_seen = wanted & _is_in_sorted(owner[unfinished, None] * self.index.items + nearest, seen_pairs)
-                # What is not found scores no more than the least found: k unseen items are before it.
-                complete |= (wanted & ~is_seen).sum(axis=1) >= k
-                if repeats is None:
-                    wanted &= ~is_seen
-                else:
-                    nearest, values = _weigh(nearest, values, is_seen, repeats.bias)
-                    wanted = nearest >= 0
+                unseen = is_found & ~_is_in_sorted(owner[unfinished, None] * self.index.items + nearest, seen_pairs)
+            # Enough are found with k unseen items: what is not found scores no more than the least of them.
+            done = (unseen.sum(axis=1) >= k) | ~is_found.all(axis=1) | (depth == self.index.items)
+            if repeats is not None:
+                nearest, values = _weigh(nearest, values, is_found & ~unseen, repeats.bias)
+            wanted = unseen if repeats is None else nearest >= 0
             items[unfinished], scores[unfinished] = _pick_first(nearest, values, wanted, k)
-            done = complete if seen_pairs is not None else complete | (wanted.sum(axis=1) >= k)
             unfinished, depth = unfinished[~done], 2 * depth
         shape = (users, interests, k)
         return Lists(torch.from_numpy(items.reshape(shape)), torch.from_numpy(scores.reshape(shape)))
