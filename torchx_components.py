@@ -20,6 +20,13 @@ def prepare(*args: str, **options: Any) -> specs.AppDef:
 
 
 @job.with_launch_options
+def find_neighbours(*args: str, **options: Any) -> specs.AppDef:
+    """Find the items that follow each item of a dataset. Runs in one process; its engine uses all cores it is given."""
+    job.require_one_process("find_neighbours", options.get("j"))
+    return job.make_job("recgpt_torchrec.find_neighbours", *args, **options)
+
+
+@job.with_launch_options
 def pretrain(*args: str, **options: Any) -> specs.AppDef:
     """Pre-train decoder and sharded tables on a dataset; resumes an unfinished run with the same options."""
     return job.make_job("recgpt_torchrec.pretrain", *args, **options)

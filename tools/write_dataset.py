@@ -28,7 +28,7 @@ from recgpt_torchrec.data.dataset import Manifest
 from recgpt_torchrec.data.split import EVALUATION, Starts
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.pipeline import group_size
-from recgpt_torchrec.preparation.writing import fingerprint_parts, sequence_groups
+from recgpt_torchrec.preparation.writing import fingerprint_parts, list_groups
 from recgpt_torchrec.storage import folders
 from recgpt_torchrec.storage.parts import Part, write_parts
 from tools.synthetic_log import BLOCK_USERS, Habits, cumulative_zipf, walk_users
@@ -172,7 +172,7 @@ def write_dataset(
         "timestamps": ("time", pa.int64()),
     }
     with folders.stage_folder(output) as (fs, folder):
-        groups = sequence_groups(
+        groups = list_groups(
             blocks(world, habits, histories, seed, counts), group_size(histories), lists, stop=histories
         )
         manifest = Manifest(users=users, items=items, sequences=write_parts(fs, folder, "sequences", groups, 8))

@@ -8,6 +8,7 @@ from recgpt_torchrec.config.inputs.attributes import AttributeChoice
 from recgpt_torchrec.config.inputs.events import Events, TargetEvents
 from recgpt_torchrec.config.inputs.time import TimeChoice
 from recgpt_torchrec.config.model import Loss, Model
+from recgpt_torchrec.config.neighbours import FindNeighbours, Neighbours
 from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.prepare import Prepare
 from recgpt_torchrec.config.prompts import GeneratePrompts, Prompts, PromptTune, Tuning
@@ -36,10 +37,12 @@ __all__ = [
     "Evaluate",
     "Events",
     "Export",
+    "FindNeighbours",
     "GeneratePrompts",
     "Index",
     "Loss",
     "Model",
+    "Neighbours",
     "Optimizer",
     "Plan",
     "Prepare",

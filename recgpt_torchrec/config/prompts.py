@@ -8,6 +8,7 @@ from recgpt_torchrec.config.device import Computing, Watched
 from recgpt_torchrec.config.fields import changeable
 from recgpt_torchrec.config.inputs.events import TargetEvents
 from recgpt_torchrec.config.model import Loss, Model
+from recgpt_torchrec.config.neighbours import Neighbours
 from recgpt_torchrec.config.tables import Sharding, Tables
 from recgpt_torchrec.config.training import Optimizer, Saving, Stream, Train, TrainingBatch
 
@@ -136,6 +137,7 @@ class PromptTune(Computing):
     """Options of the decoder; null: those of the checkpoint. If given, only the dropout options may differ from the
     checkpoint's."""
     loss: Loss = field(default_factory=Loss)
+    neighbours: Neighbours = field(default_factory=Neighbours)
     batch: TrainingBatch = field(default_factory=TrainingBatch)
     stream: Stream = field(default_factory=Stream)
     tables: Tables = field(default_factory=lambda: Tables(lr=0.02, user_lr=0.002))
@@ -145,3 +147,4 @@ class PromptTune(Computing):
 
     def __post_init__(self) -> None:
         within("--seed", self.seed, 0, MAX_SEED)
+        self.neighbours.check(self.loss.candidates, self.tuning.soft_targets)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from recgpt_torchrec.config.launch.manifest import Manifest
+from recgpt_torchrec.config.neighbours import FindNeighbours
 from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.prepare import Prepare
 from recgpt_torchrec.config.prompts import GeneratePrompts, PromptTune
@@ -26,6 +27,7 @@ class Stage:
 
 STAGES = {
     "prepare": Stage(Prepare, "a raw interaction log -> a dataset: sequence Parquet, id vocabularies, manifest"),
+    "find_neighbours": Stage(FindNeighbours, "a dataset -> the items that follow each item, as soft targets"),
     "pretrain": Stage(Pretrain, "a dataset -> a checkpoint of decoder and sharded tables, trained autoregressively"),
     "generate_prompts": Stage(GeneratePrompts, "dataset and checkpoint -> a dataset with prompts between interactions"),
     "prompt_tune": Stage(PromptTune, "prompt dataset and checkpoint -> a checkpoint tuned on histories with prompts"),

@@ -10,6 +10,7 @@ from recgpt_torchrec.config.inputs.attributes import AttributeChoice
 from recgpt_torchrec.config.inputs.events import Events
 from recgpt_torchrec.config.inputs.time import TimeChoice
 from recgpt_torchrec.config.model import Loss, Model
+from recgpt_torchrec.config.neighbours import Neighbours
 from recgpt_torchrec.config.tables import Tables
 
 
@@ -225,6 +226,7 @@ class Pretrain(Computing):
     events: Events = field(default_factory=Events)
     time: TimeChoice = field(default_factory=TimeChoice)
     loss: Loss = field(default_factory=Loss)
+    neighbours: Neighbours = field(default_factory=Neighbours)
     batch: TrainingBatch = field(default_factory=TrainingBatch)
     stream: Stream = field(default_factory=Stream)
     tables: Tables = field(default_factory=Tables)
@@ -234,5 +236,6 @@ class Pretrain(Computing):
 
     def __post_init__(self) -> None:
         within("--seed", self.seed, 0, MAX_SEED)
+        self.neighbours.check(self.loss.candidates)
         if self.targets == "new" and self.initial is None:
             raise ValueError("--targets new continues an earlier run; name it with --initial")

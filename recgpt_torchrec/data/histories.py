@@ -40,6 +40,11 @@ class Histories:
     """[entries, answers] int64: items that the pre-trained model ranks high after each entry, best first; -1: none."""
     answer_scores: npt.NDArray[np.float32] | None = _per_entry()
     """[entries, answers] float32 scores (logits) of the answers."""
+    neighbours: Int64 | None = _per_entry()
+    """[entries, neighbours] int64: items that follow those of the history in the histories of others, best first; -1:
+    none. See `data.neighbours.answering`."""
+    neighbour_scores: npt.NDArray[np.float32] | None = _per_entry()
+    """[entries, neighbours] float32 scores of the neighbours, in proportion to which they share; 0: none."""
     trained: npt.NDArray[np.bool_] | None = _per_entry()
     """[entries] bool: whether an entry was trained on before and so is no target; None: none was."""
     times: Int64 | None = _per_entry()

@@ -17,7 +17,7 @@ from recgpt_torchrec.data.inputs.features import compute_features
 from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.packing import lay_end_to_end, pack_sequences
 from recgpt_torchrec.data.ragged import Int64, ragged_arange
-from recgpt_torchrec.data.targets import PredictFrom, positions_of, soft_targets_of, targets_of
+from recgpt_torchrec.data.targets import PredictFrom, SoftShares, positions_of, soft_targets_of, targets_of
 
 Layout = Literal["grid", "row"]
 """grid: rows of equal length, several sequences in each, for dense attention. row: one row that holds all sequences end
@@ -28,6 +28,8 @@ MOST_ITEM_KEYS = 64
 """Maximum number of keys that a batch's item bags are dealt to."""
 
 IDS_ALONE = Inputs()
+
+HARD = SoftShares()
 
 LAST_ID = np.iinfo(np.int64).max
 """Larger than any id."""
@@ -157,7 +159,7 @@ def pack_histories(
     predict_from: PredictFrom = "every",
     last_target: bool = False,
     max_position: int | None = None,
-    soft_targets: float = 0.0,
+    soft_shares: SoftShares = HARD,
     negatives: npt.NDArray[np.bool_] | None = None,
     draw: Callable[[Int64], Candidates] | None = None,
     inputs: Inputs = IDS_ALONE,
@@ -177,7 +179,7 @@ def pack_histories(
             `last` one before the target, or `every` one.
         last_target: whether only the last target of each history is predicted.
         max_position: largest position, which all later tokens share; None: `row_length` - 1.
-        soft_targets: share of a target's weight that goes to the model's answers, where `histories` has them.
+        soft_shares: of a target's weight that go to answers and neighbours, where `histories` has them.
         negatives: [items] bool: whether an item is ever a negative, else no answer either; None: all are.
         draw: returns the candidates for the targets [targets] int64; None: there are none.
         inputs: what the model reads beside ids; of that its features are here.
@@ -200,7 +202,7 @@ def pack_histories(
         token_entries, tokens = np.arange(items.size), lengths
         predicting = target_entries = np.zeros(0, dtype=np.int64)
     targets = items.take(target_entries)
-    soft_items, soft_weights = soft_targets_of(histories, token_entries, predicting, targets, soft_targets, negatives)
+    soft_items, soft_weights = soft_targets_of(histories, token_entries, predicting, targets, soft_shares, negatives)
     weights = None if histories.weights is None else histories.weights.take(target_entries)
     if weights is not None:
         soft_weights *= weights[:, None]

@@ -17,6 +17,7 @@ from recgpt_torchrec.data.inputs.hiding import draw_hidden
 from recgpt_torchrec.data.inputs.request import Request
 from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.loading import prefetch
+from recgpt_torchrec.data.neighbours.answering import NeighbourAnswers
 from recgpt_torchrec.data.packed import Capacity, FixedShape, Layout
 from recgpt_torchrec.data.ragged import Int64, offsets_of
 from recgpt_torchrec.data.reading.damage import SetAside
@@ -24,7 +25,7 @@ from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.reading.sample import UserSample
 from recgpt_torchrec.data.reading.thinning import thin
 from recgpt_torchrec.data.split import SplitName
-from recgpt_torchrec.data.targets import PredictFrom
+from recgpt_torchrec.data.targets import PredictFrom, SoftShares
 from recgpt_torchrec.data.windows import Cursor, Position, Queue, RowGroup, Window, deal_windows, row_groups, windows_of
 from recgpt_torchrec.errors import InputError
 
@@ -52,6 +53,8 @@ class BatchMaker:
     """Whether only the last target of each history is predicted (see `make_batch`)."""
     soft_targets: float = 0.0
     """Share of a target's weight that goes to the pre-trained model's answers in the dataset (see `make_batch`)."""
+    neighbours: NeighbourAnswers | None = None
+    """Finds the neighbours that share a target's weight too; None: there are none."""
     thinning: tuple[float, float] = (0.0, 0.0)
     """Probability with which an entry of a thinned history is left out, and share of the histories that are thinned."""
     grows: int = 0
@@ -111,7 +114,8 @@ class BatchMaker:
         if not self.training:
             max_items = self.batch.tokens + self.grows * users
         else:
-            max_items = self.batch.tokens * (1 + self.reader.answers) + users + room
+            answers = self.reader.answers + (0 if self.neighbours is None else self.neighbours.answers)
+            max_items = self.batch.tokens * (1 + answers) + users + room
         return Capacity.of(users, min(items, max_items), self.item_keys)
 
     @cached_property
@@ -154,7 +158,7 @@ class BatchMaker:
             predict_from=self.predict_from,
             last_target=self.last_target,
             max_position=self.max_len - 1,
-            soft_targets=self.soft_targets,
+            soft_shares=SoftShares(self.soft_targets, 0.0 if self.neighbours is None else self.neighbours.share),
             negatives=negatives,
             draw=None if source is None else draw,
             inputs=inputs,
@@ -208,7 +212,10 @@ class BatchMaker:
         """The histories of a window; with `shuffle`, their order is drawn by (seed, epoch, window)."""
         rng = np.random.default_rng((self.seed, epoch, window.index, 2))
         histories = self.reader.read(window.groups, rng.permutation if shuffle else None)
-        return thin(histories, *self.thinning, self.seed, epoch) if self.training else histories
+        if not self.training:
+            return histories
+        thinned = thin(histories, *self.thinning, self.seed, epoch)
+        return thinned if self.neighbours is None else self.neighbours.attach(thinned, histories)
 
 
 @dataclass(frozen=True)

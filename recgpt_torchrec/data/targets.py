@@ -1,5 +1,6 @@
 """Positions of the entries of a history, which of them predict, and what they are to predict."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -88,38 +89,67 @@ def find_last(following: Int64, known: npt.NDArray[np.bool_]) -> npt.NDArray[np.
     return last
 
 
+@dataclass(frozen=True)
+class SoftShares:
+    """Shares of a target's weight, each from 0 to 1, together at most 1, that go to its soft targets."""
+
+    answers: float = 0.0
+    """To the pre-trained model's answers, by the softmax of their scores."""
+    neighbours: float = 0.0
+    """To the neighbours of the history's items, in proportion to their scores."""
+
+
 def soft_targets_of(
     histories: Histories,
     tokens: Int64,
     predicting: Int64,
     targets: Int64,
-    share: float,
+    shares: SoftShares,
     negatives: npt.NDArray[np.bool_] | None = None,
 ) -> tuple[Int64, Float32]:
     """The answers that share a target's weight, [targets, answers] int64, and the weight of each, float32.
 
-    A `share` of the target's weight is spread over the answers by the softmax of their scores. An answer that is
-    missing or is the target itself has weight 0; the target's id takes its place. So has one that is never a negative,
-    and its weight goes back to the target: else its score would be pushed up in every step, and down in none.
+    An answer that is missing or is the target itself has weight 0; the target's id takes its place. So has one that is
+    never a negative, and its weight goes back to the target: else its score would be pushed up in every step, and down
+    in none.
 
     Args:
-        histories: with or without answers.
+        histories: with or without answers and neighbours.
         tokens, predicting: see `targets_of`.
         targets: [targets] int64: item ids of the targets.
-        share: from 0 to 1.
+        shares: of each kind of answer.
         negatives: [items] bool: whether an item is ever a negative; None: all are.
     """
-    if not share or histories.answers is None or histories.answer_scores is None:
-        return np.zeros((targets.size, 0), dtype=np.int64), np.zeros((targets.size, 0), dtype=np.float32)
     entries = tokens[predicting]
-    answers = histories.answers[entries]
-    scores = histories.answer_scores[entries]
-    valid = (answers >= 0) & (answers != targets[:, None])
-    scores = np.where(valid, scores, -np.inf)
-    top = scores.max(1, initial=-np.inf, keepdims=True)
-    weights = np.exp(scores - np.where(np.isfinite(top), top, 0.0))
-    weights *= share / np.maximum(weights.sum(1, keepdims=True), 1e-30)
+    none = np.zeros((targets.size, 0), dtype=np.int64), np.zeros((targets.size, 0), dtype=np.float32)
+    kinds = [none]
+    if shares.answers and histories.answers is not None and histories.answer_scores is not None:
+        answers = histories.answers[entries]
+        valid = (answers >= 0) & (answers != targets[:, None])
+        scores = np.where(valid, histories.answer_scores[entries], -np.inf)
+        top = scores.max(1, initial=-np.inf, keepdims=True)
+        weights = np.exp(scores - np.where(np.isfinite(top), top, 0.0))
+        kinds.append(_spread(answers, valid, weights, targets, shares.answers, negatives))
+    if shares.neighbours and histories.neighbours is not None and histories.neighbour_scores is not None:
+        answers = histories.neighbours[entries]
+        valid = (answers >= 0) & (answers != targets[:, None])
+        weights = np.where(valid, histories.neighbour_scores[entries], 0.0)
+        kinds.append(_spread(answers, valid, weights, targets, shares.neighbours, negatives))
+    ids, found = zip(*kinds, strict=True)
+    return np.concatenate(ids, axis=1), np.concatenate(found, axis=1)
+
+
+def _spread(
+    answers: Int64,
+    valid: npt.NDArray[np.bool_],
+    weights: npt.NDArray[np.floating],
+    targets: Int64,
+    share: float,
+    negatives: npt.NDArray[np.bool_] | None,
+) -> tuple[Int64, Float32]:
+    """Spread a share of each target's weight over its valid answers [targets, answers], in proportion to `weights`."""
+    weights = weights * (share / np.maximum(weights.sum(1, keepdims=True), 1e-30))
     if negatives is not None:
-        valid &= negatives.take(np.maximum(answers, 0))
+        valid = valid & negatives.take(np.maximum(answers, 0))
         weights *= valid
     return np.where(valid, answers, targets[:, None]), weights.astype(np.float32)

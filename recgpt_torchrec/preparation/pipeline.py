@@ -33,7 +33,7 @@ from recgpt_torchrec.preparation.kcore import Core, k_core
 from recgpt_torchrec.preparation.reading.files import InputFile
 from recgpt_torchrec.preparation.reading.log import RawLog, read_log
 from recgpt_torchrec.preparation.reading.understanding import describe_keys
-from recgpt_torchrec.preparation.writing import Layout, fingerprint_parts, lay_out_rows, sequence_groups
+from recgpt_torchrec.preparation.writing import Layout, fingerprint_parts, lay_out_rows, list_groups
 from recgpt_torchrec.storage import folders
 from recgpt_torchrec.storage.finished import differences, find_finished
 from recgpt_torchrec.storage.parts import Part
@@ -278,7 +278,7 @@ def lay_out_sequences(
         order=queries.order_of(entries),
         ids_per_group=size,
         groups_per_part=config.groups_per_part,
-        make_groups=partial(sequence_groups, users=size, lists=lists, counts=starts),
+        make_groups=partial(list_groups, ids_per_group=size, lists=lists, counts=starts),
     )
     rows = queries.mark_before(entries, starts)
     return rows.select(*dict.fromkeys([*layout.columns, *layout.order])), layout

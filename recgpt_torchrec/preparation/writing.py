@@ -95,32 +95,34 @@ def _regroup_ids(batches: Iterable[pa.RecordBatch], rows: int, *, start: int, st
     return regroup(batches, rows)
 
 
-def sequence_groups(
+def list_groups(
     batches: Iterable[pa.RecordBatch],
-    users: int,
+    ids_per_group: int,
     lists: dict[str, tuple[str, pa.DataType]],
     counts: dict[str, str] | None = None,
+    id: str = "user_id",
     *,
     start: int = 0,
     stop: int,
 ) -> Iterator[pa.Table]:
-    """Turn interactions, ordered by user and time, into row groups with one row per user.
+    """Turn rows that are ordered by id, such as interactions by user and time, into row groups with one row per id.
 
     Args:
-        batches: interactions with a column `user_id`, sorted by it; users without interactions get empty lists.
-        users: number of users, and so rows, per table (the last may have fewer).
+        batches: rows with a column `id`, sorted by it; ids without rows get empty lists.
+        ids_per_group: number of ids, and so rows, per table (the last may have fewer).
         lists: for each list column of the result, the column of `batches` that it collects, and its value type.
         counts: for each int64 column of the result, the boolean column of `batches` of which it counts the true values.
-        start: the first user.
-        stop: the number after the last user, whether these have interactions or not.
+        id: column of the ids.
+        start: the first id.
+        stop: the number after the last id, whether these have rows or not.
 
     Example:
-        `sequence_groups(batches, 350, {"item_ids": ("item_id", pa.int64())}, stop=22363)`
+        `list_groups(batches, 350, {"item_ids": ("item_id", pa.int64())}, stop=22363)`
     """
 
     def cut(first: int, end: int, events: pa.Table, ids: np.ndarray) -> pa.Table:
         offsets = pa.array(np.searchsorted(ids, np.arange(first, end + 1)).astype(np.int32))
-        columns = {"user_id": pa.array(np.arange(first, end, dtype=np.int64))}
+        columns = {id: pa.array(np.arange(first, end, dtype=np.int64))}
         for name, (source, kind) in lists.items():
             values = pa.concat_arrays([pa.array([], kind), *events.column(source).cast(kind).chunks])
             columns[name] = pa.ListArray.from_arrays(offsets, values)
@@ -134,23 +136,23 @@ def sequence_groups(
         if batch.num_rows == 0:
             continue
         pending.append(batch)
-        if batch.column("user_id")[-1].as_py() < start + users:
+        if batch.column(id)[-1].as_py() < start + ids_per_group:
             continue
         table = pa.Table.from_batches(pending)
-        ids = table.column("user_id").to_numpy()
+        ids = table.column(id).to_numpy()
         last = int(ids[-1])
         done = 0
-        while last >= start + users:
-            end = int(np.searchsorted(ids, start + users))
-            yield cut(start, start + users, table.slice(done, end - done), ids[done:end])
-            start, done = start + users, end
+        while last >= start + ids_per_group:
+            end = int(np.searchsorted(ids, start + ids_per_group))
+            yield cut(start, start + ids_per_group, table.slice(done, end - done), ids[done:end])
+            start, done = start + ids_per_group, end
         pending = table.slice(done).to_batches()
     nothing = {source: pa.array([], kind) for source, kind in lists.values()}
     nothing |= {source: pa.array([], pa.bool_()) for source in (counts or {}).values()}
-    table = pa.Table.from_batches(pending) if pending else pa.table({"user_id": pa.array([], pa.int64()), **nothing})
-    ids = table.column("user_id").to_numpy()
-    for first in range(start, stop, users):
-        end = min(first + users, stop)
+    table = pa.Table.from_batches(pending) if pending else pa.table({id: pa.array([], pa.int64()), **nothing})
+    ids = table.column(id).to_numpy()
+    for first in range(start, stop, ids_per_group):
+        end = min(first + ids_per_group, stop)
         inside = slice(*np.searchsorted(ids, [first, end]).tolist())
         yield cut(first, end, table.slice(inside.start, inside.stop - inside.start), ids[inside])
 

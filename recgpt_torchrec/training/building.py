@@ -8,13 +8,16 @@ from torch import nn
 from torchrec.optim.keyed import KeyedOptimizer
 
 from recgpt_torchrec.catalogue.softmax import SharedSoftmax
-from recgpt_torchrec.config import Loss, Model, Pretrain, PromptTune, Tables, Tuning
+from recgpt_torchrec.config import Loss, Model, Neighbours, Pretrain, PromptTune, Tables, Tuning
 from recgpt_torchrec.config.defaults import tokens_of_rank, tokens_of_step
 from recgpt_torchrec.data.candidates import candidate_source
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.inputs.attributes import Attributes
 from recgpt_torchrec.data.inputs.events import weights_of_targets
 from recgpt_torchrec.data.inputs.spec import Inputs
+from recgpt_torchrec.data.neighbours.answering import NeighbourAnswers
+from recgpt_torchrec.data.neighbours.folder import open_neighbours
+from recgpt_torchrec.data.neighbours.table import NeighbourTable
 from recgpt_torchrec.data.packed import Capacity
 from recgpt_torchrec.data.reading.damage import LIST, SetAside
 from recgpt_torchrec.data.reading.histories import HistoryReader
@@ -146,6 +149,7 @@ def training_stream(
         seed=config.seed,
         predict_from=predict_from,
         soft_targets=soft_targets,
+        neighbours=open_answers(config.neighbours, dataset),
         last_target=tuning is not None and tuning.targets == "last",
         thinning=(config.batch.thinning, config.batch.thinned),
         layout="row" if execution.attention == "varlen" else "grid",
@@ -156,6 +160,21 @@ def training_stream(
     if new_targets:
         check_new_targets(dataset)
     return stream
+
+
+def open_answers(options: Neighbours, dataset: Dataset) -> NeighbourAnswers | None:
+    """Read the neighbours that share the targets' weight (collective); None: there are none.
+
+    Raises:
+        InputError: the folder is damaged, or of another dataset.
+    """
+    if options.path is None:
+        return None
+    manifest = open_neighbours(options.path, dataset)
+    table = NeighbourTable.open(options.path, manifest, read_on_node)
+    return NeighbourAnswers(
+        table=table, share=options.share, memory=options.memory, recency=options.recency, answers=options.answers
+    )
 
 
 def answers_of(dataset: Dataset) -> int:

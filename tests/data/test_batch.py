@@ -14,6 +14,7 @@ from recgpt_torchrec.data.batch import SequenceBatch, make_batch
 from recgpt_torchrec.data.candidates import AllItems, Candidates, InBatch, Place
 from recgpt_torchrec.data.histories import Histories, no_histories
 from recgpt_torchrec.data.packed import MOST_ITEM_KEYS, Capacity, FixedShape
+from recgpt_torchrec.data.targets import SoftShares
 from tests.support import ids_by_bag, items_of
 
 ROW = 8
@@ -314,7 +315,7 @@ def test_answers_that_are_not_the_target_become_its_soft_targets():
         capacity=Capacity(users=8, items=ITEMS),
         predict=True,
         predict_from="interacted",
-        soft_targets=0.4,
+        soft_shares=SoftShares(0.4),
     )
     items = items_of(batch)
     assert items[batch.target_bag].tolist() == [2, 3, 5]
@@ -338,7 +339,7 @@ def test_the_weight_of_an_answer_that_is_never_a_negative_goes_back_to_the_targe
         row_length=ROW,
         capacity=Capacity(users=8, items=ITEMS),
         predict=True,
-        soft_targets=0.4,
+        soft_shares=SoftShares(0.4),
         negatives=np.arange(ITEMS) != 8,
     )
     items = items_of(batch)

@@ -11,6 +11,7 @@ from recgpt_torchrec.data.batch import make_batch
 from recgpt_torchrec.data.candidates import AllItems
 from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.packed import Capacity
+from recgpt_torchrec.data.targets import SoftShares
 from recgpt_torchrec.model.dense import Dense
 
 
@@ -54,7 +55,7 @@ def test_equation_5_on_a_catalogue_of_two_items(predict_from, soft_targets, by_h
         capacity=Capacity(users=1, items=2),
         predict=True,
         predict_from=predict_from,
-        soft_targets=soft_targets,
+        soft_shares=SoftShares(soft_targets),
         draw=lambda targets: AllItems(2).draw(targets, np.random.default_rng(0)),
     )
     dense = Dense(Model(dim=2, heads=1, layers=1, history_in=False), Loss(candidates="all"), segments=True).eval()

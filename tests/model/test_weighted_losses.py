@@ -13,6 +13,7 @@ from recgpt_torchrec.config import Loss, Model
 from recgpt_torchrec.data.candidates import Candidates
 from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.packed import Capacity, FixedShape, pack_histories
+from recgpt_torchrec.data.targets import SoftShares
 from recgpt_torchrec.model.dense import Dense
 from recgpt_torchrec.model.losses import loss as losses
 
@@ -94,7 +95,7 @@ def pack(weights: np.ndarray | None, pad: bool) -> Any:
         row_length=8,
         capacity=Capacity(4, 40),
         predict=True,
-        soft_targets=0.4,
+        soft_shares=SoftShares(0.4),
         draw=lambda _: Candidates(np.arange(9), np.zeros(9, np.float32)),
         layout="row" if pad else "grid",
         pad=FixedShape(8, 4, 12) if pad else None,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from recgpt_torchrec.preparation import queries
 from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
-from recgpt_torchrec.preparation.writing import Fingerprint, Layout, fingerprint_parts, lay_out_rows, sequence_groups
+from recgpt_torchrec.preparation.writing import Fingerprint, Layout, fingerprint_parts, lay_out_rows, list_groups
 
 
 @given(
@@ -38,7 +38,7 @@ def test_each_part_alone_has_the_bytes_that_it_has_among_all(tmp_path_factory, l
         columns=["user_id", "item_id", "before"],
         ids_per_group=users,
         groups_per_part=groups,
-        make_groups=partial(sequence_groups, users=users, lists=lists, counts={"start": "before"}),
+        make_groups=partial(list_groups, ids_per_group=users, lists=lists, counts={"start": "before"}),
     )
     fs, root = pyarrow.fs.LocalFileSystem(), tmp_path_factory.mktemp("parts")
     whole = layout.write_all(fs, str(root / "whole"), rows.to_batches(max_chunksize=batch))

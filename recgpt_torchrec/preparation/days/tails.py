@@ -14,7 +14,7 @@ import pyarrow.fs
 from recgpt_torchrec.data.days.newest import Newest
 from recgpt_torchrec.data.ragged import Int64, Ragged, ragged_arange
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.preparation.writing import sequence_groups
+from recgpt_torchrec.preparation.writing import list_groups
 from recgpt_torchrec.storage import filesystem, raise_storage_failure
 from recgpt_torchrec.storage.parts import Part, write_checksummed
 
@@ -55,7 +55,7 @@ def write_tails(
         write_checksummed(fs, root, path, part) as sink,
         pa.ipc.new_file(sink, schema, options=pa.ipc.IpcWriteOptions(compression=COMPRESSION)) as writer,
     ):
-        for table in sequence_groups(batches, ROWS, lists, stop=users):
+        for table in list_groups(batches, ROWS, lists, stop=users):
             (batch,) = table.select(schema.names).combine_chunks().to_batches()
             writer.write_batch(batch)
             part.rows += batch.num_rows

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from recgpt_torchrec.config import Prepare
+from recgpt_torchrec.config import FindNeighbours, Prepare
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine, explain_lack
 from recgpt_torchrec.preparation.engines.engine import Engine
@@ -14,7 +14,7 @@ from recgpt_torchrec.storage import filesystem, remote, scratch_beside
 
 
 @contextmanager
-def open_engine(config: Prepare) -> Iterator[Engine]:
+def open_engine(config: Prepare | FindNeighbours) -> Iterator[Engine]:
     """The engine of the configuration; its tables are gone when the `with` ends.
 
     Raises:
@@ -29,7 +29,7 @@ def open_engine(config: Prepare) -> Iterator[Engine]:
             yield database
 
 
-def _choose_scratch(config: Prepare) -> str:
+def _choose_scratch(config: Prepare | FindNeighbours) -> str:
     """The folder for the engine's tables: `scratch`, or the output's parent if that is on a local disk, or on Spark."""
     is_spark = config.engine == "pyspark"
     if config.scratch is not None and remote(config.scratch):

@@ -1,0 +1,82 @@
+"""Options of the stage find_neighbours, and of training with the neighbours that it finds."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from recgpt_torchrec.config.checks import at_least, within
+from recgpt_torchrec.config.fields import changeable
+
+
+@dataclass(kw_only=True)
+class FindNeighbours:
+    """Find the items that most often follow each item in the histories of the training part: its neighbours, which
+    pretrain and prompt_tune take as soft targets (--neighbours.path).
+
+    Example: recgpt find_neighbours --data data/mine --output data/neighbours
+    """
+
+    data: str = changeable()
+    """Folder of the dataset, as written by prepare."""
+    output: str = changeable()
+    """Folder of the neighbours. It must be new or empty, unless it already holds this result; then nothing is done."""
+    count: int = 10
+    """Maximum number of neighbours per item, 1 to 100; in training, each takes 8 bytes of memory on every node."""
+    window: int = 20
+    """Maximum distance of two items in a history that count as a pair, in positions, 1 to 100."""
+    engine: Literal["duckdb", "pyspark"] = changeable("duckdb")
+    """Engine that counts the pairs; the neighbours are the same. See prepare --engine."""
+    scratch: str | None = changeable(None)
+    """Folder for temporary tables, about 24 bytes per pair (an interaction has up to --window); null: next to the
+    output. See prepare --scratch."""
+    memory_limit: str | None = changeable(None)
+    """Maximum memory of DuckDB before it spills to disk, such as 4GB; null: 80% of the machine's memory."""
+
+    def __post_init__(self) -> None:
+        within("--count", self.count, 1, 100)
+        within("--window", self.window, 1, 100)
+
+
+@dataclass(kw_only=True)
+class Neighbours:
+    """Soft targets from the neighbours of a history's items, which find_neighbours found."""
+
+    path: str | None = None
+    """Folder of the neighbours, as written by find_neighbours; null: there are no such soft targets."""
+    share: float = 0.3
+    """Share of each target's weight that is spread over the neighbours, 0 to 1."""
+    memory: int = 5
+    """Number of items of a history, from the newest, whose neighbours count, 1 to 20."""
+    recency: float = 0.7
+    """Weight of an item's neighbours, as a share of those of the item after it, more than 0 to 1."""
+    answers: int = 5
+    """Number of neighbours that share a target's weight, the best of those that the user's history lacks, 1 to 20."""
+
+    def __post_init__(self) -> None:
+        within("--neighbours.share", self.share, 0, 1)
+        within("--neighbours.memory", self.memory, 1, 20)
+        within("--neighbours.answers", self.answers, 1, 20)
+        at_least("--neighbours.recency", self.recency, 1e-6)
+        within("--neighbours.recency", self.recency, 0, 1)
+
+    def check(self, candidates: str, soft_targets: float = 0.0) -> None:
+        """Check that the loss can share a target's weight.
+
+        Args:
+            candidates: of the loss.
+            soft_targets: share that goes to the pre-trained model's answers.
+
+        Raises:
+            ValueError: it has no softmax, or the shares are more than the weight.
+        """
+        if self.path is None:
+            return
+        if candidates == "bce":
+            raise ValueError(
+                f"--neighbours.path is {self.path}, but --loss.candidates bce has no softmax; give --loss.candidates "
+                "all, sampled or in_batch, or leave the neighbours out"
+            )
+        if self.share + soft_targets > 1:
+            raise ValueError(
+                f"--neighbours.share is {self.share} and --tuning.soft_targets {soft_targets}; together they must be "
+                "at most 1"
+            )

@@ -1,0 +1,90 @@
+"""The folder of neighbours that `find_neighbours` writes.
+
+manifest.json          format version, settings, what they were found in, and the parts
+neighbours/*.parquet   one row per item: item_id int64 (dense, from 0), neighbour_ids list<int64>, best first, and
+                       their scores list<float32>, see `data.neighbours.pairs`
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.storage.manifests import FolderManifest, Kind
+from recgpt_torchrec.storage.parts import Part
+from recgpt_torchrec.storage.typed import check_counts
+from recgpt_torchrec.texts.commands import command
+
+FOLDER = "neighbours"
+
+
+@dataclass(kw_only=True)
+class NeighboursManifest(FolderManifest):
+    """The contents of a neighbours folder's `manifest.json`."""
+
+    KIND = Kind(
+        name="neighbours folder",
+        stage="find_neighbours",
+        version_field="neighbours_version",
+        version=1,
+        parts=("parts",),
+        use="pretrain and prompt_tune read it with --neighbours.path",
+    )
+    neighbours_version: int = KIND.version
+    dataset: str = ""
+    """Where the dataset was."""
+    histories: str = ""
+    """Fingerprint of its histories, see `data.dataset.histories_fingerprint`."""
+    vocabulary: str = ""
+    """Fingerprint of its vocabulary."""
+    hold_out: str = ""
+    """What it holds out: the neighbours are of its training part."""
+    interactions: int = 0
+    """Its number of interactions."""
+    items: int = 0
+    """Its number of items."""
+    pairs: int = 0
+    """Number of pairs of different items that were found."""
+    count: int = 0
+    """Maximum number of neighbours per item."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The options of the stage."""
+    parts: list[Part] = field(default_factory=list)
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> Self:
+        """Make a manifest of the values of `manifest.json`, and check what it promises.
+
+        Raises:
+            ValueError: a field is missing, unknown or invalid.
+        """
+        manifest = super().from_values(values)
+        check_counts({name: getattr(manifest, name) for name in ("interactions", "items", "pairs", "count")})
+        if (rows := sum(part.rows for part in manifest.parts)) != manifest.items:
+            raise ValueError(f"it promises {manifest.items:,} items, but {rows:,} rows in {FOLDER}/")
+        return manifest
+
+
+def open_neighbours(path: str, dataset: Dataset) -> NeighboursManifest:
+    """Open and check a folder of neighbours for training on a dataset.
+
+    Raises:
+        InputError: it is none, or damaged; or its ids are not the dataset's; or it was found in more than the dataset's
+            training part, so that it would tell what is held out.
+    """
+    manifest, own = NeighboursManifest.read(path), dataset.manifest
+    manifest.check_parts(path)
+    again = f"find them again: {command('find_neighbours', {'data': dataset.path, 'output': 'NEIGHBOURS_FOLDER'})}"
+    if (known := own.extends(manifest.vocabulary)) is None or "item" in own.reassigned_since(manifest.vocabulary):
+        what = "other items" if known is None else "items of which some have lost their ids since"
+        raise InputError(f"--neighbours.path {path}: they are of {what} than those of {dataset.path}; {again}")
+    if manifest.vocabulary == own.vocabulary and (manifest.hold_out, manifest.interactions) != (
+        own.hold_out,
+        own.interactions,
+    ):
+        raise InputError(
+            f"--neighbours.path {path}: they were found in {manifest.interactions:,} interactions with --hold_out "
+            f"{manifest.hold_out}, and {dataset.path} has {own.interactions:,} with --hold_out {own.hold_out}; they "
+            f"would tell what is held out. {again[0].upper()}{again[1:]}"
+        )
+    return manifest
