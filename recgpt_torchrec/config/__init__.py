@@ -6,9 +6,9 @@ Other modules import the dataclasses from here, not from the files.
 
 from recgpt_torchrec.config.inputs.attributes import AttributeChoice
 from recgpt_torchrec.config.inputs.events import Events, TargetEvents
+from recgpt_torchrec.config.inputs.neighbours import FindNeighbours, Neighbours
 from recgpt_torchrec.config.inputs.time import TimeChoice
 from recgpt_torchrec.config.model import Loss, Model
-from recgpt_torchrec.config.neighbours import FindNeighbours, Neighbours
 from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.prepare import Prepare
 from recgpt_torchrec.config.prompts import GeneratePrompts, Prompts, PromptTune, Tuning

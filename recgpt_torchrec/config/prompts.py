@@ -7,8 +7,8 @@ from recgpt_torchrec.config.checks import MAX_SEED, at_least, within
 from recgpt_torchrec.config.device import Computing, Watched
 from recgpt_torchrec.config.fields import changeable
 from recgpt_torchrec.config.inputs.events import TargetEvents
+from recgpt_torchrec.config.inputs.neighbours import Neighbours
 from recgpt_torchrec.config.model import Loss, Model
-from recgpt_torchrec.config.neighbours import Neighbours
 from recgpt_torchrec.config.tables import Sharding, Tables
 from recgpt_torchrec.config.training import Optimizer, Saving, Stream, Train, TrainingBatch
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from recgpt_torchrec.config.inputs.neighbours import FindNeighbours
 from recgpt_torchrec.config.launch.manifest import Manifest
-from recgpt_torchrec.config.neighbours import FindNeighbours
 from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.prepare import Prepare
 from recgpt_torchrec.config.prompts import GeneratePrompts, PromptTune

@@ -8,9 +8,9 @@ from recgpt_torchrec.config.device import Computing
 from recgpt_torchrec.config.fields import changeable
 from recgpt_torchrec.config.inputs.attributes import AttributeChoice
 from recgpt_torchrec.config.inputs.events import Events
+from recgpt_torchrec.config.inputs.neighbours import Neighbours
 from recgpt_torchrec.config.inputs.time import TimeChoice
 from recgpt_torchrec.config.model import Loss, Model
-from recgpt_torchrec.config.neighbours import Neighbours
 from recgpt_torchrec.config.tables import Tables
 
 
