@@ -53,6 +53,21 @@ class Experiment:
             needs=tuple(f"{self.name}/{need}" for need in needs),
         )
 
+    def _find_neighbours(self) -> None:
+        """Find the neighbours of the dataset's items, for the configurations that train with them."""
+        self.steps.run(
+            f"{self.name}/neighbours",
+            ["python", "-m", "recgpt_torchrec.find_neighbours", "--data", self.data, "--output", self.neighbours],
+            kind=f"{self.name} neighbours",
+            proof=f"{self.neighbours}/manifest.json",
+            needs=(f"{self.name}/prepare",),
+        )
+
+    @property
+    def neighbours(self) -> str:
+        """Folder of the neighbours."""
+        return f"{self.folder}/neighbours"
+
     def _train(
         self,
         title: str,
@@ -68,6 +83,9 @@ class Experiment:
         arguments = ["--config", config, "--data", data, "--output", output, "--seed", str(seed), *more]
         if "--batch.users" not in more:
             arguments += self._share_users(config)
+        if uses_neighbours(config):
+            arguments += ["--neighbours.path", self.neighbours]
+            needs = (*needs, "neighbours")
         self.steps.run(
             f"{self.name}/{title}",
             self._command(stage, arguments),
@@ -170,6 +188,11 @@ def inputs_of(dataset: "Dataset", long_histories: Literal["newest", "windows"], 
     windows = windows_of(row_groups(dataset), 0, 0, 4, shuffle=False)
     lengths = (reader.read(window.groups).lengths for window in windows)
     return sum(int(np.maximum(length - 1, 0).sum()) for length in lengths)
+
+
+def uses_neighbours(config: str) -> bool:
+    """Whether a configuration, by its file, trains with neighbours: it has their group, whose path pipelines give."""
+    return "neighbours" in values_of(ROOT / config)
 
 
 def config_file(folder: str, name: str, ending: str = "", settings: str = "paper") -> str:

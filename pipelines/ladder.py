@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipelines import experiment  # noqa: E402
-from pipelines.experiment import config_file, from_root  # noqa: E402
+from pipelines.experiment import config_file, from_root, uses_neighbours  # noqa: E402
 from pipelines.paper_report import read_training  # noqa: E402
 from pipelines.seed_tables import Row, cell, mean_and_deviation, read_json, table  # noqa: E402
 from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
@@ -29,6 +29,7 @@ from recgpt_torchrec.storage.finished import flatten  # noqa: E402
 
 METRICS = ("HR@10", "NDCG@10")
 ORIGINAL = "original"
+NEIGHBOURS = "NEIGHBOURS"
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ PRETRAIN = (
         ("model.user_dropout", "tables.user_lr", "tables.user_init_std"),
     ),
     Rung("thinning", "entries of histories left out at random", ("batch.thinning", "batch.thinned")),
+    Rung("neighbours", "part of each target's weight on items that follow those of the history", ("neighbours",)),
     Rung("batch", "smaller batches, by tokens", ("batch",)),
     Rung("optimizer", "row-wise Adagrad of the tables; warm-up and cosine decay", ("tables", "optimizer")),
     Rung("length", "epochs, validation and early stopping", ("train",)),
@@ -113,10 +115,12 @@ def takes(rung: Rung, name: str) -> bool:
 
 
 def read_options(kind: type, file: str) -> dict[str, Any]:
-    """All options of a configuration file by dotted name, defaults included."""
+    """All options of a configuration file by dotted name, defaults included; the path of neighbours, where it trains
+    with them, is `NEIGHBOURS`."""
     words = ["--config", str(ROOT / file), "--data", "", "--output", ""]
     words += ["--checkpoint", ""] if kind is config.PromptTune else []
-    return flatten(asdict(cli.parse(kind, "ladder", words)))
+    options = flatten(asdict(cli.parse(kind, "ladder", words)))
+    return options | ({"neighbours.path": NEIGHBOURS} if uses_neighbours(file) else {})
 
 
 def words_of(options: dict[str, Any]) -> list[str]:
@@ -177,7 +181,17 @@ class Climb:
         for stage in STAGES:
             kinds += len(self.measured(stage)) * [f"{self.name} {stage}", f"{self.name} test"]
         kinds += [f"{self.name} generate"] * bool(self.measured("prompt_tune"))
-        return [f"{self.name} prepare", *kinds * self.options.seeds]
+        neighbours = [f"{self.name} neighbours"] * self.uses_neighbours
+        return [f"{self.name} prepare", *neighbours, *kinds * self.options.seeds]
+
+    @property
+    def uses_neighbours(self) -> bool:
+        """Whether a rung that is measured trains with neighbours."""
+        path = "neighbours.path"
+        added = {stage: [path in step.added for step in steps] for stage, steps in self.rungs.items()}
+        names = {stage: [step.rung.name for step in steps] for stage, steps in self.rungs.items()}
+        first = {stage: names[stage][added[stage].index(True) :] for stage in STAGES if any(added[stage])}
+        return any(set(self.measured(stage)) & set(later) for stage, later in first.items())
 
 
 class Ladder(experiment.Experiment):
@@ -192,6 +206,8 @@ class Ladder(experiment.Experiment):
     def run(self) -> None:
         """Run every unfinished step; the report is written after each seed."""
         self._prepare("prepare", [self.options.datasets[self.name]], self.data)
+        if self.climb.uses_neighbours:
+            self._find_neighbours()
         for seed in range(self.options.seeds):
             self._train_rungs("pretrain", seed, self.data, ("prepare",))
             if self.climb.measured("prompt_tune"):
@@ -212,9 +228,12 @@ class Ladder(experiment.Experiment):
             options = added | ({"train.epochs": self.options.epochs} if self.options.epochs else {})
             if stage == "prompt_tune" and "batch.tokens" in options:
                 options["batch.tokens"] = self._equal_step_tokens(data)  # as many optimizer steps as without prompts
+            own = needs
+            if "neighbours.path" in options:
+                options["neighbours.path"], own = self.neighbours, (*needs, "neighbours")
             run = f"{stage}/{step.rung.name}"
             words = [*(more or []), *words_of(options)]
-            self._train(f"seed{seed}/{run}", stage, stage, self.climb.start[stage], data, needs, seed, words)
+            self._train(f"seed{seed}/{run}", stage, stage, self.climb.start[stage], data, own, seed, words)
             self._test(seed, run, data)
 
 

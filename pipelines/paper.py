@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipelines import experiment, paper_report  # noqa: E402
-from pipelines.experiment import from_root  # noqa: E402
+from pipelines.experiment import config_file, from_root  # noqa: E402
 from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
 
 SPLITS = ("validation", "test")
@@ -55,6 +55,11 @@ class Options(experiment.Options):
         """Numbers of prompts that are tuned on; K = 0 is fine-tuning."""
         return [k for k in self.ks if k]
 
+    def uses_neighbours(self, name: str) -> bool:
+        """Whether a data set is trained with neighbours, in either stage."""
+        place = (self.configs, self.datasets[name].configured_as)
+        return any(experiment.uses_neighbours(config_file(*place, ending, self.settings)) for ending in ("", "_tune"))
+
     def planned(self) -> list[str]:
         """The kind of every step, see `RecordedSteps`."""
         kinds = []
@@ -62,6 +67,7 @@ class Options(experiment.Options):
             kinds.append(f"{name} prepare")
             if self.baseline_minutes:
                 kinds += [f"{name} prepare"] * (self.datasets[name].configured_as in self.items) + [f"{name} baselines"]
+            kinds += [f"{name} neighbours"] * self.uses_neighbours(name)
             for seed in range(self.seeds):
                 ks = len(self.prompted_ks) if seed == 0 else 1
                 kinds += [f"{name} pretrain", f"{name} fine_tuning"] + ks * [f"{name} generate", f"{name} tune"]
@@ -206,6 +212,8 @@ class Paper(experiment.Experiment):
         self._prepare_source("prepare", self.data)
         if self.options.baseline_minutes:
             self._train_baselines()
+        if self.options.uses_neighbours(self.name):
+            self._find_neighbours()
         for seed in range(self.options.seeds):
             self._run_seed(seed)
             paper_report.write_report(self.options, self.steps)
