@@ -50,7 +50,6 @@ class BestFinder:
         excluded: Pairs | None,
         items: int,
         weighed: Pairs | None = None,
-        bias: Tensor | None = None,
     ) -> None:
         """
         Args:
@@ -58,7 +57,7 @@ class BestFinder:
             k: items per query.
             excluded: items that do not compete, by row.
             items: number of items that will come; decides how tiles are cut.
-            weighed: items, by row and each once, that compete with `bias` [rows] float32 added to their scores.
+            weighed: items, by row and each once, that compete with their values added to their scores.
         """
         self.queries, self.k = queries, k
         rows, held = len(queries), SCORES[queries.device.type]
@@ -68,7 +67,7 @@ class BestFinder:
             self.width = max(1, held // self.rows)
         self.pairs, self.items = excluded, items
         self.excluded: Excluded | None = None
-        self.weighed_pairs, self.bias = weighed, bias
+        self.weighed_pairs = weighed
         self.weighed: Weighed | None = None
         self._blocks: list[Best] = []
 
@@ -90,8 +89,7 @@ class BestFinder:
         if is_new and self.pairs is not None:
             self.excluded = Excluded(self.pairs, self.rows, vectors.device, whole=whole)
         if is_new and self.weighed_pairs is not None:
-            assert self.bias is not None
-            self.weighed = Weighed(self.weighed_pairs, self.bias, self.rows, whole=whole)
+            self.weighed = Weighed(self.weighed_pairs, self.rows, vectors.device, whole=whole)
         for number, start in enumerate(range(0, len(self.queries), self.rows)):
             queries = self.queries[start : start + self.rows]
             best = None if is_new else self._blocks[number]

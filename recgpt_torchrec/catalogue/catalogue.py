@@ -46,9 +46,9 @@ class _Question(NamedTuple):
     pairs: Pairs
     """Items that do not compete."""
     weighed: Pairs
-    """Items whose scores get the row's bias, each once."""
+    """Items to whose scores values are added, each once."""
     biases: Tensor
-    """[rows, 2] float32: the bias, and what of it the target gets."""
+    """[rows, 2] float32: what is added to the scores of the history, and what of it the target gets."""
     targets: Tensor | None = None
     """[rows] int64 items whose ranks are asked for."""
 
@@ -160,7 +160,7 @@ class Catalogue:
         seen: Ragged | None = None,
         forbidden: Tensor | None = None,
         weighed: Ragged | None = None,
-        bias: float = 0.0,
+        bias: float | Float32 = 0.0,
     ) -> Best:
         """The `k` items with the largest inner product with each query, exactly.
 
@@ -170,10 +170,11 @@ class Catalogue:
             seen: items to leave out, by row.
             forbidden: [rows, any] int64 further items to leave out, by row.
             weighed: items to whose scores `bias` is added, by row.
-            bias: see `weighed`.
+            bias: see `weighed`: the same for all, or one for each of its values, which then are distinct in each row.
         """
-        pairs, raised = pairs_of(seen, forbidden), pairs_of(weighed).distinct()
-        question = _Question(queries, pairs, raised, _biases(queries, bias))
+        pairs, raised = pairs_of(seen, forbidden), pairs_of(weighed)
+        raised = raised.with_values(bias) if isinstance(bias, np.ndarray) else raised.distinct().with_values(bias)
+        question = _Question(queries, pairs, raised, _biases(queries, 0.0))
         best: Best = self._ask_best(question, len(queries), k, pairs.rows.size, raised.rows.size)
         return best
 
@@ -221,10 +222,8 @@ class Catalogue:
         for part, counts in self._parts(question, rows, k):
             queries = gather_rows(part.queries, counts)
             pairs = self._send_pairs(part.pairs, counts) if sizes[:, 2].any() else None
-            weighed, bias = None, None
-            if sizes[:, 3].any():
-                weighed, bias = self._send_pairs(part.weighed, counts), gather_rows(part.biases, counts)[:, 0]
-            finder = BestFinder(queries, k, pairs, self.vectors.stop - self.vectors.first, weighed, bias)
+            weighed = self._send_pairs(part.weighed, counts) if sizes[:, 3].any() else None
+            finder = BestFinder(queries, k, pairs, self.vectors.stop - self.vectors.first, weighed)
             for first, block in self.vectors.blocks():
                 finder.update(block, first)
             items, scores = (return_rows(values, counts)[..., :own_k] for values in finder.best)
@@ -316,7 +315,8 @@ class Catalogue:
     def _no_question(self) -> _Question:
         no_items = torch.zeros(0, dtype=torch.int64, device=self.device)
         queries = torch.zeros(0, self.dim, device=self.device)
-        return _Question(queries, pairs_of(None), pairs_of(None), _biases(queries, 0.0), no_items)
+        weighed = pairs_of(None).with_values(0.0)
+        return _Question(queries, pairs_of(None), weighed, _biases(queries, 0.0), no_items)
 
     def _rows_at_once(self, k: int) -> int:
         """Number of queries of each rank that one pass serves; an answer of k items is there about twice."""
@@ -343,9 +343,12 @@ class Catalogue:
             return pairs
         own_first = int(counts[: rank()].sum())
         order, to_each = sort_by_rank(self._owners_of(pairs.items))
-        both = np.stack([pairs.rows + own_first, pairs.items], axis=1)[order]
-        received, _ = send(torch.from_numpy(both), to_each)
-        return Pairs(*received.numpy().T.copy())
+        columns = [pairs.rows + own_first, pairs.items]
+        if pairs.values is not None:
+            columns.append(pairs.values.view(np.int32).astype(np.int64))  # their bits
+        received, _ = send(torch.from_numpy(np.stack(columns, axis=1)[order]), to_each)
+        rows, items, *bits = received.numpy().T.copy()
+        return Pairs(rows, items, bits[0].astype(np.int32).view(np.float32) if bits else None)
 
     def _owners_of(self, items: Int64) -> Int64:
         """The rank whose range each of `items` lies in."""

@@ -1,12 +1,12 @@
-"""Pairs of a row and an item whose score is changed: left out, or raised or lowered by the repeat bias."""
+"""Pairs of a row and an item whose score is changed: left out, or raised or lowered, all alike or each by its own."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from recgpt_torchrec.data.ragged import Int64, Ragged, offsets_of
+from recgpt_torchrec.data.ragged import Float32, Int64, Ragged, offsets_of
 
 
 @dataclass(frozen=True)
@@ -17,17 +17,24 @@ class Pairs:
     """[pairs] int64, rising."""
     items: Int64
     """[pairs] int64."""
+    values: Float32 | None = None
+    """[pairs] float32, what is added to the score of each; None: nothing is, they are left out."""
 
     def part(self, start: int, stop: int) -> "Pairs":
         """The pairs of the rows `start:stop`, whose numbers count from `start`."""
         first, last = np.searchsorted(self.rows, (start, stop))
-        return Pairs(self.rows[first:last] - start, self.items[first:last])
+        values = None if self.values is None else self.values[first:last]
+        return Pairs(self.rows[first:last] - start, self.items[first:last], values)
 
     def distinct(self) -> "Pairs":
-        """The same pairs, each once."""
+        """The same pairs, each once; they have no values of their own."""
         span = int(self.items.max(initial=0)) + 1
         keys = np.unique(self.rows * span + self.items)
         return Pairs(keys // span, keys % span)
+
+    def with_values(self, values: Float32 | float) -> "Pairs":
+        """The same pairs with `values`: one for each, or the same for all."""
+        return replace(self, values=np.ascontiguousarray(np.broadcast_to(np.float32(values), self.rows.shape)))
 
     def to_ragged(self, rows: int) -> Ragged:
         """The items of each of `rows` rows."""
@@ -102,15 +109,16 @@ class Excluded(TilePairs):
 class Weighed(TilePairs):
     """Pairs, each of them once, to whose scores something is added."""
 
-    def __init__(self, pairs: Pairs, added: Tensor, rows: int, *, whole: bool) -> None:
+    def __init__(self, pairs: Pairs, rows: int, device: torch.device, *, whole: bool) -> None:
         """
         Args:
-            pairs, rows, whole: see `TilePairs`.
-            added: [all rows] float32, what is added to the scores of each row's pairs.
+            pairs: with values.
+            rows, device, whole: see `TilePairs`.
         """
-        super().__init__(pairs, rows, added.device, whole=whole)
-        of_pairs = pairs.rows if self.order is None else pairs.rows[self.order]
-        self.added = added[torch.from_numpy(of_pairs).to(added.device)]
+        super().__init__(pairs, rows, device, whole=whole)
+        assert pairs.values is not None
+        values = pairs.values if self.order is None else pairs.values[self.order]
+        self.added = torch.from_numpy(values).to(device)
 
     def add(self, scores: Tensor, block: int, first: int) -> None:
         """Add to the scores [rows, items] of a tile's pairs, in place; `scores` is contiguous."""
