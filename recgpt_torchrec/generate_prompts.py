@@ -34,7 +34,7 @@ def main(config: GeneratePrompts) -> None:
             )
         prompt_dataset.check_input(dataset, config.prompts, groups, config.previous)
         record = prompt_dataset.record_of(
-            dataset, config.prompts, max_len, checkpoint, checkpoint_fingerprint(checkpoint)
+            dataset, config.prompts, max_len, checkpoint, checkpoint_fingerprint(checkpoint), config.neighbours
         )
         following = {"data": config.output, "checkpoint": config.checkpoint, "output": "RUN_FOLDER"}
         next_command = next_line("prompt_tune", following)
@@ -45,7 +45,7 @@ def main(config: GeneratePrompts) -> None:
         if config.previous is not None:
             previous = prompt_dataset.open_previous(config.previous, record, vocabulary)
         fill = vectors = None
-        if config.prompts.k and config.prompts.source != "exposed":
+        if config.prompts.needs_model:
             size = prompt_dataset.LOOKUP
             report_phase("loading the checkpoint")
             trained = load(checkpoint, dataset, config.tables, bags=size, device=device, item_keys=1)
@@ -54,7 +54,8 @@ def main(config: GeneratePrompts) -> None:
             catalogue = Catalogue.of_model(model, dataset.manifest.items, device)
             if not catalogue.is_finite():
                 raise InputError(f"{checkpoint} has diverged: item vectors are not finite; give an earlier checkpoint")
-            fill = Prompter(dense, catalogue, config.prompts, max_len, config.batch_users).fill
+            boost = prompt_dataset.open_boost(config.neighbours, dataset)
+            fill = Prompter(dense, catalogue, config.prompts, max_len, config.batch_users, boost).fill
             vectors = prompt_dataset.UserVectors(model, catalogue.rounds, device)
         report_phase("generating prompts")
         started = time.perf_counter()

@@ -7,7 +7,7 @@ from recgpt_torchrec.config.checks import MAX_SEED, at_least, within
 from recgpt_torchrec.config.device import Computing, Watched
 from recgpt_torchrec.config.fields import changeable
 from recgpt_torchrec.config.inputs.events import TargetEvents
-from recgpt_torchrec.config.inputs.neighbours import Neighbours
+from recgpt_torchrec.config.inputs.neighbours import AnswerNeighbours, Neighbours
 from recgpt_torchrec.config.model import Loss, Model
 from recgpt_torchrec.config.tables import Sharding, Tables
 from recgpt_torchrec.config.training import Optimizer, Saving, Stream, Train, TrainingBatch
@@ -29,7 +29,8 @@ class Prompts:
     """Kinds of exposed items that become prompts, as prepare told them apart."""
     answers: int = 0
     """Number of answers (the model's highest-ranked next items) to store with each interaction, with their scores, 0 to
-    64; prompt_tune --tuning.soft_targets uses them."""
+    64; prompt_tune --tuning.soft_targets and pretrain --soft_targets use them. With --prompts.k 0 they alone are
+    stored."""
     exclude_seen: bool = True
     """Never generate an item that is in the user's history so far, or already a prompt between the same two
     interactions."""
@@ -39,11 +40,16 @@ class Prompts:
         if not self.feedback and self.source != "generated":
             raise ValueError("--prompts.feedback is empty; name shown, disliked or skipped")
         within("--prompts.answers", self.answers, 0, 64)
-        if self.answers and (not self.k or self.source == "exposed"):
+        if self.answers and self.source == "exposed":
             raise ValueError(
-                f"--prompts.answers is {self.answers}, but nothing is generated with --prompts.k 0 or --prompts.source "
-                "exposed; leave it out"
+                f"--prompts.answers is {self.answers}, but nothing is generated with --prompts.source exposed; leave it "
+                "out"
             )
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether anything is generated: prompts or answers."""
+        return self.source != "exposed" and bool(self.k or self.answers)
 
 
 @dataclass(kw_only=True)
@@ -64,6 +70,7 @@ class GeneratePrompts(Computing, Watched):
     """Folder of an earlier prompt dataset of the same checkpoint and options. Its prompts are reused: of a history that
     has only grown since, only the new prompts are generated. null: all are generated."""
     prompts: Prompts = field(default_factory=Prompts)
+    neighbours: AnswerNeighbours = field(default_factory=AnswerNeighbours)
     batch_users: int = 512
     """Number of users per rank whose prompts are generated at once."""
     tables: Sharding = field(default_factory=Sharding)
@@ -71,6 +78,11 @@ class GeneratePrompts(Computing, Watched):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("--batch_users", self.batch_users, 1)
+        if self.neighbours.path is not None and not self.prompts.answers:
+            raise ValueError(
+                f"--neighbours.path is {self.neighbours.path}, but neighbours take part in answers alone, and "
+                "--prompts.answers is 0; give a number of answers, for example 10"
+            )
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from recgpt_torchrec.catalogue.rounds import Rounds
-from recgpt_torchrec.config import Prompts
+from recgpt_torchrec.config import AnswerNeighbours, Prompts
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.data.reading.footers import column_bounds
@@ -30,6 +30,7 @@ from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import gather_objects, rank, world_size
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.tabled.base import TabledModel
+from recgpt_torchrec.prompts.boosting import describe_boost
 from recgpt_torchrec.prompts.intervals import Intervals, intervals_of, known_intervals, table_of
 from recgpt_torchrec.storage import filesystem
 from recgpt_torchrec.storage.finished import check_same, differences, find_finished
@@ -48,7 +49,14 @@ LOOKUP = 4096
 """Number of users looked up at once."""
 
 
-def record_of(dataset: Dataset, prompts: Prompts, max_len: int, checkpoint: str, fingerprint: str) -> dict[str, Any]:
+def record_of(
+    dataset: Dataset,
+    prompts: Prompts,
+    max_len: int,
+    checkpoint: str,
+    fingerprint: str,
+    neighbours: AnswerNeighbours | None = None,
+) -> dict[str, Any]:
     """How prompts are made, as JSON values; equal records, paths aside, give equal prompts."""
     parts = repr([part.checksum for part in dataset.manifest.sequences])
     return {
@@ -63,6 +71,9 @@ def record_of(dataset: Dataset, prompts: Prompts, max_len: int, checkpoint: str,
         "dataset_fingerprint": hashlib.sha256(parts.encode()).hexdigest()[:32],
         **({} if dataset.manifest.hold_out == "last" else {"hold_out": dataset.manifest.hold_out}),
         **({} if {*prompts.feedback} == {*FEEDBACK} else {"feedback": kinds_of(dataset, prompts)}),
+        **(
+            {} if neighbours is None or neighbours.path is None else {"neighbours": describe_boost(neighbours, dataset)}
+        ),
     }
 
 

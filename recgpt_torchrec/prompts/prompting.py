@@ -23,6 +23,7 @@ from recgpt_torchrec.data.inputs.features import UNKNOWN, compute_features
 from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.data.segments import GENERATED, INTERACTED
 from recgpt_torchrec.model.dense import Dense
+from recgpt_torchrec.prompts.boosting import BatchBoost, NeighbourBoost
 from recgpt_torchrec.prompts.decoding import Decoding
 from recgpt_torchrec.prompts.intervals import Intervals
 
@@ -36,11 +37,20 @@ class Prompter:
         prompts: number of prompts per interval, and which items may be generated.
         max_len: number of the newest items that have prompts between them; the decoder's number of positions.
         batch_users: number of users decoded together.
+        boost: raises the scores of neighbours in answers, never in prompts; None: answers are the model's alone.
     """
 
-    def __init__(self, dense: Dense, catalogue: Catalogue, prompts: Prompts, max_len: int, batch_users: int) -> None:
+    def __init__(
+        self,
+        dense: Dense,
+        catalogue: Catalogue,
+        prompts: Prompts,
+        max_len: int,
+        batch_users: int,
+        boost: NeighbourBoost | None = None,
+    ) -> None:
         self.dense, self.catalogue, self.prompts = dense, catalogue, prompts
-        self.max_len, self.batch_users = max_len, batch_users
+        self.max_len, self.batch_users, self.boost = max_len, batch_users, boost
 
     def fill(
         self,
@@ -57,8 +67,9 @@ class Prompter:
             known: [users] int64: number of complete intervals, from the oldest one with prompts on; None: none.
             progress: called with the number of users done since the last call.
         """
+        training = histories.lengths if self.boost is None else self.boost.count_training(histories)
         if histories.starts is None:
-            return self._fill_newest(histories, user_vectors, known, progress)
+            return self._fill_newest(histories, user_vectors, known, progress, training)
         # One history after the other: what a split reads must not depend on what comes after it.
         complete = np.zeros(histories.users.size, np.int64)
         stops = (histories.starts.validation, histories.starts.test, histories.lengths)
@@ -66,12 +77,17 @@ class Prompter:
             part, places = histories.beginning(stop)
             skipped = part.newest_start(self.max_len) - part.offsets[:-1]
             report = progress if number == len(stops) else lambda users: None
-            self._fill_newest(part, user_vectors, np.maximum(complete - skipped, 0), report)
+            self._fill_newest(part, user_vectors, np.maximum(complete - skipped, 0), report, training)
             histories.put(part, places)
             complete = np.maximum(stop - 1, 0)
 
     def _fill_newest(
-        self, histories: Intervals, user_vectors: Tensor, known: Int64 | None, progress: Callable[[int], object]
+        self,
+        histories: Intervals,
+        user_vectors: Tensor,
+        known: Int64 | None,
+        progress: Callable[[int], object],
+        training: Int64,
     ) -> None:
         """Fill the intervals between the newest `max_len` items of each user; see `fill`."""
         first = histories.newest_start(self.max_len)
@@ -84,7 +100,7 @@ class Prompter:
             rows = order[begin : begin + self.batch_users]
             rows = rows[todo[rows] > 0]
             if rows.size:
-                self._fill_batch(histories, rows, first[rows], known[rows], todo[rows], user_vectors)
+                self._fill_batch(histories, rows, first[rows], known[rows], todo[rows], user_vectors, training[rows])
             progress(min(self.batch_users, order.size - begin))
 
     def decoding(self, users: int, capacity: int) -> Decoding:
@@ -92,7 +108,14 @@ class Prompter:
         return Decoding(self.dense.decoder, users, capacity)
 
     def _fill_batch(
-        self, histories: Intervals, rows: Int64, first: Int64, known: Int64, todo: Int64, user_vectors: Tensor
+        self,
+        histories: Intervals,
+        rows: Int64,
+        first: Int64,
+        known: Int64,
+        todo: Int64,
+        user_vectors: Tensor,
+        training: Int64,
     ) -> None:
         """Fill the intervals of one batch of `rows`, sorted by descending `todo`."""
         device, k = self.catalogue.device, self.prompts.k
@@ -107,6 +130,7 @@ class Prompter:
             older=torch.from_numpy(older_items(histories, rows, first)).to(device),
             users=self.dense.user_vectors(user_vectors[torch.from_numpy(rows).to(user_vectors.device)].to(device)),
             features=self._compute_features(histories, rows, first, intervals),
+            boost=None if self.boost is None else self.boost.of_batch(histories, rows, training, places),
         )
         state = self.decoding(rows.size, capacity=intervals * (1 + k))
         at = torch.from_numpy(known).to(device)
@@ -135,7 +159,12 @@ class Prompter:
         excluded = torch.cat([excluded, grid.older[users]], dim=1)
         if self.prompts.answers:
             forbidden = excluded if self.prompts.exclude_seen else None
-            best = self.catalogue.top_k(out, self.prompts.answers, forbidden=forbidden)
+            if grid.boost is None:
+                best = self.catalogue.top_k(out, self.prompts.answers, forbidden=forbidden)
+            else:
+                forbidden = torch.cat([excluded, grid.boost.left_out(users.numel(), excluded.device)], dim=1)
+                raised, values = grid.boost.after(users.numel(), at.cpu().numpy())
+                best = self.catalogue.top_k(out, self.prompts.answers, forbidden=forbidden, weighed=raised, bias=values)
             grid.answers[users, at], grid.answer_scores[users, at] = best.items, best.scores.nan_to_num(neginf=0.0)
         for slot in range(self.prompts.k):
             wanted = (grid.prompts[users, at, slot] < 0).nonzero()[:, 0]
@@ -145,7 +174,7 @@ class Prompter:
                     interval = grid.prompts[wanted, at[wanted]]
                     first = grid.items[wanted, :1]  # a filler that is forbidden anyway
                     forbidden = torch.cat([excluded[wanted], torch.where(interval < 0, first, interval)], dim=1)
-                if slot == 0 and self.prompts.answers and self.prompts.source == "generated":
+                if slot == 0 and self.prompts.answers and self.boost is None and self.prompts.source == "generated":
                     generated = grid.answers[wanted, at[wanted], 0]  # the same items were forbidden
                 else:
                     generated = self.catalogue.top_k(out[wanted], 1, forbidden=forbidden).items[:, 0]
@@ -253,6 +282,8 @@ class _Grid:
     """[users, dim] user vectors."""
     features: Tensor | None
     """[features, users, intervals, 1 + k] int64 of the item and of each prompt; None: the model reads none."""
+    boost: BatchBoost | None
+    """What is raised in answers; None: nothing."""
 
 
 def older_items(histories: Intervals, rows: Int64, first: Int64) -> Int64:

@@ -53,10 +53,8 @@ class Neighbours:
 
     def __post_init__(self) -> None:
         within("--neighbours.share", self.share, 0, 1)
-        within("--neighbours.memory", self.memory, 1, 20)
         within("--neighbours.answers", self.answers, 1, 20)
-        at_least("--neighbours.recency", self.recency, 1e-6)
-        within("--neighbours.recency", self.recency, 0, 1)
+        check_memory(self.memory, self.recency)
 
     def check(self, candidates: str, soft_targets: float = 0.0) -> None:
         """Check that the loss can share a target's weight.
@@ -80,3 +78,34 @@ class Neighbours:
                 f"--neighbours.share is {self.share} and --tuning.soft_targets {soft_targets}; together they must be "
                 "at most 1"
             )
+
+
+@dataclass(kw_only=True)
+class AnswerNeighbours:
+    """Answers from the model and from the neighbours of a history's items, which find_neighbours found, together."""
+
+    path: str | None = None
+    """Folder of the neighbours, as written by find_neighbours; null: answers are the model's alone."""
+    weight: float = 4.0
+    """What the best neighbour's score (a logit) is raised by, more than 0 to 100; those of others in proportion to their
+    co-occurrence."""
+    memory: int = 10
+    """Number of items of a history, from the newest, whose neighbours count, 1 to 20."""
+    recency: float = 0.7
+    """Weight of an item's neighbours, as a share of those of the item after it, more than 0 to 1."""
+
+    def __post_init__(self) -> None:
+        check_memory(self.memory, self.recency)
+        at_least("--neighbours.weight", self.weight, 1e-6)
+        within("--neighbours.weight", self.weight, 0, 100)
+
+
+def check_memory(memory: int, recency: float) -> None:
+    """Check how items of a history count.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+    within("--neighbours.memory", memory, 1, 20)
+    at_least("--neighbours.recency", recency, 1e-6)
+    within("--neighbours.recency", recency, 0, 1)

@@ -20,13 +20,13 @@ ENTRIES = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class NeighbourAnswers:
-    """Finds the neighbours that share a target's weight.
+    """Finds the neighbours that share a target's weight, or that answers of a model are raised by.
 
     score(history, j) = sum over the newest `memory` items i of the history of recency^age(i) score(i -> j)
     """
 
     table: NeighbourTable
-    share: float
+    share: float = 0.0
     """Share of a target's weight that is spread over them, by their scores."""
     memory: int
     """Number of items of a history, from the newest, whose neighbours are summed."""
@@ -46,20 +46,20 @@ class NeighbourAnswers:
         ids, scores = np.full((entries, answers), -1, np.int64), np.zeros((entries, answers), np.float32)
         interacted = Interacted.among(histories.offsets, histories.segments)
         lists = Ragged(histories.items[interacted.places], interacted.offsets)
-        own = self._own_items(whole)
+        own = self.own_items(Ragged(whole.items, whole.offsets))
         for first in range(0, lists.values.size, ENTRIES):
             part = np.arange(first, min(first + ENTRIES, lists.values.size))
             places = interacted.places[part]
-            ids[places], scores[places] = self._best(lists, part, own)
+            ids[places], scores[places] = self.best(lists, part, own)
         return replace(histories, neighbours=ids, neighbour_scores=scores)
 
-    def _own_items(self, whole: Histories) -> Int64:
-        """[items] int64, ascending: number of the history times the number of items, plus the item."""
-        return np.unique(np.repeat(np.arange(whole.users.size), whole.lengths) * self.table.ids.shape[0] + whole.items)
+    def own_items(self, whole: Ragged) -> Int64:
+        """What `best` leaves out, [any] int64, ascending: number of a list times that of all items, plus the item."""
+        return np.unique(whole.owners * self.table.ids.shape[0] + whole.values)
 
-    def _best(self, lists: Ragged, entries: Int64, own: Int64) -> tuple[Int64, Float32]:
+    def best(self, lists: Ragged, entries: Int64, own: Int64) -> tuple[Int64, Float32]:
         """The best neighbours after some entries of `lists`: ids, -1 where there are no more, and scores, both
-        [entries, answers], best first."""
+        [entries, answers], best first; without those in `own`, see `own_items`."""
         owner = lists.rows_of(entries)
         sources = entries[:, None] - np.arange(self.memory)
         there = sources >= lists.offsets[owner][:, None]
@@ -75,7 +75,7 @@ class NeighbourAnswers:
     def _sum_best(
         self, found: npt.NDArray[np.int32], weights: Float32, owner: npt.NDArray[np.intp], own: Int64
     ) -> tuple[Int64, Float32]:
-        """The best of `found` [entries, n] by the sums of their `weights`, see `_best`.
+        """The best of `found` [entries, n] by the sums of their `weights`, see `best`.
 
         An id and its place in one number are sorted at once: vectorised, four times as fast as argsort.
         """

@@ -5,6 +5,7 @@ neighbours/*.parquet   one row per item: item_id int64 (dense, from 0), neighbou
                        their scores list<float32>, see `data.neighbours.pairs`
 """
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -50,6 +51,11 @@ class NeighboursManifest(FolderManifest):
     settings: dict[str, Any] = field(default_factory=dict)
     """The options of the stage."""
     parts: list[Part] = field(default_factory=list)
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hex digits that identify the neighbours, wherever they are stored."""
+        return hashlib.sha256(repr([part.checksum for part in self.parts]).encode()).hexdigest()[:32]
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> Self:
