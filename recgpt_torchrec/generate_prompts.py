@@ -19,6 +19,7 @@ def main(config: GeneratePrompts) -> None:
     from recgpt_torchrec.distributed.watchdog import beat, report_phase, watched_group
     from recgpt_torchrec.model.tabled.base import unwrapped, unwrapped_dense
     from recgpt_torchrec.prompts import prompt_dataset
+    from recgpt_torchrec.prompts.boosting import open_boost
     from recgpt_torchrec.prompts.prompting import Prompter
     from recgpt_torchrec.training.loading import load, read_pretrained
 
@@ -54,7 +55,7 @@ def main(config: GeneratePrompts) -> None:
             catalogue = Catalogue.of_model(model, dataset.manifest.items, device)
             if not catalogue.is_finite():
                 raise InputError(f"{checkpoint} has diverged: item vectors are not finite; give an earlier checkpoint")
-            boost = prompt_dataset.open_boost(config.neighbours, dataset)
+            boost = open_boost(config.neighbours, dataset)
             fill = Prompter(dense, catalogue, config.prompts, max_len, config.batch_users, boost).fill
             vectors = prompt_dataset.UserVectors(model, catalogue.rounds, device)
         report_phase("generating prompts")

@@ -41,7 +41,7 @@ def train_run(config: Pretrain, device: "torch.device", initial: str | None = No
     from recgpt_torchrec.distributed.initial_values import initialise_tables
     from recgpt_torchrec.distributed.processes import log_message, run_on_first_rank
     from recgpt_torchrec.evaluation.validation import METRIC, validation_of
-    from recgpt_torchrec.training.building import choose_tokens, open_dataset, training_stream
+    from recgpt_torchrec.training.building import check_answers, choose_tokens, open_dataset, training_stream
     from recgpt_torchrec.training.execution import Execution
     from recgpt_torchrec.training.loading import find_initial, reset_reassigned
     from recgpt_torchrec.training.run import Run
@@ -49,6 +49,7 @@ def train_run(config: Pretrain, device: "torch.device", initial: str | None = No
     from recgpt_torchrec.training.trainer import Trainer
 
     limits, dataset = config.train, open_dataset(config)
+    check_answers(config.soft_targets, "--soft_targets", dataset)
     execution = Execution.choose(limits, config.model, config.loss, device, config.output)
     tokens = choose_tokens(config, config.model, dataset, device)
     # The stream comes first, so that damaged data is reported before the output folder is checked.

@@ -86,7 +86,7 @@ def check_dataset(config: PromptTune, dataset: "Dataset") -> None:
     Raises:
         InputError: it lacks them, or the loss cannot use answers.
     """
-    from recgpt_torchrec.training.building import answers_of
+    from recgpt_torchrec.training.building import check_answers
 
     tuning = config.tuning
     if tuning.prompts and "prompts" not in dataset.manifest.settings:
@@ -96,11 +96,7 @@ def check_dataset(config: PromptTune, dataset: "Dataset") -> None:
             f"{config.data} has no prompts; generate them with {generate}, or fine-tune without prompts: "
             "--tuning.prompts false"
         )
-    if tuning.soft_targets and not answers_of(dataset):
-        raise InputError(
-            f"--tuning.soft_targets is {tuning.soft_targets}, but {config.data} holds no answers of the pre-trained "
-            "model; run generate_prompts with --prompts.answers, for example 10, or leave the option out"
-        )
+    check_answers(tuning.soft_targets, "--tuning.soft_targets", dataset)
     if tuning.soft_targets and config.loss.candidates == "bce":
         raise InputError(
             f"--tuning.soft_targets is {tuning.soft_targets}, but --loss.candidates bce has no softmax; give "

@@ -125,7 +125,7 @@ def test_answers_become_soft_targets_and_are_the_same_without_prompts(inputs):
         ({"--checkpoint": "nowhere"}, "holds no finished checkpoint"),
         ({"--data": "other"}, "was trained on another dataset"),
         ({"--tuning.predict_from": "never"}, "tuning.predict_from"),
-        ({"--tuning.soft_targets": 0.3}, "holds no answers of the pre-trained model"),
+        ({"--tuning.soft_targets": 0.3}, "holds no answers of a model"),
         ({"--tuning.soft_targets": 1.5}, "it must be from 0 to 1"),
     ],
 )

@@ -42,8 +42,8 @@ class Prompts:
         within("--prompts.answers", self.answers, 0, 64)
         if self.answers and self.source == "exposed":
             raise ValueError(
-                f"--prompts.answers is {self.answers}, but nothing is generated with --prompts.source exposed; leave it "
-                "out"
+                f"--prompts.answers is {self.answers}, but nothing is generated with --prompts.source exposed; leave "
+                "it out"
             )
 
     @property
@@ -159,4 +159,4 @@ class PromptTune(Computing):
 
     def __post_init__(self) -> None:
         within("--seed", self.seed, 0, MAX_SEED)
-        self.neighbours.check(self.loss.candidates, self.tuning.soft_targets)
+        self.neighbours.check(self.loss.candidates, ("--tuning.soft_targets", self.tuning.soft_targets))

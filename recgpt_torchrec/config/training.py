@@ -219,6 +219,9 @@ class Pretrain(Computing):
     targets: Literal["all", "new"] = "all"
     """Which targets to train on. all: the whole training part. new: only those that were not in the training part of
     the dataset that this one extends, each with the history before it (requires --initial)."""
+    soft_targets: float = 0.0
+    """Share of each target's weight, 0 to 1, that is spread over the answers of an earlier model, its teacher; above 0
+    --data is a dataset with answers (generate_prompts --prompts.answers 10 with that model). Prompts are not read."""
     seed: int = 0
     """Seed of initial values, shuffling, negatives and dropout."""
     model: Model = field(default_factory=Model)
@@ -236,6 +239,12 @@ class Pretrain(Computing):
 
     def __post_init__(self) -> None:
         within("--seed", self.seed, 0, MAX_SEED)
-        self.neighbours.check(self.loss.candidates)
+        within("--soft_targets", self.soft_targets, 0, 1)
+        if self.soft_targets and self.loss.candidates == "bce":
+            raise ValueError(
+                f"--soft_targets is {self.soft_targets}, but --loss.candidates bce has no softmax; give --loss.candidates "
+                "all, sampled or in_batch"
+            )
+        self.neighbours.check(self.loss.candidates, ("--soft_targets", self.soft_targets))
         if self.targets == "new" and self.initial is None:
             raise ValueError("--targets new continues an earlier run; name it with --initial")

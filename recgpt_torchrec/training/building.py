@@ -123,7 +123,7 @@ def training_stream(
     set_aside, batch = None, config.batch.of(tokens)
     if config.stream.damaged == "skip":
         set_aside = SetAside(os.path.join(config.output, LIST), config.stream.damaged_limit)
-    soft_targets = 0.0 if tuning is None else tuning.soft_targets
+    soft_targets = config.soft_targets if isinstance(config, Pretrain) else config.tuning.soft_targets
     reader = HistoryReader(
         dataset=dataset,
         split="training",
@@ -175,6 +175,19 @@ def open_answers(options: Neighbours, dataset: Dataset) -> NeighbourAnswers | No
     return NeighbourAnswers(
         table=table, share=options.share, memory=options.memory, recency=options.recency, answers=options.answers
     )
+
+
+def check_answers(share: float, option: str, dataset: Dataset) -> None:
+    """Check that a dataset has answers, where a share of the targets' weight goes to them.
+
+    Raises:
+        InputError: it has none.
+    """
+    if share and not answers_of(dataset):
+        raise InputError(
+            f"{option} is {share}, but {dataset.path} holds no answers of a model; run generate_prompts with "
+            "--prompts.answers, for example 10, or leave the option out"
+        )
 
 
 def answers_of(dataset: Dataset) -> int:

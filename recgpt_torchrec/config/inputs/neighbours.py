@@ -56,12 +56,12 @@ class Neighbours:
         within("--neighbours.answers", self.answers, 1, 20)
         check_memory(self.memory, self.recency)
 
-    def check(self, candidates: str, soft_targets: float = 0.0) -> None:
+    def check(self, candidates: str, other: tuple[str, float]) -> None:
         """Check that the loss can share a target's weight.
 
         Args:
             candidates: of the loss.
-            soft_targets: share that goes to the pre-trained model's answers.
+            other: option whose share goes to a model's answers, and its value.
 
         Raises:
             ValueError: it has no softmax, or the shares are more than the weight.
@@ -73,11 +73,9 @@ class Neighbours:
                 f"--neighbours.path is {self.path}, but --loss.candidates bce has no softmax; give --loss.candidates "
                 "all, sampled or in_batch, or leave the neighbours out"
             )
-        if self.share + soft_targets > 1:
-            raise ValueError(
-                f"--neighbours.share is {self.share} and --tuning.soft_targets {soft_targets}; together they must be "
-                "at most 1"
-            )
+        name, share = other
+        if self.share + share > 1:
+            raise ValueError(f"--neighbours.share is {self.share} and {name} {share}; together they must be at most 1")
 
 
 @dataclass(kw_only=True)
@@ -87,8 +85,8 @@ class AnswerNeighbours:
     path: str | None = None
     """Folder of the neighbours, as written by find_neighbours; null: answers are the model's alone."""
     weight: float = 4.0
-    """What the best neighbour's score (a logit) is raised by, more than 0 to 100; those of others in proportion to their
-    co-occurrence."""
+    """What the best neighbour's score (a logit) is raised by, more than 0 to 100; those of others in proportion to
+    their co-occurrence."""
     memory: int = 10
     """Number of items of a history, from the newest, whose neighbours count, 1 to 20."""
     recency: float = 0.7
