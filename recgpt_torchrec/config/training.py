@@ -242,8 +242,8 @@ class Pretrain(Computing):
         within("--soft_targets", self.soft_targets, 0, 1)
         if self.soft_targets and self.loss.candidates == "bce":
             raise ValueError(
-                f"--soft_targets is {self.soft_targets}, but --loss.candidates bce has no softmax; give --loss.candidates "
-                "all, sampled or in_batch"
+                f"--soft_targets is {self.soft_targets}, but --loss.candidates bce has no softmax; give "
+                "--loss.candidates all, sampled or in_batch"
             )
         self.neighbours.check(self.loss.candidates, ("--soft_targets", self.soft_targets))
         if self.targets == "new" and self.initial is None:
