@@ -42,6 +42,7 @@ class Experiment:
         self.config = config_file(*place, settings=options.settings)
         self.tune_config = config_file(*place, "_tune", options.settings)
         self.prompts_config = config_file(*place, "_prompts", options.settings)
+        self.answers_config = config_file(*place, "_answers", options.settings)
 
     def _prepare(self, title: str, arguments: list[str], output: str, needs: tuple[str, ...] = ()) -> None:
         """Run the stage prepare; `arguments` begin with its input."""
@@ -97,15 +98,29 @@ class Experiment:
 
     def _generate_prompts(self, place: str, k: int, pretrained: str) -> str:
         """Generate prompts in the folder `place` from the run `pretrained`; returns the title of the step."""
-        title, config = f"{place}/prompts", self.prompts_config
-        output = f"{self.folder}/{title}"
+        return self._generate_with(f"{place}/prompts", self.prompts_config, pretrained, ["--prompts.k", str(k)])
+
+    def _train_teacher(self, seed: int) -> str:
+        """Pre-train the teacher, whose answers the model of this seed learns; returns the title of the answers."""
+        teacher = f"seed{seed}/teacher"
+        self._train(
+            teacher, "pretrain", "pretrain", self.config, self.data, ("prepare",), seed, ["--soft_targets", "0"]
+        )
+        return self._generate_with(f"seed{seed}/answers", self.answers_config, teacher)
+
+    def _generate_with(self, title: str, config: str, pretrained: str, more: list[str] | None = None) -> str:
+        """Generate prompts or answers from the run `pretrained`; returns the title of the step."""
+        output, needs = f"{self.folder}/{title}", ["prepare", pretrained]
         arguments = ["--config", config, "--data", self.data, "--checkpoint", f"{self.folder}/{pretrained}"]
+        if uses_neighbours(config):
+            arguments += ["--neighbours.path", self.neighbours]
+            needs.append("neighbours")
         self.steps.run(
             f"{self.name}/{title}",
-            self._command("generate_prompts", [*arguments, "--prompts.k", str(k), "--output", output]),
+            self._command("generate_prompts", [*arguments, *(more or []), "--output", output]),
             kind=f"{self.name} generate",
             proof=f"{output}/manifest.json",
-            needs=(f"{self.name}/prepare", f"{self.name}/{pretrained}"),
+            needs=tuple(f"{self.name}/{need}" for need in needs),
             settings=values_of(ROOT / config),
         )
         return title
@@ -193,6 +208,11 @@ def inputs_of(dataset: "Dataset", long_histories: Literal["newest", "windows"], 
 def uses_neighbours(config: str) -> bool:
     """Whether a configuration, by its file, trains with neighbours: it has their group, whose path pipelines give."""
     return "neighbours" in values_of(ROOT / config)
+
+
+def has_teacher(config: str) -> bool:
+    """Whether a configuration of pretrain, by its file, takes soft targets from a teacher."""
+    return bool(values_of(ROOT / config).get("soft_targets"))
 
 
 def config_file(folder: str, name: str, ending: str = "", settings: str = "paper") -> str:

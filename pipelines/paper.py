@@ -8,6 +8,9 @@ report.json, figures/*.png, updated after each seed. The same command resumes an
 is pre-trained with configs/NAME.yaml, gets prompts with configs/NAME_prompts.yaml and is tuned with
 configs/NAME_tune.yaml; a missing file is replaced by that of `paper`. `--settings original` has the paper's own.
 
+Where the configuration has --soft_targets, the pre-trained model learns from the answers of a teacher, which is trained
+with the same options before it; NAME_answers.yaml says how the answers are made.
+
 K is chosen on validation with the first seed, m_n on validation with each seed; test chooses nothing. K = 0 is drawn
 beside the others and never chosen: it is Fine-tuning, which is prompt-tuning without prompts: the same loss, epochs and
 optimizer steps, for which prompted batches have more tokens.
@@ -57,8 +60,15 @@ class Options(experiment.Options):
 
     def uses_neighbours(self, name: str) -> bool:
         """Whether a data set is trained with neighbours, in either stage."""
-        place = (self.configs, self.datasets[name].configured_as)
-        return any(experiment.uses_neighbours(config_file(*place, ending, self.settings)) for ending in ("", "_tune"))
+        endings = ["", "_tune", "_prompts", *["_answers"] * self.has_teacher(name)]
+        return any(experiment.uses_neighbours(self._config_of(name, ending)) for ending in endings)
+
+    def has_teacher(self, name: str) -> bool:
+        """Whether a data set's model learns from the answers of a teacher."""
+        return experiment.has_teacher(self._config_of(name))
+
+    def _config_of(self, name: str, ending: str = "") -> str:
+        return config_file(self.configs, self.datasets[name].configured_as, ending, self.settings)
 
     def planned(self) -> list[str]:
         """The kind of every step, see `RecordedSteps`."""
@@ -70,6 +80,8 @@ class Options(experiment.Options):
             kinds += [f"{name} neighbours"] * self.uses_neighbours(name)
             for seed in range(self.seeds):
                 ks = len(self.prompted_ks) if seed == 0 else 1
+                if self.has_teacher(name):
+                    kinds += [f"{name} {kind}" for kind in ("pretrain", "generate", *SPLITS)]
                 kinds += [f"{name} pretrain", f"{name} fine_tuning"] + ks * [f"{name} generate", f"{name} tune"]
                 kinds += (2 + ks) * [f"{name} {split}" for split in SPLITS]
                 kinds += 3 * len(self.lists) * [f"{name} test"]
@@ -224,7 +236,12 @@ class Paper(experiment.Experiment):
 
     def _run_seed(self, seed: int) -> None:
         folder = f"seed{seed}"
-        self._train(f"{folder}/pretrain", "pretrain", "pretrain", self.config, self.data, ("prepare",), seed)
+        data, needs = self.data, "prepare"
+        if self.options.has_teacher(self.name):
+            needs = self._train_teacher(seed)
+            data = f"{self.folder}/{needs}"
+            self._measure(seed, "teacher")
+        self._train(f"{folder}/pretrain", "pretrain", "pretrain", self.config, data, (needs,), seed)
         self._measure(seed, "pretrain")
         tuned = ["--checkpoint", f"{self.folder}/{folder}/pretrain"]
         ks = self.options.prompted_ks if seed == 0 else [self.chosen_k()]

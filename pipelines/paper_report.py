@@ -29,7 +29,14 @@ TABLE_3 = {
 BASELINES = {"cooccurrence": "co-occurrence (measured here)", "popularity": "popularity (measured here)"}
 CONTROL = {"recgpt_1": "fine_tuning", "recgpt": "fine_tuning_two_step"}
 """The paths of K = 0, fine-tuning, that stand for those with prompts."""
-STEPS_UP = (("recgpt", "recgpt_1"), ("recgpt_1", "fine_tuning"), ("fine_tuning", "pretrain"))
+TEACHER = "teacher"
+"""The run whose answers the pre-trained model learns."""
+STEPS_UP = (
+    ("recgpt", "recgpt_1"),
+    ("recgpt_1", "fine_tuning"),
+    ("fine_tuning", "pretrain"),
+    ("pretrain", TEACHER),
+)
 
 
 def k_on_validation(folder: Path, ks: list[int]) -> dict[int, float]:
@@ -69,7 +76,7 @@ def collect_dataset(options: "Options", name: str) -> dict[str, Any] | None:
     if len(by_k) < len(options.ks):
         return None
     k = max(options.prompted_ks, key=lambda k: (by_k[k], -k))
-    runs = ("pretrain", "fine_tuning", f"k{k}/recgpt")
+    runs = (*[TEACHER] * options.has_teacher(name), "pretrain", "fine_tuning", f"k{k}/recgpt")
     seeds, evaluations, trainings = [], [], []
     for seed in range(options.seeds):
         by_run = {
@@ -87,7 +94,10 @@ def collect_dataset(options: "Options", name: str) -> dict[str, Any] | None:
     for split in ("test", "validation"):
         by_seed = []
         for by_run in evaluations:
-            by_seed.append({p: figures for run in runs for p, figures in by_run[run, split]["results"].items()})
+            figures = {p: each for run in runs if run != TEACHER for p, each in by_run[run, split]["results"].items()}
+            if TEACHER in runs:
+                figures = {TEACHER: by_run[TEACHER, split]["results"]["pretrain"]} | figures
+            by_seed.append(figures)
         results[split] = over_seeds(by_seed)
     baselines = evaluations[0]["pretrain", "test"]["results"]
     manifest = json.loads((folder / "data/manifest.json").read_text())
@@ -122,6 +132,7 @@ def collect_dataset(options: "Options", name: str) -> dict[str, Any] | None:
                 ]
             )
             for better, worse in STEPS_UP
+            if worse in results["test"]
         },
         "training": trainings,
         "trained_baselines": paper_baselines.read_baselines(folder),
@@ -240,9 +251,9 @@ def table_2(report: dict[str, Any]) -> list[str]:
     lines = ["## Table 2: recall paths", ""]
     for name, measured in report["datasets"].items():
         for how, meaning in PROTOCOLS.items():
-            rows: list[Row] = [
-                (title, [measured["results"]["test"][path][how][m] for m in METRICS]) for path, title in TABLE_2.items()
-            ]
+            tested = measured["results"]["test"]
+            titles = ({TEACHER: "the teacher of Pre-train"} if TEACHER in tested else {}) | TABLE_2
+            rows: list[Row] = [(title, [tested[path][how][m] for m in METRICS]) for path, title in titles.items()]
             for path, figures in measured["baselines"].items():
                 rows.append((BASELINES[path], [{"mean": figures[how][m], "sd": None} for m in METRICS]))
             if how == "masked":
@@ -273,7 +284,8 @@ def table_3(report: dict[str, Any]) -> list[str]:
     pairs = [f"{better} - {worse}" for better, worse in STEPS_UP]
     lines += ["| | " + " | ".join(pairs) + " |", "|---|" + "---|" * len(pairs)]
     for name, measured in report["datasets"].items():
-        lines.append(f"| {name} | " + " | ".join(cell(measured["differences"][n], sign="+") for n in pairs) + " |")
+        steps = measured["differences"]
+        lines.append(f"| {name} | " + " | ".join(cell(steps[n], sign="+") if n in steps else "–" for n in pairs) + " |")
     return [*lines, ""]
 
 
