@@ -34,7 +34,7 @@ class Pairs:
 
     def with_values(self, values: Float32 | float) -> "Pairs":
         """The same pairs with `values`: one for each, or the same for all."""
-        return replace(self, values=np.ascontiguousarray(np.broadcast_to(np.float32(values), self.rows.shape)))
+        return replace(self, values=np.array(np.broadcast_to(np.float32(values), self.rows.shape)))
 
     def to_ragged(self, rows: int) -> Ragged:
         """The items of each of `rows` rows."""
