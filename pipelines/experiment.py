@@ -43,6 +43,7 @@ class Experiment:
         self.tune_config = config_file(*place, "_tune", options.settings)
         self.prompts_config = config_file(*place, "_prompts", options.settings)
         self.answers_config = config_file(*place, "_answers", options.settings)
+        self.student_config = student_file(*place, options.settings)
 
     def _prepare(self, title: str, arguments: list[str], output: str, needs: tuple[str, ...] = ()) -> None:
         """Run the stage prepare; `arguments` begin with its input."""
@@ -103,9 +104,7 @@ class Experiment:
     def _train_teacher(self, seed: int) -> str:
         """Pre-train the teacher, whose answers the model of this seed learns; returns the title of the answers."""
         teacher = f"seed{seed}/teacher"
-        self._train(
-            teacher, "pretrain", "pretrain", self.config, self.data, ("prepare",), seed, ["--soft_targets", "0"]
-        )
+        self._train(teacher, "pretrain", "pretrain", self.config, self.data, ("prepare",), seed)
         return self._generate_with(f"seed{seed}/answers", self.answers_config, teacher)
 
     def _generate_with(self, title: str, config: str, pretrained: str, more: list[str] | None = None) -> str:
@@ -210,9 +209,12 @@ def uses_neighbours(config: str) -> bool:
     return "neighbours" in values_of(ROOT / config)
 
 
-def has_teacher(config: str) -> bool:
-    """Whether a configuration of pretrain, by its file, takes soft targets from a teacher."""
-    return bool(values_of(ROOT / config).get("soft_targets"))
+def student_file(folder: str, name: str, settings: str = "paper") -> str | None:
+    """What a data set's configuration of pretrain changes for a model that has a teacher, see `config_file`; None: these
+    settings have none."""
+    file = config_file(folder, name, "_student", settings)
+    is_of_settings = settings == "paper" or file == f"{folder}/{settings}_student.yaml"
+    return file if is_of_settings and (ROOT / file).exists() else None
 
 
 def config_file(folder: str, name: str, ending: str = "", settings: str = "paper") -> str:

@@ -8,8 +8,8 @@ report.json, figures/*.png, updated after each seed. The same command resumes an
 is pre-trained with configs/NAME.yaml, gets prompts with configs/NAME_prompts.yaml and is tuned with
 configs/NAME_tune.yaml; a missing file is replaced by that of `paper`. `--settings original` has the paper's own.
 
-Where the configuration has --soft_targets, the pre-trained model learns from the answers of a teacher, which is trained
-with the same options before it; NAME_answers.yaml says how the answers are made.
+Where there is a NAME_student.yaml, the pre-trained model learns from the answers of a teacher, which is trained with the
+same options before it; NAME_answers.yaml says how the answers are made.
 
 K is chosen on validation with the first seed, m_n on validation with each seed; test chooses nothing. K = 0 is drawn
 beside the others and never chosen: it is Fine-tuning, which is prompt-tuning without prompts: the same loss, epochs and
@@ -65,7 +65,8 @@ class Options(experiment.Options):
 
     def has_teacher(self, name: str) -> bool:
         """Whether a data set's model learns from the answers of a teacher."""
-        return experiment.has_teacher(self._config_of(name))
+        place = (self.configs, self.datasets[name].configured_as)
+        return experiment.student_file(*place, self.settings) is not None
 
     def _config_of(self, name: str, ending: str = "") -> str:
         return config_file(self.configs, self.datasets[name].configured_as, ending, self.settings)
@@ -236,12 +237,12 @@ class Paper(experiment.Experiment):
 
     def _run_seed(self, seed: int) -> None:
         folder = f"seed{seed}"
-        data, needs = self.data, "prepare"
-        if self.options.has_teacher(self.name):
+        data, needs, more = self.data, "prepare", []
+        if self.student_config is not None:
             needs = self._train_teacher(seed)
-            data = f"{self.folder}/{needs}"
+            data, more = f"{self.folder}/{needs}", ["--config", self.student_config]
             self._measure(seed, "teacher")
-        self._train(f"{folder}/pretrain", "pretrain", "pretrain", self.config, data, (needs,), seed)
+        self._train(f"{folder}/pretrain", "pretrain", "pretrain", self.config, data, (needs,), seed, more)
         self._measure(seed, "pretrain")
         tuned = ["--checkpoint", f"{self.folder}/{folder}/pretrain"]
         ks = self.options.prompted_ks if seed == 0 else [self.chosen_k()]

@@ -40,8 +40,8 @@ def main(config: GeneratePrompts) -> None:
         following = {"data": config.output, "checkpoint": config.checkpoint, "output": "RUN_FOLDER"}
         next_command = next_line("prompt_tune", following)
         if not config.prompts.k and config.prompts.answers:
-            following = {"data": config.output, "soft_targets": 0.5, "output": "RUN_FOLDER"}
-            next_command = next_line("pretrain", following)
+            learning = {"data": config.output, "soft_targets": "0.3", "output": "RUN_FOLDER"}
+            next_command = next_line("pretrain", learning)
         if run_on_first_rank(lambda: prompt_dataset.finished(config.output, record, vocabulary)):
             print_result(f"Already there: {config.output}", next_command, sep="\n")
             return
