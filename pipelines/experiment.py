@@ -210,8 +210,10 @@ def uses_neighbours(config: str) -> bool:
 
 
 def student_file(folder: str, name: str, settings: str = "paper") -> str | None:
-    """What a data set's configuration of pretrain changes for a model that has a teacher, see `config_file`; None: these
-    settings have none."""
+    """The file of what pretrain's configuration changes for a model that has a teacher; None: these settings have none.
+
+    See `config_file` for the arguments.
+    """
     file = config_file(folder, name, "_student", settings)
     is_of_settings = settings == "paper" or file == f"{folder}/{settings}_student.yaml"
     return file if is_of_settings and (ROOT / file).exists() else None

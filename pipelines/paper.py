@@ -8,8 +8,8 @@ report.json, figures/*.png, updated after each seed. The same command resumes an
 is pre-trained with configs/NAME.yaml, gets prompts with configs/NAME_prompts.yaml and is tuned with
 configs/NAME_tune.yaml; a missing file is replaced by that of `paper`. `--settings original` has the paper's own.
 
-Where there is a NAME_student.yaml, the pre-trained model learns from the answers of a teacher, which is trained with the
-same options before it; NAME_answers.yaml says how the answers are made.
+Where there is a NAME_student.yaml, the pre-trained model learns from the answers of a teacher, which is trained with
+the same options before it; NAME_answers.yaml says how the answers are made.
 
 K is chosen on validation with the first seed, m_n on validation with each seed; test chooses nothing. K = 0 is drawn
 beside the others and never chosen: it is Fine-tuning, which is prompt-tuning without prompts: the same loss, epochs and
