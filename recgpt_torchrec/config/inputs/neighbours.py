@@ -19,7 +19,7 @@ class FindNeighbours:
     """Folder of the dataset, as written by prepare."""
     output: str = changeable()
     """Folder of the neighbours. It must be new or empty, unless it already holds this result; then nothing is done."""
-    count: int = 10
+    count: int = 20
     """Maximum number of neighbours per item, 1 to 100; in training, each takes 8 bytes of memory on every node."""
     window: int = 20
     """Maximum distance of two items in a history that count as a pair, in positions, 1 to 100."""
