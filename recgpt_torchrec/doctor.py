@@ -32,7 +32,7 @@ def main(config: Doctor) -> None:
 def examine(config: Doctor) -> "dict[str, Sequence[Finding]]":
     """The findings about the machine and, where there is one, the dataset and the options."""
     from recgpt_torchrec.data.dataset import Dataset
-    from recgpt_torchrec.data.preset import apply_preset
+    from recgpt_torchrec.data.reading.preset import PREFIX, apply_preset
     from recgpt_torchrec.diagnosis.contents import Contents
     from recgpt_torchrec.diagnosis.datasets import check_dataset
     from recgpt_torchrec.diagnosis.finding import Finding
@@ -59,7 +59,7 @@ def examine(config: Doctor) -> "dict[str, Sequence[Finding]]":
         config, lines = apply_preset(config)
     except InputError as error:
         return sections | {"configuration": [Finding("error", "preset", str(error))]}
-    chosen = [Finding("ok", "preset", line) for line in lines]
+    chosen = [Finding("ok", "preset", line.removeprefix(PREFIX)) for line in lines]
     return sections | {"configuration": [*chosen, *check_settings(config, machine, ranks, contents)]}
 
 

@@ -6,7 +6,7 @@ from recgpt_torchrec.config.plan import Plan
 
 def main(config: Plan) -> None:
     """Print the estimate; nothing is read but the manifest of `config.data`, and nothing is written."""
-    from recgpt_torchrec.data.preset import apply_preset
+    from recgpt_torchrec.data.reading.preset import apply_preset
     from recgpt_torchrec.distributed.processes import silence_libraries
     from recgpt_torchrec.planning.report import Estimate
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def main(config: Pretrain) -> None:
     """Train the model; `config.output` then holds the best and the newest checkpoints."""
     from recgpt_torchrec.checkpoints.folder import TRAINED_DAYS
-    from recgpt_torchrec.data.preset import apply_preset
+    from recgpt_torchrec.data.reading.preset import apply_preset
     from recgpt_torchrec.distributed.processes import log_message, print_result, process_group, run_on_first_rank
     from recgpt_torchrec.distributed.watchdog import Watchdog
     from recgpt_torchrec.training.days.training import is_folder_of_days, train_days

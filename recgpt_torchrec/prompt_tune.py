@@ -19,7 +19,7 @@ def main(config: PromptTune) -> None:
     from recgpt_torchrec.checkpoints.folder import find_checkpoint
     from recgpt_torchrec.checkpoints.settings import CheckpointSettings
     from recgpt_torchrec.data.dataset import histories_fingerprint
-    from recgpt_torchrec.data.preset import apply_preset
+    from recgpt_torchrec.data.reading.preset import apply_preset
     from recgpt_torchrec.distributed.processes import log_message, print_result, process_group, run_on_first_rank
     from recgpt_torchrec.distributed.watchdog import Watchdog
     from recgpt_torchrec.evaluation.validation import METRIC, validation_of

@@ -1,7 +1,7 @@
 """The rule of `--preset auto`: statistics of a dataset in, options with reasons out. It knows of no data set's name.
 
-It is measured on Amazon Beauty, Toys and Video Games (109 to 159 thousand training targets of 10.7 to 12.1 thousand
-items) and on MovieLens 100k (96 thousand of 1.3); what it says of larger logs is extrapolated.
+The constants are chosen for logs like Amazon's Beauty, Toys and Video Games (109 to 159 thousand training targets of
+10.7 to 12.1 thousand items) and MovieLens 100k (96 thousand of 1.3); what it says of larger logs is extrapolated.
 """
 
 import math
@@ -29,9 +29,7 @@ TUNED_EPOCHS = 0.5
 """Epochs of prompt-tuning, as a share of those of pre-training: after 24, 8 were better than 5 and 14 on Beauty."""
 VALIDATIONS = 8
 """Number of validations of a run."""
-SAMPLED = (
-    *("loss.negatives", "loss.negatives_by", "loss.negatives_across_ranks", "loss.bce_negatives", "tables.shard_ranks"),
-)
+SAMPLED = tuple(f"loss.{name}" for name in ("negatives", "negatives_by", "negatives_across_ranks", "bce_negatives"))
 """Options with which candidates are not all items."""
 
 
@@ -103,6 +101,7 @@ def _choose_model(statistics: Statistics) -> list[Choice]:
     if (length := statistics.length_at(COVERED)) is not None:
         longest = next((each for each in MAX_LEN if length <= each), MAX_LEN[-1])
         reason = f"since about {COVERED:.0%} of the histories have at most {length:,.0f} interactions"
+        reason += f"; no longer length is chosen than {longest}" if length > longest else ""
         choices.append(Choice("model.max_len", longest, reason))
     return choices
 
@@ -111,13 +110,13 @@ def _choose_loss(statistics: Statistics) -> list[Choice]:
     items = statistics.items
     if items <= ALL_ITEMS:
         reason = f"since {items:,} items are few: each target is scored against all of them, which costs as much as "
-        return [Choice("loss.candidates", "all", f"{reason}{items:,} negatives", SAMPLED)]
+        return [Choice("loss.candidates", "all", f"{reason}{items:,} negatives", (*SAMPLED, "tables.shard_ranks"))]
     negatives = min(MAX_NEGATIVES, items // ITEMS_PER_NEGATIVE)
     reason = f"since {items:,} items are too many to score each target against all of them"
     share = f"one for each {items / negatives:,.0f} items"
     return [
         Choice("loss.candidates", "sampled", reason),
-        Choice("loss.negatives", negatives, share, ("loss.candidates",)),
+        Choice("loss.negatives", negatives, share),
     ]
 
 
@@ -138,6 +137,6 @@ def _choose_length(statistics: Statistics, tuned: bool) -> list[Choice]:
     why = f"since the log has {targets:,.0f} training targets, and a larger one needs fewer epochs"
     return [
         Choice("train.epochs", whole, why, ("train.steps",)),
-        Choice("train.patience", 0, "since the learning rate falls to the end of the run: a shorter run is none"),
+        Choice("train.patience", 0, "since the learning rate falls until the end of the run"),
         Choice("train.validate_every", every, f"for about {VALIDATIONS} validations in {whole} epochs"),
     ]

@@ -68,10 +68,10 @@ def statistics_of(manifest: Manifest, prompts: bool = False) -> Statistics:
 
 
 def _explain_given(config: Pretrain | PromptTune, choice: Choice, beside: str) -> str:
-    given = f"--{beside} {_plain(option_value(config, beside))}"
+    given, wanted = _plain(option_value(config, beside)), _plain(choice.value)
     if beside == choice.name:
-        return f"{choice.name} {_plain(option_value(config, beside))} as given, instead of {_plain(choice.value)}"
-    return f"{choice.name} is left alone, since {given} is given; else {_plain(choice.value)}"
+        return f"{choice.name} {given} as given" + (f", instead of {wanted}" if given != wanted else "")
+    return f"{choice.name} is not set to {wanted}, since {beside} {given} is given"
 
 
 def _plain(value: object) -> str:
