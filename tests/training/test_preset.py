@@ -215,7 +215,7 @@ def test_a_run_prints_and_records_what_was_chosen_and_resumes_to_the_same(
 
 def test_the_python_interface_takes_it(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Pretrain] = []
-    monkeypatch.setattr("recgpt_torchrec.pretrain.train_run", lambda config, _: seen.append(config) or "")
+    monkeypatch.setattr("recgpt_torchrec.pretrain.train_run", lambda config, _: str(seen.append(config)))
     api.pretrain(str(data), str(tmp_path / "run"), {"model.layers": 2, "device": "cpu"}, preset="auto")
     (config,) = seen
     assert (config.model.layers, config.model.output_map, config.loss.candidates) == (2, True, "all")
@@ -254,8 +254,8 @@ def test_plan_and_doctor_describe_the_run_that_the_preset_makes(data: Path, caps
     words = ["--data", str(data), "--preset", "auto", "--gpu", "cpu", "--gpus", "1"]
     config, _ = apply_preset(cli.parse(Plan, "x", words))
     assert Workload.of(config).candidates == 20 and config.loss.candidates == "all"
-    config, lines = apply_preset(cli.parse(Doctor, "x", ["--data", str(data), "--preset", "auto"]))
-    assert config.loss.candidates == "all" and len(lines) == 12
+    examined, lines = apply_preset(cli.parse(Doctor, "x", ["--data", str(data), "--preset", "auto"]))
+    assert examined.loss.candidates == "all" and len(lines) == 12
     assert stage("plan", {"--items": 9, "--users": 9, "--preset": "auto"}) == 2
     assert "--preset auto follows a dataset's statistics; give --data DIR" in capsys.readouterr().err
 
