@@ -215,7 +215,12 @@ def test_a_run_prints_and_records_what_was_chosen_and_resumes_to_the_same(
 
 def test_the_python_interface_takes_it(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Pretrain] = []
-    monkeypatch.setattr("recgpt_torchrec.pretrain.train_run", lambda config, _: str(seen.append(config)))
+
+    def train_run(config: Pretrain, _: Any) -> str:
+        seen.append(config)
+        return ""
+
+    monkeypatch.setattr("recgpt_torchrec.pretrain.train_run", train_run)
     api.pretrain(str(data), str(tmp_path / "run"), {"model.layers": 2, "device": "cpu"}, preset="auto")
     (config,) = seen
     assert (config.model.layers, config.model.output_map, config.loss.candidates) == (2, True, "all")
