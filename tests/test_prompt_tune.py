@@ -40,7 +40,7 @@ def test_a_preset_chooses_loss_and_length_and_leaves_the_model_to_the_checkpoint
     assert stage("prompt_tune", {**options, "--preset": "auto", "--train.epochs": 1}) == 0
     recorded = [json.loads((run / "run.json").read_text())["config"] for run in (tmp_path / "run", inputs / "run")]
     assert recorded[0]["model"] == recorded[1]["model"] and recorded[0]["preset"] == "auto"
-    assert recorded[0]["loss"]["candidates"] == "all" and recorded[0]["train"]["validate_every"] == 2
+    assert recorded[0]["loss"]["candidates"] == "all" and recorded[0]["train"]["patience"] == 0
     assert len(read_epochs(tmp_path / "run")) == 1
 
 

@@ -25,11 +25,11 @@ LENGTHS = {"mean": 8.9, "min": 5, "50%": 6, "90%": 14, "99%": 43, "max": 204}
 FEW = ["--train.epochs", "2", "--model.dim", "8", "--model.heads", "1", "--device", "cpu"]
 
 
-def chosen(tuned: bool = False, **changes: Any) -> dict[str, Any]:
+def chosen(tuned: bool = False, epochs: int | None = None, **changes: Any) -> dict[str, Any]:
     """What the rule chooses for Beauty's statistics with some changes."""
     values = {"users": 22_363, "items": 12_101, "interactions": 198_502, "targets": 131_413, "entries": 198_502}
     statistics = Statistics(**{**values, "lengths": LENGTHS, **changes})
-    return {choice.name: choice.value for choice in choose(statistics, tuned)}
+    return {choice.name: choice.value for choice in choose(statistics, tuned, epochs)}
 
 
 def test_what_is_chosen_for_a_log_of_beautys_size() -> None:
@@ -81,6 +81,8 @@ def test_what_is_chosen_for_a_log_of_beautys_size() -> None:
         ("train.epochs", {"targets": 10**12}, 1),
         ("train.validate_every", {"targets": 10**12}, 1),
         ("train.validate_every", {"targets": 0}, 3),
+        ("train.validate_every", {"epochs": 2}, 1),
+        ("train.validate_every", {"epochs": 80}, 10),
     ],
 )
 def test_the_rule_at_its_boundaries(option: str, changes: dict[str, Any], value: Any) -> None:
@@ -206,7 +208,6 @@ def test_a_run_prints_and_records_what_was_chosen_and_resumes_to_the_same(
 
     # The values make the run, wherever they come from; without them it is another.
     explicit = {"--model.output_map": "true", "--loss.candidates": "all", "--train.patience": 0}
-    explicit |= {"--train.validate_every": 3}
     assert stage("pretrain", {**words, "--preset": "none", **explicit}) == 0
     assert "is already trained" in capsys.readouterr().out
     assert stage("pretrain", {**words, "--preset": "none"}) == 2

@@ -70,15 +70,17 @@ class Choice:
     """Other options with which it is not chosen, where they are given."""
 
 
-def choose(statistics: Statistics, tuned: bool = False) -> list[Choice]:
+def choose(statistics: Statistics, tuned: bool = False, epochs: int | None = None) -> list[Choice]:
     """The options that the statistics of a dataset choose.
 
     Args:
         statistics: of the dataset.
         tuned: for prompt-tuning, whose model is the checkpoint's: its options are not chosen.
+        epochs: those that are given, over which validations are spread; None: none are given.
     """
     model = [] if tuned else _choose_model(statistics)
-    return [*model, *_choose_loss(statistics), *_choose_steps(statistics), *_choose_length(statistics, tuned)]
+    length = _choose_length(statistics, tuned, epochs)
+    return [*model, *_choose_loss(statistics), *_choose_steps(statistics), *length]
 
 
 def _choose_model(statistics: Statistics) -> list[Choice]:
@@ -129,14 +131,17 @@ def _choose_steps(statistics: Statistics) -> list[Choice]:
     return [Choice("batch.step_tokens", tokens, reason, ("batch.tokens", "batch.users"))]
 
 
-def _choose_length(statistics: Statistics, tuned: bool) -> list[Choice]:
+def _choose_length(statistics: Statistics, tuned: bool, given: int | None) -> list[Choice]:
     targets = max(1.0, statistics.targets)
-    epochs = min(MAX_EPOCHS, EPOCHS * (EPOCHS_OF_TARGETS / targets) ** EPOCHS_POWER) * (TUNED_EPOCHS if tuned else 1)
-    whole = max(1, round(epochs))
-    every = max(1, round(whole / VALIDATIONS))
+    wanted = min(MAX_EPOCHS, EPOCHS * (EPOCHS_OF_TARGETS / targets) ** EPOCHS_POWER) * (TUNED_EPOCHS if tuned else 1)
+    epochs = max(1, round(wanted))
+    every = max(1, round((given or epochs) / VALIDATIONS))
     why = f"since the log has {targets:,.0f} training targets, and a larger one needs fewer epochs"
+    spread = "after each epoch, since these are few"
+    if every > 1:
+        spread = f"for about {VALIDATIONS} validations in {given or epochs} epochs"
     return [
-        Choice("train.epochs", whole, why, ("train.steps",)),
+        Choice("train.epochs", epochs, why, ("train.steps",)),
         Choice("train.patience", 0, "since the learning rate falls until the end of the run"),
-        Choice("train.validate_every", every, f"for about {VALIDATIONS} validations in {whole} epochs"),
+        Choice("train.validate_every", every, spread, ("train.steps",)),
     ]
