@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from recgpt_torchrec.config.command_line import CommandLine, OptionError
-from recgpt_torchrec.config.fields import options
+from recgpt_torchrec.config.fields import options, remember_given
 from recgpt_torchrec.errors import REFUSED, InputError, OtherRanksError, StorageError
 from recgpt_torchrec.texts.commands import set_form
 
@@ -125,7 +125,8 @@ def _instantiate(config_class: type[Config], prog: str, line: CommandLine) -> Co
     built: Any = parser.instantiate(values)
     fields = vars(built) if isinstance(built, Namespace) else built
     # jsonargparse puts a mark before a name that is also a method of its namespaces, such as `items`.
-    return config_class(**{name.lstrip(NAMESPACE_MARK): value for name, value in fields.items()})
+    config = config_class(**{name.lstrip(NAMESPACE_MARK): value for name, value in fields.items()})
+    return remember_given(config, {option.name for option, *_ in line.values})
 
 
 def refuse(prog: str, message: str) -> NoReturn:

@@ -32,6 +32,7 @@ def main(config: Doctor) -> None:
 def examine(config: Doctor) -> "dict[str, Sequence[Finding]]":
     """The findings about the machine and, where there is one, the dataset and the options."""
     from recgpt_torchrec.data.dataset import Dataset
+    from recgpt_torchrec.data.reading.preset import PREFIX, apply_preset
     from recgpt_torchrec.diagnosis.contents import Contents
     from recgpt_torchrec.diagnosis.datasets import check_dataset
     from recgpt_torchrec.diagnosis.finding import Finding
@@ -53,17 +54,21 @@ def examine(config: Doctor) -> "dict[str, Sequence[Finding]]":
         contents = Contents.read(dataset)
     except InputError as error:
         return sections | {"dataset": [Finding("error", "dataset", str(error))]}
-    return sections | {
-        "dataset": check_dataset(dataset.manifest, contents, time.time()),
-        "configuration": check_settings(config, machine, ranks, contents),
-    }
+    sections["dataset"] = check_dataset(dataset.manifest, contents, time.time())
+    try:
+        config, lines = apply_preset(config)
+    except InputError as error:
+        return sections | {"configuration": [Finding("error", "preset", str(error))]}
+    chosen = [Finding("ok", "preset", line.removeprefix(PREFIX)) for line in lines]
+    return sections | {"configuration": [*chosen, *check_settings(config, machine, ranks, contents)]}
 
 
 def next_step(config: Doctor) -> str:
     """The command to give next."""
     if config.data is None:
         return next_line("doctor", {"data": "DATASET_FOLDER"})
-    return next_line("pretrain", {"data": config.data, "output": "RUN_FOLDER"})
+    preset = {} if config.preset == "none" else {"preset": config.preset}
+    return next_line("pretrain", {"data": config.data, "output": "RUN_FOLDER", **preset})
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ from recgpt_torchrec.config.plan import Plan
 
 def main(config: Plan) -> None:
     """Print the estimate; nothing is read but the manifest of `config.data`, and nothing is written."""
+    from recgpt_torchrec.data.reading.preset import apply_preset
     from recgpt_torchrec.distributed.processes import silence_libraries
     from recgpt_torchrec.planning.report import Estimate
 
     silence_libraries()
-    print(Estimate.of(config).text())
+    config, lines = apply_preset(config)
+    print(*lines, Estimate.of(config).text(), sep="\n")
 
 
 if __name__ == "__main__":

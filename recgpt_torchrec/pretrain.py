@@ -13,15 +13,19 @@ if TYPE_CHECKING:
 def main(config: Pretrain) -> None:
     """Train the model; `config.output` then holds the best and the newest checkpoints."""
     from recgpt_torchrec.checkpoints.folder import TRAINED_DAYS
-    from recgpt_torchrec.distributed.processes import print_result, process_group
+    from recgpt_torchrec.data.reading.preset import apply_preset
+    from recgpt_torchrec.distributed.processes import log_message, print_result, process_group, run_on_first_rank
     from recgpt_torchrec.distributed.watchdog import Watchdog
     from recgpt_torchrec.training.days.training import is_folder_of_days, train_days
     from recgpt_torchrec.training.run import RUN
 
-    limits = config.train
-    with process_group(limits.timeout_seconds, config.device) as device:
+    with process_group(config.train.timeout_seconds, config.device) as device:
+        given = config
+        config, lines = run_on_first_rank(lambda: apply_preset(given))
+        for line in lines:
+            log_message(line)
         in_days = is_folder_of_days(config.data)
-        with Watchdog(config.output, limits.stall_seconds, TRAINED_DAYS if in_days else RUN):
+        with Watchdog(config.output, config.train.stall_seconds, TRAINED_DAYS if in_days else RUN):
             if in_days:
                 train_days(config, lambda day, initial: print_result(train_run(day, device, initial).splitlines()[0]))
             else:

@@ -19,7 +19,8 @@ def main(config: PromptTune) -> None:
     from recgpt_torchrec.checkpoints.folder import find_checkpoint
     from recgpt_torchrec.checkpoints.settings import CheckpointSettings
     from recgpt_torchrec.data.dataset import histories_fingerprint
-    from recgpt_torchrec.distributed.processes import print_result, process_group, run_on_first_rank
+    from recgpt_torchrec.data.reading.preset import apply_preset
+    from recgpt_torchrec.distributed.processes import log_message, print_result, process_group, run_on_first_rank
     from recgpt_torchrec.distributed.watchdog import Watchdog
     from recgpt_torchrec.evaluation.validation import METRIC, validation_of
     from recgpt_torchrec.training.building import choose_tokens, open_dataset, training_stream
@@ -28,11 +29,15 @@ def main(config: PromptTune) -> None:
     from recgpt_torchrec.training.run import RUN, Run
     from recgpt_torchrec.training.session import train
 
-    limits, tuning = config.train, config.tuning
     with (
-        process_group(limits.timeout_seconds, config.device) as device,
-        Watchdog(config.output, limits.stall_seconds, RUN),
+        process_group(config.train.timeout_seconds, config.device) as device,
+        Watchdog(config.output, config.train.stall_seconds, RUN),
     ):
+        given = config
+        config, lines = run_on_first_rank(lambda: apply_preset(given))
+        for line in lines:
+            log_message(line)
+        limits, tuning = config.train, config.tuning
         dataset, checkpoint = open_dataset(config), find_checkpoint(config.checkpoint)
         check_dataset(config, dataset)
         tuning = choose_predicting(tuning, dataset)

@@ -33,7 +33,7 @@ def main(config: RunAll) -> None:
         started = time.perf_counter()
         if name == "retrieve":  # a small catalogue is listed as a whole
             options["k"] = min(config.k, Dataset.open(options["data"]).manifest.items)
-        built = stage_config(STAGES[name].config, getattr(config, name), **options)
+        built = stage_config(STAGES[name].config, config, name, **options)
         record, key = asdict(built), os.path.basename(output)
         # evaluate, unlike the others, computes again what is there.
         if name == "evaluate" and Dataset.open(options["data"]).manifest.count_targets("test") == 0:

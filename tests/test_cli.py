@@ -23,7 +23,7 @@ WHERE_AND_HOW_FAST = """
     tables.item.sharding tables.item.kernel tables.output.sharding tables.output.kernel
     tables.attributes.sharding tables.attributes.kernel
     train.non_finite train.non_finite_limit train.stall_seconds train.timeout_seconds
-    train.precision train.attention train.fused_loss train.compile train.profile device
+    train.precision train.attention train.fused_loss train.compile train.profile device preset
 """.split()
 
 
@@ -34,7 +34,7 @@ def test_a_resumed_run_may_change_where_and_how_fast_it_trains_and_nothing_else(
 
 
 def test_help_says_what_a_resumed_run_may_change(capsys: Any) -> None:
-    for stage, times in ((Pretrain, 33), (Evaluate, 0)):
+    for stage, times in ((Pretrain, 34), (Evaluate, 0)):
         with pytest.raises(SystemExit) as end:
             cli.parse(stage, "stage", ["--help"])
         assert end.value.code == 0

@@ -35,6 +35,15 @@ def tuned(inputs) -> Path:
     return inputs / "tuned"
 
 
+def test_a_preset_chooses_loss_and_length_and_leaves_the_model_to_the_checkpoint(inputs, tmp_path):
+    options = {"--data": inputs / "prompts", "--checkpoint": inputs / "run", "--output": tmp_path / "run"}
+    assert stage("prompt_tune", {**options, "--preset": "auto", "--train.epochs": 1}) == 0
+    recorded = [json.loads((run / "run.json").read_text())["config"] for run in (tmp_path / "run", inputs / "run")]
+    assert recorded[0]["model"] == recorded[1]["model"] and recorded[0]["preset"] == "auto"
+    assert recorded[0]["loss"]["candidates"] == "all" and recorded[0]["train"]["patience"] == 0
+    assert len(read_epochs(tmp_path / "run")) == 1
+
+
 def figures(inputs: Path, checkpoint: Path, data: str, name: str, **options: Any) -> dict[str, Any]:
     output = inputs / f"{name}.json"
     arguments = {"--data": inputs / data, "--checkpoint": checkpoint, "--output": output, "--baselines": "false"}

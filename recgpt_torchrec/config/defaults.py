@@ -15,7 +15,7 @@ MULTIPLE = 32
 """A rank's tokens are a multiple of this, for the sake of vector units and of round numbers."""
 
 
-def tokens_of_step(epoch_tokens: float, ranks: int, device: str) -> int:
+def tokens_of_step(epoch_tokens: float, ranks: int, device: str, given: int | None = None) -> int:
     """The maximum number of tokens of a step, over all ranks.
 
     It is the same on any number of ranks until each has `MOST`: more ranks must not mean fewer steps on a small log.
@@ -24,8 +24,9 @@ def tokens_of_step(epoch_tokens: float, ranks: int, device: str) -> int:
         epoch_tokens: tokens of one epoch, over all ranks.
         ranks: number of ranks.
         device: `cpu` or `cuda`.
+        given: what is aimed at (`--batch.step_tokens`); None: `STEPS`.
     """
-    wanted = math.ceil(epoch_tokens / STEPS)
+    wanted = given or math.ceil(epoch_tokens / STEPS)
     return min(max(wanted, FEWEST), MOST[device] * ranks)
 
 

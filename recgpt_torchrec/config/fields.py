@@ -1,9 +1,11 @@
 """The options of a configuration class: dotted names, former names, and whether a resumed run may change them."""
 
-from collections.abc import Iterator
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass, replace
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
 
 RESUME = "resume"
 """Key in a field's metadata: the option may change without changing the result."""
@@ -11,6 +13,8 @@ LEADING = "leading"
 """Key in the metadata of a list option whose values may come first on the command line, without its name."""
 AFTER_DASHES = "after dashes"
 """Key in the metadata of the list option that takes all that comes after -- on the command line, as it is."""
+GIVEN = "_given_names"
+"""Attribute of a configuration: the options that were given, by `remember_given`."""
 RENAMED = {"checkpoint.": "saving.", "checkpointing.": "saving."}
 """Groups renamed since earlier versions: runs that recorded the old name still resume."""
 
@@ -106,6 +110,42 @@ def default_values(config: Any) -> dict[str, Any]:
         elif default is not MISSING:
             values[each.name] = default
     return values
+
+
+def remember_given(config: T, names: Iterable[str]) -> T:
+    """Remember which options of a configuration were given, by their dotted names; `replace` forgets it."""
+    vars(config)[GIVEN] = frozenset(names)
+    return config
+
+
+def given_names(config: Any) -> frozenset[str]:
+    """Dotted names of the options that were given; of a configuration made without `cli`, those unlike the defaults."""
+    return vars(config)[GIVEN] if GIVEN in vars(config) else frozenset(given_options(config))
+
+
+def option_value(config: Any, name: str) -> Any:
+    """The value of an option, by its dotted name; None: its group is null."""
+    for part in name.split("."):
+        config = getattr(config, part, None)
+    return config
+
+
+def with_options(config: T, values: Mapping[str, Any]) -> T:
+    """A copy of a configuration with other values of some options, by their dotted names.
+
+    Raises:
+        ValueError: a value is refused by the checks of its group.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    changed: dict[str, Any] = {}
+    for name, value in values.items():
+        group, _, rest = name.partition(".")
+        if rest:
+            groups.setdefault(group, {})[rest] = value
+        else:
+            changed[name] = value
+    changed |= {group: with_options(getattr(config, group), inner) for group, inner in groups.items()}
+    return replace(config, **changed)  # type: ignore[type-var] # mypy takes no type for a dataclass
 
 
 def given_options(config: Any) -> dict[str, Any]:

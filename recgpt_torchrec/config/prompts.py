@@ -9,6 +9,7 @@ from recgpt_torchrec.config.fields import changeable
 from recgpt_torchrec.config.inputs.events import TargetEvents
 from recgpt_torchrec.config.inputs.neighbours import AnswerNeighbours, Neighbours
 from recgpt_torchrec.config.model import Loss, Model
+from recgpt_torchrec.config.preset.option import Preset
 from recgpt_torchrec.config.tables import Sharding, Tables
 from recgpt_torchrec.config.training import Optimizer, Saving, Stream, Train, TrainingBatch
 
@@ -129,7 +130,7 @@ class Tuning:
 
 
 @dataclass(kw_only=True)
-class PromptTune(Computing):
+class PromptTune(Computing, Preset):
     """Continue training a pre-trained model on histories with prompts (paper, section 4.3), or without, as the control.
 
     Example: recgpt prompt_tune --data data/prompts --checkpoint runs/mine --output runs/tuned

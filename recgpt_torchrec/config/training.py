@@ -11,6 +11,7 @@ from recgpt_torchrec.config.inputs.events import Events
 from recgpt_torchrec.config.inputs.neighbours import Neighbours
 from recgpt_torchrec.config.inputs.time import TimeChoice
 from recgpt_torchrec.config.model import Loss, Model
+from recgpt_torchrec.config.preset.option import Preset
 from recgpt_torchrec.config.tables import Tables
 
 
@@ -36,6 +37,9 @@ class TrainingBatch:
     """Maximum number of tokens per batch and rank; at least model.max_len. auto: as many as give about 100 steps per
     epoch, at least 128 over all ranks, at most 2,048 per rank on CPU and 16,384 on CUDA; a resumed run keeps the number
     over all ranks. With users, as many as that many of the longest histories have."""
+    step_tokens: int | None = None
+    """Maximum number of tokens of a step over all ranks that tokens auto aims at, within its limits; null: as many as
+    give about 100 steps per epoch."""
     users: int = 0
     """Maximum number of users per batch and rank (with long_histories windows, of windows); 0: as many as fit into the
     tokens."""
@@ -55,6 +59,11 @@ class TrainingBatch:
         if self.tokens != "auto":
             at_least("--batch.tokens", self.tokens, 1)
         at_least("--batch.users", self.users, 0)
+        if self.step_tokens is not None:
+            at_least("--batch.step_tokens", self.step_tokens, 1)
+            if self.tokens != "auto" or self.users:
+                name = "users" if self.users else "tokens"
+                raise ValueError(f"--batch.step_tokens and --batch.{name} both say how long a step is; leave one out")
 
     def given_tokens(self, max_len: int) -> int | None:
         """The number of tokens that these options fix; None: it is chosen by the data.
@@ -201,7 +210,7 @@ class Saving:
 
 
 @dataclass(kw_only=True)
-class Pretrain(Computing):
+class Pretrain(Computing, Preset):
     """Pre-train the decoder and the tables autoregressively on a dataset's training part (paper, section 4.2).
 
     Example: recgpt pretrain --data data/mine --output runs/mine

@@ -9,6 +9,7 @@ import sys
 
 from recgpt_torchrec import cli
 from recgpt_torchrec.config.plan import Plan
+from recgpt_torchrec.data.reading.preset import apply_preset
 from recgpt_torchrec.distributed.processes import silence_libraries
 from recgpt_torchrec.planning.hardware import hardware_of
 from recgpt_torchrec.planning.memory import estimate_memory
@@ -50,7 +51,7 @@ def main() -> None:
     kind = "cpu" if gpus == "0" else "h100"
     silence_libraries()
     plan = cli.parse(Plan, "recgpt_torchrec.planning.resources", [*words, *there, "--gpu", kind, "--device", "auto"])
-    print(json.dumps(plan_node(plan)))
+    print(json.dumps(plan_node(apply_preset(plan)[0])))
 
 
 if __name__ == "__main__":

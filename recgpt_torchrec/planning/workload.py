@@ -57,7 +57,8 @@ class Workload:
             tokens = min(tokens, max(1, round(plan.batch.users * cls(plan, 0).history)))
         elif tokens is None:
             epoch = cls(plan, 0).epoch_tokens or MOST[device] * plan.ranks * 10**6
-            tokens = tokens_of_rank(tokens_of_step(epoch, plan.ranks, device), plan.ranks, plan.model.max_len)
+            step = tokens_of_step(epoch, plan.ranks, device, plan.batch.step_tokens)
+            tokens = tokens_of_rank(step, plan.ranks, plan.model.max_len)
         return cls(plan, tokens, inputs, several)
 
     def on(self, nodes: int, gpus: int) -> "Workload":

@@ -90,7 +90,7 @@ def choose_tokens(
     if record is not None and record.rank_tokens is not None:
         return Tokens(record.rank_tokens, None, epoch)
     step = None if record is None else record.step_tokens
-    step = step or tokens_of_step(epoch, ranks, device.type)
+    step = step or tokens_of_step(epoch, ranks, device.type, config.batch.step_tokens)
     return Tokens(tokens_of_rank(step, ranks, model.max_len), step, epoch)
 
 

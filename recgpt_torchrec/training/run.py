@@ -244,6 +244,7 @@ def _suggest_way(config: Any, recorded: dict[str, Any], differing: list[str]) ->
     ended, asked = (ends[1], config.train.steps) if config.train.steps else (ends[0], config.train.epochs)
     new = f"{config.output.rstrip('/')}_{asked}_{unit}s"
     options = {**given_options(config), "output": new}
+    options.pop("preset", None)  # what it chose is among the options
     why = f"its learning-rate schedule ends with its last {unit}"
     if hasattr(config, "initial"):
         options |= {"initial": config.output, f"train.{unit}s": asked - ended}

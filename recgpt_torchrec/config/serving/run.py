@@ -5,7 +5,7 @@ from typing import Any
 
 from recgpt_torchrec.config.checks import at_least, within
 from recgpt_torchrec.config.device import Device
-from recgpt_torchrec.config.fields import LEADING
+from recgpt_torchrec.config.fields import LEADING, given_names, remember_given
 from recgpt_torchrec.config.prepare import Prepare
 from recgpt_torchrec.config.prompts import GeneratePrompts, PromptTune
 from recgpt_torchrec.config.retrieval import INTERESTS, Evaluate, Export, Retrieve
@@ -151,7 +151,9 @@ GROUPS = ("prepare", "pretrain", "generate_prompts", "prompt_tune", "evaluate", 
 """The groups of `RunAll`, each a stage."""
 
 
-def stage_config(config_class: type, group: Any, **filled: Any) -> Any:
-    """The options of a stage, from its group in `RunAll` and what the runner fills in."""
+def stage_config(config_class: type, config: RunAll, name: str, **filled: Any) -> Any:
+    """The options of the stage `name`, from its group in `RunAll` and what the runner fills in."""
+    group, prefix = getattr(config, name), f"{name}."
     values = {each.name: getattr(group, each.name) for each in fields(config_class)}
-    return config_class(**{**values, **filled})
+    given = {each.removeprefix(prefix) for each in given_names(config) if each.startswith(prefix)}
+    return remember_given(config_class(**{**values, **filled}), given)

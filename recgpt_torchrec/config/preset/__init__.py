@@ -1,0 +1,1 @@
+"""`--preset auto`: options that follow from the statistics of a dataset."""

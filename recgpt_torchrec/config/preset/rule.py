@@ -1,0 +1,147 @@
+"""The rule of `--preset auto`: statistics of a dataset in, options with reasons out. It knows of no data set's name.
+
+The constants are chosen for logs like Amazon's Beauty, Toys and Video Games (109 to 159 thousand training targets of
+10.7 to 12.1 thousand items) and MovieLens 100k (96 thousand of 1.3); what it says of larger logs is extrapolated.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+DEEP_TARGETS = 2_000_000
+"""Training targets from which on there are two decoder blocks."""
+DROPOUT = ((30, 0.5), (100, 0.3), (math.inf, 0.2))
+"""Dropout where there are fewer training targets per item than this: 9 to 15 in Amazon's, 72 in MovieLens 100k."""
+USER_DROPOUT = 0.5
+MAX_LEN, COVERED = (50, 100, 200), 0.95
+"""Lengths of histories to choose from, and the share of the histories that should be no longer."""
+ALL_ITEMS = 30_000
+"""Items up to which each target is scored against all of them."""
+ITEMS_PER_NEGATIVE, MAX_NEGATIVES = 4, 32_768
+"""Negatives of larger catalogues: one for so many items, and at most so many."""
+STEP_TOKENS, STEPS = 1536, (60, 200)
+"""Tokens of a step over all ranks, where these make so many steps of an epoch. `--batch.tokens auto` alone would give
+1,315 on Beauty, 1,094 on Toys, 1,589 on Video Games, 965 on MovieLens 100k; where steps are fewer or more, it does."""
+EPOCHS, EPOCHS_OF_TARGETS, EPOCHS_POWER, MAX_EPOCHS = 16, 150_000, 0.25, 24
+"""Epochs of a log of so many training targets, by which power of the number they fall, and their maximum."""
+TUNED_EPOCHS = 0.5
+"""Epochs of prompt-tuning, as a share of those of pre-training: after 24, 8 were better than 5 and 14 on Beauty."""
+VALIDATIONS = 8
+"""Number of validations of a run."""
+SAMPLED = tuple(f"loss.{name}" for name in ("negatives", "negatives_by", "negatives_across_ranks", "bce_negatives"))
+"""Options with which candidates are not all items."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """What the rule reads of a dataset."""
+
+    users: int
+    items: int
+    interactions: int
+    targets: float
+    """Training targets: tokens of an epoch without prompts."""
+    entries: int
+    """Entries that are read: interactions, and prompts where there are any."""
+    lengths: Mapping[str, float] = field(default_factory=dict)
+    """Interactions per user: at `90%`, `99%` and so on of the users; empty: not recorded."""
+
+    def length_at(self, share: float) -> float | None:
+        """The length that a share of the histories, from .9 to .99, does not exceed; None: it is not known.
+
+        Between the two that are recorded the share of longer histories is taken to fall as a power of the length.
+        """
+        if not {"90%", "99%"} <= self.lengths.keys():
+            return None
+        low, high = (max(1.0, self.lengths[name]) for name in ("90%", "99%"))
+        return float(low * (high / low) ** math.log10(0.1 / (1 - share)))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An option that is chosen."""
+
+    name: str
+    value: Any
+    reason: str
+    """In words that follow the value."""
+    yields_to: tuple[str, ...] = ()
+    """Other options with which it is not chosen, where they are given."""
+
+
+def choose(statistics: Statistics, tuned: bool = False, epochs: int | None = None) -> list[Choice]:
+    """The options that the statistics of a dataset choose.
+
+    Args:
+        statistics: of the dataset.
+        tuned: for prompt-tuning, whose model is the checkpoint's: its options are not chosen.
+        epochs: those that are given, over which validations are spread; None: none are given.
+    """
+    model = [] if tuned else _choose_model(statistics)
+    length = _choose_length(statistics, tuned, epochs)
+    return [*model, *_choose_loss(statistics), *_choose_steps(statistics), *length]
+
+
+def _choose_model(statistics: Statistics) -> list[Choice]:
+    targets, items = statistics.targets, max(1, statistics.items)
+    per_item = targets / items
+    deep = targets >= DEEP_TARGETS
+    dropout = next(value for limit, value in DROPOUT if per_item < limit)
+    counted = f"since there are {per_item:,.1f} training targets per item ({targets:,.0f} of {items:,})"
+    everywhere = "as on logs of any size"
+    side = "at least" if deep else "fewer than"
+    choices = [
+        Choice("model.output_map", True, everywhere),
+        Choice("model.history_in", True, everywhere),
+        Choice("model.history_out", True, everywhere),
+        Choice("model.layers", 1 + deep, f"since {targets:,.0f} training targets are {side} {DEEP_TARGETS:,}"),
+        Choice("model.dropout", dropout, counted),
+        Choice("model.attention_dropout", dropout, counted),
+        Choice("model.user_dropout", USER_DROPOUT, everywhere),
+    ]
+    if (length := statistics.length_at(COVERED)) is not None:
+        longest = next((each for each in MAX_LEN if length <= each), MAX_LEN[-1])
+        reason = f"since about {COVERED:.0%} of the histories have at most {length:,.0f} interactions"
+        reason += f"; no longer length is chosen than {longest}" if length > longest else ""
+        choices.append(Choice("model.max_len", longest, reason))
+    return choices
+
+
+def _choose_loss(statistics: Statistics) -> list[Choice]:
+    items = statistics.items
+    if items <= ALL_ITEMS:
+        reason = f"since {items:,} items are few: each target is scored against all of them, which costs as much as "
+        return [Choice("loss.candidates", "all", f"{reason}{items:,} negatives", (*SAMPLED, "tables.shard_ranks"))]
+    negatives = min(MAX_NEGATIVES, items // ITEMS_PER_NEGATIVE)
+    reason = f"since {items:,} items are too many to score each target against all of them"
+    share = f"one for each {items / negatives:,.0f} items"
+    return [
+        Choice("loss.candidates", "sampled", reason),
+        Choice("loss.negatives", negatives, share),
+    ]
+
+
+def _choose_steps(statistics: Statistics) -> list[Choice]:
+    steps = statistics.targets / STEP_TOKENS
+    if not STEPS[0] <= steps <= STEPS[1]:
+        return []  # as many tokens as `auto` says
+    tokens = math.ceil(STEP_TOKENS * max(1.0, statistics.entries / max(1, statistics.interactions)))
+    reason = f"over all ranks, which makes about {steps:,.0f} steps of an epoch"
+    return [Choice("batch.step_tokens", tokens, reason, ("batch.tokens", "batch.users"))]
+
+
+def _choose_length(statistics: Statistics, tuned: bool, given: int | None) -> list[Choice]:
+    targets = max(1.0, statistics.targets)
+    wanted = min(MAX_EPOCHS, EPOCHS * (EPOCHS_OF_TARGETS / targets) ** EPOCHS_POWER) * (TUNED_EPOCHS if tuned else 1)
+    epochs = max(1, round(wanted))
+    every = max(1, round((given or epochs) / VALIDATIONS))
+    why = f"since the log has {targets:,.0f} training targets, and a larger one needs fewer epochs"
+    spread = "after each epoch, since these are few"
+    if every > 1:
+        spread = f"for about {VALIDATIONS} validations in {given or epochs} epochs"
+    return [
+        Choice("train.epochs", epochs, why, ("train.steps",)),
+        Choice("train.patience", 0, "since the learning rate falls until the end of the run"),
+        Choice("train.validate_every", every, spread, ("train.steps",)),
+    ]
