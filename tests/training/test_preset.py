@@ -42,6 +42,8 @@ def test_what_is_chosen_for_a_log_of_beautys_size() -> None:
         "model.attention_dropout": 0.5,
         "model.user_dropout": 0.5,
         "model.max_len": 50,
+        "batch.thinning": 0.3,
+        "batch.thinned": 0.3,
         "loss.candidates": "all",
         "batch.step_tokens": 1536,
         "train.epochs": 17,
@@ -147,7 +149,7 @@ def test_a_command_line_overrides_a_file_and_a_file_the_preset(data: Path, tmp_p
         "preset auto: train.epochs 5 as given, instead of 24",
     ]
     said = [line.removeprefix("preset auto: ").split()[0] for line in lines]
-    assert said == list(chosen(targets=0)) and len(lines) - len(given) == 9
+    assert said == list(chosen(targets=0)) and len(lines) - len(given) == 11
 
 
 def test_a_value_that_is_given_counts_though_it_is_the_default(tmp_path: Path) -> None:
