@@ -18,6 +18,7 @@ from recgpt_torchrec.storage.parts import Part, open_part
 ROWS = 65_536
 """Rows that are read at once."""
 NONE = -1
+"""In place of an id: there are no more neighbours."""
 Read = Callable[[str, int, Fill, float, str], Buffer]
 """Makes a buffer and has it filled: see `distributed.shared_folder.read_on_node`."""
 
@@ -32,6 +33,11 @@ class NeighbourTable:
     """[items, count] float32, see `data.neighbours.pairs`; 0 where there are no more."""
     buffer: Buffer
     """What they are views of."""
+
+    @property
+    def items(self) -> int:
+        """Number of items that it knows."""
+        return len(self.ids)
 
     @classmethod
     def open(cls, path: str, manifest: NeighboursManifest, read: Read = fill_in_memory) -> "NeighbourTable":
