@@ -43,6 +43,8 @@ class NeighboursManifest(FolderManifest):
     """What it holds out: the neighbours are of its training part."""
     interactions: int = 0
     """Its number of interactions."""
+    day: int = 0
+    """Number of the newest day of a folder of days; 0: it was none."""
     split: dict[str, Any] = field(default_factory=dict)
     """What its manifest records of the parts, see `data.reading.records.SplitRecord`."""
     items: int = 0
@@ -91,7 +93,7 @@ def open_neighbours(path: str, dataset: Dataset) -> NeighboursManifest:
         )
     if differing := _find_leak(manifest, own):
         raise InputError(
-            f"--neighbours.path {path}: they were found in {differing}; they would tell what is held out. "
+            f"--neighbours.path {path}: they were found {differing}; they would tell what is held out. "
             f"{again[0].upper()}{again[1:]}"
         )
     return manifest
@@ -102,15 +104,16 @@ def _find_leak(manifest: NeighboursManifest, own: Manifest) -> str | None:
     holds out; None: it does not.
 
     Of an earlier dataset, whose vocabulary this one extends, there are fewer interactions: only what is held out is
-    compared.
+    compared, and of a folder of days, which may hold the same items, also the day.
     """
-    what = f"--hold_out {manifest.hold_out}, where the dataset has --hold_out {own.hold_out}"
-    if manifest.vocabulary != own.vocabulary:
-        return what if manifest.hold_out != own.hold_out and own.hold_out != "none" else None
-    if manifest.hold_out != own.hold_out:
-        return what
+    earlier = manifest.vocabulary != own.vocabulary
+    if manifest.hold_out != own.hold_out and not (earlier and own.hold_out == "none"):
+        return f"with --hold_out {manifest.hold_out}, and the dataset has --hold_out {own.hold_out}"
+    if manifest.day and own.day is not None:
+        later = manifest.day > own.day.number and own.hold_out != "none"
+        return f"up to day {manifest.day}, and the dataset ends with day {own.day.number}" if later else None
+    if earlier:
+        return None
     if manifest.interactions != own.interactions:
-        return f"{manifest.interactions:,} interactions, where the dataset has {own.interactions:,}"
-    if manifest.split != own.preparation.get("split", {}):
-        return "another training part of the same interactions"
-    return None
+        return f"in {manifest.interactions:,} interactions, and the dataset has {own.interactions:,}"
+    return None if manifest.split == own.preparation.get("split", {}) else "in another part of the same interactions"

@@ -122,6 +122,10 @@ def _fill_rows(batch: pa.RecordBatch, table: tuple[npt.NDArray[np.int32], npt.ND
         raise ValueError(f"it has a neighbour whose id is not from 0 to {items - 1}")
     if not (np.isfinite(scores.values).all() and (scores.values > 0).all()):
         raise ValueError("it has a score that is not more than 0")
+    if ((np.diff(scores.values) > 0) & (np.diff(scores.owners) == 0)).any():
+        raise ValueError("a row's neighbours are not best first")
+    if (ids.values == row + ids.owners).any():
+        raise ValueError("it has an item that is its own neighbour")
     rows, places = row + ids.owners, np.arange(ids.values.size) - np.repeat(ids.offsets[:-1], ids.lengths)
     table[0][rows, places], table[1][rows, places] = ids.values, scores.values
     return stop
