@@ -3,6 +3,7 @@
 import json
 import pickle
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,8 @@ def table_of(lists: Lists, count: int) -> NeighbourTable:
 
 def answers_of(lists: Lists, count: int = 4, **options: Any) -> NeighbourAnswers:
     # With a recency of a half and scores in eighths, sums are exact and ties are ties.
-    return NeighbourAnswers(
-        **{"table": table_of(lists, count), "share": 0.4, "memory": 3, "recency": 0.5, "answers": 3} | options
-    )
+    values: dict[str, Any] = {"share": 0.4, "memory": 3, "recency": 0.5, "answers": 3, **options}
+    return NeighbourAnswers(table=table_of(lists, count), **values)
 
 
 def plain_answers(
@@ -179,7 +179,7 @@ def test_any_number_of_ranks_and_workers_trains_the_same_soft_targets(tmp_path):
     neighbours: Lists = [[(int(j), 0.5) for j in random.permutation(ITEMS)[:4] if j != i] for i in range(ITEMS)]
     found = []
     for ranks, workers in ((1, 0), (2, 0), (3, 0), (1, 1)):
-        reads = {"neighbours": answers_of(neighbours), "thinning": (0.3, 0.5), "workers": workers}
+        reads: dict[str, Any] = {"neighbours": answers_of(neighbours), "thinning": (0.3, 0.5), "workers": workers}
         stream = stream_of(dataset, max_len=8, tokens=40, **reads)
         targets: Counter[tuple[Any, ...]] = Counter()
         for rank in range(ranks):
@@ -199,8 +199,9 @@ def write_neighbours(folder: Path, rows: list[dict[str, Any]] | None = None, **c
     fs = pyarrow.fs.LocalFileSystem()
     folder.mkdir()
     groups = [pa.Table.from_pylist(rows[:2]), pa.Table.from_pylist(rows[2:])]
-    values = {"dataset": "data", "vocabulary": "test", "hold_out": "last", "interactions": 8, "items": 3, "count": 2}
-    manifest = NeighboursManifest(**values | changed, parts=write_parts(fs, str(folder), "neighbours", groups, 1))
+    values: dict[str, Any] = {"dataset": "data", "vocabulary": "test", "hold_out": "last", "interactions": 8}
+    values |= {"items": 3, "count": 2, **changed}
+    manifest = NeighboursManifest(**values, parts=write_parts(fs, str(folder), "neighbours", groups, 1))
     write_manifest(fs, str(folder), manifest.to_json())
 
 
@@ -234,6 +235,10 @@ def test_a_damaged_part_is_named(row, message, tmp_path):
         NeighbourTable.open(str(tmp_path / "found"), manifest)
 
 
+def put(values: dict[str, Any], more: dict[str, Any]) -> None:
+    values.update(more)
+
+
 def test_a_damaged_folder_is_refused(tmp_path):
     dataset, path = known_dataset(tmp_path / "data"), tmp_path / "found"
     write_neighbours(path)
@@ -249,7 +254,7 @@ def test_a_damaged_folder_is_refused(tmp_path):
         ({"more": 1}, "more"),
         ({"day": "x"}, "day"),
     ]:
-        change_json(path / "manifest.json", lambda values, change=change: values.update(change))
+        change_json(path / "manifest.json", partial(put, more=change))
         with pytest.raises(InputError, match=message):
             open_neighbours(str(path), dataset)
         (path / "manifest.json").write_text(whole)
