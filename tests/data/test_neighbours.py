@@ -245,7 +245,7 @@ def test_a_damaged_folder_is_refused(tmp_path):
     table = NeighbourTable.open(str(path), open_neighbours(str(path), dataset))
     assert table.ids.tolist() == [[1, NONE], [2, NONE], [0, NONE]]
     whole = (path / "manifest.json").read_text()
-    for change, message in [
+    changes: list[tuple[dict[str, Any], str]] = [
         ({"count": 0}, "count is 0, it must be from 1 to 100"),
         ({"count": 2**50}, "it must be from 1 to 100"),
         ({"items": 4}, "promises 4 items, but 3 rows"),
@@ -253,7 +253,8 @@ def test_a_damaged_folder_is_refused(tmp_path):
         ({"neighbours_version": 9}, "version 9"),
         ({"more": 1}, "more"),
         ({"day": "x"}, "day"),
-    ]:
+    ]
+    for change, message in changes:
         change_json(path / "manifest.json", partial(put, more=change))
         with pytest.raises(InputError, match=message):
             open_neighbours(str(path), dataset)

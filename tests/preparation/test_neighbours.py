@@ -87,7 +87,7 @@ def test_only_the_training_part_is_counted(hold_out, tmp_path):
     lists = walks(users=20, items=12, seed=2, shortest=4, longest=9)
     starts = [(len(each) // 2, len(each) - 1) for each in lists] if hold_out == "time" else None
     parts: dict[str, list[list[int]]] = {
-        "last": [training_part(each) for each in lists],
+        "last": [[*training_part(each)] for each in lists],
         "none": lists,
         "time": [each[: len(each) // 2] for each in lists],
     }
