@@ -95,6 +95,14 @@ class Dataset:
 Path = str | os.PathLike[str] | Dataset
 
 
+def find_neighbours(dataset: Path, output: Path, options: Options | None = None, **more: Any) -> str:
+    """Find the items that follow each item of a dataset (stage `find_neighbours`); returns the folder.
+
+    The arguments are those of `pretrain`, which takes the folder as the option `neighbours.path`.
+    """
+    return _run("find_neighbours", {"data": dataset, "output": output}, options, more)
+
+
 def pretrain(dataset: Path, output: Path, options: Options | None = None, **more: Any) -> str:
     """Train a model on a dataset (stage `pretrain`); returns the run's folder.
 

@@ -55,6 +55,7 @@ TRAINING: dict[str, Any] = {
 SKIP = {"--stream.damaged": "skip", "--stream.damaged_limit": 9}
 OPTIONS: dict[str, dict[str, Any]] = {
     "prepare": {"--min_count": 1, "--output": "new"},
+    "find_neighbours": {"--data": "data", "--output": "neighbours", "--count": 4},
     "pretrain": {"--data": "data", **TRAINING},
     "prompt_tune": {"--data": "prompts", "--checkpoint": "run", "--output": "new", "--batch.tokens": 60}
     | {"--train.epochs": 1, "--tuning.soft_targets": 0.3, "--loss.candidates": "all"},
@@ -113,6 +114,12 @@ KINDS = [
     Kind("dataset: item counts", "data/items/*.parquet", "pretrain", "parquet",
          {"--output": "new", "--loss.candidates": "in_batch", "--train.epochs": 1}, is_part=True),
     Kind("dataset: users", "data/users/*.parquet", "export", "parquet", is_part=True),
+    Kind("neighbours: manifest", "neighbours/manifest.json", "pretrain", "json",
+         {"--neighbours.path": "neighbours", "--output": "new"}),
+    Kind("neighbours: manifest, found again", "neighbours/manifest.json", "find_neighbours", "json",
+         result="neighbours"),
+    Kind("neighbours: parts", "neighbours/neighbours/*.parquet", "pretrain", "parquet",
+         {"--neighbours.path": "neighbours", "--output": "new"}, is_part=True),
     Kind("prompts: manifest", "prompts/manifest.json", "prompt_tune", "json"),
     Kind("prompts: sequences", "prompts/sequences/*.parquet", "prompt_tune", "parquet", is_part=True),
     Kind("run: checkpoint.json", "run/checkpoints/*/checkpoint.json", "evaluate", "json", result="new.json"),
@@ -219,6 +226,7 @@ def write_inputs(folder: Path) -> None:
         "prepare", OPTIONS["prepare"] | DESCRIBED | {"--items": "items.csv", "--output": "described"}
     ):
         raise SystemExit(f"prepare with a table ended with status {status}")
+    run("find_neighbours")
     run("pretrain", output="run", train__epochs=1)
     run("pretrain", output="half")
     run("pretrain", output="skipped", data="damaged", stream__damaged="skip", stream__damaged_limit=9)

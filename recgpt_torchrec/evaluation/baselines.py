@@ -19,6 +19,15 @@ from recgpt_torchrec.catalogue.ranks import both_ranks
 from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.inputs.request import Request
 from recgpt_torchrec.data.inputs.spec import Inputs
+from recgpt_torchrec.data.neighbours.pairs import (
+    BACKWARD,
+    DISTANCE_POWER,
+    ITEM_POWER,
+    RECENCY,
+    SOURCE_POWER,
+    WINDOW,
+    forward_pairs,
+)
 from recgpt_torchrec.data.packed import IDS_ALONE
 from recgpt_torchrec.data.ragged import Ragged
 from recgpt_torchrec.data.reading.counts import read_counts
@@ -88,27 +97,17 @@ class Popularity:
 class Cooccurrence:
     """Item-item co-occurrence: scores what followed the items of a history; the newest count most.
 
-        weight(i -> j) = sum over users, i at position p and j at position q, of |p - q|^-0.5 where q > p, a quarter
-                         of it where q < p; at most `WINDOW` positions apart
-        score(history, j) = sum over i in the history of 0.7^age(i) weight(i -> j) count(i)^-0.5 count(j)^-0.15
+        score(history, j) = sum over i in the history of 0.7^age(i) score(i -> j)
 
-    The window keeps memory linear in interactions, however long histories are. Age counts items from the newest, 0;
-    an item of age `MEMORY` or more does not count. An item that co-occurs with none of the history scores 0.
+    `data.neighbours.pairs` says what score(i -> j) is, and how its constants were chosen. Age counts items from the
+    newest, 0; an item of age `MEMORY` or more does not count. An item that co-occurs with none of the history scores 0.
 
-    The constants were chosen on the validation split of Beauty and Toys together (masked NDCG@10 .0682 and .0776).
-    The optimum is flat: windows of 10 to 50 and a recency of .7, .8 or 1 / age differ by about .001. Without distance
-    (power 0) .0636 and .0722, with both directions alike .0605 and .0704, without the source's count .0665 and .0779.
     On test, masked, HR@5/NDCG@5/HR@10/NDCG@10: Beauty .0651/.0475/.0867/.0544, Toys .0802/.0598/.1036/.0674.
 
     Example: `baseline = Cooccurrence(items=12101); baseline.add(lists); baseline.scores(history)`.
     """
 
-    WINDOW = 20
-    DISTANCE_POWER = 0.5
-    BACKWARD = 0.25
-    SOURCE_POWER = 0.5
-    ITEM_POWER = 0.15
-    RECENCY = 0.7
+    WINDOW = WINDOW
     MEMORY = 50
 
     def __init__(self, items: int) -> None:
@@ -121,14 +120,11 @@ class Cooccurrence:
         """Count the pairs of some users."""
         self._weights = None
         self.counts += np.bincount(lists.values, minlength=self.items)
-        user = np.repeat(np.arange(lists.rows), np.diff(lists.offsets))
         rows, columns, weights = [], [], []
-        longest = int(np.diff(lists.offsets).max(initial=0))
-        for distance in range(1, min(self.WINDOW, longest - 1) + 1):
-            same_user = user[:-distance] == user[distance:]
-            rows.append(lists.values[:-distance][same_user])
-            columns.append(lists.values[distance:][same_user])
-            weights.append(np.full(len(rows[-1]), distance**-self.DISTANCE_POWER))
+        for distance, earlier, later in forward_pairs(lists, self.WINDOW):
+            rows.append(earlier)
+            columns.append(later)
+            weights.append(np.full(earlier.size, distance**-DISTANCE_POWER))
         if not rows:
             return
         self._forward.append(self._matrix(np.concatenate(weights), np.concatenate(rows), np.concatenate(columns)))
@@ -143,11 +139,11 @@ class Cooccurrence:
             forward = reduce(add, self._forward) if self._forward else sp.csr_array((self.items, self.items))
             self._forward = [forward]
             backward = forward.T.tocsr()
-            backward.data *= self.BACKWARD
+            backward.data *= BACKWARD
             weights = forward + backward
             del backward
             counts = np.maximum(self.counts, 1.0)
-            of_row, of_column = counts**-self.SOURCE_POWER, counts**-self.ITEM_POWER
+            of_row, of_column = counts**-SOURCE_POWER, counts**-ITEM_POWER
             # In blocks of rows and in place: there are many more pairs than items.
             for first in range(0, self.items, ROWS):
                 last = min(first + ROWS, self.items)
@@ -167,7 +163,7 @@ class Cooccurrence:
         age = np.repeat(history.offsets[1:], lengths) - 1 - np.arange(len(history.values))
         counted = age < self.MEMORY
         recency = sp.csr_array(
-            (self.RECENCY ** age[counted], (user[counted], history.values[counted])),
+            (RECENCY ** age[counted], (user[counted], history.values[counted])),
             shape=(history.rows, self.items),
         )
         # Summed in float64, then rounded, so that scores that differ only by the order of summation are ties.

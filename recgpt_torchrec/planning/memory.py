@@ -109,6 +109,7 @@ def estimate_memory(workload: Workload, sharded: Sharded, hardware: Hardware) ->
         *_batches(workload, cuda),
         *_statistics(workload, cuda),
         *_attribute_values(workload, cuda),
+        *_neighbours(workload, cuda),
         *_step(workload, sharded, hardware),
     ]
     state = 3 * parameters + sum(sharded.bytes_of(placement) for placement in sharded.placements)
@@ -168,12 +169,22 @@ def _attribute_values(workload: Workload, cuda: bool) -> list[Item]:
     for each in workload.inputs.attributes:
         rows = workload.users if each.entity == "user" else workload.items
         size += (8 + 4 * VALUES if each.table in workload.several else 4) * rows
+    return _read_on_node("attribute values", size, "of all users and items", cuda)
+
+
+def _neighbours(workload: Workload, cuda: bool) -> list[Item]:
+    """An id and a score of each neighbour of every item, on every rank, where they are not mapped from a file."""
+    count = workload.neighbours
+    return _read_on_node("neighbours", 8.0 * count * workload.items, f"{count} of each item", cuda)
+
+
+def _read_on_node(name: str, size: float, note: str, cuda: bool) -> list[Item]:
+    """What `distributed.shared_folder.read_on_node` reads: small, each rank has a copy; large, each node has one."""
     if not size:
         return []
     if size > IN_MEMORY:
-        return [Item("attribute values", note=f"{size / GIB:,.1f} GiB in a file that each node's ranks map")]
-    device, host = (0.0, size) if cuda else (size, 0.0)
-    return [Item("attribute values", device, host, note="of all users and items, on each rank")]
+        return [Item(name, note=f"{size / GIB:,.1f} GiB in a file that each node's ranks map")]
+    return [Item(name, *((0.0, size) if cuda else (size, 0.0)), note=f"{note}, on each rank")]
 
 
 def exchanged_rows(placement: Placement, bags: int, ranks: int) -> float:

@@ -14,6 +14,7 @@ from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.days.opening import find_manifest
 from recgpt_torchrec.data.inputs.choosing import choose_inputs
 from recgpt_torchrec.data.inputs.spec import Inputs
+from recgpt_torchrec.data.neighbours.folder import NeighboursManifest, open_neighbours
 from recgpt_torchrec.data.packed import Capacity
 from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.stream import BatchMaker
@@ -37,20 +38,27 @@ class Workload:
     """What the model reads beside ids: with `--data`, the attributes that a run would read."""
     several: frozenset[str] = frozenset()
     """Tables of attributes of which a user or item may have several values."""
+    neighbours: int = 0
+    """Maximum number of neighbours per item that are held in memory; 0: none are."""
 
     @classmethod
     def of(cls, plan: Plan) -> "Workload":
-        """The workload of the options; with `--data` the dataset's manifest is read.
+        """The workload of the options; with `--data` the dataset's manifest is read, and so is that of neighbours.
 
         Raises:
-            InputError: the dataset is missing or damaged, or a batch does not hold the longest history.
+            InputError: the dataset is missing or damaged, or a batch does not hold the longest history; or so are the
+                neighbours, or they do not fit the dataset.
         """
-        inputs, several = Inputs(), frozenset[str]()
+        inputs, several, dataset = Inputs(), frozenset[str](), None
         if plan.data is not None:
             manifest, files, newest = find_manifest(plan.data)
             dataset = Dataset(path=plan.data, manifest=manifest, files=files, newest=newest)
             plan, inputs = with_sizes_of(plan, manifest), choose_inputs(plan, dataset)
             several = frozenset(each.table for each in manifest.attributes if each.multiple)
+        neighbours = 0
+        if (path := plan.neighbours.path) is not None:
+            found = NeighboursManifest.read(path) if dataset is None else open_neighbours(path, dataset)
+            neighbours = found.count
         assert plan.users is not None
         tokens, device = plan.batch.given_tokens(plan.model.max_len), "cpu" if plan.gpu == "cpu" else "cuda"
         if tokens is not None and plan.batch.users:
@@ -58,7 +66,7 @@ class Workload:
         elif tokens is None:
             epoch = cls(plan, 0).epoch_tokens or MOST[device] * plan.ranks * 10**6
             tokens = tokens_of_rank(tokens_of_step(epoch, plan.ranks, device), plan.ranks, plan.model.max_len)
-        return cls(plan, tokens, inputs, several)
+        return cls(plan, tokens, inputs, several, neighbours)
 
     def on(self, nodes: int, gpus: int) -> "Workload":
         """The same batch per rank on another cluster."""
@@ -126,8 +134,13 @@ class Workload:
 
     @property
     def distinct_items(self) -> int:
-        """Items that a rank looks up in a step, all taken to be distinct: histories, targets, candidates."""
-        return min(self.items, self.tokens + self.sequences + self._room)
+        """Items that a rank looks up in a step, all taken to be distinct: histories, targets, answers, candidates."""
+        return min(self.items, self.tokens * (1 + self._answers) + self.sequences + self._room)
+
+    @property
+    def _answers(self) -> int:
+        """Neighbours that share a target's weight."""
+        return self.plan.neighbours.answers if self.plan.neighbours.path is not None else 0
 
     def ids_of(self, table: str) -> int:
         """Ids that a rank looks up in a table in a step: of an attribute, values of distinct users or items."""
@@ -147,7 +160,9 @@ class Workload:
         reader = HistoryReader(dataset=dataset, split="training", max_len=model.max_len)
         source: Any = SimpleNamespace(room=self._room)
         batch, most = self.plan.batch, self.plan.batch.given_tokens(model.max_len) or self.tokens
-        return BatchMaker(reader=reader, batch=batch.of(most), users=batch.users, source=source).capacity
+        answering: Any = SimpleNamespace(answers=self._answers)
+        maker = BatchMaker(reader=reader, batch=batch.of(most), users=batch.users, source=source, neighbours=answering)
+        return maker.capacity
 
     @cached_property
     def meta_model(self) -> RecGPT:

@@ -80,6 +80,8 @@ def find_neighbours(config: FindNeighbours) -> Result:
                 vocabulary=dataset.manifest.vocabulary,
                 hold_out=dataset.manifest.hold_out,
                 interactions=dataset.manifest.interactions,
+                day=0 if dataset.manifest.day is None else dataset.manifest.day.number,
+                split=dataset.manifest.preparation.get("split", {}),
                 items=dataset.manifest.items,
                 pairs=pairs,
                 count=config.count,

@@ -55,10 +55,11 @@ class NeighbourBoost:
         items = Ragged(histories.items, histories.offsets)
         lists = items.take(rows)
         own = items.cut(starts, starts + np.minimum(training, histories.lengths[rows]))
-        left_out = self.neighbours.own_items(own)
+        left_out = self.neighbours.find_own(own.owners, own.values)
         entries = (places - starts[:, None] + lists.offsets[:-1, None]).ravel()
+        owners = np.repeat(np.arange(rows.size), places.shape[1])
         found = [
-            self.neighbours.best(lists, entries[first : first + ENTRIES], left_out)
+            self.neighbours.best(lists, entries[first : first + ENTRIES], owners[first : first + ENTRIES], left_out)
             for first in range(0, entries.size, ENTRIES)
         ]
         ids, scores = (np.concatenate(arrays) for arrays in zip(*found, strict=True))

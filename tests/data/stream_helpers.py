@@ -8,6 +8,7 @@ from recgpt_torchrec.config import Batch, Loss, Stream
 from recgpt_torchrec.data.batch import SequenceBatch
 from recgpt_torchrec.data.candidates import ALONE, Place, candidate_source
 from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.neighbours.answering import NeighbourAnswers
 from recgpt_torchrec.data.packed import Layout
 from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.split import SplitName
@@ -35,6 +36,7 @@ def stream_of(
     pad: bool = False,
     place: Place = ALONE,
     thinning: tuple[float, float] = (0.0, 0.0),
+    neighbours: NeighbourAnswers | None = None,
     **reads: Any,
 ) -> SequenceStream:
     """Make a training stream; `reads` are further arguments of the `HistoryReader`."""
@@ -53,6 +55,7 @@ def stream_of(
         layout=layout,
         pad=pad,
         thinning=thinning,
+        neighbours=neighbours,
     )
     return SequenceStream(maker, Stream(window_groups=window_groups, workers=workers))
 

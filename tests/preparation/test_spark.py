@@ -11,12 +11,15 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 
+from recgpt_torchrec.config import FindNeighbours
+from recgpt_torchrec.preparation import neighbours
 from recgpt_torchrec.preparation.engines.spark_engine import SparkEngine
 from recgpt_torchrec.preparation.writing import Layout, lay_out_rows
 from recgpt_torchrec.storage.parts import regroup
 from tests.preparation.prepare_helpers import make, read_sequences, write_csv
 from tests.preparation.spark_helpers import EVENTS, fill_table, start_spark
 from tests.preparation.test_ids import write_days
+from tests.support import read_files, walks, write_dataset
 from tools import spark_plans
 from tools.check_engines import check_log, compare_datasets, write_logs
 
@@ -48,6 +51,21 @@ def test_both_engines_write_the_same_files_and_no_plan_gathers_rows(name, spark,
     assert len(parts) > 1
     assert not any(call.statement == "createDataFrame" for call in seen.collected)
     assert any(call.caller == "pipeline.py:_write_dataset" and call.rows == len(parts) for call in seen.collected)
+
+
+def test_both_engines_find_the_same_neighbours(spark, tmp_path, monkeypatch):
+    monkeypatch.setattr(neighbours, "BATCH_ROWS", 8)
+    monkeypatch.setattr(neighbours, "GROUPS_PER_PART", 2)
+    write_dataset(tmp_path / "data", walks(users=40, items=30, seed=1), items=30)
+    for engine in ("duckdb", "pyspark"):
+        options: dict[str, Any] = {"data": str(tmp_path / "data"), "output": str(tmp_path / engine), "engine": engine}
+        with spark_plans.watch(spark / "events") as seen:
+            found = neighbours.find_neighbours(FindNeighbours(**options))
+        assert len(found.manifest.parts) == 2 and found.manifest.pairs > 100
+        faults = [fault for plan in seen.plans for fault in spark_plans.find_faults(plan)]
+        assert faults == [] and seen.too_large() == [] and bool(seen.plans) == (engine == "pyspark")
+    one, other = (read_files(tmp_path / engine / "neighbours") for engine in ("duckdb", "pyspark"))
+    assert one == other
 
 
 def test_parts_without_any_interaction_hold_empty_lists(spark, tmp_path):

@@ -9,7 +9,7 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage.manifests import FolderManifest, Kind
 from recgpt_torchrec.storage.parts import Part
@@ -17,6 +17,8 @@ from recgpt_torchrec.storage.typed import check_counts
 from recgpt_torchrec.texts.commands import command
 
 FOLDER = "neighbours"
+MOST = 100
+"""Maximum number of neighbours per item."""
 
 
 @dataclass(kw_only=True)
@@ -42,6 +44,10 @@ class NeighboursManifest(FolderManifest):
     """What it holds out: the neighbours are of its training part."""
     interactions: int = 0
     """Its number of interactions."""
+    day: int = 0
+    """Number of the newest day of a folder of days; 0: it was none."""
+    split: dict[str, Any] = field(default_factory=dict)
+    """What its manifest records of the parts, see `data.reading.records.SplitRecord`."""
     items: int = 0
     """Its number of items."""
     pairs: int = 0
@@ -66,6 +72,8 @@ class NeighboursManifest(FolderManifest):
         """
         manifest = super().from_values(values)
         check_counts({name: getattr(manifest, name) for name in ("interactions", "items", "pairs", "count")})
+        if not 1 <= manifest.count <= MOST:
+            raise ValueError(f"count is {manifest.count:,}, it must be from 1 to {MOST}")
         if (rows := sum(part.rows for part in manifest.parts)) != manifest.items:
             raise ValueError(f"it promises {manifest.items:,} items, but {rows:,} rows in {FOLDER}/")
         return manifest
@@ -75,8 +83,8 @@ def open_neighbours(path: str, dataset: Dataset) -> NeighboursManifest:
     """Open and check a folder of neighbours for training on a dataset.
 
     Raises:
-        InputError: it is none, or damaged; or its ids are not the dataset's; or it was found in more than the dataset's
-            training part, so that it would tell what is held out.
+        InputError: it is none, or damaged; or its ids are not the dataset's; or it was found in another training part,
+            so that it may tell what is held out.
     """
     manifest, own = NeighboursManifest.read(path), dataset.manifest
     manifest.check_parts(path)
@@ -84,13 +92,34 @@ def open_neighbours(path: str, dataset: Dataset) -> NeighboursManifest:
     if (known := own.extends(manifest.vocabulary)) is None or "item" in own.reassigned_since(manifest.vocabulary):
         what = "other items" if known is None else "items of which some have lost their ids since"
         raise InputError(f"--neighbours.path {path}: they are of {what} than those of {dataset.path}; {again}")
-    if manifest.vocabulary == own.vocabulary and (manifest.hold_out, manifest.interactions) != (
-        own.hold_out,
-        own.interactions,
-    ):
+    if manifest.items != known.items:
         raise InputError(
-            f"--neighbours.path {path}: they were found in {manifest.interactions:,} interactions with --hold_out "
-            f"{manifest.hold_out}, and {dataset.path} has {own.interactions:,} with --hold_out {own.hold_out}; they "
-            f"would tell what is held out. {again[0].upper()}{again[1:]}"
+            f"--neighbours.path {path}: they are of {manifest.items:,} items, and the vocabulary that they name has "
+            f"{known.items:,}; {again}"
+        )
+    if differing := _find_leak(manifest, own):
+        raise InputError(
+            f"--neighbours.path {path}: they were found {differing}; they would tell what is held out. "
+            f"{again[0].upper()}{again[1:]}"
         )
     return manifest
+
+
+def _find_leak(manifest: NeighboursManifest, own: Manifest) -> str | None:
+    """How the training part that neighbours were found in differs from a dataset's, so that it may hold what this one
+    holds out; None: it does not.
+
+    Of an earlier dataset, whose vocabulary this one extends, there are fewer interactions: only what is held out is
+    compared, and of a folder of days, which may hold the same items, also the day.
+    """
+    earlier = manifest.vocabulary != own.vocabulary
+    if manifest.hold_out != own.hold_out and not (earlier and own.hold_out == "none"):
+        return f"with --hold_out {manifest.hold_out}, and the dataset has --hold_out {own.hold_out}"
+    if manifest.day and own.day is not None:
+        later = manifest.day > own.day.number and own.hold_out != "none"
+        return f"up to day {manifest.day}, and the dataset ends with day {own.day.number}" if later else None
+    if earlier:
+        return None
+    if manifest.interactions != own.interactions:
+        return f"in {manifest.interactions:,} interactions, and the dataset has {own.interactions:,}"
+    return None if manifest.split == own.preparation.get("split", {}) else "in another part of the same interactions"

@@ -10,6 +10,8 @@ The constants were chosen on the validation split of Beauty and Toys together, f
 sum over its items of 0.7^age times theirs (masked NDCG@10 .0682 and .0776). The optimum is flat: windows of 10 to 50
 and a recency of .7, .8 or 1 / age differ by about .001. Without distance (power 0) .0636 and .0722, with both
 directions alike .0605 and .0704, without the source's count .0665 and .0779.
+
+Two users of it: the baseline co-occurrence (`evaluation.baselines`) and the stage find_neighbours.
 """
 
 from collections.abc import Iterator
@@ -19,11 +21,13 @@ import numpy as np
 from recgpt_torchrec.data.ragged import Int64, Ragged
 
 WINDOW = 20
+"""Maximum distance of a pair, in positions."""
 DISTANCE_POWER = 0.5
 BACKWARD = 0.25
 SOURCE_POWER = 0.5
 ITEM_POWER = 0.15
 RECENCY = 0.7
+"""Weight of an item of a history, as a share of that of the item after it."""
 
 
 def forward_pairs(lists: Ragged, window: int = WINDOW) -> Iterator[tuple[int, Int64, Int64]]:

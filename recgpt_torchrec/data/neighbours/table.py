@@ -18,6 +18,7 @@ from recgpt_torchrec.storage.parts import Part, open_part
 ROWS = 65_536
 """Rows that are read at once."""
 NONE = -1
+"""In place of an id: there are no more neighbours."""
 Read = Callable[[str, int, Fill, float, str], Buffer]
 """Makes a buffer and has it filled: see `distributed.shared_folder.read_on_node`."""
 
@@ -32,6 +33,11 @@ class NeighbourTable:
     """[items, count] float32, see `data.neighbours.pairs`; 0 where there are no more."""
     buffer: Buffer
     """What they are views of."""
+
+    @property
+    def items(self) -> int:
+        """Number of items that it knows."""
+        return len(self.ids)
 
     @classmethod
     def open(cls, path: str, manifest: NeighboursManifest, read: Read = fill_in_memory) -> "NeighbourTable":
@@ -116,6 +122,10 @@ def _fill_rows(batch: pa.RecordBatch, table: tuple[npt.NDArray[np.int32], npt.ND
         raise ValueError(f"it has a neighbour whose id is not from 0 to {items - 1}")
     if not (np.isfinite(scores.values).all() and (scores.values > 0).all()):
         raise ValueError("it has a score that is not more than 0")
+    if ((np.diff(scores.values) > 0) & (np.diff(scores.owners) == 0)).any():
+        raise ValueError("a row's neighbours are not best first")
+    if (ids.values == row + ids.owners).any():
+        raise ValueError("it has an item that is its own neighbour")
     rows, places = row + ids.owners, np.arange(ids.values.size) - np.repeat(ids.offsets[:-1], ids.lengths)
     table[0][rows, places], table[1][rows, places] = ids.values, scores.values
     return stop
