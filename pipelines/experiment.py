@@ -80,12 +80,15 @@ class Experiment:
         needs: tuple[str, ...],
         seed: int,
         more: list[str] | None = None,
+        second: str | None = None,
     ) -> None:
-        output, more = f"{self.folder}/{title}", more or []
-        arguments = ["--config", config, "--data", data, "--output", output, "--seed", str(seed), *more]
+        """Run a stage that trains; the configuration `second`, where there is one, replaces options of `config`."""
+        output, more, configs = f"{self.folder}/{title}", more or [], [config, *[second] * (second is not None)]
+        arguments = [word for each in configs for word in ("--config", each)]
+        arguments += ["--data", data, "--output", output, "--seed", str(seed), *more]
         if "--batch.users" not in more:
             arguments += self._share_users(config)
-        if uses_neighbours(config):
+        if any(uses_neighbours(each) for each in configs):
             arguments += ["--neighbours.path", self.neighbours]
             needs = (*needs, "neighbours")
         self.steps.run(
@@ -94,7 +97,7 @@ class Experiment:
             kind=f"{self.name} {kind}",
             proof=f"{output}/best.json",
             needs=tuple(f"{self.name}/{need}" for need in needs),
-            settings=values_of(ROOT / config),
+            settings=values_of(ROOT / config) | ({} if second is None else {"second": values_of(ROOT / second)}),
         )
 
     def _generate_prompts(self, place: str, k: int, pretrained: str) -> str:

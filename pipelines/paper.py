@@ -60,7 +60,7 @@ class Options(experiment.Options):
 
     def uses_neighbours(self, name: str) -> bool:
         """Whether a data set is trained with neighbours, in either stage."""
-        endings = ["", "_tune", "_prompts", *["_answers"] * self.has_teacher(name)]
+        endings = ["", "_tune", "_prompts", *["_answers", "_student"] * self.has_teacher(name)]
         return any(experiment.uses_neighbours(self._config_of(name, ending)) for ending in endings)
 
     def has_teacher(self, name: str) -> bool:
@@ -237,12 +237,13 @@ class Paper(experiment.Experiment):
 
     def _run_seed(self, seed: int) -> None:
         folder = f"seed{seed}"
-        data, needs, more = self.data, "prepare", []
+        data, needs = self.data, "prepare"
         if self.student_config is not None:
             needs = self._train_teacher(seed)
-            data, more = f"{self.folder}/{needs}", ["--config", self.student_config]
+            data = f"{self.folder}/{needs}"
             self._measure(seed, "teacher")
-        self._train(f"{folder}/pretrain", "pretrain", "pretrain", self.config, data, (needs,), seed, more)
+        run = f"{folder}/pretrain"
+        self._train(run, "pretrain", "pretrain", self.config, data, (needs,), seed, second=self.student_config)
         self._measure(seed, "pretrain")
         tuned = ["--checkpoint", f"{self.folder}/{folder}/pretrain"]
         ks = self.options.prompted_ks if seed == 0 else [self.chosen_k()]

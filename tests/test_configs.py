@@ -13,7 +13,9 @@ FILES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
 
 
 def stage_of(name: str) -> type:
-    return PromptTune if name.endswith("_tune.yaml") else GeneratePrompts if "prompts" in name else Pretrain
+    if name.endswith("_tune.yaml"):
+        return PromptTune
+    return GeneratePrompts if name.endswith(("_prompts.yaml", "_answers.yaml")) else Pretrain
 
 
 @pytest.mark.parametrize("name", FILES)

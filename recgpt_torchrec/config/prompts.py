@@ -79,6 +79,11 @@ class GeneratePrompts(Computing, Watched):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("--batch_users", self.batch_users, 1)
+        if self.neighbours.path is not None and self.previous is not None:
+            raise ValueError(
+                f"--previous {self.previous}: answers with --neighbours.path leave out what a history holds, so "
+                "those of one that has grown are others, and none can be reused; leave --previous out"
+            )
         if self.neighbours.path is not None and not self.prompts.answers:
             raise ValueError(
                 f"--neighbours.path is {self.neighbours.path}, but neighbours take part in answers alone, and "

@@ -92,6 +92,29 @@ def test_items_with_a_bias_compete_with_it_each_once_however_tiles_are_cut(case,
         assert same(streamed(vectors, 1 + held % 40).top_k(queries, k, **asked), expected)
 
 
+@given(cases(), K, st.integers(0, 2**32), st.integers(1, 100), st.integers(1, 12))
+def test_items_compete_with_a_value_of_their_own_added_however_tiles_are_cut(case, k, seed, held, rows):
+    """Some of them are left out as well: these stay out, whatever is added."""
+    vectors, queries, seen, forbidden = case
+    rng = np.random.default_rng(seed)
+    scores = queries @ vectors.t()
+    raised = [rng.permutation(len(vectors))[: rng.integers(0, 5)].tolist() for _ in scores]
+    values = [rng.integers(-2, 3, len(row)).astype(np.float32) for row in raised]
+    for row, (items, added) in enumerate(zip(raised, values, strict=True)):
+        scores[row, items] += torch.from_numpy(added)
+    left_out: list[list[int]] = seen if seen is not None else [[] for _ in scores]
+    if forbidden is not None:
+        left_out = [row + more for row, more in zip(left_out, forbidden.tolist(), strict=True)]
+    expected = [plain(row, gone, k) for row, gone in zip(scores.tolist(), left_out, strict=True)]
+    bias = np.concatenate([*values, np.zeros(0, np.float32)])
+    asked = {"forbidden": forbidden, "weighed": Ragged.from_lists(raised), "bias": bias}
+    history = None if seen is None else Ragged.from_lists(seen)
+    assert same(Catalogue.of_vectors(vectors).top_k(queries, k, history, **asked), expected)
+    with mock.patch.multiple(best_module, SCORES={"cpu": held}, ROWS=rows):
+        assert same(Catalogue.of_vectors(vectors).top_k(queries, k, history, **asked), expected)
+        assert same(streamed(vectors, 1 + held % 40).top_k(queries, k, history, **asked), expected)
+
+
 @given(cases(), K, st.sampled_from([1, best_module.MANY]))
 def test_the_best_of_scores_some_of_which_are_left_out_are_a_plain_sort(case, k, many):
     vectors, queries, seen, _ = case

@@ -45,6 +45,10 @@ class Case:
             "bytes": int(rng.choice([1, 400, 2000, 2**26])),
             "block": max(int(rng.choice([1, 7, 100])), self.items // 8),
         }
+        self.raised = [
+            [rng.permutation(self.items)[: rng.integers(0, 6)].tolist() for _ in range(n)] for n in self.rows
+        ]
+        self.values = [rng.integers(-30, 31, sum(map(len, raised))).astype(np.float32) for raised in self.raised]
 
     def draw_items(self, most: int) -> list[int]:
         return self.rng.integers(0, self.items, self.rng.integers(0, most + 1)).tolist()
@@ -102,6 +106,30 @@ class Case:
             values.append([-float(score) for score, _ in order] + [-np.inf] * short)
         return items, values
 
+    def top_k_raised(self, catalogue: Catalogue, rank: int) -> tuple[list[Any], list[Any]]:
+        """Each of some items with a value of its own; some of them are left out."""
+        found = catalogue.top_k(
+            torch.from_numpy(self.queries[rank]),
+            self.k,
+            forbidden=torch.from_numpy(self.forbidden[rank]),
+            weighed=Ragged.from_lists(self.raised[rank]),
+            bias=self.values[rank],
+        )
+        return found.items.tolist(), found.scores.tolist()
+
+    def plain_top_k_raised(self, rank: int) -> tuple[list[Any], list[Any]]:
+        items, best, values = [], [], iter(self.values[rank].tolist())
+        for row, query in enumerate(self.queries[rank]):
+            scores = self.vectors @ query
+            for item in self.raised[rank][row]:
+                scores[item] += next(values)
+            out = self.forbidden[rank][row].tolist()
+            order = sorted((-scores[item], item) for item in range(self.items) if item not in out)[: self.k]
+            short = self.k - len(order)
+            items.append([item for _, item in order] + [-1] * short)
+            best.append([-float(score) for score, _ in order] + [-np.inf] * short)
+        return items, best
+
     def ranks(self, catalogue: Catalogue, rank: int) -> list[list[float]]:
         targets = torch.from_numpy(self.targets[rank])
         return [
@@ -147,6 +175,7 @@ class Case:
 
 OPERATIONS: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
     (Case.top_k, Case.plain_top_k),
+    (Case.top_k_raised, Case.plain_top_k_raised),
     (Case.ranks, Case.plain_ranks),
     (Case.log_odds, Case.plain_log_odds),
     (Case.vectors_of, Case.plain_vectors_of),
@@ -167,7 +196,7 @@ def compare_with_plain(rank: int, world_size: int, seeds: range) -> int:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_each_rank_gets_the_plain_answer_held_and_streamed(world_size):
-    assert run_ranks(compare_with_plain, world_size, range(CASES)) == [8 * CASES] * world_size
+    assert run_ranks(compare_with_plain, world_size, range(CASES)) == [2 * len(OPERATIONS) * CASES] * world_size
 
 
 def ask_as_often_as_one_likes(rank: int, world_size: int, seeds: range) -> int:

@@ -80,7 +80,11 @@ class Neighbours:
 
 @dataclass(kw_only=True)
 class AnswerNeighbours:
-    """Answers from the model and from the neighbours of a history's items, which find_neighbours found, together."""
+    """Answers from the model and from the neighbours of a history's items, which find_neighbours found, together.
+
+    No item of the user's training part, or of the history so far, is such an answer, whatever --prompts.exclude_seen
+    says.
+    """
 
     path: str | None = None
     """Folder of the neighbours, as written by find_neighbours; null: answers are the model's alone."""
