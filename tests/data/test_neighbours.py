@@ -318,8 +318,8 @@ def test_options_that_cannot_be_are_refused(values, message):
 
 def test_a_loss_that_cannot_share_a_weight_is_refused():
     with pytest.raises(ValueError, match="bce has no softmax"):
-        Neighbours(path="found").check("bce")
+        Neighbours(path="found").check("bce", ("--soft_targets", 0.0))
     with pytest.raises(ValueError, match="together they must be at most 1"):
-        Neighbours(path="found", share=0.8).check("all", 0.3)
-    Neighbours(path="found", share=0.7).check("all", 0.3)
-    Neighbours().check("bce", 1.0)
+        Neighbours(path="found", share=0.8).check("all", ("--tuning.soft_targets", 0.3))
+    Neighbours(path="found", share=0.7).check("all", ("--tuning.soft_targets", 0.3))
+    Neighbours().check("bce", ("--soft_targets", 1.0))
