@@ -88,7 +88,7 @@ class AnswerNeighbours:
 
     path: str | None = None
     """Folder of the neighbours, as written by find_neighbours; null: answers are the model's alone."""
-    weight: float = 4.0
+    weight: float = 2.0
     """What the best neighbour's score (a logit) is raised by, more than 0 to 100; those of others in proportion to
     their co-occurrence."""
     memory: int = 10
