@@ -55,7 +55,7 @@ def test_a_small_ladder_is_climbed_once_and_says_what_each_rung_gains(tmp_path, 
         file.write(f"{CONFIG}neighbours: {{share: 0.2}}\n")
     ladder.main(words)
     ran = len(executor.ran)
-    # prepare and neighbours; two rungs of pre-training, the last of which is tuned from, and one of tuning, each measured
+    # prepare and neighbours; two rungs of pre-training, from the last of which is tuned; one of tuning; each measured
     assert ran == 2 + 2 * 2 + 1 + 2
     stages = [command[2].rpartition(".")[2] for command in executor.ran]
     assert stages[:2] == ["prepare", "find_neighbours"] and stages.count("find_neighbours") == 1
