@@ -83,11 +83,11 @@ def test_where_neighbours_are_does_not_matter_and_which_they_are_does(folder, tm
         assert "neighbours" in capfd.readouterr().err
 
 
-def on_rank(rank: int, world_size: int, port: int, runs: list[tuple[str, dict[str, Any]]]) -> list[int]:
+def on_rank(rank: int, world_size: int, ports: list[int], runs: list[tuple[str, dict[str, Any]]]) -> list[int]:
     dist.destroy_process_group()  # the stages join their own
     statuses = []
-    for number, (name, options) in enumerate(runs):
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port + number)}
+    for port, (name, options) in zip(ports, runs, strict=True):
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         statuses.append(stage(name, options))
     return statuses
 
@@ -95,13 +95,13 @@ def on_rank(rank: int, world_size: int, port: int, runs: list[tuple[str, dict[st
 def test_two_ranks_make_the_same_answers_and_have_the_losses_of_one(folder, tmp_path):
     learning = {"--data": folder / "answers", **ONE_STEP, "--train.epochs": 2, "--soft_targets": 0.4}
     assert stage("pretrain", {**learning, "--output": tmp_path / "one"}) == 0
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as free, socket.create_server(("127.0.0.1", 0)) as other:
+        ports = [each.getsockname()[1] for each in (free, other)]
     runs = [
         ("generate_prompts", answering(folder, tmp_path / "out", batch_users=3)),
         ("pretrain", {**learning, "--output": tmp_path / "two"}),
     ]
-    assert run_ranks(on_rank, 2, port, runs, timeout=120) == [[0, 0], [0, 0]]
+    assert run_ranks(on_rank, 2, ports, runs, timeout=120) == [[0, 0], [0, 0]]
     mine, theirs = read_sequences(tmp_path / "out"), read_sequences(folder / "answers")
     assert mine["answer_ids"] == theirs["answer_ids"] and mine["item_ids"] == theirs["item_ids"]
     torch.testing.assert_close(
@@ -137,10 +137,10 @@ def test_the_loss_is_that_of_tuning_on_the_same_answers_without_prompts(folder, 
 
 
 def test_by_default_answers_are_not_read_and_a_resumed_run_is_the_same(folder, tmp_path):
-    options = {"--data": folder / "answers", **TRAIN}
-    assert stage("pretrain", {**options, "--output": tmp_path / "plain"}) == 0
-    assert losses(tmp_path / "plain") == pytest.approx(losses(folder / "run"), rel=1e-6)
-    options["--soft_targets"] = 0.4
+    for data in ("data", "answers"):
+        assert stage("pretrain", {"--data": folder / data, "--output": tmp_path / data, **ONE_STEP}) == 0
+    assert losses(tmp_path / "answers") == pytest.approx(losses(tmp_path / "data"), rel=1e-6)
+    options = {"--data": folder / "answers", **TRAIN, "--soft_targets": 0.4}
     assert stage("pretrain", {**options, "--output": tmp_path / "whole"}) == 0
     assert losses(tmp_path / "whole") != pytest.approx(losses(folder / "run"), rel=1e-3)
     whole, half = checkpoints(tmp_path / "whole"), tmp_path / "half"
