@@ -62,11 +62,12 @@ def test_a_resumed_run_is_the_same(folder, tmp_path):
     assert_same(half, folder / "run")
 
 
-def test_a_loader_process_that_maps_a_large_table_trains_the_same(folder, tmp_path, monkeypatch):
+def test_a_loader_process_that_maps_a_large_table_trains_as_one_with_a_copy(folder, tmp_path, monkeypatch):
+    options = {**folders_of(folder), **TRAIN, "--stream.workers": 1}
+    assert stage("pretrain", {**options, "--output": tmp_path / "copied"}) == 0
     monkeypatch.setattr(shared_folder, "IN_MEMORY", 0)  # as if the table were large, it lies in a file
-    options = {**folders_of(folder), "--output": tmp_path / "run", **TRAIN, "--stream.workers": 1}
-    assert stage("pretrain", options) == 0
-    assert_same(tmp_path / "run", folder / "run")
+    assert stage("pretrain", {**options, "--output": tmp_path / "mapped"}) == 0
+    assert_same(tmp_path / "mapped", tmp_path / "copied")
 
 
 def test_a_share_of_nothing_is_training_without_neighbours_and_another_is_not(folder, tmp_path):
