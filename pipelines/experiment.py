@@ -83,7 +83,8 @@ class Experiment:
         second: str | None = None,
     ) -> None:
         """Run a stage that trains; the configuration `second`, where there is one, replaces options of `config`."""
-        output, more, configs = f"{self.folder}/{title}", more or [], [config, *[second] * (second is not None)]
+        output, more = f"{self.folder}/{title}", more or []
+        configs = [config] if second is None else [config, second]
         arguments = [word for each in configs for word in ("--config", each)]
         arguments += ["--data", data, "--output", output, "--seed", str(seed), *more]
         if "--batch.users" not in more:

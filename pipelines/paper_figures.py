@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+TEACHER = "teacher"
+"""The run whose answers the pre-trained model learns."""
 TABLE_2 = {"pretrain": "Pre-train", "fine_tuning": "Fine-tuning", "recgpt_1": "RecGPT_1", "recgpt": "RecGPT"}
 """Recall paths, and their names in the paper's Table 2."""
 SMALLEST_M = 5

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import paper_baselines, paper_methods
-from pipelines.paper_figures import TABLE_2, draw_figures
+from pipelines.paper_figures import TABLE_2, TEACHER, draw_figures
 from pipelines.seed_tables import PROTOCOLS, Row, cell, mark_best, mean_and_deviation, over_seeds, read_json, table
 from pipelines.steps import ROOT, RecordedSteps, clock
 
@@ -29,8 +29,6 @@ TABLE_3 = {
 BASELINES = {"cooccurrence": "co-occurrence (measured here)", "popularity": "popularity (measured here)"}
 CONTROL = {"recgpt_1": "fine_tuning", "recgpt": "fine_tuning_two_step"}
 """The paths of K = 0, fine-tuning, that stand for those with prompts."""
-TEACHER = "teacher"
-"""The run whose answers the pre-trained model learns."""
 STEPS_UP = (
     ("recgpt", "recgpt_1"),
     ("recgpt_1", "fine_tuning"),

@@ -34,7 +34,10 @@ def test_the_rungs_lead_from_the_papers_settings_to_ours_option_by_option(kind, 
         assert all(reached[name] != value for name, value in step.added.items()), step.rung
         reached |= step.added
     assert reached == read_options(kind, ours)
-    assert [step.rung.name for step in made] == [rung.name for rung in rungs if rung.name != "rest"]
+    # In the order of the rungs; ours may keep what the paper has, and trains with neighbours in no configuration.
+    names = [step.rung.name for step in made]
+    assert names == [rung.name for rung in rungs if rung.name in names]
+    assert {rung.name for rung in rungs} - {*names} <= {"neighbours", "rest"}
 
 
 def test_a_small_ladder_is_climbed_once_and_says_what_each_rung_gains(tmp_path, monkeypatch):
@@ -48,10 +51,14 @@ def test_a_small_ladder_is_climbed_once_and_says_what_each_rung_gains(tmp_path, 
         (configs / f"{name}.yaml").write_text(text)
     words = ["--dataset", f"tiny={log}", "--output", str(out), "--configs", str(configs), "--seeds", "1"]
     words += ["--ranks", "1", "--rungs", "pretrain.original", "prompt_tune.soft_targets"]
+    with (configs / "tiny.yaml").open("w") as file:  # which trains with neighbours, from one rung on
+        file.write(f"{CONFIG}neighbours: {{share: 0.2}}\n")
     ladder.main(words)
     ran = len(executor.ran)
-    # prepare; two rungs of pre-training, the last of which is tuned from, and one of tuning, each measured
-    assert ran == 1 + 2 * 2 + 1 + 2
+    # prepare and neighbours; two rungs of pre-training, from the last of which is tuned; one of tuning; each measured
+    assert ran == 2 + 2 * 2 + 1 + 2
+    stages = [command[2].rpartition(".")[2] for command in executor.ran]
+    assert stages[:2] == ["prepare", "find_neighbours"] and stages.count("find_neighbours") == 1
     rows = json.loads((out / "report.json").read_text())["tiny"]
     names = [f"{row['stage']}.{row['rung']}" for row in rows]
     assert names == ["pretrain.original", "pretrain.batch", "prompt_tune.soft_targets"]
@@ -59,6 +66,9 @@ def test_a_small_ladder_is_climbed_once_and_says_what_each_rung_gains(tmp_path, 
     original, batch, tuned = (" ".join(command) for command in trained)
     assert "--loss" not in original and "--loss.candidates all" in batch and "--model.activation gelu" in batch
     assert "--batch.users 0" in batch and "--tuning.soft_targets 0.3" in tuned
+    path = f"--neighbours.path {executor.ran[1][executor.ran[1].index('--output') + 1]}"
+    assert "--neighbours" not in original and path in batch and "--neighbours.share 0.2" in batch
+    assert "--neighbours" not in tuned
     before = None
     for row, path in zip(rows, ["pretrain"] * 2 + ["recgpt"], strict=True):
         file = out / f"tiny/seed0/{row['stage']}/{row['rung']}_test.json"

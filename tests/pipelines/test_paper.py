@@ -32,6 +32,13 @@ loss: {candidates: all}
 batch: {tokens: 200}
 train: {epochs: 1}
 """
+STUDENT = """
+soft_targets: 0.3
+"""
+ANSWERS = """
+prompts: {k: 0, answers: 2}
+neighbours: {weight: 4.0}
+"""
 DATASETS = ("data", "data_items")
 TITLES = [
     "prepare",
@@ -205,6 +212,49 @@ def test_a_split_by_time_longer_lists_methods_and_baselines_are_in_the_report(tm
     assert found["lists"]["SASRec"]["masked"]["HR@20"]["mean"] == 0.02
     text = (tmp_path / "out/report.md").read_text()
     assert "Split by time (`--hold_out time --test_from 85%`" in text and "| HR@20 | NDCG@20 |" in text
+
+
+def test_a_student_learns_the_answers_of_a_teacher_which_has_a_row_in_the_report(tmp_path, executor):
+    log, configs, out = tmp_path / "log.csv", tmp_path / "configs", tmp_path / "out"
+    synthetic_log.main(["--output", str(log), "--users", "120", "--items", "60", "--mean_events", "10"])
+    configs.mkdir()
+    files = {"paper": CONFIG, "paper_prompts": PROMPTS, "paper_tune": TUNE, "original": CONFIG}
+    for name, text in (files | {"paper_student": STUDENT, "paper_answers": ANSWERS}).items():
+        (configs / f"{name}.yaml").write_text(text)
+    words = ["--dataset", f"tiny={log}", "--output", str(out), "--configs", str(configs)]
+    words += ["--seeds", "1", "--ranks", "1", "--k", "1"]
+    paper.main(words)
+    ran = len(executor.ran)
+    assert ran == len(paper.parse(words).planned())
+    # The teacher, its answers with neighbours, and the student, which alone reads them.
+    pretrain, generate = (
+        [" ".join(c) for c in executor.ran if c[2].endswith(stage)] for stage in ("pretrain", "generate_prompts")
+    )
+    teacher, student = pretrain
+    assert "paper_student" not in teacher and "/tiny/data " in teacher and "/seed0/teacher" in teacher
+    assert f"paper_student.yaml --data {out}/tiny/seed0/answers" in student
+    assert "paper_answers.yaml" in generate[0] and f"--neighbours.path {out}/tiny/neighbours" in generate[0]
+    assert "--neighbours" not in generate[1] and "/seed0/pretrain" in generate[1]
+    run = json.loads((out / "tiny/seed0/pretrain/run.json").read_text())
+    assert run["config"]["soft_targets"] == 0.3
+    report = json.loads((out / "report.json").read_text())["datasets"]["tiny"]
+    figures = {}
+    for name in ("teacher", "pretrain"):
+        of_run = json.loads((out / f"tiny/seed0/{name}_test.json").read_text())["results"]["pretrain"]["masked"]
+        figures[name] = of_run["NDCG@10"]
+        assert report["results"]["test"][name]["masked"]["NDCG@10"]["mean"] == figures[name]
+    assert report["differences"]["pretrain - teacher"]["mean"] == figures["pretrain"] - figures["teacher"]
+    text = (out / "report.md").read_text()
+    assert "| the teacher of Pre-train | " in text and "pretrain - teacher" in text
+    # Other options of the student are another student.
+    (configs / "paper_student.yaml").write_text(STUDENT.replace("0.3", "0.5"))
+    with pytest.raises(SystemExit):
+        paper.main(words)
+    assert len(executor.ran) == ran
+    original = paper.parse([*words, "--settings", "original"])
+    assert not original.has_teacher("tiny") and not original.uses_neighbours("tiny")
+    assert paper.Paper("tiny", original, steps.RecordedSteps("x", "x", [])).student_config is None
+    assert len(original.planned()) == ran - 5  # neighbours; the teacher, its answers and two measurements
 
 
 def test_a_data_set_is_measured_on_both_splits_with_its_own_configurations():
