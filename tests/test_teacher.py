@@ -50,7 +50,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def answering(folder: Path, output: Path, **changed: Any) -> dict[str, Any]:
-    options = {"--data": folder / "data", "--checkpoint": folder / "run", "--output": output}
+    options: dict[str, Any] = {"--data": folder / "data", "--checkpoint": folder / "run", "--output": output}
     options |= {"--prompts.k": 0, "--prompts.answers": ANSWERS, "--neighbours.path": folder / "neighbours"}
     return options | {f"--{name.replace('__', '.')}": value for name, value in changed.items()}
 
@@ -69,7 +69,7 @@ def test_answers_alone_leave_the_histories_as_they_are(folder):
         assert not {*training} & {*answers} and max(answers, default=0) >= 0
     record = Dataset.open(str(folder / "answers")).manifest.settings["prompts"]
     assert record["neighbours"].pop("fingerprint") and record["k"] == 0
-    assert record["neighbours"] == {"path": None, "weight": 4.0, "memory": 10, "recency": 0.7}
+    assert record["neighbours"] == {"path": None, "weight": 2.0, "memory": 10, "recency": 0.7}
 
 
 def test_where_neighbours_are_does_not_matter_and_which_they_are_does(folder, tmp_path, capfd):

@@ -104,7 +104,7 @@ def test_answers_are_the_best_by_logit_and_co_occurrence_that_the_users_training
         assert len(answers) == len(row) and (answers[:first] == -1).all() and (answers[-1:] == -1).all()
         for place in range(first, len(row) - 1):
             read = row[first : place + 1]
-            expected = score(*model, users[u], read, [*range(len(read))])
+            expected = score(model[0], model[1], users[u], read, [*range(len(read))])
             out = {*row[:training], *row[: place + 1]}
             found = plain_answers(lists, row[: place + 1], {*row[:training]}, MEMORY, RECENCY, 50)
             for item, value in found:
