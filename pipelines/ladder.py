@@ -44,7 +44,7 @@ class Rung:
 
 PRETRAIN = (
     Rung(ORIGINAL, "the paper's settings: binary cross-entropy, Adam, batches of 256 users"),
-    Rung("loss", "softmax over sampled items", ("loss",)),
+    Rung("loss", "softmax over all items", ("loss",)),
     Rung("history_in", "mean of the history at the input", ("model.history_in",)),
     Rung("history_out", "decaying mean of the history at the output", ("model.history_out",)),
     Rung("output_map", "linear map of the output", ("model.output_map",)),
@@ -72,7 +72,6 @@ TUNE = (
     Rung("batch", "smaller batches, by tokens", ("batch",)),
     Rung("optimizer", "row-wise Adagrad of the tables; warm-up and cosine decay", ("tables", "optimizer")),
     Rung("length", "epochs and early stopping", ("train",)),
-    Rung("loss", "softmax over sampled items", ("loss",)),
     Rung("soft_targets", "part of each target's weight on the model's own answers", ("tuning.soft_targets",)),
     Rung("rest", "all other options", ("",)),
 )

@@ -168,7 +168,7 @@ def test_a_plan_counts_the_table_and_the_answers(folder):
     without = Estimate.of(Plan(**options))
     given = Estimate.of(Plan(**options, neighbours=Neighbours(path=str(folder / "neighbours"), answers=3)))
     sizes = {item.name: item.device for item in given.memory.items}
-    assert sizes["neighbours"] == 8 * 10 * 10**5 and "neighbours" not in {each.name for each in without.memory.items}
+    assert sizes["neighbours"] == 8 * 20 * 10**5 and "neighbours" not in {each.name for each in without.memory.items}
     assert given.workload.distinct_items == without.workload.distinct_items + 3 * 512
     large = Estimate.of(Plan(**{**options, "items": 10**6}, neighbours=Neighbours(path=str(folder / "neighbours"))))
     (item,) = (each for each in large.memory.items if each.name == "neighbours")
