@@ -210,6 +210,7 @@ def test_a_run_prints_and_records_what_was_chosen_and_resumes_to_the_same(
 
     # The values make the run, wherever they come from; without them it is another.
     explicit = {"--model.output_map": "true", "--loss.candidates": "all", "--train.patience": 0}
+    explicit |= {"--batch.thinning": 0.3, "--batch.thinned": 0.3}
     assert stage("pretrain", {**words, "--preset": "none", **explicit}) == 0
     assert "is already trained" in capsys.readouterr().out
     assert stage("pretrain", {**words, "--preset": "none"}) == 2
@@ -263,7 +264,7 @@ def test_plan_and_doctor_describe_the_run_that_the_preset_makes(data: Path, caps
     config, _ = apply_preset(cli.parse(Plan, "x", words))
     assert Workload.of(config).candidates == 20 and config.loss.candidates == "all"
     examined, lines = apply_preset(cli.parse(Doctor, "x", ["--data", str(data), "--preset", "auto"]))
-    assert examined.loss.candidates == "all" and len(lines) == 12
+    assert examined.loss.candidates == "all" and len(lines) == 14
     assert stage("plan", {"--items": 9, "--users": 9, "--preset": "auto"}) == 2
     assert "--preset auto follows a dataset's statistics; give --data DIR" in capsys.readouterr().err
 
