@@ -78,7 +78,7 @@ def test_where_neighbours_are_does_not_matter_and_which_they_are_does(folder, tm
     said = capfd.readouterr().out
     assert "Already there" in said and "recgpt_torchrec.pretrain" in said and "--soft_targets 0.3" in said
     assert stage("find_neighbours", {"--data": folder / "data", "--output": tmp_path / "one", "--count": 1}) == 0
-    for changed in ({"neighbours__path": tmp_path / "one"}, {"neighbours__weight": 2}, {"neighbours__path": None}):
+    for changed in ({"neighbours__path": tmp_path / "one"}, {"neighbours__weight": 4}, {"neighbours__path": None}):
         assert stage("generate_prompts", answering(folder, folder / "answers", **changed)) == 2
         assert "neighbours" in capfd.readouterr().err
 
