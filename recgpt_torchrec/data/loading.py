@@ -54,6 +54,7 @@ def prefetch(source: Callable[[int], Iterator[T]], settings: Stream) -> Iterator
         num_workers=settings.workers,
         prefetch_factor=settings.prefetch,
         multiprocessing_context=context,
+        generator=torch.Generator(),  # the seed of workers, which draw nothing, is not drawn from that of dropout
     )
     received = _receive(loader, pins)
     try:

@@ -78,6 +78,15 @@ def test_a_value_without_tensors_takes_no_memory():
     assert block.memory.numel() == 0 and block.unpack() == ("a", 1)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_reading_a_batch_draws_no_random_number_that_dropout_draws_from(stream, workers):
+    start_forkserver()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    assert list(prefetch(stream.batches().source, Stream(workers=workers)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_where_there_is_a_gpu_every_batch_is_pinned_by_one_copy(stream, workers, monkeypatch):
     """Page-locked memory needs a driver, so ordinary memory takes its place, and is recognised by its address."""
