@@ -4,6 +4,7 @@ from recgpt_torchrec import cli
 from recgpt_torchrec.config import FindNeighbours
 from recgpt_torchrec.preparation.neighbours import Result, find_neighbours
 from recgpt_torchrec.texts.commands import following
+from recgpt_torchrec.texts.words import count, format_bytes
 
 
 def main(config: FindNeighbours) -> None:
@@ -14,19 +15,18 @@ def main(config: FindNeighbours) -> None:
 def summary(config: FindNeighbours, result: Result) -> str:
     """What was read, found and written, and the next command."""
     manifest = result.manifest
+    options = {"data": config.data, "neighbours.path": config.output, "output": "RUN_FOLDER"}
+    following_line = f"next        {following('pretrain', options)}"
+    if result.already_there:
+        there = f"nothing to do: {config.output} already holds the neighbours of this dataset and these options"
+        return f"{there}\n{following_line}"
     lines = [
         f"read        the training part of {config.data} ({manifest.interactions:,} interactions less those held out)",
         f"found       {manifest.pairs:,} pairs of different items, at most {config.window} positions apart",
         f"kept        the best {manifest.count} neighbours of each of {manifest.items:,} items",
     ]
-    if result.already_there:
-        lines.append(f"nothing to do: {config.output} already holds the neighbours of this dataset and these options")
-    else:
-        megabytes = manifest.size / 10**6
-        files = f"{megabytes:,.1f} MB, {len(manifest.parts):,} part{'s' * (len(manifest.parts) != 1)}"
-        lines.append(f"wrote       {config.output} ({files}) in {result.seconds:.1f} s")
-    options = {"data": config.data, "neighbours.path": config.output, "output": "RUN_FOLDER"}
-    lines.append(f"next        {following('pretrain', options)}")
+    files = f"{format_bytes(manifest.size)} in {count(len(manifest.parts), 'file')}"
+    lines += [f"wrote       {config.output} ({files}) in {result.seconds:.1f} s", following_line]
     return "\n".join(lines)
 
 

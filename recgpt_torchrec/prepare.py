@@ -10,7 +10,7 @@ from recgpt_torchrec.data.split import EVALUATION
 from recgpt_torchrec.preparation.days.appending import append
 from recgpt_torchrec.preparation.pipeline import Result, prepare
 from recgpt_torchrec.texts.commands import following
-from recgpt_torchrec.texts.words import agree
+from recgpt_torchrec.texts.words import agree, format_bytes
 
 
 def main(config: Prepare) -> None:
@@ -75,7 +75,7 @@ def summary(config: Prepare, result: Result) -> str:
     if result.already_there:
         lines.append(f"nothing to do: {config.output} already holds the dataset of this input and these options")
     else:
-        written = f"{size(manifest.size)} in {len(manifest.all_parts)} files"
+        written = f"{format_bytes(manifest.size)} in {len(manifest.all_parts)} files"
         lines.append(f"wrote       {config.output} ({written}) in {result.seconds:.1f} s")
     more = {"initial": "EARLIER_RUN", "targets": "new"} if extends else {}
     lines.append(line("next", following("pretrain", {"data": config.output, "output": "RUN_FOLDER", **more})))
@@ -117,7 +117,7 @@ def describe_reading(config: Prepare, record: dict[str, Any]) -> list[str]:
     folder = record["rejected_parts"][0]["path"].rpartition("rejected/")[0] if rejected else ""
     folder = f"{config.output}/{folder}".rstrip("/")
     name = files[0]["path"] if len(files) == 1 else f"{len(files)} files"
-    lines = [f"read        {record['rows']:,} rows of {name} ({size(sum(file['bytes'] for file in files))})"]
+    lines = [f"read        {record['rows']:,} rows of {name} ({format_bytes(sum(file['bytes'] for file in files))})"]
     lines += [line(label, text) for label, text in record.get("page", []) if label != "note"]
     if filtered := record.get("filtered"):
         unknown = record["uncomputed"]
@@ -173,7 +173,7 @@ def summarize_day(config: Prepare, result: Result) -> str:
         lines.append(f"nothing to do: {config.output} already holds this input, as day {day.number}")
     else:
         own = [part for part in manifest.all_parts if day_of(part) == day.number]
-        written = f"{size(sum(part.bytes for part in own))} in {len(own)} files"
+        written = f"{format_bytes(sum(part.bytes for part in own))} in {len(own)} files"
         lines.append(f"wrote       {path_of(config.output, day.number)} ({written}) in {result.seconds:.1f} s")
     lines.append(line("next", following("pretrain", {"data": config.output, "output": "RUN_FOLDER"})))
     return "\n".join(lines)
@@ -212,17 +212,6 @@ def describe_split(manifest: Manifest) -> list[str]:
             + ("" if hold_out == "none" else "; --hold_out none trains on the held-out ones")
         )
     return lines
-
-
-def size(count: float) -> str:
-    """A number of bytes in readable units, such as `1.5 MB`."""
-    if count < 1000:
-        return f"{count:.0f} B"
-    for unit in ("KB", "MB", "GB"):
-        count /= 1000
-        if count < 1000:
-            return f"{count:.1f} {unit}"
-    return f"{count / 1000:.1f} TB"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Counted nouns."""
+"""Counted nouns, and numbers of bytes."""
 
 import re
 
@@ -37,3 +37,14 @@ def agree(text: str) -> str:
         return f"1{found[1]} {noun}{verb}"
 
     return ONE.sub(in_singular, text)
+
+
+def format_bytes(count: float) -> str:
+    """A number of bytes in readable units, such as `1.5 MB`."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    for unit in ("KB", "MB", "GB"):
+        count /= 1000
+        if count < 1000:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:.1f} TB"

@@ -31,7 +31,7 @@ class NeighboursManifest(FolderManifest):
         version_field="neighbours_version",
         version=1,
         parts=("parts",),
-        use="pretrain and prompt_tune read it with --neighbours.path",
+        use="pretrain, generate_prompts and prompt_tune read it with --neighbours.path",
     )
     neighbours_version: int = KIND.version
     dataset: str = ""
