@@ -12,7 +12,7 @@ from typing import Any
 
 JOB = "RECGPT_JOB"
 """Environment variable in which a job of torchx finds the words of its own command, with {} for the stage's name."""
-ONE_PROCESS = ("prepare", "apply", "recommend", "run", "report", "plan", "doctor", "manifest")
+ONE_PROCESS = ("prepare", "find_neighbours", "apply", "recommend", "run", "report", "plan", "doctor", "manifest")
 """Programs that run in one process: of several, each would do all the work."""
 PORT = 29500
 """Port on the first node where the nodes of torchrun meet."""
