@@ -2,8 +2,8 @@
 
     python -m tools.plain_padded DATASET_FOLDER --threads 1
 
-The model and the loss are those of configs/beauty.yaml as far as a plain loop has them: width, length, one block,
-dropout, user vectors, shared negatives. Needs torch, numpy and pyarrow only, so that nothing of this project speeds it
+The model is that of configs/beauty.yaml as far as a plain loop has it: width, length, one block, dropout, user vectors;
+the loss has 3,000 shared negatives. Needs torch, numpy and pyarrow only, so that nothing of this project speeds it
 up. Prints targets per second as JSON lines.
 """
 

@@ -27,6 +27,9 @@ from recgpt_torchrec.training.trainer import Trainer
 from tools.benchmarks.measuring import Figures, stopwatch
 
 CONFIG = Path(__file__).parents[2] / "configs/beauty.yaml"
+PLAIN = {"loss.candidates": "sampled", "loss.negatives": 3000, "batch.thinning": 0.0}
+"""What benchmarks change of it: a loss whose cost does not grow with the catalogue, and whole histories, as a plain loop
+has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +46,8 @@ class FirstBatches(BatchMaker):
 
 
 def parse(data: str, output: str, options: dict[str, Any]) -> Pretrain:
-    """The configuration of a run on a dataset: configs/beauty.yaml and further options, `{"batch.tokens": 1536}`."""
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    """The configuration of a run on a dataset: configs/beauty.yaml, `PLAIN` and options, `{"batch.tokens": 1536}`."""
+    words = [word for name, value in {**PLAIN, **options}.items() for word in (f"--{name}", str(value))]
     return cli.parse(Pretrain, "tools.benchmark", ["--config", str(CONFIG), "--data", data, "--output", output, *words])
 
 
