@@ -28,8 +28,8 @@ from tools.benchmarks.measuring import Figures, stopwatch
 
 CONFIG = Path(__file__).parents[2] / "configs/beauty.yaml"
 PLAIN = {"loss.candidates": "sampled", "loss.negatives": 3000, "batch.thinning": 0.0}
-"""What benchmarks change of it: a loss whose cost does not grow with the catalogue, and whole histories, as a plain loop
-has them."""
+"""What benchmarks change of it: a loss whose cost does not grow with the catalogue, and whole histories, as a plain
+loop has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
