@@ -42,6 +42,8 @@ AIMS = {
 PATIENCE_SECONDS = 6.0
 """Maximum wait for the phase after the first step; then the rank is killed in any phase."""
 TRAINING = {**SMALL, "--tables.sharding": "row_wise", "--train.patience": 0, "--saving.every_steps": 4}
+# `auto` would measure which precision is faster, and may choose another one for each run on a busy machine.
+TRAINING |= {"--train.precision": "fp32"}
 RANKS = 2
 
 
