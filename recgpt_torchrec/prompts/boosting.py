@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from recgpt_torchrec.config import AnswerNeighbours
 from recgpt_torchrec.data.dataset import Dataset
@@ -65,7 +63,7 @@ class NeighbourBoost:
         ids, scores = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
         values = self.weight * scores / np.maximum(scores[:, :1], np.finfo(np.float32).tiny)
         shape = (*places.shape, -1)
-        return BatchBoost(ids.reshape(shape), values.astype(np.float32).reshape(shape), fill_rows(own, lists))
+        return BatchBoost(ids.reshape(shape), values.astype(np.float32).reshape(shape), own)
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,8 @@ class BatchBoost:
     """[users, intervals, candidates] int64 items whose scores are raised; -1: none."""
     values: Float32
     """[users, intervals, candidates] float32, by how much."""
-    own: Int64
-    """[users, longest] int64 items of each user's training part; shorter rows repeat the user's first item."""
+    own: Ragged
+    """[users] the items of each user's training part, which are no answers."""
 
     def after(self, users: int, at: Int64) -> tuple[Ragged, Float32]:
         """The items that are raised after the item number `at` [users] of the first `users`, and by how much each."""
@@ -85,10 +83,6 @@ class BatchBoost:
         ids, values = self.ids[row, at], self.values[row, at]
         there = ids >= 0
         return Ragged(ids[there], offsets_of(there.sum(1))), values[there]
-
-    def left_out(self, users: int, device: torch.device) -> Tensor:
-        """[users, longest] int64 items that are no answers."""
-        return torch.from_numpy(self.own[:users]).to(device)
 
 
 def describe_boost(neighbours: AnswerNeighbours, dataset: Dataset) -> dict[str, Any]:
@@ -110,15 +104,6 @@ def open_boost(neighbours: AnswerNeighbours, dataset: Dataset) -> NeighbourBoost
     """
     if neighbours.path is None:
         return None
-    manifest = open_neighbours(neighbours.path, dataset)
-    table = NeighbourTable.open(neighbours.path, manifest, read_on_node)
+    table = NeighbourTable.of_dataset(neighbours.path, dataset, read_on_node)
     found = NeighbourAnswers(table=table, memory=neighbours.memory, recency=neighbours.recency, answers=CANDIDATES)
     return NeighbourBoost(neighbours=found, weight=neighbours.weight, hold_out=dataset.manifest.hold_out)
-
-
-def fill_rows(lists: Ragged, otherwise: Ragged) -> Int64:
-    """[rows, longest] int64: the values of each list, then the first value of the same list of `otherwise`."""
-    longest = int(lists.lengths.max(initial=0))
-    rows = np.repeat(otherwise.values[otherwise.offsets[:-1]][:, None], longest, axis=1)
-    rows[np.arange(longest) < lists.lengths[:, None]] = lists.values
-    return rows

@@ -158,13 +158,13 @@ class Prompter:
         excluded = torch.where(seen, grid.items[users, : seen.shape[1]], grid.items[users, :1])
         excluded = torch.cat([excluded, grid.older[users]], dim=1)
         if self.prompts.answers:
-            forbidden = excluded if self.prompts.exclude_seen else None
             if grid.boost is None:
+                forbidden = excluded if self.prompts.exclude_seen else None
                 best = self.catalogue.top_k(out, self.prompts.answers, forbidden=forbidden)
             else:
-                forbidden = torch.cat([excluded, grid.boost.left_out(users.numel(), excluded.device)], dim=1)
+                own = grid.boost.own.part(0, users.numel())
                 raised, values = grid.boost.after(users.numel(), at.cpu().numpy())
-                best = self.catalogue.top_k(out, self.prompts.answers, forbidden=forbidden, weighed=raised, bias=values)
+                best = self.catalogue.top_k(out, self.prompts.answers, own, excluded, raised, values)
             grid.answers[users, at], grid.answer_scores[users, at] = best.items, best.scores.nan_to_num(neginf=0.0)
         for slot in range(self.prompts.k):
             wanted = (grid.prompts[users, at, slot] < 0).nonzero()[:, 0]

@@ -16,7 +16,6 @@ from recgpt_torchrec.data.inputs.attributes import Attributes
 from recgpt_torchrec.data.inputs.events import weights_of_targets
 from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.neighbours.answering import NeighbourAnswers
-from recgpt_torchrec.data.neighbours.folder import open_neighbours
 from recgpt_torchrec.data.neighbours.table import NeighbourTable
 from recgpt_torchrec.data.packed import Capacity
 from recgpt_torchrec.data.reading.damage import LIST, SetAside
@@ -170,8 +169,7 @@ def open_answers(options: Neighbours, dataset: Dataset) -> NeighbourAnswers | No
     """
     if options.path is None:
         return None
-    manifest = open_neighbours(options.path, dataset)
-    table = NeighbourTable.open(options.path, manifest, read_on_node)
+    table = NeighbourTable.of_dataset(options.path, dataset, read_on_node)
     return NeighbourAnswers(
         table=table, share=options.share, memory=options.memory, recency=options.recency, answers=options.answers
     )

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from recgpt_torchrec.data.neighbours.folder import NeighboursManifest
+from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.neighbours.folder import NeighboursManifest, open_neighbours
 from recgpt_torchrec.data.ragged import Ragged, to_numpy
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage import filesystem, raise_storage_failure
@@ -62,6 +63,11 @@ class NeighbourTable:
 
         buffer = read("neighbours", 8 * manifest.items * manifest.count, fill, manifest.items, "items")
         return cls(*cls.view(shape, buffer.bytes), buffer)
+
+    @classmethod
+    def of_dataset(cls, path: str, dataset: Dataset, read: Read = fill_in_memory) -> "NeighbourTable":
+        """Check that a folder's neighbours are of a dataset, and read them; see `open_neighbours` and `open`."""
+        return cls.open(path, open_neighbours(path, dataset), read)
 
     @staticmethod
     def view(
