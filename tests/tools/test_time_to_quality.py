@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from recgpt_torchrec.data.dataset import histories_fingerprint
 from tools.benchmarks import time_to_quality
 from tools.benchmarks.time_to_quality import reach
+from tools.small_run import walks, write_dataset
 
 RUN = """
 import json, os, time
@@ -65,3 +67,21 @@ def test_both_are_told_side_by_side(tmp_path, monkeypatch, capsys):
     written = json.loads((tmp_path / "o.json").read_text())
     assert written["ratios"] == {"train_s": 60.0, "wall_s": 33.5} and written["recbole"]["value"] == 0.03
     assert "ratio 60 (goal 50); with start and validations 34" in capsys.readouterr().out
+
+
+def test_an_earlier_result_takes_the_place_of_training(tmp_path, monkeypatch, capsys):
+    data = str(tmp_path / "data")
+    histories = histories_fingerprint(write_dataset(data, walks(users=20, items=12)))
+    best = {"masked": 0.03, "epochs": 1.5, "train_s": 600.0, "seconds": 660.0}
+    result = {"best": best, "curve": [best], "setup_s": 10.0, "settings": {"threads": 1, "histories": histories}}
+    file = tmp_path / "SASRec.json"
+    ours = {"reached": True, "value": 0.031, "epoch": 2, "train_s": 10.0, "wall_s": 20.0}
+    monkeypatch.setattr(time_to_quality, "reach", lambda value, command, output: ours)
+    words = ["--data", data, "--config", "c", "--recbole", str(file), "--output", str(tmp_path / "o.json")]
+    file.write_text(json.dumps(result))
+    time_to_quality.main(words)
+    assert "ratio 60 (goal 50)" in capsys.readouterr().out
+    for other, said in {"threads": "2 threads", "histories": "other histories"}.items():
+        file.write_text(json.dumps({**result, "settings": {**result["settings"], other: 2}}))
+        with pytest.raises(SystemExit, match=said):
+            time_to_quality.main(words)

@@ -7,7 +7,8 @@
 Both with one thread, one after the other, on the same validation items of all users, ranked over the whole catalogue
 with the history masked, by the same code. RecBole is validated after each epoch and where its minutes are over, ours
 after each --steps steps and epoch. Two times of each: `train_s` without start and validations, `wall_s` from the start
-of the process with both. Our run ends where it has reached the value.
+of the process with both. Our run ends where it has reached the value. --recbole takes the result of an earlier
+`tools/compare_recbole.py --threads 1` on the same dataset, with the model's own options, in the place of training it.
 """
 
 import argparse
@@ -38,15 +39,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=40, help="of ours between validations (default: 40)")
     parser.add_argument("--layers", type=int, default=2, help="blocks of RecBole's SASRec (default: 2, its own)")
     parser.add_argument("--seed", type=int, default=0, help="of both (default: 0)")
+    parser.add_argument("--recbole", metavar="FILE", help="its result on these data, instead of training it now")
     parser.add_argument("--output", required=True, help="JSON file")
     options = parser.parse_args(arguments)
     before = machine()
     with tempfile.TemporaryDirectory() as scratch:
-        words = ["--data", options.data, "--output", scratch, "--minutes", str(options.minutes)]
-        theirs = compare_recbole.parse([*words, "--models", "SASRec", "--threads", "1", "--seed", str(options.seed)])
-        theirs.model_options = {"n_layers": options.layers}
-        compare_recbole.run(theirs)
-        result = json.loads((Path(scratch) / "SASRec.json").read_text())
+        if options.recbole:
+            result = read_result(options.recbole, options.data)
+        else:
+            words = ["--data", options.data, "--output", scratch, "--minutes", str(options.minutes)]
+            words += ["--models", "SASRec", "--threads", "1", "--seed", str(options.seed)]
+            theirs = compare_recbole.parse(words)
+            theirs.model_options = {"n_layers": options.layers}
+            compare_recbole.run(theirs)
+            result = json.loads((Path(scratch) / "SASRec.json").read_text())
         best = result["best"]
         of_recbole = {"value": best["masked"], "epochs": best["epochs"], "train_s": best["train_s"]}
         of_recbole["wall_s"] = result["setup_s"] + best["seconds"]
@@ -63,6 +69,23 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"ours ended at {ours['value']:.4f}, below {best['masked']:.4f}")
     print(f"ours:             {METRIC} {ours['value']:.4f} after {ours['train_s']:.1f} s of training")
     print(f"ratio {ratios['train_s']:.0f} (goal {GOAL}); with start and validations {ratios['wall_s']:.0f}")
+
+
+def read_result(file: str, data: str) -> dict[str, Any]:
+    """Read a result of `tools/compare_recbole.py`.
+
+    Raises:
+        SystemExit: it is of other data, or of several threads.
+    """
+    from recgpt_torchrec.data.dataset import Dataset, histories_fingerprint
+
+    result = json.loads(Path(file).read_text())
+    threads, histories = (result["settings"][name] for name in ("threads", "histories"))
+    if threads != 1:
+        raise SystemExit(f"--recbole {file} was trained with {threads} threads; ours has one")
+    if histories != histories_fingerprint(Dataset.open(data)):
+        raise SystemExit(f"--recbole {file} was trained on other histories than those of --data {data}")
+    return result
 
 
 def reach(value: float, command: list[str], output: Path) -> dict[str, Any]:
