@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.steps import ROOT, RecordedSteps
 from recgpt_torchrec.config.command_line import values_of
@@ -161,36 +161,44 @@ class Experiment:
         ]
         return [*job, "-m", f"recgpt_torchrec.{name}", *arguments]
 
-    def _equal_steps(self, data: str) -> list[str]:
-        """Options with which tuning on the prompts of `data` takes as many optimizer steps as without prompts."""
-        batch = values_of(ROOT / self.tune_config).get("batch", {})
-        if batch.get("users") and "tokens" not in batch:
-            return []  # as many users in each batch, however long their histories are
-        return ["--batch.tokens", str(self._equal_step_tokens(data))]
+    def _equal_steps(self, data: str, prompts: bool = True) -> dict[str, int]:
+        """The option, and its value, with which tuning on `data`, with or without its prompts, takes as many optimizer
+        steps per epoch as on the prepared dataset without prompts; empty where batches are as many users.
 
-    def _equal_step_tokens(self, data: str, prompts: bool = True) -> int:
-        """Tokens per batch of `data`, with or without its prompts, that give as many optimizer steps per epoch as the
-        prepared dataset without prompts.
-
-        With K prompts about 1 + K times as many; fewer where long histories are cut to `max_len` entries.
+        With K prompts about 1 + K times as many tokens; fewer where long histories are cut to `max_len` entries.
         """
         from recgpt_torchrec import cli
         from recgpt_torchrec.config import Pretrain, PromptTune
         from recgpt_torchrec.data.dataset import Dataset
+        from recgpt_torchrec.data.reading.preset import apply_preset
 
-        unused = ["--data", "", "--output", ""]
-        model = cli.parse(Pretrain, self.steps.name, ["--config", str(ROOT / self.config), *unused]).model
-        unused += ["--checkpoint", ""]
-        tune = cli.parse(PromptTune, self.steps.name, ["--config", str(ROOT / self.tune_config), *unused])
+        place = ["--data", str(ROOT / self.data), "--output", ""]
+        model = cli.parse(Pretrain, self.steps.name, ["--config", str(ROOT / self.config), *place])
+        max_len = apply_preset(model)[0].model.max_len
+        place += ["--checkpoint", ""]
+        batch = cli.parse(PromptTune, self.steps.name, ["--config", str(ROOT / self.tune_config), *place]).batch
+        name, tokens = ("step_tokens", batch.step_tokens) if batch.step_tokens else ("tokens", batch.tokens)
+        if tokens == "auto" and batch.users:
+            return {}  # as many users in each batch, however long their histories are
+        if tokens == "auto":
+            raise SystemExit(
+                f"{self.tune_config}: batch.tokens or batch.step_tokens must be a number, so that both tunings have "
+                "equal steps"
+            )
         count, control = (
-            inputs_of(Dataset.open(str(ROOT / path)), tune.batch.long_histories, model.max_len, read)
+            inputs_of(Dataset.open(str(ROOT / path)), batch.long_histories, max_len, read)
             for path, read in ((data, prompts), (self.data, False))
         )
-        if tune.batch.tokens == "auto":
-            raise SystemExit(
-                f"{self.tune_config}: batch.tokens must be a number, so that both tunings have equal steps"
-            )
-        return round(tune.batch.tokens * count / max(control, 1))
+        return {f"batch.{name}": round(tokens * count / max(control, 1))}
+
+
+def words_of(options: dict[str, Any]) -> list[str]:
+    """Options as words of a command line."""
+    words = []
+    for name, value in options.items():
+        spelled = str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+        words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [spelled])]
+    return words
 
 
 def inputs_of(dataset: "Dataset", long_histories: Literal["newest", "windows"], max_len: int, prompts: bool) -> int:

@@ -32,7 +32,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipelines import experiment, paper_report, seed_tables  # noqa: E402
-from pipelines.experiment import from_root  # noqa: E402
+from pipelines.experiment import from_root, words_of  # noqa: E402
 from pipelines.paper_report import METRICS  # noqa: E402
 from pipelines.seed_tables import PROTOCOLS, Row  # noqa: E402
 from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
@@ -198,7 +198,7 @@ class Feedback(experiment.Experiment):
         """Tune an arm from the run `start`, on `data` of the step `made_by`, and measure it."""
         prompts = arm in self.options.prompts
         title = f"seed{seed}/{folder_of(arm)}"
-        more = ["--checkpoint", f"{self.folder}/{start}", "--batch.tokens", str(self._equal_step_tokens(data, prompts))]
+        more = ["--checkpoint", f"{self.folder}/{start}", *words_of(self._equal_steps(data, prompts))]
         more += [] if prompts else ["--tuning.prompts", "false"]
         more += ["--tuning.places", "true"] if arm.startswith("places:") else []
         self._train(title, "tune", "prompt_tune", self.tune_config, data, (made_by, start), seed, more)

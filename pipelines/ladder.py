@@ -2,7 +2,7 @@
 
     python pipelines/ladder.py --dataset beauty=../shared/data/Beauty.txt --output runs/ladder --seeds 5
 
-Starts at configs/original.yaml and original_tune.yaml and ends at the data set's own configuration, or that of `paper`.
+Starts at configs/original.yaml and original_tune.yaml and ends at the data set's own configuration, or beauty.yaml.
 Each rung takes some options of ours and keeps those of the rungs before it; pre-training first, then prompt-tuning,
 which starts from the last rung of pre-training. OUTPUT/report.md and report.json have HR@10 and NDCG@10 on test of
 every rung, its gain over the rung before, seed by seed, and the time to train; they are updated after each seed, and
@@ -20,11 +20,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipelines import experiment  # noqa: E402
-from pipelines.experiment import config_file, from_root, uses_neighbours  # noqa: E402
+from pipelines.experiment import config_file, from_root, uses_neighbours, words_of  # noqa: E402
 from pipelines.paper_report import read_training  # noqa: E402
 from pipelines.seed_tables import Row, cell, mean_and_deviation, read_json, table  # noqa: E402
 from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
 from recgpt_torchrec import cli, config  # noqa: E402
+from recgpt_torchrec.config.command_line import values_of  # noqa: E402
 from recgpt_torchrec.storage.finished import flatten  # noqa: E402
 
 METRICS = ("HR@10", "NDCG@10")
@@ -122,15 +123,6 @@ def read_options(kind: type, file: str) -> dict[str, Any]:
     return options | ({"neighbours.path": NEIGHBOURS} if uses_neighbours(file) else {})
 
 
-def words_of(options: dict[str, Any]) -> list[str]:
-    """Options as words of a command line."""
-    words = []
-    for name, value in options.items():
-        spelled = str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
-        words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [spelled])]
-    return words
-
-
 @dataclass(kw_only=True)
 class Options(experiment.Options):
     """Options of this pipeline."""
@@ -154,10 +146,15 @@ class Climb:
         endings = {"pretrain": "", "prompt_tune": "_tune"}
         self.start = {stage: f"{options.configs}/{ORIGINAL}{ending}.yaml" for stage, ending in endings.items()}
         self.rungs = {
-            stage: climb(kind, rungs, self.start[stage], config_file(options.configs, name, endings[stage]))
+            stage: climb(kind, rungs, self.start[stage], self._ours(endings[stage]))
             for stage, (kind, rungs, _) in STAGES.items()
         }
         """By stage."""
+
+    def _ours(self, ending: str) -> str:
+        """The configuration file at the top; for one that leaves its options to the data, what these are for Beauty."""
+        file = config_file(self.options.configs, self.name, ending)
+        return f"{self.options.configs}/beauty.yaml" if values_of(ROOT / file).get("preset") == "auto" else file
 
     @property
     def last(self) -> str:
@@ -225,8 +222,8 @@ class Ladder(experiment.Experiment):
             if step.rung.name not in self.climb.measured(stage):
                 continue
             options = added | ({"train.epochs": self.options.epochs} if self.options.epochs else {})
-            if stage == "prompt_tune" and "batch.tokens" in options:
-                options["batch.tokens"] = self._equal_step_tokens(data)  # as many optimizer steps as without prompts
+            if stage == "prompt_tune" and {"batch.tokens", "batch.step_tokens"} & options.keys():
+                options |= self._equal_steps(data)  # as many optimizer steps as without prompts
             own = needs
             if "neighbours.path" in options:
                 options["neighbours.path"], own = self.neighbours, (*needs, "neighbours")

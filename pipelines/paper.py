@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipelines import experiment, paper_report  # noqa: E402
-from pipelines.experiment import config_file, from_root  # noqa: E402
+from pipelines.experiment import config_file, from_root, words_of  # noqa: E402
 from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
 
 SPLITS = ("validation", "test")
@@ -297,7 +297,7 @@ class Paper(experiment.Experiment):
     def _tune(self, seed: int, k: int, tuned: list[str]) -> None:
         place = f"seed{seed}/k{k}"
         prompts = f"{self.folder}/{place}/prompts"
-        tokens = self._equal_steps(prompts)
+        tokens = words_of(self._equal_steps(prompts))
         needs = (f"seed{seed}/pretrain", f"{place}/prompts")
         self._train(f"{place}/recgpt", "tune", "prompt_tune", self.tune_config, prompts, needs, seed, [*tuned, *tokens])
         self._measure(seed, f"k{k}/recgpt")

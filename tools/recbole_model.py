@@ -43,7 +43,6 @@ COMMON: dict[str, Any] = {
     "valid_metric": "NDCG@10",
     "metric_decimal_place": 6,
     "learning_rate": 0.001,
-    "train_batch_size": 2048,
     "use_gpu": False,
     "save_dataset": False,
     "state": "ERROR",

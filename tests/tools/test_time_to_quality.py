@@ -55,7 +55,7 @@ def test_a_run_that_fails_is_not_taken_for_a_slow_one(tmp_path):
 
 def test_both_are_told_side_by_side(tmp_path, monkeypatch, capsys):
     def train(options):
-        assert (options.models, options.threads, options.model_options) == (["SASRec"], 1, {"n_layers": 1})
+        assert (options.models, options.threads, options.model_options["n_layers"]) == (["SASRec"], 1, 1)
         best = {"masked": 0.03, "epochs": 1.5, "train_s": 600.0, "seconds": 660.0}
         Path(options.output, "SASRec.json").write_text(json.dumps({"best": best, "curve": [best], "setup_s": 10.0}))
 
@@ -73,7 +73,8 @@ def test_an_earlier_result_takes_the_place_of_training(tmp_path, monkeypatch, ca
     data = str(tmp_path / "data")
     histories = histories_fingerprint(write_dataset(data, walks(users=20, items=12)))
     best = {"masked": 0.03, "epochs": 1.5, "train_s": 600.0, "seconds": 660.0}
-    result = {"best": best, "curve": [best], "setup_s": 10.0, "settings": {"threads": 1, "histories": histories}}
+    settings = {"threads": 1, "histories": histories}
+    result = {"best": best, "curve": [best], "setup_s": 10.0, "settings": settings}
     file = tmp_path / "SASRec.json"
     ours = {"reached": True, "value": 0.031, "epoch": 2, "train_s": 10.0, "wall_s": 20.0}
     monkeypatch.setattr(time_to_quality, "reach", lambda value, command, output: ours)
@@ -82,6 +83,6 @@ def test_an_earlier_result_takes_the_place_of_training(tmp_path, monkeypatch, ca
     time_to_quality.main(words)
     assert "ratio 60 (goal 50)" in capsys.readouterr().out
     for other, said in {"threads": "2 threads", "histories": "other histories"}.items():
-        file.write_text(json.dumps({**result, "settings": {**result["settings"], other: 2}}))
+        file.write_text(json.dumps({**result, "settings": {**settings, other: 2}}))
         with pytest.raises(SystemExit, match=said):
             time_to_quality.main(words)

@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
             words = ["--data", options.data, "--output", scratch, "--minutes", str(options.minutes)]
             words += ["--models", "SASRec", "--threads", "1", "--seed", str(options.seed)]
             theirs = compare_recbole.parse(words)
-            theirs.model_options = {"n_layers": options.layers}
+            theirs.model_options["n_layers"] = options.layers
             compare_recbole.run(theirs)
             result = json.loads((Path(scratch) / "SASRec.json").read_text())
         best = result["best"]

@@ -27,9 +27,9 @@ from recgpt_torchrec.training.trainer import Trainer
 from tools.benchmarks.measuring import Figures, stopwatch
 
 CONFIG = Path(__file__).parents[2] / "configs/beauty.yaml"
-PLAIN = {"loss.candidates": "sampled", "loss.negatives": 3000, "batch.thinning": 0.0}
-"""What benchmarks change of it: a loss whose cost does not grow with the catalogue, and whole histories, as a plain
-loop has them."""
+PLAIN = {"loss.candidates": "sampled", "loss.negatives": 3000, "batch.thinning": 0.0, "batch.step_tokens": "null"}
+"""What benchmarks change of it: a loss whose cost does not grow with the catalogue, whole histories, as a plain loop
+has them, and tokens of a step, which each benchmark gives."""
 
 
 @dataclass(frozen=True, kw_only=True)

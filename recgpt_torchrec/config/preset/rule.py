@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+MEASURED_TARGETS = 131_413
+"""Training targets of Beauty, on which most was tried."""
 DEEP_TARGETS = 2_000_000
 """Training targets from which on there are two decoder blocks."""
 DROPOUT = ((30, 0.5), (100, 0.3), (math.inf, 0.2))
@@ -23,11 +25,12 @@ ALL_ITEMS = 30_000
 """Items up to which each target is scored against all of them."""
 ITEMS_PER_NEGATIVE, MAX_NEGATIVES = 4, 32_768
 """Negatives of larger catalogues: one for so many items, and at most so many."""
-STEP_TOKENS, STEPS = 1536, (60, 200)
-"""Tokens of a step over all ranks, where these make so many steps of an epoch. `--batch.tokens auto` alone would give
-1,315 on Beauty, 1,094 on Toys, 1,589 on Video Games, 965 on MovieLens 100k; where steps are fewer or more, it does."""
-EPOCHS, EPOCHS_OF_TARGETS, EPOCHS_POWER, MAX_EPOCHS = 16, 150_000, 0.25, 24
-"""Epochs of a log of so many training targets, by which power of the number they fall, and their maximum."""
+STEP_TOKENS, STEP_TOKENS_POWER, STEP_MULTIPLE = 768, 0.5, 64
+"""Tokens of a step over all ranks for a log of `MEASURED_TARGETS`, by which power of the targets they grow for a larger
+one, and the number that they are a multiple of. Smaller logs take as many steps of an epoch, as `--batch.tokens auto`'s
+figures say they should."""
+EPOCHS, EPOCHS_POWER, MAX_EPOCHS = 16, 0.25, 24
+"""Epochs of a log of `MEASURED_TARGETS`, by which power of its targets they fall, and their maximum."""
 TUNED_EPOCHS = 0.5
 """Epochs of prompt-tuning, as a share of those of pre-training: after 24, 8 were better than 5 and 14 on Beauty."""
 VALIDATIONS = 8
@@ -132,17 +135,19 @@ def _choose_loss(statistics: Statistics) -> list[Choice]:
 
 
 def _choose_steps(statistics: Statistics) -> list[Choice]:
-    steps = statistics.targets / STEP_TOKENS
-    if not STEPS[0] <= steps <= STEPS[1]:
-        return []  # as many tokens as `auto` says
-    tokens = math.ceil(STEP_TOKENS * max(1.0, statistics.entries / max(1, statistics.interactions)))
-    reason = f"over all ranks, which makes about {steps:,.0f} steps of an epoch"
+    targets = max(1.0, statistics.targets)
+    size = targets / MEASURED_TARGETS
+    wanted = STEP_TOKENS * (size if size < 1 else size**STEP_TOKENS_POWER)
+    tokens = max(1, round(wanted / STEP_MULTIPLE)) * STEP_MULTIPLE
+    tokens = math.ceil(tokens * max(1.0, statistics.entries / max(1, statistics.interactions)))
+    steps = max(1, math.ceil(statistics.entries / max(1, statistics.interactions) * targets / tokens))
+    reason = f"over all ranks, about {steps:,} steps of an epoch, since the log has {targets:,.0f} training targets"
     return [Choice("batch.step_tokens", tokens, reason, ("batch.tokens", "batch.users"))]
 
 
 def _choose_length(statistics: Statistics, tuned: bool, given: int | None) -> list[Choice]:
     targets = max(1.0, statistics.targets)
-    wanted = min(MAX_EPOCHS, EPOCHS * (EPOCHS_OF_TARGETS / targets) ** EPOCHS_POWER) * (TUNED_EPOCHS if tuned else 1)
+    wanted = min(MAX_EPOCHS, EPOCHS * (MEASURED_TARGETS / targets) ** EPOCHS_POWER) * (TUNED_EPOCHS if tuned else 1)
     epochs = max(1, round(wanted))
     every = max(1, round((given or epochs) / VALIDATIONS))
     why = f"since the log has {targets:,.0f} training targets, and a larger one needs fewer epochs"
