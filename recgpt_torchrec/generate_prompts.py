@@ -19,6 +19,7 @@ def main(config: GeneratePrompts) -> None:
     from recgpt_torchrec.distributed.watchdog import beat, report_phase, watched_group
     from recgpt_torchrec.model.tabled.base import unwrapped, unwrapped_dense
     from recgpt_torchrec.prompts import prompt_dataset
+    from recgpt_torchrec.prompts.averaging import AnswerAverage, open_others, record_others
     from recgpt_torchrec.prompts.boosting import open_boost
     from recgpt_torchrec.prompts.prompting import Prompter
     from recgpt_torchrec.training.loading import load, read_pretrained
@@ -37,6 +38,8 @@ def main(config: GeneratePrompts) -> None:
         record = prompt_dataset.record_of(
             dataset, config.prompts, max_len, checkpoint, checkpoint_fingerprint(checkpoint), config.neighbours
         )
+        others = open_others(config.averaged_with, record)
+        record |= record_others(others)
         following = {"data": config.output, "checkpoint": config.checkpoint, "output": "RUN_FOLDER"}
         next_command = next_line("prompt_tune", following)
         if not config.prompts.k and config.prompts.answers:
@@ -78,14 +81,16 @@ def main(config: GeneratePrompts) -> None:
                 vectors=vectors,
                 pool_users=4 * config.batch_users,
                 previous=previous,
+                average=AnswerAverage(dataset, others, max_len).apply if others else None,
                 columns=settings.inputs.columns,
                 progress=done,
             )
         seconds = time.perf_counter() - started
         reused = f" (those of {written.reused:,} intervals reused from {config.previous})" if config.previous else ""
+        averaged = f", answers averaged with those of {', '.join(config.averaged_with)}" if others else ""
         print_result(
             f"Written: {config.output}: {written.users:,} users, {written.generated:,} generated and "
-            f"{written.exposed:,} shown prompts{reused}, {written.bytes:,} bytes, in {seconds:.1f} s "
+            f"{written.exposed:,} shown prompts{reused}{averaged}, {written.bytes:,} bytes, in {seconds:.1f} s "
             f"({written.users / seconds:,.0f} users/s)",
             next_command,
             sep="\n",

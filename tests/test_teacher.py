@@ -111,6 +111,73 @@ def test_two_ranks_make_the_same_answers_and_have_the_losses_of_one(folder, tmp_
     assert len(one) == 2 and two == pytest.approx(one, rel=1e-4)
 
 
+@pytest.fixture(scope="module")
+def second(folder) -> Path:
+    """The answers of another teacher."""
+    assert stage("pretrain", {"--data": folder / "data", "--output": folder / "run_2", **TRAIN, "--seed": 1}) == 0
+    assert stage("generate_prompts", answering(folder, folder / "second", checkpoint=folder / "run_2")) == 0
+    return folder / "second"
+
+
+def test_answers_of_two_teachers_are_those_with_the_highest_mean_scores(folder, second, tmp_path, capfd):
+    averaged = answering(folder, tmp_path / "mean", averaged_with=second)
+    assert stage("generate_prompts", averaged) == 0
+    assert f"answers averaged with those of {second}" in capfd.readouterr().out
+    lists = [read_sequences(path) for path in (folder / "answers", second)]
+    mean = read_sequences(tmp_path / "mean")
+    assert mean["item_ids"] == lists[0]["item_ids"]
+    changed = 0
+    for row, (ids, scores) in enumerate(zip(mean["answer_ids"], mean["answer_scores"], strict=True)):
+        for at in range(0, len(ids), ANSWERS):
+            place = slice(at, at + ANSWERS)
+            expected = reference_mean(
+                [(each["answer_ids"][row][place], each["answer_scores"][row][place]) for each in lists]
+            )
+            assert ids[place] == [item for item, _ in expected]
+            assert scores[place] == pytest.approx([score for _, score in expected], rel=1e-5)
+            changed += ids[place] != lists[0]["answer_ids"][row][place]
+    assert changed
+    assert stage("generate_prompts", averaged) == 0 and "Already there" in capfd.readouterr().out
+    assert stage("generate_prompts", answering(folder, tmp_path / "mean")) == 2
+    assert "averaged_with" in capfd.readouterr().err
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    runs = [("generate_prompts", answering(folder, tmp_path / "two", averaged_with=second, batch_users=3))]
+    assert run_ranks(on_rank, 2, [port], runs, timeout=120) == [[0], [0]]
+    assert read_sequences(tmp_path / "two")["answer_ids"] == mean["answer_ids"]
+
+
+def reference_mean(lists: list[tuple[list[int], list[float]]]) -> list[tuple[int, float]]:
+    """A list that lacks an item counts with its lowest score."""
+    known = [{item: score for item, score in zip(*each, strict=True) if item >= 0} for each in lists]
+    lowest = [min(each.values(), default=0.0) for each in known]
+    items = {item for each in known for item in each}
+    means = {
+        item: sum(each.get(item, low) for each, low in zip(known, lowest, strict=True)) / len(lists) for item in items
+    }
+    best = sorted(means.items(), key=lambda pair: (-pair[1], pair[0]))[:ANSWERS]
+    return best + (ANSWERS - len(best)) * [(-1, 0.0)]
+
+
+def test_what_cannot_be_averaged_is_refused(folder, second, tmp_path, capfd):
+    assert stage("generate_prompts", answering(folder, tmp_path / "mean", averaged_with=second)) == 0
+    weighed = answering(folder, tmp_path / "weighed", checkpoint=folder / "run_2", neighbours__weight=4)
+    assert stage("generate_prompts", weighed) == 0
+    for others, changed, said in (
+        (folder / "answers", {}, "made by the same checkpoint as --checkpoint"),
+        (tmp_path / "mean", {"checkpoint": folder / "run_2"}, "is a mean of several already"),
+        (tmp_path / "weighed", {}, "holds another folder of answers"),
+        (folder / "data", {}, "is no folder of answers alone"),
+        (tmp_path / "nowhere", {}, "nowhere"),
+        (second, {"prompts__k": 1}, "--averaged_with averages answers alone"),
+        (second, {"previous": second, "neighbours__path": None}, "leave one out"),
+    ):
+        capfd.readouterr()
+        words = answering(folder, tmp_path / "out", averaged_with=others, **changed)
+        assert stage("generate_prompts", words) == 2
+        assert said in capfd.readouterr().err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("k", [0, 1])
 def test_the_loss_is_that_of_tuning_on_the_same_answers_without_prompts(folder, tmp_path, k):
     """Both begin as the teacher and take one step, whose loss is computed before it."""

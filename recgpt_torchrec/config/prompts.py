@@ -70,6 +70,9 @@ class GeneratePrompts(Computing, Watched):
     previous: str | None = None
     """Folder of an earlier prompt dataset of the same checkpoint and options. Its prompts are reused: of a history that
     has only grown since, only the new prompts are generated. null: all are generated."""
+    averaged_with: list[str] = field(default_factory=list)
+    """Folders of answers that other checkpoints made on the same dataset with the same options: the answers stored are
+    those with the highest mean scores over all of them. []: the checkpoint's own."""
     prompts: Prompts = field(default_factory=Prompts)
     neighbours: AnswerNeighbours = field(default_factory=AnswerNeighbours)
     batch_users: int = 512
@@ -79,6 +82,13 @@ class GeneratePrompts(Computing, Watched):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("--batch_users", self.batch_users, 1)
+        if self.averaged_with and (self.prompts.k or not self.prompts.answers):
+            raise ValueError(
+                f"--averaged_with averages answers alone, but --prompts.k is {self.prompts.k} and --prompts.answers "
+                f"{self.prompts.answers}; give --prompts.k 0 and a number of answers"
+            )
+        if self.averaged_with and self.previous is not None:
+            raise ValueError("--previous reuses answers, which --averaged_with changes; leave one out")
         if self.neighbours.path is not None and self.previous is not None:
             raise ValueError(
                 f"--previous {self.previous}: answers with --neighbours.path leave out what a history holds, so "

@@ -40,6 +40,8 @@ NAME = "prompt dataset"
 """Name of the output in messages."""
 RECORD = "prompts"
 """Key of the manifest's settings that records how the prompts were made."""
+AVERAGED = "averaged_with"
+"""Key of the record: fingerprints of the checkpoints of other teachers, whose answers are averaged with these."""
 NOT_COMPARED = ("dataset", "checkpoint")
 """Paths in the record, which may differ; the fingerprints beside them are compared."""
 GROUPS_PER_PART = 16
@@ -168,6 +170,12 @@ def _differences(dataset: Dataset, record: dict[str, Any], vocabulary: str, igno
     return differences(recorded, {**record, "vocabulary": vocabulary}, ignored)
 
 
+def checkpoints_apart(recorded: dict[str, Any], record: dict[str, Any]) -> list[str]:
+    """In what two records differ, but for the checkpoints, and what was averaged with theirs."""
+    names = (*NOT_COMPARED, "checkpoint_fingerprint", AVERAGED)
+    return differences({**recorded, AVERAGED: None}, {**record, AVERAGED: None}, names)
+
+
 def read_rows(dataset: Dataset, group: RowGroup) -> pa.Table:
     """Read one row group and check every value: user_id, item_ids and, where there are any, segment_ids, timestamps,
     event types, places and answers. Of a folder of days, the rows that count."""
@@ -285,6 +293,7 @@ def write_prompts(
     vectors: UserVectors | None,
     pool_users: int,
     previous: Dataset | None = None,
+    average: Callable[[Intervals, Sequence[RowGroup]], None] | None = None,
     columns: Sequence[str] = (),
     progress: Callable[[int], object] = lambda users: None,
 ) -> PromptCounts:
@@ -299,6 +308,7 @@ def write_prompts(
         vectors: the user vectors that `fill` gets.
         pool_users: minimum number of users that are read and filled together.
         previous: an earlier prompt dataset whose prompts are reused.
+        average: replaces the answers of some row groups by their mean with those of other teachers; None: they stay.
         columns: what the model reads beside ids, by name in `Intervals.columns`; prompts are reused where it is equal.
         progress: called with the number of users done since the last call, on this rank.
     """
@@ -318,6 +328,8 @@ def write_prompts(
                 fill(histories, vectors.of(histories.users), known, progress)
             else:
                 progress(histories.users.size)
+            if average is not None:
+                average(histories, pool)
             counted.users += histories.users.size
             counted.generated += int((histories.segments == GENERATED).sum())
             counted.exposed += int((histories.segments >= EXPOSED).sum())

@@ -1,0 +1,124 @@
+"""Answers of several teachers together: an item's score is its mean over their lists (an ensemble that is distilled).
+
+Another list lacks an item that it ranks below its last: the item then counts as much as the last one.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.ragged import Float32, Int64
+from recgpt_torchrec.data.windows import RowGroup, row_groups
+from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.prompts.intervals import Intervals, intervals_of
+from recgpt_torchrec.prompts.prompt_dataset import AVERAGED, RECORD, checkpoints_apart, read_rows
+from recgpt_torchrec.storage.finished import check_same
+
+OPTION = f"--{AVERAGED}"
+
+
+def open_others(paths: Sequence[str], record: dict[str, Any]) -> list[Dataset]:
+    """Open the folders of other teachers' answers.
+
+    Args:
+        paths: of the folders.
+        record: how the answers are made that theirs are averaged with.
+
+    Raises:
+        InputError: a folder holds no answers, or they are of another dataset or options, or of the same checkpoint.
+    """
+    others = []
+    made_by = {record["checkpoint_fingerprint"]: "--checkpoint"}
+    for path in paths:
+        other = Dataset.open(path)
+        theirs = other.manifest.settings.get(RECORD, {})
+        if not theirs.get("answers") or theirs["k"]:
+            raise InputError(f"{OPTION} {path} is no folder of answers alone (generate_prompts --prompts.k 0)")
+        if AVERAGED in theirs:
+            raise InputError(f"{OPTION} {path} is a mean of several already; give the folders that it was made of")
+        check_same(f"{OPTION} {path}", "folder of answers", checkpoints_apart(theirs, record), "use the same")
+        if (earlier := made_by.setdefault(theirs["checkpoint_fingerprint"], path)) != path:
+            raise InputError(f"{OPTION} {path} was made by the same checkpoint as {earlier}; leave one out")
+        others.append(other)
+    return others
+
+
+def record_others(others: Sequence[Dataset]) -> dict[str, Any]:
+    """What the record of the answers says of the others, see `AVERAGED`; nothing where there are none."""
+    made_by = [other.manifest.settings[RECORD]["checkpoint_fingerprint"] for other in others]
+    return {AVERAGED: made_by} if made_by else {}
+
+
+class AnswerAverage:
+    """Replaces answers by their mean with those that other folders hold.
+
+    Example: `AnswerAverage(dataset, others, max_len).apply(histories, pool)`
+    """
+
+    def __init__(self, dataset: Dataset, others: Sequence[Dataset], max_len: int) -> None:
+        """
+        Args:
+            dataset: that all answers were made on.
+            others: from `open_others`.
+            max_len: maximum number of entries of a history that the models read.
+        """
+        groups = row_groups(dataset)
+        self.number = {group: number for number, group in enumerate(groups)}
+        self.others = [(other, row_groups(other)) for other in others]
+        self.max_len, self.trailing = max_len, bool(dataset.manifest.feedback)
+
+    def apply(self, histories: Intervals, pool: Sequence[RowGroup]) -> None:
+        """Replace the answers of the histories of some row groups of the dataset.
+
+        Raises:
+            InputError: a folder has other users there.
+        """
+        lists = [(histories.answers, histories.answer_scores)]
+        number = histories.answers.shape[1]
+        for other, groups in self.others:
+            rows = [read_rows(other, groups[at]) for group in pool if (at := self.number[group]) < len(groups)]
+            same = None
+            if rows:
+                same = intervals_of(pa.concat_tables(rows), 0, self.max_len, (), number, self.trailing)
+            if same is None or not _are_same(histories, same):
+                raise InputError(f"{OPTION} {other.path} has other users, or in another order, than the dataset")
+            lists.append((same.answers, same.answer_scores))
+        histories.answers, histories.answer_scores = mean_answers(lists)
+
+
+def _are_same(first: Intervals, second: Intervals) -> bool:
+    return all(np.array_equal(getattr(first, name), getattr(second, name)) for name in ("users", "offsets", "items"))
+
+
+def mean_answers(lists: Sequence[tuple[Int64, Float32]]) -> tuple[Int64, Float32]:
+    """The items with the highest mean scores, best first; of equal ones the smaller id.
+
+    Args:
+        lists: per teacher [n, answers] int64 items, different ones within a row, -1: none; and [n, answers] float32
+            scores.
+
+    Returns:
+        [n, answers] int64 items, -1: none; [n, answers] float32 scores, 0 where there is none.
+    """
+    number = lists[0][0].shape[1]
+    lowest = [np.where(ids >= 0, scores, np.inf).min(1, keepdims=True) for ids, scores in lists]
+    lowest = [np.where(np.isfinite(each), each, 0).astype(np.float64) for each in lowest]
+    ids = np.concatenate([ids for ids, _ in lists], axis=1)
+    above = np.concatenate(
+        [np.where(ids >= 0, scores - low, 0) for (ids, scores), low in zip(lists, lowest, strict=True)], axis=1
+    )
+    order = np.argsort(ids, axis=1, kind="stable")
+    ids, above = np.take_along_axis(ids, order, 1), np.take_along_axis(above, order, 1)
+    is_first = np.ones(ids.shape, dtype=bool)
+    is_first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    item = np.cumsum(is_first.ravel()) - 1
+    total = np.bincount(item, above.ravel())[item].reshape(ids.shape)
+    total = np.where(is_first & (ids >= 0), total, -np.inf)
+    best = np.argsort(-total, axis=1, kind="stable")[:, :number]  # ids ascend, so of equal ones the smaller
+    found, total = np.take_along_axis(ids, best, 1), np.take_along_axis(total, best, 1)
+    is_item = np.isfinite(total)
+    means = np.where(is_item, np.where(is_item, total, 0) / len(lists) + np.mean(lowest, axis=0), 0)
+    return np.where(is_item, found, -1), means.astype(np.float32)
