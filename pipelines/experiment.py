@@ -1,6 +1,7 @@
 """Common parts of the pipelines that train and measure: options, and steps on one data set."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,6 +10,10 @@ from recgpt_torchrec.config.command_line import values_of
 
 if TYPE_CHECKING:
     from recgpt_torchrec.data.dataset import Dataset
+
+
+TEACHER_SEEDS = 100
+"""How far apart the seeds of the teachers of one model are."""
 
 
 @dataclass(kw_only=True)
@@ -105,15 +110,25 @@ class Experiment:
         """Generate prompts in the folder `place` from the run `pretrained`; returns the title of the step."""
         return self._generate_with(f"{place}/prompts", self.prompts_config, pretrained, ["--prompts.k", str(k)])
 
-    def _train_teacher(self, seed: int) -> str:
-        """Pre-train the teacher, whose answers the model of this seed learns; returns the title of the answers."""
-        teacher = f"seed{seed}/teacher"
-        self._train(teacher, "pretrain", "pretrain", self.config, self.data, ("prepare",), seed)
-        return self._generate_with(f"seed{seed}/answers", self.answers_config, teacher)
+    def _train_teachers(self, seed: int, count: int) -> str:
+        """Pre-train the teachers, whose answers the model of this seed learns; returns the title of the answers."""
+        answers: list[str] = []
+        for number in range(count, 0, -1):
+            ending = f"_{number}" if number > 1 else ""
+            teacher, of_teacher = f"seed{seed}/teacher{ending}", seed + TEACHER_SEEDS * (number - 1)
+            self._train(teacher, "pretrain", "pretrain", self.config, self.data, ("prepare",), of_teacher)
+            others = [] if number > 1 else answers  # the last ones are the mean of all
+            more = ["--averaged_with", *(f"{self.folder}/{other}" for other in others)] if others else []
+            title = f"seed{seed}/answers{ending}"
+            answers.append(self._generate_with(title, self.answers_config, teacher, more, others))
+        return answers[-1]
 
-    def _generate_with(self, title: str, config: str, pretrained: str, more: list[str] | None = None) -> str:
-        """Generate prompts or answers from the run `pretrained`; returns the title of the step."""
-        output, needs = f"{self.folder}/{title}", ["prepare", pretrained]
+    def _generate_with(
+        self, title: str, config: str, pretrained: str, more: list[str] | None = None, others: Sequence[str] = ()
+    ) -> str:
+        """Generate prompts or answers from the run `pretrained`, and what the steps `others` made; returns the title of
+        the step."""
+        output, needs = f"{self.folder}/{title}", ["prepare", pretrained, *others]
         arguments = ["--config", config, "--data", self.data, "--checkpoint", f"{self.folder}/{pretrained}"]
         if uses_neighbours(config):
             arguments += ["--neighbours.path", self.neighbours]

@@ -9,7 +9,8 @@ is pre-trained with configs/NAME.yaml, gets prompts with configs/NAME_prompts.ya
 configs/NAME_tune.yaml; a missing file is replaced by that of `paper`. `--settings original` has the paper's own.
 
 Where there is a NAME_student.yaml, the pre-trained model learns from the answers of a teacher, which is trained with
-the same options before it; NAME_answers.yaml says how the answers are made.
+the same options before it; NAME_answers.yaml says how the answers are made. With --teachers 3 they are the mean of
+those of three.
 
 K is chosen on validation with the first seed, m_n on validation with each seed; test chooses nothing. K = 0 is drawn
 beside the others and never chosen: it is Fine-tuning, which is prompt-tuning without prompts: the same loss, epochs and
@@ -47,6 +48,8 @@ class Options(experiment.Options):
     test_grid: bool
     lists: list[int] = field(default_factory=list)
     """Lengths of further lists to measure on test, beside 5 and 10."""
+    teachers: int = 1
+    """Number of teachers of each pre-trained model, where a data set's models have any."""
     baseline_minutes: float = 0
     """Minutes of training of each of the paper's baselines; 0: they are not trained."""
     items: dict[str, str] = field(default_factory=dict)
@@ -82,7 +85,7 @@ class Options(experiment.Options):
             for seed in range(self.seeds):
                 ks = len(self.prompted_ks) if seed == 0 else 1
                 if self.has_teacher(name):
-                    kinds += [f"{name} {kind}" for kind in ("pretrain", "generate", *SPLITS)]
+                    kinds += [f"{name} {kind}" for kind in (*self.teachers * ("pretrain", "generate"), *SPLITS)]
                 kinds += [f"{name} pretrain", f"{name} fine_tuning"] + ks * [f"{name} generate", f"{name} tune"]
                 kinds += (2 + ks) * [f"{name} {split}" for split in SPLITS]
                 kinds += 3 * len(self.lists) * [f"{name} test"]
@@ -143,6 +146,12 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument(
         "--settings", choices=["paper", "original"], default="paper", help="ours, or the paper's own (default: paper)"
     )
+    parser.add_argument(
+        "--teachers",
+        type=int,
+        default=1,
+        help="models whose mean answers a pre-trained model learns, where it has a teacher (default: 1)",
+    )
     parser.add_argument("--test_grid", action="store_true", help="measure every m_n on test too, with the first seed")
     parser.add_argument(
         "--hold_out",
@@ -154,8 +163,8 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument("--test_from", help="as in the stage prepare, with --hold_out time")
     parser.add_argument("--validation_from", help="as in the stage prepare, with --hold_out time")
     given = parser.parse_args(arguments)
-    if given.seeds < 1 or given.ranks < 1 or given.minutes <= 0:
-        parser.error("--seeds and --ranks must be at least 1, and --minutes more than 0")
+    if min(given.seeds, given.ranks, given.teachers) < 1 or given.minutes <= 0:
+        parser.error("--seeds, --ranks and --teachers must be at least 1, and --minutes more than 0")
     if given.baselines == "all" and not (ROOT / RECBOLE).exists():
         parser.error(f"--baselines all: there is no {RECBOLE}; run make recbole")
     boundaries = []
@@ -205,6 +214,7 @@ def parse(arguments: list[str] | None = None) -> Options:
         settings=given.settings,
         test_grid=given.test_grid,
         lists=sorted(set(given.lists)),
+        teachers=given.teachers,
         baseline_minutes=given.minutes if given.baselines == "all" else 0,
         items=items,
         item_attribute=given.item_attribute,
@@ -239,7 +249,7 @@ class Paper(experiment.Experiment):
         folder = f"seed{seed}"
         data, needs = self.data, "prepare"
         if self.student_config is not None:
-            needs = self._train_teacher(seed)
+            needs = self._train_teachers(seed, self.options.teachers)
             data = f"{self.folder}/{needs}"
             self._measure(seed, "teacher")
         run = f"{folder}/pretrain"

@@ -75,6 +75,7 @@ def collect_dataset(options: "Options", name: str) -> dict[str, Any] | None:
         return None
     k = max(options.prompted_ks, key=lambda k: (by_k[k], -k))
     runs = (*[TEACHER] * options.has_teacher(name), "pretrain", "fine_tuning", f"k{k}/recgpt")
+    others = [f"{TEACHER}_{number}" for number in range(2, options.teachers + 1)] * options.has_teacher(name)
     seeds, evaluations, trainings = [], [], []
     for seed in range(options.seeds):
         by_run = {
@@ -85,7 +86,7 @@ def collect_dataset(options: "Options", name: str) -> dict[str, Any] | None:
         if all(by_run.values()):
             seeds.append(seed)
             evaluations.append(by_run)
-            trainings.append({run: read_training(folder / f"seed{seed}/{run}") for run in runs})
+            trainings.append({run: read_training(folder / f"seed{seed}/{run}") for run in (*others, *runs)})
     if not seeds:
         return None
     results = {}

@@ -246,6 +246,19 @@ def test_a_student_learns_the_answers_of_a_teacher_which_has_a_row_in_the_report
     assert report["differences"]["pretrain - teacher"]["mean"] == figures["pretrain"] - figures["teacher"]
     text = (out / "report.md").read_text()
     assert "| the teacher of Pre-train | " in text and "pretrain - teacher" in text
+    # A second teacher, whose answers are averaged with those of the first; all of it counts as time to train.
+    two = [*words, "--teachers", "2", "--output", str(tmp_path / "two")]
+    before = len(executor.ran)
+    paper.main(two)
+    assert len(executor.ran) - before == ran + 2 == len(paper.parse(two).planned())
+    (averaged,) = [" ".join(c) for c in executor.ran if "--averaged_with" in c]
+    assert f"--averaged_with {tmp_path}/two/tiny/seed0/answers_2 --output" in averaged
+    assert f"{tmp_path}/two/tiny/seed0/teacher --" in averaged and averaged.endswith("/tiny/seed0/answers")
+    seeds = [c[c.index("--seed") + 1] for c in executor.ran[before:] if c[2].endswith("pretrain")]
+    assert seeds == ["100", "0", "0"]
+    of_two = json.loads((tmp_path / "two/report.json").read_text())["datasets"]["tiny"]["training"][0]
+    assert list(of_two)[:2] == ["teacher_2", "teacher"]
+    ran = len(executor.ran)
     # Other options of the student are another student.
     (configs / "paper_student.yaml").write_text(STUDENT.replace("0.3", "0.5"))
     with pytest.raises(SystemExit):
@@ -254,7 +267,7 @@ def test_a_student_learns_the_answers_of_a_teacher_which_has_a_row_in_the_report
     original = paper.parse([*words, "--settings", "original"])
     assert not original.has_teacher("tiny") and not original.uses_neighbours("tiny")
     assert paper.Paper("tiny", original, steps.RecordedSteps("x", "x", [])).student_config is None
-    assert len(original.planned()) == ran - 5  # neighbours; the teacher, its answers and two measurements
+    assert len(original.planned()) == before - 5  # neighbours; the teacher, its answers and two measurements
 
 
 def test_a_data_set_is_measured_on_both_splits_with_its_own_configurations():
