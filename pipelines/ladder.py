@@ -120,6 +120,7 @@ def read_options(kind: type, file: str) -> dict[str, Any]:
     words = ["--config", str(ROOT / file), "--data", "", "--output", ""]
     words += ["--checkpoint", ""] if kind is config.PromptTune else []
     options = flatten(asdict(cli.parse(kind, "ladder", words)))
+    options.pop("preset")
     return options | ({"neighbours.path": NEIGHBOURS} if uses_neighbours(file) else {})
 
 
@@ -152,9 +153,9 @@ class Climb:
         """By stage."""
 
     def _ours(self, ending: str) -> str:
-        """The configuration file at the top; for one that leaves its options to the data, what these are for Beauty."""
+        """The configuration file at the top; for one that leaves all options to the data, what these are for Beauty."""
         file = config_file(self.options.configs, self.name, ending)
-        return f"{self.options.configs}/beauty.yaml" if values_of(ROOT / file).get("preset") == "auto" else file
+        return f"{self.options.configs}/beauty.yaml" if values_of(ROOT / file) == {"preset": "auto"} else file
 
     @property
     def last(self) -> str:

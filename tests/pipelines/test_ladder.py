@@ -24,10 +24,11 @@ train: {epochs: 1}
 """
 
 
-@pytest.mark.parametrize("ours", ["paper", "beauty"])
-@pytest.mark.parametrize(("kind", "rungs", "ending"), [(Pretrain, PRETRAIN, ""), (PromptTune, TUNE, "_tune")])
+@pytest.mark.parametrize(
+    ("kind", "rungs", "ending", "ours"), [(Pretrain, PRETRAIN, "", "beauty"), (PromptTune, TUNE, "_tune", "paper_tune")]
+)
 def test_the_rungs_lead_from_the_papers_settings_to_ours_option_by_option(kind, rungs, ending, ours):
-    ours = f"configs/{ours if not ending else 'paper'}{ending}.yaml"
+    ours = f"configs/{ours}.yaml"
     reached = read_options(kind, f"configs/original{ending}.yaml")
     made = climb(kind, rungs, f"configs/original{ending}.yaml", ours)
     for step in made:
@@ -80,6 +81,12 @@ def test_a_small_ladder_is_climbed_once_and_says_what_each_rung_gains(tmp_path, 
     assert "| `pretrain.batch` pretrain: smaller batches" in text and "gain in NDCG@10" in text
     ladder.main(words)
     assert len(executor.ran) == ran
+
+
+def test_a_data_set_without_a_file_of_its_own_ends_at_what_the_preset_chooses_for_beauty():
+    options = ladder.parse(["--dataset", f"toys={__file__}", f"beauty={__file__}"])
+    toys, beauty = (ladder.Climb(name, options).rungs for name in ("toys", "beauty"))
+    assert toys == beauty and any("model.history_in" in step.added for step in toys["pretrain"])
 
 
 def test_an_unknown_rung_is_refused(tmp_path, capsys):

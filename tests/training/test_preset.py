@@ -116,6 +116,13 @@ def test_all_that_is_chosen_are_options_with_reasons_and_tuning_leaves_the_model
     assert chosen(tuned=True)["train.epochs"] == 8
 
 
+@pytest.mark.parametrize(("targets", "rates"), [(29_999, (0.02, 0.002, 0.001)), (30_000, (0.005, 0.0005, 0.0003))])
+def test_tuning_learns_more_slowly_where_items_have_many_targets(targets: int, rates: tuple[float, ...]) -> None:
+    found = chosen(tuned=True, items=1000, targets=targets)
+    assert tuple(found[name] for name in ("tables.lr", "tables.user_lr", "optimizer.lr")) == rates
+    assert "tables.lr" not in chosen(items=1000, targets=targets)  # pre-training has one for all
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("preset") / "data"
@@ -155,7 +162,7 @@ def test_a_command_line_overrides_a_file_and_a_file_the_preset(data: Path, tmp_p
         "preset auto: train.epochs 5 as given, instead of 24",
     ]
     said = [line.removeprefix("preset auto: ").split()[0] for line in lines]
-    assert said == list(chosen(targets=0)) and len(lines) - len(given) == 11
+    assert said == list(chosen(targets=0)) and len(lines) - len(given) == 12
 
 
 def test_a_value_that_is_given_counts_though_it_is_the_default(tmp_path: Path) -> None:
@@ -216,7 +223,7 @@ def test_a_run_prints_and_records_what_was_chosen_and_resumes_to_the_same(
 
     # The values make the run, wherever they come from; without them it is another.
     explicit = {"--model.output_map": "true", "--loss.candidates": "all", "--train.patience": 0}
-    explicit |= {"--batch.thinning": 0.3, "--batch.thinned": 0.3}
+    explicit |= {"--batch.thinning": 0.3, "--batch.thinned": 0.3, "--batch.step_tokens": 64}
     assert stage("pretrain", {**words, "--preset": "none", **explicit}) == 0
     assert "is already trained" in capsys.readouterr().out
     assert stage("pretrain", {**words, "--preset": "none"}) == 2
@@ -270,7 +277,7 @@ def test_plan_and_doctor_describe_the_run_that_the_preset_makes(data: Path, caps
     config, _ = apply_preset(cli.parse(Plan, "x", words))
     assert Workload.of(config).candidates == 20 and config.loss.candidates == "all"
     examined, lines = apply_preset(cli.parse(Doctor, "x", ["--data", str(data), "--preset", "auto"]))
-    assert examined.loss.candidates == "all" and len(lines) == 14
+    assert examined.loss.candidates == "all" and len(lines) == 15
     assert stage("plan", {"--items": 9, "--users": 9, "--preset": "auto"}) == 2
     assert "--preset auto follows a dataset's statistics; give --data DIR" in capsys.readouterr().err
 
