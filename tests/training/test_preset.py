@@ -62,8 +62,10 @@ def test_the_configuration_that_was_measured_on_beauty_is_what_the_rule_chooses_
 @pytest.mark.parametrize(
     ("option", "changes", "value"),
     [
-        ("model.layers", {"targets": 1_999_999}, 1),
-        ("model.layers", {"targets": 2_000_000}, 2),
+        ("model.layers", {"items": 100_000, "targets": 1_999_999}, 1),
+        ("model.layers", {"items": 100_000, "targets": 2_000_000}, 2),
+        ("model.layers", {"items": 1000, "targets": 29_999}, 1),
+        ("model.layers", {"items": 1000, "targets": 30_000}, 2),
         ("model.dropout", {"items": 1000, "targets": 29_999}, 0.5),
         ("model.dropout", {"items": 1000, "targets": 30_000}, 0.3),
         ("model.attention_dropout", {"items": 1000, "targets": 99_999}, 0.3),
@@ -85,7 +87,8 @@ def test_the_configuration_that_was_measured_on_beauty_is_what_the_rule_chooses_
         ("batch.step_tokens", {"targets": 0}, 64),
         ("batch.step_tokens", {"entries": 2 * 198_502}, 1536),
         ("train.epochs", {"targets": 0}, 24),
-        ("train.epochs", {"targets": 16 * 131_413}, 8),
+        ("train.epochs", {"items": 10**6, "targets": 16 * 131_413}, 8),
+        ("train.epochs", {"items": 1000, "targets": 16 * 131_413}, 14),
         ("train.epochs", {"targets": 10**12}, 1),
         ("train.validate_every", {"targets": 10**12}, 1),
         ("train.validate_every", {"targets": 0}, 3),
