@@ -176,23 +176,28 @@ class Experiment:
         ]
         return [*job, "-m", f"recgpt_torchrec.{name}", *arguments]
 
-    def _equal_steps(self, data: str, prompts: bool = True) -> dict[str, int]:
-        """The option, and its value, with which tuning on `data`, with or without its prompts, takes as many optimizer
+    def _equal_steps(self, data: str, prompts: bool = True, max_len: int | None = None) -> dict[str, int | None]:
+        """Options, and their values, with which tuning on `data`, with or without its prompts, takes as many optimizer
         steps per epoch as on the prepared dataset without prompts; empty where batches are as many users.
 
-        With K prompts about 1 + K times as many tokens; fewer where long histories are cut to `max_len` entries.
+        With K prompts about 1 + K times as many tokens; fewer where long histories are cut to `max_len` entries (None:
+        that of the configuration of pretrain).
         """
         from recgpt_torchrec import cli
         from recgpt_torchrec.config import Pretrain, PromptTune
+        from recgpt_torchrec.config.defaults import tokens_of_rank
         from recgpt_torchrec.data.dataset import Dataset
         from recgpt_torchrec.data.reading.preset import apply_preset
 
         place = ["--data", str(ROOT / self.data), "--output", ""]
-        model = cli.parse(Pretrain, self.steps.name, ["--config", str(ROOT / self.config), *place])
-        max_len = apply_preset(model)[0].model.max_len
+        if max_len is None:
+            model = cli.parse(Pretrain, self.steps.name, ["--config", str(ROOT / self.config), *place])
+            max_len = apply_preset(model)[0].model.max_len
         place += ["--checkpoint", ""]
         batch = cli.parse(PromptTune, self.steps.name, ["--config", str(ROOT / self.tune_config), *place]).batch
-        name, tokens = ("step_tokens", batch.step_tokens) if batch.step_tokens else ("tokens", batch.tokens)
+        tokens = batch.tokens
+        if batch.step_tokens is not None:  # exact, however many: of step_tokens each rank takes 2,048 at most on a CPU
+            tokens = tokens_of_rank(batch.step_tokens, self.options.ranks, max_len)
         if tokens == "auto" and batch.users:
             return {}  # as many users in each batch, however long their histories are
         if tokens == "auto":
@@ -204,7 +209,7 @@ class Experiment:
             inputs_of(Dataset.open(str(ROOT / path)), batch.long_histories, max_len, read)
             for path, read in ((data, prompts), (self.data, False))
         )
-        return {f"batch.{name}": round(tokens * count / max(control, 1))}
+        return {"batch.step_tokens": None, "batch.tokens": round(tokens * count / max(control, 1))}
 
 
 def words_of(options: dict[str, Any]) -> list[str]:

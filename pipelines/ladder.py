@@ -158,6 +158,14 @@ class Climb:
         return f"{self.options.configs}/beauty.yaml" if values_of(ROOT / file) == {"preset": "auto"} else file
 
     @property
+    def max_len(self) -> int:
+        """Maximum length of a history of the model that is tuned, that of the last rung of pre-training."""
+        options = read_options(config.Pretrain, self.start["pretrain"])
+        for step in self.rungs["pretrain"]:
+            options |= step.added
+        return int(options["model.max_len"])
+
+    @property
     def last(self) -> str:
         """Name of the last rung of pre-training, from which tuning starts."""
         return self.rungs["pretrain"][-1].rung.name
@@ -224,7 +232,8 @@ class Ladder(experiment.Experiment):
                 continue
             options = added | ({"train.epochs": self.options.epochs} if self.options.epochs else {})
             if stage == "prompt_tune" and {"batch.tokens", "batch.step_tokens"} & options.keys():
-                options |= self._equal_steps(data)  # as many optimizer steps as without prompts
+                # As many optimizer steps as without prompts.
+                options |= self._equal_steps(data, max_len=self.climb.max_len)
             own = needs
             if "neighbours.path" in options:
                 options["neighbours.path"], own = self.neighbours, (*needs, "neighbours")
