@@ -155,7 +155,12 @@ class Climb:
     def _ours(self, ending: str) -> str:
         """The configuration file at the top; for one that leaves all options to the data, what these are for Beauty."""
         file = config_file(self.options.configs, self.name, ending)
-        return f"{self.options.configs}/beauty.yaml" if values_of(ROOT / file) == {"preset": "auto"} else file
+        values = values_of(ROOT / file)
+        if values == {"preset": "auto"}:
+            return f"{self.options.configs}/beauty.yaml"
+        if values.get("preset") == "auto" and not ending:
+            raise SystemExit(f"ladder: {file} leaves options to the data beside those it names; write all of them down")
+        return file  # what paper_tune.yaml leaves to the data is the stage's default on a log like Beauty
 
     @property
     def max_len(self) -> int:

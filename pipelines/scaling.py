@@ -1,11 +1,12 @@
 """What more layers, wider vectors and more data bring: the pre-trained model on one log, one of them changed at a time.
 
     python pipelines/scaling.py --dataset video=../shared/data/Video_Games.txt --output runs/scaling \\
-        --layers 1 2 4 --dims 32 64 128 --shares 0.25 0.5 1
+        --layers 2 4 --dims 32 128 --shares 0.25 0.5
 
-Each point is a run of pretrain with configs/NAME.yaml, or that of `paper`, whose options follow the data, and one
-change. A share of the data is that share of the users, those of a smaller share among those of a larger one; all other
-users are new to the model, which then has no vector of their own. Every point is measured on the same test items of all
+The base is a run of pretrain with configs/NAME.yaml, or that of `paper`, whose options follow the data; each other
+point changes one thing. A share of the data is that share of the users, those of a smaller share among those of a
+larger one; all other users are new to the model, which then has no vector of their own. Options that follow the data
+follow the share: it takes more epochs, of fewer tokens a step. Every point is measured on the same test items of all
 users, among the whole catalogue. Writes OUTPUT/report.md, report.json and figures/NAME.png, updated after each seed;
 the same command resumes an interrupted pipeline.
 """
@@ -25,12 +26,12 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipelines import experiment  # noqa: E402
-from pipelines.experiment import from_root  # noqa: E402
+from pipelines.experiment import from_root, uses_neighbours  # noqa: E402
 from pipelines.feedback import keys_of  # noqa: E402
 from pipelines.paper_report import read_training  # noqa: E402
 from pipelines.seed_tables import Row, mean_and_deviation, read_json, table  # noqa: E402
 from pipelines.steps import ROOT, pipeline  # noqa: E402
-from recgpt_torchrec.data.dataset import Dataset  # noqa: E402
+from recgpt_torchrec.data.dataset import Dataset, histories_fingerprint  # noqa: E402
 from recgpt_torchrec.data.ragged import Ragged  # noqa: E402
 from recgpt_torchrec.data.reading.reader import Reader  # noqa: E402
 from recgpt_torchrec.data.segments import INTERACTED  # noqa: E402
@@ -92,8 +93,12 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", nargs="+", required=True, metavar="NAME=FILE", help="raw files and their names")
     parser.add_argument("--output", default="runs/scaling", help="output folder (default: runs/scaling)")
-    parser.add_argument("--layers", type=int, nargs="*", default=[1, 2, 4], help="decoder blocks (default: 1 2 4)")
-    parser.add_argument("--dims", type=int, nargs="*", default=[32, 64, 128], help="widths (default: 32 64 128)")
+    parser.add_argument(
+        "--layers", type=int, nargs="*", default=[2, 4], help="decoder blocks, beside the base's (default: 2 4)"
+    )
+    parser.add_argument(
+        "--dims", type=int, nargs="*", default=[32, 128], help="widths, beside the base's (default: 32 128)"
+    )
     parser.add_argument(
         "--shares", type=float, nargs="*", default=[0.25, 0.5], help="of the users to train on (default: 0.25 0.5)"
     )
@@ -140,6 +145,8 @@ class Scaling(experiment.Experiment):
 
     def run(self) -> None:
         """Prepare the whole log and its shares, then train and measure seed by seed."""
+        if uses_neighbours(self.config):
+            raise SystemExit(f"scaling: {self.config} trains with neighbours, which shares of the users have not")
         self._prepare("prepare", [self.options.datasets[self.name], *self.options.prepare], self.data)
         for point in self.options.points:
             if point.axis == "share":
@@ -154,16 +161,18 @@ class Scaling(experiment.Experiment):
             write_report(self.options)
 
     def _prepare_share(self, point: Point) -> None:
-        """Prepare the log of a share of the users, with the ids of the whole."""
-        log = f"{self.folder}/{point.name}.parquet"
-        if not (ROOT / log).exists():
-            write_share(Dataset.open(str(ROOT / self.data)), ROOT / log, point.value)
-        ids = ["--vocabulary", self.data, "--min_count", "1", *self.options.prepare[2:]]
-        self._prepare(point.name, [log, *ids], f"{self.folder}/{point.name}", ("prepare",))
+        """Prepare the log of a share of the users, with the ids and the split of the whole."""
+        whole, log = Dataset.open(str(ROOT / self.data)), f"{self.folder}/{point.name}.parquet"
+        write_share(whole, ROOT / log, point.value)
+        words = [log, "--vocabulary", self.data, "--min_count", "1", "--hold_out", whole.manifest.hold_out]
+        if whole.manifest.hold_out == "time":
+            split = whole.manifest.preparation["split"]
+            words += [word for name in ("test_from", "validation_from") for word in (f"--{name}", str(split[name]))]
+        self._prepare(point.name, words, f"{self.folder}/{point.name}", ("prepare",))
 
 
 def write_share(dataset: Dataset, file: Path, share: float) -> None:
-    """Write the interactions of a share of the users of a dataset, by their raw keys, as a log.
+    """Write the interactions of a share of the users of a dataset, by their raw keys, as a log, unless it is there.
 
     Args:
         dataset: the whole one.
@@ -172,6 +181,9 @@ def write_share(dataset: Dataset, file: Path, share: float) -> None:
         share: of the users; those of a smaller share are among those of a larger one.
     """
     manifest = dataset.manifest
+    made_of = {b"histories": histories_fingerprint(dataset).encode()}
+    if file.exists() and (pq.read_schema(file).metadata or {}).items() >= made_of.items():
+        return
     drawn = np.zeros(manifest.users, dtype=bool)
     drawn[np.random.default_rng(0).permutation(manifest.users)[: max(1, round(share * manifest.users))]] = True
     users, items = (pa.array(keys_of(dataset, parts)) for parts in (manifest.user_parts, manifest.item_parts))
@@ -180,15 +192,16 @@ def write_share(dataset: Dataset, file: Path, share: float) -> None:
         rows = Reader(dataset, times=True).read(group).table
         rows = rows.filter(pa.array(drawn[rows["user_id"].to_numpy()]))
         entries = Ragged.from_arrow(rows["item_ids"])
-        timed = "timestamps" in rows.schema.names
-        places = np.arange(entries.values.size) - entries.offsets[entries.owners]
-        times = Ragged.from_arrow(rows["timestamps"]).values if timed else places
         owners = rows["user_id"].to_numpy()[entries.owners]
-        kept = np.ones(entries.values.size, dtype=bool)
-        if "segment_ids" in rows.schema.names:  # what was shown is no interaction
-            kept = Ragged.from_arrow(rows["segment_ids"]).values == INTERACTED
-        columns = {"user_id": users.take(pa.array(owners[kept])), "item_id": items.take(pa.array(entries.values[kept]))}
-        log = pa.table({**columns, "timestamp": times[kept]})
+        times = np.arange(entries.values.size) - entries.offsets[entries.owners]
+        if "timestamps" in rows.schema.names:
+            times = Ragged.from_arrow(rows["timestamps"]).values
+        is_interaction = np.ones(entries.values.size, dtype=bool)
+        if "segment_ids" in rows.schema.names:  # what was shown is none
+            is_interaction = Ragged.from_arrow(rows["segment_ids"]).values == INTERACTED
+        ids = {"user_id": (users, owners), "item_id": (items, entries.values)}
+        columns = {name: keys.take(pa.array(of[is_interaction])) for name, (keys, of) in ids.items()}
+        log = pa.table({**columns, "timestamp": times[is_interaction]}).replace_schema_metadata(made_of)
         writer = writer or pq.ParquetWriter(temporary, log.schema)
         writer.write_table(log)
     assert writer is not None
@@ -238,7 +251,8 @@ def markdown(report: dict[str, list[dict[str, Any]]]) -> str:
     """The report in Markdown."""
     lines = ["# Layers, width and data", ""]
     lines += ["Test, masked, the whole catalogue is ranked, on the same users and items at every point. Bold: best of"]
-    lines += ["its column. A share is of the users; the others are new to the model.", ""]
+    lines += ["its column. A share is of the users; the others are new to the model. Options that follow the data"]
+    lines += ["follow the share.", ""]
     for name, points in report.items():
         rows: list[Row] = [(title_of(point), list(point["results"].values())) for point in points]
         made = table(name, METRICS, rows)

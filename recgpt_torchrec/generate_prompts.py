@@ -38,7 +38,7 @@ def main(config: GeneratePrompts) -> None:
         record = prompt_dataset.record_of(
             dataset, config.prompts, max_len, checkpoint, checkpoint_fingerprint(checkpoint), config.neighbours
         )
-        others = open_others(config.averaged_with, record)
+        others = open_others(config.averaged_with, dataset, record)
         record |= record_others(others)
         following = {"data": config.output, "checkpoint": config.checkpoint, "output": "RUN_FOLDER"}
         next_command = next_line("prompt_tune", following)

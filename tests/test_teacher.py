@@ -168,7 +168,7 @@ def test_what_cannot_be_averaged_is_refused(folder, second, tmp_path, capfd):
         (tmp_path / "mean", {"checkpoint": folder / "run_2"}, "is a mean of several already"),
         (tmp_path / "weighed", {}, "holds another folder of answers"),
         (folder / "data", {}, "is no folder of answers alone"),
-        (tmp_path / "nowhere", {}, "nowhere"),
+        (tmp_path / "nowhere", {}, "is not a dataset"),
         (second, {"prompts__k": 1}, "--averaged_with averages answers alone"),
         (second, {"previous": second, "neighbours__path": None}, "leave one out"),
     ):

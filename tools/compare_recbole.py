@@ -61,8 +61,9 @@ def run(options: argparse.Namespace) -> None:
     attribute = choose_attribute(dataset, options.attribute)
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
-    settings = {"minutes": options.minutes, "seed": options.seed, "threads": options.threads}
-    settings |= {"histories": histories_fingerprint(dataset), **options.model_options}
+    common = {"minutes": options.minutes, "seed": options.seed, "threads": options.threads}
+    common |= {"histories": histories_fingerprint(dataset)}
+    settings = {name: common | options_of(name, options) for name in MODELS}
     names = [name for name in options.models or MODELS if name != NEEDS_ATTRIBUTE or attribute or options.models]
     missing = []
     for name in names:
@@ -70,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
             refuse(f"{name} needs an attribute of items, which --data has not; name one in prepare --items")
         path = output / f"{name}.json"
         earlier = json.loads(path.read_text()) if path.exists() else None
-        if earlier is not None and earlier["settings"] != settings:
+        if earlier is not None and earlier["settings"] != settings[name]:
             refuse(f"{path} has other minutes, seed, threads, batches or data; give another --output, or remove it")
         missing += [name] * (earlier is None)
     if any(name in recbole_model.MODELS for name in missing) and not Path(options.python).exists():
@@ -81,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"{name} ({number + 1} of {len(missing)}): {said}", flush=True)
         result = train(name, dataset, attribute, output, options)
         temporary = output / f"{name}.tmp"
-        temporary.write_text(json.dumps({**result, "settings": settings}, indent=1))
+        temporary.write_text(json.dumps({**result, "settings": settings[name]}, indent=1))
         temporary.replace(output / f"{name}.json")
     if NEEDS_ATTRIBUTE not in names and not options.models:
         print(f"{NEEDS_ATTRIBUTE} is left out: the items have no attribute to pre-train on (prepare --items)")
@@ -112,6 +113,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--minutes must be more than 0, and --threads and --batch_size at least 1")
     options.model_options["train_batch_size"] = options.batch_size
     return options
+
+
+def options_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Options of a model beside its own: RecBole's models have some."""
+    return dict(options.model_options) if name in recbole_model.MODELS else {}
 
 
 def refuse(message: str) -> NoReturn:
@@ -204,7 +210,7 @@ def train(
             scratch=str(Path(scratch).resolve()),
             result=str((Path(scratch) / "result.json").resolve()),
             started=time.time(),
-            options=options.model_options if of_recbole else {},
+            options=options_of(name, options),
         )
         file = Path(scratch) / "job.json"
         file.write_text(json.dumps(asdict(job)))

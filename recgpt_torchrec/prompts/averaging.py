@@ -14,22 +14,28 @@ from recgpt_torchrec.data.ragged import Float32, Int64
 from recgpt_torchrec.data.windows import RowGroup, row_groups
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.prompts.intervals import Intervals, intervals_of
-from recgpt_torchrec.prompts.prompt_dataset import AVERAGED, RECORD, checkpoints_apart, read_rows
-from recgpt_torchrec.storage.finished import check_same
+from recgpt_torchrec.prompts.prompt_dataset import AVERAGED, NOT_COMPARED, RECORD, read_rows
+from recgpt_torchrec.storage.finished import check_same, differences
 
 OPTION = f"--{AVERAGED}"
 
 
-def open_others(paths: Sequence[str], record: dict[str, Any]) -> list[Dataset]:
+def open_others(paths: Sequence[str], dataset: Dataset, record: dict[str, Any]) -> list[Dataset]:
     """Open the folders of other teachers' answers.
 
     Args:
         paths: of the folders.
+        dataset: that all answers are made on.
         record: how the answers are made that theirs are averaged with.
 
     Raises:
-        InputError: a folder holds no answers, or they are of another dataset or options, or of the same checkpoint.
+        InputError: a folder holds no answers, or they are of another dataset or options, or of the same checkpoint; or
+            the dataset is a folder of days.
     """
+    if paths and dataset.newest is not None:
+        raise InputError(
+            f"{OPTION} needs a dataset of one piece, and {dataset.path} is a folder of days; prepare the whole log"
+        )
     others = []
     made_by = {record["checkpoint_fingerprint"]: "--checkpoint"}
     for path in paths:
@@ -39,7 +45,8 @@ def open_others(paths: Sequence[str], record: dict[str, Any]) -> list[Dataset]:
             raise InputError(f"{OPTION} {path} is no folder of answers alone (generate_prompts --prompts.k 0)")
         if AVERAGED in theirs:
             raise InputError(f"{OPTION} {path} is a mean of several already; give the folders that it was made of")
-        check_same(f"{OPTION} {path}", "folder of answers", checkpoints_apart(theirs, record), "use the same")
+        differing = differences(theirs, record, (*NOT_COMPARED, "checkpoint_fingerprint"))
+        check_same(f"{OPTION} {path}", "folder of answers", differing, "make both with the same options")
         if (earlier := made_by.setdefault(theirs["checkpoint_fingerprint"], path)) != path:
             raise InputError(f"{OPTION} {path} was made by the same checkpoint as {earlier}; leave one out")
         others.append(other)
@@ -65,8 +72,7 @@ class AnswerAverage:
             others: from `open_others`.
             max_len: maximum number of entries of a history that the models read.
         """
-        groups = row_groups(dataset)
-        self.number = {group: number for number, group in enumerate(groups)}
+        self.number = {group: number for number, group in enumerate(row_groups(dataset))}
         self.others = [(other, row_groups(other)) for other in others]
         self.max_len, self.trailing = max_len, bool(dataset.manifest.feedback)
 
@@ -77,16 +83,18 @@ class AnswerAverage:
             InputError: a folder has other users there.
         """
         lists = [(histories.answers, histories.answer_scores)]
-        number = histories.answers.shape[1]
+        answers = histories.answers.shape[1]
         for other, groups in self.others:
-            rows = [read_rows(other, groups[at]) for group in pool if (at := self.number[group]) < len(groups)]
-            same = None
-            if rows:
-                same = intervals_of(pa.concat_tables(rows), 0, self.max_len, (), number, self.trailing)
-            if same is None or not _are_same(histories, same):
+            rows = [read_rows(other, group) for group in self._find(groups, pool)]
+            theirs = rows and intervals_of(pa.concat_tables(rows), 0, self.max_len, (), answers, self.trailing)
+            if not theirs or not _are_same(histories, theirs):
                 raise InputError(f"{OPTION} {other.path} has other users, or in another order, than the dataset")
-            lists.append((same.answers, same.answer_scores))
+            lists.append((theirs.answers, theirs.answer_scores))
         histories.answers, histories.answer_scores = mean_answers(lists)
+
+    def _find(self, groups: Sequence[RowGroup], pool: Sequence[RowGroup]) -> list[RowGroup]:
+        """The row groups with the rows of a pool: those of the same numbers; a folder of answers has the same ones."""
+        return [groups[self.number[group]] for group in pool] if len(groups) == len(self.number) else []
 
 
 def _are_same(first: Intervals, second: Intervals) -> bool:

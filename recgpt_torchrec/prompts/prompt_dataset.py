@@ -170,12 +170,6 @@ def _differences(dataset: Dataset, record: dict[str, Any], vocabulary: str, igno
     return differences(recorded, {**record, "vocabulary": vocabulary}, ignored)
 
 
-def checkpoints_apart(recorded: dict[str, Any], record: dict[str, Any]) -> list[str]:
-    """In what two records differ, but for the checkpoints, and what was averaged with theirs."""
-    names = (*NOT_COMPARED, "checkpoint_fingerprint", AVERAGED)
-    return differences({**recorded, AVERAGED: None}, {**record, AVERAGED: None}, names)
-
-
 def read_rows(dataset: Dataset, group: RowGroup) -> pa.Table:
     """Read one row group and check every value: user_id, item_ids and, where there are any, segment_ids, timestamps,
     event types, places and answers. Of a folder of days, the rows that count."""

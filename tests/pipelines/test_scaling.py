@@ -51,6 +51,25 @@ def test_every_point_is_trained_on_its_data_and_measured_on_the_same_users(tmp_p
     assert len(executor.ran) == ran
 
 
+def test_a_share_is_split_where_the_whole_log_is(tmp_path, monkeypatch):
+    executor = InProcess()
+    monkeypatch.setattr(steps, "execute", executor)
+    log, configs, out = tmp_path / "log.csv", tmp_path / "configs", tmp_path / "out"
+    synthetic_log.main(["--output", str(log), "--users", "120", "--items", "60", "--mean_events", "10"])
+    configs.mkdir()
+    (configs / "paper.yaml").write_text(CONFIG)
+    words = ["--dataset", f"tiny={log}", "--output", str(out), "--configs", str(configs), "--ranks", "1", "--layers"]
+    executor.interrupt_at = 2  # both datasets are prepared, nothing is trained
+    with pytest.raises(SystemExit):
+        scaling.main([*words, "--dims", "--shares", "0.5", "--hold_out", "time", "--test_from", "80%"])
+    whole, half = (Dataset.open(str(out / f"tiny/{name}")).manifest.preparation for name in ("data", "share_0.5"))
+    for boundary in ("test_from", "validation_from"):
+        assert whole["split"][boundary] == half["split"][boundary] > 0
+    (configs / "paper.yaml").write_text(f"{CONFIG}neighbours: {{share: 0.2}}\n")
+    with pytest.raises(SystemExit, match="trains with neighbours"):
+        scaling.main([*words, "--output", str(tmp_path / "other")])
+
+
 def test_a_smaller_share_is_part_of_a_larger_one_and_histories_are_whole(tmp_path):
     histories = walks(users=40, items=15, seed=3)
     dataset = write_dataset(tmp_path / "data", histories)

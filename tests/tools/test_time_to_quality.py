@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,8 +74,9 @@ def test_an_earlier_result_takes_the_place_of_training(tmp_path, monkeypatch, ca
     data = str(tmp_path / "data")
     histories = histories_fingerprint(write_dataset(data, walks(users=20, items=12)))
     best = {"masked": 0.03, "epochs": 1.5, "train_s": 600.0, "seconds": 660.0}
-    settings = {"threads": 1, "histories": histories}
-    result = {"best": best, "curve": [best], "setup_s": 10.0, "settings": settings}
+    settings = {"threads": 1, "histories": histories, "seed": 0, "minutes": 12}
+    result: dict[str, Any] = {"model": "SASRec", "options": {"n_layers": 2}, "settings": settings}
+    result |= {"best": best, "curve": [best], "setup_s": 10.0}
     file = tmp_path / "SASRec.json"
     ours = {"reached": True, "value": 0.031, "epoch": 2, "train_s": 10.0, "wall_s": 20.0}
     monkeypatch.setattr(time_to_quality, "reach", lambda value, command, output: ours)
@@ -82,7 +84,14 @@ def test_an_earlier_result_takes_the_place_of_training(tmp_path, monkeypatch, ca
     file.write_text(json.dumps(result))
     time_to_quality.main(words)
     assert "ratio 60 (goal 50)" in capsys.readouterr().out
-    for other, said in {"threads": "2 threads", "histories": "other histories"}.items():
-        file.write_text(json.dumps({**result, "settings": {**settings, other: 2}}))
+    assert json.loads((tmp_path / "o.json").read_text())["options"]["minutes"] == 12
+    for changed, said in (
+        ({"settings": {**settings, "threads": 2}}, "2 threads"),
+        ({"settings": {**settings, "histories": "x"}}, "other histories"),
+        ({"model": "GRU4Rec", "options": {}}, "is of GRU4Rec"),
+        ({"options": {"n_layers": 1}}, "SASRec with 1 layers"),
+        ({"settings": {**settings, "seed": 1}}, "seed 1"),
+    ):
+        file.write_text(json.dumps({**result, **changed}))
         with pytest.raises(SystemExit, match=said):
             time_to_quality.main(words)

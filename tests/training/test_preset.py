@@ -84,7 +84,7 @@ def test_the_configuration_that_was_measured_on_beauty_is_what_the_rule_chooses_
         ("batch.step_tokens", {"targets": 131_413 // 2}, 384),  # as many steps of an epoch
         ("batch.step_tokens", {"targets": 4 * 131_413}, 1536),  # twice as many
         ("batch.step_tokens", {"targets": 100 * 131_413}, 7680),
-        ("batch.step_tokens", {"targets": 0}, 64),
+        ("batch.step_tokens", {"targets": 0}, 128),
         ("batch.step_tokens", {"entries": 2 * 198_502}, 1536),
         ("train.epochs", {"targets": 0}, 24),
         ("train.epochs", {"items": 10**6, "targets": 16 * 131_413}, 8),
@@ -226,7 +226,7 @@ def test_a_run_prints_and_records_what_was_chosen_and_resumes_to_the_same(
 
     # The values make the run, wherever they come from; without them it is another.
     explicit = {"--model.output_map": "true", "--loss.candidates": "all", "--train.patience": 0}
-    explicit |= {"--batch.thinning": 0.3, "--batch.thinned": 0.3, "--batch.step_tokens": 64}
+    explicit |= {"--batch.thinning": 0.3, "--batch.thinned": 0.3, "--batch.step_tokens": 128}
     assert stage("pretrain", {**words, "--preset": "none", **explicit}) == 0
     assert "is already trained" in capsys.readouterr().out
     assert stage("pretrain", {**words, "--preset": "none"}) == 2

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     before = machine()
     with tempfile.TemporaryDirectory() as scratch:
         if options.recbole:
-            result = read_result(options.recbole, options.data)
+            result = read_result(options.recbole, options)
         else:
             words = ["--data", options.data, "--output", scratch, "--minutes", str(options.minutes)]
             words += ["--models", "SASRec", "--threads", "1", "--seed", str(options.seed)]
@@ -71,21 +71,28 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"ratio {ratios['train_s']:.0f} (goal {GOAL}); with start and validations {ratios['wall_s']:.0f}")
 
 
-def read_result(file: str, data: str) -> dict[str, Any]:
-    """Read a result of `tools/compare_recbole.py`.
+def read_result(file: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Read a result of `tools/compare_recbole.py`; its minutes and batches are those of the options from then on.
 
     Raises:
-        SystemExit: it is of other data, or of several threads.
+        SystemExit: it is of another model or other data, or of several threads.
     """
     from recgpt_torchrec.data.dataset import Dataset, histories_fingerprint
 
     result = json.loads(Path(file).read_text())
-    threads, histories = (result["settings"][name] for name in ("threads", "histories"))
-    if threads != 1:
-        raise SystemExit(f"--recbole {file} was trained with {threads} threads; ours has one")
-    if histories != histories_fingerprint(Dataset.open(data)):
-        raise SystemExit(f"--recbole {file} was trained on other histories than those of --data {data}")
-    return result
+    settings = result["settings"]
+    shape = (result["model"], result["options"].get("n_layers"), settings["seed"])
+    if shape != ("SASRec", options.layers, options.seed):
+        raise SystemExit(
+            f"--recbole {file} is of {shape[0]} with {shape[1]} layers and seed {shape[2]}; it must be of SASRec with "
+            f"{options.layers} layers (--layers) and seed {options.seed} (--seed)"
+        )
+    if settings["threads"] != 1:
+        raise SystemExit(f"--recbole {file} was trained with {settings['threads']} threads; ours has one")
+    if settings["histories"] != histories_fingerprint(Dataset.open(options.data)):
+        raise SystemExit(f"--recbole {file} was trained on other histories than those of --data {options.data}")
+    options.minutes = settings["minutes"]
+    return dict(result)
 
 
 def reach(value: float, command: list[str], output: Path) -> dict[str, Any]:

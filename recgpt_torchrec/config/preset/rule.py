@@ -31,8 +31,10 @@ ITEMS_PER_NEGATIVE, MAX_NEGATIVES = 4, 32_768
 """Negatives of larger catalogues: one for so many items, and at most so many."""
 STEP_TOKENS, STEP_TOKENS_POWER, STEP_MULTIPLE = 768, 0.5, 64
 """Tokens of a step over all ranks for a log of `MEASURED_TARGETS`, by which power of the targets they grow for a larger
-one, and the number that they are a multiple of. Smaller logs take as many steps of an epoch, as `--batch.tokens auto`'s
-figures say they should."""
+one, and the number that they are a multiple of. A smaller log takes as many steps of an epoch: fewer cost quality, see
+`config.defaults.STEPS`."""
+FEWEST_STEP_TOKENS = 128
+"""A step of fewer takes as long."""
 EPOCHS, EPOCHS_POWER, MAX_EPOCHS, DENSE_EPOCHS = 16, 0.25, 24, 1.75
 """Epochs of a log of `MEASURED_TARGETS`, by which power of its targets they fall, their maximum, and how many times as
 many a dense log takes."""
@@ -132,7 +134,7 @@ def _choose_thinning() -> list[Choice]:
 def _choose_rates(statistics: Statistics) -> list[Choice]:
     per_item = statistics.targets / max(1, statistics.items)
     rates = next(values for limit, values in TUNED_RATES if per_item < limit)
-    reason = f"since there are {per_item:,.1f} training targets per item, and where there are many less is to be learnt"
+    reason = f"since there are {per_item:,.1f} training targets per item; a dense log, from {DENSE} on, is tuned gently"
     names = ("tables.lr", "tables.user_lr", "optimizer.lr")
     return [Choice(name, value, reason) for name, value in zip(names, rates, strict=True)]
 
@@ -155,7 +157,7 @@ def _choose_steps(statistics: Statistics) -> list[Choice]:
     targets = max(1.0, statistics.targets)
     size = targets / MEASURED_TARGETS
     wanted = STEP_TOKENS * (size if size < 1 else size**STEP_TOKENS_POWER)
-    tokens = max(1, round(wanted / STEP_MULTIPLE)) * STEP_MULTIPLE
+    tokens = max(FEWEST_STEP_TOKENS, round(wanted / STEP_MULTIPLE) * STEP_MULTIPLE)
     tokens = math.ceil(tokens * max(1.0, statistics.entries / max(1, statistics.interactions)))
     steps = max(1, math.ceil(statistics.entries / max(1, statistics.interactions) * targets / tokens))
     reason = f"over all ranks, about {steps:,} steps of an epoch, since the log has {targets:,.0f} training targets"
