@@ -263,9 +263,9 @@ def markdown(report: dict[str, list[dict[str, Any]]]) -> str:
 
 def title_of(point: dict[str, Any]) -> str:
     """A point in words."""
-    share = point["value"] if point["axis"] == "share" else 1
+    users = f"{point['value']:.4g} of the users" if point["axis"] == "share" else "all users"
     blocks = f"{point['layers']} layer{'s' * (point['layers'] != 1)}"
-    return f"{point['axis']}: {blocks}, dim {point['dim']}, {share:.4g} of the users"
+    return f"{point['axis']}: {blocks}, dim {point['dim']}, {users}"
 
 
 def draw(name: str, points: list[dict[str, Any]], file: Path) -> None:
