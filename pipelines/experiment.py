@@ -1,6 +1,8 @@
 """Common parts of the pipelines that train and measure: options, and steps on one data set."""
 
+import argparse
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,7 +12,6 @@ from recgpt_torchrec.config.command_line import values_of
 
 if TYPE_CHECKING:
     from recgpt_torchrec.data.dataset import Dataset
-
 
 TEACHER_SEEDS = 100
 """How far apart the seeds of the teachers of one model are."""
@@ -257,6 +258,30 @@ def config_file(folder: str, name: str, ending: str = "", settings: str = "paper
     if settings == "paper" or not (ROOT / file).exists():
         file = f"{folder}/{name}{ending}.yaml"
     return file if (ROOT / file).exists() else f"{folder}/paper{ending}.yaml"
+
+
+def read_datasets(parser: argparse.ArgumentParser, pairs: list[str], taken: Sequence[str]) -> dict[str, str]:
+    """Read the words NAME=FILE of --dataset; ends the program where one is none.
+
+    Args:
+        parser: of the command line.
+        pairs: the words.
+        taken: names that the output folder has for other things.
+
+    Returns:
+        Files by name, relative to the project, or addresses.
+    """
+    datasets: dict[str, str] = {}
+    for pair in pairs:
+        name, _, path = pair.partition("=")
+        if not path or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            parser.error(f"--dataset {pair} is not NAME=FILE, for example beauty=../shared/data/Beauty.txt")
+        if name in (*datasets, *taken):
+            parser.error(f"--dataset {pair}: choose another name than {name}, which is taken")
+        if "://" not in path and not os.path.exists(path):
+            parser.error(f"--dataset {pair}: there is no {path}")
+        datasets[name] = path if "://" in path else from_root(path)
+    return datasets
 
 
 def from_root(path: str) -> str:

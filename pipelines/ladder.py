@@ -11,7 +11,6 @@ the same command resumes an interrupted ladder. Test chooses nothing: each rung 
 
 import argparse
 import json
-import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipelines import experiment  # noqa: E402
-from pipelines.experiment import config_file, from_root, uses_neighbours, words_of  # noqa: E402
+from pipelines.experiment import config_file, from_root, read_datasets, uses_neighbours, words_of  # noqa: E402
 from pipelines.paper_report import read_training  # noqa: E402
 from pipelines.seed_tables import Row, cell, mean_and_deviation, read_json, table  # noqa: E402
 from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
@@ -271,20 +270,12 @@ def parse(arguments: list[str] | None = None) -> Options:
     )
     parser.add_argument("--epochs", type=int, default=0, help="epochs of every rung, for a try (default: its own)")
     given = parser.parse_args(arguments)
-    datasets: dict[str, str] = {}
-    for pair in given.dataset:
-        name, _, path = pair.partition("=")
-        if not path or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in (*datasets, "steps"):
-            parser.error(f"--dataset {pair} is not NAME=FILE with a new name, for example beauty=Beauty.txt")
-        if "://" not in path and not Path(path).exists():
-            parser.error(f"--dataset {pair}: there is no {path}")
-        datasets[name] = path if "://" in path else from_root(path)
     if given.seeds < 1 or given.ranks < 1 or given.epochs < 0:
         parser.error("--seeds and --ranks must be at least 1, and --epochs at least 0")
     if unknown := set(given.rungs) - set(names):
         parser.error(f"--rungs {' '.join(sorted(unknown))}: choose among {', '.join(names)}")
     return Options(
-        datasets=datasets,
+        datasets=read_datasets(parser, given.dataset, ("steps",)),
         output=from_root(given.output),
         seeds=given.seeds,
         ranks=given.ranks,

@@ -20,7 +20,6 @@ optimizer steps, for which prompted batches have more tokens.
 import argparse
 import json
 import os
-import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipelines import experiment, paper_report  # noqa: E402
-from pipelines.experiment import config_file, from_root, words_of  # noqa: E402
+from pipelines.experiment import config_file, from_root, read_datasets, words_of  # noqa: E402
 from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
 
 SPLITS = ("validation", "test")
@@ -175,19 +174,11 @@ def parse(arguments: list[str] | None = None) -> Options:
     if (given.test_from is None) == by_time or (given.validation_from and not by_time):
         parser.error("--hold_out time takes --test_from, and may take --validation_from; both belong to it")
     datasets: dict[str, Source] = {}
-    for pair in given.dataset:
-        name, _, path = pair.partition("=")
-        if not path or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            parser.error(f"--dataset {pair} is not NAME=FILE, for example beauty=../shared/data/Beauty.txt")
-        if name in datasets or name in ("steps", "figures"):
-            parser.error(f"--dataset {pair}: choose another name than {name}, which is taken")
-        if "://" not in path and not os.path.exists(path):
-            parser.error(f"--dataset {pair}: there is no {path}")
-        file = path if "://" in path else from_root(path)
+    for name, file in read_datasets(parser, given.dataset, ("steps", "figures")).items():
         for kind in dict.fromkeys(given.hold_out):
             title = f"{name}_{kind}" if kind == "time" and "last" in given.hold_out else name
             if title in datasets:
-                parser.error(f"--dataset {pair}: choose another name than {name}, {title} is taken")
+                parser.error(f"--dataset {name}={file}: choose another name than {name}, {title} is taken")
             hold_out = ["--hold_out", kind, *boundaries] if kind == "time" else []
             datasets[title] = Source(file=file, configured_as=name, hold_out=hold_out)
     ks = sorted(set(given.k))

@@ -13,7 +13,6 @@ the same command resumes an interrupted pipeline.
 
 import argparse
 import json
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipelines import experiment  # noqa: E402
-from pipelines.experiment import from_root, uses_neighbours  # noqa: E402
+from pipelines.experiment import from_root, read_datasets, uses_neighbours  # noqa: E402
 from pipelines.feedback import keys_of  # noqa: E402
 from pipelines.paper_report import read_training  # noqa: E402
 from pipelines.seed_tables import Row, mean_and_deviation, read_json, table  # noqa: E402
@@ -109,14 +108,6 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument("--hold_out", choices=["last", "time"], default="last", help="as in prepare (default: last)")
     parser.add_argument("--test_from", help="as in the stage prepare, with --hold_out time")
     given = parser.parse_args(arguments)
-    datasets: dict[str, str] = {}
-    for pair in given.dataset:
-        name, _, path = pair.partition("=")
-        if not path or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in (*datasets, "steps", "figures"):
-            parser.error(f"--dataset {pair} is not NAME=FILE with a new name, for example beauty=Beauty.txt")
-        if "://" not in path and not Path(path).exists():
-            parser.error(f"--dataset {pair}: there is no {path}")
-        datasets[name] = path if "://" in path else from_root(path)
     if min(given.seeds, given.ranks, *given.layers, *given.dims) < 1:
         parser.error("--seeds, --ranks, --layers and --dims must be at least 1")
     if not all(0 < share <= 1 for share in given.shares):
@@ -128,7 +119,7 @@ def parse(arguments: list[str] | None = None) -> Options:
     points += [Point("dim", value) for value in sorted(set(given.dims))]
     points += [Point("share", value) for value in sorted(set(given.shares) - {1.0})]
     return Options(
-        datasets=datasets,
+        datasets=read_datasets(parser, given.dataset, ("steps", "figures")),
         output=from_root(given.output),
         seeds=given.seeds,
         ranks=given.ranks,

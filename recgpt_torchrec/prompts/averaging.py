@@ -71,10 +71,17 @@ class AnswerAverage:
             dataset: that all answers were made on.
             others: from `open_others`.
             max_len: maximum number of entries of a history that the models read.
+
+        Raises:
+            InputError: a folder has another number of row groups.
         """
-        self.number = {group: number for number, group in enumerate(row_groups(dataset))}
+        groups = row_groups(dataset)
+        self.number = {group: number for number, group in enumerate(groups)}
         self.others = [(other, row_groups(other)) for other in others]
         self.max_len, self.trailing = max_len, bool(dataset.manifest.feedback)
+        for other, theirs in self.others:
+            if len(theirs) != len(groups):
+                raise _differing(other)
 
     def apply(self, histories: Intervals, pool: Sequence[RowGroup]) -> None:
         """Replace the answers of the histories of some row groups of the dataset.
@@ -85,16 +92,16 @@ class AnswerAverage:
         lists = [(histories.answers, histories.answer_scores)]
         answers = histories.answers.shape[1]
         for other, groups in self.others:
-            rows = [read_rows(other, group) for group in self._find(groups, pool)]
-            theirs = rows and intervals_of(pa.concat_tables(rows), 0, self.max_len, (), answers, self.trailing)
-            if not theirs or not _are_same(histories, theirs):
-                raise InputError(f"{OPTION} {other.path} has other users, or in another order, than the dataset")
+            rows = pa.concat_tables([read_rows(other, groups[self.number[group]]) for group in pool])
+            theirs = intervals_of(rows, 0, self.max_len, (), answers, self.trailing)
+            if not _are_same(histories, theirs):
+                raise _differing(other)
             lists.append((theirs.answers, theirs.answer_scores))
         histories.answers, histories.answer_scores = mean_answers(lists)
 
-    def _find(self, groups: Sequence[RowGroup], pool: Sequence[RowGroup]) -> list[RowGroup]:
-        """The row groups with the rows of a pool: those of the same numbers; a folder of answers has the same ones."""
-        return [groups[self.number[group]] for group in pool] if len(groups) == len(self.number) else []
+
+def _differing(other: Dataset) -> InputError:
+    return InputError(f"{OPTION} {other.path} has other users, or in another order, than the dataset")
 
 
 def _are_same(first: Intervals, second: Intervals) -> bool:

@@ -1,6 +1,7 @@
 """`pipelines/scaling.py`: its points on a small log, the logs of its shares, and its report."""
 
 import json
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +20,8 @@ train: {epochs: 1}
 """
 
 
-def test_every_point_is_trained_on_its_data_and_measured_on_the_same_users(tmp_path, monkeypatch):
+def small_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[InProcess, Path, list[str]]:
+    """What runs the stages, the output folder, and the words of the command line."""
     executor = InProcess()
     monkeypatch.setattr(steps, "execute", executor)
     log, configs, out = tmp_path / "log.csv", tmp_path / "configs", tmp_path / "out"
@@ -27,6 +29,11 @@ def test_every_point_is_trained_on_its_data_and_measured_on_the_same_users(tmp_p
     configs.mkdir()
     (configs / "paper.yaml").write_text(CONFIG)
     words = ["--dataset", f"tiny={log}", "--output", str(out), "--configs", str(configs), "--ranks", "1"]
+    return executor, out, words
+
+
+def test_every_point_is_trained_on_its_data_and_measured_on_the_same_users(tmp_path, monkeypatch):
+    executor, out, words = small_log(tmp_path, monkeypatch)
     words += ["--layers", "2", "--dims", "16", "--shares", "0.5", "1"]
     scaling.main(words)
     stages = [command[2].rpartition(".")[2] for command in executor.ran]
@@ -52,20 +59,15 @@ def test_every_point_is_trained_on_its_data_and_measured_on_the_same_users(tmp_p
 
 
 def test_a_share_is_split_where_the_whole_log_is(tmp_path, monkeypatch):
-    executor = InProcess()
-    monkeypatch.setattr(steps, "execute", executor)
-    log, configs, out = tmp_path / "log.csv", tmp_path / "configs", tmp_path / "out"
-    synthetic_log.main(["--output", str(log), "--users", "120", "--items", "60", "--mean_events", "10"])
-    configs.mkdir()
-    (configs / "paper.yaml").write_text(CONFIG)
-    words = ["--dataset", f"tiny={log}", "--output", str(out), "--configs", str(configs), "--ranks", "1", "--layers"]
+    executor, out, words = small_log(tmp_path, monkeypatch)
+    words.append("--layers")
     executor.interrupt_at = 2  # both datasets are prepared, nothing is trained
     with pytest.raises(SystemExit):
         scaling.main([*words, "--dims", "--shares", "0.5", "--hold_out", "time", "--test_from", "80%"])
     whole, half = (Dataset.open(str(out / f"tiny/{name}")).manifest.preparation for name in ("data", "share_0.5"))
     for boundary in ("test_from", "validation_from"):
         assert whole["split"][boundary] == half["split"][boundary] > 0
-    (configs / "paper.yaml").write_text(f"{CONFIG}neighbours: {{share: 0.2}}\n")
+    (tmp_path / "configs/paper.yaml").write_text(f"{CONFIG}neighbours: {{share: 0.2}}\n")
     with pytest.raises(SystemExit, match="trains with neighbours"):
         scaling.main([*words, "--output", str(tmp_path / "other")])
 

@@ -40,10 +40,10 @@ EPOCHS, EPOCHS_POWER, MAX_EPOCHS, DENSE_EPOCHS = 16, 0.25, 24, 1.75
 many a dense log takes."""
 TUNED_EPOCHS = 0.5
 """Epochs of prompt-tuning, as a share of those of pre-training: after 24, 8 were better than 5 and 14 on Beauty."""
-TUNED_RATES = ((DENSE, (0.02, 0.002, 0.001)), (math.inf, (0.005, 0.0005, 0.0003)))
-"""Learning rates of prompt-tuning (item and output tables, users, decoder) where there are fewer training targets per
-item than this. On MovieLens 100k validation NDCG@10 is .1271 with the first and .1317 with the second ones (K = 1),
-.1244 and .1246 without prompts; pre-trained .1258. On Beauty .005 was worse, see configs/paper_tune.yaml."""
+TUNED_RATES = ((0.02, 0.002, 0.001), (0.005, 0.0005, 0.0003))
+"""Learning rates of prompt-tuning (item and output tables, users, decoder), and those on a dense log. On MovieLens 100k
+validation NDCG@10 is .1271 with the first and .1317 with the second ones (K = 1), .1244 and .1246 without prompts;
+pre-trained .1258. On Beauty .005 was worse, see configs/paper_tune.yaml."""
 VALIDATIONS = 8
 """Number of validations of a run."""
 SAMPLED = tuple(f"loss.{name}" for name in ("negatives", "negatives_by", "negatives_across_ranks", "bce_negatives"))
@@ -63,6 +63,11 @@ class Statistics:
     """Entries that are read: interactions, and prompts where there are any."""
     lengths: Mapping[str, float] = field(default_factory=dict)
     """Interactions per user: at `90%`, `99%` and so on of the users; empty: not recorded."""
+
+    @property
+    def per_item(self) -> float:
+        """Training targets per item."""
+        return self.targets / max(1, self.items)
 
     def length_at(self, share: float) -> float | None:
         """The length that a share of the histories, from .9 to .99, does not exceed; None: it is not known.
@@ -102,11 +107,10 @@ def choose(statistics: Statistics, tuned: bool = False, epochs: int | None = Non
 
 
 def _choose_model(statistics: Statistics) -> list[Choice]:
-    targets, items = statistics.targets, max(1, statistics.items)
-    per_item = targets / items
-    deep = max(targets / DEEP_TARGETS, per_item / DENSE) >= 1
+    targets, per_item = statistics.targets, statistics.per_item
+    deep = targets >= DEEP_TARGETS or per_item >= DENSE
     dropout = next(value for limit, value in DROPOUT if per_item < limit)
-    counted = f"since there are {per_item:,.1f} training targets per item ({targets:,.0f} of {items:,})"
+    counted = f"since there are {per_item:,.1f} training targets per item ({targets:,.0f} of {statistics.items:,})"
     everywhere = "as on logs of any size"
     size = f"{targets:,.0f} training targets, {per_item:,.1f} per item"
     choices = [
@@ -132,8 +136,8 @@ def _choose_thinning() -> list[Choice]:
 
 
 def _choose_rates(statistics: Statistics) -> list[Choice]:
-    per_item = statistics.targets / max(1, statistics.items)
-    rates = next(values for limit, values in TUNED_RATES if per_item < limit)
+    per_item = statistics.per_item
+    rates = TUNED_RATES[per_item >= DENSE]
     reason = f"since there are {per_item:,.1f} training targets per item; a dense log, from {DENSE} on, is tuned gently"
     names = ("tables.lr", "tables.user_lr", "optimizer.lr")
     return [Choice(name, value, reason) for name, value in zip(names, rates, strict=True)]
@@ -158,8 +162,8 @@ def _choose_steps(statistics: Statistics) -> list[Choice]:
     size = targets / MEASURED_TARGETS
     wanted = STEP_TOKENS * (size if size < 1 else size**STEP_TOKENS_POWER)
     tokens = max(FEWEST_STEP_TOKENS, round(wanted / STEP_MULTIPLE) * STEP_MULTIPLE)
-    tokens = math.ceil(tokens * max(1.0, statistics.entries / max(1, statistics.interactions)))
-    steps = max(1, math.ceil(statistics.entries / max(1, statistics.interactions) * targets / tokens))
+    steps = math.ceil(targets / tokens)
+    tokens = math.ceil(tokens * max(1.0, statistics.entries / max(1, statistics.interactions)))  # with its prompts
     reason = f"over all ranks, about {steps:,} steps of an epoch, since the log has {targets:,.0f} training targets"
     return [Choice("batch.step_tokens", tokens, reason, ("batch.tokens", "batch.users"))]
 
@@ -167,11 +171,11 @@ def _choose_steps(statistics: Statistics) -> list[Choice]:
 def _choose_length(statistics: Statistics, tuned: bool, given: int | None) -> list[Choice]:
     targets = max(1.0, statistics.targets)
     wanted = min(MAX_EPOCHS, EPOCHS * (MEASURED_TARGETS / targets) ** EPOCHS_POWER) * (TUNED_EPOCHS if tuned else 1)
-    is_dense = statistics.targets >= DENSE * max(1, statistics.items)
-    epochs = max(1, round(wanted * (DENSE_EPOCHS if is_dense and not tuned else 1)))
+    longer = statistics.per_item >= DENSE and not tuned
+    epochs = max(1, round(wanted * (DENSE_EPOCHS if longer else 1)))
     every = max(1, round((given or epochs) / VALIDATIONS))
     why = f"since the log has {targets:,.0f} training targets, and a larger one needs fewer epochs"
-    why += f"; more, since these are {targets / max(1, statistics.items):,.1f} per item" * (is_dense and not tuned)
+    why += f"; more, since these are {statistics.per_item:,.1f} per item" * longer
     spread = "after each epoch, since these are few"
     if every > 1:
         spread = f"for about {VALIDATIONS} validations in {given or epochs} epochs"
