@@ -22,6 +22,8 @@ TRAINING = {
     "--optimizer.warmup_steps": 2,
 }
 
+DRAWING = {"--prompts.temperature": 2.0, "--prompts.top_k": 10, "--prompts.seed": 7}
+
 
 def histories() -> list[list[int]]:
     """Some empty or of one item, some longer than max_len; the last row groups longer than the first."""
@@ -108,13 +110,32 @@ def on_rank(rank: int, world_size: int, port: int, options: dict[str, Any]) -> i
     return stage("generate_prompts", options)
 
 
-@pytest.mark.parametrize("sharding", ["data_parallel", "row_wise"])
-def test_two_ranks_make_the_same_prompts(data, run, prompted, tmp_path, sharding):
+@pytest.fixture(scope="module")
+def drawn(data, run) -> Path:
+    output = data.parent / "drawn"
+    assert stage("generate_prompts", {"--data": data, "--checkpoint": run, "--output": output, **DRAWING}) == 0
+    return output
+
+
+def test_drawn_prompts_are_told_in_the_record_and_differ_from_the_best_ones(drawn, prompted):
+    record = Dataset.open(str(drawn)).manifest.settings["prompts"]
+    assert [record[name] for name in ("temperature", "top_k", "seed")] == [2.0, 10, 7]
+    assert not {"temperature", "top_k", "seed"} & set(Dataset.open(str(prompted)).manifest.settings["prompts"])
+    first, second = read_sequences(drawn), read_sequences(prompted)
+    assert first["segment_ids"] == second["segment_ids"] and first["item_ids"] != second["item_ids"]
+
+
+@pytest.mark.parametrize(
+    ("sharding", "of", "drawing"),
+    [("data_parallel", "prompted", {}), ("row_wise", "prompted", {}), ("row_wise", "drawn", DRAWING)],
+)
+def test_two_ranks_make_the_same_prompts(data, run, request, tmp_path, sharding, of, drawing):
+    prompted = request.getfixturevalue(of)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = {"--data": data, "--checkpoint": run, "--output": tmp_path / "out", "--batch_users": 2}
-    options["--tables.sharding"] = sharding
+    options |= {"--tables.sharding": sharding, **drawing}
     assert run_ranks(on_rank, 2, port, options, timeout=120) == [0, 0]
     assert read_sequences(tmp_path / "out") == read_sequences(prompted)
     assert Dataset.open(str(tmp_path / "out")).manifest.settings == Dataset.open(str(prompted)).manifest.settings
@@ -204,6 +225,35 @@ def previous_without_prompts(options: dict[str, Any], folder: Path) -> str:
     return "has no prompts"
 
 
+def previous_of_averaged_answers(options: dict[str, Any], folder: Path) -> str:
+    shutil.copytree(options["prompted"], folder / "averaged")
+    change_json(
+        folder / "averaged/manifest.json", lambda made: made["settings"]["prompts"].update(averaged_with=["another"])
+    )
+    options["--previous"] = folder / "averaged"
+    return "holds answers averaged with those of other checkpoints"
+
+
+def previous_that_was_not_drawn(options: dict[str, Any], folder: Path) -> str:
+    options |= {"--previous": options["prompted"], "--prompts.temperature": 1.0}
+    return "temperature: None there, 1.0 now"
+
+
+def drawn_from_too_many(options: dict[str, Any], folder: Path) -> str:
+    options |= {"--prompts.temperature": 1.0, "--prompts.top_k": 1001}
+    return "--prompts.top_k is 1001; it must be from 1 to 1000"
+
+
+def drawing_without_temperature(options: dict[str, Any], folder: Path) -> str:
+    options["--prompts.top_k"] = 20
+    return "--prompts.top_k is 20, but prompts are the best items; give --prompts.temperature"
+
+
+def drawing_what_was_shown(options: dict[str, Any], folder: Path) -> str:
+    options |= {"--prompts.temperature": 1.0, "--prompts.source": "exposed"}
+    return "no prompt is generated with --prompts.source exposed"
+
+
 def no_checkpoint(options: dict[str, Any], folder: Path) -> str:
     options["--checkpoint"] = folder
     return "holds no finished checkpoint"
@@ -231,6 +281,11 @@ def a_tuned_checkpoint(options: dict[str, Any], folder: Path) -> str:
         a_plain_dataset,
         previous_of_other_options,
         previous_without_prompts,
+        previous_of_averaged_answers,
+        previous_that_was_not_drawn,
+        drawn_from_too_many,
+        drawing_without_temperature,
+        drawing_what_was_shown,
         no_checkpoint,
         a_tuned_checkpoint,
     ],

@@ -35,6 +35,13 @@ class Prompts:
     exclude_seen: bool = True
     """Never generate an item that is in the user's history so far, or already a prompt between the same two
     interactions."""
+    temperature: float = 0.0
+    """0: a prompt is the model's best item. Above 0: it is drawn from the best --prompts.top_k items with probabilities
+    softmax(score / temperature); the larger, the less the score counts."""
+    top_k: int = 50
+    """Number of the best items that a prompt is drawn from, 1 to 1,000, with --prompts.temperature."""
+    seed: int = 0
+    """Seed of drawn prompts. They are the same on any number of ranks, and in serving."""
 
     def __post_init__(self) -> None:
         within("--prompts.k", self.k, 0, 32 if self.source == "exposed" else 8)
@@ -46,6 +53,20 @@ class Prompts:
                 f"--prompts.answers is {self.answers}, but nothing is generated with --prompts.source exposed; leave "
                 "it out"
             )
+        at_least("--prompts.temperature", self.temperature, 0)
+        within("--prompts.top_k", self.top_k, 1, 1000)
+        within("--prompts.seed", self.seed, 0, MAX_SEED)
+        if self.temperature and (self.source == "exposed" or not self.k):
+            raise ValueError(
+                f"--prompts.temperature is {self.temperature}, but no prompt is generated with --prompts.source "
+                f"{self.source} and --prompts.k {self.k}; leave it out"
+            )
+        for name in ("top_k", "seed"):
+            if not self.temperature and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(
+                    f"--prompts.{name} is {getattr(self, name)}, but prompts are the best items; give "
+                    "--prompts.temperature, for example 1, to draw them"
+                )
 
     @property
     def needs_model(self) -> bool:

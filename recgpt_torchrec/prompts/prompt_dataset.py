@@ -42,6 +42,8 @@ RECORD = "prompts"
 """Key of the manifest's settings that records how the prompts were made."""
 AVERAGED = "averaged_with"
 """Key of the record: fingerprints of the checkpoints of other teachers, whose answers are averaged with these."""
+DRAWING = ("temperature", "top_k", "seed")
+"""Options of the record of prompts that were drawn."""
 NOT_COMPARED = ("dataset", "checkpoint")
 """Paths in the record, which may differ; the fingerprints beside them are compared."""
 GROUPS_PER_PART = 16
@@ -66,6 +68,7 @@ def record_of(
         "source": prompts.source,
         "exclude_seen": prompts.exclude_seen,
         "answers": prompts.answers,
+        **describe_drawing(prompts),
         "max_len": max_len,
         "checkpoint": checkpoint,
         "checkpoint_fingerprint": fingerprint,
@@ -77,6 +80,11 @@ def record_of(
             {} if neighbours is None or neighbours.path is None else {"neighbours": describe_boost(neighbours, dataset)}
         ),
     }
+
+
+def describe_drawing(prompts: Prompts) -> dict[str, Any]:
+    """How prompts are drawn, as JSON values; nothing where they are the best items."""
+    return {name: getattr(prompts, name) for name in DRAWING} if prompts.temperature else {}
 
 
 def kinds_of(dataset: Dataset, prompts: Prompts) -> list[str]:
@@ -155,6 +163,11 @@ def open_previous(path: str, record: dict[str, Any], vocabulary: str) -> Dataset
     previous = Dataset.open(path)
     if RECORD not in previous.manifest.settings:
         raise InputError(f"--previous {path} has no prompts: give a dataset that generate_prompts wrote")
+    if AVERAGED in previous.manifest.settings[RECORD]:
+        raise InputError(
+            f"--previous {path} holds answers averaged with those of other checkpoints, which cannot be reused; leave "
+            "--previous out"
+        )
     if previous.manifest.hold_out in STORED:
         raise InputError(
             f"--previous {path} was made with --hold_out {previous.manifest.hold_out}, so its prompts depend on where "

@@ -3,10 +3,11 @@
     interacted items     a        b        c        (position 0, 1, 2)
     with k = 2 prompts   a a1 a2  b b1 b2  c        (position 0 1 2  1 2 3  2; never beyond max_len - 1)
 
-a1 is the model's best item after `a`, a2 after `a a1`, b1 after `a a1 a2 b`, and so on, from all entries before it. In
-a history longer than `max_len` only the newest `max_len` items have prompts between them. Where the dataset stores the
-starts of a user's validation and test part, that holds for the histories before each of them too: the prompts of a
-history that a split reads come from this history alone, however much comes after it. Knows nothing of files.
+a1 is the model's best item after `a`, a2 after `a a1`, b1 after `a a1 a2 b`, and so on, from all entries before it; or
+an item drawn among the best (`sampling.py`). In a history longer than `max_len` only the newest `max_len` items have
+prompts between them. Where the dataset stores the starts of a user's validation and test part, that holds for the
+histories before each of them too: the prompts of a history that a split reads come from this history alone, however
+much comes after it. Knows nothing of files.
 """
 
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from recgpt_torchrec.model.dense import Dense
 from recgpt_torchrec.prompts.boosting import BatchBoost, NeighbourBoost
 from recgpt_torchrec.prompts.decoding import Decoding
 from recgpt_torchrec.prompts.intervals import Intervals
+from recgpt_torchrec.prompts.sampling import draw_items
 
 
 class Prompter:
@@ -128,6 +130,8 @@ class Prompter:
             answers=torch.from_numpy(histories.answers[places]).to(device),
             answer_scores=torch.from_numpy(histories.answer_scores[places]).to(device),
             older=torch.from_numpy(older_items(histories, rows, first)).to(device),
+            ids=histories.users[rows],
+            skipped=first - histories.offsets[rows],
             users=self.dense.user_vectors(user_vectors[torch.from_numpy(rows).to(user_vectors.device)].to(device)),
             features=self._compute_features(histories, rows, first, intervals),
             boost=None if self.boost is None else self.boost.of_batch(histories, rows, training, places),
@@ -174,7 +178,12 @@ class Prompter:
                     interval = grid.prompts[wanted, at[wanted]]
                     first = grid.items[wanted, :1]  # a filler that is forbidden anyway
                     forbidden = torch.cat([excluded[wanted], torch.where(interval < 0, first, interval)], dim=1)
-                if slot == 0 and self.prompts.answers and self.boost is None and self.prompts.source == "generated":
+                if self.prompts.temperature:
+                    best = self.catalogue.top_k(out[wanted], self.prompts.top_k, forbidden=forbidden)
+                    row = wanted.cpu().numpy()
+                    places = grid.skipped[row] + at[wanted].cpu().numpy()
+                    generated = draw_items(best.items, best.scores, self.prompts, grid.ids[row], places, slot)
+                elif slot == 0 and self.prompts.answers and self.boost is None and self.prompts.source == "generated":
                     generated = grid.answers[wanted, at[wanted], 0]  # the same items were forbidden
                 else:
                     generated = self.catalogue.top_k(out[wanted], 1, forbidden=forbidden).items[:, 0]
@@ -278,6 +287,10 @@ class _Grid:
     """[users, intervals, answers] float32."""
     older: Tensor
     """[users, any] int64 items before those with prompts; shorter rows repeat an item of the user."""
+    ids: Int64
+    """[users] int64 user ids."""
+    skipped: Int64
+    """[users] int64 number of items before those with prompts."""
     users: Tensor
     """[users, dim] user vectors."""
     features: Tensor | None

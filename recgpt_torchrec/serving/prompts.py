@@ -1,6 +1,7 @@
 """Prompts of requests: made as `generate_prompts` made those of the dataset that a model was tuned on."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from recgpt_torchrec.data.segments import FEEDBACK
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.tabled.base import TabledModel, unwrapped, unwrapped_dense
 from recgpt_torchrec.prompts.intervals import intervals_of, table_of
-from recgpt_torchrec.prompts.prompt_dataset import RECORD
+from recgpt_torchrec.prompts.prompt_dataset import DRAWING, RECORD
 from recgpt_torchrec.prompts.prompting import Prompter
 from recgpt_torchrec.serving.encoding import look_up_strangers
 
@@ -80,7 +81,8 @@ class RequestPrompts:
             )
         trained = load_unsharded(checkpoint, dataset, self.device)
         model = unwrapped(trained.model)
-        options = Prompts(k=self.k, source=record["source"], exclude_seen=record["exclude_seen"])
+        drawing = {name: record[name] for name in DRAWING if name in record}
+        options = Prompts(k=self.k, source=record["source"], exclude_seen=record["exclude_seen"], **drawing)
         catalogue = Catalogue.of_model(model, dataset.manifest.items, self.device)
         prompter = Prompter(unwrapped_dense(model), catalogue, options, self.max_len, USERS)
         self.generator = model, prompter
@@ -96,5 +98,6 @@ class RequestPrompts:
         histories = intervals_of(table, self.k, self.max_len, segments, trailing=self.keeps_newest)
         if self.generator is not None:
             model, prompter = self.generator
-            prompter.fill(histories, look_up_strangers(model, users, NO_ITEMS, self.device)[0])
+            vectors = look_up_strangers(model, users, NO_ITEMS, self.device)[0]
+            prompter.fill(replace(histories, users=users), vectors)  # by whose ids prompts are drawn; rows have numbers
         return table_of(histories)

@@ -17,6 +17,7 @@ from recgpt_torchrec.model.attention import DenseAttention
 from recgpt_torchrec.model.dense import Dense
 from recgpt_torchrec.prompts.intervals import Intervals, intervals_of, known_intervals, table_of
 from recgpt_torchrec.prompts.prompting import Prompter
+from recgpt_torchrec.prompts.sampling import draw_items
 
 DIM, MAX_LEN, ITEMS = 8, 6, 15
 
@@ -196,7 +197,7 @@ def score(dense: Dense, catalogue: Catalogue, user: torch.Tensor, items: list[in
     return catalogue.vectors_of(torch.arange(ITEMS)) @ out[0, -1]
 
 
-def from_scratch(dense, catalogue, user, row, k, exclude_seen, shown=None):
+def from_scratch(dense, catalogue, user, row, k, exclude_seen, shown=None, pick=None):
     """One row by Algorithm 1 said again in plain Python: (items, segments)."""
     older, kept = row[: max(0, len(row) - MAX_LEN)], row[max(0, len(row) - MAX_LEN) :]
     items, segments, fed, positions = list(older), [0] * len(older), [], []
@@ -216,7 +217,8 @@ def from_scratch(dense, catalogue, user, row, k, exclude_seen, shown=None):
                 scores = score(dense, catalogue, user, fed, positions)
                 if exclude_seen:
                     scores[older + kept[: p + 1] + interval] = -torch.inf
-                answer, segment = int(scores.argmax()), GENERATED
+                place = len(older) + p
+                answer, segment = int(scores.argmax() if pick is None else pick(scores, place, n)), GENERATED
             interval.append(answer)
             items += [answer]
             segments += [segment]
@@ -235,6 +237,38 @@ def test_prompts_with_the_cache_are_those_of_recomputing_everything(dense, catal
         items, segments = from_scratch(dense, catalogue, users[u], row, k, exclude_seen)
         assert made["item_ids"][u].as_py() == items
         assert made["segment_ids"][u].as_py() == segments
+
+
+@pytest.mark.parametrize("top_k", [3, 50])
+def test_drawn_prompts_are_those_of_recomputing_everything(dense, catalogue, top_k):
+    """Each from its user, place and slot alone: whoever is decoded beside, and however much of it was known before."""
+    rows = random_rows([4, 0, 6, 1, 9, 2, 5, 3, 12])
+    prompts = Prompts(k=2, temperature=2.0, top_k=top_k, seed=3)
+    made = fill(dense, catalogue, intervals_of(rows_of(rows), 2, MAX_LEN, ()), prompts)
+    users, best = random_user_vectors(len(rows)), Prompts(k=2)
+    for u, row in enumerate(rows):
+
+        def pick(scores: torch.Tensor, place: int, slot: int, user: int = u) -> int:
+            kept = min(top_k, int(scores.isfinite().sum()))
+            found = scores.topk(kept)
+            owner, number = np.array([user]), np.array([place])
+            return int(draw_items(found.indices[None], found.values[None], prompts, owner, number, slot))
+
+        items, segments = from_scratch(dense, catalogue, users[u], row, 2, True, pick=pick)
+        assert made["item_ids"][u].as_py() == items
+        assert made["segment_ids"][u].as_py() == segments
+    assert not made.equals(fill(dense, catalogue, intervals_of(rows_of(rows), 2, MAX_LEN, ()), best))
+    for batch_users in (1, 100):
+        again = fill(dense, catalogue, intervals_of(rows_of(rows), 2, MAX_LEN, ()), prompts, batch_users=batch_users)
+        assert again.equals(made)
+    earlier = intervals_of(made, 2, MAX_LEN, (GENERATED,))
+    grown = [row + [next(i for i in range(ITEMS) if i not in row)] if len(row) < MAX_LEN else row for row in rows]
+    known = known_intervals(intervals_of(rows_of(grown), 2, MAX_LEN, ()), earlier, MAX_LEN)
+    assert known.max() > 2
+    histories = intervals_of(rows_of(grown), 2, MAX_LEN, ())
+    known_intervals(histories, earlier, MAX_LEN)
+    reused = fill(dense, catalogue, histories, prompts, known)
+    assert reused.equals(fill(dense, catalogue, intervals_of(rows_of(grown), 2, MAX_LEN, ()), prompts))
 
 
 @pytest.mark.parametrize("source", ["generated", "both"])

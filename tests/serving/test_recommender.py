@@ -21,7 +21,7 @@ from tools import feedback_log
 TRAIN = {**SMALL, "--loss.candidates": "all", "--train.epochs": 1, "--train.validate_every": 100}
 TUNE = {"--loss.candidates": "all", "--batch.tokens": 200, "--train.epochs": 1, "--train.validate_every": 100}
 WALKS = walks(40, 30, shortest=1, longest=14)
-KINDS = ["pretrained", "tuned", "feedback", "tuned_both", "events"]
+KINDS = ["pretrained", "tuned", "tuned_drawn", "feedback", "tuned_both", "events"]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--output": folder / "tuned",
     }
     assert stage("prompt_tune", {**tuned, **TUNE}) == 0
+    drawn: dict[str, Any] = {"prompts__temperature": 1.0, "prompts__seed": 3, "output": folder / "drawn"}
+    run("generate_prompts", data=folder / "plain", checkpoint=folder / "pretrained", **drawn)
+    assert stage("prompt_tune", {**tuned, **TUNE, "--data": folder / "drawn", "--output": folder / "tuned_drawn"}) == 0
 
     log = folder / "feedback.csv"
     feedback_log.main(["--output", str(log), "--users", "60", "--regions", "2", "--noise", "1"])
@@ -66,7 +69,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 DATA = {"pretrained": "plain", "tuned": "prompts", "feedback": "clicks", "tuned_both": "shown", "events": "typed"}
-SOURCE = {**DATA, "tuned": "plain", "tuned_both": "clicks"}
+DATA["tuned_drawn"] = "drawn"
+SOURCE = {**DATA, "tuned": "plain", "tuned_drawn": "plain", "tuned_both": "clicks"}
 """Where the histories are without generated prompts."""
 
 

@@ -6,9 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from recgpt_torchrec.data.ragged import Int64
+from recgpt_torchrec.data.reading.hashing import Hashes, hash_numbers
 from recgpt_torchrec.data.windows import RowGroup
-
-Hashes = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -32,17 +31,5 @@ class UserSample:
 
 
 def hash_users(users: Int64, seed: int) -> Hashes:
-    """[users] uint64 hashes of user ids: a permutation of all 64-bit numbers for each seed, so that none is repeated.
-
-    The mixing is that of splitmix64.
-    """
-    with np.errstate(over="ignore"):
-        mixed = _mix(np.array([seed], dtype=np.uint64)) + users.astype(np.uint64)
-        return _mix(mixed)
-
-
-def _mix(values: Hashes) -> Hashes:
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    """[users] uint64 hashes of user ids, see `hash_numbers`."""
+    return hash_numbers(users, seed)
