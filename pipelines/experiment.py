@@ -149,14 +149,16 @@ class Experiment:
         users = values_of(ROOT / config).get("batch", {}).get("users", 0)
         return ["--batch.users", str(-(-users // self.options.ranks))] if users and self.options.ranks > 1 else []
 
-    def _test(self, seed: int, run: str, data: str, *, baselines: bool = False) -> None:
-        """Measure a run on test; the stage chooses m of the two-step list on validation."""
+    def _test(self, seed: int, run: str, data: str, *, baselines: bool = False, lists: Sequence[int] = ()) -> None:
+        """Measure a run on test in lists of some lengths (empty: the stage's own); the stage chooses m of the two-step
+        list on validation."""
         title = f"seed{seed}/{run}_test"
         output = f"{self.folder}/{title}.json"
         arguments = ["--data", data, "--checkpoint", f"{self.folder}/seed{seed}/{run}", "--output", output]
+        arguments += ["--baselines", str(baselines).lower(), *(["--ks", *map(str, lists)] if lists else [])]
         self.steps.run(
             f"{self.name}/{title}",
-            self._command("evaluate", [*arguments, "--baselines", str(baselines).lower()]),
+            self._command("evaluate", arguments),
             kind=f"{self.name} test",
             proof=output,
             needs=(f"{self.name}/seed{seed}/{run}",),
