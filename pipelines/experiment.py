@@ -74,7 +74,7 @@ class Experiment:
     @property
     def neighbours(self) -> str:
         """Folder of the neighbours."""
-        return f"{self.folder}/neighbours"
+        return self._place_of("neighbours")
 
     def _train(
         self,
@@ -104,7 +104,7 @@ class Experiment:
             kind=f"{self.name} {kind}",
             proof=f"{output}/best.json",
             needs=tuple(f"{self.name}/{need}" for need in needs),
-            settings=values_of(ROOT / config) | ({} if second is None else {"second": values_of(ROOT / second)}),
+            settings=self._settings_of(config) | ({} if second is None else {"second": values_of(ROOT / second)}),
         )
 
     def _generate_prompts(self, place: str, k: int, pretrained: str) -> str:
@@ -130,7 +130,7 @@ class Experiment:
         """Generate prompts or answers from the run `pretrained`, and what the steps `others` made; returns the title of
         the step."""
         output, needs = f"{self.folder}/{title}", ["prepare", pretrained, *others]
-        arguments = ["--config", config, "--data", self.data, "--checkpoint", f"{self.folder}/{pretrained}"]
+        arguments = ["--config", config, "--data", self.data, "--checkpoint", self._place_of(pretrained)]
         if uses_neighbours(config):
             arguments += ["--neighbours.path", self.neighbours]
             needs.append("neighbours")
@@ -140,9 +140,17 @@ class Experiment:
             kind=f"{self.name} generate",
             proof=f"{output}/manifest.json",
             needs=tuple(f"{self.name}/{need}" for need in needs),
-            settings=values_of(ROOT / config),
+            settings=self._settings_of(config),
         )
         return title
+
+    def _settings_of(self, config: str) -> dict[str, Any]:
+        """What a step reads beside its command and the steps it needs: the configuration."""
+        return values_of(ROOT / config)
+
+    def _place_of(self, title: str) -> str:
+        """Folder of the result of a step."""
+        return f"{self.folder}/{title}"
 
     def _share_users(self, config: str) -> list[str]:
         """The option that deals the users of a configuration's batches to the ranks; none where there is no such."""

@@ -3,10 +3,10 @@
     python pipelines/prompt_kinds.py --paper runs/paper --dataset beauty --output runs/kinds --seeds 5
 
 Starts from the pre-trained models that `pipelines/paper.py` left in runs/paper, with the configurations that it had.
-Each kind of prompts is tuned on with soft targets, as NAME_tune.yaml says, and without them (hard); every tuning has as
-many optimizer steps as the control, which has the same targets and no prompts. Soft targets are the answers of the
-model that made the prompts, after it has read them; prompts of another model, or of items that are no answers, are
-tuned on without them alone.
+Each kind of prompts is tuned on with the soft targets of NAME_tune.yaml and without (hard), and each beside its
+control, which has the same targets, as many optimizer steps, and no prompts. Soft targets are answers that were made
+beside the prompts, so drawn prompts have a control of their own; kinds whose soft targets would have other rules or
+other shares have hard ones alone.
 
 Of each kind the report also says how often the next item is among the prompts before it. A model that is tuned on
 histories which it has learnt sees prompts there that are right more often than any later.
@@ -17,6 +17,7 @@ after each seed, and the same command resumes an interrupted run. Test chooses n
 
 import argparse
 import json
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,37 +48,67 @@ LOSSES: dict[str, dict[str, Any]] = {"soft": {}, "hard": {"tuning.soft_targets":
 PARTS = ("training", "validation", "test")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Kind:
     """A kind of prompts, and how a model is tuned on them."""
 
     name: str
     meaning: str
+    losses: tuple[str, ...] = ("hard",)
+    """Those that it is tuned with."""
     prompts: dict[str, Any] = field(default_factory=dict)
-    """Options of `generate_prompts`; those of a kind without any are the prompts of the kind `best`."""
+    """Options of `generate_prompts`."""
     tuning: dict[str, Any] = field(default_factory=dict)
     """Options of `prompt_tune`."""
+    made_as: str = BEST
+    """The kind whose prompts it has."""
     by_teacher: bool = False
     """Whether the teacher of the pre-trained model makes them."""
-    losses: tuple[str, ...] = tuple(LOSSES)
-    """Those whose targets are the control's."""
+    soft_control: str | None = CONTROL
+    """The kind that it is compared with when tuned with soft targets; None: it is a control."""
 
-    @property
-    def made_as(self) -> str:
-        """Name of the kind whose prompts it has."""
-        return self.name if self.prompts or self.by_teacher else BEST
+    def control(self, loss: str) -> str | None:
+        """Name of the kind that it is compared with; None: it is a control."""
+        return None if self.soft_control is None else self.soft_control if loss == "soft" else CONTROL
 
 
+NO_PROMPTS = {"tuning.prompts": False}
 KINDS = (
-    Kind(CONTROL, "no prompts, the control", tuning={"tuning.prompts": False}),
-    Kind(BEST, "the model's best item (the paper's)"),
-    Kind("drawn", "drawn among its 50 best by their softmax", {"prompts.temperature": 1.0}),
-    Kind("noise", "drawn among its 1,000 best, all alike", {"prompts.temperature": 1e6, "prompts.top_k": 1000}),
-    Kind("seen", "its best item, also of the history", {"prompts.exclude_seen": False}, losses=("hard",)),
-    Kind("teacher", "the best item of its teacher, an earlier model", by_teacher=True, losses=("hard",)),
-    Kind("last", "its best item; the last entry predicts", tuning={"tuning.predict_from": "last"}),
-    Kind("every", "its best item; every entry predicts", tuning={"tuning.predict_from": "every"}),
+    Kind(name=CONTROL, meaning="no prompts", losses=("soft", "hard"), tuning=NO_PROMPTS, soft_control=None),
+    Kind(name=BEST, meaning="the model's best item, as in the paper", losses=("soft", "hard")),
+    Kind(
+        name="none_drawn",
+        meaning="no prompts, with the answers made beside drawn ones",
+        losses=("soft",),
+        tuning=NO_PROMPTS,
+        made_as="drawn",
+        soft_control=None,
+    ),
+    Kind(
+        name="drawn",
+        meaning="drawn among its 50 best by their softmax",
+        losses=("soft", "hard"),
+        prompts={"prompts.temperature": 1.0},
+        made_as="drawn",
+        soft_control="none_drawn",
+    ),
+    Kind(
+        name="noise",
+        meaning="drawn among its 1,000 best, each as likely",
+        prompts={"prompts.temperature": 1e6, "prompts.top_k": 1000},
+        made_as="noise",
+    ),
+    Kind(
+        name="seen",
+        meaning="its best item, which may be one of the history",
+        prompts={"prompts.exclude_seen": False},
+        made_as="seen",
+    ),
+    Kind(name="teacher", meaning="the best item of its teacher, an earlier model", made_as="teacher", by_teacher=True),
+    Kind(name="last", meaning="its best item; the prompt predicts", tuning={"tuning.predict_from": "last"}),
+    Kind(name="every", meaning="its best item; item and prompt predict", tuning={"tuning.predict_from": "every"}),
 )
+BY_NAME = {kind.name: kind for kind in KINDS}
 
 
 @dataclass(kw_only=True)
@@ -86,28 +117,16 @@ class Options(experiment.Options):
 
     paper: str
     """Output folder of `pipelines/paper.py`."""
-    datasets: list[str]
-    kinds: list[Kind]
-    losses: list[str]
+    runs: dict[str, list[tuple[str, Kind]]]
+    """By data set, each loss and kind that is tuned with it, in order."""
     k: int
-
-    def kinds_of(self, name: str) -> list[Kind]:
-        """The kinds that are tuned on with a data set: a model without a teacher has none of its prompts."""
-        has_teacher = (ROOT / self.paper / name / "seed0/teacher/best.json").exists()
-        return [kind for kind in self.kinds if has_teacher or not kind.by_teacher]
-
-    def losses_of(self, kind: Kind) -> list[str]:
-        """The losses that a kind is tuned with."""
-        return [loss for loss in self.losses if loss in kind.losses]
 
     def planned(self) -> list[str]:
         """The kind of every step, see `RecordedSteps`."""
         steps = []
-        for name in self.datasets:
-            kinds = [kind for kind in self.kinds_of(name) if self.losses_of(kind)]
-            steps += [f"{name} generate"] * len({kind.made_as for kind in kinds}) * self.seeds
-            tunings = sum(len(self.losses_of(kind)) for kind in kinds)
-            steps += [f"{name} tune", f"{name} test"] * tunings * self.seeds
+        for name, runs in self.runs.items():
+            steps += [f"{name} generate"] * len({kind.made_as for _, kind in runs}) * self.seeds
+            steps += [f"{name} tune", f"{name} test"] * len(runs) * self.seeds
         return steps
 
 
@@ -115,8 +134,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Run every unfinished step, and write the report."""
     options = parse(arguments)
     with pipeline("prompt_kinds", options.output, options.planned()) as steps:
-        for name in options.datasets:
-            PromptKinds(name, options, steps).run()
+        finished: dict[str, int] = {}
+        for name in options.runs:
+            each = PromptKinds(name, options, steps)
+            for seed in range(options.seeds):
+                each.run(seed)
+                finished[name] = seed + 1
+                write_report(options, finished)
 
 
 def parse(arguments: list[str] | None = None) -> Options:
@@ -127,15 +151,14 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument("--output", default="runs/kinds", help="output folder (default: runs/kinds)")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to SEEDS - 1 (default: 5)")
     parser.add_argument("--ranks", type=int, default=2, help="processes of each stage (default: 2)")
-    parser.add_argument("--configs", default="configs", help="folder of the configurations (default: configs)")
-    names = [kind.name for kind in KINDS]
+    names = [kind.name for kind in KINDS if kind.soft_control is not None]
     parser.add_argument(
         "--kinds",
         nargs="+",
         choices=names,
         default=names,
         metavar="KIND",
-        help=f"kinds to tune on, beside the control (default: all): {', '.join(names)}",
+        help=f"kinds to tune on, beside their controls (default: all): {', '.join(names)}",
     )
     parser.add_argument("--losses", nargs="+", choices=[*LOSSES], default=[*LOSSES], help="(default: both)")
     parser.add_argument("--k", type=int, default=1, help="prompts per interval, 1 to 8 (default: 1)")
@@ -143,130 +166,197 @@ def parse(arguments: list[str] | None = None) -> Options:
     if given.seeds < 1 or given.ranks < 1 or not 1 <= given.k <= 8:
         parser.error("--seeds and --ranks must be at least 1, and --k from 1 to 8")
     paper = from_root(given.paper)
+    runs: dict[str, list[tuple[str, Kind]]] = {}
     for name in given.dataset:
-        for seed in range(given.seeds):
-            if not (ROOT / paper / name / f"seed{seed}/pretrain/best.json").exists():
-                parser.error(
-                    f"--dataset {name}: {given.paper}/{name}/seed{seed} has no finished model; run pipelines/paper.py "
-                    f"with --output {given.paper} and --seeds {given.seeds}, or give fewer --seeds"
-                )
+        had, models = Had(ROOT / paper, name), [f"seed{seed}/pretrain" for seed in range(given.seeds)]
+        if missing := had.find_missing([*models, "seed0/fine_tuning"]):
+            parser.error(
+                f"--dataset {name}: {given.paper} has no finished {name}/{missing}; run pipelines/paper.py with "
+                f"--output {given.paper} and --seeds {given.seeds}, or give fewer --seeds"
+            )
+        runs[name] = runs_of(given.kinds, given.losses, had, given.seeds)
+        if all(kind.control(loss) is None for loss, kind in runs[name]):
+            parser.error(
+                f"--dataset {name}: nothing is left of --kinds {' '.join(given.kinds)} with --losses "
+                f"{' '.join(given.losses)}; teacher needs one in --paper, and soft needs soft targets there"
+            )
     return Options(
         paper=paper,
-        datasets=list(dict.fromkeys(given.dataset)),
+        runs=runs,
         output=from_root(given.output),
         seeds=given.seeds,
         ranks=given.ranks,
-        configs=from_root(given.configs),
-        kinds=[kind for kind in KINDS if kind.name in (CONTROL, *given.kinds)],
-        losses=[loss for loss in LOSSES if loss in given.losses],
+        configs="",
         k=given.k,
     )
 
 
+class Had:
+    """What `pipelines/paper.py` left of a data set. Example: `Had(Path("runs/paper"), "beauty").config("pretrain")`"""
+
+    def __init__(self, paper: Path, name: str) -> None:
+        self.paper, self.name = paper, name
+
+    def find_missing(self, runs: list[str]) -> str | None:
+        """The first of some runs that is not finished; None: all are."""
+        return next((run for run in runs if not (self.paper / self.name / run / "best.json").exists()), None)
+
+    def config(self, step: str) -> str:
+        """The configuration file that a step of the first seed had, relative to the project.
+
+        Raises:
+            SystemExit: the file has changed since.
+        """
+        record = self._record(step)
+        words = shlex.split(record["command"])
+        file = words[words.index("--config") + 1]
+        settings = {name: value for name, value in record["settings"].items() if name != "second"}
+        if not (ROOT / file).exists() or values_of(ROOT / file) != settings:
+            raise SystemExit(
+                f"prompt_kinds: {file} has changed since {self.name}/seed0/{step} was made with it; restore it, or run "
+                "pipelines/paper.py anew with another --output"
+            )
+        return file
+
+    @property
+    def prompts_step(self) -> str:
+        """The step that made the prompts of the fine-tuned model's dataset."""
+        return next(need for need in self._record("fine_tuning")["needs"] if need.endswith("/prompts")).partition(
+            f"{self.name}/seed0/"
+        )[2]
+
+    def _record(self, step: str) -> dict[str, Any]:
+        record: dict[str, Any] = read_json(self.paper / "steps" / self.name / f"seed0/{step}.json")
+        return record
+
+
+def runs_of(kinds: list[str], losses: list[str], had: Had, seeds: int) -> list[tuple[str, Kind]]:
+    """Each loss and kind that is tuned with it, with their controls, in order.
+
+    Args:
+        kinds, losses: names that were asked for.
+        had: whose models are tuned; without teachers there are none of their prompts, and without soft targets in the
+            configuration only hard ones.
+        seeds: number of seeds.
+    """
+    tuning = values_of(ROOT / had.config("fine_tuning")).get("tuning", {})
+    has_teachers = had.find_missing([f"seed{seed}/teacher" for seed in range(seeds)]) is None
+    chosen: set[tuple[str, str]] = set()
+    for loss in losses if tuning.get("soft_targets") else {"hard"}.intersection(losses):
+        for kind in (BY_NAME[name] for name in kinds):
+            control = kind.control(loss)
+            if loss in kind.losses and control is not None and (has_teachers or not kind.by_teacher):
+                chosen |= {(loss, kind.name), (loss, control)}
+    return [(loss, kind) for loss in LOSSES for kind in KINDS if (loss, kind.name) in chosen]
+
+
 class PromptKinds(experiment.Experiment):
-    """All steps on one data set. Example: `PromptKinds("beauty", options, steps).run()`."""
+    """All steps on one data set. Example: `PromptKinds("beauty", options, steps).run(seed=0)`."""
 
     options: Options
 
     def __init__(self, name: str, options: Options, steps: RecordedSteps) -> None:
         super().__init__(name, options, steps)
+        had = Had(ROOT / options.paper, name)
+        self.config, self.tune_config = had.config("pretrain"), had.config("fine_tuning")
+        self.prompts_config = had.config(had.prompts_step)
         self.paper = f"{options.paper}/{name}"
         self.data = f"{self.paper}/data"
+        self.models: dict[str, Any] = {}
+        """Of the seed that runs, what its models are."""
 
-    @property
-    def neighbours(self) -> str:
-        """Folder of the neighbours."""
-        return f"{self.paper}/neighbours"
+    def run(self, seed: int) -> None:
+        """Run every unfinished step of a seed."""
+        names = (f"seed{seed}/{model}" for model in ("pretrain", "teacher"))
+        self.models = {name: read_json(ROOT / self.paper / name / "best.json") for name in names}
+        made: dict[str, str] = {}
+        for loss, kind in self.options.runs[self.name]:
+            if kind.made_as not in made:
+                made[kind.made_as] = self._make_prompts(seed, BY_NAME[kind.made_as])
+            self._tune(seed, kind, loss, made[kind.made_as])
 
-    def run(self) -> None:
-        """Run every unfinished step; the report is written after each seed."""
-        for seed in range(self.options.seeds):
-            made: dict[str, str] = {}
-            for kind in self.options.kinds_of(self.name):
-                for loss in self.options.losses_of(kind):
-                    if kind.made_as not in made:
-                        made[kind.made_as] = self._make_prompts(seed, kind.made_as)
-                    self._tune(seed, kind, loss, made[kind.made_as])
-            write_report(self.options)
-
-    def _make_prompts(self, seed: int, name: str) -> str:
+    def _make_prompts(self, seed: int, kind: Kind) -> str:
         """Generate the prompts of a kind; returns the title of the step."""
-        kind = next(kind for kind in KINDS if kind.name == name)
-        title, model = f"seed{seed}/{name}/prompts", "teacher" if kind.by_teacher else "pretrain"
-        checkpoint, output = f"{self.paper}/seed{seed}/{model}", f"{self.folder}/{title}"
-        arguments = ["--config", self.prompts_config, "--data", self.data, "--checkpoint", checkpoint]
-        arguments += words_of({"prompts.k": self.options.k, **kind.prompts})
-        self.steps.run(
-            f"{self.name}/{title}",
-            self._command("generate_prompts", [*arguments, "--output", output]),
-            kind=f"{self.name} generate",
-            proof=f"{output}/manifest.json",
-            settings={**values_of(ROOT / self.prompts_config), "model": read_json(ROOT / checkpoint / "best.json")},
-        )
-        return title
+        drawing = {"prompts.seed": seed} if "prompts.temperature" in kind.prompts else {}
+        words = words_of({"prompts.k": self.options.k, **kind.prompts, **drawing})
+        model = f"seed{seed}/{'teacher' if kind.by_teacher else 'pretrain'}"
+        return self._generate_with(f"seed{seed}/{kind.name}/prompts", self.prompts_config, model, words)
 
     def _tune(self, seed: int, kind: Kind, loss: str, prompts: str) -> None:
         data, run = f"{self.folder}/{prompts}", f"{kind.name}/{loss}"
-        words = ["--checkpoint", f"{self.paper}/seed{seed}/pretrain", *words_of({**LOSSES[loss], **kind.tuning})]
-        if kind.name != CONTROL:
-            words += words_of(self._equal_steps(data))
+        has_prompts = kind.tuning != NO_PROMPTS
+        options = {"tuning.predict_from": "interacted", "train.patience": 0, **LOSSES[loss], **kind.tuning}
+        if has_prompts:
+            options |= self._equal_steps(data)
+        words = ["--checkpoint", f"{self.paper}/seed{seed}/pretrain", *words_of(options)]
         self._train(f"seed{seed}/{run}", "tune", "prompt_tune", self.tune_config, data, (prompts,), seed, words)
-        self._test(seed, run, self.data if kind.name == CONTROL else data, lists=LISTS)
+        self._test(seed, run, data if has_prompts else self.data, lists=LISTS)
+
+    def _settings_of(self, config: str) -> dict[str, Any]:
+        return {**super()._settings_of(config), "models": self.models}
+
+    def _place_of(self, title: str) -> str:
+        is_of_paper = title in self.models or title == "neighbours"
+        return f"{self.paper}/{title}" if is_of_paper else super()._place_of(title)
 
 
-def write_report(options: Options) -> None:
-    """Write report.json and report.md of the seeds that are finished."""
+def write_report(options: Options, finished: dict[str, int]) -> None:
+    """Write report.json and report.md of the seeds that are finished; `finished` is their number by data set."""
     output = ROOT / options.output
-    report = {name: collect(options, name) for name in options.datasets}
+    report = {name: collect(output / name, options.runs[name], range(seeds)) for name, seeds in finished.items()}
     (output / "report.json").write_text(json.dumps(report, indent=1))
     (output / "report.md").write_text(markdown(report))
 
 
-def collect(options: Options, name: str) -> list[dict[str, Any]]:
-    """A row for each loss and kind of a data set: figures over seeds, and gains over the control of the same seed."""
-    folder, rows = ROOT / options.output / name, []
-    seeds = range(options.seeds)
-    told = {kind.made_as: foretold(folder / f"seed0/{kind.made_as}/prompts") for kind in options.kinds_of(name)}
-    for loss in options.losses:
-        control: dict[int, dict[str, float]] = {}
-        for kind in options.kinds_of(name):
-            runs = {seed: folder / f"seed{seed}/{kind.name}/{loss}" for seed in seeds}
-            tests = {seed: read_json(run.with_name(f"{run.name}_test.json")) for seed, run in runs.items()}
-            path = PATHS[kind.name != CONTROL]
-            by_seed = {seed: test["results"][path]["masked"] for seed, test in tests.items() if test}
-            if not by_seed:
-                continue
-            control = control or by_seed
-            validation = [read_json(runs[seed] / "best.json")["value"] for seed in by_seed]
-            gains = {m: [by_seed[seed][m] - control[seed][m] for seed in by_seed if seed in control] for m in METRICS}
-            rows.append(
-                {
-                    "loss": loss,
-                    "kind": kind.name,
-                    "meaning": kind.meaning,
-                    "foretold": None if kind.name == CONTROL else told[kind.made_as],
-                    "validation": mean_and_deviation(validation),
-                    "results": {m: mean_and_deviation([each[m] for each in by_seed.values()]) for m in METRICS},
-                    "gain": None if kind.name == CONTROL else {m: mean_and_deviation(gains[m]) for m in METRICS},
-                }
-            )
+def collect(folder: Path, runs: list[tuple[str, Kind]], seeds: range) -> list[dict[str, Any]]:
+    """A row for each loss and kind: figures over seeds, and gains over the control of the same seed.
+
+    Args:
+        folder: of the data set.
+        runs: each loss and kind.
+        seeds: that are finished.
+    """
+    told = {name: foretold(folder / f"seed0/{name}/prompts") for name in {kind.made_as for _, kind in runs}}
+
+    def measured(name: str, loss: str) -> list[dict[str, float]]:
+        path = PATHS[BY_NAME[name].tuning != NO_PROMPTS]
+        files = [folder / f"seed{seed}/{name}/{loss}_test.json" for seed in seeds]
+        return [read_json(file)["results"][path]["masked"] for file in files]
+
+    rows = []
+    for loss, kind in runs:
+        figures, control = measured(kind.name, loss), kind.control(loss)
+        gain = None
+        if control is not None:
+            pairs = list(zip(figures, measured(control, loss), strict=True))
+            gain = {m: mean_and_deviation([own[m] - other[m] for own, other in pairs]) for m in METRICS}
+        bests = [read_json(folder / f"seed{seed}/{kind.name}/{loss}/best.json")["value"] for seed in seeds]
+        rows.append(
+            {
+                "loss": loss,
+                "kind": kind.name,
+                "meaning": kind.meaning,
+                "control": control,
+                "foretold": told[kind.made_as] if control is not None else None,
+                "validation": mean_and_deviation(bests),
+                "results": {m: mean_and_deviation([each[m] for each in figures]) for m in METRICS},
+                "gain": gain,
+            }
+        )
     return rows
 
 
-def foretold(prompts: Path) -> dict[str, float] | None:
-    """Share of the interactions with prompts before them that are among these prompts, by the part of the history that
-    they are in; None: there is no such dataset."""
-    if not (prompts / "manifest.json").exists():
-        return None
+def foretold(prompts: Path) -> dict[str, float | None]:
+    """Of the interactions with prompts before them the share that is among these prompts, by the part of the history
+    that they are in; None: a part has none."""
     dataset = Dataset.open(str(prompts))
     record, hold_out = dataset.manifest.settings[RECORD], dataset.manifest.hold_out
-    counts = np.zeros((len(PARTS), 2))
+    counts = np.zeros((len(PARTS), 2), np.int64)
     for group in row_groups(dataset):
         rows = read_rows(dataset, group)
         histories = intervals_of(rows, record["k"], record["max_len"], PROMPTS, record["answers"])
-        starts = Starts.of(histories.lengths, hold_out, histories.starts)
-        counts += count_foretold(histories, starts)
-    return {part: float(hits / max(all_, 1)) for part, (all_, hits) in zip(PARTS, counts, strict=True)}
+        counts += count_foretold(histories, Starts.of(histories.lengths, hold_out, histories.starts))
+    return {part: hits / count if count else None for part, (count, hits) in zip(PARTS, counts.tolist(), strict=True)}
 
 
 def count_foretold(histories: Intervals, starts: Starts) -> np.ndarray:
@@ -285,8 +375,8 @@ def markdown(report: dict[str, list[dict[str, Any]]]) -> str:
     """The report in Markdown."""
     about = (
         "Masked, ranked over the whole catalogue, one step; ± is the sample standard deviation over seeds; the gain in "
-        "NDCG@10 is over the control of the same loss, seed by seed. Foretold: share of the interactions of training, "
-        "validation and test that are among the prompts before them, first seed. Bold: best of its column."
+        "NDCG@10 is over the control, seed by seed. Foretold: of the interactions of training, validation and test "
+        "that have prompts before them, the share that is among these, first seed. Bold: best of its column."
     )
     lines = ["# Kinds of prompts", "", about]
     for name, rows in report.items():
@@ -298,7 +388,8 @@ def markdown(report: dict[str, list[dict[str, Any]]]) -> str:
                 measured = [row["validation"], *(row["results"][metric] for metric in METRICS)]
                 figures.append((f"`{row['kind']}`: {row['meaning']}", measured))
                 gain = cell(row["gain"]["NDCG@10"], sign="+") if row["gain"] else ""
-                told = ", ".join(f"{share:.3f}" for share in (row["foretold"] or {}).values())
+                shares = (row["foretold"] or {}).values()
+                told = ", ".join("–" if share is None else f"{share:.3f}" for share in shares)
                 ends.append(f"{gain} | {told} |")
             made = table(f"{name}, {loss}", ("validation, NDCG@10", *METRICS), figures)
             lines += ["", *(f"{line} {end}" for line, end in zip(made, ends, strict=True))]

@@ -41,7 +41,8 @@ class Prompts:
     top_k: int = 50
     """Number of the best items that a prompt is drawn from, 1 to 1,000, with --prompts.temperature."""
     seed: int = 0
-    """Seed of drawn prompts. They are the same on any number of ranks, and in serving."""
+    """Seed of the draws. Drawn prompts are the same on any number of ranks, and for requests that name the user and
+    hold the whole history."""
 
     def __post_init__(self) -> None:
         within("--prompts.k", self.k, 0, 32 if self.source == "exposed" else 8)
@@ -139,8 +140,9 @@ class Tuning:
     each window (paper, equation 5)."""
     soft_targets: float = 0.0
     """Share of each target's weight, 0 to 1, that is spread over the stored answers of the pre-trained model; above 0
-    it needs a dataset generated with --prompts.answers. The share of an answer that is never a negative (one that was
-    never trained, with attributes or in_batch) stays with the target."""
+    it needs a dataset generated with --prompts.answers. A target that a prompt predicts has none. The share
+    of an answer that is never a negative (one that was never trained, with attributes or in_batch) stays with the
+    target."""
     places: bool = False
     """Whether the model reads the place in the list in which an item was shown (prepare --position_column)."""
     output_table: bool = True

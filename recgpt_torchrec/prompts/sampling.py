@@ -3,7 +3,7 @@
 Drawn by the Gumbel-max trick: the item with the largest score / temperature + g_j, where g_j = -log(-log(u_j)) and u_j
 is uniform between 0 and 1 (Gumbel 1954; Maddison, Tarlow and Minka 2014). Each u_j is a hash of the seed, the user, the
 place in the history, the number of the prompt and the item, so a prompt is the same on any number of ranks, in batches
-of any size, and in a request that the model serves.
+of any size, and in a request that names the user and holds the whole history.
 """
 
 import numpy as np
@@ -29,7 +29,7 @@ def draw_items(items: Tensor, scores: Tensor, prompts: Prompts, users: Int64, pl
     of_place = hash_numbers(places, hash_numbers(users, prompts.seed))
     of_prompt = hash_numbers(np.asarray(slot), of_place)
     hashes = hash_numbers(items.cpu().numpy(), of_prompt[:, None])
-    uniform = ((hashes >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    uniform = ((hashes >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52  # neither 0 nor 1
     noise = torch.from_numpy(-np.log(-np.log(uniform))).to(scores.device)
     drawn = (scores.double() / prompts.temperature + noise).masked_fill(items < 0, -torch.inf).argmax(1, keepdim=True)
     return items.gather(1, drawn)[:, 0]
