@@ -32,7 +32,7 @@ def test_every_kind_is_tuned_on_with_the_controls_loss_and_steps_and_done_once(t
     words = ["--paper", str(tmp_path / "paper"), "--dataset", "tiny", "--output", str(out), "--kinds", *kinds, *common]
     prompt_kinds.main(words)
     commands = [" ".join(command) for command in executor.ran]
-    # Prompts of best (for control and last), drawn, seen and teacher; soft: drawn and its control, hard: all and theirs.
+    # Prompts of best (control, last), drawn, seen and teacher; soft: drawn and its control; hard: all and theirs.
     assert sum("generate_prompts" in command for command in commands) == 4
     tunings = [command for command in commands if "prompt_tune" in command]
     assert len(tunings) == 2 + 5 and len(commands) == 4 + 2 * len(tunings)
