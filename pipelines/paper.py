@@ -12,6 +12,9 @@ Where there is a NAME_student.yaml, the pre-trained model learns from the answer
 the same options before it; NAME_answers.yaml says how the answers are made. With --teachers 3 they are the mean of
 those of three.
 
+Where a data set has neighbours, each model is also measured with the scores of neighbours raised (`evaluate
+--neighbours.path`), in rows of their own.
+
 K is chosen on validation with the first seed, m_n on validation with each seed; test chooses nothing. K = 0 is drawn
 beside the others and never chosen: it is Fine-tuning, which is prompt-tuning without prompts: the same loss, epochs and
 optimizer steps, for which prompted batches have more tokens.
@@ -318,6 +321,7 @@ class Paper(experiment.Experiment):
         arguments = ["--data", data, "--checkpoint", f"{self.folder}/seed{seed}/{run}", "--output", output]
         arguments += ["--split", split, "--baselines", baselines] + (["--recall.m", str(m)] if m else [])
         arguments += ["--ks", str(length)] if length != LONGEST else []
+        arguments += ["--neighbours.path", self.neighbours] if self.options.uses_neighbours(self.name) else []
         self.steps.run(
             f"{self.name}/{title}",
             self._command("evaluate", arguments),

@@ -7,6 +7,10 @@ TEACHER = "teacher"
 """The run whose answers the pre-trained model learns."""
 TABLE_2 = {"pretrain": "Pre-train", "fine_tuning": "Fine-tuning", "recgpt_1": "RecGPT_1", "recgpt": "RecGPT"}
 """Recall paths, and their names in the paper's Table 2."""
+RAISED = {
+    f"{path}_neighbours": f"{TABLE_2[path]}, neighbours raised" for path in ("pretrain", "fine_tuning", "recgpt_1")
+}
+"""One-step paths whose scores neighbours raise (`evaluate --neighbours.path`), where a data set has neighbours."""
 SMALLEST_M = 5
 """The figure of m_n goes from 10_0 to 5_5, as the paper's."""
 

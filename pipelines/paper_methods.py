@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import paper_baselines
-from pipelines.paper_figures import TABLE_2
+from pipelines.paper_figures import RAISED, TABLE_2
 from pipelines.seed_tables import PROTOCOLS, Row, over_seeds, read_json, table
 
-NAMES = {**TABLE_2, "cooccurrence": "co-occurrence", "popularity": "popularity"}
+MODELS = TABLE_2 | RAISED
+NAMES = {**MODELS, "cooccurrence": "co-occurrence", "popularity": "popularity"}
 """Methods in words, by path."""
 AGAINST = (
     ("recgpt", "recgpt_1"),
@@ -18,13 +19,15 @@ AGAINST = (
     ("recgpt", "cooccurrence"),
     ("pretrain", "cooccurrence"),
     ("pretrain", "popularity"),
+    ("pretrain_neighbours", "pretrain"),
 )
 """Pairs of methods that are compared."""
 
 
 def runs_of(recgpt: str) -> dict[str, str]:
     """The run that each method is measured with, given the prompt-tuned one."""
-    return {path: recgpt if path.startswith("recgpt") else path if path in TABLE_2 else "pretrain" for path in NAMES}
+    runs = {path: recgpt if path.startswith("recgpt") else path for path in TABLE_2}
+    return {path: runs.get(path.removesuffix("_neighbours"), "pretrain") for path in NAMES}
 
 
 def collect_methods(folder: Path, seeds: list[int], recgpt: str, lists: list[int]) -> dict[str, Any]:
@@ -51,8 +54,8 @@ def collect_methods(folder: Path, seeds: list[int], recgpt: str, lists: list[int
                 for how, values in results.get(path, {}).items():
                     figures.setdefault(path, {}).setdefault(how, {}).update(values)
         by_seed.append(figures)
-    baselines = {path: figures for path, figures in by_seed[0].items() if path not in TABLE_2}
-    over = over_seeds([{path: figures for path, figures in each.items() if path in TABLE_2} for each in by_seed])
+    baselines = {path: figures for path, figures in by_seed[0].items() if path not in MODELS}
+    over = over_seeds([{path: figures for path, figures in each.items() if path in MODELS} for each in by_seed])
     quality: dict[str, dict[int, Any]] = {}
     for path, run in runs_of(recgpt).items():
         for length, ending in {10: "", **files}.items():
@@ -80,7 +83,9 @@ def compare_methods(folder: Path, recgpt: str, ending: str) -> list[dict[str, An
     rows = []
     for path, other in AGAINST:
         first, second = opened.get(runs[path]), opened.get(runs[other])
-        if first is None or second is None or other not in second.results.record.paths:
+        if first is None or second is None:
+            continue
+        if path not in first.results.record.paths or other not in second.results.record.paths:
             continue
         for each in compare(first, second, pairs=[(path, other)]):
             sides = {"metric": each.metric, "value": each.value, "other_value": each.other_value}

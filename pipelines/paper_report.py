@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import paper_baselines, paper_methods
-from pipelines.paper_figures import TABLE_2, TEACHER, draw_figures
+from pipelines.paper_figures import RAISED, TABLE_2, TEACHER, draw_figures
 from pipelines.seed_tables import PROTOCOLS, Row, cell, mark_best, mean_and_deviation, over_seeds, read_json, table
 from pipelines.steps import ROOT, RecordedSteps, clock
 
@@ -34,6 +34,8 @@ STEPS_UP = (
     ("recgpt_1", "fine_tuning"),
     ("fine_tuning", "pretrain"),
     ("pretrain", TEACHER),
+    ("pretrain_neighbours", "pretrain"),
+    ("recgpt_1_neighbours", "recgpt_1"),
 )
 
 
@@ -131,7 +133,7 @@ def collect_dataset(options: "Options", name: str) -> dict[str, Any] | None:
                 ]
             )
             for better, worse in STEPS_UP
-            if worse in results["test"]
+            if {better, worse} <= results["test"].keys()
         },
         "training": trainings,
         "trained_baselines": paper_baselines.read_baselines(folder),
@@ -252,6 +254,7 @@ def table_2(report: dict[str, Any]) -> list[str]:
         for how, meaning in PROTOCOLS.items():
             tested = measured["results"]["test"]
             titles = ({TEACHER: "the teacher of Pre-train"} if TEACHER in tested else {}) | TABLE_2
+            titles |= {path: title for path, title in RAISED.items() if path in tested}
             rows: list[Row] = [(title, [tested[path][how][m] for m in METRICS]) for path, title in titles.items()]
             for path, figures in measured["baselines"].items():
                 rows.append((BASELINES[path], [{"mean": figures[how][m], "sd": None} for m in METRICS]))

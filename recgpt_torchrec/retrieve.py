@@ -28,6 +28,7 @@ def main(config: Retrieve) -> None:
     from recgpt_torchrec.retrieval.exports.reading import open_on_all_ranks
     from recgpt_torchrec.retrieval.list_folder import ListManifest
     from recgpt_torchrec.retrieval.list_summary import describe_lists, look_line
+    from recgpt_torchrec.retrieval.neighbours import describe_neighbours
     from recgpt_torchrec.retrieval.search.choosing import resolve
 
     with watched_group(config.stall_seconds):  # no search runs on a GPU
@@ -35,6 +36,7 @@ def main(config: Retrieve) -> None:
         given, config = config, resolve(config, export)
         dataset = Dataset.open(config.data) if config.data is not None else None
         rule, interests = check(config, export, dataset)
+        neighbours = {} if dataset is None else describe_neighbours(config.neighbours, dataset)
         manifest = ListManifest(
             k=config.k,
             export=config.export,
@@ -42,7 +44,7 @@ def main(config: Retrieve) -> None:
             vocabulary=export.manifest.vocabulary,
             dataset_fingerprint="" if dataset is None else histories_fingerprint(dataset),
             filters=start_filters(config),
-            settings=asdict(config),
+            settings={**asdict(config), **({"neighbours_content": neighbours["fingerprint"]} if neighbours else {})},
         )
         earlier = run_on_first_rank(lambda: finished(config, manifest, given))
         if earlier is None:
@@ -81,7 +83,7 @@ def check(config: Retrieve, export: "Export", dataset: Any) -> "tuple[MergeRule,
 
     Raises:
         InputError: the export has fewer items or interests than asked for, or is from another dataset; or an
-            approximate index cannot weigh the items of the history.
+            approximate index cannot weigh the items of the history, or lift neighbours.
     """
     from recgpt_torchrec.retrieval.merging import merge_rule
 
@@ -107,6 +109,11 @@ def check(config: Retrieve, export: "Export", dataset: Any) -> "tuple[MergeRule,
         raise InputError(
             f"{config.export} was made from another dataset than {config.data}: its ids mean other items (vocabulary "
             f"{manifest.vocabulary[:12]}, not {dataset.manifest.vocabulary[:12]}). Give --data {manifest.dataset}"
+        )
+    if config.neighbours.path is not None and config.index != "exact":
+        raise InputError(
+            f"--neighbours.path {config.neighbours.path}: neighbours lift items that --index {config.index} does not "
+            "find; give --index exact"
         )
     if config.seen == "weigh" and manifest.repeat_bias > 0 and config.index != "exact":
         raise InputError(
@@ -166,6 +173,7 @@ def retrieve(
     from recgpt_torchrec.retrieval.exports.item_keys import ItemKeys
     from recgpt_torchrec.retrieval.fallback import popular_lists
     from recgpt_torchrec.retrieval.list_folder import write_lists
+    from recgpt_torchrec.retrieval.neighbours import NeighbourRecall
     from recgpt_torchrec.retrieval.search.searching import build_retrievers, search_users
     from recgpt_torchrec.retrieval.user_histories import UserHistories
 
@@ -181,7 +189,8 @@ def retrieve(
             manifest.allowed = int(allowed.sum())
     started = time.perf_counter()
     report_phase("opening the index")
-    exact, retriever, finish = build_retrievers(config, export, rule, allowed)
+    neighbours = None if dataset is None else NeighbourRecall.open(config.neighbours, dataset)
+    exact, retriever, finish = build_retrievers(config, export, rule, allowed, neighbours)
     index_seconds = time.perf_counter() - started
     split = export.manifest.settings.get("history", "all")
     histories = UserHistories(dataset, split) if dataset is not None else None

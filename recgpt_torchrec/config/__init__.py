@@ -6,7 +6,7 @@ Other modules import the dataclasses from here, not from the files.
 
 from recgpt_torchrec.config.inputs.attributes import AttributeChoice
 from recgpt_torchrec.config.inputs.events import Events, TargetEvents
-from recgpt_torchrec.config.inputs.neighbours import AnswerNeighbours, FindNeighbours, Neighbours
+from recgpt_torchrec.config.inputs.neighbours import AnswerNeighbours, FindNeighbours, Neighbours, RecallNeighbours
 from recgpt_torchrec.config.inputs.time import TimeChoice
 from recgpt_torchrec.config.model import Loss, Model
 from recgpt_torchrec.config.plan import Plan
@@ -51,6 +51,7 @@ __all__ = [
     "PromptTune",
     "Prompts",
     "Recall",
+    "RecallNeighbours",
     "Retrieve",
     "Saving",
     "Sharding",

@@ -8,6 +8,7 @@ from recgpt_torchrec.config.boundaries import parse_moment
 from recgpt_torchrec.config.checks import MAX_SEED, at_least, within
 from recgpt_torchrec.config.device import Computing, Watched
 from recgpt_torchrec.config.fields import changeable
+from recgpt_torchrec.config.inputs.neighbours import RecallNeighbours
 from recgpt_torchrec.config.serving.encoder import Encoder
 from recgpt_torchrec.config.tables import Sharding
 from recgpt_torchrec.config.training import Batch
@@ -70,6 +71,7 @@ class Evaluate(Computing, Watched):
     """Also measure the baselines, popularity and item co-occurrence. One that may need more than 16 GiB per rank is
     left out, and so is one that does not fit into half of the memory left, together with the one before."""
     recall: Recall = field(default_factory=Recall)
+    neighbours: RecallNeighbours = field(default_factory=RecallNeighbours)
     per_user: bool = True
     """Also write the rank of every user's held-out item by each path to a Parquet file beside the JSON, such as
     test.users.parquet beside test.json: some 3 bytes per user and path, and a pass over the histories, two where the
@@ -302,6 +304,7 @@ class Retrieve(Watched):
     """Folder of the dataset. Items of the history that a user's vectors were made of are left out of the list, or
     weighed, see --seen. If the export was made with --history test or validation, the lists are measured against the
     held-out items. null: any item may be retrieved, by its inner product alone."""
+    neighbours: RecallNeighbours = field(default_factory=RecallNeighbours)
     seen: Literal["leave_out", "weigh"] = "leave_out"
     """Items of the history, which --data tells. leave_out: they are in no list. weigh: they compete, with the repeat
     bias of the export added to their scores. Where that is above 0, only --index exact can."""
@@ -350,6 +353,11 @@ class Retrieve(Watched):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("--k", self.k, 1)
+        if self.neighbours.path is not None and self.data is None:
+            raise ValueError(
+                f"--neighbours.path is {self.neighbours.path}: neighbours are those of a history's items; name the "
+                "dataset with --data DIR"
+            )
         if self.where is not None and self.items is None:
             raise ValueError(f"--where is {self.where!r}; name the table whose columns it is about with --items FILE")
         if self.items is not None and self.where is None:

@@ -19,6 +19,7 @@ from recgpt_torchrec.evaluation.metrics import reduce_metrics
 from recgpt_torchrec.evaluation.per_user.facts import Facts
 from recgpt_torchrec.evaluation.per_user.recording import UserRecorder
 from recgpt_torchrec.evaluation.recall_paths import RecallPaths
+from recgpt_torchrec.retrieval.neighbours import NeighbourRecall, describe_neighbours
 from recgpt_torchrec.texts.words import count
 from recgpt_torchrec.training.loading import Trained
 
@@ -45,6 +46,7 @@ def measure(
     are_all_ranked = config.event is None and not trained.inputs.history_events
     ranked = manifest.count_targets(config.split) if are_all_ranked else None
     grouping, lists = Grouping.read(dataset), ListSample(seed=config.seed)
+    neighbours = NeighbourRecall.open(config.neighbours, dataset)
     with ExitStack() as resources:
         recorder = resources.enter_context(UserRecorder(config.output)) if config.per_user else None
         shared: dict[str, Any] = {"request": request, "recorder": recorder, "lists": lists}
@@ -56,6 +58,7 @@ def measure(
             users=config.users,
             seed=config.seed,
             grouping=grouping,
+            neighbours=neighbours,
             **shared,
         )
         chosen_users = paths.sample(config.split)
@@ -103,6 +106,7 @@ def measure(
         "asked": None if config.event is None else bool(request.event),
         "without_prompts": lacks_prompts(trained, dataset) or None,
         "per_user": None if per_user is None else asdict(per_user),
+        "neighbours": describe_neighbours(config.neighbours, dataset) or None,
         "hold_out": None if manifest.hold_out == "last" else manifest.hold_out,
         "request_time": trained.inputs.of_request_time or None,
     }

@@ -4,6 +4,7 @@ pretrain, pretrain_two_step    a pre-trained model (the paper's Variant_3 and Va
 fine_tuning                    tuned on the same histories, without prompts
 recgpt_1, recgpt               prompt-tuned: one step (the paper's Variant_2), and two steps merged m_n
 ..._interests_L                L interests, merged by quota or by score, at the same final length
+..._neighbours                 one step, with the neighbours of the history's items raised (`retrieval.neighbours`)
 """
 
 from collections.abc import Mapping
@@ -30,8 +31,11 @@ from recgpt_torchrec.evaluation.sampling import choose_users
 from recgpt_torchrec.model.tabled.base import unwrapped
 from recgpt_torchrec.retrieval.encoding import collect_batches, encode
 from recgpt_torchrec.retrieval.interests import Repeats, predict_interests, recall_items
-from recgpt_torchrec.retrieval.merging import SEVERAL, Lists, TwoStep
+from recgpt_torchrec.retrieval.merging import SEVERAL, Lists, Quota, TwoStep
+from recgpt_torchrec.retrieval.neighbours import NeighbourRecall
 
+NEIGHBOURS = "neighbours"
+"""Ending of the path whose scores neighbours raise."""
 GRID = 10
 """m is tried at each 1 / GRID of the longest list: 1 to 9 for a list of ten."""
 
@@ -63,6 +67,7 @@ class RecallPaths:
         request: Request = ANY,
         recorder: UserRecorder | None = None,
         lists: ListSample | None = None,
+        neighbours: NeighbourRecall | None = None,
     ) -> None:
         """
         Args:
@@ -76,7 +81,9 @@ class RecallPaths:
             request: what is asked after each history, and which users are ranked.
             recorder: takes the ranks of every user by path; None: they are not kept.
             lists: takes lists of a sample of users by path; None: they are not kept.
+            neighbours: raise scores in a path of their own; None: there is no such path.
         """
+        self.neighbours = neighbours
         self.recorder, self.list_sample = recorder, lists
         self.trained, self.dataset, self.batch, self.device = trained, dataset, batch, device
         self.users, self.seed, self.grouping, self.request = users, seed, grouping, request
@@ -135,6 +142,7 @@ class RecallPaths:
             chosen["validation"] = {f"{m}_{longest - int(m)}": figure for m, figure in value.items()}
         m = str(chosen["m"])
         paths = {m: two} | {name: f"{one}_{name}" for name in _several(recall.interests)}
+        paths |= {NEIGHBOURS: f"{one}_{NEIGHBOURS}"} if self.neighbours is not None else {}
         lists = self._measure_lists(split, ks, [chosen["m"]], recall.interests, grouped_as=paths)
         if self.list_sample is not None:
             self.list_sample.settle()
@@ -207,14 +215,19 @@ class RecallPaths:
             if self.grouping is not None and grouped:
                 groups = self.grouping.find(targets.numpy(), seen.lengths)
             for how in protocols:
-                of_history = (seen, None) if how == "masked" else (None, Repeats(seen, self.bias))
-                lists = recall_items(vectors, self.catalogue, longest, *of_history)
+                left_out, repeats = (seen, None) if how == "masked" else (None, Repeats(seen, self.bias))
+                lists = recall_items(vectors, self.catalogue, longest, left_out, repeats)
                 two, several = (Lists(*(part[:, :i] for part in lists)) for i in (2, count))
                 merged = {str(m): TwoStep(m).merge(two, longest) for m in ms}
                 if count > 1:
                     merged |= {
                         f"interests_{count}_{name}": rule.merge(several, longest) for name, rule in SEVERAL.items()
                     }
+                if grouped_as and self.neighbours is not None:
+                    raised = self.neighbours.of(seen)
+                    first = vectors[:, :1]
+                    of_both = recall_items(first, self.catalogue, longest, left_out, repeats, raised)
+                    merged[NEIGHBOURS] = Quota().merge(of_both, longest)
                 for name, result in merged.items():
                     by_protocol = metrics.setdefault(name, {p: RankingMetrics(ks) for p in protocols})
                     ranks = list_ranks(result.items.cpu(), targets)
@@ -235,7 +248,7 @@ class RecallPaths:
                     self.recorder.add_ranks(path, users, ranks_of)
         # Summed over all ranks; a rank without users adds zeros.
         names = [str(m) for m in ms]
-        names += _several(count)
+        names += [*_several(count), *[NEIGHBOURS] * (bool(grouped_as) and self.neighbours is not None)]
         for name in names:
             metrics.setdefault(name, {how: RankingMetrics(ks) for how in protocols})
         return {name: {how: reduce_metrics(metrics[name][how]).result() for how in protocols} for name in names}

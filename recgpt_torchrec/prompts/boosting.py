@@ -13,7 +13,7 @@ import numpy as np
 
 from recgpt_torchrec.config import AnswerNeighbours
 from recgpt_torchrec.data.dataset import Dataset
-from recgpt_torchrec.data.neighbours.answering import ENTRIES, NeighbourAnswers
+from recgpt_torchrec.data.neighbours.answering import ENTRIES, NeighbourAnswers, raises_of
 from recgpt_torchrec.data.neighbours.folder import open_neighbours
 from recgpt_torchrec.data.neighbours.table import NeighbourTable
 from recgpt_torchrec.data.ragged import Float32, Int64, Ragged, offsets_of
@@ -61,9 +61,8 @@ class NeighbourBoost:
             for first in range(0, entries.size, ENTRIES)
         ]
         ids, scores = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
-        values = self.weight * scores / np.maximum(scores[:, :1], np.finfo(np.float32).tiny)
         shape = (*places.shape, -1)
-        return BatchBoost(ids.reshape(shape), values.astype(np.float32).reshape(shape), own)
+        return BatchBoost(ids.reshape(shape), raises_of(scores, self.weight).reshape(shape), own)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ def describe_lists(
         + (f" ({places - items:,} places are empty: no items are left)" if items < places else ""),
         "from        "
         + (rule.describe(interests, config.k) if interests > 1 else "one vector per user")
-        + _describe_seen(config, export),
+        + _describe_seen(config, export)
+        + (f"; neighbours from {config.neighbours.path} raised" if config.neighbours.path is not None else ""),
         f"index       {manifest.settings.get('index', config.index)}, ready in {measured['index_seconds']:.1f} s; "
         f"{measured['users_per_second']:,.0f} users/s",
     ]

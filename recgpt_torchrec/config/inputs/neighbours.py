@@ -102,6 +102,26 @@ class AnswerNeighbours:
         within("--neighbours.weight", self.weight, 0, 100)
 
 
+@dataclass(kw_only=True)
+class RecallNeighbours:
+    """Lists from the model and from the neighbours of a history's items, which find_neighbours found, together."""
+
+    path: str | None = changeable(None)
+    """Folder of the neighbours, as written by find_neighbours; null: lists are the model's alone."""
+    weight: float = 2.0
+    """What the best neighbour's score (a logit) is raised by, more than 0 to 100; those of others in proportion to
+    their co-occurrence."""
+    memory: int = 10
+    """Number of items of a history, from the newest, whose neighbours count, 1 to 20."""
+    recency: float = 0.7
+    """Weight of an item's neighbours, as a share of those of the item after it, more than 0 to 1."""
+
+    def __post_init__(self) -> None:
+        check_memory(self.memory, self.recency)
+        at_least("--neighbours.weight", self.weight, 1e-6)
+        within("--neighbours.weight", self.weight, 0, 100)
+
+
 def check_memory(memory: int, recency: float) -> None:
     """Check how items of a history count.
 

@@ -20,6 +20,13 @@ ENTRIES = 512
 HIGHEST = np.iinfo(np.int32).max
 
 
+def raises_of(scores: Float32, weight: float) -> Float32:
+    """[rows, neighbours] float32: what a model's scores are raised by, `weight` for the best neighbour of each row, and
+    for the others in proportion to their `scores` [rows, neighbours] float32, best first."""
+    raised = weight * scores / np.maximum(scores[:, :1], np.finfo(np.float32).tiny)
+    return raised.astype(np.float32)
+
+
 @dataclass(frozen=True, kw_only=True)
 class NeighbourAnswers:
     """Finds the neighbours that share a target's weight, or that answers of a model are raised by.

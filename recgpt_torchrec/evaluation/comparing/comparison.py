@@ -83,7 +83,7 @@ def role_of(path: str) -> str:
         if path in names:
             return role
     for name in ONE_STEP:
-        if path.startswith(f"{name}_interests_"):
+        if path.startswith((f"{name}_interests_", f"{name}_neighbours")):
             return "one step" + path.removeprefix(name)
     return path
 

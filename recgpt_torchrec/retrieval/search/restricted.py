@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 
 from recgpt_torchrec.data.ragged import Float32, Ragged
-from recgpt_torchrec.retrieval.interests import Repeats
+from recgpt_torchrec.retrieval.interests import Raised, Repeats
 from recgpt_torchrec.retrieval.merging import Lists
 from recgpt_torchrec.retrieval.search.retriever import Search
 
@@ -38,18 +38,29 @@ class RestrictedSearch:
     ids: Ids
     """[allowed items] rising, at least one; every rank has all of them."""
 
-    def lists(self, vectors: Float32, k: int, seen: Ragged | None, repeats: Repeats | None = None) -> Lists:
+    def lists(
+        self,
+        vectors: Float32,
+        k: int,
+        seen: Ragged | None,
+        repeats: Repeats | None = None,
+        raised: Raised | None = None,
+    ) -> Lists:
         """See `Search`."""
         left_out = None if seen is None else self._place(seen)
         weighed = None if repeats is None else Repeats(self._place(repeats.items), repeats.bias)
-        found = self.search.lists(vectors, k, left_out, weighed)
+        if raised is not None:
+            values = self._place(raised.items, raised.values)
+            raised = Raised(self._place(raised.items), values.values)
+        found = self.search.lists(vectors, k, left_out, weighed, raised)
         places = found.items.numpy()
         ids = self.ids[np.maximum(places, 0)].astype(np.int64)
         return Lists(torch.from_numpy(np.where(places < 0, -1, ids)), found.scores)
 
-    def _place(self, seen: Ragged) -> Ragged:
-        """The places of the seen items in `ids`; those that are not allowed are left out."""
+    def _place(self, seen: Ragged, instead: npt.NDArray[Any] | None = None) -> Ragged:
+        """The places of the seen items in `ids`, or what is `instead` of each; those that are not allowed are left
+        out."""
         values = seen.values.astype(self.ids.dtype)
         places = np.searchsorted(self.ids, values)
         is_allowed = self.ids[np.minimum(places, len(self.ids) - 1)] == values
-        return Ragged(places, seen.offsets).keep(is_allowed)
+        return Ragged(places if instead is None else instead, seen.offsets).keep(is_allowed)

@@ -10,7 +10,7 @@ import torch
 
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.data.ragged import Float32, Int64, Ragged
-from recgpt_torchrec.retrieval.interests import Repeats, recall_items
+from recgpt_torchrec.retrieval.interests import Raised, Repeats, recall_items
 from recgpt_torchrec.retrieval.merging import Lists, Merged
 
 if TYPE_CHECKING:  # exact lists need no FAISS
@@ -22,10 +22,17 @@ Bool = npt.NDArray[np.bool_]
 class Search(Protocol):
     """Finds items for interest vectors."""
 
-    def lists(self, vectors: Float32, k: int, seen: Ragged | None, repeats: Repeats | None = None) -> Lists:
+    def lists(
+        self,
+        vectors: Float32,
+        k: int,
+        seen: Ragged | None,
+        repeats: Repeats | None = None,
+        raised: Raised | None = None,
+    ) -> Lists:
         """The `k` best items of every interest [users, interests, dim] float32, without those `seen` by its user.
 
-        `repeats` compete, with their bias.
+        `repeats` compete, with their bias; the scores of what is `raised` are raised for every interest.
         """
         ...
 
@@ -36,10 +43,17 @@ class ExactSearch:
 
     catalogue: Catalogue
 
-    def lists(self, vectors: Float32, k: int, seen: Ragged | None, repeats: Repeats | None = None) -> Lists:
+    def lists(
+        self,
+        vectors: Float32,
+        k: int,
+        seen: Ragged | None,
+        repeats: Repeats | None = None,
+        raised: Raised | None = None,
+    ) -> Lists:
         """See `Search`."""
         queries = torch.tensor(vectors, device=self.catalogue.device)
-        return Lists(*(values.cpu() for values in recall_items(queries, self.catalogue, k, seen, repeats)))
+        return Lists(*(values.cpu() for values in recall_items(queries, self.catalogue, k, seen, repeats, raised)))
 
 
 @dataclass
@@ -48,8 +62,17 @@ class ApproximateSearch:
 
     index: "ShardedIndex"
 
-    def lists(self, vectors: Float32, k: int, seen: Ragged | None, repeats: Repeats | None = None) -> Lists:
-        """See `Search`. A bias is at most 0: items of the history that the index does not find stay behind."""
+    def lists(
+        self,
+        vectors: Float32,
+        k: int,
+        seen: Ragged | None,
+        repeats: Repeats | None = None,
+        raised: Raised | None = None,
+    ) -> Lists:
+        """See `Search`. A bias is at most 0: items of the history that the index does not find stay behind. Nothing is
+        raised: the index would not find it."""
+        assert raised is None
         assert repeats is None or (seen is None and repeats.bias <= 0)
         seen = seen if repeats is None else repeats.items
         users, interests, dim = vectors.shape
@@ -94,6 +117,8 @@ class Retriever:
     """Searches for the users for whom an approximate search finds fewer than k items."""
     bias: float | None = None
     """Added to the scores of items of the history, which then compete; None: they are left out."""
+    neighbours: Callable[[Ragged], Raised] | None = None
+    """What the neighbours of histories raise, for an exact search alone; None: nothing is."""
 
     def lists(self, vectors: Float32, seen: Ragged | None = None, excluded: Ragged | None = None) -> Merged:
         """Retrieve one list per user.
@@ -106,8 +131,9 @@ class Retriever:
         left_out, repeats = seen, None
         if self.bias is not None:
             left_out, repeats = excluded, None if seen is None else Repeats(seen, self.bias)
+        raised = None if self.neighbours is None or seen is None else self.neighbours(seen)
         # Merging never needs more than k items of an interest.
-        merged = self.merge(self.search.lists(vectors, self.k, left_out, repeats))
+        merged = self.merge(self.search.lists(vectors, self.k, left_out, repeats, raised))
         (short,) = np.nonzero((merged.items < 0).any(dim=1).numpy())
         if short.size and self.exact is not None:
             left_out = None if left_out is None else left_out.take(short)

@@ -15,6 +15,7 @@ from recgpt_torchrec.retrieval.exports.reading import ROWS, Export
 from recgpt_torchrec.retrieval.exports.vectors import vectors_of
 from recgpt_torchrec.retrieval.list_folder import ListBatch
 from recgpt_torchrec.retrieval.merging import Lists, Merged, MergeRule
+from recgpt_torchrec.retrieval.neighbours import NeighbourRecall
 from recgpt_torchrec.retrieval.search.choosing import held_index
 from recgpt_torchrec.retrieval.search.indexing import build_own_shard, open_own_shards
 from recgpt_torchrec.retrieval.search.restricted import Bool
@@ -37,7 +38,11 @@ Measure = Callable[[Int64, Float32, Histories | None, Merged], object]
 
 
 def build_retrievers(
-    config: Retrieve, export: Export, rule: MergeRule, allowed: Bool | None = None
+    config: Retrieve,
+    export: Export,
+    rule: MergeRule,
+    allowed: Bool | None = None,
+    neighbours: NeighbourRecall | None = None,
 ) -> tuple[Retriever, Retriever, Callable[[], None]]:
     """Build what searches an export (collective).
 
@@ -48,6 +53,7 @@ def build_retrievers(
         export: to be searched.
         rule: merges interests.
         allowed: [items] bool by id, the same on every rank: which items may be found; None: all.
+        neighbours: raise scores in exact lists; None: none do.
 
     Returns:
         The exact retriever, the one for `--index` (the same object if the index is exact), and what each rank has to
@@ -63,7 +69,8 @@ def build_retrievers(
     bias = export.manifest.repeat_bias if config.seen == "weigh" else None
     rounds = Rounds()
     exact_search = StoredExactSearch(export, rounds, allowed)
-    exact = Retriever(exact_search, config.k, merge, bias=bias)
+    raise_scores = None if neighbours is None else neighbours.of
+    exact = Retriever(exact_search, config.k, merge, bias=bias, neighbours=raise_scores)
     if config.index == "exact":
         exact_search.read()
         return exact, exact, rounds.finish

@@ -1,0 +1,72 @@
+"""Lists from two sources: the model, and the neighbours of a history's items, which others took after them.
+
+    score(history, j) = h . v_j + weight * c(history, j) / max over j of c(history, j)
+
+where c is the co-occurrence of `data.neighbours.answering`, counted in training parts alone. The items of the history
+are no neighbours: they have been left out, or have a bias of their own.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from recgpt_torchrec.config import RecallNeighbours
+from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.neighbours.answering import ENTRIES, NeighbourAnswers, raises_of
+from recgpt_torchrec.data.neighbours.folder import open_neighbours
+from recgpt_torchrec.data.neighbours.table import NONE, NeighbourTable
+from recgpt_torchrec.data.ragged import Ragged, offsets_of
+from recgpt_torchrec.distributed.shared_folder import read_on_node
+from recgpt_torchrec.retrieval.interests import Raised
+
+CANDIDATES = 200
+"""Neighbours of a history that are raised, the best ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeighbourRecall:
+    """Finds what the neighbours of histories raise. Example: `NeighbourRecall.open(options, dataset).of(seen)`"""
+
+    neighbours: NeighbourAnswers
+    weight: float
+    """What the best neighbour's score is raised by."""
+
+    @classmethod
+    def open(cls, options: RecallNeighbours, dataset: Dataset) -> Self | None:
+        """Read the neighbours of a dataset's items, once per node (collective); None: the options name none.
+
+        Raises:
+            InputError: the folder is damaged, or of another dataset.
+        """
+        if options.path is None:
+            return None
+        table = NeighbourTable.of_dataset(options.path, dataset, read_on_node)
+        found = NeighbourAnswers(table=table, memory=options.memory, recency=options.recency, answers=CANDIDATES)
+        return cls(neighbours=found, weight=options.weight)
+
+    def of(self, seen: Ragged) -> Raised:
+        """What is raised after histories, `seen` [users] whole lists of items, oldest first."""
+        (rows,) = np.nonzero(seen.lengths)
+        entries, own = seen.offsets[rows + 1] - 1, self.neighbours.find_own(seen.owners, seen.values)
+        parts = [slice(first, first + ENTRIES) for first in range(0, rows.size, ENTRIES)]
+        found = [self.neighbours.best(seen, entries[part], rows[part], own) for part in parts]
+        if not found:
+            return Raised(Ragged(np.zeros(0, np.int64), np.zeros(seen.rows + 1, np.int64)), np.zeros(0, np.float32))
+        ids, scores = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+        is_neighbour = ids != NONE
+        counts = np.zeros(seen.rows, np.int64)
+        counts[rows] = is_neighbour.sum(1)
+        return Raised(Ragged(ids[is_neighbour], offsets_of(counts)), raises_of(scores, self.weight)[is_neighbour])
+
+
+def describe_neighbours(options: RecallNeighbours, dataset: Dataset) -> dict[str, Any]:
+    """Which neighbours take part, and how, as JSON values; nothing where none do.
+
+    Raises:
+        InputError: the folder is damaged, or of another dataset.
+    """
+    if options.path is None:
+        return {}
+    fingerprint = open_neighbours(options.path, dataset).fingerprint
+    return {**{name: value for name, value in asdict(options).items() if name != "path"}, "fingerprint": fingerprint}
