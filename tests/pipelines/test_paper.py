@@ -191,7 +191,8 @@ def test_a_split_by_time_longer_lists_methods_and_baselines_are_in_the_report(tm
         one, other = (found["lists"][row[side]]["masked"][row["metric"]]["mean"] for side in ("path", "other"))
         assert row["difference"] == pytest.approx(one - other, abs=1e-6)
         assert row["low"] <= row["difference"] <= row["high"]
-    assert {(row["path"], row["other"]) for row in found["paired"]} == set(paper_methods.AGAINST)
+    without_neighbours = {pair for pair in paper_methods.AGAINST if not pair[0].endswith("_neighbours")}
+    assert {(row["path"], row["other"]) for row in found["paired"]} == without_neighbours
     assert {row["metric"] for row in found["paired"]} == {"HR@10", "NDCG@10", "HR@20", "NDCG@20"}
     # each baseline beside ours, measured on the same users of a dataset with the same ids and split
     assert list(found["trained_baselines"]) == list(compare_recbole.MODELS)
@@ -246,6 +247,14 @@ def test_a_student_learns_the_answers_of_a_teacher_which_has_a_row_in_the_report
     assert report["differences"]["pretrain - teacher"]["mean"] == figures["pretrain"] - figures["teacher"]
     text = (out / "report.md").read_text()
     assert "| the teacher of Pre-train | " in text and "pretrain - teacher" in text
+    # Every model is measured with the scores of neighbours raised as well.
+    for path, run in (("pretrain", "pretrain"), ("fine_tuning", "fine_tuning"), ("recgpt_1", "k1/recgpt")):
+        of_run = json.loads((out / f"tiny/seed0/{run}_test.json").read_text())["results"][f"{path}_neighbours"]
+        for how in ("masked", "unmasked"):
+            assert report["results"]["test"][f"{path}_neighbours"][how]["HR@10"]["mean"] == of_run[how]["HR@10"]
+            assert report["lists"][f"{path}_neighbours"][how]["HR@10"]["mean"] == of_run[how]["HR@10"]
+    assert "| RecGPT_1, neighbours raised | " in text and "pretrain_neighbours - pretrain" in report["differences"]
+    assert ("pretrain_neighbours", "pretrain") in {(row["path"], row["other"]) for row in report["paired"]}
     # A second teacher, whose answers are averaged with those of the first; all of it counts as time to train.
     two = [*words, "--teachers", "2", "--output", str(tmp_path / "two")]
     before = len(executor.ran)
