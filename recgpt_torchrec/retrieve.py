@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from recgpt_torchrec.retrieval.filters import FilterRecord
     from recgpt_torchrec.retrieval.list_folder import ListBatch, ListManifest
     from recgpt_torchrec.retrieval.merging import MergeRule
+    from recgpt_torchrec.retrieval.neighbours import NeighbourRecall
 
 
 def main(config: Retrieve) -> None:
@@ -28,7 +29,7 @@ def main(config: Retrieve) -> None:
     from recgpt_torchrec.retrieval.exports.reading import open_on_all_ranks
     from recgpt_torchrec.retrieval.list_folder import ListManifest
     from recgpt_torchrec.retrieval.list_summary import describe_lists, look_line
-    from recgpt_torchrec.retrieval.neighbours import describe_neighbours
+    from recgpt_torchrec.retrieval.neighbours import NeighbourRecall
     from recgpt_torchrec.retrieval.search.choosing import resolve
 
     with watched_group(config.stall_seconds):  # no search runs on a GPU
@@ -36,7 +37,8 @@ def main(config: Retrieve) -> None:
         given, config = config, resolve(config, export)
         dataset = Dataset.open(config.data) if config.data is not None else None
         rule, interests = check(config, export, dataset)
-        neighbours = {} if dataset is None else describe_neighbours(config.neighbours, dataset)
+        neighbours = None if dataset is None else NeighbourRecall.open(config.neighbours, dataset)
+        content = {} if neighbours is None else {"content of --neighbours.path": neighbours.fingerprint}
         manifest = ListManifest(
             k=config.k,
             export=config.export,
@@ -44,11 +46,11 @@ def main(config: Retrieve) -> None:
             vocabulary=export.manifest.vocabulary,
             dataset_fingerprint="" if dataset is None else histories_fingerprint(dataset),
             filters=start_filters(config),
-            settings={**asdict(config), **({"neighbours_content": neighbours["fingerprint"]} if neighbours else {})},
+            settings=asdict(config) | content,
         )
         earlier = run_on_first_rank(lambda: finished(config, manifest, given))
         if earlier is None:
-            manifest = retrieve(config, export, dataset, rule, interests, manifest)
+            manifest = retrieve(config, export, dataset, rule, interests, manifest, neighbours)
         print_result(describe_lists(config, export.manifest, earlier or manifest, rule, interests))
         if dataset is not None:
             for line in describe_untargeted(dataset.manifest, bool(dataset.manifest.attributes)):
@@ -83,7 +85,7 @@ def check(config: Retrieve, export: "Export", dataset: Any) -> "tuple[MergeRule,
 
     Raises:
         InputError: the export has fewer items or interests than asked for, or is from another dataset; or an
-            approximate index cannot weigh the items of the history, or lift neighbours.
+            approximate index cannot weigh the items of the history, or raise neighbours.
     """
     from recgpt_torchrec.retrieval.merging import merge_rule
 
@@ -112,7 +114,7 @@ def check(config: Retrieve, export: "Export", dataset: Any) -> "tuple[MergeRule,
         )
     if config.neighbours.path is not None and config.index != "exact":
         raise InputError(
-            f"--neighbours.path {config.neighbours.path}: neighbours lift items that --index {config.index} does not "
+            f"--neighbours.path {config.neighbours.path}: neighbours raise items that --index {config.index} does not "
             "find; give --index exact"
         )
     if config.seen == "weigh" and manifest.repeat_bias > 0 and config.index != "exact":
@@ -161,7 +163,13 @@ def finished(config: Retrieve, manifest: "ListManifest", given: Retrieve) -> "Li
 
 
 def retrieve(
-    config: Retrieve, export: "Export", dataset: Any, rule: "MergeRule", interests: int, manifest: "ListManifest"
+    config: Retrieve,
+    export: "Export",
+    dataset: Any,
+    rule: "MergeRule",
+    interests: int,
+    manifest: "ListManifest",
+    neighbours: "NeighbourRecall | None" = None,
 ) -> "ListManifest":
     """Open or build the index, search it for every user, and write the lists.
 
@@ -173,7 +181,6 @@ def retrieve(
     from recgpt_torchrec.retrieval.exports.item_keys import ItemKeys
     from recgpt_torchrec.retrieval.fallback import popular_lists
     from recgpt_torchrec.retrieval.list_folder import write_lists
-    from recgpt_torchrec.retrieval.neighbours import NeighbourRecall
     from recgpt_torchrec.retrieval.search.searching import build_retrievers, search_users
     from recgpt_torchrec.retrieval.user_histories import UserHistories
 
@@ -189,7 +196,6 @@ def retrieve(
             manifest.allowed = int(allowed.sum())
     started = time.perf_counter()
     report_phase("opening the index")
-    neighbours = None if dataset is None else NeighbourRecall.open(config.neighbours, dataset)
     exact, retriever, finish = build_retrievers(config, export, rule, allowed, neighbours)
     index_seconds = time.perf_counter() - started
     split = export.manifest.settings.get("history", "all")

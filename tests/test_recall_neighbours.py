@@ -107,7 +107,9 @@ def test_the_path_of_evaluate_is_measured_by_the_raised_scores_and_the_other_pat
     assert record == {"weight": WEIGHT, "memory": MEMORY, "recency": RECENCY}
     said = capfd.readouterr().out
     assert "pretrain_neighbours" in said
-    plain = evaluated(made, tmp_path / "without.json", **{"neighbours.path": "null"})
+    given = {"--data": made / "data", "--checkpoint": made / "run", "--ks": [3, K], "--recall.m": 5}
+    assert stage("evaluate", {**given, "--output": tmp_path / "without.json"}) == 0
+    plain = json.loads((tmp_path / "without.json").read_text())
     assert "neighbours" not in plain
     del told["results"]["pretrain_neighbours"]
     assert plain["results"] == told["results"]
@@ -142,8 +144,9 @@ def test_lists_of_retrieve_are_those_of_the_raised_scores(made, tmp_path, case, 
     assert found == expected
     said = capfd.readouterr().out
     assert f"neighbours from {made / 'near'} raised" in said
-    plain = retrieved(made, tmp_path / "plain", interests=1, merge="score", **{"neighbours.path": "null"})
-    assert plain != found
+    plain = {"--export": made / "vectors", "--data": made / "data", "--output": tmp_path / "plain", "--k": K}
+    assert stage("retrieve", {**plain, "--interests": 1, "--merge": "score"}) == 0
+    assert pq.read_table(tmp_path / "plain/lists")["item_ids"].to_pylist() != list(found.values())
 
 
 def on_rank(rank: int, world_size: int, ports: list[int], runs: list[tuple[str, dict[str, Any]]]) -> list[int]:
@@ -184,16 +187,23 @@ def test_lists_of_other_neighbours_are_others_wherever_these_lie(made, tmp_path,
     given = {"--export": made / "vectors", "--data": made / "data", "--output": tmp_path / "lists", "--k": K}
     capfd.readouterr()
     assert stage("retrieve", {**given, "--neighbours.path": tmp_path / "fewer", **RAISING}) == 2
-    assert "neighbours_content" in capfd.readouterr().err
+    assert "content of --neighbours.path" in capfd.readouterr().err
+    # Lists stay what they are, whatever index the export gets after them.
+    assert stage("index", {"--export": made / "vectors", "--index.kind": "flat"}) == 0
+    again = {**given, "--neighbours.path": made / "near", **RAISING}
+    capfd.readouterr()
+    assert stage("retrieve", again) == 0
+    assert "Already there" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("name", "changed", "said"),
     [
         ("retrieve", {"--data": None}, "neighbours are those of a history's items; name the dataset with --data"),
-        ("retrieve", {"--index": "flat"}, "neighbours lift items that --index flat does not find; give --index exact"),
+        ("retrieve", {"--index": "flat"}, "neighbours raise items that --index flat does not find; give --index exact"),
         ("retrieve", {"--neighbours.weight": 0}, "--neighbours.weight"),
         ("evaluate", {"--neighbours.memory": 21}, "--neighbours.memory"),
+        ("evaluate", {"--neighbours.path": None, "--neighbours.weight": 3}, "but there are no neighbours"),
         ("evaluate", {"--neighbours.path": "nowhere"}, "nowhere"),
         ("evaluate", {"--neighbours.path": "other"}, "they were found"),
         ("retrieve", {"--neighbours.path": "other"}, "they were found"),

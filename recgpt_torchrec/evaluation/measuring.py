@@ -19,7 +19,7 @@ from recgpt_torchrec.evaluation.metrics import reduce_metrics
 from recgpt_torchrec.evaluation.per_user.facts import Facts
 from recgpt_torchrec.evaluation.per_user.recording import UserRecorder
 from recgpt_torchrec.evaluation.recall_paths import RecallPaths
-from recgpt_torchrec.retrieval.neighbours import NeighbourRecall, describe_neighbours
+from recgpt_torchrec.retrieval.neighbours import NeighbourRecall
 from recgpt_torchrec.texts.words import count
 from recgpt_torchrec.training.loading import Trained
 
@@ -106,7 +106,7 @@ def measure(
         "asked": None if config.event is None else bool(request.event),
         "without_prompts": lacks_prompts(trained, dataset) or None,
         "per_user": None if per_user is None else asdict(per_user),
-        "neighbours": describe_neighbours(config.neighbours, dataset) or None,
+        "neighbours": None if neighbours is None else neighbours.describe(),
         "hold_out": None if manifest.hold_out == "last" else manifest.hold_out,
         "request_time": trained.inputs.of_request_time or None,
     }

@@ -36,6 +36,8 @@ from recgpt_torchrec.retrieval.neighbours import NeighbourRecall
 
 NEIGHBOURS = "neighbours"
 """Ending of the path whose scores neighbours raise."""
+RAISED_ROWS = 2**16
+"""Maximum number of histories whose neighbours are raised at once: up to 200 pairs each, some 12 KB."""
 GRID = 10
 """m is tried at each 1 / GRID of the longest list: 1 to 9 for a list of ten."""
 
@@ -207,13 +209,17 @@ class RecallPaths:
         stream = self._encoding_stream(split, grows=max(1, count - 1))
         maker = stream.maker
         batches = encode(self.trained.model, stream, self.device)
-        for collected in collect_batches(batches, self.catalogue.rows_per_pass):
+        rows = self.catalogue.rows_per_pass
+        if rows is not None and self.neighbours is not None:
+            rows = min(rows, RAISED_ROWS)
+        for collected in collect_batches(batches, rows):
             vectors = predict_interests(self.trained.model, maker, collected, self.catalogue, max(2, count))
             targets, seen = targets_of([histories for histories, _ in collected])
             groups, users = None, users_of([histories for histories, _ in collected])
             of_users: dict[str, dict[str, torch.Tensor]] = {path: {} for path in (grouped_as or {}).values()}
             if self.grouping is not None and grouped:
                 groups = self.grouping.find(targets.numpy(), seen.lengths)
+            raised = self.neighbours.of(seen) if grouped_as and self.neighbours is not None else None
             for how in protocols:
                 left_out, repeats = (seen, None) if how == "masked" else (None, Repeats(seen, self.bias))
                 lists = recall_items(vectors, self.catalogue, longest, left_out, repeats)
@@ -223,8 +229,7 @@ class RecallPaths:
                     merged |= {
                         f"interests_{count}_{name}": rule.merge(several, longest) for name, rule in SEVERAL.items()
                     }
-                if grouped_as and self.neighbours is not None:
-                    raised = self.neighbours.of(seen)
+                if raised is not None:
                     first = vectors[:, :1]
                     of_both = recall_items(first, self.catalogue, longest, left_out, repeats, raised)
                     merged[NEIGHBOURS] = Quota().merge(of_both, longest)

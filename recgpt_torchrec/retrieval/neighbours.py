@@ -2,11 +2,12 @@
 
     score(history, j) = h . v_j + weight * c(history, j) / max over j of c(history, j)
 
-where c is the co-occurrence of `data.neighbours.answering`, counted in training parts alone. The items of the history
-are no neighbours: they have been left out, or have a bias of their own.
+where c is the co-occurrence of `data.neighbours.answering`, counted in training parts alone, of the best `CANDIDATES`
+neighbours. The items of the history are none: they have been left out, or have a bias of their own. Where a filter
+allows some items alone, the maximum is over all neighbours nevertheless.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -31,6 +32,8 @@ class NeighbourRecall:
     neighbours: NeighbourAnswers
     weight: float
     """What the best neighbour's score is raised by."""
+    fingerprint: str
+    """Of the folder of neighbours."""
 
     @classmethod
     def open(cls, options: RecallNeighbours, dataset: Dataset) -> Self | None:
@@ -41,9 +44,16 @@ class NeighbourRecall:
         """
         if options.path is None:
             return None
-        table = NeighbourTable.of_dataset(options.path, dataset, read_on_node)
+        manifest = open_neighbours(options.path, dataset)
+        table = NeighbourTable.open(options.path, manifest, read_on_node)
         found = NeighbourAnswers(table=table, memory=options.memory, recency=options.recency, answers=CANDIDATES)
-        return cls(neighbours=found, weight=options.weight)
+        return cls(neighbours=found, weight=options.weight, fingerprint=manifest.fingerprint)
+
+    def describe(self) -> dict[str, Any]:
+        """Which neighbours take part, and how, as JSON values."""
+        found = self.neighbours
+        how = {"weight": self.weight, "memory": found.memory, "recency": found.recency}
+        return {**how, "fingerprint": self.fingerprint}
 
     def of(self, seen: Ragged) -> Raised:
         """What is raised after histories, `seen` [users] whole lists of items, oldest first."""
@@ -58,15 +68,3 @@ class NeighbourRecall:
         counts = np.zeros(seen.rows, np.int64)
         counts[rows] = is_neighbour.sum(1)
         return Raised(Ragged(ids[is_neighbour], offsets_of(counts)), raises_of(scores, self.weight)[is_neighbour])
-
-
-def describe_neighbours(options: RecallNeighbours, dataset: Dataset) -> dict[str, Any]:
-    """Which neighbours take part, and how, as JSON values; nothing where none do.
-
-    Raises:
-        InputError: the folder is damaged, or of another dataset.
-    """
-    if options.path is None:
-        return {}
-    fingerprint = open_neighbours(options.path, dataset).fingerprint
-    return {**{name: value for name, value in asdict(options).items() if name != "path"}, "fingerprint": fingerprint}

@@ -274,6 +274,7 @@ def test_a_damaged_folder_is_refused(tmp_path):
     assert json.loads(whole)["neighbours_version"] == 1
 
 
+TIME, FROM_7 = {"hold_out": "time"}, {"preparation": {"split": {"validation_from": 7}}}
 EARLIER = {"vocabulary": "test, and more", "lineage": [Vocabulary(fingerprint="test", users=2, items=3)]}
 
 
@@ -289,6 +290,10 @@ EARLIER = {"vocabulary": "test, and more", "lineage": [Vocabulary(fingerprint="t
         ({"interactions": 6, "hold_out": "none"}, EARLIER, "with --hold_out none"),
         ({"interactions": 6}, {**EARLIER, "hold_out": "none"}, None),
         ({}, {"vocabulary": "more", "lineage": [Vocabulary(fingerprint="test", users=2, items=2)]}, "has 2;"),
+        ({**TIME, "split": {"validation_from": 7}}, {**EARLIER, **TIME, **FROM_7}, None),
+        ({**TIME, "split": {"validation_from": 8}}, {**EARLIER, **TIME, **FROM_7}, "in what came before 8"),
+        ({**TIME, "split": {"validation_from": 8}, "day": 1}, {**TIME, **FROM_7}, "in what came before 8"),
+        ({"hold_out": "given"}, {**EARLIER, "hold_out": "given"}, "whose parts may be other ones"),
     ],
 )
 def test_neighbours_that_would_tell_what_is_held_out_are_refused(found, dataset, message, tmp_path):

@@ -212,6 +212,8 @@ def compare_with_lists(
         )
     if filters := [name for name in FILTERS if manifest.settings.get(name)]:
         raise InputError(f"{lists} was retrieved with --{filters[0]}; compare with lists of all items and users")
+    if (manifest.settings.get("neighbours") or {}).get("path") is not None:
+        raise InputError(f"{lists} was retrieved with --neighbours.path; compare with lists of the model alone")
     name, interests = manifest.settings.get("merge", "auto"), manifest.settings.get("interests") or 0
     if name == "auto":
         name = "two_step" if export.manifest.interests > 1 else "score"

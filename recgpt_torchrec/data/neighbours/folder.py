@@ -31,7 +31,7 @@ class NeighboursManifest(FolderManifest):
         version_field="neighbours_version",
         version=1,
         parts=("parts",),
-        use="pretrain, generate_prompts and prompt_tune read it with --neighbours.path",
+        use="pretrain, generate_prompts, prompt_tune, evaluate and retrieve read it with --neighbours.path",
     )
     neighbours_version: int = KIND.version
     dataset: str = ""
@@ -80,7 +80,7 @@ class NeighboursManifest(FolderManifest):
 
 
 def open_neighbours(path: str, dataset: Dataset) -> NeighboursManifest:
-    """Open and check a folder of neighbours for training on a dataset.
+    """Open and check a folder of neighbours for training on a dataset, or for lists of its users.
 
     Raises:
         InputError: it is none, or damaged; or its ids are not the dataset's; or it was found in another training part,
@@ -115,6 +115,13 @@ def _find_leak(manifest: NeighboursManifest, own: Manifest) -> str | None:
     earlier = manifest.vocabulary != own.vocabulary
     if manifest.hold_out != own.hold_out and not (earlier and own.hold_out == "none"):
         return f"with --hold_out {manifest.hold_out}, and the dataset has --hold_out {own.hold_out}"
+    own_split = own.preparation.get("split", {})
+    if own.hold_out == "time" and (earlier or manifest.day):
+        theirs, ours = manifest.split.get("validation_from"), own_split.get("validation_from")
+        if theirs is None or ours is None or theirs > ours:
+            return f"in what came before {theirs}, and the dataset holds out what came from {ours} on"
+    if earlier and own.hold_out in ("given", "targets"):
+        return f"in another dataset with --hold_out {own.hold_out}, whose parts may be other ones"
     if manifest.day and own.day is not None:
         later = manifest.day > own.day.number and own.hold_out != "none"
         return f"up to day {manifest.day}, and the dataset ends with day {own.day.number}" if later else None
@@ -122,4 +129,4 @@ def _find_leak(manifest: NeighboursManifest, own: Manifest) -> str | None:
         return None
     if manifest.interactions != own.interactions:
         return f"in {manifest.interactions:,} interactions, and the dataset has {own.interactions:,}"
-    return None if manifest.split == own.preparation.get("split", {}) else "in another part of the same interactions"
+    return None if manifest.split == own_split else "in another part of the same interactions"

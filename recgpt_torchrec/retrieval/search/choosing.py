@@ -155,6 +155,8 @@ def resolve(config: Retrieve, export: Export) -> Retrieve:
     Raises:
         InputError: the index of the export cannot be searched with these options, or an option is not used.
     """
+    if config.neighbours.path is not None and config.index == "auto":  # an index does not fetch what neighbours raise
+        config = replace(config, index="exact")
     index = held_index(config, export)
     kind = index.kind if index is not None else "exact" if config.index == "auto" else config.index
     check_used(config, kind)

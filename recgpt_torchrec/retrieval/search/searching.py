@@ -15,6 +15,7 @@ from recgpt_torchrec.retrieval.exports.reading import ROWS, Export
 from recgpt_torchrec.retrieval.exports.vectors import vectors_of
 from recgpt_torchrec.retrieval.list_folder import ListBatch
 from recgpt_torchrec.retrieval.merging import Lists, Merged, MergeRule
+from recgpt_torchrec.retrieval.neighbours import CANDIDATES as RAISED
 from recgpt_torchrec.retrieval.neighbours import NeighbourRecall
 from recgpt_torchrec.retrieval.search.choosing import held_index
 from recgpt_torchrec.retrieval.search.indexing import build_own_shard, open_own_shards
@@ -100,7 +101,8 @@ def search_users(
         chosen: the users whose lists are asked for; None: all.
     """
     total = export.manifest.users
-    rows = max(1, min(USERS, CANDIDATES // (interests * retriever.k)))
+    found = max(retriever.k, RAISED) if retriever.neighbours is not None else retriever.k
+    rows = max(1, min(USERS, CANDIDATES // (interests * found)))
     with progress_bar(total if rank() == 0 else None, "users", active=rank() == 0) as bar:
 
         def read() -> Iterator[pa.RecordBatch]:
