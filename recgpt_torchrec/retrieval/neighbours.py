@@ -15,7 +15,7 @@ from recgpt_torchrec.config import RecallNeighbours
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.neighbours.answering import ENTRIES, NeighbourAnswers, raises_of
 from recgpt_torchrec.data.neighbours.folder import open_neighbours
-from recgpt_torchrec.data.neighbours.table import NONE, NeighbourTable
+from recgpt_torchrec.data.neighbours.table import NONE, NeighbourTable, Read
 from recgpt_torchrec.data.ragged import Ragged, offsets_of
 from recgpt_torchrec.distributed.shared_folder import read_on_node
 from recgpt_torchrec.retrieval.interests import Raised
@@ -33,15 +33,20 @@ class NeighbourRecall:
     """What the best neighbour's score is raised by."""
 
     @classmethod
-    def open(cls, options: RecallNeighbours, dataset: Dataset) -> Self | None:
-        """Read the neighbours of a dataset's items, once per node (collective); None: the options name none.
+    def open(cls, options: RecallNeighbours, dataset: Dataset, read: Read = read_on_node) -> Self | None:
+        """Read the neighbours of a dataset's items; None: the options name none.
+
+        Args:
+            options: which neighbours, and how they count.
+            dataset: whose items they are of.
+            read: makes the buffer that holds them; by default once per node (collective).
 
         Raises:
             InputError: the folder is damaged, or of another dataset.
         """
         if options.path is None:
             return None
-        table = NeighbourTable.of_dataset(options.path, dataset, read_on_node)
+        table = NeighbourTable.of_dataset(options.path, dataset, read)
         found = NeighbourAnswers(table=table, memory=options.memory, recency=options.recency, answers=CANDIDATES)
         return cls(neighbours=found, weight=options.weight)
 
