@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from recgpt_torchrec import api as api
     from recgpt_torchrec.api import Dataset as Dataset
+    from recgpt_torchrec.config import RecallNeighbours as RecallNeighbours
     from recgpt_torchrec.errors import InputError as InputError
     from recgpt_torchrec.serving.recommender import Recommendation as Recommendation
     from recgpt_torchrec.serving.recommender import Recommender as Recommender
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Dataset": "api",
     "InputError": "errors",
+    "RecallNeighbours": "config",
     "Recommendation": "serving.recommender",
     "Recommender": "serving.recommender",
     "History": "serving.requests",

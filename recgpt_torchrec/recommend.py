@@ -23,7 +23,8 @@ def main(config: Recommend) -> None:
     from recgpt_torchrec.serving.recommender import Recommender
     from recgpt_torchrec.serving.request_file import answer_file, parse_command
 
-    recommender = Recommender.load(config.checkpoint, config.data, device=config.device, pretrained=config.pretrained)
+    given: dict[str, Any] = {"pretrained": config.pretrained, "neighbours": config.neighbours}
+    recommender = Recommender.load(config.checkpoint, config.data, device=config.device, **given)
     items = recommender.dataset.manifest.items
     if config.k > items:
         place = recommender.dataset.path

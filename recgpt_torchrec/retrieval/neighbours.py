@@ -16,7 +16,7 @@ from recgpt_torchrec.config import RecallNeighbours
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.neighbours.answering import ENTRIES, NeighbourAnswers, raises_of
 from recgpt_torchrec.data.neighbours.folder import open_neighbours
-from recgpt_torchrec.data.neighbours.table import NONE, NeighbourTable
+from recgpt_torchrec.data.neighbours.table import NONE, NeighbourTable, Read
 from recgpt_torchrec.data.ragged import Ragged, offsets_of
 from recgpt_torchrec.distributed.shared_folder import read_on_node
 from recgpt_torchrec.retrieval.interests import Raised
@@ -36,8 +36,13 @@ class NeighbourRecall:
     """Of the folder of neighbours."""
 
     @classmethod
-    def open(cls, options: RecallNeighbours, dataset: Dataset) -> Self | None:
-        """Read the neighbours of a dataset's items, once per node (collective); None: the options name none.
+    def open(cls, options: RecallNeighbours, dataset: Dataset, read: Read = read_on_node) -> Self | None:
+        """Read the neighbours of a dataset's items; None: the options name none.
+
+        Args:
+            options: which neighbours, and how they count.
+            dataset: whose items they are of.
+            read: makes the buffer that holds them; by default once per node (collective).
 
         Raises:
             InputError: the folder is damaged, or of another dataset.
@@ -45,7 +50,7 @@ class NeighbourRecall:
         if options.path is None:
             return None
         manifest = open_neighbours(options.path, dataset)
-        table = NeighbourTable.open(options.path, manifest, read_on_node)
+        table = NeighbourTable.open(options.path, manifest, read)
         found = NeighbourAnswers(table=table, memory=options.memory, recency=options.recency, answers=CANDIDATES)
         return cls(neighbours=found, weight=options.weight, fingerprint=manifest.fingerprint)
 

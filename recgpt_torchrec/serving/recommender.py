@@ -15,6 +15,7 @@ from recgpt_torchrec.checkpoints.folder import find_checkpoint
 from recgpt_torchrec.checkpoints.settings import CheckpointSettings
 from recgpt_torchrec.checkpoints.trained import load_unsharded
 from recgpt_torchrec.config.device import Device
+from recgpt_torchrec.config.inputs.neighbours import RecallNeighbours
 from recgpt_torchrec.config.retrieval import INTERESTS
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.ragged import Float32, Int64, Ragged
@@ -23,6 +24,8 @@ from recgpt_torchrec.distributed.processes import silence_libraries
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.interests import extend_interests
 from recgpt_torchrec.retrieval.merging import Merged, MergeRule
+from recgpt_torchrec.retrieval.neighbours import CANDIDATES as RAISED
+from recgpt_torchrec.retrieval.neighbours import NeighbourRecall
 from recgpt_torchrec.retrieval.search.restricted import RestrictedSearch
 from recgpt_torchrec.retrieval.search.retriever import ExactSearch, Retriever, Search
 from recgpt_torchrec.serving.encoding import RequestEncoder
@@ -33,11 +36,12 @@ from recgpt_torchrec.serving.names import ItemNames
 from recgpt_torchrec.serving.popular import Popular
 from recgpt_torchrec.serving.prompts import RequestPrompts
 from recgpt_torchrec.serving.requests import History, Time, is_one_history, make_requests
+from recgpt_torchrec.storage.buffers import fill_in_memory
 
 TOKENS = 2**14
 """Number of slots that are encoded at once."""
 CANDIDATES = 2**22
-"""Maximum number of items that are held at once, as candidates or as items that are left out."""
+"""Maximum number of items that are held at once, as candidates, as items that are left out, or as raised ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +51,8 @@ class Recommendation:
     items: list[str]
     """Raw keys, best first; fewer than asked for only where no more items are left."""
     scores: list[float]
-    """Score of each under the interest that contributed it; of popular items the number of interactions."""
+    """Score of each under the interest that contributed it, with what neighbours raise it by; of popular items the
+    number of interactions."""
     interests: list[int]
     """That interest of each item, from 0; -1 of popular items."""
     unknown: list[Key]
@@ -68,9 +73,16 @@ class Recommender:
         recommender.recommend(["shoe", "hat"], k=10).items
     """
 
-    def __init__(self, checkpoint: str, dataset: Dataset, device: torch.device, pretrained: str | None = None) -> None:
-        """See `load`, which finds the checkpoint and opens the dataset."""
-        self.checkpoint, self.dataset, self.device = checkpoint, dataset, device
+    def __init__(
+        self,
+        checkpoint: str,
+        dataset: Dataset,
+        device: torch.device,
+        pretrained: str | None = None,
+        neighbours: NeighbourRecall | None = None,
+    ) -> None:
+        """See `load`, which finds the checkpoint and opens the dataset and the neighbours."""
+        self.checkpoint, self.dataset, self.device, self._neighbours = checkpoint, dataset, device, neighbours
         trained = load_unsharded(checkpoint, dataset, device)
         self._encoder = RequestEncoder(trained, device)
         self._catalogue = Catalogue.of_model(self._encoder.model, dataset.manifest.items, device)
@@ -98,6 +110,7 @@ class Recommender:
         *,
         device: Device = "cpu",
         pretrained: str | None = None,
+        neighbours: str | os.PathLike[str] | RecallNeighbours | None = None,
     ) -> "Recommender":
         """Load a model to answer requests.
 
@@ -108,14 +121,19 @@ class Recommender:
             device: `cpu`, `cuda`, or `auto`.
             pretrained: for a model tuned on generated prompts, the run that generates them; None: where it was when
                 the prompts of the dataset were made.
+            neighbours: folder that find_neighbours wrote, or options with it: lists are from the model and from the
+                neighbours of a history's items together, as in `retrieve`; None: from the model alone.
 
         Raises:
-            InputError: checkpoint or dataset are missing, damaged, or do not belong together.
+            InputError: checkpoint, dataset or neighbours are missing, damaged, or do not belong together.
         """
         silence_libraries()
         found = find_checkpoint(os.fspath(checkpoint))
         dataset = Dataset.open(CheckpointSettings.read(found).data if data is None else os.fspath(data))
-        return cls(found, dataset, choose_device(device), pretrained)
+        if not isinstance(neighbours, RecallNeighbours):
+            neighbours = RecallNeighbours(path=None if neighbours is None else os.fspath(neighbours))
+        recall = NeighbourRecall.open(neighbours, dataset, fill_in_memory)
+        return cls(found, dataset, choose_device(device), pretrained, recall)
 
     # ------------------------------------------------------------------------------------------- what is asked
 
@@ -174,7 +192,8 @@ class Recommender:
         rule, interests = choose_rule(merge, m, k, interests)
         search, allowed = self._search(allow)
         denied = _known(self._items.ids_of(deny))
-        rows = max(1, min(len(requests), CANDIDATES // max(1, interests * k, denied.size)))
+        raised = 0 if self._neighbours is None else interests * RAISED
+        rows = max(1, min(len(requests), CANDIDATES // max(1, interests * k, raised, denied.size)))
         answers: list[Recommendation] = []
         for first in range(0, len(requests), rows):
             answers += self._answer(requests[first : first + rows], k, interests, rule, search, allowed, denied, bias)
@@ -300,13 +319,12 @@ class Recommender:
         answers: list[Recommendation | None] = [None] * len(requests)
         if read.rows.size:
             vectors = self._encode(read, len(requests), interests)[read.rows]
-            assert read.histories.seen is not None
-            seen, more = read.histories.seen, None
+            more = None
             if denied.size or any(each.size for each in excluded):
                 more = Ragged.from_lists([[*excluded[row], *denied] for row in read.rows.tolist()])
-                seen = _join_rows(seen, more) if bias is None else seen
-            retriever = Retriever(search, k, lambda of_interests: merge_interests(of_interests, rule, k), bias=bias)
-            lists = retriever.lists(vectors, seen, more)
+            raise_scores = None if self._neighbours is None else self._neighbours.of
+            retriever = Retriever(search, k, lambda found: merge_interests(found, rule, k), None, bias, raise_scores)
+            lists = retriever.lists(vectors, read.histories.seen, more)
             for place, row in enumerate(read.rows.tolist()):
                 answers[row] = self._name(lists, place, read.unknown[row], user_known=bool(users[row] != UNKNOWN))
         for row, answer in enumerate(answers):
@@ -366,16 +384,6 @@ class Recommender:
         if isinstance(self._catalogue.vectors, HeldVectors):
             return self._catalogue.vectors.vectors
         return torch.cat([torch.from_numpy(vectors) for _, vectors in self._catalogue.share()]).to(self.device)
-
-
-def _join_rows(first: Ragged, second: Ragged) -> Ragged:
-    """Each row of `first`, followed by the same row of `second`."""
-    both = Ragged(
-        np.concatenate([first.values, second.values]), np.append(first.offsets, second.offsets[1:] + first.offsets[-1])
-    )
-    rows = np.arange(first.rows)
-    taken = both.take(np.stack([rows, rows + first.rows], axis=1).ravel())
-    return Ragged(taken.values, taken.offsets[::2])
 
 
 def _known(ids: Int64) -> Int64:

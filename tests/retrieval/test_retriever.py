@@ -52,27 +52,31 @@ def test_one_interest_gives_the_best_unseen_items_however_long_the_history(data)
 
 @given(st.data())
 def test_items_of_the_history_compete_with_a_bias_exactly_and_by_an_index_and_among_allowed_ones(data):
-    """Against a sort of all biased scores; an index serves biases of at most 0 alone."""
+    """Against a sort of all biased scores; an index serves biases of at most 0 alone. Without a bias they are left out,
+    together with what is excluded."""
     k, users = data.draw(st.integers(1, ITEMS)), data.draw(st.integers(1, 6))
-    bias = data.draw(st.sampled_from([-30.0, -1.0, -0.1, 0.0, 0.5, 30.0]))
+    bias = data.draw(st.sampled_from([None, -30.0, -1.0, -0.1, 0.0, 0.5, 30.0]))
     history = st.lists(st.integers(0, ITEMS - 1), max_size=data.draw(st.sampled_from([3, 2 * ITEMS])))
     seen, excluded = ([data.draw(history) for _ in range(users)] for _ in range(2))
     items, queries = vectors(ITEMS), vectors(users, 1, seed=1)
     scores = queries[:, 0] @ items.T
     for row, of_user in enumerate(seen):
-        scores[row, sorted(set(of_user))] += np.float32(bias)
+        scores[row, sorted(set(of_user))] += np.float32(bias or 0.0)
+    own = [of_user if bias is None else [] for of_user in seen]
 
     def lists(search: Any, out: list[list[int]] | None = None) -> list[list[int]]:
         retriever = Retriever(search, k, lambda lists: merge_by_score(lists, k), bias=bias)
         left_out = None if out is None else Ragged.from_lists(out)
         return retriever.lists(queries, Ragged.from_lists(seen), left_out).items.tolist()
 
-    assert lists(exact(items)) == [plain(row, [], k) for row in scores]
-    assert lists(exact(items), excluded) == [plain(row, out, k) for row, out in zip(scores, excluded, strict=True)]
+    assert lists(exact(items)) == [plain(row, out, k) for row, out in zip(scores, own, strict=True)]
+    both = [[*first, *second] for first, second in zip(own, excluded, strict=True)]
+    assert lists(exact(items), excluded) == [plain(row, out, k) for row, out in zip(scores, both, strict=True)]
     allowed = np.sort(np.random.default_rng(k).choice(ITEMS, ITEMS // 2, replace=False))
     others = sorted({*range(ITEMS)} - {*allowed.tolist()})
-    assert lists(RestrictedSearch(exact(items[allowed]), allowed)) == [plain(row, others, k) for row in scores]
-    if bias <= 0:
+    expected = [plain(row, others + out, k) for row, out in zip(scores, own, strict=True)]
+    assert lists(RestrictedSearch(exact(items[allowed]), allowed)) == expected
+    if bias is None or bias <= 0:
         shard = Shard(build("flat", lambda: iter([items]), ITEMS, DIM, {}), "flat", {})
         assert lists(ApproximateSearch(ShardedIndex([shard], ITEMS, DIM, Rounds()))) == lists(exact(items))
 

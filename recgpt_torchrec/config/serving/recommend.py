@@ -5,6 +5,7 @@ from typing import Literal
 
 from recgpt_torchrec.config.checks import at_least, split_words, within
 from recgpt_torchrec.config.device import Device
+from recgpt_torchrec.config.inputs.neighbours import RecallNeighbours
 from recgpt_torchrec.config.retrieval import INTERESTS
 
 
@@ -54,6 +55,7 @@ class Recommend:
     added to their scores."""
     allow: list[str] = field(default_factory=list)
     """Keys of the only items that may be listed, separated by commas. []: any."""
+    neighbours: RecallNeighbours = field(default_factory=RecallNeighbours)
     pretrained: str | None = None
     """Of a model tuned on generated prompts, the pre-training run that generates them. null: where it was when
     generate_prompts ran."""

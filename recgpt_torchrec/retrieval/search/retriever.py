@@ -118,7 +118,7 @@ class Retriever:
     bias: float | None = None
     """Added to the scores of items of the history, which then compete; None: they are left out."""
     neighbours: Callable[[Ragged], Raised] | None = None
-    """What the neighbours of histories raise, for an exact search alone; None: nothing is."""
+    """What the neighbours of histories `seen` raise, for an exact search alone; None: nothing is."""
 
     def lists(self, vectors: Float32, seen: Ragged | None = None, excluded: Ragged | None = None) -> Merged:
         """Retrieve one list per user.
@@ -126,11 +126,13 @@ class Retriever:
         Args:
             vectors: [users, interests, dim] float32.
             seen: items of the history, by user, repeats allowed: left out, or with the `bias`; None: none.
-            excluded: with a `bias`, items that are left out, by user; None: none.
+            excluded: other items that are left out, by user, also where neighbours raise them; None: none.
         """
-        left_out, repeats = seen, None
-        if self.bias is not None:
-            left_out, repeats = excluded, None if seen is None else Repeats(seen, self.bias)
+        left_out, repeats = excluded, None
+        if seen is not None and self.bias is not None:
+            repeats = Repeats(seen, self.bias)
+        elif seen is not None:
+            left_out = seen if excluded is None else _join_rows(seen, excluded)
         raised = None if self.neighbours is None or seen is None else self.neighbours(seen)
         # Merging never needs more than k items of an interest.
         merged = self.merge(self.search.lists(vectors, self.k, left_out, repeats, raised))
@@ -142,6 +144,16 @@ class Retriever:
             for values, replacements in zip(merged, exact, strict=True):
                 values[torch.from_numpy(short)] = replacements
         return merged
+
+
+def _join_rows(first: Ragged, second: Ragged) -> Ragged:
+    """Each row of `first`, followed by the same row of `second`."""
+    both = Ragged(
+        np.concatenate([first.values, second.values]), np.append(first.offsets, second.offsets[1:] + first.offsets[-1])
+    )
+    rows = np.arange(first.rows)
+    taken = both.take(np.stack([rows, rows + first.rows], axis=1).ravel())
+    return Ragged(taken.values, taken.offsets[::2])
 
 
 def _estimate_length(seen: Ragged) -> int:
