@@ -29,6 +29,7 @@ LONGEST = (
     "tools/test_check_formats.py",
     "pipelines/test_daily.py",
     "pipelines/test_inputs.py",
+    "pipelines/test_prompt_kinds.py",
     "checkpoints/test_storage.py",
     "distributed/test_signals.py",
     "catalogue/test_sharded.py",
