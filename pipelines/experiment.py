@@ -270,6 +270,12 @@ def config_file(folder: str, name: str, ending: str = "", settings: str = "paper
     return file if (ROOT / file).exists() else f"{folder}/paper{ending}.yaml"
 
 
+def for_several(file: str) -> str:
+    """The file of a configuration for models that learn from several teachers: FILE_several.yaml where there is one."""
+    several = f"{file.removesuffix('.yaml')}_several.yaml"
+    return several if (ROOT / several).exists() else file
+
+
 def read_datasets(parser: argparse.ArgumentParser, pairs: list[str], taken: Sequence[str]) -> dict[str, str]:
     """Read the words NAME=FILE of --dataset; ends the program where one is none.
 

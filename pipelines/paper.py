@@ -10,7 +10,7 @@ configs/NAME_tune.yaml; a missing file is replaced by that of `paper`. `--settin
 
 Where there is a NAME_student.yaml, the pre-trained model learns from the answers of a teacher, which is trained with
 the same options before it; NAME_answers.yaml says how the answers are made. With --teachers 3 they are the mean of
-those of three.
+those of three, by NAME_answers_several.yaml and NAME_student_several.yaml where there are such files.
 
 Where a data set has neighbours, each model is also measured with the scores of neighbours raised (`evaluate
 --neighbours.path`), in rows of their own.
@@ -30,7 +30,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipelines import experiment, paper_report  # noqa: E402
-from pipelines.experiment import config_file, from_root, read_datasets, words_of  # noqa: E402
+from pipelines.experiment import config_file, for_several, from_root, read_datasets, words_of  # noqa: E402
 from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
 
 SPLITS = ("validation", "test")
@@ -222,6 +222,8 @@ class Paper(experiment.Experiment):
 
     def __init__(self, name: str, options: Options, steps: RecordedSteps) -> None:
         super().__init__(name, options, steps, options.datasets[name].configured_as)
+        if options.teachers > 1 and self.student_config is not None:
+            self.answers_config, self.student_config = map(for_several, (self.answers_config, self.student_config))
         self.k: int | None = None if len(options.prompted_ks) > 1 else options.prompted_ks[0]
 
     def run(self) -> None:

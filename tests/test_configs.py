@@ -15,7 +15,7 @@ FILES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
 def stage_of(name: str) -> type:
     if name.endswith("_tune.yaml"):
         return PromptTune
-    return GeneratePrompts if name.endswith(("_prompts.yaml", "_answers.yaml")) else Pretrain
+    return GeneratePrompts if name.endswith(("_prompts.yaml", "_answers.yaml", "_answers_several.yaml")) else Pretrain
 
 
 @pytest.mark.parametrize("name", FILES)

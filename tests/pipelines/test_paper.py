@@ -257,11 +257,16 @@ def test_a_student_learns_the_answers_of_a_teacher_which_has_a_row_in_the_report
     assert ("pretrain_neighbours", "pretrain") in {(row["path"], row["other"]) for row in report["paired"]}
     # A second teacher, whose answers are averaged with those of the first; all of it counts as time to train.
     two = [*words, "--teachers", "2", "--output", str(tmp_path / "two")]
+    (configs / "paper_answers_several.yaml").write_text(ANSWERS.replace("answers: 2", "answers: 3"))
     before = len(executor.ran)
     paper.main(two)
     assert len(executor.ran) - before == ran + 2 == len(paper.parse(two).planned())
     (averaged,) = [" ".join(c) for c in executor.ran if "--averaged_with" in c]
     assert f"--averaged_with {tmp_path}/two/tiny/seed0/answers_2 --output" in averaged
+    assert "paper_answers_several.yaml" in averaged
+    assert all("paper_student_several" not in " ".join(command) for command in executor.ran)  # there is no such file
+    answers = json.loads((tmp_path / "two/tiny/seed0/answers/manifest.json").read_text())["settings"]["prompts"]
+    assert answers["answers"] == 3
     assert f"{tmp_path}/two/tiny/seed0/teacher --" in averaged and averaged.endswith("/tiny/seed0/answers")
     seeds = [c[c.index("--seed") + 1] for c in executor.ran[before:] if c[2].endswith("pretrain")]
     assert seeds == ["100", "0", "0"]
