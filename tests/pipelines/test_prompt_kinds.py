@@ -40,7 +40,7 @@ def test_every_kind_is_tuned_on_with_the_controls_loss_and_steps_and_done_once(t
     assert sum("--tuning.prompts false" in command for command in tunings) == 2
     assert sum("--tuning.predict_from last" in command for command in tunings) == 1
     assert sum("paper/tiny/seed0/teacher " in command for command in commands) == 1
-    assert sum("--data " + str(out / "tiny/seed0/drawn/prompts") in command for command in tunings) == 3
+    assert sum("out/tiny/seed0/drawn/prompts --output" in command for command in tunings) == 3
     steps_of = {
         json.loads((out / f"tiny/seed0/{kind}/{loss}/best.json").read_text())["checkpoint"]
         for loss, kind in [("soft", "none_drawn"), ("soft", "drawn"), *(("hard", kind) for kind in [CONTROL, *kinds])]
