@@ -17,19 +17,18 @@ if TYPE_CHECKING:
     from recgpt_torchrec.retrieval.filters import FilterRecord
     from recgpt_torchrec.retrieval.list_folder import ListBatch, ListManifest
     from recgpt_torchrec.retrieval.merging import MergeRule
-    from recgpt_torchrec.retrieval.neighbours import NeighbourRecall
 
 
 def main(config: Retrieve) -> None:
     """Search the items for every user, and write the lists."""
     from recgpt_torchrec.data.dataset import Dataset, histories_fingerprint
+    from recgpt_torchrec.data.neighbours.folder import open_neighbours
     from recgpt_torchrec.data.reading.targets import describe_untargeted
     from recgpt_torchrec.distributed.processes import print_result, run_on_first_rank
     from recgpt_torchrec.distributed.watchdog import watched_group
     from recgpt_torchrec.retrieval.exports.reading import open_on_all_ranks
     from recgpt_torchrec.retrieval.list_folder import ListManifest
     from recgpt_torchrec.retrieval.list_summary import describe_lists, look_line
-    from recgpt_torchrec.retrieval.neighbours import NeighbourRecall
     from recgpt_torchrec.retrieval.search.choosing import resolve
 
     with watched_group(config.stall_seconds):  # no search runs on a GPU
@@ -37,8 +36,10 @@ def main(config: Retrieve) -> None:
         given, config = config, resolve(config, export)
         dataset = Dataset.open(config.data) if config.data is not None else None
         rule, interests = check(config, export, dataset)
-        neighbours = None if dataset is None else NeighbourRecall.open(config.neighbours, dataset)
-        content = {} if neighbours is None else {"content of --neighbours.path": neighbours.fingerprint}
+        content = {}
+        if config.neighbours.path is not None and dataset is not None:
+            found = open_neighbours(config.neighbours.path, dataset)
+            content = {"content of --neighbours.path": found.fingerprint}
         manifest = ListManifest(
             k=config.k,
             export=config.export,
@@ -50,7 +51,7 @@ def main(config: Retrieve) -> None:
         )
         earlier = run_on_first_rank(lambda: finished(config, manifest, given))
         if earlier is None:
-            manifest = retrieve(config, export, dataset, rule, interests, manifest, neighbours)
+            manifest = retrieve(config, export, dataset, rule, interests, manifest)
         print_result(describe_lists(config, export.manifest, earlier or manifest, rule, interests))
         if dataset is not None:
             for line in describe_untargeted(dataset.manifest, bool(dataset.manifest.attributes)):
@@ -163,13 +164,7 @@ def finished(config: Retrieve, manifest: "ListManifest", given: Retrieve) -> "Li
 
 
 def retrieve(
-    config: Retrieve,
-    export: "Export",
-    dataset: Any,
-    rule: "MergeRule",
-    interests: int,
-    manifest: "ListManifest",
-    neighbours: "NeighbourRecall | None" = None,
+    config: Retrieve, export: "Export", dataset: Any, rule: "MergeRule", interests: int, manifest: "ListManifest"
 ) -> "ListManifest":
     """Open or build the index, search it for every user, and write the lists.
 
@@ -181,6 +176,7 @@ def retrieve(
     from recgpt_torchrec.retrieval.exports.item_keys import ItemKeys
     from recgpt_torchrec.retrieval.fallback import popular_lists
     from recgpt_torchrec.retrieval.list_folder import write_lists
+    from recgpt_torchrec.retrieval.neighbours import NeighbourRecall
     from recgpt_torchrec.retrieval.search.searching import build_retrievers, search_users
     from recgpt_torchrec.retrieval.user_histories import UserHistories
 
@@ -194,6 +190,7 @@ def retrieve(
         allowed = find_allowed(config, export, manifest.filters)
         if allowed is not None:
             manifest.allowed = int(allowed.sum())
+    neighbours = None if dataset is None else NeighbourRecall.open(config.neighbours, dataset)
     started = time.perf_counter()
     report_phase("opening the index")
     exact, retriever, finish = build_retrievers(config, export, rule, allowed, neighbours)

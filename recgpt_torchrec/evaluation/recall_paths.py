@@ -253,7 +253,9 @@ class RecallPaths:
                     self.recorder.add_ranks(path, users, ranks_of)
         # Summed over all ranks; a rank without users adds zeros.
         names = [str(m) for m in ms]
-        names += [*_several(count), *[NEIGHBOURS] * (bool(grouped_as) and self.neighbours is not None)]
+        names += _several(count)
+        if grouped_as and self.neighbours is not None:
+            names.append(NEIGHBOURS)
         for name in names:
             metrics.setdefault(name, {how: RankingMetrics(ks) for how in protocols})
         return {name: {how: reduce_metrics(metrics[name][how]).result() for how in protocols} for name in names}

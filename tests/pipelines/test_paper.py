@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from pipelines import paper, paper_methods, paper_report, seed_tables, steps
+from pipelines.experiment import from_root
 from recgpt_torchrec import cli, config
 from tests.tools.test_compare_recbole import stand_in
 from tools import compare_recbole, synthetic_log
@@ -233,8 +234,11 @@ def test_a_student_learns_the_answers_of_a_teacher_which_has_a_row_in_the_report
     )
     teacher, student = pretrain
     assert "paper_student" not in teacher and "/tiny/data " in teacher and "/seed0/teacher" in teacher
-    assert f"paper_student.yaml --data {out}/tiny/seed0/answers" in student
-    assert "paper_answers.yaml" in generate[0] and f"--neighbours.path {out}/tiny/neighbours" in generate[0]
+    assert f"paper_student.yaml --data {from_root(str(out))}/tiny/seed0/answers" in student
+    assert (
+        "paper_answers.yaml" in generate[0]
+        and f"--neighbours.path {from_root(str(out))}/tiny/neighbours" in generate[0]
+    )
     assert "--neighbours" not in generate[1] and "/seed0/pretrain" in generate[1]
     run = json.loads((out / "tiny/seed0/pretrain/run.json").read_text())
     assert run["config"]["soft_targets"] == 0.3
@@ -262,12 +266,14 @@ def test_a_student_learns_the_answers_of_a_teacher_which_has_a_row_in_the_report
     paper.main(two)
     assert len(executor.ran) - before == ran + 2 == len(paper.parse(two).planned())
     (averaged,) = [" ".join(c) for c in executor.ran if "--averaged_with" in c]
-    assert f"--averaged_with {tmp_path}/two/tiny/seed0/answers_2 --output" in averaged
+    assert f"--averaged_with {from_root(str(tmp_path))}/two/tiny/seed0/answers_2 --output" in averaged
     assert "paper_answers_several.yaml" in averaged
     assert all("paper_student_several" not in " ".join(command) for command in executor.ran)  # there is no such file
     answers = json.loads((tmp_path / "two/tiny/seed0/answers/manifest.json").read_text())["settings"]["prompts"]
     assert answers["answers"] == 3
-    assert f"{tmp_path}/two/tiny/seed0/teacher --" in averaged and averaged.endswith("/tiny/seed0/answers")
+    assert f"{from_root(str(tmp_path))}/two/tiny/seed0/teacher --" in averaged and averaged.endswith(
+        "/tiny/seed0/answers"
+    )
     seeds = [c[c.index("--seed") + 1] for c in executor.ran[before:] if c[2].endswith("pretrain")]
     assert seeds == ["100", "0", "0"]
     of_two = json.loads((tmp_path / "two/report.json").read_text())["datasets"]["tiny"]["training"][0]

@@ -97,9 +97,7 @@ class AnswerNeighbours:
     """Weight of an item's neighbours, as a share of those of the item after it, more than 0 to 1."""
 
     def __post_init__(self) -> None:
-        check_memory(self.memory, self.recency)
-        at_least("--neighbours.weight", self.weight, 1e-6)
-        within("--neighbours.weight", self.weight, 0, 100)
+        check_raising(self.weight, self.memory, self.recency)
 
 
 @dataclass(kw_only=True)
@@ -122,14 +120,23 @@ class RecallNeighbours:
     """Weight of an item's neighbours, as a share of those of the item after it, more than 0 to 1."""
 
     def __post_init__(self) -> None:
-        check_memory(self.memory, self.recency)
-        at_least("--neighbours.weight", self.weight, 1e-6)
-        within("--neighbours.weight", self.weight, 0, 100)
+        check_raising(self.weight, self.memory, self.recency)
         for name in ("weight", "memory", "recency"):
             if self.path is None and getattr(self, name) != getattr(type(self), name):
                 raise ValueError(
                     f"--neighbours.{name} is {getattr(self, name)}, but there are no neighbours; give --neighbours.path"
                 )
+
+
+def check_raising(weight: float, memory: int, recency: float) -> None:
+    """Check how neighbours raise scores.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+    check_memory(memory, recency)
+    at_least("--neighbours.weight", weight, 1e-6)
+    within("--neighbours.weight", weight, 0, 100)
 
 
 def check_memory(memory: int, recency: float) -> None:
