@@ -13,9 +13,6 @@ from recgpt_torchrec.config.command_line import values_of
 if TYPE_CHECKING:
     from recgpt_torchrec.data.dataset import Dataset
 
-TEACHER_SEEDS = 100
-"""How far apart the seeds of the teachers of one model are."""
-
 
 @dataclass(kw_only=True)
 class Options:
@@ -111,18 +108,15 @@ class Experiment:
         """Generate prompts in the folder `place` from the run `pretrained`; returns the title of the step."""
         return self._generate_with(f"{place}/prompts", self.prompts_config, pretrained, ["--prompts.k", str(k)])
 
-    def _train_teachers(self, seed: int, count: int) -> str:
-        """Pre-train the teachers, whose answers the model of this seed learns; returns the title of the answers."""
+    def _train_teachers(self, seeds: range) -> None:
+        """Pre-train teachers with these seeds; the answers in the folder of the first are the mean of all."""
         answers: list[str] = []
-        for number in range(count, 0, -1):
-            ending = f"_{number}" if number > 1 else ""
-            teacher, of_teacher = f"seed{seed}/teacher{ending}", seed + TEACHER_SEEDS * (number - 1)
-            self._train(teacher, "pretrain", "pretrain", self.config, self.data, ("prepare",), of_teacher)
-            others = [] if number > 1 else answers  # the last ones are the mean of all
+        for seed in reversed(seeds):
+            teacher = f"seed{seed}/teacher"
+            self._train(teacher, "pretrain", "pretrain", self.config, self.data, ("prepare",), seed)
+            others = answers if seed == seeds[0] else []
             more = ["--averaged_with", *(f"{self.folder}/{other}" for other in others)] if others else []
-            title = f"seed{seed}/answers{ending}"
-            answers.append(self._generate_with(title, self.answers_config, teacher, more, others))
-        return answers[-1]
+            answers.append(self._generate_with(f"seed{seed}/answers", self.answers_config, teacher, more, others))
 
     def _generate_with(
         self, title: str, config: str, pretrained: str, more: list[str] | None = None, others: Sequence[str] = ()

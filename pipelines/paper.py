@@ -9,8 +9,10 @@ is pre-trained with configs/NAME.yaml, gets prompts with configs/NAME_prompts.ya
 configs/NAME_tune.yaml; a missing file is replaced by that of `paper`. `--settings original` has the paper's own.
 
 Where there is a NAME_student.yaml, the pre-trained model learns from the answers of a teacher, which is trained with
-the same options before it; NAME_answers.yaml says how the answers are made. With --teachers 3 they are the mean of
-those of three, by NAME_answers_several.yaml and NAME_student_several.yaml where there are such files.
+the same options before it; NAME_answers.yaml says how the answers are made. With --teachers 5 the seeds are taken in
+groups of five, whose models all learn the mean answers of the group's five teachers, by NAME_answers_several.yaml and
+NAME_student_several.yaml where there are such files: five teachers for five seeds, as without it. The deviation over
+the seeds of a group is then that of the students alone.
 
 Where a data set has neighbours, each model is also measured with the scores of neighbours raised (`evaluate
 --neighbours.path`), in rows of their own.
@@ -51,7 +53,7 @@ class Options(experiment.Options):
     lists: list[int] = field(default_factory=list)
     """Lengths of further lists to measure on test, beside 5 and 10."""
     teachers: int = 1
-    """Number of teachers of each pre-trained model, where a data set's models have any."""
+    """Number of teachers of each pre-trained model, where a data set's models have any; seeds in groups share them."""
     baseline_minutes: float = 0
     """Minutes of training of each of the paper's baselines; 0: they are not trained."""
     items: dict[str, str] = field(default_factory=dict)
@@ -62,6 +64,11 @@ class Options(experiment.Options):
     def prompted_ks(self) -> list[int]:
         """Numbers of prompts that are tuned on; K = 0 is fine-tuning."""
         return [k for k in self.ks if k]
+
+    def teachers_of(self, seed: int) -> range:
+        """Seeds of the teachers of a seed's pre-trained model: its group, which shares them."""
+        first = seed - seed % self.teachers
+        return range(first, first + self.teachers)
 
     def uses_neighbours(self, name: str) -> bool:
         """Whether a data set is trained with neighbours, in either stage."""
@@ -87,7 +94,8 @@ class Options(experiment.Options):
             for seed in range(self.seeds):
                 ks = len(self.prompted_ks) if seed == 0 else 1
                 if self.has_teacher(name):
-                    kinds += [f"{name} {kind}" for kind in (*self.teachers * ("pretrain", "generate"), *SPLITS)]
+                    teachers = self.teachers * (seed == self.teachers_of(seed)[0])
+                    kinds += [f"{name} {kind}" for kind in (*teachers * ("pretrain", "generate"), *SPLITS)]
                 kinds += [f"{name} pretrain", f"{name} fine_tuning"] + ks * [f"{name} generate", f"{name} tune"]
                 kinds += (2 + ks) * [f"{name} {split}" for split in SPLITS]
                 kinds += 3 * len(self.lists) * [f"{name} test"]
@@ -152,7 +160,9 @@ def parse(arguments: list[str] | None = None) -> Options:
         "--teachers",
         type=int,
         default=1,
-        help="models whose mean answers a pre-trained model learns, where it has a teacher (default: 1)",
+        metavar="N",
+        help="models whose mean answers a pre-trained model learns, where it has a teacher; N seeds share them "
+        "(default: 1)",
     )
     parser.add_argument("--test_grid", action="store_true", help="measure every m_n on test too, with the first seed")
     parser.add_argument(
@@ -245,7 +255,10 @@ class Paper(experiment.Experiment):
         folder = f"seed{seed}"
         data, needs = self.data, "prepare"
         if self.student_config is not None:
-            needs = self._train_teachers(seed, self.options.teachers)
+            teachers = self.options.teachers_of(seed)
+            needs = f"seed{teachers[0]}/answers"
+            if seed == teachers[0]:
+                self._train_teachers(teachers)
             data = f"{self.folder}/{needs}"
             self._measure(seed, "teacher")
         run = f"{folder}/pretrain"

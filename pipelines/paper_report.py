@@ -77,7 +77,6 @@ def collect_dataset(options: "Options", name: str) -> dict[str, Any] | None:
         return None
     k = max(options.prompted_ks, key=lambda k: (by_k[k], -k))
     runs = (*[TEACHER] * options.has_teacher(name), "pretrain", "fine_tuning", f"k{k}/recgpt")
-    others = [f"{TEACHER}_{number}" for number in range(2, options.teachers + 1)] * options.has_teacher(name)
     seeds, evaluations, trainings = [], [], []
     for seed in range(options.seeds):
         by_run = {
@@ -88,7 +87,10 @@ def collect_dataset(options: "Options", name: str) -> dict[str, Any] | None:
         if all(by_run.values()):
             seeds.append(seed)
             evaluations.append(by_run)
-            trainings.append({run: read_training(folder / f"seed{seed}/{run}") for run in (*others, *runs)})
+            others = [each for each in options.teachers_of(seed) if each != seed] * options.has_teacher(name)
+            places = {f"{TEACHER}_{number}": f"seed{each}/{TEACHER}" for number, each in enumerate(others, 2)}
+            places |= {run: f"seed{seed}/{run}" for run in runs}
+            trainings.append({run: read_training(folder / place) for run, place in places.items()})
     if not seeds:
         return None
     results = {}

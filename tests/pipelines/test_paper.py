@@ -259,14 +259,14 @@ def test_a_student_learns_the_answers_of_a_teacher_which_has_a_row_in_the_report
             assert report["lists"][f"{path}_neighbours"][how]["HR@10"]["mean"] == of_run[how]["HR@10"]
     assert "| RecGPT_1, neighbours raised | " in text and "pretrain_neighbours - pretrain" in report["differences"]
     assert ("pretrain_neighbours", "pretrain") in {(row["path"], row["other"]) for row in report["paired"]}
-    # A second teacher, whose answers are averaged with those of the first; all of it counts as time to train.
-    two = [*words, "--teachers", "2", "--output", str(tmp_path / "two")]
+    # Two seeds share two teachers, whose answers are averaged; all of it counts as time to train.
+    two = [*words, "--teachers", "2", "--seeds", "2", "--output", str(tmp_path / "two")]
     (configs / "paper_answers_several.yaml").write_text(ANSWERS.replace("answers: 2", "answers: 3"))
     before = len(executor.ran)
     paper.main(two)
-    assert len(executor.ran) - before == ran + 2 == len(paper.parse(two).planned())
+    assert len(executor.ran) - before == 2 * ran - 2 == len(paper.parse(two).planned())  # one dataset, one report
     (averaged,) = [" ".join(c) for c in executor.ran if "--averaged_with" in c]
-    assert f"--averaged_with {from_root(str(tmp_path))}/two/tiny/seed0/answers_2 --output" in averaged
+    assert f"--averaged_with {from_root(str(tmp_path))}/two/tiny/seed1/answers --output" in averaged
     assert "paper_answers_several.yaml" in averaged
     assert all("paper_student_several" not in " ".join(command) for command in executor.ran)  # there is no such file
     answers = json.loads((tmp_path / "two/tiny/seed0/answers/manifest.json").read_text())["settings"]["prompts"]
@@ -275,9 +275,12 @@ def test_a_student_learns_the_answers_of_a_teacher_which_has_a_row_in_the_report
         "/tiny/seed0/answers"
     )
     seeds = [c[c.index("--seed") + 1] for c in executor.ran[before:] if c[2].endswith("pretrain")]
-    assert seeds == ["100", "0", "0"]
-    of_two = json.loads((tmp_path / "two/report.json").read_text())["datasets"]["tiny"]["training"][0]
-    assert list(of_two)[:2] == ["teacher_2", "teacher"]
+    assert seeds == ["1", "0", "0", "1"]  # two teachers, two students
+    students = [line for line in map(" ".join, executor.ran[before:]) if "paper_student.yaml" in line]
+    assert len(students) == 2 and all("/two/tiny/seed0/answers --output" in student for student in students)
+    of_two = json.loads((tmp_path / "two/report.json").read_text())["datasets"]["tiny"]["training"]
+    assert [list(each)[:2] for each in of_two] == 2 * [["teacher_2", "teacher"]]
+    assert of_two[0]["teacher_2"] == of_two[1]["teacher"]
     ran = len(executor.ran)
     # Other options of the student are another student.
     (configs / "paper_student.yaml").write_text(STUDENT.replace("0.3", "0.5"))
