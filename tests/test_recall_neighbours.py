@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from recgpt_torchrec.data.ragged import Ragged
 from recgpt_torchrec.retrieval.exports.reading import open_export
 from recgpt_torchrec.retrieval.exports.vectors import vectors_of
-from recgpt_torchrec.retrieval.interests import Raised, Repeats
+from recgpt_torchrec.retrieval.weighed import Weighed
 from tests.support import SMALL, change_json, stage, walks, write_dataset
 from tools.ranks import run_ranks
 
@@ -236,13 +236,13 @@ def test_raised_items_beside_repeats_are_added_up_item_by_item(data):
     bias = data.draw(st.sampled_from([0.0, -2.0, 0.5]))
     raised = Ragged.from_lists(lists)
     values = np.arange(raised.values.size, dtype=np.float32) + 1
-    together = Raised(raised, values).beside(Repeats(Ragged.from_lists(repeated), bias), 10)
+    together = Weighed(raised, values).beside(Weighed(Ragged.from_lists(repeated), bias))
     expected: list[dict[int, float]] = [
         dict(zip(row, part, strict=True))
         for row, part in zip(lists, raised.with_values(values).to_lists(), strict=True)
     ]
     for row, again in enumerate(repeated):
-        for each in set(again) if bias else ():
+        for each in set(again):
             expected[row][each] = expected[row].get(each, 0.0) + bias
     found = zip(together.items.to_lists(), together.items.with_values(together.values).to_lists(), strict=True)
     assert [dict(zip(*row, strict=True)) for row in found] == expected

@@ -30,9 +30,10 @@ from recgpt_torchrec.evaluation.ranking import Results, measure_ranks, targets_o
 from recgpt_torchrec.evaluation.sampling import choose_users
 from recgpt_torchrec.model.tabled.base import unwrapped
 from recgpt_torchrec.retrieval.encoding import collect_batches, encode
-from recgpt_torchrec.retrieval.interests import Repeats, predict_interests, recall_items
+from recgpt_torchrec.retrieval.interests import predict_interests, recall_items
 from recgpt_torchrec.retrieval.merging import SEVERAL, Lists, Quota, TwoStep
 from recgpt_torchrec.retrieval.neighbours import NeighbourRecall
+from recgpt_torchrec.retrieval.weighed import Weighed
 
 NEIGHBOURS = "neighbours"
 """Ending of the path whose scores neighbours raise."""
@@ -221,8 +222,8 @@ class RecallPaths:
                 groups = self.grouping.find(targets.numpy(), seen.lengths)
             raised = self.neighbours.of(seen) if grouped_as and self.neighbours is not None else None
             for how in protocols:
-                left_out, repeats = (seen, None) if how == "masked" else (None, Repeats(seen, self.bias))
-                lists = recall_items(vectors, self.catalogue, longest, left_out, repeats)
+                left_out, weighed = (seen, None) if how == "masked" else (None, Weighed(seen, self.bias))
+                lists = recall_items(vectors, self.catalogue, longest, left_out, weighed)
                 two, several = (Lists(*(part[:, :i] for part in lists)) for i in (2, count))
                 merged = {str(m): TwoStep(m).merge(two, longest) for m in ms}
                 if count > 1:
@@ -231,7 +232,7 @@ class RecallPaths:
                     }
                 if raised is not None:
                     first = vectors[:, :1]
-                    of_both = recall_items(first, self.catalogue, longest, left_out, repeats, raised)
+                    of_both = recall_items(first, self.catalogue, longest, left_out, raised.beside(weighed))
                     merged[NEIGHBOURS] = Quota().merge(of_both, longest)
                 for name, result in merged.items():
                     by_protocol = metrics.setdefault(name, {p: RankingMetrics(ks) for p in protocols})

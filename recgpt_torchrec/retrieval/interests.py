@@ -5,7 +5,7 @@ the output at that entry is the second interest, and so on. `retrieval.merging` 
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,42 +14,14 @@ from torch import Tensor, nn
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.inputs.features import UNKNOWN
-from recgpt_torchrec.data.ragged import Float32, Int64, Ragged, join, offsets_of
+from recgpt_torchrec.data.ragged import Int64, Ragged, join, offsets_of
 from recgpt_torchrec.data.segments import GENERATED
 from recgpt_torchrec.retrieval.merging import Lists
+from recgpt_torchrec.retrieval.weighed import Weighed
 
 if TYPE_CHECKING:  # they need torchrec, and the lists of vectors that are there need none
     from recgpt_torchrec.data.stream import BatchMaker
     from recgpt_torchrec.retrieval.encoding import Encoded
-
-
-class Repeats(NamedTuple):
-    """Items that users already have, and that may come again."""
-
-    items: Ragged
-    """By user, repeats allowed."""
-    bias: float
-    """Added to their scores."""
-
-
-class Raised(NamedTuple):
-    """Items whose scores are raised, each by a value of its own."""
-
-    items: Ragged
-    """By user, no item twice."""
-    values: Float32
-    """[entries] float32: what is added to their scores."""
-
-    def beside(self, repeats: Repeats | None, items: int) -> "Raised":
-        """These and the repeats together, each item once; `items` is the number of all items."""
-        if repeats is None or not repeats.bias:
-            return self
-        repeated = np.unique(repeats.items.owners * items + repeats.items.values)
-        keys = np.concatenate([self.items.owners * items + self.items.values, repeated])
-        keys, places = np.unique(keys, return_inverse=True)
-        added = np.concatenate([self.values, np.full(repeated.size, repeats.bias, np.float32)])
-        lengths = np.bincount(keys // items, minlength=self.items.rows)
-        return Raised(Ragged.from_lengths(keys % items, lengths), np.bincount(places, added).astype(np.float32))
 
 
 def append_generated(histories: Histories, items: Int64, max_len: int) -> Histories:
@@ -154,12 +126,7 @@ def extend_interests(
 
 
 def recall_items(
-    vectors: Tensor,
-    catalogue: Catalogue,
-    n: int,
-    seen: Ragged | None,
-    repeats: Repeats | None = None,
-    raised: Raised | None = None,
+    vectors: Tensor, catalogue: Catalogue, n: int, left_out: Ragged | None, weighed: Weighed | None = None
 ) -> Lists:
     """The `n` best items of every interest, by exact search (collective).
 
@@ -167,21 +134,13 @@ def recall_items(
         vectors: [users, interests, dim] float32.
         catalogue: all items, with the scores.
         n: length of each list.
-        seen: items to leave out, by user; None: none.
-        repeats: items that compete with a bias; None: none.
-        raised: items whose scores are raised, of every interest; None: none.
+        left_out: items that do not compete, by user, repeats allowed; None: none.
+        weighed: items that compete with another score; None: none.
     """
     users, interests, dim = vectors.shape
     # All interests at once: where item vectors are looked up anew, a call is a pass over all of them.
     owners = np.repeat(np.arange(users), interests)
-    left_out = None if seen is None else seen.take(owners)
-    weighed: Ragged | None = None
-    bias: float | Float32 = 0.0
-    if raised is not None:
-        together = raised.beside(repeats, len(catalogue))
-        weighed = together.items.take(owners)
-        bias = together.items.with_values(together.values).take(owners).values
-    elif repeats is not None and repeats.bias:
-        weighed, bias = repeats.items.take(owners), repeats.bias
-    best = catalogue.top_k(vectors.reshape(users * interests, dim), n, left_out, weighed=weighed, bias=bias)
+    left_out = None if left_out is None else left_out.take(owners)
+    items, bias = (None, 0.0) if weighed is None else weighed.take(owners)
+    best = catalogue.top_k(vectors.reshape(users * interests, dim), n, left_out, weighed=items, bias=bias)
     return Lists(best.items.view(users, interests, n), best.scores.view(users, interests, n))

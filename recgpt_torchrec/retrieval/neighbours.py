@@ -19,7 +19,7 @@ from recgpt_torchrec.data.neighbours.folder import open_neighbours
 from recgpt_torchrec.data.neighbours.table import NONE, NeighbourTable, Read
 from recgpt_torchrec.data.ragged import Ragged, offsets_of
 from recgpt_torchrec.distributed.shared_folder import read_on_node
-from recgpt_torchrec.retrieval.interests import Raised
+from recgpt_torchrec.retrieval.weighed import Weighed
 
 CANDIDATES = 200
 """Neighbours of a history that are raised, the best ones."""
@@ -60,16 +60,16 @@ class NeighbourRecall:
         how = {"weight": self.weight, "memory": found.memory, "recency": found.recency}
         return {**how, "fingerprint": self.fingerprint}
 
-    def of(self, seen: Ragged) -> Raised:
+    def of(self, seen: Ragged) -> Weighed:
         """What is raised after histories, `seen` [users] whole lists of items, oldest first."""
         (rows,) = np.nonzero(seen.lengths)
         entries, own = seen.offsets[rows + 1] - 1, self.neighbours.find_own(seen.owners, seen.values)
         parts = [slice(first, first + ENTRIES) for first in range(0, rows.size, ENTRIES)]
         found = [self.neighbours.best(seen, entries[part], rows[part], own) for part in parts]
         if not found:
-            return Raised(Ragged(np.zeros(0, np.int64), np.zeros(seen.rows + 1, np.int64)), np.zeros(0, np.float32))
+            return Weighed(Ragged(np.zeros(0, np.int64), np.zeros(seen.rows + 1, np.int64)), np.zeros(0, np.float32))
         ids, scores = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
         is_neighbour = ids != NONE
         counts = np.zeros(seen.rows, np.int64)
         counts[rows] = is_neighbour.sum(1)
-        return Raised(Ragged(ids[is_neighbour], offsets_of(counts)), raises_of(scores, self.weight)[is_neighbour])
+        return Weighed(Ragged(ids[is_neighbour], offsets_of(counts)), raises_of(scores, self.weight)[is_neighbour])

@@ -8,9 +8,9 @@ import numpy.typing as npt
 import torch
 
 from recgpt_torchrec.data.ragged import Float32, Ragged
-from recgpt_torchrec.retrieval.interests import Raised, Repeats
 from recgpt_torchrec.retrieval.merging import Lists
 from recgpt_torchrec.retrieval.search.retriever import Search
+from recgpt_torchrec.retrieval.weighed import Weighed
 
 Bool = npt.NDArray[np.bool_]
 Ids = npt.NDArray[Any]
@@ -38,29 +38,20 @@ class RestrictedSearch:
     ids: Ids
     """[allowed items] rising, at least one; every rank has all of them."""
 
-    def lists(
-        self,
-        vectors: Float32,
-        k: int,
-        seen: Ragged | None,
-        repeats: Repeats | None = None,
-        raised: Raised | None = None,
-    ) -> Lists:
+    def lists(self, vectors: Float32, k: int, left_out: Ragged | None, weighed: Weighed | None = None) -> Lists:
         """See `Search`."""
-        left_out = None if seen is None else self._place(seen)
-        weighed = None if repeats is None else Repeats(self._place(repeats.items), repeats.bias)
-        if raised is not None:
-            values = self._place(raised.items, raised.values)
-            raised = Raised(self._place(raised.items), values.values)
-        found = self.search.lists(vectors, k, left_out, weighed, raised)
+        if left_out is not None:
+            left_out, _ = self._place(left_out)
+        if weighed is not None:
+            weighed = weighed.keep(*self._place(weighed.items))
+        found = self.search.lists(vectors, k, left_out, weighed)
         places = found.items.numpy()
         ids = self.ids[np.maximum(places, 0)].astype(np.int64)
         return Lists(torch.from_numpy(np.where(places < 0, -1, ids)), found.scores)
 
-    def _place(self, seen: Ragged, instead: npt.NDArray[Any] | None = None) -> Ragged:
-        """The places of the seen items in `ids`, or what is `instead` of each; those that are not allowed are left
-        out."""
-        values = seen.values.astype(self.ids.dtype)
+    def _place(self, items: Ragged) -> tuple[Ragged, Bool]:
+        """The places in `ids` of the items that are allowed, and [entries] which of them are."""
+        values = items.values.astype(self.ids.dtype)
         places = np.searchsorted(self.ids, values)
         is_allowed = self.ids[np.minimum(places, len(self.ids) - 1)] == values
-        return Ragged(places if instead is None else instead, seen.offsets).keep(is_allowed)
+        return items.with_values(places).keep(is_allowed), is_allowed

@@ -10,8 +10,9 @@ import torch
 
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.data.ragged import Float32, Int64, Ragged
-from recgpt_torchrec.retrieval.interests import Raised, Repeats, recall_items
+from recgpt_torchrec.retrieval.interests import recall_items
 from recgpt_torchrec.retrieval.merging import Lists, Merged
+from recgpt_torchrec.retrieval.weighed import Weighed
 
 if TYPE_CHECKING:  # exact lists need no FAISS
     from recgpt_torchrec.retrieval.search.sharded_index import ShardedIndex
@@ -22,18 +23,9 @@ Bool = npt.NDArray[np.bool_]
 class Search(Protocol):
     """Finds items for interest vectors."""
 
-    def lists(
-        self,
-        vectors: Float32,
-        k: int,
-        seen: Ragged | None,
-        repeats: Repeats | None = None,
-        raised: Raised | None = None,
-    ) -> Lists:
-        """The `k` best items of every interest [users, interests, dim] float32, without those `seen` by its user.
-
-        `repeats` compete, with their bias; the scores of what is `raised` are raised for every interest.
-        """
+    def lists(self, vectors: Float32, k: int, left_out: Ragged | None, weighed: Weighed | None = None) -> Lists:
+        """The `k` best items of every interest [users, interests, dim] float32, without what is `left_out` for its
+        user; the `weighed` items compete with another score."""
         ...
 
 
@@ -43,17 +35,10 @@ class ExactSearch:
 
     catalogue: Catalogue
 
-    def lists(
-        self,
-        vectors: Float32,
-        k: int,
-        seen: Ragged | None,
-        repeats: Repeats | None = None,
-        raised: Raised | None = None,
-    ) -> Lists:
+    def lists(self, vectors: Float32, k: int, left_out: Ragged | None, weighed: Weighed | None = None) -> Lists:
         """See `Search`."""
         queries = torch.tensor(vectors, device=self.catalogue.device)
-        return Lists(*(values.cpu() for values in recall_items(queries, self.catalogue, k, seen, repeats, raised)))
+        return Lists(*(values.cpu() for values in recall_items(queries, self.catalogue, k, left_out, weighed)))
 
 
 @dataclass
@@ -62,19 +47,12 @@ class ApproximateSearch:
 
     index: "ShardedIndex"
 
-    def lists(
-        self,
-        vectors: Float32,
-        k: int,
-        seen: Ragged | None,
-        repeats: Repeats | None = None,
-        raised: Raised | None = None,
-    ) -> Lists:
-        """See `Search`. A bias is at most 0: items of the history that the index does not find stay behind. Nothing is
-        raised: the index would not find it."""
-        assert raised is None
-        assert repeats is None or (seen is None and repeats.bias <= 0)
-        seen = seen if repeats is None else repeats.items
+    def lists(self, vectors: Float32, k: int, left_out: Ragged | None, weighed: Weighed | None = None) -> Lists:
+        """See `Search`. What is weighed has one value of at most 0: an item that the index does not find stays behind.
+        With more it could belong to the best, and not be found."""
+        bias = None if weighed is None else weighed.values
+        assert bias is None or (left_out is None and not isinstance(bias, np.ndarray) and bias <= 0)
+        seen = left_out if weighed is None else weighed.items
         users, interests, dim = vectors.shape
         queries = vectors.reshape(-1, dim)
         owner = np.repeat(np.arange(users), interests)
@@ -93,9 +71,9 @@ class ApproximateSearch:
                 unseen = is_found & ~_is_in_sorted(owner[unfinished, None] * self.index.items + nearest, seen_pairs)
             # Enough are found with k unseen items: what is not found scores no more than the least of them.
             done = (unseen.sum(axis=1) >= k) | ~is_found.all(axis=1) | (depth == self.index.items)
-            if repeats is not None:
-                nearest, values = _weigh(nearest, values, is_found & ~unseen, repeats.bias)
-            wanted = unseen if repeats is None else nearest >= 0
+            if bias is not None:
+                nearest, values = _weigh(nearest, values, is_found & ~unseen, bias)
+            wanted = unseen if bias is None else nearest >= 0
             items[unfinished], scores[unfinished] = _pick_first(nearest, values, wanted, k)
             unfinished, depth = unfinished[~done], 2 * depth
         shape = (users, interests, k)
@@ -117,7 +95,7 @@ class Retriever:
     """Searches for the users for whom an approximate search finds fewer than k items."""
     bias: float | None = None
     """Added to the scores of items of the history, which then compete; None: they are left out."""
-    neighbours: Callable[[Ragged], Raised] | None = None
+    neighbours: Callable[[Ragged], Weighed] | None = None
     """What the neighbours of histories `seen` raise, for an exact search alone; None: nothing is."""
 
     def lists(self, vectors: Float32, seen: Ragged | None = None, excluded: Ragged | None = None) -> Merged:
@@ -128,19 +106,20 @@ class Retriever:
             seen: items of the history, by user, repeats allowed: left out, or with the `bias`; None: none.
             excluded: other items that are left out, by user, also where neighbours raise them; None: none.
         """
-        left_out, repeats = excluded, None
+        left_out, weighed = excluded, None
         if seen is not None and self.bias is not None:
-            repeats = Repeats(seen, self.bias)
+            weighed = Weighed(seen, self.bias)
         elif seen is not None:
             left_out = seen if excluded is None else _join_rows(seen, excluded)
-        raised = None if self.neighbours is None or seen is None else self.neighbours(seen)
+        if seen is not None and self.neighbours is not None:
+            weighed = self.neighbours(seen).beside(weighed)
         # Merging never needs more than k items of an interest.
-        merged = self.merge(self.search.lists(vectors, self.k, left_out, repeats, raised))
+        merged = self.merge(self.search.lists(vectors, self.k, left_out, weighed))
         (short,) = np.nonzero((merged.items < 0).any(dim=1).numpy())
         if short.size and self.exact is not None:
             left_out = None if left_out is None else left_out.take(short)
-            repeats = None if repeats is None else Repeats(repeats.items.take(short), repeats.bias)
-            exact = self.merge(self.exact.lists(vectors[short], self.k, left_out, repeats))
+            weighed = None if weighed is None else weighed.take(short)
+            exact = self.merge(self.exact.lists(vectors[short], self.k, left_out, weighed))
             for values, replacements in zip(merged, exact, strict=True):
                 values[torch.from_numpy(short)] = replacements
         return merged

@@ -15,10 +15,10 @@ from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.memory import available_bytes
 from recgpt_torchrec.distributed.processes import gather_objects, rank, world_size
 from recgpt_torchrec.retrieval.exports.reading import Export
-from recgpt_torchrec.retrieval.interests import Raised, Repeats
 from recgpt_torchrec.retrieval.merging import Lists
 from recgpt_torchrec.retrieval.search.restricted import Bool, RestrictedSearch, compact_ids
 from recgpt_torchrec.retrieval.search.retriever import ExactSearch, Search
+from recgpt_torchrec.retrieval.weighed import Weighed
 
 CPU = torch.device("cpu")
 BLOCK_BYTES = 2**27
@@ -57,19 +57,12 @@ class StoredExactSearch:
         self.search: Search | None = None
         self._ask_to_read = rounds.add(lambda sizes, question: self.read())
 
-    def lists(
-        self,
-        vectors: Float32,
-        k: int,
-        seen: Ragged | None,
-        repeats: Repeats | None = None,
-        raised: Raised | None = None,
-    ) -> Lists:
+    def lists(self, vectors: Float32, k: int, left_out: Ragged | None, weighed: Weighed | None = None) -> Lists:
         """See `Search`."""
         if self.search is None:
             self._ask_to_read(None)
         assert self.search is not None
-        return self.search.lists(vectors, k, seen, repeats, raised)
+        return self.search.lists(vectors, k, left_out, weighed)
 
     def read(self) -> None:
         """Read this rank's vectors, unless they are there; every rank calls this at the same time.
