@@ -1,6 +1,7 @@
 """`prompt_tune` and the recall paths of `evaluate` from the command line: what they write, and what they refuse."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def test_a_preset_chooses_loss_and_length_and_leaves_the_model_to_the_checkpoint
     recorded = [json.loads((run / "run.json").read_text())["config"] for run in (tmp_path / "run", inputs / "run")]
     assert recorded[0]["model"] == recorded[1]["model"] and recorded[0]["preset"] == "auto"
     assert recorded[0]["loss"]["candidates"] == "all" and recorded[0]["train"]["patience"] == 0
-    assert len(read_epochs(tmp_path / "run")) == 1
+    assert [line["epoch"] for line in read_epochs(tmp_path / "run")] == [0, 1]
 
 
 def figures(inputs: Path, checkpoint: Path, data: str, name: str, **options: Any) -> dict[str, Any]:
@@ -95,6 +96,33 @@ def test_tuning_starts_from_exactly_the_pre_trained_parameters(inputs):
         assert after["results"]["fine_tuning"][how] == pytest.approx(plain["results"]["pretrain"][how])
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_tuning_that_makes_the_model_worse_ends_with_the_one_it_began_with(inputs, tmp_path, capfd, resumed):
+    """The start is validated as `evaluate` would do it, and kept; also where the run is stopped in its first epoch."""
+    run = tmp_path / "spoilt"
+    options = {"--data": inputs / "prompts", "--checkpoint": inputs / "run", "--output": run, **TUNE}
+    options |= {"--tuning.prompts": "false", "--tables.lr": 50, "--optimizer.lr": 1, "--saving.keep": 9}
+    assert stage("prompt_tune", options) == 0
+    lines = read_epochs(run)
+    if resumed:
+        for checkpoint in ("step-*[1-9]*", "best.json"):
+            for path in [*(run / "checkpoints").glob(checkpoint), *run.glob(checkpoint)]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        capfd.readouterr()
+        assert stage("prompt_tune", options) == 0
+    assert [(line["epoch"], line["step"] > 0) for line in lines] == [(0, False), (1, True), (2, True)]
+    again = read_epochs(run)
+    assert [(line["epoch"], line["NDCG@10"]) for line in again] == [(line["epoch"], line["NDCG@10"]) for line in lines]
+    plain = figures(inputs, inputs / "run", "data", "start", **{"--recall.m": 5, "--split": "validation"})
+    assert lines[0]["NDCG@10"] == pytest.approx(plain["results"]["pretrain"]["masked"]["NDCG@10"])
+    assert lines[0]["NDCG@10"] > max(line["NDCG@10"] for line in lines[1:])
+    best = json.loads((run / "best.json").read_text())
+    assert (best["epoch"], best["checkpoint"], best["value"]) == (0, "step-00000000", lines[0]["NDCG@10"])
+    kept = figures(inputs, run, "data", "kept", **{"--recall.m": 5, "--split": "validation"})
+    assert kept["results"]["fine_tuning"]["masked"] == pytest.approx(plain["results"]["pretrain"]["masked"])
+    assert "before the first step (no epoch was better), in " in capfd.readouterr().out
+
+
 def test_only_the_named_parameters_are_trained(inputs):
     options = {"--data": inputs / "prompts", "--checkpoint": inputs / "run", "--output": inputs / "part", **TUNE}
     assert stage("prompt_tune", {**options, "--tuning.trained": "[output]"}) == 0
@@ -119,7 +147,7 @@ def test_answers_become_soft_targets_and_are_the_same_without_prompts(inputs):
             options = {"--data": inputs / "answers", "--checkpoint": inputs / "run", "--output": run, **TUNE}
             options |= {"--tuning.prompts": prompts, "--tuning.soft_targets": share}
             assert stage("prompt_tune", options) == 0
-            losses[prompts, share] = read_epochs(run)[0]["loss"]
+            losses[prompts, share] = read_epochs(run)[1]["loss"]
     # The model's own answers are likelier than what came next: the loss falls where they share its place.
     for prompts in ("true", "false"):
         assert losses[prompts, 0.5] < losses[prompts, 0]

@@ -193,7 +193,7 @@ class PromptTune(Computing, Preset):
     stream: Stream = field(default_factory=Stream)
     tables: Tables = field(default_factory=lambda: Tables(lr=0.02, user_lr=0.002))
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-3))
-    train: Train = field(default_factory=lambda: Train(epochs=5, patience=0))
+    train: Train = field(default_factory=lambda: Train(epochs=5, patience=0, validate_start=True))
     saving: Saving = field(default_factory=Saving)
 
     def __post_init__(self) -> None:

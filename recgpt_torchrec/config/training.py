@@ -144,6 +144,8 @@ class Train:
     validation, the whole run is trained and the newest checkpoint is the result."""
     validate_every: int = 1
     """Number of epochs between validations at the end of an epoch."""
+    validate_start: bool = False
+    """Validate and save the model before the first step too, as epoch 0; it is the best where no epoch is better."""
     validate_steps: int = 0
     """Number of optimizer steps between validations within an epoch, in addition to those at the ends of epochs. Each
     saves a checkpoint, which may become the best. 0: none."""

@@ -163,9 +163,8 @@ def describe_training(
         validating = sum(_number(line.get("validate_s")) for line in epochs)
         facts.append(("Time", f"{_duration(seconds)} of training and {_duration(validating)} of validation"))
     if isinstance(best := metadata.get("best"), dict) and best.get("checkpoint"):
-        facts.append(
-            ("Best on validation", f"NDCG@10 {_number(best.get('value')):.4f} after epoch {best.get('epoch')}")
-        )
+        when = f"after epoch {best.get('epoch')}" if best.get("epoch") != 0 else "before the first step"
+        facts.append(("Best on validation", f"NDCG@10 {_number(best.get('value')):.4f} {when}"))
     return facts
 
 

@@ -12,6 +12,8 @@ from recgpt_torchrec.storage.typed import check_counts, check_finite, make_typed
 
 MAX_STEPS = 2**40
 """Maximum number of steps of a run; seeds, which are made of it, must stay below 2^63."""
+START = -1
+"""Number of the epoch before the first, counted from 0: that of the model that a run begins with."""
 COUNTS = ("step", "before", "skipped", "validated")
 
 
@@ -27,8 +29,8 @@ class Progress:
     """The epoch, and what is left of it."""
     best_value: float = float("-inf")
     """Best validation figure so far."""
-    best_epoch: int = -1
-    """Epoch of the best figure, from 0; -1: none yet."""
+    best_epoch: int = START
+    """Epoch of the best figure, from 0; `START` where it is of the start, and where there is none yet."""
     best_step: int | None = None
     """Steps done at the validation of the best figure, which name its checkpoint."""
     validated: int = 0

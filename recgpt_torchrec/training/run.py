@@ -206,12 +206,14 @@ class Run:
             f"in {self.checkpoints.latest()} (the newest)"
         )
         if (best := self.checkpoints.read_best()) is not None:
-            moment, sample = f"epoch {best.epoch}", ""
+            moment, sample = f"after epoch {best.epoch}", ""
             if best.checkpoint is not None and (train["steps"] or train["validate_steps"]):
-                moment = f"step {int(best.checkpoint.removeprefix('step-')):,} (epoch {best.epoch})"
+                moment = f"after step {int(best.checkpoint.removeprefix('step-')):,} (epoch {best.epoch})"
+            if best.epoch == 0:
+                moment = "before the first step (no epoch was better)"
             if train["validate_users"]:
                 sample = f" on {describe_users(manifest, train['validate_users'])}"
-            trained = f"validation NDCG@10 {best.value:.4f}{sample} after {moment}, in {self.checkpoints.best()}"
+            trained = f"validation NDCG@10 {best.value:.4f}{sample} {moment}, in {self.checkpoints.best()}"
         done = {"data": self.config["data"], "checkpoint": output}
         if manifest.count_targets("test") == 0:
             following = next_line("export", {**done, "output": "EXPORT_FOLDER"})

@@ -1,7 +1,7 @@
 """The log of a run: progress bar, TensorBoard, and one JSON line per epoch in history.jsonl.
 
 Validations within an epoch have lines of their own, and so has the last epoch of a run of steps if it is not over: they
-have `"partial": true`.
+have `"partial": true`. Where the model that the run begins with is validated too, that is epoch 0, without a loss.
 """
 
 import json
@@ -40,7 +40,7 @@ class RunLog:
         output: str,
         total: float,
         done: float,
-        epochs: int = 0,
+        epochs: int = -1,
         steps: int = 0,
         validated: int = 0,
         *,
@@ -51,7 +51,7 @@ class RunLog:
             output: the run's folder.
             total: length of the run in `unit`: steps, or entries over all epochs and ranks.
             done: what was done before.
-            epochs, steps: number done before.
+            epochs, steps: number done before; epochs are -1 where nothing was, and no line stays.
             validated: steps done at the newest validation before.
             unit: what the progress bar counts.
 
@@ -149,7 +149,7 @@ class RunLog:
         """Record and log an epoch's figures, or those of a validation within it.
 
         Args:
-            record: the line of history.jsonl, with `loss` and what `speed` records.
+            record: the line of history.jsonl, with `loss`, but for the start, and what `speed` records.
             speed: what was measured, for a line of its own in the log; None: nothing was.
             step: optimizer steps done.
 
@@ -166,17 +166,18 @@ class RunLog:
             shown = {name: value for name, value in record.items() if name not in (*RECORDED, PARTIAL)}
             figures = ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
             # In an epoch with few steps, `log_step` may not have been called.
-            self.bar.set_postfix_str(f"loss {record['loss']:.3f}", refresh=False)
+            if "loss" in record:
+                self.bar.set_postfix_str(f"loss {record['loss']:.3f}", refresh=False)
             LOGGER.info(figures)
             if speed is not None:
                 LOGGER.info("  %s", speed)
 
 
 def _drop_later_lines(history: str, epochs: int, validated: int) -> None:
-    """Drop what a resumed run writes again, and incomplete lines that a kill or a loss of power left.
+    """Drop what a run that was begun before writes again, and incomplete lines that a kill or a loss of power left.
 
-    What stays are lines of the first `epochs` epochs, and those of validations within the next one, up to the one after
-    `validated` steps.
+    What stays are lines of the start and the first `epochs` epochs (-1: none), and those of validations within the next
+    one, up to the one after `validated` steps.
     """
     if storage.exists(history):
         lines = storage.read(history).splitlines(keepends=True)
@@ -188,7 +189,7 @@ def _is_before(line: bytes, epochs: int, validated: int) -> bool:
     try:
         values = json.loads(line)
         epoch, partial = int(values["epoch"]), values.get(PARTIAL) is True
-        if not line.endswith(b"\n") or epoch < 1:
+        if not line.endswith(b"\n") or epoch < 0:
             return False
         return epoch <= epochs or (partial and epoch == epochs + 1 and int(values["step"]) <= validated)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError, AttributeError):

@@ -35,7 +35,7 @@ from recgpt_torchrec.model.tabled.base import unwrapped, unwrapped_dense
 from recgpt_torchrec.training.execution import Execution
 from recgpt_torchrec.training.finite import FiniteGuard, GuardedPipeline, Place, describe_step, find_rows
 from recgpt_torchrec.training.meter import LOG_EVERY, StepMeter
-from recgpt_torchrec.training.progress import Progress
+from recgpt_torchrec.training.progress import START, Progress
 from recgpt_torchrec.training.runlog import PARTIAL, RunLog
 from recgpt_torchrec.training.schedule import Length, Schedule
 from recgpt_torchrec.training.trace import StepTrace
@@ -109,13 +109,15 @@ class Trainer:
             self.checkpoints.output,
             length.total,
             length.done(progress),
-            progress.position.epoch,
+            START if self.saver.saved_step is None else progress.position.epoch,
             progress.step,
             progress.validated,
             unit=length.unit,
         )
         with signals.handle_stop_signals(), self.saver, log, self.trace:
             try:
+                if self.train.validate_start and validate is not None and self.saver.saved_step is None:
+                    self._validate_start(log, validate, metric)
                 while not progress.finished:
                     self._run_epoch(log, validate, metric)
             except Stopped:
@@ -126,6 +128,11 @@ class Trainer:
                     f"{self.checkpoints.latest()}; the same command resumes from it"
                 )
                 raise
+
+    def _validate_start(self, log: RunLog, validate: Callable[[], dict[str, float]], metric: str) -> None:
+        """Validate and save the model before its first step; in history.jsonl it is epoch 0."""
+        log.log_epoch({"epoch": 0, "step": 0, **self._validate(validate, metric)}, None, 0)
+        self.save()
 
     def _run_epoch(self, log: RunLog, validate: Callable[[], dict[str, float]] | None, metric: str) -> None:
         """Train the rest of an epoch, or as much of it as the run has; validate within it and at its end, and save."""
@@ -158,7 +165,7 @@ class Trainer:
         idle = epoch - progress.best_epoch
         # Stop after a validation only: patience may be shorter than the time between two.
         progress.finished = last or bool(
-            validated and train.patience and progress.best_epoch >= 0 and idle >= train.patience
+            validated and train.patience and progress.best_step is not None and idle >= train.patience
         )
         log.log_epoch(record, speed, progress.step)
         if partial:
@@ -201,7 +208,7 @@ class Trainer:
         progress.repeat_bias = figures.pop(REPEAT_BIAS, progress.repeat_bias)
         if figures[metric] > progress.best_value:
             progress.best_value, progress.best_step = figures[metric], progress.step
-            progress.best_epoch = progress.position.epoch
+            progress.best_epoch = progress.position.epoch if progress.step else START
         return {**figures, "validate_s": time.perf_counter() - started}
 
     def _train_steps(self, lockstep: Lockstep, steps: int | None, log: RunLog) -> None:

@@ -69,7 +69,8 @@ def run(name: str, **options: Any) -> None:
 
 def read_epochs_without_timings(folder: Path) -> list[dict[str, float]]:
     """Read the metrics of each epoch of a run, without timings."""
-    return [{k: v for k, v in epoch.items() if k not in TIMINGS} for epoch in read_epochs(folder)]
+    lines = [line for line in read_epochs(folder) if line["epoch"]]  # no start was validated when they were recorded
+    return [{k: v for k, v in epoch.items() if k not in TIMINGS} for epoch in lines]
 
 
 def read_sorted_columns(folder: Path) -> dict[str, list[Any]]:

@@ -31,7 +31,7 @@ TUNE = """
 tuning: {soft_targets: 0.3}
 loss: {candidates: all}
 batch: {tokens: 200}
-train: {epochs: 1}
+train: {epochs: 1, validate_start: false}
 """
 STUDENT = """
 soft_targets: 0.3
