@@ -23,6 +23,7 @@ def main(config: RunAll) -> None:
         raise InputError("run starts the stages in one process; for several ranks give the stages one by one")
     from recgpt_torchrec import storage
     from recgpt_torchrec.data.dataset import Dataset
+    from recgpt_torchrec.data.neighbours.folder import open_neighbours
 
     begun, done, steps = time.perf_counter(), f"{config.output}/steps.json", list(plan_steps(config))
     earlier = storage.read_json(done) or {}
@@ -35,6 +36,9 @@ def main(config: RunAll) -> None:
             options["k"] = min(config.k, Dataset.open(options["data"]).manifest.items)
         built = stage_config(STAGES[name].config, config, name, **options)
         record, key = asdict(built), os.path.basename(output)
+        if name == "evaluate" and built.neighbours.path is not None:  # another folder may have come to the same place
+            dataset = Dataset.open(options["data"])
+            record["neighbours"]["fingerprint"] = open_neighbours(built.neighbours.path, dataset).fingerprint
         # evaluate, unlike the others, computes again what is there.
         if name == "evaluate" and Dataset.open(options["data"]).manifest.count_targets("test") == 0:
             print("Left out: nobody's interactions are enough to hold one out as a test item")

@@ -16,7 +16,7 @@ from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.histories import Histories, join
 from recgpt_torchrec.data.ragged import Int64, Ragged
 from recgpt_torchrec.data.reading.counts import read_counts
-from recgpt_torchrec.data.reading.sample import hash_users
+from recgpt_torchrec.data.reading.hashing import hash_numbers
 from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import gather_objects, rank, world_size
 from recgpt_torchrec.evaluation.holders import ask_holders
@@ -56,7 +56,7 @@ class ListSample:
         if not batches:
             return
         histories = join(batches)
-        hashes = hash_users(histories.users, self.seed)
+        hashes = hash_numbers(histories.users, self.seed)
         self._keep_examples(histories, hashes)
         rows = np.flatnonzero(hashes <= self._largest)
         joined = np.concatenate([self._hashes, hashes[rows]])
@@ -93,7 +93,7 @@ class ListSample:
 
     def find_chosen(self, users: Int64) -> Int64:
         """Indices of the users [users] that are in the sample; after `settle`."""
-        return np.flatnonzero(hash_users(users, self.seed) <= self._largest)
+        return np.flatnonzero(hash_numbers(users, self.seed) <= self._largest)
 
     def add_chosen(self, path: str, users: Int64, items: Int64) -> None:
         """Add lists [users, k] of users of the sample."""

@@ -15,8 +15,9 @@ from recgpt_torchrec.data.inputs.request import Request
 from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.packed import IDS_ALONE
 from recgpt_torchrec.data.reading.damage import SetAside
+from recgpt_torchrec.data.reading.hashing import Hashes, hash_numbers
 from recgpt_torchrec.data.reading.histories import HistoryReader
-from recgpt_torchrec.data.reading.sample import Hashes, UserSample, hash_users
+from recgpt_torchrec.data.reading.sample import UserSample
 from recgpt_torchrec.data.split import SplitName
 from recgpt_torchrec.data.stream import ANY
 from recgpt_torchrec.data.windows import row_groups
@@ -98,7 +99,7 @@ def choose_users(
                 with watchdog.phase("choosing a sample of users"):
                     own = reader.read([groups[number]]).users
                 found += own.size
-                hashes = np.sort(np.concatenate([hashes, hash_users(own, seed)]))[:users]
+                hashes = np.sort(np.concatenate([hashes, hash_numbers(own, seed)]))[:users]
         except Exception as caught:  # raised here, it would leave the other ranks waiting for this one
             error = caught
         raise_first_error(error)

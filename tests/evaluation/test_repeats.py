@@ -18,7 +18,7 @@ from recgpt_torchrec.checkpoints.repeat_bias import BOUND, describe_bias
 from recgpt_torchrec.checkpoints.settings import CheckpointSettings
 from recgpt_torchrec.data.candidates import id_range
 from recgpt_torchrec.data.ragged import Ragged
-from recgpt_torchrec.data.reading.sample import hash_users
+from recgpt_torchrec.data.reading.hashing import hash_numbers
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.evaluation.repeats.fitting import fit_bias
 from recgpt_torchrec.evaluation.repeats.sample import RepeatSample
@@ -121,7 +121,7 @@ def fit_on_ranks(rank: int, world_size: int, seed: int, users: int) -> float:
 @pytest.mark.parametrize("users", [50, 8192])
 def test_it_is_the_same_on_any_number_of_ranks_and_of_the_users_with_the_smallest_hashes(users):
     vectors, queries, seen, targets = draw(2)
-    chosen = np.argsort(hash_users(np.arange(len(queries)), 0))[:users]
+    chosen = np.argsort(hash_numbers(np.arange(len(queries)), 0))[:users]
     wanted = likeliest(queries[chosen] @ vectors.T, [seen[row] for row in chosen], targets[chosen])
     found = {bias for ranks in (1, 2, 3) for bias in run_ranks(fit_on_ranks, ranks, 2, users)}
     assert len(found) == 1 and found.pop() == pytest.approx(wanted, abs=2e-3)

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from recgpt_torchrec.config import Batch, Model
 from recgpt_torchrec.data.dataset import Dataset
+from recgpt_torchrec.data.reading.hashing import hash_numbers
 from recgpt_torchrec.data.reading.reader import Reader
-from recgpt_torchrec.data.reading.sample import UserSample, hash_users
+from recgpt_torchrec.data.reading.sample import UserSample
 from recgpt_torchrec.data.stream import encoding_stream
 from recgpt_torchrec.evaluation import sampling
 from recgpt_torchrec.evaluation.sampling import choose_users
@@ -57,7 +58,7 @@ def test_a_sample_is_the_smallest_hashes_of_its_row_groups(dataset: Dataset) -> 
     firsts = [20 * group.part + 4 * group.group for group in sample.groups]
     in_groups = {first + row for first in firsts for row in range(4)}
     candidates = np.array(sorted(in_groups & set(with_target())))
-    expected = candidates[np.argsort(hash_users(candidates, 0))[:30]]
+    expected = candidates[np.argsort(hash_numbers(candidates, 0))[:30]]
     assert sorted(read(dataset, sample)) == sorted(expected.tolist())
 
 
@@ -101,11 +102,11 @@ def test_every_number_of_ranks_chooses_the_same(dataset: Dataset, users: int) ->
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 2**62), min_size=1, max_size=50, unique=True), st.integers(0, 2**32 - 1))
 def test_no_two_users_have_the_same_hash(users: list[int], seed: int) -> None:
-    assert len(set(hash_users(np.array(users), seed).tolist())) == len(users)
+    assert len(set(hash_numbers(np.array(users), seed).tolist())) == len(users)
 
 
 def test_hashes_are_spread_evenly_and_differ_by_seed() -> None:
-    share = hash_users(np.arange(100_000), 0) / 2.0**64
+    share = hash_numbers(np.arange(100_000), 0) / 2.0**64
     counts, _ = np.histogram(share, 10, (0, 1))
     assert abs(counts - 10_000).max() < 400  # four standard deviations
-    assert abs(np.corrcoef(share, hash_users(np.arange(100_000), 1) / 2.0**64)[0, 1]) < 0.02
+    assert abs(np.corrcoef(share, hash_numbers(np.arange(100_000), 1) / 2.0**64)[0, 1]) < 0.02

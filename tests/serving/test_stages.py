@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -210,8 +211,16 @@ def test_run_goes_from_a_log_to_lists_and_a_second_run_finds_them(tmp_path: Path
     assert "--retrieve.k is set by --k" in capsys.readouterr().err
     assert stage("run", {**given, "--output": tmp_path / "other", "--prepare.user_column": "who"}) == 2
     assert "prepare: " in (said := capsys.readouterr().err) and "Name the right one with --prepare.user_column" in said
+    # Figures with neighbours are kept as long as the folder is what it was.
+    whole, near = tmp_path / "all", tmp_path / "near"
+    raised = {**given, "--evaluate.neighbours.path": near}
+    for count, kept in ((3, False), (3, True), (1, False)):
+        shutil.rmtree(near, ignore_errors=True)
+        assert stage("find_neighbours", {"--data": whole / "data", "--output": near, "--count": count}) == 0
+        assert stage("run", raised) == 0
+        assert (f"Already there: {whole / 'test.json'}" in capsys.readouterr().out) == kept
+    assert "pretrain_neighbours" in json.loads((whole / "test.json").read_text())["results"]
     # The folder of all stages is no run.
-    whole = tmp_path / "all"
     for name, asked in (
         ("recommend", {"--checkpoint": whole, "--data": whole / "data", "--history": "a"}),
         ("report", {"--runs": [whole], "--output": tmp_path / "report.html"}),

@@ -5,7 +5,7 @@ import numpy.typing as npt
 
 from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.ragged import Int64, ragged_arange
-from recgpt_torchrec.data.reading.sample import hash_users
+from recgpt_torchrec.data.reading.hashing import hash_numbers
 
 HIDING, THINNED, THINNING = range(3)
 """Purposes, whose numbers have nothing to do with each other."""
@@ -22,8 +22,8 @@ def draw_for_users(users: Int64, purpose: int, seed: int, epoch: int) -> npt.NDA
         seed: of the run.
         epoch: from 0.
     """
-    key = int(hash_users(np.array([epoch]), seed)[0]) ^ purpose
-    drawn: npt.NDArray[np.float64] = (hash_users(users, key) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    key = int(hash_numbers(np.array([epoch]), seed)[0]) ^ purpose
+    drawn: npt.NDArray[np.float64] = (hash_numbers(users, key) >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return drawn
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from recgpt_torchrec.data.ragged import Int64
-from recgpt_torchrec.data.reading.hashing import Hashes, hash_numbers
+from recgpt_torchrec.data.reading.hashing import hash_numbers
 from recgpt_torchrec.data.windows import RowGroup
 
 
@@ -27,9 +27,4 @@ class UserSample:
 
     def contains(self, users: Int64) -> npt.NDArray[np.bool_]:
         """[users] bool: whether `users` [users] int64 ids of these row groups are in the sample."""
-        return hash_users(users, self.seed) <= np.uint64(self.largest)
-
-
-def hash_users(users: Int64, seed: int) -> Hashes:
-    """[users] uint64 hashes of user ids, see `hash_numbers`."""
-    return hash_numbers(users, seed)
+        return hash_numbers(users, self.seed) <= np.uint64(self.largest)

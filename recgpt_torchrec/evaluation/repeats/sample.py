@@ -7,7 +7,7 @@ from torch import Tensor
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.catalogue.ranks import in_history
 from recgpt_torchrec.data.ragged import Int64, Ragged, join
-from recgpt_torchrec.data.reading.sample import Hashes, hash_users
+from recgpt_torchrec.data.reading.hashing import Hashes, hash_numbers
 from recgpt_torchrec.distributed.processes import gather_objects, log_message, run_on_first_rank
 from recgpt_torchrec.evaluation.repeats.fitting import fit_bias
 
@@ -39,7 +39,7 @@ class RepeatSample:
             held_out: [users] int64 items, on the host.
             seen: items of their whole histories.
         """
-        hashes = hash_users(users, self.seed)
+        hashes = hash_numbers(users, self.seed)
         rows = np.flatnonzero(hashes <= self._largest)
         self._hashes = np.concatenate([self._hashes, hashes[rows]])
         self._held_out = torch.cat([self._held_out, held_out[torch.from_numpy(rows)]])
