@@ -108,7 +108,7 @@ stores recbole kubernetes: %: .venv-%/.installed
 
 .PHONY: test-stores
 test-stores: .venv-stores/.installed
-	@.venv-stores/bin/python -m pytest -q tests/tools/test_stores.py tests/tools/test_vector_stores_page.py
+	@.venv-stores/bin/python -m pytest -q tests/tools/test_stores*.py tests/tools/test_vector_stores_page.py
 
 .PHONY: test-kubernetes
 test-kubernetes: .venv-kubernetes/.installed

@@ -9,7 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from hypothesis import settings
 
-pytest.register_assert_rewrite("tests.distributed.training_helpers")  # its check is an assertion of tests
+# Their checks are assertions of tests.
+pytest.register_assert_rewrite("tests.distributed.training_helpers", "tests.tools.store_helpers")
 settings.register_profile("shared_machine", deadline=None)  # a busy core makes single examples slow, not wrong
 settings.load_profile("shared_machine")
 

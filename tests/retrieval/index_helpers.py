@@ -1,14 +1,26 @@
-"""Exports of given vectors, and the lists that plain numpy finds in them."""
+"""Exports of given vectors, indexes of them, and the lists that plain numpy finds in them."""
 
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from recgpt_torchrec.config import HNSW, IVF, PQ, Index
+from recgpt_torchrec.retrieval.exports.index_manifest import IndexManifest
 from recgpt_torchrec.retrieval.exports.manifest import ExportManifest
 from recgpt_torchrec.retrieval.exports.reading import Export, open_export
 from recgpt_torchrec.storage import filesystem, folders
 from recgpt_torchrec.storage.parts import write_parts
+
+ITEMS, USERS, DIM = 1200, 60, 16
+KINDS = {
+    "flat": 1.0,
+    "ivf": 0.9,
+    "ivf_pq": 0.9,
+    "hnsw": 0.95,
+}
+"""Recall@10 that each kind reaches at least."""
+OPTIONS = {"hnsw": HNSW(build=60), "ivf": IVF(clusters=10, probes=5), "pq": PQ(m=8, bits=5)}
 
 
 def vectors(rows: int, dim: int, seed: int = 0) -> np.ndarray:
@@ -53,3 +65,12 @@ def recall(found: np.ndarray, expected: np.ndarray) -> float:
     """Share of the expected items that were found."""
     shared = [len(set(a) & set(b)) for a, b in zip(found.tolist(), expected.tolist(), strict=True)]
     return sum(shared) / expected.size
+
+
+def settings(kind: str, **changes) -> Index:
+    return Index(**{"kind": kind, "sample": 20, **OPTIONS, **changes})
+
+
+def index_of(export: Export) -> IndexManifest:
+    assert export.manifest.index is not None
+    return export.manifest.index

@@ -1,9 +1,10 @@
-"""Writes small folders of exports and deltas for tests of vector stores, without torch."""
+"""Shared by tests of vector stores: small folders of exports and deltas, a server, plain lists; without torch."""
 
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,11 @@ from recgpt_torchrec.retrieval.exports.reading import Delta, Export, open_delta,
 from recgpt_torchrec.retrieval.exports.vectors import encode_vectors
 from recgpt_torchrec.storage.folders import write_manifest
 from recgpt_torchrec.storage.parts import Part, write_parts
+from tools.stores.store import Store
 
+DIM, K = 8, 20
+Where = tuple[str, str, str]
+"""Name of a store, its URI, and a table that does not exist yet."""
 Vectors = dict[int, np.ndarray]
 """[dim] or [interests, dim] float32 by id."""
 
@@ -100,3 +105,62 @@ def postgres_server() -> Iterator[str]:
     finally:
         server.cleanup()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def brute_force(items: Vectors, queries: np.ndarray, k: int) -> list[list[tuple[int, float]]]:
+    """The best items and their scores by a plain loop."""
+    scored = [
+        sorted(
+            ((item, float(np.dot(query.astype(float), vector))) for item, vector in items.items()), key=lambda p: -p[1]
+        )
+        for query in queries
+    ]
+    return [row[:k] for row in scored]
+
+
+def decoded(export: Export) -> Vectors:
+    ids, vectors = export.item_vectors()
+    return dict(zip(ids.tolist(), vectors, strict=True))
+
+
+def check_lists(store: Store, items: Vectors, queries: np.ndarray, least: float = 1.0) -> float:
+    """Check the lists of a store against the plain loop, and return their recall."""
+    record = store.read_record()
+    assert record is not None and not record.pending and store.count() == len(items) == record.items
+    found = store.search(queries, K, record)
+    expected = brute_force(items, queries, K)
+    assert found.ids.shape == found.scores.shape == found.keys.shape == (len(queries), K)
+    for query, ids, keys, scores in zip(queries, found.ids.tolist(), found.keys, found.scores, strict=True):
+        assert list(keys) == [item_key(item) for item in ids] and len(set(ids)) == K
+        np.testing.assert_allclose(scores, [np.dot(query, items[item]) for item in ids], rtol=1e-4, atol=1e-4)
+        assert (np.diff(scores) <= 1e-5).all()
+    if least == 1:
+        assert found.ids.tolist() == [[item for item, _ in row] for row in expected]
+    hits = [
+        len(set(ids) & {item for item, _ in row}) / K for ids, row in zip(found.ids.tolist(), expected, strict=True)
+    ]
+    assert np.mean(hits) >= least
+    return float(np.mean(hits))
+
+
+def chain(tmp_path: Path, export: Export) -> tuple[list[Any], Vectors]:
+    """Two deltas after an export of 600 items, and the vectors after both."""
+    items = decoded(export)
+    moved = random_vectors(30, DIM, seed=5, first=100)
+    first = write_delta_folder(tmp_path / "first", export.state, moved, [3, 4], 598)
+    # Ten moved, forty are new, two come back.
+    new = random_vectors(50, DIM, seed=6, first=590) | random_vectors(2, DIM, seed=7, first=3)
+    second = write_delta_folder(tmp_path / "second", first.state, new, [], 640)
+    return [first, second], {**items, **moved, **new}
+
+
+def fail_at(store: Store, monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
+    """Let the method `name` of a store work `call` - 1 times, and then fail."""
+    method, calls = getattr(store, name), count(1)
+
+    def failing(*arguments: Any) -> Any:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return method(*arguments)
+
+    monkeypatch.setattr(store, name, failing)
