@@ -62,6 +62,7 @@ def collect_report(options: "Options", steps: RecordedSteps) -> dict[str, Any]:
         "seeds": options.seeds,
         "ranks": options.ranks,
         "ks": options.ks,
+        "teachers": options.teachers,
         "versions": versions(),
         "datasets": {name: measured for name, measured in datasets.items() if measured},
         "published": published,
@@ -217,6 +218,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"{held_out}, ranked over the whole catalogue. "
         "± is the sample standard deviation over seeds. Bold: best of its column. All choices were made on validation.",
         "",
+        *shared_teachers(report["teachers"]),
         "Fine-tuning and prompt-tuning start from the same pre-trained model and have the same loss and epochs. "
         "Prompted histories hold more entries, so prompted batches have more tokens: optimizer steps are equal.",
         "",
@@ -230,6 +232,17 @@ def markdown(report: dict[str, Any]) -> str:
         *origin(report),
     ]
     return "\n".join(lines) + "\n"
+
+
+def shared_teachers(teachers: int) -> list[str]:
+    """What several teachers, which a group of seeds shares, mean for the figures."""
+    if teachers == 1:
+        return []
+    text = (
+        f"The models of a group of {teachers} seeds learn the mean answers of the group's {teachers} teachers: ± of the "
+        "rows after the teacher's is that of the students alone."
+    )
+    return [text, ""]
 
 
 def choices(report: dict[str, Any]) -> list[str]:
@@ -328,7 +341,8 @@ def effort(report: dict[str, Any]) -> list[str]:
             steps, best = (", ".join(str(each[what]) for each in runs) for what in ("steps", "best_epoch"))
             minutes = ", ".join(f"{each['train_s'] / 60:.1f}" for each in runs)
             lines.append(f"| {name} | {run} | {steps} | {best} | {minutes} |")
-    return [*lines, "", "One figure per seed.", ""]
+    shared = f" The {report['teachers']} teachers are those of a group of seeds." * (report["teachers"] > 1)
+    return [*lines, "", f"One figure per seed.{shared}", ""]
 
 
 def origin(report: dict[str, Any]) -> list[str]:

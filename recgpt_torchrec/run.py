@@ -36,19 +36,20 @@ def main(config: RunAll) -> None:
             options["k"] = min(config.k, Dataset.open(options["data"]).manifest.items)
         built = stage_config(STAGES[name].config, config, name, **options)
         record, key = asdict(built), os.path.basename(output)
-        if name == "evaluate" and built.neighbours.path is not None:  # another folder may have come to the same place
-            dataset = Dataset.open(options["data"])
-            record["neighbours"]["fingerprint"] = open_neighbours(built.neighbours.path, dataset).fingerprint
-        # evaluate, unlike the others, computes again what is there.
         if name == "evaluate" and Dataset.open(options["data"]).manifest.count_targets("test") == 0:
             print("Left out: nobody's interactions are enough to hold one out as a test item")
-        elif name == "evaluate" and not fresh and storage.exists(output) and earlier.get(key) == record:
-            print(f"Already there: {output}")
         else:
             existed = storage.exists(output)
             try:
-                with run_goes_on() if number < len(steps) else nullcontext():
-                    importlib.import_module(module_of(name)).main(built)
+                # evaluate, unlike the others, computes again what is there.
+                if name == "evaluate" and built.neighbours.path is not None:  # the folder may have been made anew
+                    found = open_neighbours(built.neighbours.path, Dataset.open(options["data"]))
+                    record["neighbours"]["fingerprint"] = found.fingerprint
+                if name == "evaluate" and not fresh and existed and earlier.get(key) == record:
+                    print(f"Already there: {output}")
+                else:
+                    with run_goes_on() if number < len(steps) else nullcontext():
+                        importlib.import_module(module_of(name)).main(built)
             except InputError as error:
                 raise InputError(f"{name}: {name_options(str(error), name, STAGES[name].config)}") from None
             fresh = fresh or not existed or earlier.get(key) != record

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recgpt_torchrec.catalogue.pairs import Excluded, Pairs, Weighed
+from recgpt_torchrec.catalogue.pairs import Excluded, Pairs, WeighedPairs
 
 SCORES = {"cpu": 2**18, "cuda": 2**26}
 """Number of scores held at once: on CPU what fits its cache (1 MiB took half the time of 25 MiB), on a GPU 256 MiB."""
@@ -68,7 +68,7 @@ class BestFinder:
         self.pairs, self.items = excluded, items
         self.excluded: Excluded | None = None
         self.weighed_pairs = weighed
-        self.weighed: Weighed | None = None
+        self.weighed: WeighedPairs | None = None
         self._blocks: list[Best] = []
 
     @property
@@ -89,7 +89,7 @@ class BestFinder:
         if is_new and self.pairs is not None:
             self.excluded = Excluded(self.pairs, self.rows, vectors.device, whole=whole)
         if is_new and self.weighed_pairs is not None:
-            self.weighed = Weighed(self.weighed_pairs, self.rows, vectors.device, whole=whole)
+            self.weighed = WeighedPairs(self.weighed_pairs, self.rows, vectors.device, whole=whole)
         for number, start in enumerate(range(0, len(self.queries), self.rows)):
             queries = self.queries[start : start + self.rows]
             best = None if is_new else self._blocks[number]

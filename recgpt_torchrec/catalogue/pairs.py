@@ -106,7 +106,7 @@ class Excluded(TilePairs):
             scores.view(-1).scatter_(0, places, -torch.inf)
 
 
-class Weighed(TilePairs):
+class WeighedPairs(TilePairs):
     """Pairs, each of them once, to whose scores something is added."""
 
     def __init__(self, pairs: Pairs, rows: int, device: torch.device, *, whole: bool) -> None:

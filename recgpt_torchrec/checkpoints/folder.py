@@ -48,7 +48,7 @@ class Best:
     checkpoint: str | None = None
     """Name of a checkpoint's folder; None: there is none yet."""
     epoch: int = 0
-    """Counted from 1."""
+    """Counted from 1; 0: before the first step."""
     value: float = float("nan")
     """The validation figure."""
 

@@ -145,7 +145,8 @@ class Train:
     validate_every: int = 1
     """Number of epochs between validations at the end of an epoch."""
     validate_start: bool = False
-    """Validate and save the model before the first step too, as epoch 0; it is the best where no epoch is better."""
+    """Validate and save the model before the first step too, as epoch 0; it is the best where no epoch is better, and
+    train.patience counts from it. Nothing where nothing is held out for validation."""
     validate_steps: int = 0
     """Number of optimizer steps between validations within an epoch, in addition to those at the ends of epochs. Each
     saves a checkpoint, which may become the best. 0: none."""

@@ -141,6 +141,7 @@ def recall_items(
     # All interests at once: where item vectors are looked up anew, a call is a pass over all of them.
     owners = np.repeat(np.arange(users), interests)
     left_out = None if left_out is None else left_out.take(owners)
-    items, bias = (None, 0.0) if weighed is None else weighed.take(owners)
+    # A bias of 0, as of a model that was never validated, would be added to every pair for nothing.
+    items, bias = (None, 0.0) if weighed is None or weighed.is_zero else weighed.take(owners)
     best = catalogue.top_k(vectors.reshape(users * interests, dim), n, left_out, weighed=items, bias=bias)
     return Lists(best.items.view(users, interests, n), best.scores.view(users, interests, n))

@@ -19,6 +19,11 @@ class Weighed(NamedTuple):
     values: float | Float32
     """Added to their scores: the same for all, or [entries] float32."""
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether nothing is added to any score."""
+        return not isinstance(self.values, np.ndarray) and self.values == 0
+
     def take(self, users: Int64) -> Self:
         """Those of the users with these numbers, in this order; one may occur twice."""
         if not isinstance(self.values, np.ndarray):
@@ -26,15 +31,15 @@ class Weighed(NamedTuple):
         values = self.items.with_values(self.values).take(users).values
         return self._replace(items=self.items.take(users), values=values)
 
-    def keep(self, items: Ragged, kept: npt.NDArray[np.bool_]) -> Self:
-        """Those of the entries `kept` [entries], under other ids, `items`."""
+    def renamed(self, items: Ragged, kept: npt.NDArray[np.bool_]) -> Self:
+        """The entries `kept` [entries] bool, under other ids, which `items` has for these alone."""
         return self._replace(
             items=items, values=self.values[kept] if isinstance(self.values, np.ndarray) else self.values
         )
 
     def beside(self, other: "Weighed | None") -> "Weighed":
         """These and others of the same users, each item once, with the sum of its values."""
-        if other is None:
+        if other is None or other.is_zero:
             return self
         ids = 1 + max((int(each.items.values.max()) for each in (self, other) if each.items.values.size), default=0)
         pairs = [each._distinct(ids) for each in (self, other)]

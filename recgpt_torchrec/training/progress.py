@@ -34,7 +34,7 @@ class Progress:
     best_step: int | None = None
     """Steps done at the validation of the best figure, which name its checkpoint."""
     validated: int = 0
-    """Steps done at the newest validation; 0: none yet."""
+    """Steps done at the newest validation; 0: none yet, or that of the start."""
     finished: bool = False
     before: int = 0
     """Steps of the runs that this one started from: the optimizers' step counters include them."""

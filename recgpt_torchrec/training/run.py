@@ -113,6 +113,8 @@ class Run:
                     )
                 return None
             recorded = {current_name(name): value for name, value in flatten(earlier.config).items()}
+            if "train.validate_start" not in recorded:  # a run of an earlier version is beyond its start
+                recorded["train.validate_start"] = config.train.validate_start
             old, new = {**flatten(default_values(config)), **recorded}, asdict(config)
             if config.batch.tokens == "auto" and earlier.rank_tokens is not None:
                 new["batch"]["tokens"] = earlier.rank_tokens  # `auto` keeps what the run was given

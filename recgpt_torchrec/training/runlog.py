@@ -68,7 +68,7 @@ class RunLog:
         folder = self.tensorboard if self.scratch is None else self.scratch.name
         self.history = os.path.join(output, "history.jsonl")
         with self._report_write_errors():
-            self.writer = SummaryWriter(folder, purge_step=steps + 1 if steps else None)
+            self.writer = SummaryWriter(folder, purge_step=0 if epochs < 0 else steps + 1)
             _drop_later_lines(self.history, epochs, validated)
         self.bar = progress_bar(int(total), unit, done=int(done), unit_scale=True)
 

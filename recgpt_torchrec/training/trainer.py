@@ -109,14 +109,14 @@ class Trainer:
             self.checkpoints.output,
             length.total,
             length.done(progress),
-            START if self.saver.saved_step is None else progress.position.epoch,
+            START if self._begins else progress.position.epoch,
             progress.step,
             progress.validated,
             unit=length.unit,
         )
         with signals.handle_stop_signals(), self.saver, log, self.trace:
             try:
-                if self.train.validate_start and validate is not None and self.saver.saved_step is None:
+                if self.train.validate_start and validate is not None and self._begins:
                     self._validate_start(log, validate, metric)
                 while not progress.finished:
                     self._run_epoch(log, validate, metric)
@@ -129,9 +129,15 @@ class Trainer:
                 )
                 raise
 
+    @property
+    def _begins(self) -> bool:
+        """Whether nothing was done yet, not even the validation of the start."""
+        progress = self.progress
+        return progress.step == 0 and progress.position.epoch == 0 and progress.best_step is None
+
     def _validate_start(self, log: RunLog, validate: Callable[[], dict[str, float]], metric: str) -> None:
         """Validate and save the model before its first step; in history.jsonl it is epoch 0."""
-        log.log_epoch({"epoch": 0, "step": 0, **self._validate(validate, metric)}, None, 0)
+        log.log_epoch({"epoch": 0, "step": 0, **self._validate(validate, metric, START)}, None, 0)
         self.save()
 
     def _run_epoch(self, log: RunLog, validate: Callable[[], dict[str, float]] | None, metric: str) -> None:
@@ -147,7 +153,7 @@ class Trainer:
             assert validate is not None
             with self.meter.paused():
                 record = {"epoch": epoch + 1, "step": progress.step, PARTIAL: True, "loss": progress.mean_loss}
-                record |= self._validate(validate, metric)
+                record |= self._validate(validate, metric, epoch)
                 validate_s += record["validate_s"]
                 log.log_epoch(record, None, progress.step)
                 self._save_within_epoch()
@@ -161,7 +167,7 @@ class Trainer:
         on_step = train.validate_steps > 0 and progress.step % train.validate_steps == 0
         validated = last or on_step or (epoch + 1) % train.validate_every == 0
         if validate is not None and validated:
-            record |= self._validate(validate, metric)
+            record |= self._validate(validate, metric, epoch)
         idle = epoch - progress.best_epoch
         # Stop after a validation only: patience may be shorter than the time between two.
         progress.finished = last or bool(
@@ -197,8 +203,11 @@ class Trainer:
             ahead.append(max(0, self.length.steps - progress.step))
         return min(ahead, default=None)
 
-    def _validate(self, validate: Callable[[], dict[str, float]], metric: str) -> dict[str, Any]:
-        """Validate, and note it if the figure is the best so far; returns what history.jsonl records (collective)."""
+    def _validate(self, validate: Callable[[], dict[str, float]], metric: str, epoch: int) -> dict[str, Any]:
+        """Validate, and note it if the figure is the best so far; returns what history.jsonl records (collective).
+
+        `epoch` is counted from 0, or `START`.
+        """
         progress, started = self.progress, time.perf_counter()
         self.pipeline.detach()  # `_train_steps` left it empty
         self._average_replicas()
@@ -208,7 +217,7 @@ class Trainer:
         progress.repeat_bias = figures.pop(REPEAT_BIAS, progress.repeat_bias)
         if figures[metric] > progress.best_value:
             progress.best_value, progress.best_step = figures[metric], progress.step
-            progress.best_epoch = progress.position.epoch if progress.step else START
+            progress.best_epoch = epoch
         return {**figures, "validate_s": time.perf_counter() - started}
 
     def _train_steps(self, lockstep: Lockstep, steps: int | None, log: RunLog) -> None:

@@ -220,6 +220,9 @@ def test_run_goes_from_a_log_to_lists_and_a_second_run_finds_them(tmp_path: Path
         assert stage("run", raised) == 0
         assert (f"Already there: {whole / 'test.json'}" in capsys.readouterr().out) == kept
     assert "pretrain_neighbours" in json.loads((whole / "test.json").read_text())["results"]
+    shutil.rmtree(near)
+    assert stage("run", raised) == 2
+    assert f"evaluate: {near} is not a" in capsys.readouterr().err
     # The folder of all stages is no run.
     for name, asked in (
         ("recommend", {"--checkpoint": whole, "--data": whole / "data", "--history": "a"}),

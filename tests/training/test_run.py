@@ -125,6 +125,15 @@ def test_incomplete_lines_of_a_history_are_dropped(tmp_path: Path) -> None:
         assert history.read_bytes() == b'{"epoch": 1}\n{"epoch": 2}\n'
 
 
+@pytest.mark.parametrize("validated", [False, True])
+def test_a_run_of_a_version_that_did_not_validate_the_start_resumes(tmp_path: Path, validated: bool) -> None:
+    config = PromptTune(data="data", checkpoint="run", output=str(tmp_path / "run"))
+    start_run(config)
+    change_json(tmp_path / "run" / RUN, lambda record: record["config"]["train"].pop("validate_start"))
+    config.train.validate_start = validated
+    Run.find(config, "vocabulary", "histories", keep=1)
+
+
 def test_a_run_of_a_version_that_did_not_record_the_histories_resumes(tmp_path: Path) -> None:
     config = Pretrain(data="data", output=str(tmp_path / "run"))
     start_run(config)

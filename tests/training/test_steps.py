@@ -256,3 +256,28 @@ def test_a_run_validates_on_a_sample_and_says_so(data: Path, tmp_path: Path, cap
     assert capfd.readouterr().out.count("a sample of 10 users") == 2  # header and summary
     for line in read_epochs(run):
         assert line["HR@10"] * 10 == pytest.approx(round(line["HR@10"] * 10))
+
+
+def test_patience_counts_from_the_start_whose_validation_is_not_lost_to_a_stop(
+    by_steps: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on from a good model with a learning rate that spoils it."""
+    output, measure, calls = tmp_path / "run", Validation.__call__, []
+    options = {**PLAIN, "--initial": by_steps, "--train.validate_start": "true", "--train.patience": 2}
+    options |= {"--tables.lr": 50, "--optimizer.lr": 1, "--train.epochs": 5, "--saving.keep": 9}
+
+    def stop_at_first(self: Validation) -> dict[str, float]:
+        calls.append(self)
+        if len(calls) == 1:
+            raise Stopped
+        return measure(self)
+
+    monkeypatch.setattr(Validation, "__call__", stop_at_first)
+    arguments = {"--data": data, "--output": output, **options}
+    assert stage("pretrain", arguments) not in (0, 2) and not (output / "history.jsonl").exists()
+    assert stage("pretrain", arguments) == 0
+    lines = read_epochs(output)
+    assert [line["epoch"] for line in lines] == [0, 1, 2] and lines[0]["step"] == 0
+    assert max(lines[1:], key=lambda line: line["NDCG@10"])["NDCG@10"] < lines[0]["NDCG@10"]
+    best = json.loads((output / "best.json").read_text())
+    assert (best["checkpoint"], best["epoch"], best["value"]) == ("step-00000000", 0, lines[0]["NDCG@10"])

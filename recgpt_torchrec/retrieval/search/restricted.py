@@ -43,7 +43,7 @@ class RestrictedSearch:
         if left_out is not None:
             left_out, _ = self._place(left_out)
         if weighed is not None:
-            weighed = weighed.keep(*self._place(weighed.items))
+            weighed = weighed.renamed(*self._place(weighed.items))
         found = self.search.lists(vectors, k, left_out, weighed)
         places = found.items.numpy()
         ids = self.ids[np.maximum(places, 0)].astype(np.int64)
