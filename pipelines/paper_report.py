@@ -239,8 +239,8 @@ def shared_teachers(teachers: int) -> list[str]:
     if teachers == 1:
         return []
     text = (
-        f"The models of a group of {teachers} seeds learn the mean answers of the group's {teachers} teachers: ± of the "
-        "rows after the teacher's is that of the students alone."
+        f"The models of a group of {teachers} seeds learn the mean answers of the group's {teachers} teachers: ± of "
+        "the rows after the teacher's is that of the students alone."
     )
     return [text, ""]
 
