@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recgpt_torchrec.data.ragged import Ragged
+from recgpt_torchrec.reports.comparing import compare_runs
+from recgpt_torchrec.reports.quality import comparison_section
 from recgpt_torchrec.retrieval.exports.reading import open_export
 from recgpt_torchrec.retrieval.exports.vectors import vectors_of
 from recgpt_torchrec.retrieval.weighed import Weighed
@@ -147,6 +149,20 @@ def test_lists_of_retrieve_are_those_of_the_raised_scores(made, tmp_path, case, 
     plain = {"--export": made / "vectors", "--data": made / "data", "--output": tmp_path / "plain", "--k": K}
     assert stage("retrieve", {**plain, "--interests": 1, "--merge": "score"}) == 0
     assert pq.read_table(tmp_path / "plain/lists")["item_ids"].to_pylist() != list(found.values())
+
+
+def test_evaluations_with_neighbours_of_another_weight_are_compared_with_a_word(made, tmp_path, capfd):
+    evaluated(made, tmp_path / "one.json")
+    for weight, told in ((WEIGHT, False), (1.0, True)):
+        capfd.readouterr()
+        given = {"compare": tmp_path / "one.json", "overwrite": "true", "neighbours.weight": weight}
+        evaluated(made, tmp_path / "other.json", **given)
+        said = f"in how these take part: weight {weight} and {WEIGHT}\n" in capfd.readouterr().out
+        assert said == told
+    first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "other"))
+    compared = compare_runs(["a", "b"], [{str(tmp_path / "one.json"): first}, {str(tmp_path / "other.json"): second}])
+    shown = comparison_section(compared, {"a": "#111", "b": "#222"})
+    assert f"in how these take part: weight 1.0 and {WEIGHT}." in shown
 
 
 def on_rank(rank: int, world_size: int, ports: list[int], runs: list[tuple[str, dict[str, Any]]]) -> list[int]:

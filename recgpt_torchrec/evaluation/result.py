@@ -17,6 +17,7 @@ from recgpt_torchrec.evaluation.comparing.comparison import (
     check_comparable,
     compare,
     comparison_text,
+    differing_neighbours,
 )
 from recgpt_torchrec.evaluation.comparing.finding import find_evaluation
 from recgpt_torchrec.evaluation.groups import group_table
@@ -87,7 +88,9 @@ def compare_text(config: Evaluate, evaluation: dict[str, Any], other: Evaluation
     """
     results = UserResults.of(config.output, evaluation)
     assert results is not None
-    return comparison_text(compare(Evaluation(config.output, evaluation, results), other), other.path)
+    text = comparison_text(compare(Evaluation(config.output, evaluation, results), other), other.path)
+    note = differing_neighbours(evaluation, other.values)
+    return text if note is None else f"{text}{note}\n"
 
 
 def describe(

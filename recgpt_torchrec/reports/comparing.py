@@ -3,7 +3,12 @@
 from typing import Any
 
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.evaluation.comparing.comparison import Evaluation, compare, why_incomparable
+from recgpt_torchrec.evaluation.comparing.comparison import (
+    Evaluation,
+    compare,
+    differing_neighbours,
+    why_incomparable,
+)
 from recgpt_torchrec.evaluation.per_user.files import UserResults
 from recgpt_torchrec.reports.evaluations import ahead_of
 from recgpt_torchrec.reports.values import Comparison
@@ -53,6 +58,7 @@ def _compare(name: str, reference: str, split: str, of_run: Evaluations, of_refe
             except InputError as error:
                 reasons.append(str(error))
                 continue
+            comparison.note = differing_neighbours(values, other_values)
             comparison.differences = [ahead_of(each) for each in differences if each.interval.low or each.interval.high]
             return comparison
     comparison.reason = reasons[0]

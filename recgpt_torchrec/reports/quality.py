@@ -127,6 +127,8 @@ def comparison_section(comparisons: Sequence[Comparison], colors: dict[str, str]
         if each.reason is not None:
             parts.append(tag("p", escape(f"No paired differences: {each.reason}."), class_="note"))
             continue
+        if each.note is not None:
+            parts.append(tag("p", escape(f"{each.note}."), class_="note"))
         if not each.differences:
             parts.append(tag("p", "All shared paths are equal for every user.", class_="lead"))
             continue

@@ -151,6 +151,8 @@ class Comparison:
     differences: list[Ahead]
     reason: str | None = None
     """Why there are no differences."""
+    note: str | None = None
+    """What the differences are of beside the models."""
 
 
 @dataclass(kw_only=True)

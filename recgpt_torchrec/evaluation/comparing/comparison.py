@@ -174,6 +174,19 @@ def why_incomparable(first: dict[str, Any], second: dict[str, Any]) -> str | Non
     return None
 
 
+def differing_neighbours(first: dict[str, Any], second: dict[str, Any]) -> str | None:
+    """How neighbours at recall differ between two evaluations that both have them, in a sentence; None: they do not."""
+    one, two = first.get("neighbours"), second.get("neighbours")
+    if not isinstance(one, dict) or not isinstance(two, dict) or one == two:
+        return None
+    differing = [
+        f"{name} {str(one.get(name))[:12]} and {str(two.get(name))[:12]}"
+        for name in {**one, **two}
+        if one.get(name) != two.get(name)
+    ]
+    return f"The paths with neighbours differ by more than the model, in how these take part: {', '.join(differing)}"
+
+
 def shared_paths(first: UserResults, second: UserResults) -> list[tuple[str, str]]:
     """Pairs of paths with the same role, in the order of the first."""
     by_role = {role_of(path): path for path in second.record.paths}
