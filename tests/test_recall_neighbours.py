@@ -260,5 +260,7 @@ def test_raised_items_beside_repeats_are_added_up_item_by_item(data):
     for row, again in enumerate(repeated):
         for each in set(again) if bias else ():
             expected[row][each] = expected[row].get(each, 0.0) + bias
-    found = zip(together.items.to_lists(), together.items.with_values(together.values).to_lists(), strict=True)
+    found = zip(
+        together.items.to_lists(), together.items.with_values(np.asarray(together.values)).to_lists(), strict=True
+    )
     assert [dict(zip(*row, strict=True)) for row in found] == expected
