@@ -18,6 +18,7 @@ from recgpt_torchrec.checkpoints.saving import COPY_SHARE
 from recgpt_torchrec.config import Tables
 from recgpt_torchrec.config.tables import is_of_users
 from recgpt_torchrec.distributed.placements import Placement
+from recgpt_torchrec.distributed.processes import KERNELS
 from recgpt_torchrec.distributed.sharding_types import COPY
 from recgpt_torchrec.model.losses import shared_loss
 from recgpt_torchrec.model.losses.fused_loss import MAX_DIM, picoseconds_per_logit
@@ -32,6 +33,8 @@ FRAGMENTATION = 0.04
 """Share of a GPU's memory that its allocator cannot give out in the sizes asked for (assumed)."""
 PROCESS = {"cuda": 3.0 * GIB, "cpu": 0.6 * GIB}
 """Host memory of one rank's process after its imports (assumed; of CPU ranks `tools.check_plan` measures it)."""
+KERNEL = 3 * 2**20
+"""Bytes of a oneDNN kernel in bf16 on AMX, as measured."""
 CHUNK = {"cpu": shared_loss.CHUNK, "cuda": shared_loss.CHUNK_CUDA}
 """Targets scored at once, where their logits are not too many bytes."""
 Phase = Literal["always", "step", "validation"]
@@ -102,6 +105,7 @@ def estimate_memory(workload: Workload, sharded: Sharded, hardware: Hardware) ->
         Item("process", CUDA_CONTEXT + FRAGMENTATION * hardware.hbm * GIB, PROCESS["cuda"])
         if cuda
         else Item("process", PROCESS["cpu"]),
+        *_kernels(workload, cuda),
         *_tables(sharded, plan.tables),
         Item("decoder weights", parameters),
         Item("decoder gradients", parameters, note="DDP's buckets, which are the gradients"),
@@ -116,6 +120,13 @@ def estimate_memory(workload: Workload, sharded: Sharded, hardware: Hardware) ->
     items.append(_checkpoint(plan.saving.asynchronous, state, Memory(items, hardware, plan.gpus), cuda))
     items += _validation(workload, sharded, Memory(items, hardware, plan.gpus))
     return Memory(items, hardware, plan.gpus)
+
+
+def _kernels(workload: Workload, cuda: bool) -> list[Item]:
+    """oneDNN's kernels of a CPU rank, one for each shape of a matrix product; few are kept in fp32."""
+    if cuda or workload.plan.train.precision == "fp32":
+        return []
+    return [Item("kernels", KERNELS * KERNEL, note="of matrix products in bf16, where the CPU has it")]
 
 
 def _tables(sharded: Sharded, tables: Tables) -> list[Item]:

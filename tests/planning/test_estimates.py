@@ -106,9 +106,9 @@ def test_the_peak_is_what_is_always_there_and_the_largest_phase() -> None:
 
 
 def test_what_does_not_fit_is_streamed_and_saved_without_a_copy_and_then_does_not_fit() -> None:
-    # Per rank .6 GiB each for the process, the tables and a copy of them, .48 for the catalogue.
+    # Per rank .75 GiB for kernels, .6 each for the process, the tables and a copy of them, .48 for the catalogue.
     roomy, tight, small = (
-        Estimate.of(on_cpu(items=32 * 10**6, memory=memory, model=Model(dim=8))).memory for memory in (24.0, 3.4, 2.4)
+        Estimate.of(on_cpu(items=32 * 10**6, memory=memory, model=Model(dim=8))).memory for memory in (24.0, 4.9, 3.9)
     )
     notes = [{item.name: item.note for item in memory.items} for memory in (roomy, tight, small)]
     assert [memory.fits for memory in (roomy, tight, small)] == [True, True, False]
