@@ -77,12 +77,14 @@ def keep_freed_memory() -> None:
 
 
 def bound_kernels() -> None:
-    """Let oneDNN keep the kernels of `KERNELS` shapes of matrix products, unless the environment says how many.
+    """Let oneDNN and torch's layer above it keep kernels for `KERNELS` shapes of matrix products; a number in the
+    environment comes before it.
 
-    Every batch has other shapes, and a kernel in bf16 on AMX takes about 3 MB: with the library's own 1,024 a rank on a
-    CPU grew from 1.4 to 4.0 GB in 20 epochs, with 256 to 1.8 GB, as fast; with 64 to 1.4 GB, 14% slower.
+    Every batch has other shapes, and kernels in bf16 on AMX are large: with the libraries' own 1,024 a rank on a CPU
+    grew from 1.4 to 4.0 GB in 20 epochs; with 256 in oneDNN alone to 1.8 GB, as fast; with 64 to 1.4 GB, 14% slower.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))  # read at the first product
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KERNELS))  # read at the first product
 
 
 @contextlib.contextmanager
