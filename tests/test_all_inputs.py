@@ -73,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def resume(whole: Path, output: Path, name: str, options: dict[str, Any]) -> None:
-    """Resume a run from its third checkpoint after the start's, within an epoch, and compare the results bit for bit."""
+    """Resume a run from its third checkpoint beside the start's, in an epoch, and compare the results bit for bit."""
     assert stage(name, {**options, "--output": whole}) == 0
     stopped = [each for each in checkpoints(whole) if each.name != "step-00000000"][2]
     assert json.loads((stopped / "checkpoint.json").read_text())["progress"]["position"]["queues"], "within an epoch"
