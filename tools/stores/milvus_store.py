@@ -4,6 +4,8 @@ The metric IP gives inner products as they are, larger is better. Milvus Lite sc
 collection is flushed, released and loaded again: only then does it search its index.
 """
 
+import time
+
 from pymilvus import DataType, MilvusClient, MilvusException
 
 from tools.stores.store import Float32, Found, Int64, Items, Record, Store, effort_of, found_of, has_name
@@ -12,6 +14,8 @@ KEY_BYTES = 65_535
 """Maximum length of a key: that of a VARCHAR of Milvus."""
 RECORD_BYTES = 65_535
 IDS_PER_DELETE = 10_000
+WAITS = (0.1, 0.5, 2.0, 5.0)
+"""Seconds between attempts to load what Milvus Lite, in a thread of its own, has not written whole."""
 
 
 class MilvusStore(Store):
@@ -90,6 +94,13 @@ class MilvusStore(Store):
         """Write new rows to a segment with an index, and load it: until then they are scored one by one."""
         self.client.flush(self.table)
         self.client.release_collection(self.table)
+        for wait in WAITS:
+            try:
+                return self.client.load_collection(self.table)
+            except MilvusException as error:
+                if "not fully written" not in str(error):
+                    raise
+                time.sleep(wait)
         self.client.load_collection(self.table)
 
     def count(self) -> int:
