@@ -1,6 +1,6 @@
 """Disturbs small training runs on a real Slurm cluster in the ways of admins and machines, and compares the results.
 
-    python -m tools.slurm_faults --folder /tmp/faults
+    python -m tools.slurm_faults --folder faults
 
 Brings the cluster of `tools/slurm_cluster.py` up with three nodes, one of them spare, and takes it down if it was not
 up before. Each run is one job of two nodes that is disturbed once, at a training step, and never helped: it must end

@@ -1,6 +1,6 @@
 """Stops or kills a rank of every stage on two nodes, and looks at what becomes of the others.
 
-    OMP_NUM_THREADS=1 python -m tools.stage_faults --folder /tmp/faults
+    OMP_NUM_THREADS=1 python -m tools.stage_faults --folder faults
 
 Each stage runs on two ranks without a launcher, which would end the others of its node. When rank 1 has reached a phase
 it is killed, stopped (SIGSTOP), or made to hang. The table shows the seconds until both had ended, their statuses, and

@@ -17,6 +17,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.progress import LOGGER, progress_bar
 from recgpt_torchrec.storage.finished import flatten
 from recgpt_torchrec.training.meter import RECORDED, Speed
+from recgpt_torchrec.training.progress import START
 
 TIMINGS = ("data_wait", "train_s", "validate_s", *RECORDED)
 """Names in history.jsonl of what differs from run to run of the same training."""
@@ -40,7 +41,7 @@ class RunLog:
         output: str,
         total: float,
         done: float,
-        epochs: int = -1,
+        epochs: int = START,
         steps: int = 0,
         validated: int = 0,
         *,
@@ -51,7 +52,7 @@ class RunLog:
             output: the run's folder.
             total: length of the run in `unit`: steps, or entries over all epochs and ranks.
             done: what was done before.
-            epochs, steps: number done before; epochs are -1 where nothing was, and no line stays.
+            epochs, steps: number done before; epochs are `START` where nothing was, and no line stays.
             validated: steps done at the newest validation before.
             unit: what the progress bar counts.
 
@@ -68,7 +69,7 @@ class RunLog:
         folder = self.tensorboard if self.scratch is None else self.scratch.name
         self.history = os.path.join(output, "history.jsonl")
         with self._report_write_errors():
-            self.writer = SummaryWriter(folder, purge_step=0 if epochs < 0 else steps + 1)
+            self.writer = SummaryWriter(folder, purge_step=0 if epochs == START else steps + 1)
             _drop_later_lines(self.history, epochs, validated)
         self.bar = progress_bar(int(total), unit, done=int(done), unit_scale=True)
 
@@ -176,8 +177,8 @@ class RunLog:
 def _drop_later_lines(history: str, epochs: int, validated: int) -> None:
     """Drop what a run that was begun before writes again, and incomplete lines that a kill or a loss of power left.
 
-    What stays are lines of the start and the first `epochs` epochs (-1: none), and those of validations within the next
-    one, up to the one after `validated` steps.
+    What stays are lines of the start and the first `epochs` epochs (`START`: none), and those of validations within the
+    next one, up to the one after `validated` steps.
     """
     if storage.exists(history):
         lines = storage.read(history).splitlines(keepends=True)

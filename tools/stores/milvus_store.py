@@ -4,6 +4,7 @@ The metric IP gives inner products as they are, larger is better. Milvus Lite sc
 collection is flushed, released and loaded again: only then does it search its index.
 """
 
+import contextlib
 import time
 
 from pymilvus import DataType, MilvusClient, MilvusException
@@ -14,8 +15,8 @@ KEY_BYTES = 65_535
 """Maximum length of a key: that of a VARCHAR of Milvus."""
 RECORD_BYTES = 65_535
 IDS_PER_DELETE = 10_000
-WAITS = (0.1, 0.5, 2.0, 5.0)
-"""Seconds between attempts to load what Milvus Lite, in a thread of its own, has not written whole."""
+WAITS = (0.1, 0.5, 2.0)
+"""Seconds between attempts to load a collection."""
 
 
 class MilvusStore(Store):
@@ -36,7 +37,7 @@ class MilvusStore(Store):
         """See `Store`."""
         if not self.client.has_collection(self.state_table):
             return None
-        self.client.load_collection(self.state_table)
+        self._load(self.state_table)
         rows = self.client.query(self.state_table, filter="id == 0", output_fields=["record"])
         return rows[0]["record"] if rows else None
 
@@ -94,23 +95,16 @@ class MilvusStore(Store):
         """Write new rows to a segment with an index, and load it: until then they are scored one by one."""
         self.client.flush(self.table)
         self.client.release_collection(self.table)
-        for wait in WAITS:
-            try:
-                return self.client.load_collection(self.table)
-            except MilvusException as error:
-                if "not fully written" not in str(error):
-                    raise
-                time.sleep(wait)
-        self.client.load_collection(self.table)
+        self._load(self.table)
 
     def count(self) -> int:
         """See `Store`."""
-        self.client.load_collection(self.table)
+        self._load(self.table)
         return int(self.client.query(self.table, filter="", output_fields=["count(*)"])[0]["count(*)"])
 
     def search(self, queries: Float32, k: int, record: Record, effort: int = 0) -> Found:
         """See `Store`."""
-        self.client.load_collection(self.table)
+        self._load(self.table)
         name = {"ivf": "nprobe", "hnsw": "ef"}.get(record.index)
         found = self.client.search(
             self.table,
@@ -123,10 +117,19 @@ class MilvusStore(Store):
             [[(hit["item_id"], hit["entity"]["key"], hit["distance"]) for hit in hits] for hits in found], k
         )
 
+    def _load(self, table: str) -> None:
+        """Load a collection. After a flush Milvus Lite writes a segment's index in a thread of its own, in place: what
+        is loaded meanwhile is half of it, and fails."""
+        for wait in WAITS:
+            with contextlib.suppress(MilvusException):
+                return self.client.load_collection(table)
+            time.sleep(wait)
+        self.client.load_collection(table)
+
     def _create(self, name: str, schema: object, vector: str, kind: str, settings: dict[str, int]) -> None:
         self.client.create_collection(name, schema=schema, consistency_level="Strong")
         self._add_index(name, vector, kind, settings)
-        self.client.load_collection(name)
+        self._load(name)
 
     def _add_index(self, name: str, vector: str, kind: str, settings: dict[str, int]) -> None:
         index = self.client.prepare_index_params()
