@@ -1,50 +1,21 @@
 """Damaged datasets: each damage is reported with its place, or skipped, counted and listed once on any ranks."""
 
-import json
-import os
-import shutil
-import signal
-import time
-from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-import torch.distributed as dist
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from recgpt_torchrec.data.dataset import Dataset
-from recgpt_torchrec.data.reading.damage import Damage, SetAside
+from recgpt_torchrec.data.reading.damage import SetAside
 from recgpt_torchrec.data.reading.reader import Reader
-from recgpt_torchrec.data.stream import SequenceStream
-from recgpt_torchrec.data.windows import Position, row_groups
-from recgpt_torchrec.distributed.lockstep import Lockstep
+from recgpt_torchrec.data.windows import row_groups
 from recgpt_torchrec.errors import InputError
-from tests.data.stream_helpers import MAX_LEN, expected_pairs, pairs, read_until_stopped, stream_of
-from tests.support import change_json, overwrite, rewrite, start_forkserver, walks, write_dataset
-from tools.ranks import run_ranks
-
-ITEMS = 9
-HISTORIES = walks(24, ITEMS, shortest=4)
-PART = "sequences/part-00001.parquet"
-
-
-def write(folder: Path) -> Path:
-    """Three parts of two row groups of four users each; every column there is, two answers an item."""
-    segments = [[0] * (len(h) - 1) + [1] for h in HISTORIES]
-    answers = [[i % ITEMS for i in range(2 * (len(h) - 1))] for h in HISTORIES]
-    more = {
-        "answer_ids": pa.array(answers, pa.list_(pa.int64())),
-        "answer_scores": pa.array([[0.5] * len(a) for a in answers], pa.list_(pa.float32())),
-    }
-    write_dataset(folder, HISTORIES, items=ITEMS, segments=segments, more=more, rows_per_group=4)
-    return folder
+from tests.data.reader_helpers import HISTORIES, PART, read_everything, remove_part
+from tests.data.stream_helpers import MAX_LEN, expected_pairs, stream_of
+from tests.support import change_json, overwrite, rewrite, walks, write_dataset
 
 
 def put(column: str, value: Any, at: int | None = None) -> Callable[[list[dict[str, Any]]], None]:
@@ -84,16 +55,6 @@ ROWS = [
     (put("answer_scores", []), "the list of answer_scores has 0 values"),
     (put("answer_scores", float("nan"), 1), "answer score nan is not a number"),
 ]
-
-
-@pytest.fixture(scope="module")
-def undamaged(tmp_path_factory) -> Path:
-    return write(tmp_path_factory.mktemp("undamaged") / "data")
-
-
-@pytest.fixture
-def data(undamaged, tmp_path) -> Path:
-    return shutil.copytree(undamaged, tmp_path / "data")
 
 
 @pytest.mark.parametrize(("change", "reason"), ROWS, ids=[reason for _, reason in ROWS])
@@ -159,10 +120,6 @@ def test_other_types_of_whole_numbers_are_read_as_they_are(data):
 # ------------------------------------------------------------------------------------------------ whole parts
 
 
-def removed(data: Path) -> None:
-    (data / PART).unlink()
-
-
 def truncated(data: Path) -> None:
     (data / PART).write_bytes((data / PART).read_bytes()[:-50])
 
@@ -194,7 +151,7 @@ def with_types(**types: pa.DataType | None) -> Callable[[Path], None]:
 
 
 PARTS = [
-    (removed, r"is missing \(the manifest promises 8 rows in \d+ bytes\)"),
+    (remove_part, r"is missing \(the manifest promises 8 rows in \d+ bytes\)"),
     (truncated, r"is damaged: it has \d+ bytes, the manifest promises \d+"),
     (without_footer, "cannot be read as Parquet"),
     (
@@ -228,25 +185,13 @@ def test_a_part_that_is_set_aside_counts_with_the_rows_that_the_manifest_promise
     log = SetAside(str(tmp_path / "damaged.jsonl"), limit=rows)
     stream = stream_of(dataset, set_aside=log)
     wanted = expected_pairs([h[:-1] if n // 8 != 1 else [] for n, h in enumerate(HISTORIES)], "newest", MAX_LEN)
-    assert everything(stream) == wanted
+    assert read_everything(stream) == wanted
     ((part, row_group, row, there, why),) = log.listed()
     assert (part, row_group, row, there) == (PART, None, None, rows) and why in dataset.lost_parts.values()
     assert log.summary() == f"Damaged: {rows} rows were left out, listed in {log.path}"
     with pytest.raises(InputError, match=f"{rows} rows are damaged, more than --stream.damaged_limit 7; .*{PART}"):
         stream_of(dataset, set_aside=SetAside(str(tmp_path / "other.jsonl"), limit=7))
     assert not (tmp_path / "other.jsonl").exists()
-
-
-def everything(stream: SequenceStream, epoch: int = 0) -> Counter:
-    """All positions that are predicted in an epoch; every interaction of the dataset is accounted for."""
-    found: Counter = Counter()
-    read = 0.0
-    for batch in stream.batches(epoch):
-        found.update(pairs(batch))
-        assert batch.histories.read is not None
-        read += batch.histories.read.sum()
-    assert read == pytest.approx(stream.dataset.manifest.entries)
-    return found
 
 
 def test_a_checksum_that_differs_is_found_where_it_is_asked_for(data):
@@ -271,10 +216,10 @@ def test_a_row_group_that_cannot_be_read_counts_with_all_its_rows(tmp_path):
     column = pq.ParquetFile(path).metadata.row_group(0).column(1)
     overwrite(path, slice(column.data_page_offset, column.data_page_offset + 300))
     with pytest.raises(InputError, match=rf"{PART}, row group 0: cannot be read \(.*\); restore the file or run"):
-        everything(stream_of(data))
+        read_everything(stream_of(data))
     log = SetAside(str(tmp_path / "damaged.jsonl"), limit=100)
     kept = [h if not 200 <= n < 300 else [] for n, h in enumerate(histories)]
-    assert everything(stream_of(data, set_aside=log, tokens=1000)) == expected_pairs(kept, "newest", MAX_LEN)
+    assert read_everything(stream_of(data, set_aside=log, tokens=1000)) == expected_pairs(kept, "newest", MAX_LEN)
     ((part, row_group, row, rows, _),) = log.listed()
     assert (part, row_group, row, rows) == (PART, 0, None, 100)
 
@@ -320,161 +265,3 @@ def test_a_manifest_that_cannot_be_used_is_refused_with_what_is_wrong(data, harm
     harm(data)
     with pytest.raises(InputError, match=f"{data}.*{reason}"):
         Dataset.open(str(data), damaged=damaged)
-
-
-# --------------------------------------------------------------------------------------- position and the list
-
-
-def write_unknown_items(data: Path, users: list[int]) -> None:
-    for part in range(3):
-
-        def change(rows: list[dict[str, Any]]) -> None:
-            for row in rows:
-                if row["user_id"] in users:
-                    row["item_ids"][0] = 99
-
-        rewrite(data, change, part=part)
-
-
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.data())
-def test_a_run_stopped_anywhere_skips_the_same_rows_and_lists_each_once(undamaged, tmp_path, data):
-    folder = tmp_path / str(len(list(tmp_path.iterdir())))
-    shutil.copytree(undamaged, folder / "data")
-    users = sorted(data.draw(st.sets(st.integers(0, 23)), "damaged users"))
-    write_unknown_items(folder / "data", users)
-    lost = data.draw(st.booleans(), "a part lost")
-    if lost:
-        os.rename(folder / "data" / PART, folder / "part")
-    bad = {*users, *(range(8, 16) if lost else ())}
-    wanted = expected_pairs([[] if n in bad else h[:-1] for n, h in enumerate(HISTORIES)], "newest", MAX_LEN)
-    found: Counter = Counter()
-    position = Position(1)
-    for last in (False, False, True):
-        log = SetAside(str(folder / "damaged.jsonl"), limit=24)
-        stream = stream_of(Dataset.open(str(folder / "data"), damaged="skip"), set_aside=log)
-        world = data.draw(st.integers(1, 4), "ranks")
-        stops = [10**6 if last else data.draw(st.integers(0, 4), "batches") for _ in range(world)]
-        left = read_until_stopped(stream, position, stops, found)
-        position = Position.from_state_dict(json.loads(json.dumps(Position(1, left).state_dict())))
-        if lost and any(damage.row_group is None for damage in log.listed()) and not (folder / "data" / PART).exists():
-            os.rename(
-                folder / "part", folder / "data" / PART
-            )  # restored while the run was stopped: this epoch ignores it
-    assert found == wanted
-    places = [(damage.part, damage.row_group, damage.row) for damage in log.listed()]
-    assert len(places) == len(set(places))
-    assert sum(damage.rows for damage in log.listed()) == len(bad)
-
-
-def test_a_position_in_other_row_groups_is_refused(data):
-    stream = stream_of(Dataset.open(str(data)))
-    share = stream.batches()
-    share.done(next(iter(share)).cursor)
-    position = Position.from_state_dict(Position(0, share.left).state_dict())
-    removed(data)
-    log = SetAside(str(data / "damaged.jsonl"), limit=100)
-    stream = stream_of(Dataset.open(str(data), damaged="skip"), set_aside=log)
-    with pytest.raises(InputError, match="stopped within an epoch over 6 row groups, now the dataset has 5"):
-        stream.batches(0, position)
-    for rank in range(2):
-        assert stream.batches(1, Position(1), rank, 2).left[0].windows  # the next epoch reads the new row groups
-
-
-def test_more_damaged_rows_than_the_limit_end_the_run_and_are_listed(data, tmp_path):
-    write_unknown_items(data, [1, 2, 9])
-    log = SetAside(str(tmp_path / "damaged.jsonl"), limit=2)
-    stream = stream_of(Dataset.open(str(data)), set_aside=log)
-    with pytest.raises(InputError, match=rf"3 rows are damaged, listed in {log.path}, more than .*_limit 2; the last"):
-        for epoch in range(3):
-            everything(stream, epoch)
-    assert {(damage.part[-9:-8], damage.row_group, damage.row) for damage in log.listed()} == {
-        ("0", 0, 1), ("0", 0, 2), ("1", 0, 1)}  # fmt: skip
-    raised = SetAside(log.path, limit=3)
-    everything(stream_of(Dataset.open(str(data)), set_aside=raised))
-    assert len(raised.listed()) == 3
-
-
-def list_some(path: str, start: int) -> None:
-    log = SetAside(path, limit=10**6)
-    for row in range(start, start + 40):
-        log.add([Damage("part", 0, row, 1, "x" * 300), Damage("part", 0, row + 1, 1, "x" * 300)])
-
-
-def test_concurrent_writers_list_each_row_once(tmp_path, monkeypatch):
-    listed = SetAside.listed
-
-    def slowly(self: SetAside) -> list[Damage]:
-        found = listed(self)
-        time.sleep(0.001)  # time for others to write meanwhile, if they may
-        return found
-
-    monkeypatch.setattr(SetAside, "listed", slowly)
-    path = str(tmp_path / "damaged.jsonl")  # the lock is on the opened file: threads wait as processes do
-    with ThreadPoolExecutor(3) as pool:
-        list(pool.map(list_some, [path] * 3, (0, 0, 20)))
-    assert sorted(damage.row for damage in SetAside(path, limit=0).listed()) == list(range(61))  # type: ignore[type-var]
-
-
-def test_a_list_that_cannot_be_written_is_an_error(data, tmp_path):
-    write_unknown_items(data, [1])
-    with pytest.raises(InputError, match="damaged rows cannot be listed there"):
-        everything(stream_of(Dataset.open(str(data)), set_aside=SetAside(str(tmp_path / "no/damaged.jsonl"), limit=9)))
-
-
-# --------------------------------------------------------------------------------- loader processes and ranks
-
-
-def test_an_error_in_a_loader_process_reaches_the_caller_as_it_is(data, tmp_path):
-    write_unknown_items(data, [9])
-    start_forkserver()
-    log = SetAside(str(tmp_path / "damaged.jsonl"), limit=0)
-    stream = stream_of(Dataset.open(str(data)), workers=2, set_aside=log)
-    with pytest.raises(InputError) as caught:
-        list(stream.batches())
-    assert str(caught.value).startswith("1 rows are damaged, listed in ")
-    assert f"{PART}, row group 0, row 1: item id 99 is outside the vocabulary" in str(caught.value)
-    assert "Traceback" not in str(caught.value) and "DataLoader" not in str(caught.value)
-    assert [damage[:3] for damage in log.listed()] == [(PART, 0, 1)]
-
-
-class Dies(SetAside):
-    def add(self, damages: Any) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_loader_process_that_dies_is_an_error_with_what_to_do(data):
-    write_unknown_items(data, range(24))  # type: ignore[arg-type]
-    start_forkserver()
-    stream = stream_of(Dataset.open(str(data)), workers=1, set_aside=Dies("", limit=9))
-    with pytest.raises(InputError, match="a loader process ended .*--stream.workers 0"):
-        list(stream.batches())
-
-
-def step_through(rank: int, world_size: int, data: str) -> list[str]:
-    """The errors with a damaged row, and with a bug on rank 1, while the other rank has batches left."""
-
-    def broken(batches: Any) -> Any:
-        yield next(batches)
-        raise KeyError("a bug of ours")
-
-    errors = []
-    for path, bug in ((data, False), (f"{data}/intact", rank == 1)):
-        stream = stream_of(Dataset.open(path), tokens=10)
-        batches = iter(stream.batches(rank=rank, world_size=world_size))
-        try:
-            for _ in Lockstep(broken(batches) if bug else batches, stream.maker.empty):
-                dist.all_reduce(torch.zeros(1))  # what a step does
-        except Exception as error:
-            errors.append(f"{type(error).__name__}: {error}")
-    return errors
-
-
-def test_an_error_of_one_rank_ends_all_of_them_with_that_error(data):
-    shutil.copytree(data, data / "intact")
-    write_unknown_items(data, [9])
-    first, second = run_ranks(step_through, 2, str(data), timeout=60)
-    assert first[0] == second[0]
-    assert first[0].startswith(f"InputError: {data}: {PART}, row group 0, row 1: item id 99 is outside")
-    assert first[1] == "RuntimeError: rank 1 failed: KeyError('a bug of ours')"
-    assert second[1] == "KeyError: 'a bug of ours'"
