@@ -25,11 +25,13 @@ LENGTHS = {"mean": 8.9, "min": 5, "50%": 6, "90%": 14, "99%": 43, "max": 204}
 FEW = ["--train.epochs", "2", "--model.dim", "8", "--model.heads", "1", "--device", "cpu"]
 
 
-def chosen(tuned: bool = False, epochs: int | None = None, **changes: Any) -> dict[str, Any]:
+def chosen(
+    tuned: bool = False, epochs: int | None = None, max_len: int | None = None, **changes: Any
+) -> dict[str, Any]:
     """What the rule chooses for Beauty's statistics with some changes."""
     values = {"users": 22_363, "items": 12_101, "interactions": 198_502, "targets": 131_413, "entries": 198_502}
     statistics = Statistics(**{**values, "lengths": LENGTHS, **changes})
-    return {choice.name: choice.value for choice in choose(statistics, tuned, epochs)}
+    return {choice.name: choice.value for choice in choose(statistics, tuned, epochs, max_len)}
 
 
 def test_what_is_chosen_for_a_log_of_beautys_size() -> None:
@@ -76,6 +78,12 @@ def test_the_configuration_that_was_measured_on_beauty_is_what_the_rule_chooses_
         ("model.max_len", {"lengths": {"90%": 100, "99%": 100}}, 100),
         ("model.max_len", {"lengths": {"90%": 241, "99%": 447}}, 200),
         ("model.max_len", {"lengths": {}}, None),
+        ("batch.long_histories", {"lengths": {"90%": 200, "99%": 200}}, None),
+        ("batch.long_histories", {"lengths": {"90%": 201, "99%": 201}}, "windows"),
+        ("batch.long_histories", {"lengths": {"90%": 50, "99%": 50}, "max_len": 50}, None),
+        ("batch.long_histories", {"lengths": {"90%": 50, "99%": 50}, "max_len": 49}, "windows"),
+        ("batch.long_histories", {"lengths": {"90%": 241, "99%": 447}, "max_len": 1000}, None),
+        ("batch.long_histories", {"lengths": {}, "max_len": 1}, None),
         ("loss.candidates", {"items": 30_000}, "all"),
         ("loss.negatives", {"items": 30_000}, None),
         ("loss.candidates", {"items": 30_001}, "sampled"),
@@ -166,6 +174,19 @@ def test_a_command_line_overrides_a_file_and_a_file_the_preset(data: Path, tmp_p
     ]
     said = [line.removeprefix("preset auto: ").split()[0] for line in lines]
     assert said == list(chosen(targets=0)) and len(lines) - len(given) == 12
+
+
+def test_histories_longer_than_the_length_that_is_given_are_trained_whole(data: Path) -> None:
+    assert resolve(data, "--preset", "auto")[0].batch.long_histories == "newest"
+    config, lines = resolve(data, "--preset", "auto", "--model.max_len", "19")  # .95 of LENGTHS have at most 20
+    assert (config.model.max_len, config.batch.long_histories) == (19, "windows")
+    assert "preset auto: model.max_len 19 as given, instead of 50" in lines
+    assert any(
+        line.startswith("preset auto: batch.long_histories windows, since about 5% of the his") for line in lines
+    )
+    config, lines = resolve(data, "--preset", "auto", "--model.max_len", "19", "--batch.long_histories", "newest")
+    assert config.batch.long_histories == "newest"
+    assert "preset auto: batch.long_histories newest as given, instead of windows" in lines
 
 
 def test_a_value_that_is_given_counts_though_it_is_the_default(tmp_path: Path) -> None:

@@ -92,15 +92,18 @@ class Choice:
     """Other options with which it is not chosen, where they are given."""
 
 
-def choose(statistics: Statistics, tuned: bool = False, epochs: int | None = None) -> list[Choice]:
+def choose(
+    statistics: Statistics, tuned: bool = False, epochs: int | None = None, max_len: int | None = None
+) -> list[Choice]:
     """The options that the statistics of a dataset choose.
 
     Args:
         statistics: of the dataset.
         tuned: for prompt-tuning, whose model is the checkpoint's: its options are not chosen.
         epochs: those that are given, over which validations are spread; None: none are given.
+        max_len: maximum length of a history that is given, by which longer ones are cut; None: none is given.
     """
-    model = [] if tuned else _choose_model(statistics)
+    model = [] if tuned else [*_choose_model(statistics), *_choose_histories(statistics, max_len)]
     length = _choose_length(statistics, tuned, epochs)
     own = _choose_rates(statistics) if tuned else _choose_thinning()
     return [*model, *own, *_choose_loss(statistics), *_choose_steps(statistics), *length]
@@ -113,7 +116,7 @@ def _choose_model(statistics: Statistics) -> list[Choice]:
     counted = f"since there are {per_item:,.1f} training targets per item ({targets:,.0f} of {statistics.items:,})"
     everywhere = "as on logs of any size"
     size = f"{targets:,.0f} training targets, {per_item:,.1f} per item"
-    choices = [
+    return [
         Choice("model.output_map", True, everywhere),
         Choice("model.history_in", True, everywhere),
         Choice("model.history_out", True, everywhere),
@@ -122,11 +125,20 @@ def _choose_model(statistics: Statistics) -> list[Choice]:
         Choice("model.attention_dropout", dropout, counted),
         Choice("model.user_dropout", USER_DROPOUT, everywhere),
     ]
-    if (length := statistics.length_at(COVERED)) is not None:
-        longest = next((each for each in MAX_LEN if length <= each), MAX_LEN[-1])
-        reason = f"since about {COVERED:.0%} of the histories have at most {length:,.0f} interactions"
-        reason += f"; no longer length is chosen than {longest}" if length > longest else ""
-        choices.append(Choice("model.max_len", longest, reason))
+
+
+def _choose_histories(statistics: Statistics, given: int | None) -> list[Choice]:
+    length = statistics.length_at(COVERED)
+    if length is None:
+        return []
+    longest = next((each for each in MAX_LEN if length <= each), MAX_LEN[-1])
+    reason = f"since about {COVERED:.0%} of the histories have at most {length:,.0f} interactions"
+    reason += f"; no longer length is chosen than {longest}" if length > longest else ""
+    choices = [Choice("model.max_len", longest, reason)]
+    if length > (read := given or longest):
+        reason = f"since about {1 - COVERED:.0%} of the histories have more than {length:,.0f} interactions: those "
+        reason += f"before the newest {read} are targets too"
+        choices.append(Choice("batch.long_histories", "windows", reason))
     return choices
 
 

@@ -39,9 +39,10 @@ def apply_preset(config: Config) -> tuple[Config, list[str]]:
     statistics = statistics_of(manifest, prompts=isinstance(config, PromptTune) and config.tuning.prompts)
     given, chosen = given_names(config), {}
     epochs = config.train.epochs if "train.epochs" in given else None
+    max_len = config.model.max_len if "model.max_len" in given and config.model is not None else None
     lines = [] if days is None else [f"{PREFIX}statistics of day 1 of {config.data}, for all of its days"]
     lines += [f"{PREFIX}model options are those of the checkpoint"] if tuned and config.model is None else []
-    for choice in choose(statistics, tuned, epochs):
+    for choice in choose(statistics, tuned, epochs, max_len):
         if manifest.day is not None and choice.name == "model.max_len" and choice.value > manifest.day.history:
             reason = f"since days keep the newest {manifest.day.history} interactions of earlier ones"
             choice = replace(choice, value=manifest.day.history, reason=reason)
