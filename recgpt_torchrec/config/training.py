@@ -23,7 +23,7 @@ class Batch:
     """Maximum number of tokens per batch and rank; at least model.max_len."""
     long_histories: Literal["newest", "windows"] = "newest"
     """How to train on histories longer than model.max_len. newest: on the newest entries only. windows: on all entries,
-    cut into overlapping windows."""
+    cut into windows that overlap by one entry, in each epoch at other places."""
 
     def __post_init__(self) -> None:
         at_least("--batch.tokens", self.tokens, 1)
@@ -45,7 +45,7 @@ class TrainingBatch:
     tokens."""
     long_histories: Literal["newest", "windows"] = "newest"
     """How to train on histories longer than model.max_len. newest: on the newest entries only. windows: on all entries,
-    cut into overlapping windows."""
+    cut into windows that overlap by one entry, in each epoch at other places."""
     thinning: float = 0.0
     """Probability with which an entry of a thinned history is left out, 0 to less than 1: it is then neither read nor
     predicted in that epoch, and others are left out in the next. 0: none."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # packing, and so the dense part of the model, does not need 
 
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
 ListColumn: TypeAlias = Union["pa.ListArray", "pa.LargeListArray", "pa.ChunkedArray"]
 
 

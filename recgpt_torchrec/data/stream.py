@@ -19,8 +19,9 @@ from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.loading import prefetch
 from recgpt_torchrec.data.neighbours.answering import NeighbourAnswers
 from recgpt_torchrec.data.packed import Capacity, FixedShape, Layout
-from recgpt_torchrec.data.ragged import Int64, offsets_of
+from recgpt_torchrec.data.ragged import Float64, Int64, offsets_of
 from recgpt_torchrec.data.reading.damage import SetAside
+from recgpt_torchrec.data.reading.draws import CUTTING, draw_for_users
 from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.reading.sample import UserSample
 from recgpt_torchrec.data.reading.thinning import thin
@@ -211,9 +212,14 @@ class BatchMaker:
     def read(self, window: Window, epoch: int, shuffle: bool) -> Histories:
         """The histories of a window; with `shuffle`, their order is drawn by (seed, epoch, window)."""
         rng = np.random.default_rng((self.seed, epoch, window.index, 2))
-        histories = self.reader.read(window.groups, rng.permutation if shuffle else None)
+        order = rng.permutation if shuffle else None
         if not self.training:
-            return histories
+            return self.reader.read(window.groups, order)
+
+        def shift(users: Int64) -> Float64:
+            return draw_for_users(users, CUTTING, self.seed, epoch)
+
+        histories = self.reader.read(window.groups, order, shift)
         thinned = thin(histories, *self.thinning, self.seed, epoch)
         return thinned if self.neighbours is None else self.neighbours.attach(thinned, histories)
 

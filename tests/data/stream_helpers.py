@@ -4,12 +4,15 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from recgpt_torchrec.config import Batch, Loss, Stream
 from recgpt_torchrec.data.batch import SequenceBatch
 from recgpt_torchrec.data.candidates import ALONE, Place, candidate_source
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.neighbours.answering import NeighbourAnswers
 from recgpt_torchrec.data.packed import Layout
+from recgpt_torchrec.data.reading.draws import CUTTING, draw_for_users
 from recgpt_torchrec.data.reading.histories import HistoryReader
 from recgpt_torchrec.data.split import SplitName
 from recgpt_torchrec.data.stream import BatchMaker, SequenceStream
@@ -92,16 +95,26 @@ def read_until_stopped(stream: SequenceStream, position: Position, stops: list[i
     return left
 
 
-def expected_pairs(histories: list[list[int]], long_histories: str, max_len: int) -> Counter:
-    """The pairs by a plain loop: each next item of the training part, after the history in its piece."""
+def expected_pairs(
+    histories: list[list[int]], long_histories: str, max_len: int, seed: int = 0, epoch: int | None = 0
+) -> Counter:
+    """The pairs by a plain loop: each next item of the training part, after the history in its piece.
+
+    Without an epoch the newest piece is full, as where only new targets are predicted.
+    """
+    users = np.arange(len(histories))
+    shares = np.zeros(users.size) if epoch is None else draw_for_users(users, CUTTING, seed, epoch)
     wanted: Counter = Counter()
     for user, history in enumerate(histories):
         items = list(training_part(history))
         if long_histories == "newest":
             items = items[-(max_len + 1) :]
-        stop = len(items)  # pieces of max_len targets, the newest piece full
+        stop, targets = len(items), max_len  # pieces of max_len targets, the newest of several shorter
+        if stop - 1 > max_len:
+            targets -= int(shares[user] * max_len)
         while stop > 1:
-            start = max(stop - max_len - 1, 0)
+            start = max(stop - targets - 1, 0)
+            targets = max_len
             for target in range(start + 1, stop):
                 wanted[user, tuple(items[start:target]), items[target]] += 1
             stop = start + 1

@@ -7,7 +7,7 @@ from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.ragged import Int64, ragged_arange
 from recgpt_torchrec.data.reading.hashing import hash_numbers
 
-HIDING, THINNED, THINNING = range(3)
+HIDING, THINNED, THINNING, CUTTING = range(4)
 """Purposes, whose numbers have nothing to do with each other."""
 PLACES = 2**24
 """Users are numbered so far apart, that each entry of a history has a number of its own."""

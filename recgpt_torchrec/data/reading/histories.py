@@ -14,7 +14,7 @@ from recgpt_torchrec.data.histories import Histories
 from recgpt_torchrec.data.inputs.features import UNKNOWN
 from recgpt_torchrec.data.inputs.request import Request
 from recgpt_torchrec.data.inputs.spec import EVENTS, PLACES, TIMES, Inputs
-from recgpt_torchrec.data.ragged import Int64, Ragged
+from recgpt_torchrec.data.ragged import Float64, Int64, Ragged
 from recgpt_torchrec.data.reading.damage import SetAside
 from recgpt_torchrec.data.reading.feedback import extend_by_feedback, find_known
 from recgpt_torchrec.data.reading.reader import Reader, stored_starts
@@ -76,12 +76,20 @@ class HistoryReader:
         """Whether event types are read."""
         return self.inputs.reads_events or self.event_weights is not None or self.request.held_out_event > 0
 
-    def read(self, groups: Sequence[RowGroup], order: Callable[[int], Int64] | None = None) -> Histories:
+    def read(
+        self,
+        groups: Sequence[RowGroup],
+        order: Callable[[int], Int64] | None = None,
+        shift: Callable[[Int64], Float64] | None = None,
+    ) -> Histories:
         """The histories of some row groups.
 
         Args:
             groups: row groups, read together.
             order: returns the order of n sequences, a permutation [n] int64; None: the order of the dataset.
+            shift: of users [n], returns [n] from 0 to less than 1 the share of a window that the newest one of each is
+                shorter; None: it is as long as the others. Not where only new targets are predicted, from all that is
+                there before them.
 
         Raises:
             InputError: a row is damaged, and not set aside; names its place.
@@ -97,20 +105,21 @@ class HistoryReader:
         )
         tables = [reader.read(group) for group in groups]
         lengths = np.concatenate([each.lengths for each in tables])
-        return self.histories_of(pa.concat_tables([each.table for each in tables]), lengths, order)
+        return self.histories_of(pa.concat_tables([each.table for each in tables]), lengths, order, shift)
 
     def histories_of(
         self,
         table: pa.Table,
-        read: npt.NDArray[np.float64] | None = None,
+        read: Float64 | None = None,
         order: Callable[[int], Int64] | None = None,
+        shift: Callable[[Int64], Float64] | None = None,
     ) -> Histories:
         """The histories of rows with the columns of a dataset's sequences, whose values were checked.
 
         Args:
             table: user_id, item_ids and what else `inputs` and prompts need.
             read: [rows] float64 number of entries that each row accounts for, in training.
-            order: see `read`.
+            order, shift: see `read`.
         """
         timed, evented, placed = (self.inputs.reads(*names) for names in (TIMES, EVENTS, PLACES))
         users, items = ragged.to_numpy(table["user_id"]), Ragged.from_arrow(table["item_ids"])
@@ -165,7 +174,8 @@ class HistoryReader:
             return values if values is None or kept is None else values[kept]
 
         if self.training and self.long_histories == "windows":
-            owner, start, stop = cut_pieces(first, last, self.max_len)
+            shifts = None if shift is None or self.new_targets else (shift(users) * self.max_len).astype(np.int64)
+            owner, start, stop = cut_pieces(first, last, self.max_len, shifts)
             assert read is not None
             users, read = users[owner], (read / np.bincount(owner, minlength=users.size))[owner]
         else:
@@ -250,17 +260,25 @@ def _empty_without_target(start: Int64, stop: Int64, new: npt.NDArray[np.bool_])
     return start, np.where(count[stop] > count[np.minimum(start + 1, stop)], stop, start)
 
 
-def cut_pieces(start: Int64, stop: Int64, max_len: int) -> tuple[Int64, Int64, Int64]:
+def cut_pieces(start: Int64, stop: Int64, max_len: int, shift: Int64 | None = None) -> tuple[Int64, Int64, Int64]:
     """Cut each range into pieces of `max_len` tokens and one more target, starting from the newest.
 
     Every target is in exactly one piece. Pieces overlap by one entry: the last target of the earlier and the first
     token of the later.
 
+    Args:
+        start, stop: [ranges] int64, the ranges `start:stop`.
+        max_len: maximum number of tokens of a piece.
+        shift: [ranges] int64 from 0 to `max_len` - 1, by how many tokens the newest piece of a range is shorter, where
+            the range is cut at all; None: by none.
+
     Returns:
         owner, start, stop: [pieces] int64, the index of the range that a piece is cut from, and the piece `start:stop`.
     """
-    pieces = np.maximum(-(-(stop - start - 1) // max_len), 1)
+    targets = stop - start - 1
+    beyond = np.where(targets > max_len, 0 if shift is None else shift, 0)  # as if so many more came after the newest
+    pieces = np.maximum(-(-(targets + beyond) // max_len), 1)
     back = ragged.ragged_arange(pieces)
     owner = np.repeat(np.arange(start.size), pieces)
-    ends = stop[owner] - back * max_len
-    return owner, np.maximum(start[owner], ends - max_len - 1), ends
+    ends = stop[owner] + beyond[owner] - back * max_len
+    return owner, np.maximum(start[owner], ends - max_len - 1), np.minimum(ends, stop[owner])
