@@ -38,7 +38,7 @@ def train_run(config: Pretrain, device: "torch.device", initial: str | None = No
     Args:
         config: of the run.
         device: of this rank.
-        initial: checkpoint that the run starts from; None: that of the configuration.
+        initial: checkpoint of the day before, which a day's run starts from; None: that of the configuration.
     """
     from recgpt_torchrec.data.dataset import histories_fingerprint
     from recgpt_torchrec.data.inputs.choosing import choose_inputs
@@ -54,7 +54,7 @@ def train_run(config: Pretrain, device: "torch.device", initial: str | None = No
 
     limits, dataset = config.train, open_dataset(config)
     check_answers(config.soft_targets, "--soft_targets", dataset)
-    execution = Execution.choose(limits, config.model, config.loss, device, config.output)
+    execution = Execution.choose(limits, config.model, config.loss, device, config.output, initial)
     tokens = choose_tokens(config, config.model, dataset, device)
     # The stream comes first, so that damaged data is reported before the output folder is checked.
     new_targets, inputs = config.targets == "new", choose_inputs(config, dataset)

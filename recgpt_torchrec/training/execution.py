@@ -56,7 +56,13 @@ class Execution:
 
     @classmethod
     def choose(
-        cls, train: Train, model: Model, loss: Loss, device: torch.device, output: str | None = None
+        cls,
+        train: Train,
+        model: Model,
+        loss: Loss,
+        device: torch.device,
+        output: str | None = None,
+        before: str | None = None,
     ) -> "Execution":
         """Choose how to compute the steps of a run (collective: all ranks take rank 0's measurement).
 
@@ -66,12 +72,13 @@ class Execution:
             loss: options of the loss.
             device: of this rank.
             output: the run's folder; where `auto` measures, a run that resumes keeps what it has chosen before.
+            before: checkpoint of the day before, of which a day's run keeps what was chosen; None: there is none.
 
         Raises:
             InputError: this device or this model cannot do what an option asks for.
         """
         cuda = device.type == "cuda"
-        precision, why_precision = _precision(train.precision, device, output)
+        precision, why_precision = _precision(train.precision, device, output, before)
         obstacle = _varlen_obstacle(model, device, precision)
         if train.attention == "varlen" and obstacle:
             raise InputError(f"--train.attention varlen {obstacle[0]}; {obstacle[1]}, or give --train.attention dense")
@@ -132,7 +139,7 @@ class Execution:
         )
 
 
-def _precision(option: str, device: torch.device, output: str | None) -> tuple[Precision, str]:
+def _precision(option: str, device: torch.device, output: str | None, before: str | None) -> tuple[Precision, str]:
     """The precision for an option, and why `auto` chose it."""
     if device.type == "cuda":
         has_bf16, since_ampere = supports_bf16(), torch.cuda.get_device_capability(device) >= AMPERE
@@ -146,11 +153,11 @@ def _precision(option: str, device: torch.device, output: str | None) -> tuple[P
     elif option == "tf32":
         raise InputError("--train.precision tf32 needs CUDA, and this run is on the CPU; give --train.precision auto")
     elif option == "auto":
-        return run_on_first_rank(lambda: _cpu_precision(output))
+        return run_on_first_rank(lambda: _cpu_precision(output, before))
     return option, ""  # type: ignore[return-value]
 
 
-def _cpu_precision(output: str | None) -> tuple[Precision, str]:
+def _cpu_precision(output: str | None, before: str | None) -> tuple[Precision, str]:
     """What `auto` chooses on this CPU, and why.
 
     What is measured on a busy machine may be another value the next time: 1.1 and 8.7 were seen in one hour.
@@ -160,10 +167,12 @@ def _cpu_precision(output: str | None) -> tuple[Precision, str]:
         return "fp32", "the CPU has neither AVX512-BF16 nor AMX"
     from recgpt_torchrec.checkpoints.folder import Checkpoints, read_metadata  # not where torch alone is installed
 
-    if output is not None and (newest := Checkpoints(output, keep=0).latest()) is not None:
-        earlier = read_metadata(newest).get("environment", {}).get("cpu_precision")
-        if earlier in ("bf16", "fp32"):
-            return earlier, "as the run began"
+    newest = None if output is None else Checkpoints(output, keep=0).latest()
+    for checkpoint, reason in ((newest, "as the run began"), (before, "as the day before")):
+        if checkpoint is not None:
+            earlier = read_metadata(checkpoint).get("environment", {}).get("cpu_precision")
+            if earlier in ("bf16", "fp32"):
+                return earlier, reason
     speedup = measure_bf16_speedup()
     return "bf16" if speedup >= SPEEDUP else "fp32", f"with {flags[-1]} bf16 is {speedup:.1f} times as fast as fp32"
 

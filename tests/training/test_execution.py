@@ -180,6 +180,8 @@ def test_a_resumed_run_keeps_what_was_measured_when_it_began(machine: Any, tmp_p
     resumed = Execution.choose(Train(), NO_DROPOUT, Loss(), CPU, str(tmp_path))
     assert (resumed.precision, resumed.precision_reason) == ("bf16", "as the run began")
     assert Execution.choose(Train(), NO_DROPOUT, Loss(), CPU, str(tmp_path / "new")).precision == "fp32"
+    next_day = Execution.choose(Train(), NO_DROPOUT, Loss(), CPU, str(tmp_path / "new"), str(checkpoint))
+    assert (next_day.precision, next_day.precision_reason) == ("bf16", "as the day before")
 
 
 def choose_on_a_rank(rank: int, world_size: int) -> tuple[str, str]:
