@@ -7,120 +7,32 @@ Each rung takes some options of ours and keeps those of the rungs before it; pre
 which starts from the last rung of pre-training. OUTPUT/report.md and report.json have HR@10 and NDCG@10 on test of
 every rung, its gain over the rung before, seed by seed, and the time to train; they are updated after each seed, and
 the same command resumes an interrupted ladder. Test chooses nothing: each rung keeps its best epoch by validation.
+
+What a choice is worth depends on those before it. `--without` also pre-trains ours without each choice by itself, and
+says what the choice is worth beside all others.
 """
 
 import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipelines import experiment  # noqa: E402
-from pipelines.experiment import config_file, from_root, read_datasets, uses_neighbours, words_of  # noqa: E402
+from pipelines.experiment import config_file, from_root, read_datasets, words_of  # noqa: E402
+from pipelines.ladder_rungs import ORIGINAL, PRETRAIN, STAGES, Step, climb, read_options  # noqa: E402
 from pipelines.paper_report import read_training  # noqa: E402
 from pipelines.seed_tables import Row, cell, mean_and_deviation, read_json, table  # noqa: E402
 from pipelines.steps import ROOT, RecordedSteps, pipeline  # noqa: E402
-from recgpt_torchrec import cli, config  # noqa: E402
+from recgpt_torchrec import config  # noqa: E402
 from recgpt_torchrec.config.command_line import values_of  # noqa: E402
-from recgpt_torchrec.storage.finished import flatten  # noqa: E402
 
 METRICS = ("HR@10", "NDCG@10")
-ORIGINAL = "original"
-NEIGHBOURS = "NEIGHBOURS"
-
-
-@dataclass(frozen=True)
-class Rung:
-    """A choice of ours, added to those before it."""
-
-    name: str
-    meaning: str
-    options: tuple[str, ...] = ()
-    """Options that it takes from ours: dotted names, or groups of them."""
-
-
-PRETRAIN = (
-    Rung(ORIGINAL, "the paper's settings: binary cross-entropy, Adam, batches of 256 users"),
-    Rung("loss", "softmax over all items", ("loss",)),
-    Rung("history_in", "mean of the history at the input", ("model.history_in",)),
-    Rung("history_out", "decaying mean of the history at the output", ("model.history_out",)),
-    Rung("output_map", "linear map of the output", ("model.output_map",)),
-    Rung(
-        "decoder",
-        "GELU, scores over sqrt(d / heads), wider feed-forward layer, norm at the input",
-        ("model.activation", "model.attention_scale", "model.feed_forward", "model.norm_in"),
-    ),
-    Rung("dropout", "more dropout, of attention too", ("model.dropout", "model.attention_dropout")),
-    Rung(
-        "users",
-        "user vectors start at 0, learn slowly and are dropped at random",
-        ("model.user_dropout", "tables.user_lr", "tables.user_init_std"),
-    ),
-    Rung("thinning", "entries of histories left out at random", ("batch.thinning", "batch.thinned")),
-    Rung("neighbours", "part of each target's weight on items that follow those of the history", ("neighbours",)),
-    Rung("batch", "smaller batches, by tokens", ("batch",)),
-    Rung("optimizer", "row-wise Adagrad of the tables; warm-up and cosine decay", ("tables", "optimizer")),
-    Rung("length", "epochs, validation and early stopping", ("train",)),
-    Rung("rest", "all other options", ("",)),
-)
-TUNE = (
-    Rung(ORIGINAL, "the paper's settings, from the model above: loss at the last item"),
-    Rung("targets", "loss at every interaction, which predicts the next", ("tuning.targets", "tuning.predict_from")),
-    Rung("batch", "smaller batches, by tokens", ("batch",)),
-    Rung("optimizer", "row-wise Adagrad of the tables; warm-up and cosine decay", ("tables", "optimizer")),
-    Rung("length", "epochs and early stopping", ("train",)),
-    Rung("soft_targets", "part of each target's weight on the model's own answers", ("tuning.soft_targets",)),
-    Rung("rest", "all other options", ("",)),
-)
-STAGES: dict[str, tuple[type, tuple[Rung, ...], tuple[str, ...]]] = {
-    "pretrain": (config.Pretrain, PRETRAIN, ("pretrain",)),
-    "prompt_tune": (config.PromptTune, TUNE, ("recgpt_1", "recgpt")),
-}
-"""Of each stage its configuration, its rungs, and the paths that measure it."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A rung on one data set: the options of ours that it adds."""
-
-    rung: Rung
-    added: dict[str, Any]
-
-
-def climb(kind: type, rungs: tuple[Rung, ...], original: str, ours: str) -> list[Step]:
-    """The rungs from one configuration file to another, each with what it adds; one that adds nothing is left out.
-
-    Args:
-        kind: configuration of the stage.
-        rungs: in order, the original first.
-        original, ours: configuration files, relative to the project.
-    """
-    first, last = (read_options(kind, file) for file in (original, ours))
-    left = {name: value for name, value in last.items() if value != first[name]}
-    steps = []
-    for rung in rungs:
-        added = {name: left.pop(name) for name in list(left) if takes(rung, name)}
-        if added or rung.name == ORIGINAL:
-            steps.append(Step(rung, added))
-    return steps
-
-
-def takes(rung: Rung, name: str) -> bool:
-    """Whether a rung takes an option."""
-    return any(not option or name == option or name.startswith(f"{option}.") for option in rung.options)
-
-
-def read_options(kind: type, file: str) -> dict[str, Any]:
-    """All options of a configuration file by dotted name, defaults included; the path of neighbours, where it trains
-    with them, is `NEIGHBOURS`."""
-    words = ["--config", str(ROOT / file), "--data", "", "--output", ""]
-    words += ["--checkpoint", ""] if kind is config.PromptTune else []
-    options = flatten(asdict(cli.parse(kind, "ladder", words)))
-    options.pop("preset")
-    return options | ({"neighbours.path": NEIGHBOURS} if uses_neighbours(file) else {})
+WITHOUT = "without"
 
 
 @dataclass(kw_only=True)
@@ -131,6 +43,8 @@ class Options(experiment.Options):
     """Raw file by name."""
     rungs: list[str]
     """Names of the rungs to measure; empty: all."""
+    without: list[str]
+    """Names of the rungs of pre-training that ours is measured without, each by itself."""
     epochs: int
     """Epochs of every rung; 0: each has its own."""
 
@@ -180,15 +94,26 @@ class Climb:
         if not self.options.rungs:
             return names
         wanted = {rung.partition(".")[2] for rung in self.options.rungs if rung.startswith(f"{stage}.")}
-        if stage == "pretrain" and self.measured("prompt_tune"):
+        if stage == "pretrain" and (self.measured("prompt_tune") or self.omitted):
             wanted.add(self.last)
         return [name for name in names if name in wanted]
+
+    @property
+    def omitted(self) -> list[Step]:
+        """The rungs of pre-training that ours is measured without."""
+        return [step for step in self.rungs["pretrain"] if step.rung.name in self.options.without]
+
+    def ours_without(self, omitted: Step) -> dict[str, Any]:
+        """What pre-training takes over the paper's settings, but for the options of one rung."""
+        added = {name: value for step in self.rungs["pretrain"] for name, value in step.added.items()}
+        return {name: value for name, value in added.items() if name not in omitted.added}
 
     def planned(self) -> list[str]:
         """The kind of every step, see `RecordedSteps`."""
         kinds = []
         for stage in STAGES:
             kinds += len(self.measured(stage)) * [f"{self.name} {stage}", f"{self.name} test"]
+        kinds += len(self.omitted) * [f"{self.name} pretrain", f"{self.name} test"]
         kinds += [f"{self.name} generate"] * bool(self.measured("prompt_tune"))
         neighbours = [f"{self.name} neighbours"] * self.uses_neighbours
         return [f"{self.name} prepare", *neighbours, *kinds * self.options.seeds]
@@ -200,7 +125,8 @@ class Climb:
         added = {stage: [path in step.added for step in steps] for stage, steps in self.rungs.items()}
         names = {stage: [step.rung.name for step in steps] for stage, steps in self.rungs.items()}
         first = {stage: names[stage][added[stage].index(True) :] for stage in STAGES if any(added[stage])}
-        return any(set(self.measured(stage)) & set(later) for stage, later in first.items())
+        trains = any(set(self.measured(stage)) & set(later) for stage, later in first.items())
+        return trains or any(path in self.ours_without(step) for step in self.omitted)
 
 
 class Ladder(experiment.Experiment):
@@ -219,6 +145,9 @@ class Ladder(experiment.Experiment):
             self._find_neighbours()
         for seed in range(self.options.seeds):
             self._train_rungs("pretrain", seed, self.data, ("prepare",))
+            for step in self.climb.omitted:
+                run, options = f"{WITHOUT}/{step.rung.name}", self.climb.ours_without(step)
+                self._train_rung("pretrain", run, options, seed, self.data, ("prepare",))
             if self.climb.measured("prompt_tune"):
                 last = f"seed{seed}/pretrain/{self.climb.last}"
                 prompts = self._generate_prompts(f"seed{seed}", 1, last)
@@ -226,25 +155,33 @@ class Ladder(experiment.Experiment):
                 self._train_rungs("prompt_tune", seed, f"{self.folder}/{prompts}", (last, prompts), more)
             write_report(self.options)
 
-    def _train_rungs(
-        self, stage: str, seed: int, data: str, needs: tuple[str, ...], more: list[str] | None = None
-    ) -> None:
+    def _train_rungs(self, stage: str, seed: int, data: str, needs: tuple[str, ...], more: Sequence[str] = ()) -> None:
         added: dict[str, Any] = {}
         for step in self.climb.rungs[stage]:
             added |= step.added
-            if step.rung.name not in self.climb.measured(stage):
-                continue
-            options = added | ({"train.epochs": self.options.epochs} if self.options.epochs else {})
-            if stage == "prompt_tune" and {"batch.tokens", "batch.step_tokens"} & options.keys():
-                # As many optimizer steps as without prompts.
-                options |= self._equal_steps(data, max_len=self.climb.max_len)
-            own = needs
-            if "neighbours.path" in options:
-                options["neighbours.path"], own = self.neighbours, (*needs, "neighbours")
-            run = f"{stage}/{step.rung.name}"
-            words = [*(more or []), *words_of(options)]
-            self._train(f"seed{seed}/{run}", stage, stage, self.climb.start[stage], data, own, seed, words)
-            self._test(seed, run, data)
+            if step.rung.name in self.climb.measured(stage):
+                self._train_rung(stage, f"{stage}/{step.rung.name}", added, seed, data, needs, more)
+
+    def _train_rung(
+        self,
+        stage: str,
+        run: str,
+        added: dict[str, Any],
+        seed: int,
+        data: str,
+        needs: tuple[str, ...],
+        more: Sequence[str] = (),
+    ) -> None:
+        """Train and measure the run in a folder, from the paper's settings with the options `added`."""
+        options = added | ({"train.epochs": self.options.epochs} if self.options.epochs else {})
+        if stage == "prompt_tune" and {"batch.tokens", "batch.step_tokens"} & options.keys():
+            # As many optimizer steps as without prompts.
+            options |= self._equal_steps(data, max_len=self.climb.max_len)
+        if "neighbours.path" in options:
+            options["neighbours.path"], needs = self.neighbours, (*needs, "neighbours")
+        words = [*more, *words_of(options)]
+        self._train(f"seed{seed}/{run}", stage, stage, self.climb.start[stage], data, needs, seed, words)
+        self._test(seed, run, data)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -268,12 +205,23 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument(
         "--rungs", nargs="+", default=[], metavar="RUNG", help=f"rungs to measure (default: all): {', '.join(names)}"
     )
+    choices = [rung.name for rung in PRETRAIN[1:]]
+    parser.add_argument(
+        "--without",
+        nargs="*",
+        default=[],
+        metavar="RUNG",
+        help=f"measure ours without each of these rungs of pre-training too (without names: all): {', '.join(choices)}",
+    )
     parser.add_argument("--epochs", type=int, default=0, help="epochs of every rung, for a try (default: its own)")
     given = parser.parse_args(arguments)
     if given.seeds < 1 or given.ranks < 1 or given.epochs < 0:
         parser.error("--seeds and --ranks must be at least 1, and --epochs at least 0")
     if unknown := set(given.rungs) - set(names):
         parser.error(f"--rungs {' '.join(sorted(unknown))}: choose among {', '.join(names)}")
+    if unknown := set(given.without) - set(choices):
+        parser.error(f"--without {' '.join(sorted(unknown))}: choose among {', '.join(choices)}")
+    asked = "--without" in (sys.argv[1:] if arguments is None else arguments)
     return Options(
         datasets=read_datasets(parser, given.dataset, ("steps",)),
         output=from_root(given.output),
@@ -281,6 +229,7 @@ def parse(arguments: list[str] | None = None) -> Options:
         ranks=given.ranks,
         configs=from_root(given.configs),
         rungs=given.rungs,
+        without=given.without or (choices if asked else []),
         epochs=given.epochs,
     )
 
@@ -294,45 +243,75 @@ def write_report(options: Options) -> None:
 
 
 def collect(climbed: Climb) -> list[dict[str, Any]]:
-    """The rungs of a data set in order, with their figures over seeds and their gains over the rung before."""
-    folder, seeds = ROOT / climbed.options.output / climbed.name, range(climbed.options.seeds)
+    """The rungs of a data set in order, with their figures over seeds and their gains over the rung before; then ours
+    without some of them, with what these gain."""
     rows = []
-    before: dict[int, dict[str, float]] = {}
+    before: Figures = {}
+    ours: Figures = {}
     for stage, (_, _, paths) in STAGES.items():
         for step in climbed.rungs[stage]:
-            runs = {seed: folder / f"seed{seed}/{stage}/{step.rung.name}" for seed in seeds}
-            tests = {seed: read_json(run.with_name(f"{run.name}_test.json")) for seed, run in runs.items()}
-            by_seed = {seed: test["results"] for seed, test in tests.items() if test}
-            if not by_seed:
-                continue
-            last = {seed: results[paths[-1]]["masked"] for seed, results in by_seed.items()}
-            shared = [seed for seed in last if seed in before]
-            gain = {m: mean_and_deviation([last[s][m] - before[s][m] for s in shared]) for m in METRICS * bool(shared)}
-            training = [read_training(runs[seed]) for seed in by_seed]
-            rows.append(
-                {
-                    "stage": stage,
-                    "rung": step.rung.name,
-                    "meaning": step.rung.meaning,
-                    "options": step.added,
-                    "results": {
-                        path: {m: mean_and_deviation([r[path]["masked"][m] for r in by_seed.values()]) for m in METRICS}
-                        for path in paths
-                    },
-                    "gain": gain or None,
-                    "train_s": mean_and_deviation([each["train_s"] for each in training]),
-                    "best_epochs": [each["best_epoch"] for each in training],
-                }
-            )
-            before = last
+            if measured := _read_figures(climbed, stage, step, paths[-1]):
+                gain = {seed: (figures, before[seed]) for seed, figures in measured.items() if seed in before}
+                rows.append(_row_of(climbed, stage, step, paths, gain))
+                before = measured
+                if stage == "pretrain":
+                    ours = measured
+    for step in climbed.omitted:
+        if measured := _read_figures(climbed, WITHOUT, step, "pretrain"):
+            gain = {seed: (ours[seed], figures) for seed, figures in measured.items() if seed in ours}
+            rows.append(_row_of(climbed, WITHOUT, step, ("pretrain",), gain))
     return rows
+
+
+Figures = dict[int, dict[str, float]]
+"""Figures of a run by seed and metric."""
+
+
+def _read_figures(climbed: Climb, stage: str, step: Step, path: str) -> Figures:
+    return {seed: results[path]["masked"] for seed, results in _read_results(climbed, stage, step).items()}
+
+
+def _read_results(climbed: Climb, stage: str, step: Step) -> dict[int, dict[str, Any]]:
+    """The results of a rung, by the seeds that are finished."""
+    folder = ROOT / climbed.options.output / climbed.name
+    files = {seed: folder / f"seed{seed}/{stage}/{step.rung.name}_test.json" for seed in range(climbed.options.seeds)}
+    return {seed: test["results"] for seed, file in files.items() if (test := read_json(file))}
+
+
+def _row_of(
+    climbed: Climb,
+    stage: str,
+    step: Step,
+    paths: tuple[str, ...],
+    gain: dict[int, tuple[dict[str, float], dict[str, float]]],
+) -> dict[str, Any]:
+    """A row of the report; `gain` has the figures with a choice and those without it, by seed."""
+    results = _read_results(climbed, stage, step)
+    folder = ROOT / climbed.options.output / climbed.name
+    training = [read_training(folder / f"seed{seed}/{stage}/{step.rung.name}") for seed in results]
+    return {
+        "stage": stage,
+        "rung": step.rung.name,
+        "meaning": step.rung.meaning,
+        "options": step.added,
+        "results": {
+            path: {m: mean_and_deviation([each[path]["masked"][m] for each in results.values()]) for m in METRICS}
+            for path in paths
+        },
+        "gain": {m: mean_and_deviation([own[m] - other[m] for own, other in gain.values()]) for m in METRICS}
+        if gain
+        else None,
+        "train_s": mean_and_deviation([each["train_s"] for each in training]),
+        "best_epochs": [each["best_epoch"] for each in training],
+    }
 
 
 def markdown(report: dict[str, list[dict[str, Any]]]) -> str:
     """The report in Markdown."""
     about = (
         "Test, masked, ranked over the whole catalogue; ± is the sample standard deviation over seeds. The gain is "
-        "over the rung before, seed by seed; of tuning that of two steps. Bold: best of its column."
+        "over the rung before, seed by seed; of tuning that of two steps; of `without` that of ours over ours without "
+        "the choice. Bold: best of its column."
     )
     lines = ["# From the paper's settings to ours", "", about]
     for name, rungs in report.items():

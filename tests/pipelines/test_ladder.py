@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pipelines import ladder, steps
-from pipelines.ladder import PRETRAIN, TUNE, climb, read_options
+from pipelines.ladder_rungs import PRETRAIN, TUNE, climb, read_options
 from recgpt_torchrec.config import Pretrain, PromptTune
 from tests.pipelines.test_paper import CONFIG, PROMPTS, InProcess
 from tests.pipelines.test_paper import TUNE as TUNE_CONFIG
@@ -81,6 +81,40 @@ def test_a_small_ladder_is_climbed_once_and_says_what_each_rung_gains(tmp_path, 
     assert "| `pretrain.batch` pretrain: smaller batches" in text and "gain in NDCG@10" in text
     ladder.main(words)
     assert len(executor.ran) == ran
+
+
+def test_ours_without_a_choice_is_ours_with_the_papers_options_there(tmp_path, monkeypatch):
+    executor = InProcess()
+    monkeypatch.setattr(steps, "execute", executor)
+    log, configs, out = tmp_path / "log.csv", tmp_path / "configs", tmp_path / "out"
+    synthetic_log.main(["--output", str(log), "--users", "120", "--items", "60", "--mean_events", "10"])
+    configs.mkdir()
+    ours = "model: {dim: 8, layers: 1, max_len: 10}\nloss: {candidates: all}\ntrain: {epochs: 1}\n"
+    files = {"original": ORIGINAL, "original_tune": ORIGINAL_TUNE, "tiny": ours, "tiny_tune": TUNE_CONFIG}
+    for name, text in files.items():
+        (configs / f"{name}.yaml").write_text(text)
+    words = ["--dataset", f"tiny={log}", "--output", str(out), "--configs", str(configs), "--seeds", "1"]
+    words += ["--ranks", "1", "--rungs", "pretrain.batch"]
+    without = [*words, "--without", "loss", "decoder"]
+    assert ladder.Climb("tiny", ladder.parse(without)).last == "batch"
+    ladder.main(without)
+    rows = json.loads((out / "report.json").read_text())["tiny"]
+    names = [f"{row['stage']}.{row['rung']}" for row in rows]
+    assert names == ["pretrain.batch", "without.loss", "without.decoder"]
+    runs = [out / "tiny/seed0" / run for run in ("pretrain/batch", "without/loss", "without/decoder")]
+    whole, without_loss, without_decoder = (json.loads((run / "run.json").read_text())["config"] for run in runs)
+    assert (whole["loss"]["candidates"], whole["model"]["activation"], whole["batch"]["users"]) == ("all", "gelu", 0)
+    assert {name for name, value in without_loss.items() if value != whole[name]} == {"output", "loss"}
+    assert without_loss["loss"] == {**whole["loss"], "candidates": "bce"}
+    assert without_decoder["model"] == {**whole["model"], "activation": "relu"}
+    tests = [json.loads(run.with_name(f"{run.name}_test.json").read_text()) for run in runs]
+    figures = [test["results"]["pretrain"]["masked"] for test in tests]
+    for row, own in zip(rows[1:], figures[1:], strict=True):
+        for metric in ("HR@10", "NDCG@10"):
+            assert row["gain"][metric]["mean"] == figures[0][metric] - own[metric]
+    assert "| `without.loss` pretrain: softmax over all items" in (out / "report.md").read_text()
+    assert ladder.parse(words).without == []
+    assert ladder.parse([*words, "--without"]).without == [rung.name for rung in PRETRAIN[1:]]
 
 
 def test_a_data_set_without_a_file_of_its_own_ends_at_what_the_preset_chooses_for_beauty():
