@@ -31,7 +31,7 @@ class Prompts:
     answers: int = 0
     """Number of answers (the model's highest-ranked next items) to store with each interaction, with their scores, 0 to
     64; prompt_tune --tuning.soft_targets and pretrain --soft_targets use them. With --prompts.k 0 they alone are
-    stored, after all interactions of the training part, else after the newest model.max_len."""
+    stored."""
     exclude_seen: bool = True
     """Never generate an item that is in the user's history so far, or already a prompt between the same two
     interactions."""

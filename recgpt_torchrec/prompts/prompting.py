@@ -5,12 +5,9 @@
 
 a1 is the model's best item after `a`, a2 after `a a1`, b1 after `a a1 a2 b`, and so on, from all entries before it; or
 an item drawn among the best (`sampling.py`). In a history longer than `max_len` only the newest `max_len` items have
-prompts between them. Answers without prompts (k = 0), which another model is pre-trained on, follow older items of the
-training part too, each from those of its window of `max_len`, as `--batch.long_histories windows` trains.
-
-Where the dataset stores the starts of a user's validation and test part, that holds for the histories before each of
-them too: the prompts of a history that a split reads come from this history alone, however much comes after it. Knows
-nothing of files.
+prompts between them. Where the dataset stores the starts of a user's validation and test part, that holds for the
+histories before each of them too: the prompts of a history that a split reads come from this history alone, however
+much comes after it. Knows nothing of files.
 """
 
 from collections.abc import Callable
@@ -74,15 +71,12 @@ class Prompter:
         """
         training = histories.lengths if self.boost is None else self.boost.count_training(histories)
         if histories.starts is None:
-            self._fill_older(histories, user_vectors, training)
             return self._fill_newest(histories, user_vectors, known, progress, training)
         # One history after the other: what a split reads must not depend on what comes after it.
         complete = np.zeros(histories.users.size, np.int64)
         stops = (histories.starts.validation, histories.starts.test, histories.lengths)
         for number, stop in enumerate(stops, 1):
             part, places = histories.beginning(stop)
-            if number == 1:
-                self._fill_older(part, user_vectors, training)
             skipped = part.newest_start(self.max_len) - part.offsets[:-1]
             report = progress if number == len(stops) else lambda users: None
             self._fill_newest(part, user_vectors, np.maximum(complete - skipped, 0), report, training)
@@ -99,32 +93,8 @@ class Prompter:
     ) -> None:
         """Fill the intervals between the newest `max_len` items of each user; see `fill`."""
         first = histories.newest_start(self.max_len)
-        self._fill_windows(histories, first, histories.offsets[1:], user_vectors, training, known, progress)
-
-    def _fill_older(self, histories: Intervals, user_vectors: Tensor, training: Int64) -> None:
-        """Fill in the answers after the items before the newest `max_len` of each user, where there are no prompts."""
-        if self.prompts.k:
-            return
-        oldest, end = histories.offsets[:-1], histories.newest_start(self.max_len)
-        while (end > oldest).any():
-            first = np.maximum(oldest, end - self.max_len)
-            # The item at `end`, the first of the next window, is what comes after this one.
-            self._fill_windows(histories, first, end + (end > oldest), user_vectors, training)
-            end = first
-
-    def _fill_windows(
-        self,
-        histories: Intervals,
-        first: Int64,
-        end: Int64,
-        user_vectors: Tensor,
-        training: Int64,
-        known: Int64 | None = None,
-        progress: Callable[[int], object] = lambda users: None,
-    ) -> None:
-        """Fill the intervals between the items `first:end` [users] of each user, but for the first `known`."""
         known = np.zeros(histories.users.size, np.int64) if known is None else known
-        todo = np.maximum(end - first - 1, 0) - known
+        todo = np.maximum(histories.offsets[1:] - first - 1, 0) - known
         # Users with equal numbers of intervals to fill and of filled ones are decoded together: few steps run for a few
         # users, and there is little padding.
         order = np.lexsort((-known, -todo))

@@ -297,29 +297,6 @@ def test_the_answers_kept_are_the_best_after_each_interacted_item(dense, catalog
                 assert entries[place + 1] == answers[i, 0]
 
 
-@pytest.mark.parametrize("starts", [False, True])
-def test_answers_without_prompts_follow_the_older_items_of_the_training_part_too(dense, catalogue, starts):
-    rows = random_rows([15, 0, 6, 1, 7, 13, 12, 3])
-    table, trained = rows_of(rows), [len(row) for row in rows]
-    if starts:  # the training part ends two items before the history does
-        trained = [max(0, n - 2) for n in trained]
-        table = table.append_column("validation_start", pa.array(trained, pa.int32()))
-        table = table.append_column("test_start", pa.array([max(0, len(row) - 1) for row in rows], pa.int32()))
-    made = fill(dense, catalogue, intervals_of(table, 0, MAX_LEN, (), answers=3), Prompts(k=0, answers=3))
-    users = random_user_vectors(len(rows))
-    for u, row in enumerate(rows):
-        answers = np.array(made["answer_ids"][u].as_py(), dtype=np.int64).reshape(-1, 3)
-        assert len(answers) == len(row) and (answers[-1:] == -1).all()
-        windows = range(trained[u], 0, -MAX_LEN)  # where windows end, from the newest
-        for i in range(trained[u] - 1):
-            end = next(end for end in reversed(windows) if i < end)
-            read = row[max(0, end - MAX_LEN) : i + 1]
-            reference = score(dense, catalogue, users[u], read, list(range(len(read))))
-            reference[row[: i + 1]] = -torch.inf
-            wanted = [int(item) if found > -torch.inf else -1 for found, item in zip(*reference.topk(3), strict=True)]
-            assert answers[i].tolist() == wanted, (u, i)
-
-
 def test_shown_items_stand_first_and_generated_ones_fill_up(dense, catalogue):
     rows = [[3, 7, 8, 9, 1, 2], [4, 5, 6, 10]]
     # row 0: shown before the first item, three after item 3, one after 1, one after the last
