@@ -29,9 +29,9 @@ class Prompts:
     )
     """Kinds of exposed items that become prompts, as prepare told them apart."""
     answers: int = 0
-    """Number of answers (the model's highest-ranked next items) to store with each interaction, with their scores, 0 to
-    64; prompt_tune --tuning.soft_targets and pretrain --soft_targets use them. With --prompts.k 0 they alone are
-    stored."""
+    """Number of answers (the model's highest-ranked next items) to store with each of the newest model.max_len
+    interactions, with their scores, 0 to 64; prompt_tune --tuning.soft_targets and pretrain --soft_targets use them.
+    With --prompts.k 0 they alone are stored."""
     exclude_seen: bool = True
     """Never generate an item that is in the user's history so far, or already a prompt between the same two
     interactions."""
