@@ -160,7 +160,7 @@ def _precision(option: str, device: torch.device, output: str | None, before: st
 def _cpu_precision(output: str | None, before: str | None) -> tuple[Precision, str]:
     """What `auto` chooses on this CPU, and why.
 
-    What is measured on a busy machine may be another value the next time, so a run that resumes keeps what it began with.
+    What is measured may be another value the next time, so a run that resumes keeps what it began with.
     """
     flags = [name for name in BF16_FLAGS if name in cpu_flags()]
     if not flags:
