@@ -106,7 +106,13 @@ class Climb:
     def ours_without(self, omitted: Step) -> dict[str, Any]:
         """What pre-training takes over the paper's settings, but for the options of one rung."""
         added = {name: value for step in self.rungs["pretrain"] for name, value in step.added.items()}
-        return {name: value for name, value in added.items() if name not in omitted.added}
+        options = {name: value for name, value in added.items() if name not in omitted.added}
+        if "loss.candidates" in omitted.added and {"soft_targets", "neighbours.path"} & options.keys():
+            raise SystemExit(
+                f"ladder: {self.name} has soft targets, for which the paper's loss has no softmax; name the rungs of "
+                "--without, but for loss"
+            )
+        return options
 
     def planned(self) -> list[str]:
         """The kind of every step, see `RecordedSteps`."""
@@ -209,7 +215,6 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument(
         "--without",
         nargs="*",
-        default=[],
         metavar="RUNG",
         help=f"measure ours without each of these rungs of pre-training too (without names: all): {', '.join(choices)}",
     )
@@ -219,9 +224,9 @@ def parse(arguments: list[str] | None = None) -> Options:
         parser.error("--seeds and --ranks must be at least 1, and --epochs at least 0")
     if unknown := set(given.rungs) - set(names):
         parser.error(f"--rungs {' '.join(sorted(unknown))}: choose among {', '.join(names)}")
-    if unknown := set(given.without) - set(choices):
+    without = choices if given.without == [] else given.without or []
+    if unknown := set(without) - set(choices):
         parser.error(f"--without {' '.join(sorted(unknown))}: choose among {', '.join(choices)}")
-    asked = "--without" in (sys.argv[1:] if arguments is None else arguments)
     return Options(
         datasets=read_datasets(parser, given.dataset, ("steps",)),
         output=from_root(given.output),
@@ -229,7 +234,7 @@ def parse(arguments: list[str] | None = None) -> Options:
         ranks=given.ranks,
         configs=from_root(given.configs),
         rungs=given.rungs,
-        without=given.without or (choices if asked else []),
+        without=without,
         epochs=given.epochs,
     )
 

@@ -41,6 +41,7 @@ PRETRAIN = (
     ),
     Rung("thinning", "entries of histories left out at random", ("batch.thinning", "batch.thinned")),
     Rung("neighbours", "part of each target's weight on items that follow those of the history", ("neighbours",)),
+    Rung("windows", "histories longer than the model reads whole, in windows", ("batch.long_histories",)),
     Rung("batch", "smaller batches, by tokens", ("batch",)),
     Rung("optimizer", "row-wise Adagrad of the tables; warm-up and cosine decay", ("tables", "optimizer")),
     Rung("length", "epochs, validation and early stopping", ("train",)),
@@ -49,6 +50,7 @@ PRETRAIN = (
 TUNE = (
     Rung(ORIGINAL, "the paper's settings, from the model above: loss at the last item"),
     Rung("targets", "loss at every interaction, which predicts the next", ("tuning.targets", "tuning.predict_from")),
+    Rung("windows", "histories longer than the model reads whole, in windows", ("batch.long_histories",)),
     Rung("batch", "smaller batches, by tokens", ("batch",)),
     Rung("optimizer", "row-wise Adagrad of the tables; warm-up and cosine decay", ("tables", "optimizer")),
     Rung("length", "epochs and early stopping", ("train",)),

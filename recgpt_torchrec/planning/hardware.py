@@ -96,7 +96,7 @@ class Hardware:
 
 
 def hardware_of(plan: Plan) -> Hardware:
-    """The hardware that the options describe; with `--gpu cpu`, what is not given is measured here (0.2 s).
+    """The hardware that the options describe; with `--gpu cpu`, what is not given is measured here (under a second).
 
     Raises:
         InputError: the kind of GPU has no units for the precision.

@@ -88,11 +88,13 @@ class Workload:
     @property
     def history(self) -> float:
         """Mean number of tokens per sequence, from 1 to max_len."""
-        plan = self.plan
+        plan, max_len = self.plan, self.plan.model.max_len
         given = plan.history
         if given is None:
-            given = plan.model.max_len / 2 if plan.interactions is None else plan.interactions / self.users - 1
-        return min(max(given, 1.0), plan.model.max_len)
+            given = max_len / 2 if plan.interactions is None else plan.interactions / self.users - 1
+        if plan.batch.long_histories == "windows" and given > max_len:
+            return given / (given / max_len + 1)  # cut at any places, into one window more than would hold it
+        return min(max(given, 1.0), max_len)
 
     @property
     def epoch_tokens(self) -> float | None:
@@ -215,7 +217,8 @@ def with_sizes_of(plan: Plan, manifest: Manifest) -> Plan:
         raise InputError(f"{plan.data} has no users or no items; prepare a log with interactions in it")
     own, history = plan.items is None and plan.users is None, plan.history
     if history is None and manifest.day is None:  # a day counts the targets that it added alone
-        targets = manifest.count_training_tokens(plan.model.max_len, prompts=False)
+        max_len = plan.model.max_len if plan.batch.long_histories == "newest" else None
+        targets = manifest.count_training_tokens(max_len, prompts=False)
         history = max(1.0, targets / max(sum(part.rows for part in manifest.sequences), 1))
     return replace(
         plan,

@@ -38,7 +38,7 @@ def test_the_rungs_lead_from_the_papers_settings_to_ours_option_by_option(kind, 
     # In the order of the rungs; ours may keep what the paper has, and trains with neighbours in no configuration.
     names = [step.rung.name for step in made]
     assert names == [rung.name for rung in rungs if rung.name in names]
-    assert {rung.name for rung in rungs} - {*names} <= {"neighbours", "rest"}
+    assert {rung.name for rung in rungs} - {*names} <= {"neighbours", "windows", "rest"}
 
 
 def test_a_small_ladder_is_climbed_once_and_says_what_each_rung_gains(tmp_path, monkeypatch):

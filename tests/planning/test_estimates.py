@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from recgpt_torchrec.config import AttributeChoice, Loss, Model, Plan, Tables, TrainingBatch
 from recgpt_torchrec.data.candidates import candidate_source
-from recgpt_torchrec.data.reading.histories import HistoryReader
+from recgpt_torchrec.data.reading.histories import HistoryReader, cut_pieces
 from recgpt_torchrec.data.stream import BatchMaker
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.dense import Dense
@@ -237,6 +238,10 @@ def test_an_epoch_has_the_newest_entries_of_each_history_or_all_of_them() -> Non
         for long in ("newest", "windows")
     )
     assert newest.steps == 10**6 * 50 / 1000 and windows.steps == (10**9 - 10**6) / 1000
+    # Mean tokens of a window, cut at any place.
+    targets, shifts = np.full(1000, 999), np.arange(1000) % 50
+    _, start, stop = cut_pieces(np.zeros(1000, np.int64), targets + 1, 50, shifts)
+    assert newest.history == 50 and windows.history == pytest.approx(float(np.mean(stop - start - 1)), rel=0.01)
 
 
 def test_groups_of_ranks_that_would_need_a_cache_are_refused_as_a_run_refuses_them() -> None:

@@ -187,6 +187,9 @@ def test_histories_longer_than_the_length_that_is_given_are_trained_whole(data: 
     config, lines = resolve(data, "--preset", "auto", "--model.max_len", "19", "--batch.long_histories", "newest")
     assert config.batch.long_histories == "newest"
     assert "preset auto: batch.long_histories newest as given, instead of windows" in lines
+    config, lines = resolve(data, "--preset", "auto", "--model.max_len", "19", "--soft_targets", "0.3")
+    assert config.batch.long_histories == "newest"  # answers follow the newest items alone
+    assert "preset auto: batch.long_histories is not set to windows, since soft_targets 0.3 is given" in lines
 
 
 def test_a_value_that_is_given_counts_though_it_is_the_default(tmp_path: Path) -> None:
@@ -293,6 +296,8 @@ def test_of_a_folder_of_days_the_first_day_chooses(tmp_path: Path) -> None:
     config, lines = resolve(tmp_path / "data", "--preset", "auto")
     assert (dataclasses.asdict(config), lines) == (dataclasses.asdict(before[0]), before[1])
     assert lines[0].endswith("for all of its days") and config.model.max_len == 12
+    _, lines_of_short = resolve(tmp_path / "data", "--preset", "auto", "--model.max_len", "5")
+    assert not any("long_histories" in line for line in lines_of_short)  # days are trained in windows anyway
     assert any(line.startswith("preset auto: model.max_len 12, since days keep the newest 12") for line in lines)
 
 

@@ -28,7 +28,7 @@ def draw_for_users(users: Int64, purpose: int, seed: int, epoch: int) -> npt.NDA
 
 
 def draw_for_entries(histories: Histories, purpose: int, seed: int, epoch: int) -> npt.NDArray[np.float64]:
-    """[entries] float64 from 0 to less than 1, by user and place in the history; see `draw_for_users`."""
+    """[entries] float64 from 0 to less than 1, by user and place in the history or its window; see above."""
     lengths = histories.lengths
     numbers = np.repeat(histories.users * PLACES, lengths) + ragged_arange(lengths)
     return draw_for_users(numbers, purpose, seed, epoch)

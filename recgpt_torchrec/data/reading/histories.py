@@ -263,8 +263,9 @@ def _empty_without_target(start: Int64, stop: Int64, new: npt.NDArray[np.bool_])
 def cut_pieces(start: Int64, stop: Int64, max_len: int, shift: Int64 | None = None) -> tuple[Int64, Int64, Int64]:
     """Cut each range into pieces of `max_len` tokens and one more target, starting from the newest.
 
-    Every target is in exactly one piece. Pieces overlap by one entry: the last target of the earlier and the first
-    token of the later.
+    Every entry but the first of a range is a target in exactly one piece. Pieces overlap by one entry: the last target
+    of the earlier and the first token of the later. Where that is a prompt, the item after it is predicted from the
+    prompt alone, so not at all where prompts do not predict.
 
     Args:
         start, stop: [ranges] int64, the ranges `start:stop`.

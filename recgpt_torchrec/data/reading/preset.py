@@ -43,6 +43,8 @@ def apply_preset(config: Config) -> tuple[Config, list[str]]:
     lines = [] if days is None else [f"{PREFIX}statistics of day 1 of {config.data}, for all of its days"]
     lines += [f"{PREFIX}model options are those of the checkpoint"] if tuned and config.model is None else []
     for choice in choose(statistics, tuned, epochs, max_len):
+        if manifest.day is not None and choice.name == "batch.long_histories":
+            continue  # days are trained in windows anyway
         if manifest.day is not None and choice.name == "model.max_len" and choice.value > manifest.day.history:
             reason = f"since days keep the newest {manifest.day.history} interactions of earlier ones"
             choice = replace(choice, value=manifest.day.history, reason=reason)

@@ -17,7 +17,8 @@ FEWEST = 2
 def thin(histories: Histories, probability: float, share: float, seed: int, epoch: int) -> Histories:
     """Leave out entries of a share of the histories; prompts go with the interacted entry that they follow.
 
-    What is left out depends on the seed, the epoch, the user and the place in the history alone.
+    What is left out depends on the seed, the epoch, the user and the place in the history, or in the window of it that
+    is trained, alone.
 
     Args:
         histories: of a batch or a window.
