@@ -6,6 +6,7 @@ Other commands (`curl`, `torchx`, another interpreter) are given to bash.
 
 import contextlib
 import os
+import random
 import runpy
 import shlex
 import signal
@@ -49,8 +50,7 @@ class PageRun:
         self.name, self.show = name, show
         self.names: dict[str, Any] = {"__name__": "__main__"}
         self.services: list[int] = []
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            self.port = str(server.getsockname()[1])
+        self.port = PORT
 
     def run_block(self, block: Block) -> None:
         """Run a block of commands or of Python."""
@@ -70,6 +70,7 @@ class PageRun:
         """Run one command, and wait for its end, or until a service says where it is."""
         typed = line.replace(f"localhost:{PORT}", f"localhost:{self.port}")
         if stays:
+            self.port = find_port()
             typed += f" --port {self.port}"
         self.watch(number, line, lambda log: self.fork(typed, log, stays))
 
@@ -128,6 +129,14 @@ class PageRun:
         for child in self.services:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
+
+
+def find_port() -> str:
+    """A free port that the system gives to no other process until a service takes it: Linux gives those from 32,768 on."""
+    while True:
+        port = random.randrange(16_384, 32_768)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return str(port)
 
 
 def run_line(line: str) -> int:
