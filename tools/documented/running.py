@@ -132,7 +132,7 @@ class PageRun:
 
 
 def find_port() -> str:
-    """A free port below those that Linux gives to whoever asks for any, so that it stays free until a service starts."""
+    """A free port, below those that Linux gives to whoever asks for any: it stays free until a service starts."""
     while True:
         port = random.randrange(16_384, 32_768)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
