@@ -33,6 +33,8 @@ from recgpt_torchrec.config.command_line import values_of  # noqa: E402
 
 METRICS = ("HR@10", "NDCG@10")
 WITHOUT = "without"
+Figures = dict[int, dict[str, float]]
+"""Figures of a run by seed and metric."""
 
 
 @dataclass(kw_only=True)
@@ -250,65 +252,50 @@ def write_report(options: Options) -> None:
 def collect(climbed: Climb) -> list[dict[str, Any]]:
     """The rungs of a data set in order, with their figures over seeds and their gains over the rung before; then ours
     without some of them, with what these gain."""
-    rows = []
-    before: Figures = {}
-    ours: Figures = {}
+    rows, before, ours = [], Figures(), Figures()
     for stage, (_, _, paths) in STAGES.items():
         for step in climbed.rungs[stage]:
-            if measured := _read_figures(climbed, stage, step, paths[-1]):
-                gain = {seed: (figures, before[seed]) for seed, figures in measured.items() if seed in before}
-                rows.append(_row_of(climbed, stage, step, paths, gain))
-                before = measured
-                if stage == "pretrain":
-                    ours = measured
+            row, figures = _read_row(climbed, stage, step, paths)
+            if figures:
+                rows.append({**row, "gain": _gain(figures, before)})
+                before = figures
+        if stage == "pretrain":
+            ours = before
     for step in climbed.omitted:
-        if measured := _read_figures(climbed, WITHOUT, step, "pretrain"):
-            gain = {seed: (ours[seed], figures) for seed, figures in measured.items() if seed in ours}
-            rows.append(_row_of(climbed, WITHOUT, step, ("pretrain",), gain))
+        row, figures = _read_row(climbed, WITHOUT, step, ("pretrain",))
+        if figures:
+            rows.append({**row, "gain": _gain(ours, figures)})
     return rows
 
 
-Figures = dict[int, dict[str, float]]
-"""Figures of a run by seed and metric."""
-
-
-def _read_figures(climbed: Climb, stage: str, step: Step, path: str) -> Figures:
-    return {seed: results[path]["masked"] for seed, results in _read_results(climbed, stage, step).items()}
-
-
-def _read_results(climbed: Climb, stage: str, step: Step) -> dict[int, dict[str, Any]]:
-    """The results of a rung, by the seeds that are finished."""
+def _read_row(climbed: Climb, stage: str, step: Step, paths: tuple[str, ...]) -> tuple[dict[str, Any], Figures]:
+    """A row of the report but for its gain, and the figures of its last path; both empty where no seed is finished."""
     folder = ROOT / climbed.options.output / climbed.name
-    files = {seed: folder / f"seed{seed}/{stage}/{step.rung.name}_test.json" for seed in range(climbed.options.seeds)}
-    return {seed: test["results"] for seed, file in files.items() if (test := read_json(file))}
-
-
-def _row_of(
-    climbed: Climb,
-    stage: str,
-    step: Step,
-    paths: tuple[str, ...],
-    gain: dict[int, tuple[dict[str, float], dict[str, float]]],
-) -> dict[str, Any]:
-    """A row of the report; `gain` has the figures with a choice and those without it, by seed."""
-    results = _read_results(climbed, stage, step)
-    folder = ROOT / climbed.options.output / climbed.name
-    training = [read_training(folder / f"seed{seed}/{stage}/{step.rung.name}") for seed in results]
-    return {
+    runs = {seed: folder / f"seed{seed}/{stage}/{step.rung.name}" for seed in range(climbed.options.seeds)}
+    tests = {seed: read_json(run.with_name(f"{run.name}_test.json")) for seed, run in runs.items()}
+    by_seed = {seed: test["results"] for seed, test in tests.items() if test}
+    if not by_seed:
+        return {}, {}
+    training = [read_training(runs[seed]) for seed in by_seed]
+    row = {
         "stage": stage,
         "rung": step.rung.name,
         "meaning": step.rung.meaning,
         "options": step.added,
         "results": {
-            path: {m: mean_and_deviation([each[path]["masked"][m] for each in results.values()]) for m in METRICS}
+            path: {m: mean_and_deviation([each[path]["masked"][m] for each in by_seed.values()]) for m in METRICS}
             for path in paths
         },
-        "gain": {m: mean_and_deviation([own[m] - other[m] for own, other in gain.values()]) for m in METRICS}
-        if gain
-        else None,
         "train_s": mean_and_deviation([each["train_s"] for each in training]),
         "best_epochs": [each["best_epoch"] for each in training],
     }
+    return row, {seed: results[paths[-1]]["masked"] for seed, results in by_seed.items()}
+
+
+def _gain(figures: Figures, over: Figures) -> dict[str, Any] | None:
+    """What figures gain over others, seed by seed; None: they share no seed."""
+    shared = [seed for seed in figures if seed in over]
+    return {m: mean_and_deviation([figures[s][m] - over[s][m] for s in shared]) for m in METRICS} if shared else None
 
 
 def markdown(report: dict[str, list[dict[str, Any]]]) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from recgpt_torchrec.data.inputs.spec import Inputs
 from recgpt_torchrec.data.loading import prefetch
 from recgpt_torchrec.data.neighbours.answering import NeighbourAnswers
 from recgpt_torchrec.data.packed import Capacity, FixedShape, Layout
-from recgpt_torchrec.data.ragged import Float64, Int64, offsets_of
+from recgpt_torchrec.data.ragged import Int64, offsets_of
 from recgpt_torchrec.data.reading.damage import SetAside
 from recgpt_torchrec.data.reading.draws import CUTTING, draw_for_users
 from recgpt_torchrec.data.reading.histories import HistoryReader
@@ -212,14 +212,12 @@ class BatchMaker:
     def read(self, window: Window, epoch: int, shuffle: bool) -> Histories:
         """The histories of a window; with `shuffle`, their order is drawn by (seed, epoch, window)."""
         rng = np.random.default_rng((self.seed, epoch, window.index, 2))
-        order = rng.permutation if shuffle else None
-        if not self.training:
-            return self.reader.read(window.groups, order)
-
-        def shift(users: Int64) -> Float64:
-            return draw_for_users(users, CUTTING, self.seed, epoch)
-
+        order, shift = rng.permutation if shuffle else None, None
+        if self.training and not self.reader.new_targets:  # these are predicted from all that is there before them
+            shift = partial(draw_for_users, purpose=CUTTING, seed=self.seed, epoch=epoch)
         histories = self.reader.read(window.groups, order, shift)
+        if not self.training:
+            return histories
         thinned = thin(histories, *self.thinning, self.seed, epoch)
         return thinned if self.neighbours is None else self.neighbours.attach(thinned, histories)
 

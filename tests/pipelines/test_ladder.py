@@ -1,6 +1,7 @@
 """`pipelines/ladder.py`: its rungs lead from the paper's settings to ours, and a small ladder is climbed once."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -41,19 +42,24 @@ def test_the_rungs_lead_from_the_papers_settings_to_ours_option_by_option(kind, 
     assert {rung.name for rung in rungs} - {*names} <= {"neighbours", "windows", "rest"}
 
 
+def words_for(folder: Path, files: dict[str, str]) -> list[str]:
+    """A log and a folder of configurations, the original ones and `files`, and the options for one seed of it."""
+    log, configs = folder / "log.csv", folder / "configs"
+    synthetic_log.main(["--output", str(log), "--users", "120", "--items", "60", "--mean_events", "10"])
+    configs.mkdir()
+    for name, text in {**files, "original": ORIGINAL, "original_tune": ORIGINAL_TUNE}.items():
+        (configs / f"{name}.yaml").write_text(text)
+    words = ["--dataset", f"tiny={log}", "--output", str(folder / "out"), "--configs", str(configs)]
+    return [*words, "--seeds", "1", "--ranks", "1"]
+
+
 def test_a_small_ladder_is_climbed_once_and_says_what_each_rung_gains(tmp_path, monkeypatch):
     executor = InProcess()
     monkeypatch.setattr(steps, "execute", executor)
-    log, configs, out = tmp_path / "log.csv", tmp_path / "configs", tmp_path / "out"
-    synthetic_log.main(["--output", str(log), "--users", "120", "--items", "60", "--mean_events", "10"])
-    configs.mkdir()
+    out = tmp_path / "out"
     files = {"paper": CONFIG, "paper_prompts": PROMPTS, "paper_tune": TUNE_CONFIG}
-    for name, text in {**files, "original": ORIGINAL, "original_tune": ORIGINAL_TUNE}.items():
-        (configs / f"{name}.yaml").write_text(text)
-    words = ["--dataset", f"tiny={log}", "--output", str(out), "--configs", str(configs), "--seeds", "1"]
-    words += ["--ranks", "1", "--rungs", "pretrain.original", "prompt_tune.soft_targets"]
-    with (configs / "tiny.yaml").open("w") as file:  # which trains with neighbours, from one rung on
-        file.write(f"{CONFIG}neighbours: {{share: 0.2}}\n")
+    files["tiny"] = f"{CONFIG}neighbours: {{share: 0.2}}\n"  # from one rung on
+    words = [*words_for(tmp_path, files), "--rungs", "pretrain.original", "prompt_tune.soft_targets"]
     ladder.main(words)
     ran = len(executor.ran)
     # prepare and neighbours; two rungs of pre-training, from the last of which is tuned; one of tuning; each measured
@@ -86,15 +92,9 @@ def test_a_small_ladder_is_climbed_once_and_says_what_each_rung_gains(tmp_path, 
 def test_ours_without_a_choice_is_ours_with_the_papers_options_there(tmp_path, monkeypatch):
     executor = InProcess()
     monkeypatch.setattr(steps, "execute", executor)
-    log, configs, out = tmp_path / "log.csv", tmp_path / "configs", tmp_path / "out"
-    synthetic_log.main(["--output", str(log), "--users", "120", "--items", "60", "--mean_events", "10"])
-    configs.mkdir()
+    out = tmp_path / "out"
     ours = "model: {dim: 8, layers: 1, max_len: 10}\nloss: {candidates: all}\ntrain: {epochs: 1}\n"
-    files = {"original": ORIGINAL, "original_tune": ORIGINAL_TUNE, "tiny": ours, "tiny_tune": TUNE_CONFIG}
-    for name, text in files.items():
-        (configs / f"{name}.yaml").write_text(text)
-    words = ["--dataset", f"tiny={log}", "--output", str(out), "--configs", str(configs), "--seeds", "1"]
-    words += ["--ranks", "1", "--rungs", "pretrain.batch"]
+    words = [*words_for(tmp_path, {"tiny": ours, "tiny_tune": TUNE_CONFIG}), "--rungs", "pretrain.batch"]
     without = [*words, "--without", "loss", "decoder"]
     assert ladder.Climb("tiny", ladder.parse(without)).last == "batch"
     ladder.main(without)

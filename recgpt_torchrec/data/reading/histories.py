@@ -88,8 +88,7 @@ class HistoryReader:
             groups: row groups, read together.
             order: returns the order of n sequences, a permutation [n] int64; None: the order of the dataset.
             shift: of users [n], returns [n] from 0 to less than 1 the share of a window that the newest one of each is
-                shorter; None: it is as long as the others. Not where only new targets are predicted, from all that is
-                there before them.
+                shorter; None: it is as long as the others.
 
         Raises:
             InputError: a row is damaged, and not set aside; names its place.
@@ -174,7 +173,7 @@ class HistoryReader:
             return values if values is None or kept is None else values[kept]
 
         if self.training and self.long_histories == "windows":
-            shifts = None if shift is None or self.new_targets else (shift(users) * self.max_len).astype(np.int64)
+            shifts = None if shift is None else (shift(users) * self.max_len).astype(np.int64)
             owner, start, stop = cut_pieces(first, last, self.max_len, shifts)
             assert read is not None
             users, read = users[owner], (read / np.bincount(owner, minlength=users.size))[owner]
