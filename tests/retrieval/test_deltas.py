@@ -1,17 +1,14 @@
-"""Deltas: what is in them, that an export and its deltas are the new export, and what does not fit together."""
+"""Deltas: what is in them, and that an export and its deltas are the new export."""
 
 import errno
 import itertools
-import shutil
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import torch.distributed as dist
 
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.errors import InputError
@@ -19,124 +16,29 @@ from recgpt_torchrec.retrieval.exports import lookup, share
 from recgpt_torchrec.retrieval.exports.applying import apply_deltas
 from recgpt_torchrec.retrieval.exports.chain import open_chain
 from recgpt_torchrec.retrieval.exports.changes import has_moved
-from recgpt_torchrec.retrieval.exports.reading import Delta, Export, open_delta, open_export
+from recgpt_torchrec.retrieval.exports.reading import open_delta, open_export
 from recgpt_torchrec.retrieval.exports.vectors import vectors_of
 from recgpt_torchrec.retrieval.exports.writing import write_delta, write_export
 from recgpt_torchrec.storage import parts
-from tests.support import change_json, overwrite, stage, walks, write_dataset
+from tests.retrieval.delta_helpers import (
+    DIM,
+    SOURCE,
+    Day,
+    batches,
+    make_datasets,
+    make_days,
+    one_rank,
+    rows_of,
+    small_groups,
+    write_day,
+)
+from tests.support import change_json, walks, write_dataset
 from tools.ranks import run_ranks
-
-DIM = 4
-SOURCE: dict[str, Any] = {"checkpoint": "run", "checkpoint_fingerprint": "f", "settings": {"history": "all"}}
-
-
-class Day(NamedTuple):
-    """What the model knows after a day: vectors by id."""
-
-    items: dict[int, np.ndarray]
-    users: dict[int, np.ndarray]
-
-
-def make_days(interests: int = 1, seed: int = 0) -> list[Day]:
-    """Three days: 30, 36 and 36 items, 50, 60 and 60 users. Some move, by much or little; some users go and return."""
-    rng = np.random.default_rng(seed)
-    shape = (DIM,) if interests == 1 else (interests, DIM)
-
-    def draw(count: int, shape: tuple[int, ...]) -> dict[int, np.ndarray]:
-        return dict(enumerate(rng.normal(size=(count, *shape)).astype(np.float32)))
-
-    def move(vectors: dict[int, np.ndarray], count: int, shape: tuple[int, ...]) -> dict[int, np.ndarray]:
-        moved = {id: v * np.float32(rng.choice([1, 1, 1.003, 1.5])) for id, v in vectors.items()}
-        return {**draw(count, shape), **moved}
-
-    days = [Day(draw(30, (DIM,)), draw(50, shape))]
-    days.append(Day(move(days[0].items, 36, (DIM,)), move(days[0].users, 60, shape)))
-    days.append(Day(move(days[1].items, 36, (DIM,)), move(days[1].users, 60, shape)))
-    for gone in (3, 17, 18, 49, 55):
-        del days[1].users[gone]
-    for gone in (0, 17, 59):
-        del days[2].users[gone]
-    return days
-
-
-def make_datasets(folder: Path) -> list[Dataset]:
-    """The datasets of the days: each extends the one before, and the last two have one vocabulary."""
-    lineage = [{"fingerprint": "v0", "users": 50, "items": 30}]
-    sizes = ((30, 50, "v0"), (36, 60, "v1"), (36, 60, "v1"))
-    for day, (items, users, vocabulary) in enumerate(sizes):
-        write_dataset(folder / f"data{day}", walks(users=users, items=items), items=items, vocabulary=vocabulary)
-        if day:
-            change_json(folder / f"data{day}/manifest.json", lambda values: values.update(lineage=lineage))
-    return [Dataset.open(str(folder / f"data{day}")) for day in range(3)]
-
-
-def batches(vectors: dict[int, np.ndarray], rank: int, world_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """This process's share, in batches of 7; like those of a model, collective where there are several processes."""
-    ids = np.array(list(vectors))
-    shape = vectors[ids[0]].shape
-    for first in range(0, len(ids), 7 * world_size):
-        if world_size > 1:
-            dist.all_reduce(torch.ones(1))
-        some = ids[first + rank : first + 7 * world_size : world_size]
-        yield some, np.array([vectors[id] for id in some], np.float32).reshape(-1, *shape)
-
-
-def write_day(
-    path: Path,
-    dataset: Dataset,
-    day: Day,
-    since: list[str] | None = None,
-    tolerance: float = 0.0,
-    dtype: str = "float32",
-    rank: int = 0,
-    world_size: int = 1,
-) -> Any:
-    """Write a day's export, or its delta."""
-    own: dict[str, Any] = {"items": batches(day.items, rank, world_size), "users": batches(day.users, rank, world_size)}
-    everyone = len(day.users) == dataset.manifest.users
-    if since is not None:
-        return write_delta(str(path), dataset, open_chain(since), tolerance, **own, everyone=everyone, **SOURCE)
-    interests = next(iter(day.users.values())).size // DIM
-    shape: dict[str, Any] = {"dim": DIM, "interests": interests, "dtype": dtype}
-    return write_export(str(path), dataset, **own, **shape, everyone=everyone, **SOURCE)
-
-
-def rows_of(folder: Export | Delta) -> dict[str, dict[int, dict[str, Any]]]:
-    """Every row by kind and id, as stored."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for kind, batches in (("items", folder.items()), ("users", folder.users())):
-        rows = [row for batch in batches for row in batch.to_pylist()]
-        found[kind] = {row[f"{kind[:-1]}_id"]: row for row in rows}
-        assert len(found[kind]) == len(rows)
-    return found
-
-
-def small_groups() -> Iterator[None]:
-    """Row groups of five vectors, and a lookup that keeps about two of them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(share, "GROUP_BYTES", 4 * DIM * 5)
-        patch.setattr(share, "GROUPS_PER_PART", 3)
-        patch.setattr(lookup, "KEPT_BYTES", 2 * 5 * (8 + 4 * DIM))
-        yield
 
 
 @pytest.fixture(autouse=True)
 def groups() -> Iterator[None]:
     yield from small_groups()
-
-
-def one_rank(rank: int, world_size: int, folder: str, dtype: str, interests: int, tolerance: float) -> None:
-    """Write the exports of all days, and their deltas, on some ranks."""
-    here = Path(folder)
-    for _ in small_groups():
-        since = [str(here / "full0")]
-        for number, day in enumerate(make_days(interests)):
-            dataset = Dataset.open(str(here / f"data{number}"))
-            own: dict[str, Any] = {"rank": rank, "world_size": world_size}
-            write_day(here / f"full{number}", dataset, day, dtype=dtype, **own)
-            if number:
-                write_day(here / f"delta{number}", dataset, day, since, tolerance, **own)
-                since.append(str(here / f"delta{number}"))
 
 
 @pytest.mark.parametrize(
@@ -324,117 +226,6 @@ def test_a_full_disk_of_one_rank_is_the_same_error_on_all(tmp_path: Path, is_use
     assert len(set(messages)) == 1
     assert f"cannot write {tmp_path / 'new'}" in messages[0] and "No space left on device" in messages[0]
     assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".new*"))
-
-
-# --------------------------------------------------------------------------------------------- what does not fit
-
-
-@pytest.fixture(scope="module")
-def chained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Datasets, exports and deltas of three days, and an export of other vectors."""
-    folder = tmp_path_factory.mktemp("chained")
-    make_datasets(folder)
-    one_rank(0, 1, str(folder), "float32", 1, 0.0)
-    write_day(folder / "other", Dataset.open(str(folder / "data0")), make_days(seed=1)[0])
-    return folder
-
-
-def refused(capfd: pytest.CaptureFixture[str], folder: Path, words: str, **options: str) -> str:
-    """What apply says to an export and deltas that do not fit; nothing may be written."""
-    names = words.split()
-    given = {"--export": folder / names[0], "--deltas": [folder / name for name in names[1:]]}
-    output = folder / "refused"
-    assert stage("apply", {**given, "--output": output, **options}) == 2
-    said = capfd.readouterr().err
-    assert "Traceback" not in said and not output.exists()
-    return said
-
-
-def test_deltas_out_of_order_or_of_another_export_are_refused(chained: Path, capfd: Any) -> None:
-    first, second = (open_delta(str(chained / name)) for name in ("delta1", "delta2"))
-    said = refused(capfd, chained, "full0 delta2 delta1")
-    assert f"delta2 changes the state {first.state[:12]}" in said and f"leads to {first.manifest.base[:12]}" in said
-    assert f"Give {first.path} after it" in said
-    said = refused(capfd, chained, "full0 delta2")
-    assert f"No given delta changes that state; {second.path} was made with --since {chained / 'full0'}" in said
-    assert "delta1 changes the state" in refused(capfd, chained, "other delta1")
-    assert "delta1 changes the state" in refused(capfd, chained, "full0 delta1 delta1")
-
-
-def test_the_other_kind_of_folder_is_refused_with_what_it_is(chained: Path, capfd: Any) -> None:
-    said = refused(capfd, chained, "delta1 delta2")
-    assert f"{chained / 'delta1'} is a delta, not an export: name the export that is whole after it" in said
-    assert "which the stage apply writes from --export and --deltas" in said
-    assert "full1 is an export, not a delta" in refused(capfd, chained, "full0 full1")
-    options = {"--export": chained / "delta1", "--output": chained / "refused", "--k": 3}
-    assert stage("retrieve", options) == 2
-    assert "delta1 is a delta, not an export" in capfd.readouterr().err
-    assert stage("apply", {"--export": chained / "full0", "--deltas": [], "--output": chained / "refused"}) == 2
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("dtype", "int8", "has dtype int8, but .*full0 has float32"),
-        ("dim", 3, "has dim 3, but .*full0 has 4"),
-        ("interests", 2, "has interests 2, but .*full0 has 1"),
-        ("settings", {"history": "test"}, "has history test, but .*full0 has all"),
-        ("base", "", "is damaged: it does not say which state it is applied to"),
-        ("new_items", 99, "is damaged: it promises 99 new of 36 items, but"),
-        ("tolerance", -1, "is damaged: tolerance is -1"),
-        ("metric", "cosine", "is damaged: metric is 'cosine', it must be one of inner_product"),
-        ("items", 35, "lead to 36 items, but .* promises 35|has a item_id outside 0 to 34"),
-    ],
-)
-def test_a_delta_with_other_vectors_or_a_wrong_manifest_is_refused(
-    chained: Path, tmp_path: Path, field: str, value: Any, message: str
-) -> None:
-    shutil.copytree(chained / "delta1", tmp_path / "delta")
-    change_json(tmp_path / "delta/manifest.json", lambda manifest: manifest.update({field: value}))
-    with pytest.raises(InputError, match=message):
-        apply_deltas(str(tmp_path / "applied"), open_chain([str(chained / "full0"), str(tmp_path / "delta")]))
-    assert not (tmp_path / "applied").exists()
-
-
-@pytest.mark.parametrize("name", ["users", "items", "removed_users"])
-def test_a_damaged_part_is_named_and_nothing_is_written(chained: Path, tmp_path: Path, name: str) -> None:
-    for folder in ("full0", "delta1"):
-        shutil.copytree(chained / folder, tmp_path / folder)
-    part = max((tmp_path / "delta1" / name).iterdir())
-    overwrite(part, slice(10, 60))
-    chain = open_chain([str(tmp_path / "full0"), str(tmp_path / "delta1")])
-    with pytest.raises(InputError, match=f"delta1: the part {name}/{part.name} .*run export again"):
-        apply_deltas(str(tmp_path / "applied"), chain)
-    with pytest.raises(InputError, match=f"the part {name}/{part.name}"):
-        dataset = Dataset.open(str(chained / "data2"))
-        write_day(tmp_path / "delta2", dataset, make_days()[2], [str(tmp_path / "full0"), str(tmp_path / "delta1")])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["delta1", "full0"]
-
-
-def test_a_delta_needs_ids_and_vectors_of_the_same_meaning(chained: Path, tmp_path: Path) -> None:
-    chain = open_chain([str(chained / "full0")])
-    with pytest.raises(InputError, match="full0 has dtype float32, but the delta would have int8"):
-        chain.check_fits(Dataset.open(str(chained / "data1")), dtype="int8", interests=1)
-    chain.check_fits(Dataset.open(str(chained / "data1")), dtype="float32", interests=1, dim=DIM, history="all")
-    other = write_dataset(tmp_path / "data", walks(users=50, items=30), items=30, vocabulary="another")
-    with pytest.raises(InputError, match="its ids mean other items .*Prepare the dataset with --vocabulary"):
-        chain.check_fits(other)
-    later = open_chain([str(chained / "full0"), str(chained / "delta1")])
-    with pytest.raises(InputError, match="its ids mean other items"):
-        later.check_fits(Dataset.open(str(chained / "data0")))  # the dataset of the day before
-
-
-def test_a_chain_keeps_few_row_groups_whatever_it_looks_up(chained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chain = open_chain([str(chained / name) for name in ("full0", "delta1", "delta2")])
-    ids = np.random.default_rng(0).permutation(36)
-    largest = 0
-    for first in range(0, 36, 4):
-        chain.vectors_of("items", ids[first : first + 4])
-        chain.vectors_of("users", ids[first : first + 4])
-        held = [group.size for group in chain._cache._groups.values()]
-        largest = max(largest, sum(held))
-        assert sum(held) <= lookup.KEPT_BYTES + 2 * max(held)
-    assert largest > lookup.KEPT_BYTES / 2
 
 
 def test_memory_does_not_grow_with_the_number_of_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
