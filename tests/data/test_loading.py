@@ -1,6 +1,7 @@
-"""A batch that lies in one piece of memory is the batch it was made from; with CUDA that memory is page-locked."""
+"""Batches made ahead: one in a single piece of memory is the batch it was made from; errors and ends reach both sides."""
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from recgpt_torchrec.config import Loss, Stream
 from recgpt_torchrec.data import loading
 from recgpt_torchrec.data.batch import SequenceBatch
-from recgpt_torchrec.data.loading import Block, prefetch
+from recgpt_torchrec.data.loading import Block, prefetch, prefetch_in_thread
 from recgpt_torchrec.data.ragged import Ragged
 from tests.data.stream_helpers import pairs, stream_of
 from tests.support import start_forkserver, walks, write_dataset
@@ -124,3 +125,30 @@ class _Twice:
 
     def __call__(self, worker: int) -> Any:
         return self.source(0)
+
+
+def test_an_error_of_the_reading_thread_reaches_the_caller_after_the_batches_before_it():
+    def source() -> Iterator[Any]:
+        yield 1
+        yield 2
+        raise RuntimeError("the third cannot be made")
+
+    got = []
+    with pytest.raises(RuntimeError, match="the third cannot be made"):
+        for value in prefetch_in_thread(source(), 1):
+            got.append(value)
+    assert got == [1, 2]
+
+
+def test_a_caller_that_stops_early_ends_the_reading_thread():
+    made = []
+
+    def source() -> Iterator[Any]:
+        for number in range(10**6):
+            made.append(number)
+            yield number
+
+    ahead = prefetch_in_thread(source(), 2)
+    assert next(ahead) == 0
+    ahead.close()  # type: ignore[attr-defined]
+    assert len(made) <= 5

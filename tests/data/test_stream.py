@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from recgpt_torchrec.config import Loss
 from recgpt_torchrec.data.candidates import Place, id_range
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.data.histories import no_histories
-from recgpt_torchrec.data.loading import prefetch_in_thread
 from recgpt_torchrec.data.stream import SequenceStream
 from recgpt_torchrec.data.windows import Cursor, Position, Queue, RowGroup, deal_windows, windows_of
 from recgpt_torchrec.errors import InputError
@@ -318,36 +316,6 @@ def test_a_batch_that_cannot_hold_the_longest_history_is_an_error_and_no_endless
     dataset = write_dataset(tmp_path / "data", [list(range(12))] * 2)
     with pytest.raises(InputError, match="--batch.tokens 4 .* --model.max_len 9"):
         stream_of(dataset, tokens=4, max_len=9)
-
-
-# ---------------------------------------------------------------------------------------------- errors
-
-
-def test_an_error_of_the_reading_thread_reaches_the_caller_after_the_batches_before_it():
-    def source() -> Iterator[Any]:
-        yield 1
-        yield 2
-        raise RuntimeError("the third cannot be made")
-
-    got = []
-    with pytest.raises(RuntimeError, match="the third cannot be made"):
-        for value in prefetch_in_thread(source(), 1):
-            got.append(value)
-    assert got == [1, 2]
-
-
-def test_a_caller_that_stops_early_ends_the_reading_thread():
-    made = []
-
-    def source() -> Iterator[Any]:
-        for number in range(10**6):
-            made.append(number)
-            yield number
-
-    ahead = prefetch_in_thread(source(), 2)
-    assert next(ahead) == 0
-    ahead.close()  # type: ignore[attr-defined]
-    assert len(made) <= 5
 
 
 @pytest.mark.parametrize("prompts", [True, False])
