@@ -1,4 +1,4 @@
-"""Batches made ahead: one in a single piece of memory is the batch it was made from; errors and ends reach both sides."""
+"""Batches made ahead: one in a single piece of memory is the batch it was made from; errors and ends reach both."""
 
 from collections import Counter
 from collections.abc import Iterator
