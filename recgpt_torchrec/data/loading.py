@@ -5,10 +5,12 @@ import io
 import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
+import multiprocessing.util
 import os
 import pickle
 import queue
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -23,6 +25,8 @@ from recgpt_torchrec.config import Stream
 from recgpt_torchrec.errors import STOP_SIGNALS, InputError
 
 T = TypeVar("T")
+SOCKET, LONGEST_SOCKET = "pymp-12345678/listener-12345678", 107
+"""What multiprocessing names a socket within the folder of temporary files, and the bytes that such a path may have."""
 
 
 def prefetch(source: Callable[[int], Iterator[T]], settings: Stream) -> Iterator[T]:
@@ -44,6 +48,7 @@ def prefetch(source: Callable[[int], Iterator[T]], settings: Stream) -> Iterator
     # and thread pools, is not safe; spawning would import torch again each time.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([source.__module__])
+    make_socket_folder()
     with block_stop_signals():
         multiprocessing.resource_tracker.ensure_running()  # it unblocks SIGTERM
     with block_stop_signals():
@@ -66,6 +71,21 @@ def prefetch(source: Callable[[int], Iterator[T]], settings: Stream) -> Iterator
             f"a loader process ended before its work was done ({error}); if memory is short, give fewer "
             "--stream.workers, a smaller --stream.prefetch, or --stream.workers 0"
         ) from None
+
+
+def make_socket_folder() -> None:
+    """Make the folder of the sockets by which processes hand each other files, in /tmp where TMPDIR is too long.
+
+    The path of a socket has 107 bytes at most, and a job's TMPDIR on a cluster may have more. Does nothing where the
+    folder is there already.
+    """
+    chosen = tempfile.tempdir
+    if len(os.fsencode(os.path.join(tempfile.gettempdir(), SOCKET))) > LONGEST_SOCKET:
+        tempfile.tempdir = "/tmp"
+    try:
+        multiprocessing.util.get_temp_dir()
+    finally:
+        tempfile.tempdir = chosen
 
 
 def _receive(messages: Iterable["Block | InputError"], pins: bool) -> Iterator[Any]:

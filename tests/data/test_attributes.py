@@ -1,5 +1,6 @@
 """Attribute values of users and items, by id: what is read, what is refused, and what the bags of a batch hold."""
 
+import multiprocessing.util
 import os
 import pickle
 import resource
@@ -115,6 +116,7 @@ def test_large_ones_are_mapped_from_a_file_that_has_no_name(tmp_path, monkeypatc
     plain = open_attributes(dataset)
     monkeypatch.setattr(shared_folder, "IN_MEMORY", 0)
     (tmp_path / "scratch").mkdir()
+    multiprocessing.util.get_temp_dir()  # of sockets, whose paths are short
     monkeypatch.setattr(buffers.tempfile, "tempdir", str(tmp_path / "scratch"))
     found = open_attributes(dataset, read_on_node)
     assert os.listdir(tmp_path / "scratch") == []

@@ -1,7 +1,12 @@
 """Batches made ahead: one in a single piece of memory is the batch it was made from; errors and ends reach both."""
 
+import os
+import subprocess
+import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -115,6 +120,36 @@ def test_where_there_is_a_gpu_every_batch_is_pinned_by_one_copy(stream, workers,
     for batch in wanted * max(workers, 1):
         expected.update(pairs(batch))
     assert counted == expected
+
+
+def three(worker: int) -> Iterator[int]:
+    yield from range(3)
+
+
+@pytest.mark.parametrize("letters", [1, 90])
+def test_loader_processes_meet_where_the_folder_of_temporary_files_has_a_long_name(letters):
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        check_that_they_meet(Path(folder) / ("a" * letters), Path(folder) / "a" if letters == 1 else Path("/tmp"))
+
+
+def check_that_they_meet(scratch: Path, expected: Path) -> None:
+    """That a loader process works where temporary files lie in `scratch`, and which folder has its sockets."""
+    scratch.mkdir()
+    code = """
+import multiprocessing.util
+from recgpt_torchrec.config import Stream
+from recgpt_torchrec.data.loading import prefetch
+from tests.data.test_loading import three
+print(*prefetch(three, Stream(workers=1)), multiprocessing.util.get_temp_dir())
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(scratch)}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    *values, folder = run.stdout.split()
+    assert values == ["0", "1", "2"]
+    assert Path(folder).parent == expected
+    assert not Path(folder).exists()
 
 
 class _Twice:
