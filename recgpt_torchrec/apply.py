@@ -1,11 +1,10 @@
 """Program `apply`: an export and the deltas after it -> the export that is whole after them."""
 
-import os
 from typing import TYPE_CHECKING
 
 from recgpt_torchrec import cli
 from recgpt_torchrec.config import Apply
-from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.launcher import require_one_process
 from recgpt_torchrec.texts.commands import next_line
 from recgpt_torchrec.texts.words import agree
 
@@ -21,8 +20,7 @@ def main(config: Apply) -> None:
     from recgpt_torchrec.retrieval.exports.chain import open_chain
 
     silence_libraries()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("apply runs in one process; start it once, without torchrun")
+    require_one_process("apply")
     chain = open_chain([config.export, *config.deltas])
     manifest = finished(config, chain)
     already_there = manifest is not None

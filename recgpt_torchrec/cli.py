@@ -19,6 +19,8 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from recgpt_torchrec.config.command_line import CommandLine, OptionError
 from recgpt_torchrec.config.fields import options, remember_given
 from recgpt_torchrec.errors import REFUSED, InputError, OtherRanksError, StorageError
+from recgpt_torchrec.launcher import own_rank, started_processes
+from recgpt_torchrec.progress import is_output_closed, open_streams
 from recgpt_torchrec.texts.commands import set_form
 
 Config = TypeVar("Config")
@@ -82,11 +84,27 @@ def parse(config_class: type[Config], prog: str, arguments: list[str] | None = N
         arguments: without the program's name; None: those of this process.
     """
     line = CommandLine()
+    words = sys.argv[1:] if arguments is None else arguments
+    if unreadable := [word for word in words if not is_text(word)]:
+        refuse(
+            prog,
+            f"{ascii(unreadable[0])} in the command is no text in {sys.getfilesystemencoding()}, the encoding of this "
+            "locale; set LC_ALL=C.UTF-8 or PYTHONUTF8=1, or rename the file",
+        )
     try:
-        line = CommandLine.of(config_class, sys.argv[1:] if arguments is None else arguments)
+        line = CommandLine.of(config_class, words)
         return _instantiate(config_class, prog, line)
     except ValueError as error:  # an OptionError, or one of a group's range checks
         refuse(prog, line.explain(str(error)))
+
+
+def is_text(word: str) -> bool:
+    """Whether Python could decode an argument; what it could not, it keeps as bytes that cannot be encoded."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def make_config(config_class: type[Config], prog: str, values: Mapping[str, Any]) -> Config:
@@ -135,7 +153,7 @@ def refuse(prog: str, message: str) -> NoReturn:
     The other ranks wait before they end: a launcher kills all ranks once one has ended, and rank 0 may not have printed
     the error yet.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if own_rank():
         time.sleep(RANK_0_SECONDS)
     else:
         print(f"{prog}: error: {message}", file=sys.stderr, flush=True)
@@ -149,7 +167,7 @@ def _free_groups() -> None:
     nine threads of gloo until the interpreter was taken down; a thread that then asks for the interpreter's lock aborts
     the process. A rank that fails does without: its groups may wait for others. It takes 0.2 to 0.3 s.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if started_processes() > 1:
         gc.collect()
 
 
@@ -163,27 +181,31 @@ def run(config_class: type[Config], function: Callable[[Config], None], prog: st
         function: the stage.
         prog: the program's name in messages, for example `recgpt_torchrec.pretrain`.
     """
+    open_streams()
     set_form(prog)
     config = parse(config_class, prog)
     try:
         function(config)
+        sys.stdout.flush()
         _free_groups()
     except InputError as error:
-        rank = os.environ.get("RANK", "0")
         if error.is_told:
             time.sleep(RANK_0_SECONDS)
             raise SystemExit(REFUSED) from None
-        print(f"{prog}: error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
+        print(f"{prog}: error{f' (rank {own_rank()})' if own_rank() else ''}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(REFUSED) from None
     except OSError as error:  # a disk, a network or a store failed: the operating system's message says why
         if getattr(error, "is_told", False):
             time.sleep(RANK_0_SECONDS)
             raise SystemExit(1) from None
-        place = f"rank {os.environ['RANK']}" if "RANK" in os.environ else ""
+        place = f"rank {own_rank()}" if started_processes() > 1 else ""
         place = f"on {error.host}" if isinstance(error, OtherRanksError) else place
         text = f"{type(error).__name__}: {error}"
         if isinstance(error, StorageError):  # which names its node
             place, text = "", str(error)
+        if isinstance(error, BrokenPipeError) and is_output_closed():
+            text = "what reads standard output has closed it (head does so), so this ended before its end"
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is not written at exit
         print(f"{prog}: error{place and f' ({place})'}: {text}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

@@ -5,8 +5,10 @@ handlers. Progress is a bar on a terminal, and one line every 15 seconds in a fi
 file each line starts with the time and the rank.
 """
 
+import io
 import logging
 import os
+import select
 import sys
 import time
 from typing import Any, TextIO
@@ -23,6 +25,30 @@ def stamped(text: str, stream: TextIO) -> str:
         return text
     stamp = f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {os.environ.get('RANK', 0)}: "
     return "\n".join(stamp + line for line in text.splitlines())
+
+
+def open_streams() -> None:
+    """Make standard output and standard error streams that any message can be written to.
+
+    Where one is closed (`2>&-`), messages go nowhere, and no file that is opened later takes its number, which
+    libraries write to. A letter that a stream's encoding lacks (PYTHONIOENCODING=ascii) is written as its escape.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it takes the lowest number that is free
+    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def is_output_closed() -> bool:
+    """Whether nobody reads standard output any more."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 class _Output(logging.Handler):

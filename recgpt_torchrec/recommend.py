@@ -1,13 +1,13 @@
 """Stage `recommend`: a checkpoint and histories of raw keys -> a list of items for each, at once."""
 
 import json
-import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from recgpt_torchrec import cli
 from recgpt_torchrec.config.serving.recommend import Recommend
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.launcher import require_one_process
 from recgpt_torchrec.texts.tables import table as text_table
 from recgpt_torchrec.texts.words import count
 
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 def main(config: Recommend) -> None:
     """Print the list of one history, or write those of a file of histories."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("recommend answers in one process; start it without torchrun, or with -j 1x1")
+    require_one_process("recommend")
     from recgpt_torchrec.serving.recommender import Recommender
     from recgpt_torchrec.serving.request_file import answer_file, parse_command
 

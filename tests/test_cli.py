@@ -173,6 +173,7 @@ def test_a_file_of_options_makes_no_objects_and_grows_no_larger(name: str, tmp_p
 
 def test_only_rank_0_reports_a_mistake_and_every_rank_ends_with_status_2(capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(cli, "RANK_0_SECONDS", 0)
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
     monkeypatch.setitem(os.environ, "RANK", "0")
     assert refused(capsys, Pretrain, []) != ""
     for words in ([], [*REQUIRED[Pretrain], "--seed", "-1"]):

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "recgpt_torchrec"
 LAYERS = [
     {"errors", "texts"},
-    {"progress", "storage", "config"},
+    {"progress", "launcher", "storage", "config"},
     {"cli", "launch", "data"},
     {"model", "distributed", "preparation"},
     {"checkpoints"},

@@ -18,9 +18,10 @@ import torch.distributed as dist
 from recgpt_torchrec.config.device import Device
 from recgpt_torchrec.distributed.devices import choose_device
 from recgpt_torchrec.distributed.group.heartbeats import ANSWER_SECONDS, ask_within
-from recgpt_torchrec.distributed.group.joining import NotJoined, is_launched, meet
+from recgpt_torchrec.distributed.group.joining import NotJoined, meet
 from recgpt_torchrec.distributed.group.waiting import expected_wait
 from recgpt_torchrec.errors import LOST, InputError
+from recgpt_torchrec.launcher import own_rank, read_launcher
 from recgpt_torchrec.progress import LOGGER, report_failure
 from recgpt_torchrec.texts.words import agree
 
@@ -108,10 +109,13 @@ def process_group(timeout_s: float = LONG_WORK_S, device: Device = "auto") -> It
     store: dist.Store = dist.HashStore()
     own, count = 0, 1
     try:
-        if is_launched():
+        if (job := read_launcher()) is not None:
             _stores.clear()
-            store, own, count = meet(min(timeout_s, JOIN_S))
+            store, own, count = meet(job, min(timeout_s, JOIN_S)), job.rank, job.world_size
             _stores.append(store)
+        else:  # left over in the environment, they would make this process one of several that share a node
+            for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+                os.environ.pop(name, None)
     except NotJoined as error:
         _end_alone(error)
     chosen = choose_device(device)
@@ -147,7 +151,7 @@ def _is_first_to_say(store: dist.Store, text: str) -> bool:
 
 def _end_alone(error: Exception) -> NoReturn:
     """End this process, which could not reach the others, with status `LOST`."""
-    report_failure(f"rank {os.environ.get('RANK', 0)} cannot reach the other ranks: {' '.join(str(error).split())}")
+    report_failure(f"rank {own_rank()} cannot reach the other ranks: {' '.join(str(error).split())}")
     raise SystemExit(LOST) from None
 
 

@@ -8,10 +8,10 @@ import duckdb
 from recgpt_torchrec.config import Retrieve
 from recgpt_torchrec.distributed.processes import run_on_first_rank
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.preparation.engines.duckdb_engine import DuckDBEngine
+from recgpt_torchrec.preparation.engines.duckdb_engine import SCRATCH_ERRORS, DuckDBEngine
 from recgpt_torchrec.preparation.key_files import KeyFile
 from recgpt_torchrec.retrieval.filters import FilterRecord
-from recgpt_torchrec.storage import remote, scratch_beside
+from recgpt_torchrec.storage import other_scratch, scratch_beside
 
 MEMORY = "4GB"
 """Memory that a join of keys takes before it spills to disk."""
@@ -58,8 +58,8 @@ def open_engine(config: Retrieve) -> Iterator[DuckDBEngine]:
     Raises:
         InputError: it lacks memory or scratch space.
     """
-    remedy = "name another folder in TMPDIR" if remote(config.output) else "give an --output in another folder"
-    with explain_shortage(config), DuckDBEngine(scratch_beside(config.output), MEMORY, remedy=remedy) as engine:
+    scratch, remedy = scratch_beside(config.output), other_scratch(config.output)
+    with explain_shortage(config), DuckDBEngine(scratch, MEMORY, remedy=remedy) as engine:
         yield engine
 
 
@@ -68,8 +68,9 @@ def explain_shortage(config: Retrieve) -> Iterator[None]:
     """Make an `InputError` of an engine's errors about memory and scratch space."""
     try:
         yield
-    except (duckdb.OutOfMemoryException, duckdb.IOException, PermissionError) as error:
+    except (duckdb.OutOfMemoryException, *SCRATCH_ERRORS) as error:
         message = str(error).split("\n")[0]
         raise InputError(
-            f"keys cannot be joined in a scratch folder in {scratch_beside(config.output)}: {message}; free space there"
+            f"keys cannot be joined in a scratch folder in {scratch_beside(config.output)}: {message}; free space "
+            f"there, or {other_scratch(config.output)}"
         ) from None

@@ -5,7 +5,7 @@ manifest, `finished` compares an output with what is asked for, `typed` checks t
 `failing` tells storage that fails from a file that is damaged.
 """
 
-from recgpt_torchrec.storage.failing import find_storage_failure, raise_storage_failure
+from recgpt_torchrec.storage.failing import find_storage_failure, is_full, raise_storage_failure
 from recgpt_torchrec.storage.files import (
     Streams,
     append,
@@ -16,6 +16,7 @@ from recgpt_torchrec.storage.files import (
     is_folder,
     make_folder,
     names,
+    other_scratch,
     read,
     read_json,
     remote,
@@ -34,8 +35,10 @@ __all__ = [
     "find_storage_failure",
     "fsspec_filesystem",
     "is_folder",
+    "is_full",
     "make_folder",
     "names",
+    "other_scratch",
     "raise_storage_failure",
     "read",
     "read_json",

@@ -31,6 +31,15 @@ FAILURES = frozenset(
 FUSE, ESHUTDOWN of Lustre), of a network."""
 
 
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Numbers of the system's errors where there is no space to write, or no more is allowed."""
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that nothing more can be written there."""
+    return isinstance(error, OSError) and error.errno in FULL
+
+
 def find_storage_failure(
     error: BaseException | None, path: str, action: str = "read", who: str | None = None
 ) -> StorageError | None:

@@ -77,6 +77,11 @@ def scratch_beside(path: str) -> str:
     return folder
 
 
+def other_scratch(path: str) -> str:
+    """What to do where the folder of `scratch_beside` cannot be used, in words."""
+    return "name another folder in TMPDIR" if remote(path) else "give an --output in another folder"
+
+
 def exists(path: str) -> bool:
     """Whether a file or a folder exists."""
     fs, root = filesystem(path)

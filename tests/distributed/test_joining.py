@@ -67,29 +67,6 @@ def test_a_rank_that_does_not_join_is_named_in_time(tmp_path):
     assert "rank 0 cannot reach the other ranks: rank 1 did not join within 1.5 s" in (tmp_path / "said").read_text()
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 processes .* start torchrun, once per node"),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun started 2 processes"),
-        ({"WORLD_SIZE": "2", "RANK": "0"}, "but not MASTER_ADDR and MASTER_PORT; start the stage with torchrun"),
-    ],
-)
-def test_processes_that_do_not_know_of_each_other_are_refused(given, message, monkeypatch):
-    """Else each would do all the work, and write to the same folder."""
-    for name in LAUNCHER:
-        monkeypatch.delenv(name, raising=False)
-    assert joining.is_launched() is False
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=message):
-        joining.is_launched()
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    for name in joining.NEEDED:
-        monkeypatch.setenv(name, "0")
-    assert joining.is_launched() is True
-
-
 def refuses(rank: int, world_size: int, port: int, texts: list[str], kind: type[Exception]) -> Any:
     dist.destroy_process_group()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -1,5 +1,6 @@
 """What prepare says when input, an option or the output folder cannot be used; it leaves no file behind."""
 
+import errno
 import gzip
 import random
 import subprocess
@@ -7,11 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.preparation.engines.duckdb_engine import explain_lack
+from recgpt_torchrec.preparation.reading.duckdb_reader import explained
+from recgpt_torchrec.preparation.reading.files import InputFile
 from recgpt_torchrec.storage import folders
 from tests.preparation.prepare_helpers import make, random_log, read_sequences, write_csv
 from tests.support import change_json
@@ -163,6 +168,32 @@ def test_a_finished_dataset_with_a_missing_part_is_not_taken_for_finished(tmp_pa
 def test_memory_limit_and_scratch_that_cannot_be_used(tmp_path: Path) -> None:
     log = write_csv(tmp_path / "log.csv", random_log(20, 3, 3))
     assert "--memory_limit lots is not a size" in message(tmp_path, log, memory_limit="lots")
+
+
+def test_a_scratch_folder_whose_name_the_engine_cannot_use(tmp_path: Path) -> None:
+    """DuckDB takes what follows the ? for something else, and fails at its first commit."""
+    (tmp_path / "q?x").mkdir()
+    log = write_csv(tmp_path / "log.csv", random_log(20, 3, 3))
+    said = message(tmp_path, log, scratch=str(tmp_path / "q?x"))
+    assert f"scratch folder {tmp_path}/q?x: " in said and "name another with --scratch" in said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        duckdb.TransactionException("Failed to commit: No space left on device"),
+        duckdb.IOException('Could not write file "/scratch/spill/1": No space left on device'),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+)
+def test_a_full_scratch_folder_is_not_taken_for_a_damaged_log(error: Exception) -> None:
+    log = InputFile(path="log.csv", format="csv", bytes=1, modified="")
+    with pytest.raises(InputError, match="scratch folder /scratch: .*No space left.*; free space there, or name"):
+        with explain_lack("/scratch"), explained(log, Path("/scratch")):
+            raise error
+    with pytest.raises(InputError, match="log.csv: cannot be read as csv: .*another error"):
+        with explain_lack("/scratch"), explained(log, Path("/scratch")):
+            raise duckdb.IOException("another error")
 
 
 def test_a_failure_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,17 +1,18 @@
-"""Joins a job: reads the launcher's environment, meets the other ranks in the store, and learns who shares a node."""
+"""Joins a job: meets the other ranks in the store, and learns who shares a node."""
 
 import os
 import socket
 from datetime import timedelta
+from threading import Timer
 
 import torch.distributed as dist
 
 from recgpt_torchrec.errors import InputError
+from recgpt_torchrec.launcher import Launched
+from recgpt_torchrec.progress import LOGGER
 
-NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher sets beside WORLD_SIZE. Without LOCAL_RANK and LOCAL_WORLD_SIZE they are found from host names."""
-OTHER_LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
-"""In which variable launchers that do not set WORLD_SIZE tell the number of processes."""
+SAY_S = 10.0
+"""Time after which a rank says that it has not found the place where ranks meet, in seconds."""
 MAX_LISTED = 16
 """Maximum number of ranks that a message lists."""
 
@@ -20,49 +21,26 @@ class NotJoined(Exception):  # noqa: N818 (what has happened)
     """The store cannot be reached, or ranks did not come in time; the message says which."""
 
 
-def is_launched() -> bool:
-    """Whether a launcher has started this process as one of a job's ranks.
-
-    Raises:
-        InputError: one has started several processes and does not tell them of each other, or not enough.
-    """
-    if "WORLD_SIZE" in os.environ:
-        if missing := [name for name in NEEDED if not os.environ.get(name)]:
-            raise InputError(
-                f"WORLD_SIZE is set, but not {' and '.join(missing)}; start the stage with torchrun, which sets all of "
-                "them, or unset WORLD_SIZE to run one process"
-            )
-        return True
-    for name, launcher in OTHER_LAUNCHERS.items():
-        if (count := os.environ.get(name, "1")) not in ("", "0", "1"):
-            raise InputError(
-                f"{launcher} started {count} processes ({name}), but without WORLD_SIZE each would do all the work; "
-                "start torchrun, once per node (srun --ntasks-per-node=1 torchrun ...), or set WORLD_SIZE, RANK, "
-                "MASTER_ADDR and MASTER_PORT"
-            )
-    return False
-
-
-def meet(timeout_s: float) -> tuple[dist.Store, int, int]:
+def meet(job: Launched, timeout_s: float) -> dist.Store:
     """Connect to the job's store and wait for the other ranks (collective).
 
     LOCAL_WORLD_SIZE and LOCAL_RANK, where the launcher has not set them, are set to what the host names of all ranks
     say: where the number of ranks per node is guessed, tables are placed wrongly.
 
     Args:
+        job: what the launcher says of this process.
         timeout_s: how long to wait, in seconds.
-
-    Returns:
-        The store, this process's rank, and the number of ranks.
 
     Raises:
         InputError: the ranks of a node are not consecutive, and their launcher has not set LOCAL_WORLD_SIZE.
         NotJoined: the store cannot be reached, or a rank did not come in time.
     """
     limit = timedelta(seconds=timeout_s)
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank, world_size, host, port = job
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else a launcher serves the store
+    waiting = Timer(SAY_S, _say_waiting, (job, timeout_s))
+    waiting.daemon = True
+    waiting.start()
     try:
         # torch's own way to make it waits for the others too, and does not say which it has waited for.
         store = dist.TCPStore(
@@ -70,6 +48,8 @@ def meet(timeout_s: float) -> tuple[dist.Store, int, int]:
         )
     except RuntimeError as error:
         raise NotJoined(" ".join(str(error).split())) from None
+    finally:
+        waiting.cancel()
     keys = [f"joined/{each}" for each in range(world_size)]
     try:
         store.set(keys[rank], socket.gethostname())
@@ -80,7 +60,20 @@ def meet(timeout_s: float) -> tuple[dist.Store, int, int]:
     local_rank, local_world_size = _place(hosts, rank)
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
     os.environ.setdefault("LOCAL_WORLD_SIZE", str(local_world_size))
-    return store, rank, world_size
+    return store
+
+
+def _say_waiting(job: Launched, timeout_s: float) -> None:
+    """Say where this rank looks for the others, since it has not found the place for a while."""
+    try:
+        socket.getaddrinfo(job.host, job.port)
+        unknown = ""
+    except OSError:
+        unknown = ", a name that this node cannot resolve"
+    LOGGER.info(
+        f"rank {job.rank} of {job.world_size} waits for rank 0 at {job.host}:{job.port}{unknown} (MASTER_ADDR and "
+        f"MASTER_PORT), {timeout_s:g} s at most"
+    )
 
 
 def _describe_missing(store: dist.Store, keys: list[str], timeout_s: float, error: RuntimeError) -> str:

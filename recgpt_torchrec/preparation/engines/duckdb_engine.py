@@ -16,6 +16,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS, REMEDY, Engine, T, make_scratch, quote_sql
 from recgpt_torchrec.preparation.writing import Layout
 from recgpt_torchrec.progress import progress_bar
+from recgpt_torchrec.storage import is_full
 from recgpt_torchrec.storage.parts import Part
 
 
@@ -125,14 +126,24 @@ def _count(batches: Iterable[pa.RecordBatch], bar: Any) -> Iterator[pa.RecordBat
         bar.update(batch.num_rows)
 
 
+SCRATCH_ERRORS = (duckdb.IOException, duckdb.TransactionException, PermissionError)
+"""Errors of a scratch folder that cannot be written. One connection has no conflicts, so that a commit fails where its
+log cannot be written."""
+
+
 @contextmanager
 def explain_lack(scratch: str) -> Iterator[None]:
-    """Make an `InputError` of DuckDB's errors about memory and scratch space."""
+    """Make an `InputError` of DuckDB's errors about memory and scratch space, and of a full disk."""
     try:
         yield
     except duckdb.OutOfMemoryException as error:
         raise InputError(
             f"the engine ran out of memory or scratch space; give more with --memory_limit or --scratch ({error})"
         ) from None
-    except (duckdb.IOException, PermissionError) as error:
-        raise InputError(f"scratch folder {scratch}: {error}; name another with --scratch") from None
+    except (*SCRATCH_ERRORS, OSError) as error:
+        if not isinstance(error, SCRATCH_ERRORS) and not is_full(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"scratch folder {scratch}: {reason}; free space there, or name another with --scratch"
+        ) from None

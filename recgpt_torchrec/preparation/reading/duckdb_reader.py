@@ -4,6 +4,7 @@ Fills two tables: `log_rows`, the rows as the last of `rows.steps` has them, in 
 the lines that cannot be split into columns.
 """
 
+import errno
 import lzma
 import os
 import zlib
@@ -31,7 +32,7 @@ from recgpt_torchrec.preparation.reading.formats.separated import Separated
 from recgpt_torchrec.preparation.reading.formats.source import Column, Source, explain_missing, wanted_columns
 from recgpt_torchrec.preparation.reading.rows import BLANK, FILTERED, UNKNOWN, RowOptions, steps
 from recgpt_torchrec.preparation.reading.where import compile_where
-from recgpt_torchrec.storage import fsspec_filesystem, remote
+from recgpt_torchrec.storage import fsspec_filesystem, is_full, remote
 
 LONGEST_LINE = 16 * 2**20
 """Maximum length of a line of a text file, in bytes; a longer one is malformed."""
@@ -88,13 +89,21 @@ def explained(file: InputFile, scratch: Path | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (duckdb.OutOfMemoryException, duckdb.InterruptException):
-        raise
+    except (duckdb.OutOfMemoryException, duckdb.InterruptException, duckdb.TransactionException):
+        raise  # of the engine: memory or scratch space
     except (duckdb.Error, OSError, EOFError, pa.ArrowException, lzma.LZMAError, zlib.error, UnicodeError) as error:
+        if scratch is not None and (is_full(error) or _says_full(error, scratch)):
+            raise
         message = str(error).strip().split("\n")[0]
         message = message if scratch is None else message.replace(f'"{scratch}/', '"')
         packed = f"; is it compressed as its ending {file.compression} says?" if file.compression else ""
         raise InputError(f"{file.path}: cannot be read as {file.format}: {message}{packed}") from None
+
+
+def _says_full(error: BaseException, scratch: Path) -> bool:
+    """Whether DuckDB says that there is no space left in its scratch folder."""
+    text = str(error)
+    return isinstance(error, duckdb.IOException) and str(scratch) in text and os.strerror(errno.ENOSPC) in text
 
 
 @dataclass

@@ -11,7 +11,7 @@ from recgpt_torchrec.data.ragged import Int64
 from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.retrieval.exports.reading import Export
-from recgpt_torchrec.storage import find_storage_failure, scratch_beside
+from recgpt_torchrec.storage import find_storage_failure, other_scratch, scratch_beside
 
 
 class ItemKeys:
@@ -37,7 +37,8 @@ class ItemKeys:
                 self._load(export, resources.enter_context(folder))
             except OSError as error:
                 failure = find_storage_failure(error, scratch_beside(output), "keep keys in") or InputError(
-                    f"keys cannot be kept in {scratch_beside(output)}: {error}; free space there"
+                    f"keys cannot be kept in {scratch_beside(output)}: {error}; free space there, or "
+                    f"{other_scratch(output)}"
                 )
             except Exception as error:
                 failure = error

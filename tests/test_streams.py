@@ -1,0 +1,63 @@
+"""Stages whose standard streams are closed, cannot write every letter, or are no longer read."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recgpt_torchrec.data.dataset import Dataset
+
+COMMAND = f"{sys.executable} -m recgpt_torchrec prepare --input ünï.csv --output data --time_column null"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rows = [f"u{user},i{item}" for user in range(8) for item in range(8)]
+    (tmp_path / "ünï.csv").write_text("\n".join(["user_id,item_id", *rows, ""]), encoding="utf-8")
+    return tmp_path
+
+
+def run(folder: Path, command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    given = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **environment}
+    return subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=given, capture_output=True, encoding="utf-8", errors="replace"
+    )
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_a_stage_works_where_streams_are_closed(folder, closed):
+    done = run(folder, f"{COMMAND} {closed}")
+    assert done.returncode == 0, done.stderr
+    assert Dataset.open(str(folder / "data")).manifest.users == 8
+    assert ("dataset     8 users" in done.stdout) == (closed == "2>&-")
+
+
+def test_a_failure_is_a_failure_where_nothing_can_be_said(folder):
+    assert run(folder, f"{COMMAND} --nope 1 2>&-").returncode == 2
+    assert run(folder, f"{COMMAND}/below.csv/x --input none.csv 2>&-").returncode == 2
+
+
+@pytest.mark.parametrize(
+    "environment", [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin-1"}, {"LC_ALL": "C"}]
+)
+def test_letters_that_a_stream_lacks_end_no_stage(folder, environment):
+    done = run(folder, COMMAND, **environment)
+    assert done.returncode == 0, done.stderr
+    assert ("\\xfcn\\xef.csv" in done.stdout) == (environment.get("PYTHONIOENCODING") == "ascii")
+
+
+def test_an_argument_that_is_no_text_is_refused(folder):
+    done = run(folder, COMMAND, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 2
+    assert "csv' in the command is no text in ascii, the encoding of this locale; set LC_ALL=C.UTF-8" in done.stderr
+
+
+def test_output_that_nobody_reads_any_more_is_named(folder):
+    done = run(folder, f"{COMMAND} | true; exit ${{PIPESTATUS[0]}}")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "recgpt prepare: error: what reads standard output has closed it (head does so), so this ended before its end"
+    ]
+    assert Dataset.open(str(folder / "data")).manifest.users == 8
