@@ -160,6 +160,15 @@ def refuse(prog: str, message: str) -> NoReturn:
     raise SystemExit(REFUSED)
 
 
+def is_folder_gone() -> bool:
+    """Whether the current folder was removed, so that no relative path means anything."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
+
+
 def _free_groups() -> None:
     """Free the process groups of a job's rank, whose threads then end, while the interpreter still works.
 
@@ -203,6 +212,8 @@ def run(config_class: type[Config], function: Callable[[Config], None], prog: st
         text = f"{type(error).__name__}: {error}"
         if isinstance(error, StorageError):  # which names its node
             place, text = "", str(error)
+        if isinstance(error, FileNotFoundError) and is_folder_gone():
+            text = "the current folder has been removed; change into another one, and give the command again"
         if isinstance(error, BrokenPipeError) and is_output_closed():
             text = "what reads standard output has closed it (head does so), so this ended before its end"
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is not written at exit

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from recgpt_torchrec.config import Stream
 from recgpt_torchrec.errors import STOP_SIGNALS, InputError
+from recgpt_torchrec.storage import is_full
 
 T = TypeVar("T")
 SOCKET, LONGEST_SOCKET = "pymp-12345678/listener-12345678", 107
@@ -64,6 +65,10 @@ def prefetch(source: Callable[[int], Iterator[T]], settings: Stream) -> Iterator
     received = _receive(loader, pins)
     try:
         yield from prefetch_in_thread(received, 1) if pins else received
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise _explain_shared_memory(error) from None
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
@@ -175,8 +180,20 @@ class _Unpickler(pickle.Unpickler):
         return self.memory[start:stop].view(dtype).view(shape)
 
 
+def _explain_shared_memory(error: Exception) -> InputError:
+    """The error where loader processes find no shared memory for their batches or queues."""
+    return InputError(
+        f"loader processes have too little shared memory ({' '.join(str(error).split())}); give more to /dev/shm "
+        "(docker run --shm-size, in Kubernetes an emptyDir of medium Memory), fewer --stream.workers or a smaller "
+        "--stream.prefetch, or --stream.workers 0"
+    )
+
+
 def _shared_memory(size: int) -> torch.Tensor:
-    storage = torch.UntypedStorage._new_shared(max(size, 1))
+    try:
+        storage = torch.UntypedStorage._new_shared(max(size, 1))
+    except (OSError, RuntimeError) as error:
+        raise _explain_shared_memory(error) from None
     return torch.empty(0, dtype=torch.uint8).set_(storage)[:size]
 
 

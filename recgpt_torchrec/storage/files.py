@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import fsspec
@@ -135,11 +135,18 @@ def write(path: str, data: bytes) -> None:
         with fs.open_output_stream(root, compression=None) as stream:
             stream.write(data)
         return
-    with open(path + ".tmp", "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
+    temporary = path + ".tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            os.remove(temporary)
+        error.filename = path  # a full disk does not say where
+        raise
 
 
 def write_json(path: str, value: dict[str, Any], sealed: bool = True) -> None:

@@ -12,7 +12,7 @@ import pyarrow.fs
 
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage.failing import raise_storage_failure
-from recgpt_torchrec.storage.files import filesystem
+from recgpt_torchrec.storage.files import filesystem, make_folder, remove, scratch_beside
 from recgpt_torchrec.storage.typed import seal
 
 MANIFEST = "manifest.json"
@@ -79,6 +79,33 @@ def raise_write_error(error: BaseException, path: str) -> None:
 
 
 @contextmanager
+def temporary_folder(path: str) -> Iterator[str]:
+    """An empty folder beside the file `path` for what is gone when the `with` block ends; yields its path or URI.
+
+    On a local disk each process has its own, and what killed ones left is deleted. On an object store there is one.
+
+    Raises:
+        OSError: it cannot be made, or not be removed at the end.
+    """
+    fs, root = filesystem(path)
+    local = fs.type_name == "local"
+    parent, name = os.path.split(root)
+    folder = f"{parent}/.{name}.incomplete-{os.getpid()}" if local else f"{path}.incomplete"
+    remove(folder)
+    make_folder(folder)
+    try:
+        if local:
+            open(f"{folder}/{INCOMPLETE}", "wb").close()
+        with _hold_lock(parent, name, folder) if local else nullcontext():
+            yield folder
+    except BaseException:
+        with suppress(OSError):  # the first error is the one to report
+            remove(folder)
+        raise
+    remove(folder)
+
+
+@contextmanager
 def _hold_lock(parent: str, name: str, folder: str) -> Iterator[None]:
     """Hold the lock of `folder`, which is to become `parent`/`name`; delete other such folders that nobody holds."""
     for other in glob.glob(f"{glob.escape(parent)}/.{glob.escape(name)}.incomplete-*"):
@@ -100,6 +127,11 @@ def check_free(path: str, name: str) -> None:
     fs, root = filesystem(path)
     if fs.type_name == "local" and os.path.ismount(os.path.realpath(root)):
         raise InputError(f"--output {path} is a mount point, which cannot be replaced; name a folder in it")
+    if fs.type_name == "local" and not os.access(above := scratch_beside(path), os.W_OK | os.X_OK):
+        inside = f"; name a folder in {path}" if os.access(root, os.W_OK | os.X_OK) else ""
+        raise InputError(
+            f"--output {path}: {above} cannot be written, in which it is made before it gets its name{inside}"
+        )
     info = fs.get_file_info(root)
     if info.type == pyarrow.fs.FileType.File:
         raise InputError(f"--output {path} is a file; name a folder that does not exist or is empty")

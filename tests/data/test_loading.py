@@ -1,5 +1,6 @@
 """Batches made ahead: one in a single piece of memory is the batch it was made from; errors and ends reach both."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from recgpt_torchrec.data import loading
 from recgpt_torchrec.data.batch import SequenceBatch
 from recgpt_torchrec.data.loading import Block, prefetch, prefetch_in_thread
 from recgpt_torchrec.data.ragged import Ragged
+from recgpt_torchrec.errors import InputError
 from tests.data.stream_helpers import pairs, stream_of
 from tests.support import start_forkserver, walks, write_dataset
 
@@ -150,6 +152,29 @@ print(*prefetch(three, Stream(workers=1)), multiprocessing.util.get_temp_dir())
     assert values == ["0", "1", "2"]
     assert Path(folder).parent == expected
     assert not Path(folder).exists()
+
+
+def test_too_little_shared_memory_is_told_with_its_place(stream, monkeypatch):
+    """For a batch, in a loader process, and for the queues to it, in this one."""
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(InputError, match="too little .*unable.*; give more to /dev/shm"),
+    ):
+        patch.setattr(torch.UntypedStorage, "_new_shared", full)
+        loading._shared_memory(10)
+    start_forkserver()
+    for code, kind in ((errno.ENOSPC, InputError), (errno.EIO, OSError)):
+
+        def refuse(*_: Any, **__: Any) -> Any:
+            raise OSError(code, os.strerror(code))  # noqa: B023 (called within this turn)
+
+        monkeypatch.setattr(loading, "_receive", lambda *_: map(refuse, [1]))
+        with pytest.raises(kind, match="give more to /dev/shm" if kind is InputError else "Input/output error"):
+            list(prefetch(stream.batches().source, Stream(workers=1)))
 
 
 class _Twice:

@@ -1,6 +1,7 @@
 """Results by user: what is recorded is joined whatever the order and the ranks, and facts are those of a plain loop."""
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,28 @@ def test_paths_are_joined_by_user_whatever_their_order(tmp_path: Path) -> None:
 
 
 def test_an_error_leaves_nothing_and_what_a_kill_left_is_removed(tmp_path: Path) -> None:
-    (tmp_path / "test.users.parquet.incomplete").mkdir()
-    (tmp_path / "test.users.parquet.incomplete" / "old-00000.parquet").write_text("left")
+    left = tmp_path / ".test.users.parquet.incomplete-1"
+    left.mkdir()
+    for name in (".incomplete", "old-00000.parquet"):
+        (left / name).write_text("left")
     with pytest.raises(RuntimeError), UserRecorder(str(tmp_path / "test.json")) as recorder:
         recorder.add_ranks("one", np.arange(20), {"masked": torch.zeros(20)})
         raise RuntimeError
     assert not list(tmp_path.iterdir())
+
+
+def test_two_evaluations_with_one_output_keep_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, own = str(tmp_path / "test.json"), os.getpid()
+    with UserRecorder(output) as first:
+        first.add_ranks("one", np.arange(20), {"masked": torch.zeros(20)})
+        monkeypatch.setattr(os, "getpid", lambda: own + 1)  # as another process
+        with UserRecorder(output) as second:
+            second.add_ranks("two", np.arange(20), {"masked": torch.ones(20)})
+            second.join(20, paths=["two"])
+            assert set(read(tmp_path)) == {"user_id", "two_masked"}
+        first.join(20, paths=["one"])
+        assert set(read(tmp_path)) == {"user_id", "one_masked"}
+    assert [path.name for path in tmp_path.iterdir()] == ["test.users.parquet"]
 
 
 def test_a_file_that_is_not_the_one_named_is_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ that of a buffer per path and of one range, whatever the number of users.
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from types import TracebackType
 
 import numpy as np
@@ -22,6 +23,7 @@ from recgpt_torchrec.distributed.lockstep import raise_first_error
 from recgpt_torchrec.distributed.processes import rank, run_on_first_rank
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.evaluation.per_user.files import PerUser, column_of, file_beside
+from recgpt_torchrec.storage.folders import temporary_folder
 from recgpt_torchrec.storage.parts import Part, write_checksummed
 
 BUFFER = 2**16
@@ -29,6 +31,8 @@ BUFFER = 2**16
 RANGE = 2**18
 """User ids that are joined at once."""
 USER = "user_id"
+WRITTEN = ".parquet"
+"""Ending of what a rank writes."""
 FACTS = "facts"
 """Name of what is known of users whatever the path; no recall path has it."""
 Values = Mapping[str, npt.NDArray[np.number]]
@@ -49,18 +53,17 @@ class UserRecorder:
             InputError: it cannot be made.
         """
         self.output, self.file = output, file_beside(output)
-        self.folder = f"{self.file}.incomplete"
         self._writers: dict[str, _Writer] = {}
         self._failure: Exception | None = None
+        self._resources = ExitStack()  # of rank 0
 
-        def make() -> None:
+        def make() -> str:
             try:
-                storage.remove(self.folder)  # of an evaluation that was killed
-                storage.make_folder(self.folder)
+                return self._resources.enter_context(temporary_folder(self.file))
             except OSError as error:
-                raise _make_write_error(self.folder, error) from None
+                raise _make_write_error(self.file, error) from None
 
-        run_on_first_rank(make)
+        self.folder = run_on_first_rank(make)
 
     def __enter__(self) -> "UserRecorder":
         return self
@@ -70,12 +73,7 @@ class UserRecorder:
     ) -> None:
         for writer in self._writers.values():
             writer.abandon()
-        if rank() == 0:
-            try:
-                storage.remove(self.folder)
-            except OSError:
-                if kind is None:  # else the original error is the one to report
-                    raise
+        self._resources.__exit__(kind, error, trace)
 
     def add_ranks(self, path: str, users: Int64, ranks: Mapping[str, torch.Tensor]) -> None:
         """Add the ranks [users] float32 of some users' held-out items by protocol; once per user and path."""
@@ -91,7 +89,7 @@ class UserRecorder:
         try:
             if name not in self._writers:
                 fs, root = storage.filesystem(self.folder)
-                self._writers[name] = _Writer(fs, f"{root}/{name}-{rank():05d}.parquet")
+                self._writers[name] = _Writer(fs, f"{root}/{name}-{rank():05d}{WRITTEN}")
             self._writers[name].add({USER: users, **columns})
         except OSError as error:
             self._failure = _make_write_error(self.folder, error)
@@ -232,6 +230,7 @@ class _Joiner:
 def _files(fs: pyarrow.fs.FileSystem, root: str) -> list[str]:
     """Paths of what all ranks wrote: that of the facts first, then those of the paths in order of their names."""
     names = [info.base_name for info in fs.get_file_info(pyarrow.fs.FileSelector(root))]
+    names = [name for name in names if name.endswith(WRITTEN)]
     return [f"{root}/{name}" for name in sorted(names, key=lambda name: (not name.startswith(f"{FACTS}-"), name))]
 
 

@@ -1,4 +1,4 @@
-"""Stages whose standard streams are closed, cannot write every letter, or are no longer read."""
+"""Stages whose standard streams are closed, cannot write every letter or are no longer read; a folder that is gone."""
 
 import os
 import subprocess
@@ -61,3 +61,11 @@ def test_output_that_nobody_reads_any_more_is_named(folder):
         "recgpt prepare: error: what reads standard output has closed it (head does so), so this ended before its end"
     ]
     assert Dataset.open(str(folder / "data")).manifest.users == 8
+
+
+def test_a_current_folder_that_is_gone_is_named(folder):
+    gone = folder / "gone"
+    gone.mkdir()
+    done = run(folder, f"cd {gone} && rmdir {gone} && {COMMAND}")
+    assert done.returncode == 1
+    assert "error: the current folder has been removed; change into another one" in done.stderr
