@@ -39,8 +39,8 @@ def test_an_output_whose_parent_cannot_be_written_is_refused_before_any_work(tmp
 
 def test_a_temporary_folder_is_gone_at_the_end_and_so_is_what_a_killed_process_left(tmp_path: Path) -> None:
     left, other = (tmp_path / f".test.parquet.incomplete-{number}" for number in (1, 2))
-    for folder in (left, other):
-        folder.mkdir()
+    left.mkdir()
+    other.mkdir()
     (left / INCOMPLETE).touch()
     with temporary_folder(f"{tmp_path}/test.parquet") as folder:
         assert os.listdir(folder) == [INCOMPLETE] and not left.exists()
