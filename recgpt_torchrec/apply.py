@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from recgpt_torchrec import cli
 from recgpt_torchrec.config import Apply
-from recgpt_torchrec.launcher import require_one_process
 from recgpt_torchrec.texts.commands import next_line
 from recgpt_torchrec.texts.words import agree
 
@@ -20,7 +19,6 @@ def main(config: Apply) -> None:
     from recgpt_torchrec.retrieval.exports.chain import open_chain
 
     silence_libraries()
-    require_one_process("apply")
     chain = open_chain([config.export, *config.deltas])
     manifest = finished(config, chain)
     already_there = manifest is not None

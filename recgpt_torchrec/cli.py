@@ -4,6 +4,7 @@ Every stage program ends in `cli.run(ConfigClass, main, name)`. Options are the 
 dotted (`--model.dim 64`). All of them can also be set in a YAML file given as `--config`; later ones override earlier.
 """
 
+import errno
 import functools
 import gc
 import json
@@ -19,11 +20,13 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from recgpt_torchrec.config.command_line import CommandLine, OptionError
 from recgpt_torchrec.config.fields import options, remember_given
 from recgpt_torchrec.errors import REFUSED, InputError, OtherRanksError, StorageError
-from recgpt_torchrec.launcher import own_rank, started_processes
-from recgpt_torchrec.progress import is_output_closed, open_streams
+from recgpt_torchrec.launcher import find_processes, own_rank, started_processes
+from recgpt_torchrec.progress import is_output_lost, open_streams
 from recgpt_torchrec.texts.commands import set_form
 
 Config = TypeVar("Config")
+ALONE = ("prepare", "find_neighbours", "apply", "recommend", "run")
+"""Stages of which several processes would each do all the work, into the same folder."""
 RANK_0_SECONDS = 3.0
 """Seconds that another rank waits before it exits, so that the one that prints the message can do so."""
 
@@ -86,11 +89,9 @@ def parse(config_class: type[Config], prog: str, arguments: list[str] | None = N
     line = CommandLine()
     words = sys.argv[1:] if arguments is None else arguments
     if unreadable := [word for word in words if not is_text(word)]:
-        refuse(
-            prog,
-            f"{ascii(unreadable[0])} in the command is no text in {sys.getfilesystemencoding()}, the encoding of this "
-            "locale; set LC_ALL=C.UTF-8 or PYTHONUTF8=1, or rename the file",
-        )
+        encoding = sys.getfilesystemencoding()
+        locale = "" if encoding == "utf-8" else "set LC_ALL=C.UTF-8 or PYTHONUTF8=1, or "
+        refuse(prog, f"{ascii(unreadable[0])} in the command cannot be decoded as {encoding}; {locale}rename the file")
     try:
         line = CommandLine.of(config_class, words)
         return _instantiate(config_class, prog, line)
@@ -193,6 +194,8 @@ def run(config_class: type[Config], function: Callable[[Config], None], prog: st
     open_streams()
     set_form(prog)
     config = parse(config_class, prog)
+    if (stage := re.split(r"[ .]", prog)[-1]) in ALONE and (started := find_processes()):
+        refuse(prog, f"{stage} runs in one process; start it once, without torchrun or with -j 1x1 ({started})")
     try:
         function(config)
         sys.stdout.flush()
@@ -214,8 +217,10 @@ def run(config_class: type[Config], function: Callable[[Config], None], prog: st
             place, text = "", str(error)
         if isinstance(error, FileNotFoundError) and is_folder_gone():
             text = "the current folder has been removed; change into another one, and give the command again"
-        if isinstance(error, BrokenPipeError) and is_output_closed():
-            text = "what reads standard output has closed it (head does so), so this ended before its end"
+        if error.errno in (errno.EPIPE, errno.ENOSPC) and error.filename is None and is_output_lost():
+            text = f"standard output cannot be written ({error.strerror}); what should come next is lost"
+            if isinstance(error, BrokenPipeError):
+                text = "what reads standard output has closed it (head does so); what should come next is lost"
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is not written at exit
         print(f"{prog}: error{place and f' ({place})'}: {text}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None

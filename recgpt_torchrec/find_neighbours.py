@@ -2,7 +2,6 @@
 
 from recgpt_torchrec import cli
 from recgpt_torchrec.config import FindNeighbours
-from recgpt_torchrec.launcher import require_one_process
 from recgpt_torchrec.preparation.neighbours import Result, find_neighbours
 from recgpt_torchrec.texts.commands import following
 from recgpt_torchrec.texts.words import count, format_bytes
@@ -10,7 +9,6 @@ from recgpt_torchrec.texts.words import count, format_bytes
 
 def main(config: FindNeighbours) -> None:
     """Find the neighbours, and print what was found."""
-    require_one_process("find_neighbours")
     print(summary(config, find_neighbours(config)))
 
 

@@ -39,20 +39,27 @@ def read_launcher() -> Launched | None:
         if "LOCAL_RANK" in os.environ:
             _read_number("LOCAL_RANK", 0, size - 1, "WORLD_SIZE")
         rank = _read_number("RANK", 0, size - 1, "WORLD_SIZE")
-        return Launched(rank, size, os.environ["MASTER_ADDR"], _read_number("MASTER_PORT", 1, 65_535))
+        port = _read_number("MASTER_PORT", 0 if size == 1 else 1, 65_535)  # 0: one that is free
+        return Launched(rank, size, os.environ["MASTER_ADDR"], port)
+    if started := _find_other_launcher():
+        raise InputError(
+            f"{started}, but without WORLD_SIZE each would do all the work; start torchrun, once per node (srun "
+            "--ntasks-per-node=1 torchrun ...), or set WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT"
+        )
+    return None
+
+
+def _find_other_launcher() -> str | None:
+    """Which launcher that sets no WORLD_SIZE started several processes, in words; None: none did."""
     for name, launcher in OTHER_LAUNCHERS.items():
         if (count := os.environ.get(name, "1")) not in ("", "0", "1"):
-            raise InputError(
-                f"{launcher} started {count} processes ({name}), but without WORLD_SIZE each would do all the work; "
-                "start torchrun, once per node (srun --ntasks-per-node=1 torchrun ...), or set WORLD_SIZE, RANK, "
-                "MASTER_ADDR and MASTER_PORT"
-            )
+            return f"{launcher} started {count} processes ({name})"
     return None
 
 
 def _read_number(name: str, least: int, most: int | None = None, bound: str = "") -> int:
     """A whole number of the environment, from `least` to `most`, which follows from the variable `bound`."""
-    text = os.environ[name]
+    text = os.environ[name].strip()
     if text.isascii() and text.isdigit() and least <= int(text) and (most is None or int(text) <= most):
         return int(text)
     limits = f"at least {least}" if most is None else f"from {least} to {most}"
@@ -65,24 +72,17 @@ def _read_number(name: str, least: int, most: int | None = None, bound: str = ""
 
 def own_rank() -> int:
     """This process's rank among those that a launcher says it started; 0 where it is alone. Checks nothing."""
-    rank = os.environ.get("RANK", "")
+    rank = os.environ.get("RANK", "").strip()
     return int(rank) if started_processes() > 1 and rank.isascii() and rank.isdigit() else 0
 
 
 def started_processes() -> int:
     """Number of processes that a launcher says it started; 1 where none says so. Checks nothing."""
-    count = os.environ.get("WORLD_SIZE", "")
+    count = os.environ.get("WORLD_SIZE", "").strip()
     return int(count) if "RANK" in os.environ and count.isascii() and count.isdigit() else 1
 
 
-def require_one_process(stage: str) -> None:
-    """Refuse several processes, each of which would do all the work of a stage.
-
-    Raises:
-        InputError: a launcher started several.
-    """
-    if started_processes() > 1:
-        raise InputError(
-            f"{stage} runs in one process; start it once, without torchrun or with -j 1x1 (WORLD_SIZE is "
-            f"{os.environ['WORLD_SIZE']})"
-        )
+def find_processes() -> str | None:
+    """What started several processes, in words; None: nothing did. Checks nothing."""
+    count = started_processes()
+    return f"WORLD_SIZE is {count}" if count > 1 else _find_other_launcher()

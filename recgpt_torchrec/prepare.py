@@ -7,7 +7,6 @@ from recgpt_torchrec.config import Prepare
 from recgpt_torchrec.data.dataset import Manifest
 from recgpt_torchrec.data.days.records import day_of, path_of
 from recgpt_torchrec.data.split import EVALUATION
-from recgpt_torchrec.launcher import require_one_process
 from recgpt_torchrec.preparation.days.appending import append
 from recgpt_torchrec.preparation.pipeline import Result, prepare
 from recgpt_torchrec.texts.commands import following
@@ -16,7 +15,6 @@ from recgpt_torchrec.texts.words import agree, format_bytes
 
 def main(config: Prepare) -> None:
     """Prepare the dataset, and print what became of the log."""
-    require_one_process("prepare")
     if config.append:
         print(agree(summarize_day(config, append(config))))
     else:

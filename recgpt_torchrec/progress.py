@@ -8,7 +8,6 @@ file each line starts with the time and the rank.
 import io
 import logging
 import os
-import select
 import sys
 import time
 from typing import Any, TextIO
@@ -37,18 +36,24 @@ def open_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # it takes the lowest number that is free
+            # It takes the lowest number that is free. Loader processes are to have it too.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() not in ("utf-8", "utf8"):
             stream.reconfigure(errors="backslashreplace")
 
 
-def is_output_closed() -> bool:
-    """Whether nobody reads standard output any more."""
-    poll = select.poll()
-    poll.register(1, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
+def is_output_lost() -> bool:
+    """Whether standard output cannot be written: nobody reads it any more, or its disk is full.
+
+    It writes an empty line.
+    """
+    try:
+        os.write(sys.stdout.fileno(), b"\n")
+    except OSError:
+        return True
+    return False
 
 
 class _Output(logging.Handler):

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from recgpt_torchrec import cli
 from recgpt_torchrec.config.serving.recommend import Recommend
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.launcher import require_one_process
 from recgpt_torchrec.texts.tables import table as text_table
 from recgpt_torchrec.texts.words import count
 
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
 def main(config: Recommend) -> None:
     """Print the list of one history, or write those of a file of histories."""
-    require_one_process("recommend")
     from recgpt_torchrec.serving.recommender import Recommender
     from recgpt_torchrec.serving.request_file import answer_file, parse_command
 

@@ -14,13 +14,11 @@ from recgpt_torchrec.config.fields import options as options_of
 from recgpt_torchrec.config.serving.run import SET_FOR_ALL, RunAll, stage_config
 from recgpt_torchrec.config.stages import STAGES, module_of
 from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.launcher import require_one_process
 from recgpt_torchrec.texts.commands import holds_command, next_line, run_goes_on
 
 
 def main(config: RunAll) -> None:
     """Run every stage that is asked for; each leaves alone what is there already."""
-    require_one_process("run")
     from recgpt_torchrec import storage
     from recgpt_torchrec.data.dataset import Dataset
     from recgpt_torchrec.data.neighbours.folder import open_neighbours

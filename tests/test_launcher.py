@@ -1,17 +1,20 @@
 """What a launcher's environment says: numbers that cannot be right are refused, and what is left over is no job."""
 
 import os
+import sys
 import time
+from threading import Event
 
 import pytest
 import torch
 
-from recgpt_torchrec import cli, launcher
-from recgpt_torchrec.config import Evaluate
+import recgpt_torchrec as rg
+from recgpt_torchrec import cli, launcher, prepare
+from recgpt_torchrec.config import Evaluate, Prepare
 from recgpt_torchrec.distributed.group import joining
 from recgpt_torchrec.distributed.processes import local_world_size, process_group
-from recgpt_torchrec.errors import InputError
-from recgpt_torchrec.launcher import Launched, own_rank, read_launcher, require_one_process, started_processes
+from recgpt_torchrec.errors import REFUSED, InputError
+from recgpt_torchrec.launcher import Launched, find_processes, own_rank, read_launcher, started_processes
 
 NAMES = (
     "RANK",
@@ -40,11 +43,31 @@ def test_a_rank_of_a_job(monkeypatch):
     assert read_launcher() is None and own_rank() == 0 and started_processes() == 1
     give(monkeypatch, JOB)
     assert read_launcher() == Launched(3, 4, "a.node", 29500) and own_rank() == 3 and started_processes() == 4
-    with pytest.raises(InputError, match=r"prepare runs in one process; .* -j 1x1 \(WORLD_SIZE is 4\)"):
-        require_one_process("prepare")
+    assert find_processes() == "WORLD_SIZE is 4"
     give(monkeypatch, {"WORLD_SIZE": "1", "RANK": "0"})
-    assert read_launcher() == Launched(0, 1, "a.node", 29500)
-    require_one_process("prepare")
+    assert read_launcher() == Launched(0, 1, "a.node", 29500) and find_processes() is None
+    give(monkeypatch, {"MASTER_PORT": " 0 "})
+    assert read_launcher() == Launched(0, 1, "a.node", 0)
+
+
+def test_a_stage_of_one_process_is_refused_on_several(monkeypatch, capsys, tmp_path):
+    """In the command, by rank 0; a program that calls it on one of its ranks knows what it does."""
+    (tmp_path / "log.txt").write_text("".join(f"u{user} a b c d e\n" for user in range(6)))
+    words = ["--input", str(tmp_path / "log.txt"), "--output", str(tmp_path / "data")]
+    monkeypatch.setattr(sys, "argv", ["recgpt prepare", *words])
+    monkeypatch.setattr(cli, "RANK_0_SECONDS", 0)
+    for given, said in (
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 processes"),
+        (JOB | {"RANK": "0"}, "WORLD_SIZE is 4"),
+        (JOB, ""),
+    ):
+        give(monkeypatch, given)
+        with pytest.raises(SystemExit) as end:
+            cli.run(Prepare, prepare.main, "recgpt prepare")
+        error = capsys.readouterr().err
+        assert end.value.code == REFUSED and said in error
+        assert bool(said) == ("prepare runs in one process; start it once, without torchrun or with -j 1x1" in error)
+    assert rg.Dataset.prepare(words[1], output=words[3]).manifest.users == 6
 
 
 @pytest.mark.parametrize(
@@ -75,7 +98,7 @@ def test_what_cannot_be_right_is_refused(given, message, monkeypatch):
 def test_what_is_left_over_of_a_job_makes_this_process_no_rank(monkeypatch, capsys):
     give(monkeypatch, {"RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "MASTER_PORT": "abc"})
     assert own_rank() == 0 and started_processes() == 1
-    require_one_process("prepare")
+    assert find_processes() is None
     with process_group():
         assert local_world_size() == 1 and "LOCAL_RANK" not in os.environ
         assert torch.distributed.get_world_size() == 1
@@ -85,14 +108,13 @@ def test_what_is_left_over_of_a_job_makes_this_process_no_rank(monkeypatch, caps
 
 
 def test_a_rank_that_finds_no_place_to_meet_says_where_it_looks(monkeypatch, capsys):
-    joining._say_waiting(Launched(1, 2, "no.such.host.invalid", 29500), 600)
+    joining._say_waiting(Launched(1, 2, "no.such.host.invalid", 29500), 600, Event())
     said = capsys.readouterr().out
     assert "rank 1 of 2 waits for rank 0 at no.such.host.invalid:29500, a name that this node cannot resolve" in said
-    monkeypatch.setattr(joining, "SAY_S", 0.2)
-    with pytest.raises(joining.NotJoined):
-        joining.meet(Launched(1, 2, "127.0.0.1", 9), 1.0)
-    assert "rank 1 of 2 waits for rank 0 at 127.0.0.1:9 (MASTER_ADDR and MASTER_PORT), 1 s at most" in (
-        capsys.readouterr().out
-    )
-    time.sleep(0.3)
-    assert not capsys.readouterr().out
+    for say_s, said in ((0.2, True), (2.5, False)):
+        monkeypatch.setattr(joining, "SAY_S", say_s)
+        with pytest.raises(joining.NotJoined):
+            joining.meet(Launched(1, 2, "127.0.0.1", 9), 1.0)
+        time.sleep(say_s)
+        words = "rank 1 of 2 waits for rank 0 at 127.0.0.1:9 (MASTER_ADDR and MASTER_PORT), 1 s at most"
+        assert (words in capsys.readouterr().out) == said

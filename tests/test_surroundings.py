@@ -49,17 +49,43 @@ def test_letters_that_a_stream_lacks_end_no_stage(folder, environment):
 
 
 def test_an_argument_that_is_no_text_is_refused(folder):
-    done = run(folder, COMMAND, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    done = run(folder, COMMAND, **POSIX)
     assert done.returncode == 2
-    assert "csv' in the command is no text in ascii, the encoding of this locale; set LC_ALL=C.UTF-8" in done.stderr
+    assert "csv' in the command cannot be decoded as ascii; set LC_ALL=C.UTF-8 or PYTHONUTF8=1, or" in done.stderr
 
 
-def test_output_that_nobody_reads_any_more_is_named(folder):
-    done = run(folder, f"{COMMAND} | true; exit ${{PIPESTATUS[0]}}")
+POSIX = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+"""A locale whose letters are ASCII; Python takes UTF-8 all the same unless it is told not to."""
+
+
+def test_letters_that_the_locale_lacks_are_escaped(folder):
+    code = "from recgpt_torchrec.progress import open_streams; open_streams(); print(chr(233))"
+    assert run(folder, f'{sys.executable} -c "{code}"', **POSIX).stdout == "\\xe9\n"
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_programs_that_a_stage_starts_have_streams_too(folder, closed):
+    """Else the first file that they open takes the number of one, and a library's warning is written into it."""
+    inner = "import os; open(chr(97), chr(119)).write(str([os.fstat(number).st_mode > 0 for number in range(3)]))"
+    code = "from recgpt_torchrec.progress import open_streams; open_streams(); import subprocess, sys\n"
+    code += f"subprocess.run([sys.executable, '-c', '{inner}'], check=True)"
+    (folder / "outer.py").write_text(code)
+    assert run(folder, f"{sys.executable} outer.py {closed}").returncode == 0
+    assert (folder / "a").read_text() == "[True, True, True]"
+
+
+@pytest.mark.parametrize(
+    ("to", "said"),
+    [
+        ("| true", "what reads standard output has closed it"),
+        ("> /dev/full", "standard output cannot be written (No sp"),
+    ],
+)
+def test_output_that_is_lost_is_named(folder, to, said):
+    done = run(folder, f"{COMMAND} {to}; exit ${{PIPESTATUS[0]}}")
     assert done.returncode == 1
-    assert done.stderr.splitlines() == [
-        "recgpt prepare: error: what reads standard output has closed it (head does so), so this ended before its end"
-    ]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"recgpt prepare: error: {said}") and line.endswith("; what should come next is lost")
     assert Dataset.open(str(folder / "data")).manifest.users == 8
 
 

@@ -5,6 +5,7 @@ the same command may work on another node or a minute later.
 """
 
 import errno
+import os
 import socket
 
 from recgpt_torchrec.errors import OtherRanksError, StorageError
@@ -38,6 +39,11 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 def is_full(error: BaseException) -> bool:
     """Whether an error says that nothing more can be written there."""
     return isinstance(error, OSError) and error.errno in FULL
+
+
+def says_full(text: str) -> bool:
+    """Whether a library's message has the system's text of such an error."""
+    return any(os.strerror(number) in text for number in FULL)
 
 
 def find_storage_failure(

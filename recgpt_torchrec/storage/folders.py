@@ -5,14 +5,16 @@ import glob
 import json
 import os
 import shutil
+import socket
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 
 import pyarrow.fs
 
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.storage.failing import raise_storage_failure
-from recgpt_torchrec.storage.files import filesystem, make_folder, remove, scratch_beside
+from recgpt_torchrec.storage.files import exists, filesystem, make_folder, remove, scratch_beside
 from recgpt_torchrec.storage.typed import seal
 
 MANIFEST = "manifest.json"
@@ -41,7 +43,7 @@ def stage_folder(path: str) -> Iterator[tuple[pyarrow.fs.FileSystem, str]]:
         final = os.path.realpath(final)  # a link may lead to another disk; its target is replaced
     parent, name = os.path.split(final)
     renames = fs.type_name in RENAMING
-    folder = f"{parent}/.{name}.incomplete-{os.getpid()}" if renames else final
+    folder = f"{parent}/.{name}.incomplete-{_own_ending()}" if renames else final
     try:
         fs.create_dir(folder, recursive=True)
         fs.delete_dir_contents(folder)  # nothing, or left by a killed process: `check_free` made sure
@@ -88,25 +90,46 @@ def temporary_folder(path: str) -> Iterator[str]:
         OSError: it cannot be made, or not be removed at the end.
     """
     fs, root = filesystem(path)
-    local = fs.type_name == "local"
-    parent, name = os.path.split(root)
-    folder = f"{parent}/.{name}.incomplete-{os.getpid()}" if local else f"{path}.incomplete"
-    remove(folder)
-    make_folder(folder)
-    try:
-        if local:
-            open(f"{folder}/{INCOMPLETE}", "wb").close()
-        with _hold_lock(parent, name, folder) if local else nullcontext():
-            yield folder
-    except BaseException:
-        with suppress(OSError):  # the first error is the one to report
+    with ExitStack() as lock:
+        if fs.type_name == "local":
+            folder = _make_locked(*os.path.split(root), lock)
+        else:
+            folder = f"{path}.incomplete"
             remove(folder)
-        raise
-    remove(folder)
+            make_folder(folder)
+        try:
+            yield folder
+        except BaseException:
+            with suppress(OSError):  # the first error is the one to report
+                remove(folder)
+            raise
+    try:
+        remove(folder)  # without its lock, since NFS keeps what is open
+    except OSError:
+        if exists(folder):  # else another process has deleted it meanwhile
+            raise
+
+
+def _make_locked(parent: str, name: str, lock: ExitStack) -> str:
+    """A new folder in `parent` that is this process's own until `lock` is closed."""
+    make_folder(parent)
+    while True:
+        folder = tempfile.mkdtemp(prefix=f".{name}.incomplete-", dir=parent)
+        with suppress(FileNotFoundError):  # another process took it for left over before it was locked
+            open(f"{folder}/{INCOMPLETE}", "wb").close()
+            lock.enter_context(_hold_lock(parent, name, folder, fcntl.LOCK_EX))  # who has it deletes the folder
+            if os.path.exists(f"{folder}/{INCOMPLETE}"):
+                return folder
+        lock.close()
+
+
+def _own_ending() -> str:
+    """What tells this process from others that write to the same disk, whose numbers may be equal."""
+    return f"{socket.gethostname()}-{os.getpid()}"
 
 
 @contextmanager
-def _hold_lock(parent: str, name: str, folder: str) -> Iterator[None]:
+def _hold_lock(parent: str, name: str, folder: str, how: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> Iterator[None]:
     """Hold the lock of `folder`, which is to become `parent`/`name`; delete other such folders that nobody holds."""
     for other in glob.glob(f"{glob.escape(parent)}/.{glob.escape(name)}.incomplete-*"):
         with suppress(OSError), open(f"{other}/{INCOMPLETE}", "rb+") as file:
@@ -115,23 +138,31 @@ def _hold_lock(parent: str, name: str, folder: str) -> Iterator[None]:
                 shutil.rmtree(other)
     with open(f"{folder}/{INCOMPLETE}", "rb+") as file:
         with suppress(OSError):  # a file system without locks: nothing is deleted
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, how)
         yield
 
 
-def check_free(path: str, name: str) -> None:
-    """Raise an `InputError` unless `path` is missing, an empty folder, or left incomplete by a killed process.
+def check_free(path: str, name: str, in_place: bool = False) -> None:
+    """Check that a folder can be made: it is missing, empty, or left incomplete by a killed process.
 
-    `name` is the kind of folder to be written there, for the message.
+    Args:
+        path: of the folder.
+        name: the kind of folder to be written there, for the message.
+        in_place: whether it is written under its own name, not under a temporary one beside it.
+
+    Raises:
+        InputError: it cannot.
     """
     fs, root = filesystem(path)
     if fs.type_name == "local" and os.path.ismount(os.path.realpath(root)):
         raise InputError(f"--output {path} is a mount point, which cannot be replaced; name a folder in it")
-    if fs.type_name == "local" and not os.access(above := scratch_beside(path), os.W_OK | os.X_OK):
-        inside = f"; name a folder in {path}" if os.access(root, os.W_OK | os.X_OK) else ""
-        raise InputError(
-            f"--output {path}: {above} cannot be written, in which it is made before it gets its name{inside}"
-        )
+    if fs.type_name == "local" and not in_place:
+        real = os.path.realpath(root)  # a link may lead to another disk
+        if not os.access(above := scratch_beside(real), os.W_OK | os.X_OK):
+            inside = f"; name a folder in {path}" if os.access(real, os.W_OK | os.X_OK) else ""
+            raise InputError(
+                f"--output {path} is first written under a temporary name in {above}, which cannot be written{inside}"
+            )
     info = fs.get_file_info(root)
     if info.type == pyarrow.fs.FileType.File:
         raise InputError(f"--output {path} is a file; name a folder that does not exist or is empty")

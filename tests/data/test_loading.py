@@ -166,6 +166,13 @@ def test_too_little_shared_memory_is_told_with_its_place(stream, monkeypatch):
     ):
         patch.setattr(torch.UntypedStorage, "_new_shared", full)
         loading._shared_memory(10)
+
+    def no_files(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("unable to open shared memory object: Too many open files (24)")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="^unable to open"):
+        patch.setattr(torch.UntypedStorage, "_new_shared", no_files)
+        loading._shared_memory(10)
     start_forkserver()
     for code, kind in ((errno.ENOSPC, InputError), (errno.EIO, OSError)):
 

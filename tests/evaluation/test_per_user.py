@@ -1,7 +1,6 @@
 """Results by user: what is recorded is joined whatever the order and the ranks, and facts are those of a plain loop."""
 
 import itertools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def test_paths_are_joined_by_user_whatever_their_order(tmp_path: Path) -> None:
 
 
 def test_an_error_leaves_nothing_and_what_a_kill_left_is_removed(tmp_path: Path) -> None:
-    left = tmp_path / ".test.users.parquet.incomplete-1"
+    left = tmp_path / ".test.users.parquet.incomplete-x"
     left.mkdir()
     for name in (".incomplete", "old-00000.parquet"):
         (left / name).write_text("left")
@@ -62,11 +61,10 @@ def test_an_error_leaves_nothing_and_what_a_kill_left_is_removed(tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
-def test_two_evaluations_with_one_output_keep_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output, own = str(tmp_path / "test.json"), os.getpid()
+def test_two_evaluations_with_one_output_keep_apart(tmp_path: Path) -> None:
+    output = str(tmp_path / "test.json")
     with UserRecorder(output) as first:
         first.add_ranks("one", np.arange(20), {"masked": torch.zeros(20)})
-        monkeypatch.setattr(os, "getpid", lambda: own + 1)  # as another process
         with UserRecorder(output) as second:
             second.add_ranks("two", np.arange(20), {"masked": torch.ones(20)})
             second.join(20, paths=["two"])

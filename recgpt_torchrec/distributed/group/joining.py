@@ -3,7 +3,7 @@
 import os
 import socket
 from datetime import timedelta
-from threading import Timer
+from threading import Event, Timer
 
 import torch.distributed as dist
 
@@ -38,7 +38,8 @@ def meet(job: Launched, timeout_s: float) -> dist.Store:
     limit = timedelta(seconds=timeout_s)
     rank, world_size, host, port = job
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else a launcher serves the store
-    waiting = Timer(SAY_S, _say_waiting, (job, timeout_s))
+    found = Event()
+    waiting = Timer(SAY_S, _say_waiting, (job, timeout_s, found))
     waiting.daemon = True
     waiting.start()
     try:
@@ -49,6 +50,7 @@ def meet(job: Launched, timeout_s: float) -> dist.Store:
     except RuntimeError as error:
         raise NotJoined(" ".join(str(error).split())) from None
     finally:
+        found.set()
         waiting.cancel()
     keys = [f"joined/{each}" for each in range(world_size)]
     try:
@@ -63,13 +65,15 @@ def meet(job: Launched, timeout_s: float) -> dist.Store:
     return store
 
 
-def _say_waiting(job: Launched, timeout_s: float) -> None:
+def _say_waiting(job: Launched, timeout_s: float, found: Event) -> None:
     """Say where this rank looks for the others, since it has not found the place for a while."""
     try:
         socket.getaddrinfo(job.host, job.port)
         unknown = ""
     except OSError:
         unknown = ", a name that this node cannot resolve"
+    if found.is_set():  # while the name was looked up
+        return
     LOGGER.info(
         f"rank {job.rank} of {job.world_size} waits for rank 0 at {job.host}:{job.port}{unknown} (MASTER_ADDR and "
         f"MASTER_PORT), {timeout_s:g} s at most"

@@ -70,7 +70,7 @@ class DaysFolder:
         settings["min_count"] = 1
         if days is None:
             if storage.names(path) != [f"{DAYS}.tmp"]:  # left by a kill at the very start
-                check_free(path, "folder of days")
+                check_free(path, "folder of days", in_place=True)
             return cls(path, config, Days(settings=settings))
         known = {**default_values(config), **days.settings}
         differing = differences(known, {**known, **settings}, changeable_names(Prepare) | READING)

@@ -4,7 +4,6 @@ Fills two tables: `log_rows`, the rows as the last of `rows.steps` has them, in 
 the lines that cannot be split into columns.
 """
 
-import errno
 import lzma
 import os
 import zlib
@@ -32,7 +31,7 @@ from recgpt_torchrec.preparation.reading.formats.separated import Separated
 from recgpt_torchrec.preparation.reading.formats.source import Column, Source, explain_missing, wanted_columns
 from recgpt_torchrec.preparation.reading.rows import BLANK, FILTERED, UNKNOWN, RowOptions, steps
 from recgpt_torchrec.preparation.reading.where import compile_where
-from recgpt_torchrec.storage import fsspec_filesystem, is_full, remote
+from recgpt_torchrec.storage import fsspec_filesystem, is_full, remote, says_full
 
 LONGEST_LINE = 16 * 2**20
 """Maximum length of a line of a text file, in bytes; a longer one is malformed."""
@@ -101,9 +100,8 @@ def explained(file: InputFile, scratch: Path | None = None) -> Iterator[None]:
 
 
 def _says_full(error: BaseException, scratch: Path) -> bool:
-    """Whether DuckDB says that there is no space left in its scratch folder."""
-    text = str(error)
-    return isinstance(error, duckdb.IOException) and str(scratch) in text and os.strerror(errno.ENOSPC) in text
+    """Whether DuckDB says that it can write no more into its scratch folder."""
+    return isinstance(error, duckdb.IOException) and str(scratch) in str(error) and says_full(str(error))
 
 
 @dataclass
