@@ -6,6 +6,7 @@ by their command-line options alone, so that this file need not change when the 
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,9 @@ def all_stages(rank: int, world_size: int, folder: Path) -> None:
     log, data, prompts = folder / "log.csv", folder / "data", folder / "prompts"
     if first:
         write_log(log)
+        ranks = os.environ.pop("WORLD_SIZE")  # it is started as one process
         run("prepare", **{"--input": log, "--output": data, "--min_count": 3, "--click_column": "clicked"})
+        os.environ["WORLD_SIZE"] = ranks
     dist.barrier()
     for name, options in PRETRAIN.items():
         run("pretrain", **{"--data": data, "--output": folder / name, **SMALL, **options})
