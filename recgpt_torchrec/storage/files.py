@@ -145,7 +145,8 @@ def write(path: str, data: bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             os.remove(temporary)
-        error.filename = path  # a full disk does not say where
+        if error.errno is not None:
+            error.filename = path  # a full disk does not say where
         raise
 
 

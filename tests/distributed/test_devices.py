@@ -9,9 +9,11 @@ import torch.distributed as dist
 
 from recgpt_torchrec.config.fields import options
 from recgpt_torchrec.config.stages import STAGES
+from recgpt_torchrec.distributed import processes as joined
 from recgpt_torchrec.distributed.devices import choose_device
 from recgpt_torchrec.distributed.processes import process_group
 from recgpt_torchrec.errors import REFUSED, InputError
+from recgpt_torchrec.launcher import Launched
 from tests.support import stage
 
 
@@ -50,9 +52,11 @@ def test_cuda_without_a_gpu_says_what_torch_sees(gpus: Any, monkeypatch: pytest.
 @pytest.mark.parametrize("option", ["auto", "cuda"])
 @pytest.mark.parametrize(("count", "local_rank", "processes"), [(1, 0, 2), (1, 1, None), (2, 1, 4)])
 def test_processes_that_would_share_a_gpu_are_refused_before_they_join(
-    gpus: Any, option: Any, count: int, local_rank: int, processes: int | None
+    gpus: Any, option: Any, count: int, local_rank: int, processes: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpus(count, local_rank, processes)
+    monkeypatch.setattr(joined, "read_launcher", lambda: Launched(local_rank, 4, "localhost", 29500))
+    monkeypatch.setattr(joined, "meet", lambda *_: dist.HashStore())
     wanted = rf"{processes or 2} processes on this node, but torch sees {count} GPUs? .*-j 1x{count} .*--device cpu"
     with pytest.raises(InputError, match=wanted), process_group(device=option):
         pass
