@@ -22,11 +22,10 @@ from recgpt_torchrec.config.fields import options, remember_given
 from recgpt_torchrec.errors import REFUSED, InputError, OtherRanksError, StorageError
 from recgpt_torchrec.launcher import find_processes, own_rank, started_processes
 from recgpt_torchrec.progress import is_output_lost, open_streams
-from recgpt_torchrec.texts.commands import set_form
+from recgpt_torchrec.texts.commands import ALONE, set_form
+from recgpt_torchrec.texts.words import is_encodable
 
 Config = TypeVar("Config")
-ALONE = ("prepare", "find_neighbours", "apply", "recommend", "run")
-"""Stages of which several processes would each do all the work, into the same folder."""
 RANK_0_SECONDS = 3.0
 """Seconds that another rank waits before it exits, so that the one that prints the message can do so."""
 
@@ -88,7 +87,7 @@ def parse(config_class: type[Config], prog: str, arguments: list[str] | None = N
     """
     line = CommandLine()
     words = sys.argv[1:] if arguments is None else arguments
-    if unreadable := [word for word in words if not is_text(word)]:
+    if unreadable := [word for word in words if not is_encodable(word)]:  # bytes that Python could not decode
         encoding = sys.getfilesystemencoding()
         locale = "" if encoding == "utf-8" else "set LC_ALL=C.UTF-8 or PYTHONUTF8=1, or "
         refuse(prog, f"{ascii(unreadable[0])} in the command cannot be decoded as {encoding}; {locale}rename the file")
@@ -97,15 +96,6 @@ def parse(config_class: type[Config], prog: str, arguments: list[str] | None = N
         return _instantiate(config_class, prog, line)
     except ValueError as error:  # an OptionError, or one of a group's range checks
         refuse(prog, line.explain(str(error)))
-
-
-def is_text(word: str) -> bool:
-    """Whether Python could decode an argument; what it could not, it keeps as bytes that cannot be encoded."""
-    try:
-        word.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def make_config(config_class: type[Config], prog: str, values: Mapping[str, Any]) -> Config:

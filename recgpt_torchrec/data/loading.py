@@ -1,7 +1,6 @@
 """Prefetches batches in a thread or in loader processes, which hand each over as one block of shared memory."""
 
 import contextlib
-import errno
 import io
 import multiprocessing
 import multiprocessing.forkserver
@@ -29,10 +28,6 @@ from recgpt_torchrec.storage import is_full
 T = TypeVar("T")
 SOCKET, LONGEST_SOCKET = "pymp-12345678/listener-12345678", 107
 """What multiprocessing names a socket within the folder of temporary files, and the bytes that such a path may have."""
-
-
-NO_MEMORY = (os.strerror(errno.ENOSPC), os.strerror(errno.ENOMEM))
-"""Texts of the system where shared memory is used up."""
 
 
 def prefetch(source: Callable[[int], Iterator[T]], settings: Stream) -> Iterator[T]:
@@ -198,7 +193,7 @@ def _shared_memory(size: int) -> torch.Tensor:
     try:
         storage = torch.UntypedStorage._new_shared(max(size, 1))
     except (OSError, RuntimeError) as error:
-        if not is_full(error) and not any(text in str(error) for text in NO_MEMORY):
+        if not is_full(error):
             raise
         raise _explain_shared_memory(error) from None
     return torch.empty(0, dtype=torch.uint8).set_(storage)[:size]

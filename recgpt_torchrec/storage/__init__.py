@@ -5,7 +5,7 @@ manifest, `finished` compares an output with what is asked for, `typed` checks t
 `failing` tells storage that fails from a file that is damaged.
 """
 
-from recgpt_torchrec.storage.failing import find_storage_failure, is_full, raise_storage_failure, says_full
+from recgpt_torchrec.storage.failing import find_storage_failure, is_full, raise_storage_failure
 from recgpt_torchrec.storage.files import (
     Streams,
     append,
@@ -44,7 +44,6 @@ __all__ = [
     "read_json",
     "remote",
     "remove",
-    "says_full",
     "scratch_beside",
     "write",
     "write_json",

@@ -37,13 +37,8 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that nothing more can be written there."""
-    return isinstance(error, OSError) and error.errno in FULL
-
-
-def says_full(text: str) -> bool:
-    """Whether a library's message has the system's text of such an error."""
-    return any(os.strerror(number) in text for number in FULL)
+    """Whether an error of the system, or of a library that has the system's text, says that no more can be written."""
+    return any(os.strerror(number) in str(error) for number in FULL)
 
 
 def find_storage_failure(

@@ -12,6 +12,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from recgpt_torchrec.texts.words import is_encodable
+
 T = TypeVar("T")
 
 JSON_BYTES = 2**28
@@ -49,22 +51,13 @@ def parse_object(text: bytes | str, sealed: bool = True) -> dict[str, Any]:
     for _ in range(DEPTH):
         inner: list[Any] = []
         for each in level:
-            if isinstance(each, str) and ("\0" in each or not each.isascii() and not _is_encodable(each)):
+            if isinstance(each, str) and ("\0" in each or not each.isascii() and not is_encodable(each)):
                 raise ValueError("a text in it has a character that is none")
             inner += [*each, *each.values()] if isinstance(each, dict) else each if isinstance(each, list) else []
         level = inner
     if level:
         raise ValueError("it is nested too deeply")
     return check_seal(value) if sealed else value
-
-
-def _is_encodable(text: str) -> bool:
-    """Whether a text has no half of a surrogate pair, which JSON can write and nothing can print."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def seal(values: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from typing import Any
 
 JOB = "RECGPT_JOB"
 """Environment variable in which a job of torchx finds the words of its own command, with {} for the stage's name."""
-ONE_PROCESS = ("prepare", "find_neighbours", "apply", "recommend", "run", "report", "plan", "doctor", "manifest")
+ALONE = ("prepare", "find_neighbours", "apply", "recommend", "run")
+"""Stages that are refused on several processes, each of which would do all the work, into the same folder."""
+ONE_PROCESS = (*ALONE, "report", "plan", "doctor", "manifest")
 """Programs that run in one process: of several, each would do all the work."""
 PORT = 29500
 """Port on the first node where the nodes of torchrun meet."""

@@ -1,4 +1,4 @@
-"""Counted nouns, and numbers of bytes."""
+"""Counted nouns, numbers of bytes, and text that can be printed."""
 
 import re
 
@@ -48,3 +48,15 @@ def format_bytes(count: float) -> str:
         if count < 1000:
             return f"{count:.1f} {unit}"
     return f"{count / 1000:.1f} TB"
+
+
+def is_encodable(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair, which nothing can print.
+
+    JSON can hold one, and Python keeps bytes of the command line as such that are no text in the locale's encoding.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -16,7 +16,7 @@ from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.preparation.engines.engine import BATCH_ROWS, REMEDY, Engine, T, make_scratch, quote_sql
 from recgpt_torchrec.preparation.writing import Layout
 from recgpt_torchrec.progress import progress_bar
-from recgpt_torchrec.storage import is_full, says_full
+from recgpt_torchrec.storage import is_full
 from recgpt_torchrec.storage.parts import Part
 
 
@@ -144,5 +144,5 @@ def explain_lack(scratch: str) -> Iterator[None]:
         if not isinstance(error, SCRATCH_ERRORS) and not is_full(error):
             raise
         reason = " ".join(str(error).split())
-        space = "free space there, or " if says_full(reason) else ""
+        space = "free space there, or " if is_full(error) else ""
         raise InputError(f"scratch folder {scratch}: {reason}; {space}name another with --scratch") from None

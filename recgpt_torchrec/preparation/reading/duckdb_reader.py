@@ -31,7 +31,7 @@ from recgpt_torchrec.preparation.reading.formats.separated import Separated
 from recgpt_torchrec.preparation.reading.formats.source import Column, Source, explain_missing, wanted_columns
 from recgpt_torchrec.preparation.reading.rows import BLANK, FILTERED, UNKNOWN, RowOptions, steps
 from recgpt_torchrec.preparation.reading.where import compile_where
-from recgpt_torchrec.storage import fsspec_filesystem, is_full, remote, says_full
+from recgpt_torchrec.storage import fsspec_filesystem, is_full, remote
 
 LONGEST_LINE = 16 * 2**20
 """Maximum length of a line of a text file, in bytes; a longer one is malformed."""
@@ -91,17 +91,12 @@ def explained(file: InputFile, scratch: Path | None = None) -> Iterator[None]:
     except (duckdb.OutOfMemoryException, duckdb.InterruptException, duckdb.TransactionException):
         raise  # of the engine: memory or scratch space
     except (duckdb.Error, OSError, EOFError, pa.ArrowException, lzma.LZMAError, zlib.error, UnicodeError) as error:
-        if scratch is not None and (is_full(error) or _says_full(error, scratch)):
-            raise
+        if scratch is not None and is_full(error):
+            raise  # only the engine writes
         message = str(error).strip().split("\n")[0]
         message = message if scratch is None else message.replace(f'"{scratch}/', '"')
         packed = f"; is it compressed as its ending {file.compression} says?" if file.compression else ""
         raise InputError(f"{file.path}: cannot be read as {file.format}: {message}{packed}") from None
-
-
-def _says_full(error: BaseException, scratch: Path) -> bool:
-    """Whether DuckDB says that it can write no more into its scratch folder."""
-    return isinstance(error, duckdb.IOException) and str(scratch) in str(error) and says_full(str(error))
 
 
 @dataclass
