@@ -24,6 +24,7 @@ class Rung:
 
 PRETRAIN = (
     Rung(ORIGINAL, "the paper's settings: binary cross-entropy, Adam, batches of 256 users"),
+    Rung("width", "vectors of 64 instead of 256, as in the comparisons of the field", ("model.dim",)),
     Rung("loss", "softmax over all items", ("loss",)),
     Rung("history_in", "mean of the history at the input", ("model.history_in",)),
     Rung("history_out", "decaying mean of the history at the output", ("model.history_out",)),
