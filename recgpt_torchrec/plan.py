@@ -1,7 +1,7 @@
 """Program `plan`: a catalogue and a cluster -> sharding, memory, traffic and time of a pretrain run, estimated."""
 
 from recgpt_torchrec import cli
-from recgpt_torchrec.config.plan import Plan
+from recgpt_torchrec.config.reports.plan import Plan
 
 
 def main(config: Plan) -> None:

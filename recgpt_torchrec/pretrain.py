@@ -44,7 +44,7 @@ def train_run(config: Pretrain, device: "torch.device", initial: str | None = No
     from recgpt_torchrec.data.inputs.choosing import choose_inputs
     from recgpt_torchrec.distributed.initial_values import initialise_tables
     from recgpt_torchrec.distributed.processes import log_message, run_on_first_rank
-    from recgpt_torchrec.evaluation.validation import METRIC, validation_of
+    from recgpt_torchrec.evaluation.validation import validation_of
     from recgpt_torchrec.training.building import check_answers, choose_tokens, open_dataset, training_stream
     from recgpt_torchrec.training.execution import Execution
     from recgpt_torchrec.training.loading import find_initial, reset_reassigned
@@ -85,7 +85,6 @@ def train_run(config: Pretrain, device: "torch.device", initial: str | None = No
         execution,
         begin=None if run.initial is None else begin,
         validation=validation_of(stream, config.model, stream.maker.batch, device, limits, config.events.validate),
-        metric=METRIC,
     )
     return run.summary(dataset.manifest)
 

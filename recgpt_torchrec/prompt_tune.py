@@ -22,7 +22,7 @@ def main(config: PromptTune) -> None:
     from recgpt_torchrec.data.reading.preset import apply_preset
     from recgpt_torchrec.distributed.processes import log_message, print_result, process_group, run_on_first_rank
     from recgpt_torchrec.distributed.watchdog import Watchdog
-    from recgpt_torchrec.evaluation.validation import METRIC, validation_of
+    from recgpt_torchrec.evaluation.validation import validation_of
     from recgpt_torchrec.training.building import choose_tokens, open_dataset, training_stream
     from recgpt_torchrec.training.execution import Execution
     from recgpt_torchrec.training.loading import load_pretrained, pretrained_inputs, pretrained_model
@@ -68,7 +68,6 @@ def main(config: PromptTune) -> None:
             execution,
             begin=begin,
             validation=validation,
-            metric=METRIC,
             tuning=tuning,
         )
         print_result(run.summary(dataset.manifest))

@@ -16,7 +16,7 @@ import torch
 from recgpt_torchrec import pretrain
 from recgpt_torchrec.checkpoints.folder import find_checkpoint
 from recgpt_torchrec.config import Pretrain, TimeChoice
-from recgpt_torchrec.config.plan import Plan
+from recgpt_torchrec.config.reports.plan import Plan
 from recgpt_torchrec.data.dataset import Dataset
 from recgpt_torchrec.planning.workload import Workload
 from recgpt_torchrec.retrieval.exports.reading import open_export

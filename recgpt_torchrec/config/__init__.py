@@ -9,9 +9,9 @@ from recgpt_torchrec.config.inputs.events import Events, TargetEvents
 from recgpt_torchrec.config.inputs.neighbours import AnswerNeighbours, FindNeighbours, Neighbours, RecallNeighbours
 from recgpt_torchrec.config.inputs.time import TimeChoice
 from recgpt_torchrec.config.model import Loss, Model
-from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.prepare import Prepare
 from recgpt_torchrec.config.prompts import GeneratePrompts, Prompts, PromptTune, Tuning
+from recgpt_torchrec.config.reports.plan import Plan
 from recgpt_torchrec.config.retrieval import HNSW, IVF, PQ, Apply, BuildIndex, Evaluate, Export, Index, Recall, Retrieve
 from recgpt_torchrec.config.serving.encoder import Encoder
 from recgpt_torchrec.config.tables import Sharding, Tables

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from recgpt_torchrec.config.inputs.neighbours import FindNeighbours
 from recgpt_torchrec.config.launch.manifest import Manifest
-from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.prepare import Prepare
 from recgpt_torchrec.config.prompts import GeneratePrompts, PromptTune
 from recgpt_torchrec.config.reports.doctor import Doctor
+from recgpt_torchrec.config.reports.plan import Plan
 from recgpt_torchrec.config.reports.report import Report
 from recgpt_torchrec.config.retrieval import Apply, BuildIndex, Evaluate, Export, Retrieve
 from recgpt_torchrec.config.serving.recommend import Recommend

@@ -10,6 +10,7 @@ from recgpt_torchrec.config.inputs.attributes import AttributeChoice
 from recgpt_torchrec.config.inputs.events import Events
 from recgpt_torchrec.config.inputs.neighbours import Neighbours
 from recgpt_torchrec.config.inputs.time import TimeChoice
+from recgpt_torchrec.config.metric import Metric
 from recgpt_torchrec.config.model import Loss, Model
 from recgpt_torchrec.config.preset.option import Preset
 from recgpt_torchrec.config.tables import Tables
@@ -138,8 +139,12 @@ class Train:
     steps: int = 0
     """Number of optimizer steps after which the run ends, wherever in an epoch that is; the learning-rate schedule
     spans them. For logs too large to be read several times. 0: the run ends after train.epochs epochs."""
+    metric: str = "NDCG@10"
+    """Validation figure that decides which checkpoint is best, and when training stops early: HR@K or NDCG@K of lists
+    without the items of a user's history; or with `unmasked.` before it, such as unmasked.NDCG@10, of lists that may
+    have them, weighed by the repeat bias, over at most 8,192 users: for logs whose users take items again."""
     patience: int = 10
-    """Number of epochs without a better validation NDCG@10 after which training stops, at the end of an epoch; 0: never
+    """Number of epochs without a better train.metric after which training stops, at the end of an epoch; 0: never
     stop early. Epochs are counted also where train.validate_steps validates within them. Where nothing is held out for
     validation, the whole run is trained and the newest checkpoint is the result."""
     validate_every: int = 1
@@ -180,6 +185,7 @@ class Train:
     operations are in profile/ in the output folder. 0: none."""
 
     def __post_init__(self) -> None:
+        Metric.parse(self.metric)
         for name in ("epochs", "validate_every", "timeout_seconds"):
             at_least(f"--train.{name}", getattr(self, name), 1)
         for name in (

@@ -4,8 +4,8 @@ from dataclasses import fields
 
 from recgpt_torchrec.config import Pretrain
 from recgpt_torchrec.config.defaults import STEPS
-from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.reports.doctor import Doctor
+from recgpt_torchrec.config.reports.plan import Plan
 from recgpt_torchrec.diagnosis.contents import Contents
 from recgpt_torchrec.diagnosis.finding import Finding
 from recgpt_torchrec.diagnosis.machine import GIB, Machine

@@ -8,6 +8,7 @@ from torch import nn
 from recgpt_torchrec.catalogue.catalogue import Catalogue
 from recgpt_torchrec.checkpoints.repeat_bias import NAME
 from recgpt_torchrec.config import Batch, Model, Train
+from recgpt_torchrec.config.metric import UNMASKED, Metric
 from recgpt_torchrec.data.inputs.events import request_for
 from recgpt_torchrec.data.stream import SequenceStream, encoding_stream
 from recgpt_torchrec.errors import InputError
@@ -18,8 +19,8 @@ from recgpt_torchrec.evaluation.sampling import check_sample, choose_users
 from recgpt_torchrec.model.tabled.base import unwrapped
 from recgpt_torchrec.retrieval.encoding import encode
 
-METRIC = "NDCG@10"
-"""The metric that decides which checkpoint is best and when training stops early."""
+KS = (5, 10)
+"""Lengths of the lists that are measured beside those of `train.metric`."""
 
 
 def validation_of(
@@ -93,7 +94,7 @@ def validation_of(
             attributes=training.maker.attributes,
             request=request,
         )
-        return Validation(built, stream, device)
+        return Validation(built, stream, device, Metric.parse(train.metric))
 
     return of_model
 
@@ -101,18 +102,23 @@ def validation_of(
 class Validation:
     """Callable that measures a model on the validation split (collective).
 
-    Example: `trainer.fit(Validation(model, stream, device), METRIC)`
+    Example: `trainer.fit(Validation(model, stream, device, Metric.parse("NDCG@10")))`
     """
 
-    def __init__(self, model: nn.Module, stream: SequenceStream, device: torch.device) -> None:
-        self.model, self.stream, self.device = model, stream, device
+    def __init__(self, model: nn.Module, stream: SequenceStream, device: torch.device, metric: Metric) -> None:
+        self.model, self.stream, self.device, self.metric = model, stream, device, metric
 
     def __call__(self) -> dict[str, float]:
-        """Masked HR and NDCG at 5 and 10 over all users with a validation item, or over the sample of them; and the
-        repeat bias that is fitted on them."""
+        """Masked HR and NDCG at 5, 10 and the metric's k over all users with a validation item, or over the sample of
+        them; the repeat bias that is fitted on them; and where the metric is unmasked, such figures with that bias."""
         self.model.eval()
         items = self.stream.dataset.manifest.items
         catalogue = Catalogue.of_model(unwrapped(self.model), items, self.device)
         repeats = RepeatSample(seed=self.stream.maker.seed)
-        _, results = measure_ranks(encode(self.model, self.stream, self.device), catalogue, (5, 10), repeats=repeats)
-        return {**results["masked"], NAME: repeats.fit(catalogue)}
+        ks = tuple(dict.fromkeys((*KS, self.metric.k)))
+        _, results = measure_ranks(encode(self.model, self.stream, self.device), catalogue, ks, repeats=repeats)
+        figures, bias = results["masked"], repeats.fit(catalogue)
+        if not self.metric.masked:
+            unmasked = repeats.measure(catalogue, bias, ks)
+            figures |= {f"{UNMASKED}{name}": value for name, value in unmasked.items()}
+        return {**figures, NAME: bias}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from recgpt_torchrec.config.plan import MOST_NODES
+from recgpt_torchrec.config.reports.plan import MOST_NODES
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.planning.hardware import GIB, Hardware, of_cluster
 from recgpt_torchrec.planning.memory import Memory, estimate_memory

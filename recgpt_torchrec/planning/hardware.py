@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from recgpt_torchrec.config.plan import Plan
+from recgpt_torchrec.config.reports.plan import Plan
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.model.peaks import Precision, measured_peak, rated_peak
 

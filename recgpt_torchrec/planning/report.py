@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from recgpt_torchrec.config.plan import MOST_NODES, Plan
+from recgpt_torchrec.config.reports.plan import MOST_NODES, Plan
 from recgpt_torchrec.distributed.placements import table_text
 from recgpt_torchrec.planning.cluster import Cluster, smallest_cluster
 from recgpt_torchrec.planning.hardware import GIB, Hardware, hardware_of

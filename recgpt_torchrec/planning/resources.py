@@ -8,7 +8,7 @@ import math
 import sys
 
 from recgpt_torchrec import cli
-from recgpt_torchrec.config.plan import Plan
+from recgpt_torchrec.config.reports.plan import Plan
 from recgpt_torchrec.data.reading.preset import apply_preset
 from recgpt_torchrec.distributed.processes import silence_libraries
 from recgpt_torchrec.planning.hardware import hardware_of

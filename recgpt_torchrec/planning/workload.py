@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from recgpt_torchrec.config.defaults import MOST, tokens_of_rank, tokens_of_step
-from recgpt_torchrec.config.plan import Plan
+from recgpt_torchrec.config.reports.plan import Plan
 from recgpt_torchrec.config.tables import is_of_users
 from recgpt_torchrec.data.dataset import Dataset, Manifest
 from recgpt_torchrec.data.days.opening import find_manifest

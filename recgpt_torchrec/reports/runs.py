@@ -164,7 +164,8 @@ def describe_training(
         facts.append(("Time", f"{_duration(seconds)} of training and {_duration(validating)} of validation"))
     if isinstance(best := metadata.get("best"), dict) and best.get("checkpoint"):
         when = f"after epoch {best.get('epoch')}" if best.get("epoch") != 0 else "before the first step"
-        facts.append(("Best on validation", f"NDCG@10 {_number(best.get('value')):.4f} {when}"))
+        metric = flat.get("train.metric", "NDCG@10")  # earlier versions had no other
+        facts.append(("Best on validation", f"{metric} {_number(best.get('value')):.4f} {when}"))
     return facts
 
 

@@ -15,7 +15,7 @@ CURVES = (
 )
 """Curves by step: name, title, whether they are shares, and whether the axis begins at 0."""
 METRICS = ("NDCG@10", "HR@10")
-"""Validation figures that are drawn."""
+"""Validation figures that are drawn, beside those that decided which checkpoint is best."""
 
 
 def curves_section(runs: Sequence[RunValues], colors: dict[str, str]) -> str:
@@ -25,7 +25,8 @@ def curves_section(runs: Sequence[RunValues], colors: dict[str, str]) -> str:
         series = [Series(run.name, colors[run.name], curve_of(run, name)) for run in runs]
         charts.append(line_chart(title, series, percent=percent, zero=zero))
     of_validation = []
-    for metric in METRICS:
+    decided = [value for run in runs for name, value, _ in run.options if name == "train.metric"]
+    for metric in dict.fromkeys((*METRICS, *decided)):
         series = [Series(run.name, colors[run.name], epoch_curve(run, metric), dots=True) for run in runs]
         of_validation.append(line_chart(f"Validation {metric}", series))
     shown = [chart for chart in (charts[0], *of_validation, *charts[1:]) if chart]

@@ -215,7 +215,7 @@ class Run:
                 moment = "before the first step (no epoch was better)"
             if train["validate_users"]:
                 sample = f" on {describe_users(manifest, train['validate_users'])}"
-            trained = f"validation NDCG@10 {best.value:.4f}{sample} {moment}, in {self.checkpoints.best()}"
+            trained = f"validation {train['metric']} {best.value:.4f}{sample} {moment}, in {self.checkpoints.best()}"
         done = {"data": self.config["data"], "checkpoint": output}
         if manifest.count_targets("test") == 0:
             following = next_line("export", {**done, "output": "EXPORT_FOLDER"})

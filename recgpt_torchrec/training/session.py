@@ -33,7 +33,6 @@ def train(
     *,
     begin: Callable[[Trainer], None] | None,
     validation: Callable[[nn.Module], Validate] | None,
-    metric: str,
     tuning: Tuning | None = None,
 ) -> None:
     """Build a configuration's model and train it to the end, resuming from the run's newest checkpoint (collective).
@@ -49,7 +48,6 @@ def train(
         begin: fills the tables and the decoder of a run that has no checkpoint yet from another run's; None: it starts
             from initial values.
         validation: makes the validation of a model, see `Trainer.fit`; None: there is nothing to validate on.
-        metric: the validation figure that decides the best checkpoint and early stopping.
         tuning: what is tuned; None: pre-training.
 
     Raises:
@@ -112,6 +110,6 @@ def train(
                 repeat_bias=trainer.progress.repeat_bias,
             )
         )
-        trainer.fit(None if validation is None else validation(built), metric)
+        trainer.fit(None if validation is None else validation(built))
         if (set_aside := maker.reader.set_aside) is not None:
             log_message(set_aside.summary())

@@ -57,7 +57,7 @@ class _Trained(NamedTuple):
 class Trainer:
     """Trains a sharded model on a stream; every rank has one.
 
-    Example: `Trainer(model=model, optimizer=optimizer, ...).fit(validate, metric="NDCG@10")`
+    Example: `Trainer(model=model, optimizer=optimizer, ...).fit(validate)`
     """
 
     model: nn.Module
@@ -91,13 +91,12 @@ class Trainer:
         self._unread: list[_Trained] = []
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
 
-    def fit(self, validate: Callable[[], dict[str, float]] | None, metric: str) -> None:
-        """Train to the run's last step, or until `metric` has not improved for `train.patience` epochs (collective).
+    def fit(self, validate: Callable[[], dict[str, float]] | None) -> None:
+        """Train to the run's last step, or for `train.patience` epochs without a better `train.metric` (collective).
 
         Args:
             validate: returns the validation figures by name, and the model's repeat bias (`repeat_bias`), the
                 same on all ranks (collective); None: the whole run is trained, and no checkpoint is best.
-            metric: the figure that decides the best checkpoint and early stopping; higher is better.
 
         Raises:
             Stopped: a rank received a stop signal; everything is saved.
@@ -117,9 +116,9 @@ class Trainer:
         with signals.handle_stop_signals(), self.saver, log, self.trace:
             try:
                 if self.train.validate_start and validate is not None and self._begins:
-                    self._validate_start(log, validate, metric)
+                    self._validate_start(log, validate)
                 while not progress.finished:
-                    self._run_epoch(log, validate, metric)
+                    self._run_epoch(log, validate)
             except Stopped:
                 self._save_within_epoch()
                 self.saver.finish()
@@ -135,12 +134,12 @@ class Trainer:
         progress = self.progress
         return progress.step == 0 and progress.position.epoch == 0 and progress.best_step is None
 
-    def _validate_start(self, log: RunLog, validate: Callable[[], dict[str, float]], metric: str) -> None:
+    def _validate_start(self, log: RunLog, validate: Callable[[], dict[str, float]]) -> None:
         """Validate and save the model before its first step; in history.jsonl it is epoch 0."""
-        log.log_epoch({"epoch": 0, "step": 0, **self._validate(validate, metric, START)}, None, 0)
+        log.log_epoch({"epoch": 0, "step": 0, **self._validate(validate, START)}, None, 0)
         self.save()
 
-    def _run_epoch(self, log: RunLog, validate: Callable[[], dict[str, float]] | None, metric: str) -> None:
+    def _run_epoch(self, log: RunLog, validate: Callable[[], dict[str, float]] | None) -> None:
         """Train the rest of an epoch, or as much of it as the run has; validate within it and at its end, and save."""
         progress, train = self.progress, self.train
         epoch, started = progress.position.epoch, time.perf_counter()
@@ -153,7 +152,7 @@ class Trainer:
             assert validate is not None
             with self.meter.paused():
                 record = {"epoch": epoch + 1, "step": progress.step, PARTIAL: True, "loss": progress.mean_loss}
-                record |= self._validate(validate, metric, epoch)
+                record |= self._validate(validate, epoch)
                 validate_s += record["validate_s"]
                 log.log_epoch(record, None, progress.step)
                 self._save_within_epoch()
@@ -167,7 +166,7 @@ class Trainer:
         on_step = train.validate_steps > 0 and progress.step % train.validate_steps == 0
         validated = last or on_step or (epoch + 1) % train.validate_every == 0
         if validate is not None and validated:
-            record |= self._validate(validate, metric, epoch)
+            record |= self._validate(validate, epoch)
         idle = epoch - progress.best_epoch
         # Stop after a validation only: patience may be shorter than the time between two.
         progress.finished = last or bool(
@@ -203,7 +202,7 @@ class Trainer:
             ahead.append(max(0, self.length.steps - progress.step))
         return min(ahead, default=None)
 
-    def _validate(self, validate: Callable[[], dict[str, float]], metric: str, epoch: int) -> dict[str, Any]:
+    def _validate(self, validate: Callable[[], dict[str, float]], epoch: int) -> dict[str, Any]:
         """Validate, and note it if the figure is the best so far; returns what history.jsonl records (collective).
 
         `epoch` is counted from 0, or `START`.
@@ -215,8 +214,8 @@ class Trainer:
             figures = validate()
         progress.validated = progress.step
         progress.repeat_bias = figures.pop(REPEAT_BIAS, progress.repeat_bias)
-        if figures[metric] > progress.best_value:
-            progress.best_value, progress.best_step = figures[metric], progress.step
+        if (value := figures[self.train.metric]) > progress.best_value:
+            progress.best_value, progress.best_step = value, progress.step
             progress.best_epoch = epoch
         return {**figures, "validate_s": time.perf_counter() - started}
 

@@ -95,7 +95,7 @@ def fit_groups(rank: int, world_size: int, folder: str) -> dict[str, Any]:
             seen["averaged"] = [tensor.clone() for tensor in own]
 
     run.replicas.average = noted  # type: ignore[method-assign]
-    run.fit(validate, metric="NDCG@10")
+    run.fit(validate)
     seen["trained"] = {table_name(n): gather_table(v) for n, v in sorted(tables_of(model).items())}
     seen["saved"] = load_latest(folder)
     return seen

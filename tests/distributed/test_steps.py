@@ -45,7 +45,7 @@ def train_given_batches(rank: int, world_size: int, output: str, train: Train) -
         model.eval()
         return {"NDCG@10": 1.0 - abs(trainer.progress.step - 4)}
 
-    trainer.fit(validate, metric="NDCG@10")
+    trainer.fit(validate)
     tables = {table_name(name): gather_table(value) for name, value in sorted(tables_of(model).items())}
     dense = {name: value.clone() for name, value in model.state_dict().items() if name.startswith("dense.")}
     progress = trainer.progress

@@ -11,9 +11,9 @@ import pytest
 from recgpt_torchrec import api, cli
 from recgpt_torchrec.config import Pretrain, PromptTune
 from recgpt_torchrec.config.fields import given_names, option_value, options
-from recgpt_torchrec.config.plan import Plan
 from recgpt_torchrec.config.preset.rule import Statistics, choose
 from recgpt_torchrec.config.reports.doctor import Doctor
+from recgpt_torchrec.config.reports.plan import Plan
 from recgpt_torchrec.config.serving.run import RunAll, stage_config
 from recgpt_torchrec.data.reading.preset import apply_preset, statistics_of
 from recgpt_torchrec.errors import InputError

@@ -5,10 +5,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from recgpt_torchrec.config.metric import FIGURE
 from recgpt_torchrec.evaluation.per_user.files import PerUser
 from recgpt_torchrec.storage.typed import check_counts, make_typed
 
-METRIC = re.compile(r"(HR|NDCG)@([1-9][0-9]{0,5})")
 PATH = re.compile(r"[a-z][a-z0-9_]{0,80}")
 PROTOCOLS = ("masked", "unmasked")
 BASELINES = ("popularity", "cooccurrence")
@@ -97,7 +97,7 @@ def check_evaluation(values: dict[str, Any]) -> None:
             raise ValueError(f"its results of {path[:60]!r} are not masked and unmasked figures of a recall path")
         for how, figures in protocols.items():
             names = names or list(figures)
-            if list(figures) != names or not names or not all(METRIC.fullmatch(name) for name in names):
+            if list(figures) != names or not names or not all(FIGURE.fullmatch(name) for name in names):
                 raise ValueError(f"the {how} results of {path} are not HR@k and NDCG@k, the same for all paths")
             if not all(math.isfinite(value) for value in figures.values()):
                 raise ValueError(f"the {how} results of {path} hold a number that is not finite")
@@ -130,7 +130,7 @@ def _check_groups(record: EvaluationRecord) -> None:
                     first = line.get("from")
                     if not isinstance(first, int) or isinstance(first, bool):
                         raise ValueError(f"a group of {path} begins at {first!r:.60}")
-                    figures = [value for key, value in line.items() if METRIC.fullmatch(key)]
+                    figures = [value for key, value in line.items() if FIGURE.fullmatch(key)]
                     if not all(isinstance(value, int | float) and math.isfinite(value) for value in figures):
                         raise ValueError(f"a group of {path} has a figure that is no number")
                     bounds.append((first, group.to, group.users))

@@ -1,5 +1,7 @@
 """The users that the repeat bias is fitted on: a sample of those that are ranked, the same on any number of ranks."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from recgpt_torchrec.catalogue.ranks import in_history
 from recgpt_torchrec.data.ragged import Int64, Ragged, join
 from recgpt_torchrec.data.reading.hashing import Hashes, hash_numbers
 from recgpt_torchrec.distributed.processes import gather_objects, log_message, run_on_first_rank
+from recgpt_torchrec.evaluation.metrics import RankingMetrics, reduce_metrics
 from recgpt_torchrec.evaluation.repeats.fitting import fit_bias
 
 USERS = 8192
@@ -79,3 +82,16 @@ class RepeatSample:
             log_message("Repeat bias 0: no user with a validation item has a history to fit it on")
             return 0.0
         return bias
+
+    def measure(self, catalogue: Catalogue, bias: float, ks: Sequence[int]) -> dict[str, float]:
+        """HR and NDCG at `ks` of the sample's users, where items of the history compete (collective); after `fit`.
+
+        Args:
+            catalogue: items to rank among.
+            bias: added to the scores of items of the history.
+            ks: list lengths.
+        """
+        (vectors,), (seen,) = self._vectors, self._seen
+        metrics = RankingMetrics(ks)
+        metrics.update(catalogue.ranks(vectors, self._held_out, seen, bias)[1].cpu())
+        return reduce_metrics(metrics).result()
