@@ -47,6 +47,9 @@ class _Parser(ArgumentParser):
         """Raise an `OptionError` with the message."""
         if not self.exit_on_error:  # a parser that jsonargparse makes for a group
             super().error(message, ex)
+        if message.endswith("expected one argument"):  # nothing follows, or what looks like another option
+            option = message.removeprefix("argument ").partition(":")[0]
+            message += f"; a value that begins with - is given as {option}=-..."
         raise OptionError(message)
 
 

@@ -82,6 +82,11 @@ def refused(capsys: Any, stage: type, words: list[str]) -> str:
         (Pretrain, ["--seed"], "--seed needs a value"),
         (
             Pretrain,
+            ["--output", "-name"],
+            "argument --output: expected one argument; a value that begins with - is given as --output=-...",
+        ),
+        (
+            Pretrain,
             ["--seed", "1", "2"],
             "unexpected '2' after --seed; an option begins with -- and takes one value, quoted where it has spaces",
         ),
