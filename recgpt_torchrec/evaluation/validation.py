@@ -11,6 +11,7 @@ from recgpt_torchrec.config import Batch, Model, Train
 from recgpt_torchrec.config.metric import UNMASKED, Metric
 from recgpt_torchrec.data.inputs.events import request_for
 from recgpt_torchrec.data.stream import SequenceStream, encoding_stream
+from recgpt_torchrec.distributed.processes import log_message
 from recgpt_torchrec.errors import InputError
 from recgpt_torchrec.evaluation.held_out import check_has_event, check_has_targets
 from recgpt_torchrec.evaluation.ranking import measure_ranks
@@ -21,6 +22,8 @@ from recgpt_torchrec.retrieval.encoding import encode
 
 KS = (5, 10)
 """Lengths of the lists that are measured beside those of `train.metric`."""
+TOLD = 0.1
+"""Share of the users with an item of their own history held out from which a masked metric is worth a line."""
 
 
 def validation_of(
@@ -107,6 +110,7 @@ class Validation:
 
     def __init__(self, model: nn.Module, stream: SequenceStream, device: torch.device, metric: Metric) -> None:
         self.model, self.stream, self.device, self.metric = model, stream, device, metric
+        self._told = False
 
     def __call__(self) -> dict[str, float]:
         """Masked HR and NDCG at 5, 10 and the metric's k over all users with a validation item, or over the sample of
@@ -118,7 +122,17 @@ class Validation:
         ks = tuple(dict.fromkeys((*KS, self.metric.k)))
         _, results = measure_ranks(encode(self.model, self.stream, self.device), catalogue, ks, repeats=repeats)
         figures, bias = results["masked"], repeats.fit(catalogue)
+        self._tell(repeats.share)
         if not self.metric.masked:
             unmasked = repeats.measure(catalogue, bias, ks)
             figures |= {f"{UNMASKED}{name}": value for name, value in unmasked.items()}
         return {**figures, NAME: bias}
+
+    def _tell(self, share: float) -> None:
+        """Say once where the metric leaves out what many users take; `share` of them have had their held-out item."""
+        if self.metric.masked and share >= TOLD and not self._told:
+            log_message(
+                f"Validation: the held-out item of {share:.0%} of the users is in their history, so masked lists lack "
+                f"it. To choose the checkpoint by lists that may have it: --train.metric {UNMASKED}{self.metric.figure}"
+            )
+            self._told = True

@@ -16,7 +16,7 @@ from recgpt_torchrec.data.ragged import Ragged
 from recgpt_torchrec.data.reading.hashing import hash_numbers
 from recgpt_torchrec.evaluation.repeats.sample import RepeatSample
 from tests.evaluation.test_repeats import draw, write_log
-from tests.support import SMALL, stage
+from tests.support import SMALL, read_sequences, stage
 from tools.ranks import run_ranks
 
 KS = (3, 10)
@@ -86,6 +86,12 @@ TRAIN: dict[str, Any] = {
 }
 
 
+def repeated(data: Path) -> float:
+    """Share of the histories whose validation item was there before."""
+    lists = read_sequences(data)["item_ids"]
+    return float(np.mean([items[-2] in items[:-2] for items in lists]))
+
+
 def train(folder: Path, name: str, metric: str, expect: int = 0) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """best.json and the lines of history.jsonl of a run."""
     options = {"--data": folder / "data", "--output": folder / name, **TRAIN, "--train.metric": metric}
@@ -108,7 +114,12 @@ def test_the_best_checkpoint_is_that_of_the_metric_which_evaluate_finds_again(fo
     values = [line[metric] for line in lines]
     assert best["value"] == max(values) and best["epoch"] == 1 + int(np.argmax(values))
     # What is trained does not depend on it, and what others see of validation is there as before.
+    hint = "of the users is in their history"
+    assert hint not in "".join(capfd.readouterr())
     of_default, default_lines = train(folder, "masked", "NDCG@10")
+    said = "".join(capfd.readouterr())
+    assert said.count(hint) == 1 and "--train.metric unmasked.NDCG@10" in said
+    assert f"the held-out item of {repeated(folder / 'data'):.0%} {hint}" in said
     figures = ("loss", "HR@5", "NDCG@5", "HR@10", "NDCG@10")
     assert [[line[name] for name in figures] for line in lines] == [
         [line[name] for name in figures] for line in default_lines

@@ -27,6 +27,8 @@ class RepeatSample:
 
     def __init__(self, users: int = USERS, seed: int = 0) -> None:
         self.users, self.seed = users, seed
+        self.share = 0.0
+        """Share of the sample's users whose held-out item is in their history; 0 before `fit`."""
         self._hashes: Hashes = np.zeros(0, np.uint64)
         self._held_out = torch.zeros(0, dtype=torch.int64)
         self._vectors: list[Tensor] = []
@@ -72,12 +74,12 @@ class RepeatSample:
         own = self._hashes, log_odds, in_history(self._held_out, seen).numpy()
         shares = gather_objects(own)
 
-        def fit() -> float | None:
+        def fit() -> tuple[float | None, float]:
             of_users, odds, is_repeat = (np.concatenate(parts) for parts in zip(*shares, strict=True))
             order = np.argsort(of_users)  # so that sums do not depend on the number of ranks
-            return fit_bias(odds[order], is_repeat[order])
+            return fit_bias(odds[order], is_repeat[order]), float(is_repeat.mean()) if is_repeat.size else 0.0
 
-        bias = run_on_first_rank(fit)
+        bias, self.share = run_on_first_rank(fit)
         if bias is None:
             log_message("Repeat bias 0: no user with a validation item has a history to fit it on")
             return 0.0
