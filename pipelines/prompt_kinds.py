@@ -40,6 +40,8 @@ from recgpt_torchrec.prompts.prompt_dataset import PROMPTS, RECORD, read_rows  #
 
 CONTROL, BEST = "none", "best"
 METRICS = ("HR@10", "NDCG@10", "HR@50", "NDCG@50")
+GAINS = ("NDCG@10", "HR@10", "HR@50")
+"""Metrics whose gain over the control is told."""
 LISTS = (10, 50)
 PATHS = {True: "recgpt_1", False: "fine_tuning"}
 """The recall path that is measured, of models with and without prompts: the user's vector, one step."""
@@ -374,8 +376,8 @@ def count_foretold(histories: Intervals, starts: Starts) -> np.ndarray:
 def markdown(report: dict[str, list[dict[str, Any]]]) -> str:
     """The report in Markdown."""
     about = (
-        "Masked, ranked over the whole catalogue, one step; ± is the sample standard deviation over seeds; the gain in "
-        "NDCG@10 is over the control, seed by seed. Foretold: of the interactions of training, validation and test "
+        "Masked, ranked over the whole catalogue, one step; ± is the sample standard deviation over seeds; gains are "
+        "over the control, seed by seed. Foretold: of the interactions of training, validation and test "
         "that have prompts before them, the share that is among these, first seed. Bold: best of its column."
     )
     lines = ["# Kinds of prompts", "", about]
@@ -383,14 +385,14 @@ def markdown(report: dict[str, list[dict[str, Any]]]) -> str:
         for loss in dict.fromkeys(row["loss"] for row in rows):
             of_loss = [row for row in rows if row["loss"] == loss]
             figures: list[Row] = []
-            ends = ["gain | foretold |", "---|---|"]
+            ends = [" | ".join([*(f"gain in {metric}" for metric in GAINS), "foretold |"]), "---|" * (len(GAINS) + 1)]
             for row in of_loss:
                 measured = [row["validation"], *(row["results"][metric] for metric in METRICS)]
                 figures.append((f"`{row['kind']}`: {row['meaning']}", measured))
-                gain = cell(row["gain"]["NDCG@10"], sign="+") if row["gain"] else ""
+                gains = (cell(row["gain"][metric], sign="+") if row["gain"] else "" for metric in GAINS)
                 shares = (row["foretold"] or {}).values()
                 told = ", ".join("–" if share is None else f"{share:.3f}" for share in shares)
-                ends.append(f"{gain} | {told} |")
+                ends.append(" | ".join([*gains, f"{told} |"]))
             made = table(f"{name}, {loss}", ("validation, NDCG@10", *METRICS), figures)
             lines += ["", *(f"{line} {end}" for line, end in zip(made, ends, strict=True))]
     return "\n".join(lines) + "\n"
